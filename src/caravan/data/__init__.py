@@ -1,0 +1,1 @@
+"""Text to batches: collections, runs, negatives, templates, batching."""

@@ -1,0 +1,1 @@
+"""Batches to better weights: losses, LightningModules, callbacks, optimisation."""
