@@ -1,0 +1,125 @@
+"""The typed batches that pass between data, models and training.
+
+Texts of unlike length waste work when they are padded to one another. A batch therefore holds its
+texts as chunks of similar length, each at most a token budget; the embeddings of the chunks are put
+back into the order of the texts (`Packed.order`), so neither a group nor a target ever shifts.
+Padding is on the right throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Texts of similar length, padded to the longest of them."""
+
+    input_ids: Tensor  # [n, L] int64
+    attention_mask: Tensor  # [n, L] int64, 1 for a real token
+    full: bool  # no text is padded, so that no mask is needed
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Chunk:
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
+            attention_mask=self.attention_mask.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """N texts as chunks; row i of the chunks laid end to end is text `order[i]`."""
+
+    chunks: tuple[Chunk, ...]
+    order: Tensor  # [N] int64, a permutation
+    tokens: int  # real tokens
+    padded: int  # tokens with padding
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Packed:
+        return replace(
+            self,
+            chunks=tuple(chunk.to(device, non_blocking) for chunk in self.chunks),
+            order=self.order.to(device, non_blocking=non_blocking),
+        )
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """Put rows [N, ...] that were computed chunk by chunk into the order of the texts."""
+        return torch.empty_like(rows).index_copy(0, self.order, rows)
+
+
+def pack(texts: Sequence[Sequence[int]], token_budget: int, pad_id: int = 0) -> Packed:
+    """Sort texts by length and cut them into chunks of at most `token_budget` padded tokens.
+
+    A text that is longer than the budget makes a chunk of its own.
+
+    Args:
+        texts: token ids of each text.
+        token_budget: the largest n * L of a chunk [n, L].
+        pad_id: fills the padding; the attention mask hides it, so any valid id will do.
+
+    >>> [tuple(c.input_ids.shape) for c in pack([[1], [1, 2, 3], [1, 2]], token_budget=5).chunks]
+    [(1, 3), (2, 2)]
+    """
+    lengths = np.fromiter((len(ids) for ids in texts), dtype=np.int64, count=len(texts))
+    order = np.argsort(-lengths, kind="stable")
+    chunks, start, padded = [], 0, 0
+    while start < len(order):
+        width = max(int(lengths[order[start]]), 1)
+        rows = order[start : start + max(token_budget // width, 1)]
+        ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+        mask = np.zeros((len(rows), width), dtype=np.int64)
+        for i, row in enumerate(rows):
+            ids[i, : lengths[row]] = texts[row]
+            mask[i, : lengths[row]] = 1
+        full = bool(lengths[rows].min() == width)
+        chunks.append(Chunk(torch.from_numpy(ids), torch.from_numpy(mask), full))
+        padded += ids.size
+        start += len(rows)
+    return Packed(tuple(chunks), torch.from_numpy(order), int(lengths.sum()), padded)
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """Q queries, each with its group of G passages: a positive, then G - 1 negatives."""
+
+    queries: Packed  # Q texts
+    passages: Packed  # Q * G texts, group by group
+    passage_rows: Tensor  # [Q, G] int64; column 0 is the positive
+    positive_rows: Tensor  # [Q, M] int64, every positive of the query; filled up with -1
+
+    @property
+    def tokens(self) -> int:
+        return self.queries.tokens + self.passages.tokens
+
+    @property
+    def padded(self) -> int:
+        return self.queries.padded + self.passages.padded
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> TrainBatch:
+        return replace(
+            self,
+            queries=self.queries.to(device, non_blocking),
+            passages=self.passages.to(device, non_blocking),
+            passage_rows=self.passage_rows.to(device, non_blocking=non_blocking),
+            positive_rows=self.positive_rows.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(frozen=True)
+class EncodeBatch:
+    """N texts to embed, with their integer rows in the collection."""
+
+    rows: Tensor  # [N] int64
+    texts: Packed
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> EncodeBatch:
+        return replace(self, texts=self.texts.to(device, non_blocking))

@@ -1,0 +1,124 @@
+"""Which positive and which negatives a query gets this epoch, from runs.
+
+Hard negatives are passages that some retriever ranks high and nobody judged relevant; RepLLaMA
+blends two retrievers' top 200 (arXiv 2310.08319, section 3.1). Any run will do: BM25's, one's own
+retriever's (`evaluate.py` writes it), another system's TREC file; several are blended.
+A group is a pure function of (seed, epoch, position): fresh negatives every epoch, the same ones
+after a resume and on any number of ranks. No positive of the query is ever among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from caravan.data.collection import Collection, Qrels
+from caravan.data.runs import Run, read_run
+from caravan.errors import InputError
+
+
+class Negatives:
+    """Chooses the group [positive, negative, ...] of a query.
+
+    Args:
+        runs: run files over the training queries; none means passages drawn from the corpus.
+        number: negatives a query.
+        depth: how many of each run's passages are candidates, from the top.
+        skip: leave out this many at the top, where unjudged positives gather.
+        choose: "random" among the candidates, or the "top" ones, rank by rank over the runs.
+        margin: keep a candidate only where its score is at most the positive's minus this, in the
+            run's own unit. A query whose positive the run lacks keeps all its candidates.
+
+    A query with fewer candidates than `number` is filled up with passages drawn from the corpus,
+    so every group has 1 + `number` passages.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[str] = (),
+        number: int = 15,
+        depth: int = 200,
+        skip: int = 0,
+        choose: str = "random",
+        margin: float | None = None,
+    ) -> None:
+        if choose not in ("random", "top"):
+            raise InputError(f"sampler.choose is {choose!r}; it must be random or top")
+        if number < 0 or skip < 0 or depth <= skip:
+            raise InputError(
+                f"sampler: number={number} and skip={skip} must be 0 or more, and depth={depth}"
+                " above skip"
+            )
+        self.paths = [Path(path) for path in runs]
+        self.number = number
+        self.depth = depth
+        self.skip = skip
+        self.choose = choose
+        self.margin = margin
+        self._runs: list[Run] = []
+
+    def open(self, collection: Collection, qrels: Qrels, seed: int) -> None:
+        """Read the runs. Must be called once before `group`."""
+        self._runs = [
+            read_run(path, collection.queries, collection.corpus).top(self.depth)
+            for path in self.paths
+        ]
+        self._qrels = qrels
+        self._corpus_size = len(collection.corpus)
+        self._seed = seed
+        for path, run in zip(self.paths, self._runs, strict=True):
+            if not np.isin(qrels.queries, run.query_rows).any():
+                raise InputError(
+                    f"{path} ranks none of the training queries; write one with evaluate.py over"
+                    " the training split"
+                )
+
+    def group(self, query_row: int, epoch: int, position: int) -> np.ndarray:
+        """Passage rows [1 + number] of a query: its positive first, then its negatives."""
+        rng = np.random.default_rng((self._seed, epoch, position))
+        positives = self._qrels.positives(query_row)
+        positive = int(positives[rng.integers(len(positives))])
+        pool = self.candidates(query_row, positive, positives)
+        if self.choose == "random" and len(pool) > self.number:
+            pool = rng.choice(pool, self.number, replace=False)
+        chosen = pool[: self.number]
+        if len(chosen) < self.number:
+            chosen = self._fill(chosen, positives, rng)
+        return np.concatenate(([positive], chosen))
+
+    def candidates(self, query_row: int, positive: int, positives: np.ndarray) -> np.ndarray:
+        """Every passage row that may serve as a hard negative, the runs' best ranks first."""
+        ranked = []
+        for run in self._runs:
+            rows, scores = run.of(query_row)
+            allowed = ~np.isin(rows, positives)
+            allowed[: self.skip] = False
+            own = scores[rows == positive]
+            if self.margin is not None and len(own):
+                allowed &= scores <= own[0] - self.margin
+            ranked.append(rows[allowed])
+        if not ranked:
+            return np.empty(0, dtype=np.int64)
+        rank = np.concatenate([np.arange(len(rows)) for rows in ranked])
+        blended = np.concatenate(ranked)[np.argsort(rank, kind="stable")]
+        first = np.unique(blended, return_index=True)[1]
+        return blended[np.sort(first)]
+
+    def _fill(
+        self, chosen: np.ndarray, positives: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
+        taken = {*chosen.tolist(), *positives.tolist()}
+        drawn: list[int] = []
+        if self._corpus_size < len(taken) + self.number - len(chosen):
+            raise InputError(
+                f"sampler.number={self.number}: the corpus of {self._corpus_size} passages has too"
+                " few that are no positives of the query; lower it"
+            )
+        while len(chosen) + len(drawn) < self.number:
+            row = int(rng.integers(self._corpus_size))
+            if row not in taken:
+                taken.add(row)
+                drawn.append(row)
+        return np.concatenate((chosen, np.array(drawn, dtype=np.int64)))
