@@ -1,0 +1,417 @@
+"""A run: ranked passages with scores for each query, in memory and as a TREC file.
+
+A run is the only thing that passes between the stages of retrieval: BM25, the retriever and the
+reranker write it; negatives, rerank candidates and figures are read from it. In memory it is four
+flat arrays over integer rows; ids are strings only in the file. Equal scores are ordered as
+trec_eval orders them (passage id, descending), once, here, so that every measure and every reader
+sees one ranking. Only numpy is needed: looking at a run loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from caravan.errors import InputError
+
+if TYPE_CHECKING:
+    from caravan.data.collection import Texts
+
+log = logging.getLogger(__name__)
+
+BLOCK_BYTES = 1 << 24  # of text held at once while reading: 16 MB, about 400,000 lines
+BLOCK_LINES = 1 << 18  # formatted at once while writing
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Ranked passages of each query; a query may have none."""
+
+    query_rows: np.ndarray  # [Q] int64, ascending, unique
+    offsets: np.ndarray  # [Q + 1] int64
+    passage_rows: np.ndarray  # [N] int64, best first within a query
+    scores: np.ndarray  # [N] float32, non-increasing within a query
+    tag: str = "caravan"
+
+    def __len__(self) -> int:
+        return len(self.query_rows)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Passages of each query, [Q] int64."""
+        return np.diff(self.offsets)
+
+    def of(self, query_row: int) -> tuple[np.ndarray, np.ndarray]:
+        """`(passage_rows, scores)` of one query, best first; empty if the run does not have it."""
+        i = int(np.searchsorted(self.query_rows, query_row))
+        if i == len(self.query_rows) or self.query_rows[i] != query_row:
+            return self.passage_rows[:0], self.scores[:0]
+        span = slice(self.offsets[i], self.offsets[i + 1])
+        return self.passage_rows[span], self.scores[span]
+
+    def top(self, k: int) -> Run:
+        """The run cut to its `k` best passages a query."""
+        counts = np.minimum(self.counts, k)
+        rank = np.arange(len(self.passage_rows)) - np.repeat(self.offsets[:-1], self.counts)
+        keep = rank < k
+        return Run(
+            self.query_rows, _offsets(counts), self.passage_rows[keep], self.scores[keep], self.tag
+        )
+
+    @classmethod
+    def from_topk(
+        cls,
+        query_rows: np.ndarray,  # [Q], unique, any order
+        scores: np.ndarray,  # [Q, k]
+        passage_rows: np.ndarray,  # [Q, k]; -1 where the index found nothing
+        tag: str = "caravan",
+    ) -> Run:
+        """A run from what an index returns; rows of -1 are dropped."""
+        found = passage_rows >= 0
+        return cls.from_flat(
+            np.repeat(np.asarray(query_rows), found.sum(axis=1)),
+            passage_rows[found],
+            scores[found],
+            tag,
+            all_queries=query_rows,
+        )
+
+    @classmethod
+    def from_flat(
+        cls,
+        query_rows: np.ndarray,  # [N], any order
+        passage_rows: np.ndarray,  # [N]
+        scores: np.ndarray,  # [N]
+        tag: str = "caravan",
+        all_queries: np.ndarray | None = None,  # [Q] queries to keep even with no passage
+    ) -> Run:
+        """A run from one (query, passage, score) a line; sorted by query, then score descending.
+
+        Lines of equal score keep their order; `canonical` breaks such ties by passage id.
+
+        Raises:
+            InputError: A score is NaN or infinite (a diverged model gives these).
+        """
+        query_rows = np.asarray(query_rows, dtype=np.int64)
+        passage_rows = np.asarray(passage_rows, dtype=np.int64)
+        with np.errstate(over="ignore"):  # what overflows float32 is infinite, refused below
+            scores = np.asarray(scores).astype(np.float32)
+        bad = ~np.isfinite(scores)
+        if bad.any():
+            raise InputError(
+                f"{int(bad.sum())} of {len(scores)} scores of run '{tag}' are NaN or infinite "
+                f"(the first for query row {int(query_rows[int(bad.argmax())])}); "
+                "check that the model has not diverged"
+            )
+        if not _is_sorted(query_rows, scores):
+            order = np.lexsort((-scores, query_rows))
+            query_rows, passage_rows = query_rows[order], passage_rows[order]
+            scores = scores[order]
+        present = query_rows if all_queries is None else np.asarray(all_queries, dtype=np.int64)
+        unique = np.unique(present)
+        if all_queries is not None and len(unique) != len(present):
+            raise ValueError(f"run '{tag}' is given {len(present) - len(unique)} queries twice")
+        counts = np.bincount(np.searchsorted(unique, query_rows), minlength=len(unique))
+        return cls(unique, _offsets(counts), passage_rows, scores, tag)
+
+
+def canonical(run: Run, corpus: Texts) -> Run:
+    """The run in trec_eval's order: float32 score descending, ties by passage id descending.
+
+    Ids are looked up only for passages whose score ties, so a dense run costs no look-up.
+    """
+    if len(run.scores) < 2:
+        return run
+    queries = np.repeat(np.arange(len(run)), run.counts)
+    ties = (run.scores[1:] == run.scores[:-1]) & (queries[1:] == queries[:-1])
+    if not ties.any():
+        return run
+    tied = np.zeros(len(run.scores), dtype=bool)
+    tied[1:] |= ties
+    tied[:-1] |= ties
+    places = np.flatnonzero(tied)
+    starts = np.concatenate(([True], ~ties))  # a new block of equal scores begins here
+    block = np.cumsum(starts)[places]
+    rows, inverse = np.unique(run.passage_rows[places], return_inverse=True)
+    ids = corpus.ids(rows)
+    rank = np.empty(len(rows), dtype=np.int64)
+    rank[sorted(range(len(ids)), key=ids.__getitem__, reverse=True)] = np.arange(len(rows))
+    passage_rows = run.passage_rows.copy()
+    passage_rows[places] = run.passage_rows[places[np.lexsort((rank[inverse], block))]]
+    # scores stay: within a block they are equal (0.0 and -0.0 too, which print differently)
+    return Run(run.query_rows, run.offsets, passage_rows, run.scores, run.tag)
+
+
+def write_run(path: Path | str, run: Run, queries: Texts, corpus: Texts) -> None:
+    """Write a TREC file (`qid Q0 pid rank score tag`) in canonical order; gzip if it ends in .gz.
+
+    Scores are printed with nine digits, from which float32 is read back exactly. The file
+    appears under its name only when it is whole.
+
+    Raises:
+        InputError: An id or the tag is empty or holds white space, which the format cannot say.
+    """
+    path = Path(path)
+    _require_plain([run.tag], "tag")
+    run = canonical(run, corpus)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as raw:
+            if path.suffix == ".gz":
+                # no time and no name in the header: the same run gives the same bytes
+                with gzip.GzipFile("", "wb", 6, raw, mtime=0) as out:
+                    _write_lines(out.write, run, queries, corpus)
+            else:
+                _write_lines(raw.write, run, queries, corpus)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_run(
+    path: Path | str,
+    queries: Texts,
+    corpus: Texts,
+    unknown_ids: Literal["refuse", "count"] = "refuse",
+) -> Run:
+    """Read a run, plain or .gz, into canonical order.
+
+    The first line decides the format: six columns are TREC (`qid Q0 pid rank score tag`; the rank
+    is ignored, as trec_eval does), three are MS MARCO (`qid pid rank`, score 1 / rank).
+    With `unknown_ids="count"` lines whose query or passage is not in the collection are left out
+    and their number is logged.
+
+    Raises:
+        InputError: What is wrong with the file, with file and line.
+    """
+    path = Path(path)
+    if unknown_ids not in ("refuse", "count"):
+        raise InputError(f"unknown_ids={unknown_ids!r} must be 'refuse' or 'count'")
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+    tag, columns, read, dropped, first_unknown = "caravan", 0, 0, 0, ""
+    for lines, counts, tokens in _blocks(path):
+        if not columns:
+            columns = int(counts[0])
+            if columns not in (3, 6):
+                raise InputError(
+                    f"{path}:{lines[0]} has {columns} columns; a run has six "
+                    "(query Q0 passage rank score tag) or, as MS MARCO writes it, three "
+                    "(query passage rank)"
+                )
+            tag = tokens[5].decode() if columns == 6 else "msmarco"
+        if (wrong := counts != columns).any():
+            i = int(wrong.argmax())
+            raise InputError(
+                f"{path}:{lines[i]} has {counts[i]} columns where the lines above have {columns}; "
+                "mend or remove the line"
+            )
+        scores = (
+            _numbers(tokens[4::6], path, lines)
+            if columns == 6
+            else _reciprocals(tokens[2::3], path, lines)
+        )
+        query_ids, passage_ids = tokens[0::columns], tokens[2 if columns == 6 else 1 :: columns]
+        query_rows, passage_rows = _rows(query_ids, queries), _rows(passage_ids, corpus)
+        read += len(lines)
+        known = (query_rows >= 0) & (passage_rows >= 0)
+        if not known.all():
+            i = int(known.argmin())
+            query = query_rows[i] < 0
+            what, name = ("query", query_ids[i]) if query else ("passage", passage_ids[i])
+            unknown = f"{path}:{lines[i]} names {what} '{name.decode()}'"
+            if unknown_ids == "refuse":
+                raise InputError(
+                    f"{unknown}, which the collection does not have; check that the run was made "
+                    "on this collection, or leave such lines out with unknown_ids=count"
+                )
+            first_unknown = first_unknown or unknown
+            dropped += int((~known).sum())
+        parts.append((query_rows[known], passage_rows[known], scores[known], lines[known]))
+    if not read:
+        raise InputError(f"{path} is empty; a run needs at least one line")
+    query_rows, passage_rows, scores, lines = (
+        np.concatenate([part[column] for part in parts]) for column in range(4)
+    )
+    if not len(scores):
+        raise InputError(
+            f"no line of {path} names a query and a passage of the collection "
+            f"({first_unknown}); it was made on another collection"
+        )
+    if dropped:
+        log.warning(
+            "%s: left out %d of %d lines with ids unknown to the collection (the first: %s)",
+            path.name,
+            dropped,
+            read,
+            first_unknown,
+        )
+    _refuse_duplicates(path, query_rows, passage_rows, lines, queries, corpus)
+    return canonical(Run.from_flat(query_rows, passage_rows, scores, tag), corpus)
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+
+
+def _is_sorted(query_rows: np.ndarray, scores: np.ndarray) -> bool:
+    step = np.diff(query_rows)
+    return bool(((step > 0) | ((step == 0) & (scores[1:] <= scores[:-1]))).all())
+
+
+def _require_plain(ids: list[str], what: str) -> None:
+    if len("\n".join(ids).split()) != len(ids) or not all(ids):
+        bad = next(name for name in ids if name.split() != [name])
+        raise InputError(
+            f"{what} {bad!r} is empty or holds white space, which a TREC file cannot express; "
+            "rename it in the collection"
+        )
+
+
+def _write_lines(write: Callable[[bytes], object], run: Run, queries: Texts, corpus: Texts) -> None:
+    start = 0
+    while start < len(run):
+        stop = int(np.searchsorted(run.offsets, run.offsets[start] + BLOCK_LINES, side="right")) - 1
+        stop = min(max(stop, start + 1), len(run))
+        span = slice(int(run.offsets[start]), int(run.offsets[stop]))
+        counts = run.counts[start:stop]
+        query_ids = queries.ids(run.query_rows[start:stop])
+        rows, inverse = np.unique(run.passage_rows[span], return_inverse=True)
+        passage_ids = corpus.ids(rows)
+        _require_plain(query_ids, "query id")
+        _require_plain(passage_ids, "passage id")
+        ranks = np.arange(span.start, span.stop) - np.repeat(run.offsets[start:stop], counts) + 1
+        fields: list[object] = [None] * (4 * len(inverse))
+        fields[0::4] = [
+            q for q, n in zip(query_ids, counts.tolist(), strict=True) for _ in range(n)
+        ]
+        fields[1::4] = map(passage_ids.__getitem__, inverse.tolist())
+        fields[2::4] = ranks.tolist()
+        fields[3::4] = run.scores[span].tolist()
+        line = f"%s Q0 %s %d %.9g {run.tag.replace('%', '%%')}\n"
+        write(((line * len(inverse)) % tuple(fields)).encode())
+        start = stop
+
+
+def _blocks(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray, list[bytes]]]:
+    """Whole lines, some megabytes at a time: line numbers [n], columns of each [n], all tokens.
+
+    Lines without any token are passed over. The count of columns is vectorised, so that a file
+    of millions of lines is checked line by line at the speed of `bytes.split`.
+    """
+    white = np.zeros(256, dtype=bool)
+    white[list(b" \t\n\r\x0b\x0c")] = True
+    if not path.is_file():
+        raise InputError(f"there is no run file {path}; check the path")
+    number, rest = 0, b""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            while True:
+                chunk = file.read(BLOCK_BYTES)
+                block = rest + chunk
+                cut = block.rfind(b"\n") + 1 if chunk else len(block)
+                block, rest = block[:cut], block[cut:]
+                if not number:
+                    block = block.removeprefix(b"\xef\xbb\xbf")
+                if block:
+                    _require_utf8(block, path, number)
+                    data = np.frombuffer(block, dtype=np.uint8)
+                    spaces = white[data]
+                    starts = ~spaces
+                    starts[1:] &= spaces[:-1]
+                    ends = np.flatnonzero(data == ord("\n"))
+                    if not len(ends) or ends[-1] != len(data) - 1:
+                        ends = np.append(ends, len(data) - 1)
+                    counts = np.diff(np.cumsum(starts)[ends], prepend=0)
+                    full = np.flatnonzero(counts)
+                    if len(full):
+                        yield full + number + 1, counts[full], block.split()
+                    number += len(ends)
+                if not chunk:
+                    return
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(
+            f"{path} cannot be unpacked as gzip ({error}); make or fetch it again"
+        ) from None
+
+
+def _require_utf8(block: bytes, path: Path, lines_before: int) -> None:
+    try:
+        block.decode()
+    except UnicodeDecodeError as error:
+        line = lines_before + block.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line} is not UTF-8; save the file as UTF-8") from None
+
+
+def _rows(ids: list[bytes], texts: Texts) -> np.ndarray:
+    """Rows of the ids, [n] int64 (-1 where unknown); each distinct id is looked up once."""
+    unique = list(dict.fromkeys(ids))
+    rows = texts.rows([name.decode() for name in unique]).tolist()
+    of = dict(zip(unique, rows, strict=True))
+    return np.fromiter(map(of.__getitem__, ids), np.int64, len(ids))
+
+
+def _numbers(tokens: list[bytes], path: Path, lines: np.ndarray) -> np.ndarray:
+    """The tokens as float32 [n]; all of them must be finite numbers."""
+    try:
+        values = np.fromiter(map(float, tokens), np.float64, len(tokens))
+    except ValueError:
+        values = np.array([_float(token) for token in tokens])
+    with np.errstate(over="ignore"):
+        scores = values.astype(np.float32)
+    finite = np.isfinite(scores)
+    if not finite.all():
+        i = int(finite.argmin())
+        raise InputError(
+            f"{path}:{lines[i]} has the score '{tokens[i].decode()}', which is not a finite "
+            "number; mend or remove the line"
+        )
+    return scores
+
+
+def _float(token: bytes) -> float:
+    try:
+        return float(token)
+    except ValueError:
+        return np.nan
+
+
+def _reciprocals(tokens: list[bytes], path: Path, lines: np.ndarray) -> np.ndarray:
+    """1 / rank as float32 [n], for the MS MARCO format, which has ranks and no scores."""
+    for i, token in enumerate(tokens):
+        if not token.isdigit() or int(token) < 1:
+            raise InputError(
+                f"{path}:{lines[i]} has the rank '{token.decode()}', which is not 1, 2, 3, ...; "
+                "mend or remove the line"
+            )
+    return (1.0 / np.array([int(token) for token in tokens])).astype(np.float32)
+
+
+def _refuse_duplicates(
+    path: Path,
+    query_rows: np.ndarray,
+    passage_rows: np.ndarray,
+    lines: np.ndarray,
+    queries: Texts,
+    corpus: Texts,
+) -> None:
+    pairs = query_rows * (int(passage_rows.max()) + 1) + passage_rows
+    if len(np.unique(pairs)) == len(pairs):
+        return
+    order = np.argsort(pairs, kind="stable")
+    again = order[1:][pairs[order][1:] == pairs[order][:-1]]
+    i = int(again[np.argmin(lines[again])])
+    first = int(lines[int((pairs == pairs[i]).argmax())])
+    raise InputError(
+        f"{path}:{lines[i]} gives passage '{corpus.ids(passage_rows[i : i + 1])[0]}' to query "
+        f"'{queries.ids(query_rows[i : i + 1])[0]}' again (first at line {first}); "
+        "a run names a passage once for a query, so remove one of the two lines"
+    )
