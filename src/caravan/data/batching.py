@@ -1,0 +1,195 @@
+"""Order and batches: which queries make a batch, and texts as batches of token ids.
+
+The order of an epoch is a permutation drawn from (seed, epoch) alone, and a batch is the same set
+of queries on one process or on many, each rank taking its consecutive share. What was consumed is
+two integers, so a checkpoint in mid-epoch continues with the very next batch.
+Tokenising and packing happen in the loader's workers, never on the training process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from caravan.batches import EncodeBatch, TrainBatch, pack
+from caravan.data.collection import Collection, Qrels, Texts
+from caravan.data.negatives import Negatives
+from caravan.data.templates import Templates
+
+
+class QueryOrder(Sampler[tuple[int, np.ndarray]]):
+    """The batches of an epoch for one rank: (epoch, positions [n] in the epoch's permutation).
+
+    The last batch of an epoch may be short. It is shared out as evenly as the others; with fewer
+    queries than ranks it is left out, since no rank can go without a query.
+    """
+
+    def __init__(self, queries: int, batch: int, rank: int = 0, world: int = 1) -> None:
+        bounds = [(start, min(start + batch, queries)) for start in range(0, queries, batch)]
+        self.bounds = [(start, end) for start, end in bounds if end - start >= world]
+        self.rank, self.world = rank, world
+        self.epoch, self.start = 0, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this at the start of every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        begin, self.start = self.start, 0
+        for start, end in self.bounds[begin:]:
+            yield self.epoch, np.array_split(np.arange(start, end), self.world)[self.rank]
+
+
+class Groups(Dataset[TrainBatch]):
+    """Training batches: item (epoch, positions) is the packed batch of these queries' groups."""
+
+    def __init__(
+        self,
+        collection: Collection,
+        qrels: Qrels,
+        negatives: Negatives,
+        templates: Templates,
+        token_budget: int,
+        seed: int,
+    ) -> None:
+        self.collection = collection
+        self.qrels = qrels
+        self.query_rows = np.array([q for q in qrels.queries if len(qrels.positives(int(q)))])
+        self.negatives = negatives
+        self.templates = templates
+        self.token_budget = token_budget
+        self.seed = seed
+        self._permutation: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.query_rows)
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """Query rows in the order of the epoch: a function of (seed, epoch)."""
+        if self._permutation is None or self._permutation[0] != epoch:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.query_rows))
+            self._permutation = epoch, self.query_rows[order]
+        return self._permutation[1]
+
+    def __getitem__(self, item: tuple[int, np.ndarray]) -> TrainBatch:
+        epoch, positions = item
+        query_rows = self.permutation(epoch)[positions]
+        groups = np.stack(
+            [
+                self.negatives.group(int(row), epoch, int(position))
+                for row, position in zip(query_rows, positions, strict=True)
+            ]
+        )
+        positives = [self.qrels.positives(int(row)) for row in query_rows]
+        filled = np.full((len(positives), max(map(len, positives))), -1, dtype=np.int64)
+        for i, rows in enumerate(positives):
+            filled[i, : len(rows)] = rows
+        queries = self.templates.queries(self.collection.queries.get(query_rows))
+        passages = self.templates.passages(self.collection.corpus.get(groups.reshape(-1)))
+        pad_id = self.templates.pad_id
+        return TrainBatch(
+            queries=pack(queries, self.token_budget, pad_id),
+            passages=pack(passages, self.token_budget, pad_id),
+            passage_rows=torch.from_numpy(groups),
+            positive_rows=torch.from_numpy(filled),
+        )
+
+
+class TrainLoader(DataLoader[TrainBatch]):
+    """Loads training batches and knows how many it has handed out, for the checkpoint."""
+
+    def __init__(self, groups: Groups, order: QueryOrder, num_workers: int) -> None:
+        super().__init__(
+            groups, sampler=order, batch_size=None, **loader_settings(num_workers, groups.seed)
+        )
+        self.order = order
+        self.handed_out = 0
+
+    def __iter__(self) -> Iterator[TrainBatch]:  # type: ignore[override]
+        self.handed_out = self.order.start
+        for batch in super().__iter__():
+            self.handed_out += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.order.epoch, "handed_out": self.handed_out}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.order.epoch = state["epoch"]
+        # A checkpoint at an epoch's end goes on with the first batch of the next one.
+        self.order.start = state["handed_out"] % max(len(self.order), 1)
+
+
+class TextBlocks(Dataset[EncodeBatch]):
+    """Queries or passages to embed, `block` rows an item, each item packed by length."""
+
+    def __init__(
+        self,
+        texts: Texts,
+        rows: np.ndarray,
+        templates: Templates,
+        side: str,
+        block: int,
+        token_budget: int,
+    ) -> None:
+        self.texts = texts
+        self.rows = rows
+        self.encode = templates.queries if side == "query" else templates.passages
+        self.pad_id = templates.pad_id
+        self.block = block
+        self.token_budget = token_budget
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.block)
+
+    def __getitem__(self, index: int) -> EncodeBatch:
+        rows = self.rows[index * self.block : (index + 1) * self.block]
+        ids = self.encode(self.texts.get(rows))
+        return EncodeBatch(torch.from_numpy(rows), pack(ids, self.token_budget, self.pad_id))
+
+
+def rank_share(items: int, rank: int, world: int) -> list[int]:
+    """The items of one rank, the same number on each; the first ones are repeated to even it out.
+
+    >>> [rank_share(5, rank, 2) for rank in range(2)]
+    [[0, 2, 4], [1, 3, 0]]
+    """
+    each = -(-items // world)
+    return [(rank + i * world) % items for i in range(each)]
+
+
+def text_loader(
+    blocks: TextBlocks, indices: Sequence[int], num_workers: int, seed: int = 0
+) -> DataLoader[EncodeBatch]:
+    """Load the blocks of `indices`, in this order."""
+    return DataLoader(
+        blocks, sampler=list(indices), batch_size=None, **loader_settings(num_workers, seed)
+    )
+
+
+def loader_settings(num_workers: int, seed: int) -> dict[str, Any]:
+    """Worker settings of every loader.
+
+    The generator keeps the loader from drawing its base seed out of torch's global state, which
+    would make a resumed run differ from an uninterrupted one.
+    """
+    return {
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "worker_init_fn": _start_worker if num_workers else None,
+        "generator": torch.Generator().manual_seed(seed),
+        "pin_memory": torch.cuda.is_available(),
+    }
+
+
+def _start_worker(_: int) -> None:
+    # The tokenizer's own threads do not survive the fork; each worker is one thread of its own.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,0 +1,137 @@
+"""The LightningDataModule: training groups, and the queries and passages of the validation.
+
+Validation embeds the development queries and either the whole corpus or a fixed subset that keeps
+the figures telling: every judged passage, the top of a run (the hard ones), and a random fill.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader
+
+from caravan.batches import EncodeBatch
+from caravan.data.batching import (
+    Groups,
+    QueryOrder,
+    TextBlocks,
+    TrainLoader,
+    rank_share,
+    text_loader,
+)
+from caravan.data.collection import Collection, Qrels
+from caravan.data.negatives import Negatives
+from caravan.data.runs import read_run
+from caravan.data.templates import Templates
+from caravan.errors import InputError
+
+BLOCK = 1024  # texts a validation batch: enough to sort by length, few enough to be balanced
+
+
+class DataModule(pl.LightningDataModule):
+    """Wires a collection, a sampler and the templates into loaders.
+
+    Args:
+        queries_per_batch: queries a forward pass, over all ranks together.
+        token_budget: padded tokens a chunk (see `caravan.batches.pack`).
+        num_workers: processes that tokenise ahead.
+        passages: how many passages validation searches; None is the whole corpus.
+        queries: how many development queries validation asks; None is all of them.
+        run, run_depth: a run over the development queries whose top passages are in the subset.
+    """
+
+    def __init__(
+        self,
+        collection: Collection,
+        templates: Templates,
+        sampler: Negatives,
+        train_split: str,
+        dev_split: str,
+        seed: int,
+        queries_per_batch: int,
+        token_budget: int,
+        num_workers: int,
+        passages: int | None = None,
+        queries: int | None = None,
+        run: str | None = None,
+        run_depth: int = 100,
+    ) -> None:
+        super().__init__()
+        self.collection = collection
+        self.templates = templates
+        self.sampler = sampler
+        self.seed = seed
+        self.queries_per_batch = queries_per_batch
+        self.token_budget = token_budget
+        self.num_workers = num_workers
+        train_qrels = collection.qrels(train_split)
+        self.groups = Groups(collection, train_qrels, sampler, templates, token_budget, seed)
+        if not len(self.groups):
+            raise InputError(
+                f"{collection.name}: split {train_split!r} has no query with a relevant passage;"
+                " choose another with data.train_split"
+            )
+        dev = collection.qrels(dev_split)
+        self.dev_qrels = dev if queries is None else _first_queries(dev, queries, seed)
+        if not len(self.dev_qrels.queries):
+            raise InputError(f"{collection.name}: split {dev_split!r} judges no query")
+        self.dev_passages = self._validation_passages(passages, run, run_depth)
+
+    def setup(self, stage: str | None = None) -> None:
+        self.sampler.open(self.collection, self.groups.qrels, self.seed)
+
+    def _validation_passages(self, size: int | None, run: str | None, depth: int) -> np.ndarray:
+        """Passage rows [n] to search in validation, ascending."""
+        corpus = len(self.collection.corpus)
+        if size is None or size >= corpus:
+            return np.arange(corpus)
+        chosen = [self.dev_qrels.passage_rows]
+        if run is not None:
+            top = read_run(run, self.collection.queries, self.collection.corpus).top(depth)
+            chosen += [top.of(int(row))[0] for row in self.dev_qrels.queries]
+        rows = np.unique(np.concatenate(chosen))
+        if len(rows) < size:
+            others = np.setdiff1d(np.arange(corpus), rows, assume_unique=True)
+            fill = np.random.default_rng(self.seed).choice(others, size - len(rows), replace=False)
+            rows = np.union1d(rows, fill)
+        return rows
+
+    def train_dataloader(self) -> TrainLoader:
+        trainer = self._trainer
+        order = QueryOrder(
+            len(self.groups), self.queries_per_batch, trainer.global_rank, trainer.world_size
+        )
+        if not len(order):
+            raise InputError(
+                f"{len(self.groups)} training queries are too few for {trainer.world_size} ranks"
+            )
+        return TrainLoader(self.groups, order, self.num_workers)
+
+    def val_dataloader(self) -> list[DataLoader[EncodeBatch]]:
+        return [
+            self._text_loader(self.collection.queries, self.dev_qrels.queries, "query"),
+            self._text_loader(self.collection.corpus, self.dev_passages, "passage"),
+        ]
+
+    def _text_loader(self, texts: Any, rows: np.ndarray, side: str) -> DataLoader[EncodeBatch]:
+        blocks = TextBlocks(texts, rows, self.templates, side, BLOCK, self.token_budget)
+        share = rank_share(len(blocks), self._trainer.global_rank, self._trainer.world_size)
+        return text_loader(blocks, share, self.num_workers, self.seed)
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("the loaders belong to a trainer: call trainer.fit first")
+        return self.trainer
+
+
+def _first_queries(qrels: Qrels, number: int, seed: int) -> Qrels:
+    """The judgements of `number` queries, drawn by the seed."""
+    queries = qrels.queries
+    if number >= len(queries):
+        return qrels
+    kept = np.random.default_rng(seed).choice(queries, number, replace=False)
+    mask = np.isin(qrels.query_rows, kept)
+    return Qrels(qrels.query_rows[mask], qrels.passage_rows[mask], qrels.grades[mask])
