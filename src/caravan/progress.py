@@ -49,7 +49,8 @@ def track(
     finally:
         if bar is not None:
             bar.update(task, completed=done)
-            bar.stop()
+            if sys.stderr.isatty():
+                bar.stop()
             log.info("%s: %d %s in %.1f s", what, done, unit, time.monotonic() - started)
 
 

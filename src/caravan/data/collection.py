@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import time
@@ -222,6 +223,12 @@ def write_collection(
     return Collection.open(folder)
 
 
+def cache_key(*parts: object) -> str:
+    """A short hex key of everything that shapes a collection; JSON-able parts, format included."""
+    content = json.dumps([FORMAT, *parts], sort_keys=True).encode()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
 def cached_collection(
     cache_dir: str | Path, name: str, key: str, build: Callable[[Path], Collection]
 ) -> Collection:
@@ -232,7 +239,8 @@ def cached_collection(
     """
     from filelock import FileLock
 
-    folder = Path(cache_dir) / "collections" / f"{name}-{key}"
+    plain = re.sub(r"[^\w.-]+", "-", name)
+    folder = Path(cache_dir) / "collections" / f"{plain}-{key}"
     if folder.exists():
         return Collection.open(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
