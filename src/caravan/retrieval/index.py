@@ -245,10 +245,12 @@ def _merge(keys: torch.Tensor, scores: torch.Tensor, start: int) -> torch.Tensor
 
     worst, _ = _unpack(keys[:, -1:])
     better = scores >= worst
-    width = int(better.sum(dim=1).max())
+    counts = better.sum(dim=1)
+    width = int(counts.max())
     if width < scores.shape[1] // 4:
         queries, found = better.nonzero(as_tuple=True)
-        place = torch.cumsum(better, dim=1, dtype=torch.int32)[queries, found] - 1
+        first = (counts.cumsum(0) - counts)[queries]
+        place = torch.arange(len(found), device=scores.device) - first
         fresh = keys.new_full((len(scores), width), EMPTY)
         fresh[queries, place] = _pack(scores[queries, found], found + start)
     else:
