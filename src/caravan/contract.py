@@ -141,3 +141,19 @@ def read_contract(folder: Path) -> tuple[Contract, dict[str, Any]]:
         return Contract(**record), facts
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def folder_digest(folder: Path) -> str:
+    """A digest of what determines the output of a model folder: contract, weights, tokenizer."""
+    import xxhash
+
+    contract, _ = read_contract(folder)
+    hasher = xxhash.xxh3_128(json.dumps(asdict(contract), sort_keys=True).encode())
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".safetensors", ".json") or path.name == FILE:
+            continue
+        hasher.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                hasher.update(block)
+    return hasher.hexdigest()

@@ -1,0 +1,47 @@
+"""Which precision and device the machine is good for.
+
+bf16 where the processor computes in it (GPUs from Ampere on, CPUs with AVX512-BF16 or AMX), else
+float32. Similarities, softmax and losses are float32 in any case, and so are trainable weights.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from caravan.errors import InputError
+
+PRECISIONS = ("auto", "bf16", "float32")
+
+
+def resolve(precision: str) -> str:
+    """"bf16" or "float32" for a setting of "auto", "bf16" or "float32"."""
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+    if precision != "auto":
+        return precision
+    return "bf16" if has_bf16() else "float32"
+
+
+def has_bf16() -> bool:
+    """Whether matrix products in bf16 are faster than in float32 here."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(
+        getattr(torch.cpu, probe, bool)()
+        for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+
+
+def device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def trainer_precision(precision: str) -> str:
+    """Lightning's name for a resolved precision; weights stay float32 in both."""
+    return "bf16-mixed" if precision == "bf16" else "32-true"
+
+
+def dtype(precision: str) -> torch.dtype:
+    """The weights' type for inference in a resolved precision."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32

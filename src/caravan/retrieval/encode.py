@@ -1,0 +1,136 @@
+"""A corpus to embeddings on disk: float16 shards, written block by block, resumed after a kill.
+
+A block of passages is sorted by length, embedded in chunks under a token budget, and written to
+`00000042.npy` beside its final name before it is renamed. The next start keeps whole blocks and
+does the others; since a block is computed on its own, the files are the same bytes either way.
+Memory is that of one block and the model, whatever the corpus' size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from caravan import manifest
+from caravan.contract import read_contract
+from caravan.data.batching import TextBlocks, text_loader
+from caravan.data.templates import Templates
+from caravan.data.texts import Texts
+from caravan.models import folder as model_folder
+from caravan.models import precision as precisions
+from caravan.models.biencoder import BiEncoder
+from caravan.progress import track
+
+
+class Shards:
+    """Embeddings on disk, in row order: block i holds the rows from i * block on.
+
+    `for start, vectors in shards` walks the blocks ([n, dim] float16, memory-mapped).
+    """
+
+    def __init__(self, folder: Path, rows: int, block: int) -> None:
+        self.folder = folder
+        self.rows = rows
+        self.block = block
+        self.dim = int(np.load(shard(folder, 0), mmap_mode="r").shape[1])
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        for start in range(0, self.rows, self.block):
+            yield start, np.load(shard(self.folder, start // self.block), mmap_mode="r")
+
+    def read(self) -> np.ndarray:
+        """All embeddings [rows, dim] float32; for queries, or a corpus that fits in memory."""
+        return np.concatenate([vectors for _, vectors in self]).astype(np.float32)
+
+
+def shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:08d}.npy"
+
+
+class Encoder:
+    """A model folder that embeds; it brings its own prompts, EOS, pooling and lengths.
+
+    Args:
+        folder: the model folder. Its weights load when the first text that is not on disk comes.
+        precision: "auto", "bf16" or "float32".
+        lengths: `query_length` and `passage_length` that replace the contract's.
+        token_budget: padded tokens a chunk.
+        block: texts a shard.
+        num_workers: processes that tokenise ahead.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        precision: str,
+        lengths: dict[str, int],
+        token_budget: int,
+        block: int,
+        num_workers: int,
+    ) -> None:
+        self.folder = folder
+        self.precision = precisions.resolve(precision)
+        self.token_budget = token_budget
+        self.block = block
+        self.num_workers = num_workers
+        self.device = precisions.device()
+        self.contract = replace(read_contract(folder)[0], **lengths)  # type: ignore[arg-type]
+
+    @cached_property
+    def loaded(self) -> tuple[BiEncoder, Templates]:
+        model, tokenizer, _, _ = model_folder.load(self.folder, precisions.dtype(self.precision))
+        return model.to(self.device), Templates(tokenizer, self.contract)
+
+    def encode(
+        self, texts: Texts, rows: np.ndarray, side: str, folder: Path, inputs: dict[str, Any]
+    ) -> Shards:
+        """Embed texts into `folder`, or what an interrupted start left to do.
+
+        Args:
+            rows: which texts, [N] int64; row i of the embeddings is the text at rows[i].
+            side: "query" or "passage".
+            inputs: digests and settings that determine the embeddings; shards of others go.
+        """
+        inputs = {**inputs, "resolved_precision": self.precision}
+        if manifest.matches(folder, inputs):
+            return Shards(folder, len(rows), self.block)
+        model, templates = self.loaded
+        blocks = TextBlocks(texts, rows, templates, side, self.block, self.token_budget)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Says from the start whose shards these are, so that an interrupted start can be resumed.
+        begun = folder / "begun"
+        if not manifest.matches(begun, inputs):
+            for old in folder.iterdir():
+                old.unlink()
+            begun.touch()
+            manifest.write(begun, inputs)
+        missing = [i for i in range(len(blocks)) if not shard(folder, i).exists()]
+        batches = track(
+            text_loader(blocks, missing, self.num_workers),
+            f"encode {folder.name}",
+            sum(len(rows[i * self.block :][: self.block]) for i in missing),
+            unit="texts",
+            size=lambda batch: len(batch.rows),
+        )
+        with torch.inference_mode():
+            for number, batch in zip(missing, batches, strict=True):
+                vectors = model.embed(batch.texts.to(self.device, non_blocking=True))
+                _write(shard(folder, number), vectors.to(torch.float16).cpu().numpy())
+        manifest.write(folder, inputs)
+        return Shards(folder, len(rows), self.block)
+
+
+def _write(path: Path, vectors: np.ndarray) -> None:
+    scratch = path.with_suffix(".part")
+    with scratch.open("wb") as file:
+        np.save(file, vectors)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)

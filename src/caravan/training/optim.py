@@ -1,0 +1,86 @@
+"""AdamW with warm-up and decay; RepLLaMA's settings are the defaults (arXiv 2310.08319, section 3).
+
+Biases and norms are not decayed, as is usual; with RepLLaMA's weight decay of 0 it plays no part.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from caravan.errors import InputError
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+class AdamW:
+    """Describes the optimiser; `build` makes it for a model.
+
+    Args:
+        lr: the peak learning rate, reached after `warmup_steps` updates.
+        schedule: how it falls to `final` * lr at the last update: linear, cosine, or constant.
+    """
+
+    def __init__(
+        self,
+        lr: float = 1e-4,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 100,
+        schedule: str = "linear",
+        final: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        if schedule not in SCHEDULES:
+            raise InputError(
+                f"optimizer.schedule is {schedule!r}; it must be one of {', '.join(SCHEDULES)}"
+            )
+        self.settings = {"lr": lr, "betas": tuple(betas), "eps": eps}
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.schedule = schedule
+        self.final = final
+
+    def build(self, model: nn.Module, total_steps: int) -> dict[str, Any]:
+        """Optimiser and schedule in Lightning's form.
+
+        Args:
+            total_steps: updates in the whole run, where the decay ends.
+        """
+        decayed, plain = [], []
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                (decayed if parameter.ndim >= 2 else plain).append(parameter)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": self.weight_decay},
+                {"params": plain, "weight_decay": 0.0},
+            ],
+            fused=True,
+            **self.settings,  # type: ignore[arg-type]
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.factor(step, total_steps)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """What the peak learning rate is multiplied by at update `step`.
+
+        >>> adamw = AdamW(warmup_steps=10)
+        >>> adamw.factor(0, 110), adamw.factor(10, 110), adamw.factor(60, 110)
+        (0.1, 1.0, 0.5)
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return 1.0
+        done = min((step - self.warmup_steps) / max(total_steps - self.warmup_steps, 1), 1.0)
+        left = 1.0 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return self.final + (1 - self.final) * left

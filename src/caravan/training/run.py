@@ -1,0 +1,213 @@
+"""One training run: from a checked config to a model folder.
+
+    run_dir/config.yaml      what was asked, resolved
+    run_dir/checkpoints/     best.ckpt (by val/MRR@10), last.ckpt (to resume from)
+    run_dir/tensorboard/     curves
+    run_dir/runs/            the run of the latest validation
+    run_dir/model/           the best weights as a model folder, with its manifest
+    run_dir/metrics.json     the figures of the best validation
+
+A run that is finished is not done again; one that was interrupted goes on with `resume=true`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from caravan import manifest
+from caravan.contract import Contract
+from caravan.data.collection import Collection
+from caravan.errors import InputError
+
+log = logging.getLogger(__name__)
+
+# Settings that change how a run is done, not what comes out of it.
+_NO_INPUTS = ("resume", "cache_dir", "run_dir", "name", "logger")
+
+
+def train(cfg: Any) -> float | None:
+    """Run `train.py` for a composed and checked config.
+
+    Returns:
+        The monitored figure of the best checkpoint (for sweepers), None if nothing was validated.
+    """
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    run_dir = Path(cfg.run_dir)
+    source = instantiate(cfg.data, _convert_="all")
+    collection = source.collection(Path(cfg.cache_dir))
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(settings, dict)
+    inputs = _inputs(settings, collection, cfg)
+    model_dir, checkpoint = run_dir / "model", run_dir / "checkpoints" / "last.ckpt"
+    if manifest.matches(model_dir, inputs):
+        facts = (manifest.read(model_dir) or {})["facts"]
+        log.info("%s is there already, from the same settings and data", model_dir)
+        return facts["best"]  # type: ignore[no-any-return]
+    begun = run_dir / "config.yaml"
+    _refuse_other_run(run_dir, begun, inputs, cfg.resume)
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    begun.write_text(OmegaConf.to_yaml(cfg, resolve=True), "utf-8")
+    manifest.write(begun, inputs)
+    best = _fit(cfg, source, collection, run_dir, checkpoint if checkpoint.exists() else None)
+    manifest.write(model_dir, inputs, {"best": best})
+    log.info("model folder %s", model_dir)
+    log.info("curves: tensorboard --logdir %s", run_dir / "tensorboard")
+    return best
+
+
+def _inputs(settings: dict[str, Any], collection: Collection, cfg: Any) -> dict[str, Any]:
+    """What determines the weights: settings, collection, and the content of the runs it reads."""
+    import xxhash
+
+    digests = {}
+    for path in [*(settings["sampler"] or {}).get("runs", ()), settings["validation"]["run"]]:
+        if path is not None:
+            if not Path(path).is_file():
+                raise InputError(
+                    f"{path}: no such run; write it with evaluate.py (retriever=bm25 or a model"
+                    " folder) over the same collection"
+                )
+            digests[str(path)] = xxhash.xxh3_128(Path(path).read_bytes()).hexdigest()
+    kept = {key: value for key, value in settings.items() if key not in _NO_INPUTS}
+    # Where things are written is no input either.
+    text = str(settings["run_dir"])
+    return {"collection": collection.digest, "runs": digests, **_without(kept, text)}
+
+
+def _without(tree: Any, run_dir: str) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without(value, run_dir) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_without(value, run_dir) for value in tree]
+    return tree.replace(run_dir, "<run_dir>") if isinstance(tree, str) else tree
+
+
+def _refuse_other_run(
+    run_dir: Path, begun: Path, inputs: dict[str, Any], resume: bool
+) -> None:
+    """Neither overwrite a run nor continue one that is another."""
+    if not begun.exists():
+        return
+    changed = manifest.differences(begun, inputs)
+    if not resume:
+        raise InputError(
+            f"{run_dir} holds a run already"
+            + (f" (it differs in {'; '.join(changed[:3])})" if changed else ", not finished")
+            + "; continue it with resume=true, choose another name=, or remove the folder"
+        )
+    for line in changed:
+        log.warning("resumed with another setting: %s", line)
+
+
+def _fit(
+    cfg: Any, source: Any, collection: Collection, run_dir: Path, checkpoint: Path | None
+) -> float | None:
+    import pytorch_lightning as pl
+    import torch
+    from hydra.utils import instantiate
+
+    from caravan.data.datamodule import DataModule
+    from caravan.data.templates import Templates
+    from caravan.models import folder, precision
+    from caravan.models.backbone import parameter_counts
+    from caravan.training.callbacks import AtomicCheckpoints
+
+    names = "backbone peft loss sampler optimizer strategy logger callbacks stage trainer contract"
+    parts = instantiate({name: cfg[name] for name in names.split()}, _convert_="all")
+    contract = Contract(**parts["contract"])
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+
+    def texts() -> Iterator[str]:
+        for table in (collection.corpus, collection.queries):
+            for start in range(0, len(table), 4096):
+                for title, text in table.get(slice(start, start + 4096)):
+                    yield f"{title} {text}" if title else text
+
+    tokenizer = parts["backbone"].tokenizer(texts, collection.digest, Path(cfg.cache_dir))
+    data = DataModule(
+        collection,
+        Templates(tokenizer, contract),
+        parts["sampler"],
+        source.train_split,
+        source.dev_split,
+        cfg.seed,
+        **cfg.batching,
+        **cfg.validation,
+    )
+    module = parts["stage"](
+        backbone=parts["backbone"],
+        peft=parts["peft"],
+        tokenizer=tokenizer,
+        contract=contract,
+        loss=parts["loss"],
+        optimizer=parts["optimizer"],
+        seed=cfg.seed,
+    )
+    callbacks = [callback for callback in parts["callbacks"].values() if callback is not None]
+    trainer = parts["trainer"](
+        precision=precision.trainer_precision(precision.resolve(cfg.precision)),
+        strategy=parts["strategy"],
+        logger=[logger for logger in parts["logger"].values() if logger is not None],
+        callbacks=callbacks,
+        plugins=[AtomicCheckpoints()],
+        default_root_dir=run_dir,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+    module.configure_model()
+    if trainer.is_global_zero:
+        for line in _facts(cfg, trainer, data, parameter_counts(module), checkpoint):
+            log.info(line)
+    started = time.monotonic()
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+    seconds = time.monotonic() - started
+    watched = trainer.checkpoint_callback
+    best_path = Path(getattr(watched, "best_model_path", "") or "")
+    best = None
+    if best_path.is_file():
+        state = torch.load(best_path, map_location="cpu", weights_only=False)
+        module.load_state_dict(state["state_dict"], strict=False)
+        best = float(watched.best_model_score)  # type: ignore[union-attr]
+    if trainer.is_global_zero:
+        facts = {
+            "name": cfg.name,
+            "base_model": parts["backbone"].name,
+            "collection": f"{collection.name} ({collection.digest[:12]})",
+            "updates": trainer.global_step,
+            "monitored": getattr(watched, "monitor", None),
+            "best": best,
+        }
+        folder.save(run_dir / "model", module.model, tokenizer, contract, facts)
+        manifest.write_json(run_dir / "metrics.json", {**facts, "train_seconds": seconds})
+    return best
+
+
+def _facts(
+    cfg: Any, trainer: Any, data: Any, parameters: tuple[int, int], checkpoint: Path | None
+) -> Iterator[str]:
+    """The first lines of a run: what is trained, on what, and how large an update is."""
+    batch, accumulated = cfg.batching.queries_per_batch, trainer.accumulate_grad_batches
+    group = 1 + data.sampler.number
+    per_epoch = -(-len(data.groups) // batch)
+    steps = trainer.max_steps if trainer.max_steps >= 0 else trainer.max_epochs * per_epoch
+    yield f"{cfg.name} in {cfg.run_dir}" + (f", resumed from {checkpoint}" if checkpoint else "")
+    yield (
+        f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}, "
+        f"precision {trainer.precision}; {parameters[0]:,} trainable of {parameters[1]:,} parameters"
+    )
+    yield (
+        f"{len(data.groups):,} training queries of {data.collection.name}; "
+        f"{batch * accumulated} queries an update, {group - 1} hard negatives a query, "
+        f"{batch * group - 1} with those in the batch; {steps:,} batches of {per_epoch:,} an epoch"
+    )
+    yield (
+        f"validation: {len(data.dev_qrels.queries):,} queries over {len(data.dev_passages):,} of "
+        f"{len(data.collection.corpus):,} passages"
+    )
