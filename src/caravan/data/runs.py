@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 1 << 24  # of text held at once while reading: 16 MB, about 400,000 lines
 BLOCK_LINES = 1 << 18  # formatted at once while writing
+CACHE_IDS = 1 << 20  # rows of ids remembered while reading; a passage is in many lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,10 +116,11 @@ class Run:
             order = np.lexsort((-scores, query_rows))
             query_rows, passage_rows = query_rows[order], passage_rows[order]
             scores = scores[order]
-        present = query_rows if all_queries is None else np.asarray(all_queries, dtype=np.int64)
-        unique = np.unique(present)
-        if all_queries is not None and len(unique) != len(present):
-            raise ValueError(f"run '{tag}' is given {len(present) - len(unique)} queries twice")
+        unique = query_rows[np.diff(query_rows, prepend=-1) != 0]
+        if all_queries is not None:
+            unique = np.unique(all_queries).astype(np.int64)
+            if len(unique) != len(all_queries):
+                raise ValueError(f"run '{tag}' is given a query twice")
         counts = np.bincount(np.searchsorted(unique, query_rows), minlength=len(unique))
         return cls(unique, _offsets(counts), passage_rows, scores, tag)
 
@@ -157,10 +159,11 @@ def write_run(path: Path | str, run: Run, queries: Texts, corpus: Texts) -> None
     appears under its name only when it is whole.
 
     Raises:
-        InputError: An id or the tag is empty or holds white space, which the format cannot say.
+        InputError: The tag is empty or holds white space (ids cannot, collections refuse that).
     """
     path = Path(path)
-    _require_plain([run.tag], "tag")
+    if run.tag.split() != [run.tag]:
+        raise InputError(f"the tag {run.tag!r} is empty or has white space: a TREC file needs one")
     run = canonical(run, corpus)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -198,6 +201,8 @@ def read_run(
         raise InputError(f"unknown_ids={unknown_ids!r} must be 'refuse' or 'count'")
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     tag, columns, read, dropped, first_unknown = "caravan", 0, 0, 0, ""
+    known_queries: dict[bytes, int] = {}
+    known_passages: dict[bytes, int] = {}
     for lines, counts, tokens in _blocks(path):
         if not columns:
             columns = int(counts[0])
@@ -220,7 +225,8 @@ def read_run(
             else _reciprocals(tokens[2::3], path, lines)
         )
         query_ids, passage_ids = tokens[0::columns], tokens[2 if columns == 6 else 1 :: columns]
-        query_rows, passage_rows = _rows(query_ids, queries), _rows(passage_ids, corpus)
+        query_rows = _rows(query_ids, queries, known_queries)
+        passage_rows = _rows(passage_ids, corpus, known_passages)
         read += len(lines)
         known = (query_rows >= 0) & (passage_rows >= 0)
         if not known.all():
@@ -267,15 +273,6 @@ def _is_sorted(query_rows: np.ndarray, scores: np.ndarray) -> bool:
     return bool(((step > 0) | ((step == 0) & (scores[1:] <= scores[:-1]))).all())
 
 
-def _require_plain(ids: list[str], what: str) -> None:
-    if len("\n".join(ids).split()) != len(ids) or not all(ids):
-        bad = next(name for name in ids if name.split() != [name])
-        raise InputError(
-            f"{what} {bad!r} is empty or holds white space, which a TREC file cannot express; "
-            "rename it in the collection"
-        )
-
-
 def _write_lines(write: Callable[[bytes], object], run: Run, queries: Texts, corpus: Texts) -> None:
     start = 0
     while start < len(run):
@@ -286,8 +283,6 @@ def _write_lines(write: Callable[[bytes], object], run: Run, queries: Texts, cor
         query_ids = queries.ids(run.query_rows[start:stop])
         rows, inverse = np.unique(run.passage_rows[span], return_inverse=True)
         passage_ids = corpus.ids(rows)
-        _require_plain(query_ids, "query id")
-        _require_plain(passage_ids, "passage id")
         ranks = np.arange(span.start, span.stop) - np.repeat(run.offsets[start:stop], counts) + 1
         fields: list[object] = [None] * (4 * len(inverse))
         fields[0::4] = [
@@ -330,7 +325,7 @@ def _blocks(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray, list[bytes]]]:
                     ends = np.flatnonzero(data == ord("\n"))
                     if not len(ends) or ends[-1] != len(data) - 1:
                         ends = np.append(ends, len(data) - 1)
-                    counts = np.diff(np.cumsum(starts)[ends], prepend=0)
+                    counts = np.diff(np.searchsorted(np.flatnonzero(starts), ends), prepend=0)
                     full = np.flatnonzero(counts)
                     if len(full):
                         yield full + number + 1, counts[full], block.split()
@@ -351,12 +346,14 @@ def _require_utf8(block: bytes, path: Path, lines_before: int) -> None:
         raise InputError(f"{path}:{line} is not UTF-8; save the file as UTF-8") from None
 
 
-def _rows(ids: list[bytes], texts: Texts) -> np.ndarray:
-    """Rows of the ids, [n] int64 (-1 where unknown); each distinct id is looked up once."""
-    unique = list(dict.fromkeys(ids))
-    rows = texts.rows([name.decode() for name in unique]).tolist()
-    of = dict(zip(unique, rows, strict=True))
-    return np.fromiter(map(of.__getitem__, ids), np.int64, len(ids))
+def _rows(ids: list[bytes], texts: Texts, known: dict[bytes, int]) -> np.ndarray:
+    """Rows of the ids, [n] int64 (-1 where unknown); `known` remembers those looked up before."""
+    if len(known) > CACHE_IDS:
+        known.clear()
+    fresh = [name for name in dict.fromkeys(ids) if name not in known]
+    rows = texts.rows([name.decode() for name in fresh]).tolist()
+    known.update(zip(fresh, rows, strict=True))
+    return np.fromiter(map(known.__getitem__, ids), np.int64, len(ids))
 
 
 def _numbers(tokens: list[bytes], path: Path, lines: np.ndarray) -> np.ndarray:
@@ -404,7 +401,8 @@ def _refuse_duplicates(
     corpus: Texts,
 ) -> None:
     pairs = query_rows * (int(passage_rows.max()) + 1) + passage_rows
-    if len(np.unique(pairs)) == len(pairs):
+    ordered = np.sort(pairs)
+    if (ordered[1:] != ordered[:-1]).all():
         return
     order = np.argsort(pairs, kind="stable")
     again = order[1:][pairs[order][1:] == pairs[order][:-1]]
