@@ -1,0 +1,50 @@
+# make quickstart | test | test-all | check | bench; each sets up .venv by itself.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+Q := runs/quickstart
+
+.PHONY: quickstart test test-all check bench clean
+
+# BM25 over the training queries gives the hard negatives; then train, then evaluate on the test
+# queries. A stage whose model, collection and settings are the same as last time is skipped.
+quickstart: .venv/.installed
+	$(PY) evaluate.py retriever=bm25 data.split=train index.k=100 name=quickstart/negatives/bm25
+	$(PY) train.py experiment=quickstart/retriever resume=true
+	$(PY) train.py experiment=quickstart/untrained resume=true
+	$(PY) evaluate.py retriever=bm25 name=quickstart/test/bm25
+	$(PY) evaluate.py retriever=$(Q)/train/untrained/model name=quickstart/test/untrained
+	$(PY) evaluate.py retriever=$(Q)/train/retriever/model name=quickstart/test/retriever
+	@$(PY) -m caravan.report table $(Q)/test
+
+test: .venv/.tested-with
+	$(PY) -m pytest -q -n 2
+
+test-all: .venv/.tested-with
+	$(PY) -m pytest -q -m ""
+
+check: .venv/.tested-with
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	.venv/bin/nbstripout --verify notebooks/*.ipynb
+
+bench: .venv/.tested-with
+	$(PY) benchmarks/encode.py
+	$(PY) benchmarks/train_step.py
+
+.venv/.installed: requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with PYTHON=..."; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps --editable .
+	@touch $@
+
+.venv/.tested-with: requirements-dev.txt .venv/.installed
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .cache runs multirun

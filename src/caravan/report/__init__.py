@@ -1,0 +1,1 @@
+"""Figures for people, from the files of finished runs alone."""

@@ -1,0 +1,28 @@
+"""`python -m caravan.report`: tables and pages from finished runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from caravan.errors import InputError
+from caravan.report.table import show
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m caravan.report", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    table = commands.add_parser("table", help="one table of all evaluations below a folder")
+    table.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    try:
+        show(arguments.folder)
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
