@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from caravan.batches import pack
+from caravan.contract import Contract
+from caravan.data.batching import Groups, QueryOrder, TextBlocks, TrainLoader
+from caravan.data.collection import Collection
+from caravan.data.negatives import Negatives
+from caravan.data.templates import Templates
+
+
+@pytest.fixture
+def groups(collection: Collection, tokenizer: Any, contract: Contract) -> Groups:
+    qrels, negatives = collection.qrels("train"), Negatives(number=2)
+    negatives.open(collection, qrels, seed=0)
+    return Groups(collection, qrels, negatives, Templates(tokenizer, contract), 128, seed=0)
+
+
+def _texts(packed: Any) -> list[list[int]]:
+    """The token ids of packed texts, in the order of the texts."""
+    rows: list[list[int]] = []
+    for chunk in packed.chunks:
+        for ids, mask in zip(chunk.input_ids, chunk.attention_mask, strict=True):
+            rows.append(ids[mask.bool()].tolist())
+    restored: list[list[int]] = [[] for _ in rows]
+    for row, position in zip(rows, packed.order.tolist(), strict=True):
+        restored[position] = row
+    return restored
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10_000])
+def test_packing_keeps_every_text_and_its_place(budget: int) -> None:
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(1, 99, rng.integers(1, 20)).tolist() for _ in range(50)]
+    packed = pack(texts, budget)
+    assert _texts(packed) == texts
+    assert packed.tokens == sum(map(len, texts))
+    assert packed.padded == sum(chunk.input_ids.numel() for chunk in packed.chunks)
+    assert all(c.input_ids.numel() <= max(budget, c.input_ids.shape[1]) for c in packed.chunks)
+    assert all(c.full == bool(c.attention_mask.all()) for c in packed.chunks)
+
+
+def test_restore_undoes_the_order_of_packing() -> None:
+    packed = pack([[1], [1, 2, 3], [1, 2]], 4)
+    lengths = torch.cat([chunk.attention_mask.sum(dim=1) for chunk in packed.chunks])
+    assert packed.restore(lengths).tolist() == [1, 3, 2]
+
+
+def test_a_batch_holds_each_query_with_its_own_group(
+    groups: Groups, collection: Collection
+) -> None:
+    batch = groups[(0, np.arange(5))]
+    rows = groups.permutation(0)[:5]
+    assert _texts(batch.queries) == groups.templates.queries(collection.queries.get(rows))
+    flat = batch.passage_rows.reshape(-1).numpy()
+    assert _texts(batch.passages) == groups.templates.passages(collection.corpus.get(flat))
+    for row, group, positives in zip(rows, batch.passage_rows, batch.positive_rows, strict=True):
+        assert group[0] in groups.qrels.positives(int(row))
+        assert positives[positives >= 0].tolist() == groups.qrels.positives(int(row)).tolist()
+
+
+def test_groups_do_not_shift_in_a_short_last_batch(groups: Groups) -> None:
+    order = QueryOrder(len(groups), 6)
+    sizes = [len(positions) for _, positions in order]
+    assert sizes[-1] == len(groups) % 6 != 0
+    whole = groups[(0, np.arange(len(groups)))]
+    *_, last = (groups[item] for item in order)
+    assert last.passage_rows.tolist() == whole.passage_rows[-sizes[-1] :].tolist()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_ranks_batches_are_the_one_process_batch(world: int) -> None:
+    alone = [positions.tolist() for _, positions in QueryOrder(22, 8)]
+    ranks = [[p.tolist() for _, p in QueryOrder(22, 8, r, world)] for r in range(world)]
+    assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == alone
+
+
+def test_a_last_batch_with_fewer_queries_than_ranks_is_left_out() -> None:
+    assert len(QueryOrder(17, 8, 0, 2)) == 2
+    assert len(QueryOrder(17, 8)) == 3
+
+
+def test_every_epoch_has_its_own_order_and_all_queries(groups: Groups) -> None:
+    first, second = groups.permutation(0).copy(), groups.permutation(1).copy()
+    assert sorted(first) == sorted(second) == sorted(groups.query_rows)
+    assert first.tolist() != second.tolist()
+    assert groups.permutation(0).tolist() == first.tolist()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_loader_continues_where_its_state_was_taken(groups: Groups, num_workers: int) -> None:
+    def rows(loader: TrainLoader, number: int) -> list[Any]:
+        batches = iter(loader)
+        return [next(batches).passage_rows.tolist() for _ in range(number)]
+
+    def loader() -> TrainLoader:
+        return TrainLoader(groups, QueryOrder(len(groups), 3), num_workers)
+
+    whole, first = rows(loader(), 5), loader()
+    assert rows(first, 2) == whole[:2]
+    second = loader()
+    second.load_state_dict(first.state_dict())
+    assert rows(second, 3) == whole[2:]
+
+
+def test_loading_leaves_torchs_random_state_alone(groups: Groups) -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    next(iter(TrainLoader(groups, QueryOrder(len(groups), 3), 1)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_text_blocks_cover_their_rows(
+    collection: Collection, tokenizer: Any, contract: Contract
+) -> None:
+    templates, rows = Templates(tokenizer, contract), np.arange(3, 50)
+    blocks = TextBlocks(collection.corpus, rows, templates, "passage", 20, 256)
+    batches = [blocks[i] for i in range(len(blocks))]
+    assert [len(batch.rows) for batch in batches] == [20, 20, 7]
+    assert torch.cat([batch.rows for batch in batches]).tolist() == rows.tolist()
+    assert _texts(batches[2].texts) == templates.passages(collection.corpus.get(rows[40:]))

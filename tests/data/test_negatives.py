@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from caravan.data.collection import Collection, Qrels
+from caravan.data.negatives import Negatives
+from caravan.data.runs import Run, write_run
+from caravan.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def qrels(collection: Collection) -> Qrels:
+    return collection.qrels("train")
+
+
+def _run(path: Path, collection: Collection, qrels: Qrels, seed: int, depth: int = 20) -> Path:
+    """A run that ranks every positive first, then random passages."""
+    rng = np.random.default_rng(seed)
+    rows, scores = [], np.linspace(10, 1, depth)
+    for query in qrels.queries:
+        positives = qrels.positives(int(query))
+        others = np.setdiff1d(np.arange(len(collection.corpus)), positives)
+        rows.append(np.concatenate((positives, rng.permutation(others)))[:depth])
+    run = Run.from_topk(qrels.queries, np.tile(scores, (len(rows), 1)), np.stack(rows))
+    write_run(path, run, collection.queries, collection.corpus)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, collection: Collection, qrels: Qrels
+) -> list[str]:
+    folder = tmp_path_factory.mktemp("runs")
+    return [str(_run(folder / f"{seed}.trec", collection, qrels, seed)) for seed in range(2)]
+
+
+def _opened(collection: Collection, qrels: Qrels, seed: int = 0, **settings: object) -> Negatives:
+    negatives = Negatives(**settings)  # type: ignore[arg-type]
+    negatives.open(collection, qrels, seed)
+    return negatives
+
+
+@pytest.mark.parametrize("choose", ["random", "top"])
+def test_no_positive_is_ever_a_negative(
+    collection: Collection, qrels: Qrels, runs: list[str], choose: str
+) -> None:
+    negatives = _opened(collection, qrels, runs=runs, number=7, choose=choose)
+    seen = 0
+    for epoch in range(5):
+        for position, query in enumerate(qrels.queries):
+            group = negatives.group(int(query), epoch, position)
+            positives = qrels.positives(int(query))
+            assert group[0] in positives
+            assert not np.isin(group[1:], positives).any()
+            assert len(set(group[1:].tolist())) == 7
+            seen += 1
+    assert seen == 5 * len(qrels.queries)
+
+
+def test_a_group_is_a_function_of_seed_epoch_and_position(
+    collection: Collection, qrels: Qrels, runs: list[str]
+) -> None:
+    query = int(qrels.queries[0])
+    first = _opened(collection, qrels, runs=runs, number=5)
+    again = _opened(collection, qrels, runs=runs, number=5)
+    again.group(int(qrels.queries[1]), 3, 9)  # what was asked before plays no part
+    assert first.group(query, 1, 2).tolist() == again.group(query, 1, 2).tolist()
+    other = _opened(collection, qrels, seed=1, runs=runs, number=5)
+    assert first.group(query, 1, 2).tolist() != first.group(query, 2, 2).tolist()
+    assert first.group(query, 1, 2).tolist() != other.group(query, 1, 2).tolist()
+
+
+def test_top_takes_the_best_ranks_of_all_runs_in_turn(
+    collection: Collection, qrels: Qrels, runs: list[str]
+) -> None:
+    query = int(qrels.queries[1])  # one positive, at rank 0 of both runs
+    negatives = _opened(collection, qrels, runs=runs, number=4, choose="top")
+    first, second = (run.of(query)[0] for run in negatives._runs)
+    blend = [row for pair in zip(first[1:], second[1:], strict=True) for row in pair]
+    assert negatives.group(query, 0, 0)[1:].tolist() == list(dict.fromkeys(blend))[:4]
+
+
+def test_depth_and_skip_bound_the_candidates(
+    collection: Collection, qrels: Qrels, runs: list[str]
+) -> None:
+    query = int(qrels.queries[1])
+    negatives = _opened(collection, qrels, runs=runs[:1], number=2, depth=6, skip=3)
+    positives = qrels.positives(query)
+    ranked = negatives._runs[0].of(query)[0]
+    assert len(ranked) == 6
+    assert negatives.candidates(query, int(positives[0]), positives).tolist() == ranked[3:].tolist()
+
+
+def test_margin_keeps_what_scores_well_below_the_positive(
+    collection: Collection, qrels: Qrels, runs: list[str]
+) -> None:
+    query = int(qrels.queries[1])
+    negatives = _opened(collection, qrels, runs=runs[:1], number=2, margin=5.0)
+    positives = qrels.positives(query)
+    rows, scores = negatives._runs[0].of(query)
+    kept = negatives.candidates(query, int(positives[0]), positives)
+    assert kept.tolist() == rows[scores <= scores[0] - 5.0].tolist()
+    assert 0 < len(kept) < len(rows) - 1
+
+
+def test_too_few_candidates_are_filled_up_from_the_corpus(
+    collection: Collection, qrels: Qrels, runs: list[str]
+) -> None:
+    query = int(qrels.queries[0])
+    group = _opened(collection, qrels, runs=runs[:1], number=30).group(query, 0, 0)
+    assert len(group) == 31
+    assert len(set(group.tolist())) == 31
+    assert not np.isin(group[1:], qrels.positives(query)).any()
+
+
+def test_without_runs_negatives_are_drawn_from_the_corpus(
+    collection: Collection, qrels: Qrels
+) -> None:
+    assert len(_opened(collection, qrels, number=3).group(int(qrels.queries[0]), 0, 0)) == 4
+
+
+def test_a_run_over_other_queries_is_refused(
+    collection: Collection, tmp_path: Path, runs: list[str]
+) -> None:
+    path = _run(tmp_path / "dev.trec", collection, collection.qrels("dev"), 0)
+    with pytest.raises(InputError, match="none of the training queries"):
+        _opened(collection, collection.qrels("train"), runs=[str(path)])
+
+
+def test_more_negatives_than_the_corpus_holds_are_refused(
+    collection: Collection, qrels: Qrels
+) -> None:
+    with pytest.raises(InputError, match="too few"):
+        _opened(collection, qrels, number=60).group(int(qrels.queries[0]), 0, 0)
