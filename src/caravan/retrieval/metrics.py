@@ -1,0 +1,251 @@
+"""Measures of a run: MRR, nDCG, recall, MAP and precision, by name ("nDCG@10").
+
+`per_query` are the live figures, in numpy over the whole run at once; `score_run` are the final
+ones, by ir_measures (https://ir-measur.es). Both are trec_eval's to 1e-6: nDCG has linear gains
+(`ndcg_cut`), a passage is relevant from grade 1 on (or from n on: `MRR(rel=2)@10`), and the mean
+is over judged queries with a relevant passage, where one that is missing from the run counts 0.
+Ties are broken before scoring, by `canonical`: providers of ir_measures break them differently.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from caravan.data.runs import Run, canonical
+from caravan.errors import InputError
+
+if TYPE_CHECKING:
+    from caravan.data.collection import Qrels, Texts
+
+log = logging.getLogger(__name__)
+
+NAMES = ("MRR", "nDCG", "R", "MAP", "P")
+OTHER_NAMES = {
+    "rr": "MRR", "recall": "R", "ap": "MAP", "precision": "P", "prec": "P", "map_cut": "MAP",
+    "ndcg_cut": "nDCG", "recip_rank": "MRR",
+}  # fmt: skip
+"""What other tools call them, for "did you mean"."""
+
+QUERIES_AT_ONCE = 500
+"""Scored in one call of ir_measures, which holds a run as dicts of strings."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A parsed name: `MRR(rel=2)@10` is ("MRR", 10, 2)."""
+
+    name: str
+    cutoff: int
+    rel: int = 1  # the lowest grade that is relevant; nDCG takes grades as they are
+
+
+def parse_measure(text: str) -> Measure:
+    """The measure behind a name such as "MRR@10", "nDCG@10", "R@1000", "MAP(rel=2)@1000".
+
+    Raises:
+        InputError: It is none; says what was probably meant.
+
+    >>> parse_measure("R(rel=2)@100")
+    Measure(name='R', cutoff=100, rel=2)
+    """
+    match = re.fullmatch(r"(\w+)(?:\(rel=([1-9]\d*)\))?@([1-9]\d*)", str(text).strip())
+    if match and match[1] in NAMES and not (match[1] == "nDCG" and match[2]):
+        return Measure(match[1], int(match[3]), int(match[2] or 1))
+    raise InputError(
+        f"'{text}' is not a measure; did you mean '{_suggestion(str(text))}'? There are "
+        f"{', '.join(f'{name}@k' for name in NAMES)}, and e.g. R(rel=2)@k for higher grades"
+    )
+
+
+def deepest(measures: Sequence[str]) -> int:
+    """The deepest cutoff of the measures: a search must keep at least so many passages.
+
+    >>> deepest(["MRR@10", "R@1000"])
+    1000
+    """
+    return max((parse_measure(text).cutoff for text in measures), default=0)
+
+
+def per_query(run: Run, qrels: Qrels, measures: Sequence[str]) -> dict[str, np.ndarray]:
+    """Each measure for each judged query with a relevant passage.
+
+    The run is scored in the order it has; give `canonical(run, corpus)` where scores may tie.
+
+    Returns:
+        For each measure float64 [Q], in the order of `scored_queries(qrels)`.
+    """
+    parsed = {text: parse_measure(text) for text in measures}
+    queries = scored_queries(qrels)
+    best = run.top(deepest(measures))
+    counts = best.counts
+    rank = np.arange(len(best.passage_rows)) - np.repeat(best.offsets[:-1], counts)
+    query = _positions(np.repeat(best.query_rows, counts), queries)
+    scored = query >= 0
+    query, rank, passage_rows = query[scored], rank[scored], best.passage_rows[scored]
+
+    judged = _positions(qrels.query_rows, queries)
+    kept = judged >= 0
+    judged, judged_rows, judged_grades = judged[kept], qrels.passage_rows[kept], qrels.grades[kept]
+    grades = _grades(query, passage_rows, judged, judged_rows, judged_grades)
+    return {
+        text: _measure(measure, len(queries), query, rank, grades, judged, judged_grades)
+        for text, measure in parsed.items()
+    }
+
+
+def scored_queries(qrels: Qrels) -> np.ndarray:
+    """The query rows over which measures are averaged: judged, with a grade of 1 or more."""
+    return np.unique(qrels.query_rows[qrels.grades >= 1])
+
+
+def score_run(
+    run: Run, qrels: Qrels, queries: Texts, corpus: Texts, measures: Sequence[str]
+) -> dict[str, Any]:
+    """The final figures of a run, by ir_measures over the run in canonical order.
+
+    Returns:
+        `overall`: {measure: mean}; `per_query`: {measure: {query id: value}}; and how many
+        `queries` were averaged, of which `missing` have no passage in the run (they count 0),
+        how many judged ones are `without_relevant` passage and how many of the run are
+        `unjudged` (neither is averaged).
+
+    Raises:
+        InputError: Unknown measure, or no judged query has a relevant passage.
+    """
+    parsed = {text: parse_measure(text) for text in measures}
+    rows = scored_queries(qrels)
+    if not len(rows):
+        raise InputError(
+            f"none of the {len(qrels.queries)} judged queries has a relevant passage (grade 1 or "
+            "more), so there is nothing to average; check the qrels of this split"
+        )
+    found = run.query_rows[run.counts > 0]
+    missing = len(np.setdiff1d(rows, found, assume_unique=True))
+    if missing == len(rows):
+        log.warning("the run has none of the %d queries to score: is it of this split?", missing)
+    names = queries.ids(rows)
+    values: dict[Measure, dict[str, float]] = {measure: {} for measure in parsed.values()}
+    best = canonical(run, corpus).top(deepest(measures))
+    for start in range(0, len(rows), QUERIES_AT_ONCE):
+        span = slice(start, start + QUERIES_AT_ONCE)
+        for measure, row, value in _ir_measures(best, qrels, rows[span], list(values)):
+            values[measure][row] = value
+    ordered = {
+        text: {
+            name: values[measure][str(row)] for row, name in zip(rows.tolist(), names, strict=True)
+        }
+        for text, measure in parsed.items()
+    }
+    return {
+        "overall": {text: float(np.mean(list(of.values()))) for text, of in ordered.items()},
+        "per_query": ordered,
+        "queries": len(rows),
+        "without_relevant": len(qrels.queries) - len(rows),
+        "missing": missing,
+        "unjudged": len(np.setdiff1d(found, qrels.queries, assume_unique=True)),
+    }
+
+
+def _measure(
+    measure: Measure,
+    count: int,
+    query: np.ndarray,  # [N] position of the query among those scored, ascending
+    rank: np.ndarray,  # [N] from 0
+    grades: np.ndarray,  # [N] of the retrieved passages, 0 where unjudged
+    judged: np.ndarray,  # [J] position of the query of each judgement, ascending
+    judged_grades: np.ndarray,  # [J]
+) -> np.ndarray:
+    shallow = rank < measure.cutoff
+    if measure.name == "nDCG":
+        ideal_order = np.lexsort((-judged_grades, judged))
+        query_of, gains = judged[ideal_order], judged_grades[ideal_order]
+        place = np.arange(len(query_of)) - np.searchsorted(query_of, query_of)
+        ideal = _gain(query_of, place, gains, measure.cutoff, count)
+        return _gain(query, rank, grades, measure.cutoff, count) / ideal
+    hit = shallow & (grades >= measure.rel)
+    query, rank = query[hit], rank[hit]
+    relevant = np.bincount(judged[judged_grades >= measure.rel], minlength=count)
+    if measure.name == "MRR":
+        values = np.zeros(count)
+        first, where = np.unique(query, return_index=True)
+        values[first] = 1.0 / (rank[where] + 1)
+        return values
+    if measure.name == "P":
+        return np.bincount(query, minlength=count) / measure.cutoff
+    hits_so_far = np.arange(len(query)) - np.searchsorted(query, query) + 1
+    weights = hits_so_far / (rank + 1) if measure.name == "MAP" else np.ones(len(query))
+    total = np.bincount(query, weights=weights, minlength=count)
+    return total / np.maximum(relevant, 1)
+
+
+def _gain(
+    query: np.ndarray, rank: np.ndarray, grades: np.ndarray, cutoff: int, count: int
+) -> np.ndarray:
+    """Discounted cumulative gain [count]: grade / log2(rank + 2), negative grades count 0."""
+    weights = np.where(rank < cutoff, np.maximum(grades, 0) / np.log2(rank + 2.0), 0.0)
+    return np.bincount(query, weights=weights, minlength=count)
+
+
+def _positions(rows: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """The place of each row in the sorted unique array `among`, -1 where it is not there."""
+    if not len(among):
+        return np.full(len(rows), -1)
+    place = np.minimum(np.searchsorted(among, rows), len(among) - 1)
+    return np.where(among[place] == rows, place, -1)
+
+
+def _grades(
+    query: np.ndarray,
+    passage_rows: np.ndarray,
+    judged: np.ndarray,
+    judged_rows: np.ndarray,
+    judged_grades: np.ndarray,
+) -> np.ndarray:
+    """The grade of each (query, passage), 0 where it is not judged; judgements are sorted."""
+    width = 1 + max(int(passage_rows.max(initial=0)), int(judged_rows.max(initial=0)))
+    place = _positions(query * width + passage_rows, judged * width + judged_rows)
+    grades = np.zeros(len(query), dtype=np.int64)
+    grades[place >= 0] = judged_grades[place[place >= 0]]
+    return grades
+
+
+def _ir_measures(
+    run: Run, qrels: Qrels, rows: np.ndarray, measures: list[Measure]
+) -> Iterator[tuple[Measure, str, float]]:
+    """(measure, query row as text, value) by ir_measures; rows serve as ids.
+
+    Scores are replaced by strictly falling ones: the order is given, and no provider sees a tie.
+    """
+    import ir_measures
+
+    wanted = {
+        ir_measures.parse_measure(
+            f"{m.name}(rel={m.rel})@{m.cutoff}" if m.rel > 1 else f"{m.name}@{m.cutoff}"
+        ): m
+        for m in measures
+    }
+    judged, ranked = {}, {}
+    for row in rows.tolist():
+        passage_rows, grades = qrels.of(row)
+        judged[str(row)] = dict(zip(map(str, passage_rows.tolist()), grades.tolist(), strict=True))
+        if len(passages := run.of(row)[0]):
+            ranked[str(row)] = {str(p): float(-i) for i, p in enumerate(passages.tolist())}
+    for value in ir_measures.iter_calc(list(wanted), judged, ranked):
+        yield wanted[value.measure], value.query_id, float(value.value)
+
+
+def _suggestion(text: str) -> str:
+    """The name most like what was typed, whatever its case, its separator or its origin."""
+    typed = re.match(r"\W*([A-Za-z_]*[A-Za-z])?", text)
+    depth = re.search(r"([1-9]\d*)\W*$", text)
+    known = {**OTHER_NAMES, **{name.lower(): name for name in NAMES}}
+    word = (typed[1] if typed else None) or ""
+    close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
+    return f"{known[close[0]] if close else 'nDCG'}@{depth[1] if depth else 10}"

@@ -1,0 +1,198 @@
+"""The measures against ir_measures and pytrec_eval, on random runs with every awkward case."""
+
+import ir_measures
+import numpy as np
+import pytest
+import pytrec_eval
+
+from caravan.data.collection import Collection, Qrels, write_collection
+from caravan.data.runs import Run, canonical
+from caravan.errors import InputError
+from caravan.retrieval.metrics import (
+    deepest,
+    parse_measure,
+    per_query,
+    score_run,
+    scored_queries,
+)
+
+QUERIES, PASSAGES = 25, 120
+MEASURES = {
+    "MRR@10": "recip_rank",  # of a run cut to ten
+    "nDCG@10": "ndcg_cut_10",
+    "nDCG@5": "ndcg_cut_5",
+    "R@100": "recall_100",
+    "R@20": "recall_20",
+    "MAP@50": "map_cut_50",
+    "P@10": "P_10",
+}
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> Collection:
+    """Ids whose order as strings is neither that of the rows nor that of numbers."""
+    order = np.random.default_rng(3).permutation(PASSAGES)
+    return write_collection(
+        tmp_path_factory.mktemp("names") / "names",
+        "names",
+        [(f"p{i}" if i % 3 else f"é{i}", "", "text") for i in order],
+        [(f"q{i}", "", "text") for i in range(QUERIES)],
+        {},
+    )
+
+
+def random_case(seed: int) -> tuple[Run, Qrels]:
+    """Ties, grades from -1 to 3, queries without judgements, relevant passages or results."""
+    rng = np.random.default_rng(seed)
+    rows, passages, scores, q, p, g = [], [], [], [], [], []
+    for query in range(QUERIES):
+        if rng.random() < 0.85:  # the others are missing from the run
+            n = int(rng.choice([1, 3, 15, PASSAGES]))  # often fewer than k
+            rows += [query] * n
+            passages += rng.permutation(PASSAGES)[:n].tolist()
+            # few distinct values: most scores tie, across any cutoff
+            scores += rng.choice([0.0, -0.5, 0.1, 1 / 3, 2.5, 1e-8], n).tolist()
+        if rng.random() < 0.85:  # the others are not judged
+            n = int(rng.integers(1, 40))
+            q += [query] * n
+            p += rng.permutation(PASSAGES)[:n].tolist()
+            kind = rng.random()
+            low, high = (-1, 4) if kind < 0.6 else (-1, 1) if kind < 0.8 else (1, 2)
+            g += rng.integers(low, high, n).tolist()
+    run = Run.from_flat(np.array(rows), np.array(passages), np.array(scores))
+    return run, Qrels(np.array(q), np.array(p), np.array(g))
+
+
+def as_dicts(run: Run, qrels: Qrels, names: Collection) -> tuple[dict, dict]:
+    ranked = {
+        names.queries.ids([query])[0]: dict(
+            zip(names.corpus.ids(run.of(query)[0]), run.of(query)[1].tolist(), strict=True)
+        )
+        for query in run.query_rows.tolist()
+    }
+    judged = {
+        names.queries.ids([query])[0]: dict(
+            zip(names.corpus.ids(qrels.of(query)[0]), qrels.of(query)[1].tolist(), strict=True)
+        )
+        for query in qrels.queries.tolist()
+    }
+    return ranked, judged
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_live_and_final_figures_equal_pytrec_eval(seed: int, names: Collection) -> None:
+    run, qrels = random_case(seed)
+    ranked, judged = as_dicts(run, qrels, names)
+    live = per_query(canonical(run, names.corpus), qrels, list(MEASURES))
+    final = score_run(run, qrels, names.queries, names.corpus, list(MEASURES))
+    # trec_eval itself breaks the ties here: it is given the scores as they are
+    theirs = pytrec_eval.RelevanceEvaluator(
+        judged, {"ndcg_cut.5,10", "recall.20,100", "map_cut.50", "P.10"}
+    ).evaluate(ranked)
+    cut = canonical(run, names.corpus).top(10)
+    theirs_of_ten = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank"}).evaluate(
+        as_dicts(cut, qrels, names)[0]
+    )
+    ids = names.queries.ids(scored_queries(qrels))
+    assert len(ids) == final["queries"] >= 5
+    for measure, key in MEASURES.items():
+        source = theirs_of_ten if measure == "MRR@10" else theirs
+        expected = np.array([source.get(name, {}).get(key, 0.0) for name in ids])
+        np.testing.assert_allclose(live[measure], expected, atol=1e-6)
+        assert list(final["per_query"][measure]) == ids
+        np.testing.assert_allclose(list(final["per_query"][measure].values()), expected, atol=1e-6)
+        assert final["overall"][measure] == pytest.approx(live[measure].mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(30, 40))
+def test_figures_equal_ir_measures_where_nothing_ties(seed: int, names: Collection) -> None:
+    run, qrels = random_case(seed)
+    scores = -np.arange(len(run.scores), dtype=np.float32)
+    run = Run(run.query_rows, run.offsets, run.passage_rows, scores)
+    ranked, judged = as_dicts(run, qrels, names)
+    texts = [*MEASURES, "MRR(rel=2)@10", "R(rel=3)@20", "MAP(rel=2)@50"]
+    parsed = {ir_measures.parse_measure(text): text for text in texts}
+    judged = {q: of for q, of in judged.items() if max(of.values()) >= 1}
+    theirs = {parsed[m]: v for m, v in ir_measures.calc_aggregate(parsed, judged, ranked).items()}
+    live = per_query(run, qrels, texts)
+    final = score_run(run, qrels, names.queries, names.corpus, texts)
+    for text in texts:
+        assert live[text].mean() == pytest.approx(theirs[text], abs=1e-6)
+        assert final["overall"][text] == pytest.approx(theirs[text], abs=1e-6)
+
+
+def test_ties_are_scored_in_trec_evals_order_for_every_measure(names: Collection) -> None:
+    # two passages tie; trec_eval puts the greater id first, where the irrelevant one is.
+    # ir_measures alone would give MRR@10 1 and nDCG@10 0.63 here, from two orders of one run
+    low, high = names.corpus.rows(["p1", "p2"])
+    run = Run.from_flat(np.array([0, 0]), np.array([low, high]), np.array([1.0, 1.0]))
+    qrels = Qrels(np.array([0]), np.array([low]), np.array([1]))
+    overall = score_run(run, qrels, names.queries, names.corpus, ["MRR@10", "nDCG@10"])["overall"]
+    assert overall["MRR@10"] == pytest.approx(1 / 2)
+    assert overall["nDCG@10"] == pytest.approx(1 / np.log2(3))
+
+
+def test_what_is_not_averaged_is_counted(names: Collection) -> None:
+    run = Run.from_flat(np.array([0, 1, 4]), np.array([5, 5, 5]), np.ones(3))
+    # 0 is found, 1 has no relevant passage, 2 is missing from the run, 4 is not judged
+    qrels = Qrels(np.array([0, 1, 2]), np.array([5, 5, 5]), np.array([1, 0, 2]))
+    result = score_run(run, qrels, names.queries, names.corpus, ["R@10"])
+    assert result["overall"] == {"R@10": 0.5}
+    assert result["per_query"] == {"R@10": {"q0": 1.0, "q2": 0.0}}
+    counts = {name: result[name] for name in ("queries", "without_relevant", "missing", "unjudged")}
+    assert counts == {"queries": 2, "without_relevant": 1, "missing": 1, "unjudged": 1}
+
+
+def test_a_run_of_another_split_scores_zero_and_says_so(
+    names: Collection, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run.from_flat(np.array([7]), np.array([5]), np.ones(1))
+    qrels = Qrels(np.array([0]), np.array([5]), np.array([1]))
+    assert score_run(run, qrels, names.queries, names.corpus, ["P@1"])["overall"] == {"P@1": 0.0}
+    assert "none of the 1 queries" in caplog.text
+
+
+def test_qrels_without_any_relevant_passage_are_refused(names: Collection) -> None:
+    run = Run.from_flat(np.array([0]), np.array([5]), np.ones(1))
+    qrels = Qrels(np.array([0]), np.array([5]), np.array([0]))
+    with pytest.raises(InputError, match="none of the 1 judged queries has a relevant passage"):
+        score_run(run, qrels, names.queries, names.corpus, ["R@10"])
+    assert per_query(run, qrels, ["R@10"])["R@10"].shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("ndcg@10", "nDCG@10"),
+        ("nDCG", "nDCG@10"),
+        ("NDCG_cut_20", "nDCG@20"),
+        ("recall@1000", "R@1000"),
+        ("MRR10", "MRR@10"),
+        ("RR@10", "MRR@10"),
+        ("map@0", "MAP@10"),
+        ("precision_5", "P@5"),
+        ("nDCG(rel=2)@7", "nDCG@7"),
+    ],
+)
+def test_an_unknown_measure_names_the_one_that_was_meant(typed: str, meant: str) -> None:
+    with pytest.raises(InputError, match=f"did you mean '{meant}'"):
+        parse_measure(typed)
+
+
+def test_deepest_is_the_greatest_cutoff() -> None:
+    assert deepest(["MRR@10", "R(rel=2)@200", "nDCG@100"]) == 200
+    assert deepest([]) == 0
+    with pytest.raises(InputError, match="did you mean"):
+        deepest(["MRR@10", "recall@5"])
+
+
+def test_seven_thousand_queries_are_scored_in_seconds() -> None:
+    rng = np.random.default_rng(0)
+    rows = (rng.integers(0, 10_000, (7000, 1)) + 7 * np.arange(100)) % 10_000
+    scores = -np.sort(-rng.random((7000, 100)), axis=1)
+    run = Run.from_topk(np.arange(7000), scores, rows)
+    qrels = Qrels(np.arange(7000), rows[:, 3], np.ones(7000))
+    values = per_query(run, qrels, ["MRR@10", "nDCG@10", "R@100"])
+    assert values["MRR@10"] == pytest.approx(np.full(7000, 0.25))
+    assert values["nDCG@10"] == pytest.approx(np.full(7000, 1 / np.log2(5)))
+    assert values["R@100"].sum() == 7000
