@@ -1,0 +1,1 @@
+"""Every mistake in a config, found before anything heavy is imported."""

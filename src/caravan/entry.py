@@ -1,0 +1,254 @@
+"""The command line of `train.py` and `evaluate.py`: check everything, then let Hydra run the job.
+
+Before Hydra starts, the config is composed and every mistake in it told at once, for a sweep those
+of all its jobs; nothing heavy has been imported by then. A mistake of the user's ends with exit
+code 2 and no traceback, Ctrl-C with 130; any other exception keeps its traceback.
+
+    @entry("train")
+    def main(cfg): ...
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    OverrideParseException,
+    SearchPathException,
+)
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from caravan import config
+from caravan.compose import FAILURES, Composer, report
+from caravan.errors import InputError
+
+USER, INTERRUPTED = 2, 130
+MOST_JOBS = 64
+"""Jobs of a sweep that are checked before it starts; each is checked again when its turn comes."""
+
+log = logging.getLogger("caravan")
+Task = Callable[[DictConfig], Any]
+
+
+def entry(name: str) -> Callable[[Task], Callable[[], None]]:
+    """Make a function of a config the program of a file; its configs are in `conf/` beside it.
+
+    Args:
+        name: the primary config, and the root of `caravan.config.ROOTS` that it is checked with.
+    """
+
+    def decorate(task: Task) -> Callable[[], None]:
+        conf = Path(inspect.getfile(task)).resolve().parent / "conf"
+        root = config.ROOTS[name]
+        config.register()
+        program = hydra.main(version_base="1.3", config_path=str(conf), config_name=name)
+
+        @functools.wraps(task)
+        def run() -> None:
+            # Exceptions come through Hydra whole, to be told apart here.
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+            try:
+                sys.argv[1:] = preflight(sys.argv[1:], conf, name, root)
+                program(_job(task, root))()
+            except KeyboardInterrupt:
+                _leave("interrupted; the same command with resume=true goes on", INTERRUPTED)
+            except SystemExit as stop:
+                if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning has caught it
+                    _leave("interrupted; the same command with resume=true goes on", INTERRUPTED)
+                raise
+            except (ConfigCompositionException, OverrideParseException, SearchPathException) as e:
+                _leave(" ".join(str(e.__cause__ or e).split()), USER)
+            except (InputError, InstantiationException) as error:
+                mistake = _input_error(error)
+                if mistake is None:
+                    raise
+                _leave(str(mistake), USER)
+
+        return run
+
+    return decorate
+
+
+def _job(task: Task, root: type) -> Task:
+    """One job: its run_dir, its check, and a mistake of the user's as one sentence."""
+
+    @functools.wraps(task)
+    def job(cfg: DictConfig) -> Any:
+        settings = HydraConfig.get()
+        sweep = settings.mode == RunMode.MULTIRUN
+        if sweep:
+            cfg.run_dir = os.path.join(settings.sweep.dir, settings.sweep.subdir).rstrip("/")
+        if _rank():
+            logging.getLogger().setLevel(logging.WARNING)
+        try:
+            lines = config.check(cfg, root)
+            if lines:
+                raise InputError(report(lines))
+            return task(cfg)
+        except (InputError, InstantiationException) as error:
+            mistake = _input_error(error)
+            if mistake is None or sweep:
+                raise  # of a sweep's job Hydra says which one it was
+            log.error(mistake)
+            raise SystemExit(USER) from None
+
+    return job
+
+
+def _input_error(error: BaseException | None) -> InputError | None:
+    """The user's mistake that an exception is, or that Hydra has wrapped into one of its own."""
+    while isinstance(error, InstantiationException):
+        error = error.__cause__
+    return error if isinstance(error, InputError) else None
+
+
+def _leave(message: str, code: int) -> None:
+    if not _rank():
+        sys.stderr.write(f"{message}\n")
+    raise SystemExit(code) from None
+
+
+def _rank() -> int:
+    """Which of several processes this is; Lightning, torchrun and SLURM set one of these."""
+    for variable in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if os.environ.get(variable, "").isdigit():
+            return int(os.environ[variable])
+    return 0
+
+
+# --- before Hydra starts ----------------------------------------------------------------------
+
+
+def preflight(argv: list[str], conf: Path, name: str, root: type) -> list[str]:
+    """Check what the arguments ask for, without importing anything heavy.
+
+    Args:
+        argv: the command line, without the program.
+        conf, name, root: the folder of configs, the primary one, its root dataclass.
+
+    Returns:
+        The arguments to run Hydra with: of a sweep, they name the jobs' folders by what differs.
+
+    Raises:
+        InputError: with a line for each mistake.
+    """
+    args = get_args_parser().parse_args(argv)
+    if any((args.help, args.hydra_help, args.cfg, args.info, args.shell_completion)):
+        return argv
+    if args.experimental_rerun:
+        return argv
+    more = Path(args.config_dir) if args.config_dir else None
+    if more is not None and not more.is_dir():
+        raise InputError(f"--config-dir {more}: there is no such folder")
+    folder = conf if args.config_path is None else Path(conf.parent, args.config_path)
+    with Composer(folder, args.config_name or name, root, more, job=name) as composer:
+        lines, swept = _check_jobs(composer, args)
+    if lines:
+        raise InputError(report(lines))
+    if swept is None:
+        return argv
+    fixed = [one.key_or_group for one in _parsed(composer, args.overrides) if not _sweeps(one)]
+    left_out = ["run_dir", "name", *(key for key in fixed if not key.startswith("hydra"))]
+    return [*argv, f"hydra.job.config.override_dirname.exclude_keys={_listed(left_out)}"]
+
+
+def _listed(keys: list[str]) -> str:
+    return f"[{','.join(dict.fromkeys(keys))}]".replace("@", "\\@")
+
+
+def _parsed(composer: Composer, overrides: list[str]) -> list[Override]:
+    """The overrides that can be parsed."""
+    parsed = []
+    for text in overrides:
+        try:
+            parsed.append(composer.parser.parse_override(text))
+        except HydraException:
+            continue  # told when the jobs are checked
+    return parsed
+
+
+def _sweeps(override: Override) -> bool:
+    return bool(override.is_sweep_override())
+
+
+def _check_jobs(composer: Composer, args: Namespace) -> tuple[list[str], list[str] | None]:
+    """Check the run, or enough jobs of a sweep for each value to be looked at.
+
+    Returns:
+        The mistakes, and the keys that a sweep varies (None: it is no sweep).
+    """
+    swept = [one for one in _parsed(composer, args.overrides) if _sweeps(one)]
+    single = [text for text in args.overrides if text not in {one.input_line for one in swept}]
+    cfg, lines = composer.collect(single) if not swept else (None, [])
+    params, multirun = _sweep_file(composer, single, cfg)
+    multirun = multirun or args.multirun
+    if not multirun:
+        for one in swept:
+            given = str(one.input_line).partition("=")[2]
+            lines.append(
+                f"{one.input_line} (command line): several values; add -m to run them all, or "
+                f"write {one.get_key_element()}=[{given}] for a list"
+            )
+        if params and not swept:
+            lines.append("sweep (command line): it names several jobs; add -m to run them")
+        if swept:
+            lines = [*composer.collect(single)[1], *lines]
+        return lines, None
+    values = {one.get_key_element(): _values(one) for one in _parsed(composer, params) + swept}
+    return _check_each(composer, single, values), list(values)
+
+
+def _sweep_file(
+    composer: Composer, overrides: list[str], cfg: DictConfig | None
+) -> tuple[list[str], bool]:
+    """What `hydra.sweeper.params` of a sweep file asks for, and whether it asks for a sweep."""
+    try:
+        cfg = composer.compose(overrides) if cfg is None else cfg
+    except FAILURES:
+        return [], False  # told when the jobs are checked
+    params = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
+    asked = cfg.hydra.mode == RunMode.MULTIRUN
+    return [f"{key}={value}" for key, value in params.items()], asked
+
+
+def _values(override: Override) -> list[str]:
+    """The values that one key takes; none if a sweeper has to choose them (an interval)."""
+    if not _sweeps(override):
+        return [override.get_value_element_as_str()]
+    return list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+
+
+def _check_each(composer: Composer, fixed: list[str], values: dict[str, list[str]]) -> list[str]:
+    """Check jobs until each value of each key was in one: their sum, not their product."""
+    first = {key: options[0] for key, options in values.items() if options}
+    jobs = [first] + [
+        {**first, key: option} for key, options in values.items() for option in options[1:]
+    ]
+    seen: dict[str, list[int]] = {}
+    jobs = jobs[:MOST_JOBS]
+    for number, job in enumerate(jobs):
+        _, lines = composer.collect([*fixed, *(f"{key}={option}" for key, option in job.items())])
+        for line in lines:
+            seen.setdefault(line, []).append(number)
+    told = []
+    for line, numbers in seen.items():
+        job = jobs[numbers[0]]
+        where = ", ".join(f"{key}={option}" for key, option in job.items())
+        told.append(line if len(numbers) == len(jobs) else f"{line} [in the job {where}]")
+    return told
