@@ -1,3 +1,3 @@
-"""Caravan: fine-tune language models for multi-stage text retrieval (RepLLaMA, RankLLaMA, LLaRA)."""
+"""Caravan fine-tunes language models for text retrieval in stages: RepLLaMA, RankLLaMA, LLaRA."""
 
 __version__ = "0.1.0"

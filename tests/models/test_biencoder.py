@@ -13,8 +13,16 @@ from caravan.models.biencoder import BiEncoder, is_causal, pool
 
 
 def _architecture(name: str) -> torch.nn.Module:
-    from transformers import BertConfig, BertModel, MistralConfig, MistralModel
-    from transformers import ModernBertConfig, ModernBertModel, Qwen3Config, Qwen3Model
+    from transformers import (
+        BertConfig,
+        BertModel,
+        MistralConfig,
+        MistralModel,
+        ModernBertConfig,
+        ModernBertModel,
+        Qwen3Config,
+        Qwen3Model,
+    )
 
     torch.manual_seed(0)
     shape: dict[str, Any] = {

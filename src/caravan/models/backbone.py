@@ -154,7 +154,7 @@ class LoRA:
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Any:
-    """Train a byte-level BPE with <pad>, <s> and </s>; it puts <s> before a text, as Llama's does."""
+    """A byte-level BPE with <pad>, <s> and </s>; it puts <s> before a text, as Llama's does."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     bpe = Tokenizer(models.BPE())
@@ -231,9 +231,10 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 def _prepared(model: Any, checkpointing: bool) -> nn.Module:
     model.config.use_cache = False
     if checkpointing:
-        if "gradient_checkpointing_kwargs" not in inspect.signature(
-            model.gradient_checkpointing_enable
-        ).parameters:
+        if (
+            "gradient_checkpointing_kwargs"
+            not in inspect.signature(model.gradient_checkpointing_enable).parameters
+        ):
             raise InputError(f"{type(model).__name__} cannot recompute activations")
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model  # type: ignore[no-any-return]

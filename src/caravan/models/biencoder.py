@@ -61,7 +61,7 @@ def pool(states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
     """Pool states [n, L, d] of right-padded texts to [n, d] in float32."""
     if pooling == "cls":
         return states[:, 0].float()
-    lengths = attention_mask.sum(dim=1)
+    lengths = attention_mask.sum(dim=1).long()
     if pooling == "last":
         rows = torch.arange(len(states), device=states.device)
         return states[rows, lengths - 1].float()

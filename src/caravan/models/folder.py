@@ -35,9 +35,10 @@ def save(
     Args:
         facts: JSON data for the model card: base model, collection, steps, figures.
     """
-    from peft import PeftModel
+    from transformers.utils import logging
 
-    adapter = isinstance(model.backbone, PeftModel)
+    logging.disable_progress_bar()
+    adapter = hasattr(model.backbone, "peft_config")
     facts = {**facts, "weights": "adapter" if adapter else "full"}
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

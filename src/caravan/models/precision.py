@@ -14,7 +14,7 @@ PRECISIONS = ("auto", "bf16", "float32")
 
 
 def resolve(precision: str) -> str:
-    """"bf16" or "float32" for a setting of "auto", "bf16" or "float32"."""
+    """ "bf16" or "float32" for a setting of "auto", "bf16" or "float32"."""
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
     if precision != "auto":

@@ -46,9 +46,7 @@ class RetrievalEvaluation(pl.Callback):
         self.run_file = Path(run_file)
         self._parts: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
 
-    def on_validation_epoch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> None:
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._parts = ([], [])
 
     def on_validation_batch_end(
@@ -89,9 +87,7 @@ class RetrievalEvaluation(pl.Callback):
         """Figures [n] of the queries that this rank has searched."""
         qrels = data.dev_qrels
         own = np.isin(qrels.query_rows, run.query_rows)
-        share = type(qrels)(
-            qrels.query_rows[own], qrels.passage_rows[own], qrels.grades[own]
-        )
+        share = type(qrels)(qrels.query_rows[own], qrels.passage_rows[own], qrels.grades[own])
         return per_query(canonical(run, data.collection.corpus), share, self.measures)
 
     def _gathered(self, loader: int, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
@@ -222,9 +218,11 @@ def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it, so that a kill leaves the old or the new."""
+    """Writes a checkpoint beside its place and renames it: a kill leaves the old or the new."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
         final = Path(path)
         final.parent.mkdir(parents=True, exist_ok=True)
         scratch = final.with_name(f".{final.name}.part")

@@ -1,7 +1,7 @@
 """Losses: f(scores, targets) -> scalar, nothing else.
 
 Scores are similarities already divided by the temperature, in float32; what must not count as a
-negative is -inf in them. So a loss knows no model, no batch and no rank, and can be checked by hand.
+negative is -inf in them. So a loss knows no model, no batch, no rank, and can be checked by hand.
 """
 
 from __future__ import annotations

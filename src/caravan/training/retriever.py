@@ -123,9 +123,11 @@ class Retriever(pl.LightningModule):
             scores = scores / self.contract.temperature
             targets = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
             columns = batch.passage_rows  # [Q, G]
-        return scores.masked_fill(no_negative(columns, batch.positive_rows, targets), -torch.inf), (
-            targets
-        ), counts
+        return (
+            scores.masked_fill(no_negative(columns, batch.positive_rows, targets), -torch.inf),
+            (targets),
+            counts,
+        )
 
     def validation_step(
         self, batch: EncodeBatch, batch_idx: int, dataloader_idx: int = 0

@@ -89,9 +89,7 @@ def _without(tree: Any, run_dir: str) -> Any:
     return tree.replace(run_dir, "<run_dir>") if isinstance(tree, str) else tree
 
 
-def _refuse_other_run(
-    run_dir: Path, begun: Path, inputs: dict[str, Any], resume: bool
-) -> None:
+def _refuse_other_run(run_dir: Path, begun: Path, inputs: dict[str, Any], resume: bool) -> None:
     """Neither overwrite a run nor continue one that is another."""
     if not begun.exists():
         return
@@ -200,7 +198,7 @@ def _facts(
     yield f"{cfg.name} in {cfg.run_dir}" + (f", resumed from {checkpoint}" if checkpoint else "")
     yield (
         f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}, "
-        f"precision {trainer.precision}; {parameters[0]:,} trainable of {parameters[1]:,} parameters"
+        f"precision {trainer.precision}; {parameters[0]:,} of {parameters[1]:,} parameters are trained"
     )
     yield (
         f"{len(data.groups):,} training queries of {data.collection.name}; "

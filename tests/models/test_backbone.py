@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny import WORDS, tiny_backbone
+
+from caravan.contract import Contract
+from caravan.errors import InputError
+from caravan.models.backbone import LoRA, TinyLlama, parameter_counts
+from caravan.models.biencoder import BiEncoder
+
+
+def test_the_bpe_is_trained_once_a_collection(tmp_path: Path) -> None:
+    backbone, asked = tiny_backbone(), []
+
+    def texts():  # type: ignore[no-untyped-def]
+        asked.append(True)
+        return iter([" ".join(WORDS)] * 9)
+
+    first = backbone.tokenizer(texts, "a" * 32, tmp_path)
+    again = backbone.tokenizer(texts, "a" * 32, tmp_path)
+    assert len(asked) == 1
+    backbone.tokenizer(texts, "b" * 32, tmp_path)
+    assert len(asked) == 2
+    text = "camel caravan \N{BACTRIAN CAMEL}\n"
+    assert first(text)["input_ids"] == again(text)["input_ids"]
+    assert first.decode(first(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_weights_are_a_function_of_torchs_seed(tokenizer: object) -> None:
+    models = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        models.append(tiny_backbone().model(tokenizer).state_dict())
+    name = "layers.0.mlp.up_proj.weight"
+    assert torch.equal(models[0][name], models[1][name])
+    assert not torch.equal(models[0][name], models[2][name])
+
+
+def test_lora_trains_adapters_alone(tokenizer: object) -> None:
+    model = LoRA(rank=2, alpha=4).apply(tiny_backbone().model(tokenizer))
+    trainable, total = parameter_counts(model)
+    assert 0 < trainable < total
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+    layers = {
+        part
+        for name, _ in model.named_parameters()
+        if "lora_A" in name
+        for part in name.split(".")
+        if part.endswith("_proj")
+    }
+    assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_recomputed_activations_give_the_same_gradient(tokenizer: object) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        backbone = tiny_backbone()
+        backbone.checkpointing = checkpointing
+        torch.manual_seed(0)
+        model = BiEncoder(backbone.model(tokenizer), Contract()).train()
+        ids = torch.arange(5, 15).reshape(2, 5)
+        model(ids, torch.ones_like(ids), True).sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
+
+
+def test_a_width_that_heads_do_not_divide_is_refused() -> None:
+    with pytest.raises(InputError, match="multiple of heads=3"):
+        TinyLlama(hidden_size=32, heads=3)

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from caravan.batches import pack
+from caravan.contract import Contract, folder_digest
+from caravan.errors import InputError
+from caravan.models import folder
+from caravan.models.backbone import LoRA, Pretrained
+from caravan.models.biencoder import BiEncoder
+
+TEXTS = [[5, 6, 7], [8, 9, 10, 11], [12]]
+
+
+@pytest.fixture
+def saved(encoder: BiEncoder, tokenizer: Any, contract: Contract, tmp_path: Path) -> Path:
+    folder.save(tmp_path / "model", encoder, tokenizer, contract, {"name": "tiny", "best": 0.5})
+    return tmp_path / "model"
+
+
+def test_a_saved_model_loads_with_the_same_embeddings_and_contract(
+    saved: Path, encoder: BiEncoder, tokenizer: Any, contract: Contract
+) -> None:
+    model, loaded_tokenizer, loaded_contract, facts = folder.load(saved)
+    assert loaded_contract == contract
+    assert facts == {"name": "tiny", "best": 0.5, "weights": "full"}
+    assert loaded_tokenizer("camel caravan")["input_ids"] == tokenizer("camel caravan")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model.embed(pack(TEXTS, 99)), encoder.embed(pack(TEXTS, 99)))
+
+
+def test_a_folder_is_safetensors_tokenizer_contract_and_card(saved: Path) -> None:
+    names = {path.name for path in saved.iterdir()}
+    assert {"caravan.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
+    assert [path.name for path in saved.parent.iterdir()] == ["model"]
+    assert "passage: {title} {text}" in (saved / "README.md").read_text()
+
+
+def test_saving_again_replaces_the_folder(
+    saved: Path, encoder: BiEncoder, tokenizer: Any, contract: Contract
+) -> None:
+    (saved / "stale.txt").touch()
+    folder.save(saved, encoder, tokenizer, contract, {})
+    assert not (saved / "stale.txt").exists()
+
+
+def test_an_adapter_folder_loads_onto_its_base(
+    tokenizer: Any, contract: Contract, saved: Path, tmp_path: Path
+) -> None:
+    base = Pretrained(str(saved)).model(tokenizer)
+    model = BiEncoder(LoRA(rank=2, alpha=4).apply(base), contract).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    folder.save(tmp_path / "adapter", model, tokenizer, contract, {})
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert "model.safetensors" not in names
+    loaded, *_ = folder.load(tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.embed(pack(TEXTS, 99)), model.embed(pack(TEXTS, 99)))
+
+
+def test_an_adapter_with_missing_weights_is_refused(
+    tokenizer: Any, contract: Contract, saved: Path, tmp_path: Path
+) -> None:
+    base = Pretrained(str(saved)).model(tokenizer)
+    model = BiEncoder(LoRA(rank=2, alpha=4).apply(base), contract)
+    folder.save(tmp_path / "adapter", model, tokenizer, contract, {})
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, path)
+    with pytest.raises(InputError, match="1 weights missing, 0 not used"):
+        folder.load(tmp_path / "adapter")
+
+
+def test_missing_weights_are_refused(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    tensors.pop("norm.weight")
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"norm\.weight missing"):
+        folder.load(saved)
+
+
+def test_mis_shaped_weights_are_refused(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    tensors["norm.weight"] = tensors["norm.weight"][:-1].clone()
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="model"):
+        folder.load(saved)
+
+
+def test_a_truncated_weights_file_is_refused(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(InputError, match="no model could be loaded"):
+        folder.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda c: c.pop("pooling"), "missing 'pooling'"),
+        (lambda c: c.update(poling="last"), "unknown 'poling'"),
+        (lambda c: c.update(pooling="max"), "pooling is 'max'"),
+        (lambda c: c.update(query_length="32"), "'query_length' is '32'"),
+        (lambda c: c.update(format=99), "format is not 1"),
+        (lambda c: c.update(temperature=0), "temperature is 0"),
+        (lambda c: c.update(passage_template="{body}"), r"lacks \{text\}"),
+        (lambda c: c["facts"].pop("weights"), "lacks 'weights'"),
+    ],
+)
+def test_a_broken_contract_is_refused(saved: Path, change: Any, told: str) -> None:
+    record = json.loads((saved / "caravan.json").read_text())
+    change(record)
+    (saved / "caravan.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=told):
+        folder.load(saved)
+
+
+def test_a_contract_that_is_no_json_is_refused(saved: Path) -> None:
+    (saved / "caravan.json").write_text("{")
+    with pytest.raises(InputError, match="not a contract"):
+        folder.load(saved)
+
+
+def test_a_folder_without_contract_says_how_to_adopt_it(saved: Path) -> None:
+    (saved / "caravan.json").unlink()
+    with pytest.raises(InputError, match=r"python train.py backbone=hf backbone.name="):
+        folder.load(saved)
+
+
+def test_the_digest_follows_weights_and_contract(
+    saved: Path, encoder: BiEncoder, tokenizer: Any, contract: Contract
+) -> None:
+    before = folder_digest(saved)
+    folder.save(saved, encoder, tokenizer, contract, {"name": "another card"})
+    assert folder_digest(saved) == before
+    with torch.no_grad():
+        next(encoder.parameters())[0, 0] += 1
+    folder.save(saved, encoder, tokenizer, contract, {})
+    assert folder_digest(saved) != before
+
+
+def test_a_model_that_is_not_to_be_had_is_told_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no tokenizer could be loaded"):
+        Pretrained(str(tmp_path)).tokenizer(lambda: iter(()), "", tmp_path)
+    with pytest.raises(InputError, match="no model could be loaded"):
+        Pretrained(str(tmp_path)).model(None)

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from caravan.contract import Contract
+from caravan.data.collection import Collection
+from caravan.data.templates import Templates
+from caravan.models import folder as model_folder
+from caravan.models.biencoder import BiEncoder
+from caravan.retrieval import encode as encode_module
+from caravan.retrieval.encode import Encoder, Shards, shard
+
+INPUTS = {"model": "a", "collection": "b"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, contract: Contract) -> Path:
+    from tests.tiny import tiny_backbone
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encode") / "model"
+    encoder = BiEncoder(tiny_backbone().model(tokenizer), contract)
+    model_folder.save(folder, encoder, tokenizer, contract, {})
+    return folder
+
+
+def _encoder(model: Path, **settings: Any) -> Encoder:
+    settings = {
+        "precision": "float32",
+        "lengths": {},
+        "token_budget": 128,
+        "block": 16,
+        "num_workers": 0,
+        **settings,
+    }
+    return Encoder(model, **settings)
+
+
+def _encode(
+    model: Path, collection: Collection, folder: Path, inputs: Any = INPUTS, **settings: Any
+) -> Shards:
+    rows = np.arange(len(collection.corpus))
+    encoder = _encoder(model, **settings)
+    return encoder.encode(collection.corpus, rows, "passage", folder, inputs)
+
+
+def test_shards_are_the_models_embeddings_in_row_order(
+    model: Path, collection: Collection, tmp_path: Path
+) -> None:
+    shards = _encode(model, collection, tmp_path / "passages")
+    assert (shards.rows, shards.dim) == (60, 32)
+    assert [start for start, _ in shards] == [0, 16, 32, 48]
+    assert all(vectors.dtype == np.float16 for _, vectors in shards)
+    loaded, tokenizer, contract, _ = model_folder.load(model)
+    ids = Templates(tokenizer, contract).passages(collection.corpus.get(np.arange(60)))
+    for row, (vector, text) in enumerate(zip(shards.read(), ids, strict=True)):
+        with torch.no_grad():
+            alone = loaded(torch.tensor([text]), torch.ones(1, len(text)), True)[0]
+        np.testing.assert_allclose(vector, alone.numpy(), atol=1e-3, err_msg=str(row))
+
+
+def test_an_interrupted_encoding_goes_on_and_gives_the_same_bytes(
+    model: Path, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _encode(model, collection, tmp_path / "whole")
+    write, written = encode_module._write, []
+
+    def write_or_die(path: Path, vectors: np.ndarray) -> None:
+        if len(written) == 2:
+            path.with_suffix(".part").write_bytes(b"half a shard")
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, vectors)
+
+    monkeypatch.setattr(encode_module, "_write", write_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        _encode(model, collection, tmp_path / "killed")
+    monkeypatch.setattr(encode_module, "_write", lambda *a: (written.append(a[0].name), write(*a)))
+    _encode(model, collection, tmp_path / "killed")
+    assert written == [f"{i:08d}.npy" for i in range(4)]
+    for number in range(4):
+        whole, again = (shard(tmp_path / name, number) for name in ("whole", "killed"))
+        assert whole.read_bytes() == again.read_bytes()
+
+
+def test_finished_shards_are_not_encoded_again(
+    model: Path, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _encode(model, collection, tmp_path / "passages")
+    monkeypatch.setattr(encode_module, "_write", lambda *_: pytest.fail("encoded again"))
+    _encode(model, collection, tmp_path / "passages")
+
+
+def test_shards_of_other_inputs_are_replaced(
+    model: Path, collection: Collection, tmp_path: Path
+) -> None:
+    folder = tmp_path / "passages"
+    _encode(model, collection, folder)
+    shard(folder, 0).write_bytes(b"of another model")
+    shards = _encode(model, collection, folder, {**INPUTS, "model": "other"}, block=32)
+    assert sorted(path.name for path in folder.glob("*.npy")) == ["00000000.npy", "00000001.npy"]
+    assert shards.read().shape == (60, 32)
+
+
+def test_lengths_can_be_overridden(model: Path, collection: Collection, tmp_path: Path) -> None:
+    whole = _encode(model, collection, tmp_path / "whole").read()
+    cut = _encode(model, collection, tmp_path / "cut", lengths={"passage_length": 8}).read()
+    assert not np.allclose(whole, cut, atol=1e-2)
+
+
+def test_workers_and_budget_change_nothing_but_rounding(
+    model: Path, collection: Collection, tmp_path: Path
+) -> None:
+    one = _encode(model, collection, tmp_path / "one").read()
+    other = _encode(model, collection, tmp_path / "two", token_budget=1000, num_workers=1).read()
+    np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+def test_bf16_embeddings_are_close_to_float32(
+    model: Path, collection: Collection, tmp_path: Path
+) -> None:
+    exact = _encode(model, collection, tmp_path / "float32").read()
+    rounded = _encode(model, collection, tmp_path / "bf16", precision="bf16").read()
+    assert (exact * rounded).sum(axis=1).min() > 0.999

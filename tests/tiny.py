@@ -1,0 +1,52 @@
+"""What tests make on the spot: a collection of random words, a Llama of a few thousand weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from caravan.models.backbone import TinyLlama
+
+WORDS = """
+camel caravan desert dune water oasis salt trade route night star wind sand guide rest silk spice
+market gold tent well road mountain river city gate merchant rope fire song
+""".split()
+
+
+def write_beir(folder: Path, passages: int = 60, queries: int = 24, seed: int = 0) -> Path:
+    """A BEIR folder of random words; a query is three words of its passage, some have two."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [" ".join(rng.choice(WORDS, int(rng.integers(4, 30)))) for _ in range(passages)]
+    (folder / "corpus.jsonl").write_text(
+        "".join(
+            json.dumps({"_id": f"p{i}", "title": "Title" if i % 3 == 0 else "", "text": text})
+            + "\n"
+            for i, text in enumerate(texts)
+        )
+    )
+    (folder / "queries.jsonl").write_text(
+        "".join(
+            json.dumps({"_id": f"q{i}", "text": " ".join(rng.choice(texts[i].split(), 3))}) + "\n"
+            for i in range(queries)
+        )
+    )
+    (folder / "qrels").mkdir(exist_ok=True)
+    splits = {"train": range(queries - 8), "dev": range(queries - 8, queries - 4)}
+    splits["test"] = range(queries - 4, queries)
+    for split, rows in splits.items():
+        lines = ["query-id\tcorpus-id\tscore"]
+        for i in rows:
+            lines.append(f"q{i}\tp{i}\t1")
+            if i % 5 == 0:
+                lines.append(f"q{i}\tp{i + queries}\t2")
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def tiny_backbone(layers: int = 2) -> TinyLlama:
+    return TinyLlama(
+        vocab_size=400, hidden_size=32, layers=layers, heads=2, intermediate_size=48, max_length=64
+    )

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.tiny import tiny_backbone
+from torch import Tensor
+from torch.nn import functional
+
+from caravan.batches import TrainBatch, pack
+from caravan.contract import Contract
+from caravan.training.losses import InfoNCE
+from caravan.training.optim import AdamW
+from caravan.training.retriever import Retriever, no_negative
+
+
+def _batch(passage_rows: list[list[int]], positives: list[list[int]]) -> TrainBatch:
+    """Queries and passages of random tokens; a passage row always has the same tokens."""
+
+    def text(row: int) -> list[int]:
+        rng = np.random.default_rng(row)
+        return rng.integers(5, 300, 3 + row % 9).tolist()
+
+    most = max(map(len, positives))
+    filled = [rows + [-1] * (most - len(rows)) for rows in positives]
+    return TrainBatch(
+        queries=pack([text(1000 + i) for i in range(len(passage_rows))], 64),
+        passages=pack([text(row) for group in passage_rows for row in group], 64),
+        passage_rows=torch.tensor(passage_rows),
+        positive_rows=torch.tensor(filled),
+    )
+
+
+def _module(tokenizer: Any, contract: Contract, **settings: Any) -> Retriever:
+    module = Retriever(
+        tiny_backbone(), None, tokenizer, contract, InfoNCE(), AdamW(), seed=0, **settings
+    )
+    module.configure_model()
+    return module
+
+
+def _naive_loss(module: Retriever, batch: TrainBatch) -> Tensor:
+    """RepLLaMA's loss query by query and passage by passage, in float64."""
+    queries = module.model.embed(batch.queries).double()
+    passages = module.model.embed(batch.passages).double()
+    rows, group = batch.passage_rows.reshape(-1).tolist(), batch.passage_rows.shape[1]
+    losses = []
+    for i, query in enumerate(queries):
+        positives = {int(row) for row in batch.positive_rows[i] if row >= 0}
+        kept = [j for j, row in enumerate(rows) if j == i * group or row not in positives]
+        scores = torch.stack([query @ passages[j] for j in kept]) / module.contract.temperature
+        losses.append(torch.logsumexp(scores, 0) - scores[kept.index(i * group)])
+    return torch.stack(losses).mean()
+
+
+def _gradients(module: Retriever, loss: Tensor) -> dict[str, Tensor]:
+    module.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def test_loss_and_gradient_equal_a_naive_reference(tokenizer: Any, contract: Contract) -> None:
+    # Query 0 has two positives (1, 8), 8 stands in query 1's group; 2 is positive of query 2 and
+    # a negative of query 0; the group of query 2 repeats query 1's positive.
+    batch = _batch([[1, 2, 3], [4, 8, 6], [2, 4, 9]], [[1, 8], [4], [2]])
+    module = _module(tokenizer, contract)
+    scores, targets, _ = module.scores(
+        module.model.embed(batch.queries), module.model.embed(batch.passages), batch
+    )
+    assert scores.dtype == torch.float32
+    loss = InfoNCE()(scores, targets)
+    reference = _naive_loss(module, batch)
+    torch.testing.assert_close(loss.double(), reference, atol=1e-5, rtol=1e-5)
+    ours, theirs = _gradients(module, loss), _gradients(module, _naive_loss(module, batch))
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_other_positives_and_duplicates_of_the_positive_are_no_negatives(
+    tokenizer: Any, contract: Contract
+) -> None:
+    batch = _batch([[1, 2], [8, 1]], [[1, 8], [8]])
+    module = _module(tokenizer, contract)
+    with torch.no_grad():
+        scores, targets, _ = module.scores(
+            module.model.embed(batch.queries), module.model.embed(batch.passages), batch
+        )
+    assert targets.tolist() == [0, 2]
+    assert scores.isinf().tolist() == [[False, False, True, True], [False, False, False, False]]
+
+
+def test_a_target_is_never_masked() -> None:
+    columns = torch.tensor([[1, 2, 1, 3]])
+    masked = no_negative(columns, torch.tensor([[1, 3, -1]]), torch.tensor([2]))
+    assert masked.tolist() == [[True, False, False, True]]
+
+
+def test_without_in_batch_negatives_a_query_sees_its_own_group(
+    tokenizer: Any, contract: Contract
+) -> None:
+    batch = _batch([[1, 2, 3], [4, 5, 6]], [[1], [4]])
+    module = _module(tokenizer, contract, in_batch=False)
+    with torch.no_grad():
+        queries, passages = module.model.embed(batch.queries), module.model.embed(batch.passages)
+        scores, targets, _ = module.scores(queries, passages, batch)
+    assert scores.shape == (2, 3)
+    assert targets.tolist() == [0, 0]
+    expected = queries[1] @ passages[3:].T / contract.temperature
+    torch.testing.assert_close(scores[1], expected)
+
+
+def test_scores_stay_float32_under_bf16_autocast(tokenizer: Any, contract: Contract) -> None:
+    module = _module(tokenizer, replace(contract, temperature=0.01))
+    batch = _batch([[1, 2, 3], [4, 8, 6]], [[1], [4]])
+    with torch.autocast("cpu", torch.bfloat16):
+        queries, passages = module.model.embed(batch.queries), module.model.embed(batch.passages)
+        assert queries.dtype == torch.float32
+        with torch.autocast("cpu", enabled=False):
+            scores, _, _ = module.scores(queries, passages, batch)
+    exact = (queries.double() @ passages.double().T / 0.01).float()
+    torch.testing.assert_close(scores, exact, atol=1e-3, rtol=1e-5)
+
+
+def test_temperature_scales_the_scores(tokenizer: Any, contract: Contract) -> None:
+    batch = _batch([[1, 2], [3, 4]], [[1], [3]])
+    embeddings = []
+    for temperature in (0.05, 0.1):
+        module = _module(tokenizer, replace(contract, temperature=temperature))
+        with torch.no_grad():
+            embeddings.append(
+                module.scores(
+                    module.model.embed(batch.queries), module.model.embed(batch.passages), batch
+                )[0]
+            )
+    torch.testing.assert_close(embeddings[0], 2 * embeddings[1])
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (1, 1)])
+def test_infonce_is_the_mean_cross_entropy_of_the_target(shape: tuple[int, int]) -> None:
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    targets = torch.zeros(shape[0], dtype=torch.int64)
+    expected = -functional.log_softmax(scores.double(), dim=1)[:, 0].mean()
+    torch.testing.assert_close(InfoNCE()(scores, targets).double(), expected, atol=1e-6, rtol=0)
