@@ -4,7 +4,7 @@ A run is the only thing that passes between the stages of retrieval: BM25, the r
 reranker write it; negatives, rerank candidates and figures are read from it. In memory it is four
 flat arrays over integer rows; ids are strings only in the file. Equal scores are ordered as
 trec_eval orders them (passage id, descending), once, here, so that every measure and every reader
-sees one ranking. Only numpy is needed: looking at a run loads nothing heavy.
+sees one ranking. Importing this loads numpy alone (pyarrow comes with the first file read).
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from __future__ import annotations
 import gzip
 import logging
 import os
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,9 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BLOCK_BYTES = 1 << 24  # of text held at once while reading: 16 MB, about 400,000 lines
 BLOCK_LINES = 1 << 18  # formatted at once while writing
-CACHE_IDS = 1 << 20  # rows of ids remembered while reading; a passage is in many lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,66 +196,31 @@ def read_run(
     path = Path(path)
     if unknown_ids not in ("refuse", "count"):
         raise InputError(f"unknown_ids={unknown_ids!r} must be 'refuse' or 'count'")
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
-    tag, columns, read, dropped, first_unknown = "caravan", 0, 0, 0, ""
-    known_queries: dict[bytes, int] = {}
-    known_passages: dict[bytes, int] = {}
-    for lines, counts, tokens in _blocks(path):
-        if not columns:
-            columns = int(counts[0])
-            if columns not in (3, 6):
-                raise InputError(
-                    f"{path}:{lines[0]} has {columns} columns; a run has six "
-                    "(query Q0 passage rank score tag) or, as MS MARCO writes it, three "
-                    "(query passage rank)"
-                )
-            tag = tokens[5].decode() if columns == 6 else "msmarco"
-        if (wrong := counts != columns).any():
-            i = int(wrong.argmax())
+    from caravan.data.trec import read_columns
+
+    tag, query_column, passage_column, scores, lines = read_columns(path)
+    query_rows, query_ids = _rows(query_column, queries)
+    passage_rows, passage_ids = _rows(passage_column, corpus)
+    known = (query_rows >= 0) & (passage_rows >= 0)
+    if not known.all():
+        i = int(known.argmin())
+        what, id_ = ("query", query_ids(i)) if query_rows[i] < 0 else ("passage", passage_ids(i))
+        unknown = f"{path}:{lines[i]} names {what} '{id_}'"
+        if unknown_ids == "refuse" or not known.any():
             raise InputError(
-                f"{path}:{lines[i]} has {counts[i]} columns where the lines above have {columns}; "
-                "mend or remove the line"
+                f"{unknown}, which the collection does not have (so are "
+                f"{int((~known).sum())} of {len(known)} lines); check that the run was made on "
+                "this collection, or leave such lines out with unknown_ids=count"
             )
-        scores = (
-            _numbers(tokens[4::6], path, lines)
-            if columns == 6
-            else _reciprocals(tokens[2::3], path, lines)
-        )
-        query_ids, passage_ids = tokens[0::columns], tokens[2 if columns == 6 else 1 :: columns]
-        query_rows = _rows(query_ids, queries, known_queries)
-        passage_rows = _rows(passage_ids, corpus, known_passages)
-        read += len(lines)
-        known = (query_rows >= 0) & (passage_rows >= 0)
-        if not known.all():
-            i = int(known.argmin())
-            query = query_rows[i] < 0
-            what, name = ("query", query_ids[i]) if query else ("passage", passage_ids[i])
-            unknown = f"{path}:{lines[i]} names {what} '{name.decode()}'"
-            if unknown_ids == "refuse":
-                raise InputError(
-                    f"{unknown}, which the collection does not have; check that the run was made "
-                    "on this collection, or leave such lines out with unknown_ids=count"
-                )
-            first_unknown = first_unknown or unknown
-            dropped += int((~known).sum())
-        parts.append((query_rows[known], passage_rows[known], scores[known], lines[known]))
-    if not read:
-        raise InputError(f"{path} is empty; a run needs at least one line")
-    query_rows, passage_rows, scores, lines = (
-        np.concatenate([part[column] for part in parts]) for column in range(4)
-    )
-    if not len(scores):
-        raise InputError(
-            f"no line of {path} names a query and a passage of the collection "
-            f"({first_unknown}); it was made on another collection"
-        )
-    if dropped:
         log.warning(
-            "%s: left out %d of %d lines with ids unknown to the collection (the first: %s)",
+            "%s: left out %d of %d lines, their ids are not in the collection (the first: %s)",
             path.name,
-            dropped,
-            read,
-            first_unknown,
+            int((~known).sum()),
+            len(known),
+            unknown,
+        )
+        query_rows, passage_rows, scores, lines = (
+            column[known] for column in (query_rows, passage_rows, scores, lines)
         )
     _refuse_duplicates(path, query_rows, passage_rows, lines, queries, corpus)
     return canonical(Run.from_flat(query_rows, passage_rows, scores, tag), corpus)
@@ -296,100 +258,10 @@ def _write_lines(write: Callable[[bytes], object], run: Run, queries: Texts, cor
         start = stop
 
 
-def _blocks(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray, list[bytes]]]:
-    """Whole lines, some megabytes at a time: line numbers [n], columns of each [n], all tokens.
-
-    Lines without any token are passed over. The count of columns is vectorised, so that a file
-    of millions of lines is checked line by line at the speed of `bytes.split`.
-    """
-    white = np.zeros(256, dtype=bool)
-    white[list(b" \t\n\r\x0b\x0c")] = True
-    if not path.is_file():
-        raise InputError(f"there is no run file {path}; check the path")
-    number, rest = 0, b""
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            while True:
-                chunk = file.read(BLOCK_BYTES)
-                block = rest + chunk
-                cut = block.rfind(b"\n") + 1 if chunk else len(block)
-                block, rest = block[:cut], block[cut:]
-                if not number:
-                    block = block.removeprefix(b"\xef\xbb\xbf")
-                if block:
-                    _require_utf8(block, path, number)
-                    data = np.frombuffer(block, dtype=np.uint8)
-                    spaces = white[data]
-                    starts = ~spaces
-                    starts[1:] &= spaces[:-1]
-                    ends = np.flatnonzero(data == ord("\n"))
-                    if not len(ends) or ends[-1] != len(data) - 1:
-                        ends = np.append(ends, len(data) - 1)
-                    counts = np.diff(np.searchsorted(np.flatnonzero(starts), ends), prepend=0)
-                    full = np.flatnonzero(counts)
-                    if len(full):
-                        yield full + number + 1, counts[full], block.split()
-                    number += len(ends)
-                if not chunk:
-                    return
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(
-            f"{path} cannot be unpacked as gzip ({error}); make or fetch it again"
-        ) from None
-
-
-def _require_utf8(block: bytes, path: Path, lines_before: int) -> None:
-    try:
-        block.decode()
-    except UnicodeDecodeError as error:
-        line = lines_before + block.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line} is not UTF-8; save the file as UTF-8") from None
-
-
-def _rows(ids: list[bytes], texts: Texts, known: dict[bytes, int]) -> np.ndarray:
-    """Rows of the ids, [n] int64 (-1 where unknown); `known` remembers those looked up before."""
-    if len(known) > CACHE_IDS:
-        known.clear()
-    fresh = [name for name in dict.fromkeys(ids) if name not in known]
-    rows = texts.rows([name.decode() for name in fresh]).tolist()
-    known.update(zip(fresh, rows, strict=True))
-    return np.fromiter(map(known.__getitem__, ids), np.int64, len(ids))
-
-
-def _numbers(tokens: list[bytes], path: Path, lines: np.ndarray) -> np.ndarray:
-    """The tokens as float32 [n]; all of them must be finite numbers."""
-    try:
-        values = np.fromiter(map(float, tokens), np.float64, len(tokens))
-    except ValueError:
-        values = np.array([_float(token) for token in tokens])
-    with np.errstate(over="ignore"):
-        scores = values.astype(np.float32)
-    finite = np.isfinite(scores)
-    if not finite.all():
-        i = int(finite.argmin())
-        raise InputError(
-            f"{path}:{lines[i]} has the score '{tokens[i].decode()}', which is not a finite "
-            "number; mend or remove the line"
-        )
-    return scores
-
-
-def _float(token: bytes) -> float:
-    try:
-        return float(token)
-    except ValueError:
-        return np.nan
-
-
-def _reciprocals(tokens: list[bytes], path: Path, lines: np.ndarray) -> np.ndarray:
-    """1 / rank as float32 [n], for the MS MARCO format, which has ranks and no scores."""
-    for i, token in enumerate(tokens):
-        if not token.isdigit() or int(token) < 1:
-            raise InputError(
-                f"{path}:{lines[i]} has the rank '{token.decode()}', which is not 1, 2, 3, ...; "
-                "mend or remove the line"
-            )
-    return (1.0 / np.array([int(token) for token in tokens])).astype(np.float32)
+def _rows(ids: Any, texts: Texts) -> tuple[np.ndarray, Callable[[int], str]]:
+    """Rows of the ids, [n] int64 (-1 where unknown), each looked up once; and the id of a line."""
+    unique, index = ids.dictionary.to_pylist(), ids.indices.to_numpy()
+    return texts.rows(unique)[index], lambda line: unique[index[line]]
 
 
 def _refuse_duplicates(

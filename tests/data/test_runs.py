@@ -1,0 +1,263 @@
+"""Runs in memory, their order, and what is read from and written to files."""
+
+import gzip
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from caravan.data import trec
+from caravan.data.collection import Collection, write_collection
+from caravan.data.runs import Run, canonical, read_run, write_run
+from caravan.errors import InputError
+
+PASSAGES, QUERIES = 60, 8
+IDS = [f"p{i}" if i % 4 else f"é€{i}" for i in np.random.default_rng(5).permutation(PASSAGES)]
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> Collection:
+    return write_collection(
+        tmp_path_factory.mktemp("names") / "names",
+        "names",
+        [(name, "", "text") for name in IDS],
+        [(f"q{i}", "", "text") for i in range(QUERIES)],
+        {},
+    )
+
+
+def random_run(seed: int, distinct: int | None = None) -> Run:
+    rng = np.random.default_rng(seed)
+    scores = rng.standard_normal((QUERIES, 30)) * 10.0 ** rng.integers(-9, 9, (QUERIES, 30))
+    if distinct:
+        scores = rng.integers(0, distinct, scores.shape) / 3
+    rows = np.array([rng.permutation(PASSAGES)[:30] for _ in range(QUERIES)])
+    rows[2, 5:] = -1  # fewer results
+    rows[4] = -1  # none at all
+    return Run.from_topk(rng.permutation(QUERIES), scores.astype(np.float32), rows)
+
+
+def text_of(tmp_path: Path, content: str | bytes, name: str = "x.trec") -> Path:
+    path = tmp_path / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def same(a: Run, b: Run) -> bool:
+    """Equal as files are: queries without passages do not show there."""
+    rows = [(run.query_rows[run.counts > 0], run.counts[run.counts > 0]) for run in (a, b)]
+    return (
+        np.array_equal(rows[0], rows[1])
+        and np.array_equal(a.passage_rows, b.passage_rows)
+        and np.array_equal(a.scores, b.scores)
+    )
+
+
+def test_from_topk_sorts_queries_and_scores_and_drops_nothing_rows() -> None:
+    run = Run.from_topk(
+        np.array([7, 3]),
+        np.array([[0.5, 0.9, 0.1], [0.2, -np.inf, -np.inf]], dtype=np.float32),
+        np.array([[10, 11, 12], [13, -1, -1]]),
+    )
+    assert run.query_rows.tolist() == [3, 7]
+    assert run.offsets.tolist() == [0, 1, 4]
+    assert run.of(7)[0].tolist() == [11, 10, 12]
+    assert run.of(3)[1].tolist() == pytest.approx([0.2])
+    assert [len(part) for part in run.of(5)] == [0, 0]
+    assert run.scores.dtype == np.float32
+    assert run.passage_rows.dtype == np.int64
+
+
+def test_top_keeps_the_best_of_each_query() -> None:
+    run = random_run(0)
+    cut = run.top(3)
+    assert cut.query_rows.tolist() == list(range(QUERIES))
+    for query in range(QUERIES):
+        assert cut.of(query)[0].tolist() == run.of(query)[0][:3].tolist()
+    assert same(run.top(1000), run)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39])
+def test_scores_that_float32_cannot_rank_are_refused(value: float) -> None:
+    with pytest.raises(InputError, match=r"1 of 2 scores .* query row 4"):
+        Run.from_flat(np.array([3, 4]), np.array([1, 1]), np.array([0.5, value]))
+
+
+def test_a_query_given_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="twice"):
+        Run.from_topk(np.array([1, 1]), np.ones((2, 1)), np.ones((2, 1), dtype=np.int64))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_canonical_orders_ties_by_id_descending_as_trec_eval(seed: int, names: Collection) -> None:
+    run = random_run(seed, distinct=4)
+    ordered = canonical(run, names.corpus)
+    for query in range(QUERIES):
+        rows, scores = run.of(query)
+        # Python's order of strings is trec_eval's strcmp on UTF-8
+        expected = sorted(zip(scores.tolist(), names.corpus.ids(rows), strict=True), reverse=True)
+        got_rows, got_scores = ordered.of(query)
+        got = list(zip(got_scores.tolist(), names.corpus.ids(got_rows), strict=True))
+        assert got == expected
+
+
+def test_canonical_looks_up_ids_of_tied_passages_only(
+    names: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    lookup = names.corpus.ids
+    monkeypatch.setattr(names.corpus, "ids", lambda rows: asked.extend(rows) or lookup(rows))
+    canonical(random_run(1), names.corpus)
+    assert asked == []
+    scores = np.array([3.0, 2.0, 2.0, 1.0, 1.0])
+    # the tie at 1 is between two queries, which is none
+    run = Run.from_flat(np.array([0, 0, 0, 0, 1]), np.array([9, 8, 7, 6, 5]), scores)
+    canonical(run, names.corpus)
+    assert sorted(asked) == [7, 8]
+
+
+@pytest.mark.parametrize("name", ["run.trec", "run.trec.gz"])
+@pytest.mark.parametrize("distinct", [None, 3])
+def test_a_run_survives_its_file_to_the_last_bit(
+    tmp_path: Path, names: Collection, name: str, distinct: int | None
+) -> None:
+    run = random_run(2, distinct)
+    write_run(tmp_path / "new" / name, run, names.queries, names.corpus)
+    back = read_run(tmp_path / "new" / name, names.queries, names.corpus)
+    assert same(back, canonical(run, names.corpus))
+    assert back.tag == "caravan"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
+
+
+def test_the_file_is_what_trec_eval_reads(tmp_path: Path, names: Collection) -> None:
+    low, high = names.corpus.rows(["p1", "p2"])
+    run = Run.from_flat(np.array([1, 1]), np.array([low, high]), np.array([1 / 3, 1 / 3]), "two%s")
+    write_run(tmp_path / "x.trec", run, names.queries, names.corpus)
+    assert (tmp_path / "x.trec").read_text() == (
+        "q1 Q0 p2 1 0.333333343 two%s\nq1 Q0 p1 2 0.333333343 two%s\n"
+    )
+
+
+def test_equal_runs_give_equal_bytes(tmp_path: Path, names: Collection) -> None:
+    for name in ("a.gz", "b.gz"):
+        write_run(tmp_path / name, random_run(3), names.queries, names.corpus)
+    assert (tmp_path / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, names: Collection
+) -> None:
+    path = text_of(tmp_path, "old")
+    broken = Run.from_flat(np.array([0]), np.array([PASSAGES + 1]), np.ones(1))
+    with pytest.raises(IndexError):
+        write_run(path, broken, names.queries, names.corpus)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_tag_with_white_space_is_refused(tmp_path: Path, names: Collection) -> None:
+    run = Run.from_flat(np.array([0]), np.array([0]), np.ones(1), "two words")
+    with pytest.raises(InputError, match="'two words'"):
+        write_run(tmp_path / "x.trec", run, names.queries, names.corpus)
+
+
+def test_columns_may_be_divided_by_any_white_space(tmp_path: Path, names: Collection) -> None:
+    path = text_of(
+        tmp_path,
+        "\ufeffq1\tQ0  p1 \t1 2.5 t\r\n\n  q1 Q0 p2 9 +3e0 t \n \t \nq0 Q0 p1 1 -.5 t",
+    )
+    run = read_run(path, names.queries, names.corpus)
+    assert names.corpus.ids(run.of(1)[0]) == ["p2", "p1"]
+    assert run.of(1)[1].tolist() == [3.0, 2.5]
+    assert run.of(0)[1].tolist() == [-0.5]
+
+
+def test_ms_marco_files_have_ranks_for_scores(tmp_path: Path, names: Collection) -> None:
+    path = text_of(tmp_path, "q2\tp5\t3\nq2\tp6\t1\nq2\tp7\t2\n")
+    run = read_run(path, names.queries, names.corpus)
+    assert names.corpus.ids(run.of(2)[0]) == ["p6", "p7", "p5"]
+    assert run.of(2)[1].tolist() == pytest.approx([1, 1 / 2, 1 / 3])
+    assert run.tag == "msmarco"
+
+
+@pytest.mark.parametrize("block", [40, 97, 1000])
+def test_files_longer_than_a_block_are_read_whole(
+    tmp_path: Path, names: Collection, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    run = random_run(4)
+    write_run(tmp_path / "x.trec", run, names.queries, names.corpus)
+    monkeypatch.setattr(trec, "BLOCK_BYTES", block)
+    assert same(read_run(tmp_path / "x.trec", names.queries, names.corpus), run)
+    text_of(tmp_path, (tmp_path / "x.trec").read_text() + "q0 Q0\n")
+    with pytest.raises(InputError, match=f"x.trec:{len(run.scores) + 1} has 2 columns"):
+        read_run(tmp_path / "x.trec", names.queries, names.corpus)
+
+
+GOOD = "q1 Q0 p1 1 2.5 t\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("", "x.trec is empty"),
+        ("\n \n", "x.trec is empty"),
+        ("q1 p1\n", "x.trec:1 has 2 columns; a run has six .* or, as MS MARCO writes it, three"),
+        (f"\n{GOOD}q1 Q0 p2 2 2.5\n", "x.trec:3 has 5 columns where the lines above have 6"),
+        # one column too many makes up for one too few, but not on the same line
+        (f"{GOOD}q1 Q0 p2 2 2.5\nq1 Q0 p3 3 2.5 t u\n", "x.trec:2 has 5 columns"),
+        (f"{GOOD}q1 Q0 p2 2 high t\n", "x.trec:2 has the score 'high', which is not a finite"),
+        (f"{GOOD}\nq1 Q0 p2 2 NaN t\n", "x.trec:3 has the score 'NaN'"),
+        (f"{GOOD}q1 Q0 p2 2 -inf t\n", "x.trec:2 has the score '-inf'"),
+        (f"{GOOD}q1 Q0 p2 2 1e99 t\n", "x.trec:2 has the score '1e99'"),
+        ("q1 p1 0\n", "x.trec:1 has the rank '0', which is not 1, 2, 3"),
+        ("q1 p1 1\nq1 p2 1.5\n", "x.trec:2 has the rank '1.5'"),
+        ("q1 p1 first\n", "x.trec:1 has the rank 'first'"),
+        (f"{GOOD}q9 Q0 p1 1 2 t\n", r"x.trec:2 names query 'q9', which the collection .* 1 of 2"),
+        (f"{GOOD}q1 Q0 zz 1 2 t\n", "x.trec:2 names passage 'zz', which .* unknown_ids=count"),
+        (f"{GOOD}{GOOD}", r"x.trec:2 gives passage 'p1' to query 'q1' again \(first at line 1\)"),
+        (GOOD.encode() + b"q1 Q0 p\xe9 1 2 t\n", "x.trec:2 is not UTF-8"),
+        (GOOD.encode("utf-16"), "x.trec:1 is not UTF-8"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_told_with_its_line(
+    tmp_path: Path, names: Collection, content: str | bytes, complaint: str
+) -> None:
+    with pytest.raises(InputError, match=complaint) as told:
+        read_run(text_of(tmp_path, content), names.queries, names.corpus)
+    assert "\n" not in str(told.value)
+
+
+def test_unknown_ids_can_be_counted_and_left_out(
+    tmp_path: Path, names: Collection, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = text_of(tmp_path, f"{GOOD}q9 Q0 p1 1 2 t\nq1 Q0 zz 1 2 t\n")
+    run = read_run(path, names.queries, names.corpus, unknown_ids="count")
+    assert run.query_rows.tolist() == [1]
+    assert re.search("left out 2 of 3 lines.*x.trec:2 names query 'q9'", caplog.text)
+    path = text_of(tmp_path, "q9 Q0 p1 1 2 t\n")
+    with pytest.raises(InputError, match="1 of 1 lines"):
+        read_run(path, names.queries, names.corpus, unknown_ids="count")
+    with pytest.raises(InputError, match="'refuse' or 'count'"):
+        read_run(path, names.queries, names.corpus, unknown_ids="skip")  # type: ignore[arg-type]
+
+
+def test_missing_and_broken_gzip_files_are_told(tmp_path: Path, names: Collection) -> None:
+    with pytest.raises(InputError, match="there is no run file"):
+        read_run(tmp_path / "none.trec", names.queries, names.corpus)
+    whole = gzip.compress(GOOD.encode() * 50)
+    for content in (GOOD.encode(), whole[:-12], whole[:30] + b"\0\0\0" + whole[33:]):
+        with pytest.raises(InputError, match="cannot be unpacked as gzip"):
+            read_run(text_of(tmp_path, content, "x.gz"), names.queries, names.corpus)
+
+
+def test_importing_runs_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, caravan.data.runs, caravan.retrieval.metrics;"
+        "print(*[m for m in ('torch', 'pyarrow', 'datasets', 'ir_measures', 'faiss', 'bm25s')"
+        " if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
