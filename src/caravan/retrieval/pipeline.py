@@ -73,7 +73,7 @@ class Evaluation:
                 bm25.build(self.collection.corpus, folder)
                 manifest.write(folder, built_from)
             else:
-                bm25.open(folder)
+                bm25.open(self.collection.corpus, folder)
             built = time.monotonic()
             queries = self.qrels.queries
             texts = [text for _, text in self.collection.queries.get(queries)]
@@ -196,9 +196,7 @@ def evaluate(cfg: Any) -> dict[str, Any]:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    parts = instantiate(
-        {name: cfg[name] for name in ("data", "index", "bm25")}, _convert_="all"
-    )
+    parts = instantiate({name: cfg[name] for name in ("data", "index", "bm25")}, _convert_="all")
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
     run_dir = Path(cfg.run_dir)
