@@ -125,8 +125,10 @@ class Collection:
                 f"{folder} is not a complete collection, {error.filename or error} is missing: "
                 f"{remedy}"
             ) from None
-        except (KeyError, json.JSONDecodeError) as error:
-            raise InputError(f"{folder}/collection.json is broken ({error!r}): {remedy}") from None
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, OSError) as error:  # JSON, Arrow and numpy alike
+            raise InputError(f"the collection in {folder} is broken ({error}): {remedy}") from None
 
     def __reduce__(self) -> tuple[Callable[[Path], Collection], tuple[Path]]:
         return Collection.open, (self.folder,)
@@ -283,8 +285,8 @@ def _write_qrels(
             ("query", triples[at][0]) if query_rows[at] < 0 else ("passage", triples[at][1])
         )
         raise InputError(
-            f"{place(part, at)}: the {kind} id {name!r} is unknown ({int(unknown.sum())} such "
-            "judgements in this split): correct it, or set unknown_ids=count to leave them out"
+            f"{place(part, at)}: the {kind} id {name!r} is unknown (unknown ids in this split: "
+            f"{int(unknown.sum())}): correct it, or set unknown_ids=count to leave such lines out"
         )
     at_line = np.flatnonzero(~unknown)
     order = np.lexsort((at_line, passage_rows[at_line], query_rows[at_line]))

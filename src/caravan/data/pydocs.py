@@ -38,6 +38,7 @@ MAX_POSITIVES = 5  # a query that so many passages answer ("Perform a step.") as
 MAX_QUERIES = 3  # a passage that answers more different queries than this says nothing
 MAX_FAMILY = 10  # larger families of look-alikes are trained on, never tested on
 SHINGLE = 4  # words
+MIN_SHINGLES = 8  # a passage with fewer is made of numbers and its own name
 DUPLICATE = 0.7  # from this share of common shingles on, two passages are one
 RELATED = 0.4  # from this share on, they stay in the same split
 
@@ -252,12 +253,16 @@ def distinct(
     numbers: dict[str, int] = {}
     for group in track(groups, "comparing passages", unit="passages"):
         sketch = _shingles(group[0], numbers)
-        sample = [shingle for shingle in sketch if shingle % 4 == 0]
+        if len(sketch) < MIN_SHINGLES:
+            dropped["short passage"] += len(group)
+            continue
+        step = 4 if len(sketch) > 64 else 1  # a quarter of a long passage tells enough
+        sample = [shingle for shingle in sketch if shingle % step == 0]
         common: Counter[int] = Counter()
         for shingle in sample:
             common.update(holders.get(shingle, ()))
         nearest, likeness = 0, 0.0
-        for other, _ in common.most_common(4):
+        for other, _ in common.most_common(6):
             both = len(sketch & sketches[other])
             share = both / (len(sketch) + len(sketches[other]) - both)
             if share > likeness:
@@ -268,7 +273,7 @@ def distinct(
         if likeness >= RELATED:
             families.join([kept[nearest][0].name, group[0].name])
         for shingle in sample:
-            if len(holders[shingle]) < 64:  # a phrase of so many passages tells nothing
+            if len(holders[shingle]) < 256:  # a phrase of so many passages tells nothing
                 holders[shingle].append(len(kept))
         kept.append(group)
         sketches.append(sketch)
@@ -309,8 +314,9 @@ def _shingles(pair: Pair, numbers: dict[str, int]) -> set[int]:
     own = {piece.lower() for piece in PIECE.findall(pair.name) if len(piece) > 2}
     pieces = (piece.lower() for piece in PIECE.findall(pair.text))
     blanked = ["" if piece in own or piece[0].isdigit() else piece for piece in pieces]
-    words = [word for word, left in zip(blanked, ["a", *blanked], strict=False) if word or left]
-    values = np.array([numbers.setdefault(word, len(numbers)) for word in words], dtype=np.uint64)
+    values = np.array([numbers.setdefault(word, len(numbers)) for word in blanked], dtype=np.uint64)
+    blank = np.array([not word for word in blanked], dtype=bool)
+    values = np.delete(values, 1 + np.flatnonzero(blank[1:] & blank[:-1]))  # a run of them is one
     hashes = np.zeros(max(len(values) - SHINGLE + 1, 1), dtype=np.uint64)
     for at in range(min(SHINGLE, len(values))):
         hashes = (

@@ -1,6 +1,6 @@
 """Texts by row and rows by id: the two files behind a corpus and behind the queries.
 
-`<part>.arrow` holds id, title and text (an Arrow stream, as `datasets` writes and memory-maps it).
+`<part>.arrow` holds id, title and text, an Arrow stream that `datasets` writes and can open too.
 `<part>.ids.npy` is uint64 [2, N]: the 64-bit hashes of the ids, ascending, and the row of each. A
 look-up is a binary search in the mapped file, confirmed by the stored id. Opening reads no text,
 and a thousand rows take about a millisecond, for ten thousand passages as for millions.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import mmap
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from caravan.errors import InputError
 from caravan.progress import track
 
 BATCH_ROWS = 16_384
+SCATTERED_ROWS = 256  # so many random rows map up to 100 MiB of the file
 BATCH_BYTES = 64 * 2**20  # long texts: a record batch is closed early, whatever its rows
 
 Record = tuple[str, str, str]
@@ -41,15 +43,16 @@ class Texts:
     """
 
     def __init__(self, folder: Path, part: str, digest: str = "") -> None:
-        from datasets import Dataset
+        import pyarrow as pa
 
         self.folder, self.part, self.digest = Path(folder), part, digest
-        table = Dataset.from_file(str(self.folder / f"{part}.arrow")).data.table
-        self._batches = table.to_batches()
-        sizes = [batch.num_rows for batch in self._batches]
-        self._starts = np.cumsum([0, *sizes])
-        index = np.load(self.folder / f"{part}.ids.npy", mmap_mode="r")
-        self.hashes, self.hash_rows = index[0], index[1]
+        with open(self.folder / f"{part}.arrow", "rb") as file:
+            self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._batches = list(pa.ipc.open_stream(pa.py_buffer(self._file)))
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        self._index = np.load(self.folder / f"{part}.ids.npy", mmap_mode="r")
+        self.hashes, self.hash_rows = self._index[0], self._index[1]
+        self._scattered = 0
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -77,6 +80,7 @@ class Texts:
         order = np.argsort(wanted, kind="stable")  # neighbours in the file are read together
         first = np.empty(len(ids), np.int64)
         first[order] = np.searchsorted(self.hashes, wanted[order], side="left")
+        self._scattered += len(ids)
         found = np.full(len(ids), -1, np.int64)
         open_ = np.arange(len(ids))
         while len(open_):  # a second turn is needed only where hashes collide
@@ -112,14 +116,29 @@ class Texts:
             batch = self._batches[batch_of[low]]
             local = rows[low:high] - self._starts[batch_of[low]]
             contiguous = np.all(np.diff(local) == 1)
-            part = batch.slice(local[0], high - low) if contiguous else batch.take(local)
             for column, name in zip(columns, names, strict=True):
-                column.extend(part.column(name).to_pylist())
+                texts = batch.column(name)
+                part = texts.slice(local[0], high - low) if contiguous else texts.take(local)
+                column.extend(part.to_pylist())
+            self._scattered += 1 if contiguous else high - low
+            if self._scattered > SCATTERED_ROWS:
+                self._release()
         if order is not None:
             back = np.empty_like(order)
             back[order] = np.arange(len(order))
             columns = [[column[at] for at in back.tolist()] for column in columns]
         return columns
+
+    def _release(self) -> None:
+        """Unmap what was read; it stays in the system's page cache, and is mapped when read again.
+
+        The kernel maps 64 KiB around every byte that is touched: random rows would soon make the
+        process look as large as the file.
+        """
+        self._scattered = 0
+        for mapped in (self._file, self._index.base):
+            if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True)

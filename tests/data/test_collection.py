@@ -1,0 +1,231 @@
+"""Collections on disk: complete or absent, opened without a copy, wrong input named."""
+
+import copy
+import json
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from caravan.data.collection import Collection, Qrels, cached_collection, write_collection
+from caravan.data.texts import Record
+from caravan.errors import InputError
+
+CORPUS = [("a", "A", "first"), ("b", "", "second"), ("c", "C", "third")]
+QUERIES = [("1", "", "one"), ("2", "", "two")]
+
+
+def write(folder: Path, **changes: object) -> Collection:
+    parts: dict = {"corpus": CORPUS, "queries": QUERIES, "qrels": {"test": [("2", "a", 1)]}}
+    return write_collection(folder, "tiny", **{**parts, **changes})
+
+
+def test_a_collection_reads_back_what_was_written(tmp_path: Path) -> None:
+    judged = [("2", "c", 2), ("1", "b", 1), ("2", "a", 0), ("2", "b", -1)]
+    write(tmp_path / "c", qrels={"dev": judged, "test": []}, facts={"seen": 7})
+    found = Collection.open(tmp_path / "c")
+    assert (found.name, found.splits, found.facts["seen"]) == ("tiny", ("dev", "test"), 7)
+    assert found.corpus.get([2, 0]) == [("C", "third"), ("A", "first")]
+    assert found.queries.get([1]) == [("", "two")]
+    qrels = found.qrels("dev")
+    assert qrels.query_rows.tolist() == [0, 1, 1, 1]
+    assert qrels.passage_rows.tolist() == [1, 0, 1, 2]
+    assert qrels.grades.tolist() == [1, 0, -1, 2]
+    assert len(found.qrels("test")) == 0
+    assert found.corpus.digest
+    assert found.corpus.digest != found.queries.digest
+    assert len(pickle.dumps(found)) < 500  # a worker gets the path and opens it itself
+    assert copy.copy(found).digest == found.digest
+
+
+def test_qrels_answer_by_query() -> None:
+    qrels = Qrels(np.array([9, 4, 9, 9]), np.array([3, 1, 0, 2]), np.array([1, 2, 0, 3]))
+    assert qrels.queries.tolist() == [4, 9]
+    assert [values.tolist() for values in qrels.of(9)] == [[0, 2, 3], [0, 3, 1]]
+    assert qrels.positives(9).tolist() == [2, 3]
+    assert qrels.of(5)[0].tolist() == qrels.positives(5).tolist() == []
+
+
+def test_an_unknown_split_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no split 'dev': its splits are test"):
+        write(tmp_path / "c").qrels("dev")
+    with pytest.raises(InputError, match="it has no qrels"):
+        write(tmp_path / "d", qrels={}).qrels("dev")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"corpus": []}, "the corpus of tiny is empty"),
+        ({"corpus": [*CORPUS, ("b", "", "x")]}, "corpus, record 4: the id 'b' .* corpus, record 2"),
+        ({"queries": [*QUERIES, ("1", "", "x")]}, "queries, record 3: the id '1' .* record 1"),
+        ({"qrels": {"t": [("1", "a", 1), ("3", "a", 1)]}}, "qrels/t, record 2: the query id '3'"),
+        ({"qrels": {"t": [("1", "z", 1), ("1", "y", 1)]}}, "record 1: the passage id 'z' .* 2"),
+        ({"qrels": {"t": [("1", "a", 1), ("1", "a", 0)]}}, "record 2: .* grade 0, but 1 at .* 1"),
+        ({"unknown_ids": "ignore"}, "unknown_ids is 'ignore'"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place_and_leaves_nothing(
+    tmp_path: Path, changes: dict, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        write(tmp_path / "c", **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_and_repeated_judgements_are_counted_when_allowed(tmp_path: Path) -> None:
+    judged = [("1", "a", 1), ("1", "z", 1), ("9", "a", 1), ("1", "a", 1), ("2", "b", 1)]
+    found = write(tmp_path / "c", qrels={"test": judged}, unknown_ids="count")
+    assert found.facts["unknown_ids"] == 2
+    assert found.facts["repeated_judgements"] == 1
+    assert found.facts["judgements"] == {"test": 2} == {"test": len(found.qrels("test"))}
+
+
+def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
+    digests = [
+        write(tmp_path / "1").digest,
+        write(tmp_path / "far" / "2", facts={"x": 1}).digest,
+        write(tmp_path / "3", corpus=CORPUS[::-1]).digest,
+        write(tmp_path / "4", qrels={"test": [("2", "a", 2)]}).digest,
+        write(tmp_path / "5", qrels={"dev": [("2", "a", 1)]}).digest,
+    ]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 4
+
+
+@pytest.mark.parametrize("part", ["collection.json", "corpus.arrow", "queries.ids.npy"])
+def test_a_folder_with_a_part_missing_or_cut_is_refused(tmp_path: Path, part: str) -> None:
+    write(tmp_path / "c")
+    file = tmp_path / "c" / part
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="broken"):
+        Collection.open(tmp_path / "c")
+    file.unlink()
+    with pytest.raises(InputError, match="missing"):
+        Collection.open(tmp_path / "c")
+
+
+def test_a_folder_of_another_format_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "c")
+    manifest = tmp_path / "c" / "collection.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 99}))
+    with pytest.raises(InputError, match="format version 99"):
+        Collection.open(tmp_path / "c")
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
+    write(tmp_path / "c")
+    with pytest.raises(InputError, match="exists already"):
+        write(tmp_path / "c", corpus=[("x", "", "y")])
+    assert len(Collection.open(tmp_path / "c").corpus) == 3
+
+
+def test_a_cache_builds_once_however_many_ask(tmp_path: Path) -> None:
+    built = []
+
+    def build(folder: Path) -> Collection:
+        built.append(folder)
+        time.sleep(0.2)
+        return write(folder)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(
+            pool.map(lambda _: cached_collection(tmp_path, "a b/c", "key", build), range(4))
+        )
+    assert len(built) == 1
+    assert {collection.folder for collection in found} == {tmp_path / "collections" / "a-b-c-key"}
+
+
+SLOW_BUILD = """
+import sys, time
+from pathlib import Path
+from caravan.data.collection import cached_collection, write_collection
+def corpus():
+    for n in range(40_000):
+        yield str(n), "", "x" * 100
+    print("under way", flush=True)
+    time.sleep(60)
+def build(folder):
+    return write_collection(folder, "slow", corpus(), [], {})
+cached_collection(sys.argv[1], "slow", "key", build)
+"""
+
+
+def test_a_killed_build_leaves_no_collection_and_blocks_nobody(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_BUILD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "under way\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    cache = tmp_path / "collections"
+    assert [path.name for path in cache.iterdir() if not path.name.startswith(".")] == []
+    assert any(path.is_dir() for path in cache.iterdir())  # the draft of the killed one
+    found = cached_collection(tmp_path, "slow", "key", lambda folder: write(folder))
+    assert len(found.corpus) == 3
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == ["slow-key"]
+
+
+MEASURE = """
+import resource, sys, time
+import numpy as np
+from caravan.data.collection import Collection
+def resident():
+    lines = open("/proc/self/status").read().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Rss")}
+import pyarrow.compute, pyarrow.ipc, xxhash
+before = resident()
+started = time.perf_counter()
+collection = Collection.open(sys.argv[1])
+opened = time.perf_counter()
+rows = np.random.default_rng(0).integers(0, len(collection.corpus), 1000)
+texts = collection.corpus.get(rows)
+assert [text.split()[0] for _, text in texts] == [str(row) for row in rows]
+assert collection.corpus.rows(collection.corpus.ids(rows)).tolist() == rows.tolist()
+after = resident()
+print((opened - started) * 1e3, (after["RssAnon"] - before["RssAnon"]) / 1024,
+      (after["RssFile"] - before["RssFile"]) / 1024)
+"""
+
+
+def synthetic(count: int) -> Iterator[Record]:
+    tail = " ".join(f"word{n}" for n in range(50))
+    return ((f"p{n}", f"title {n}", f"{n} {tail}") for n in range(count))
+
+
+def measured(folder: Path, count: int) -> tuple[float, float, float]:
+    """(ms to open, MiB of private memory, MiB of mapped file) of a fresh process."""
+    write_collection(folder, "synthetic", synthetic(count), QUERIES, {})
+    command = [sys.executable, "-c", MEASURE, str(folder)]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return float(answer[0]), float(answer[1]), float(answer[2])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux' /proc")
+@pytest.mark.parametrize(
+    ("small", "large"), [(2_000, 60_000), pytest.param(10_000, 1_000_000, marks=pytest.mark.slow)]
+)
+def test_memory_stays_flat_while_the_corpus_grows(tmp_path: Path, small: int, large: int) -> None:
+    _, few_private, _ = measured(tmp_path / "small", small)
+    opening, many_private, many_mapped = measured(tmp_path / "large", large)
+    size = (tmp_path / "large" / "corpus.arrow").stat().st_size / 2**20
+    logging.getLogger(__name__).info(
+        "%d passages, %.0f MiB: opened in %.0f ms, private memory %.1f MiB (%d passages: %.1f), "
+        "mapped file %.0f MiB",
+        *(large, size, opening, many_private, small, few_private, many_mapped),
+    )
+    assert many_private - few_private < 8
+    assert many_mapped < 128  # of what was read last; a fixed number of pages
+    assert opening < 2_000

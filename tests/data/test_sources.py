@@ -1,0 +1,148 @@
+"""BEIR folders, whole and broken: every mistake is told with its file, its line and a remedy."""
+
+import gzip
+import os
+from pathlib import Path
+
+import pytest
+
+from caravan.data.collection import Collection
+from caravan.data.sources import Beir
+from caravan.errors import InputError
+
+CORPUS = (
+    b'{"_id": "a", "title": "A", "text": "first"}\n'
+    b'{"_id": "b", "text": "sec\\u2028ond\xe2\x80\xa8\\r\\nline", "metadata": {}}\n'
+    b"\n"
+    b'{"_id": 3, "title": null, "text": ""}\r\n'
+)
+QUERIES = b'\xef\xbb\xbf{"_id": "1", "text": "one"}\n{"_id": "2", "text": "two"}'
+QRELS = b"query-id\tcorpus-id\tscore\n1\ta\t1\n2\t3\t2\n2\tb\t0\n"
+
+
+def folder(path: Path, zipped: bool = False, **changes: bytes | None) -> Path:
+    """A BEIR folder; `corpus=None` leaves a file out, a key is a file's name up to the dot."""
+    parts = {"corpus": CORPUS, "queries": QUERIES, "qrels_test": QRELS, **changes}
+    for part, content in parts.items():
+        if content is not None:
+            name = part.replace("_", "/") + (".tsv" if part.startswith("qrels_") else ".jsonl")
+            file = path / "set" / (name + (".gz" if zipped else ""))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(gzip.compress(content) if zipped else content)
+    return path / "set"
+
+
+def build(path: Path, unknown_ids: str = "refuse") -> Collection:
+    return Beir(str(path), unknown_ids=unknown_ids).collection(path.parent / "cache")
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_folder_is_read_line_by_line(tmp_path: Path, zipped: bool) -> None:
+    found = build(folder(tmp_path, zipped, qrels_dev=b"1 0 b 3\n"))
+    assert found.name == "set"
+    assert found.corpus.ids([0, 1, 2]) == ["a", "b", "3"]
+    assert found.corpus.get([0, 1, 2]) == [
+        ("A", "first"), ("", "sec\u2028ond\u2028\r\nline"), ("", ""),
+    ]  # fmt: skip
+    assert found.queries.get([0, 1]) == [("", "one"), ("", "two")]
+    assert found.splits == ("dev", "test")
+    assert found.qrels("test").passage_rows.tolist() == [0, 1, 2]
+    assert found.qrels("test").grades.tolist() == [1, 0, 2]
+    assert found.qrels("dev").grades.tolist() == [3]  # four columns, as TREC has them
+    assert found.facts["empty_passages"] == 1
+
+
+def test_plain_and_zipped_are_the_same_collection(tmp_path: Path) -> None:
+    plain, zipped = folder(tmp_path / "1"), folder(tmp_path / "2", zipped=True)
+    assert build(plain).digest == build(zipped).digest
+
+
+def test_qrels_are_optional(tmp_path: Path) -> None:
+    found = build(folder(tmp_path, qrels_test=None))
+    assert found.splits == ()
+    with pytest.raises(InputError, match="no split 'test': it has no qrels"):
+        found.qrels("test")
+
+
+LINE = b'{"_id": "z", "text": "x"}\n'
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"corpus": None}, r"corpus\.jsonl \(or \.gz\) is missing: a BEIR folder holds"),
+        ({"queries": None}, r"queries\.jsonl \(or \.gz\) is missing"),
+        ({"corpus": b""}, r"the corpus of set is empty \(.*/corpus\.jsonl\)"),
+        ({"corpus": b"\n \n"}, r"the corpus of set is empty"),
+        ({"corpus": LINE + b"\n{oops\n"}, r"corpus\.jsonl:3: not JSON \(.*column 2\): every line"),
+        ({"corpus": LINE + b'["z"]'}, r"corpus\.jsonl:2: JSON, but not an object"),
+        ({"corpus": b'{"text": "x"}'}, r"corpus\.jsonl:1: no _id: every line"),
+        ({"corpus": b'{"_id": 1.5, "text": "x"}'}, r"corpus\.jsonl:1: _id is not a string"),
+        ({"corpus": b'{"_id": "a"}'}, r"corpus\.jsonl:1: no text: every line"),
+        ({"corpus": b'{"_id": "a", "text": ["x"]}'}, r":1: text is not a string"),
+        ({"corpus": b'{"_id": "a", "title": 1, "text": ""}'}, r":1: title is not a string"),
+        ({"corpus": b'{"_id": "a b", "text": "x"}'}, r":1: the id 'a b' .* white space"),
+        ({"corpus": LINE + b'{"_id": "\xff"}'}, r":2: byte 10 of the line \(0xff\) is not UTF-8"),
+        ({"corpus": LINE + b"\n" + LINE}, r"corpus\.jsonl:3: the id 'z' .*corpus\.jsonl:1: make"),
+        ({"queries": LINE * 2}, r"queries\.jsonl:2: the id 'z' was used .*queries\.jsonl:1"),
+        ({"qrels_test": QRELS + b"1\ta"}, r"test\.tsv:5: 2 columns where 3 as above belong"),
+        ({"qrels_test": b"1\ta\n"}, r"test\.tsv:1: 2 columns where 3 \(query, passage, grade\)"),
+        ({"qrels_test": QRELS + b"1\tb\thigh"}, r"test\.tsv:5: the grade 'high' is not an integer"),
+        ({"qrels_test": QRELS + b"1\tb\t1.0"}, r"test\.tsv:5: the grade '1\.0' is not an integer"),
+        ({"qrels_test": b"1\ta\tx\n"}, r"test\.tsv:1: the grade 'x'"),  # not taken for a header
+        ({"qrels_test": QRELS + b"1\tnone\t1"}, r"test\.tsv:5: the passage id 'none' is unknown"),
+        ({"qrels_test": QRELS + b"\n9\ta\t1"}, r"test\.tsv:6: the query id '9' is unknown .*count"),
+        ({"qrels_test": QRELS + b"1\ta\t0"}, r"test\.tsv:5: .* grade 0, but 1 at .*test\.tsv:2"),
+        ({"qrels_test": QRELS + b"1\t\xfc\t0"}, r"test\.tsv:5: byte 3 of the line"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_mistake_is_one_sentence_with_file_and_line(
+    tmp_path: Path, zipped: bool, changes: dict[str, bytes | None], message: str
+) -> None:
+    message = message.replace(r"\.tsv:", r"\.tsv(\.gz)?:").replace(r"\.jsonl:", r"\.jsonl(\.gz)?:")
+    message = message.replace(r"\.jsonl\)", r"\.jsonl(\.gz)?\)")
+    with pytest.raises(InputError, match=message) as caught:
+        build(folder(tmp_path, zipped, **changes))
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache" / "collections").glob("[!.]*"))
+
+
+def test_unknown_ids_can_be_counted(tmp_path: Path) -> None:
+    found = build(folder(tmp_path, qrels_test=QRELS + b"1\tnone\t1\n9\ta\t1\n"), "count")
+    assert found.facts["unknown_ids"] == 2
+    assert len(found.qrels("test")) == 3
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere is not a folder: set data\.path"):
+        build(tmp_path / "nowhere")
+
+
+def test_a_cut_gz_file_is_named(tmp_path: Path) -> None:
+    path = folder(tmp_path, zipped=True)
+    file = path / "corpus.jsonl.gz"
+    file.write_bytes(file.read_bytes()[:-12])
+    with pytest.raises(InputError, match=r"corpus\.jsonl\.gz:\d+: cannot be unpacked"):
+        build(path)
+
+
+def test_two_files_for_one_part_are_refused(tmp_path: Path) -> None:
+    folder(tmp_path, zipped=True)
+    with pytest.raises(InputError, match=r"corpus\.jsonl and .*corpus\.jsonl\.gz are both corpus"):
+        build(folder(tmp_path))
+
+
+def test_a_second_use_opens_and_a_changed_file_or_setting_builds_anew(tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    first = build(path)
+    made = (first.folder / "collection.json").stat().st_mtime_ns
+    again = build(path)
+    assert again.folder == first.folder
+    assert (again.folder / "collection.json").stat().st_mtime_ns == made
+    assert build(path, "count").folder != first.folder
+    facts = (path / "queries.jsonl").stat()
+    os.utime(path / "queries.jsonl", ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
+    touched = build(path)
+    assert touched.folder != first.folder
+    assert touched.digest == first.digest
