@@ -176,7 +176,7 @@ class Composer:
             return None, text
         root = re.split(r"[.@/]", key)[0]
         known = [field.name for field in fields(self.root)]
-        if not self._is_group(text):
+        if not self.is_group(text):
             # Added by force even where it is unknown: the walk over all keys tells what was meant.
             return None, text if root in known else f"++{text.lstrip('+')}"
         if root not in known and root not in WHOLE:
@@ -222,7 +222,7 @@ class Composer:
             cfg = self.compose(kept)
         except FAILURES as error:
             return None, kept, [(self._explain(error, self.name), "")]
-        for text in sorted(overrides, key=lambda one: not self._is_group(one)):
+        for text in sorted(overrides, key=lambda one: not self.is_group(one)):
             try:
                 cfg = self.compose([*kept, text])
                 kept.append(text)
@@ -231,7 +231,8 @@ class Composer:
                 failed.append((f"{text} (command line): {why}", text))
         return cfg, kept, failed
 
-    def _is_group(self, text: str) -> bool:
+    def is_group(self, text: str) -> bool:
+        """Whether an override chooses an option of a group."""
         return bool(self.loader.repository.group_exists(_key(text)))
 
     def _no_mapping(self, cfg: DictConfig, text: str) -> str | None:
@@ -278,7 +279,7 @@ class Places:
 
     def __init__(self, composer: Composer, overrides: list[str]) -> None:
         self.composer, self.overrides = composer, overrides
-        self.keys = [_key(text) for text in reversed(overrides)]
+        self.keys = [_key(text) for text in overrides if not composer.is_group(text)]
         self.trees: list[tuple[Path, KeyPath, yaml.Node | None]] | None = None
 
     def __call__(self, path: KeyPath) -> str:

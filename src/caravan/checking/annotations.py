@@ -96,8 +96,8 @@ def _subscript(annotation: ast.Subscript, scope: str, depth: int) -> Iterator[Ki
                 yield from kinds(item, scope, depth + 1)
         yield Kind("literal", values=tuple(values))
     elif head in SEQUENCES:
-        mixed = len(items) > 1 and not (isinstance(items[1], ast.Constant) and len(items) == 2)
-        yield Kind("sequence", inner=None if mixed else items[0], scope=scope)
+        each = {ast.unparse(item) for item in items} - {"..."}
+        yield Kind("sequence", inner=items[0] if len(each) == 1 else None, scope=scope)
     elif head in MAPPINGS:
         yield Kind("mapping", inner=items[-1], scope=scope)
     elif head in WRAPPERS:

@@ -325,7 +325,8 @@ def _behind_stars(module: Module, name: str) -> str | None:
 def _names_in(found: Found) -> list[str]:
     """The public names of a module (with its submodules) or of a class, for "did you mean"."""
     if isinstance(found.node, ast.ClassDef):
-        return [statement.name for statement in found.node.body if hasattr(statement, "name")]
+        own = [statement.name for statement in found.node.body if hasattr(statement, "name")]
+        return [*own, *(name for base in bases(found) if base for name in _names_in(base))]
     module, source = _module(found.module), _source(found.module)
     names = set(module.bindings) if module else set(dir(sys.modules.get(found.module)))
     names |= set(_modules_in((source.folders or ()) if source else ()))

@@ -35,6 +35,7 @@ RESERVED = {
     "_args_": (Kind("sequence"),),
     "_convert_": (Kind("literal", values=("none", "partial", "object", "all")),),
 }
+CIRCULAR = "it refers to itself"
 MARKERS = {
     "Node": (Kind("node"),),
     "OptionalNode": (Kind("node"), Kind("none")),
@@ -137,9 +138,6 @@ class _Walk:
             value = node[key]
         except InterpolationToMissingValueError:
             return  # what it refers to is reported where it stands
-        except RecursionError:
-            self.add(path, "it refers to itself")
-            return
         except OmegaConfBaseException as error:
             self.broken(node, key, path, error)
             return
@@ -156,7 +154,10 @@ class _Walk:
     ) -> None:
         text = str(error).splitlines()[0]
         lost = re.fullmatch(r"Interpolation key '(.+)' not found", text)
-        if lost is None:
+        if "Recursive interpolation" in text:
+            if all(mistake.text != CIRCULAR for mistake in self.found):  # once for the whole circle
+                self.add(path, CIRCULAR)
+        elif lost is None:
             reason = text.partition("raised while resolving interpolation: ")[2] or text
             self.add(path, f"its value cannot be found: {reason}")
         elif lost[1] in _raw(node, key):

@@ -1,0 +1,210 @@
+"""Rules for what no single value of a config shows: combinations, ranges, folders.
+
+A rule is a function from the composed config to mistakes; to add one, write it and list it in
+RULES. It asks with `value`, which is None for whatever is missing or broken: that is told already.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from caravan.checking.annotations import is_int
+from caravan.checking.definitions import did_you_mean
+from caravan.checking.signatures import signature
+from caravan.checking.walk import Mistake, dotted
+from caravan.checking.walk import Path as KeyPath
+from caravan.contract import Contract
+from caravan.errors import InputError
+
+Rule = Callable[[DictConfig], Iterator[Mistake]]
+PRECISIONS = ("auto", "bf16", "float32")
+MEASURES = ("MRR", "nDCG", "R", "MAP", "P")
+MEASURE = re.compile(rf"({'|'.join(MEASURES)})(\(rel=[1-9]\d*\))?@[1-9]\d*")
+"""What `caravan.retrieval.metrics.parse_measure` takes."""
+AT_LEAST = {
+    "batching.queries_per_batch": 1,
+    "batching.token_budget": 1,
+    "batching.num_workers": 0,
+    "validation.passages": 1,
+    "validation.queries": 1,
+    "validation.run_depth": 1,
+    "query_length": 4,
+    "passage_length": 4,
+    "token_budget": 1,
+    "num_workers": 0,
+    "block": 1,
+    "index.k": 1,
+}
+
+
+def value(cfg: DictConfig, place: str) -> Any:
+    """A value, or None where there is none, it is `???`, or its interpolation is broken."""
+    try:
+        return OmegaConf.select(cfg, place)
+    except OmegaConfBaseException:
+        return None
+
+
+def contract_holds(cfg: DictConfig) -> Iterator[Mistake]:
+    """Pooling, temperature, lengths and templates, as `Contract` wants them."""
+    settings = value(cfg, "contract")
+    if not isinstance(settings, DictConfig):
+        return
+    try:
+        Contract(
+            **{key.name: settings[key.name] for key in fields(Contract) if key.name in settings}
+        )
+    except InputError as error:
+        for problem in str(error).split("; contract."):
+            setting, _, text = problem.removeprefix("contract.").partition(" ")
+            yield Mistake(("contract", setting), f"it {text}")
+    except (TypeError, OmegaConfBaseException):
+        return  # the walk tells those
+
+
+def numbers_are_large_enough(cfg: DictConfig) -> Iterator[Mistake]:
+    """Lengths, counts and budgets."""
+    for place, least in AT_LEAST.items():
+        given = value(cfg, place)
+        if is_int(given) and given < least:
+            yield Mistake(tuple(place.split(".")), f"it must be at least {least}, not {given}")
+
+
+def precision_is_known(cfg: DictConfig) -> Iterator[Mistake]:
+    """The names that `caravan.models.precision` knows."""
+    given = value(cfg, "precision")
+    if isinstance(given, str) and given not in PRECISIONS:
+        near = did_you_mean(given, PRECISIONS)
+        hint = f"; did you mean {near}?" if near else ""
+        yield Mistake(("precision",), f"it must be one of {', '.join(PRECISIONS)}{hint}")
+
+
+def measures_are_known(cfg: DictConfig) -> Iterator[Mistake]:
+    """Names such as MRR@10, before hours of encoding and not after them."""
+    for path, node in _mappings(cfg, ()):
+        for i, measure in enumerate(_listed(node, "measures")):
+            if MEASURE.fullmatch(measure) is None:
+                near = did_you_mean(measure.partition("@")[0], MEASURES, cutoff=0.5)
+                cutoff = measure.partition("@")[2] or "10"
+                hint = f"did you mean {near}@{cutoff}?" if near else "write MRR@10"
+                known = ", ".join(f"{name}@k" for name in MEASURES)
+                yield Mistake((*path, "measures", i), f"{measure!r} is none of {known}; {hint}")
+
+
+def monitored_is_logged(cfg: DictConfig) -> Iterator[Mistake]:
+    """Checkpoints and early stopping go by a measure that the validation computes."""
+    callbacks = value(cfg, "callbacks")
+    measures = [name for _, node in _mappings(callbacks, ()) for name in _listed(node, "measures")]
+    if not measures or not all(map(MEASURE.fullmatch, measures)):
+        return
+    logged = [f"val/{name}" for name in measures]
+    for path, node in _mappings(callbacks, ("callbacks",)):
+        watched = value(node, "monitor")
+        if isinstance(watched, str) and "@" in watched and watched not in logged:
+            near = did_you_mean(watched, logged)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(logged)}"
+            yield Mistake((*path, "monitor"), f"nothing logs {watched}; {hint}")
+
+
+def training_ends(cfg: DictConfig) -> Iterator[Mistake]:
+    """Lightning trains on for ever where neither steps nor epochs nor time are limited."""
+    trainer = value(cfg, "trainer")
+    if not isinstance(trainer, DictConfig) or value(trainer, "max_time") is not None:
+        return
+    if value(trainer, "max_steps") == -1 and value(trainer, "max_epochs") == -1:
+        yield Mistake(("trainer",), "it would never end; set trainer.max_steps or .max_epochs")
+
+
+def search_is_deep_enough(cfg: DictConfig) -> Iterator[Mistake]:
+    """No measure looks deeper than the search beside it: R@1000 of 100 results is R@100."""
+    for path, node in _mappings(cfg, ()):
+        index = value(node, "index")
+        if not isinstance(index, DictConfig):
+            continue
+        cutoffs = [re.search(r"@(\d+)$", measure) for measure in _listed(node, "measures")]
+        depth = max((int(cutoff[1]) for cutoff in cutoffs if cutoff), default=0)
+        kept = _given_or_default(index, "k")
+        if is_int(kept) and kept < depth:
+            yield Mistake(
+                (*path, "measures"),
+                f"they ask for depth {depth} but search keeps k={kept}; set index.k={depth}",
+            )
+
+
+def folders_exist(cfg: DictConfig) -> Iterator[Mistake]:
+    """The collection, the model to start from, and the model to evaluate."""
+    data = value(cfg, "data")
+    places = [path for path, node in _mappings(data, ("data",)) if "path" in node]
+    named = [(*path, "path") for path in places] + [("init_from",), ("retriever",)]
+    for path in named:
+        given = value(cfg, dotted(path))
+        if not isinstance(given, str) or (path == ("retriever",) and given == "bm25"):
+            continue
+        if not Path(given).exists():
+            also = " (nor bm25)" if path == ("retriever",) else ""
+            near = _nearest(given) if path != ("retriever",) else _nearest(given, "bm25")
+            hint = f"; did you mean {near}?" if near else ""
+            yield Mistake(path, f"there is no folder {given}{also}{hint}", "folder")
+
+
+RULES: list[Rule] = [
+    contract_holds,
+    numbers_are_large_enough,
+    precision_is_known,
+    measures_are_known,
+    search_is_deep_enough,
+    monitored_is_logged,
+    training_ends,
+    folders_exist,
+]
+
+
+def _mappings(node: Any, path: KeyPath) -> Iterator[tuple[KeyPath, DictConfig]]:
+    """A mapping and all mappings in it, those behind interpolations left out."""
+    if not isinstance(node, DictConfig):
+        return
+    yield path, node
+    for key in map(str, node):
+        if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+            yield from _mappings(node.get(key), (*path, key))
+
+
+def _listed(node: DictConfig, key: str) -> list[str]:
+    """The texts of a list, empty where there is none."""
+    given = value(node, key)
+    return (
+        [text for text in given if isinstance(text, str)] if isinstance(given, ListConfig) else []
+    )
+
+
+def _given_or_default(node: DictConfig, name: str) -> Any:
+    """An argument as the config gives it, else the default of what `_target_` names."""
+    given = value(node, name)
+    if given is not None:
+        return given
+    try:
+        parameter = signature(str(value(node, "_target_"))).parameters[name]
+    except LookupError:
+        return None
+    return getattr(parameter.default, "value", None)
+
+
+def _nearest(path: str, *others: str) -> str | None:
+    """The existing path, or one of `others`, that is most like a path that does not exist."""
+    near = did_you_mean(path, others)
+    if near is not None:
+        return near
+    above = Path(path)
+    while not above.exists() and above != above.parent:
+        above, below = above.parent, above.name
+    if above.is_dir() and (near := did_you_mean(below, os.listdir(above), cutoff=0.7)):
+        return str(above / near)
+    return None

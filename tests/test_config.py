@@ -1,0 +1,389 @@
+"""Every mistake in a config is told, at once, with place and remedy; no target is imported."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from tests.small_conf import CONF, small_conf
+
+from caravan import config
+from caravan.checking.walk import Mistake
+from caravan.compose import Composer, compose, without_hydra
+from caravan.entry import preflight
+from caravan.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    home = tmp_path_factory.mktemp("home")
+    sys.path.insert(0, str(home))
+    yield small_conf(home)
+    sys.path.remove(str(home))
+
+
+@pytest.fixture
+def told(conf: Path) -> Callable[..., list[str]]:
+    """The lines that a command line is answered with."""
+
+    def tell(*overrides: str, root: str = "train") -> list[str]:
+        try:
+            preflight(list(overrides), conf, root, config.ROOTS[root])
+        except InputError as error:
+            return str(error).splitlines()[1:]
+        return []
+
+    return tell
+
+
+def write(conf: Path, name: str, text: str) -> str:
+    """An experiment file, without the indentation of the test."""
+    body = re.sub("^ {8}", "", text.strip("\n"), flags=re.MULTILINE)
+    (conf / "experiment" / f"{name}.yaml").write_text("# @package _global_\n" + body + "\n")
+    return f"experiment={name}"
+
+
+def test_a_right_config_has_no_mistakes(told: Callable[..., list[str]]) -> None:
+    assert told() == []
+    assert told("retriever=bm25", root="evaluate") == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ("trainer.max_step=5", "no argument 'max_step'; did you mean trainer.max_steps?"),
+        ("+trainr.max_steps=5", "no setting 'trainr'; did you mean trainer.max_steps?"),
+        ("trainr.max_steps=5", "no setting 'trainr'; did you mean trainer.max_steps?"),
+        ("backbone=tiny_lama", "did you mean backbone=tiny_llama?"),
+        ("backbone=mistral", "no backbone is called mistral; there are tiny_llama"),
+        ("stage=retreiver", "did you mean stage=retriever?"),
+        ("trainer.max_steps=abc", "trainer.max_steps (command line): it must be an int, not 'abc'"),
+        ("trainer.max_steps=1e3", "it must be an int, not 1000.0; write 1000"),
+        ("seed=x", "seed (command line): it must be an int, not 'x'"),
+        ("resume=maybe", "it must be true or false, not 'maybe'"),
+        ("loss.rat=0.1", "no argument 'rat'; did you mean loss.rate?"),
+        ("loss.temprature=0.1", "did you mean contract.temperature?"),
+        ("max_steps=5", "did you mean trainer.max_steps?"),
+        ("loss.on=3", "it must be true or false, not 3"),
+        ("loss.kind=dep", "it must be one of flat, deep, not 'dep'; did you mean deep?"),
+        ("loss.betas=0.9", "it must be a list of numbers, not 0.9"),
+        ("loss.options=3", "it must be a mapping or null, not 3"),
+        ("loss.options={a:x}", "loss.options.a (command line): it must be an int, not 'x'"),
+        ("loss.part={size:3}", "loss.part (command line): it has no _target_"),
+        ("loss.part={_target_:parts.Prt}", "no 'Prt' in parts; did you mean parts.Part?"),
+        ("loss._target_=part.Part", "no module 'part'; did you mean parts.Part?"),
+        ("loss._target_=???", "loss._target_ (command line): it is not set (???)"),
+        ("loss._partail_=true", "did you mean loss._partial_?"),
+        ("data=beir", "data.path (conf/data/beir.yaml:2): it is not set (???); give data.path="),
+        ("seed=???", "seed (command line): it is not set (???)"),
+        ("name=${nme}", "name (command line): ${nme} leads nowhere"),
+        ("seed=${oc.env:CARAVAN_NO_SUCH}", "'CARAVAN_NO_SUCH' not found"),
+        ("contract.poling=cls", "contract has no setting 'poling'; did you mean contract.pooling?"),
+        ("contract.pooling=max", "it is 'max'; it must be one of last, mean, cls"),
+        (
+            "contract.temperature=0",
+            "contract.temperature (command line): it is 0; it must be above",
+        ),
+        ("contract.query_length=-1", "it must be at least 4"),
+        ("batching.token_budget=0", "it must be at least 1, not 0"),
+        ("batching=3", "batching (command line): it must be a mapping, not 3"),
+        ("precision=bf61", "did you mean bf16?"),
+        ("callbacks.mine.patience=3", "callbacks.mine (command line): it has no _target_"),
+        ("callbacks.bset.monitor=x", "did you mean callbacks.best?"),
+        ("callbacks.best.monitor=val/MRR@100", "nothing logs val/MRR@100; did you mean val/MRR@10"),
+        ("callbacks.evaluation.measures=[MRR]", "is none of MRR@k"),
+        ("callbacks.evaluation.measures=MRR@10", "a list of texts, not 'MRR@10'; write [MRR@10]"),
+        ("index.k=5", "they ask for depth 10 but search keeps k=5; set index.k=10"),
+        ("trainer.max_steps=-1 trainer.max_epochs=-1", "it would never end"),
+        ("seed=1,2", "several values; add -m"),
+        ("seed", "no setting; write key=value"),
+        ("seed=[1", "cannot be read"),
+        ("~backbone", "nothing is chosen; give backbone=<option>"),
+        ("+seed=3", "it is set already; leave the + out"),
+        ("experiment=nothing", "no experiment is called nothing"),
+        ("hydra.job.nam=x", "hydra.job.nam"),
+        ("hydra/launcher=jobli", "there is no hydra/launcher/jobli"),
+    ],
+)
+def test_one_mistake_is_told_with_its_remedy(
+    overrides: str,
+    wanted: str,
+    conf: Path,
+    told: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(conf.parent)
+    (line,) = told(*overrides.split())
+    assert wanted in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ("retriever=bm52", "there is no folder bm52 (nor bm25); did you mean bm25?"),
+        ("retriever=bm25 index.k=100", "depth 1000 but search keeps k=100; set index.k=1000"),
+        ("retriever=bm25 measures=[nDCG10]", "did you mean nDCG@10?"),
+        ("retriever=bm25 backbone=tiny_llama", "evaluate has no group 'backbone'"),
+        ("", "retriever (conf/evaluate.yaml"),
+    ],
+)
+def test_evaluate_has_a_root_of_its_own(
+    overrides: str,
+    wanted: str,
+    conf: Path,
+    told: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(conf.parent)
+    (line,) = told(*overrides.split(), root="evaluate")
+    assert wanted in line
+
+
+def test_a_folder_that_is_not_there_is_told_with_its_neighbour(
+    told: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "scifact").mkdir()
+    wrong = tmp_path / "scifcat"
+    assert told("data=beir", f"data.path={tmp_path}/scifact") == []
+    for key in ("data.path", "init_from"):
+        lines = told("data=beir", f"data.path={tmp_path}/scifact", f"{key}={wrong}")
+        hint = f"there is no folder {wrong}; did you mean {tmp_path}/scifact?"
+        assert lines == [f"  {key} (command line): {hint}"]
+
+
+def test_all_mistakes_are_told_at_once(told: Callable[..., list[str]]) -> None:
+    lines = told(
+        *(
+            "trainer.max_step=5",
+            "+trainr.x=1",
+            "backbone=tiny_lama",
+            "seed=x",
+            "contract.pooling=a",
+        ),
+        *("stage=retreiver", "nonsense", "loss.kind=dep", "data=beir", "peft._target_=parts.Prt"),
+    )
+    assert len(lines) == 10, lines
+
+
+def test_a_typo_in_an_experiment_file_is_told_with_file_and_line(
+    conf: Path, told: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(conf.parent)
+    experiment = write(
+        conf,
+        "typos",
+        """
+        trainr:
+          max_steps: 3
+        trainer:
+          max_step: 4
+        contract:
+          poling: mean
+          temperature: -1
+        callbacks:
+          best:
+            moniter: x
+          early_stoping:
+            patience: 3
+          other: {_target_: parts.Chekpoint}
+        optimizer: {rate: fast}
+        batching: {tokens: 3}
+        """,
+    )
+    lines = [line.strip() for line in told(experiment)]
+    places = [line.partition(":")[0] + ":" + line.split(":")[1].partition(")")[0] for line in lines]
+    file = "conf/experiment/typos.yaml"
+    assert sorted(places) == sorted(
+        f"{key} ({file}:{line}"
+        for key, line in {
+            "trainr": 2,
+            "trainer.max_step": 5,
+            "contract.poling": 7,
+            "contract.temperature": 8,
+            "callbacks.best.moniter": 11,
+            "callbacks.early_stoping": 12,
+            "callbacks.other._target_": 14,
+            "optimizer.rate": 15,
+            "batching.tokens": 16,
+        }.items()
+    )
+
+
+def test_a_file_that_is_not_yaml_is_told_with_file_and_line(
+    conf: Path, told: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(conf.parent)
+    experiment = write(
+        conf,
+        "syntax",
+        """
+        name: x
+        trainer:
+          max_steps: 3
+           max_epochs: 4
+        """,
+    )
+    lines = told(experiment, "+trainr.x=3")
+    assert len(lines) == 1
+    assert "conf/experiment/syntax.yaml:5: not YAML" in lines[0]
+
+
+def test_a_wrong_option_in_an_experiment_file_is_told_with_file_and_line(
+    conf: Path, told: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(conf.parent)
+    experiment = write(
+        conf,
+        "option",
+        """
+        defaults:
+          - override /backbone: tiny_lama
+        """,
+    )
+    (line,) = told(experiment)
+    assert "conf/experiment/option.yaml:3: there is no backbone/tiny_lama" in line
+    assert "did you mean tiny_llama?" in line
+
+
+def test_a_broken_reference_is_told_once_where_it_stands(
+    told: Callable[..., list[str]],
+) -> None:
+    assert len(told("name=${nme}")) == 1  # run_dir refers to name
+    assert told("name=${run_dir}")[0].endswith("it refers to itself")
+
+
+def test_keys_that_the_file_leaves_out_need_no_plus(conf: Path) -> None:
+    cfg = compose(conf, "train", ["trainer.val_check_interval=5", "loss.options={a:3}"])
+    assert cfg.trainer.val_check_interval == 5
+    assert cfg.loss.options == {"a": 3}
+
+
+def test_the_composed_config_is_typed(conf: Path) -> None:
+    cfg = compose(conf, "train", ["name=2024", "contract.temperature=1", "validation.run=null"])
+    assert (cfg.name, cfg.contract.temperature, cfg.run_dir) == ("2024", 1.0, "runs/2024")
+    with pytest.raises(InputError, match=r"did you mean trainer\.max_steps"):
+        compose(conf, "train", ["trainer.max_step=3"])
+
+
+def test_own_configs_come_from_a_folder_of_ones_own(conf: Path, tmp_path: Path) -> None:
+    (tmp_path / "loss").mkdir()
+    (tmp_path / "loss" / "mine.yaml").write_text("{_target_: parts.Part, size: 7}")
+    cfg = compose(conf, "train", ["loss=mine"], more=tmp_path)
+    assert cfg.loss.size == 7
+    with pytest.raises(InputError, match="did you mean loss=mine"):
+        compose(conf, "train", ["loss=min"], more=tmp_path)
+
+
+def test_check_tells_lines_for_a_config_made_by_hand(conf: Path) -> None:
+    cfg = compose(conf, "train", [])
+    assert config.check(cfg) == []
+    OmegaConf.update(cfg, "trainer.max_step", 3, force_add=True)
+    (line,) = config.check(cfg)
+    assert line.startswith("trainer.max_step: parts.Trainer has no argument 'max_step'")
+
+
+class TestSweeps:
+    def test_every_value_of_a_sweep_is_checked(self, told: Callable[..., list[str]]) -> None:
+        lines = told("-m", "seed=1,2,x", "backbone=tiny_llama,tiny_lama", "trainer.max_step=1,2")
+        assert [line.partition(" (")[0].strip() for line in lines] == [
+            "trainer.max_step",
+            "seed",
+            "backbone=tiny_lama",
+        ]
+        assert "[in the job" in lines[1]
+        assert "seed=x" in lines[1].partition("[in the job")[2]
+
+    def test_the_file_of_a_sweep_is_checked(
+        self, conf: Path, told: Callable[..., list[str]]
+    ) -> None:
+        (conf / "sweep" / "rates.yaml").write_text(
+            "# @package _global_\n"
+            "hydra: {sweeper: {params: {optimizer.rate: '0.1,0.2', trainer.max_step: '1,2'}}}\n"
+        )
+        (line,) = told("-m", "sweep=rates")
+        assert "did you mean trainer.max_steps?" in line
+        (line,) = told("sweep=rates", "~trainer")[-1:]
+        assert "add -m" in line
+
+    def test_folders_of_jobs_are_named_by_what_differs(self, conf: Path) -> None:
+        argv = preflight(
+            ["-m", "seed=1,2", "name=n", "backbone=tiny_llama"], conf, "train", config.Train
+        )
+        assert argv[-1].endswith("exclude_keys=[run_dir,name,backbone]")
+        assert config.folder_name("data.path=/a/b c,seed=1") == "data.path=_a_b_c,seed=1"
+        long = [config.folder_name("x" * 300 + end) for end in "ab"]
+        assert len(set(long)) == 2
+        assert max(map(len, long)) <= 120
+
+
+# --- the real conf/ ---------------------------------------------------------------------------
+
+
+def real_files() -> list[Path]:
+    return sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
+
+
+def real_mistakes(root: str, overrides: list[str]) -> list[Mistake]:
+    """What is wrong, but for what is the user's to give: `???` and folders of their own."""
+    with Composer(CONF, root, config.ROOTS[root]) as composer:
+        found = config.mistakes(without_hydra(composer.compose(overrides)), config.ROOTS[root])
+    return [mistake for mistake in found if mistake.kind == "wrong"]
+
+
+def launch_command(text: str) -> tuple[str, list[str]] | None:
+    """The program and the overrides of the command that a file opens with."""
+    match = re.search(r"^# +python (train|evaluate)\.py (.+)$", text, re.MULTILINE)
+    return (match[1], shlex.split(match[2])) if match else None
+
+
+def test_every_yaml_under_conf_composes_and_checks() -> None:
+    seen, wrong = [], []
+    for path in real_files():
+        group, option = "/".join(path.parts[:-1]), path.stem
+        text = (CONF / path).read_text()
+        if not group:
+            command = (option, ["retriever=bm25"] if option == "evaluate" else [])
+        elif path.parts[0] in ("experiment", "sweep"):
+            launched = launch_command(text)
+            assert launched is not None, f"{path} does not open with the command that runs it"
+            command = launched
+            name = "/".join((*path.parts[1:-1], option))
+            assert f"{path.parts[0]}={name}" in command[1], f"{path} opens with another command"
+        else:
+            root = "evaluate" if group == "hydra/help" and option == "evaluate" else "train"
+            command = (root, [f"{group}={option}", *(["retriever=bm25"] * (root == "evaluate"))])
+        root, overrides = command[0], [text for text in command[1] if text != "-m"]
+        wrong += [(str(path), mistake) for mistake in real_mistakes(root, overrides)]
+        seen.append(path)
+    assert not wrong
+    assert len(seen) == sum(1 for path in CONF.rglob("*") if path.suffix in (".yaml", ".yml"))
+    assert len(seen) >= 30
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ("trainer.max_step=5", "trainer.max_steps"),
+        ("+trainr.max_steps=5", "trainer.max_steps"),
+        ("backbone=tiny_lama", "backbone=tiny_llama"),
+        ("trainer.max_steps=abc", "an int"),
+        ("data.path=/nonexistent data=beir", "there is no folder /nonexistent"),
+        ("loss.temprature=0.1", "temperature"),
+        ("seed=x", "an int"),
+        ("stage=retreiver", "stage=retriever"),
+        ("optimizer._target_=caravan.training.optim.AdamV", "caravan.training.optim.AdamW"),
+        ("callbacks.best.moniter=val/MRR@10", "callbacks.best.monitor"),
+        ("index.facotry=Flat", "index.factory"),
+    ],
+)
+def test_mistakes_over_the_real_conf(overrides: str, wanted: str) -> None:
+    with pytest.raises(InputError) as caught:
+        preflight(overrides.split(), CONF, "train", config.Train)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2, lines
+    assert wanted in lines[1]

@@ -1,0 +1,250 @@
+"""The command line: exit codes, what is printed, where a run writes, and what is never imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.small_conf import HOME, small_conf
+
+APP = """
+import json
+import logging
+import os
+
+from caravan.entry import entry
+from caravan.errors import InputError
+
+
+class Refuses:
+    def __init__(self):
+        raise InputError("the corpus is empty: corpus.jsonl:1; give another folder")
+
+
+@entry("train")
+def main(cfg):
+    from hydra.utils import instantiate
+
+    if cfg.name == "refuses":
+        raise InputError("the corpus is empty: corpus.jsonl:1; give another folder")
+    if cfg.name == "refuses_inside":
+        instantiate({"_target_": "app.Refuses"})
+    if cfg.name == "fails":
+        raise ZeroDivisionError("a defect")
+    if cfg.name == "stopped":
+        raise KeyboardInterrupt
+    if cfg.name == "stopped_by_lightning":
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise SystemExit(1)
+    logging.getLogger("caravan.some.module").info("hello from %s", cfg.name)
+    with open(os.path.join(cfg.run_dir, "out.json"), "w") as file:
+        json.dump({"cwd": os.getcwd(), "run_dir": cfg.run_dir, "seed": cfg.seed}, file)
+
+
+if __name__ == "__main__":
+    main()
+"""
+HEAVY = {"torch", "transformers", "pytorch_lightning", "datasets", "faiss", "numpy"}
+Program = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    small_conf(tmp_path)
+    (tmp_path / "app.py").write_text(APP)
+    return tmp_path
+
+
+@pytest.fixture
+def app(home: Path) -> Program:
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "app.py", *arguments],
+            cwd=home,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+def files(home: Path) -> set[str]:
+    """What a run has written below a folder."""
+    known = ("conf", "__pycache__")
+    paths = (path.relative_to(home) for path in home.rglob("*") if path.is_file())
+    return {str(p) for p in paths if p.parts[0] not in known and p.suffix != ".py"}
+
+
+def program(*arguments: str, cwd: Path = HOME) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_run_writes_into_run_dir_alone(app: Program, home: Path) -> None:
+    done = app("name=one")
+    assert done.returncode == 0, done.stderr
+    assert files(home) == {"runs/one/out.json", "runs/one/log.txt"}
+    out = (home / "runs/one/out.json").read_text()
+    assert out == f'{{"cwd": "{home}", "run_dir": "runs/one", "seed": 0}}'
+    assert done.stderr.splitlines()[-1].endswith(" I hello from one")
+    assert "INFO caravan.some.module: hello from one" in (home / "runs/one/log.txt").read_text()
+
+
+def test_jobs_of_a_sweep_write_into_folders_of_their_own(app: Program, home: Path) -> None:
+    done = app("-m", "seed=1,2", "name=many", "loss.name=a/b,c", "batching.num_workers=0")
+    assert done.returncode == 0, done.stderr
+    jobs = [f"loss.name={name},seed={seed}" for name in ("a_b", "c") for seed in (1, 2)]
+    expected = {f"runs/many/{job}/{file}" for job in jobs for file in ("out.json", "log.txt")}
+    assert files(home) == {*expected, "runs/many/multirun.yaml"}
+    out = (home / "runs/many/loss.name=c,seed=2/out.json").read_text()
+    assert '"run_dir": "runs/many/loss.name=c,seed=2", "seed": 2' in out
+
+
+def test_a_sweep_file_names_the_jobs(app: Program, home: Path) -> None:
+    (home / "conf/sweep/seeds.yaml").write_text(
+        "# @package _global_\nname: seeds\nhydra: {sweeper: {params: {seed: '1,2'}}}\n"
+    )
+    done = app("-m", "sweep=seeds")
+    assert done.returncode == 0, done.stderr
+    assert {"runs/seeds/seed=1/out.json", "runs/seeds/seed=2/out.json"} <= files(home)
+
+
+def test_a_wrong_config_ends_before_anything_is_written(app: Program, home: Path) -> None:
+    started = time.monotonic()
+    done = app("trainer.max_step=5", "seed=x", "backbone=tiny_lama")
+    assert time.monotonic() - started < 4
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert lines[0] == "3 mistakes in the config; nothing was started:"
+    assert len(lines) == 4
+    assert files(home) == set()
+
+
+def test_a_wrong_sweep_starts_no_job(app: Program, home: Path) -> None:
+    done = app("-m", "seed=1,x")
+    assert done.returncode == 2
+    assert "seed (command line): it must be an int, not 'x' [in the job seed=x]" in done.stderr
+    assert files(home) == set()
+
+
+@pytest.mark.parametrize("name", ["refuses", "refuses_inside"])
+def test_a_mistake_found_in_the_job_is_one_sentence(name: str, app: Program, home: Path) -> None:
+    done = app(f"name={name}")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("the corpus is empty: corpus.jsonl:1; give another folder")
+    assert "the corpus is empty" in (home / f"runs/{name}/log.txt").read_text()
+
+
+def test_a_mistake_found_in_a_job_of_a_sweep_names_the_job(app: Program) -> None:
+    done = app("-m", "name=refuses", "seed=1,2")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("the corpus is empty") == 1
+    assert "seed=1" in done.stderr
+
+
+def test_a_defect_keeps_its_traceback(app: Program) -> None:
+    done = app("name=fails")
+    assert done.returncode == 1
+    assert "ZeroDivisionError: a defect" in done.stderr
+    assert 'app.py", line' in done.stderr
+
+
+@pytest.mark.parametrize("name", ["stopped", "stopped_by_lightning"])
+def test_an_interrupted_run_says_how_to_go_on(name: str, app: Program) -> None:
+    done = app(f"name={name}")
+    assert done.returncode == 130
+    assert done.stderr.splitlines() == ["interrupted; the same command with resume=true goes on"]
+
+
+def test_other_ranks_are_silent(app: Program) -> None:
+    done = app("seed=x", LOCAL_RANK="1")
+    assert (done.returncode, done.stderr) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--cfg", "job", "seed=3"], "seed: 3"),
+        (["--cfg", "job", "--resolve", "--package", "contract"], "pooling: last"),
+        (["--info", "defaults-tree"], "train_schema"),
+        (["--hydra-help"], "Hydra"),
+        (["--config-dir", "more", "loss=mine", "--cfg", "job"], "size: 77"),
+        (["--config-dir", "more", "--config-name", "other", "--cfg", "job"], "seed: 99"),
+        (["-sc", "install=bash"], "hydra_bash_completion"),
+    ],
+)
+def test_flags_of_hydra_go_on_working(
+    arguments: list[str], wanted: str, app: Program, home: Path
+) -> None:
+    (home / "more/loss").mkdir(parents=True)
+    (home / "more/loss/mine.yaml").write_text("{_target_: parts.Part, size: 77}")
+    (home / "more/other.yaml").write_text("defaults: [train, _self_]\nseed: 99\n")
+    done = app(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert wanted in done.stdout
+
+
+def test_an_own_folder_of_configs_is_checked_and_run(app: Program, home: Path) -> None:
+    (home / "more/experiment").mkdir(parents=True)
+    (home / "more/experiment/mine.yaml").write_text("# @package _global_\nname: mine\nsed: 3\n")
+    done = app("--config-dir", "more", "experiment=mine")
+    assert done.returncode == 2
+    assert "sed (more/experiment/mine.yaml:3): the config has no setting 'sed'" in done.stderr
+    (home / "more/experiment/mine.yaml").write_text("# @package _global_\nname: mine\nseed: 3\n")
+    assert app("--config-dir", "more", "experiment=mine").returncode == 0
+    assert "runs/mine/out.json" in files(home)
+    assert app("--config-dir", "moer").returncode == 2
+
+
+# --- the real programs ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_help_is_quick_and_opens_with_three_commands(name: str) -> None:
+    started = time.monotonic()
+    done = program(f"{name}.py", "--help")
+    assert time.monotonic() - started < 4
+    assert done.returncode == 0, done.stderr
+    examples = [line for line in done.stdout.splitlines()[:6] if f"python {name}.py" in line]
+    assert len(examples) == 3
+    for group in ("data: ", "index: ", *(("backbone: ", "sampler: ") if name == "train" else ())):
+        assert f"\n{group}" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_nothing_heavy_is_imported_to_answer(name: str) -> None:
+    code = f"""
+import runpy, sys
+sys.path.insert(0, ".")
+sys.argv = ["{name}.py", "seed=x", "index.facotry=Flat"]
+try:
+    runpy.run_path("{name}.py", run_name="__main__")
+except SystemExit as stop:
+    assert stop.code == 2
+print(sorted({HEAVY} & set(sys.modules)))
+"""
+    done = program("-c", code)
+    assert done.stdout == "[]\n", done.stderr
+    assert "did you mean index.factory?" in done.stderr
+
+
+def test_a_wrong_command_is_answered_in_time() -> None:
+    started = time.monotonic()
+    done = program("train.py", "trainer.max_step=5", "+trainr.max_steps=5", "data=beir")
+    assert time.monotonic() - started < 4
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 4
