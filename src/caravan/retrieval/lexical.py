@@ -97,7 +97,7 @@ class BM25:
 
         try:
             index = bm25s.BM25.load(folder, mmap=True)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, KeyError) as error:
             raise InputError(
                 f"{folder} holds no BM25 index that can be read ({error}); delete it to build anew"
             ) from None
