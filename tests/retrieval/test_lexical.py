@@ -15,7 +15,6 @@ from caravan.retrieval.lexical import BM25
 
 TEXT = "the camels camel walking walks desert Wüste über salt salty of a b roads road x1 ١٢٣"
 WORDS = TEXT.split()
-)
 
 
 @pytest.fixture(scope="module")
