@@ -39,7 +39,7 @@ from caravan.compose import FAILURES, Composer, report
 from caravan.errors import InputError
 
 USER, INTERRUPTED = 2, 130
-MOST_JOBS = 64
+MOST_JOBS = 24
 """Jobs of a sweep that are checked before it starts; each is checked again when its turn comes."""
 
 log = logging.getLogger("caravan")
@@ -169,7 +169,7 @@ def preflight(argv: list[str], conf: Path, name: str, root: type) -> list[str]:
 
 
 def _listed(keys: list[str]) -> str:
-    return f"[{','.join(dict.fromkeys(keys))}]".replace("@", "\\@")
+    return f"[{','.join(dict.fromkeys(keys))}]"
 
 
 def _parsed(composer: Composer, overrides: list[str]) -> list[Override]:

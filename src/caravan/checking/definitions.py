@@ -249,7 +249,7 @@ def _member(found: Found, name: str) -> Found | None:
     if found.node is None:
         return _lookup(found.module, name, MAX_STEPS)
     if isinstance(found.node, ast.ClassDef):
-        for statement in found.node.body:
+        for statement in reversed(found.node.body):  # the last of several is not an overload
             if getattr(statement, "name", None) == name:
                 return Found(found.module, statement)
         unknown = Found(found.module, known=False)

@@ -124,7 +124,8 @@ def _of_class(target: str, found: Found, seen: set[int]) -> Signature:
         inherited = _of_class(target, base, seen)
         if inherited.parameters or inherited.open:
             return inherited
-    return Signature(target)
+    # No __init__ anywhere: a decorator (attrs') or a metaclass may make one.
+    return Signature(target, open=bool(node.decorator_list or node.keywords))
 
 
 def is_dataclass(node: ast.AST | None) -> bool:
