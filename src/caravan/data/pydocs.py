@@ -42,6 +42,10 @@ MIN_SHINGLES = 8  # a passage with fewer is made of numbers and its own name
 DUPLICATE = 0.7  # from this share of common shingles on, two passages are one
 RELATED = 0.4  # from this share on, they stay in the same split
 
+FUNCTION_WORDS = {
+    "a", "an", "and", "as", "be", "by", "for", "from", "if", "in", "is", "it", "its", "of", "on",
+    "or", "that", "the", "this", "to", "with",
+}  # fmt: skip
 WORD = re.compile(r"\w+")
 PIECE = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")  # of camelCase and snake_case names
 ROLE = re.compile(r":[a-z][a-z:]*:`[~!]?([^`<]+?)(?:\s*<[^`]*>)?`")
@@ -75,6 +79,14 @@ class Pair:
     text: str
     query_key: str
     text_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A query and the groups (by number) whose passage answers it."""
+
+    pair: Pair  # the first of those that ask it
+    answers: list[int]
 
 
 class PyDocs:
@@ -148,29 +160,14 @@ class PyDocs:
         families = Families()
         groups = merge(self._pairs(found, dropped), dropped)
         groups = distinct(groups, families, dropped)
-        queries: dict[str, list[int]] = defaultdict(list)  # query key -> groups that answer it
-        first: dict[str, Pair] = {}
-        for at, group in enumerate(groups):
-            for pair in group:
-                if first.setdefault(pair.query_key, pair) and at not in queries[pair.query_key]:
-                    queries[pair.query_key].append(at)
-        for key_, answers in list(queries.items()):
-            families.join([groups[at][0].name for at in answers])
-            if len(answers) > MAX_POSITIVES:
-                dropped["generic query"] += len(answers)
-                del queries[key_]
-        related: dict[frozenset[str], str] = {}  # the same words in another order or form
-        for key_, answers in queries.items():
-            bag = frozenset(word.rstrip("s") for word in key_.split() if len(word) > 3)
-            name = groups[answers[0]][0].name
-            families.join([name, related.setdefault(bag, name)] if bag else [name])
-        kept = sorted({at for answers in queries.values() for at in answers})
-        qrels: dict[str, list[tuple[str, str, int]]] = {"train": [], "dev": [], "test": []}
+        queries = ask(groups, families, dropped)
+        kept = sorted({at for query in queries for at in query.answers})
         sizes = Counter(families.of(groups[at][0].name) for at in kept)
-        for key_, answers in queries.items():
-            family = families.of(groups[answers[0]][0].name)
+        qrels: dict[str, list[tuple[str, str, int]]] = {"train": [], "dev": [], "test": []}
+        for query in queries:
+            family = families.of(groups[query.answers[0]][0].name)
             split = "train" if sizes[family] > MAX_FAMILY else split_of(family, self.held_out)
-            qrels[split] += ((first[key_].name, groups[at][0].name, 1) for at in answers)
+            qrels[split] += ((query.pair.name, groups[at][0].name, 1) for at in query.answers)
         if not kept:
             raise InputError(
                 "the chosen packages hold no usable docstring: add packages to data.packages"
@@ -179,7 +176,7 @@ class PyDocs:
             folder,
             self.name,
             ((groups[at][0].name, "", groups[at][0].text) for at in kept),
-            ((first[key_].name, "", first[key_].query) for key_ in queries),
+            ((query.pair.name, "", query.pair.query) for query in queries),
             qrels,
             facts={**facts, "docstrings": len(found), "dropped": dict(sorted(dropped.items()))},
         )
@@ -237,6 +234,31 @@ def merge(pairs: Iterable[Pair], dropped: Counter[str]) -> list[list[Pair]]:
     for key in [key for key, group in groups.items() if len(group) > MAX_QUERIES]:
         dropped["generic passage"] += len(groups.pop(key))
     return [list(group.values()) for group in groups.values()]
+
+
+def ask(groups: Sequence[list[Pair]], families: Families, dropped: Counter[str]) -> list[Query]:
+    """The queries of all groups, each once with every group that answers it.
+
+    Groups that share a query, or are asked for in the same words, become a family.
+    """
+    queries: dict[str, Query] = {}
+    for at, group in enumerate(groups):
+        for pair in group:
+            query = queries.setdefault(pair.query_key, Query(pair, []))
+            query.answers.append(at)
+            families.join([groups[query.answers[0]][0].name, group[0].name])
+    kept = [query for query in queries.values() if len(query.answers) <= MAX_POSITIVES]
+    for query in queries.values():
+        if len(query.answers) > MAX_POSITIVES:
+            dropped["generic query"] += len(query.answers)
+    same_words: dict[frozenset[str], str] = {}  # in another order or form
+    for query in kept:
+        words = query.pair.query_key.split()
+        bag = frozenset(word.rstrip("s") for word in words if word not in FUNCTION_WORDS)
+        name = groups[query.answers[0]][0].name
+        if bag:
+            families.join([name, same_words.setdefault(bag, name)])
+    return kept
 
 
 def distinct(
