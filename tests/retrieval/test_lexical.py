@@ -107,12 +107,12 @@ def test_the_same_corpus_gives_the_same_bytes(
 
 
 def test_of_ties_at_the_cut_the_lower_rows_stay(tmp_path: Path, words: Collection) -> None:
-    bm25 = BM25(k=5)
+    bm25 = BM25()
     bm25.build(words.corpus, tmp_path / "index")
     scores, _ = plain(words, ["camel"], "lucene", "english")
     best = np.lexsort((np.arange(90), -scores[0]))[:5]
     assert np.sum(scores[0] == scores[0][best[-1]]) > np.sum(scores[0][best] == scores[0][best[-1]])
-    run = bm25.search(["camel"], np.array([7]))
+    run = bm25.search(["camel"], np.array([7]), k=5)
     assert run.query_rows.tolist() == [7]
     assert sorted(run.of(7)[0].tolist()) == sorted(best.tolist())
     assert len(bm25.search(["camel"], np.array([7]), k=2).scores) == 2

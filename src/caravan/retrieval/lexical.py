@@ -43,7 +43,6 @@ class BM25:
         method: `lucene`, `robertson` or `atire`, as Kamphuis et al. (ECIR 2020) tell them apart.
         stopwords: A language that bm25s has a list for, or None to keep all words.
         stemmer: A language of the Snowball stemmer, or None to keep words as they are.
-        k: Passages a query, where `search` is not told otherwise.
 
     Raises:
         InputError: A setting that does not exist.
@@ -56,13 +55,12 @@ class BM25:
         method: str = "lucene",
         stopwords: str | None = "english",
         stemmer: str | None = "english",
-        k: int = 1000,
     ) -> None:
         if method not in METHODS:
             raise InputError(f"BM25's method '{method}' is none of {', '.join(METHODS)}")
         if k1 < 0 or not 0 <= b <= 1:
             raise InputError(f"BM25 needs k1 >= 0 and 0 <= b <= 1, and has k1={k1}, b={b}")
-        self.k1, self.b, self.method, self.k = k1, b, method, k
+        self.k1, self.b, self.method = k1, b, method
         self.stopwords, self.stemmer = stopwords, stemmer
         self._index: Any = None
         self._corpus: Texts | None = None
@@ -110,13 +108,12 @@ class BM25:
             )
         self._index, self._corpus = index, corpus
 
-    def search(self, texts: Sequence[str], query_rows: np.ndarray, k: int | None = None) -> Run:
+    def search(self, texts: Sequence[str], query_rows: np.ndarray, k: int = 1000) -> Run:
         """The run of the queries: passages with a score above 0, at most `k` each, in canonical
         order. Of passages that tie at the cut, those of lower row are kept.
         """
         if self._index is None or self._corpus is None:
             raise RuntimeError("search before build or open: there is no index yet")
-        k = self.k if k is None else k
         rows, scores, counts = [], [], []
         for text in track(texts, "BM25 search", len(texts), unit="queries"):
             tokens = self._tokens([text])
