@@ -18,8 +18,8 @@ from caravan.models.biencoder import BiEncoder
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # tests run side by side, one a core
 
 
 @pytest.fixture(scope="session")

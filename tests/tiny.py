@@ -9,10 +9,11 @@ import numpy as np
 
 from caravan.models.backbone import TinyLlama
 
-WORDS = """
-camel caravan desert dune water oasis salt trade route night star wind sand guide rest silk spice
-market gold tent well road mountain river city gate merchant rope fire song
-""".split()
+WORDS = [
+    *("camel", "caravan", "desert", "dune", "water", "oasis", "salt", "trade", "route", "night"),
+    *("star", "wind", "sand", "guide", "rest", "silk", "spice", "market", "gold", "tent", "well"),
+    *("road", "mountain", "river", "city", "gate", "merchant", "rope", "fire", "song"),
+]
 
 
 def write_beir(folder: Path, passages: int = 60, queries: int = 24, seed: int = 0) -> Path:

@@ -18,6 +18,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from caravan.batches import EncodeBatch, TrainBatch
@@ -166,11 +167,12 @@ class Throughput(pl.Callback):
             self._seconds, self._tokens, self._padded = 0.0, 0, 0
 
 
-class ResumePoint(pl.Callback):
+class ResumePoint(Checkpoint):
     """Keeps `last.ckpt`, the state that `resume=true` goes on from.
 
     It is written every so many updates and after every validation, but not in the update that a
-    validation follows: a run that is killed during the validation must do it again.
+    validation follows: a run that is killed during the validation must do it again. (A `Checkpoint`
+    is called after the other callbacks, and after the best checkpoint, whose state it must hold.)
 
     Args:
         folder: where the checkpoints lie.

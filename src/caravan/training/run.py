@@ -198,7 +198,7 @@ def _facts(
     yield f"{cfg.name} in {cfg.run_dir}" + (f", resumed from {checkpoint}" if checkpoint else "")
     yield (
         f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}, "
-        f"precision {trainer.precision}; {parameters[0]:,} of {parameters[1]:,} parameters are trained"
+        f"precision {trainer.precision}; {parameters[0]:,} trainable parameters of {parameters[1]:,}"
     )
     yield (
         f"{len(data.groups):,} training queries of {data.collection.name}; "
