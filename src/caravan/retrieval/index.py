@@ -346,4 +346,4 @@ def _follow_torch_threads(faiss: Any) -> None:
 
 def _reason(error: RuntimeError) -> str:
     """faiss' own words, without the C++ signature in front of them."""
-    return re.sub(r"^Error in .* at \S+:\d+: ", "", str(error)).strip()
+    return re.sub(r"^Error in .* at \S+:\d+: |Error: '\w+' failed: ", "", str(error)).strip()

@@ -1,0 +1,290 @@
+"""Both indexes against plain numpy, their errors, and the settings that come with the project."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from caravan.errors import InputError
+from caravan.retrieval.index import (
+    ArrayBlocks,
+    Exact,
+    Faiss,
+    measured_recall,
+    recall_against_exact,
+)
+
+CONF = Path(__file__).parents[2] / "conf" / "index"
+
+
+def vectors(rows: int, dim: int = 16, seed: int = 0) -> np.ndarray:
+    """Unit vectors [rows, dim] around a few centres, float32."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(9).standard_normal((8, dim))
+    drawn = centres[rng.integers(0, 8, rows)] + 0.7 * rng.standard_normal((rows, dim))
+    return (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
+
+
+def reference(passages: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Exact search in float64; ties by row, the lower first."""
+    scores = queries.astype(np.float64) @ passages.astype(np.float64).T
+    rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, rows, axis=1), rows
+
+
+@pytest.mark.parametrize(
+    "index", [Faiss(k=25), Exact(k=25), Exact(k=25, query_chunk=3, passage_chunk=11)]
+)
+@pytest.mark.parametrize("block_rows", [7, 64, 1000])
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_exact_search_finds_what_numpy_finds(
+    index: Faiss | Exact, block_rows: int, kind: type
+) -> None:
+    passages, queries = vectors(300).astype(kind), vectors(10, seed=1)
+    index.build(ArrayBlocks(passages, block_rows))
+    scores, rows = index.search(queries)
+    expected_scores, expected = reference(passages, queries, 25)
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
+    assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
+    np.testing.assert_array_equal(index.search(queries, 3)[1], expected[:, :3])
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_exact_search_orders_ties_by_row_whatever_the_chunks(chunk: int) -> None:
+    rng = np.random.default_rng(2)
+    # small whole numbers: dot products are exact, tie often, and are 0 or below too
+    passages = rng.integers(-1, 2, (200, 4)).astype(np.float32)
+    queries = rng.integers(-1, 2, (9, 4)).astype(np.float32)
+    queries[0] = 0  # 0 and -0 tie as well
+    index = Exact(k=40, query_chunk=chunk, passage_chunk=chunk)
+    index.build(ArrayBlocks(passages, 30))
+    scores, rows = index.search(queries)
+    expected_scores, expected = reference(passages, queries, 40)
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_array_equal(scores, expected_scores)
+
+
+@pytest.mark.parametrize("index", [Faiss(), Exact()])
+def test_a_corpus_smaller_than_k_leaves_nothing_rows(index: Faiss | Exact) -> None:
+    index.build(ArrayBlocks(vectors(5)))
+    scores, rows = index.search(vectors(2, seed=1), 8)
+    assert rows.shape == scores.shape == (2, 8)
+    assert (np.sort(rows[:, :5]) == np.arange(5)).all()
+    assert (rows[:, 5:] == -1).all()
+    assert (scores[:, 5:] == -np.inf).all()
+
+
+@pytest.mark.parametrize("index", [Faiss(), Exact()])
+def test_no_queries_find_nothing(index: Faiss | Exact) -> None:
+    index.build(ArrayBlocks(vectors(5)))
+    assert index.search(vectors(3)[:0], 2)[1].shape == (0, 2)
+
+
+@pytest.mark.parametrize("index", [Faiss(), Exact()])
+def test_building_again_replaces_what_was_there(index: Faiss | Exact) -> None:
+    for rows in (40, 20):
+        index.build(ArrayBlocks(vectors(rows, seed=rows)))
+    queries = vectors(4, seed=1)
+    expected = reference(vectors(20, seed=20), queries, 20)[1]
+    np.testing.assert_array_equal(index.search(queries, 20)[1], expected)
+
+
+def test_exact_search_stays_float32_when_training_is_not() -> None:
+    passages, queries = vectors(300), vectors(10, seed=1)
+    index = Exact(k=5)
+    index.build(ArrayBlocks(passages))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        scores, _ = index.search(queries)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    np.testing.assert_allclose(scores, reference(passages, queries, 5)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("few", "many"),
+    [
+        (Faiss("IVF16,Flat", k=20, nprobe=1), Faiss("IVF16,Flat", k=20, nprobe=16)),
+        (
+            Faiss("HNSW4", k=20, ef_search=20, ef_construction=4),
+            Faiss("HNSW16", k=20, ef_search=800, ef_construction=80),
+        ),
+    ],
+)
+def test_looking_further_raises_the_recall_of_approximate_indexes(few: Faiss, many: Faiss) -> None:
+    blocks, queries = ArrayBlocks(vectors(1500, 32), 400), vectors(60, 32, seed=1)
+    recalls = []
+    for index in (few, many):
+        assert index.approximate
+        index.build(blocks)
+        recalls.append(measured_recall(index.search(queries)[1], queries, blocks))
+    assert recalls[0] < 0.95 < recalls[1]
+    assert not Faiss().approximate
+    assert not Exact.approximate
+
+
+def test_an_index_is_trained_on_the_same_rows_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    passages = vectors(900)
+    samples: list[np.ndarray] = []
+    train = faiss.IndexIVFFlat.train
+    monkeypatch.setattr(
+        faiss.IndexIVFFlat, "train", lambda self, x: samples.append(x.copy()) or train(self, x)
+    )
+    found = []
+    for block_rows in (100, 100, 333):
+        index = Faiss("IVF4,Flat", k=10, train_rows=200, nprobe=1)
+        index.build(ArrayBlocks(passages.astype(np.float16), block_rows))
+        found.append(index.search(vectors(20, seed=1))[1])
+    assert samples[0].shape == (200, 16)
+    for sample, rows in zip(samples[1:], found[1:], strict=True):
+        np.testing.assert_array_equal(sample, samples[0])
+        np.testing.assert_array_equal(rows, found[0])
+    # from the whole corpus and not from its first rows
+    places = [int(np.argmin(np.abs(passages - row).sum(axis=1))) for row in samples[0]]
+    assert len(set(places)) == 200
+    assert np.bincount(np.array(places) // 300, minlength=3).min() > 40
+
+
+class Streamed:
+    """Blocks that are made when they are read, and only one at a time."""
+
+    rows, dim = 400, 8
+
+    def __init__(self) -> None:
+        self.alive = 0
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        for start in range(0, self.rows, 100):
+            self.alive += 1
+            yield start, vectors(self.rows, self.dim)[start : start + 100]
+
+
+def test_blocks_are_read_again_for_each_exact_search_and_never_kept() -> None:
+    blocks, index = Streamed(), Exact(k=4)
+    index.build(blocks)
+    assert blocks.alive == 0
+    for reads in (4, 8):
+        rows = index.search(vectors(3, 8, seed=1))[1]
+        assert blocks.alive == reads
+    np.testing.assert_array_equal(rows, reference(vectors(400, 8), vectors(3, 8, seed=1), 4)[1])
+
+
+@pytest.mark.parametrize(
+    ("index", "complaint"),
+    [
+        (Faiss("Falt"), "index.factory='Falt' is not an index .* over vectors of 16 dimensions"),
+        (
+            Faiss("IVF16,Falt"),
+            r"16 dimensions \(could not parse code description Falt in IVF16,Falt\)",
+        ),
+        (Faiss("IVF64,Flat"), "cannot be trained on 40 of 40 passages .* use fewer lists"),
+        (Faiss("Flat", nprobe=4), "index.nprobe=4 does not belong to index.factory='Flat'"),
+        (Faiss("IVF4,Flat", ef_search=4), "index.ef_search=4 does not belong to"),
+        (Faiss("Flat", ef_construction=4), "index.ef_construction=4 does not belong to"),
+    ],
+)
+def test_what_faiss_cannot_do_is_told_in_a_sentence(index: Faiss, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint) as told:
+        index.build(ArrayBlocks(vectors(40)))
+    assert "Error in" not in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def found_by(index: Faiss | Exact, passages: np.ndarray, block_rows: int) -> np.ndarray:
+    index.build(ArrayBlocks(passages, block_rows))
+    return index.search(vectors(2))[1]
+
+
+@pytest.mark.parametrize("index", [Faiss(), Exact()])
+def test_vectors_that_cannot_be_searched_are_refused(index: Faiss | Exact) -> None:
+    with pytest.raises(InputError, match="the corpus is empty"):
+        index.build(ArrayBlocks(np.zeros((0, 4), dtype=np.float32)))
+    broken = vectors(40)
+    broken[33, 2] = np.nan
+    with pytest.raises(InputError, match="passages from row 20 hold NaN or infinite"):
+        found_by(index, broken, 20)
+    index.build(ArrayBlocks(vectors(40)))
+    with pytest.raises(InputError, match="the queries hold NaN"):
+        index.search(np.full((1, 16), np.inf, dtype=np.float32))
+    with pytest.raises(ValueError, match=r"shape \(2, 8\), the passages 16 dimensions"):
+        index.search(vectors(2, 8))
+
+
+@pytest.mark.parametrize("index", [Faiss(), Exact()])
+def test_searching_before_building_is_refused(index: Faiss | Exact) -> None:
+    with pytest.raises(RuntimeError, match="before build"):
+        index.search(vectors(2))
+
+
+def test_recall_counts_what_exact_search_found() -> None:
+    exact = np.array([[1, 2, 3], [4, 5, -1], [-1, -1, -1]])
+    approx = np.array([[3, 9, 1], [5, -1, -1], [1, 2, 3]])
+    assert recall_against_exact(approx, exact) == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert recall_against_exact(exact, exact) == 1
+    # the same rows of another query are not found
+    assert recall_against_exact(np.array([[4], [1]]), np.array([[1], [4]])) == 0
+
+
+def test_faiss_takes_as_many_threads_as_torch() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        index = Faiss()
+        index.build(ArrayBlocks(vectors(5)))
+        assert faiss.omp_get_max_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+        faiss.omp_set_num_threads(before)
+
+
+def test_without_gpus_or_when_a_gpu_refuses_the_index_stays_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Options:
+        shard = False
+
+    def refuse(index: faiss.Index, co: Options) -> None:
+        assert co.shard
+        raise RuntimeError("Error in virtual void f() at a.cpp:1: not on a GPU")
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "GpuMultipleClonerOptions", Options, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", refuse, raising=False)
+    index = Faiss("HNSW8", k=3)
+    index.build(ArrayBlocks(vectors(30)))
+    assert "index HNSW8 stays on the CPU: not on a GPU" in caplog.text
+    assert index.search(vectors(2, seed=1))[1].min() >= 0
+    caplog.clear()
+    Faiss("HNSW8", gpu=False).build(ArrayBlocks(vectors(30)))
+    assert caplog.text == ""
+
+
+def test_every_setting_of_the_project_builds_and_searches() -> None:
+    passages, queries = vectors(2000, 32), vectors(20, 32, seed=1)
+    names = sorted(path.stem for path in CONF.glob("*.yaml"))
+    assert names == ["exact", "flat", "hnsw", "ivf"]
+    for name in names:
+        index = instantiate(OmegaConf.load(CONF / f"{name}.yaml"))
+        assert index.k == 1000
+        index.build(ArrayBlocks(passages))
+        rows = index.search(queries, 10)[1]
+        recall = recall_against_exact(rows, reference(passages, queries, 10)[1])
+        assert recall >= (0.9 if index.approximate else 1)
+
+
+def test_importing_the_indexes_loads_neither_faiss_nor_torch() -> None:
+    code = (
+        "import sys, caravan.retrieval.index;"
+        "print(*[name for name in ('torch', 'faiss') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
