@@ -23,7 +23,8 @@ class Part:
 
 class Trainer:
     def __init__(self, max_steps: int = -1, max_epochs: int | None = None,
-                 val_check_interval: int | float | None = None, max_time: str | None = None): ...
+                 val_check_interval: int | float | None = None, max_time: str | None = None,
+                 precision: str | None = None): ...
 
 class Folder:
     def __init__(self, path: str, split: str = "test"): ...

@@ -99,6 +99,10 @@ def test_a_right_config_has_no_mistakes(told: Callable[..., list[str]]) -> None:
         ("callbacks.evaluation.measures=[MRR]", "is none of MRR@k"),
         ("callbacks.evaluation.measures=MRR@10", "a list of texts, not 'MRR@10'; write [MRR@10]"),
         ("index.k=5", "they ask for depth 10 but search keeps k=5; set index.k=10"),
+        (
+            "trainer.precision=bf16",
+            "trainer.precision (command line): the run gives it to the Train",
+        ),
         ("trainer.max_steps=-1 trainer.max_epochs=-1", "it would never end"),
         ("seed=1,2", "several values; add -m"),
         ("seed", "no setting; write key=value"),

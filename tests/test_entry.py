@@ -101,22 +101,16 @@ def test_a_run_writes_into_run_dir_alone(app: Program, home: Path) -> None:
 
 
 def test_jobs_of_a_sweep_write_into_folders_of_their_own(app: Program, home: Path) -> None:
-    done = app("-m", "seed=1,2", "name=many", "loss.name=a/b,c", "batching.num_workers=0")
+    (home / "conf/sweep/seeds.yaml").write_text(
+        "# @package _global_\nname: many\nhydra: {sweeper: {params: {seed: '1,2'}}}\n"
+    )
+    done = app("-m", "sweep=seeds", "loss.name=a/b,c", "batching.num_workers=0")
     assert done.returncode == 0, done.stderr
     jobs = [f"loss.name={name},seed={seed}" for name in ("a_b", "c") for seed in (1, 2)]
     expected = {f"runs/many/{job}/{file}" for job in jobs for file in ("out.json", "log.txt")}
     assert files(home) == {*expected, "runs/many/multirun.yaml"}
     out = (home / "runs/many/loss.name=c,seed=2/out.json").read_text()
     assert '"run_dir": "runs/many/loss.name=c,seed=2", "seed": 2' in out
-
-
-def test_a_sweep_file_names_the_jobs(app: Program, home: Path) -> None:
-    (home / "conf/sweep/seeds.yaml").write_text(
-        "# @package _global_\nname: seeds\nhydra: {sweeper: {params: {seed: '1,2'}}}\n"
-    )
-    done = app("-m", "sweep=seeds")
-    assert done.returncode == 0, done.stderr
-    assert {"runs/seeds/seed=1/out.json", "runs/seeds/seed=2/out.json"} <= files(home)
 
 
 def test_a_wrong_config_ends_before_anything_is_written(app: Program, home: Path) -> None:
@@ -177,11 +171,9 @@ def test_other_ranks_are_silent(app: Program) -> None:
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["--cfg", "job", "seed=3"], "seed: 3"),
         (["--cfg", "job", "--resolve", "--package", "contract"], "pooling: last"),
         (["--info", "defaults-tree"], "train_schema"),
         (["--hydra-help"], "Hydra"),
-        (["--config-dir", "more", "loss=mine", "--cfg", "job"], "size: 77"),
         (["--config-dir", "more", "--config-name", "other", "--cfg", "job"], "seed: 99"),
         (["-sc", "install=bash"], "hydra_bash_completion"),
     ],
@@ -189,8 +181,7 @@ def test_other_ranks_are_silent(app: Program) -> None:
 def test_flags_of_hydra_go_on_working(
     arguments: list[str], wanted: str, app: Program, home: Path
 ) -> None:
-    (home / "more/loss").mkdir(parents=True)
-    (home / "more/loss/mine.yaml").write_text("{_target_: parts.Part, size: 77}")
+    (home / "more").mkdir()
     (home / "more/other.yaml").write_text("defaults: [train, _self_]\nseed: 99\n")
     done = app(*arguments)
     assert done.returncode == 0, done.stderr
@@ -236,15 +227,9 @@ except SystemExit as stop:
     assert stop.code == 2
 print(sorted({HEAVY} & set(sys.modules)))
 """
-    done = program("-c", code)
-    assert done.stdout == "[]\n", done.stderr
-    assert "did you mean index.factory?" in done.stderr
-
-
-def test_a_wrong_command_is_answered_in_time() -> None:
     started = time.monotonic()
-    done = program("train.py", "trainer.max_step=5", "+trainr.max_steps=5", "data=beir")
+    done = program("-c", code)
     assert time.monotonic() - started < 4
-    assert done.returncode == 2
+    assert done.stdout == "[]\n", done.stderr
     assert "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) == 4
+    assert "did you mean index.factory?" in done.stderr

@@ -29,6 +29,11 @@ PRECISIONS = ("auto", "bf16", "float32")
 MEASURES = ("MRR", "nDCG", "R", "MAP", "P")
 MEASURE = re.compile(rf"({'|'.join(MEASURES)})(\(rel=[1-9]\d*\))?@[1-9]\d*")
 """What `caravan.retrieval.metrics.parse_measure` takes."""
+GIVEN_BY_RUN = (
+    *("precision", "strategy", "logger", "callbacks", "plugins", "default_root_dir"),
+    *("use_distributed_sampler", "num_sanity_val_steps"),
+)
+"""What `caravan.training.run` passes to the Trainer beside conf/trainer."""
 AT_LEAST = {
     "batching.queries_per_batch": 1,
     "batching.token_budget": 1,
@@ -123,6 +128,15 @@ def training_ends(cfg: DictConfig) -> Iterator[Mistake]:
         yield Mistake(("trainer",), "it would never end; set trainer.max_steps or .max_epochs")
 
 
+def trainer_leaves_the_rest_to_the_run(cfg: DictConfig) -> Iterator[Mistake]:
+    """Arguments of the Trainer that the run gives itself, so that they would change nothing."""
+    trainer = value(cfg, "trainer")
+    for name in GIVEN_BY_RUN if isinstance(trainer, DictConfig) else ():
+        if name in trainer:
+            hint = f"set {name} at the root" if name in cfg else "leave it out"
+            yield Mistake(("trainer", name), f"the run gives it to the Trainer itself; {hint}")
+
+
 def search_is_deep_enough(cfg: DictConfig) -> Iterator[Mistake]:
     """No measure looks deeper than the search beside it: R@1000 of 100 results is R@100."""
     for path, node in _mappings(cfg, ()):
@@ -163,6 +177,7 @@ RULES: list[Rule] = [
     search_is_deep_enough,
     monitored_is_logged,
     training_ends,
+    trainer_leaves_the_rest_to_the_run,
     folders_exist,
 ]
 

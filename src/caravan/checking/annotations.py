@@ -226,7 +226,7 @@ def describe(alternatives: tuple[Kind, ...]) -> str:
             of = {"int": " of ints", "float": " of numbers", "str": " of texts"}
             word = "a list" + (of.get(inner.pop(), "") if len(inner) == 1 else "")
         elif kind.name == "literal":
-            word = "one of " + ", ".join(map(str, choices))
+            word = "one of " + ", ".join(dict.fromkeys(map(str, choices)))
         else:
             word = SCALARS.get(kind.name, OTHERS.get(kind.name))
         if word and word not in words:
