@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -23,7 +24,8 @@ from caravan.errors import InputError
 from caravan.progress import track
 
 BATCH_ROWS = 16_384
-SCATTERED_ROWS = 256  # so many random rows map up to 100 MiB of the file
+MAPPED_BYTES = 64 * 2**20  # about so much of the file is mapped at a time
+AROUND = 64 * 2**10  # what the kernel maps around a byte that is touched
 BATCH_BYTES = 64 * 2**20  # long texts: a record batch is closed early, whatever its rows
 
 Record = tuple[str, str, str]
@@ -52,7 +54,8 @@ class Texts:
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         self._index = np.load(self.folder / f"{part}.ids.npy", mmap_mode="r")
         self.hashes, self.hash_rows = self._index[0], self._index[1]
-        self._scattered = 0
+        self._row_bytes = len(self._file) / max(1, len(self))
+        self._touched = 0.0
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -80,7 +83,7 @@ class Texts:
         order = np.argsort(wanted, kind="stable")  # neighbours in the file are read together
         first = np.empty(len(ids), np.int64)
         first[order] = np.searchsorted(self.hashes, wanted[order], side="left")
-        self._scattered += len(ids)
+        self._touched += AROUND * len(ids)
         found = np.full(len(ids), -1, np.int64)
         open_ = np.arange(len(ids))
         while len(open_):  # a second turn is needed only where hashes collide
@@ -116,12 +119,14 @@ class Texts:
             batch = self._batches[batch_of[low]]
             local = rows[low:high] - self._starts[batch_of[low]]
             contiguous = np.all(np.diff(local) == 1)
+            chosen = _arrow(local)
             for column, name in zip(columns, names, strict=True):
                 texts = batch.column(name)
-                part = texts.slice(local[0], high - low) if contiguous else texts.take(local)
+                part = texts.slice(local[0], high - low) if contiguous else texts.take(chosen)
                 column.extend(part.to_pylist())
-            self._scattered += 1 if contiguous else high - low
-            if self._scattered > SCATTERED_ROWS:
+            size, places = (high - low) * self._row_bytes, 1 if contiguous else high - low
+            self._touched += size + 2 * AROUND * len(names) * places
+            if self._touched > MAPPED_BYTES:
                 self._release()
         if order is not None:
             back = np.empty_like(order)
@@ -132,13 +137,19 @@ class Texts:
     def _release(self) -> None:
         """Unmap what was read; it stays in the system's page cache, and is mapped when read again.
 
-        The kernel maps 64 KiB around every byte that is touched: random rows would soon make the
-        process look as large as the file.
+        Without this the process would grow to the size of the file, soon when rows are random.
         """
-        self._scattered = 0
+        self._touched = 0.0
         for mapped in (self._file, self._index.base):
             if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _arrow(rows: np.ndarray) -> Any:
+    """int64 numpy to Arrow; `pa.array` would import pandas for it, 30 MiB and half a second."""
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)])
 
 
 @dataclass(frozen=True)
