@@ -63,7 +63,7 @@ class Faiss:
         train_rows: Vectors that train an index which needs training (IVF, PQ), drawn evenly at
             random from the whole corpus, the same ones every time.
         nprobe: Lists that an IVF index visits for a query.
-        ef_search: Candidates that an HNSW index keeps while it searches (at least `k`).
+        ef_search: Candidates that an HNSW index keeps while it searches; below `k` recall drops.
         ef_construction: The same while it is built.
         gpu: Search on the GPUs, where the installed faiss has any and they know the index.
     """
