@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -25,16 +25,24 @@ T = TypeVar("T")
 
 
 def track(
-    items: Iterable[T], what: str, total: int | None = None, unit: str = "records"
+    items: Iterable[T],
+    what: str,
+    total: int | None = None,
+    unit: str = "records",
+    size: Callable[[T], int] = lambda item: 1,
 ) -> Iterator[T]:
-    """Pass items on and show how many there were; `total` (if known) gives a bar and an end."""
+    """Pass items on and show how many there were; `total` (if known) gives a bar and an end.
+
+    Args:
+        size: how many units one item is, such as the passages of a block.
+    """
     started = shown = time.monotonic()
     bar = None
     done = 0
     try:
         for item in items:
             yield item
-            done += 1
+            done += size(item)
             now = time.monotonic()
             if now - started < DELAY_S or now - shown < 0.1:
                 continue
