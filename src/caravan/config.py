@@ -159,3 +159,19 @@ def mistakes(cfg: DictConfig, root: type = Train) -> list[Mistake]:
     for rule in RULES:
         found += [mistake for mistake in rule(cfg) if mistake.path not in wrong]
     return found
+
+
+def build(cfg: DictConfig, *names: str) -> dict[str, Any]:
+    """The objects that nodes of the root describe; what has no `_target_` comes as plain data.
+
+    Lists and mappings arrive as Python's own: a ListConfig in an adapter's settings, say, could not
+    be saved with the adapter.
+    """
+    from hydra.utils import instantiate
+
+    return {
+        name: instantiate(cfg[name], _convert_="all")
+        if isinstance(cfg[name], DictConfig)
+        else cfg[name]
+        for name in names
+    }

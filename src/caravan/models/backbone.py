@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from caravan.errors import InputError
+from caravan.models.attention import register
 
 
 class TinyLlama:
@@ -29,6 +30,7 @@ class TinyLlama:
         vocab_size: entries of the BPE, its three special tokens included.
         hidden_size, layers, heads, intermediate_size: the shape of the Llama.
         max_length: the longest text that its positions are meant for, in tokens.
+        attention: transformers' attention implementation; "auto" is `caravan.models.attention`.
         checkpointing: recompute activations in the backward pass, for less memory.
     """
 
@@ -40,6 +42,7 @@ class TinyLlama:
         heads: int = 4,
         intermediate_size: int = 688,
         max_length: int = 2048,
+        attention: str = "auto",
         checkpointing: bool = False,
     ) -> None:
         if hidden_size % heads:
@@ -48,7 +51,7 @@ class TinyLlama:
             )
         self.name = "tiny_llama"
         self.vocab_size = vocab_size
-        self.shape = {
+        self.shape: dict[str, Any] = {
             "hidden_size": hidden_size,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
@@ -56,6 +59,7 @@ class TinyLlama:
             "intermediate_size": intermediate_size,
             "max_position_embeddings": max_length,
         }
+        self.attention = attention
         self.checkpointing = checkpointing
 
     def tokenizer(self, texts: Callable[[], Iterator[str]], digest: str, cache_dir: Path) -> Any:
@@ -89,7 +93,7 @@ class TinyLlama:
             use_cache=False,
             **self.shape,
         )
-        return _prepared(LlamaModel(config), self.checkpointing)
+        return _prepared(set_attention(LlamaModel(config), self.attention), self.checkpointing)
 
 
 class Pretrained:
@@ -98,7 +102,7 @@ class Pretrained:
     Args:
         name: hub id or folder.
         revision: a branch, tag or commit of the hub.
-        attention: transformers' attention implementation.
+        attention: transformers' attention implementation; "auto" is `caravan.models.attention`.
         trust_remote_code: run the repository's own code. Off unless you mean it.
         checkpointing: recompute activations in the backward pass, for less memory.
     """
@@ -107,7 +111,7 @@ class Pretrained:
         self,
         name: str,
         revision: str | None = None,
-        attention: str = "sdpa",
+        attention: str = "auto",
         trust_remote_code: bool = False,
         checkpointing: bool = False,
     ) -> None:
@@ -140,7 +144,7 @@ class LoRA:
         dropout: float = 0.1,
         targets: list[str] | str = "all-linear",
     ) -> None:
-        self.settings = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
+        self.settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
         self.targets = targets
 
     def apply(self, model: nn.Module) -> nn.Module:
@@ -150,7 +154,7 @@ class LoRA:
         config = LoraConfig(
             task_type=TaskType.FEATURE_EXTRACTION, target_modules=self.targets, **self.settings
         )
-        return get_peft_model(model, config)  # type: ignore[arg-type]
+        return get_peft_model(model, config)
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Any:
@@ -187,7 +191,7 @@ def load_tokenizer(name: str, **hub: Any) -> Any:
         raise InputError(f"{name}: no tokenizer could be loaded ({_first_line(error)})") from None
 
 
-def load_weights(name: str, dtype: torch.dtype, attention: str = "sdpa", **hub: Any) -> nn.Module:
+def load_weights(name: str, dtype: torch.dtype, attention: str = "auto", **hub: Any) -> nn.Module:
     """A transformer without a head from the hub or a folder; every weight must be there.
 
     Raises:
@@ -202,7 +206,7 @@ def load_weights(name: str, dtype: torch.dtype, attention: str = "sdpa", **hub: 
     logging.set_verbosity_error()  # its report of missing weights is replaced by the check below
     try:
         model, report = AutoModel.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention, output_loading_info=True, **hub
+            name, dtype=dtype, output_loading_info=True, **hub
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{name}: no model could be loaded ({_first_line(error)})") from None
@@ -219,6 +223,23 @@ def load_weights(name: str, dtype: torch.dtype, attention: str = "sdpa", **hub: 
         )
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
+    return set_attention(model, attention)
+
+
+def set_attention(model: Any, attention: str) -> nn.Module:
+    """Choose the attention; "auto" leaves an architecture that has only its own with that.
+
+    Raises:
+        InputError: the architecture lacks the implementation that was asked for by name.
+    """
+    try:
+        model.set_attn_implementation(register() if attention == "auto" else attention)
+    except (ValueError, ImportError, KeyError) as error:
+        if attention != "auto":
+            raise InputError(
+                f"backbone.attention={attention} is not to be had for {type(model).__name__}"
+                f" ({_first_line(error)})"
+            ) from None
     return model  # type: ignore[no-any-return]
 
 
@@ -237,7 +258,7 @@ def _prepared(model: Any, checkpointing: bool) -> nn.Module:
         ):
             raise InputError(f"{type(model).__name__} cannot recompute activations")
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _first_line(error: Exception) -> str:

@@ -79,10 +79,10 @@ def _with_adapter(folder: Path, dtype: torch.dtype) -> Any:
     from peft import PeftConfig, PeftModel
     from safetensors import safe_open
 
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
         raise InputError(f"{folder / 'adapter_config.json'} names no base model")
-    model = PeftModel.from_pretrained(load_weights(base, dtype), folder)  # type: ignore[arg-type]
+    model = PeftModel.from_pretrained(load_weights(base, dtype), str(folder))
     with safe_open(folder / _ADAPTER, framework="pt") as file:
         stored = set(file.keys())
     wanted = {

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from caravan import manifest
+from caravan.config import build
 from caravan.contract import folder_digest, read_contract
 from caravan.data.collection import Collection, Qrels
 from caravan.data.runs import Run, canonical, read_run, write_run
@@ -170,7 +171,7 @@ class Evaluation:
             manifest.remove(metrics)
             manifest.write_json(metrics, self._score(system, path))
             manifest.write(metrics, scored_from)
-        return json.loads(metrics.read_text("utf-8"))  # type: ignore[no-any-return]
+        return json.loads(metrics.read_text("utf-8"))
 
     def _score(self, system: str, path: Path) -> dict[str, Any]:
         from caravan.retrieval.metrics import score_run
@@ -193,12 +194,10 @@ class Evaluation:
 
 def evaluate(cfg: Any) -> dict[str, Any]:
     """Run `evaluate.py` for a composed and checked config; returns what metrics.json holds."""
-    from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    parts = instantiate({name: cfg[name] for name in ("data", "index", "bm25")}, _convert_="all")
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(settings, dict)
+    parts = build(cfg, "data", "index", "bm25")
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     evaluation = Evaluation(

@@ -59,8 +59,8 @@ class RetrievalEvaluation(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        rows, vectors = outputs
-        self._parts[dataloader_idx].append((rows.cpu(), vectors.float().cpu()))
+        part = outputs["rows"].cpu(), outputs["vectors"].float().cpu()
+        self._parts[dataloader_idx].append(part)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -95,9 +95,8 @@ class RetrievalEvaluation(pl.Callback):
         """Rows [N] ascending and vectors [N, d] of all ranks, each row once."""
         rows = torch.cat([part[0] for part in self._parts[loader]])
         vectors = torch.cat([part[1] for part in self._parts[loader]])
-        rows, vectors = _all_ranks(rows, device), _all_ranks(vectors, device)
-        unique, first = np.unique(rows, return_index=True)
-        return unique, vectors[first]
+        unique, first = np.unique(_all_ranks(rows, device), return_index=True)
+        return unique, _all_ranks(vectors, device)[first]
 
     def _write(
         self,
@@ -156,7 +155,7 @@ class Throughput(pl.Callback):
         self._since = now
         self._tokens += batch.tokens
         self._padded += batch.padded
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             # Every rank has about the same share; the sum over ranks is told from rank 0's.
             pl_module.log(
                 "train/tokens_per_second",

@@ -50,7 +50,8 @@ class AdamW:
         Args:
             total_steps: updates in the whole run, where the decay ends.
         """
-        decayed, plain = [], []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for parameter in model.parameters():
             if parameter.requires_grad:
                 (decayed if parameter.ndim >= 2 else plain).append(parameter)

@@ -131,9 +131,9 @@ class Retriever(pl.LightningModule):
 
     def validation_step(
         self, batch: EncodeBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """Rows [N] and embeddings [N, d]; `RetrievalEvaluation` collects and searches them."""
-        return batch.rows, self.model.embed(batch.texts)
+    ) -> dict[str, Tensor]:
+        """Rows [N] and vectors [N, d]; `RetrievalEvaluation` collects and searches them."""
+        return {"rows": batch.rows, "vectors": self.model.embed(batch.texts)}
 
     def configure_optimizers(self) -> Any:
         return self.optimizer.build(self, int(self.trainer.estimated_stepping_batches))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from caravan import manifest
+from caravan.config import build
 from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.errors import InputError
@@ -35,20 +36,18 @@ def train(cfg: Any) -> float | None:
     Returns:
         The monitored figure of the best checkpoint (for sweepers), None if nothing was validated.
     """
-    from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
     run_dir = Path(cfg.run_dir)
-    source = instantiate(cfg.data, _convert_="all")
+    source = build(cfg, "data")["data"]
     collection = source.collection(Path(cfg.cache_dir))
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(settings, dict)
-    inputs = _inputs(settings, collection, cfg)
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    inputs = _inputs(settings, collection)
     model_dir, checkpoint = run_dir / "model", run_dir / "checkpoints" / "last.ckpt"
     if manifest.matches(model_dir, inputs):
         facts = (manifest.read(model_dir) or {})["facts"]
         log.info("%s is there already, from the same settings and data", model_dir)
-        return facts["best"]  # type: ignore[no-any-return]
+        return facts["best"]
     begun = run_dir / "config.yaml"
     _refuse_other_run(run_dir, begun, inputs, cfg.resume)
 
@@ -62,7 +61,7 @@ def train(cfg: Any) -> float | None:
     return best
 
 
-def _inputs(settings: dict[str, Any], collection: Collection, cfg: Any) -> dict[str, Any]:
+def _inputs(settings: dict[str, Any], collection: Collection) -> dict[str, Any]:
     """What determines the weights: settings, collection, and the content of the runs it reads."""
     import xxhash
 
@@ -109,7 +108,6 @@ def _fit(
 ) -> float | None:
     import pytorch_lightning as pl
     import torch
-    from hydra.utils import instantiate
 
     from caravan.data.datamodule import DataModule
     from caravan.data.templates import Templates
@@ -118,7 +116,7 @@ def _fit(
     from caravan.training.callbacks import AtomicCheckpoints
 
     names = "backbone peft loss sampler optimizer strategy logger callbacks stage trainer contract"
-    parts = instantiate({name: cfg[name] for name in names.split()}, _convert_="all")
+    parts = build(cfg, *names.split())
     contract = Contract(**parts["contract"])
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
 
@@ -198,7 +196,7 @@ def _facts(
     yield f"{cfg.name} in {cfg.run_dir}" + (f", resumed from {checkpoint}" if checkpoint else "")
     yield (
         f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}, "
-        f"precision {trainer.precision}; {parameters[0]:,} trainable parameters of {parameters[1]:,}"
+        f"{trainer.precision}; {parameters[0]:,} trainable parameters of {parameters[1]:,}"
     )
     yield (
         f"{len(data.groups):,} training queries of {data.collection.name}; "

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.models.test_biencoder import ARCHITECTURES, TEXTS, _architecture
+from torch import Tensor
+
+from caravan.batches import pack
+from caravan.contract import Contract
+from caravan.models.attention import LONGEST, attention
+from caravan.models.backbone import set_attention
+from caravan.models.biencoder import BiEncoder
+
+
+def _exact(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+    """Attention [B, L, H, D] in float64, head by head."""
+    shared = query.shape[1] // key.shape[1]
+    states = torch.zeros(query.shape, dtype=torch.float64)
+    for b in range(query.shape[0]):
+        for h in range(query.shape[1]):
+            scores = query[b, h].double() @ key[b, h // shared].double().T * query.shape[-1] ** -0.5
+            weights = scores.masked_fill(~seen[b], -torch.inf).softmax(dim=-1)
+            states[b, h] = weights @ value[b, h // shared].double()
+    return states.transpose(1, 2)
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("kind", ["causal", "whole", "padded"])
+def test_bf16_attention_is_attention(kind: str, heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 9, 16), (2, heads, 9, 16), (2, heads, 9, 16)]
+    query, key, value = (torch.randn(s, generator=generator).bfloat16() for s in shapes)
+    seen = torch.ones(2, 9, 9, dtype=torch.bool)
+    mask = None
+    if kind == "causal":
+        seen = seen.tril()
+    if kind == "padded":
+        seen[1, :, 5:] = False
+        mask = seen.unsqueeze(1)
+    module = torch.nn.Module()
+    module.is_causal = kind == "causal"
+    found, _ = attention(module, query, key, value, mask)
+    expected = _exact(query, key, value, seen)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, atol=0.03, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_models_embed_alike_with_it_and_with_sdpa(name: str, dtype: torch.dtype) -> None:
+    embeddings = []
+    for implementation in ("auto", "sdpa"):
+        backbone = set_attention(_architecture(name), implementation).to(dtype)
+        with torch.no_grad():
+            embeddings.append(BiEncoder(backbone, Contract()).embed(pack(TEXTS, 40)))
+    cosines = (embeddings[0] * embeddings[1]).sum(dim=1)
+    assert cosines.min() > (0.999999 if dtype == torch.float32 else 0.998)
+
+
+def test_gradients_flow_through_it_under_autocast(tokenizer: Any) -> None:
+    gradients = []
+    for implementation in ("auto", "sdpa"):
+        torch.manual_seed(0)
+        backbone = set_attention(_architecture("qwen3"), implementation)
+        with torch.autocast("cpu", torch.bfloat16):
+            embedded = BiEncoder(backbone, Contract()).embed(pack(TEXTS, 40))
+        (embedded[0] @ embedded[1]).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in backbone.parameters()]))
+    cosine = torch.nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0)
+    assert cosine > 0.99
+
+
+def test_long_texts_take_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.randn(1, 1, LONGEST + 1, 8).bfloat16()
+    monkeypatch.setattr(torch, "baddbmm", lambda *_, **__: pytest.fail("scores were laid out"))
+    module = torch.nn.Module()
+    module.is_causal = True
+    assert attention(module, query, query, query, None)[0].shape == (1, LONGEST + 1, 1, 8)
+
+
+def test_an_implementation_that_there_is_not_is_refused() -> None:
+    from caravan.errors import InputError
+
+    with pytest.raises(InputError, match=r"backbone\.attention=flash"):
+        set_attention(_architecture("bert"), "flash")
