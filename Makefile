@@ -10,7 +10,7 @@ Q := runs/quickstart
 # BM25 over the training queries gives the hard negatives; then train, then evaluate on the test
 # queries. A stage whose model, collection and settings are the same as last time is skipped.
 quickstart: .venv/.installed
-	$(PY) evaluate.py retriever=bm25 data.split=train index.k=100 name=quickstart/negatives/bm25
+	$(PY) evaluate.py retriever=bm25 data.split=train index.k=100 'measures=[MRR@10,R@100]' name=quickstart/negatives/bm25
 	$(PY) train.py experiment=quickstart/retriever resume=true
 	$(PY) train.py experiment=quickstart/untrained resume=true
 	$(PY) evaluate.py retriever=bm25 name=quickstart/test/bm25

