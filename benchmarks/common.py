@@ -57,7 +57,7 @@ def contract() -> Contract:
 def model_folder(weights: Path, to: Path) -> Path:
     """MiniLM as a Caravan model folder."""
     backbone = Pretrained(str(weights))
-    tokenizer = backbone.tokenizer(lambda: iter(()), "", to)
+    tokenizer = backbone.tokenizer(None, to)
     model = BiEncoder(backbone.model(tokenizer), contract())
     folder.save(to / "minilm", model, tokenizer, contract(), {"name": "minilm"})
     return to / "minilm"

@@ -26,6 +26,9 @@ from caravan.retrieval.encode import Encoder, Shards
 SETTINGS: dict[str, Any] = {"lengths": {}, "token_budget": 2048, "block": 4096, "num_workers": 1}
 
 
+COLUMNS = {"passages": 0, "tokens": 0, "us": 1, "mb": 0}
+
+
 def ours(model: Path, precision: str, corpus: Collection, rows: np.ndarray, to: Path) -> Shards:
     """Embed passages the way `evaluate.py` does, shards on disk included."""
     encoder = Encoder(model, precision, **SETTINGS)
@@ -44,12 +47,12 @@ def compare(options: Any) -> None:
             for name, kwargs in (("float32", {}), ("bf16", {"dtype": torch.bfloat16}))
         }
         exact = peers["float32"].encode(texts)
+        to = Path(scratch) / "out"
         for label, precision, peer in (
             ("both float32", "float32", "float32"),
             ("both bf16", "bf16", "bf16"),
             ("each one's default", "auto", "float32"),
         ):
-            to = Path(scratch) / "out"
             timing = paired(
                 lambda p=precision: ours(model, p, corpus, rows, to),
                 lambda p=peer: peers[p].encode(texts),
@@ -81,9 +84,8 @@ def scaling(options: Any) -> list[str]:
             command += ["--data", str(options.data)]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found = json.loads(printed.splitlines()[-1])
-        lines.append(
-            f"| {found['passages']:,} | {found['tokens']:,} | {found['us']:.1f} | {found['mb']:.0f} |"
-        )
+        cells = (f"{found[key]:,.{digits}f}" for key, digits in COLUMNS.items())
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -59,7 +59,7 @@ class PeerClock(TrainerCallback):
 
 def ours(options: Any, corpus: Any, precision: str) -> float:
     backbone = Pretrained(str(options.model))
-    tokenizer = backbone.tokenizer(lambda: iter(()), "", ROOT / ".cache")
+    tokenizer = backbone.tokenizer(None, ROOT / ".cache")
     data = DataModule(
         corpus,
         Templates(tokenizer, contract()),

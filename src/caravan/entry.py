@@ -37,6 +37,7 @@ from omegaconf import DictConfig, OmegaConf
 from caravan import config
 from caravan.compose import FAILURES, Composer, report
 from caravan.errors import InputError
+from caravan.ranks import leads
 
 USER, INTERRUPTED = 2, 130
 MOST_JOBS = 24
@@ -94,7 +95,7 @@ def _job(task: Task, root: type) -> Task:
         sweep = settings.mode == RunMode.MULTIRUN
         if sweep:
             cfg.run_dir = os.path.join(settings.sweep.dir, settings.sweep.subdir).rstrip("/")
-        if _rank():
+        if not leads():
             logging.getLogger().setLevel(logging.WARNING)
         try:
             lines = config.check(cfg, root)
@@ -119,17 +120,9 @@ def _input_error(error: BaseException | None) -> InputError | None:
 
 
 def _leave(message: str, code: int) -> None:
-    if not _rank():
+    if leads():
         sys.stderr.write(f"{message}\n")
     raise SystemExit(code) from None
-
-
-def _rank() -> int:
-    """Which of several processes this is; Lightning, torchrun and SLURM set one of these."""
-    for variable in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if os.environ.get(variable, "").isdigit():
-            return int(os.environ[variable])
-    return 0
 
 
 # --- before Hydra starts ----------------------------------------------------------------------

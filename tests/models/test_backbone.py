@@ -1,29 +1,33 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import WORDS, tiny_backbone
+from tests.tiny import tiny_backbone
 
 from caravan.contract import Contract
+from caravan.data.collection import Collection
 from caravan.errors import InputError
+from caravan.models import backbone as backbone_module
 from caravan.models.backbone import LoRA, TinyLlama, parameter_counts
 from caravan.models.biencoder import BiEncoder
 
 
-def test_the_bpe_is_trained_once_a_collection(tmp_path: Path) -> None:
-    backbone, asked = tiny_backbone(), []
-
-    def texts():  # type: ignore[no-untyped-def]
-        asked.append(True)
-        return iter([" ".join(WORDS)] * 9)
-
-    first = backbone.tokenizer(texts, "a" * 32, tmp_path)
-    again = backbone.tokenizer(texts, "a" * 32, tmp_path)
-    assert len(asked) == 1
-    backbone.tokenizer(texts, "b" * 32, tmp_path)
-    assert len(asked) == 2
+def test_the_bpe_is_trained_once_a_collection(
+    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, trained = tiny_backbone(), []
+    train = backbone_module.train_bpe
+    monkeypatch.setattr(
+        backbone_module, "train_bpe", lambda *given: trained.append(given) or train(*given)
+    )
+    first = backbone.tokenizer(collection, tmp_path)
+    again = backbone.tokenizer(collection, tmp_path)
+    assert len(trained) == 1
+    backbone.tokenizer(replace(collection, digest="f" * 32), tmp_path)
+    assert len(trained) == 2
     text = "camel caravan \N{BACTRIAN CAMEL}\n"
     assert first(text)["input_ids"] == again(text)["input_ids"]
     assert first.decode(first(text)["input_ids"], skip_special_tokens=True) == text

@@ -153,6 +153,6 @@ def test_the_digest_follows_weights_and_contract(
 
 def test_a_model_that_is_not_to_be_had_is_told_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no tokenizer could be loaded"):
-        Pretrained(str(tmp_path)).tokenizer(lambda: iter(()), "", tmp_path)
+        Pretrained(str(tmp_path)).tokenizer(None, tmp_path)
     with pytest.raises(InputError, match="no model could be loaded"):
         Pretrained(str(tmp_path)).model(None)

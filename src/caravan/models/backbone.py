@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +62,16 @@ class TinyLlama:
         self.attention = attention
         self.checkpointing = checkpointing
 
-    def tokenizer(self, texts: Callable[[], Iterator[str]], digest: str, cache_dir: Path) -> Any:
-        """The BPE of a collection; trained once and kept in `cache_dir`.
+    trains_tokenizer = True
 
-        Args:
-            texts: gives the collection's texts.
-            digest: names the collection's content.
-        """
+    def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
+        """The BPE of a collection (its corpus and queries); trained once, kept in `cache_dir`."""
         from transformers import PreTrainedTokenizerFast
 
-        path = cache_dir / "tokenizers" / f"bpe-{self.vocab_size}-{digest[:16]}.json"
+        path = cache_dir / "tokenizers" / f"bpe-{self.vocab_size}-{collection.digest[:16]}.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            bpe = train_bpe(texts(), self.vocab_size)
+            bpe = train_bpe(_texts(collection), self.vocab_size)
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
                 bpe.save(f"{scratch}/bpe.json")
                 os.replace(f"{scratch}/bpe.json", path)
@@ -120,7 +117,9 @@ class Pretrained:
         self.hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.checkpointing = checkpointing
 
-    def tokenizer(self, texts: Callable[[], Iterator[str]], digest: str, cache_dir: Path) -> Any:
+    trains_tokenizer = False
+
+    def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
         """The model's own tokenizer; the collection plays no part."""
         return load_tokenizer(self.name, **self.hub)
 
@@ -155,6 +154,13 @@ class LoRA:
             task_type=TaskType.FEATURE_EXTRACTION, target_modules=self.targets, **self.settings
         )
         return get_peft_model(model, config)
+
+
+def _texts(collection: Any) -> Iterator[str]:
+    for table in (collection.corpus, collection.queries):
+        for start in range(0, len(table), 4096):
+            for title, text in table.get(slice(start, start + 4096)):
+                yield f"{title} {text}" if title else text
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Any:

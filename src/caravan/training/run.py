@@ -5,7 +5,7 @@
     run_dir/tensorboard/     curves
     run_dir/runs/            the run of the latest validation
     run_dir/model/           the best weights as a model folder, with its manifest
-    run_dir/metrics.json     the figures of the best validation
+    run_dir/metrics.json     the figure of the best validation, updates, seconds
 
 A run that is finished is not done again; one that was interrupted goes on with `resume=true`.
 """
@@ -24,6 +24,7 @@ from caravan.config import build
 from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.errors import InputError
+from caravan.ranks import leads
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def train(cfg: Any) -> float | None:
 
     run_dir = Path(cfg.run_dir)
     source = build(cfg, "data")["data"]
-    collection = source.collection(Path(cfg.cache_dir))
+    collection = source.collection(Path(cfg.cache_dir)) if _reads_collection(cfg) else None
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     inputs = _inputs(settings, collection)
     model_dir, checkpoint = run_dir / "model", run_dir / "checkpoints" / "last.ckpt"
@@ -50,19 +51,30 @@ def train(cfg: Any) -> float | None:
         log.info("%s is there already, from the same settings and data", model_dir)
         return facts["best"]
     begun = run_dir / "config.yaml"
-    _refuse_other_run(run_dir, begun, inputs, cfg.resume)
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    begun.write_text(OmegaConf.to_yaml(cfg, resolve=True), "utf-8")
-    manifest.write(begun, inputs)
-    best = _fit(cfg, source, collection, run_dir, checkpoint if checkpoint.exists() else None)
-    manifest.write(model_dir, inputs, {"best": best})
-    log.info("model folder %s", model_dir)
-    log.info("curves: tensorboard --logdir %s", run_dir / "tensorboard")
+    if leads():
+        _refuse_other_run(run_dir, begun, inputs, cfg.resume)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        begun.write_text(OmegaConf.to_yaml(cfg, resolve=True), "utf-8")
+        manifest.write(begun, inputs)
+    if cfg.trainer.max_steps == 0:
+        _adopt(cfg, collection, run_dir)
+        best = None
+    else:
+        last = checkpoint if cfg.resume and checkpoint.exists() else None
+        best = _fit(cfg, source, collection, run_dir, last)
+        log.info("curves: tensorboard --logdir %s", run_dir / "tensorboard")
+    if leads():
+        manifest.write(model_dir, inputs, {"best": best})
+        log.info("model folder %s", model_dir)
     return best
 
 
-def _inputs(settings: dict[str, Any], collection: Collection) -> dict[str, Any]:
+def _reads_collection(cfg: Any) -> bool:
+    """A released model becomes a model folder without any collection (`trainer.max_steps=0`)."""
+    return cfg.trainer.max_steps != 0 or build(cfg, "backbone")["backbone"].trains_tokenizer
+
+
+def _inputs(settings: dict[str, Any], collection: Collection | None) -> dict[str, Any]:
     """What determines the weights: settings, collection, and the content of the runs it reads."""
     import xxhash
 
@@ -78,7 +90,8 @@ def _inputs(settings: dict[str, Any], collection: Collection) -> dict[str, Any]:
     kept = {key: value for key, value in settings.items() if key not in _NO_INPUTS}
     # Where things are written is no input either.
     text = str(settings["run_dir"])
-    return {"collection": collection.digest, "runs": digests, **_without(kept, text)}
+    digest = collection.digest if collection else None
+    return {"collection": digest, "runs": digests, **_without(kept, text)}
 
 
 def _without(tree: Any, run_dir: str) -> Any:
@@ -104,10 +117,40 @@ def _refuse_other_run(run_dir: Path, begun: Path, inputs: dict[str, Any], resume
         log.warning("resumed with another setting: %s", line)
 
 
-def _fit(
-    cfg: Any, source: Any, collection: Collection, run_dir: Path, checkpoint: Path | None
-) -> float | None:
+def _module(cfg: Any, collection: Collection | None) -> Any:
+    """The LightningModule with its tokenizer; weights come with `configure_model`."""
     import pytorch_lightning as pl
+
+    # Lightning tells about devices it has not found; what matters is in `_facts`.
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    parts = build(cfg, "backbone", "peft", "loss", "optimizer", "stage", "contract")
+    return parts["stage"](
+        backbone=parts["backbone"],
+        peft=parts["peft"],
+        tokenizer=parts["backbone"].tokenizer(collection, Path(cfg.cache_dir)),
+        contract=Contract(**parts["contract"]),
+        loss=parts["loss"],
+        optimizer=parts["optimizer"],
+        seed=cfg.seed,
+    )
+
+
+def _adopt(cfg: Any, collection: Collection | None, run_dir: Path) -> None:
+    """Make a model folder of a backbone as it is, released or random."""
+    from caravan.models import folder
+
+    module = _module(cfg, collection)
+    module.configure_model()
+    facts = {"name": cfg.name, "base_model": module.backbone.name, "updates": 0}
+    folder.save(run_dir / "model", module.model, module.tokenizer, module.contract, facts)
+
+
+def _fit(
+    cfg: Any, source: Any, collection: Any, run_dir: Path, checkpoint: Path | None
+) -> float | None:
     import torch
 
     from caravan.data.datamodule import DataModule
@@ -116,40 +159,17 @@ def _fit(
     from caravan.models.backbone import parameter_counts
     from caravan.training.callbacks import AtomicCheckpoints
 
-    names = "backbone peft loss sampler optimizer strategy logger callbacks stage trainer contract"
-    parts = build(cfg, *names.split())
-    contract = Contract(**parts["contract"])
-    # Lightning tells about devices it has not found; what matters is in `_facts`.
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
-    pl.seed_everything(cfg.seed, workers=True, verbose=False)
-
-    def texts() -> Iterator[str]:
-        for table in (collection.corpus, collection.queries):
-            for start in range(0, len(table), 4096):
-                for title, text in table.get(slice(start, start + 4096)):
-                    yield f"{title} {text}" if title else text
-
-    tokenizer = parts["backbone"].tokenizer(texts, collection.digest, Path(cfg.cache_dir))
+    module = _module(cfg, collection)
+    parts = build(cfg, "sampler", "strategy", "logger", "callbacks", "trainer")
     data = DataModule(
         collection,
-        Templates(tokenizer, contract),
+        Templates(module.tokenizer, module.contract),
         parts["sampler"],
         source.train_split,
         source.dev_split,
         cfg.seed,
         **cfg.batching,
         **cfg.validation,
-    )
-    module = parts["stage"](
-        backbone=parts["backbone"],
-        peft=parts["peft"],
-        tokenizer=tokenizer,
-        contract=contract,
-        loss=parts["loss"],
-        optimizer=parts["optimizer"],
-        seed=cfg.seed,
     )
     callbacks = [callback for callback in parts["callbacks"].values() if callback is not None]
     trainer = parts["trainer"](
@@ -179,13 +199,13 @@ def _fit(
     if trainer.is_global_zero:
         facts = {
             "name": cfg.name,
-            "base_model": parts["backbone"].name,
+            "base_model": module.backbone.name,
             "collection": f"{collection.name} ({collection.digest[:12]})",
             "updates": trainer.global_step,
             "monitored": getattr(watched, "monitor", None),
             "best": best,
         }
-        folder.save(run_dir / "model", module.model, tokenizer, contract, facts)
+        folder.save(run_dir / "model", module.model, module.tokenizer, module.contract, facts)
         manifest.write_json(run_dir / "metrics.json", {**facts, "train_seconds": seconds})
     return best
 
