@@ -1,0 +1,40 @@
+"""The two commands on the tiny collection, inside the test's process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from caravan.compose import compose
+from caravan.retrieval.pipeline import evaluate as evaluate_config
+from caravan.training.run import train as train_config
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    *("backbone.vocab_size=400", "backbone.hidden_size=32", "backbone.heads=2"),
+    *("backbone.intermediate_size=48", "backbone.max_length=64"),
+    *("contract.query_length=16", "contract.passage_length=24", "contract.temperature=0.05"),
+    *("sampler.number=2", "batching.queries_per_batch=6", "batching.num_workers=0"),
+    *("optimizer.lr=1e-2", "optimizer.warmup_steps=2", "precision=float32"),
+    *("trainer.max_steps=8", "trainer.max_epochs=100", "trainer.val_check_interval=4"),
+    "trainer.log_every_n_steps=2",
+    *("trainer.accelerator=cpu", "callbacks.progress=null", "trainer.enable_progress_bar=false"),
+)
+
+
+def train_arguments(beir: Path, run_dir: Path, *overrides: str) -> list[str]:
+    data = ["data=beir", f"data.path={beir}", f"cache_dir={run_dir.parent / 'cache'}"]
+    return [*data, f"run_dir={run_dir}", *TINY, *overrides]
+
+
+def train(beir: Path, run_dir: Path, *overrides: str) -> float | None:
+    return train_config(compose(ROOT / "conf", "train", train_arguments(beir, run_dir, *overrides)))
+
+
+def evaluate(beir: Path, run_dir: Path, retriever: Any, *overrides: str) -> dict[str, Any]:
+    given = [
+        *("data=beir", f"data.path={beir}", f"cache_dir={run_dir.parent / 'cache'}"),
+        *(f"run_dir={run_dir}", f"retriever={retriever}", "num_workers=0"),
+        *overrides,
+    ]
+    return evaluate_config(compose(ROOT / "conf", "evaluate", given))

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ir_measures
+import pytest
+from tests.commands import evaluate, train
+from tests.tiny import write_beir
+
+from caravan.errors import InputError
+from caravan.retrieval import pipeline
+
+
+@pytest.fixture(scope="module")
+def model(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    train(beir, run_dir, "trainer.max_steps=0")
+    return run_dir / "model"
+
+
+def _by_trec_tools(beir: Path, run: Path) -> dict[str, float]:
+    qrels = []
+    for line in (beir / "qrels/test.tsv").read_text().splitlines()[1:]:
+        query, passage, grade = line.split("\t")
+        qrels.append(ir_measures.Qrel(query, passage, int(grade)))
+    measures = [ir_measures.RR @ 10, ir_measures.nDCG @ 10, ir_measures.R @ 100]
+    found = ir_measures.calc_aggregate(measures, qrels, ir_measures.read_trec_run(str(run)))
+    return {str(name).replace("RR", "MRR"): value for name, value in found.items()}
+
+
+@pytest.mark.parametrize("system", ["bm25", "dense"])
+def test_figures_are_those_of_trec_tools_on_the_run_file(
+    system: str, beir: Path, model: Path, tmp_path: Path
+) -> None:
+    metrics = evaluate(beir, tmp_path / "run", "bm25" if system == "bm25" else model)
+    path = tmp_path / "run" / metrics["run"]
+    for name, value in _by_trec_tools(beir, path).items():
+        assert metrics["overall"][name] == pytest.approx(value, abs=1e-6)
+    assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert len(metrics["per_query"]["MRR@10"]) == metrics["queries"] == 4
+    assert metrics["seconds"] > 0
+
+
+@pytest.mark.parametrize("system", ["bm25", "dense"])
+def test_a_finished_stage_is_skipped_and_gives_the_same_figures(
+    system: str, beir: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retriever = "bm25" if system == "bm25" else model
+    first = evaluate(beir, tmp_path / "run", retriever)
+    monkeypatch.setattr(pipeline, "write_run", lambda *_: pytest.fail("searched again"))
+    assert evaluate(beir, tmp_path / "run", retriever) == first
+
+
+@pytest.mark.parametrize(
+    "change", ["data.split=dev", "index.k=7", "query_length=8", "passage_length=8", "bm25.k1=2"]
+)
+def test_a_stage_of_other_settings_is_done_again(
+    change: str, beir: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retriever = "bm25" if change.startswith("bm25") else model
+    measures = "measures=[MRR@5]"
+    evaluate(beir, tmp_path / "run", retriever, measures)
+    written: list[Any] = []
+    write = pipeline.write_run
+    monkeypatch.setattr(pipeline, "write_run", lambda *a: (written.append(a[0]), write(*a)))
+    evaluate(beir, tmp_path / "run", retriever, measures, change)
+    assert len(written) == 1
+
+
+def test_a_stage_of_another_model_is_done_again(beir: Path, model: Path, tmp_path: Path) -> None:
+    before = evaluate(beir, tmp_path / "run", model)
+    train(beir, tmp_path / "other", "trainer.max_steps=0", "seed=1")
+    after = evaluate(beir, tmp_path / "run", tmp_path / "other" / "model")
+    run = tmp_path / "run" / after["run"]
+    assert before["run"] == after["run"]
+    assert run.with_name(f"{run.name}.manifest.json").exists()
+    fresh = evaluate(beir, tmp_path / "fresh", tmp_path / "other" / "model")
+    assert run.read_bytes() == (tmp_path / "fresh" / fresh["run"]).read_bytes()
+
+
+def test_a_changed_collection_is_searched_again(model: Path, tmp_path: Path) -> None:
+    beir = write_beir(tmp_path / "data", seed=3)
+    before = evaluate(beir, tmp_path / "run", model)
+    with (beir / "corpus.jsonl").open("a") as file:
+        file.write('{"_id": "extra", "text": "camel caravan desert"}\n')
+    after = evaluate(beir, tmp_path / "run", model)
+    assert (before["passages"], after["passages"]) == (60, 61)
+
+
+def test_exact_and_flat_find_the_same_passages(beir: Path, model: Path, tmp_path: Path) -> None:
+    runs = []
+    for index in ("flat", "exact"):
+        metrics = evaluate(beir, tmp_path / index, model, f"index={index}")
+        lines = (tmp_path / index / metrics["run"]).read_text().splitlines()
+        runs.append([line.split()[:4] for line in lines])
+    assert runs[0] == runs[1]
+    assert len(runs[0]) == 4 * 60
+
+
+def test_an_approximate_index_reports_its_recall(beir: Path, model: Path, tmp_path: Path) -> None:
+    metrics = evaluate(beir, tmp_path / "hnsw", model, "index=hnsw")
+    assert 0.5 < metrics["facts"]["recall_against_exact"] <= 1
+    exact = evaluate(beir, tmp_path / "flat", model)
+    assert "recall_against_exact" not in exact["facts"]
+
+
+def test_evaluations_share_a_store(
+    beir: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(beir, tmp_path / "test", model)
+    from caravan.retrieval import encode
+
+    written: list[str] = []
+    write = encode._write
+    monkeypatch.setattr(encode, "_write", lambda p, v: (written.append(p.parent.name), write(p, v)))
+    store = f"store={tmp_path / 'test' / 'store'}"
+    evaluate(beir, tmp_path / "train", model, store, "data.split=train")
+    assert set(written) == {"queries.train"}
+
+
+def test_a_folder_that_is_no_model_is_refused(beir: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no caravan\.json"):
+        evaluate(beir, tmp_path / "run", beir)
+
+
+def test_a_split_that_there_is_not_names_those_there_are(
+    beir: Path, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="its splits are"):
+        evaluate(beir, tmp_path / "run", model, "data.split=tset")
