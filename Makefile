@@ -10,13 +10,13 @@ Q := runs/quickstart
 # BM25 over the training queries gives the hard negatives; then train, then evaluate on the test
 # queries. A stage whose model, collection and settings are the same as last time is skipped.
 quickstart: .venv/.installed
-	$(PY) evaluate.py retriever=bm25 data.split=train index.k=100 'measures=[MRR@10,R@100]' name=quickstart/negatives/bm25
+	$(PY) evaluate.py retriever=bm25 data.split=train index.k=100 'measures=[MRR@10,R@100]' name=negatives/pydocs
 	$(PY) train.py experiment=quickstart/retriever resume=true
 	$(PY) train.py experiment=quickstart/untrained resume=true
-	$(PY) evaluate.py retriever=bm25 name=quickstart/test/bm25
-	$(PY) evaluate.py retriever=$(Q)/train/untrained/model name=quickstart/test/untrained
-	$(PY) evaluate.py retriever=$(Q)/train/retriever/model name=quickstart/test/retriever
-	@$(PY) -m caravan.report table $(Q)/test
+	$(PY) evaluate.py retriever=bm25 name=quickstart/bm25
+	$(PY) evaluate.py retriever=$(Q)/train/untrained/model name=quickstart/untrained
+	$(PY) evaluate.py retriever=$(Q)/train/retriever/model name=quickstart/retriever
+	@$(PY) -m caravan.report table $(Q)
 
 test: .venv/.tested-with
 	$(PY) -m pytest -q -n 2

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from caravan.errors import InputError
+from caravan.report import __main__ as command
+from caravan.report.table import collect, show
+
+
+def _evaluation(folder: Path, mrr: float, split: str = "test") -> None:
+    folder.mkdir(parents=True)
+    record = {
+        "overall": {"MRR@10": mrr, "R@100": 0.5},
+        "collection": {"name": "tiny", "digest": "d"},
+        "split": split,
+        "queries": 4,
+        "passages": 60,
+        "seconds": 1.26,
+        "run": "runs/x.trec",
+    }
+    (folder / "metrics.json").write_text(json.dumps(record))
+
+
+def test_the_table_is_every_evaluation_below_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _evaluation(tmp_path / "bm25", 0.32)
+    _evaluation(tmp_path / "untrained", 0.01)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "metrics.json").write_text('{"best": 0.4}')
+    show(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == {
+        "untrained": {"MRR@10": 0.01, "R@100": 0.5, "seconds": 1.3},
+        "bm25": {"MRR@10": 0.32, "R@100": 0.5, "seconds": 1.3},
+    }
+    assert list(summary) == ["untrained", "bm25"]
+    printed = capsys.readouterr().out
+    assert "0.3200" in printed
+    assert f"tensorboard --logdir {tmp_path}" in printed
+
+
+def test_one_table_does_not_mix_splits(tmp_path: Path) -> None:
+    _evaluation(tmp_path / "a", 0.1)
+    _evaluation(tmp_path / "b", 0.2, split="dev")
+    with pytest.raises(InputError, match=r"a \(tiny test\), b \(tiny dev\)"):
+        collect(tmp_path)
+
+
+def test_a_folder_without_evaluations_is_told_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["report", "table", str(tmp_path)])
+    assert command.main() == 2
+    assert "holds no evaluation" in capsys.readouterr().err

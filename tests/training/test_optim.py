@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from caravan.errors import InputError
+from caravan.training.optim import AdamW
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "end"), [("linear", 0.5, 0.0), ("cosine", 0.5, 0.0), ("constant", 1, 1)]
+)
+def test_the_rate_warms_up_and_falls_to_its_end(schedule: str, middle: float, end: float) -> None:
+    adamw = AdamW(warmup_steps=10, schedule=schedule)
+    factors = [adamw.factor(step, 110) for step in range(111)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[60] == pytest.approx(middle)
+    assert factors[110] == pytest.approx(end)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+
+
+def test_the_rate_ends_at_its_final_share() -> None:
+    assert AdamW(warmup_steps=0, final=0.1).factor(100, 100) == pytest.approx(0.1)
+
+
+def test_biases_and_norms_are_not_decayed() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    model[0].weight.requires_grad_(False)
+    model.append(torch.nn.Linear(2, 2))
+    groups = AdamW(weight_decay=0.3).build(model, 10)["optimizer"].param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert [len(group["params"]) for group in groups] == [1, 4]
+
+
+def test_a_schedule_that_there_is_not_is_refused() -> None:
+    with pytest.raises(InputError, match="linear, cosine, constant"):
+        AdamW(schedule="steps")

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from caravan.training import parallel
+
+COUNTS = [3, 1]  # ranks with unequal shares of a short last batch
+GROUP = 2
+
+
+def _data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(sum(COUNTS), 5, generator=generator)
+    return queries, torch.randn(sum(COUNTS) * GROUP, 5, generator=generator)
+
+
+def _loss(weight: Tensor, queries: Tensor, passages: Tensor) -> tuple[Tensor, list[int]]:
+    counts = parallel.sizes(len(queries), queries.device)
+    first = sum(counts[: parallel.rank()])
+    gathered = parallel.gather(passages @ weight, [n * GROUP for n in counts])
+    targets = (first + torch.arange(len(queries))) * GROUP
+    loss = torch.nn.functional.cross_entropy((queries @ weight) @ gathered.T, targets)
+    return loss * parallel.weight(counts), counts
+
+
+def _rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    queries, passages = _data()
+    mine = slice(sum(COUNTS[:rank]), sum(COUNTS[: rank + 1]))
+    own = slice(mine.start * GROUP, mine.stop * GROUP)
+    weight = torch.eye(5, requires_grad=True)
+    loss, counts = _loss(weight, queries[mine], passages[own])
+    loss.backward()
+    rows = parallel.gather(torch.arange(own.start, own.stop), [n * GROUP for n in counts])
+    torch.save((weight.grad, loss.detach(), counts, rows), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_with_unequal_shares_average_to_the_one_process_gradient(tmp_path: Path) -> None:
+    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    weight = torch.eye(5, requires_grad=True)
+    loss, counts = _loss(weight, *_data())
+    loss.backward()
+    assert counts == [4]
+    torch.testing.assert_close((found[0][0] + found[1][0]) / 2, weight.grad)
+    torch.testing.assert_close((found[0][1] + found[1][1]) / 2, loss.detach())
+    for _, _, sizes, rows in found:
+        assert sizes == COUNTS
+        assert rows.tolist() == list(range(8))
+
+
+def test_on_one_process_collectives_are_no_ops() -> None:
+    rows = torch.randn(3, 2)
+    assert parallel.sizes(3, rows.device) == [3]
+    assert parallel.gather(rows, [3]) is rows
+    assert parallel.weight([3]) == 1
+    assert (parallel.world(), parallel.rank()) == (1, 0)
+
+
+def test_weights_average_to_one_over_all_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = []
+    for rank in range(2):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        weights.append(parallel.weight(COUNTS))
+    assert weights == [1.5, 0.5]
