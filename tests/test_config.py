@@ -18,6 +18,8 @@ from caravan.compose import Composer, compose, without_hydra
 from caravan.entry import preflight
 from caravan.errors import InputError
 
+REAL = Path(__file__).parents[1] / "conf"
+
 
 @pytest.fixture(scope="module")
 def conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -390,3 +392,10 @@ def test_mistakes_over_the_real_conf(overrides: str, wanted: str) -> None:
     lines = str(caught.value).splitlines()
     assert len(lines) == 2, lines
     assert wanted in lines[1]
+
+
+def test_a_backbone_brings_its_own_contract() -> None:
+    cfg = compose(REAL, "train", ["backbone=minilm"])
+    assert (cfg.contract.pooling, cfg.contract.append_eos) == ("mean", False)
+    given = compose(REAL, "train", ["backbone=minilm", "contract.pooling=cls"])
+    assert given.contract.pooling == "cls"
