@@ -38,7 +38,7 @@ class Batching:
     """How queries become batches (`caravan.data.datamodule.DataModule`)."""
 
     queries_per_batch: int = MISSING
-    token_budget: int = MISSING
+    token_budget: int | None = MISSING
     num_workers: int = MISSING
 
 
@@ -91,7 +91,7 @@ class Evaluate:
     measures: list[str] = MISSING
     query_length: int | None = MISSING
     passage_length: int | None = MISSING
-    token_budget: int = MISSING
+    token_budget: int | None = MISSING
     num_workers: int = MISSING
     precision: str = MISSING
     block: int = MISSING

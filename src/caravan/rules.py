@@ -84,7 +84,7 @@ def numbers_are_large_enough(cfg: DictConfig) -> Iterator[Mistake]:
 
 
 def precision_is_known(cfg: DictConfig) -> Iterator[Mistake]:
-    """The names that `caravan.models.precision` knows."""
+    """The names that `caravan.models.hardware` knows."""
     given = value(cfg, "precision")
     if isinstance(given, str) and given not in PRECISIONS:
         near = did_you_mean(given, PRECISIONS)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.commands import ROOT
 
 from caravan.batches import pack
 from caravan.compose import compose
@@ -14,7 +15,6 @@ from caravan.contract import Contract
 from caravan.data.templates import Templates
 from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
-from tests.commands import ROOT
 
 pytestmark = pytest.mark.pretrained
 

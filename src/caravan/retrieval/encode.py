@@ -24,7 +24,7 @@ from caravan.data.batching import TextBlocks, text_loader
 from caravan.data.templates import Templates
 from caravan.data.texts import Texts
 from caravan.models import folder as model_folder
-from caravan.models import precision as precisions
+from caravan.models import hardware
 from caravan.models.biencoder import BiEncoder
 from caravan.models.packed import pack_linears
 from caravan.progress import track
@@ -62,7 +62,7 @@ class Encoder:
         folder: the model folder. Its weights load when the first text that is not on disk comes.
         precision: "auto", "bf16" or "float32".
         lengths: `query_length` and `passage_length` that replace the contract's.
-        token_budget: padded tokens a chunk.
+        token_budget: padded tokens a chunk; None leaves them to the machine.
         block: texts a shard.
         num_workers: processes that tokenise ahead.
     """
@@ -72,21 +72,21 @@ class Encoder:
         folder: Path,
         precision: str,
         lengths: dict[str, int],
-        token_budget: int,
+        token_budget: int | None,
         block: int,
         num_workers: int,
     ) -> None:
         self.folder = folder
-        self.precision = precisions.resolve(precision)
-        self.token_budget = token_budget
+        self.precision = hardware.resolve(precision)
+        self.token_budget = hardware.chunk(token_budget)
         self.block = block
         self.num_workers = num_workers
-        self.device = precisions.device()
+        self.device = hardware.device()
         self.contract = replace(read_contract(folder)[0], **lengths)  # type: ignore[arg-type]
 
     @cached_property
     def loaded(self) -> tuple[BiEncoder, Templates]:
-        model, tokenizer, _, _ = model_folder.load(self.folder, precisions.dtype(self.precision))
+        model, tokenizer, _, _ = model_folder.load(self.folder, hardware.dtype(self.precision))
         if self.device.type == "cpu":
             pack_linears(model)
         return model.to(self.device), Templates(tokenizer, self.contract)

@@ -90,7 +90,7 @@ class Evaluation:
         index_settings: dict[str, Any],
         precision: str,
         lengths: dict[str, int],
-        token_budget: int,
+        token_budget: int | None,
         block: int,
         num_workers: int,
     ) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def _fit(
 
     from caravan.data.datamodule import DataModule
     from caravan.data.templates import Templates
-    from caravan.models import folder, precision
+    from caravan.models import folder, hardware
     from caravan.models.backbone import parameter_counts
     from caravan.training.callbacks import AtomicCheckpoints
 
@@ -168,12 +168,12 @@ def _fit(
         source.train_split,
         source.dev_split,
         cfg.seed,
-        **cfg.batching,
+        **{**cfg.batching, "token_budget": hardware.chunk(cfg.batching.token_budget)},
         **cfg.validation,
     )
     callbacks = [callback for callback in parts["callbacks"].values() if callback is not None]
     trainer = parts["trainer"](
-        precision=precision.trainer_precision(precision.resolve(cfg.precision)),
+        precision=hardware.trainer_precision(hardware.resolve(cfg.precision)),
         strategy=parts["strategy"],
         logger=[logger for logger in parts["logger"].values() if logger is not None],
         callbacks=callbacks,

@@ -1,4 +1,4 @@
-"""Which precision and device the machine is good for.
+"""What the machine is good for: device, precision, size of a chunk.
 
 bf16 where the processor computes in it (GPUs from Ampere on, CPUs with AVX512-BF16 or AMX), else
 float32. Similarities, softmax and losses are float32 in any case, and so are trainable weights.
@@ -11,6 +11,8 @@ import torch
 from caravan.errors import InputError
 
 PRECISIONS = ("auto", "bf16", "float32")
+CPU_CHUNK, GPU_CHUNK = 2048, 32_768
+"""Padded tokens a chunk: what a CPU's caches hold (`benchmarks/`), what keeps a GPU busy."""
 
 
 def resolve(precision: str) -> str:
@@ -35,6 +37,13 @@ def has_bf16() -> bool:
 def device() -> torch.device:
     """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def chunk(token_budget: int | None) -> int:
+    """The padded tokens a chunk for a setting that may leave them to the machine."""
+    if token_budget is not None:
+        return token_budget
+    return GPU_CHUNK if torch.cuda.is_available() else CPU_CHUNK
 
 
 def trainer_precision(precision: str) -> str:
