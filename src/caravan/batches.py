@@ -56,18 +56,23 @@ class Packed:
         return torch.empty_like(rows).index_copy(0, self.order, rows)
 
 
+PADDING = 0.1
+"""The largest share of padding in a chunk."""
+
+
 def pack(texts: Sequence[Sequence[int]], token_budget: int, pad_id: int = 0) -> Packed:
     """Sort texts by length and cut them into chunks of at most `token_budget` padded tokens.
 
-    A text that is longer than the budget makes a chunk of its own.
+    A chunk ends sooner where its padding would pass a tenth. A text that is longer than the budget
+    makes a chunk of its own.
 
     Args:
         texts: token ids of each text.
         token_budget: the largest n * L of a chunk [n, L].
         pad_id: fills the padding; the attention mask hides it, so any valid id will do.
 
-    >>> [tuple(c.input_ids.shape) for c in pack([[1], [1, 2, 3], [1, 2]], token_budget=5).chunks]
-    [(1, 3), (2, 2)]
+    >>> [tuple(c.input_ids.shape) for c in pack([[1], [2] * 9, [3] * 10], token_budget=20).chunks]
+    [(2, 10), (1, 1)]
     """
     lengths = np.fromiter((len(ids) for ids in texts), dtype=np.int64, count=len(texts))
     order = np.argsort(-lengths, kind="stable")
@@ -75,6 +80,9 @@ def pack(texts: Sequence[Sequence[int]], token_budget: int, pad_id: int = 0) -> 
     while start < len(order):
         width = max(int(lengths[order[start]]), 1)
         rows = order[start : start + max(token_budget // width, 1)]
+        # Sorted by length, so the share of real tokens falls with every text that is added.
+        filled = lengths[rows].cumsum() / (width * np.arange(1, len(rows) + 1))
+        rows = rows[: max(int((filled >= 1 - PADDING).sum()), 1)]
         ids = np.full((len(rows), width), pad_id, dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=np.int64)
         for i, row in enumerate(rows):

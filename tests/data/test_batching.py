@@ -42,6 +42,7 @@ def test_packing_keeps_every_text_and_its_place(budget: int) -> None:
     assert packed.tokens == sum(map(len, texts))
     assert packed.padded == sum(chunk.input_ids.numel() for chunk in packed.chunks)
     assert all(c.input_ids.numel() <= max(budget, c.input_ids.shape[1]) for c in packed.chunks)
+    assert packed.padded <= packed.tokens / 0.9
     assert all(c.full == bool(c.attention_mask.all()) for c in packed.chunks)
 
 

@@ -25,6 +25,7 @@ from caravan.config import build
 from caravan.contract import folder_digest, read_contract
 from caravan.data.collection import Collection, Qrels
 from caravan.data.runs import Run, canonical, read_run, write_run
+from caravan.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,10 @@ class Evaluation:
         self.collection = collection
         self.split = split
         self.qrels: Qrels = collection.qrels(split)
+        if not len(self.qrels.queries):
+            raise InputError(
+                f"{collection.name}: split {split!r} judges no query; choose another data.split"
+            )
         self.run_dir = run_dir
         self.store = store
         self.k = k
