@@ -31,10 +31,14 @@ def train(beir: Path, run_dir: Path, *overrides: str) -> float | None:
     return train_config(compose(ROOT / "conf", "train", train_arguments(beir, run_dir, *overrides)))
 
 
-def evaluate(beir: Path, run_dir: Path, retriever: Any, *overrides: str) -> dict[str, Any]:
-    given = [
+def evaluate_arguments(beir: Path, run_dir: Path, retriever: Any, *overrides: str) -> list[str]:
+    return [
         *("data=beir", f"data.path={beir}", f"cache_dir={run_dir.parent / 'cache'}"),
         *(f"run_dir={run_dir}", f"retriever={retriever}", "num_workers=0"),
         *overrides,
     ]
+
+
+def evaluate(beir: Path, run_dir: Path, retriever: Any, *overrides: str) -> dict[str, Any]:
+    given = evaluate_arguments(beir, run_dir, retriever, *overrides)
     return evaluate_config(compose(ROOT / "conf", "evaluate", given))

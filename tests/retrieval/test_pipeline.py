@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import ir_measures
 import pytest
-from tests.commands import evaluate, train
+from tests.commands import ROOT, evaluate, evaluate_arguments, train
 from tests.tiny import write_beir
 
 from caravan.errors import InputError
@@ -130,3 +133,34 @@ def test_a_split_that_there_is_not_names_those_there_are(
 ) -> None:
     with pytest.raises(InputError, match="its splits are"):
         evaluate(beir, tmp_path / "run", model, "data.split=tset")
+
+
+@pytest.mark.slow
+def test_an_evaluation_killed_at_any_moment_ends_in_the_same_bytes(
+    model: Path, tmp_path: Path
+) -> None:
+    beir = write_beir(tmp_path / "data", passages=3000, queries=200)
+
+    def command(name: str) -> list[str]:
+        given = evaluate_arguments(beir, tmp_path / name, model, "block=50", "precision=float32")
+        return [sys.executable, str(ROOT / "evaluate.py"), *given]
+
+    started = time.monotonic()
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    whole = time.monotonic() - started
+    kills = 0
+    for tenth in (5, 6, 7, 8):
+        process = subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=whole * tenth / 10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    subprocess.run(command("killed"), check=True, capture_output=True)
+    assert kills >= 2
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.npy")]
+    files.append(Path("runs/retriever.test.trec"))
+    assert len(files) > 60
+    for path in files:
+        assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "killed" / path).read_bytes()

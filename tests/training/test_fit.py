@@ -128,7 +128,7 @@ class Fit:
         trainer = pl.Trainer(
             accelerator="cpu",
             max_steps=steps,
-            max_epochs=-1,
+            max_epochs=100,
             val_check_interval=4,
             check_val_every_n_epoch=None,
             accumulate_grad_batches=accumulate,

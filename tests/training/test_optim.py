@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import pytorch_lightning as pl
+import pytorch_lightning.demos.boring_classes
 import torch
 
 from caravan.errors import InputError
-from caravan.training.optim import AdamW
+from caravan.training.optim import AdamW, updates
 
 
 @pytest.mark.parametrize(
@@ -30,6 +34,29 @@ def test_biases_and_norms_are_not_decayed() -> None:
     groups = AdamW(weight_decay=0.3).build(model, 10)["optimizer"].param_groups
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     assert [len(group["params"]) for group in groups] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_steps": 7}, 7),
+        ({"max_epochs": 3}, 15),
+        ({"max_epochs": 3, "accumulate_grad_batches": 2}, 9),
+        ({"max_epochs": 3, "max_steps": 4}, 4),
+        ({"max_epochs": 3, "limit_train_batches": 2}, 6),
+        ({"max_epochs": 3, "limit_train_batches": 0.5}, 6),
+    ],
+)
+def test_updates_are_counted_as_lightning_makes_them(
+    settings: dict[str, Any], expected: int
+) -> None:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", enable_progress_bar=False, **quiet, **settings)
+    assert updates(trainer, 5) == expected
+    model = pl.demos.boring_classes.BoringModel()
+    model.val_dataloader = None
+    trainer.fit(model, torch.utils.data.DataLoader(torch.randn(5, 32)))
+    assert trainer.global_step == expected
 
 
 def test_a_schedule_that_there_is_not_is_refused() -> None:

@@ -99,15 +99,22 @@ class DataModule(pl.LightningDataModule):
         return rows
 
     def train_dataloader(self) -> TrainLoader:
-        trainer = self._trainer
-        order = QueryOrder(
-            len(self.groups), self.queries_per_batch, trainer.global_rank, trainer.world_size
-        )
+        order = self._order()
         if not len(order):
             raise InputError(
-                f"{len(self.groups)} training queries are too few for {trainer.world_size} ranks"
+                f"{len(self.groups)} training queries are too few for {order.world} ranks"
             )
         return TrainLoader(self.groups, order, self.num_workers)
+
+    def batches_per_epoch(self) -> int:
+        """Batches of one epoch on one rank, told without making a loader."""
+        return len(self._order())
+
+    def _order(self) -> QueryOrder:
+        trainer = self._trainer
+        return QueryOrder(
+            len(self.groups), self.queries_per_batch, trainer.global_rank, trainer.world_size
+        )
 
     def val_dataloader(self) -> list[DataLoader[EncodeBatch]]:
         return [

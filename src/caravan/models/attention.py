@@ -13,21 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 NAME = "caravan"
 LONGEST = 1024  # tokens; the scores of longer texts no longer fit a cache
 
 _MASKED = torch.finfo(torch.bfloat16).min
-
-
-def register() -> str:
-    """Make the attention known to transformers; returns its name."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    return NAME
 
 
 def attention(
@@ -44,8 +37,6 @@ def attention(
     length = query.shape[2]
     bf16 = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     if query.device.type != "cpu" or not bf16 or not 1 < length <= LONGEST:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **settings
         )
@@ -81,3 +72,8 @@ def attention(
 def _future(length: int) -> Tensor:
     """[1, L, L]: 0 for the past, the lowest number for the future."""
     return torch.full((1, length, length), _MASKED, dtype=torch.bfloat16).triu(1)
+
+
+# On import, so that a model that reaches another process pickled finds its attention there.
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from caravan.errors import InputError
-from caravan.models.attention import register
+from caravan.models import attention as cpu_attention
 
 
 class TinyLlama:
@@ -239,7 +239,7 @@ def set_attention(model: Any, attention: str) -> nn.Module:
         InputError: the architecture lacks the implementation that was asked for by name.
     """
     try:
-        model.set_attn_implementation(register() if attention == "auto" else attention)
+        model.set_attn_implementation(cpu_attention.NAME if attention == "auto" else attention)
     except (ValueError, ImportError, KeyError) as error:
         if attention != "auto":
             raise InputError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from caravan.batches import Packed
 from caravan.contract import Contract
+from caravan.models import attention as _registered  # noqa: F401
 
 
 class BiEncoder(nn.Module):

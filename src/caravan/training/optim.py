@@ -16,6 +16,26 @@ from caravan.errors import InputError
 SCHEDULES = ("linear", "cosine", "constant")
 
 
+def updates(trainer: Any, batches: int) -> int:
+    """Updates in the whole run, where the schedule ends.
+
+    Lightning's own count (`estimated_stepping_batches`) makes the training loader before the
+    checkpoint is read, and the loader's place in the epoch is then lost: a resumed run would see
+    the batches of another epoch.
+
+    Args:
+        batches: of one epoch.
+    """
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    ends = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        ends.append(trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+    if not ends:
+        raise InputError("a schedule needs an end: set trainer.max_steps or trainer.max_epochs")
+    return min(ends)
+
+
 class AdamW:
     """Describes the optimiser; `build` makes it for a model.
 

@@ -20,7 +20,7 @@ from caravan.contract import Contract
 from caravan.errors import InputError
 from caravan.models.biencoder import BiEncoder
 from caravan.training import parallel
-from caravan.training.optim import AdamW
+from caravan.training.optim import AdamW, updates
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -136,7 +136,8 @@ class Retriever(pl.LightningModule):
         return {"rows": batch.rows, "vectors": self.model.embed(batch.texts)}
 
     def configure_optimizers(self) -> Any:
-        return self.optimizer.build(self, int(self.trainer.estimated_stepping_batches))
+        batches = self.trainer.datamodule.batches_per_epoch()  # type: ignore[attr-defined]
+        return self.optimizer.build(self, updates(self.trainer, batches))
 
     def configure_gradient_clipping(
         self,
