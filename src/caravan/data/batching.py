@@ -193,3 +193,5 @@ def loader_settings(num_workers: int, seed: int) -> dict[str, Any]:
 def _start_worker(_: int) -> None:
     # The tokenizer's own threads do not survive the fork; each worker is one thread of its own.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Where there are few cores, a worker that takes one from a step stalls the step's other threads.
+    os.nice(10)
