@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from caravan.errors import InputError
+from caravan.manifest import content_digest
 
 FILE = "caravan.json"
 FORMAT = 1
@@ -144,16 +145,47 @@ def read_contract(folder: Path) -> tuple[Contract, dict[str, Any]]:
 
 
 def folder_digest(folder: Path) -> str:
-    """A digest of what determines the output of a model folder: contract, weights, tokenizer."""
+    """A digest of what determines the output of a model folder: contract, weights, tokenizer.
+
+    An adapter's output is its base's too, so the base counts: by content if it is a folder, else
+    by name and revision.
+    """
     import xxhash
 
-    contract, _ = read_contract(folder)
-    hasher = xxhash.xxh3_128(json.dumps(asdict(contract), sort_keys=True).encode())
+    contract, facts = read_contract(folder)
+    parts = [json.dumps(asdict(contract), sort_keys=True), files_digest(folder)]
+    if facts["weights"] == "adapter":
+        base, revision = adapter_base(folder)
+        parts += [files_digest(Path(base))] if Path(base).is_dir() else [base, revision or ""]
+    return xxhash.xxh3_128("\0".join(parts).encode()).hexdigest()
+
+
+def files_digest(folder: Path) -> str:
+    """A digest of names and contents of a folder's *.safetensors and *.json, but `caravan.json`.
+
+    Weights, their config and the tokenizer: what a model computes, whatever its card says.
+    """
+    import xxhash
+
+    hasher = xxhash.xxh3_128()
     for path in sorted(folder.iterdir()):
-        if path.suffix not in (".safetensors", ".json") or path.name == FILE:
-            continue
-        hasher.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                hasher.update(block)
+        if path.suffix in (".safetensors", ".json") and path.name != FILE and path.is_file():
+            hasher.update(f"{path.name}\0{content_digest(path)}\0".encode())
     return hasher.hexdigest()
+
+
+def adapter_base(folder: Path) -> tuple[str, str | None]:
+    """The base model of an adapter folder, (hub id or folder, revision), as PEFT notes it.
+
+    Raises:
+        InputError: `adapter_config.json` is missing or broken, or names no base model.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        base, revision = record["base_model_name_or_path"], record.get("revision")
+    except (OSError, ValueError, KeyError, TypeError):
+        base, revision = None, None
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{path} names no base model; save the model again")
+    return base, revision

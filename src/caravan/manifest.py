@@ -55,6 +55,17 @@ def remove(product: Path) -> None:
     path_of(product).unlink(missing_ok=True)
 
 
+def content_digest(path: Path) -> str:
+    """xxh3 (128 bits, hex) of a file's bytes, read in blocks."""
+    import xxhash
+
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from caravan.batches import pack
-from caravan.contract import Contract, folder_digest
+from caravan.contract import Contract, files_digest, folder_digest
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.backbone import LoRA, Pretrained
@@ -156,3 +156,36 @@ def test_a_model_that_is_not_to_be_had_is_told_in_a_sentence(tmp_path: Path) -> 
         Pretrained(str(tmp_path)).tokenizer(None, tmp_path)
     with pytest.raises(InputError, match="no model could be loaded"):
         Pretrained(str(tmp_path)).model(None)
+
+
+def _adapter(base: Path, tokenizer: Any, contract: Contract, path: Path) -> BiEncoder:
+    """A model folder with an adapter that changes the embeddings; the model as it was saved."""
+    model = BiEncoder(LoRA(rank=2, alpha=4).apply(Pretrained(str(base)).model(tokenizer)), contract)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=generator)
+    folder.save(path, model, tokenizer, contract, {})
+    return model.eval()
+
+
+def test_the_digest_of_an_adapter_follows_its_base(
+    saved: Path, tokenizer: Any, contract: Contract, tmp_path: Path
+) -> None:
+    _adapter(saved, tokenizer, contract, tmp_path / "adapter")
+    before = folder_digest(tmp_path / "adapter")
+    assert folder_digest(tmp_path / "adapter") == before
+    tensors = load_file(saved / "model.safetensors")
+    tensors["norm.weight"] += 1
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    assert folder_digest(tmp_path / "adapter") != before
+
+
+def test_the_digest_of_files_leaves_the_contract_and_the_card_out(saved: Path) -> None:
+    before = files_digest(saved)
+    (saved / "caravan.json").write_text("{}")
+    (saved / "README.md").write_text("another card")
+    assert files_digest(saved) == before
+    (saved / "tokenizer.json").write_text("{}")
+    assert files_digest(saved) != before
