@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from caravan.batches import pack
-from caravan.contract import Contract, files_digest, folder_digest
+from caravan.contract import Contract, adapter_base, files_digest, folder_digest
+from caravan.data.collection import Collection
+from caravan.data.templates import Templates
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.backbone import LoRA, Pretrained
@@ -189,3 +192,79 @@ def test_the_digest_of_files_leaves_the_contract_and_the_card_out(saved: Path) -
     assert files_digest(saved) == before
     (saved / "tokenizer.json").write_text("{}")
     assert files_digest(saved) != before
+
+
+def test_an_adapter_folder_encodes_as_the_model_that_was_saved(
+    saved: Path, tokenizer: Any, contract: Contract, collection: Collection, tmp_path: Path
+) -> None:
+    from caravan.retrieval.encode import Encoder
+
+    model = _adapter(saved, tokenizer, contract, tmp_path / "adapter")
+    encoder = Encoder(tmp_path / "adapter", "float32", {}, 256, 16, 0)
+    shards = encoder.encode(
+        collection.corpus, np.arange(20), "passage", tmp_path / "passages", {"model": "a"}
+    )
+    assert shards.rows == 20
+    ids = Templates(tokenizer, contract).passages(collection.corpus.get(np.arange(20)))
+    with torch.no_grad():
+        expected = model.embed(pack(ids, 99))
+        found = encoder.loaded[0].embed(pack(ids, 99).to(encoder.device)).cpu()
+        base = folder.load(saved)[0].embed(pack(ids, 99))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert not torch.allclose(base, expected, atol=1e-2)
+
+
+def test_a_merged_adapter_is_saved_as_a_whole_model(
+    saved: Path, tokenizer: Any, contract: Contract, tmp_path: Path
+) -> None:
+    model = _adapter(saved, tokenizer, contract, tmp_path / "adapter")
+    merged, *_ = folder.load(tmp_path / "adapter")
+    folder.save(tmp_path / "whole", merged, tokenizer, contract, {})
+    assert (tmp_path / "whole" / "model.safetensors").exists()
+    with torch.no_grad():
+        found = folder.load(tmp_path / "whole")[0].embed(pack(TEXTS, 99))
+        torch.testing.assert_close(found, model.embed(pack(TEXTS, 99)), atol=1e-4, rtol=0)
+
+
+def test_an_adapter_keeps_the_revision_of_its_base(
+    saved: Path,
+    tokenizer: Any,
+    contract: Contract,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = Pretrained(str(saved), revision="0123abc").model(tokenizer)
+    model = BiEncoder(LoRA(rank=2, alpha=4).apply(base), contract)
+    folder.save(tmp_path / "adapter", model, tokenizer, contract, {})
+    assert adapter_base(tmp_path / "adapter") == (str(saved), "0123abc")
+    asked, load_weights = [], folder.load_weights
+    monkeypatch.setattr(
+        folder,
+        "load_weights",
+        lambda name, dtype, revision: asked.append((name, revision)) or load_weights(name, dtype),
+    )
+    folder.load(tmp_path / "adapter")
+    assert asked == [(str(saved), "0123abc")]
+
+
+@pytest.mark.parametrize("loader", ["folder", "released"])
+def test_weights_of_a_layer_that_the_config_does_not_count_are_refused(
+    loader: str, saved: Path
+) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:-1]
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"layers\.1\.\S+ not used"):
+        folder.load(saved) if loader == "folder" else Pretrained(str(saved)).model(None)
+
+
+def test_a_released_model_may_bring_heads_and_a_model_folder_may_not(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    heads = ["lm_head.weight", "classifier.weight", "pooler.dense.weight", "cls.predictions.bias"]
+    added = {name: torch.ones(3, 3) for name in heads}
+    save_file({**tensors, **added}, saved / "model.safetensors", metadata={"format": "pt"})
+    Pretrained(str(saved)).model(None)
+    with pytest.raises(InputError, match=r"4 weights .*classifier\.weight not used"):
+        folder.load(saved)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,7 +152,10 @@ class LoRA:
         from peft import LoraConfig, TaskType, get_peft_model
 
         config = LoraConfig(
-            task_type=TaskType.FEATURE_EXTRACTION, target_modules=self.targets, **self.settings
+            task_type=TaskType.FEATURE_EXTRACTION,
+            target_modules=self.targets,
+            revision=getattr(model, "revision", None),  # the adapter finds the same base again
+            **self.settings,
         )
         return get_peft_model(model, config)
 
@@ -197,11 +201,17 @@ def load_tokenizer(name: str, **hub: Any) -> Any:
         raise InputError(f"{name}: no tokenizer could be loaded ({_first_line(error)})") from None
 
 
-def load_weights(name: str, dtype: torch.dtype, attention: str = "auto", **hub: Any) -> nn.Module:
+def load_weights(
+    name: str, dtype: torch.dtype, attention: str = "auto", heads: bool = True, **hub: Any
+) -> nn.Module:
     """A transformer without a head from the hub or a folder; every weight must be there.
 
+    Args:
+        heads: released models bring heads (lm_head, classifier, ...), which are left out; weights
+            of layers that the config does not count are refused nevertheless.
+
     Raises:
-        InputError: it is not to be had, or weights are missing or of another shape.
+        InputError: it is not to be had, or weights are missing, of another shape or not used.
     """
     from safetensors import SafetensorError
     from transformers import AutoModel
@@ -221,14 +231,24 @@ def load_weights(name: str, dtype: torch.dtype, attention: str = "auto", **hub: 
     # The pooler is a head of BERT's pre-training; embeddings are pooled from the states.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     wrong = sorted(str(key[0]) for key in report.get("mismatched_keys", ()))
-    if missing or wrong:
-        told = ", ".join([f"{key} missing" for key in missing] + [f"{k} mis-shaped" for k in wrong])
+    unused = sorted(report["unexpected_keys"])
+    if heads:
+        kinds = {_unnumbered(key) for key, _ in model.named_parameters()}
+        unused = [key for key in unused if _unnumbered(key, model.base_model_prefix) in kinds]
+    if missing or wrong or unused:
+        told = ", ".join(
+            [f"{key} missing" for key in missing]
+            + [f"{key} mis-shaped" for key in wrong]
+            + [f"{key} not used" for key in unused]
+        )
         raise InputError(
-            f"{name}: {len(missing) + len(wrong)} weights do not match the architecture"
+            f"{name}: {len(missing) + len(wrong) + len(unused)} weights do not match the"
+            " architecture"
             f" ({told[:300]}); the folder is incomplete or of another model"
         )
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
+    model.revision = hub.get("revision")
     return set_attention(model, attention)
 
 
@@ -265,6 +285,11 @@ def _prepared(model: Any, checkpointing: bool) -> nn.Module:
             raise InputError(f"{type(model).__name__} cannot recompute activations")
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def _unnumbered(key: str, prefix: str = "") -> str:
+    """The name of a weight in whichever layer: `layers.3.norm.weight` is `layers.#.norm.weight`."""
+    return re.sub(r"\d+", "#", key.removeprefix(f"{prefix}.") if prefix else key)
 
 
 def _first_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from caravan.contract import Contract, read_contract, write_contract
+from caravan.contract import Contract, adapter_base, read_contract, write_contract
 from caravan.errors import InputError
 from caravan.models.backbone import load_tokenizer, load_weights
 from caravan.models.biencoder import BiEncoder
@@ -57,7 +57,7 @@ def save(
 def load(
     folder: Path, dtype: torch.dtype = torch.float32
 ) -> tuple[BiEncoder, Any, Contract, dict[str, Any]]:
-    """Load a model folder: (model in eval mode, tokenizer, contract, facts).
+    """Load a model folder: (model in eval mode, tokenizer, contract, facts); adapters are merged.
 
     Raises:
         InputError: the contract is missing or broken, or a weight is missing, unknown or misshapen.
@@ -70,19 +70,18 @@ def load(
     else:
         if not any(folder.glob("*.safetensors")):
             raise InputError(f"{folder} has no weights (*.safetensors); save the model again")
-        backbone = load_weights(str(folder), dtype)
+        backbone = load_weights(str(folder), dtype, heads=False)
     model = BiEncoder(backbone, contract).eval()
     return model, load_tokenizer(str(folder)), contract, facts
 
 
 def _with_adapter(folder: Path, dtype: torch.dtype) -> Any:
-    from peft import PeftConfig, PeftModel
+    """The base with the adapter added into its weights: plain layers, which pack and run faster."""
+    from peft import PeftModel
     from safetensors import safe_open
 
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    if not base:
-        raise InputError(f"{folder / 'adapter_config.json'} names no base model")
-    model = PeftModel.from_pretrained(load_weights(base, dtype), str(folder))
+    base, revision = adapter_base(folder)
+    model = PeftModel.from_pretrained(load_weights(base, dtype, revision=revision), str(folder))
     with safe_open(folder / _ADAPTER, framework="pt") as file:
         stored = set(file.keys())
     wanted = {
@@ -93,7 +92,10 @@ def _with_adapter(folder: Path, dtype: torch.dtype) -> Any:
             f"{folder / _ADAPTER} does not fit {base}: {len(wanted - stored)} weights missing,"
             f" {len(stored - wanted)} not used"
         )
-    return model
+    merged = model.merge_and_unload()
+    if hasattr(merged, "peft_config"):
+        del merged.peft_config  # else `save` would take the merged model for an adapter
+    return merged
 
 
 def _card(contract: Contract, facts: dict[str, Any]) -> str:
