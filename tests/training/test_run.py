@@ -1,19 +1,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from tests.commands import ROOT, train, train_arguments
 from tests.tiny import write_beir
 
+from caravan import manifest
+from caravan.compose import compose
 from caravan.contract import folder_digest, read_contract
 from caravan.errors import InputError
-from caravan.models import folder
+from caravan.models import folder, hardware
+from caravan.training.run import _inputs
+from caravan.training.run import train as train_config
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +76,99 @@ def test_another_run_in_the_same_place_is_refused(
     assert folder_digest(finished[0] / "model") == before
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optimizer.lr=0.5", r"optimizer\.lr: 0\.01 -> 0\.5"),
+        ("seed=3", r"seed: 0 -> 3"),
+        ("batching.queries_per_batch=4", r"batching\.queries_per_batch: 6 -> 4"),
+        ("contract.temperature=0.1", r"contract\.temperature: 0\.05 -> 0\.1"),
+        ("sampler.number=1", r"sampler\.number: 2 -> 1"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another_one(
+    finished: tuple[Path, float | None], beir: Path, override: str, told: str
+) -> None:
+    run_dir = finished[0]
+    before = (run_dir / "config.yaml").read_text()
+    with pytest.raises(InputError, match=told + ".*choose another name="):
+        train(beir, run_dir, "resume=true", override)
+    assert (run_dir / "config.yaml").read_text() == before
+    assert (run_dir / "model.manifest.json").exists()
+
+
+def test_a_run_is_not_resumed_over_another_collection(
+    finished: tuple[Path, float | None], tmp_path: Path
+) -> None:
+    other = write_beir(tmp_path / "tiny", seed=1)
+    with pytest.raises(InputError, match=r"cannot be resumed.*collection: "):
+        train(other, finished[0], "resume=true")
+
+
+def test_a_longer_run_goes_on_from_the_shorter_one(
+    beir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(beir, tmp_path / "run", "trainer.max_steps=4")
+    train(beir, tmp_path / "run", "trainer.max_steps=8", "resume=true")
+    assert "resumed with another setting: trainer.max_steps: 4 -> 8" in caplog.text
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["updates"] == 8
+
+
+def test_how_a_run_is_done_and_watched_is_no_input(
+    finished: tuple[Path, float | None], beir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("caravan.training.run._fit", lambda *_: pytest.fail("trained again"))
+    overrides = [
+        "batching.num_workers=1",
+        "trainer.enable_progress_bar=true",
+        "~logger.tensorboard",
+    ]
+    assert train(beir, finished[0], *overrides) == finished[1]
+
+
+def test_a_kill_before_the_manifest_leaves_no_model_that_looks_finished(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    train(beir, run_dir, "trainer.max_steps=0")
+    write = manifest.write
+
+    def killed(product: Path, *rest: Any) -> None:
+        if product.name == "model":
+            raise KeyboardInterrupt
+        write(product, *rest)
+
+    monkeypatch.setattr(manifest, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(beir, run_dir, "trainer.max_steps=2", "resume=true")
+    assert (run_dir / "model").exists()
+    assert not (run_dir / "model.manifest.json").exists()
+
+
+def test_other_weights_in_the_backbones_folder_are_another_run(
+    finished: tuple[Path, float | None], beir: Path, tmp_path: Path
+) -> None:
+    backbone = tmp_path / "backbone"
+    shutil.copytree(finished[0] / "model", backbone)
+    given = [
+        *("backbone=hf", f"backbone.name={backbone}", "trainer.max_steps=0"),
+        *("data=beir", f"data.path={beir}", f"run_dir={tmp_path / 'adopted'}"),
+    ]
+    train_config(compose(ROOT / "conf", "train", given))
+    weights = backbone / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(InputError, match="backbone_digest: "):
+        train_config(compose(ROOT / "conf", "train", [*given, "resume=true"]))
+
+
+def test_the_precision_that_a_machine_chooses_is_recorded(
+    finished: tuple[Path, float | None],
+) -> None:
+    settings = yaml.safe_load((finished[0] / "config.yaml").read_text())
+    settings["precision"] = "auto"
+    assert _inputs(settings, None)["precision"] == hardware.resolve("auto")
+
+
 def test_a_run_is_the_same_wherever_it_is_written(
     finished: tuple[Path, float | None], beir: Path, tmp_path: Path
 ) -> None:
@@ -90,9 +190,6 @@ def test_a_released_model_is_adopted_without_a_collection(
         *("backbone=hf", f"backbone.name={finished[0] / 'model'}", "trainer.max_steps=0"),
         *("data=beir", f"data.path={tmp_path}", f"run_dir={tmp_path / 'adopted'}"),
     ]
-    from caravan.compose import compose
-    from caravan.training.run import train as train_config
-
     train_config(compose(ROOT / "conf", "train", overrides))
     adopted, released = (
         path / "model/model.safetensors" for path in (tmp_path / "adopted", finished[0])

@@ -15,13 +15,13 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from caravan import manifest
 from caravan.config import build
-from caravan.contract import Contract
+from caravan.contract import Contract, files_digest
 from caravan.data.collection import Collection
 from caravan.errors import InputError
 from caravan.ranks import leads
@@ -29,7 +29,18 @@ from caravan.ranks import leads
 log = logging.getLogger(__name__)
 
 # Settings that change how a run is done, not what comes out of it.
-_NO_INPUTS = ("resume", "cache_dir", "run_dir", "name", "logger")
+_NO_INPUTS = (
+    *("resume", "cache_dir", "run_dir", "name", "logger"),
+    *("batching.num_workers", "callbacks.progress", "trainer.enable_progress_bar"),
+)
+# What a resumed run may change: how long it trains, where, and how it is watched. Anything else
+# would give the weights of one run the name of another.
+_MAY_CHANGE = (
+    *("trainer.max_steps", "trainer.max_epochs", "strategy"),
+    *("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "batching.token_budget"),
+    *("callbacks", "validation", "index"),
+    *("trainer.log_every_n_steps", "trainer.enable_model_summary"),
+)
 
 
 def train(cfg: Any) -> float | None:
@@ -53,9 +64,10 @@ def train(cfg: Any) -> float | None:
     begun = run_dir / "config.yaml"
     if leads():
         _refuse_other_run(run_dir, begun, inputs, cfg.resume)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        begun.write_text(OmegaConf.to_yaml(cfg, resolve=True), "utf-8")
+        # A kill between any two of these lines leaves nothing that claims to be what it is not.
         manifest.write(begun, inputs)
+        begun.write_text(OmegaConf.to_yaml(cfg, resolve=True), "utf-8")
+        manifest.remove(model_dir)
     if cfg.trainer.max_steps == 0:
         _adopt(cfg, collection, run_dir)
         best = None
@@ -75,23 +87,51 @@ def _reads_collection(cfg: Any) -> bool:
 
 
 def _inputs(settings: dict[str, Any], collection: Collection | None) -> dict[str, Any]:
-    """What determines the weights: settings, collection, and the content of the runs it reads."""
+    """What determines the weights: settings, collection, and the content of all that is read."""
+    from caravan.models import hardware
+
+    kept = _pruned(settings)
+    kept["precision"] = hardware.resolve(settings["precision"])
+    searched = settings["validation"]["run"]
+    kept["validation"] = {
+        **settings["validation"],
+        "run_digest": None if searched is None else _run_digest(searched),
+    }
+    name = settings["backbone"].get("name")
+    weights = files_digest(Path(name)) if name and Path(name).is_dir() else None
+    inputs = {
+        "collection": collection.digest if collection else None,
+        "runs": {str(p): _run_digest(p) for p in (settings["sampler"] or {}).get("runs") or ()},
+        "backbone_digest": weights,
+        **kept,
+    }
+    # Where things are written is no input either.
+    return _without(inputs, str(settings["run_dir"]))  # type: ignore[no-any-return]
+
+
+def _pruned(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without `_NO_INPUTS`."""
+    kept = {key: value for key, value in settings.items() if key not in _NO_INPUTS}
+    for group, _, key in (name.partition(".") for name in _NO_INPUTS):
+        if key and isinstance(kept.get(group), dict):
+            kept[group] = {name: value for name, value in kept[group].items() if name != key}
+    return kept
+
+
+def _run_digest(path: str) -> str:
+    """A digest of a run file, read in blocks: a run of millions of queries is gigabytes."""
     import xxhash
 
-    digests = {}
-    for path in [*(settings["sampler"] or {}).get("runs", ()), settings["validation"]["run"]]:
-        if path is not None:
-            if not Path(path).is_file():
-                raise InputError(
-                    f"{path}: no such run; write it with evaluate.py (retriever=bm25 or a model"
-                    " folder) over the same collection"
-                )
-            digests[str(path)] = xxhash.xxh3_128(Path(path).read_bytes()).hexdigest()
-    kept = {key: value for key, value in settings.items() if key not in _NO_INPUTS}
-    # Where things are written is no input either.
-    text = str(settings["run_dir"])
-    digest = collection.digest if collection else None
-    return {"collection": digest, "runs": digests, **_without(kept, text)}
+    if not Path(path).is_file():
+        raise InputError(
+            f"{path}: no such run; write it with evaluate.py (retriever=bm25 or a model"
+            " folder) over the same collection"
+        )
+    hasher = xxhash.xxh3_128()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 22):
+            hasher.update(block)
+    return hasher.hexdigest()
 
 
 def _without(tree: Any, run_dir: str) -> Any:
@@ -104,7 +144,7 @@ def _without(tree: Any, run_dir: str) -> Any:
 
 def _refuse_other_run(run_dir: Path, begun: Path, inputs: dict[str, Any], resume: bool) -> None:
     """Neither overwrite a run nor continue one that is another."""
-    if not begun.exists():
+    if not begun.exists() and not (run_dir / "checkpoints" / "last.ckpt").exists():
         return
     changed = manifest.differences(begun, inputs)
     if not resume:
@@ -113,8 +153,22 @@ def _refuse_other_run(run_dir: Path, begun: Path, inputs: dict[str, Any], resume
             + (f" (it differs in {'; '.join(changed[:3])})" if changed else ", not finished")
             + "; continue it with resume=true, choose another name=, or remove the folder"
         )
+    another = [line for line in changed if not _is_of(line, _MAY_CHANGE + _NO_INPUTS)]
+    if another:
+        raise InputError(
+            f"{run_dir} cannot be resumed, for it holds another run: {'; '.join(another[:3])}"
+            + (f" and {len(another) - 3} more" if len(another) > 3 else "")
+            + "; give the settings and data of that one, choose another name=, or remove the folder"
+        )
     for line in changed:
-        log.warning("resumed with another setting: %s", line)
+        if not _is_of(line, _NO_INPUTS):
+            log.warning("resumed with another setting: %s", line)
+
+
+def _is_of(difference: str, places: Sequence[str]) -> bool:
+    """Whether a line of `manifest.differences` is about one of these settings."""
+    key = difference.partition(": ")[0]
+    return any(key == place or key.startswith(f"{place}.") for place in places)
 
 
 def _module(cfg: Any, collection: Collection | None) -> Any:
