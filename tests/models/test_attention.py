@@ -85,3 +85,57 @@ def test_an_implementation_that_there_is_not_is_refused() -> None:
 
     with pytest.raises(InputError, match=r"backbone\.attention=flash"):
         set_attention(_architecture("bert"), "flash")
+
+
+def _own_attention(name: str) -> Any:
+    """Models whose attention is more than a softmax of products: capped, or with sinks."""
+    from transformers import Gemma2Config, Gemma2Model, GptOssConfig, GptOssModel
+
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 48,
+        "head_dim": 16,
+        "use_cache": False,
+    }
+    if name == "gemma2":
+        model = Gemma2Model(Gemma2Config(**shape, attn_logit_softcapping=0.05))
+    else:
+        model = GptOssModel(GptOssConfig(**shape, num_local_experts=2, num_experts_per_tok=1))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("sinks"):
+                parameter.fill_(3.0)
+            elif parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_models_with_an_attention_of_their_own_keep_it(name: str) -> None:
+    embeddings = []
+    for implementation in ("auto", "eager"):
+        backbone = set_attention(_own_attention(name), implementation)
+        with torch.no_grad():
+            embeddings.append(BiEncoder(backbone, Contract()).embed(pack(TEXTS, 40)))
+    torch.testing.assert_close(embeddings[0], embeddings[1], atol=1e-4, rtol=0)
+
+
+def test_models_that_need_nothing_more_get_it() -> None:
+    for name in ARCHITECTURES:
+        backbone: Any = set_attention(_architecture(name), "auto")
+        assert backbone.config._attn_implementation == "caravan"
+
+
+@pytest.mark.parametrize("setting", ["s_aux", "softcap"])
+def test_what_it_does_not_compute_is_refused_and_not_passed_over(setting: str) -> None:
+    query = torch.randn(1, 1, 4, 8)
+    module = torch.nn.Module()
+    module.is_causal = True
+    attention(module, query, query, query, None, **{setting: None})
+    with pytest.raises(ValueError, match=f"wants {setting}"):
+        attention(module, query, query, query, None, **{setting: torch.ones(1)})

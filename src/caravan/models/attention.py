@@ -19,6 +19,8 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "caravan"
 LONGEST = 1024  # tokens; the scores of longer texts no longer fit a cache
+UNKNOWN = ("s_aux", "sinks", "softcap", "alibi_slopes", "head_mask")
+"""What transformers' layers may ask of an attention and would not get from this one."""
 
 _MASKED = torch.finfo(torch.bfloat16).min
 
@@ -33,10 +35,21 @@ def attention(
     scaling: float | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: states [B, L, H, D], and no weights."""
+    """transformers' attention interface: states [B, L, H, D], and no weights.
+
+    Raises:
+        ValueError: the layer asks for what neither this nor the fused kernel computes.
+    """
+    refused = [name for name in UNKNOWN if settings.get(name) is not None]
+    if refused:
+        raise ValueError(
+            f"{type(module).__name__} wants {', '.join(refused)}, which this attention does not"
+            " compute; set backbone.attention=eager"
+        )
     length = query.shape[2]
     bf16 = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-    if query.device.type != "cpu" or not bf16 or not 1 < length <= LONGEST:
+    biased = settings.get("position_bias") is not None or settings.get("cache") is not None
+    if query.device.type != "cpu" or not bf16 or biased or not 1 < length <= LONGEST:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **settings
         )
@@ -66,6 +79,16 @@ def attention(
     values = value.reshape(batch * heads, length, width).bfloat16()
     states = torch.bmm(weights, values).view(batch, heads, length, width)
     return states.transpose(1, 2).contiguous(), None
+
+
+def suits(model: Any) -> bool:
+    """Whether the model computes the same with this attention as with its own.
+
+    Not so with capped logits or sinks, which transformers marks as beyond the fused kernel.
+    """
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+    sinks = any(name.rpartition(".")[2] == "sinks" for name, _ in model.named_parameters())
+    return bool(getattr(model, "_supports_sdpa", False)) and not capped and not sinks
 
 
 @lru_cache(maxsize=LONGEST)

@@ -253,11 +253,13 @@ def load_weights(
 
 
 def set_attention(model: Any, attention: str) -> nn.Module:
-    """Choose the attention; "auto" leaves an architecture that has only its own with that.
+    """Choose the attention; "auto" leaves an architecture that needs its own with that.
 
     Raises:
         InputError: the architecture lacks the implementation that was asked for by name.
     """
+    if attention == "auto" and not cpu_attention.suits(model):
+        return model
     try:
         model.set_attn_implementation(cpu_attention.NAME if attention == "auto" else attention)
     except (ValueError, ImportError, KeyError) as error:
