@@ -127,3 +127,39 @@ def test_bf16_embeddings_are_close_to_float32(
     exact = _encode(model, collection, tmp_path / "float32").read()
     rounded = _encode(model, collection, tmp_path / "bf16", precision="bf16").read()
     assert (exact * rounded).sum(axis=1).min() > 0.999
+
+
+def test_shards_of_an_interrupted_start_are_never_served_as_the_first_models(
+    model: Path, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = tmp_path / "passages", {**INPUTS, "model": "other"}
+    first = _encode(model, collection, folder).read()
+    write = encode_module._write
+
+    def write_another_and_die(path: Path, vectors: np.ndarray) -> None:
+        write(path, -vectors)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encode_module, "_write", write_another_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        _encode(model, collection, folder, other)
+    monkeypatch.setattr(encode_module, "_write", write)
+    np.testing.assert_array_equal(_encode(model, collection, folder).read(), first)
+
+
+def test_processes_that_share_a_store_write_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, vectors = shard(tmp_path, 0), np.ones((2, 3), dtype=np.float16)
+    scratches: list[str] = []
+    replace_file = encode_module.os.replace
+    monkeypatch.setattr(
+        encode_module.os,
+        "replace",
+        lambda old, new: (scratches.append(Path(old).name), replace_file(old, new)),
+    )
+    for process in (11, 12):
+        monkeypatch.setattr(encode_module.os, "getpid", lambda process=process: process)
+        encode_module._write(path, vectors)
+    assert len(set(scratches)) == 2
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]

@@ -110,6 +110,8 @@ class Encoder:
         # Says from the start whose shards these are, so that an interrupted start can be resumed.
         begun = folder / "begun"
         if not manifest.matches(begun, inputs):
+            manifest.remove(folder)  # before the shards: they are no longer what it says they are
+            manifest.remove(begun)
             for old in folder.iterdir():
                 old.unlink()
             begun.touch()
@@ -131,7 +133,8 @@ class Encoder:
 
 
 def _write(path: Path, vectors: np.ndarray) -> None:
-    scratch = path.with_suffix(".part")
+    # Each process its own: two evaluations that share a store write the same shards.
+    scratch = path.with_suffix(f".{os.getpid()}.part")
     with scratch.open("wb") as file:
         np.save(file, vectors)
         file.flush()
