@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ from caravan.report import __main__ as command
 from caravan.report.table import collect, show
 
 
-def _evaluation(folder: Path, mrr: float, split: str = "test") -> None:
+def _evaluation(folder: Path, mrr: float, split: str = "test", **overall: float) -> None:
     folder.mkdir(parents=True)
     record = {
-        "overall": {"MRR@10": mrr, "R@100": 0.5},
+        "overall": overall or {"MRR@10": mrr, "R@100": 0.5},
         "collection": {"name": "tiny", "digest": "d"},
         "split": split,
         "queries": 4,
@@ -41,6 +42,29 @@ def test_the_table_is_every_evaluation_below_the_folder(
     printed = capsys.readouterr().out
     assert "0.3200" in printed
     assert f"tensorboard --logdir {tmp_path}" in printed
+
+
+def test_figures_stand_under_their_measure_whatever_each_system_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _evaluation(tmp_path / "bm25", 0.3)
+    _evaluation(tmp_path / "dense", 0, **{"R@100": 0.75, "nDCG@10": 0.6})
+    show(tmp_path)
+    lines = [re.findall(r"[\w@.-]+", line) for line in capsys.readouterr().out.splitlines()]
+    rows = {line[0]: line[1:] for line in lines if len(line) == 5}
+    assert rows == {
+        "system": ["MRR@10", "R@100", "nDCG@10", "seconds"],
+        "bm25": ["0.3000", "0.5000", "-", "1.3"],
+        "dense": ["-", "0.7500", "0.6000", "1.3"],
+    }
+
+
+def test_an_evaluation_without_figures_is_told_in_a_sentence(tmp_path: Path) -> None:
+    _evaluation(tmp_path / "bm25", 0.3)
+    path = tmp_path / "bm25" / "metrics.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "overall": {}}))
+    with pytest.raises(InputError, match=r"metrics\.json has no figures"):
+        collect(tmp_path)
 
 
 def test_one_table_does_not_mix_splits(tmp_path: Path) -> None:

@@ -24,13 +24,18 @@ def collect(folder: Path) -> tuple[Summary, dict[str, dict[str, Any]]]:
         The summary, worst system first by its first measure, and each system's whole record.
 
     Raises:
-        InputError: there is no evaluation, or evaluations of different collections or splits, which
-            one table must not mix.
+        InputError: there is no evaluation, one without figures, or evaluations of different
+            collections or splits, which one table must not mix.
     """
     records = {}
     for path in sorted(folder.rglob("metrics.json")):
         record = json.loads(path.read_text("utf-8"))
         if "overall" in record:
+            if not record["overall"]:
+                raise InputError(
+                    f"{path} has no figures, its evaluation was asked for no measures; run"
+                    " evaluate.py again with measures=[MRR@10], or remove the file"
+                )
             records[str(path.parent.relative_to(folder))] = record
     if not records:
         raise InputError(f"{folder} holds no evaluation (metrics.json); make one with evaluate.py")
@@ -57,7 +62,9 @@ def show(folder: Path) -> None:
     summary, records = collect(folder)
     write_json(folder / "summary.json", summary)
     first = next(iter(records.values()))
-    measures = list(next(iter(summary.values())))
+    # Evaluations may have been asked for different measures: all of them, in the order met.
+    measures = list(dict.fromkeys(name for row in summary.values() for name in row))
+    measures.append(measures.pop(measures.index("seconds")))
     table = Table(
         title=f"{first['collection']['name']} {first['split']}: {first['queries']:,} queries, "
         f"{first['passages']:,} passages",
@@ -67,11 +74,7 @@ def show(folder: Path) -> None:
     for measure in measures:
         table.add_column(measure, justify="right")
     for system, figures in summary.items():
-        cells = [
-            f"{value:.1f}" if measure == "seconds" else f"{value:.4f}"
-            for measure, value in figures.items()
-        ]
-        table.add_row(system, *cells)
+        table.add_row(system, *(_cell(measure, figures.get(measure)) for measure in measures))
     console = Console(soft_wrap=True)
     console.print(table)
     for system in summary:
@@ -80,3 +83,9 @@ def show(folder: Path) -> None:
         console.print(f"model {model.parent.parent.name:<12} {model.parent}")
     console.print(f"table              {folder / 'summary.json'}")
     console.print(f"curves             tensorboard --logdir {folder}")
+
+
+def _cell(measure: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if measure == "seconds" else f"{value:.4f}"
