@@ -9,9 +9,11 @@ from typing import Any
 
 import ir_measures
 import pytest
+from omegaconf import OmegaConf
 from tests.commands import ROOT, evaluate, evaluate_arguments, train
 from tests.tiny import write_beir
 
+from caravan import manifest
 from caravan.errors import InputError
 from caravan.retrieval import pipeline
 
@@ -121,6 +123,46 @@ def test_evaluations_share_a_store(
     store = f"store={tmp_path / 'test' / 'store'}"
     evaluate(beir, tmp_path / "train", model, store, "data.split=train")
     assert set(written) == {"queries.train"}
+
+
+def test_a_run_that_finds_nothing_counts_zero(tmp_path: Path) -> None:
+    beir = write_beir(tmp_path / "data")
+    lines = [f'{{"_id": "q{i}", "text": "unheard {i}"}}\n' for i in range(24)]
+    (beir / "queries.jsonl").write_text("".join(lines))
+    for _ in range(2):
+        metrics = evaluate(beir, tmp_path / "run", "bm25")
+        assert set(metrics["overall"].values()) == {0.0}
+        assert set(metrics["per_query"]["MRR@10"].values()) == {0.0}
+        assert (metrics["queries"], metrics["missing"]) == (4, 4)
+
+
+def test_a_run_file_that_was_changed_is_made_again(beir: Path, tmp_path: Path) -> None:
+    first = evaluate(beir, tmp_path / "run", "bm25")
+    path = tmp_path / "run" / first["run"]
+    written = path.read_bytes()
+    path.write_bytes(b"".join(written.splitlines(keepends=True)[::2]))
+    again = evaluate(beir, tmp_path / "run", "bm25")
+    assert path.read_bytes() == written
+    assert again["overall"] == first["overall"]
+
+
+def test_figures_are_those_of_the_run_that_lies_there(beir: Path, tmp_path: Path) -> None:
+    first = evaluate(beir, tmp_path / "run", "bm25")
+    path = tmp_path / "run" / first["run"]
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[::2]))
+    record = manifest.read(path) or {}
+    digest = manifest.content_digest(path)
+    manifest.write(path, record["inputs"], {**record["facts"], "run_xxh3": digest})
+    again = evaluate(beir, tmp_path / "run", "bm25")
+    assert again["overall"] != first["overall"]
+    assert again["overall"]["MRR@10"] == pytest.approx(_by_trec_tools(beir, path)["MRR@10"])
+
+
+def test_an_evaluation_writes_what_was_asked(beir: Path, tmp_path: Path) -> None:
+    evaluate(beir, tmp_path / "run", "bm25", "bm25.k1=1.5")
+    written = OmegaConf.load(tmp_path / "run" / "config.yaml")
+    assert written.bm25.k1 == 1.5
+    assert written.store == f"{tmp_path / 'run'}/store"
 
 
 def test_a_folder_that_is_no_model_is_refused(beir: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
     python evaluate.py retriever=<model folder>|bm25 data=beir data.path=<folder> run_dir=<dir>
 
+    run_dir/config.yaml what was asked, resolved
     run_dir/store/      embeddings, or BM25's index
     run_dir/runs/       <system>.<split>.trec, the run
     run_dir/metrics.json
@@ -162,26 +163,49 @@ class Evaluation:
         """Write the run, unless it is there from the same inputs, and score it."""
         path = self.run_dir / "runs" / f"{system}.{self.split}.trec"
         inputs = {**made_from, "split": self.split, "k": self.k}
-        if manifest.matches(path, inputs):
+        digest = self._made_before(path, inputs)
+        if digest is not None:
             log.info("%s is there already, from the same model, collection and settings", path)
         else:
             manifest.remove(path)
             run, facts = search()
             run = canonical(run, self.collection.corpus)
             write_run(path, run, self.collection.queries, self.collection.corpus)
-            manifest.write(path, inputs, facts)
+            digest = manifest.content_digest(path)
+            manifest.write(path, inputs, {**facts, "run_xxh3": digest})
         metrics = self.run_dir / "metrics.json"
-        scored_from = {**inputs, "run": str(path.name), "measures": self.measures}
+        scored_from = {
+            **inputs,
+            "run": str(path.name),
+            "run_xxh3": digest,
+            "measures": self.measures,
+        }
         if not manifest.matches(metrics, scored_from):
             manifest.remove(metrics)
             manifest.write_json(metrics, self._score(system, path))
             manifest.write(metrics, scored_from)
         return json.loads(metrics.read_text("utf-8"))
 
+    def _made_before(self, path: Path, inputs: dict[str, Any]) -> str | None:
+        """The digest of a run that is there from these inputs, as it was written, else None."""
+        if not manifest.matches(path, inputs):
+            return None
+        digest = manifest.content_digest(path)
+        if (manifest.read(path) or {})["facts"].get("run_xxh3") == digest:
+            return digest
+        log.warning("%s is not as it was written; it is made again", path)
+        return None
+
     def _score(self, system: str, path: Path) -> dict[str, Any]:
         from caravan.retrieval.metrics import score_run
 
-        run = read_run(path, self.collection.queries, self.collection.corpus)
+        queries, corpus = self.collection.queries, self.collection.corpus
+        if path.stat().st_size:
+            run = read_run(path, queries, corpus)
+        else:  # no query has a hit, which is a result and no mistake
+            run = Run.from_topk(
+                self.qrels.queries, *np.full((2, len(self.qrels.queries), 1), -1, dtype=np.int64)
+            )
         facts = (manifest.read(path) or {}).get("facts", {})
         return {
             "system": system,
@@ -191,9 +215,7 @@ class Evaluation:
             "run": f"runs/{path.name}",
             "seconds": sum(value for key, value in facts.items() if key.endswith("_s")),
             "facts": facts,
-            **score_run(
-                run, self.qrels, self.collection.queries, self.collection.corpus, self.measures
-            ),
+            **score_run(run, self.qrels, queries, corpus, self.measures),
         }
 
 
@@ -205,6 +227,7 @@ def evaluate(cfg: Any) -> dict[str, Any]:
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), "utf-8")
     evaluation = Evaluation(
         collection=parts["data"].collection(Path(cfg.cache_dir)),
         split=parts["data"].split,
