@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from tests.tiny import tiny_backbone
 from torch import Tensor
 
@@ -53,6 +53,10 @@ class KillAt(pl.Callback):
         if self.moment == "validation" and trainer.global_step == self.step:
             raise KilledError
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.moment == "epoch end" and trainer.global_step == self.step:
+            raise KilledError
+
 
 class Losses(pl.Callback):
     def __init__(self) -> None:
@@ -88,6 +92,9 @@ class Fit:
         accumulate: int = 1,
         workers: int = 0,
         optimizer: Any = None,
+        early_stopping: pl.Callback | None = None,
+        every_n_steps: int = 1,
+        queries_per_batch: int = 6,
         **trainer_settings: Any,
     ) -> Fitted:
         data = DataModule(
@@ -97,7 +104,7 @@ class Fit:
             "train",
             "dev",
             seed=0,
-            queries_per_batch=6,
+            queries_per_batch=queries_per_batch,
             token_budget=128,
             num_workers=workers,
         )
@@ -121,33 +128,37 @@ class Fit:
         callbacks: list[pl.Callback] = [
             RetrievalEvaluation(Faiss(k=100), MEASURES, str(self.folder / "run.trec")),
             best,
-            ResumePoint(str(self.folder / "checkpoints"), every_n_steps=1),
+            ResumePoint(str(self.folder / "checkpoints"), every_n_steps=every_n_steps),
             Throughput(),
             losses,
+            *([early_stopping] if early_stopping else []),
         ]
         trainer = pl.Trainer(
             accelerator="cpu",
             max_steps=steps,
             max_epochs=100,
-            val_check_interval=4,
             check_val_every_n_epoch=None,
             accumulate_grad_batches=accumulate,
             callbacks=callbacks + ([kill] if kill else []),
             plugins=[AtomicCheckpoints()],
             logger=False,
-            gradient_clip_val=1.0,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
             log_every_n_steps=2,
-            **{"devices": 1, **trainer_settings},
+            **{
+                "devices": 1,
+                "val_check_interval": 4,
+                "gradient_clip_val": 1.0,
+                **trainer_settings,
+            },
         )
         module.configure_model()
         last = self.folder / "checkpoints" / "last.ckpt"
         try:
             trainer.fit(
-                module, datamodule=data, ckpt_path=last if resume else None, weights_only=False
+                module, datamodule=data, ckpt_path=last if resume else None, weights_only=True
             )
         except KilledError:
             pass
@@ -206,9 +217,83 @@ def test_dropout_and_accumulation_repeat_after_a_resume(fit: Fit, tmp_path: Path
     assert _same(resumed.weights, whole.weights)
 
 
+# Validations after batches 3, 5 and 9 fall between the two batches of an update, or on an epoch's
+# last batch, which is an update of its own.
+@pytest.mark.parametrize(("interval", "step"), [(3, 3), (5, 3), (5, 5), (9, 4)])
+def test_a_validation_between_the_batches_of_an_update_loses_no_gradient(
+    fit: Fit, tmp_path: Path, interval: int, step: int
+) -> None:
+    settings: dict[str, Any] = {
+        "accumulate": 2,
+        "val_check_interval": interval,
+        "steps": 8,
+        "queries_per_batch": 3,  # 6 batches an epoch
+        "every_n_steps": 100,
+    }
+    whole = fit(**settings)
+    fit.folder = tmp_path / "killed"
+    fit(kill=KillAt(step, "step"), **settings)
+    resumed = fit(resume=(fit.folder / "checkpoints" / "last.ckpt").exists(), **settings)
+    assert _same(resumed.weights, whole.weights)
+
+
+@pytest.mark.parametrize("limit", [2, 0.7])
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+def test_a_limited_epoch_resumes_to_the_same_weights(
+    fit: Fit, tmp_path: Path, limit: float, step: int
+) -> None:
+    settings: dict[str, Any] = {"limit_train_batches": limit, "steps": 6}
+    whole = fit(**settings)
+    fit.folder = tmp_path / "killed"
+    fit(kill=KillAt(step, "step"), **settings)
+    resumed = fit(resume=True, **settings)
+    assert _same(resumed.weights, whole.weights)
+    assert resumed.losses == {b: x for b, x in whole.losses.items() if b in resumed.losses}
+
+
+def test_a_run_that_was_stopped_early_trains_no_further_when_resumed(
+    fit: Fit, tmp_path: Path
+) -> None:
+    def stopping() -> pl.Callback:  # any figure is good enough: it stops at the first validation
+        return EarlyStopping("val/MRR@10", mode="max", stopping_threshold=-1.0)
+
+    whole = fit(early_stopping=stopping())
+    assert whole.trainer.global_step == 4
+    fit.folder = tmp_path / "killed"
+    fit(early_stopping=stopping(), kill=KillAt(4, "epoch end"))
+    resumed = fit(early_stopping=stopping(), resume=True)
+    assert resumed.losses == {}
+    assert resumed.trainer.global_step == 4
+    assert _same(resumed.weights, whole.weights)
+
+
+def test_a_point_to_resume_from_is_written_in_an_epochs_last_batch(fit: Fit) -> None:
+    fit(kill=KillAt(3, "step"), every_n_steps=3)
+    state = torch.load(fit.folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 3
+
+
+@pytest.mark.parametrize("none", [None, 0])
+def test_no_limit_leaves_the_gradient_as_it_is(fit: Fit, none: int | None) -> None:
+    free = fit(steps=2, optimizer=Sgd(), gradient_clip_val=none)
+    wide = fit(steps=2, optimizer=Sgd(), gradient_clip_val=1e9)
+    assert _same(free.weights, wide.weights)
+    assert not _same(free.weights, fit(steps=2, optimizer=Sgd()).weights)
+    assert free.metrics["train/gradient_norm"] > 1
+
+
+def test_gradients_are_limited_by_value_when_asked(fit: Fit) -> None:
+    before = fit(steps=1, optimizer=Sgd(), gradient_clip_val=1e9, limit_train_batches=0).weights
+    after = fit(
+        steps=1, optimizer=Sgd(), gradient_clip_val=1e-3, gradient_clip_algorithm="value"
+    ).weights
+    moved = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert moved == pytest.approx(0.5e-3, rel=1e-3)
+
+
 def test_a_checkpoint_of_adapters_holds_only_what_is_trained(fit: Fit) -> None:
     fitted = fit(steps=2, peft=LoRA(rank=2, alpha=4))
-    state = torch.load(fit.folder / "checkpoints" / "last.ckpt", weights_only=False)
+    state = torch.load(fit.folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert state["state_dict"].keys() == {n for n in fitted.weights if "lora_" in n}
     assert len(state["state_dict"]) == 28  # A and B of 7 linear layers in 2 blocks
 
@@ -252,8 +337,8 @@ def test_two_ranks_equal_one(fit: Fit, tmp_path: Path) -> None:
     one = fit(steps=6, optimizer=Sgd())
     fit.folder = tmp_path / "two"
     two = fit(steps=6, optimizer=Sgd(), devices=2, strategy="ddp_spawn")
-    state = torch.load(fit.folder / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
-    first = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
+    state = torch.load(fit.folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    first = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     for name, weight in first.items():
         torch.testing.assert_close(state[name], weight, atol=2e-5, rtol=1e-4, msg=name)
     for name in MEASURES:

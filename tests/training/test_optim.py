@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import pytorch_lightning.demos.boring_classes
 import torch
 
+from caravan.data.batching import limited
 from caravan.errors import InputError
 from caravan.training.optim import AdamW, updates
 
@@ -52,7 +53,7 @@ def test_updates_are_counted_as_lightning_makes_them(
 ) -> None:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     trainer = pl.Trainer(accelerator="cpu", enable_progress_bar=False, **quiet, **settings)
-    assert updates(trainer, 5) == expected
+    assert updates(trainer, limited(5, trainer.limit_train_batches)) == expected
     model = pl.demos.boring_classes.BoringModel()
     model.val_dataloader = None
     trainer.fit(model, torch.utils.data.DataLoader(torch.randn(5, 32)))

@@ -48,6 +48,15 @@ class QueryOrder(Sampler[tuple[int, np.ndarray]]):
             yield self.epoch, np.array_split(np.arange(start, end), self.world)[self.rank]
 
 
+def limited(batches: int, limit: int | float) -> int:
+    """The batches of an epoch that Lightning's `limit_train_batches` leaves, a number or a share.
+
+    >>> limited(10, 4), limited(10, 0.5), limited(10, 1.0)
+    (4, 5, 10)
+    """
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
 class Groups(Dataset[TrainBatch]):
     """Training batches: item (epoch, positions) is the packed batch of these queries' groups."""
 
@@ -104,13 +113,20 @@ class Groups(Dataset[TrainBatch]):
 
 
 class TrainLoader(DataLoader[TrainBatch]):
-    """Loads training batches and knows how many it has handed out, for the checkpoint."""
+    """Loads training batches and knows how many it has handed out, for the checkpoint.
 
-    def __init__(self, groups: Groups, order: QueryOrder, num_workers: int) -> None:
+    Args:
+        per_epoch: batches that are asked of it in an epoch; None means all of `order`.
+    """
+
+    def __init__(
+        self, groups: Groups, order: QueryOrder, num_workers: int, per_epoch: int | None = None
+    ) -> None:
         super().__init__(
             groups, sampler=order, batch_size=None, **loader_settings(num_workers, groups.seed)
         )
         self.order = order
+        self.per_epoch = len(order) if per_epoch is None else per_epoch
         self.handed_out = 0
 
     def __iter__(self) -> Iterator[TrainBatch]:  # type: ignore[override]
@@ -125,7 +141,7 @@ class TrainLoader(DataLoader[TrainBatch]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.order.epoch = state["epoch"]
         # A checkpoint at an epoch's end goes on with the first batch of the next one.
-        self.order.start = state["handed_out"] % max(len(self.order), 1)
+        self.order.start = state["handed_out"] % max(self.per_epoch, 1)
 
 
 class TextBlocks(Dataset[EncodeBatch]):
@@ -193,5 +209,5 @@ def loader_settings(num_workers: int, seed: int) -> dict[str, Any]:
 def _start_worker(_: int) -> None:
     # The tokenizer's own threads do not survive the fork; each worker is one thread of its own.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Where there are few cores, a worker that takes one from a step stalls the step's other threads.
+    # Where there are few cores, a worker that takes one stalls the step's other threads.
     os.nice(10)

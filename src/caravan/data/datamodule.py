@@ -18,6 +18,7 @@ from caravan.data.batching import (
     QueryOrder,
     TextBlocks,
     TrainLoader,
+    limited,
     rank_share,
     text_loader,
 )
@@ -75,8 +76,11 @@ class DataModule(pl.LightningDataModule):
             )
         dev = collection.qrels(dev_split)
         self.dev_qrels = dev if queries is None else _first_queries(dev, queries, seed)
-        if not len(self.dev_qrels.queries):
-            raise InputError(f"{collection.name}: split {dev_split!r} judges no query")
+        if not len(_with_relevant(self.dev_qrels)):
+            raise InputError(
+                f"{collection.name}: split {dev_split!r} has no query with a relevant passage, so"
+                " nothing can be validated; choose another with data.dev_split"
+            )
         self.dev_passages = self._validation_passages(passages, run, run_depth)
 
     def setup(self, stage: str | None = None) -> None:
@@ -104,11 +108,14 @@ class DataModule(pl.LightningDataModule):
             raise InputError(
                 f"{len(self.groups)} training queries are too few for {order.world} ranks"
             )
-        return TrainLoader(self.groups, order, self.num_workers)
+        per_epoch = limited(len(order), self._trainer.limit_train_batches)
+        return TrainLoader(self.groups, order, self.num_workers, per_epoch)
 
-    def batches_per_epoch(self) -> int:
-        """Batches of one epoch on one rank, told without making a loader."""
-        return len(self._order())
+    def batches_per_epoch(self, trainer: pl.Trainer) -> int:
+        """Batches of one epoch on one rank, `limit_train_batches` counted in; makes no loader."""
+        world = trainer.num_devices * trainer.num_nodes
+        order = QueryOrder(len(self.groups), self.queries_per_batch, 0, world)
+        return limited(len(order), trainer.limit_train_batches)
 
     def _order(self) -> QueryOrder:
         trainer = self._trainer
@@ -135,10 +142,15 @@ class DataModule(pl.LightningDataModule):
 
 
 def _first_queries(qrels: Qrels, number: int, seed: int) -> Qrels:
-    """The judgements of `number` queries, drawn by the seed."""
-    queries = qrels.queries
+    """The judgements of `number` queries with a relevant passage, drawn by the seed."""
+    queries = _with_relevant(qrels)
     if number >= len(queries):
         return qrels
     kept = np.random.default_rng(seed).choice(queries, number, replace=False)
     mask = np.isin(qrels.query_rows, kept)
     return Qrels(qrels.query_rows[mask], qrels.passage_rows[mask], qrels.grades[mask])
+
+
+def _with_relevant(qrels: Qrels) -> np.ndarray:
+    """Rows [n] of the queries that have a relevant passage, ascending: those that are scored."""
+    return np.unique(qrels.query_rows[qrels.grades >= 1])

@@ -93,10 +93,17 @@ class RetrievalEvaluation(pl.Callback):
 
     def _gathered(self, loader: int, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
         """Rows [N] ascending and vectors [N, d] of all ranks, each row once."""
-        rows = torch.cat([part[0] for part in self._parts[loader]])
-        vectors = torch.cat([part[1] for part in self._parts[loader]])
-        unique, first = np.unique(_all_ranks(rows, device), return_index=True)
-        return unique, _all_ranks(vectors, device)[first]
+        parts = self._parts[loader]
+        rows = _all_ranks(torch.cat([part[0] for part in parts]), device)
+        vectors = torch.cat([part[1] for part in parts])
+        # Over a whole corpus the vectors are gigabytes: each copy goes as soon as the next is made.
+        parts.clear()
+        gathered = _all_ranks(vectors, device)
+        del vectors
+        if (np.diff(rows) > 0).all():
+            return rows, gathered
+        unique, first = np.unique(rows, return_index=True)
+        return unique, gathered[first]
 
     def _write(
         self,
@@ -172,6 +179,8 @@ class ResumePoint(Checkpoint):
     It is written every so many updates and after every validation, but not in the update that a
     validation follows: a run that is killed during the validation must do it again. (A `Checkpoint`
     is called after the other callbacks, and after the best checkpoint, whose state it must hold.)
+    Nor is it written between the batches of one update, for gradients are in no checkpoint. That
+    the run was told to stop is kept, since what told it (early stopping) has had its say.
 
     Args:
         folder: where the checkpoints lie.
@@ -193,28 +202,49 @@ class ResumePoint(Checkpoint):
     ) -> None:
         step = trainer.global_step
         due = step % self.every_n_steps == 0 and step != self._saved_at
-        if due and not _validates_now(trainer, batch_idx):
+        if due and not _accumulates(trainer, batch_idx) and not _validates_now(trainer, batch_idx):
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.state.fn == "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if not _accumulates(trainer, trainer.fit_loop.batch_idx):
             self._save(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["should_stop"] = trainer.should_stop
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        trainer.should_stop = checkpoint.get("should_stop", False)
 
     def _save(self, trainer: pl.Trainer) -> None:
         self._saved_at = trainer.global_step
         trainer.save_checkpoint(self.path)
 
 
-def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether a validation follows this batch, or the epoch ends with it."""
+def _accumulates(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether the gradients of this batch wait for those of the next; an epoch's last never do."""
     if batch_idx + 1 >= trainer.num_training_batches:
-        return True
-    every = trainer.val_check_batch
-    if every is None or every == float("inf"):
         return False
-    counted = (
-        trainer.fit_loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
-    )
+    return (batch_idx + 1) % trainer.accumulate_grad_batches != 0
+
+
+def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether a validation follows this batch, as Lightning's training loop decides it."""
+    epochs, every = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    if not trainer.enable_validation or every is None:  # None: by the clock
+        return False
+    if epochs is not None and (trainer.current_epoch + 1) % epochs:
+        return False
+    if trainer.should_stop:
+        return True
+    if every == float("inf"):
+        return batch_idx + 1 >= trainer.num_training_batches
+    counted = trainer.fit_loop.total_batch_idx if epochs is None else batch_idx
     return (counted + 1) % int(every) == 0
 
 

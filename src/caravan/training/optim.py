@@ -24,10 +24,8 @@ def updates(trainer: Any, batches: int) -> int:
     the batches of another epoch.
 
     Args:
-        batches: of one epoch.
+        batches: of one epoch, `limit_train_batches` counted in.
     """
-    limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     ends = [trainer.max_steps] if trainer.max_steps >= 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         ends.append(trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))

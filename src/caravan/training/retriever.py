@@ -91,11 +91,14 @@ class Retriever(pl.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             scores, targets, counts = self.scores(queries, passages, batch)
             loss = self.loss(scores, targets)
+        # Weighted by its queries, a rank's mean makes the ranks' mean that of the union batch.
+        weight = parallel.weight(counts)
+        loss = loss * weight
         self.log("train/loss", loss, prog_bar=True, batch_size=len(queries), sync_dist=True)
         with torch.no_grad():
-            hit = (scores.argmax(dim=1) == targets).float().mean()
+            hit = (scores.argmax(dim=1) == targets).float().mean() * weight
         self.log("train/accuracy", hit, batch_size=len(queries), sync_dist=True)
-        return loss * parallel.weight(counts)
+        return loss
 
     def scores(
         self, queries: Tensor, passages: Tensor, batch: TrainBatch
@@ -125,7 +128,7 @@ class Retriever(pl.LightningModule):
             columns = batch.passage_rows  # [Q, G]
         return (
             scores.masked_fill(no_negative(columns, batch.positive_rows, targets), -torch.inf),
-            (targets),
+            targets,
             counts,
         )
 
@@ -136,7 +139,8 @@ class Retriever(pl.LightningModule):
         return {"rows": batch.rows, "vectors": self.model.embed(batch.texts)}
 
     def configure_optimizers(self) -> Any:
-        batches = self.trainer.datamodule.batches_per_epoch()  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        batches = data.batches_per_epoch(self.trainer)
         return self.optimizer.build(self, updates(self.trainer, batches))
 
     def configure_gradient_clipping(
@@ -145,10 +149,16 @@ class Retriever(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        limit = float("inf") if gradient_clip_val is None else float(gradient_clip_val)
+        """Log the norm of the gradient and limit it, or its values; no limit is None or 0."""
         parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.log("train/gradient_norm", norm)
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def _trainable(self) -> set[str]:
         return {name for name, p in self.named_parameters() if p.requires_grad}

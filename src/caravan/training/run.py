@@ -241,13 +241,13 @@ def _fit(
         for line in _facts(cfg, trainer, data, parameter_counts(module), checkpoint):
             log.info(line)
     started = time.monotonic()
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     seconds = time.monotonic() - started
     watched = trainer.checkpoint_callback
     best_path = Path(getattr(watched, "best_model_path", "") or "")
     best = None
     if best_path.is_file():
-        state = torch.load(best_path, map_location="cpu", weights_only=False)
+        state = torch.load(best_path, map_location="cpu", weights_only=True)
         module.load_state_dict(state["state_dict"], strict=False)
         best = float(watched.best_model_score)
     if trainer.is_global_zero:
