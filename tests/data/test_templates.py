@@ -3,9 +3,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from caravan.contract import Contract
+from caravan.data import templates as module
 from caravan.data.templates import Template, Templates, special_tokens
 from caravan.errors import InputError
 
@@ -66,7 +68,52 @@ def test_an_eos_that_the_tokenizer_lacks_is_refused(tokenizer: Any, contract: Co
 def test_a_length_without_room_for_text_is_refused(tokenizer: Any, contract: Contract) -> None:
     suffixed = replace(contract, query_length=4, query_template="{text} camel caravan desert dune")
     with pytest.raises(InputError, match=r"contract\.query_length=4"):
-        Templates(tokenizer, suffixed).queries([("", "x")])
+        Templates(tokenizer, suffixed)
+    suffixed = replace(contract, passage_length=4, passage_template="{text} camel caravan desert")
+    with pytest.raises(InputError, match=r"contract\.passage_length=4"):
+        Templates(tokenizer, suffixed)
+
+
+@pytest.mark.parametrize("field", ["{text:%d}", "{text!x}", "{text!r}", "{text:>9}"])
+def test_a_template_with_a_format_is_refused(field: str) -> None:
+    with pytest.raises(InputError, match=r"contract\.passage_template .* write \{text\} alone"):
+        Contract(passage_template=f"{{title}} {field}")
+
+
+TEXTS = {
+    "words": "camel caravan desert dune \N{BACTRIAN CAMEL} " * 500,
+    "a long word": "x" * 5000 + " camel" * 100,
+    "long words": " ".join("abcdefghij" * 30 for _ in range(50)),
+    "runs of spaces": "camel" + " " * 3000 + "dune " * 1000,
+    "spaces only": " " * 9000,
+    "lines": "camel,\n\n\tdune;\r\n" * 800,
+    "no spaces": "\N{CJK UNIFIED IDEOGRAPH-6C99}\N{CJK UNIFIED IDEOGRAPH-6F20}" * 3000,
+    "accents": "ca\N{COMBINING ACUTE ACCENT}mel \N{LATIN SMALL LETTER E WITH ACUTE}t\u00a0é " * 900,
+    "few tokens": "camel caravan" * 2000 + " caravan" * 20,
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_long_texts_give_the_ids_that_whole_texts_give(
+    kind: str, tokenizer: Any, contract: Contract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    texts = [("", TEXTS[kind]), ("Title", TEXTS[kind][3:])]
+    texts += [("", TEXTS[kind][int(start) :]) for start in rng.integers(0, 700, 20)]
+    found = Templates(tokenizer, contract).passages(texts)
+    monkeypatch.setattr(module, "_beginning", lambda text, room: text)
+    assert found == Templates(tokenizer, contract).passages(texts)
+
+
+def test_only_the_beginning_of_a_long_text_is_tokenised(
+    tokenizer: Any, contract: Contract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    templates, sizes = Templates(tokenizer, contract), []
+    monkeypatch.setattr(
+        templates, "_ids", lambda texts: sizes.extend(map(len, texts)) or [[5] * 99] * len(texts)
+    )
+    templates.passages([("", "camel caravan " * 30_000)])
+    assert max(sizes) < 16 * (contract.passage_length + 17)
 
 
 def test_special_tokens_of_a_bert_tokenizer_surround_the_text() -> None:
