@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 from tests.small_conf import CONF, small_conf
 
-from caravan import config
+from caravan import config, rules
 from caravan.checking.walk import Mistake
 from caravan.compose import Composer, compose, without_hydra
 from caravan.entry import preflight
@@ -399,3 +399,73 @@ def test_a_backbone_brings_its_own_contract() -> None:
     assert (cfg.contract.pooling, cfg.contract.append_eos) == ("mean", False)
     given = compose(REAL, "train", ["backbone=minilm", "contract.pooling=cls"])
     assert given.contract.pooling == "cls"
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("seed=-1", "seed (command line): it must be at least 0, not -1"),
+        ("optimizer.lr=0", "optimizer.lr (command line): it must be a finite number above 0"),
+        ("optimizer.lr=-1e-4", "it must be a finite number above 0, not -0.0001"),
+        ("optimizer.lr=inf", "it must be a finite number above 0, not inf"),
+        ("optimizer.lr=nan", "it must be a finite number above 0, not nan"),
+        ("optimizer.betas=[0.9,1.0]", "it must be two numbers from 0 to below 1, not [0.9, 1.0]"),
+        ("optimizer.warmup_steps=-1", "it must be at least 0, not -1"),
+        ("backbone.heads=0", "backbone.heads (command line): it must be at least 1, not 0"),
+        ("backbone.layers=0", "it must be at least 1, not 0"),
+        ("backbone.hidden_size=0", "it must be at least 1, not 0"),
+        ("backbone.hidden_size=260", "it must be a multiple of twice the heads (8), not 260"),
+        ("backbone.intermediate_size=0", "it must be at least 1, not 0"),
+        ("backbone.vocab_size=0", "it must be at least 1, not 0"),
+        ("trainer.val_check_interval=0", "it must be at least 1, not 0"),
+        ("trainer.val_check_interval=0.5", "it counts batches over all epochs: it must be a whole"),
+        (
+            "trainer.val_check_interval=1.5 trainer.check_val_every_n_epoch=1",
+            "or a part of an epoch up to 1.0, not 1.5",
+        ),
+        ("trainer.log_every_n_steps=0", "it must be at least 1, not 0"),
+        ("trainer.accumulate_grad_batches=0", "it must be at least 1, not 0"),
+        ("trainer.devices=0", "trainer.devices (command line): it must be at least 1, or -1"),
+        ("callbacks.resume_point.every_n_steps=0", "it must be at least 1, not 0"),
+        ("peft=lora peft.rank=0", "peft.rank (command line): it must be at least 1, not 0"),
+        ("callbacks.evaluation.measures=[]", "callbacks.evaluation.measures"),
+        ("index=exact index.query_chunk=0", "it must be at least 1, not 0"),
+        ("index=exact index.passage_chunk=0", "it must be at least 1, not 0"),
+    ],
+)
+def test_values_that_would_end_in_a_traceback_are_told_before(override: str, wanted: str) -> None:
+    with pytest.raises(InputError, match=re.escape(wanted)):
+        preflight(override.split(), REAL, "train", config.ROOTS["train"])
+
+
+def test_an_evaluation_without_measures_is_refused() -> None:
+    with pytest.raises(InputError, match=r"measures .*it is empty; write \[MRR@10\]"):
+        preflight(["retriever=bm25", "measures=[]"], REAL, "evaluate", config.ROOTS["evaluate"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "trainer.val_check_interval=0.5 trainer.check_val_every_n_epoch=1",
+        "trainer.devices=-1",
+        "trainer.devices=auto",
+        "optimizer.warmup_steps=0",
+        "optimizer.betas=[0,0.95]",
+    ],
+)
+def test_values_at_the_edge_are_right(override: str) -> None:
+    preflight(override.split(), REAL, "train", config.ROOTS["train"])
+
+
+def test_the_names_that_a_check_knows_are_those_that_are_computed() -> None:
+    from caravan.retrieval import metrics
+
+    assert rules.MEASURES == metrics.NAMES
+    for name in rules.MEASURES:
+        for text in (f"{name}@10", f"{name}(rel=2)@10", f"{name}@0", f"x{name}@1"):
+            try:
+                metrics.parse_measure(text)
+            except InputError:
+                assert rules.MEASURE.fullmatch(text) is None, text
+            else:
+                assert rules.MEASURE.fullmatch(text), text

@@ -6,6 +6,7 @@ RULES. It asks with `value`, which is None for whatever is missing or broken: th
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from caravan.errors import InputError
 Rule = Callable[[DictConfig], Iterator[Mistake]]
 PRECISIONS = ("auto", "bf16", "float32")
 MEASURES = ("MRR", "nDCG", "R", "MAP", "P")
-MEASURE = re.compile(rf"({'|'.join(MEASURES)})(\(rel=[1-9]\d*\))?@[1-9]\d*")
+MEASURE = re.compile(rf"(?!nDCG\()({'|'.join(MEASURES)})(\(rel=[1-9]\d*\))?@[1-9]\d*")
 """What `caravan.retrieval.metrics.parse_measure` takes."""
 GIVEN_BY_RUN = (
     *("precision", "strategy", "logger", "callbacks", "plugins", "default_root_dir"),
@@ -47,6 +48,19 @@ AT_LEAST = {
     "num_workers": 0,
     "block": 1,
     "index.k": 1,
+    "index.query_chunk": 1,
+    "index.passage_chunk": 1,
+    "seed": 0,
+    "optimizer.warmup_steps": 0,
+    "backbone.layers": 1,
+    "backbone.heads": 1,
+    "backbone.hidden_size": 1,
+    "backbone.intermediate_size": 1,
+    "backbone.vocab_size": 1,
+    "peft.rank": 1,
+    "trainer.log_every_n_steps": 1,
+    "trainer.accumulate_grad_batches": 1,
+    "callbacks.resume_point.every_n_steps": 1,
 }
 
 
@@ -83,6 +97,45 @@ def numbers_are_large_enough(cfg: DictConfig) -> Iterator[Mistake]:
             yield Mistake(tuple(place.split(".")), f"it must be at least {least}, not {given}")
 
 
+def heads_divide_the_width(cfg: DictConfig) -> Iterator[Mistake]:
+    """Each head has an even width: rotary positions turn pairs of numbers."""
+    width, heads = value(cfg, "backbone.hidden_size"), value(cfg, "backbone.heads")
+    if is_int(width) and is_int(heads) and min(width, heads) >= 1 and width % (2 * heads):
+        text = f"it must be a multiple of twice the heads ({2 * heads}), not {width}"
+        yield Mistake(("backbone", "hidden_size"), text)
+
+
+def optimizer_can_step(cfg: DictConfig) -> Iterator[Mistake]:
+    """The learning rate and Adam's decay rates."""
+    rate, betas = value(cfg, "optimizer.lr"), value(cfg, "optimizer.betas")
+    if _is_number(rate) and not 0 < rate < math.inf:
+        yield Mistake(("optimizer", "lr"), f"it must be a finite number above 0, not {rate}")
+    if isinstance(betas, ListConfig) and all(map(_is_number, betas)):
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            text = f"it must be two numbers from 0 to below 1, not {list(betas)}"
+            yield Mistake(("optimizer", "betas"), text)
+
+
+def trainer_can_count(cfg: DictConfig) -> Iterator[Mistake]:
+    """How often to validate, and on how many devices: what Lightning tells in a traceback."""
+    trainer = value(cfg, "trainer")
+    if not isinstance(trainer, DictConfig):
+        return
+    every, devices = value(trainer, "val_check_interval"), value(trainer, "devices")
+    by_batches = "check_val_every_n_epoch" in trainer and trainer.check_val_every_n_epoch is None
+    if is_int(every) and every < 1:
+        yield Mistake(("trainer", "val_check_interval"), f"it must be at least 1, not {every}")
+    elif isinstance(every, float) and by_batches:
+        text = f"it counts batches over all epochs: it must be a whole number, not {every}"
+        remedy = "; for a part of an epoch set trainer.check_val_every_n_epoch=1"
+        yield Mistake(("trainer", "val_check_interval"), text + remedy)
+    elif isinstance(every, float) and not 0 < every <= 1:
+        text = f"it must be a whole number, or a part of an epoch up to 1.0, not {every}"
+        yield Mistake(("trainer", "val_check_interval"), text)
+    if devices in (0, "0", []):
+        yield Mistake(("trainer", "devices"), "it must be at least 1, or -1 for all")
+
+
 def precision_is_known(cfg: DictConfig) -> Iterator[Mistake]:
     """The names that `caravan.models.hardware` knows."""
     given = value(cfg, "precision")
@@ -95,6 +148,8 @@ def precision_is_known(cfg: DictConfig) -> Iterator[Mistake]:
 def measures_are_known(cfg: DictConfig) -> Iterator[Mistake]:
     """Names such as MRR@10, before hours of encoding and not after them."""
     for path, node in _mappings(cfg, ()):
+        if isinstance(asked := value(node, "measures"), ListConfig) and not asked:
+            yield Mistake((*path, "measures"), "it is empty; write [MRR@10]")
         for i, measure in enumerate(_listed(node, "measures")):
             if MEASURE.fullmatch(measure) is None:
                 near = did_you_mean(measure.partition("@")[0], MEASURES, cutoff=0.5)
@@ -172,6 +227,9 @@ def folders_exist(cfg: DictConfig) -> Iterator[Mistake]:
 RULES: list[Rule] = [
     contract_holds,
     numbers_are_large_enough,
+    heads_divide_the_width,
+    optimizer_can_step,
+    trainer_can_count,
     precision_is_known,
     measures_are_known,
     search_is_deep_enough,
@@ -180,6 +238,10 @@ RULES: list[Rule] = [
     trainer_leaves_the_rest_to_the_run,
     folders_exist,
 ]
+
+
+def _is_number(given: Any) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool)
 
 
 def _mappings(node: Any, path: KeyPath) -> Iterator[tuple[KeyPath, DictConfig]]:

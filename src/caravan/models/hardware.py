@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from caravan.errors import InputError
+from caravan.rules import PRECISIONS
 
-PRECISIONS = ("auto", "bf16", "float32")
 CPU_CHUNK, GPU_CHUNK = 2048, 32_768
 """Padded tokens a chunk: what a CPU's caches hold (`benchmarks/`), what keeps a GPU busy."""
 
