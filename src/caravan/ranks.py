@@ -10,13 +10,26 @@ import os
 
 
 def rank() -> int:
-    """This process' rank, 0 where it is alone."""
-    for variable in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if os.environ.get(variable, "").isdigit():
-            return int(os.environ[variable])
-    return 0
+    """A number that is 0 in the one process that leads, and in one that is alone.
+
+    torchrun sets RANK; Lightning's own launcher LOCAL_RANK in the processes that it starts, with
+    NODE_RANK (or GROUP_RANK) set on every node by whoever starts the nodes; srun SLURM_PROCID.
+    """
+    whole, local = _number("RANK"), _number("LOCAL_RANK")
+    if whole is not None:
+        return whole
+    nodes = [_number(name) for name in ("NODE_RANK", "GROUP_RANK")]
+    node = next((number for number in nodes if number is not None), None)
+    if local is not None:
+        return local or node or 0
+    return node or _number("SLURM_PROCID") or 0
 
 
 def leads() -> bool:
     """Whether this process writes and speaks for all."""
     return rank() == 0
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdigit() else None
