@@ -60,7 +60,19 @@ class Negatives:
         self._runs: list[Run] = []
 
     def open(self, collection: Collection, qrels: Qrels, seed: int) -> None:
-        """Read the runs. Must be called once before `group`."""
+        """Read the runs. Must be called once before `group`.
+
+        Raises:
+            InputError: a run is of other queries, or a query leaves too few passages to draw from.
+        """
+        most = np.unique(qrels.query_rows[qrels.grades >= 1], return_counts=True)[1].max(initial=0)
+        others = len(collection.corpus) - int(most)
+        if self.number > others:
+            raise InputError(
+                f"sampler.number={self.number}: of the corpus of {len(collection.corpus)} passages"
+                f" {most} are positives of one query, which leaves too few; set it to {others} or"
+                " less"
+            )
         self._runs = [
             read_run(path, collection.queries, collection.corpus).top(self.depth)
             for path in self.paths
@@ -111,11 +123,6 @@ class Negatives:
     ) -> np.ndarray:
         taken = {*chosen.tolist(), *positives.tolist()}
         drawn: list[int] = []
-        if self._corpus_size < len(taken) + self.number - len(chosen):
-            raise InputError(
-                f"sampler.number={self.number}: the corpus of {self._corpus_size} passages has too"
-                " few that are no positives of the query; lower it"
-            )
         while len(chosen) + len(drawn) < self.number:
             row = int(rng.integers(self._corpus_size))
             if row not in taken:
