@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
+import pytorch_lightning.demos.boring_classes
+import torch
 import yaml
 from tests.commands import ROOT, train, train_arguments
 from tests.tiny import write_beir
@@ -17,9 +20,10 @@ from tests.tiny import write_beir
 from caravan import manifest
 from caravan.compose import compose
 from caravan.contract import folder_digest, read_contract
+from caravan.data.batching import limited
 from caravan.errors import InputError
 from caravan.models import folder, hardware
-from caravan.training.run import _inputs
+from caravan.training.run import _batches, _inputs
 from caravan.training.run import train as train_config
 
 
@@ -203,6 +207,63 @@ def test_a_run_of_negatives_that_is_not_there_is_told_with_the_remedy(
     with pytest.raises(InputError, match=r"no such run; write it with evaluate\.py"):
         train(beir, tmp_path / "run", f"sampler.runs=[{tmp_path}/none.trec]")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("interval", [["trainer.max_steps=2"], ["trainer.max_epochs=1"]])
+def test_a_run_shorter_than_its_validation_interval_validates_at_its_end(
+    beir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, interval: list[str]
+) -> None:
+    best = train(beir, tmp_path / "run", "trainer.val_check_interval=500", *interval)
+    assert best is not None
+    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
+    assert "trainer.val_check_interval=500 is beyond the" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_steps": 7}, 7),
+        ({"max_steps": 4, "max_epochs": 3}, 4),
+        ({"max_epochs": 3}, 15),
+        ({"max_steps": 7, "accumulate_grad_batches": 2}, 12),  # 2 + 2 + 1, the same again, 2
+        ({"max_steps": 6, "accumulate_grad_batches": 2}, 10),
+        ({"max_steps": 1, "accumulate_grad_batches": 9}, 5),
+        ({"max_epochs": 3, "limit_train_batches": 2}, 6),
+    ],
+)
+def test_the_batches_of_a_run_are_counted_as_lightning_makes_them(
+    settings: dict[str, Any], expected: int
+) -> None:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", enable_progress_bar=False, **quiet, **settings)
+    assert _batches(trainer, limited(5, trainer.limit_train_batches)) == expected
+    model = pl.demos.boring_classes.BoringModel()
+    model.val_dataloader = None
+    trainer.fit(model, torch.utils.data.DataLoader(torch.randn(5, 32)))
+    assert trainer.fit_loop.total_batch_idx + 1 == expected
+
+
+def test_the_first_lines_count_updates_and_tell_what_ends_the_run(
+    beir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    short = ["trainer.max_epochs=2", "trainer.accumulate_grad_batches=2"]
+    train(beir, tmp_path / "run", *short)  # 16 queries: batches of 6, 6, 4
+    assert "4 updates, 3 batches an epoch" in caplog.text
+    assert "max_epochs=2 ends the run after 4 updates, before trainer.max_steps=8" in caplog.text
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["updates"] == 4
+
+
+def test_a_mistake_found_in_a_worker_is_told_as_one_sentence(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise InputError("the passage p1 is not to be had; write the collection again")
+
+    monkeypatch.setattr("caravan.data.batching.Groups.__getitem__", refuse)
+    with pytest.raises(InputError) as raised:
+        train(beir, tmp_path / "run", "batching.num_workers=1")
+    assert str(raised.value) == "the passage p1 is not to be had; write the collection again"
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ A run that is finished is not done again; one that was interrupted goes on with 
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -237,11 +238,16 @@ def _fit(
         num_sanity_val_steps=0,
     )
     module.configure_model()
+    batches = data.batches_per_epoch(trainer)
     if trainer.is_global_zero:
-        for line in _facts(cfg, trainer, data, parameter_counts(module), checkpoint):
+        for line in _facts(cfg, trainer, data, batches, parameter_counts(module), checkpoint):
             log.info(line)
+    _validate_at_least_once(trainer, batches)
     started = time.monotonic()
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except InputError as error:
+        raise _without_traceback(error) from None
     seconds = time.monotonic() - started
     watched = trainer.checkpoint_callback
     best_path = Path(getattr(watched, "best_model_path", "") or "")
@@ -264,14 +270,66 @@ def _fit(
     return best
 
 
+def _validate_at_least_once(trainer: Any, batches: int) -> None:
+    """Validate at the run's end where it would end before its first validation.
+
+    Without a validation there is no figure and no best checkpoint, however long the run was.
+
+    Args:
+        batches: of one epoch.
+    """
+    every, per_epoch = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    last = batches if per_epoch is not None else _batches(trainer, batches)
+    if isinstance(every, int) and last is not None and 0 < last < every:
+        if leads():
+            log.warning(
+                "trainer.val_check_interval=%d is beyond the %d batches of %s; it validates after"
+                " %d",
+                *(every, last, "the run" if per_epoch is None else "an epoch", last),
+            )
+        trainer.val_check_interval = last
+
+
+def _batches(trainer: Any, batches: int) -> int | None:
+    """Batches of the whole run, None where only time ends it.
+
+    Args:
+        batches: of one epoch.
+    """
+    ends = []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        ends.append(trainer.max_epochs * batches)
+    if trainer.max_steps >= 0:
+        # An epoch's last batch makes an update, however few were accumulated.
+        accumulated = trainer.accumulate_grad_batches
+        epochs, updates_left = divmod(trainer.max_steps, max(math.ceil(batches / accumulated), 1))
+        ends.append(epochs * batches + min(updates_left * accumulated, batches))
+    return min(ends) if ends else None
+
+
+def _without_traceback(error: InputError) -> InputError:
+    """The user's mistake itself: a loader's worker wraps it into the text of its traceback."""
+    text = str(error)
+    if not text.startswith("Caught InputError in DataLoader worker"):
+        return error
+    told = text.strip().splitlines()[-1]
+    return InputError(told.partition("InputError: ")[2] or told)
+
+
 def _facts(
-    cfg: Any, trainer: Any, data: Any, parameters: tuple[int, int], checkpoint: Path | None
+    cfg: Any,
+    trainer: Any,
+    data: Any,
+    per_epoch: int,
+    parameters: tuple[int, int],
+    checkpoint: Path | None,
 ) -> Iterator[str]:
     """The first lines of a run: what is trained, on what, and how large an update is."""
+    from caravan.training.optim import updates
+
     batch, accumulated = cfg.batching.queries_per_batch, trainer.accumulate_grad_batches
     group = 1 + data.sampler.number
-    per_epoch = -(-len(data.groups) // batch)
-    steps = trainer.max_steps if trainer.max_steps >= 0 else trainer.max_epochs * per_epoch
+    steps = updates(trainer, per_epoch)
     yield f"{cfg.name} in {cfg.run_dir}" + (f", resumed from {checkpoint}" if checkpoint else "")
     yield (
         f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}, "
@@ -280,8 +338,14 @@ def _facts(
     yield (
         f"{len(data.groups):,} training queries of {data.collection.name}; "
         f"{batch * accumulated} queries an update, {group - 1} hard negatives a query, "
-        f"{batch * group - 1} with those in the batch; {steps:,} batches of {per_epoch:,} an epoch"
+        f"{batch * group - 1} with those in the batch; {steps:,} updates, {per_epoch:,} batches an"
+        " epoch"
     )
+    if steps < trainer.max_steps:
+        log.warning(
+            "trainer.max_epochs=%d ends the run after %d updates, before trainer.max_steps=%d",
+            *(trainer.max_epochs, steps, trainer.max_steps),
+        )
     yield (
         f"validation: {len(data.dev_qrels.queries):,} queries over {len(data.dev_passages):,} of "
         f"{len(data.collection.corpus):,} passages"
