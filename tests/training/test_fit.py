@@ -334,9 +334,13 @@ class Sgd:
 
 
 def test_two_ranks_equal_one(fit: Fit, tmp_path: Path) -> None:
-    one = fit(steps=6, optimizer=Sgd())
+    # Batches of 7, 7 and 2 queries: one rank has 4 of 7, and its mean must weigh more.
+    settings: dict[str, Any] = {"steps": 5, "optimizer": Sgd(), "queries_per_batch": 7}
+    one = fit(**settings)
     fit.folder = tmp_path / "two"
-    two = fit(steps=6, optimizer=Sgd(), devices=2, strategy="ddp_spawn")
+    two = fit(**settings, devices=2, strategy="ddp_spawn")
+    for name in ("train/loss", "train/accuracy"):
+        assert two.metrics[name] == pytest.approx(one.metrics[name], abs=1e-5)
     state = torch.load(fit.folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     first = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     for name, weight in first.items():
