@@ -107,7 +107,7 @@ def _inputs(settings: dict[str, Any], collection: Collection | None) -> dict[str
         **kept,
     }
     # Where things are written is no input either.
-    return _without(inputs, str(settings["run_dir"]))  # type: ignore[no-any-return]
+    return _without(inputs, str(settings["run_dir"]))
 
 
 def _pruned(settings: dict[str, Any]) -> dict[str, Any]:
