@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from caravan.data import trec
+from caravan.data import runs, trec
 from caravan.data.collection import Collection, write_collection
 from caravan.data.runs import Run, canonical, read_run, write_run
 from caravan.errors import InputError
@@ -194,6 +194,42 @@ def test_files_longer_than_a_block_are_read_whole(
     text_of(tmp_path, (tmp_path / "x.trec").read_text() + "q0 Q0\n")
     with pytest.raises(InputError, match=f"x.trec:{len(run.scores) + 1} has 2 columns"):
         read_run(tmp_path / "x.trec", names.queries, names.corpus)
+
+
+@pytest.mark.parametrize("distinct", [None, 3])
+@pytest.mark.parametrize("depth", [1, 5, 1000])
+@pytest.mark.parametrize("order", ["ranked", "shuffled"])
+def test_reading_to_a_depth_gives_the_top_of_the_whole_run(
+    tmp_path: Path,
+    names: Collection,
+    monkeypatch: pytest.MonkeyPatch,
+    distinct: int | None,
+    depth: int,
+    order: str,
+) -> None:
+    path = tmp_path / "x.trec"
+    write_run(path, random_run(5, distinct), names.queries, names.corpus)
+    if order == "shuffled":
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(np.random.default_rng(0).permutation(lines)))
+    monkeypatch.setattr(trec, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(runs, "BLOCK_LINES", 20)
+    whole = read_run(path, names.queries, names.corpus)
+    cut = read_run(path, names.queries, names.corpus, depth=depth)
+    assert same(cut, whole.top(depth))
+    assert cut.tag == whole.tag
+
+
+def test_reading_to_a_depth_tells_the_same_mistakes(tmp_path: Path, names: Collection) -> None:
+    for content, complaint in (
+        (f"{GOOD}q1 Q0 p2 1 9 t\n{GOOD}", "x.trec:3 gives passage 'p1' to query 'q1' again"),
+        (f"{GOOD}q1 Q0 zz 2 1 t\n", "x.trec:2 names passage 'zz'"),
+        ("", "x.trec is empty"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            read_run(text_of(tmp_path, content), names.queries, names.corpus, depth=1)
+    path = text_of(tmp_path, f"{GOOD}q1 Q0 zz 2 1 t\n")
+    assert len(read_run(path, names.queries, names.corpus, "count", depth=1).scores) == 1
 
 
 GOOD = "q1 Q0 p1 1 2.5 t\n"

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 BLOCK_LINES = 1 << 18  # formatted at once while writing
 
+Lines = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Query rows, passage rows and scores, a line of a run each."""
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -182,13 +185,15 @@ def read_run(
     queries: Texts,
     corpus: Texts,
     unknown_ids: Literal["refuse", "count"] = "refuse",
+    depth: int | None = None,
 ) -> Run:
     """Read a run, plain or .gz, into canonical order.
 
     The first line decides the format: six columns are TREC (`qid Q0 pid rank score tag`; the rank
     is ignored, as trec_eval does), three are MS MARCO (`qid pid rank`, score 1 / rank).
     With `unknown_ids="count"` lines whose query or passage is not in the collection are left out
-    and their number is logged.
+    and their number is logged. With a `depth` the result is that of `.top(depth)`, and while the
+    file is read only the lines of that depth are held (and 16 bytes of each other line).
 
     Raises:
         InputError: What is wrong with the file, with file and line.
@@ -196,6 +201,12 @@ def read_run(
     path = Path(path)
     if unknown_ids not in ("refuse", "count"):
         raise InputError(f"unknown_ids={unknown_ids!r} must be 'refuse' or 'count'")
+    if depth is not None:
+        best = _read_best(path, queries, corpus, depth)
+        if best is not None:
+            return best
+        # A line has to be told of with its number: the file is read whole.
+        return read_run(path, queries, corpus, unknown_ids).top(depth)
     from caravan.data.trec import read_columns
 
     tag, query_column, passage_column, scores, lines = read_columns(path)
@@ -224,6 +235,43 @@ def read_run(
         )
     _refuse_duplicates(path, query_rows, passage_rows, lines, queries, corpus)
     return canonical(Run.from_flat(query_rows, passage_rows, scores, tag), corpus)
+
+
+def _read_best(path: Path, queries: Texts, corpus: Texts, depth: int) -> Run | None:
+    """The `depth` best of each query, read block by block; None if an id is unknown or repeated."""
+    from caravan.data.trec import column_blocks
+
+    tag, pairs = "", []
+    best: Lines = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+    waiting: list[Lines] = []
+    for columns in column_blocks(path):
+        tag = columns.tag
+        query_rows = _rows(columns.query_ids, queries)[0]
+        passage_rows = _rows(columns.passage_ids, corpus)[0]
+        if min(query_rows.min(), passage_rows.min()) < 0:
+            return None
+        pairs.append(query_rows * len(corpus) + passage_rows)
+        waiting.append(_deepest([(query_rows, passage_rows, columns.scores)], depth))
+        if sum(len(part[0]) for part in waiting) > max(len(best[0]), BLOCK_LINES):
+            best = _deepest([best, *waiting], depth)
+            waiting = []
+    every = np.concatenate(pairs)
+    every.sort()
+    if (every[1:] == every[:-1]).any():
+        return None
+    best = _deepest([best, *waiting], depth)
+    return canonical(Run.from_flat(*best, tag), corpus).top(depth)
+
+
+def _deepest(parts: list[Lines], depth: int) -> Lines:
+    """The lines that may be among the `depth` best of their query; ties at the cut stay."""
+    query_rows, passage_rows, scores = map(np.concatenate, zip(*parts, strict=True))
+    order = np.lexsort((-scores, query_rows))
+    query_rows, passage_rows, scores = query_rows[order], passage_rows[order], scores[order]
+    starts = np.flatnonzero(np.diff(query_rows, prepend=-1))
+    counts = np.diff(np.append(starts, len(query_rows)))
+    keep = scores >= np.repeat(scores[starts + np.minimum(counts, depth) - 1], counts)
+    return query_rows[keep], passage_rows[keep], scores[keep]
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:

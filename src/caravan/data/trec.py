@@ -35,6 +35,18 @@ class RunColumns(NamedTuple):
 
 
 def read_columns(path: Path) -> RunColumns:
+    """Read a run file whole; see `column_blocks`."""
+    tags, query_ids, passage_ids, scores, lines = zip(*column_blocks(path), strict=True)
+    return RunColumns(
+        tags[0],
+        _joined(query_ids),
+        _joined(passage_ids),
+        np.concatenate(scores),
+        np.concatenate(lines),
+    )
+
+
+def column_blocks(path: Path) -> Iterator[RunColumns]:
     """Read a run file, plain or .gz; the first line decides between six and three columns.
 
     Raises:
@@ -42,7 +54,6 @@ def read_columns(path: Path) -> RunColumns:
             score that is not a finite number.
     """
     tag, columns = "", 0
-    parts: list[tuple[Any, Any, np.ndarray, np.ndarray]] = []
     for lines, counts, separators, data in _blocks(path):
         if not columns:
             columns = int(counts[0])
@@ -60,22 +71,18 @@ def read_columns(path: Path) -> RunColumns:
                 f"{path}:{lines[i]} has {counts[i]} columns where the lines above have {columns}; "
                 "mend or remove the line"
             )
-        parts.append((*_parse(_normal(data, separators, columns), columns, path, lines), lines))
-    if not parts:
+        query_ids, passage_ids, scores = _parse(
+            _normal(data, separators, columns), columns, path, lines
+        )
+        yield RunColumns(
+            tag, query_ids.combine_chunks(), passage_ids.combine_chunks(), scores, lines
+        )
+    if not columns:
         raise InputError(f"{path} is empty; a run needs at least one line")
-    query_ids, passage_ids, scores, numbers = zip(*parts, strict=True)
-    return RunColumns(
-        tag,
-        _joined(query_ids),
-        _joined(passage_ids),
-        np.concatenate(scores),
-        np.concatenate(numbers),
-    )
 
 
 def _joined(columns: tuple[Any, ...]) -> Any:
-    chunks = [chunk for column in columns for chunk in column.chunks]
-    return pa.chunked_array(chunks).unify_dictionaries().combine_chunks()
+    return pa.chunked_array(list(columns)).unify_dictionaries().combine_chunks()
 
 
 def _blocks(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:

@@ -197,11 +197,11 @@ class Evaluation:
         return None
 
     def _score(self, system: str, path: Path) -> dict[str, Any]:
-        from caravan.retrieval.metrics import score_run
+        from caravan.retrieval.metrics import deepest, score_run
 
         queries, corpus = self.collection.queries, self.collection.corpus
         if path.stat().st_size:
-            run = read_run(path, queries, corpus)
+            run = read_run(path, queries, corpus, depth=max(1, deepest(self.measures)))
         else:  # no query has a hit, which is a result and no mistake
             run = Run.from_topk(
                 self.qrels.queries, *np.full((2, len(self.qrels.queries), 1), -1, dtype=np.int64)
