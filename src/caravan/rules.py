@@ -110,10 +110,10 @@ def optimizer_can_step(cfg: DictConfig) -> Iterator[Mistake]:
     rate, betas = value(cfg, "optimizer.lr"), value(cfg, "optimizer.betas")
     if _is_number(rate) and not 0 < rate < math.inf:
         yield Mistake(("optimizer", "lr"), f"it must be a finite number above 0, not {rate}")
-    if isinstance(betas, ListConfig) and all(map(_is_number, betas)):
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            text = f"it must be two numbers from 0 to below 1, not {list(betas)}"
-            yield Mistake(("optimizer", "betas"), text)
+    numbers = isinstance(betas, ListConfig) and all(map(_is_number, betas))
+    if numbers and (len(betas) != 2 or not all(0 <= beta < 1 for beta in betas)):
+        text = f"it must be two numbers from 0 to below 1, not {list(betas)}"
+        yield Mistake(("optimizer", "betas"), text)
 
 
 def trainer_can_count(cfg: DictConfig) -> Iterator[Mistake]:

@@ -115,7 +115,7 @@ class Pretrained:
     ) -> None:
         self.name = name
         self.attention = attention
-        self.hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self.hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.checkpointing = checkpointing
 
     trains_tokenizer = False
