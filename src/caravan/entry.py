@@ -54,8 +54,8 @@ def entry(name: str) -> Callable[[Task], Callable[[], None]]:
         name: the primary config, and the root of `caravan.config.ROOTS` that it is checked with.
     """
 
-    # Read by OpenMP when torch loads. By default a thread that waits for its siblings keeps its core
-    # for milliseconds; with as many processes as cores that core is what the siblings wait for.
+    # Read by OpenMP when torch loads. By default a thread that waits for its siblings keeps its
+    # core for milliseconds; with more processes than cores, the siblings wait for just that core.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
     def decorate(task: Task) -> Callable[[], None]:
