@@ -93,7 +93,7 @@ class DataModule(pl.LightningDataModule):
             return np.arange(corpus)
         chosen = [self.dev_qrels.passage_rows]
         if run is not None:
-            top = read_run(run, self.collection.queries, self.collection.corpus).top(depth)
+            top = read_run(run, self.collection.queries, self.collection.corpus, depth=depth)
             chosen += [top.of(int(row))[0] for row in self.dev_qrels.queries]
         rows = np.unique(np.concatenate(chosen))
         if len(rows) < size:

@@ -74,7 +74,7 @@ class Negatives:
                 " less"
             )
         self._runs = [
-            read_run(path, collection.queries, collection.corpus).top(self.depth)
+            read_run(path, collection.queries, collection.corpus, depth=self.depth)
             for path in self.paths
         ]
         self._qrels = qrels
