@@ -194,12 +194,12 @@ def text_loader(
 def loader_settings(num_workers: int, seed: int) -> dict[str, Any]:
     """Worker settings of every loader.
 
-    The generator keeps the loader from drawing its base seed out of torch's global state, which
+    Workers end with the epoch or the validation: one that is kept keeps the memory of the moment it
+    was forked in, which the training process soon has a second time. The generator keeps the loader from drawing its base seed out of torch's global state, which
     would make a resumed run differ from an uninterrupted one.
     """
     return {
         "num_workers": num_workers,
-        "persistent_workers": num_workers > 0,
         "worker_init_fn": _start_worker if num_workers else None,
         "generator": torch.Generator().manual_seed(seed),
         "pin_memory": torch.cuda.is_available(),
