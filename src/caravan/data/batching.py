@@ -195,7 +195,8 @@ def loader_settings(num_workers: int, seed: int) -> dict[str, Any]:
     """Worker settings of every loader.
 
     Workers end with the epoch or the validation: one that is kept keeps the memory of the moment it
-    was forked in, which the training process soon has a second time. The generator keeps the loader from drawing its base seed out of torch's global state, which
+    was forked in, which the training process soon has a second time.
+    The generator keeps the loader from drawing its base seed out of torch's global state, which
     would make a resumed run differ from an uninterrupted one.
     """
     return {
