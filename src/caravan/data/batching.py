@@ -8,6 +8,7 @@ Tokenising and packing happen in the loader's workers, never on the training pro
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -131,6 +132,7 @@ class TrainLoader(DataLoader[TrainBatch]):
 
     def __iter__(self) -> Iterator[TrainBatch]:  # type: ignore[override]
         self.handed_out = self.order.start
+        release_free_memory()
         for batch in super().__iter__():
             self.handed_out += 1
             yield batch
@@ -182,11 +184,19 @@ def rank_share(items: int, rank: int, world: int) -> list[int]:
     return [(rank + i * world) % items for i in range(each)]
 
 
+class TextLoader(DataLoader[EncodeBatch]):
+    """Loads texts to embed; its workers start with the memory that is in use, and no more."""
+
+    def __iter__(self) -> Any:
+        release_free_memory()
+        return super().__iter__()
+
+
 def text_loader(
     blocks: TextBlocks, indices: Sequence[int], num_workers: int, seed: int = 0
 ) -> DataLoader[EncodeBatch]:
     """Load the blocks of `indices`, in this order."""
-    return DataLoader(
+    return TextLoader(
         blocks, sampler=list(indices), batch_size=None, **loader_settings(num_workers, seed)
     )
 
@@ -205,6 +215,16 @@ def loader_settings(num_workers: int, seed: int) -> dict[str, Any]:
         "generator": torch.Generator().manual_seed(seed),
         "pin_memory": torch.cuda.is_available(),
     }
+
+
+def release_free_memory() -> None:
+    """Give back to the system what the allocator keeps for later (glibc; elsewhere nothing).
+
+    A process that forks with gigabytes of it keeps them twice: the parent writes to its copy, and
+    the worker holds the other.
+    """
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _start_worker(_: int) -> None:
