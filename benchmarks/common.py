@@ -97,7 +97,9 @@ def report(name: str, title: str, rows: list[dict[str, Any]], notes: list[str]) 
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *notes, "", f"`python benchmarks/{name}.py`, {machine()}", ""]
     text = "\n".join(lines)
-    (ROOT / "benchmarks" / "results" / f"{name}.md").write_text(text, "utf-8")
+    results = ROOT / "benchmarks" / "results"
+    results.mkdir(exist_ok=True)
+    (results / f"{name}.md").write_text(text, "utf-8")
     sys.stdout.write(text)
 
 
