@@ -454,7 +454,8 @@ def test_an_evaluation_without_measures_is_refused() -> None:
     ],
 )
 def test_values_at_the_edge_are_right(override: str) -> None:
-    preflight(override.split(), REAL, "train", config.ROOTS["train"])
+    given = override.split()
+    assert preflight(given, REAL, "train", config.ROOTS["train"]) == given
 
 
 def test_the_names_that_a_check_knows_are_those_that_are_computed() -> None:

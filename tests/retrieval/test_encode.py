@@ -91,9 +91,9 @@ def test_an_interrupted_encoding_goes_on_and_gives_the_same_bytes(
 def test_finished_shards_are_not_encoded_again(
     model: Path, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _encode(model, collection, tmp_path / "passages")
+    first = _encode(model, collection, tmp_path / "passages").read()
     monkeypatch.setattr(encode_module, "_write", lambda *_: pytest.fail("encoded again"))
-    _encode(model, collection, tmp_path / "passages")
+    assert (_encode(model, collection, tmp_path / "passages").read() == first).all()
 
 
 def test_shards_of_other_inputs_are_replaced(
