@@ -12,7 +12,7 @@ from caravan.errors import InputError
 from caravan.rules import PRECISIONS
 
 CPU_CHUNK, GPU_CHUNK = 2048, 32_768
-"""Padded tokens a chunk: small for a CPU's caches, larger to keep a GPU busy (not measured)."""
+"""Padded tokens a chunk: few for a CPU's caches, more to keep a GPU busy (not measured)."""
 
 
 def resolve(precision: str) -> str:
