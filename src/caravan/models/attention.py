@@ -1,7 +1,7 @@
 """Attention for CPUs in bf16: three matrix operations instead of the fused kernel.
 
 PyTorch's fused kernel on CPUs computes short bf16 attention at half the speed of a plain product,
-softmax, product (5.8 against 2.8 ms for MiniLM's heads at 256 tokens, one machine). Longer texts keep
+softmax, product (5.8 against 2.8 ms, heads of MiniLM, 256 tokens). Longer texts keep
 the fused kernel, whose memory does not grow with the square of the length, and so do GPUs and
 float32. transformers' own masks are used unchanged.
 """
