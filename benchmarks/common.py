@@ -95,12 +95,17 @@ def report(name: str, title: str, rows: list[dict[str, Any]], notes: list[str]) 
     for row in rows:
         cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *notes, "", f"`python benchmarks/{name}.py`, {machine()}", ""]
+    lines += ["", *notes, "", f"`python benchmarks/{name}.py{given()}`, {machine()}", ""]
     text = "\n".join(lines)
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
     (results / f"{name}.md").write_text(text, "utf-8")
     sys.stdout.write(text)
+
+
+def given() -> str:
+    """The command's arguments; of a path, which is of this machine, only its last part."""
+    return "".join(f" {Path(text).name if '/' in text else text}" for text in sys.argv[1:])
 
 
 def machine() -> str:
