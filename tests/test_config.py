@@ -318,7 +318,8 @@ class TestSweeps:
         argv = preflight(
             ["-m", "seed=1,2", "name=n", "backbone=tiny_llama"], conf, "train", config.Train
         )
-        assert argv[-1].endswith("exclude_keys=[run_dir,name,backbone]")
+        assert argv[-2].endswith("exclude_keys=[run_dir,name,backbone]")
+        assert argv[-1] == "hydra.sweep.dir='runs/n'"
         assert config.folder_name("data.path=/a/b c,seed=1") == "data.path=_a_b_c,seed=1"
         long = [config.folder_name("x" * 300 + end) for end in "ab"]
         assert len(set(long)) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -46,6 +47,8 @@ def main(cfg):
     logging.getLogger("caravan.some.module").info("hello from %s", cfg.name)
     with open(os.path.join(cfg.run_dir, "out.json"), "w") as file:
         json.dump({"cwd": os.getcwd(), "run_dir": cfg.run_dir, "seed": cfg.seed}, file)
+    with open(os.path.join(cfg.run_dir, "metrics.json"), "w") as file:
+        json.dump({"monitored": "val/MRR@10", "best": 0.25, "resume": cfg.resume}, file)
 
 
 if __name__ == "__main__":
@@ -93,7 +96,7 @@ def program(*arguments: str, cwd: Path = HOME) -> subprocess.CompletedProcess[st
 def test_a_run_writes_into_run_dir_alone(app: Program, home: Path) -> None:
     done = app("name=one")
     assert done.returncode == 0, done.stderr
-    assert files(home) == {"runs/one/out.json", "runs/one/log.txt"}
+    assert files(home) == {f"runs/one/{name}" for name in ("out.json", "metrics.json", "log.txt")}
     out = (home / "runs/one/out.json").read_text()
     assert out == f'{{"cwd": "{home}", "run_dir": "runs/one", "seed": 0}}'
     assert done.stderr.splitlines()[-1].endswith(" I hello from one")
@@ -107,8 +110,12 @@ def test_jobs_of_a_sweep_write_into_folders_of_their_own(app: Program, home: Pat
     done = app("-m", "sweep=seeds", "loss.name=a/b,c", "batching.num_workers=0")
     assert done.returncode == 0, done.stderr
     jobs = [f"loss.name={name},seed={seed}" for name in ("a_b", "c") for seed in (1, 2)]
-    expected = {f"runs/many/{job}/{file}" for job in jobs for file in ("out.json", "log.txt")}
-    assert files(home) == {*expected, "runs/many/multirun.yaml"}
+    written = ("out.json", "metrics.json", "job.json", "log.txt")
+    expected = {f"runs/many/{job}/{file}" for job in jobs for file in written}
+    ends = {
+        f"runs/many/{name}" for name in ("multirun.yaml", "sweep.txt", "sweep.csv", "sweep.png")
+    }
+    assert files(home) == expected | ends
     out = (home / "runs/many/loss.name=c,seed=2/out.json").read_text()
     assert '"run_dir": "runs/many/loss.name=c,seed=2", "seed": 2' in out
 
@@ -143,10 +150,10 @@ def test_a_mistake_found_in_the_job_is_one_sentence(name: str, app: Program, hom
 
 def test_a_mistake_found_in_a_job_of_a_sweep_names_the_job(app: Program) -> None:
     done = app("-m", "name=refuses", "seed=1,2")
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.count("the corpus is empty") == 1
-    assert "seed=1" in done.stderr
+    for seed in (1, 2):
+        assert f"failed: seed={seed}: the corpus is empty: corpus.jsonl:1" in done.stdout
 
 
 def test_a_defect_keeps_its_traceback(app: Program) -> None:
@@ -233,3 +240,32 @@ print(sorted({HEAVY} & set(sys.modules)))
     assert done.stdout == "[]\n", done.stderr
     assert "Traceback" not in done.stderr
     assert "did you mean index.factory?" in done.stderr
+
+
+def test_a_failing_job_does_not_stop_the_others_and_the_end_names_it(
+    app: Program, home: Path
+) -> None:
+    done = app("-m", "name=fails,refuses,fine", "run_dir=runs/mixed")
+    assert done.returncode == 1
+    jobs = {
+        name: json.loads((home / f"runs/mixed/name={name}/job.json").read_text())
+        for name in ("fails", "refuses", "fine")
+    }
+    assert {name: job["state"] for name, job in jobs.items()} == {
+        "fails": "failed",
+        "refuses": "failed",
+        "fine": "finished",
+    }
+    told = [line for line in done.stdout.splitlines() if line.startswith("failed: ")]
+    assert told == [
+        "failed: name=fails: ZeroDivisionError: a defect",
+        "failed: name=refuses: the corpus is empty: corpus.jsonl:1; give another folder",
+    ]
+    assert (home / "runs/mixed/name=fine/out.json").exists()
+
+
+def test_a_sweep_that_is_started_again_resumes_its_jobs(app: Program, home: Path) -> None:
+    done = app("-m", "seed=1,2", "name=many")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((home / "runs/many/seed=1/metrics.json").read_text())["resume"] is True
+    assert "0.2500" in (home / "runs/many/sweep.txt").read_text()

@@ -10,6 +10,7 @@ code 2 and no traceback, Ctrl-C with 130; any other exception keeps its tracebac
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -34,12 +35,13 @@ from hydra.errors import (
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from caravan import config
+from caravan import config, jobs
 from caravan.compose import FAILURES, Composer, report
 from caravan.errors import InputError
 from caravan.ranks import leads
 
-USER, INTERRUPTED = 2, 130
+FAILED, USER, INTERRUPTED = 1, 2, 130
+SWEEP_DIR = "hydra.sweep.dir="
 MOST_JOBS = 24
 """Jobs of a sweep that are checked before it starts; each is checked again when its turn comes."""
 
@@ -70,7 +72,11 @@ def entry(name: str) -> Callable[[Task], Callable[[], None]]:
             os.environ["HYDRA_FULL_ERROR"] = "1"
             try:
                 sys.argv[1:] = preflight(sys.argv[1:], conf, name, root)
-                program(_job(task, root))()
+                sweep = sweep_folder(sys.argv[1:])
+                with contextlib.suppress(_Failed):  # by then every other job has had its turn
+                    program(_job(task, root))()
+                if sweep is not None:
+                    _end_of_sweep(sweep)
             except KeyboardInterrupt:
                 _leave("interrupted; the same command with resume=true goes on", INTERRUPTED)
             except SystemExit as stop:
@@ -97,23 +103,65 @@ def _job(task: Task, root: type) -> Task:
     def job(cfg: DictConfig) -> Any:
         settings = HydraConfig.get()
         sweep = settings.mode == RunMode.MULTIRUN
-        if sweep:
-            cfg.run_dir = os.path.join(settings.sweep.dir, settings.sweep.subdir).rstrip("/")
         if not leads():
             logging.getLogger().setLevel(logging.WARNING)
+        if sweep:
+            cfg.run_dir = os.path.join(settings.sweep.dir, settings.sweep.subdir).rstrip("/")
+            return _job_of_sweep(checked, cfg, list(settings.overrides.task))
         try:
-            lines = config.check(cfg, root)
-            if lines:
-                raise InputError(report(lines))
-            return task(cfg)
+            return checked(cfg)
         except (InputError, InstantiationException) as error:
             mistake = _input_error(error)
-            if mistake is None or sweep:
-                raise  # of a sweep's job Hydra says which one it was
+            if mistake is None:
+                raise
             log.error(mistake)
             raise SystemExit(USER) from None
 
+    def checked(cfg: DictConfig) -> Any:
+        lines = config.check(cfg, root)
+        if lines:
+            raise InputError(report(lines))
+        return task(cfg)
+
     return job
+
+
+def _job_of_sweep(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
+    """One job of a sweep: what became of it stays in its folder, and the next job follows.
+
+    A sweep that is started again goes on: what is finished is not done again, what was interrupted
+    is resumed.
+    """
+    run_dir = Path(cfg.run_dir)
+    if "resume" in cfg:
+        cfg.resume = True
+    if leads():
+        jobs.write(run_dir, overrides, jobs.RUNNING)
+    try:
+        result = task(cfg)
+    except Exception as error:
+        mistake = _input_error(error)
+        if leads():
+            first = str(mistake or error).strip().splitlines()[:1]
+            told = first[0] if mistake else f"{type(error).__name__}: {''.join(first)}"
+            jobs.write(run_dir, overrides, jobs.FAILED, told)
+            log.error(mistake if mistake else "the job failed", exc_info=mistake is None)
+        raise _Failed from error
+    if leads():
+        jobs.write(run_dir, overrides, jobs.FINISHED)
+    return result
+
+
+class _Failed(Exception):  # noqa: N818
+    """A job of a sweep has failed, and that is told and recorded."""
+
+
+def _end_of_sweep(folder: Path) -> None:
+    """The table of the jobs; exit code 1 where one of them failed."""
+    from caravan.report.sweep import show
+
+    if leads() and show(folder):
+        raise SystemExit(FAILED)
 
 
 def _input_error(error: BaseException | None) -> InputError | None:
@@ -150,19 +198,41 @@ def preflight(argv: list[str], conf: Path, name: str, root: type) -> list[str]:
         return argv
     if args.experimental_rerun:
         return argv
+    with _composer(args, conf, name, root) as composer:
+        lines, swept = _check_jobs(composer, args)
+        if lines:
+            raise InputError(report(lines))
+        if swept is None:
+            return argv
+        fixed = [one for one in _parsed(composer, args.overrides) if not _sweeps(one)]
+        whole = composer.compose([str(one.input_line) for one in fixed])
+        # One folder for the sweep, whatever its jobs are called, so that its end finds them all.
+        folder = f"{SWEEP_DIR}'{whole.hydra.sweep.dir}'"
+    keys = [one.key_or_group for one in fixed if not one.key_or_group.startswith("hydra")]
+    left_out = [key for key in ("run_dir", "name", *keys) if key not in swept]
+    return [
+        *argv,
+        f"hydra.job.config.override_dirname.exclude_keys={_listed(left_out)}",
+        folder,
+    ]
+
+
+def sweep_folder(argv: list[str]) -> Path | None:
+    """Where the jobs of a sweep have their folders; None if the arguments start no sweep.
+
+    Args:
+        argv: as `preflight` returns them.
+    """
+    given = [text.removeprefix(SWEEP_DIR) for text in argv if text.startswith(SWEEP_DIR)]
+    return Path(given[-1].strip("'")) if given else None
+
+
+def _composer(args: Namespace, conf: Path, name: str, root: type) -> Composer:
     more = Path(args.config_dir) if args.config_dir else None
     if more is not None and not more.is_dir():
         raise InputError(f"--config-dir {more}: there is no such folder")
     folder = conf if args.config_path is None else Path(conf.parent, args.config_path)
-    with Composer(folder, args.config_name or name, root, more, job=name) as composer:
-        lines, swept = _check_jobs(composer, args)
-    if lines:
-        raise InputError(report(lines))
-    if swept is None:
-        return argv
-    fixed = [one.key_or_group for one in _parsed(composer, args.overrides) if not _sweeps(one)]
-    left_out = ["run_dir", "name", *(key for key in fixed if not key.startswith("hydra"))]
-    return [*argv, f"hydra.job.config.override_dirname.exclude_keys={_listed(left_out)}"]
+    return Composer(folder, args.config_name or name, root, more, job=name)
 
 
 def _listed(keys: list[str]) -> str:

@@ -7,17 +7,20 @@ import sys
 from pathlib import Path
 
 from caravan.errors import InputError
-from caravan.report.table import show
+from caravan.report import sweep, table
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m caravan.report", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    table = commands.add_parser("table", help="one table of all evaluations below a folder")
-    table.add_argument("folder", type=Path)
+    for name, help_ in (
+        ("table", "one table of all evaluations below a folder"),
+        ("sweep", "the jobs of a sweep as a table and a plot"),
+    ):
+        commands.add_parser(name, help=help_).add_argument("folder", type=Path)
     arguments = parser.parse_args()
     try:
-        show(arguments.folder)
+        {"table": table.show, "sweep": sweep.show}[arguments.command](arguments.folder)
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caravan import jobs
+from caravan.errors import InputError
+from caravan.report.sweep import averaged, collect, show
+
+
+def _job(folder: Path, overrides: list[str], figures: dict[str, Any] | None) -> None:
+    run_dir = folder / ",".join(overrides)
+    jobs.write(run_dir, overrides, jobs.FINISHED if figures else jobs.FAILED, "it is broken")
+    if figures:
+        (run_dir / "metrics.json").write_text(json.dumps(figures))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    for rate, mrr in (("1e-4", 0.1), ("1e-3", 0.3)):
+        for seed in (1, 2):
+            figures = {"validation": {"MRR@10": mrr + seed / 100}, "train_seconds": 2.04}
+            _job(tmp_path, ["name=rates", f"optimizer.lr={rate}", f"seed={seed}"], figures)
+    return tmp_path
+
+
+def test_settings_that_vary_are_the_columns_and_each_job_a_row(sweep: Path) -> None:
+    varied, measures, rows, failed = collect(sweep)
+    assert (varied, measures, failed) == (["optimizer.lr", "seed"], ["MRR@10", "seconds"], [])
+    assert {"optimizer.lr": 1e-3, "seed": 2, "MRR@10": 0.32, "seconds": 2.0} in rows
+    assert len(rows) == 4
+
+
+def test_seeds_give_a_mean_and_a_standard_deviation(sweep: Path) -> None:
+    varied, measures, rows, _ = collect(sweep)
+    high = next(r for r in averaged(varied, measures, rows) if r["optimizer.lr"] == 1e-3)
+    mean, spread, seeds = high["MRR@10"]
+    assert mean == pytest.approx(0.315)
+    assert spread == pytest.approx(0.00707, abs=1e-5)
+    assert seeds == 2
+
+
+def test_a_sweep_ends_in_text_csv_and_a_plot(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _job(sweep, ["name=rates", "optimizer.lr=1", "seed=1"], None)
+    assert show(sweep) == [("name=rates,optimizer.lr=1,seed=1", "it is broken")]
+    with (sweep / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    figures = [float(row["MRR@10"]) for row in rows]
+    assert figures == pytest.approx([0.11, 0.12, 0.31, 0.32])
+    text = (sweep / "sweep.txt").read_text()
+    assert "0.3150 ± 0.0071" in text
+    assert (sweep / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "failed: name=rates,optimizer.lr=1,seed=1: it is broken" in capsys.readouterr().out
+
+
+def test_a_model_that_is_read_at_several_lengths_has_a_row_for_each(tmp_path: Path) -> None:
+    for trained in (64, 128):
+        read = {str(length): {"MRR@10": trained / length / 10} for length in (64, 128)}
+        _job(tmp_path, [f"contract.passage_length={trained}"], {"read": read})
+    varied, _, rows, _ = collect(tmp_path)
+    assert varied == ["contract.passage_length", "read at"]
+    assert {"contract.passage_length": 128, "read at": 64, "MRR@10": 0.2} in rows
+    assert show(tmp_path) == []
+    assert (tmp_path / "sweep.png").exists()
+
+
+def test_settings_that_are_names_are_drawn_as_bars(tmp_path: Path) -> None:
+    for loss in ("kl", "bce"):
+        _job(tmp_path, [f"loss={loss}"], {"overall": {"MRR@10": 0.2}, "seconds": 1})
+    assert show(tmp_path) == []
+    assert (tmp_path / "sweep.png").exists()
+
+
+def test_a_folder_without_jobs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no job of a sweep"):
+        collect(tmp_path)
