@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from caravan.batches import pack
 from caravan.contract import Contract
-from caravan.data.batching import Groups, QueryOrder, TextBlocks, TrainLoader
+from caravan.data.batching import Groups, QueryOrder, TextBlocks, TrainLoader, text_loader
 from caravan.data.collection import Collection
 from caravan.data.negatives import Negatives
 from caravan.data.templates import Templates
@@ -125,3 +126,12 @@ def test_text_blocks_cover_their_rows(
     assert [len(batch.rows) for batch in batches] == [20, 20, 7]
     assert torch.cat([batch.rows for batch in batches]).tolist() == rows.tolist()
     assert _texts(batches[2].texts) == templates.passages(collection.corpus.get(rows[40:]))
+
+
+def test_workers_end_with_the_last_batch_though_the_iterator_is_kept(groups: Groups) -> None:
+    before = set(multiprocessing.active_children())
+    blocks = TextBlocks(groups.collection.corpus, np.arange(20), groups.templates, "passage", 8, 64)
+    batches = iter(text_loader(blocks, range(len(blocks)), num_workers=1))
+    rows = [row for _ in range(len(blocks)) for row in next(batches).rows.tolist()]
+    assert rows == list(range(20))
+    assert set(multiprocessing.active_children()) == before

@@ -185,11 +185,20 @@ def rank_share(items: int, rank: int, world: int) -> list[int]:
 
 
 class TextLoader(DataLoader[EncodeBatch]):
-    """Loads texts to embed; its workers start with the memory that is in use, and no more."""
+    """Loads texts to embed; its workers start with the memory in use, and end with the last batch.
+
+    Lightning keeps the iterator of a validation until the next one, and never asks it for more than
+    there is: workers that waited for that would keep a copy of the training process all the time.
+    """
 
     def __iter__(self) -> Any:
         release_free_memory()
-        return super().__iter__()
+        batches = super().__iter__()
+        for left in reversed(range(len(self))):
+            batch = next(batches)
+            if not left:
+                del batches
+            yield batch
 
 
 def text_loader(
