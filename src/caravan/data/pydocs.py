@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,7 +32,7 @@ REQUIREMENTS = (
     "safetensors", "peft", "bitsandbytes", "faiss-cpu", "bm25s", "PyStemmer", "ir_measures",
     "datasets", "tensorboard", "rich",
 )  # fmt: skip
-"""What Caravan itself needs; with what these need, the default packages of the collection."""
+"""What Caravan itself needs (but for plots); with what these need, the collection's packages."""
 
 MAX_POSITIVES = 5  # a query that so many passages answer ("Perform a step.") asks for nothing
 MAX_QUERIES = 3  # a passage that answers more different queries than this says nothing
@@ -103,6 +103,8 @@ class PyDocs:
         min_words, min_query_words, max_query_words: shorter passages and shorter or longer queries
             are left out.
         held_out: share of the queries in dev, and again in test.
+        unit: what is one passage: a "docstring", or as a long document those of a "class" (of a
+            module, for functions) or "module" one after the other.
     """
 
     def __init__(
@@ -116,8 +118,9 @@ class PyDocs:
         min_query_words: int = 4,
         max_query_words: int = 40,
         held_out: float = 0.045,
+        unit: Literal["docstring", "class", "module"] = "docstring",
     ) -> None:
-        self.name, self.packages = name, packages
+        self.name, self.packages, self.unit = name, packages, unit
         self.train_split, self.dev_split, self.split = train_split, dev_split, split
         self.min_words = min_words
         self.min_query_words, self.max_query_words = min_query_words, max_query_words
@@ -138,7 +141,10 @@ class PyDocs:
                 f"data.packages names {', '.join(sources.missing)}, not installed here: "
                 'install it or leave it out ("stdlib" and "installed" are allowed)'
             )
-        settings = (self.min_words, self.min_query_words, self.max_query_words, self.held_out)
+        settings: tuple[Any, ...] = (
+            *(self.min_words, self.min_query_words, self.max_query_words, self.held_out),
+            *(() if self.unit == "docstring" else (self.unit,)),
+        )
         key = cache_key("pydocs", RECIPE, sources.versions, settings)
 
         def build(folder: Path) -> Collection:
@@ -163,11 +169,15 @@ class PyDocs:
         queries = ask(groups, families, dropped)
         kept = sorted({at for query in queries for at in query.answers})
         sizes = Counter(families.of(groups[at][0].name) for at in kept)
+        texts: dict[str, list[str]] = defaultdict(list)
+        for at in kept:
+            texts[unit_of(groups[at][0].name, self.unit)].append(groups[at][0].text)
         qrels: dict[str, list[tuple[str, str, int]]] = {"train": [], "dev": [], "test": []}
         for query in queries:
             family = families.of(groups[query.answers[0]][0].name)
             split = "train" if sizes[family] > MAX_FAMILY else split_of(family, self.held_out)
-            qrels[split] += ((query.pair.name, groups[at][0].name, 1) for at in query.answers)
+            answers = dict.fromkeys(unit_of(groups[at][0].name, self.unit) for at in query.answers)
+            qrels[split] += ((query.pair.name, name, 1) for name in answers)
         if not kept:
             raise InputError(
                 "the chosen packages hold no usable docstring: add packages to data.packages"
@@ -175,7 +185,7 @@ class PyDocs:
         return write_collection(
             folder,
             self.name,
-            ((groups[at][0].name, "", groups[at][0].text) for at in kept),
+            ((name, "", "\n\n".join(parts)) for name, parts in texts.items()),
             ((query.pair.name, "", query.pair.query) for query in queries),
             qrels,
             facts={**facts, "docstrings": len(found), "dropped": dict(sorted(dropped.items()))},
@@ -325,6 +335,23 @@ def split_of(name: str, held_out: float) -> str:
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     at = int.from_bytes(digest, "big") / 2**64
     return "dev" if at < held_out else "test" if at < 2 * held_out else "train"
+
+
+def unit_of(name: str, unit: str) -> str:
+    """The id of the passage that holds a docstring.
+
+    >>> [unit_of("os.path:Walker.step", unit) for unit in ("docstring", "class", "module")]
+    ['os.path:Walker.step', 'os.path:Walker', 'os.path:']
+    >>> unit_of("os.path:join", "class"), unit_of("os.path:Walker", "class")
+    ('os.path:', 'os.path:Walker')
+    """
+    module, _, inside = name.partition(":")
+    if unit == "docstring":
+        return name
+    owner, _, member = inside.rpartition(".")
+    if not owner and member[:1].isupper():  # a class's own docstring is a part of the class
+        owner = member
+    return f"{module}:{owner if unit == 'class' else ''}"
 
 
 def _words(text: str) -> str:
