@@ -23,12 +23,15 @@ class Chunk:
     input_ids: Tensor  # [n, L] int64
     attention_mask: Tensor  # [n, L] int64, 1 for a real token
     full: bool  # no text is padded, so that no mask is needed
+    token_types: Tensor | None = None  # [n, L] int64, 1 for a pair's second text
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Chunk:
+        types = self.token_types
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=non_blocking),
             attention_mask=self.attention_mask.to(device, non_blocking=non_blocking),
+            token_types=None if types is None else types.to(device, non_blocking=non_blocking),
         )
 
 
@@ -60,7 +63,12 @@ PADDING = 0.1
 """The largest share of padding in a chunk."""
 
 
-def pack(texts: Sequence[Sequence[int]], token_budget: int, pad_id: int = 0) -> Packed:
+def pack(
+    texts: Sequence[Sequence[int]],
+    token_budget: int,
+    pad_id: int = 0,
+    seconds: Sequence[int] | None = None,
+) -> Packed:
     """Sort texts by length and cut them into chunks of at most `token_budget` padded tokens.
 
     A chunk ends sooner where its padding would pass a tenth. A text that is longer than the budget
@@ -70,6 +78,7 @@ def pack(texts: Sequence[Sequence[int]], token_budget: int, pad_id: int = 0) -> 
         texts: token ids of each text.
         token_budget: the largest n * L of a chunk [n, L].
         pad_id: fills the padding; the attention mask hides it, so any valid id will do.
+        seconds: of pairs, where the second text begins, for models that are told so (token types).
 
     >>> [tuple(c.input_ids.shape) for c in pack([[1], [2] * 9, [3] * 10], token_budget=20).chunks]
     [(2, 10), (1, 1)]
@@ -89,7 +98,11 @@ def pack(texts: Sequence[Sequence[int]], token_budget: int, pad_id: int = 0) -> 
             ids[i, : lengths[row]] = texts[row]
             mask[i, : lengths[row]] = 1
         full = bool(lengths[rows].min() == width)
-        chunks.append(Chunk(torch.from_numpy(ids), torch.from_numpy(mask), full))
+        types = None
+        if seconds is not None:
+            begin = np.array([seconds[row] for row in rows])[:, None]
+            types = torch.from_numpy((np.arange(width) >= begin).astype(np.int64) * mask)
+        chunks.append(Chunk(torch.from_numpy(ids), torch.from_numpy(mask), full, types))
         padded += ids.size
         start += len(rows)
     return Packed(tuple(chunks), torch.from_numpy(order), int(lengths.sum()), padded)

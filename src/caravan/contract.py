@@ -20,8 +20,10 @@ from caravan.manifest import content_digest
 
 FILE = "caravan.json"
 FORMAT = 1
-KINDS = ("retriever",)
+KINDS = ("retriever", "reranker")
 POOLINGS = ("last", "mean", "cls")
+PAIRS = ("joined", "pair")
+_READ = (".safetensors", ".bin", ".json", ".model", ".txt")
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,20 @@ class Contract:
     """The settings that a model was trained with and must be used with.
 
     Attributes:
-        kind: what the model computes; "retriever" embeds queries and passages.
+        kind: what the model computes; a "retriever" embeds queries and passages, a "reranker"
+            scores a query and a passage that it reads together.
         query_template, passage_template: the text that is tokenised. `{text}` is the query or the
             passage, `{title}` the passage's title; an empty title takes the space after it along.
             What follows the last field is never truncated.
         append_eos: put the tokenizer's EOS after the (truncated) text.
-        pooling: which state becomes the embedding: "last" real token, "mean" of the real tokens,
-            or "cls", the first token.
+        pooling: which state becomes the embedding, or is scored: "last" real token, "mean" of the
+            real tokens (not to be scored), or "cls", the first token.
         normalize: scale embeddings to unit length.
-        query_length, passage_length: tokens, with prompts and special tokens counted in.
-        temperature: scores are divided by it in training.
+        query_length, passage_length: tokens, with prompts and special tokens counted in. Of a
+            reranker their sum is the length of the whole input, and the passage gives way.
+        temperature: a retriever's scores are divided by it in training.
+        pair: how a reranker's two texts become one: "joined" by a space into one string (the
+            paper), or a "pair" as the tokenizer has it (encoders, and the released checkpoints).
     """
 
     kind: str = "retriever"
@@ -50,6 +56,7 @@ class Contract:
     query_length: int = 32
     passage_length: int = 196
     temperature: float = 0.01
+    pair: str = "joined"
 
     def __post_init__(self) -> None:
         problems = self.problems()
@@ -65,6 +72,13 @@ class Contract:
             found.append(
                 f"contract.pooling is {self.pooling!r}; it must be one of {', '.join(POOLINGS)}"
             )
+        elif self.kind == "reranker" and self.pooling == "mean":
+            found.append(
+                "contract.pooling is 'mean'; a reranker reads the last token of a decoder"
+                " (stage=reranker) or cls of an encoder (stage=reranker_encoder)"
+            )
+        if self.pair not in PAIRS:
+            found.append(f"contract.pair is {self.pair!r}; it must be one of {', '.join(PAIRS)}")
         if not self.temperature > 0:
             found.append(f"contract.temperature is {self.temperature}; it must be above 0")
         for name in ("query_length", "passage_length"):
@@ -164,15 +178,15 @@ def folder_digest(folder: Path) -> str:
 
 
 def files_digest(folder: Path) -> str:
-    """A digest of names and contents of a folder's *.safetensors and *.json, but `caravan.json`.
+    """A digest of names and contents of a folder's weights, configs and tokenizer files.
 
-    Weights, their config and the tokenizer: what a model computes, whatever its card says.
+    What a model computes, whatever its card says; `caravan.json` is left out.
     """
     import xxhash
 
     hasher = xxhash.xxh3_128()
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".json") and path.name != FILE and path.is_file():
+        if path.suffix in _READ and path.name != FILE and path.is_file():
             hasher.update(f"{path.name}\0{content_digest(path)}\0".encode())
     return hasher.hexdigest()
 

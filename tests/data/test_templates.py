@@ -101,7 +101,7 @@ def test_long_texts_give_the_ids_that_whole_texts_give(
     texts = [("", TEXTS[kind]), ("Title", TEXTS[kind][3:])]
     texts += [("", TEXTS[kind][int(start) :]) for start in rng.integers(0, 700, 20)]
     found = Templates(tokenizer, contract).passages(texts)
-    monkeypatch.setattr(module, "_beginning", lambda text, room: text)
+    monkeypatch.setattr(module, "beginning", lambda text, room: text)
     assert found == Templates(tokenizer, contract).passages(texts)
 
 
@@ -110,7 +110,7 @@ def test_only_the_beginning_of_a_long_text_is_tokenised(
 ) -> None:
     templates, sizes = Templates(tokenizer, contract), []
     monkeypatch.setattr(
-        templates, "_ids", lambda texts: sizes.extend(map(len, texts)) or [[5] * 99] * len(texts)
+        module, "_ids", lambda _, texts: sizes.extend(map(len, texts)) or [[5] * 99] * len(texts)
     )
     templates.passages([("", "camel caravan " * 30_000)])
     assert max(sizes) < 16 * (contract.passage_length + 17)

@@ -11,7 +11,8 @@ from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.errors import InputError
 from caravan.models import backbone as backbone_module
-from caravan.models.backbone import LoRA, TinyLlama, parameter_counts
+from caravan.models.adapters import LoRA
+from caravan.models.backbone import TinyLlama, parameter_counts
 from caravan.models.biencoder import BiEncoder
 
 

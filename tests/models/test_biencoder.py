@@ -9,7 +9,8 @@ from torch import Tensor
 
 from caravan.batches import pack
 from caravan.contract import Contract
-from caravan.models.biencoder import BiEncoder, is_causal, pool
+from caravan.models.biencoder import BiEncoder
+from caravan.models.pooling import is_causal, pool
 
 
 def _architecture(name: str) -> torch.nn.Module:

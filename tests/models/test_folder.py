@@ -15,7 +15,8 @@ from caravan.data.collection import Collection
 from caravan.data.templates import Templates
 from caravan.errors import InputError
 from caravan.models import folder
-from caravan.models.backbone import LoRA, Pretrained
+from caravan.models.adapters import LoRA
+from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
 
 TEXTS = [[5, 6, 7], [8, 9, 10, 11], [12]]

@@ -19,7 +19,7 @@ from caravan.data.datamodule import DataModule
 from caravan.data.negatives import Negatives
 from caravan.data.runs import read_run
 from caravan.data.templates import Templates
-from caravan.models.backbone import LoRA
+from caravan.models.adapters import LoRA
 from caravan.retrieval.index import Faiss
 from caravan.retrieval.metrics import score_run
 from caravan.training.callbacks import (

@@ -67,7 +67,7 @@ class Templates:
         self._query = Template(contract.query_template)
         self._passage = Template(contract.passage_template)
         self._tails = {
-            side: [*(self._ids([template.suffix])[0] if template.suffix else []), *self.after]
+            side: [*(_ids(tokenizer, [template.suffix])[0] if template.suffix else []), *self.after]
             for side, template in (("query", self._query), ("passage", self._passage))
         }
         for side, tail in self._tails.items():
@@ -104,34 +104,49 @@ class Templates:
         if not texts:
             return []
         room, tail = self._room(side), self._tails[side]
-        begun = [_beginning(text, room) for text in texts]
-        encoded = self._ids(begun)
-        short = [
-            i
-            for i, ids in enumerate(encoded)
-            if len(begun[i]) < len(texts[i]) and len(ids) <= room + SPARE_TOKENS
-        ]
-        for i, ids in zip(short, self._ids([texts[i] for i in short]), strict=True):
-            encoded[i] = ids
+        begun = [beginning(text, room) for text in texts]
+        encoded = token_ids(self.tokenizer, texts, begun, room)
         return [[*self.before, *ids[:room], *tail] for ids in encoded]
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        encoded: list[list[int]] = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        return encoded
 
+def beginning(text: str, room: int, start: int = 0) -> str:
+    """The part of a long text that is tokenised first, up to the end of a word.
 
-def _beginning(text: str, room: int) -> str:
-    """The part of a long text that is tokenised first, up to the end of a word."""
-    end = _WORD_END.search(text, CHARACTERS_A_TOKEN * (room + SPARE_TOKENS))
+    Args:
+        start: characters that are kept in any case.
+    """
+    end = _WORD_END.search(text, start + CHARACTERS_A_TOKEN * (room + SPARE_TOKENS))
     return text[: end.start()] if end else text
+
+
+def token_ids(tokenizer: Any, texts: list[str], begun: list[str], room: int) -> list[list[int]]:
+    """Ids of texts without special tokens, right up to `room`; each text's beginning may do.
+
+    Args:
+        begun: beginnings of the texts, as `beginning` gives them.
+    """
+    encoded = _ids(tokenizer, begun)
+    short = [
+        i
+        for i, ids in enumerate(encoded)
+        if len(begun[i]) < len(texts[i]) and len(ids) <= room + SPARE_TOKENS
+    ]
+    for i, ids in zip(short, _ids(tokenizer, [texts[i] for i in short]), strict=True):
+        encoded[i] = ids
+    return encoded
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded: list[list[int]] = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    return encoded
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

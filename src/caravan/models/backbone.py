@@ -1,15 +1,14 @@
-"""Backbones: a transformer without a head, built from random weights or loaded from a name.
+"""Backbones: a transformer built from random weights or loaded from a name.
 
-A backbone is a small description (two methods: `tokenizer`, `model`) that `conf/backbone/*.yaml`
-names by `_target_`; weights load only when `model` is called. Weights are float32 here; the
-precision of the arithmetic is the trainer's or the encoder's affair.
+A backbone is a small description (methods `tokenizer`, `model`, and `scorer` for rerankers) that
+`conf/backbone/*.yaml` names by `_target_`; weights load only when a model is asked for. Weights are
+float32 here; the precision of the arithmetic is the trainer's or the encoder's affair.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from caravan.contract import adapter_base, read_contract
 from caravan.errors import InputError
-from caravan.models import attention as cpu_attention
+from caravan.models import folder
+from caravan.models.adapters import copy_adapter, is_adapter, load_adapter
+from caravan.models.crossencoder import with_head
+from caravan.models.loading import load_scorer, load_tokenizer, load_weights, set_attention
 
 
 class TinyLlama:
@@ -93,6 +96,10 @@ class TinyLlama:
         )
         return _prepared(set_attention(LlamaModel(config), self.attention), self.checkpointing)
 
+    def scorer(self, tokenizer: Any) -> nn.Module:
+        """The model with a new head."""
+        return _new_head(self.model(tokenizer), tokenizer)
+
 
 class Pretrained:
     """Any decoder or encoder of transformers, by hub id or folder.
@@ -125,39 +132,95 @@ class Pretrained:
         return load_tokenizer(self.name, **self.hub)
 
     def model(self, tokenizer: Any) -> nn.Module:
+        if is_adapter(self.name, self.hub["revision"]):
+            return load_adapter(self._base(), self.name, self.hub["revision"])
         model = load_weights(self.name, torch.float32, self.attention, **self.hub)
         return _prepared(model, self.checkpointing)
 
+    def scorer(self, tokenizer: Any) -> nn.Module:
+        """The model with the head that it was released with, else with a new one."""
+        if is_adapter(self.name, self.hub["revision"]):
+            headed = with_head(self._base(), tokenizer.pad_token_id)
+            return load_adapter(headed, self.name, self.hub["revision"])
+        scorer: Any
+        scorer, scorer.head_is_new = load_scorer(
+            self.name, torch.float32, self.attention, tokenizer.pad_token_id, **self.hub
+        )
+        return _prepared(scorer, self.checkpointing)
 
-class LoRA:
-    """Low-rank adapters (arXiv 2106.09685) on a frozen backbone; defaults are RepLLaMA's.
+    def _base(self) -> nn.Module:
+        """The base that a released adapter names."""
+        from peft import PeftConfig
+
+        config = PeftConfig.from_pretrained(self.name, revision=self.hub["revision"])
+        base = load_weights(
+            str(config.base_model_name_or_path),
+            torch.float32,
+            self.attention,
+            revision=config.revision,
+            trust_remote_code=self.hub["trust_remote_code"],
+        )
+        return _prepared(base, self.checkpointing)
+
+
+class Trained:
+    """The transformer of a model folder, to train on from (`init_from`).
 
     Args:
-        rank, alpha, dropout: as in PEFT.
-        targets: names of the linear layers, or "all-linear".
+        folder: of a retriever, a reranker or an adapted model.
+        adapter: keep an adapter apart, for `LoRA` to go on with; else it is merged.
+        attention, checkpointing: as in the other backbones.
     """
 
+    trains_tokenizer = False
+
     def __init__(
-        self,
-        rank: int = 32,
-        alpha: int = 64,
-        dropout: float = 0.1,
-        targets: list[str] | str = "all-linear",
+        self, folder: str, adapter: bool, attention: str = "auto", checkpointing: bool = False
     ) -> None:
-        self.settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
-        self.targets = targets
+        self.name = folder
+        self.facts = read_contract(Path(folder))[1]
+        self.adapter = folder if adapter and self.facts["weights"] == "adapter" else None
+        self.attention = attention
+        self.checkpointing = checkpointing
+        self.told = ""
 
-    def apply(self, model: nn.Module) -> nn.Module:
-        """Freeze the model and put adapters on it; only these are trained and saved."""
-        from peft import LoraConfig, TaskType, get_peft_model
+    def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
+        """The folder's own tokenizer; the collection plays no part."""
+        return load_tokenizer(self.name)
 
-        config = LoraConfig(
-            task_type=TaskType.FEATURE_EXTRACTION,
-            target_modules=self.targets,
-            revision=getattr(model, "revision", None),  # the adapter finds the same base again
-            **self.settings,
-        )
-        return get_peft_model(model, config)
+    def model(self, tokenizer: Any) -> nn.Module:
+        """The transformer without a head; what a head the folder has is left out."""
+        scorer = self._loaded()
+        model = getattr(scorer, scorer.base_model_prefix) if hasattr(scorer, "score") else scorer
+        return self._prepared(model, new=0)
+
+    def scorer(self, tokenizer: Any) -> nn.Module:
+        """The transformer with its head, or with a new one if it was no reranker."""
+        model = self._loaded()
+        if hasattr(model, "score") or hasattr(model, "classifier"):
+            return self._prepared(model, new=0)
+        return _new_head(self._prepared(model, new=1), tokenizer)
+
+    def adapted(self, peft: Any, model: nn.Module) -> nn.Module:
+        """The model with adapters on it, which go on from those of the folder if it has any."""
+        model = peft.apply(model)
+        if self.adapter is not None:
+            copy_adapter(model, self.adapter)
+        return model
+
+    def _loaded(self) -> Any:
+        if self.adapter is not None:
+            base, revision = adapter_base(Path(self.adapter))
+            return load_weights(base, torch.float32, self.attention, revision=revision)
+        model = folder.load(Path(self.name))[0].transformer
+        return set_attention(model, self.attention)
+
+    def _prepared(self, model: Any, new: int) -> nn.Module:
+        taken = sum(1 for _ in model.parameters())
+        head = ", 1 new (score.weight)" if new else ""
+        whole = " (the base's, and the adapter's)" if self.adapter else ""
+        self.told = f"{taken} weights taken from {self.name}{whole}{head}"
+        return _prepared(model, self.checkpointing)
 
 
 def _texts(collection: Any) -> Iterator[str]:
@@ -187,94 +250,16 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Any:
     return bpe
 
 
-def load_tokenizer(name: str, **hub: Any) -> Any:
-    """A tokenizer of the hub or of a folder.
-
-    Raises:
-        InputError: it is not to be had.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, **hub)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{name}: no tokenizer could be loaded ({_first_line(error)})") from None
-
-
-def load_weights(
-    name: str, dtype: torch.dtype, attention: str = "auto", heads: bool = True, **hub: Any
-) -> nn.Module:
-    """A transformer without a head from the hub or a folder; every weight must be there.
-
-    Args:
-        heads: released models bring heads (lm_head, classifier, ...), which are left out; weights
-            of layers that the config does not count are refused nevertheless.
-
-    Raises:
-        InputError: it is not to be had, or weights are missing, of another shape or not used.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoModel
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of missing weights is replaced by the check below
-    try:
-        model, report = AutoModel.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, **hub
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{name}: no model could be loaded ({_first_line(error)})") from None
-    finally:
-        logging.set_verbosity(verbosity)
-    # The pooler is a head of BERT's pre-training; embeddings are pooled from the states.
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
-    wrong = sorted(str(key[0]) for key in report.get("mismatched_keys", ()))
-    unused = sorted(report["unexpected_keys"])
-    if heads:
-        kinds = {_unnumbered(key) for key, _ in model.named_parameters()}
-        unused = [key for key in unused if _unnumbered(key, model.base_model_prefix) in kinds]
-    if missing or wrong or unused:
-        told = ", ".join(
-            [f"{key} missing" for key in missing]
-            + [f"{key} mis-shaped" for key in wrong]
-            + [f"{key} not used" for key in unused]
-        )
-        raise InputError(
-            f"{name}: {len(missing) + len(wrong) + len(unused)} weights do not match the"
-            " architecture"
-            f" ({told[:300]}); the folder is incomplete or of another model"
-        )
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None
-    model.revision = hub.get("revision")
-    return set_attention(model, attention)
-
-
-def set_attention(model: Any, attention: str) -> nn.Module:
-    """Choose the attention; "auto" leaves an architecture that needs its own with that.
-
-    Raises:
-        InputError: the architecture lacks the implementation that was asked for by name.
-    """
-    if attention == "auto" and not cpu_attention.suits(model):
-        return model
-    try:
-        model.set_attn_implementation(cpu_attention.NAME if attention == "auto" else attention)
-    except (ValueError, ImportError, KeyError) as error:
-        if attention != "auto":
-            raise InputError(
-                f"backbone.attention={attention} is not to be had for {type(model).__name__}"
-                f" ({_first_line(error)})"
-            ) from None
-    return model
-
-
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Trainable and total parameters."""
     total = sum(p.numel() for p in model.parameters())
     return sum(p.numel() for p in model.parameters() if p.requires_grad), total
+
+
+def _new_head(model: nn.Module, tokenizer: Any) -> nn.Module:
+    scorer: Any = with_head(model, tokenizer.pad_token_id)
+    scorer.head_is_new = True
+    return scorer
 
 
 def _prepared(model: Any, checkpointing: bool) -> nn.Module:
@@ -287,12 +272,3 @@ def _prepared(model: Any, checkpointing: bool) -> nn.Module:
             raise InputError(f"{type(model).__name__} cannot recompute activations")
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
-
-
-def _unnumbered(key: str, prefix: str = "") -> str:
-    """The name of a weight in whichever layer: `layers.3.norm.weight` is `layers.#.norm.weight`."""
-    return re.sub(r"\d+", "#", key.removeprefix(f"{prefix}.") if prefix else key)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else repr(error)

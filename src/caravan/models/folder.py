@@ -1,9 +1,10 @@
-"""The model folder: weights, tokenizer and contract, enough to embed with and nothing else needed.
+"""The model folder: weights, tokenizer and contract; nothing else is needed to embed or to score.
 
     model/
       caravan.json        the contract (prompts, EOS, pooling, lengths, ...) and facts of training
       config.json  model.safetensors             full weights, as transformers reads them
       adapter_config.json  adapter_model.safetensors   or an adapter, as PEFT reads it
+      score.safetensors   an encoder's head; a decoder's is in its weights, or in its adapter
       tokenizer.json ...  README.md
 
 It is written beside its final place and renamed, so there is a whole folder or none.
@@ -18,32 +19,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from caravan.contract import Contract, adapter_base, read_contract, write_contract
 from caravan.errors import InputError
-from caravan.models.backbone import load_tokenizer, load_weights
+from caravan.models.adapters import load_adapter, merged
 from caravan.models.biencoder import BiEncoder
+from caravan.models.crossencoder import CrossEncoder, Headed, with_head
+from caravan.models.loading import load_scorer, load_tokenizer, load_weights
 
-_ADAPTER = "adapter_model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+HEAD = "score.safetensors"
+Model = BiEncoder | CrossEncoder
 
 
 def save(
-    folder: Path, model: BiEncoder, tokenizer: Any, contract: Contract, facts: dict[str, Any]
+    folder: Path, model: Model, tokenizer: Any, contract: Contract, facts: dict[str, Any]
 ) -> None:
     """Write a model folder, whole or not at all; one that is there already is replaced.
 
     Args:
         facts: JSON data for the model card: base model, collection, steps, figures.
     """
+    from safetensors.torch import save_file
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    adapter = hasattr(model.backbone, "peft_config")
+    transformer: Any = model.transformer
+    adapter = hasattr(transformer, "peft_config")
     facts = {**facts, "weights": "adapter" if adapter else "full"}
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        model.backbone.save_pretrained(scratch)  # type: ignore[operator]
+        if isinstance(transformer, Headed):
+            transformer.backbone.save_pretrained(scratch)
+            head = {"score.weight": transformer.score.weight.detach().contiguous()}
+            save_file(head, scratch / HEAD)
+        else:
+            transformer.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         write_contract(scratch, contract, facts)
         (scratch / "README.md").write_text(_card(contract, facts), "utf-8")
@@ -55,51 +68,95 @@ def save(
 
 
 def load(
-    folder: Path, dtype: torch.dtype = torch.float32
-) -> tuple[BiEncoder, Any, Contract, dict[str, Any]]:
+    folder: Path, dtype: torch.dtype = torch.float32, kind: str | None = None
+) -> tuple[Any, Any, Contract, dict[str, Any]]:
     """Load a model folder: (model in eval mode, tokenizer, contract, facts); adapters are merged.
 
+    Args:
+        dtype: of the transformer's weights; a reranker's head is float32.
+        kind: what it must be, "retriever" or "reranker"; None takes both.
+
+    Returns:
+        The model is a BiEncoder or a CrossEncoder.
+
     Raises:
-        InputError: the contract is missing or broken, or a weight is missing, unknown or misshapen.
+        InputError: the contract is missing or broken, a weight (a reranker's head among them) is
+            missing, unknown or misshapen, or the folder is of another kind.
     """
     contract, facts = read_contract(folder)
-    if facts["weights"] == "adapter":
-        if not (folder / _ADAPTER).is_file():
-            raise InputError(f"{folder} has no {_ADAPTER}; save the model again")
-        backbone = _with_adapter(folder, dtype)
+    if kind is not None and contract.kind != kind:
+        raise InputError(f"{folder} is a {contract.kind}; give the folder of a {kind}")
+    adapter = facts["weights"] == "adapter"
+    if adapter and not (folder / ADAPTER).is_file():
+        raise InputError(f"{folder} has no {ADAPTER}; save the model again")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{folder} has no weights (*.safetensors); save the model again")
+    model: Model
+    if contract.kind == "reranker":
+        model = CrossEncoder(_scorer(folder, dtype, adapter), contract)
     else:
-        if not any(folder.glob("*.safetensors")):
-            raise InputError(f"{folder} has no weights (*.safetensors); save the model again")
-        backbone = load_weights(str(folder), dtype, heads=False)
-    model = BiEncoder(backbone, contract).eval()
-    return model, load_tokenizer(str(folder)), contract, facts
+        model = BiEncoder(_backbone(folder, dtype, adapter), contract)
+    return model.eval(), load_tokenizer(str(folder)), contract, facts
 
 
-def _with_adapter(folder: Path, dtype: torch.dtype) -> Any:
-    """The base with the adapter added into its weights: plain layers, which pack and run faster."""
-    from peft import PeftModel
-    from safetensors import safe_open
-
+def _backbone(folder: Path, dtype: torch.dtype, adapter: bool) -> nn.Module:
+    if not adapter:
+        return load_weights(str(folder), dtype, heads=False)
     base, revision = adapter_base(folder)
-    model = PeftModel.from_pretrained(load_weights(base, dtype, revision=revision), str(folder))
-    with safe_open(folder / _ADAPTER, framework="pt") as file:
-        stored = set(file.keys())
-    wanted = {
-        name.replace(".default", "") for name, _ in model.named_parameters() if ".lora_" in name
-    }
-    if stored != wanted:
-        raise InputError(
-            f"{folder / _ADAPTER} does not fit {base}: {len(wanted - stored)} weights missing,"
-            f" {len(stored - wanted)} not used"
+    return merged(load_adapter(load_weights(base, dtype, revision=revision), str(folder)))
+
+
+def _scorer(folder: Path, dtype: torch.dtype, adapter: bool) -> nn.Module:
+    if adapter:
+        base, revision = adapter_base(folder)
+        scorer: Any = merged(
+            load_adapter(load_scorer(base, dtype, revision=revision)[0], str(folder))
         )
-    merged = model.merge_and_unload()
-    if hasattr(merged, "peft_config"):
-        del merged.peft_config  # else `save` would take the merged model for an adapter
-    return merged
+        head, key = folder / ADAPTER, "base_model.model.score.weight"
+    elif (folder / HEAD).is_file():
+        scorer = with_head(load_weights(str(folder), dtype, heads=False))
+        head, key = folder / HEAD, "score.weight"
+    else:
+        scorer, new = load_scorer(str(folder), dtype)
+        if new:
+            raise InputError(f"{folder} has no trained head, so its scores would be random")
+        head, key = None, ""
+    if hasattr(scorer, "score") and dtype != torch.float32:
+        scorer.score.float()
+        if head is not None:
+            _read_head(scorer.score, head, key)
+    elif head is not None and not adapter:
+        _read_head(scorer.score, head, key)
+    return scorer
+
+
+def _read_head(head: nn.Linear, path: Path, key: str) -> None:
+    """A head's weight as it was saved, in float32."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            weight = file.get_tensor(key)
+        with torch.no_grad():
+            head.weight.copy_(weight)
+    except (SafetensorError, RuntimeError) as error:
+        raise InputError(f"{path}: no head to score with ({error}); save the model again") from None
 
 
 def _card(contract: Contract, facts: dict[str, Any]) -> str:
     figures = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    length = contract.query_length + contract.passage_length
+    reads = {
+        "retriever": f"""| query | `{contract.query_template}`, {contract.query_length} tokens |
+| passage | `{contract.passage_template}`, {contract.passage_length} tokens |
+| embedding | {contract.pooling} pooling, {"unit length" if contract.normalize else "as it comes"} |
+""",
+        "reranker": f"""| query | `{contract.query_template}` |
+| passage | `{contract.passage_template}` |
+| input | {"one text" if contract.pair == "joined" else "a pair"}, {length} tokens |
+| score | a linear head on the {contract.pooling} token |
+""",
+    }[contract.kind]
     return f"""---
 library_name: caravan
 tags: [retrieval, {contract.kind}]
@@ -109,13 +166,12 @@ tags: [retrieval, {contract.kind}]
 A {contract.kind} trained with Caravan. `caravan.json` holds all that its use needs: prompts, EOS,
 pooling, lengths. Evaluate it on a BEIR folder:
 
-    python evaluate.py retriever=<this folder> data=beir data.path=<collection>
+    python evaluate.py {contract.kind}=<this folder> data=beir data.path=<collection>{
+        "" if contract.kind == "retriever" else " retriever=bm25"
+    }
 
 | setting | value |
 |---|---|
-| query | `{contract.query_template}`, {contract.query_length} tokens |
-| passage | `{contract.passage_template}`, {contract.passage_length} tokens |
-| EOS | {"appended" if contract.append_eos else "as the tokenizer has it"} |
-| embedding | {contract.pooling} pooling, {"unit length" if contract.normalize else "as it comes"} |
+{reads}| EOS | {"appended" if contract.append_eos else "as the tokenizer has it"} |
 {figures}
 """

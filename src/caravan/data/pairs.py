@@ -1,0 +1,168 @@
+"""A query and a passage as one input of a reranker: joined or paired, truncated, then EOS.
+
+RankLLaMA (arXiv 2310.08319, section 2.2) reads `query: {query} document: {title} {text}` and an EOS
+as one text; its released checkpoints, and encoders, take the two as a pair with special tokens of
+the tokenizer's own. The document gives way to the length, never the query, never the EOS.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from caravan.contract import Contract
+from caravan.data.templates import Template, beginning, special_tokens, token_ids
+from caravan.errors import InputError
+
+log = logging.getLogger(__name__)
+
+LEAST = 16
+"""Tokens that a document keeps however long its query is; only beyond them is a query cut."""
+
+
+class Pair(NamedTuple):
+    """One input of a reranker."""
+
+    ids: list[int]
+    second: int  # where the passage begins, for models with token types
+
+
+class PairTemplates:
+    """Turns queries with passages into token ids as the contract says.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        contract: of a reranker.
+
+    Raises:
+        InputError: the contract wants an EOS that the tokenizer lacks, or leaves no room.
+    """
+
+    def __init__(self, tokenizer: Any, contract: Contract) -> None:
+        self.tokenizer = tokenizer
+        self.contract = contract
+        self.typed = "token_type_ids" in tokenizer.model_input_names
+        self.length = contract.query_length + contract.passage_length
+        if contract.pair == "pair":
+            self.before, self.between, self.after = pair_tokens(tokenizer)
+        else:
+            self.before, self.after = special_tokens(tokenizer)
+            self.between = []
+        eos = tokenizer.eos_token_id
+        if contract.append_eos and eos is None:
+            raise InputError(
+                f"contract.append_eos is set, but {tokenizer.name_or_path or 'the tokenizer'} has"
+                " no EOS token; set contract.append_eos=false"
+            )
+        if contract.append_eos and self.after[-1:] != [eos]:
+            self.after = [*self.after, eos]
+        self._query = Template(contract.query_template)
+        self._passage = Template(contract.passage_template)
+        if self._passage.suffix:
+            raise InputError(
+                f"contract.passage_template {contract.passage_template!r} goes on after its last"
+                " field, which a reranker's may not; end it with {text}"
+            )
+        self.room = self.length - len(self.before) - len(self.between) - len(self.after)
+        if self.room < 2 * LEAST:
+            raise InputError(
+                f"contract.query_length + contract.passage_length = {self.length} leaves"
+                f" {max(self.room, 0)} tokens for query and document, which need {2 * LEAST};"
+                " raise one of them"
+            )
+        self._cut = 0
+
+    @property
+    def pad_id(self) -> int:
+        """Fills padding. Any id does, since the mask decides what is real."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    def pairs(
+        self, queries: Sequence[tuple[str, str]], passages: Sequence[tuple[str, str]]
+    ) -> list[Pair]:
+        """Token ids of pairs; queries and passages are (title, text), a query's title ignored."""
+        firsts = [self._query.render("", text) + self._query.suffix for _, text in queries]
+        seconds = [self._passage.render(title, text) for title, text in passages]
+        if not firsts:
+            return []
+        return (
+            self._paired(firsts, seconds)
+            if self.contract.pair == "pair"
+            else self._joined(firsts, seconds)
+        )
+
+    def _joined(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
+        texts = [f"{first} {second}" for first, second in zip(firsts, seconds, strict=True)]
+        # A query is tokenised whole; of a document, no more than could stay.
+        begun = [
+            beginning(text, self.room, start=len(first))
+            for first, text in zip(firsts, texts, strict=True)
+        ]
+        pairs = []
+        for first, text, ids in zip(
+            firsts, texts, token_ids(self.tokenizer, texts, begun, self.room), strict=True
+        ):
+            # A token is a byte at least, so only a long query has to be looked at.
+            if len(first.encode()) > self.room - LEAST and len(ids) > self.room:
+                ids = self._without_end_of_query(first, text, ids)
+            pairs.append(Pair([*self.before, *ids[: self.room], *self.after], 0))
+        return [pair._replace(second=len(pair.ids)) for pair in pairs]
+
+    def _without_end_of_query(self, first: str, text: str, ids: list[int]) -> list[int]:
+        whole = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        of_query = sum(end <= len(first) for _, end in whole["offset_mapping"])
+        if of_query <= self.room - LEAST:
+            return ids
+        self._tell_cut()
+        ids = whole["input_ids"]
+        document = ids[of_query : of_query + LEAST]
+        return [*ids[: self.room - len(document)], *document]
+
+    def _paired(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
+        distinct = list(dict.fromkeys(firsts))  # a query stands beside many passages
+        known = dict(
+            zip(distinct, token_ids(self.tokenizer, distinct, distinct, self.room), strict=True)
+        )
+        begun = [beginning(text, self.room) for text in seconds]
+        pairs = []
+        for first, passage in zip(
+            firsts, token_ids(self.tokenizer, seconds, begun, self.room), strict=True
+        ):
+            query = known[first]
+            most = self.room - min(LEAST, len(passage))
+            if len(query) > most:
+                self._tell_cut()
+                query = query[:most]
+            head = [*self.before, *query, *self.between]
+            ids = [*head, *passage[: self.room - len(query)], *self.after]
+            pairs.append(Pair(ids, len(head) if self.typed else len(ids)))
+        return pairs
+
+    def _tell_cut(self) -> None:
+        self._cut += 1
+        if self._cut == 1:
+            log.warning(
+                "a query takes more than the %d tokens that contract.query_length +"
+                " contract.passage_length leave it, and is cut; raise one of them",
+                self.room - LEAST,
+            )
+
+
+def pair_tokens(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+    """The ids that the tokenizer itself puts before, between and after the texts of a pair."""
+    plain = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b")]
+    whole = tokenizer("a", "b")["input_ids"]
+    for first in range(len(whole)):
+        if whole[first : first + len(plain[0])] != plain[0]:
+            continue
+        rest = first + len(plain[0])
+        for second in range(rest, len(whole)):
+            if whole[second : second + len(plain[1])] == plain[1]:
+                return whole[:first], whole[rest:second], whole[second + len(plain[1]) :]
+    raise InputError(
+        f"{tokenizer.name_or_path}: the special tokens of its pairs change the texts' own tokens;"
+        " set contract.pair=joined"
+    )

@@ -1,0 +1,148 @@
+"""Texts to scores: a query and a passage read together, and a linear head over one state.
+
+RankLLaMA (arXiv 2310.08319, section 2.2) puts a bias-free head on the last token's state of a
+decoder; on an encoder it sits on the state of [CLS]. The transformer of a decoder is transformers'
+own `...ForSequenceClassification` with one label, so a model folder is what plain transformers and
+PEFT load. A score does not depend on the batch nor on the padding side, and is computed in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+from caravan.batches import Packed
+from caravan.contract import Contract
+from caravan.errors import InputError
+from caravan.models import attention as _registered  # noqa: F401
+from caravan.models.pooling import is_causal, pooled_states
+
+
+class Headed(PreTrainedModel):
+    """A transformer and a head, for architectures whose own classifier is another."""
+
+    base_model_prefix = "backbone"
+    # Attention is chosen on the backbone, and must not be refused a second time here.
+    _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
+
+    def __init__(self, backbone: Any, head: nn.Linear) -> None:
+        super().__init__(backbone.config)
+        self.backbone = backbone
+        self.score = head
+
+
+class CrossEncoder(nn.Module):
+    """Scores a query and a passage that it reads as one input.
+
+    Args:
+        scorer: as `with_head` makes it, or a released `...ForSequenceClassification` with a head
+            of its own and one label; with or without an adapter.
+        contract: says which state the head reads.
+
+    Raises:
+        InputError: the head would read a state that says nothing.
+    """
+
+    def __init__(self, scorer: nn.Module, contract: Contract) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self.pooling = contract.pooling
+        self.causal = is_causal(scorer)
+        wanted = "last" if self.causal else "cls"
+        if self.pooling != wanted:
+            kind, stage = ("decoder", "") if self.causal else ("encoder", "_encoder")
+            raise InputError(
+                f"contract.pooling={self.pooling}: a reranker on {kind}s such as"
+                f" {type(self.plain).__name__} reads the {wanted} token; set"
+                f" contract.pooling={wanted}, or choose stage=reranker{stage}"
+            )
+
+    @property
+    def transformer(self) -> nn.Module:
+        """What a model folder saves: transformer and head, with the adapter if there is one."""
+        return self.scorer
+
+    @property
+    def plain(self) -> Any:
+        """The scorer inside of its adapter."""
+        return plain(self.scorer)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        full: bool = False,
+        token_types: Tensor | None = None,
+    ) -> Tensor:
+        """Score pairs.
+
+        Args:
+            input_ids, attention_mask, token_types: [n, L], padded on either side.
+            full: no pair is padded (the caller knows; looking would wait for the device).
+
+        Returns:
+            [n] float32.
+        """
+        scorer = self.plain
+        if not hasattr(scorer, "score"):
+            return self._own_head(scorer, input_ids, attention_mask, token_types)
+        backbone = getattr(scorer, scorer.base_model_prefix)
+        pooled = pooled_states(
+            backbone, input_ids, attention_mask, self.pooling, self.causal, full, token_types
+        )
+        with torch.autocast(input_ids.device.type, enabled=False):
+            return scorer.score(pooled)[:, 0]
+
+    @staticmethod
+    def _own_head(
+        scorer: Any, input_ids: Tensor, attention_mask: Tensor, token_types: Tensor | None
+    ) -> Tensor:
+        """A released encoder's score, by its own forward and head."""
+        left = attention_mask.argsort(dim=1, descending=True, stable=True)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if token_types is not None:
+            inputs["token_type_ids"] = token_types
+        inputs = {name: rows.gather(1, left) for name, rows in inputs.items()}
+        return scorer(**inputs).logits[:, 0].float()
+
+    def score(self, pairs: Packed) -> Tensor:
+        """Scores [N] float32 of packed pairs, in the order of the pairs."""
+        rows = [
+            self(chunk.input_ids, chunk.attention_mask, chunk.full, chunk.token_types)
+            for chunk in pairs.chunks
+        ]
+        return pairs.restore(torch.cat(rows))
+
+
+def plain(scorer: Any) -> Any:
+    """The module inside of its adapter, or itself."""
+    return scorer.get_base_model() if hasattr(scorer, "peft_config") else scorer
+
+
+def with_head(backbone: Any, pad_id: int | None = None) -> nn.Module:
+    """Put a new head on a transformer.
+
+    Args:
+        backbone: a transformers model without a head.
+        pad_id: noted in the config where that has none, since transformers' own code wants one.
+    """
+    config = backbone.config
+    config.num_labels = 1
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = pad_id
+    head = nn.Linear(config.get_text_config().hidden_size, 1, bias=False)
+    nn.init.normal_(head.weight, std=getattr(config, "initializer_range", 0.02))
+    kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if is_causal(backbone) and kind is not None:
+        with torch.device("meta"):
+            scorer = kind(config)
+        own = getattr(scorer, scorer.base_model_prefix, None)
+        if type(own) is type(backbone) and getattr(scorer, "score", None) is not None:
+            setattr(scorer, scorer.base_model_prefix, backbone)
+            scorer.score = head
+            return scorer
+    return Headed(backbone, head)

@@ -1,0 +1,144 @@
+"""Weights and tokenizers from the hub or a folder; nothing missing, left over or misshapen.
+
+transformers fills weights that a file lacks with random ones and tells it in a warning; here that
+is an error that names the weights.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from caravan.errors import InputError
+from caravan.models import attention as cpu_attention
+from caravan.models.crossencoder import with_head
+
+CLASSIFIER = "ForSequenceClassification"
+
+
+def load_tokenizer(name: str, **hub: Any) -> Any:
+    """A tokenizer of the hub or of a folder.
+
+    Raises:
+        InputError: it is not to be had.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, **hub)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{name}: no tokenizer could be loaded ({first_line(error)})") from None
+
+
+def load_weights(
+    name: str,
+    dtype: torch.dtype,
+    attention: str = "auto",
+    heads: bool = True,
+    auto: Any = None,
+    **hub: Any,
+) -> nn.Module:
+    """A transformer from the hub or a folder; every weight must be there.
+
+    Args:
+        auto: what transformers loads it with; None is AutoModel, which leaves a head out.
+        heads: released models bring heads (lm_head, classifier, ...), which are left out; weights
+            of layers that the config does not count are refused nevertheless.
+
+    Raises:
+        InputError: it is not to be had, or weights are missing, of another shape or not used.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of missing weights is replaced by the check below
+    try:
+        model, report = (auto or AutoModel).from_pretrained(
+            name, dtype=dtype, output_loading_info=True, **hub
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{name}: no model could be loaded ({first_line(error)})") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    # The pooler is a head of BERT's pre-training; embeddings are pooled from the states.
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    wrong = sorted(str(key[0]) for key in report.get("mismatched_keys", ()))
+    unused = sorted(report["unexpected_keys"])
+    if heads:
+        kinds = {_unnumbered(key) for key, _ in model.named_parameters()}
+        unused = [key for key in unused if _unnumbered(key, model.base_model_prefix) in kinds]
+    if missing or wrong or unused:
+        told = ", ".join(
+            [f"{key} missing" for key in missing]
+            + [f"{key} mis-shaped" for key in wrong]
+            + [f"{key} not used" for key in unused]
+        )
+        raise InputError(
+            f"{name}: {len(missing) + len(wrong) + len(unused)} weights do not match the"
+            " architecture"
+            f" ({told[:300]}); the folder is incomplete or of another model"
+        )
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    model.revision = hub.get("revision")
+    return set_attention(model, attention)
+
+
+def set_attention(model: Any, attention: str) -> nn.Module:
+    """Choose the attention; "auto" leaves an architecture that needs its own with that.
+
+    Raises:
+        InputError: the architecture lacks the implementation that was asked for by name.
+    """
+    if attention == "auto" and not cpu_attention.suits(model):
+        return model
+    try:
+        model.set_attn_implementation(cpu_attention.NAME if attention == "auto" else attention)
+    except (ValueError, ImportError, KeyError) as error:
+        if attention != "auto":
+            raise InputError(
+                f"backbone.attention={attention} is not to be had for {type(model).__name__}"
+                f" ({first_line(error)})"
+            ) from None
+    return model
+
+
+def load_scorer(
+    name: str, dtype: torch.dtype, attention: str = "auto", pad_id: int | None = None, **hub: Any
+) -> tuple[nn.Module, bool]:
+    """A transformer with a head that scores a text, and whether the head is new.
+
+    A model that was released with a head of one label keeps it.
+
+    Raises:
+        InputError: as `load_weights`, or its head has several labels.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{name}: no model could be loaded ({first_line(error)})") from None
+    if not any(kind.endswith(CLASSIFIER) for kind in config.architectures or ()):
+        return with_head(load_weights(name, dtype, attention, **hub), pad_id), True
+    if config.num_labels != 1:
+        raise InputError(
+            f"{name} has a head of {config.num_labels} labels; a reranker has one score"
+        )
+    auto = AutoModelForSequenceClassification
+    return load_weights(name, dtype, attention, auto=auto, **hub), False
+
+
+def _unnumbered(key: str, prefix: str = "") -> str:
+    """The name of a weight in whichever layer: `layers.3.norm.weight` is `layers.#.norm.weight`."""
+    return re.sub(r"\d+", "#", key.removeprefix(f"{prefix}.") if prefix else key)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else repr(error)

@@ -1,0 +1,61 @@
+"""Token ids to one state a text: run the transformer, then pool its last layer.
+
+RepLLaMA and RankLLaMA (arXiv 2310.08319, section 2) read the last token, the EOS. Which token is
+the last is read from the attention mask, never from the pad id, which for Llama may equal EOS.
+What comes out does not depend on what else is in the batch nor on the padding side.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, arange, nn
+
+
+def pooled_states(
+    backbone: nn.Module,
+    input_ids: Tensor,  # [n, L], padded on either side
+    attention_mask: Tensor,  # [n, L]
+    pooling: str,
+    causal: bool,
+    full: bool = False,
+    token_types: Tensor | None = None,  # [n, L]
+) -> Tensor:
+    """One state for each text, [n, d] float32.
+
+    Args:
+        backbone: a transformers model without a head; its output has `last_hidden_state`.
+        causal: whether it looks to the left only (`is_causal`).
+        full: no text is padded (the caller knows; looking would wait for the device).
+    """
+    if not full:
+        # Real tokens to the left, so that positions count from the text's first token in every
+        # architecture, whether its positions are absolute or relative.
+        left = attention_mask.argsort(dim=1, descending=True, stable=True)
+        input_ids = input_ids.gather(1, left)
+        attention_mask = attention_mask.gather(1, left)
+        token_types = None if token_types is None else token_types.gather(1, left)
+    # In a causal model no real token sees the padding on its right: no mask, a faster kernel.
+    mask = None if full or causal else attention_mask
+    types = {} if token_types is None else {"token_type_ids": token_types}
+    states = backbone(input_ids=input_ids, attention_mask=mask, **types).last_hidden_state
+    return pool(states, attention_mask, pooling)
+
+
+def pool(states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
+    """Pool states [n, L, d] of right-padded texts to [n, d] in float32."""
+    if pooling == "cls":
+        return states[:, 0].float()
+    lengths = attention_mask.sum(dim=1).long()
+    if pooling == "last":
+        rows = arange(len(states), device=states.device)
+        return states[rows, lengths - 1].float()
+    weights = attention_mask.unsqueeze(-1).float()
+    return (states.float() * weights).sum(dim=1) / lengths.clamp(min=1).unsqueeze(-1)
+
+
+def is_causal(backbone: nn.Module) -> bool:
+    """Whether every attention layer of the model looks to the left only.
+
+    Layers that do not say so count as looking both ways, which is always right, only slower.
+    """
+    layers = [m for m in backbone.modules() if type(m).__name__.endswith("Attention")]
+    return bool(layers) and all(getattr(m, "is_causal", False) is True for m in layers)

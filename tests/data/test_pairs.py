@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.tiny import WORDS
+
+from caravan.batches import pack
+from caravan.contract import Contract
+from caravan.data.pairs import LEAST, PairTemplates
+from caravan.errors import InputError
+
+JOINED = Contract(
+    kind="reranker",
+    passage_template="document: {title} {text}",
+    query_length=16,
+    passage_length=48,
+)
+
+
+@pytest.fixture
+def bert() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="[PAD]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def _texts(words: int, seed: int = 0) -> tuple[str, str]:
+    return "", " ".join(np.random.default_rng(seed).choice(WORDS, words))
+
+
+def test_joined_ids_are_those_of_the_whole_string_cut_and_then_eos(tokenizer: Any) -> None:
+    templates = PairTemplates(tokenizer, JOINED)
+    for words in (2, 12, 100, 3000):
+        query, passage = _texts(4, words), ("Title", _texts(words)[1])
+        (found,) = templates.pairs([query], [passage])
+        whole = f"query: {query[1]} document: Title {passage[1]}"
+        plain = tokenizer(whole)["input_ids"]
+        assert found.ids == [*plain[: 16 + 48 - 1], tokenizer.eos_token_id]
+
+
+def test_the_document_gives_way_and_never_the_query_nor_eos(tokenizer: Any) -> None:
+    templates = PairTemplates(tokenizer, JOINED)
+    query = _texts(20)  # more than query_length alone would hold
+    (found,) = templates.pairs([query], [_texts(500, 1)])
+    start = tokenizer(f"query: {query[1]}")["input_ids"]
+    assert len(found.ids) == 64
+    assert found.ids[: len(start)] == start
+    assert found.ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("form", ["joined", "pair"])
+def test_a_query_that_fills_the_input_leaves_the_document_its_least(
+    form: str, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    templates = PairTemplates(tokenizer, replace(JOINED, pair=form))
+    passage = ("", "oasis " * 200)
+    with caplog.at_level(logging.WARNING):
+        pairs = templates.pairs([_texts(300), _texts(300, 1)], [passage, passage])
+    oasis = tokenizer("oasis oasis", add_special_tokens=False)["input_ids"][-1]
+    for pair in pairs:
+        assert len(pair.ids) == 64
+        assert sum(token == oasis for token in pair.ids[-LEAST - 1 :]) >= 6
+    assert [record.message for record in caplog.records if "is cut" in record.message] == [
+        "a query takes more than the"
+        f" {templates.room - LEAST} tokens that contract.query_length + contract.passage_length"
+        " leave it, and is cut; raise one of them"
+    ]
+
+
+def test_the_pair_form_is_the_tokenizers_own_with_its_token_types(bert: Any) -> None:
+    contract = replace(
+        JOINED,
+        pair="pair",
+        append_eos=False,
+        pooling="cls",
+        query_template="{text}",
+        passage_template="{title} {text}",
+    )
+    query, passage = _texts(5), _texts(9, 1)
+    (found,) = PairTemplates(bert, contract).pairs([query], [passage])
+    plain = bert(query[1], passage[1])
+    assert found.ids == plain["input_ids"]
+    types = [int(i >= found.second) for i in range(len(found.ids))]
+    assert types == plain["token_type_ids"]
+    (long,) = PairTemplates(bert, contract).pairs([query], [_texts(500, 2)])
+    expected = bert(query[1], _texts(500, 2)[1], truncation="only_second", max_length=64)
+    assert long.ids == expected["input_ids"]
+
+
+def test_packed_pairs_carry_their_token_types() -> None:
+    packed = pack([[2, 5, 3, 6, 3], [2, 5, 5, 3, 6, 3]], 100, seconds=[3, 4])
+    (chunk,) = packed.chunks
+    assert chunk.token_types is not None
+    assert chunk.token_types.tolist() == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0]]
+
+
+def test_the_released_pair_form_has_two_bos_and_no_eos(tokenizer: Any) -> None:
+    from tokenizers import processors
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    contract = replace(JOINED, pair="pair", append_eos=False)
+    (found,) = PairTemplates(tokenizer, contract).pairs([("", "salt")], [("", "silk road")])
+    assert found.ids == tokenizer("query: salt", "document: silk road")["input_ids"]
+    assert found.ids.count(tokenizer.bos_token_id) == 2
+    assert tokenizer.eos_token_id not in found.ids
+    assert found.second == len(found.ids)  # Llama knows no token types
+
+
+def test_a_length_that_leaves_no_room_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(InputError, match="leaves 18 tokens for query and document"):
+        PairTemplates(tokenizer, replace(JOINED, query_length=10, passage_length=10))
