@@ -26,12 +26,11 @@ class Chunk:
     token_types: Tensor | None = None  # [n, L] int64, 1 for a pair's second text
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Chunk:
-        types = self.token_types
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=non_blocking),
             attention_mask=self.attention_mask.to(device, non_blocking=non_blocking),
-            token_types=None if types is None else types.to(device, non_blocking=non_blocking),
+            token_types=_moved(self.token_types, device, non_blocking),
         )
 
 
@@ -116,6 +115,7 @@ class TrainBatch:
     passages: Packed  # Q * G texts, group by group
     passage_rows: Tensor  # [Q, G] int64; column 0 is the positive
     positive_rows: Tensor  # [Q, M] int64, every positive of the query; filled up with -1
+    teacher: Tensor | None = None  # [Q, G] float32, a teacher's scores; NaN where it has none
 
     @property
     def tokens(self) -> int:
@@ -132,7 +132,45 @@ class TrainBatch:
             passages=self.passages.to(device, non_blocking),
             passage_rows=self.passage_rows.to(device, non_blocking=non_blocking),
             positive_rows=self.positive_rows.to(device, non_blocking=non_blocking),
+            teacher=_moved(self.teacher, device, non_blocking),
         )
+
+
+@dataclass(frozen=True)
+class RerankBatch:
+    """Q queries, each read together with the G passages of its group, the positive first."""
+
+    pairs: Packed  # Q * G texts, group by group
+    passage_rows: Tensor  # [Q, G] int64
+    teacher: Tensor | None = None  # [Q, G] float32, a teacher's scores; NaN where it has none
+
+    @property
+    def tokens(self) -> int:
+        return self.pairs.tokens
+
+    @property
+    def padded(self) -> int:
+        return self.pairs.padded
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> RerankBatch:
+        return replace(
+            self,
+            pairs=self.pairs.to(device, non_blocking),
+            passage_rows=self.passage_rows.to(device, non_blocking=non_blocking),
+            teacher=_moved(self.teacher, device, non_blocking),
+        )
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """N pairs to score, with the rows of their query and passage in the collection."""
+
+    query_rows: Tensor  # [N] int64
+    passage_rows: Tensor  # [N] int64
+    pairs: Packed
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> PairBatch:
+        return replace(self, pairs=self.pairs.to(device, non_blocking))
 
 
 @dataclass(frozen=True)
@@ -144,3 +182,7 @@ class EncodeBatch:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> EncodeBatch:
         return replace(self, texts=self.texts.to(device, non_blocking))
+
+
+def _moved(tensor: Tensor | None, device: torch.device, non_blocking: bool) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, non_blocking=non_blocking)

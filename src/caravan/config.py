@@ -61,6 +61,7 @@ class Train:
     cache_dir: str = MISSING
     seed: int = MISSING
     resume: bool = MISSING
+    init_from: str | None = MISSING
     precision: str = MISSING
     contract: Contract = field(default_factory=Contract)
     batching: Batching = field(default_factory=Batching)

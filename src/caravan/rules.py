@@ -30,6 +30,8 @@ PRECISIONS = ("auto", "bf16", "float32")
 MEASURES = ("MRR", "nDCG", "R", "MAP", "P")
 MEASURE = re.compile(rf"(?!nDCG\()({'|'.join(MEASURES)})(\(rel=[1-9]\d*\))?@[1-9]\d*")
 """What `caravan.retrieval.metrics.parse_measure` takes."""
+DISTILLING = ("KL", "MarginMSE")
+"""Losses of `caravan.training.losses` that learn from a teacher."""
 GIVEN_BY_RUN = (
     *("precision", "strategy", "logger", "callbacks", "plugins", "default_root_dir"),
     *("use_distributed_sampler", "num_sanity_val_steps"),
@@ -208,11 +210,48 @@ def search_is_deep_enough(cfg: DictConfig) -> Iterator[Mistake]:
             )
 
 
+def stage_suits_the_contract(cfg: DictConfig) -> Iterator[Mistake]:
+    """A retriever embeds and a reranker scores: what the model folder says it does."""
+    target, kind = value(cfg, "stage._target_"), value(cfg, "contract.kind")
+    if not isinstance(target, str) or not isinstance(kind, str):
+        return
+    if ".Reranker" in target and kind != "reranker":
+        yield Mistake(("contract", "kind"), "the stage trains a reranker; set it to reranker")
+    if ".Retriever" in target and kind != "retriever":
+        yield Mistake(("contract", "kind"), "the stage trains a retriever; set it to retriever")
+    trains = value(cfg, "trainer.max_steps") != 0
+    if (
+        kind == "reranker"
+        and trains
+        and "validation" in cfg
+        and value(cfg, "validation.run") is None
+    ):
+        text = "a reranker's validation puts a run's candidates into order; give a run over the dev"
+        yield Mistake(
+            ("validation", "run"), f"{text} queries (evaluate.py data.split=dev)", "folder"
+        )
+
+
+def teacher_is_there(cfg: DictConfig) -> Iterator[Mistake]:
+    """A loss that distils learns from the scores of a run."""
+    sampler, loss = value(cfg, "sampler"), value(cfg, "loss")
+    if not isinstance(sampler, DictConfig) or value(cfg, "sampler.teacher") is not None:
+        return
+    if value(cfg, "sampler.teacher_margin") is not None:
+        text = "it needs the scores of a run; set sampler.teacher"
+        yield Mistake(("sampler", "teacher_margin"), text)
+    for path, node in _mappings(loss, ("loss",)):
+        target = str(value(node, "_target_")).rpartition(".")[2]
+        if target in DISTILLING or (target == "RankNet" and value(node, "distils") is True):
+            text = f"{target} learns from a teacher's scores; give a run with them: sampler.teacher"
+            yield Mistake((*path, "_target_"), text, "folder")
+
+
 def folders_exist(cfg: DictConfig) -> Iterator[Mistake]:
     """The collection and the model to evaluate."""
     data = value(cfg, "data")
     places = [path for path, node in _mappings(data, ("data",)) if "path" in node]
-    named = [(*path, "path") for path in places] + [("retriever",)]
+    named = [(*path, "path") for path in places] + [("retriever",), ("init_from",)]
     for path in named:
         given = value(cfg, dotted(path))
         if not isinstance(given, str) or (path == ("retriever",) and given == "bm25"):
@@ -236,6 +275,8 @@ RULES: list[Rule] = [
     monitored_is_logged,
     training_ends,
     trainer_leaves_the_rest_to_the_run,
+    stage_suits_the_contract,
+    teacher_is_there,
     folders_exist,
 ]
 

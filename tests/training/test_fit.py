@@ -22,12 +22,8 @@ from caravan.data.templates import Templates
 from caravan.models.adapters import LoRA
 from caravan.retrieval.index import Faiss
 from caravan.retrieval.metrics import score_run
-from caravan.training.callbacks import (
-    AtomicCheckpoints,
-    ResumePoint,
-    RetrievalEvaluation,
-    Throughput,
-)
+from caravan.training.callbacks import AtomicCheckpoints, ResumePoint, Throughput
+from caravan.training.evaluation import RetrievalEvaluation
 from caravan.training.losses import InfoNCE
 from caravan.training.optim import AdamW
 from caravan.training.retriever import Retriever

@@ -23,7 +23,8 @@ from caravan.contract import folder_digest, read_contract
 from caravan.data.batching import limited
 from caravan.errors import InputError
 from caravan.models import folder, hardware
-from caravan.training.run import _batches, _inputs
+from caravan.training.inputs import inputs_of
+from caravan.training.run import _batches
 from caravan.training.run import train as train_config
 
 
@@ -170,7 +171,7 @@ def test_the_precision_that_a_machine_chooses_is_recorded(
 ) -> None:
     settings = yaml.safe_load((finished[0] / "config.yaml").read_text())
     settings["precision"] = "auto"
-    assert _inputs(settings, None)["precision"] == hardware.resolve("auto")
+    assert inputs_of(settings, None)["precision"] == hardware.resolve("auto")
 
 
 def test_a_run_is_the_same_wherever_it_is_written(

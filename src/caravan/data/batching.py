@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from caravan.batches import EncodeBatch, TrainBatch, pack
+from caravan.batches import EncodeBatch, Packed, PairBatch, RerankBatch, TrainBatch, pack
 from caravan.data.collection import Collection, Qrels, Texts
 from caravan.data.negatives import Negatives
+from caravan.data.pairs import PairTemplates
 from caravan.data.templates import Templates
 
 
@@ -58,15 +59,20 @@ def limited(batches: int, limit: int | float) -> int:
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
-class Groups(Dataset[TrainBatch]):
-    """Training batches: item (epoch, positions) is the packed batch of these queries' groups."""
+class Groups(Dataset[Any]):
+    """Training batches: item (epoch, positions) is the packed batch of these queries' groups.
+
+    Args:
+        templates: a retriever's, whose batches are queries and passages, or a reranker's, whose
+            batches are pairs.
+    """
 
     def __init__(
         self,
         collection: Collection,
         qrels: Qrels,
         negatives: Negatives,
-        templates: Templates,
+        templates: Templates | PairTemplates,
         token_budget: int,
         seed: int,
     ) -> None:
@@ -89,7 +95,7 @@ class Groups(Dataset[TrainBatch]):
             self._permutation = epoch, self.query_rows[order]
         return self._permutation[1]
 
-    def __getitem__(self, item: tuple[int, np.ndarray]) -> TrainBatch:
+    def __getitem__(self, item: tuple[int, np.ndarray]) -> TrainBatch | RerankBatch:
         epoch, positions = item
         query_rows = self.permutation(epoch)[positions]
         groups = np.stack(
@@ -98,22 +104,55 @@ class Groups(Dataset[TrainBatch]):
                 for row, position in zip(query_rows, positions, strict=True)
             ]
         )
+        queries = self.collection.queries.get(query_rows)
+        passages = self.collection.corpus.get(groups.reshape(-1))
+        teacher = self._teacher(query_rows, groups)
+        if isinstance(self.templates, PairTemplates):
+            repeated = [query for query in queries for _ in range(groups.shape[1])]
+            return RerankBatch(
+                pairs=packed_pairs(self.templates, repeated, passages, self.token_budget),
+                passage_rows=torch.from_numpy(groups),
+                teacher=teacher,
+            )
+        pad_id = self.templates.pad_id
+        return TrainBatch(
+            queries=pack(self.templates.queries(queries), self.token_budget, pad_id),
+            passages=pack(self.templates.passages(passages), self.token_budget, pad_id),
+            passage_rows=torch.from_numpy(groups),
+            positive_rows=self._positives(query_rows),
+            teacher=teacher,
+        )
+
+    def _positives(self, query_rows: np.ndarray) -> torch.Tensor:
+        """Every positive of each query, [Q, M] int64, filled up with -1."""
         positives = [self.qrels.positives(int(row)) for row in query_rows]
         filled = np.full((len(positives), max(map(len, positives))), -1, dtype=np.int64)
         for i, rows in enumerate(positives):
             filled[i, : len(rows)] = rows
-        queries = self.templates.queries(self.collection.queries.get(query_rows))
-        passages = self.templates.passages(self.collection.corpus.get(groups.reshape(-1)))
-        pad_id = self.templates.pad_id
-        return TrainBatch(
-            queries=pack(queries, self.token_budget, pad_id),
-            passages=pack(passages, self.token_budget, pad_id),
-            passage_rows=torch.from_numpy(groups),
-            positive_rows=torch.from_numpy(filled),
-        )
+        return torch.from_numpy(filled)
+
+    def _teacher(self, query_rows: np.ndarray, groups: np.ndarray) -> torch.Tensor | None:
+        scores = [
+            self.negatives.teacher_scores(int(row), group)
+            for row, group in zip(query_rows, groups, strict=True)
+        ]
+        known = [row for row in scores if row is not None]
+        return torch.from_numpy(np.stack(known)) if known else None
 
 
-class TrainLoader(DataLoader[TrainBatch]):
+def packed_pairs(
+    templates: PairTemplates,
+    queries: Sequence[tuple[str, str]],
+    passages: Sequence[tuple[str, str]],
+    token_budget: int,
+) -> Packed:
+    """Pairs of texts, (title, text) each, packed by length."""
+    pairs = templates.pairs(queries, passages)
+    seconds = [pair.second for pair in pairs] if templates.typed else None
+    return pack([pair.ids for pair in pairs], token_budget, templates.pad_id, seconds)
+
+
+class TrainLoader(DataLoader[Any]):
     """Loads training batches and knows how many it has handed out, for the checkpoint.
 
     Args:
@@ -130,7 +169,7 @@ class TrainLoader(DataLoader[TrainBatch]):
         self.per_epoch = len(order) if per_epoch is None else per_epoch
         self.handed_out = 0
 
-    def __iter__(self) -> Iterator[TrainBatch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.handed_out = self.order.start
         release_free_memory()
         for batch in super().__iter__():
@@ -184,9 +223,48 @@ def rank_share(items: int, rank: int, world: int) -> list[int]:
     return [(rank + i * world) % items for i in range(each)]
 
 
-class TextLoader(DataLoader[EncodeBatch]):
-    """Loads texts to embed; its workers start with the memory in use, and end with the last batch.
+class PairBlocks(Dataset[PairBatch]):
+    """Queries with passages to score, `block` pairs an item, each item packed by length.
 
+    Args:
+        query_rows, passage_rows: [N], a pair each.
+    """
+
+    def __init__(
+        self,
+        queries: Texts,
+        corpus: Texts,
+        query_rows: np.ndarray,
+        passage_rows: np.ndarray,
+        templates: PairTemplates,
+        block: int,
+        token_budget: int,
+    ) -> None:
+        self.queries, self.corpus = queries, corpus
+        self.query_rows, self.passage_rows = query_rows, passage_rows
+        self.templates = templates
+        self.block = block
+        self.token_budget = token_budget
+
+    def __len__(self) -> int:
+        return -(-len(self.query_rows) // self.block)
+
+    def __getitem__(self, index: int) -> PairBatch:
+        span = slice(index * self.block, (index + 1) * self.block)
+        query_rows, passage_rows = self.query_rows[span], self.passage_rows[span]
+        distinct, inverse = np.unique(query_rows, return_inverse=True)
+        asked = self.queries.get(distinct)
+        passages = self.corpus.get(passage_rows)
+        pairs = packed_pairs(
+            self.templates, [asked[i] for i in inverse], passages, self.token_budget
+        )
+        return PairBatch(torch.from_numpy(query_rows), torch.from_numpy(passage_rows), pairs)
+
+
+class TextLoader(DataLoader[Any]):
+    """Loads texts to embed or pairs to score.
+
+    Its workers start with the memory in use, and end with the last batch.
     Lightning keeps the iterator of a validation until the next one, and never asks it for more than
     there is: workers that waited for that would keep a copy of the training process all the time.
     """
@@ -202,8 +280,8 @@ class TextLoader(DataLoader[EncodeBatch]):
 
 
 def text_loader(
-    blocks: TextBlocks, indices: Sequence[int], num_workers: int, seed: int = 0
-) -> DataLoader[EncodeBatch]:
+    blocks: TextBlocks | PairBlocks, indices: Sequence[int], num_workers: int, seed: int = 0
+) -> DataLoader[Any]:
     """Load the blocks of `indices`, in this order."""
     return TextLoader(
         blocks, sampler=list(indices), batch_size=None, **loader_settings(num_workers, seed)

@@ -12,9 +12,9 @@ import numpy as np
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from caravan.batches import EncodeBatch
 from caravan.data.batching import (
     Groups,
+    PairBlocks,
     QueryOrder,
     TextBlocks,
     TrainLoader,
@@ -24,7 +24,8 @@ from caravan.data.batching import (
 )
 from caravan.data.collection import Collection, Qrels
 from caravan.data.negatives import Negatives
-from caravan.data.runs import read_run
+from caravan.data.pairs import PairTemplates
+from caravan.data.runs import Run, read_run
 from caravan.data.templates import Templates
 from caravan.errors import InputError
 
@@ -40,13 +41,14 @@ class DataModule(pl.LightningDataModule):
         num_workers: processes that tokenise ahead.
         passages: how many passages validation searches; None is the whole corpus.
         queries: how many development queries validation asks; None is all of them.
-        run, run_depth: a run over the development queries whose top passages are in the subset.
+        run, run_depth: a run over the development queries whose top passages are in the subset; of
+            a reranker, the candidates that it puts into order.
     """
 
     def __init__(
         self,
         collection: Collection,
-        templates: Templates,
+        templates: Templates | PairTemplates,
         sampler: Negatives,
         train_split: str,
         dev_split: str,
@@ -67,6 +69,7 @@ class DataModule(pl.LightningDataModule):
         self.queries_per_batch = queries_per_batch
         self.token_budget = token_budget
         self.num_workers = num_workers
+        self.dev_split = dev_split
         train_qrels = collection.qrels(train_split)
         self.groups = Groups(collection, train_qrels, sampler, templates, token_budget, seed)
         if not len(self.groups):
@@ -81,10 +84,31 @@ class DataModule(pl.LightningDataModule):
                 f"{collection.name}: split {dev_split!r} has no query with a relevant passage, so"
                 " nothing can be validated; choose another with data.dev_split"
             )
-        self.dev_passages = self._validation_passages(passages, run, run_depth)
+        self.candidates: Run | None = None
+        if isinstance(templates, PairTemplates):
+            self.candidates = self._candidates(run, run_depth)
+            self.dev_passages = np.unique(self.candidates.passage_rows)
+        else:
+            self.dev_passages = self._validation_passages(passages, run, run_depth)
 
     def setup(self, stage: str | None = None) -> None:
         self.sampler.open(self.collection, self.groups.qrels, self.seed)
+
+    def _candidates(self, path: str | None, depth: int) -> Run:
+        """What a reranker puts into order in validation: a run's top passages of each query."""
+        if path is None:
+            raise InputError(
+                "a reranker's validation puts the candidates of a run into order: give a run over"
+                f" the {self.dev_split} queries as validation.run"
+            )
+        run = read_run(path, self.collection.queries, self.collection.corpus, depth=depth)
+        kept = run.only(self.dev_qrels.queries)
+        if not len(kept):
+            raise InputError(
+                f"{path} ranks none of the {self.dev_split} queries; write one with evaluate.py"
+                f" data.split={self.dev_split}"
+            )
+        return kept
 
     def _validation_passages(self, size: int | None, run: str | None, depth: int) -> np.ndarray:
         """Passage rows [n] to search in validation, ascending."""
@@ -123,14 +147,28 @@ class DataModule(pl.LightningDataModule):
             len(self.groups), self.queries_per_batch, trainer.global_rank, trainer.world_size
         )
 
-    def val_dataloader(self) -> list[DataLoader[EncodeBatch]]:
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        if isinstance(self.templates, PairTemplates):
+            return [self._pair_loader(self.templates)]
         return [
             self._text_loader(self.collection.queries, self.dev_qrels.queries, "query"),
             self._text_loader(self.collection.corpus, self.dev_passages, "passage"),
         ]
 
-    def _text_loader(self, texts: Any, rows: np.ndarray, side: str) -> DataLoader[EncodeBatch]:
-        blocks = TextBlocks(texts, rows, self.templates, side, BLOCK, self.token_budget)
+    def _pair_loader(self, templates: PairTemplates) -> DataLoader[Any]:
+        run = self.candidates
+        assert run is not None  # of a reranker's templates come candidates
+        query_rows = np.repeat(run.query_rows, run.counts)
+        texts = self.collection.queries, self.collection.corpus
+        return self._shared(
+            PairBlocks(*texts, query_rows, run.passage_rows, templates, BLOCK, self.token_budget)
+        )
+
+    def _text_loader(self, texts: Any, rows: np.ndarray, side: str) -> DataLoader[Any]:
+        assert isinstance(self.templates, Templates)
+        return self._shared(TextBlocks(texts, rows, self.templates, side, BLOCK, self.token_budget))
+
+    def _shared(self, blocks: TextBlocks | PairBlocks) -> DataLoader[Any]:
         share = rank_share(len(blocks), self._trainer.global_rank, self._trainer.world_size)
         return text_loader(blocks, share, self.num_workers, self.seed)
 

@@ -30,6 +30,11 @@ class Negatives:
         choose: "random" among the candidates, or the "top" ones, rank by rank over the runs.
         margin: keep a candidate only where its score is at most the positive's minus this, in the
             run's own unit. A query whose positive the run lacks keeps all its candidates.
+        teacher: a run whose scores a loss learns from; `evaluate.py` with a reranker and
+            rerank.judged=true writes one. It may also tell which candidates are likely positives
+            that nobody judged:
+        teacher_margin: leave out a candidate whose teacher score is above the positive's minus
+            this. What the teacher has not scored stays.
 
     A query with fewer candidates than `number` is filled up with passages drawn from the corpus,
     so every group has 1 + `number` passages.
@@ -43,6 +48,8 @@ class Negatives:
         skip: int = 0,
         choose: str = "random",
         margin: float | None = None,
+        teacher: str | None = None,
+        teacher_margin: float | None = None,
     ) -> None:
         if choose not in ("random", "top"):
             raise InputError(f"sampler.choose is {choose!r}; it must be random or top")
@@ -51,7 +58,12 @@ class Negatives:
                 f"sampler: number={number} and skip={skip} must be 0 or more, and depth={depth}"
                 " above skip"
             )
+        if teacher_margin is not None and teacher is None:
+            raise InputError("sampler.teacher_margin needs a run of scores: set sampler.teacher")
         self.paths = [Path(path) for path in runs]
+        self.teacher_path = teacher and Path(teacher)
+        self.teacher_margin = teacher_margin
+        self._teacher: Run | None = None
         self.number = number
         self.depth = depth
         self.skip = skip
@@ -80,7 +92,11 @@ class Negatives:
         self._qrels = qrels
         self._corpus_size = len(collection.corpus)
         self._seed = seed
-        for path, run in zip(self.paths, self._runs, strict=True):
+        checked = list(zip(self.paths, self._runs, strict=True))
+        if self.teacher_path:
+            self._teacher = read_run(self.teacher_path, collection.queries, collection.corpus)
+            checked.append((self.teacher_path, self._teacher))
+        for path, run in checked:
             if not np.isin(qrels.queries, run.query_rows).any():
                 raise InputError(
                     f"{path} ranks none of the training queries; write one with evaluate.py over"
@@ -100,6 +116,24 @@ class Negatives:
             chosen = self._fill(chosen, positives, rng)
         return np.concatenate(([positive], chosen))
 
+    def teacher_scores(self, query_row: int, rows: np.ndarray) -> np.ndarray | None:
+        """The teacher's scores [G] float32 of a group, NaN for what it has not scored.
+
+        Without a score for the positive nothing of the group can be compared: all are NaN. None
+        without a teacher.
+        """
+        if self._teacher is None:
+            return None
+        known, scores = self._teacher.of(query_row)
+        found = np.full(len(rows), np.nan, dtype=np.float32)
+        for i, row in enumerate(rows):
+            at = np.flatnonzero(known == row)
+            if len(at):
+                found[i] = scores[at[0]]
+            elif i == 0:
+                break
+        return found
+
     def candidates(self, query_row: int, positive: int, positives: np.ndarray) -> np.ndarray:
         """Every passage row that may serve as a hard negative, the runs' best ranks first."""
         ranked = []
@@ -116,7 +150,12 @@ class Negatives:
         rank = np.concatenate([np.arange(len(rows)) for rows in ranked])
         blended = np.concatenate(ranked)[np.argsort(rank, kind="stable")]
         first = np.unique(blended, return_index=True)[1]
-        return blended[np.sort(first)]
+        pool = blended[np.sort(first)]
+        if self.teacher_margin is None:
+            return pool
+        told = self.teacher_scores(query_row, np.concatenate(([positive], pool)))
+        assert told is not None  # a margin needs a teacher
+        return pool[~(told[1:] > told[0] - self.teacher_margin)]
 
     def _fill(
         self, chosen: np.ndarray, positives: np.ndarray, rng: np.random.Generator

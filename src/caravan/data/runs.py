@@ -67,6 +67,18 @@ class Run:
             self.query_rows, _offsets(counts), self.passage_rows[keep], self.scores[keep], self.tag
         )
 
+    def only(self, query_rows: np.ndarray) -> Run:
+        """The run of some of its queries."""
+        kept = np.isin(self.query_rows, query_rows)
+        lines = np.repeat(kept, self.counts)
+        return Run(
+            self.query_rows[kept],
+            _offsets(self.counts[kept]),
+            self.passage_rows[lines],
+            self.scores[lines],
+            self.tag,
+        )
+
     @classmethod
     def from_topk(
         cls,

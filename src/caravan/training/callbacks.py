@@ -1,134 +1,18 @@
-"""What happens around the steps: retrieval evaluation, throughput, the point to resume from.
-
-`RetrievalEvaluation` is the figure that a loss is not: at every validation the loop embeds the
-development queries and passages, and the callback gathers them over ranks, builds a faiss index,
-searches, and logs MRR@10, nDCG@10 and R@100, one value on every rank; checkpoints and early
-stopping go by it.
-"""
+"""What happens around the steps: throughput, the point to resume from, whole checkpoints."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
-from torch import Tensor
 
-from caravan.batches import EncodeBatch, TrainBatch
-from caravan.data.datamodule import DataModule
-from caravan.data.runs import Run, canonical, write_run
-from caravan.retrieval.index import ArrayBlocks
-from caravan.retrieval.metrics import per_query
-from caravan.training import parallel
-from caravan.training.validation_metrics import MeanMeasures
-
-QUERIES, PASSAGES = 0, 1  # the validation loaders, in this order
-
-
-class RetrievalEvaluation(pl.Callback):
-    """Searches the validation's passages for its queries and logs `val/<measure>`.
-
-    Args:
-        index: `caravan.retrieval.index.Faiss` or `Exact`.
-        measures: what is logged.
-        run_file: where the run of the latest validation is written.
-    """
-
-    def __init__(self, index: Any, measures: Sequence[str], run_file: str) -> None:
-        self.index = index
-        self.measures = list(measures)
-        self.run_file = Path(run_file)
-        self._parts: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
-
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._parts = ([], [])
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: EncodeBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        part = outputs["rows"].cpu(), outputs["vectors"].float().cpu()
-        self._parts[dataloader_idx].append(part)
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        data: DataModule = trainer.datamodule  # type: ignore[attr-defined]
-        query_rows, queries = self._gathered(QUERIES, pl_module.device)
-        passage_rows, passages = self._gathered(PASSAGES, pl_module.device)
-        self._parts = ([], [])
-        # Each rank searches its share of the queries over all passages.
-        mine = slice(trainer.global_rank, None, trainer.world_size)
-        self.index.build(ArrayBlocks(passages))
-        depth = min(self.index.k, len(passages))
-        scores, found = self.index.search(queries[mine], depth)
-        found = np.where(found >= 0, passage_rows[found], -1)
-        run = Run.from_topk(query_rows[mine], scores, found)
-        metric = MeanMeasures(self.measures).to(pl_module.device)
-        metric.update(self._own_figures(run, data))
-        for name, value in metric.compute().items():
-            pl_module.log(
-                f"val/{name}", value, prog_bar=name == self.measures[0], rank_zero_only=False
-            )
-        self._write(query_rows, scores, found, mine, data, trainer, pl_module.device)
-
-    def _own_figures(self, run: Run, data: DataModule) -> dict[str, np.ndarray]:
-        """Figures [n] of the queries that this rank has searched."""
-        qrels = data.dev_qrels
-        own = np.isin(qrels.query_rows, run.query_rows)
-        share = type(qrels)(qrels.query_rows[own], qrels.passage_rows[own], qrels.grades[own])
-        return per_query(canonical(run, data.collection.corpus), share, self.measures)
-
-    def _gathered(self, loader: int, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-        """Rows [N] ascending and vectors [N, d] of all ranks, each row once."""
-        parts = self._parts[loader]
-        rows = _all_ranks(torch.cat([part[0] for part in parts]), device)
-        vectors = torch.cat([part[1] for part in parts])
-        # Over a whole corpus the vectors are gigabytes: each copy goes as soon as the next is made.
-        parts.clear()
-        gathered = _all_ranks(vectors, device)
-        del vectors
-        if (np.diff(rows) > 0).all():
-            return rows, gathered
-        unique, first = np.unique(rows, return_index=True)
-        return unique, gathered[first]
-
-    def _write(
-        self,
-        query_rows: np.ndarray,
-        scores: np.ndarray,
-        found: np.ndarray,
-        mine: slice,
-        data: DataModule,
-        trainer: pl.Trainer,
-        device: torch.device,
-    ) -> None:
-        asked = _all_ranks(torch.from_numpy(query_rows[mine]), device)
-        scores = _all_ranks(torch.from_numpy(scores), device)
-        found = _all_ranks(torch.from_numpy(found), device)
-        if trainer.is_global_zero:
-            run = canonical(Run.from_topk(asked, scores, found), data.collection.corpus)
-            self.run_file.parent.mkdir(parents=True, exist_ok=True)
-            write_run(self.run_file, run, data.collection.queries, data.collection.corpus)
-
-
-def _all_ranks(rows: Tensor, device: torch.device) -> np.ndarray:
-    if parallel.world() == 1:
-        return rows.numpy()
-    rows = rows.to(device)
-    return parallel.gather(rows, parallel.sizes(len(rows), device)).cpu().numpy()
+from caravan.batches import RerankBatch, TrainBatch
 
 
 class Throughput(pl.Callback):
@@ -154,7 +38,7 @@ class Throughput(pl.Callback):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         outputs: Any,
-        batch: TrainBatch,
+        batch: TrainBatch | RerankBatch,
         batch_idx: int,
     ) -> None:
         now = time.monotonic()
@@ -197,7 +81,7 @@ class ResumePoint(Checkpoint):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         outputs: Any,
-        batch: TrainBatch,
+        batch: TrainBatch | RerankBatch,
         batch_idx: int,
     ) -> None:
         step = trainer.global_step

@@ -8,34 +8,24 @@ another positive of the query, or its own positive once more, is no negative and
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from caravan.batches import EncodeBatch, TrainBatch
 from caravan.contract import Contract
-from caravan.errors import InputError
 from caravan.models.biencoder import BiEncoder
-from caravan.training import parallel
-from caravan.training.optim import AdamW, updates
+from caravan.training import losses, parallel
+from caravan.training.module import Loss, Stage
+from caravan.training.optim import AdamW
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 
-
-class Retriever(pl.LightningModule):
+class Retriever(Stage):
     """A bi-encoder with its loss and optimiser.
 
     Args:
-        backbone: describes the transformer (`caravan.models.backbone`).
-        peft: adapters to put on it, or None for full fine-tuning.
-        tokenizer: the backbone's tokenizer.
-        contract: pooling, normalisation, temperature.
-        loss: f(scores [Q, N], targets [Q]) -> scalar.
-        seed: makes weights and dropout reproducible, from every step on.
-        in_batch: let the other queries' passages serve as negatives too.
+        in_batch: let the other queries' passages serve as negatives too. The others: see `Stage`.
     """
 
     def __init__(
@@ -49,40 +39,11 @@ class Retriever(pl.LightningModule):
         seed: int,
         in_batch: bool = True,
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.peft = peft
-        self.tokenizer = tokenizer
-        self.contract = contract
-        self.loss = loss
-        self.optimizer = optimizer
-        self.seed = seed
+        super().__init__(backbone, peft, tokenizer, contract, loss, optimizer, seed)
         self.in_batch = in_batch
-        self.encoder: BiEncoder | None = None
-        # Frozen weights are not in a checkpoint; `on_load_checkpoint` does the strict check.
-        self.strict_loading = False
 
-    def configure_model(self) -> None:
-        if self.encoder is not None:
-            return
-        torch.manual_seed(self.seed)
-        model = self.backbone.model(self.tokenizer)
-        if self.peft is not None:
-            model = self.peft.apply(model)
-        self.encoder = BiEncoder(model, self.contract)
-
-    @property
-    def model(self) -> BiEncoder:
-        if self.encoder is None:
-            raise RuntimeError("the model is built by configure_model()")
-        return self.encoder
-
-    def on_train_batch_start(self, batch: TrainBatch, batch_idx: int) -> None:
-        # Dropout becomes a function of (seed, batch, rank): a resumed run repeats it exactly.
-        torch.manual_seed(
-            (self.seed * 1_000_003 + self.trainer.fit_loop.total_batch_idx) * 4099
-            + self.global_rank
-        )
+    def build(self) -> BiEncoder:
+        return BiEncoder(self.adapted(self.backbone.model(self.tokenizer)), self.contract)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         queries = self.model.embed(batch.queries)  # [Q, d]
@@ -90,15 +51,21 @@ class Retriever(pl.LightningModule):
         # Similarities are float32: in bf16 one step is 0.4 of a logit at temperature 0.01.
         with torch.autocast(self.device.type, enabled=False):
             scores, targets, counts = self.scores(queries, passages, batch)
-            loss = self.loss(scores, targets)
+            teacher = self._teacher(batch, scores, targets)
+            loss = losses.value(self.loss, scores, targets, teacher)
         # Weighted by its queries, a rank's mean makes the ranks' mean that of the union batch.
         weight = parallel.weight(counts)
         loss = loss * weight
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(queries), sync_dist=True)
-        with torch.no_grad():
-            hit = (scores.argmax(dim=1) == targets).float().mean() * weight
-        self.log("train/accuracy", hit, batch_size=len(queries), sync_dist=True)
+        self.log_step(loss, scores, targets, weight)
         return loss
+
+    @staticmethod
+    def _teacher(batch: TrainBatch, scores: Tensor, targets: Tensor) -> Tensor | None:
+        """The teacher's scores [Q, N] of the query's own group, NaN elsewhere."""
+        if batch.teacher is None:
+            return None
+        own = targets.unsqueeze(1) + torch.arange(batch.teacher.shape[1], device=targets.device)
+        return torch.full_like(scores, torch.nan).scatter(1, own, batch.teacher)
 
     def scores(
         self, queries: Tensor, passages: Tensor, batch: TrainBatch
@@ -137,44 +104,6 @@ class Retriever(pl.LightningModule):
     ) -> dict[str, Tensor]:
         """Rows [N] and vectors [N, d]; `RetrievalEvaluation` collects and searches them."""
         return {"rows": batch.rows, "vectors": self.model.embed(batch.texts)}
-
-    def configure_optimizers(self) -> Any:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        batches = data.batches_per_epoch(self.trainer)
-        return self.optimizer.build(self, updates(self.trainer, batches))
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Log the norm of the gradient and limit it, or its values; no limit is None or 0."""
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self.log("train/gradient_norm", norm)
-        if not gradient_clip_val:
-            return
-        if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        else:
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-
-    def _trainable(self) -> set[str]:
-        return {name for name, p in self.named_parameters() if p.requires_grad}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = self._trainable()
-        weights = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: weights[name] for name in weights if name in kept}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        stored, wanted = set(checkpoint["state_dict"]), self._trainable()
-        if stored != wanted:
-            raise InputError(
-                f"the checkpoint is of another model: {len(wanted - stored)} trainable weights are"
-                f" missing in it and {len(stored - wanted)} are not used; choose another run_dir"
-            )
 
 
 def no_negative(columns: Tensor, positive_rows: Tensor, targets: Tensor) -> Tensor:

@@ -16,32 +16,19 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from caravan import manifest
 from caravan.config import build
-from caravan.contract import Contract, files_digest
+from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.errors import InputError
 from caravan.ranks import leads
+from caravan.training.inputs import inputs_of, refuse_other_run
 
 log = logging.getLogger(__name__)
-
-# Settings that change how a run is done, not what comes out of it.
-_NO_INPUTS = (
-    *("resume", "cache_dir", "run_dir", "name", "logger"),
-    *("batching.num_workers", "callbacks.progress", "trainer.enable_progress_bar"),
-)
-# What a resumed run may change: how long it trains, where, and how it is watched. Anything else
-# would give the weights of one run the name of another.
-_MAY_CHANGE = (
-    *("trainer.max_steps", "trainer.max_epochs", "strategy"),
-    *("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "batching.token_budget"),
-    *("callbacks", "validation", "index"),
-    *("trainer.log_every_n_steps", "trainer.enable_model_summary"),
-)
 
 
 def train(cfg: Any) -> float | None:
@@ -56,7 +43,7 @@ def train(cfg: Any) -> float | None:
     source = build(cfg, "data")["data"]
     collection = source.collection(Path(cfg.cache_dir)) if _reads_collection(cfg) else None
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    inputs = _inputs(settings, collection)
+    inputs = inputs_of(settings, collection)
     model_dir, checkpoint = run_dir / "model", run_dir / "checkpoints" / "last.ckpt"
     if manifest.matches(model_dir, inputs):
         facts = (manifest.read(model_dir) or {})["facts"]
@@ -64,7 +51,7 @@ def train(cfg: Any) -> float | None:
         return facts["best"]
     begun = run_dir / "config.yaml"
     if leads():
-        _refuse_other_run(run_dir, begun, inputs, cfg.resume)
+        refuse_other_run(run_dir, begun, inputs, cfg.resume)
         # A kill between any two of these lines leaves nothing that claims to be what it is not.
         manifest.write(begun, inputs)
         begun.write_text(OmegaConf.to_yaml(cfg, resolve=True), "utf-8")
@@ -84,92 +71,9 @@ def train(cfg: Any) -> float | None:
 
 def _reads_collection(cfg: Any) -> bool:
     """A released model becomes a model folder without any collection (`trainer.max_steps=0`)."""
-    return cfg.trainer.max_steps != 0 or build(cfg, "backbone")["backbone"].trains_tokenizer
-
-
-def _inputs(settings: dict[str, Any], collection: Collection | None) -> dict[str, Any]:
-    """What determines the weights: settings, collection, and the content of all that is read."""
-    from caravan.models import hardware
-
-    kept = _pruned(settings)
-    kept["precision"] = hardware.resolve(settings["precision"])
-    searched = settings["validation"]["run"]
-    kept["validation"] = {
-        **settings["validation"],
-        "run_digest": None if searched is None else _run_digest(searched),
-    }
-    name = settings["backbone"].get("name")
-    weights = files_digest(Path(name)) if name and Path(name).is_dir() else None
-    inputs = {
-        "collection": collection.digest if collection else None,
-        "runs": {str(p): _run_digest(p) for p in (settings["sampler"] or {}).get("runs") or ()},
-        "backbone_digest": weights,
-        **kept,
-    }
-    # Where things are written is no input either.
-    return _without(inputs, str(settings["run_dir"]))
-
-
-def _pruned(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without `_NO_INPUTS`."""
-    kept = {key: value for key, value in settings.items() if key not in _NO_INPUTS}
-    for group, _, key in (name.partition(".") for name in _NO_INPUTS):
-        if key and isinstance(kept.get(group), dict):
-            kept[group] = {name: value for name, value in kept[group].items() if name != key}
-    return kept
-
-
-def _run_digest(path: str) -> str:
-    """A digest of a run file, read in blocks: a run of millions of queries is gigabytes."""
-    import xxhash
-
-    if not Path(path).is_file():
-        raise InputError(
-            f"{path}: no such run; write it with evaluate.py (retriever=bm25 or a model"
-            " folder) over the same collection"
-        )
-    hasher = xxhash.xxh3_128()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 22):
-            hasher.update(block)
-    return hasher.hexdigest()
-
-
-def _without(tree: Any, run_dir: str) -> Any:
-    if isinstance(tree, dict):
-        return {key: _without(value, run_dir) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_without(value, run_dir) for value in tree]
-    return tree.replace(run_dir, "<run_dir>") if isinstance(tree, str) else tree
-
-
-def _refuse_other_run(run_dir: Path, begun: Path, inputs: dict[str, Any], resume: bool) -> None:
-    """Neither overwrite a run nor continue one that is another."""
-    if not begun.exists() and not (run_dir / "checkpoints" / "last.ckpt").exists():
-        return
-    changed = manifest.differences(begun, inputs)
-    if not resume:
-        raise InputError(
-            f"{run_dir} holds a run already"
-            + (f" (it differs in {'; '.join(changed[:3])})" if changed else ", not finished")
-            + "; continue it with resume=true, choose another name=, or remove the folder"
-        )
-    another = [line for line in changed if not _is_of(line, _MAY_CHANGE + _NO_INPUTS)]
-    if another:
-        raise InputError(
-            f"{run_dir} cannot be resumed, for it holds another run: {'; '.join(another[:3])}"
-            + (f" and {len(another) - 3} more" if len(another) > 3 else "")
-            + "; give the settings and data of that one, choose another name=, or remove the folder"
-        )
-    for line in changed:
-        if not _is_of(line, _NO_INPUTS):
-            log.warning("resumed with another setting: %s", line)
-
-
-def _is_of(difference: str, places: Sequence[str]) -> bool:
-    """Whether a line of `manifest.differences` is about one of these settings."""
-    key = difference.partition(": ")[0]
-    return any(key == place or key.startswith(f"{place}.") for place in places)
+    if cfg.trainer.max_steps != 0:
+        return True
+    return cfg.init_from is None and build(cfg, "backbone")["backbone"].trains_tokenizer
 
 
 def _module(cfg: Any, collection: Collection | None) -> Any:
@@ -182,15 +86,25 @@ def _module(cfg: Any, collection: Collection | None) -> Any:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     parts = build(cfg, "backbone", "peft", "loss", "optimizer", "stage", "contract")
+    backbone = parts["backbone"]
+    if cfg.init_from is not None:
+        backbone = _trained(cfg.init_from, backbone, parts["peft"] is not None)
     return parts["stage"](
-        backbone=parts["backbone"],
+        backbone=backbone,
         peft=parts["peft"],
-        tokenizer=parts["backbone"].tokenizer(collection, Path(cfg.cache_dir)),
+        tokenizer=backbone.tokenizer(collection, Path(cfg.cache_dir)),
         contract=Contract(**parts["contract"]),
         loss=parts["loss"],
         optimizer=parts["optimizer"],
         seed=cfg.seed,
     )
+
+
+def _trained(folder: str, backbone: Any, adapter: bool) -> Any:
+    """The transformer of a model folder in place of the backbone, with that one's settings."""
+    from caravan.models.backbone import Trained
+
+    return Trained(folder, adapter, backbone.attention, backbone.checkpointing)
 
 
 def _adopt(cfg: Any, collection: Collection | None, run_dir: Path) -> None:
@@ -199,6 +113,11 @@ def _adopt(cfg: Any, collection: Collection | None, run_dir: Path) -> None:
 
     module = _module(cfg, collection)
     module.configure_model()
+    if getattr(getattr(module.model, "plain", None), "head_is_new", False):
+        raise InputError(
+            f"{module.backbone.name} has no trained head to score with, so a reranker of it would"
+            " score at random; train one (trainer.max_steps above 0)"
+        )
     facts = {"name": cfg.name, "base_model": module.backbone.name, "updates": 0}
     folder.save(run_dir / "model", module.model, module.tokenizer, module.contract, facts)
 
@@ -209,6 +128,7 @@ def _fit(
     import torch
 
     from caravan.data.datamodule import DataModule
+    from caravan.data.pairs import PairTemplates
     from caravan.data.templates import Templates
     from caravan.models import folder, hardware
     from caravan.models.backbone import parameter_counts
@@ -216,9 +136,10 @@ def _fit(
 
     module = _module(cfg, collection)
     parts = build(cfg, "sampler", "strategy", "logger", "callbacks", "trainer")
+    templates = PairTemplates if module.contract.kind == "reranker" else Templates
     data = DataModule(
         collection,
-        Templates(module.tokenizer, module.contract),
+        templates(module.tokenizer, module.contract),
         parts["sampler"],
         source.train_split,
         source.dev_split,
@@ -240,7 +161,9 @@ def _fit(
     module.configure_model()
     batches = data.batches_per_epoch(trainer)
     if trainer.is_global_zero:
-        for line in _facts(cfg, trainer, data, batches, parameter_counts(module), checkpoint):
+        told = getattr(module.backbone, "told", "")
+        counts = parameter_counts(module)
+        for line in _facts(cfg, trainer, data, batches, counts, checkpoint, told):
             log.info(line)
     _validate_at_least_once(trainer, batches)
     started = time.monotonic()
@@ -323,6 +246,7 @@ def _facts(
     per_epoch: int,
     parameters: tuple[int, int],
     checkpoint: Path | None,
+    told: str,
 ) -> Iterator[str]:
     """The first lines of a run: what is trained, on what, and how large an update is."""
     from caravan.training.optim import updates
@@ -335,17 +259,25 @@ def _facts(
         f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}, "
         f"{trainer.precision}; {parameters[0]:,} trainable parameters of {parameters[1]:,}"
     )
+    if told:
+        yield told
+    in_batch = f", {batch * group - 1} with those in the batch" if data.candidates is None else ""
     yield (
         f"{len(data.groups):,} training queries of {data.collection.name}; "
-        f"{batch * accumulated} queries an update, {group - 1} hard negatives a query, "
-        f"{batch * group - 1} with those in the batch; {steps:,} updates, {per_epoch:,} batches an"
-        " epoch"
+        f"{batch * accumulated} queries an update, {group - 1} hard negatives a query{in_batch}; "
+        f"{steps:,} updates, {per_epoch:,} batches an epoch"
     )
     if steps < trainer.max_steps:
         log.warning(
             "trainer.max_epochs=%d ends the run after %d updates, before trainer.max_steps=%d",
             *(trainer.max_epochs, steps, trainer.max_steps),
         )
+    if data.candidates is not None:
+        yield (
+            f"validation: {len(data.candidates.passage_rows):,} candidates of"
+            f" {len(data.dev_qrels.queries):,} queries"
+        )
+        return
     yield (
         f"validation: {len(data.dev_qrels.queries):,} queries over {len(data.dev_passages):,} of "
         f"{len(data.collection.corpus):,} passages"

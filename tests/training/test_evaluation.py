@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from caravan.training.callbacks import PASSAGES, RetrievalEvaluation
+from caravan.training.evaluation import PASSAGES, RetrievalEvaluation
 
 
 @pytest.mark.parametrize(

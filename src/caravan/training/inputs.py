@@ -1,0 +1,126 @@
+"""What a run's weights depend on, and whether a run_dir may be gone on with.
+
+Inputs are settings, the collection's digest, and the content of every run and model that is read.
+The same inputs mean the same weights: a finished run is not done again. Other inputs mean another
+run, which must neither overwrite the first nor take its name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from caravan import manifest
+from caravan.contract import files_digest, folder_digest
+from caravan.data.collection import Collection
+from caravan.errors import InputError
+
+log = logging.getLogger(__name__)
+
+# Settings that change how a run is done, not what comes out of it.
+_NO_INPUTS = (
+    *("resume", "cache_dir", "run_dir", "name", "logger"),
+    *("batching.num_workers", "callbacks.progress", "trainer.enable_progress_bar"),
+)
+# What a resumed run may change: how long it trains, where, and how it is watched. Anything else
+# would give the weights of one run the name of another.
+_MAY_CHANGE = (
+    *("trainer.max_steps", "trainer.max_epochs", "strategy"),
+    *("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "batching.token_budget"),
+    *("callbacks", "validation", "index"),
+    *("trainer.log_every_n_steps", "trainer.enable_model_summary"),
+)
+
+
+def inputs_of(settings: dict[str, Any], collection: Collection | None) -> dict[str, Any]:
+    """What determines the weights: settings, collection, and the content of all that is read."""
+    from caravan.models import hardware
+
+    kept = _pruned(settings)
+    kept["precision"] = hardware.resolve(settings["precision"])
+    searched = settings["validation"]["run"]
+    kept["validation"] = {
+        **settings["validation"],
+        "run_digest": None if searched is None else _run_digest(searched),
+    }
+    name = settings["backbone"].get("name")
+    weights = files_digest(Path(name)) if name and Path(name).is_dir() else None
+    begun_with = settings["init_from"]
+    inputs = {
+        "collection": collection.digest if collection else None,
+        "runs": {str(path): _run_digest(path) for path in _sampled(settings["sampler"] or {})},
+        "backbone_digest": weights,
+        "init_from_digest": begun_with and folder_digest(Path(begun_with)),
+        **kept,
+    }
+    # Where things are written is no input either.
+    return _without(inputs, str(settings["run_dir"]))
+
+
+def _sampled(sampler: dict[str, Any]) -> list[str]:
+    """The runs that a sampler reads."""
+    return [*(sampler.get("runs") or ()), *filter(None, [sampler.get("teacher")])]
+
+
+def _pruned(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without `_NO_INPUTS`."""
+    kept = {key: value for key, value in settings.items() if key not in _NO_INPUTS}
+    for group, _, key in (name.partition(".") for name in _NO_INPUTS):
+        if key and isinstance(kept.get(group), dict):
+            kept[group] = {name: value for name, value in kept[group].items() if name != key}
+    return kept
+
+
+def _run_digest(path: str) -> str:
+    """A digest of a run file, read in blocks: a run of millions of queries is gigabytes."""
+    import xxhash
+
+    if not Path(path).is_file():
+        raise InputError(
+            f"{path}: no such run; write it with evaluate.py (retriever=bm25 or a model"
+            " folder) over the same collection"
+        )
+    hasher = xxhash.xxh3_128()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 22):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def _without(tree: Any, run_dir: str) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without(value, run_dir) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_without(value, run_dir) for value in tree]
+    return tree.replace(run_dir, "<run_dir>") if isinstance(tree, str) else tree
+
+
+def refuse_other_run(run_dir: Path, begun: Path, inputs: dict[str, Any], resume: bool) -> None:
+    """Neither overwrite a run nor continue one that is another."""
+    if not begun.exists() and not (run_dir / "checkpoints" / "last.ckpt").exists():
+        return
+    changed = manifest.differences(begun, inputs)
+    if not resume:
+        raise InputError(
+            f"{run_dir} holds a run already"
+            + (f" (it differs in {'; '.join(changed[:3])})" if changed else ", not finished")
+            + "; continue it with resume=true, choose another name=, or remove the folder"
+        )
+    another = [line for line in changed if not _is_of(line, _MAY_CHANGE + _NO_INPUTS)]
+    if another:
+        raise InputError(
+            f"{run_dir} cannot be resumed, for it holds another run: {'; '.join(another[:3])}"
+            + (f" and {len(another) - 3} more" if len(another) > 3 else "")
+            + "; give the settings and data of that one, choose another name=, or remove the folder"
+        )
+    for line in changed:
+        if not _is_of(line, _NO_INPUTS):
+            log.warning("resumed with another setting: %s", line)
+
+
+def _is_of(difference: str, places: Sequence[str]) -> bool:
+    """Whether a line of `manifest.differences` is about one of these settings."""
+    key = difference.partition(": ")[0]
+    return any(key == place or key.startswith(f"{place}.") for place in places)

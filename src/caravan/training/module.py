@@ -1,0 +1,130 @@
+"""What the stages share: a model that is built late, dropout that resumes, clipping, checkpoints.
+
+A stage (`Retriever`, `Reranker`) adds how its network is built and what a step computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from caravan.contract import Contract
+from caravan.errors import InputError
+from caravan.training.optim import AdamW, updates
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Stage(pl.LightningModule):
+    """A network with its loss and optimiser.
+
+    Args:
+        backbone: describes the transformer (`caravan.models.backbone`).
+        peft: adapters to put on it, or None for full fine-tuning.
+        tokenizer: the backbone's tokenizer.
+        contract: what the model folder will promise.
+        loss: of `caravan.training.losses`.
+        seed: makes weights and dropout reproducible, from every step on.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        peft: Any,
+        tokenizer: Any,
+        contract: Contract,
+        loss: Loss,
+        optimizer: AdamW,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.peft = peft
+        self.tokenizer = tokenizer
+        self.contract = contract
+        self.loss = loss
+        self.optimizer = optimizer
+        self.seed = seed
+        self.network: nn.Module | None = None
+        # Frozen weights are not in a checkpoint; `on_load_checkpoint` does the strict check.
+        self.strict_loading = False
+
+    def build(self) -> nn.Module:
+        """The network, its weights loaded."""
+        raise NotImplementedError
+
+    def adapted(self, transformer: nn.Module) -> nn.Module:
+        """The transformer with the adapters that were asked for."""
+        if self.peft is None:
+            return transformer
+        if hasattr(self.backbone, "adapted"):  # goes on from the adapters of a model folder
+            return self.backbone.adapted(self.peft, transformer)
+        return self.peft.apply(transformer)
+
+    def configure_model(self) -> None:
+        if self.network is None:
+            torch.manual_seed(self.seed)
+            self.network = self.build()
+
+    @property
+    def model(self) -> Any:
+        if self.network is None:
+            raise RuntimeError("the model is built by configure_model()")
+        return self.network
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Dropout becomes a function of (seed, batch, rank): a resumed run repeats it exactly.
+        torch.manual_seed(
+            (self.seed * 1_000_003 + self.trainer.fit_loop.total_batch_idx) * 4099
+            + self.global_rank
+        )
+
+    def log_step(self, loss: Tensor, scores: Tensor, targets: Tensor, weight: float) -> None:
+        """Log the loss, and how often the positive scores highest, as means over all ranks."""
+        queries = len(scores)
+        self.log("train/loss", loss, prog_bar=True, batch_size=queries, sync_dist=True)
+        with torch.no_grad():
+            hit = (scores.argmax(dim=1) == targets).float().mean() * weight
+        self.log("train/accuracy", hit, batch_size=queries, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        batches = data.batches_per_epoch(self.trainer)
+        return self.optimizer.build(self, updates(self.trainer, batches))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Log the norm of the gradient and limit it, or its values; no limit is None or 0."""
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.log("train/gradient_norm", norm)
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def _trainable(self) -> set[str]:
+        return {name for name, p in self.named_parameters() if p.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = self._trainable()
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: weights[name] for name in weights if name in kept}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        stored, wanted = set(checkpoint["state_dict"]), self._trainable()
+        if stored != wanted:
+            raise InputError(
+                f"the checkpoint is of another model: {len(wanted - stored)} trainable weights are"
+                f" missing in it and {len(stored - wanted)} are not used; choose another run_dir"
+            )

@@ -1,0 +1,47 @@
+"""RankLLaMA: train a pointwise reranker on hard negatives (arXiv 2310.08319, section 2.2).
+
+    python train.py stage=reranker init_from=<folder> sampler.runs=[<run>] validation.run=<run>
+
+A query's positive and its hard negatives are scored one by one, each read together with the query;
+the loss compares the scores of this group and of no other: there are no in-batch negatives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from caravan.batches import PairBatch, RerankBatch
+from caravan.models.crossencoder import CrossEncoder
+from caravan.training import losses, parallel
+from caravan.training.module import Stage
+
+
+class Reranker(Stage):
+    """A cross-encoder with its loss and optimiser; a temperature plays no part."""
+
+    def build(self) -> CrossEncoder:
+        scorer = self.adapted(self.backbone.scorer(self.tokenizer))
+        return CrossEncoder(scorer, self.contract)
+
+    def training_step(self, batch: RerankBatch, batch_idx: int) -> Tensor:
+        queries, group = batch.passage_rows.shape
+        scores = self.model.score(batch.pairs).view(queries, group)  # [Q, G]
+        targets = torch.zeros(queries, dtype=torch.int64, device=scores.device)
+        with torch.autocast(self.device.type, enabled=False):
+            loss = losses.value(self.loss, scores, targets, batch.teacher)
+        # Weighted by its queries, a rank's mean makes the ranks' mean that of the union batch.
+        weight = parallel.weight(parallel.sizes(queries, scores.device))
+        loss = loss * weight
+        self.log_step(loss, scores, targets, weight)
+        return loss
+
+    def validation_step(
+        self, batch: PairBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Query rows, passage rows and scores [N]; `RerankingEvaluation` collects them."""
+        return {
+            "query_rows": batch.query_rows,
+            "passage_rows": batch.passage_rows,
+            "scores": self.model.score(batch.pairs),
+        }
