@@ -46,6 +46,7 @@ FILES = {
     "sampler": "{_target_: parts.Part}",
     "data": "{_target_: parts.Part}",
     "index": "{_target_: parts.Index, k: 1000}",
+    "fuse": "{_target_: parts.Part}",
     "strategy": "{_target_: parts.Part}",
     "trainer": "{_target_: parts.Trainer, max_steps: 10}",
     "optimizer": "{_target_: parts.Part, rate: 1.0e-4}",

@@ -131,7 +131,7 @@ def test_one_mistake_is_told_with_its_remedy(
 @pytest.mark.parametrize(
     ("overrides", "wanted"),
     [
-        ("retriever=bm52", "there is no folder bm52 (nor bm25); did you mean bm25?"),
+        ("retriever=bm52", "there is no folder bm52 (nor run file, nor bm25); did you mean bm25?"),
         ("retriever=bm25 index.k=100", "depth 1000 but search keeps k=100; set index.k=1000"),
         ("retriever=bm25 measures=[nDCG10]", "did you mean nDCG@10?"),
         ("retriever=bm25 backbone=tiny_llama", "evaluate has no group 'backbone'"),
@@ -350,7 +350,7 @@ def command_for(path: Path) -> tuple[str, list[str]]:
         name = "/".join((*path.parts[1:-1], option))
         assert f"{path.parts[0]}={name}" in launched[1], f"{path} opens with another command"
         return launched
-    root = "evaluate" if option == "evaluate" else "train"
+    root = "evaluate" if option == "evaluate" or group == "fuse" else "train"
     required = ["retriever=bm25"] if root == "evaluate" else []
     return root, [f"{group}={option}", *required] if group else required
 

@@ -81,6 +81,20 @@ class Train:
 
 
 @dataclass
+class Rerank:
+    """How candidates are reranked (`caravan.retrieval.rerank.Reranking`)."""
+
+    depth: int = MISSING
+    rest: str = MISSING
+    judged: bool = MISSING
+    block: int = MISSING
+    query_length: int | None = MISSING
+    passage_length: int | None = MISSING
+    segment: str | None = MISSING
+    segment_words: int = MISSING
+
+
+@dataclass
 class Evaluate:
     """The root of conf/evaluate.yaml."""
 
@@ -88,7 +102,9 @@ class Evaluate:
     run_dir: str = MISSING
     cache_dir: str = MISSING
     store: str = MISSING
-    retriever: str = MISSING
+    retriever: Any = MISSING  # a name, or a list of names
+    reranker: str | None = MISSING
+    rerank: Rerank = field(default_factory=Rerank)
     measures: list[str] = MISSING
     query_length: int | None = MISSING
     passage_length: int | None = MISSING
@@ -99,6 +115,7 @@ class Evaluate:
     data: Node = MISSING
     index: Node = MISSING
     bm25: Node = MISSING
+    fuse: Node = MISSING
 
 
 ROOTS: dict[str, type] = {"train": Train, "evaluate": Evaluate}

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from caravan.checking.annotations import is_int
 from caravan.checking.definitions import did_you_mean
 from caravan.checking.signatures import signature
-from caravan.checking.walk import Mistake, dotted
+from caravan.checking.walk import Mistake
 from caravan.checking.walk import Path as KeyPath
 from caravan.contract import Contract
 from caravan.errors import InputError
@@ -50,6 +50,11 @@ AT_LEAST = {
     "num_workers": 0,
     "block": 1,
     "index.k": 1,
+    "rerank.depth": 1,
+    "rerank.block": 1,
+    "rerank.query_length": 4,
+    "rerank.passage_length": 4,
+    "rerank.segment_words": 1,
     "index.query_chunk": 1,
     "index.passage_chunk": 1,
     "seed": 0,
@@ -247,18 +252,47 @@ def teacher_is_there(cfg: DictConfig) -> Iterator[Mistake]:
             yield Mistake((*path, "_target_"), text, "folder")
 
 
+def retrievers_are_names(cfg: DictConfig) -> Iterator[Mistake]:
+    """bm25, a model folder or a run file, or a list of these."""
+    if "retriever" not in cfg or OmegaConf.is_missing(cfg, "retriever"):
+        return
+    given = value(cfg, "retriever")
+    names = list(given) if isinstance(given, ListConfig) else [given]
+    if not names or not all(isinstance(name, str) for name in names):
+        text = f"it must be bm25, a model folder, a run file, or a list of these, not {given}"
+        yield Mistake(("retriever",), text)
+
+
+def reranking_is_possible(cfg: DictConfig) -> Iterator[Mistake]:
+    """What `caravan.retrieval.rerank.Reranking` wants."""
+    for name, allowed in (("rest", ("drop", "keep")), ("segment", (None, "first", "best"))):
+        given = value(cfg, f"rerank.{name}")
+        if isinstance(given, str) and given not in allowed:
+            near = did_you_mean(given, [text for text in allowed if text])
+            hint = f"; did you mean {near}?" if near else ""
+            known = ", ".join("null" if text is None else text for text in allowed)
+            yield Mistake(("rerank", name), f"it must be one of {known}, not {given}{hint}")
+
+
 def folders_exist(cfg: DictConfig) -> Iterator[Mistake]:
-    """The collection and the model to evaluate."""
+    """The collection, and the models and runs that are read."""
     data = value(cfg, "data")
-    places = [path for path, node in _mappings(data, ("data",)) if "path" in node]
-    named = [(*path, "path") for path in places] + [("retriever",), ("init_from",)]
-    for path in named:
-        given = value(cfg, dotted(path))
-        if not isinstance(given, str) or (path == ("retriever",) and given == "bm25"):
+    places: list[tuple[KeyPath, Any]] = [
+        ((*path, "path"), value(node, "path"))
+        for path, node in _mappings(data, ("data",))
+        if "path" in node
+    ]
+    places += [((name,), value(cfg, name)) for name in ("init_from", "reranker")]
+    given = value(cfg, "retriever")
+    for name in given if isinstance(given, ListConfig) else [given]:
+        places.append((("retriever",), name))
+    for path, given in places:
+        of_retriever = path == ("retriever",)
+        if not isinstance(given, str) or (of_retriever and given == "bm25"):
             continue
         if not Path(given).exists():
-            also = " (nor bm25)" if path == ("retriever",) else ""
-            near = _nearest(given) if path != ("retriever",) else _nearest(given, "bm25")
+            also = " (nor run file, nor bm25)" if of_retriever else ""
+            near = _nearest(given, "bm25") if of_retriever else _nearest(given)
             hint = f"; did you mean {near}?" if near else ""
             yield Mistake(path, f"there is no folder {given}{also}{hint}", "folder")
 
@@ -277,6 +311,8 @@ RULES: list[Rule] = [
     trainer_leaves_the_rest_to_the_run,
     stage_suits_the_contract,
     teacher_is_there,
+    retrievers_are_names,
+    reranking_is_possible,
     folders_exist,
 ]
 

@@ -12,8 +12,9 @@ from caravan.data.collection import Collection
 from caravan.data.templates import Templates
 from caravan.models import folder as model_folder
 from caravan.models.biencoder import BiEncoder
-from caravan.retrieval import encode as encode_module
-from caravan.retrieval.encode import Encoder, Shards, shard
+from caravan.retrieval import shards as shards_module
+from caravan.retrieval.encode import Encoder, Shards
+from caravan.retrieval.shards import shard
 
 INPUTS = {"model": "a", "collection": "b"}
 
@@ -68,7 +69,7 @@ def test_an_interrupted_encoding_goes_on_and_gives_the_same_bytes(
     model: Path, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _encode(model, collection, tmp_path / "whole")
-    write, written = encode_module._write, []
+    write, written = shards_module._write, []
 
     def write_or_die(path: Path, vectors: np.ndarray) -> None:
         if len(written) == 2:
@@ -77,10 +78,10 @@ def test_an_interrupted_encoding_goes_on_and_gives_the_same_bytes(
         written.append(path.name)
         write(path, vectors)
 
-    monkeypatch.setattr(encode_module, "_write", write_or_die)
+    monkeypatch.setattr(shards_module, "_write", write_or_die)
     with pytest.raises(KeyboardInterrupt):
         _encode(model, collection, tmp_path / "killed")
-    monkeypatch.setattr(encode_module, "_write", lambda *a: (written.append(a[0].name), write(*a)))
+    monkeypatch.setattr(shards_module, "_write", lambda *a: (written.append(a[0].name), write(*a)))
     _encode(model, collection, tmp_path / "killed")
     assert written == [f"{i:08d}.npy" for i in range(4)]
     for number in range(4):
@@ -92,7 +93,7 @@ def test_finished_shards_are_not_encoded_again(
     model: Path, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = _encode(model, collection, tmp_path / "passages").read()
-    monkeypatch.setattr(encode_module, "_write", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(shards_module, "_write", lambda *_: pytest.fail("encoded again"))
     assert (_encode(model, collection, tmp_path / "passages").read() == first).all()
 
 
@@ -134,16 +135,16 @@ def test_shards_of_an_interrupted_start_are_never_served_as_the_first_models(
 ) -> None:
     folder, other = tmp_path / "passages", {**INPUTS, "model": "other"}
     first = _encode(model, collection, folder).read()
-    write = encode_module._write
+    write = shards_module._write
 
     def write_another_and_die(path: Path, vectors: np.ndarray) -> None:
         write(path, -vectors)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(encode_module, "_write", write_another_and_die)
+    monkeypatch.setattr(shards_module, "_write", write_another_and_die)
     with pytest.raises(KeyboardInterrupt):
         _encode(model, collection, folder, other)
-    monkeypatch.setattr(encode_module, "_write", write)
+    monkeypatch.setattr(shards_module, "_write", write)
     np.testing.assert_array_equal(_encode(model, collection, folder).read(), first)
 
 
@@ -152,14 +153,14 @@ def test_processes_that_share_a_store_write_beside_each_other(
 ) -> None:
     path, vectors = shard(tmp_path, 0), np.ones((2, 3), dtype=np.float16)
     scratches: list[str] = []
-    replace_file = encode_module.os.replace
+    replace_file = shards_module.os.replace
     monkeypatch.setattr(
-        encode_module.os,
+        shards_module.os,
         "replace",
         lambda old, new: (scratches.append(Path(old).name), replace_file(old, new)),
     )
     for process in (11, 12):
-        monkeypatch.setattr(encode_module.os, "getpid", lambda process=process: process)
-        encode_module._write(path, vectors)
+        monkeypatch.setattr(shards_module.os, "getpid", lambda process=process: process)
+        shards_module._write(path, vectors)
     assert len(set(scratches)) == 2
     assert [found.name for found in tmp_path.iterdir()] == [path.name]

@@ -15,7 +15,7 @@ from tests.tiny import write_beir
 
 from caravan import manifest
 from caravan.errors import InputError
-from caravan.retrieval import pipeline
+from caravan.retrieval import stages
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_a_finished_stage_is_skipped_and_gives_the_same_figures(
 ) -> None:
     retriever = "bm25" if system == "bm25" else model
     first = evaluate(beir, tmp_path / "run", retriever)
-    monkeypatch.setattr(pipeline, "write_run", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr(stages, "write_run", lambda *_: pytest.fail("searched again"))
     assert evaluate(beir, tmp_path / "run", retriever) == first
 
 
@@ -68,8 +68,8 @@ def test_a_stage_of_other_settings_is_done_again(
     measures = "measures=[MRR@5]"
     evaluate(beir, tmp_path / "run", retriever, measures)
     written: list[Any] = []
-    write = pipeline.write_run
-    monkeypatch.setattr(pipeline, "write_run", lambda *a: (written.append(a[0]), write(*a)))
+    write = stages.write_run
+    monkeypatch.setattr(stages, "write_run", lambda *a: (written.append(a[0]), write(*a)))
     evaluate(beir, tmp_path / "run", retriever, measures, change)
     assert len(written) == 1
 
@@ -115,11 +115,11 @@ def test_evaluations_share_a_store(
     beir: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate(beir, tmp_path / "test", model)
-    from caravan.retrieval import encode
+    from caravan.retrieval import shards
 
     written: list[str] = []
-    write = encode._write
-    monkeypatch.setattr(encode, "_write", lambda p, v: (written.append(p.parent.name), write(p, v)))
+    write = shards._write
+    monkeypatch.setattr(shards, "_write", lambda p, v: (written.append(p.parent.name), write(p, v)))
     store = f"store={tmp_path / 'test' / 'store'}"
     evaluate(beir, tmp_path / "train", model, store, "data.split=train")
     assert set(written) == {"queries.train"}

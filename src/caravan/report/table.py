@@ -20,8 +20,11 @@ Summary = dict[str, dict[str, float]]
 def collect(folder: Path) -> tuple[Summary, dict[str, dict[str, Any]]]:
     """Figures of every evaluation below `folder`: {system: {measure: value, "seconds": s}}.
 
+    An evaluation of several stages gives a row for each, by the stage's name if no other row has
+    it; the same run is shown once, by the evaluation that has it alone.
+
     Returns:
-        The summary, worst system first by its first measure, and each system's whole record.
+        The summary, worst system first by its first measure, and each system's record.
 
     Raises:
         InputError: there is no evaluation, one without figures, or evaluations of different
@@ -46,12 +49,57 @@ def collect(folder: Path) -> tuple[Summary, dict[str, dict[str, Any]]]:
             for name, (_, split) in asked.items()
         )
         raise InputError(f"{folder} mixes collections or splits: {told}; give a folder of one")
-    order = sorted(records, key=lambda name: next(iter(records[name]["overall"].values())))
+    systems = _systems(records)
+    order = sorted(systems, key=lambda name: next(iter(systems[name]["overall"].values())))
     summary = {
-        name: {**records[name]["overall"], "seconds": round(records[name]["seconds"], 1)}
+        name: {**systems[name]["overall"], "seconds": round(systems[name]["seconds"], 1)}
         for name in order
     }
-    return summary, records
+    return summary, systems
+
+
+def _systems(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A record {overall, seconds, run, folder, ...} for each row of the table."""
+    alone = {name: r for name, r in records.items() if len(r.get("stages", ())) <= 1}
+    systems = {name: {**record, "folder": name} for name, record in alone.items()}
+    shown = {stage["run_xxh3"] for record in alone.values() for stage in record.get("stages", ())}
+    stages = [
+        (folder, {**record, **stage, "folder": folder})
+        for folder, record in records.items()
+        if folder not in alone
+        for stage in record["stages"]
+        if stage["run_xxh3"] not in shown
+    ]
+    names = [record["stage"] for _, record in stages] + list(alone)
+    for folder, record in stages:
+        name = record["stage"]
+        systems[name if names.count(name) == 1 else f"{folder}/{name}"] = record
+    return systems
+
+
+def show_stages(metrics: dict[str, Any]) -> None:
+    """Print the stages of one evaluation: figures, queries a second, gain over the best before."""
+    from rich.console import Console
+    from rich.table import Table
+
+    measures = list(metrics["overall"])
+    table = Table(
+        title=f"{metrics['collection']['name']} {metrics['split']}: {metrics['queries']:,} queries",
+        caption=f"gain: in {measures[0]}, over the best stage before; queries/s: without what is"
+        " done once for a collection",
+    )
+    table.add_column("stage")
+    for measure in [*measures, "gain", "queries/s"]:
+        table.add_column(measure, justify="right")
+    for stage in metrics["stages"]:
+        speed, gain = stage["queries_per_second"], stage["gain"]
+        table.add_row(
+            stage["stage"],
+            *(f"{stage['overall'][measure]:.4f}" for measure in measures),
+            "-" if gain is None else f"{gain:+.4f}",
+            "-" if speed is None else f"{speed:,.1f}",
+        )
+    Console(soft_wrap=True).print(table)
 
 
 def show(folder: Path) -> None:
@@ -68,7 +116,7 @@ def show(folder: Path) -> None:
     table = Table(
         title=f"{first['collection']['name']} {first['split']}: {first['queries']:,} queries, "
         f"{first['passages']:,} passages",
-        caption="seconds: embed or index the corpus, and search",
+        caption="seconds: embed or index the corpus, and search; or rerank",
     )
     table.add_column("system")
     for measure in measures:
@@ -78,7 +126,8 @@ def show(folder: Path) -> None:
     console = Console(soft_wrap=True)
     console.print(table)
     for system in summary:
-        console.print(f"run   {system:<12} {folder / system / records[system]['run']}")
+        record = records[system]
+        console.print(f"run   {system:<12} {folder / record['folder'] / record['run']}")
     for model in sorted(folder.rglob("model/caravan.json")):
         console.print(f"model {model.parent.parent.name:<12} {model.parent}")
     console.print(f"table              {folder / 'summary.json'}")

@@ -8,7 +8,6 @@ Memory is that of one block and the model, whatever the corpus' size.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from caravan import manifest
 from caravan.contract import read_contract
 from caravan.data.batching import TextBlocks, text_loader
 from caravan.data.templates import Templates
@@ -28,6 +26,7 @@ from caravan.models import hardware
 from caravan.models.biencoder import BiEncoder
 from caravan.models.packed import pack_linears
 from caravan.progress import track
+from caravan.retrieval.shards import fill, shard
 
 
 class Shards:
@@ -49,10 +48,6 @@ class Shards:
     def read(self) -> np.ndarray:
         """All embeddings [rows, dim] float32; for queries, or a corpus that fits in memory."""
         return np.concatenate([vectors for _, vectors in self]).astype(np.float32)
-
-
-def shard(folder: Path, number: int) -> Path:
-    return folder / f"{number:08d}.npy"
 
 
 class Encoder:
@@ -86,7 +81,9 @@ class Encoder:
 
     @cached_property
     def loaded(self) -> tuple[BiEncoder, Templates]:
-        model, tokenizer, _, _ = model_folder.load(self.folder, hardware.dtype(self.precision))
+        model, tokenizer, _, _ = model_folder.load(
+            self.folder, hardware.dtype(self.precision), kind="retriever"
+        )
         if self.device.type == "cpu":
             pack_linears(model)
         return model.to(self.device), Templates(tokenizer, self.contract)
@@ -102,41 +99,22 @@ class Encoder:
             inputs: digests and settings that determine the embeddings; shards of others go.
         """
         inputs = {**inputs, "resolved_precision": self.precision}
-        if manifest.matches(folder, inputs):
-            return Shards(folder, len(rows), self.block)
-        model, templates = self.loaded
-        blocks = TextBlocks(texts, rows, templates, side, self.block, self.token_budget)
-        folder.mkdir(parents=True, exist_ok=True)
-        # Says from the start whose shards these are, so that an interrupted start can be resumed.
-        begun = folder / "begun"
-        if not manifest.matches(begun, inputs):
-            manifest.remove(folder)  # before the shards: they are no longer what it says they are
-            manifest.remove(begun)
-            for old in folder.iterdir():
-                old.unlink()
-            begun.touch()
-            manifest.write(begun, inputs)
-        missing = [i for i in range(len(blocks)) if not shard(folder, i).exists()]
-        batches = track(
-            text_loader(blocks, missing, self.num_workers),
-            f"encode {folder.name}",
-            sum(len(rows[i * self.block :][: self.block]) for i in missing),
-            unit="texts",
-            size=lambda batch: len(batch.rows),
-        )
-        with torch.inference_mode():
-            for number, batch in zip(missing, batches, strict=True):
-                vectors = model.embed(batch.texts.to(self.device, non_blocking=True))
-                _write(shard(folder, number), vectors.to(torch.float16).cpu().numpy())
-        manifest.write(folder, inputs)
+        count = -(-len(rows) // self.block)
+
+        def compute(missing: list[int]) -> Iterator[np.ndarray]:
+            model, templates = self.loaded
+            blocks = TextBlocks(texts, rows, templates, side, self.block, self.token_budget)
+            batches = track(
+                text_loader(blocks, missing, self.num_workers),
+                f"encode {folder.name}",
+                sum(len(rows[i * self.block :][: self.block]) for i in missing),
+                unit="texts",
+                size=lambda batch: len(batch.rows),
+            )
+            with torch.inference_mode():
+                for batch in batches:
+                    vectors = model.embed(batch.texts.to(self.device, non_blocking=True))
+                    yield vectors.to(torch.float16).cpu().numpy()
+
+        fill(folder, inputs, count, compute)
         return Shards(folder, len(rows), self.block)
-
-
-def _write(path: Path, vectors: np.ndarray) -> None:
-    # Each process its own: two evaluations that share a store write the same shards.
-    scratch = path.with_suffix(f".{os.getpid()}.part")
-    with scratch.open("wb") as file:
-        np.save(file, vectors)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)

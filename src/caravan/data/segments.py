@@ -1,0 +1,62 @@
+"""Long documents cut into segments, each a text of its own: the baseline to reading them whole.
+
+A model that reads short texts judges a document by its first segment, or by its best one (FirstP
+and MaxP, arXiv 1905.09217). Segment i of document row r is again a row of a table, so whatever
+takes a corpus takes segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+READ = 1024  # documents read at once
+
+
+class Segments:
+    """The segments of some documents as a table of texts.
+
+    Args:
+        corpus: the documents.
+        rows: [n], those that are cut; any order, repeats allowed.
+        words: of a segment.
+    """
+
+    def __init__(self, corpus: Any, rows: np.ndarray, words: int) -> None:
+        self.corpus = corpus
+        self.words = words
+        self.rows = np.unique(rows)  # [D]
+        counts = np.empty(len(self.rows), dtype=np.int64)
+        for start in range(0, len(self.rows), READ):
+            texts = corpus.get(self.rows[start : start + READ])
+            counts[start : start + READ] = [
+                max(-(-len(text.split()) // words), 1) for _, text in texts
+            ]
+        self.counts = counts  # [D]
+        self.starts = np.concatenate(([0], np.cumsum(counts)))  # [D + 1]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(segment rows end to end, how many each document has [n]) of document rows [n]."""
+        at = np.searchsorted(self.rows, rows)
+        counts = self.counts[at]
+        ends = np.cumsum(counts)
+        inside = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+        return np.repeat(self.starts[at], counts) + inside, counts
+
+    def get(self, segments: Sequence[int] | np.ndarray) -> list[tuple[str, str]]:
+        """(title, text) of segments; each has its document's title."""
+        segments = np.asarray(segments)
+        at = np.searchsorted(self.starts, segments, side="right") - 1
+        distinct, inverse = np.unique(at, return_inverse=True)
+        documents = [(title, text.split()) for title, text in self.corpus.get(self.rows[distinct])]
+        found = []
+        for document, number in zip(inverse, segments - self.starts[at], strict=True):
+            title, words = documents[document]
+            start = int(number) * self.words
+            found.append((title, " ".join(words[start : start + self.words])))
+        return found

@@ -1,0 +1,99 @@
+"""Several runs to one: reciprocal ranks, or scores made comparable and weighed.
+
+A lexical and a dense retriever miss different passages; together they beat each of them. Ranks need
+no calibration (Cormack et al. 2009); scores, made comparable query by query, keep the distances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from caravan.data.runs import Run
+from caravan.errors import InputError
+
+NORMALISATIONS = ("minmax", "zscore", "none")
+
+
+class ReciprocalRank:
+    """The sum over runs of 1 / (k + rank), the rank counted from 1.
+
+    Args:
+        k: the larger, the less the very top counts; 60 in the literature.
+        weights: of each run; None: all the same.
+    """
+
+    def __init__(self, k: float = 60, weights: Sequence[float] | None = None) -> None:
+        self.k = k
+        self.weights = weights
+
+    def __call__(self, runs: Sequence[Run]) -> Run:
+        parts = []
+        for run in runs:
+            rank = np.arange(len(run.scores)) - np.repeat(run.offsets[:-1], run.counts) + 1
+            parts.append(1.0 / (self.k + rank))
+        return _added(runs, parts, _weights(self.weights, runs))
+
+
+class Weighted:
+    """The weighted sum of scores that are made comparable for each query and run.
+
+    Args:
+        weights: of each run; None: all the same.
+        normalise: "minmax" to 0..1, "zscore" to deviation 1, or "none". A passage that a run does
+            not have gets the lowest score there ("none": 0).
+    """
+
+    def __init__(self, weights: Sequence[float] | None = None, normalise: str = "minmax") -> None:
+        if normalise not in NORMALISATIONS:
+            raise InputError(
+                f"fuse.normalise is {normalise!r}; it must be one of {', '.join(NORMALISATIONS)}"
+            )
+        self.weights = weights
+        self.normalise = normalise
+
+    def __call__(self, runs: Sequence[Run]) -> Run:
+        parts = []
+        for run in runs:
+            scores = run.scores.astype(np.float64)
+            starts, counts = run.offsets[:-1][run.counts > 0], run.counts[run.counts > 0]
+            if len(starts):
+                if self.normalise == "minmax":
+                    low = np.repeat(np.minimum.reduceat(scores, starts), counts)
+                    high = np.repeat(np.maximum.reduceat(scores, starts), counts)
+                    scores = (scores - low) / np.where(high > low, high - low, 1.0)
+                elif self.normalise == "zscore":
+                    mean = np.repeat(np.add.reduceat(scores, starts) / counts, counts)
+                    squares = np.add.reduceat((scores - mean) ** 2, starts) / counts
+                    deviation = np.repeat(np.sqrt(squares), counts)
+                    scores = (scores - mean) / np.where(deviation > 0, deviation, 1.0)
+                if self.normalise != "none":
+                    # Counted from the run's lowest, so that a missing passage, which adds nothing,
+                    # stands where the lowest stands.
+                    scores = scores - np.repeat(np.minimum.reduceat(scores, starts), counts)
+            parts.append(scores)
+        return _added(runs, parts, _weights(self.weights, runs))
+
+
+def _weights(weights: Sequence[float] | None, runs: Sequence[Run]) -> Sequence[float]:
+    if weights is None:
+        return [1.0] * len(runs)
+    if len(weights) != len(runs):
+        raise InputError(
+            f"fuse.weights has {len(weights)} numbers for {len(runs)} runs; give one for each"
+        )
+    return weights
+
+
+def _added(runs: Sequence[Run], parts: Sequence[np.ndarray], weights: Sequence[float]) -> Run:
+    """The run of the weighted sums over (query, passage)."""
+    query_rows = np.concatenate([np.repeat(run.query_rows, run.counts) for run in runs])
+    passage_rows = np.concatenate([run.passage_rows for run in runs])
+    scores = np.concatenate([weight * part for weight, part in zip(weights, parts, strict=True)])
+    size = int(passage_rows.max(initial=0)) + 1
+    pairs, inverse = np.unique(query_rows * size + passage_rows, return_inverse=True)
+    total = np.zeros(len(pairs))
+    np.add.at(total, inverse, scores)
+    every = np.unique(np.concatenate([run.query_rows for run in runs]))
+    return Run.from_flat(pairs // size, pairs % size, total, all_queries=every)

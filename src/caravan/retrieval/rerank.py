@@ -1,0 +1,219 @@
+"""Candidates to a better order: a reranker scores each pair of query and passage once.
+
+RankLLaMA (arXiv 2310.08319, section 2.2) reads the retriever's top 200. Pairs of all queries are
+cut into blocks; a block is packed by length over all its queries and its scores are written before
+the next is begun, so memory is that of one block and a killed run goes on at the block it was in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from caravan.contract import read_contract
+from caravan.data.batching import PairBlocks, text_loader
+from caravan.data.collection import Qrels
+from caravan.data.pairs import PairTemplates
+from caravan.data.runs import Run
+from caravan.data.segments import Segments
+from caravan.data.texts import Texts
+from caravan.errors import InputError
+from caravan.models import folder as model_folder
+from caravan.models import hardware
+from caravan.models.crossencoder import CrossEncoder
+from caravan.models.packed import pack_linears
+from caravan.progress import track
+from caravan.retrieval.shards import fill, shard
+
+
+@dataclass(frozen=True)
+class Reranking:
+    """How candidates are reranked.
+
+    Attributes:
+        depth: candidates of each query, from the top.
+        rest: what becomes of those below: "drop" them, or "keep" them below in their old order.
+        judged: score the judged passages of each query too, for a run that teaches.
+        block: pairs that are written at once; a killed run goes on at the last one.
+        query_length, passage_length: tokens, in place of the model's own.
+        segment: None reads a document whole, as far as the length goes; "first" and "best" read
+            segments of it, and give it the score of that one.
+        segment_words: of a segment.
+    """
+
+    depth: int = 100
+    rest: str = "drop"
+    judged: bool = False
+    block: int = 2048
+    query_length: int | None = None
+    passage_length: int | None = None
+    segment: str | None = None
+    segment_words: int = 150
+
+    def __post_init__(self) -> None:
+        if self.rest not in ("drop", "keep"):
+            raise InputError(f"rerank.rest is {self.rest!r}; it must be drop or keep")
+        if self.segment not in (None, "first", "best"):
+            raise InputError(f"rerank.segment is {self.segment!r}; it must be null, first or best")
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        given = {"query_length": self.query_length, "passage_length": self.passage_length}
+        return {name: length for name, length in given.items() if length is not None}
+
+
+class Scorer:
+    """A reranker's folder that scores; it brings its own templates and lengths.
+
+    Args:
+        folder: of a reranker. Its weights load when the first pair that is not on disk comes.
+        precision: "auto", "bf16" or "float32".
+        token_budget: padded tokens a chunk; None leaves them to the machine.
+        num_workers: processes that tokenise ahead.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Reranking,
+        precision: str = "auto",
+        token_budget: int | None = None,
+        num_workers: int = 1,
+    ) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.precision = hardware.resolve(precision)
+        self.token_budget = hardware.chunk(token_budget)
+        self.num_workers = num_workers
+        self.device = hardware.device()
+        contract = read_contract(folder)[0]
+        if contract.kind != "reranker":
+            raise InputError(f"{folder} is a {contract.kind}; give the folder of a reranker")
+        self.contract = replace(contract, **settings.lengths)  # type: ignore[arg-type]
+
+    @cached_property
+    def loaded(self) -> tuple[CrossEncoder, PairTemplates]:
+        dtype = hardware.dtype(self.precision)
+        model, tokenizer, _, _ = model_folder.load(self.folder, dtype, kind="reranker")
+        if self.device.type == "cpu":
+            head = getattr(model.plain, "score", None)
+            pack_linears(model)
+            if head is not None:
+                model.plain.score = head  # one small product in float32; nothing to gain
+        return model.to(self.device), PairTemplates(tokenizer, self.contract)
+
+    def rerank(
+        self,
+        candidates: Run,
+        queries: Texts,
+        corpus: Texts,
+        to: Path,
+        inputs: dict[str, Any],
+        qrels: Qrels | None = None,
+    ) -> Run:
+        """The candidates in the reranker's order.
+
+        Args:
+            to: where scores lie, block by block.
+            inputs: digests and settings that determine the scores; those of others go.
+            qrels: whose judged passages are scored too (`Reranking.judged`).
+        """
+        top = candidates.top(self.settings.depth)
+        query_rows = np.repeat(top.query_rows, top.counts)
+        passage_rows = top.passage_rows
+        if self.settings.judged and qrels is not None:
+            query_rows, passage_rows = _with_judged(query_rows, passage_rows, qrels, len(corpus))
+        scores = self.scores(query_rows, passage_rows, queries, corpus, to, inputs)
+        run = Run.from_flat(query_rows, passage_rows, scores, all_queries=candidates.query_rows)
+        return run if self.settings.rest == "drop" else _with_rest(run, candidates, len(corpus))
+
+    def scores(
+        self,
+        query_rows: np.ndarray,
+        passage_rows: np.ndarray,
+        queries: Texts,
+        corpus: Any,
+        to: Path,
+        inputs: dict[str, Any],
+    ) -> np.ndarray:
+        """Scores [N] float32 of pairs, each scored once; resumed where a killed start was."""
+        counts = None
+        if self.settings.segment is not None and len(passage_rows):
+            corpus = Segments(corpus, passage_rows, self.settings.segment_words)
+            segments, counts = corpus.of(passage_rows)
+            if self.settings.segment == "first":
+                segments, counts = segments[np.cumsum(counts) - counts], None
+                passage_rows = segments
+            else:
+                query_rows, passage_rows = np.repeat(query_rows, counts), segments
+        blocks = -(-len(query_rows) // self.settings.block)
+
+        def compute(missing: list[int]) -> Iterator[np.ndarray]:
+            model, templates = self.loaded
+            pairs = PairBlocks(
+                *(queries, corpus, query_rows, passage_rows, templates),
+                self.settings.block,
+                self.token_budget,
+            )
+            block = self.settings.block
+            batches = track(
+                text_loader(pairs, missing, self.num_workers),
+                "rerank",
+                sum(len(query_rows[i * block :][:block]) for i in missing),
+                unit="pairs",
+                size=lambda batch: len(batch.query_rows),
+            )
+            with torch.inference_mode():
+                for batch in batches:
+                    packed = batch.pairs.to(self.device, non_blocking=True)
+                    yield model.score(packed).cpu().numpy()
+
+        fill(to, {**inputs, "resolved_precision": self.precision}, blocks, compute)
+        parts = [np.load(shard(to, number)) for number in range(blocks)]
+        scores = np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
+        if counts is None:
+            return scores
+        return np.maximum.reduceat(scores, np.cumsum(counts) - counts)
+
+
+def _with_judged(
+    query_rows: np.ndarray, passage_rows: np.ndarray, qrels: Qrels, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs, and those judged pairs that are not among them."""
+    pairs = query_rows * size + passage_rows
+    judged = np.unique(qrels.query_rows * size + qrels.passage_rows)
+    more = judged[~np.isin(judged, pairs)]
+    return np.concatenate((query_rows, more // size)), np.concatenate((passage_rows, more % size))
+
+
+def _with_rest(run: Run, candidates: Run, size: int) -> Run:
+    """The run, and below it each query's other candidates in the order that they had."""
+    old_queries = np.repeat(candidates.query_rows, candidates.counts)
+    ranked = np.repeat(run.query_rows, run.counts)
+    rest = ~np.isin(old_queries * size + candidates.passage_rows, ranked * size + run.passage_rows)
+    query_rows, passage_rows = old_queries[rest], candidates.passage_rows[rest]
+    lowest = dict(zip(run.query_rows.tolist(), _lowest(run).tolist(), strict=True))
+    first = np.searchsorted(query_rows, query_rows)
+    below = np.arange(len(query_rows)) - first + 1
+    scores = np.array([lowest[row] for row in query_rows.tolist()], dtype=np.float64) - below
+    return Run.from_flat(
+        np.concatenate((ranked, query_rows)),
+        np.concatenate((run.passage_rows, passage_rows)),
+        np.concatenate((run.scores, scores)),
+        run.tag,
+        all_queries=run.query_rows,
+    )
+
+
+def _lowest(run: Run) -> np.ndarray:
+    """The lowest score of each query, [Q]; 0 for one without a passage."""
+    lowest = np.zeros(len(run))
+    some = run.counts > 0
+    lowest[some] = run.scores[run.offsets[1:][some] - 1]
+    return lowest

@@ -1,0 +1,64 @@
+"""Work that is written block by block, and goes on after a kill where it was.
+
+    folder/begun.manifest.json   what the blocks are made from, written before the first
+    folder/00000042.npy          a block, written beside its place and renamed
+    <folder>.manifest.json       written last: the whole is there
+
+Each block is computed on its own, so the files are the same bytes however often a start was cut
+short; nothing that is on disk is computed again. Blocks of other inputs are thrown away.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from caravan import manifest
+
+
+def shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:08d}.npy"
+
+
+def fill(
+    folder: Path,
+    inputs: dict[str, Any],
+    blocks: int,
+    compute: Callable[[list[int]], Iterable[np.ndarray]],
+) -> None:
+    """Write the blocks that are not there yet.
+
+    Args:
+        inputs: digests and settings that determine the blocks.
+        compute: gives, for the numbers of blocks that are missing, the array of each in turn.
+    """
+    if manifest.matches(folder, inputs):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # Says from the start whose blocks these are, so that an interrupted start can be resumed.
+    begun = folder / "begun"
+    if not manifest.matches(begun, inputs):
+        manifest.remove(folder)  # before the blocks: they are no longer what it says they are
+        manifest.remove(begun)
+        for old in folder.iterdir():
+            old.unlink()
+        begun.touch()
+        manifest.write(begun, inputs)
+    missing = [i for i in range(blocks) if not shard(folder, i).exists()]
+    for number, array in zip(missing, compute(missing), strict=True):
+        _write(shard(folder, number), array)
+    manifest.write(folder, inputs)
+
+
+def _write(path: Path, array: np.ndarray) -> None:
+    # Each process its own: two evaluations that share a store write the same shards.
+    scratch = path.with_suffix(f".{os.getpid()}.part")
+    with scratch.open("wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)

@@ -1,0 +1,305 @@
+"""The stages of retrieval, each a run on disk with a manifest: retrieve, fuse, rerank.
+
+    run_dir/store/      embeddings, BM25's index, a reranker's scores
+    run_dir/runs/       <stage>.<split>.trec
+
+A stage is skipped only when the digests of model, collection, candidates and settings are those its
+run was made from, and the run is as it was written.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from caravan import manifest
+from caravan.contract import folder_digest
+from caravan.data.collection import Collection, Qrels
+from caravan.data.runs import Run, canonical, read_run, write_run
+from caravan.errors import InputError
+
+log = logging.getLogger(__name__)
+
+Facts = dict[str, Any]
+"""What making a run took: seconds end with `_s`, those that queries take with `_query_s`."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run on disk."""
+
+    name: str
+    path: Path
+    inputs: dict[str, Any]  # what it was made from
+    facts: Facts
+    digest: str  # of the run's bytes
+
+    @property
+    def seconds(self) -> float:
+        return float(sum(value for key, value in self.facts.items() if key.endswith("_s")))
+
+    @property
+    def query_seconds(self) -> float:
+        """What its queries took, with nothing that is done once for a collection."""
+        return float(sum(value for key, value in self.facts.items() if key.endswith("_query_s")))
+
+
+class Stages:
+    """Makes the runs of one split of a collection.
+
+    Args:
+        collection, split: what is searched, and the judged queries that are asked.
+        run_dir: where runs go.
+        store: where embeddings or BM25's index lie; another evaluation's may be given.
+        k: depth of the runs.
+    """
+
+    def __init__(
+        self, collection: Collection, split: str, run_dir: Path, store: Path, k: int
+    ) -> None:
+        self.collection = collection
+        self.split = split
+        self.qrels: Qrels = collection.qrels(split)
+        if not len(self.qrels.queries):
+            raise InputError(
+                f"{collection.name}: split {split!r} judges no query; choose another data.split"
+            )
+        self.run_dir = run_dir
+        self.store = store
+        self.k = k
+        self._names: dict[str, int] = {}
+
+    def bm25(self, bm25: Any, settings: dict[str, Any]) -> Stage:
+        """Search with BM25.
+
+        Args:
+            bm25: `caravan.retrieval.lexical.BM25`.
+            settings: what it was made with, for the manifest.
+        """
+        built_from = {"collection": self.collection.digest, "bm25": settings}
+
+        def search() -> tuple[Run, Facts]:
+            folder = self.store / "bm25"
+            started = time.monotonic()
+            if not manifest.matches(folder, built_from):
+                manifest.remove(folder)
+                bm25.build(self.collection.corpus, folder)
+                manifest.write(folder, built_from)
+            else:
+                bm25.open(self.collection.corpus, folder)
+            built = time.monotonic()
+            queries = self.qrels.queries
+            texts = [text for _, text in self.collection.queries.get(queries)]
+            run = bm25.search(texts, queries, self.k)
+            return run, {"index_s": built - started, "search_query_s": time.monotonic() - built}
+
+        return self._stage("bm25", {**built_from, "k": self.k}, search)
+
+    def dense(
+        self,
+        model: Path,
+        index: Any,
+        index_settings: dict[str, Any],
+        precision: str,
+        lengths: dict[str, int],
+        token_budget: int | None,
+        block: int,
+        num_workers: int,
+    ) -> Stage:
+        """Embed corpus and queries with a model folder, index, and search.
+
+        Args:
+            index: `caravan.retrieval.index.Faiss` or `Exact`, of `index_settings`.
+            precision: "auto", "bf16" or "float32".
+            lengths: query_length and passage_length that replace the contract's.
+            token_budget: padded tokens a chunk.
+            block: passages a shard.
+        """
+        encoded_from = {
+            "model": folder_digest(model),
+            "collection": self.collection.digest,
+            "precision": precision,
+            "token_budget": token_budget,
+            "block": block,
+        }
+
+        def search() -> tuple[Run, Facts]:
+            from caravan.retrieval.encode import Encoder
+
+            started = time.monotonic()
+            encoder = Encoder(model, precision, lengths, token_budget, block, num_workers)
+            passages = encoder.encode(
+                self.collection.corpus,
+                np.arange(len(self.collection.corpus)),
+                "passage",
+                self.store / self._folder("passages", model),
+                {**encoded_from, "length": lengths.get("passage_length")},
+            )
+            encoded = time.monotonic()
+            queries = encoder.encode(
+                self.collection.queries,
+                self.qrels.queries,
+                "query",
+                self.store / f"{self._folder('queries', model)}.{self.split}",
+                {**encoded_from, "length": lengths.get("query_length"), "split": self.split},
+            ).read()
+            asked = time.monotonic()
+            index.build(passages)
+            built = time.monotonic()
+            scores, rows = index.search(queries, min(self.k, passages.rows))
+            facts: Facts = {
+                "encode_s": encoded - started,
+                "encode_query_s": asked - encoded,
+                "index_s": built - asked,
+                "search_query_s": time.monotonic() - built,
+                "device": str(encoder.device),
+                "precision": encoder.precision,
+            }
+            if index.approximate:
+                from caravan.retrieval.index import measured_recall
+
+                facts["recall_against_exact"] = measured_recall(rows, queries, passages)
+                log.info("recall against exact search: %.4f", facts["recall_against_exact"])
+            return Run.from_topk(self.qrels.queries, scores, rows), facts
+
+        made_from = {**encoded_from, **lengths, "index": index_settings, "k": self.k}
+        return self._stage("retriever", made_from, search)
+
+    def given(self, path: Path) -> Stage:
+        """A run of any system, TREC or MS MARCO, over the queries of the split."""
+        made_from = {
+            "collection": self.collection.digest,
+            "given": manifest.content_digest(path),
+            "k": self.k,
+        }
+
+        def search() -> tuple[Run, Facts]:
+            run = read_run(path, self.collection.queries, self.collection.corpus, depth=self.k)
+            own = run.only(self.qrels.queries)
+            if not len(own):
+                raise InputError(
+                    f"{path} ranks none of the {self.split} queries of {self.collection.name}; give"
+                    " a run over them, or choose another data.split"
+                )
+            missing = len(self.qrels.queries) - len(own)
+            if missing:
+                log.warning(
+                    "%s has nothing for %d of %d queries; they count 0",
+                    *(path, missing, len(self.qrels.queries)),
+                )
+            return own, {}
+
+        return self._stage("run", made_from, search)
+
+    def fused(self, fuse: Any, settings: dict[str, Any], stages: list[Stage]) -> Stage:
+        """The runs of several stages as one."""
+        made_from = {"fuse": settings, "runs": [stage.digest for stage in stages], "k": self.k}
+
+        def search() -> tuple[Run, Facts]:
+            runs = [self.read(stage) for stage in stages]
+            started = time.monotonic()
+            return fuse(runs).top(self.k), {"fuse_query_s": time.monotonic() - started}
+
+        return self._stage("fused", made_from, search)
+
+    def reranked(
+        self,
+        model: Path,
+        settings: dict[str, Any],
+        candidates: Stage,
+        precision: str,
+        token_budget: int | None,
+        num_workers: int,
+    ) -> Stage:
+        """The candidates in the order of a reranker.
+
+        Args:
+            settings: of `caravan.retrieval.rerank.Reranking`.
+        """
+        from caravan.retrieval.rerank import Reranking, Scorer
+
+        chosen = Reranking(**settings)
+        scorer = Scorer(model, chosen, precision, token_budget, num_workers)
+        made_from = {
+            "model": folder_digest(model),
+            "collection": self.collection.digest,
+            "candidates": candidates.digest,
+            "precision": precision,
+            "token_budget": token_budget,
+            **settings,
+        }
+
+        def search() -> tuple[Run, Facts]:
+            run = self.read(candidates)
+            deepest = int(run.counts.max(initial=0))
+            if deepest < chosen.depth:
+                log.warning(
+                    "rerank.depth=%d, but the candidates go down to %d", chosen.depth, deepest
+                )
+            started = time.monotonic()
+            found = scorer.rerank(
+                run,
+                self.collection.queries,
+                self.collection.corpus,
+                self.store / f"scores.{self.split}",
+                made_from,
+                self.qrels,
+            )
+            facts = {
+                "rerank_query_s": time.monotonic() - started,
+                "device": str(scorer.device),
+                "precision": scorer.precision,
+            }
+            return found, facts
+
+        return self._stage("reranked", made_from, search)
+
+    def read(self, stage: Stage, depth: int | None = None) -> Run:
+        """The run of a stage, as it lies on disk."""
+        if not stage.path.stat().st_size:  # no query has a hit, which is a result and no mistake
+            nothing = np.full((2, len(self.qrels.queries), 1), -1, dtype=np.int64)
+            return Run.from_topk(self.qrels.queries, *nothing)
+        return read_run(stage.path, self.collection.queries, self.collection.corpus, depth=depth)
+
+    def _folder(self, side: str, model: Path) -> str:
+        """Embeddings of a second model lie beside those of the first."""
+        number = self._names.get("retriever", 0)
+        return side if number < 2 else f"{side}-{number}"
+
+    def _stage(
+        self, name: str, made_from: dict[str, Any], search: Callable[[], tuple[Run, Facts]]
+    ) -> Stage:
+        """Write the run, unless it is there from the same inputs."""
+        number = self._names[name] = self._names.get(name, 0) + 1
+        name = name if number == 1 else f"{name}-{number}"
+        path = self.run_dir / "runs" / f"{name}.{self.split}.trec"
+        inputs = {**made_from, "split": self.split}
+        digest = _made_before(path, inputs)
+        if digest is not None:
+            log.info("%s is there already, from the same model, collection and settings", path)
+        else:
+            manifest.remove(path)
+            run, facts = search()
+            run = canonical(run, self.collection.corpus)
+            write_run(path, run, self.collection.queries, self.collection.corpus)
+            digest = manifest.content_digest(path)
+            manifest.write(path, inputs, {**facts, "run_xxh3": digest})
+        facts = (manifest.read(path) or {}).get("facts", {})
+        return Stage(name, path, inputs, facts, digest)
+
+
+def _made_before(path: Path, inputs: dict[str, Any]) -> str | None:
+    """The digest of a run that is there from these inputs, as it was written, else None."""
+    if not manifest.matches(path, inputs):
+        return None
+    digest = manifest.content_digest(path)
+    if (manifest.read(path) or {})["facts"].get("run_xxh3") == digest:
+        return digest
+    log.warning("%s is not as it was written; it is made again", path)
+    return None
