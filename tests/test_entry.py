@@ -269,3 +269,22 @@ def test_a_sweep_that_is_started_again_resumes_its_jobs(app: Program, home: Path
     assert done.returncode == 0, done.stderr
     assert json.loads((home / "runs/many/seed=1/metrics.json").read_text())["resume"] is True
     assert "0.2500" in (home / "runs/many/sweep.txt").read_text()
+
+
+def test_a_terminated_run_ends_as_an_interrupted_one_with_its_own_code(
+    app: Program, home: Path
+) -> None:
+    text = (home / "app.py").read_text()
+    kill = "import signal; os.kill(os.getpid(), signal.SIGTERM)"
+    (home / "app.py").write_text(text.replace("raise KeyboardInterrupt\n", f"{kill}\n", 1))
+    done = app("name=stopped")
+    assert done.returncode == 143
+    assert done.stderr.endswith("interrupted; the same command with resume=true goes on\n")
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(app: Program) -> None:
+    done = app("name=x", "run_dir=/proc/nowhere")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "/proc/nowhere: No such file or directory; give another place"
+    ]

@@ -50,6 +50,7 @@ class Validation:
     queries: int | None = MISSING
     run: str | None = MISSING
     run_depth: int = MISSING
+    read_lengths: list[int] = MISSING
 
 
 @dataclass
@@ -85,6 +86,7 @@ class Rerank:
     """How candidates are reranked (`caravan.retrieval.rerank.Reranking`)."""
 
     depth: int = MISSING
+    weight: float = MISSING
     rest: str = MISSING
     judged: bool = MISSING
     block: int = MISSING

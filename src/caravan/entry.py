@@ -15,6 +15,7 @@ import functools
 import inspect
 import logging
 import os
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -40,12 +41,13 @@ from caravan.compose import FAILURES, Composer, report
 from caravan.errors import InputError
 from caravan.ranks import leads
 
-FAILED, USER, INTERRUPTED = 1, 2, 130
+FAILED, USER, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 SWEEP_DIR = "hydra.sweep.dir="
 MOST_JOBS = 24
 """Jobs of a sweep that are checked before it starts; each is checked again when its turn comes."""
 
 log = logging.getLogger("caravan")
+_code = INTERRUPTED  # with which an interrupted run ends
 Task = Callable[[DictConfig], Any]
 
 
@@ -70,6 +72,8 @@ def entry(name: str) -> Callable[[Task], Callable[[], None]]:
         def run() -> None:
             # Exceptions come through Hydra whole, to be told apart here.
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            # Lightning would end a terminated run with exit code 0; it leaves our handler alone.
+            signal.signal(signal.SIGTERM, _terminate)
             try:
                 sys.argv[1:] = preflight(sys.argv[1:], conf, name, root)
                 sweep = sweep_folder(sys.argv[1:])
@@ -78,11 +82,15 @@ def entry(name: str) -> Callable[[Task], Callable[[], None]]:
                 if sweep is not None:
                     _end_of_sweep(sweep)
             except KeyboardInterrupt:
-                _leave("interrupted; the same command with resume=true goes on", INTERRUPTED)
+                _interrupted()
             except SystemExit as stop:
                 if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning has caught it
-                    _leave("interrupted; the same command with resume=true goes on", INTERRUPTED)
+                    _interrupted()
                 raise
+            except OSError as error:
+                if error.filename is None:
+                    raise
+                _leave(f"{error.filename}: {error.strerror}; give another place", USER)
             except (ConfigCompositionException, OverrideParseException, SearchPathException) as e:
                 _leave(" ".join(str(e.__cause__ or e).split()), USER)
             except (InputError, InstantiationException) as error:
@@ -169,6 +177,20 @@ def _input_error(error: BaseException | None) -> InputError | None:
     while isinstance(error, InstantiationException):
         error = error.__cause__
     return error if isinstance(error, InputError) else None
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, to be treated as Ctrl-C is."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    global _code
+    _code = TERMINATED
+    raise _Terminated
+
+
+def _interrupted() -> None:
+    _leave("interrupted; the same command with resume=true goes on", _code)
 
 
 def _leave(message: str, code: int) -> None:

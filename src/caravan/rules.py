@@ -68,6 +68,8 @@ AT_LEAST = {
     "trainer.log_every_n_steps": 1,
     "trainer.accumulate_grad_batches": 1,
     "callbacks.resume_point.every_n_steps": 1,
+    "trainer.max_steps": -1,
+    "trainer.max_epochs": -1,
 }
 
 
@@ -160,7 +162,8 @@ def measures_are_known(cfg: DictConfig) -> Iterator[Mistake]:
         for i, measure in enumerate(_listed(node, "measures")):
             if MEASURE.fullmatch(measure) is None:
                 near = did_you_mean(measure.partition("@")[0], MEASURES, cutoff=0.5)
-                cutoff = measure.partition("@")[2] or "10"
+                given = measure.partition("@")[2]
+                cutoff = given if given.isdigit() and int(given) else "10"
                 hint = f"did you mean {near}@{cutoff}?" if near else "write MRR@10"
                 known = ", ".join(f"{name}@k" for name in MEASURES)
                 yield Mistake((*path, "measures", i), f"{measure!r} is none of {known}; {hint}")
@@ -179,6 +182,26 @@ def monitored_is_logged(cfg: DictConfig) -> Iterator[Mistake]:
             near = did_you_mean(watched, logged)
             hint = f"did you mean {near}?" if near else f"there are {', '.join(logged)}"
             yield Mistake((*path, "monitor"), f"nothing logs {watched}; {hint}")
+
+
+def best_checkpoints_have_names(cfg: DictConfig) -> Iterator[Mistake]:
+    """Several best checkpoints under one name would overwrite each other."""
+    best = value(cfg, "callbacks.best")
+    if not isinstance(best, DictConfig):
+        return
+    kept, name = value(best, "save_top_k"), value(best, "filename")
+    if is_int(kept) and kept not in (0, 1) and isinstance(name, str) and "{" not in name:
+        text = (
+            "the checkpoints would overwrite each other; set callbacks.best.filename='best-{step}'"
+        )
+        yield Mistake(("callbacks", "best", "save_top_k"), text)
+
+
+def run_has_a_name(cfg: DictConfig) -> Iterator[Mistake]:
+    """An empty name would put a run into the folder of all runs."""
+    name = value(cfg, "name")
+    if isinstance(name, str) and not name.strip("/ ."):
+        yield Mistake(("name",), "it is empty; give the run a name of its own")
 
 
 def training_ends(cfg: DictConfig) -> Iterator[Mistake]:
@@ -307,6 +330,8 @@ RULES: list[Rule] = [
     measures_are_known,
     search_is_deep_enough,
     monitored_is_logged,
+    best_checkpoints_have_names,
+    run_has_a_name,
     training_ends,
     trainer_leaves_the_rest_to_the_run,
     stage_suits_the_contract,

@@ -82,6 +82,25 @@ def test_a_query_that_fills_the_input_leaves_the_document_its_least(
     ]
 
 
+def test_beside_a_long_query_only_the_beginning_of_a_document_is_tokenised(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    templates = PairTemplates(tokenizer, JOINED)
+    query, passage = _texts(300), _texts(50_000, 1)
+    (expected,) = templates.pairs([query], [("", passage[1][:2000])])
+    longest, call = [], type(tokenizer).__call__
+
+    def watched(self: Any, texts: Any, *args: Any, **settings: Any) -> Any:
+        longest.append(len(texts) if isinstance(texts, str) else max(map(len, texts)))
+        return call(self, texts, *args, **settings)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", watched)
+    (found,) = templates.pairs([query], [passage])
+    assert found == expected
+    assert max(longest) < 20_000 < len(passage[1])
+    assert templates.cut == 2
+
+
 def test_the_pair_form_is_the_tokenizers_own_with_its_token_types(bert: Any) -> None:
     contract = replace(
         JOINED,

@@ -16,10 +16,11 @@ from caravan.batches import pack
 from caravan.contract import Contract
 from caravan.errors import InputError
 from caravan.models import folder
-from caravan.models.adapters import LoRA
+from caravan.models.adapters import LoRA, is_adapter
 from caravan.models.backbone import Pretrained, Trained
 from caravan.models.biencoder import BiEncoder
-from caravan.models.crossencoder import CrossEncoder, with_head
+from caravan.models.crossencoder import CrossEncoder, head_of, with_head
+from caravan.models.packed import pack_linears
 from caravan.models.pooling import is_causal
 
 DECODER = Contract(kind="reranker", query_length=16, passage_length=48)
@@ -224,6 +225,135 @@ def test_a_retrievers_adapter_goes_on_as_a_rerankers(tokenizer: Any, tmp_path: P
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     with pytest.raises(InputError, match="another rank"):
         spec.adapted(LoRA(rank=8), spec.scorer(tokenizer))
+
+
+def test_a_rerankers_adapter_goes_on_with_its_head(tokenizer: Any, tmp_path: Path) -> None:
+    base = _saved_base(tokenizer, tmp_path / "base")
+    lora = LoRA(rank=4, alpha=8)
+    adapted = lora.apply(Pretrained(str(base)).scorer(tokenizer))
+    _shake(adapted)
+    model = CrossEncoder(adapted, DECODER).eval()
+    folder.save(tmp_path / "m", model, tokenizer, DECODER, {})
+    spec = Trained(str(tmp_path / "m"), adapter=True)
+    again = CrossEncoder(spec.adapted(lora, spec.scorer(tokenizer)), DECODER).eval()
+    with torch.no_grad():
+        for text in TEXTS:
+            torch.testing.assert_close(_alone(again, text), _alone(model, text))
+    stored = len(load_file(tmp_path / "m" / "adapter_model.safetensors"))
+    whole = len(load_file(base / "model.safetensors"))
+    assert (
+        spec.told
+        == f"{stored} weights taken from {tmp_path / 'm'} and {whole} from its base " + (str(base))
+    )
+    assert not getattr(again.plain, "head_is_new", False)
+    with pytest.raises(InputError, match="another rank, alpha"):
+        spec.adapted(LoRA(rank=4, alpha=16), spec.scorer(tokenizer))
+
+
+def test_an_adopted_adapter_is_trained_on_and_never_wrapped_twice(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    released, _ = _released(tokenizer, tmp_path, "adapter_model.safetensors")
+    scorer = Pretrained(str(released)).scorer(tokenizer)
+    trained = {name for name, p in scorer.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name or "score.modules_to_save" in name for name in trained)
+    assert any("score" in name for name in trained)
+    with pytest.raises(InputError, match="is an adapter already"):
+        LoRA(rank=4).apply(scorer)
+
+
+def test_an_adapter_on_an_encoder_brings_its_head_back(tokenizer: Any, tmp_path: Path) -> None:
+    _architecture("bert").save_pretrained(tmp_path / "base")
+    scorer = LoRA(rank=4).apply(Pretrained(str(tmp_path / "base")).scorer(tokenizer))
+    _shake(scorer)
+    model = CrossEncoder(scorer, ENCODER).eval()
+    folder.save(tmp_path / "m", model, tokenizer, ENCODER, {})
+    loaded, *_ = folder.load(tmp_path / "m")
+    with torch.no_grad():
+        for text in TEXTS:
+            expected = _alone(model, text)
+            torch.testing.assert_close(_alone(loaded, text), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "bert with its own head"])
+def test_the_head_stays_float32_in_bf16_and_when_linears_are_packed(
+    name: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    if name.startswith("bert with"):
+        scorer = Pretrained(str(_own_head(tmp_path / "released"))).scorer(tokenizer)
+        saved = CrossEncoder(scorer, ENCODER)
+    else:
+        saved = _crossencoder(name)
+    contract = DECODER if saved.causal else ENCODER
+    folder.save(tmp_path / "m", saved, tokenizer, contract, {})
+    model, *_ = folder.load(tmp_path / "m", torch.bfloat16)
+    (_, head), (_, wanted) = head_of(model.plain), head_of(saved.plain)
+    assert torch.equal(head.weight, wanted.weight)  # and not rounded to bf16
+    assert next(model.parameters()).dtype == torch.bfloat16
+    with torch.no_grad():
+        pack_linears(model)
+        scores = model.score(pack(TEXTS, 40))
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = saved.eval().score(pack(TEXTS, 40))
+        expected = saved.score(pack(TEXTS, 40))
+    for found in (scores, autocast):
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, found.bfloat16().float())
+        torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+
+
+def test_a_retriever_starts_from_a_reranker_without_its_head(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    scorer = Pretrained(str(_own_head(tmp_path / "released"))).scorer(tokenizer)
+    folder.save(tmp_path / "m", CrossEncoder(scorer, ENCODER), tokenizer, ENCODER, {})
+    contract = Contract(pooling="mean")
+    model = BiEncoder(Trained(str(tmp_path / "m"), adapter=False).model(tokenizer), contract)
+    with torch.no_grad():
+        assert model.embed(pack(TEXTS, 40)).shape == (len(TEXTS), scorer.config.hidden_size)
+    assert not any("pooler" in name or "classifier" in name for name, _ in model.named_parameters())
+
+
+def test_activations_of_an_encoder_with_a_new_head_can_be_recomputed(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    _architecture("bert").save_pretrained(tmp_path / "base")
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        spec = Pretrained(str(tmp_path / "base"), checkpointing=checkpointing)
+        model = CrossEncoder(spec.scorer(tokenizer), ENCODER)
+        assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) == (
+            checkpointing
+        )
+        model.scorer.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.score(pack(TEXTS, 40)).sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_a_hub_id_that_cannot_be_asked_for_is_no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import hub
+
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: True)
+    assert not is_adapter("nobody/nothing")
+
+
+def _own_head(to: Path) -> Path:
+    """An encoder released as a cross-encoder, with pooler and classifier."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = _architecture("bert").config
+    config.num_labels = 1
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(to)
+    return to
 
 
 def _saved_base(tokenizer: Any, to: Path) -> Path:

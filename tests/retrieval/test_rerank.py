@@ -166,6 +166,26 @@ def test_what_lies_below_the_depth_is_dropped_or_kept_in_its_order(
         assert kept.of(row)[0].tolist() == [*dropped.of(row)[0], *run.of(row)[0][4:]]
 
 
+def test_a_weight_below_one_mixes_the_candidates_own_score_in(
+    reranker: Path, collection: Collection, tmp_path: Path
+) -> None:
+    run = _candidates(collection)
+    pure = _rerank(_scorer(reranker), run, collection, tmp_path / "p")
+    mixed = _rerank(_scorer(reranker, weight=0.25), run, collection, tmp_path / "m")
+    for row in run.query_rows:
+        parts = []
+        for part in (pure, run):
+            rows, scores = part.of(row)
+            share = (scores - scores.min()) / (scores.max() - scores.min())
+            parts.append(dict(zip(rows.tolist(), share, strict=True)))
+        for passage, score in zip(*mixed.of(row), strict=True):
+            assert score == pytest.approx(
+                0.25 * parts[0][passage] + 0.75 * parts[1][passage], abs=1e-5
+            )
+    with pytest.raises(InputError, match="above 0, and at most 1"):
+        Reranking(weight=0.0)
+
+
 def test_judged_passages_are_scored_for_a_teacher(
     reranker: Path, collection: Collection, tmp_path: Path
 ) -> None:

@@ -204,6 +204,16 @@ def test_a_killed_run_resumes_to_the_same_weights_and_figures(
     assert best.best_model_score == again.best_model_score
 
 
+def test_kills_at_the_ends_of_two_epochs_in_a_row_resume_to_the_same_weights(
+    whole: Fitted, fit: Fit
+) -> None:
+    fit(kill=KillAt(3, "step"))
+    fit(kill=KillAt(6, "step"), resume=True)
+    resumed = fit(resume=True)
+    assert _same(resumed.weights, whole.weights)
+    assert resumed.losses == {b: x for b, x in whole.losses.items() if b in resumed.losses}
+
+
 def test_dropout_and_accumulation_repeat_after_a_resume(fit: Fit, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"peft": LoRA(rank=2, alpha=4, dropout=0.5), "accumulate": 2}
     whole = fit(**settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -172,3 +173,14 @@ def test_a_last_short_batch_keeps_its_groups(tmp_path: Path, runs: dict[str, str
 def test_a_reranker_without_candidates_is_told_before_it_starts(beir: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"validation\.run .*puts a run's candidates into order"):
         train(beir, tmp_path / "r", "stage=reranker")
+
+
+def test_the_best_weights_are_read_at_other_lengths(
+    beir: Path, runs: dict[str, str], tmp_path: Path
+) -> None:
+    lengths = ("validation.read_lengths=[20,32]", "trainer.val_check_interval=12")
+    train(beir, tmp_path / "r", *_settings(runs, *lengths))
+    figures = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert set(figures["read"]) == {"20", "32"}
+    assert figures["read"]["32"]["MRR@10"] == pytest.approx(figures["best"])
+    assert set(figures["read"]["20"]) == {"MRR@10", "nDCG@10", "R@10"}

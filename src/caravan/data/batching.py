@@ -37,10 +37,6 @@ class QueryOrder(Sampler[tuple[int, np.ndarray]]):
         self.rank, self.world = rank, world
         self.epoch, self.start = 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this at the start of every epoch."""
-        self.epoch = epoch
-
     def __len__(self) -> int:
         return len(self.bounds)
 
@@ -153,7 +149,10 @@ def packed_pairs(
 
 
 class TrainLoader(DataLoader[Any]):
-    """Loads training batches and knows how many it has handed out, for the checkpoint.
+    """Loads training batches and knows which epoch it is in and how many it has handed out.
+
+    It counts epochs itself: Lightning's counter lags by one after two resumes in a row from a
+    checkpoint at an epoch's end, and the order would be that of another epoch.
 
     Args:
         per_epoch: batches that are asked of it in an epoch; None means all of `order`.
@@ -170,7 +169,10 @@ class TrainLoader(DataLoader[Any]):
         self.handed_out = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.handed_out = self.order.start
+        if self.handed_out >= self.per_epoch:
+            self.order.epoch += 1
+            self.handed_out = 0
+        self.order.start = self.handed_out
         release_free_memory()
         for batch in super().__iter__():
             self.handed_out += 1
@@ -181,8 +183,7 @@ class TrainLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.order.epoch = state["epoch"]
-        # A checkpoint at an epoch's end goes on with the first batch of the next one.
-        self.order.start = state["handed_out"] % max(self.per_epoch, 1)
+        self.handed_out = state["handed_out"]
 
 
 class TextBlocks(Dataset[EncodeBatch]):

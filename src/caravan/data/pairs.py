@@ -35,6 +35,9 @@ class PairTemplates:
         tokenizer: a fast tokenizer of transformers.
         contract: of a reranker.
 
+    Attributes:
+        cut: pairs so far whose query had to give way; the first is told in a warning.
+
     Raises:
         InputError: the contract wants an EOS that the tokenizer lacks, or leaves no room.
     """
@@ -71,7 +74,7 @@ class PairTemplates:
                 f" {max(self.room, 0)} tokens for query and document, which need {2 * LEAST};"
                 " raise one of them"
             )
-        self._cut = 0
+        self.cut = 0
 
     @property
     def pad_id(self) -> int:
@@ -99,23 +102,27 @@ class PairTemplates:
             beginning(text, self.room, start=len(first))
             for first, text in zip(firsts, texts, strict=True)
         ]
+        most = self.room - LEAST
+        # A token is a byte at least, so only the tokens of a long query have to be counted.
+        suspects = [text for text in dict.fromkeys(firsts) if len(text.encode()) > most]
+        counted = token_ids(self.tokenizer, suspects, suspects, self.room)
+        long = {text for text, ids in zip(suspects, counted, strict=True) if len(ids) > most}
         pairs = []
         for first, text, ids in zip(
             firsts, texts, token_ids(self.tokenizer, texts, begun, self.room), strict=True
         ):
-            # A token is a byte at least, so only a long query has to be looked at.
-            if len(first.encode()) > self.room - LEAST and len(ids) > self.room:
-                ids = self._without_end_of_query(first, text, ids)
+            if first in long and len(ids) > self.room:
+                ids = self._without_end_of_query(first, text)
             pairs.append(Pair([*self.before, *ids[: self.room], *self.after], 0))
         return [pair._replace(second=len(pair.ids)) for pair in pairs]
 
-    def _without_end_of_query(self, first: str, text: str, ids: list[int]) -> list[int]:
+    def _without_end_of_query(self, first: str, text: str) -> list[int]:
+        # Of the document, more than enough for its least number of tokens.
+        begun = beginning(text, self.room, start=len(first))
         whole = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            begun, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         of_query = sum(end <= len(first) for _, end in whole["offset_mapping"])
-        if of_query <= self.room - LEAST:
-            return ids
         self._tell_cut()
         ids = whole["input_ids"]
         document = ids[of_query : of_query + LEAST]
@@ -142,8 +149,8 @@ class PairTemplates:
         return pairs
 
     def _tell_cut(self) -> None:
-        self._cut += 1
-        if self._cut == 1:
+        self.cut += 1
+        if self.cut == 1:
             log.warning(
                 "a query takes more than the %d tokens that contract.query_length +"
                 " contract.passage_length leave it, and is cut; raise one of them",

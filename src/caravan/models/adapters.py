@@ -6,7 +6,6 @@ comes out then embeds or scores at random. Here every weight must find its place
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -36,6 +35,11 @@ class LoRA:
         """Freeze the model and put adapters on it; these and a reranker's head are trained."""
         from peft import LoraConfig, TaskType, get_peft_model
 
+        if hasattr(model, "peft_config"):
+            raise InputError(
+                "backbone.name is an adapter already; train it with peft=none, or adopt it"
+                " (trainer.max_steps=0) and start from that model folder with init_from"
+            )
         scores = hasattr(model, "score") or hasattr(model, "classifier")
         config = LoraConfig(
             task_type=TaskType.SEQ_CLS if scores else TaskType.FEATURE_EXTRACTION,
@@ -43,30 +47,31 @@ class LoRA:
             revision=getattr(model, "revision", None),  # the adapter finds the same base again
             **self.settings,
         )
-        return get_peft_model(model, config)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            told = str(error).strip().splitlines()[0]
+            raise InputError(f"peft.targets={self.targets}: {told}") from None
 
 
 def is_adapter(name: str, revision: str | None = None) -> bool:
     """Whether a hub id or folder holds an adapter and not a whole model."""
-    folder = Path(name)
-    if folder.is_dir():
-        return (folder / "adapter_config.json").is_file()
-    if folder.is_absolute() or name.count("/") > 1:
-        return False
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from transformers.utils.peft_utils import find_adapter_config_file
 
     try:
-        return HfApi().file_exists(name, "adapter_config.json", revision=revision)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
-        return False  # what cannot be asked is told when the weights are loaded
+        return find_adapter_config_file(name, revision=revision) is not None
+    except (OSError, ValueError):
+        return False  # what is not to be had is told when the weights are loaded
 
 
-def load_adapter(model: nn.Module, name: str, revision: str | None = None) -> Any:
-    """Put a saved adapter (.safetensors or .bin) on its base; PEFT's model in eval mode.
+def load_adapter(
+    model: nn.Module, name: str, revision: str | None = None, trainable: bool = False
+) -> Any:
+    """Put a saved adapter (.safetensors or .bin) on its base; PEFT's model.
 
     Args:
         name: folder or hub id.
+        trainable: whether training goes on with it; else it is frozen.
 
     Raises:
         InputError: a weight of the adapter or of its head is missing, not used, or misshapen.
@@ -77,7 +82,7 @@ def load_adapter(model: nn.Module, name: str, revision: str | None = None) -> An
     hub: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
         stored = set(load_peft_weights(name, device="cpu", **hub))
-        peft = PeftModel.from_pretrained(model, name, **hub)
+        peft = PeftModel.from_pretrained(model, name, is_trainable=trainable, **hub)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         told = str(error).strip().splitlines()[0].rstrip(".")
         if isinstance(error, KeyError):
@@ -104,27 +109,36 @@ def merged(peft: Any) -> nn.Module:
 
 
 def copy_adapter(peft: Any, name: str) -> int:
-    """Copy a saved adapter's low-rank weights into a new one; returns how many.
+    """Copy a saved adapter, with its head if the new one has that too; returns how many weights.
 
     A retriever's adapter sits on the transformer itself, a reranker's one level deeper.
 
     Raises:
-        InputError: the new adapter has another rank or other targets.
+        InputError: the new adapter has another rank or alpha, or other targets.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    def layer(key: str) -> str:
-        return key[key.index(".layer") :] if ".layer" in key else key
+    prefix = getattr(peft.get_base_model(), "base_model_prefix", "")
 
-    stored = {layer(k): w for k, w in load_peft_weights(name, device="cpu").items() if ".lora" in k}
-    new = {key: weight for key, weight in get_peft_model_state_dict(peft).items() if ".lora" in key}
-    shapes = {layer(key): tuple(weight.shape) for key, weight in new.items()}
-    if {key: tuple(weight.shape) for key, weight in stored.items()} != shapes:
+    def short(key: str) -> str:
+        for outer in ("base_model.model.", "backbone.", f"{prefix}."):
+            key = key.removeprefix(outer)
+        return key
+
+    def low_rank(weights: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {key: tuple(weight.shape) for key, weight in weights.items() if ".lora_" in key}
+
+    stored = {short(key): weight for key, weight in load_peft_weights(name, device="cpu").items()}
+    new = get_peft_model_state_dict(peft)
+    alpha = getattr(PeftConfig.from_pretrained(name), "lora_alpha", None)
+    wanted = low_rank({short(key): weight for key, weight in new.items()})
+    if low_rank(stored) != wanted or alpha != peft.active_peft_config.lora_alpha:
         raise InputError(
-            f"init_from={name} has an adapter of another rank or on other layers than peft asks"
-            " for; set peft.rank and peft.targets to its own, or peft=none to merge it"
+            f"init_from={name} has an adapter of another rank, alpha or on other layers than peft"
+            " asks for; set peft.rank, peft.alpha and peft.targets to its own, or peft=none to"
+            " merge it"
         )
-    taken = {key: stored[layer(key)] for key in new}
-    set_peft_model_state_dict(peft, {**get_peft_model_state_dict(peft), **taken})
+    taken = {key: stored[short(key)] for key in new if short(key) in stored}
+    set_peft_model_state_dict(peft, {**new, **taken})
     return len(taken)

@@ -133,7 +133,7 @@ class Pretrained:
 
     def model(self, tokenizer: Any) -> nn.Module:
         if is_adapter(self.name, self.hub["revision"]):
-            return load_adapter(self._base(), self.name, self.hub["revision"])
+            return load_adapter(self._base(), self.name, self.hub["revision"], trainable=True)
         model = load_weights(self.name, torch.float32, self.attention, **self.hub)
         return _prepared(model, self.checkpointing)
 
@@ -141,7 +141,7 @@ class Pretrained:
         """The model with the head that it was released with, else with a new one."""
         if is_adapter(self.name, self.hub["revision"]):
             headed = with_head(self._base(), tokenizer.pad_token_id)
-            return load_adapter(headed, self.name, self.hub["revision"])
+            return load_adapter(headed, self.name, self.hub["revision"], trainable=True)
         scorer: Any
         scorer, scorer.head_is_new = load_scorer(
             self.name, torch.float32, self.attention, tokenizer.pad_token_id, **self.hub
@@ -178,11 +178,13 @@ class Trained:
         self, folder: str, adapter: bool, attention: str = "auto", checkpointing: bool = False
     ) -> None:
         self.name = folder
-        self.facts = read_contract(Path(folder))[1]
-        self.adapter = folder if adapter and self.facts["weights"] == "adapter" else None
+        contract, facts = read_contract(Path(folder))
+        self.scores = contract.kind == "reranker"
+        self.adapter = folder if adapter and facts["weights"] == "adapter" else None
         self.attention = attention
         self.checkpointing = checkpointing
-        self.told = ""
+        self.counts: tuple[int, int] = (0, 0)  # weights loaded, and new ones
+        self.copied = 0  # weights of the adapter
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
         """The folder's own tokenizer; the collection plays no part."""
@@ -190,36 +192,54 @@ class Trained:
 
     def model(self, tokenizer: Any) -> nn.Module:
         """The transformer without a head; what a head the folder has is left out."""
-        scorer = self._loaded()
-        model = getattr(scorer, scorer.base_model_prefix) if hasattr(scorer, "score") else scorer
-        return self._prepared(model, new=0)
+        if self.adapter is not None:
+            base, revision = adapter_base(Path(self.adapter))
+            model: Any = load_weights(base, torch.float32, self.attention, revision=revision)
+        else:
+            model = self._whole().base_model
+            if getattr(model, "pooler", None) is not None:
+                model.pooler = None
+        return self._prepared(model)
 
     def scorer(self, tokenizer: Any) -> nn.Module:
         """The transformer with its head, or with a new one if it was no reranker."""
-        model = self._loaded()
-        if hasattr(model, "score") or hasattr(model, "classifier"):
-            return self._prepared(model, new=0)
-        return _new_head(self._prepared(model, new=1), tokenizer)
+        if not self.scores:
+            model = self.model(tokenizer)
+            self.counts = (self.counts[0], 1)
+            return _new_head(model, tokenizer)
+        if self.adapter is None:
+            return self._prepared(self._whole())
+        base, revision = adapter_base(Path(self.adapter))
+        pad_id = tokenizer.pad_token_id
+        scorer = load_scorer(base, torch.float32, self.attention, pad_id, revision=revision)[0]
+        return self._prepared(scorer)  # its head comes with the adapter
 
     def adapted(self, peft: Any, model: nn.Module) -> nn.Module:
         """The model with adapters on it, which go on from those of the folder if it has any."""
         model = peft.apply(model)
         if self.adapter is not None:
-            copy_adapter(model, self.adapter)
+            self.copied = copy_adapter(model, self.adapter)
         return model
 
-    def _loaded(self) -> Any:
+    @property
+    def told(self) -> str:
+        """How many weights came from where; empty before they are loaded."""
+        if not self.counts:
+            return ""
+        whole, new = self.counts
+        of_base = ""
         if self.adapter is not None:
-            base, revision = adapter_base(Path(self.adapter))
-            return load_weights(base, torch.float32, self.attention, revision=revision)
-        model = folder.load(Path(self.name))[0].transformer
-        return set_attention(model, self.attention)
-
-    def _prepared(self, model: Any, new: int) -> nn.Module:
-        taken = sum(1 for _ in model.parameters())
+            of_base = f" and {whole} from its base {adapter_base(Path(self.adapter))[0]}"
+            whole = self.copied
         head = ", 1 new (score.weight)" if new else ""
-        whole = " (the base's, and the adapter's)" if self.adapter else ""
-        self.told = f"{taken} weights taken from {self.name}{whole}{head}"
+        return f"{whole} weights taken from {self.name}{of_base}{head}"
+
+    def _whole(self) -> Any:
+        return set_attention(folder.load(Path(self.name))[0].transformer, self.attention)
+
+    def _prepared(self, model: Any) -> nn.Module:
+        ours = model if self.adapter is None else model.base_model  # a head comes with its adapter
+        self.counts = (sum(1 for _ in ours.parameters()), 0)
         return _prepared(model, self.checkpointing)
 
 
@@ -265,10 +285,11 @@ def _new_head(model: nn.Module, tokenizer: Any) -> nn.Module:
 def _prepared(model: Any, checkpointing: bool) -> nn.Module:
     model.config.use_cache = False
     if checkpointing:
+        inner = model.base_model  # inside of a head
         if (
             "gradient_checkpointing_kwargs"
-            not in inspect.signature(model.gradient_checkpointing_enable).parameters
+            not in inspect.signature(inner.gradient_checkpointing_enable).parameters
         ):
-            raise InputError(f"{type(model).__name__} cannot recompute activations")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+            raise InputError(f"{type(inner).__name__} cannot recompute activations")
+        inner.gradient_checkpointing_enable({"use_reentrant": False})
     return model

@@ -22,6 +22,21 @@ from caravan.models import attention as _registered  # noqa: F401
 from caravan.models.pooling import is_causal, pooled_states
 
 
+class Head(nn.Linear):
+    """A linear head in float32, whatever the precision around it: bf16 would tie many scores."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Head:
+        head = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        head.load_state_dict(linear.float().state_dict(), assign=True)
+        return head
+
+    def forward(self, states: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        with torch.autocast(states.device.type, enabled=False):
+            return nn.functional.linear(states.float(), self.weight.float(), bias)
+
+
 class Headed(PreTrainedModel):
     """A transformer and a head, for architectures whose own classifier is another."""
 
@@ -39,8 +54,7 @@ class CrossEncoder(nn.Module):
     """Scores a query and a passage that it reads as one input.
 
     Args:
-        scorer: as `with_head` makes it, or a released `...ForSequenceClassification` with a head
-            of its own and one label; with or without an adapter.
+        scorer: as `with_head` or `load_scorer` makes it; with or without an adapter.
         contract: says which state the head reads.
 
     Raises:
@@ -94,8 +108,7 @@ class CrossEncoder(nn.Module):
         pooled = pooled_states(
             backbone, input_ids, attention_mask, self.pooling, self.causal, full, token_types
         )
-        with torch.autocast(input_ids.device.type, enabled=False):
-            return scorer.score(pooled)[:, 0]
+        return scorer.score(pooled)[:, 0]
 
     @staticmethod
     def _own_head(
@@ -123,6 +136,17 @@ def plain(scorer: Any) -> Any:
     return scorer.get_base_model() if hasattr(scorer, "peft_config") else scorer
 
 
+def head_of(scorer: Any) -> tuple[str, nn.Linear] | None:
+    """The last layer of a scorer, which gives the score, and its name; None if it is no linear."""
+    inner = f"{scorer.base_model_prefix}."
+    found = [
+        (name, layer)
+        for name, layer in scorer.named_modules()
+        if isinstance(layer, nn.Linear) and layer.out_features == 1 and not name.startswith(inner)
+    ]
+    return found[-1] if found else None
+
+
 def with_head(backbone: Any, pad_id: int | None = None) -> nn.Module:
     """Put a new head on a transformer.
 
@@ -134,7 +158,7 @@ def with_head(backbone: Any, pad_id: int | None = None) -> nn.Module:
     config.num_labels = 1
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad_id
-    head = nn.Linear(config.get_text_config().hidden_size, 1, bias=False)
+    head = Head(config.get_text_config().hidden_size, 1, bias=False)
     nn.init.normal_(head.weight, std=getattr(config, "initializer_range", 0.02))
     kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     if is_causal(backbone) and kind is not None:

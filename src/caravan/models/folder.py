@@ -25,7 +25,7 @@ from caravan.contract import Contract, adapter_base, read_contract, write_contra
 from caravan.errors import InputError
 from caravan.models.adapters import load_adapter, merged
 from caravan.models.biencoder import BiEncoder
-from caravan.models.crossencoder import CrossEncoder, Headed, with_head
+from caravan.models.crossencoder import CrossEncoder, Headed, head_of, with_head
 from caravan.models.loading import load_scorer, load_tokenizer, load_weights
 
 ADAPTER = "adapter_model.safetensors"
@@ -107,40 +107,46 @@ def _backbone(folder: Path, dtype: torch.dtype, adapter: bool) -> nn.Module:
 
 
 def _scorer(folder: Path, dtype: torch.dtype, adapter: bool) -> nn.Module:
+    scorer: Any
     if adapter:
         base, revision = adapter_base(folder)
-        scorer: Any = merged(
-            load_adapter(load_scorer(base, dtype, revision=revision)[0], str(folder))
-        )
-        head, key = folder / ADAPTER, "base_model.model.score.weight"
+        scorer = load_scorer(base, dtype, revision=revision)[0]
+        scorer = merged(load_adapter(scorer, str(folder)))
     elif (folder / HEAD).is_file():
         scorer = with_head(load_weights(str(folder), dtype, heads=False))
-        head, key = folder / HEAD, "score.weight"
     else:
         scorer, new = load_scorer(str(folder), dtype)
         if new:
-            raise InputError(f"{folder} has no trained head, so its scores would be random")
-        head, key = None, ""
-    if hasattr(scorer, "score") and dtype != torch.float32:
-        scorer.score.float()
-        if head is not None:
-            _read_head(scorer.score, head, key)
-    elif head is not None and not adapter:
-        _read_head(scorer.score, head, key)
+            raise InputError(
+                f"{folder} has no trained head, so its scores would be random; train one"
+                f" (stage=reranker init_from={folder}) or save the model again"
+            )
+    _read_head(scorer, folder)
     return scorer
 
 
-def _read_head(head: nn.Linear, path: Path, key: str) -> None:
-    """A head's weight as it was saved, in float32."""
+def _read_head(scorer: Any, folder: Path) -> None:
+    """Fill the head with its weights as they were saved, which `dtype` may have rounded."""
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            weight = file.get_tensor(key)
-        with torch.no_grad():
-            head.weight.copy_(weight)
-    except (SafetensorError, RuntimeError) as error:
-        raise InputError(f"{path}: no head to score with ({error}); save the model again") from None
+    found = head_of(scorer)
+    if found is None:
+        return
+    name, head = found
+    missing = dict(head.named_parameters())
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file, torch.no_grad():
+                stored = set(file.keys())
+                for part in list(missing):
+                    for key in (f"{name}.{part}", f"base_model.model.{name}.{part}"):
+                        if key in stored:
+                            missing.pop(part).copy_(file.get_tensor(key))
+                            break
+        except (SafetensorError, RuntimeError) as error:
+            raise InputError(f"{path}: its head does not load ({error}); save it again") from None
+    if missing and isinstance(scorer, Headed):
+        raise InputError(f"{folder} has no weights of its head; save the model again")
 
 
 def _card(contract: Contract, facts: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 from caravan.errors import InputError
 from caravan.models import attention as cpu_attention
-from caravan.models.crossencoder import with_head
+from caravan.models.crossencoder import Head, head_of, with_head
 
 CLASSIFIER = "ForSequenceClassification"
 
@@ -132,7 +132,11 @@ def load_scorer(
             f"{name} has a head of {config.num_labels} labels; a reranker has one score"
         )
     auto = AutoModelForSequenceClassification
-    return load_weights(name, dtype, attention, auto=auto, **hub), False
+    scorer = load_weights(name, dtype, attention, auto=auto, **hub)
+    found = head_of(scorer)
+    if found is not None:
+        scorer.set_submodule(found[0], Head.of(found[1]))
+    return scorer, False
 
 
 def _unnumbered(key: str, prefix: str = "") -> str:

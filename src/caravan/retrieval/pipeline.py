@@ -33,6 +33,8 @@ def evaluate(cfg: Any) -> dict[str, Any]:
     parts = build(cfg, "data", "index", "bm25", "fuse")
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     run_dir = Path(cfg.run_dir)
+    if (run_dir / "checkpoints").exists():
+        raise InputError(f"{run_dir} holds a training run; choose another name= for the evaluation")
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), "utf-8")
     stages = Stages(

@@ -29,6 +29,7 @@ from caravan.models import hardware
 from caravan.models.crossencoder import CrossEncoder
 from caravan.models.packed import pack_linears
 from caravan.progress import track
+from caravan.retrieval.fuse import Weighted
 from caravan.retrieval.shards import fill, shard
 
 
@@ -38,6 +39,8 @@ class Reranking:
 
     Attributes:
         depth: candidates of each query, from the top.
+        weight: of the reranker in the final score; what is left to 1 is the candidates' own, both
+            from 0 to 1 for each query. 1 takes the reranker's score as it is.
         rest: what becomes of those below: "drop" them, or "keep" them below in their old order.
         judged: score the judged passages of each query too, for a run that teaches.
         block: pairs that are written at once; a killed run goes on at the last one.
@@ -48,6 +51,7 @@ class Reranking:
     """
 
     depth: int = 100
+    weight: float = 1.0
     rest: str = "drop"
     judged: bool = False
     block: int = 2048
@@ -57,6 +61,8 @@ class Reranking:
     segment_words: int = 150
 
     def __post_init__(self) -> None:
+        if not 0 < self.weight <= 1:
+            raise InputError(f"rerank.weight is {self.weight}; it must be above 0, and at most 1")
         if self.rest not in ("drop", "keep"):
             raise InputError(f"rerank.rest is {self.rest!r}; it must be drop or keep")
         if self.segment not in (None, "first", "best"):
@@ -131,6 +137,8 @@ class Scorer:
             query_rows, passage_rows = _with_judged(query_rows, passage_rows, qrels, len(corpus))
         scores = self.scores(query_rows, passage_rows, queries, corpus, to, inputs)
         run = Run.from_flat(query_rows, passage_rows, scores, all_queries=candidates.query_rows)
+        if self.settings.weight < 1:
+            run = Weighted([self.settings.weight, 1 - self.settings.weight])([run, top])
         return run if self.settings.rest == "drop" else _with_rest(run, candidates, len(corpus))
 
     def scores(

@@ -226,14 +226,15 @@ class Stages:
 
         chosen = Reranking(**settings)
         scorer = Scorer(model, chosen, precision, token_budget, num_workers)
-        made_from = {
+        of_scores = {
             "model": folder_digest(model),
             "collection": self.collection.digest,
             "candidates": candidates.digest,
             "precision": precision,
             "token_budget": token_budget,
-            **settings,
+            **{name: value for name, value in settings.items() if name not in ("weight", "rest")},
         }
+        made_from = {**of_scores, **settings}
 
         def search() -> tuple[Run, Facts]:
             run = self.read(candidates)
@@ -248,7 +249,7 @@ class Stages:
                 self.collection.queries,
                 self.collection.corpus,
                 self.store / f"scores.{self.split}",
-                made_from,
+                of_scores,
                 self.qrels,
             )
             facts = {

@@ -99,8 +99,9 @@ def _without(tree: Any, run_dir: str) -> Any:
 
 def refuse_other_run(run_dir: Path, begun: Path, inputs: dict[str, Any], resume: bool) -> None:
     """Neither overwrite a run nor continue one that is another."""
-    if not begun.exists() and not (run_dir / "checkpoints" / "last.ckpt").exists():
-        return
+    kept = ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "model")
+    if not any((run_dir / name).exists() for name in kept):
+        return  # it failed before there was anything to lose
     changed = manifest.differences(begun, inputs)
     if not resume:
         raise InputError(

@@ -17,6 +17,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ def _fit(
     from caravan.models import folder, hardware
     from caravan.models.backbone import parameter_counts
     from caravan.training.callbacks import AtomicCheckpoints
+    from caravan.training.optim import updates
 
     module = _module(cfg, collection)
     parts = build(cfg, "sampler", "strategy", "logger", "callbacks", "trainer")
@@ -145,10 +147,13 @@ def _fit(
         source.dev_split,
         cfg.seed,
         **{**cfg.batching, "token_budget": hardware.chunk(cfg.batching.token_budget)},
-        **cfg.validation,
+        **{key: value for key, value in cfg.validation.items() if key != "read_lengths"},
     )
     callbacks = [callback for callback in parts["callbacks"].values() if callback is not None]
-    trainer = parts["trainer"](
+    if parts["callbacks"].get("progress") is None:
+        parts["trainer"].keywords["enable_progress_bar"] = False
+    trainer = _trainer(
+        parts["trainer"],
         precision=hardware.trainer_precision(hardware.resolve(cfg.precision)),
         strategy=parts["strategy"],
         logger=[logger for logger in parts["logger"].values() if logger is not None],
@@ -160,6 +165,8 @@ def _fit(
     )
     module.configure_model()
     batches = data.batches_per_epoch(trainer)
+    # Updates and not epochs end the run: Lightning's count of epochs may lag in a resumed one.
+    trainer.fit_loop.epoch_loop.max_steps = updates(trainer, batches)
     if trainer.is_global_zero:
         told = getattr(module.backbone, "told", "")
         counts = parameter_counts(module)
@@ -179,6 +186,9 @@ def _fit(
         state = torch.load(best_path, map_location="cpu", weights_only=True)
         module.load_state_dict(state["state_dict"], strict=False)
         best = float(watched.best_model_score)
+    read = {
+        length: _read_at(length, trainer, module, data) for length in cfg.validation.read_lengths
+    }
     if trainer.is_global_zero:
         facts = {
             "name": cfg.name,
@@ -189,8 +199,33 @@ def _fit(
             "best": best,
         }
         folder.save(run_dir / "model", module.model, module.tokenizer, module.contract, facts)
-        manifest.write_json(run_dir / "metrics.json", {**facts, "train_seconds": seconds})
+        figures = {**facts, "train_seconds": seconds, **({"read": read} if read else {})}
+        manifest.write_json(run_dir / "metrics.json", figures)
     return best
+
+
+def _read_at(length: int, trainer: Any, module: Any, data: Any) -> dict[str, float]:
+    """The validation's figures of the best weights, with passages of another length."""
+    contract = replace(module.contract, passage_length=length)
+    data.templates = type(data.templates)(module.tokenizer, contract)
+    (*_, last) = trainer.validate(module, datamodule=data, verbose=False)
+    log.info("read at %d tokens: %s", length, last)
+    return {
+        name.removeprefix("val/"): value
+        for name, value in last.items()
+        if name.startswith("val/") and "first_stage" not in name
+    }
+
+
+def _trainer(make: Any, **settings: Any) -> Any:
+    """Lightning's Trainer; a device that is not there is the user's mistake."""
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        return make(**settings)
+    except (MisconfigurationException, ValueError) as error:
+        told = str(error).strip().splitlines()[0]
+        raise InputError(f"trainer: {told}; change the settings of trainer or strategy") from None
 
 
 def _validate_at_least_once(trainer: Any, batches: int) -> None:
@@ -267,10 +302,10 @@ def _facts(
         f"{batch * accumulated} queries an update, {group - 1} hard negatives a query{in_batch}; "
         f"{steps:,} updates, {per_epoch:,} batches an epoch"
     )
-    if steps < trainer.max_steps:
+    if steps < cfg.trainer.max_steps:
         log.warning(
             "trainer.max_epochs=%d ends the run after %d updates, before trainer.max_steps=%d",
-            *(trainer.max_epochs, steps, trainer.max_steps),
+            *(trainer.max_epochs, steps, cfg.trainer.max_steps),
         )
     if data.candidates is not None:
         yield (
