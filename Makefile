@@ -8,14 +8,13 @@ Q := runs/quickstart
 .PHONY: quickstart test test-all check bench clean
 
 # BM25 over the training queries gives the hard negatives; then train, then evaluate on the test
-# queries. A stage whose model, collection and settings are the same as last time is skipped.
+# queries: BM25, the retriever, and both fused. A stage whose model, collection and settings are the same as last time is skipped.
 quickstart: .venv/.installed
 	$(PY) evaluate.py retriever=bm25 data.split=train index.k=100 'measures=[MRR@10,R@100]' name=negatives/pydocs
 	$(PY) train.py experiment=quickstart/retriever resume=true
 	$(PY) train.py experiment=quickstart/untrained resume=true
-	$(PY) evaluate.py retriever=bm25 name=quickstart/bm25
 	$(PY) evaluate.py retriever=$(Q)/train/untrained/model name=quickstart/untrained
-	$(PY) evaluate.py retriever=$(Q)/train/retriever/model name=quickstart/retriever
+	$(PY) evaluate.py experiment=quickstart/pipeline
 	@$(PY) -m caravan.report table $(Q)
 
 test: .venv/.tested-with

@@ -108,10 +108,7 @@ class Scorer:
         dtype = hardware.dtype(self.precision)
         model, tokenizer, _, _ = model_folder.load(self.folder, dtype, kind="reranker")
         if self.device.type == "cpu":
-            head = getattr(model.plain, "score", None)
             pack_linears(model)
-            if head is not None:
-                model.plain.score = head  # one small product in float32; nothing to gain
         return model.to(self.device), PairTemplates(tokenizer, self.contract)
 
     def rerank(
