@@ -96,15 +96,17 @@ def _template_problems(name: str, template: str, allowed: set[str]) -> list[str]
     try:
         parsed = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
-        return [f"contract.{name} {template!r} is not a template: {error}"]
+        return [f"contract.{name} is {template!r}, which is not a template: {error}"]
     used = {field for _, field, _, _ in parsed}
     if "text" not in used:
-        return [f"contract.{name} {template!r} lacks {{text}}"]
+        return [f"contract.{name} is {template!r}, which lacks {{text}}"]
     if used - allowed:
         fields_ = ", ".join(f"{{{field}}}" for field in sorted(allowed))
-        return [f"contract.{name} {template!r} may use {fields_} only"]
+        return [f"contract.{name} is {template!r}; it may use {fields_} only"]
     if any(form or conversion for _, _, form, conversion in parsed):
-        return [f"contract.{name} {template!r} has a ':' or '!' in a field; write {{text}} alone"]
+        return [
+            f"contract.{name} is {template!r}, with a ':' or '!' in a field; write {{text}} alone"
+        ]
     return []
 
 

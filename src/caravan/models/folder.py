@@ -30,6 +30,7 @@ from caravan.models.loading import load_scorer, load_tokenizer, load_weights
 
 ADAPTER = "adapter_model.safetensors"
 HEAD = "score.safetensors"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 Model = BiEncoder | CrossEncoder
 
 
@@ -91,6 +92,13 @@ def load(
         raise InputError(f"{folder} has no {ADAPTER}; save the model again")
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} has no weights (*.safetensors); save the model again")
+    if not (folder / "tokenizer_config.json").is_file() or not any(
+        (folder / name).is_file() for name in TOKENIZERS
+    ):
+        raise InputError(
+            f"{folder} lacks its tokenizer (tokenizer_config.json and {TOKENIZERS[0]}); save the"
+            " model again"
+        )
     model: Model
     if contract.kind == "reranker":
         model = CrossEncoder(_scorer(folder, dtype, adapter), contract)

@@ -7,6 +7,7 @@ is an error that names the weights.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ def load_tokenizer(name: str, **hub: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
+    _refuse_missing(name)
     try:
         return AutoTokenizer.from_pretrained(name, **hub)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -55,6 +57,7 @@ def load_weights(
     from transformers import AutoModel
     from transformers.utils import logging
 
+    _refuse_missing(name)
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of missing weights is replaced by the check below
@@ -137,6 +140,12 @@ def load_scorer(
     if found is not None:
         scorer.set_submodule(found[0], Head.of(found[1]))
     return scorer, False
+
+
+def _refuse_missing(name: str) -> None:
+    """A path that is not there is no hub id."""
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
+        raise InputError(f"{name}: there is no such folder")
 
 
 def _unnumbered(key: str, prefix: str = "") -> str:
