@@ -30,6 +30,7 @@ from caravan.data.templates import Templates
 from caravan.errors import InputError
 
 BLOCK = 1024  # texts a validation batch: enough to sort by length, few enough to be balanced
+FEW_BLOCKS = 8  # tokenised in seconds
 
 
 class DataModule(pl.LightningDataModule):
@@ -170,7 +171,9 @@ class DataModule(pl.LightningDataModule):
 
     def _shared(self, blocks: TextBlocks | PairBlocks) -> DataLoader[Any]:
         share = rank_share(len(blocks), self._trainer.global_rank, self._trainer.world_size)
-        return text_loader(blocks, share, self.num_workers, self.seed)
+        # A worker copies this process's memory: not for a few seconds of tokenising.
+        workers = self.num_workers if len(share) > FEW_BLOCKS else 0
+        return text_loader(blocks, share, workers, self.seed)
 
     @property
     def _trainer(self) -> pl.Trainer:
