@@ -161,8 +161,14 @@ class TrainLoader(DataLoader[Any]):
     def __init__(
         self, groups: Groups, order: QueryOrder, num_workers: int, per_epoch: int | None = None
     ) -> None:
+        # Its worker is forked before training has filled any memory, and kept: one that is forked
+        # in a later epoch would hold a copy of what the process has by then.
         super().__init__(
-            groups, sampler=order, batch_size=None, **loader_settings(num_workers, groups.seed)
+            groups,
+            sampler=order,
+            batch_size=None,
+            persistent_workers=num_workers > 0,
+            **loader_settings(num_workers, groups.seed),
         )
         self.order = order
         self.per_epoch = len(order) if per_epoch is None else per_epoch
@@ -292,8 +298,6 @@ def text_loader(
 def loader_settings(num_workers: int, seed: int) -> dict[str, Any]:
     """Worker settings of every loader.
 
-    Workers end with the epoch or the validation: one that is kept keeps the memory of the moment it
-    was forked in, which the training process soon has a second time.
     The generator keeps the loader from drawing its base seed out of torch's global state, which
     would make a resumed run differ from an uninterrupted one.
     """
