@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -17,15 +18,17 @@ from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.data.datamodule import DataModule
 from caravan.data.negatives import Negatives
-from caravan.data.runs import read_run
+from caravan.data.pairs import PairTemplates
+from caravan.data.runs import Run, read_run, write_run
 from caravan.data.templates import Templates
 from caravan.models.adapters import LoRA
 from caravan.retrieval.index import Faiss
 from caravan.retrieval.metrics import score_run
 from caravan.training.callbacks import AtomicCheckpoints, ResumePoint, Throughput
-from caravan.training.evaluation import RetrievalEvaluation
+from caravan.training.evaluation import RerankingEvaluation, RetrievalEvaluation
 from caravan.training.losses import InfoNCE
 from caravan.training.optim import AdamW
+from caravan.training.reranker import Reranker
 from caravan.training.retriever import Retriever
 
 MEASURES = ["MRR@10", "nDCG@10", "R@100"]
@@ -91,11 +94,15 @@ class Fit:
         early_stopping: pl.Callback | None = None,
         every_n_steps: int = 1,
         queries_per_batch: int = 6,
+        candidates: Path | None = None,
         **trainer_settings: Any,
     ) -> Fitted:
+        """Train the retriever or, where validation has candidates to put in order, a reranker."""
+        reranks = candidates is not None
+        contract = replace(self.contract, kind="reranker") if reranks else self.contract
         data = DataModule(
             self.collection,
-            Templates(self.tokenizer, self.contract),
+            (PairTemplates if reranks else Templates)(self.tokenizer, contract),
             Negatives(number=2),
             "train",
             "dev",
@@ -103,12 +110,13 @@ class Fit:
             queries_per_batch=queries_per_batch,
             token_budget=128,
             num_workers=workers,
+            run=str(candidates) if candidates else None,
         )
-        module = Retriever(
+        module = (Reranker if reranks else Retriever)(
             tiny_backbone(),
             peft,
             self.tokenizer,
-            self.contract,
+            contract,
             InfoNCE(),
             optimizer or AdamW(lr=1e-2, warmup_steps=2),
             seed=0,
@@ -121,8 +129,11 @@ class Fit:
             mode="max",
             enable_version_counter=False,
         )
+        run_file = str(self.folder / "run.trec")
         callbacks: list[pl.Callback] = [
-            RetrievalEvaluation(Faiss(k=100), MEASURES, str(self.folder / "run.trec")),
+            RerankingEvaluation(MEASURES, run_file)
+            if reranks
+            else RetrievalEvaluation(Faiss(k=100), MEASURES, run_file),
             best,
             ResumePoint(str(self.folder / "checkpoints"), every_n_steps=every_n_steps),
             Throughput(),
@@ -339,9 +350,22 @@ class Sgd:
         return torch.optim.SGD(model.parameters(), lr=0.5)
 
 
-def test_two_ranks_equal_one(fit: Fit, tmp_path: Path) -> None:
+def _candidates(collection: Collection, path: Path) -> Path:
+    """A run that ranks the whole corpus at random for every dev query."""
+    queries = np.unique(collection.qrels("dev").query_rows)
+    rng = np.random.default_rng(0)
+    found = np.stack([rng.permutation(len(collection.corpus)) for _ in queries])
+    run = Run.from_topk(queries, -np.sort(rng.random(found.shape)), found)
+    write_run(path, run, collection.queries, collection.corpus)
+    return path
+
+
+@pytest.mark.parametrize("stage", ["retriever", "reranker"])
+def test_two_ranks_equal_one(fit: Fit, tmp_path: Path, stage: str) -> None:
     # Batches of 7, 7 and 2 queries: one rank has 4 of 7, and its mean must weigh more.
     settings: dict[str, Any] = {"steps": 5, "optimizer": Sgd(), "queries_per_batch": 7}
+    if stage == "reranker":
+        settings["candidates"] = _candidates(fit.collection, tmp_path / "candidates.trec")
     one = fit(**settings)
     fit.folder = tmp_path / "two"
     two = fit(**settings, devices=2, strategy="ddp_spawn")
@@ -351,8 +375,10 @@ def test_two_ranks_equal_one(fit: Fit, tmp_path: Path) -> None:
     first = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     for name, weight in first.items():
         torch.testing.assert_close(state[name], weight, atol=2e-5, rtol=1e-4, msg=name)
-    for name in MEASURES:
-        assert two.metrics[f"val/{name}"] == pytest.approx(one.metrics[f"val/{name}"], abs=1e-6)
+    shown = [name for name in one.metrics if name.startswith("val/")]
+    assert len(shown) >= len(MEASURES)
+    for name in shown:
+        assert two.metrics[name] == pytest.approx(one.metrics[name], abs=1e-6)
     assert (fit.folder / "run.trec").read_text().split("\n")[0].split()[:3] == (
         tmp_path / "run.trec"
     ).read_text().split("\n")[0].split()[:3]
