@@ -341,6 +341,15 @@ def launch_command(text: str) -> tuple[str, list[str]] | None:
     return (match[1], shlex.split(match[2])) if match else None
 
 
+def later_commands() -> list[tuple[str, str, list[str]]]:
+    """File, program and overrides of what else the heads of conf/ tell to run."""
+    found = []
+    for path in sorted(CONF.rglob("*.yaml")):
+        lines = re.findall(r"^# *python (train|evaluate)\.py (.+)$", path.read_text(), re.MULTILINE)
+        found += [(path.stem, root, shlex.split(line)) for root, line in lines[1:]]
+    return found
+
+
 def command_for(path: Path) -> tuple[str, list[str]]:
     """The root and the overrides that bring a file of conf/ into a config."""
     group, option = "/".join(path.parts[:-1]), path.stem
@@ -369,6 +378,30 @@ def test_every_yaml_under_conf_composes_and_checks() -> None:
     assert not wrong
     assert seen == sum(1 for path in CONF.rglob("*") if path.suffix in (".yaml", ".yml"))
     assert seen >= 29
+
+
+def test_the_commands_that_files_ask_for_before_them_compose_and_check() -> None:
+    wrong, commands = [], later_commands()
+    for root in ("train", "evaluate"):
+        with Composer(CONF, root, config.ROOTS[root]) as composer:
+            for name, program, overrides in commands:
+                if program == root and "-m" not in overrides:
+                    wrong += [(name, mistake) for mistake in real_mistakes(composer, overrides)]
+    assert not wrong
+    assert len(commands) >= 10
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_sweep_starts_with_the_command_it_opens_with(path: Path) -> None:
+    root, overrides = command_for(path.relative_to(CONF))
+    assert overrides[0] == "-m"
+    given = [text for text in overrides if not text.startswith(("data.path=", "backbone.name="))]
+    try:
+        assert preflight(given, CONF, root, config.ROOTS[root])[: len(given)] == given
+    except InputError as error:  # runs and models that an earlier command writes
+        lines = str(error).splitlines()[1:]
+        assert lines
+        assert all("there is no" in line for line in lines), lines
 
 
 @pytest.mark.parametrize(
