@@ -8,9 +8,10 @@ the product is made again; a folder that merely exists proves nothing.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from caravan.atomic import replacing
 
 
 def path_of(product: Path) -> Path:
@@ -68,10 +69,8 @@ def content_digest(path: Path) -> str:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        scratch.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_an_interrupted_encoding_goes_on_and_gives_the_same_bytes(
 
     def write_or_die(path: Path, vectors: np.ndarray) -> None:
         if len(written) == 2:
-            path.with_suffix(".part").write_bytes(b"half a shard")
+            path.with_name(f".{path.name}.1.part").write_bytes(b"half a shard")
             raise KeyboardInterrupt
         written.append(path.name)
         write(path, vectors)
@@ -153,14 +154,14 @@ def test_processes_that_share_a_store_write_beside_each_other(
 ) -> None:
     path, vectors = shard(tmp_path, 0), np.ones((2, 3), dtype=np.float16)
     scratches: list[str] = []
-    replace_file = shards_module.os.replace
+    replace_file = os.replace
     monkeypatch.setattr(
-        shards_module.os,
+        os,
         "replace",
         lambda old, new: (scratches.append(Path(old).name), replace_file(old, new)),
     )
     for process in (11, 12):
-        monkeypatch.setattr(shards_module.os, "getpid", lambda process=process: process)
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
         shards_module._write(path, vectors)
     assert len(set(scratches)) == 2
     assert [found.name for found in tmp_path.iterdir()] == [path.name]

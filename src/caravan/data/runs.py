@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gzip
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from caravan.atomic import replacing
 from caravan.errors import InputError
 
 if TYPE_CHECKING:
@@ -177,19 +177,13 @@ def write_run(path: Path | str, run: Run, queries: Texts, corpus: Texts) -> None
     if run.tag.split() != [run.tag]:
         raise InputError(f"the tag {run.tag!r} is empty or has white space: a TREC file needs one")
     run = canonical(run, corpus)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as raw:
-            if path.suffix == ".gz":
-                # no time and no name in the header: the same run gives the same bytes
-                with gzip.GzipFile("", "wb", 6, raw, mtime=0) as out:
-                    _write_lines(out.write, run, queries, corpus)
-            else:
-                _write_lines(raw.write, run, queries, corpus)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as scratch, scratch.open("wb") as raw:
+        if path.suffix == ".gz":
+            # no time and no name in the header: the same run gives the same bytes
+            with gzip.GzipFile("", "wb", 6, raw, mtime=0) as out:
+                _write_lines(out.write, run, queries, corpus)
+        else:
+            _write_lines(raw.write, run, queries, corpus)
 
 
 def read_run(

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from caravan import jobs
+from caravan.atomic import replacing
 from caravan.errors import InputError
 
 SEED = "seed"
@@ -106,14 +106,15 @@ def show(folder: Path) -> list[tuple[str, str]]:
     console = Console(soft_wrap=True)
     for table in tables:
         console.print(table)
-    _write_atomically(folder / "sweep.txt", lambda path: _write_text(path, tables))
-    _write_atomically(folder / "sweep.csv", lambda path: _write_csv(path, varied + measures, rows))
+    with replacing(folder / "sweep.txt") as path:
+        _write_text(path, tables)
+    with replacing(folder / "sweep.csv") as path:
+        _write_csv(path, varied + measures, rows)
     written = ["sweep.txt", "sweep.csv"]
     if rows and measures:
         means = averaged(varied, measures[:1], rows)
-        _write_atomically(
-            folder / "sweep.png", lambda path: plot(path, folder.name, varied, measures[0], means)
-        )
+        with replacing(folder / "sweep.png") as path:
+            plot(path, folder.name, varied, measures[0], means)
         written.append("sweep.png")
     console.print(f"table {', '.join(str(folder / name) for name in written)}")
     for job, reason in failed:
@@ -192,15 +193,6 @@ def _write_csv(path: Path, columns: list[str], rows: list[Row]) -> None:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(scratch)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _number(text: Any) -> Any:

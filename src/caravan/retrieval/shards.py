@@ -10,7 +10,6 @@ short; nothing that is on disk is computed again. Blocks of other inputs are thr
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from caravan import manifest
+from caravan.atomic import replacing
 
 
 def shard(folder: Path, number: int) -> Path:
@@ -55,10 +55,5 @@ def fill(
 
 
 def _write(path: Path, array: np.ndarray) -> None:
-    # Each process its own: two evaluations that share a store write the same shards.
-    scratch = path.with_suffix(f".{os.getpid()}.part")
-    with scratch.open("wb") as file:
+    with replacing(path) as scratch, scratch.open("wb") as file:
         np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)

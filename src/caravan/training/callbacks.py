@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 
+from caravan.atomic import replacing
 from caravan.batches import RerankBatch, TrainBatch
 
 
@@ -138,11 +138,5 @@ class AtomicCheckpoints(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        final = Path(path)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        scratch = final.with_name(f".{final.name}.part")
-        with scratch.open("wb") as file:
+        with replacing(Path(path), alone=True) as scratch, scratch.open("wb") as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, final)

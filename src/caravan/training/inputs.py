@@ -74,19 +74,12 @@ def _pruned(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run_digest(path: str) -> str:
-    """A digest of a run file, read in blocks: a run of millions of queries is gigabytes."""
-    import xxhash
-
     if not Path(path).is_file():
         raise InputError(
             f"{path}: no such run; write it with evaluate.py (retriever=bm25 or a model"
             " folder) over the same collection"
         )
-    hasher = xxhash.xxh3_128()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 22):
-            hasher.update(block)
-    return hasher.hexdigest()
+    return manifest.content_digest(Path(path))
 
 
 def _without(tree: Any, run_dir: str) -> Any:

@@ -5,6 +5,7 @@ A stage (`Retriever`, `Reranker`) adds how its network is built and what a step 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from caravan.training.optim import AdamW, updates
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-class Stage(pl.LightningModule):
+class Stage(pl.LightningModule, ABC):
     """A network with its loss and optimiser.
 
     Args:
@@ -53,9 +54,9 @@ class Stage(pl.LightningModule):
         # Frozen weights are not in a checkpoint; `on_load_checkpoint` does the strict check.
         self.strict_loading = False
 
+    @abstractmethod
     def build(self) -> nn.Module:
         """The network, its weights loaded."""
-        raise NotImplementedError
 
     def adapted(self, transformer: nn.Module) -> nn.Module:
         """The transformer with the adapters that were asked for."""

@@ -1,0 +1,196 @@
+"""The files of conf/: each composes and checks, its commands start, its values are in range."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from tests.small_conf import CONF
+
+from caravan import config, rules
+from caravan.checking.walk import Mistake
+from caravan.compose import Composer, compose, without_hydra
+from caravan.entry import preflight
+from caravan.errors import InputError
+
+
+def real_mistakes(composer: Composer, overrides: list[str]) -> list[Mistake]:
+    """What is wrong, but for what is the user's to give: `???` and folders of their own."""
+    found = config.mistakes(without_hydra(composer.compose(overrides)), composer.root)
+    return [mistake for mistake in found if mistake.kind == "wrong"]
+
+
+def launch_command(text: str) -> tuple[str, list[str]] | None:
+    """The program and the overrides of the command that a file opens with."""
+    match = re.search(r"^# +python (train|evaluate)\.py (.+)$", text, re.MULTILINE)
+    return (match[1], shlex.split(match[2])) if match else None
+
+
+def later_commands() -> list[tuple[str, str, list[str]]]:
+    """File, program and overrides of what else the heads of conf/ tell to run."""
+    found = []
+    for path in sorted(CONF.rglob("*.yaml")):
+        lines = re.findall(r"^# *python (train|evaluate)\.py (.+)$", path.read_text(), re.MULTILINE)
+        found += [(path.stem, root, shlex.split(line)) for root, line in lines[1:]]
+    return found
+
+
+def command_for(path: Path) -> tuple[str, list[str]]:
+    """The root and the overrides that bring a file of conf/ into a config."""
+    group, option = "/".join(path.parts[:-1]), path.stem
+    if path.parts[0] in ("experiment", "sweep"):
+        launched = launch_command((CONF / path).read_text())
+        assert launched is not None, f"{path} does not open with the command that runs it"
+        name = "/".join((*path.parts[1:-1], option))
+        assert f"{path.parts[0]}={name}" in launched[1], f"{path} opens with another command"
+        return launched
+    root = "evaluate" if option == "evaluate" or group == "fuse" else "train"
+    required = ["retriever=bm25"] if root == "evaluate" else []
+    return root, [f"{group}={option}", *required] if group else required
+
+
+def test_every_yaml_under_conf_composes_and_checks() -> None:
+    commands: dict[str, list[tuple[Path, list[str]]]] = {"train": [], "evaluate": []}
+    for path in sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml")):
+        root, overrides = command_for(path)
+        commands[root].append((path, [text for text in overrides if text != "-m"]))
+    seen, wrong = 0, []
+    for root, files in commands.items():
+        with Composer(CONF, root, config.ROOTS[root]) as composer:
+            for path, overrides in files:
+                wrong += [(str(path), mistake) for mistake in real_mistakes(composer, overrides)]
+                seen += 1
+    assert not wrong
+    assert seen == sum(1 for path in CONF.rglob("*") if path.suffix in (".yaml", ".yml"))
+    assert seen >= 29
+
+
+def test_the_commands_that_files_ask_for_before_them_compose_and_check() -> None:
+    wrong, commands = [], later_commands()
+    for root in ("train", "evaluate"):
+        with Composer(CONF, root, config.ROOTS[root]) as composer:
+            for name, program, overrides in commands:
+                if program == root and "-m" not in overrides:
+                    wrong += [(name, mistake) for mistake in real_mistakes(composer, overrides)]
+    assert not wrong
+    assert len(commands) >= 10
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_sweep_starts_with_the_command_it_opens_with(path: Path) -> None:
+    root, overrides = command_for(path.relative_to(CONF))
+    assert overrides[0] == "-m"
+    given = [text for text in overrides if not text.startswith(("data.path=", "backbone.name="))]
+    try:
+        assert preflight(given, CONF, root, config.ROOTS[root])[: len(given)] == given
+    except InputError as error:  # runs and models that an earlier command writes
+        lines = str(error).splitlines()[1:]
+        assert lines
+        assert all("there is no" in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ("trainer.max_step=5", "trainer.max_steps"),
+        ("+trainr.max_steps=5", "trainer.max_steps"),
+        ("backbone=tiny_lama", "backbone=tiny_llama"),
+        ("trainer.max_steps=abc", "an int"),
+        ("data.path=/nonexistent data=beir", "there is no folder /nonexistent"),
+        ("loss.temprature=0.1", "temperature"),
+        ("seed=x", "an int"),
+        ("stage=retreiver", "stage=retriever"),
+        ("optimizer._target_=caravan.training.optim.AdamV", "caravan.training.optim.AdamW"),
+        ("callbacks.best.moniter=val/MRR@10", "callbacks.best.monitor"),
+        ("index.facotry=Flat", "index.factory"),
+    ],
+)
+def test_mistakes_over_the_real_conf(overrides: str, wanted: str) -> None:
+    with pytest.raises(InputError) as caught:
+        preflight(overrides.split(), CONF, "train", config.Train)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2, lines
+    assert wanted in lines[1]
+
+
+def test_a_backbone_brings_its_own_contract() -> None:
+    cfg = compose(CONF, "train", ["backbone=minilm"])
+    assert (cfg.contract.pooling, cfg.contract.append_eos) == ("mean", False)
+    given = compose(CONF, "train", ["backbone=minilm", "contract.pooling=cls"])
+    assert given.contract.pooling == "cls"
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("seed=-1", "seed (command line): it must be at least 0, not -1"),
+        ("optimizer.lr=0", "optimizer.lr (command line): it must be a finite number above 0"),
+        ("optimizer.lr=-1e-4", "it must be a finite number above 0, not -0.0001"),
+        ("optimizer.lr=inf", "it must be a finite number above 0, not inf"),
+        ("optimizer.lr=nan", "it must be a finite number above 0, not nan"),
+        ("optimizer.betas=[0.9,1.0]", "it must be two numbers from 0 to below 1, not [0.9, 1.0]"),
+        ("optimizer.warmup_steps=-1", "it must be at least 0, not -1"),
+        ("backbone.heads=0", "backbone.heads (command line): it must be at least 1, not 0"),
+        ("backbone.layers=0", "it must be at least 1, not 0"),
+        ("backbone.hidden_size=0", "it must be at least 1, not 0"),
+        ("backbone.hidden_size=260", "it must be a multiple of twice the heads (8), not 260"),
+        ("backbone.intermediate_size=0", "it must be at least 1, not 0"),
+        ("backbone.vocab_size=0", "it must be at least 1, not 0"),
+        ("trainer.val_check_interval=0", "it must be at least 1, not 0"),
+        ("trainer.val_check_interval=0.5", "it counts batches over all epochs: it must be a whole"),
+        (
+            "trainer.val_check_interval=1.5 trainer.check_val_every_n_epoch=1",
+            "or a part of an epoch up to 1.0, not 1.5",
+        ),
+        ("trainer.log_every_n_steps=0", "it must be at least 1, not 0"),
+        ("trainer.accumulate_grad_batches=0", "it must be at least 1, not 0"),
+        ("trainer.devices=0", "trainer.devices (command line): it must be at least 1, or -1"),
+        ("callbacks.resume_point.every_n_steps=0", "it must be at least 1, not 0"),
+        ("peft=lora peft.rank=0", "peft.rank (command line): it must be at least 1, not 0"),
+        ("callbacks.evaluation.measures=[]", "callbacks.evaluation.measures"),
+        ("trainer.max_steps=-5", "it must be at least -1, not -5"),
+        ("name=", "it is empty; give the run a name of its own"),
+        ("callbacks.best.save_top_k=3", "the checkpoints would overwrite each other"),
+        ("index=exact index.query_chunk=0", "it must be at least 1, not 0"),
+        ("index=exact index.passage_chunk=0", "it must be at least 1, not 0"),
+    ],
+)
+def test_values_that_would_end_in_a_traceback_are_told_before(override: str, wanted: str) -> None:
+    with pytest.raises(InputError, match=re.escape(wanted)):
+        preflight(override.split(), CONF, "train", config.ROOTS["train"])
+
+
+def test_an_evaluation_without_measures_is_refused() -> None:
+    with pytest.raises(InputError, match=r"measures .*it is empty; write \[MRR@10\]"):
+        preflight(["retriever=bm25", "measures=[]"], CONF, "evaluate", config.ROOTS["evaluate"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "trainer.val_check_interval=0.5 trainer.check_val_every_n_epoch=1",
+        "trainer.devices=-1",
+        "trainer.devices=auto",
+        "optimizer.warmup_steps=0",
+        "optimizer.betas=[0,0.95]",
+    ],
+)
+def test_values_at_the_edge_are_right(override: str) -> None:
+    given = override.split()
+    assert preflight(given, CONF, "train", config.ROOTS["train"]) == given
+
+
+def test_the_names_that_a_check_knows_are_those_that_are_computed() -> None:
+    from caravan.retrieval import metrics
+
+    assert rules.MEASURES == metrics.NAMES
+    for name in rules.MEASURES:
+        for text in (f"{name}@10", f"{name}(rel=2)@10", f"{name}@0", f"x{name}@1"):
+            try:
+                metrics.parse_measure(text)
+            except InputError:
+                assert rules.MEASURE.fullmatch(text) is None, text
+            else:
+                assert rules.MEASURE.fullmatch(text), text
