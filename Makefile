@@ -1,28 +1,22 @@
-# make quickstart | rerank | test | test-all | check | bench; each sets up .venv by itself.
+# make quickstart | test | test-all | check | bench; each sets up .venv by itself.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 Q := runs/quickstart
 
-.PHONY: quickstart rerank test test-all check bench clean
+.PHONY: quickstart test test-all check bench clean
 
-# BM25 over the training queries gives the hard negatives; then train, then evaluate on the test
-# queries: BM25, the retriever, and both fused. A stage whose model, collection and settings are the
-# same as last time is skipped.
+# BM25 over the training queries gives the hard negatives; train a retriever; fuse it with BM25 over
+# the dev queries, whose candidates the reranker is watched on while it trains; then the test queries,
+# stage by stage. A stage whose model, collection and settings are the same as last time is skipped.
 quickstart: .venv/.installed
 	$(PY) evaluate.py retriever=bm25 data.split=train index.k=100 'measures=[MRR@10,R@100]' name=negatives/pydocs
 	$(PY) train.py experiment=quickstart/retriever resume=true
-	$(PY) train.py experiment=quickstart/untrained resume=true
-	$(PY) evaluate.py retriever=$(Q)/train/untrained/model name=quickstart/untrained
-	$(PY) evaluate.py experiment=quickstart/pipeline reranker=null
-	@$(PY) -m caravan.report table $(Q)
-
-# One stage more: mine with the retriever, train a reranker, and rerank what was fused.
-rerank: quickstart
-	$(PY) evaluate.py retriever=$(Q)/train/retriever/model data.split=train index.k=100 'measures=[MRR@10,R@100]' name=negatives/mined
 	$(PY) evaluate.py experiment=quickstart/pipeline reranker=null data.split=dev index.k=100 'measures=[MRR@10,R@100]' name=candidates/pydocs
 	$(PY) train.py experiment=quickstart/reranker resume=true
+	$(PY) train.py experiment=quickstart/untrained resume=true
+	$(PY) evaluate.py retriever=$(Q)/train/untrained/model name=quickstart/untrained
 	$(PY) evaluate.py experiment=quickstart/pipeline
 	@$(PY) -m caravan.report table $(Q)
 

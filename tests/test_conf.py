@@ -46,6 +46,8 @@ def command_for(path: Path) -> tuple[str, list[str]]:
         name = "/".join((*path.parts[1:-1], option))
         assert f"{path.parts[0]}={name}" in launched[1], f"{path} opens with another command"
         return launched
+    if (launched := launch_command((CONF / path).read_text())) is not None:
+        return launched
     root = "evaluate" if option == "evaluate" or group == "fuse" else "train"
     required = ["retriever=bm25"] if root == "evaluate" else []
     return root, [f"{group}={option}", *required] if group else required
@@ -153,6 +155,12 @@ def test_a_backbone_brings_its_own_contract() -> None:
         ("trainer.max_steps=-5", "it must be at least -1, not -5"),
         ("name=", "it is empty; give the run a name of its own"),
         ("callbacks.best.save_top_k=3", "the checkpoints would overwrite each other"),
+        ("loss=kl", "KL learns from a teacher's scores; give a run with them: sampler.teacher"),
+        ("sampler.teacher_margin=0", "it needs the scores of a run; set sampler.teacher"),
+        ("loss=likelihood", "wants scores that are log probabilities"),
+        ("stage=reranker loss=likelihood validation.run=x.trec", "stage=reranker_likelihood"),
+        ("stage=reranker sampler.number=0", "sampler.number (command line): a reranker compares"),
+        ("stage=reranker_likelihood contract.pair=pair", "leave it joined"),
         ("index=exact index.query_chunk=0", "it must be at least 1, not 0"),
         ("index=exact index.passage_chunk=0", "it must be at least 1, not 0"),
     ],

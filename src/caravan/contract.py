@@ -20,9 +20,12 @@ from caravan.manifest import content_digest
 
 FILE = "caravan.json"
 FORMAT = 1
+LATER = {"scoring"}
+"""Settings that older folders do not name; those were made with what is the default here."""
 KINDS = ("retriever", "reranker")
 POOLINGS = ("last", "mean", "cls")
 PAIRS = ("joined", "pair")
+SCORINGS = ("head", "likelihood")
 _READ = (".safetensors", ".bin", ".json", ".model", ".txt")
 
 
@@ -45,6 +48,8 @@ class Contract:
         temperature: a retriever's scores are divided by it in training.
         pair: how a reranker's two texts become one: "joined" by a space into one string (the
             paper), or a "pair" as the tokenizer has it (encoders, and the released checkpoints).
+        scoring: what a reranker's score is: a linear "head" over one state (the paper), or the
+            query's "likelihood" after the passage, of a language model with no head of its own.
     """
 
     kind: str = "retriever"
@@ -57,6 +62,7 @@ class Contract:
     passage_length: int = 196
     temperature: float = 0.01
     pair: str = "joined"
+    scoring: str = "head"
 
     def __post_init__(self) -> None:
         problems = self.problems()
@@ -79,6 +85,11 @@ class Contract:
             )
         if self.pair not in PAIRS:
             found.append(f"contract.pair is {self.pair!r}; it must be one of {', '.join(PAIRS)}")
+        if self.scoring not in SCORINGS:
+            allowed_ = ", ".join(SCORINGS)
+            found.append(f"contract.scoring is {self.scoring!r}; it must be one of {allowed_}")
+        elif self.scoring == "likelihood":
+            found += self._likelihood_problems()
         if not self.temperature > 0:
             found.append(f"contract.temperature is {self.temperature}; it must be above 0")
         for name in ("query_length", "passage_length"):
@@ -89,6 +100,20 @@ class Contract:
             ("passage_template", {"title", "text"}),
         ):
             found += _template_problems(name, getattr(self, name), allowed)
+        return found
+
+    def _likelihood_problems(self) -> list[str]:
+        found = []
+        if self.pair != "joined":
+            found.append(
+                f"contract.pair is {self.pair!r}; a likelihood reads the passage, then the query:"
+                " leave it joined"
+            )
+        if not self.query_template.endswith("{text}"):
+            found.append(
+                f"contract.query_template is {self.query_template!r}; what is scored by its"
+                " likelihood must end with {text}"
+            )
         return found
 
 
@@ -147,12 +172,13 @@ def read_contract(folder: Path) -> tuple[Contract, dict[str, Any]]:
     if not isinstance(facts, dict) or facts.get("weights") not in ("full", "adapter"):
         raise InputError(f"{path}: 'facts' lacks 'weights' (full or adapter); save the model again")
     known = {field.name: type(field.default) for field in fields(Contract)}
-    unknown, missing = sorted(record.keys() - known.keys()), sorted(known.keys() - record.keys())
+    unknown = sorted(record.keys() - known.keys())
+    missing = sorted(known.keys() - record.keys() - LATER)
     if unknown or missing:
         wrong = [f"unknown {name!r}" for name in unknown] + [f"missing {m!r}" for m in missing]
         raise InputError(f"{path}: {', '.join(wrong)}; save the model again")
-    for name, kind in known.items():
-        value = record[name]
+    for name in record:
+        kind, value = known[name], record[name]
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             record[name] = float(value)
         elif type(value) is not kind:

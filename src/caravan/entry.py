@@ -11,10 +11,12 @@ code 2 and no traceback, Ctrl-C with 130; any other exception keeps its tracebac
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import inspect
 import logging
 import os
+import platform
 import signal
 import sys
 from argparse import Namespace
@@ -70,6 +72,7 @@ def entry(name: str) -> Callable[[Task], Callable[[], None]]:
 
         @functools.wraps(task)
         def run() -> None:
+            _keep_freed_memory()
             # Exceptions come through Hydra whole, to be told apart here.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             # Lightning would end a terminated run with exit code 0; it leaves our handler alone.
@@ -181,6 +184,20 @@ def _input_error(error: BaseException | None) -> InputError | None:
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, to be treated as Ctrl-C is."""
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next allocation, rather than hand it back.
+
+    By default large blocks come from the system and go back to it, and each step pays for its
+    pages again: a small model's training step took 1.3 times as long on two cores.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mmap_max, trim_threshold = -4, -1  # of malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, 1 << 30)
 
 
 def _terminate(number: int, frame: Any) -> None:

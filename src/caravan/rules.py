@@ -275,6 +275,25 @@ def teacher_is_there(cfg: DictConfig) -> Iterator[Mistake]:
             yield Mistake((*path, "_target_"), text, "folder")
 
 
+def loss_suits_the_scores(cfg: DictConfig) -> Iterator[Mistake]:
+    """A likelihood is a score of its own kind; any other loss compares the scores of a group."""
+    reranks = value(cfg, "contract.kind") == "reranker"
+    likely = reranks and value(cfg, "contract.scoring") == "likelihood"
+    found = [
+        path
+        for path, node in _mappings(value(cfg, "loss"), ("loss",))
+        if str(value(node, "_target_")).rpartition(".")[2] == "Likelihood"
+    ]
+    for path in [] if likely else found:
+        text = (
+            "Likelihood wants scores that are log probabilities; choose stage=reranker_likelihood"
+        )
+        yield Mistake((*path, "_target_"), text)
+    if reranks and not found and value(cfg, "sampler.number") == 0:
+        text = "a reranker compares a positive with its negatives; set it to 1 or more"
+        yield Mistake(("sampler", "number"), text)
+
+
 def retrievers_are_names(cfg: DictConfig) -> Iterator[Mistake]:
     """bm25, a model folder or a run file, or a list of these."""
     if "retriever" not in cfg or OmegaConf.is_missing(cfg, "retriever"):
@@ -336,6 +355,7 @@ RULES: list[Rule] = [
     trainer_leaves_the_rest_to_the_run,
     stage_suits_the_contract,
     teacher_is_there,
+    loss_suits_the_scores,
     retrievers_are_names,
     reranking_is_possible,
     folders_exist,

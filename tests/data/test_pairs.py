@@ -146,3 +146,38 @@ def test_the_released_pair_form_has_two_bos_and_no_eos(tokenizer: Any) -> None:
 def test_a_length_that_leaves_no_room_is_refused(tokenizer: Any) -> None:
     with pytest.raises(InputError, match="leaves 18 tokens for query and document"):
         PairTemplates(tokenizer, replace(JOINED, query_length=10, passage_length=10))
+
+
+LIKELIHOOD = replace(JOINED, scoring="likelihood", append_eos=False)
+
+
+def test_a_likelihood_reads_the_document_then_the_prompt_then_the_query(tokenizer: Any) -> None:
+    templates = PairTemplates(tokenizer, LIKELIHOOD)
+    (_, query), passage = _texts(4), ("Title", _texts(12, 1)[1])
+    (found,) = templates.pairs([("", query)], [passage])
+    document = tokenizer(f"document: Title {passage[1]}")["input_ids"]
+    prompt = tokenizer(" query:", add_special_tokens=False)["input_ids"]
+    asked = tokenizer(f" query: {query}", add_special_tokens=False)["input_ids"]
+    assert found.ids == [*document, *asked]
+    assert found.second == len(document) + len(prompt)
+    assert templates.typed
+
+
+def test_of_a_likelihood_too_the_document_gives_way_and_never_the_query(tokenizer: Any) -> None:
+    templates = PairTemplates(tokenizer, LIKELIHOOD)
+    query = _texts(20)
+    (found,) = templates.pairs([query], [_texts(500, 1)])
+    asked = tokenizer(f" query: {query[1]}", add_special_tokens=False)["input_ids"]
+    assert found.ids[-len(asked) :] == asked
+    assert len(found.ids) == 16 + 48
+
+
+def test_a_query_that_fills_the_length_leaves_a_likelihood_some_of_the_document(
+    tokenizer: Any,
+) -> None:
+    templates = PairTemplates(tokenizer, LIKELIHOOD)
+    (found,) = templates.pairs([_texts(500)], [_texts(500, 1)])
+    document = tokenizer(f"document: {_texts(500, 1)[1]}")["input_ids"]
+    assert found.ids[: 1 + LEAST] == document[: 1 + LEAST]
+    assert len(found.ids) == 16 + 48
+    assert templates.cut == 1

@@ -110,6 +110,14 @@ def test_a_truncated_weights_file_is_refused(saved: Path) -> None:
         folder.load(saved)
 
 
+def test_a_folder_from_before_a_setting_was_there_has_its_default(saved: Path) -> None:
+    path = saved / "caravan.json"
+    record = json.loads(path.read_text())
+    del record["scoring"]
+    path.write_text(json.dumps(record))
+    assert folder.load(saved)[2].scoring == "head"
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

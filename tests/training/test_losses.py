@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from caravan.errors import InputError
-from caravan.training.losses import BCE, KL, InfoNCE, MarginMSE, RankNet, Sum, value
+from caravan.training.losses import (
+    BCE,
+    KL,
+    InfoNCE,
+    Likelihood,
+    MarginMSE,
+    RankNet,
+    Sum,
+    value,
+)
 
 SCORES = torch.tensor(
     [[2.0, 0.5, -torch.inf, 1.0], [0.3, 3.0, 0.1, -0.4], [1.0, 1.0, 1.0, 1.0]], requires_grad=True
@@ -127,3 +136,12 @@ def test_a_sum_gives_each_loss_its_own_targets() -> None:
 def test_a_loss_that_distils_without_a_teacher_is_refused() -> None:
     with pytest.raises(InputError, match=r"KL learns from a teacher.*sampler\.teacher"):
         value(KL(), SCORES, POSITIVE, None)
+
+
+def test_a_likelihood_is_the_positives_score_whatever_the_negatives() -> None:
+    scores = torch.tensor([[-2.0, -torch.inf], [-1.0, -0.5]], requires_grad=True)
+    loss = Likelihood()(scores, torch.tensor([0, 1]))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == pytest.approx((2.0 + 0.5) / 2)
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [[-0.5, 0.0], [0.0, -0.5]]

@@ -2,11 +2,13 @@
 
 RankLLaMA (arXiv 2310.08319, section 2.2) reads `query: {query} document: {title} {text}` and an EOS
 as one text; its released checkpoints, and encoders, take the two as a pair with special tokens of
-the tokenizer's own. The document gives way to the length, never the query, never the EOS.
+the tokenizer's own. The document gives way to the length, never the query, never the EOS. For a
+likelihood the document comes first, and the query's prompt belongs to what it is conditioned on.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,7 +27,7 @@ class Pair(NamedTuple):
     """One input of a reranker."""
 
     ids: list[int]
-    second: int  # where the passage begins, for models with token types
+    second: int  # where the passage begins, for models with token types; of a likelihood, the query
 
 
 class PairTemplates:
@@ -45,7 +47,8 @@ class PairTemplates:
     def __init__(self, tokenizer: Any, contract: Contract) -> None:
         self.tokenizer = tokenizer
         self.contract = contract
-        self.typed = "token_type_ids" in tokenizer.model_input_names
+        likelihood = contract.scoring == "likelihood"
+        self.typed = likelihood or "token_type_ids" in tokenizer.model_input_names
         self.length = contract.query_length + contract.passage_length
         if contract.pair == "pair":
             self.before, self.between, self.after = pair_tokens(tokenizer)
@@ -62,6 +65,9 @@ class PairTemplates:
             self.after = [*self.after, eos]
         self._query = Template(contract.query_template)
         self._passage = Template(contract.passage_template)
+        if likelihood:
+            prompt = self._query.render("", "").rstrip()
+            self._prompt = token_ids(tokenizer, [f" {prompt}"], [f" {prompt}"], self.length)[0]
         if self._passage.suffix:
             raise InputError(
                 f"contract.passage_template {contract.passage_template!r} goes on after its last"
@@ -89,11 +95,11 @@ class PairTemplates:
         seconds = [self._passage.render(title, text) for title, text in passages]
         if not firsts:
             return []
-        return (
-            self._paired(firsts, seconds)
-            if self.contract.pair == "pair"
-            else self._joined(firsts, seconds)
-        )
+        if self.contract.scoring == "likelihood":
+            return self._conditioned(firsts, seconds)
+        if self.contract.pair == "pair":
+            return self._paired(firsts, seconds)
+        return self._joined(firsts, seconds)
 
     def _joined(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
         texts = [f"{first} {second}" for first, second in zip(firsts, seconds, strict=True)]
@@ -146,6 +152,31 @@ class PairTemplates:
             head = [*self.before, *query, *self.between]
             ids = [*head, *passage[: self.room - len(query)], *self.after]
             pairs.append(Pair(ids, len(head) if self.typed else len(ids)))
+        return pairs
+
+    def _conditioned(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
+        """The passage, the query's prompt, and the query, whose likelihood is the score."""
+        firsts = [f" {first}" for first in firsts]
+        distinct = list(dict.fromkeys(firsts))
+        known = dict(
+            zip(distinct, token_ids(self.tokenizer, distinct, distinct, self.room), strict=True)
+        )
+        begun = [beginning(text, self.room) for text in seconds]
+        pairs = []
+        for first, passage in zip(
+            firsts, token_ids(self.tokenizer, seconds, begun, self.room), strict=True
+        ):
+            query = known[first]
+            most = self.room - min(LEAST, len(passage))
+            if len(query) > most:
+                self._tell_cut()
+                query = query[:most]
+            head = [*self.before, *passage[: self.room - len(query)]]
+            # The prompt's last token may have grown into the text; then it is of the query.
+            both = zip(query, self._prompt, strict=False)
+            same = itertools.takewhile(lambda ids: ids[0] == ids[1], both)
+            begin = len(head) + sum(1 for _ in same)
+            pairs.append(Pair([*head, *query, *self.after], begin))
         return pairs
 
     def _tell_cut(self) -> None:

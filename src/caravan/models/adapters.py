@@ -31,7 +31,7 @@ class LoRA:
         self.settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
         self.targets = targets
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, model: Any) -> nn.Module:
         """Freeze the model and put adapters on it; these and a reranker's head are trained."""
         from peft import LoraConfig, TaskType, get_peft_model
 
@@ -40,9 +40,13 @@ class LoRA:
                 "backbone.name is an adapter already; train it with peft=none, or adopt it"
                 " (trainer.max_steps=0) and start from that model folder with init_from"
             )
-        scores = hasattr(model, "score") or hasattr(model, "classifier")
+        task = TaskType.FEATURE_EXTRACTION
+        if hasattr(model, "score") or hasattr(model, "classifier"):
+            task = TaskType.SEQ_CLS
+        elif hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None:
+            task = TaskType.CAUSAL_LM
         config = LoraConfig(
-            task_type=TaskType.SEQ_CLS if scores else TaskType.FEATURE_EXTRACTION,
+            task_type=task,
             target_modules=self.targets,
             revision=getattr(model, "revision", None),  # the adapter finds the same base again
             **self.settings,

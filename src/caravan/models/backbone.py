@@ -22,7 +22,13 @@ from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapters import copy_adapter, is_adapter, load_adapter
 from caravan.models.crossencoder import with_head
-from caravan.models.loading import load_scorer, load_tokenizer, load_weights, set_attention
+from caravan.models.loading import (
+    load_language_model,
+    load_scorer,
+    load_tokenizer,
+    load_weights,
+    set_attention,
+)
 
 
 class TinyLlama:
@@ -34,6 +40,10 @@ class TinyLlama:
         vocab_size: entries of the BPE, its three special tokens included.
         hidden_size, layers, heads, intermediate_size: the shape of the Llama.
         max_length: the longest text that its positions are meant for, in tokens.
+        copying: how much of what it attends to a layer hands on before the first step. At 1 its
+            value and output projections are each other's transposes, so a state begins as the mean
+            of the tokens before it, and a word that is repeated need not be learned to be seen
+            (after mimetic initialisation, arXiv 2305.09828). 0 is Llama's own start.
         attention: transformers' attention implementation; "auto" is `caravan.models.attention`.
         checkpointing: recompute activations in the backward pass, for less memory.
     """
@@ -46,6 +56,7 @@ class TinyLlama:
         heads: int = 4,
         intermediate_size: int = 688,
         max_length: int = 2048,
+        copying: float = 1.0,
         attention: str = "auto",
         checkpointing: bool = False,
     ) -> None:
@@ -63,6 +74,7 @@ class TinyLlama:
             "intermediate_size": intermediate_size,
             "max_position_embeddings": max_length,
         }
+        self.copying = copying
         self.attention = attention
         self.checkpointing = checkpointing
 
@@ -84,7 +96,11 @@ class TinyLlama:
         )
 
     def model(self, tokenizer: Any) -> nn.Module:
-        from transformers import LlamaConfig, LlamaModel
+        return self.language_model(tokenizer).base_model
+
+    def language_model(self, tokenizer: Any) -> Any:
+        """The model with its output layer, which is its embedding."""
+        from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
             vocab_size=len(tokenizer),
@@ -92,13 +108,27 @@ class TinyLlama:
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             use_cache=False,
+            tie_word_embeddings=True,
             **self.shape,
         )
-        return _prepared(set_attention(LlamaModel(config), self.attention), self.checkpointing)
+        model = LlamaForCausalLM(config)
+        if self.copying:
+            _copying(model.model, self.copying)
+        return _prepared(set_attention(model, self.attention), self.checkpointing)
 
     def scorer(self, tokenizer: Any) -> nn.Module:
         """The model with a new head."""
         return _new_head(self.model(tokenizer), tokenizer)
+
+
+def _copying(model: Any, share: float) -> None:
+    """Let each layer's heads together hand on `share` of what they attend to."""
+    size = model.config.hidden_size
+    with torch.no_grad():
+        for layer in model.layers:
+            basis = nn.init.orthogonal_(torch.empty(size, size)) * abs(share) ** 0.5
+            layer.self_attn.v_proj.weight.copy_(basis)
+            layer.self_attn.o_proj.weight.copy_(basis.T)
 
 
 class Pretrained:
@@ -135,6 +165,15 @@ class Pretrained:
         if is_adapter(self.name, self.hub["revision"]):
             return load_adapter(self._base(), self.name, self.hub["revision"], trainable=True)
         model = load_weights(self.name, torch.float32, self.attention, **self.hub)
+        return _prepared(model, self.checkpointing)
+
+    def language_model(self, tokenizer: Any) -> nn.Module:
+        """The model with its output layer."""
+        if is_adapter(self.name, self.hub["revision"]):
+            raise InputError(
+                f"{self.name} is an adapter; a likelihood needs a language model: name its base"
+            )
+        model = load_language_model(self.name, self.attention, **self.hub)
         return _prepared(model, self.checkpointing)
 
     def scorer(self, tokenizer: Any) -> nn.Module:
@@ -179,7 +218,7 @@ class Trained:
     ) -> None:
         self.name = folder
         contract, facts = read_contract(Path(folder))
-        self.scores = contract.kind == "reranker"
+        self.scores = contract.kind == "reranker" and contract.scoring == "head"
         self.adapter = folder if adapter and facts["weights"] == "adapter" else None
         self.attention = attention
         self.checkpointing = checkpointing
@@ -213,6 +252,15 @@ class Trained:
         pad_id = tokenizer.pad_token_id
         scorer = load_scorer(base, torch.float32, self.attention, pad_id, revision=revision)[0]
         return self._prepared(scorer)  # its head comes with the adapter
+
+    def language_model(self, tokenizer: Any) -> nn.Module:
+        """The transformer with its output layer, which the folder or the base must have."""
+        if self.adapter is not None:
+            base, revision = adapter_base(Path(self.adapter))
+            return self._prepared(load_language_model(base, self.attention, revision=revision))
+        if read_contract(Path(self.name))[0].scoring == "likelihood":
+            return self._prepared(self._whole())
+        return self._prepared(load_language_model(self.name, self.attention))
 
     def adapted(self, peft: Any, model: nn.Module) -> nn.Module:
         """The model with adapters on it, which go on from those of the folder if it has any."""

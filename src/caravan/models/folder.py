@@ -26,7 +26,8 @@ from caravan.errors import InputError
 from caravan.models.adapters import load_adapter, merged
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, Headed, head_of, with_head
-from caravan.models.loading import load_scorer, load_tokenizer, load_weights
+from caravan.models.likelihood import QueryLikelihood
+from caravan.models.loading import load_language_model, load_scorer, load_tokenizer, load_weights
 
 ADAPTER = "adapter_model.safetensors"
 HEAD = "score.safetensors"
@@ -101,7 +102,10 @@ def load(
         )
     model: Model
     if contract.kind == "reranker":
-        model = CrossEncoder(_scorer(folder, dtype, adapter), contract)
+        if contract.scoring == "likelihood":
+            model = QueryLikelihood(_language_model(folder, dtype, adapter), contract)
+        else:
+            model = CrossEncoder(_scorer(folder, dtype, adapter), contract)
     else:
         model = BiEncoder(_backbone(folder, dtype, adapter), contract)
     return model.eval(), load_tokenizer(str(folder)), contract, facts
@@ -133,6 +137,14 @@ def _scorer(folder: Path, dtype: torch.dtype, adapter: bool) -> nn.Module:
     return scorer
 
 
+def _language_model(folder: Path, dtype: torch.dtype, adapter: bool) -> nn.Module:
+    if not adapter:
+        return load_language_model(str(folder), dtype=dtype)
+    base, revision = adapter_base(folder)
+    model = load_language_model(base, dtype=dtype, revision=revision)
+    return merged(load_adapter(model, str(folder)))
+
+
 def _read_head(scorer: Any, folder: Path) -> None:
     """Fill the head with its weights as they were saved, which `dtype` may have rounded."""
     from safetensors import SafetensorError, safe_open
@@ -160,6 +172,9 @@ def _read_head(scorer: Any, folder: Path) -> None:
 def _card(contract: Contract, facts: dict[str, Any]) -> str:
     figures = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     length = contract.query_length + contract.passage_length
+    score = f"a linear head on the {contract.pooling} token"
+    if contract.scoring == "likelihood":
+        score = "the mean log probability of the query's tokens after the passage"
     reads = {
         "retriever": f"""| query | `{contract.query_template}`, {contract.query_length} tokens |
 | passage | `{contract.passage_template}`, {contract.passage_length} tokens |
@@ -168,7 +183,7 @@ def _card(contract: Contract, facts: dict[str, Any]) -> str:
         "reranker": f"""| query | `{contract.query_template}` |
 | passage | `{contract.passage_template}` |
 | input | {"one text" if contract.pair == "joined" else "a pair"}, {length} tokens |
-| score | a linear head on the {contract.pooling} token |
+| score | {score} |
 """,
     }[contract.kind]
     return f"""---

@@ -93,6 +93,19 @@ def load_weights(
     return set_attention(model, attention)
 
 
+def load_language_model(
+    name: str, attention: str = "auto", dtype: torch.dtype = torch.float32, **hub: Any
+) -> nn.Module:
+    """A decoder with the output layer that it was pretrained with.
+
+    Raises:
+        InputError: as `load_weights`, or there is no such layer.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return load_weights(name, dtype, attention, auto=AutoModelForCausalLM, **hub)
+
+
 def set_attention(model: Any, attention: str) -> nn.Module:
     """Choose the attention; "auto" leaves an architecture that needs its own with that.
 

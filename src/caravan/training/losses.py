@@ -29,6 +29,16 @@ class InfoNCE:
         return functional.cross_entropy(scores, targets)
 
 
+class Likelihood:
+    """The positive's score itself, where the score is a log probability: -scores[target].
+
+    Negatives play no part, so `sampler.number` may be 0 (UPR's language model, arXiv 2204.07496).
+    """
+
+    def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
+        return -scores.gather(1, targets.unsqueeze(1)).mean()
+
+
 class BCE:
     """Each column by itself, relevant or not: mean of the binary cross-entropy.
 

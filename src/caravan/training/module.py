@@ -88,6 +88,8 @@ class Stage(pl.LightningModule, ABC):
         """Log the loss, and how often the positive scores highest, as means over all ranks."""
         queries = len(scores)
         self.log("train/loss", loss, prog_bar=True, batch_size=queries, sync_dist=True)
+        if scores.shape[1] < 2:
+            return
         with torch.no_grad():
             hit = (scores.argmax(dim=1) == targets).float().mean() * weight
         self.log("train/accuracy", hit, batch_size=queries, sync_dist=True)

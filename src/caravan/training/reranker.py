@@ -13,6 +13,7 @@ from torch import Tensor
 
 from caravan.batches import PairBatch, RerankBatch
 from caravan.models.crossencoder import CrossEncoder
+from caravan.models.likelihood import QueryLikelihood
 from caravan.training import losses, parallel
 from caravan.training.module import Stage
 
@@ -21,8 +22,10 @@ class Reranker(Stage):
     """A cross-encoder with its loss and optimiser; a temperature plays no part."""
 
     def build(self) -> CrossEncoder:
-        scorer = self.adapted(self.backbone.scorer(self.tokenizer))
-        return CrossEncoder(scorer, self.contract)
+        if self.contract.scoring == "likelihood":
+            language_model = self.backbone.language_model(self.tokenizer)
+            return QueryLikelihood(self.adapted(language_model), self.contract)
+        return CrossEncoder(self.adapted(self.backbone.scorer(self.tokenizer)), self.contract)
 
     def training_step(self, batch: RerankBatch, batch_idx: int) -> Tensor:
         queries, group = batch.passage_rows.shape

@@ -1,0 +1,105 @@
+"""A passage and a query to the query's likelihood: reranking with a language model and no new head.
+
+The older way to rank by a language model (Ponte and Croft 1998; with a large one UPR, arXiv
+2204.07496): a passage is worth as much as it makes the query likely. The score is the mean log
+probability of the query's tokens, read after the passage. Each token teaches, where a head has one
+label for a pair, so a model from random weights learns it in minutes, and one that was pretrained
+on text ranks before any training. In place of RankLLaMA's head by `contract.scoring=likelihood`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from caravan.contract import Contract
+from caravan.errors import InputError
+from caravan.models.crossencoder import CrossEncoder
+from caravan.models.pooling import is_causal
+
+PIECE = 1 << 25
+"""Logits that are in memory at once: 128 MiB in float32, whatever the size of the vocabulary."""
+
+
+class QueryLikelihood(CrossEncoder):
+    """Scores a pair by how likely the passage makes the query.
+
+    Args:
+        scorer: a causal language model of transformers, with or without an adapter.
+
+    Raises:
+        InputError: the model is none, or looks to the right.
+    """
+
+    def __init__(self, scorer: nn.Module, contract: Contract) -> None:
+        nn.Module.__init__(self)
+        self.scorer = scorer
+        if not is_causal(scorer) or self.plain.get_output_embeddings() is None:
+            raise InputError(
+                f"contract.scoring=likelihood: {type(self.plain).__name__} is no causal language"
+                " model; choose a decoder, or contract.scoring=head"
+            )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        full: bool = False,
+        token_types: Tensor | None = None,
+    ) -> Tensor:
+        """Score pairs.
+
+        Args:
+            input_ids, attention_mask: [n, L], padded on either side.
+            full: no pair is padded.
+            token_types: [n, L], 1 for the tokens whose likelihood is the score.
+
+        Returns:
+            [n] float32, the mean log probability of these tokens, in nats.
+        """
+        if token_types is None:
+            raise ValueError("a likelihood needs to know which tokens are the query's")
+        if not full:
+            left = attention_mask.argsort(dim=1, descending=True, stable=True)
+            input_ids, token_types = input_ids.gather(1, left), token_types.gather(1, left)
+        model = self.plain
+        # Causal: no real token sees the padding on its right, so no mask is needed.
+        states = model.base_model(input_ids=input_ids).last_hidden_state
+        wanted = token_types[:, 1:].bool()  # a token is told by the state before it
+        terms = log_probabilities(model, states[:, :-1][wanted], input_ids[:, 1:][wanted])
+        rows = wanted.nonzero()[:, 0]
+        total = terms.new_zeros(len(input_ids)).index_add(0, rows, terms)
+        return total / wanted.sum(dim=1).clamp(min=1)
+
+
+def log_probabilities(model: Any, states: Tensor, tokens: Tensor) -> Tensor:
+    """Log probability [M] float32 of token m given state m, a piece of the logits at a time.
+
+    Args:
+        model: a language model of transformers; gives the output layer and its soft cap.
+        states: [M, d]. tokens: [M] int64.
+    """
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def piece(some: Tensor, ids: Tensor) -> Tensor:
+        logits = head(some).float()
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
+        return -nn.functional.cross_entropy(logits, ids, reduction="none")
+
+    size = max(PIECE // config.vocab_size, 1)
+    if len(states) <= size:
+        return piece(states, tokens)
+    # In training the logits of a piece are computed again rather than kept.
+    found = [
+        checkpoint(piece, some, ids, use_reentrant=False)
+        if torch.is_grad_enabled()
+        else piece(some, ids)
+        for some, ids in zip(states.split(size), tokens.split(size), strict=True)
+    ]
+    return torch.cat(found)
