@@ -88,6 +88,10 @@ class Contract:
         if self.scoring not in SCORINGS:
             allowed_ = ", ".join(SCORINGS)
             found.append(f"contract.scoring is {self.scoring!r}; it must be one of {allowed_}")
+        elif self.scoring == "likelihood" and self.kind != "reranker":
+            found.append(
+                "contract.scoring is 'likelihood'; only a reranker scores so: leave it head"
+            )
         elif self.scoring == "likelihood":
             found += self._likelihood_problems()
         if not self.temperature > 0:
@@ -108,6 +112,10 @@ class Contract:
             found.append(
                 f"contract.pair is {self.pair!r}; a likelihood reads the passage, then the query:"
                 " leave it joined"
+            )
+        if self.append_eos:
+            found.append(
+                "contract.append_eos is set; an EOS is no word of a query: set it to false"
             )
         if not self.query_template.endswith("{text}"):
             found.append(

@@ -289,7 +289,8 @@ def loss_suits_the_scores(cfg: DictConfig) -> Iterator[Mistake]:
             "Likelihood wants scores that are log probabilities; choose stage=reranker_likelihood"
         )
         yield Mistake((*path, "_target_"), text)
-    if reranks and not found and value(cfg, "sampler.number") == 0:
+    trains = value(cfg, "trainer.max_steps") != 0
+    if reranks and trains and not found and value(cfg, "sampler.number") == 0:
         text = "a reranker compares a positive with its negatives; set it to 1 or more"
         yield Mistake(("sampler", "number"), text)
 

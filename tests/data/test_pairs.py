@@ -181,3 +181,42 @@ def test_a_query_that_fills_the_length_leaves_a_likelihood_some_of_the_document(
     assert found.ids[: 1 + LEAST] == document[: 1 + LEAST]
     assert len(found.ids) == 16 + 48
     assert templates.cut == 1
+
+
+@pytest.mark.parametrize("template", ["query: {text}", "Question:\n{text}", "{text}"])
+def test_what_stands_before_the_query_is_not_scored_and_the_query_is(
+    template: str, tokenizer: Any
+) -> None:
+    templates = PairTemplates(tokenizer, replace(LIKELIHOOD, query_template=template))
+    (found,) = templates.pairs([("", "camel water")], [_texts(4)])
+    assert tokenizer.decode(found.ids[found.second :]).strip() == "camel water"
+    assert tokenizer.decode(found.ids[: found.second]).endswith(template.split("{")[0].rstrip(" "))
+
+
+def test_an_eos_that_the_tokenizer_adds_is_no_part_of_a_querys_likelihood(tokenizer: Any) -> None:
+    from tokenizers import processors
+
+    ends = copy.deepcopy(tokenizer)
+    ends.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        special_tokens=[("<s>", ends.bos_token_id), ("</s>", ends.eos_token_id)],
+    )
+    (found,) = PairTemplates(ends, LIKELIHOOD).pairs([("", "camel water")], [_texts(4)])
+    assert ends.eos_token_id not in found.ids
+
+
+def test_a_query_that_nothing_stands_before_is_scored_from_its_first_token(tokenizer: Any) -> None:
+    from tokenizers import processors
+
+    bare = copy.deepcopy(tokenizer)
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    contract = replace(LIKELIHOOD, query_template="{text}", passage_template="{text}")
+    (found,) = PairTemplates(bare, contract).pairs([("", "camel water")], [("", "")])
+    assert found.second == 1
+    assert tokenizer.decode(found.ids[1:]).strip() == "camel water"
+
+
+def test_a_prompt_that_leaves_no_room_for_the_query_is_refused(tokenizer: Any) -> None:
+    long = " ".join(["Please write the question that the passage above answers."] * 3)
+    with pytest.raises(InputError, match=r"leaves \d+ tokens for query and document"):
+        PairTemplates(tokenizer, replace(LIKELIHOOD, query_template=f"{long} {{text}}"))

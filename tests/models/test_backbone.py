@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,3 +77,22 @@ def test_recomputed_activations_give_the_same_gradient(tokenizer: object) -> Non
 def test_a_width_that_heads_do_not_divide_is_refused() -> None:
     with pytest.raises(InputError, match="multiple of heads=3"):
         TinyLlama(hidden_size=32, heads=3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_tiny_llama_begins_by_handing_on_a_share_of_what_it_attends_to(
+    share: float, tokenizer: Any
+) -> None:
+    shape = {"vocab_size": 400, "hidden_size": 32, "heads": 2, "intermediate_size": 48}
+    model: Any = TinyLlama(**shape, copying=share).model(tokenizer)  # type: ignore[arg-type]
+    for layer in model.layers:
+        product = layer.self_attn.o_proj.weight @ layer.self_attn.v_proj.weight
+        if share:
+            torch.testing.assert_close(product, share * torch.eye(32), atol=1e-5, rtol=0)
+        else:
+            assert product.abs().max() < 0.05
+
+
+def test_a_negative_share_is_refused() -> None:
+    with pytest.raises(InputError, match=r"backbone\.copying is -1; it must be 0 or more"):
+        TinyLlama(copying=-1)

@@ -17,7 +17,8 @@ from caravan.errors import InputError
 from caravan.models import folder, likelihood
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained, Trained
-from caravan.models.crossencoder import with_head
+from caravan.models.biencoder import BiEncoder
+from caravan.models.crossencoder import CrossEncoder, with_head
 from caravan.models.likelihood import QueryLikelihood, log_probabilities
 from caravan.models.packed import pack_linears
 from caravan.models.pooling import is_causal
@@ -48,6 +49,14 @@ def _language_model(name: str) -> Any:
             {"num_key_value_heads": 1, "intermediate_size": 24, "head_dim": 8},
         ),
         "gpt2": (transformers.GPT2Config, {}),
+        "granite": (
+            transformers.GraniteConfig,
+            {"num_key_value_heads": 1, "intermediate_size": 24, "logits_scaling": 8.0},
+        ),
+        "cohere": (
+            transformers.CohereConfig,
+            {"num_key_value_heads": 1, "intermediate_size": 24, "logit_scale": 0.25},
+        ),
     }
     kind, more = kinds[name]
     torch.manual_seed(0)
@@ -65,7 +74,7 @@ def _expected(model: Any, ids: list[int], second: int) -> torch.Tensor:
     return torch.stack(terms).mean()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2", "granite", "cohere"])
 def test_a_score_is_the_mean_log_probability_that_plain_transformers_gives(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,11 +167,42 @@ def test_an_adapters_folder_scores_as_before_and_training_goes_on_from_it(
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("adapter", [True, False])
+@pytest.mark.parametrize("kind", ["retriever", "reranker"])
+def test_an_adapter_of_another_kind_starts_a_likelihood_with_its_bases_output_layer(
+    kind: str, adapter: bool, tied: bool, tokenizer: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    base: Any = tiny_backbone().language_model(tokenizer)
+    if not tied:
+        base.config.tie_word_embeddings = False
+        base.lm_head.weight = torch.nn.Parameter(torch.randn_like(base.lm_head.weight))
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    lora, spec = LoRA(rank=4, alpha=8, dropout=0.0), Pretrained(str(tmp_path / "base"))
+    made: Any = lora.apply(spec.model(tokenizer) if kind == "retriever" else spec.scorer(tokenizer))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    contract = Contract(kind=kind)
+    model = BiEncoder(made, contract) if kind == "retriever" else CrossEncoder(made, contract)
+    folder.save(tmp_path / "m", model, tokenizer, contract, {})
+    trained = Trained(str(tmp_path / "m"), adapter=adapter)
+    started: Any = trained.language_model(tokenizer)
+    started = trained.adapted(lora, started) if adapter else started
+    ids = torch.tensor([PAIRS[0]])
+    trunk: Any = folder.load(tmp_path / "m")[0].transformer.base_model
+    with torch.no_grad():
+        states = trunk(input_ids=ids).last_hidden_state
+        found = started.eval()(input_ids=ids).logits
+        torch.testing.assert_close(found, base.lm_head(states), atol=1e-5, rtol=0)
+
+
 def test_a_retriever_with_tied_embeddings_starts_a_likelihood(
     tokenizer: Any, tmp_path: Path
 ) -> None:
-    from caravan.models.biencoder import BiEncoder
-
     contract = Contract()
     model = BiEncoder(tiny_backbone().model(tokenizer), contract)
     folder.save(tmp_path / "r", model, tokenizer, contract, {})
@@ -200,6 +240,8 @@ def test_a_scorer_that_is_no_language_model_is_refused_by_name(tokenizer: Any) -
     ("change", "told"),
     [
         ({"pair": "pair"}, "leave it joined"),
+        ({"append_eos": True}, "no word of a query"),
+        ({"kind": "retriever"}, "only a reranker scores so"),
         ({"query_template": "query: {text} ?"}, "must end with {text}"),
         ({"scoring": "mean"}, "must be one of head, likelihood"),
     ],

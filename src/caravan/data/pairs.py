@@ -8,7 +8,6 @@ likelihood the document comes first, and the query's prompt belongs to what it i
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -65,20 +64,26 @@ class PairTemplates:
             self.after = [*self.after, eos]
         self._query = Template(contract.query_template)
         self._passage = Template(contract.passage_template)
+        prompt: list[int] = []
         if likelihood:
-            prompt = self._query.render("", "").rstrip()
-            self._prompt = token_ids(tokenizer, [f" {prompt}"], [f" {prompt}"], self.length)[0]
+            self.after = []  # what is not of the query has no part in its likelihood
+            self._before_query = f" {self._query.render('', '')}"
+            prompt = token_ids(tokenizer, [self._before_query], [self._before_query], self.length)[
+                0
+            ]
+            ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+            self._start = next((token for token in ends if token is not None), None)
         if self._passage.suffix:
             raise InputError(
                 f"contract.passage_template {contract.passage_template!r} goes on after its last"
                 " field, which a reranker's may not; end it with {text}"
             )
         self.room = self.length - len(self.before) - len(self.between) - len(self.after)
-        if self.room < 2 * LEAST:
+        left = max(self.room - len(prompt), 0)
+        if left < 2 * LEAST:
             raise InputError(
-                f"contract.query_length + contract.passage_length = {self.length} leaves"
-                f" {max(self.room, 0)} tokens for query and document, which need {2 * LEAST};"
-                " raise one of them"
+                f"contract.query_length + contract.passage_length = {self.length} leaves {left}"
+                f" tokens for query and document, which need {2 * LEAST}; raise one of them"
             )
         self.cut = 0
 
@@ -156,27 +161,31 @@ class PairTemplates:
 
     def _conditioned(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
         """The passage, the query's prompt, and the query, whose likelihood is the score."""
-        firsts = [f" {first}" for first in firsts]
-        distinct = list(dict.fromkeys(firsts))
-        known = dict(
-            zip(distinct, token_ids(self.tokenizer, distinct, distinct, self.room), strict=True)
+        texts = [f" {first}" for first in firsts]
+        distinct = list(dict.fromkeys(texts))
+        coded = self.tokenizer(
+            distinct, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
+        # Where the prompt's last token has grown into the text, it is of the query.
+        begins = [
+            sum(end <= len(self._before_query) for _, end in offsets)
+            for offsets in coded["offset_mapping"]
+        ]
+        known = dict(zip(distinct, zip(coded["input_ids"], begins, strict=True), strict=True))
         begun = [beginning(text, self.room) for text in seconds]
         pairs = []
-        for first, passage in zip(
-            firsts, token_ids(self.tokenizer, seconds, begun, self.room), strict=True
+        for text, passage in zip(
+            texts, token_ids(self.tokenizer, seconds, begun, self.room), strict=True
         ):
-            query = known[first]
+            query, begin = known[text]
             most = self.room - min(LEAST, len(passage))
             if len(query) > most:
                 self._tell_cut()
                 query = query[:most]
             head = [*self.before, *passage[: self.room - len(query)]]
-            # The prompt's last token may have grown into the text; then it is of the query.
-            both = zip(query, self._prompt, strict=False)
-            same = itertools.takewhile(lambda ids: ids[0] == ids[1], both)
-            begin = len(head) + sum(1 for _ in same)
-            pairs.append(Pair([*head, *query, *self.after], begin))
+            if not head and not begin and self._start is not None:
+                head, query = [self._start], query[: self.room - 1]  # the first token is told too
+            pairs.append(Pair([*head, *query], len(head) + begin))
         return pairs
 
     def _tell_cut(self) -> None:

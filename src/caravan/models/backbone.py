@@ -1,8 +1,9 @@
 """Backbones: a transformer built from random weights or loaded from a name.
 
-A backbone is a small description (methods `tokenizer`, `model`, and `scorer` for rerankers) that
-`conf/backbone/*.yaml` names by `_target_`; weights load only when a model is asked for. Weights are
-float32 here; the precision of the arithmetic is the trainer's or the encoder's affair.
+A backbone is a small description (methods `tokenizer` and `model`, and for rerankers `scorer` and
+`language_model`) that `conf/backbone/*.yaml` names by `_target_`; weights load only when a model is
+asked for. Weights are float32 here; the precision of the arithmetic is the trainer's or the
+encoder's affair.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ class TinyLlama:
         vocab_size: entries of the BPE, its three special tokens included.
         hidden_size, layers, heads, intermediate_size: the shape of the Llama.
         max_length: the longest text that its positions are meant for, in tokens.
-        copying: how much of what it attends to a layer hands on before the first step. At 1 its
-            value and output projections are each other's transposes, so a state begins as the mean
-            of the tokens before it, and a word that is repeated need not be learned to be seen
-            (after mimetic initialisation, arXiv 2305.09828). 0 is Llama's own start.
+        copying: how much of what it attends to a layer hands on before the first step: value and
+            output projections begin as each other's transposes, and at 1 their product is the
+            identity. A state then begins as the mean of the tokens before it, and a word that is
+            repeated need not be learned to be seen (after mimetic initialisation, arXiv
+            2305.09828). 0 is Llama's own start.
         attention: transformers' attention implementation; "auto" is `caravan.models.attention`.
         checkpointing: recompute activations in the backward pass, for less memory.
     """
@@ -64,6 +66,8 @@ class TinyLlama:
             raise InputError(
                 f"backbone.hidden_size={hidden_size} must be a multiple of heads={heads}"
             )
+        if copying < 0:
+            raise InputError(f"backbone.copying is {copying}; it must be 0 or more")
         self.name = "tiny_llama"
         self.vocab_size = vocab_size
         self.shape: dict[str, Any] = {
@@ -126,7 +130,7 @@ def _copying(model: Any, share: float) -> None:
     size = model.config.hidden_size
     with torch.no_grad():
         for layer in model.layers:
-            basis = nn.init.orthogonal_(torch.empty(size, size)) * abs(share) ** 0.5
+            basis = nn.init.orthogonal_(torch.empty(size, size)) * share**0.5
             layer.self_attn.v_proj.weight.copy_(basis)
             layer.self_attn.o_proj.weight.copy_(basis.T)
 
@@ -258,9 +262,18 @@ class Trained:
         if self.adapter is not None:
             base, revision = adapter_base(Path(self.adapter))
             return self._prepared(load_language_model(base, self.attention, revision=revision))
-        if read_contract(Path(self.name))[0].scoring == "likelihood":
+        contract, facts = read_contract(Path(self.name))
+        if contract.scoring == "likelihood":
             return self._prepared(self._whole())
-        return self._prepared(load_language_model(self.name, self.attention))
+        if facts["weights"] == "full":
+            return self._prepared(load_language_model(self.name, self.attention))
+        # The adapter is of the trunk alone; the output layer is its base's.
+        base, revision = adapter_base(Path(self.name))
+        model: Any = load_language_model(base, self.attention, revision=revision)
+        trunk = self._whole().base_model
+        model.base_model.load_state_dict(trunk.state_dict())
+        model.tie_weights()
+        return self._prepared(model)
 
     def adapted(self, peft: Any, model: nn.Module) -> nn.Module:
         """The model with adapters on it, which go on from those of the folder if it has any."""

@@ -21,7 +21,8 @@ from caravan.models.crossencoder import CrossEncoder
 from caravan.models.pooling import is_causal
 
 PIECE = 1 << 25
-"""Logits that are in memory at once: 128 MiB in float32, whatever the size of the vocabulary."""
+"""Logits that are in memory at once: 128 MiB in float32, whatever the size of the vocabulary. In
+training too, since they are computed again in the backward pass rather than kept."""
 
 
 class QueryLikelihood(CrossEncoder):
@@ -79,27 +80,24 @@ def log_probabilities(model: Any, states: Tensor, tokens: Tensor) -> Tensor:
     """Log probability [M] float32 of token m given state m, a piece of the logits at a time.
 
     Args:
-        model: a language model of transformers; gives the output layer and its soft cap.
+        model: a language model of transformers; gives the output layer, and what its config does
+            to logits (Gemma caps them, Granite and Cohere scale them).
         states: [M, d]. tokens: [M] int64.
     """
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
 
     def piece(some: Tensor, ids: Tensor) -> Tensor:
-        logits = head(some).float()
+        logits = head(some).float() * scale
         if cap:
             logits = cap * torch.tanh(logits / cap)
         return -nn.functional.cross_entropy(logits, ids, reduction="none")
 
     size = max(PIECE // config.vocab_size, 1)
-    if len(states) <= size:
-        return piece(states, tokens)
-    # In training the logits of a piece are computed again rather than kept.
-    found = [
-        checkpoint(piece, some, ids, use_reentrant=False)
-        if torch.is_grad_enabled()
-        else piece(some, ids)
-        for some, ids in zip(states.split(size), tokens.split(size), strict=True)
-    ]
-    return torch.cat(found)
+    pieces = list(zip(states.split(size), tokens.split(size), strict=True))
+    if not torch.is_grad_enabled():
+        return torch.cat([piece(*some) for some in pieces])
+    again: Any = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(piece, *some, **again) for some in pieces])

@@ -103,7 +103,11 @@ def load_language_model(
     """
     from transformers import AutoModelForCausalLM
 
-    return load_weights(name, dtype, attention, auto=AutoModelForCausalLM, **hub)
+    try:
+        return load_weights(name, dtype, attention, auto=AutoModelForCausalLM, **hub)
+    except InputError as error:
+        told = "contract.scoring=likelihood needs a decoder with its output layer"
+        raise InputError(f"{error}; {told}") from None
 
 
 def set_attention(model: Any, attention: str) -> nn.Module:
