@@ -162,6 +162,31 @@ class RerankBatch:
 
 
 @dataclass(frozen=True)
+class AdaptationBatch:
+    """Q texts that end with the prompts of T tasks, and the tokens that each task is to tell."""
+
+    texts: Packed
+    targets: Tensor  # [M] int64, the sets of text 0's tasks, then of text 1's, ...
+    counts: Tensor  # [Q, T] int64, tokens of each set; 0 where there is nothing to tell
+
+    @property
+    def tokens(self) -> int:
+        return self.texts.tokens
+
+    @property
+    def padded(self) -> int:
+        return self.texts.padded
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> AdaptationBatch:
+        return replace(
+            self,
+            texts=self.texts.to(device, non_blocking),
+            targets=self.targets.to(device, non_blocking=non_blocking),
+            counts=self.counts.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(frozen=True)
 class PairBatch:
     """N pairs to score, with the rows of their query and passage in the collection."""
 

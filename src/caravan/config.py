@@ -13,6 +13,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -20,7 +21,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from caravan.checking import walk
 from caravan.checking.walk import Mistake, dotted
-from caravan.contract import Contract
+from caravan.contract import Contract, read_contract
+from caravan.errors import InputError
 from caravan.rules import RULES
 
 Node = Any
@@ -70,7 +72,7 @@ class Train:
     stage: Node = MISSING
     backbone: Node = MISSING
     peft: OptionalNode = MISSING
-    loss: Node = MISSING
+    loss: OptionalNode = MISSING
     sampler: OptionalNode = MISSING
     data: Node = MISSING
     index: Node = MISSING
@@ -131,6 +133,7 @@ def register(typed: bool = True) -> None:
             where Hydra stops at the first.
     """
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+    OmegaConf.register_new_resolver("begun_with", begun_with, replace=True)
     for name, root in ROOTS.items():
         schema = OmegaConf.structured(root)
         if not typed:
@@ -151,6 +154,18 @@ def folder_name(text: str) -> str:
     if len(name) <= 120:
         return name
     return f"{name[:110]}~{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def begun_with(setting: str, otherwise: Any, _root_: Any) -> Any:
+    """A setting of the contract as `init_from` has it, if that is a retriever or was adapted."""
+    folder = OmegaConf.select(_root_, "init_from")
+    if not isinstance(folder, str):
+        return otherwise
+    try:
+        contract, _ = read_contract(Path(folder))
+    except InputError:
+        return otherwise  # it is told where the folder is opened
+    return getattr(contract, setting) if contract.kind == "retriever" else otherwise
 
 
 def check(

@@ -20,12 +20,14 @@ from caravan.manifest import content_digest
 
 FILE = "caravan.json"
 FORMAT = 1
-LATER = {"scoring"}
+LATER = {"scoring", "slots"}
 """Settings that older folders do not name; those were made with what is the default here."""
 KINDS = ("retriever", "reranker")
-POOLINGS = ("last", "mean", "cls")
+POOLINGS = ("last", "mean", "cls", "slots")
 PAIRS = ("joined", "pair")
 SCORINGS = ("head", "likelihood")
+SLOTS = ("self", "next")
+"""Fields of a template that stand for the slots of LLaRA's two tasks (arXiv 2312.15503)."""
 _READ = (".safetensors", ".bin", ".json", ".model", ".txt")
 
 
@@ -38,10 +40,12 @@ class Contract:
             scores a query and a passage that it reads together.
         query_template, passage_template: the text that is tokenised. `{text}` is the query or the
             passage, `{title}` the passage's title; an empty title takes the space after it along.
-            What follows the last field is never truncated.
+            What follows them is never truncated. A template may end with `{self}` or `{next}`,
+            which are the slots of LLaRA's two tasks (see `slots`).
         append_eos: put the tokenizer's EOS after the (truncated) text.
         pooling: which state becomes the embedding, or is scored: "last" real token, "mean" of the
-            real tokens (not to be scored), or "cls", the first token.
+            real tokens or of the "slots" at the end (neither to be scored), or "cls", the first
+            token.
         normalize: scale embeddings to unit length.
         query_length, passage_length: tokens, with prompts and special tokens counted in. Of a
             reranker their sum is the length of the whole input, and the passage gives way.
@@ -50,6 +54,8 @@ class Contract:
             paper), or a "pair" as the tokenizer has it (encoders, and the released checkpoints).
         scoring: what a reranker's score is: a linear "head" over one state (the paper), or the
             query's "likelihood" after the passage, of a language model with no head of its own.
+        slots: how many tokens `{self}` and `{next}` stand for each: special tokens of their own,
+            whose states a language model was adapted to write embeddings into.
     """
 
     kind: str = "retriever"
@@ -63,6 +69,7 @@ class Contract:
     temperature: float = 0.01
     pair: str = "joined"
     scoring: str = "head"
+    slots: int = 0
 
     def __post_init__(self) -> None:
         problems = self.problems()
@@ -78,10 +85,10 @@ class Contract:
             found.append(
                 f"contract.pooling is {self.pooling!r}; it must be one of {', '.join(POOLINGS)}"
             )
-        elif self.kind == "reranker" and self.pooling == "mean":
+        elif self.kind == "reranker" and self.pooling in ("mean", "slots"):
             found.append(
-                "contract.pooling is 'mean'; a reranker reads the last token of a decoder"
-                " (stage=reranker) or cls of an encoder (stage=reranker_encoder)"
+                f"contract.pooling is {self.pooling!r}; a reranker reads the last token of a"
+                " decoder (stage=reranker) or cls of an encoder (stage=reranker_encoder)"
             )
         if self.pair not in PAIRS:
             found.append(f"contract.pair is {self.pair!r}; it must be one of {', '.join(PAIRS)}")
@@ -104,7 +111,24 @@ class Contract:
             ("passage_template", {"title", "text"}),
         ):
             found += _template_problems(name, getattr(self, name), allowed)
-        return found
+        return found or self._slot_problems()
+
+    def _slot_problems(self) -> list[str]:
+        templates = ("query_template", "passage_template")
+        slotted = [bool(template_parts(getattr(self, name))[2]) for name in templates]
+        if self.slots < 0:
+            return [f"contract.slots is {self.slots}; it must be 0 or more"]
+        if not self.slots and any(slotted):
+            return ["contract.slots is 0, but a template has {self} or {next}; set it to 1 or more"]
+        if self.slots and not any(slotted):
+            return [
+                f"contract.slots is {self.slots}, but no template ends with {{self}} or {{next}}"
+            ]
+        if self.pooling == "slots" and not all(slotted):
+            return ["contract.pooling is 'slots'; both templates must end with {self} or {next}"]
+        if self.slots and self.append_eos:
+            return ["contract.append_eos is set, but slots come last; set it to false"]
+        return []
 
     def _likelihood_problems(self) -> list[str]:
         found = []
@@ -133,6 +157,12 @@ def _template_problems(name: str, template: str, allowed: set[str]) -> list[str]
     used = {field for _, field, _, _ in parsed}
     if "text" not in used:
         return [f"contract.{name} is {template!r}, which lacks {{text}}"]
+    if slots := used & set(SLOTS):
+        if len(slots) > 1 or not template.endswith(f"{{{slots.copy().pop()}}}"):
+            return [
+                f"contract.{name} is {template!r}; it may have one of {{self}} and {{next}}, last"
+            ]
+        used -= slots
     if used - allowed:
         fields_ = ", ".join(f"{{{field}}}" for field in sorted(allowed))
         return [f"contract.{name} is {template!r}; it may use {fields_} only"]
@@ -141,6 +171,28 @@ def _template_problems(name: str, template: str, allowed: set[str]) -> list[str]
             f"contract.{name} is {template!r}, with a ':' or '!' in a field; write {{text}} alone"
         ]
     return []
+
+
+def template_parts(template: str) -> tuple[str, str, str]:
+    """A template's body up to its last text, what follows that, and the slots at its end.
+
+    >>> template_parts("{title} {text}, in eight words: {self}")
+    ('{title} {text}', ', in eight words: ', 'self')
+    """
+    slots = next((name for name in SLOTS if template.endswith(f"{{{name}}}")), "")
+    rest = template.removesuffix(f"{{{slots}}}") if slots else template
+    end = rest.rfind("}") + 1
+    return rest[:end], rest[end:], slots
+
+
+def slot_tokens(contract: Contract, slots: str) -> list[str]:
+    """The special tokens that `{self}` or `{next}` stands for, named as LLaRA's are.
+
+    >>> slot_tokens(Contract(slots=2, append_eos=False, query_template="{text} {next}"), "next")
+    ['<s3>', '<s4>']
+    """
+    first = SLOTS.index(slots) * contract.slots + 1
+    return [f"<s{number}>" for number in range(first, first + contract.slots)]
 
 
 def write_contract(folder: Path, contract: Contract, facts: dict[str, Any]) -> None:

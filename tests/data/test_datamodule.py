@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from caravan.contract import Contract
+from caravan.data.batching import Groups
 from caravan.data.collection import Collection, Qrels
 from caravan.data.datamodule import DataModule
 from caravan.data.negatives import Negatives
@@ -29,8 +30,11 @@ class Judged:
 
 
 def _data(collection: Any, templates: Templates, seed: int = 0, **validation: Any) -> DataModule:
+    qrels, sampler = collection.qrels("train"), Negatives(number=2)
     return DataModule(
-        *(collection, templates, Negatives(number=2), "train", "dev"),
+        *(collection, templates),
+        Groups(collection, qrels, sampler, templates, 128, seed),
+        "dev",
         seed=seed,
         queries_per_batch=6,
         token_budget=128,

@@ -14,14 +14,15 @@ from tests.tiny import tiny_backbone
 from caravan.batches import pack
 from caravan.contract import Contract
 from caravan.errors import InputError
-from caravan.models import folder, likelihood
+from caravan.models import folder, vocabulary
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained, Trained
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, with_head
-from caravan.models.likelihood import QueryLikelihood, log_probabilities
+from caravan.models.likelihood import QueryLikelihood
 from caravan.models.packed import pack_linears
 from caravan.models.pooling import is_causal
+from caravan.models.vocabulary import log_probabilities
 
 CONTRACT = Contract(
     kind="reranker",
@@ -85,7 +86,7 @@ def test_a_score_is_the_mean_log_probability_that_plain_transformers_gives(
             [_expected(plain, *pair) for pair in zip(PAIRS, SECONDS, strict=True)]
         )
         for piece in (1 << 25, 64 * 3):  # three tokens' logits at a time
-            monkeypatch.setattr(likelihood, "PIECE", piece)
+            monkeypatch.setattr(vocabulary, "PIECE", piece)
             for budget in (8, 30, 10_000):
                 found = model.score(pack(PAIRS, budget, seconds=SECONDS))
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -110,7 +111,7 @@ def test_padding_on_the_left_changes_no_score() -> None:
 def test_the_gradient_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = []
     for piece in (1 << 25, 64 * 3):
-        monkeypatch.setattr(likelihood, "PIECE", piece)
+        monkeypatch.setattr(vocabulary, "PIECE", piece)
         model = QueryLikelihood(_language_model("gemma2"), CONTRACT).train()
         model.score(pack(PAIRS, 10_000, seconds=SECONDS)).sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])

@@ -18,9 +18,7 @@ from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.data.datamodule import DataModule
 from caravan.data.negatives import Negatives
-from caravan.data.pairs import PairTemplates
 from caravan.data.runs import Run, read_run, write_run
-from caravan.data.templates import Templates
 from caravan.models.adapters import LoRA
 from caravan.retrieval.index import Faiss
 from caravan.retrieval.metrics import score_run
@@ -100,18 +98,6 @@ class Fit:
         """Train the retriever or, where validation has candidates to put in order, a reranker."""
         reranks = candidates is not None
         contract = replace(self.contract, kind="reranker") if reranks else self.contract
-        data = DataModule(
-            self.collection,
-            (PairTemplates if reranks else Templates)(self.tokenizer, contract),
-            Negatives(number=2),
-            "train",
-            "dev",
-            seed=0,
-            queries_per_batch=queries_per_batch,
-            token_budget=128,
-            num_workers=workers,
-            run=str(candidates) if candidates else None,
-        )
         module = (Reranker if reranks else Retriever)(
             tiny_backbone(),
             peft,
@@ -120,6 +106,17 @@ class Fit:
             InfoNCE(),
             optimizer or AdamW(lr=1e-2, warmup_steps=2),
             seed=0,
+        )
+        data = DataModule(
+            self.collection,
+            module.reading(),
+            module.training_set(self.collection, "train", Negatives(number=2), 128),
+            "dev",
+            seed=0,
+            queries_per_batch=queries_per_batch,
+            token_budget=128,
+            num_workers=workers,
+            run=str(candidates) if candidates else None,
         )
         losses = Losses()
         best = ModelCheckpoint(

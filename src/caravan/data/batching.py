@@ -84,6 +84,21 @@ class Groups(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.query_rows)
 
+    def told(self, name: str, batch: int, accumulated: int) -> str:
+        """What is trained on, in one line: how many queries, and how many passages for each."""
+        number = self.negatives.number
+        in_batch = ""
+        if isinstance(self.templates, Templates):
+            in_batch = f", {batch * (1 + number) - 1} with those in the batch"
+        return (
+            f"{len(self):,} training queries of {name}; {batch * accumulated} queries an update,"
+            f" {number} hard negatives a query{in_batch}"
+        )
+
+    def open(self) -> None:
+        """Read the sampler's runs, once, before workers are forked."""
+        self.negatives.open(self.collection, self.qrels, self.seed)
+
     def permutation(self, epoch: int) -> np.ndarray:
         """Query rows in the order of the epoch: a function of (seed, epoch)."""
         if self._permutation is None or self._permutation[0] != epoch:
@@ -155,20 +170,21 @@ class TrainLoader(DataLoader[Any]):
     checkpoint at an epoch's end, and the order would be that of another epoch.
 
     Args:
+        training: `Groups`, or `caravan.data.unlabelled.Unlabelled`.
         per_epoch: batches that are asked of it in an epoch; None means all of `order`.
     """
 
     def __init__(
-        self, groups: Groups, order: QueryOrder, num_workers: int, per_epoch: int | None = None
+        self, training: Any, order: QueryOrder, num_workers: int, per_epoch: int | None = None
     ) -> None:
         # Its worker is forked before training has filled any memory, and kept: one that is forked
         # in a later epoch would hold a copy of what the process has by then.
         super().__init__(
-            groups,
+            training,
             sampler=order,
             batch_size=None,
             persistent_workers=num_workers > 0,
-            **loader_settings(num_workers, groups.seed),
+            **loader_settings(num_workers, training.seed),
         )
         self.order = order
         self.per_epoch = len(order) if per_epoch is None else per_epoch

@@ -23,21 +23,26 @@ from caravan.data.batching import (
     text_loader,
 )
 from caravan.data.collection import Collection, Qrels
-from caravan.data.negatives import Negatives
 from caravan.data.pairs import PairTemplates
 from caravan.data.runs import Run, read_run
 from caravan.data.templates import Templates
+from caravan.data.unlabelled import Unlabelled
 from caravan.errors import InputError
 
 BLOCK = 1024  # texts a validation batch: enough to sort by length, few enough to be balanced
 FEW_BLOCKS = 8  # tokenised in seconds
 
+_NONE = Qrels(np.empty(0), np.empty(0), np.empty(0))
+
 
 class DataModule(pl.LightningDataModule):
-    """Wires a collection, a sampler and the templates into loaders.
+    """Wires a collection, what is trained on, and how it is read into loaders.
 
     Args:
-        queries_per_batch: queries a forward pass, over all ranks together.
+        templates: how queries and passages are read in the validation.
+        training: what is trained on (`caravan.training.module.Stage.training_set`).
+        dev_split: whose queries are asked in the validation; None goes without one.
+        queries_per_batch: queries (or chunks of text) a forward pass, over all ranks together.
         token_budget: padded tokens a chunk (see `caravan.batches.pack`).
         num_workers: processes that tokenise ahead.
         passages: how many passages validation searches; None is the whole corpus.
@@ -50,9 +55,8 @@ class DataModule(pl.LightningDataModule):
         self,
         collection: Collection,
         templates: Templates | PairTemplates,
-        sampler: Negatives,
-        train_split: str,
-        dev_split: str,
+        training: Groups | Unlabelled,
+        dev_split: str | None,
         seed: int,
         queries_per_batch: int,
         token_budget: int,
@@ -65,19 +69,16 @@ class DataModule(pl.LightningDataModule):
         super().__init__()
         self.collection = collection
         self.templates = templates
-        self.sampler = sampler
         self.seed = seed
         self.queries_per_batch = queries_per_batch
         self.token_budget = token_budget
         self.num_workers = num_workers
         self.dev_split = dev_split
-        train_qrels = collection.qrels(train_split)
-        self.groups = Groups(collection, train_qrels, sampler, templates, token_budget, seed)
-        if not len(self.groups):
-            raise InputError(
-                f"{collection.name}: split {train_split!r} has no query with a relevant passage;"
-                " choose another with data.train_split"
-            )
+        self.training = training
+        self.dev_qrels = _NONE
+        self.candidates: Run | None = None
+        if dev_split is None:
+            return
         dev = collection.qrels(dev_split)
         self.dev_qrels = dev if queries is None else _first_queries(dev, queries, seed)
         if not len(_with_relevant(self.dev_qrels)):
@@ -85,7 +86,6 @@ class DataModule(pl.LightningDataModule):
                 f"{collection.name}: split {dev_split!r} has no query with a relevant passage, so"
                 " nothing can be validated; choose another with data.dev_split"
             )
-        self.candidates: Run | None = None
         if isinstance(templates, PairTemplates):
             self.candidates = self._candidates(run, run_depth)
             self.dev_passages = np.unique(self.candidates.passage_rows)
@@ -93,7 +93,8 @@ class DataModule(pl.LightningDataModule):
             self.dev_passages = self._validation_passages(passages, run, run_depth)
 
     def setup(self, stage: str | None = None) -> None:
-        self.sampler.open(self.collection, self.groups.qrels, self.seed)
+        if isinstance(self.training, Groups):
+            self.training.open()
 
     def _candidates(self, path: str | None, depth: int) -> Run:
         """What a reranker puts into order in validation: a run's top passages of each query."""
@@ -131,24 +132,26 @@ class DataModule(pl.LightningDataModule):
         order = self._order()
         if not len(order):
             raise InputError(
-                f"{len(self.groups)} training queries are too few for {order.world} ranks"
+                f"{len(self.training)} training texts are too few for {order.world} ranks"
             )
         per_epoch = limited(len(order), self._trainer.limit_train_batches)
-        return TrainLoader(self.groups, order, self.num_workers, per_epoch)
+        return TrainLoader(self.training, order, self.num_workers, per_epoch)
 
     def batches_per_epoch(self, trainer: pl.Trainer) -> int:
         """Batches of one epoch on one rank, `limit_train_batches` counted in; makes no loader."""
         world = trainer.num_devices * trainer.num_nodes
-        order = QueryOrder(len(self.groups), self.queries_per_batch, 0, world)
+        order = QueryOrder(len(self.training), self.queries_per_batch, 0, world)
         return limited(len(order), trainer.limit_train_batches)
 
     def _order(self) -> QueryOrder:
         trainer = self._trainer
         return QueryOrder(
-            len(self.groups), self.queries_per_batch, trainer.global_rank, trainer.world_size
+            len(self.training), self.queries_per_batch, trainer.global_rank, trainer.world_size
         )
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
+        if not len(self.dev_qrels):
+            return []
         if isinstance(self.templates, PairTemplates):
             return [self._pair_loader(self.templates)]
         return [

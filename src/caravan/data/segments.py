@@ -1,8 +1,8 @@
 """Long documents cut into segments, each a text of its own: the baseline to reading them whole.
 
 A model that reads short texts judges a document by its first segment, or by its best one (FirstP
-and MaxP, arXiv 1905.09217). Segment i of document row r is again a row of a table, so whatever
-takes a corpus takes segments.
+and MaxP, arXiv 1905.09217); LLaRA adapts a language model on segments. Segment i of document row r
+is again a row of a table, so whatever takes a corpus takes segments.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ class Segments:
         ends = np.cumsum(counts)
         inside = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
         return np.repeat(self.starts[at], counts) + inside, counts
+
+    def last(self, segments: np.ndarray) -> np.ndarray:
+        """Whether each of the segments [n] ends its document, [n] bool."""
+        at = np.searchsorted(self.starts, segments, side="right")
+        return self.starts[at] == segments + 1
 
     def get(self, segments: Sequence[int] | np.ndarray) -> list[tuple[str, str]]:
         """(title, text) of segments; each has its document's title."""

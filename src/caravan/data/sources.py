@@ -9,11 +9,9 @@ found again by kind, path, size and time of every file, and the settings that sh
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from caravan.data.collection import (
     cached_collection,
     write_collection,
 )
+from caravan.data.files import lines, stamp, text_of
 from caravan.data.texts import Record
 from caravan.errors import InputError
 
@@ -64,7 +63,7 @@ class Beir:
             InputError: a file is missing or wrong; says which, at which line, and what to do.
         """
         files = self._files()
-        stamps = {part: _stamp(file) for part, file in files.items()}
+        stamps = {part: stamp(file) for part, file in files.items()}
         key = cache_key("beir", str(self.path.resolve()), stamps, self.unknown_ids)
         return cached_collection(cache_dir, self.name, key, lambda to: self._build(to, files))
 
@@ -72,8 +71,9 @@ class Beir:
         facts: Counter[str] = Counter(empty_passages=0)
 
         def where(part: str, n: int) -> str:
-            lines = _judgements(files[part]) if part.startswith("qrels/") else _lines(files[part])
-            for number, _ in itertools.islice(lines, n, None):
+            of_qrels = part.startswith("qrels/")
+            numbered = _judgements(files[part]) if of_qrels else lines(files[part])
+            for number, _ in itertools.islice(numbered, n, None):
                 return f"{files[part]}:{number}"
             return str(files[part])
 
@@ -125,42 +125,9 @@ def _add(found: dict[str, Path], part: str, file: Path) -> None:
     found[part] = file
 
 
-def _stamp(file: Path) -> list[str | int]:
-    facts = file.stat()
-    return [file.name, facts.st_size, facts.st_mtime_ns]
-
-
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number, line) of each line that is not blank; lines end at LF and nowhere else."""
-    number = 0
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(
-            f"{file}:{number + 1}: cannot be unpacked ({error}): the file is damaged, fetch it anew"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
-
-
-def _text(file: Path, number: int, line: bytes) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{file}:{number}: byte {error.start + 1} of the line (0x{line[error.start]:02x}) is "
-            "not UTF-8: convert the file, for instance with iconv"
-        ) from None
-
-
 def _records(file: Path) -> Iterator[Record]:
-    for number, line in _lines(file):
-        text = _text(file, number, line)
+    for number, line in lines(file):
+        text = text_of(file, number, line)
         try:
             fields = json.loads(text)
         except json.JSONDecodeError as error:
@@ -191,8 +158,8 @@ def _broken(file: Path, number: int, problem: str) -> InputError:
 def _judgements(file: Path) -> Iterator[tuple[int, Judgement]]:
     """(line number, judgement) of each line: BEIR's three columns or TREC's four."""
     width = 0
-    for number, line in _lines(file):
-        text = _text(file, number, line).strip("\r\n")
+    for number, line in lines(file):
+        text = text_of(file, number, line).strip("\r\n")
         columns = text.split("\t") if "\t" in text else text.split()
         columns = [column.strip() for column in columns]
         if not width and columns[0].casefold() in HEADERS and not GRADE.fullmatch(columns[-1]):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from caravan.contract import Contract
+from caravan.contract import Contract, slot_tokens, template_parts
 from caravan.errors import InputError
 
 CHARACTERS_A_TOKEN = 16
@@ -28,8 +28,7 @@ class Template:
     """One template of the contract, split into what may be truncated and what may not."""
 
     def __init__(self, template: str) -> None:
-        end = template.rfind("}") + 1
-        self.body, self.suffix = template[:end], template[end:]
+        self.body, self.suffix, self.slots = template_parts(template)
         self.untitled = re.sub(r"\{title\}\s?", "", self.body)
 
     def render(self, title: str, text: str) -> str:
@@ -67,7 +66,7 @@ class Templates:
         self._query = Template(contract.query_template)
         self._passage = Template(contract.passage_template)
         self._tails = {
-            side: [*(_ids(tokenizer, [template.suffix])[0] if template.suffix else []), *self.after]
+            side: prompt_end(tokenizer, contract, template, self.after)
             for side, template in (("query", self._query), ("passage", self._passage))
         }
         for side, tail in self._tails.items():
@@ -107,6 +106,78 @@ class Templates:
         begun = [beginning(text, room) for text in texts]
         encoded = token_ids(self.tokenizer, texts, begun, room)
         return [[*self.before, *ids[:room], *tail] for ids in encoded]
+
+
+class JointTemplates:
+    """Turns texts into token ids that end with several prompts, for one pass (`models.slots`).
+
+    Args:
+        contract: its passage template gives what stands before the text, `passage_length` is the
+            length of the whole.
+        prompts: what follows the text for each task, such as `{self}`'s.
+
+    Raises:
+        InputError: the length leaves no room, or the prompts differ in their slots.
+    """
+
+    def __init__(self, tokenizer: Any, contract: Contract, prompts: Sequence[str]) -> None:
+        single = Templates(tokenizer, contract)
+        self.tokenizer = tokenizer
+        self.before, self.pad_id = single.before, single.pad_id
+        self._text = Template(contract.passage_template)
+        ends = [
+            prompt_end(tokenizer, contract, Template(f"{{text}}{prompt}"), single.after)
+            for prompt in prompts
+        ]
+        self.prompts = tuple(map(len, ends))
+        self.end = [token for end in ends for token in end]
+        opening = self._text.untitled.partition("{text}")[0]
+        self.skipped = len(self.before) + (len(_ids(tokenizer, [opening])[0]) if opening else 0)
+        self.room = contract.passage_length - len(self.before) - len(self.end)
+        if self.room < 1:
+            raise InputError(
+                f"contract.passage_length={contract.passage_length} leaves no room for text: the"
+                f" prompts take {len(self.end)} tokens; raise it"
+            )
+
+    def encode(self, texts: Sequence[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of (title, text) with the prompts, and those of the text alone."""
+        rendered = [self._text.render(title, text) for title, text in texts]
+        if not rendered:
+            return [], []
+        begun = [beginning(text, self.room) for text in rendered]
+        found = token_ids(self.tokenizer, rendered, begun, self.room)
+        read = [ids[: self.room] for ids in found]
+        opening = self.skipped - len(self.before)
+        return [[*self.before, *ids, *self.end] for ids in read], [ids[opening:] for ids in read]
+
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts without anything around them, as many as would be read."""
+        begun = [beginning(text, self.room) for text in texts]
+        return [
+            ids[: self.room] for ids in token_ids(self.tokenizer, list(texts), begun, self.room)
+        ]
+
+
+def prompt_end(
+    tokenizer: Any, contract: Contract, template: Template, after: list[int]
+) -> list[int]:
+    """Ids of what follows the text: the prompt's end, then the slots, or what always follows."""
+    ids = _ids(tokenizer, [template.suffix])[0] if template.suffix else []
+    if not template.slots:
+        return [*ids, *after]
+    if after:
+        raise InputError(
+            f"{tokenizer.name_or_path or 'the tokenizer'} puts a token of its own after every text,"
+            " where {self} or {next} must be last; let the EOS be the slot: contract.slots=0,"
+            " contract.append_eos=true, and templates without {self} and {next}"
+        )
+    known = tokenizer.get_vocab()
+    tokens = slot_tokens(contract, template.slots)
+    missing = [token for token in tokens if token not in known]
+    if missing:
+        raise ValueError(f"the tokenizer lacks {missing[0]}: see `contract.slot_tokens`")
+    return [*ids, *(known[token] for token in tokens)]
 
 
 def beginning(text: str, room: int, start: int = 0) -> str:

@@ -6,6 +6,7 @@ comes out then embeds or scores at random. Here every weight must find its place
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -31,8 +32,12 @@ class LoRA:
         self.settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
         self.targets = targets
 
-    def apply(self, model: Any) -> nn.Module:
-        """Freeze the model and put adapters on it; these and a reranker's head are trained."""
+    def apply(self, model: Any, rows: Sequence[int] = ()) -> nn.Module:
+        """Freeze the model and put adapters on it; these and a reranker's head are trained.
+
+        Args:
+            rows: of the input embedding, trained too: tokens that the model has never seen.
+        """
         from peft import LoraConfig, TaskType, get_peft_model
 
         if hasattr(model, "peft_config"):
@@ -49,6 +54,7 @@ class LoRA:
             task_type=task,
             target_modules=self.targets,
             revision=getattr(model, "revision", None),  # the adapter finds the same base again
+            trainable_token_indices=list(rows) or None,
             **self.settings,
         )
         try:
@@ -92,7 +98,7 @@ def load_adapter(
         if isinstance(error, KeyError):
             told = f"{error.args[0]} missing"
         raise InputError(f"{name}: the adapter does not load ({told})") from None
-    wanted = set(get_peft_model_state_dict(peft))
+    wanted = set(get_peft_model_state_dict(peft, save_embedding_layers=False))
     if stored != wanted:
         missing, unused = sorted(wanted - stored), sorted(stored - wanted)
         keys = [f"{key} missing" for key in missing] + [f"{key} not used" for key in unused]
@@ -134,7 +140,7 @@ def copy_adapter(peft: Any, name: str) -> int:
         return {key: tuple(weight.shape) for key, weight in weights.items() if ".lora_" in key}
 
     stored = {short(key): weight for key, weight in load_peft_weights(name, device="cpu").items()}
-    new = get_peft_model_state_dict(peft)
+    new = get_peft_model_state_dict(peft, save_embedding_layers=False)
     alpha = getattr(PeftConfig.from_pretrained(name), "lora_alpha", None)
     wanted = low_rank({short(key): weight for key, weight in new.items()})
     if low_rank(stored) != wanted or alpha != peft.active_peft_config.lora_alpha:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from caravan.models import folder
 from caravan.models.adapters import copy_adapter, is_adapter, load_adapter
 from caravan.models.crossencoder import with_head
 from caravan.models.loading import (
+    fit_vocabulary,
     load_language_model,
     load_scorer,
     load_tokenizer,
@@ -169,7 +170,7 @@ class Pretrained:
         if is_adapter(self.name, self.hub["revision"]):
             return load_adapter(self._base(), self.name, self.hub["revision"], trainable=True)
         model = load_weights(self.name, torch.float32, self.attention, **self.hub)
-        return _prepared(model, self.checkpointing)
+        return _prepared(fit_vocabulary(model, tokenizer), self.checkpointing)
 
     def language_model(self, tokenizer: Any) -> nn.Module:
         """The model with its output layer."""
@@ -178,7 +179,7 @@ class Pretrained:
                 f"{self.name} is an adapter; a likelihood needs a language model: name its base"
             )
         model = load_language_model(self.name, self.attention, **self.hub)
-        return _prepared(model, self.checkpointing)
+        return _prepared(fit_vocabulary(model, tokenizer), self.checkpointing)
 
     def scorer(self, tokenizer: Any) -> nn.Module:
         """The model with the head that it was released with, else with a new one."""
@@ -242,7 +243,7 @@ class Trained:
             model = self._whole().base_model
             if getattr(model, "pooler", None) is not None:
                 model.pooler = None
-        return self._prepared(model)
+        return self._prepared(model, tokenizer)
 
     def scorer(self, tokenizer: Any) -> nn.Module:
         """The transformer with its head, or with a new one if it was no reranker."""
@@ -251,33 +252,35 @@ class Trained:
             self.counts = (self.counts[0], 1)
             return _new_head(model, tokenizer)
         if self.adapter is None:
-            return self._prepared(self._whole())
+            return self._prepared(self._whole(), tokenizer)
         base, revision = adapter_base(Path(self.adapter))
         pad_id = tokenizer.pad_token_id
         scorer = load_scorer(base, torch.float32, self.attention, pad_id, revision=revision)[0]
-        return self._prepared(scorer)  # its head comes with the adapter
+        return self._prepared(scorer, tokenizer)  # its head comes with the adapter
 
     def language_model(self, tokenizer: Any) -> nn.Module:
         """The transformer with its output layer, which the folder or the base must have."""
         if self.adapter is not None:
             base, revision = adapter_base(Path(self.adapter))
-            return self._prepared(load_language_model(base, self.attention, revision=revision))
+            return self._prepared(
+                load_language_model(base, self.attention, revision=revision), tokenizer
+            )
         contract, facts = read_contract(Path(self.name))
         if contract.scoring == "likelihood":
-            return self._prepared(self._whole())
+            return self._prepared(self._whole(), tokenizer)
         if facts["weights"] == "full":
-            return self._prepared(load_language_model(self.name, self.attention))
+            return self._prepared(load_language_model(self.name, self.attention), tokenizer)
         # The adapter is of the trunk alone; the output layer is its base's.
         base, revision = adapter_base(Path(self.name))
         model: Any = load_language_model(base, self.attention, revision=revision)
         trunk = self._whole().base_model
         model.base_model.load_state_dict(trunk.state_dict())
         model.tie_weights()
-        return self._prepared(model)
+        return self._prepared(model, tokenizer)
 
-    def adapted(self, peft: Any, model: nn.Module) -> nn.Module:
+    def adapted(self, peft: Any, model: nn.Module, rows: Sequence[int] = ()) -> nn.Module:
         """The model with adapters on it, which go on from those of the folder if it has any."""
-        model = peft.apply(model)
+        model = peft.apply(model, rows)
         if self.adapter is not None:
             self.copied = copy_adapter(model, self.adapter)
         return model
@@ -298,10 +301,10 @@ class Trained:
     def _whole(self) -> Any:
         return set_attention(folder.load(Path(self.name))[0].transformer, self.attention)
 
-    def _prepared(self, model: Any) -> nn.Module:
+    def _prepared(self, model: Any, tokenizer: Any) -> nn.Module:
         ours = model if self.adapter is None else model.base_model  # a head comes with its adapter
         self.counts = (sum(1 for _ in ours.parameters()), 0)
-        return _prepared(model, self.checkpointing)
+        return _prepared(fit_vocabulary(model, tokenizer), self.checkpointing)
 
 
 def _texts(collection: Any) -> Iterator[str]:

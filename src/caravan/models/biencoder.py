@@ -27,6 +27,7 @@ class BiEncoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.pooling = contract.pooling
+        self.slots = contract.slots
         self.normalize = contract.normalize
         self.causal = is_causal(backbone)
 
@@ -46,7 +47,13 @@ class BiEncoder(nn.Module):
             [n, d] float32.
         """
         pooled = pooled_states(
-            self.backbone, input_ids, attention_mask, self.pooling, self.causal, full
+            self.backbone,
+            input_ids,
+            attention_mask,
+            self.pooling,
+            self.causal,
+            full,
+            slots=self.slots,
         )
         return nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled
 

@@ -27,7 +27,14 @@ from caravan.models.adapters import load_adapter, merged
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, Headed, head_of, with_head
 from caravan.models.likelihood import QueryLikelihood
-from caravan.models.loading import load_language_model, load_scorer, load_tokenizer, load_weights
+from caravan.models.loading import (
+    fit_vocabulary,
+    load_language_model,
+    load_scorer,
+    load_tokenizer,
+    load_weights,
+)
+from caravan.models.slots import SlotEncoder
 
 ADAPTER = "adapter_model.safetensors"
 HEAD = "score.safetensors"
@@ -50,6 +57,8 @@ def save(
     transformer: Any = model.transformer
     adapter = hasattr(transformer, "peft_config")
     facts = {**facts, "weights": "adapter" if adapter else "full"}
+    if isinstance(model, SlotEncoder) and not adapter:
+        facts["language_model"] = type(transformer).__name__
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -57,6 +66,8 @@ def save(
             transformer.backbone.save_pretrained(scratch)
             head = {"score.weight": transformer.score.weight.detach().contiguous()}
             save_file(head, scratch / HEAD)
+        elif adapter:  # an embedding whose rows were added is its base's, or in the adapter
+            transformer.save_pretrained(scratch, save_embedding_layers=False)
         else:
             transformer.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
@@ -100,6 +111,7 @@ def load(
             f"{folder} lacks its tokenizer (tokenizer_config.json and {TOKENIZERS[0]}); save the"
             " model again"
         )
+    tokenizer = load_tokenizer(str(folder))
     model: Model
     if contract.kind == "reranker":
         if contract.scoring == "likelihood":
@@ -107,15 +119,18 @@ def load(
         else:
             model = CrossEncoder(_scorer(folder, dtype, adapter), contract)
     else:
-        model = BiEncoder(_backbone(folder, dtype, adapter), contract)
-    return model.eval(), load_tokenizer(str(folder)), contract, facts
+        model = BiEncoder(_backbone(folder, dtype, facts, tokenizer), contract)
+    return model.eval(), tokenizer, contract, facts
 
 
-def _backbone(folder: Path, dtype: torch.dtype, adapter: bool) -> nn.Module:
+def _backbone(folder: Path, dtype: torch.dtype, facts: dict[str, Any], tokenizer: Any) -> nn.Module:
+    adapter = facts["weights"] == "adapter"
     if not adapter:
-        return load_weights(str(folder), dtype, heads=False)
+        # A language model's output layer has no part in embeddings; those who adapt it on need it.
+        return load_weights(str(folder), dtype, heads="language_model" in facts)
     base, revision = adapter_base(folder)
-    return merged(load_adapter(load_weights(base, dtype, revision=revision), str(folder)))
+    model = fit_vocabulary(load_weights(base, dtype, revision=revision), tokenizer)
+    return merged(load_adapter(model, str(folder)))
 
 
 def _scorer(folder: Path, dtype: torch.dtype, adapter: bool) -> nn.Module:

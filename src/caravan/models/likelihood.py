@@ -9,20 +9,13 @@ on text ranks before any training. In place of RankLLaMA's head by `contract.sco
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from caravan.contract import Contract
 from caravan.errors import InputError
 from caravan.models.crossencoder import CrossEncoder
 from caravan.models.pooling import is_causal
-
-PIECE = 1 << 25
-"""Logits that are in memory at once: 128 MiB in float32, whatever the size of the vocabulary. In
-training too, since they are computed again in the backward pass rather than kept."""
+from caravan.models.vocabulary import log_probabilities
 
 
 class QueryLikelihood(CrossEncoder):
@@ -74,30 +67,3 @@ class QueryLikelihood(CrossEncoder):
         rows = wanted.nonzero()[:, 0]
         total = terms.new_zeros(len(input_ids)).index_add(0, rows, terms)
         return total / wanted.sum(dim=1).clamp(min=1)
-
-
-def log_probabilities(model: Any, states: Tensor, tokens: Tensor) -> Tensor:
-    """Log probability [M] float32 of token m given state m, a piece of the logits at a time.
-
-    Args:
-        model: a language model of transformers; gives the output layer, and what its config does
-            to logits (Gemma caps them, Granite and Cohere scale them).
-        states: [M, d]. tokens: [M] int64.
-    """
-    head = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-
-    def piece(some: Tensor, ids: Tensor) -> Tensor:
-        logits = head(some).float() * scale
-        if cap:
-            logits = cap * torch.tanh(logits / cap)
-        return -nn.functional.cross_entropy(logits, ids, reduction="none")
-
-    size = max(PIECE // config.vocab_size, 1)
-    pieces = list(zip(states.split(size), tokens.split(size), strict=True))
-    if not torch.is_grad_enabled():
-        return torch.cat([piece(*some) for some in pieces])
-    again: Any = {"use_reentrant": False, "preserve_rng_state": False}
-    return torch.cat([checkpoint(piece, *some, **again) for some in pieces])

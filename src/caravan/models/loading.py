@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from caravan.contract import SLOTS, Contract, slot_tokens
 from caravan.errors import InputError
 from caravan.models import attention as cpu_attention
 from caravan.models.crossencoder import Head, head_of, with_head
@@ -108,6 +109,26 @@ def load_language_model(
     except InputError as error:
         told = "contract.scoring=likelihood needs a decoder with its output layer"
         raise InputError(f"{error}; {told}") from None
+
+
+def fit_vocabulary(model: Any, tokenizer: Any) -> Any:
+    """The model with an embedding for every token: slots are added to a released vocabulary."""
+    from transformers.utils import logging
+
+    if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it tells how it draws the new rows
+        model.resize_token_embeddings(len(tokenizer))
+        logging.set_verbosity(verbosity)
+    return model
+
+
+def add_slots(tokenizer: Any, contract: Contract) -> list[int]:
+    """Make sure of the contract's slots as special tokens; their ids."""
+    tokens = [token for name in SLOTS for token in slot_tokens(contract, name)]
+    if tokens:
+        tokenizer.add_tokens(tokens, special_tokens=True)
+    return [int(token) for token in tokenizer.convert_tokens_to_ids(tokens)]
 
 
 def set_attention(model: Any, attention: str) -> nn.Module:

@@ -18,6 +18,7 @@ def pooled_states(
     causal: bool,
     full: bool = False,
     token_types: Tensor | None = None,  # [n, L]
+    slots: int = 0,
 ) -> Tensor:
     """One state for each text, [n, d] float32.
 
@@ -25,6 +26,7 @@ def pooled_states(
         backbone: a transformers model without a head; its output has `last_hidden_state`.
         causal: whether it looks to the left only (`is_causal`).
         full: no text is padded (the caller knows; looking would wait for the device).
+        slots: tokens at the end that pooling "slots" takes the mean of.
     """
     if not full:
         # Real tokens to the left, so that positions count from the text's first token in every
@@ -37,17 +39,20 @@ def pooled_states(
     mask = None if full or causal else attention_mask
     types = {} if token_types is None else {"token_type_ids": token_types}
     states = backbone(input_ids=input_ids, attention_mask=mask, **types).last_hidden_state
-    return pool(states, attention_mask, pooling)
+    return pool(states, attention_mask, pooling, slots)
 
 
-def pool(states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
+def pool(states: Tensor, attention_mask: Tensor, pooling: str, slots: int = 0) -> Tensor:
     """Pool states [n, L, d] of right-padded texts to [n, d] in float32."""
     if pooling == "cls":
         return states[:, 0].float()
     lengths = attention_mask.sum(dim=1).long()
+    rows = arange(len(states), device=states.device)
     if pooling == "last":
-        rows = arange(len(states), device=states.device)
         return states[rows, lengths - 1].float()
+    if pooling == "slots":
+        last = lengths.unsqueeze(1) - 1 - arange(slots, device=states.device)  # [n, K]
+        return states[rows.unsqueeze(1), last].float().mean(dim=1)
     weights = attention_mask.unsqueeze(-1).float()
     return (states.float() * weights).sum(dim=1) / lengths.clamp(min=1).unsqueeze(-1)
 

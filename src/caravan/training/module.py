@@ -1,6 +1,7 @@
 """What the stages share: a model that is built late, dropout that resumes, clipping, checkpoints.
 
-A stage (`Retriever`, `Reranker`) adds how its network is built and what a step computes.
+A stage (`Retriever`, `Reranker`, `Adaptation`) adds how its network is built and what a step
+computes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from caravan.contract import Contract
+from caravan.data.batching import Groups
+from caravan.data.collection import Collection
+from caravan.data.negatives import Negatives
+from caravan.data.pairs import PairTemplates
+from caravan.data.templates import Templates
+from caravan.data.unlabelled import Unlabelled
 from caravan.errors import InputError
+from caravan.models.loading import add_slots
 from caravan.training.optim import AdamW, updates
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -38,7 +46,7 @@ class Stage(pl.LightningModule, ABC):
         peft: Any,
         tokenizer: Any,
         contract: Contract,
-        loss: Loss,
+        loss: Any,
         optimizer: AdamW,
         seed: int,
     ) -> None:
@@ -54,6 +62,24 @@ class Stage(pl.LightningModule, ABC):
         # Frozen weights are not in a checkpoint; `on_load_checkpoint` does the strict check.
         self.strict_loading = False
 
+    def reading(self) -> Templates | PairTemplates:
+        """How the network reads texts: one at a time, or a query and a passage together."""
+        templates = PairTemplates if self.contract.kind == "reranker" else Templates
+        return templates(self.tokenizer, self.contract)
+
+    def training_set(
+        self, collection: Collection, split: str, sampler: Negatives, token_budget: int
+    ) -> Groups | Unlabelled:
+        """What is trained on: the queries of a split, each with its group of passages."""
+        qrels = collection.qrels(split)
+        groups = Groups(collection, qrels, sampler, self.reading(), token_budget, self.seed)
+        if not len(groups):
+            raise InputError(
+                f"{collection.name}: split {split!r} has no query with a relevant passage; choose"
+                " another with data.train_split"
+            )
+        return groups
+
     @abstractmethod
     def build(self) -> nn.Module:
         """The network, its weights loaded."""
@@ -62,9 +88,10 @@ class Stage(pl.LightningModule, ABC):
         """The transformer with the adapters that were asked for."""
         if self.peft is None:
             return transformer
+        rows = add_slots(self.tokenizer, self.contract)
         if hasattr(self.backbone, "adapted"):  # goes on from the adapters of a model folder
-            return self.backbone.adapted(self.peft, transformer)
-        return self.peft.apply(transformer)
+            return self.backbone.adapted(self.peft, transformer, rows)
+        return self.peft.apply(transformer, rows)
 
     def configure_model(self) -> None:
         if self.network is None:

@@ -81,6 +81,8 @@ def _module(cfg: Any, collection: Collection | None) -> Any:
     """The LightningModule with its tokenizer; weights come with `configure_model`."""
     import pytorch_lightning as pl
 
+    from caravan.models.loading import add_slots
+
     # Lightning tells about devices it has not found; what matters is in `_facts`.
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -90,11 +92,14 @@ def _module(cfg: Any, collection: Collection | None) -> Any:
     backbone = parts["backbone"]
     if cfg.init_from is not None:
         backbone = _trained(cfg.init_from, backbone, parts["peft"] is not None)
+    contract = Contract(**parts["contract"])
+    tokenizer = backbone.tokenizer(collection, Path(cfg.cache_dir))
+    add_slots(tokenizer, contract)
     return parts["stage"](
         backbone=backbone,
         peft=parts["peft"],
-        tokenizer=backbone.tokenizer(collection, Path(cfg.cache_dir)),
-        contract=Contract(**parts["contract"]),
+        tokenizer=tokenizer,
+        contract=contract,
         loss=parts["loss"],
         optimizer=parts["optimizer"],
         seed=cfg.seed,
@@ -129,8 +134,7 @@ def _fit(
     import torch
 
     from caravan.data.datamodule import DataModule
-    from caravan.data.pairs import PairTemplates
-    from caravan.data.templates import Templates
+    from caravan.data.unlabelled import Unlabelled
     from caravan.models import folder, hardware
     from caravan.models.backbone import parameter_counts
     from caravan.training.callbacks import AtomicCheckpoints
@@ -138,15 +142,19 @@ def _fit(
 
     module = _module(cfg, collection)
     parts = build(cfg, "sampler", "strategy", "logger", "callbacks", "trainer")
-    templates = PairTemplates if module.contract.kind == "reranker" else Templates
+    budget = hardware.chunk(cfg.batching.token_budget)
+    training = module.training_set(collection, source.train_split, parts["sampler"], budget)
+    dev_split = source.dev_split
+    if isinstance(training, Unlabelled) and dev_split not in collection.splits:
+        dev_split = None  # text alone will do
+        parts["trainer"].keywords["limit_val_batches"] = 0
     data = DataModule(
         collection,
-        templates(module.tokenizer, module.contract),
-        parts["sampler"],
-        source.train_split,
-        source.dev_split,
+        module.reading(),
+        training,
+        dev_split,
         cfg.seed,
-        **{**cfg.batching, "token_budget": hardware.chunk(cfg.batching.token_budget)},
+        **{**cfg.batching, "token_budget": budget},
         **{key: value for key, value in cfg.validation.items() if key != "read_lengths"},
     )
     callbacks = [callback for callback in parts["callbacks"].values() if callback is not None]
@@ -287,7 +295,6 @@ def _facts(
     from caravan.training.optim import updates
 
     batch, accumulated = cfg.batching.queries_per_batch, trainer.accumulate_grad_batches
-    group = 1 + data.sampler.number
     steps = updates(trainer, per_epoch)
     yield f"{cfg.name} in {cfg.run_dir}" + (f", resumed from {checkpoint}" if checkpoint else "")
     yield (
@@ -296,11 +303,9 @@ def _facts(
     )
     if told:
         yield told
-    in_batch = f", {batch * group - 1} with those in the batch" if data.candidates is None else ""
     yield (
-        f"{len(data.groups):,} training queries of {data.collection.name}; "
-        f"{batch * accumulated} queries an update, {group - 1} hard negatives a query{in_batch}; "
-        f"{steps:,} updates, {per_epoch:,} batches an epoch"
+        f"{data.training.told(data.collection.name, batch, accumulated)};"
+        f" {steps:,} updates, {per_epoch:,} batches an epoch"
     )
     if steps < cfg.trainer.max_steps:
         log.warning(
@@ -312,8 +317,8 @@ def _facts(
             f"validation: {len(data.candidates.passage_rows):,} candidates of"
             f" {len(data.dev_qrels.queries):,} queries"
         )
-        return
-    yield (
-        f"validation: {len(data.dev_qrels.queries):,} queries over {len(data.dev_passages):,} of "
-        f"{len(data.collection.corpus):,} passages"
-    )
+    elif len(data.dev_qrels):
+        yield (
+            f"validation: {len(data.dev_qrels.queries):,} queries over"
+            f" {len(data.dev_passages):,} of {len(data.collection.corpus):,} passages"
+        )

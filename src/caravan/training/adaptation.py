@@ -1,0 +1,153 @@
+"""LLaRA: adapt a language model by two pretext tasks on unlabelled text (arXiv 2312.15503).
+
+    python train.py stage=adaptation backbone=hf backbone.name=<model> data=texts data.path=<files>
+
+EBAE: a text's embedding is to tell the tokens of the text. EBAR: it is to tell those of the text
+that follows. One pass serves both, and the causal language model's own loss where it is asked for.
+What comes out is a model folder that retrieves as it is and that a retriever begins from
+(`init_from`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from caravan.batches import AdaptationBatch, EncodeBatch
+from caravan.contract import Contract, template_parts
+from caravan.data.collection import Collection
+from caravan.data.templates import JointTemplates
+from caravan.data.unlabelled import Unlabelled
+from caravan.errors import InputError
+from caravan.models.slots import Layout, SlotEncoder, set_losses, token_losses
+from caravan.training import parallel
+from caravan.training.module import Stage
+from caravan.training.optim import AdamW
+
+
+class Adaptation(Stage):
+    """A language model with LLaRA's tasks and an optimiser.
+
+    Args:
+        self_prompt, next_prompt: what follows the text for EBAE and for EBAR.
+        ebae, ebar, lm: weights of the two tasks and of the causal language model's loss; a task of
+            weight 0 is left out of the pass.
+        targets: what of a text is to be told, "all" or "content" (`caravan.data.unlabelled`).
+        words: of a chunk.
+        The others: see `Stage`; there is no loss to choose.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        peft: Any,
+        tokenizer: Any,
+        contract: Contract,
+        optimizer: AdamW,
+        seed: int,
+        self_prompt: str,
+        next_prompt: str,
+        ebae: float = 1.0,
+        ebar: float = 1.0,
+        lm: float = 0.0,
+        targets: str = "all",
+        words: int = 500,
+        loss: None = None,
+    ) -> None:
+        super().__init__(backbone, peft, tokenizer, contract, loss, optimizer, seed)
+        if min(ebae, ebar, lm) < 0 or not max(ebae, ebar, lm) > 0:
+            raise InputError(
+                f"stage: the weights ebae={ebae}, ebar={ebar}, lm={lm} must be 0 or more, and one"
+                " of them above 0"
+            )
+        tasks = {"self": (self_prompt, ebae), "next": (next_prompt, ebar)}
+        self.weights = {task: weight for task, (_, weight) in tasks.items() if weight}
+        self.lm = lm
+        self.targets = targets
+        self.words = words
+        prompts = [tasks[task][0] for task in self.weights]
+        slots = {bool(template_parts(f"{{text}}{prompt}")[2]) for prompt in prompts}
+        if len(slots) > 1:
+            raise InputError(
+                "stage.self_prompt and stage.next_prompt must both end with slots, {self} and"
+                " {next}, or neither"
+            )
+        self.templates = JointTemplates(tokenizer, contract, prompts)
+        of_a_prompt = contract.slots if True in slots else 1
+        self.layout = Layout(self.templates.skipped, self.templates.prompts, of_a_prompt)
+
+    def build(self) -> SlotEncoder:
+        language_model = self.backbone.language_model(self.tokenizer)
+        trunk = language_model.base_model
+        if self.peft is not None:
+            trunk = self.adapted(trunk)
+            language_model.get_output_embeddings().requires_grad_(False)
+        return SlotEncoder(language_model, trunk, self.contract, self.layout)
+
+    def training_set(
+        self, collection: Collection, split: str, sampler: Any, token_budget: int
+    ) -> Unlabelled:
+        """What is trained on: the collection's passages as chunks; a split plays no part."""
+        return Unlabelled(
+            collection.corpus,
+            self.templates,
+            self.targets,
+            self.words,
+            list(self.weights),
+            token_budget,
+            self.seed,
+        )
+
+    def training_step(self, batch: AdaptationBatch, batch_idx: int) -> Tensor:
+        read = self.model.read(batch.texts, tokens=self.lm > 0)
+        texts = len(batch.counts)
+        told: dict[str, Any] = {"batch_size": texts, "sync_dist": True}
+        total = read.slots.new_zeros(())
+        language_model = self.model.language_model
+        if self.weights:
+            losses, hits = set_losses(
+                language_model,
+                read.slots.flatten(0, 1),
+                batch.targets,
+                batch.counts.flatten(),
+                True,
+            )
+            losses, hits = losses.view_as(batch.counts), hits.view_as(batch.counts)
+            for i, (task, weight) in enumerate(self.weights.items()):
+                counts = batch.counts[:, i]
+                loss, share, floor = _means(
+                    counts > 0, losses[:, i], hits[:, i], counts.clamp(min=1).log()
+                )
+                total = total + weight * loss
+                self.log(f"train/{task}", loss, **told)
+                self.log(f"train/{task}_above_floor", loss - floor, **told)
+                self.log(f"train/{task}_hits", share, **told)
+                self.log(f"train/{task}_empty", (counts == 0).float().mean(), **told)
+        if self.lm:
+            (loss,) = _means(None, token_losses(language_model, read))
+            total = total + self.lm * loss
+            self.log("train/lm", loss, **told)
+        self.log("train/loss", total, prog_bar=True, **told)
+        return total
+
+    def validation_step(
+        self, batch: EncodeBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Rows [N] and vectors [N, d]; `RetrievalEvaluation` collects and searches them."""
+        return {"rows": batch.rows, "vectors": self.model.embed(batch.texts)}
+
+
+def _means(where: Tensor | None, *values: Tensor) -> list[Tensor]:
+    """The mean of each of `values` [N], of those rows that count, so that ranks average to it.
+
+    Args:
+        where: [N] bool, the rows that count; None for all.
+    """
+    device = values[0].device
+    kept = torch.ones_like(values[0], dtype=torch.bool) if where is None else where
+    number = int(kept.sum())
+    counts = parallel.sizes(number, device)
+    weight = parallel.weight(counts) if sum(counts) else 0.0
+    return [value.float()[kept].sum() / max(number, 1) * weight for value in values]

@@ -1,0 +1,114 @@
+"""Chunks of unlabelled text, and the sets of tokens that stand for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from caravan.contract import Contract
+from caravan.data.templates import JointTemplates, Templates
+from caravan.data.unlabelled import Targets, Unlabelled
+from caravan.errors import InputError
+
+PROMPTS = (" the original:", " the next:")
+CONTRACT = Contract(
+    query_template="{text} the next:", passage_template="{title} {text} the original:"
+)
+DOCUMENTS = [("", "camel caravan desert dune water oasis salt"), ("Trade", "route night")]
+
+
+class Corpus:
+    def __len__(self) -> int:
+        return len(DOCUMENTS)
+
+    def get(self, rows: Any) -> list[tuple[str, str]]:
+        return [DOCUMENTS[int(row)] for row in rows]
+
+
+@pytest.fixture
+def templates(tokenizer: Any) -> JointTemplates:
+    return JointTemplates(tokenizer, CONTRACT, PROMPTS)
+
+
+def _sets(batch: Any) -> list[list[list[int]]]:
+    """[text][task] the tokens."""
+    flat = iter(batch.targets.split(batch.counts.flatten().tolist()))
+    return [[next(flat).tolist() for _ in row] for row in batch.counts]
+
+
+def _unlabelled(templates: JointTemplates, **settings: Any) -> Unlabelled:
+    given = {"targets": "all", "words": 3, "tasks": ("self", "next"), "token_budget": 99, "seed": 0}
+    return Unlabelled(Corpus(), templates, **{**given, **settings})
+
+
+def test_a_text_ends_with_both_prompts_and_reads_as_each_would_alone(
+    tokenizer: Any, templates: JointTemplates
+) -> None:
+    single = Templates(tokenizer, CONTRACT)
+    passage, query = (read([("", "salt trade")])[0] for read in (single.passages, single.queries))
+    ((joint,), (own,)) = templates.encode([("", "salt trade")])
+    first, second = templates.prompts
+    assert joint[: len(joint) - second] == passage
+    assert joint[: len(joint) - first - second] + joint[-second:] == query
+    assert own == tokenizer("salt trade", add_special_tokens=False)["input_ids"]
+
+
+def test_the_text_gives_way_to_the_prompts(tokenizer: Any) -> None:
+    short = Contract(**{**CONTRACT.__dict__, "passage_length": 32})
+    templates = JointTemplates(tokenizer, short, PROMPTS)
+    ((ids,), (own,)) = templates.encode([("", "camel " * 100)])
+    assert len(ids) == 32
+    assert ids[-len(templates.end) :] == templates.end
+    assert len(own) == templates.room
+    with pytest.raises(InputError, match=r"passage_length=8 leaves no room.*raise it"):
+        JointTemplates(tokenizer, Contract(**{**CONTRACT.__dict__, "passage_length": 8}), PROMPTS)
+
+
+def test_the_next_chunk_of_the_same_document_is_the_target(
+    tokenizer: Any, templates: JointTemplates
+) -> None:
+    data = _unlabelled(templates)
+    assert len(data) == 4  # camel caravan desert | dune water oasis | salt ; route night
+    order = data.permutation(0).tolist()
+    found = dict(zip(order, _sets(data[0, np.arange(4)]), strict=True))
+
+    def ids(text: str) -> list[int]:
+        return sorted(set(tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+    assert found[0] == [ids("camel caravan desert"), ids("dune water oasis")]
+    assert found[1] == [ids("dune water oasis"), ids("salt")]
+    assert found[2] == [ids("salt"), []]
+    assert found[3] == [ids("Trade route night"), []]
+
+
+def test_a_batch_is_a_function_of_seed_epoch_and_place(templates: JointTemplates) -> None:
+    data, again = _unlabelled(templates), _unlabelled(templates)
+    some = (2, np.array([1, 3]))
+    assert _sets(data[some]) == _sets(again[some])
+    assert sorted(data.permutation(2).tolist()) == [0, 1, 2, 3]
+    orders = {tuple(_unlabelled(templates, seed=seed).permutation(0)) for seed in range(9)}
+    assert len(orders) > 1
+
+
+def test_a_task_that_is_not_trained_has_no_targets(tokenizer: Any) -> None:
+    templates = JointTemplates(tokenizer, CONTRACT, PROMPTS[1:])
+    data = _unlabelled(templates, tasks=("next",))
+    batch = data[0, np.arange(4)]
+    assert batch.counts.shape == (4, 1)
+    assert int((batch.counts == 0).sum()) == 2
+
+
+def test_content_leaves_punctuation_and_stop_words_out(
+    tokenizer: Any, templates: JointTemplates
+) -> None:
+    content = Targets(templates, "content")
+    assert content.content("The camel, and its caravan_route!") == "camel caravan route"
+    (found,) = content(["The camel, and the caravan!"], [[]])
+    expected = tokenizer("camel caravan", add_special_tokens=False)["input_ids"]
+    assert found.tolist() == sorted(set(expected))
+    (empty,) = content(["and the!"], [[]])
+    assert len(empty) == 0
+    with pytest.raises(InputError, match=r"stage\.targets is 'some'; it must be one of all"):
+        Targets(templates, "some")

@@ -1,0 +1,235 @@
+"""One pass for both of LLaRA's tasks: two passes' states, the published losses, what is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import tiny_backbone
+
+from caravan.batches import pack
+from caravan.contract import Contract
+from caravan.errors import InputError
+from caravan.models import vocabulary
+from caravan.models.slots import Layout, Read, SlotEncoder, joint, set_losses, token_losses
+
+CONTRACT = Contract(pooling="last", query_length=16, passage_length=48)
+LAYOUT = Layout(skipped=1, prompts=(4, 3), slots=2)
+TEXTS = [[1, *range(10, 10 + n)] for n in (9, 2, 30, 5, 17)]
+SELF, NEXT = [50, 51, 52, 53], [54, 55, 56]
+V = 64
+
+
+def _language_model(name: str, attention: str = "sdpa", **more: Any) -> Any:
+    import transformers
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 1, "intermediate_size": 24}
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+        "llama": (transformers.LlamaConfig, {}),
+        "mistral": (transformers.MistralConfig, {"sliding_window": 6}),
+        "qwen3": (transformers.Qwen3Config, {"head_dim": 8}),
+        "qwen2_windowed": (
+            transformers.Qwen2Config,
+            {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+        ),
+        "gemma2": (transformers.Gemma2Config, {"head_dim": 8, "sliding_window": 6}),
+        "gemma3": (transformers.Gemma3TextConfig, {"head_dim": 8, "sliding_window": 6}),
+        "gpt2": (transformers.GPT2Config, {}),
+        "bloom": (transformers.BloomConfig, {}),
+        "mamba": (transformers.MambaConfig, {}),
+        "bert": (transformers.BertConfig, {}),
+    }
+    kind, settings = kinds[name]
+    torch.manual_seed(0)
+    config = kind(vocab_size=V, pad_token_id=0, use_cache=False, **{**shape, **settings, **more})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def _encoder(model: Any, layout: Layout = LAYOUT) -> SlotEncoder:
+    return SlotEncoder(model, model.base_model, CONTRACT, layout)
+
+
+def _both(texts: list[list[int]] = TEXTS, budget: int = 100) -> Any:
+    return pack([[*text, *SELF, *NEXT] for text in texts], budget)
+
+
+def test_a_prompt_sees_the_text_and_itself_at_the_positions_after_the_text() -> None:
+    positions, mask = joint(torch.tensor([[1] * 6, [1] * 5 + [0]]), Layout(0, (2, 1), 1))
+    assert positions.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 2, 3, 2, 3]]
+    assert mask[0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 0],
+        [1, 1, 1, 0, 0, 1],
+    ]
+    assert mask[1, 4].int().tolist() == [1, 1, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "qwen3", "qwen2_windowed", "gemma2", "gemma3", "gpt2"]
+)
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "caravan"])
+@pytest.mark.parametrize("budget", [1, 1000])
+def test_the_joint_pass_equals_two_passes(name: str, attention: str, budget: int) -> None:
+    if name == "gemma2" and attention != "eager":
+        pytest.skip("its capped scores need its own kernel")
+    model = _language_model(name, attention)
+    found = _encoder(model).read(_both(budget=budget)).slots  # [N, T, K, d]
+    for i, text in enumerate(TEXTS):
+        for task, prompt in enumerate((SELF, NEXT)):
+            alone = model.base_model(torch.tensor([[*text, *prompt]])).last_hidden_state[0, -2:]
+            torch.testing.assert_close(found[i, task], alone, atol=1e-5, rtol=0)
+
+
+def test_one_task_alone_and_none_are_read_too() -> None:
+    model = _language_model("llama")
+    alone = _encoder(model, Layout(1, (3,), 2)).read(pack([[*t, *NEXT] for t in TEXTS], 100))
+    both = _encoder(model).read(_both())
+    torch.testing.assert_close(alone.slots[:, 0], both.slots[:, 1], atol=1e-5, rtol=0)
+    none = _encoder(model, Layout(1, (), 2)).read(pack(TEXTS, 100), tokens=True)
+    assert none.slots.shape == (len(TEXTS), 0, 2, 16)
+    assert len(none.tokens) == sum(len(text) - 1 for text in TEXTS)
+
+
+def test_the_causal_loss_is_that_of_the_text_without_prompts() -> None:
+    model = _language_model("llama")
+    read = _encoder(model).read(_both(), tokens=True)
+    expected = []
+    for text in TEXTS:
+        logits = model(torch.tensor([text])).logits[0].log_softmax(dim=1)
+        expected += [-logits[at - 1, text[at]] for at in range(1, len(text))]
+    found = token_losses(model, read)
+    assert len(found) == len(expected)
+    torch.testing.assert_close(found.mean(), torch.stack(expected).mean(), atol=1e-5, rtol=0)
+
+
+def _naive(model: Any, slots: torch.Tensor, sets: list[list[int]]) -> list[torch.Tensor]:
+    """The published formula, text by text, in float64 (arXiv 2312.15503; the released code)."""
+    head = model.get_output_embeddings().weight.double()
+    losses = []
+    for states, tokens in zip(slots.double(), sets, strict=True):
+        logits = (states @ head.T).amax(dim=0)
+        probabilities = logits.log_softmax(dim=0)
+        distinct = sorted(set(tokens))
+        terms = [probabilities[token] for token in distinct]
+        losses.append(-torch.stack(terms).mean() if terms else logits.new_zeros(()))
+    return losses
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+def test_loss_and_gradient_equal_a_naive_float64_reference(
+    slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("caravan.models.slots.PIECE", V * slots * 2)  # two texts at a time
+    model = _language_model("llama")
+    sets = [[3, 9, 3, 40], [], [7], list(range(V)), [1, 2]]
+    states = torch.randn(5, slots, 16, generator=torch.Generator().manual_seed(1))
+    states.requires_grad_()
+    head = model.get_output_embeddings().weight
+    distinct = [sorted(set(tokens)) for tokens in sets]
+    flat = torch.tensor([token for tokens in distinct for token in tokens])
+    counts = torch.tensor([len(tokens) for tokens in distinct])
+    found, _ = set_losses(model, states, flat, counts)
+    expected = torch.stack(_naive(model, states, sets))
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+    assert found[1] == 0
+    gradients = torch.autograd.grad(found.sum(), [states, head])
+    wanted = torch.autograd.grad(expected.sum(), [states, head])
+    for one, other in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_a_loss_does_not_fall_below_the_log_of_the_number_of_tokens() -> None:
+    model = _language_model("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.copy_(torch.eye(V)[:, :16] * 100)
+    states = torch.zeros(1, 1, 16)
+    states[0, 0, [2, 5, 7]] = 1.0
+    loss, hits = set_losses(model, states, torch.tensor([2, 5, 7]), torch.tensor([3]), hits=True)
+    assert float(loss) == pytest.approx(math.log(3), abs=1e-5)
+    assert float(hits) == 1.0
+
+
+def test_hits_are_the_share_of_the_tokens_among_as_many_likeliest() -> None:
+    model = _language_model("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.copy_(torch.eye(V)[:, :16])
+    states = torch.arange(16.0).view(1, 1, 16)  # token 15 is the likeliest, then 14, ...
+    tokens = torch.tensor([15, 13, 2])
+    _, hits = set_losses(model, states, tokens, torch.tensor([3]), hits=True)
+    assert float(hits) == pytest.approx(2 / 3)
+
+
+def test_no_more_logits_than_a_piece_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _language_model("llama")
+    monkeypatch.setattr("caravan.models.slots.PIECE", V * 2 * 3)
+    monkeypatch.setattr(vocabulary, "PIECE", V * 4)
+    sizes: list[int] = []
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, given, out: sizes.append(out.numel())
+    )
+    states = torch.randn(8, 2, 16)
+    set_losses(model, states, torch.arange(8), torch.ones(8, dtype=torch.int64))
+    assert max(sizes) == V * 2 * 3
+    sizes.clear()
+    token_losses(model, Read(states, torch.randn(9, 16), torch.arange(9)))
+    assert max(sizes) == V * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("bloom", "BloomModel does not"),
+        ("mamba", r"MambaModel has layers \(linear_attention\)"),
+        ("bert", "BertModel does not look to the left alone"),
+    ],
+)
+def test_an_architecture_that_cannot_keep_prompts_apart_is_refused_by_name(
+    name: str, told: str
+) -> None:
+    model = _language_model(name, "eager")
+    with pytest.raises(InputError, match=told):
+        _encoder(model)
+
+
+def test_a_kernel_that_takes_no_mask_is_refused_by_name() -> None:
+    model = _language_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(InputError, match=r"flash_attention_2 takes no mask.*attention=sdpa"):
+        _encoder(model)
+
+
+def test_an_attention_that_overlooks_the_mask_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = _language_model("llama", "eager")
+    run = model.base_model.forward
+    monkeypatch.setattr(
+        model.base_model,
+        "forward",
+        lambda input_ids, attention_mask=None, **more: run(input_ids=input_ids, **more),
+    )
+    with pytest.raises(InputError, match="LlamaModel does not look to the left alone"):
+        _encoder(model)
+
+
+def test_recomputed_activations_give_the_same_gradient(tokenizer: Any) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        backbone = tiny_backbone()
+        backbone.checkpointing = checkpointing
+        model = backbone.language_model(tokenizer).train()
+        read = _encoder(model).read(_both(), tokens=True)
+        (read.slots.square().sum() + token_losses(model, read).sum()).backward()
+        gradients.append(model.base_model.layers[0].mlp.up_proj.weight.grad)
+    torch.testing.assert_close(*gradients)
