@@ -249,7 +249,7 @@ def set_losses(
             with torch.no_grad():
                 best = found.topk(int(least.max()), dim=1).values
                 worst = best.gather(1, least.unsqueeze(1) - 1)[:, 0]
-                among = (of_set >= worst[rows]).float()
+                among = (of_set >= worst[rows]).to(found.dtype)
                 share = share.index_add(0, rows, among) / least
         return torch.where(sizes > 0, total - mean, 0.0), share
 

@@ -37,14 +37,15 @@ def log_probabilities(model: Any, states: Tensor, tokens: Tensor) -> Tensor:
 
 
 def output_layer(model: Any) -> Callable[[Tensor], Tensor]:
-    """States [..., d] to logits [..., V] float32, as the model itself computes them."""
+    """States [..., d] to logits [..., V], at least float32, as the model itself computes them."""
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
 
     def logits(states: Tensor) -> Tensor:
-        found: Tensor = head(states).float() * scale
+        found: Tensor = head(states)
+        found = (found.float() if found.dtype.itemsize < 4 else found) * scale
         return cap * torch.tanh(found / cap) if cap else found
 
     return logits

@@ -150,4 +150,4 @@ def _means(where: Tensor | None, *values: Tensor) -> list[Tensor]:
     number = int(kept.sum())
     counts = parallel.sizes(number, device)
     weight = parallel.weight(counts) if sum(counts) else 0.0
-    return [value.float()[kept].sum() / max(number, 1) * weight for value in values]
+    return [value[kept].sum() / max(number, 1) * weight for value in values]
