@@ -80,6 +80,7 @@ class Groups(Dataset[Any]):
         self.token_budget = token_budget
         self.seed = seed
         self._permutation: tuple[int, np.ndarray] | None = None
+        self._opened = False
 
     def __len__(self) -> int:
         return len(self.query_rows)
@@ -97,7 +98,9 @@ class Groups(Dataset[Any]):
 
     def open(self) -> None:
         """Read the sampler's runs, once, before workers are forked."""
-        self.negatives.open(self.collection, self.qrels, self.seed)
+        if not self._opened:
+            self.negatives.open(self.collection, self.qrels, self.seed)
+            self._opened = True
 
     def permutation(self, epoch: int) -> np.ndarray:
         """Query rows in the order of the epoch: a function of (seed, epoch)."""

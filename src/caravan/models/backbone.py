@@ -25,6 +25,7 @@ from caravan.models.adapters import copy_adapter, is_adapter, load_adapter
 from caravan.models.crossencoder import with_head
 from caravan.models.loading import (
     fit_vocabulary,
+    load_config,
     load_language_model,
     load_scorer,
     load_tokenizer,
@@ -103,11 +104,11 @@ class TinyLlama:
     def model(self, tokenizer: Any) -> nn.Module:
         return self.language_model(tokenizer).base_model
 
-    def language_model(self, tokenizer: Any) -> Any:
-        """The model with its output layer, which is its embedding."""
-        from transformers import LlamaConfig, LlamaForCausalLM
+    def config(self, tokenizer: Any) -> Any:
+        """transformers' config of the model."""
+        from transformers import LlamaConfig
 
-        config = LlamaConfig(
+        return LlamaConfig(
             vocab_size=len(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
@@ -116,7 +117,12 @@ class TinyLlama:
             tie_word_embeddings=True,
             **self.shape,
         )
-        model = LlamaForCausalLM(config)
+
+    def language_model(self, tokenizer: Any) -> Any:
+        """The model with its output layer, which is its embedding."""
+        from transformers import LlamaForCausalLM
+
+        model = LlamaForCausalLM(self.config(tokenizer))
         if self.copying:
             _copying(model.model, self.copying)
         return _prepared(set_attention(model, self.attention), self.checkpointing)
@@ -165,6 +171,15 @@ class Pretrained:
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
         """The model's own tokenizer; the collection plays no part."""
         return load_tokenizer(self.name, **self.hub)
+
+    def config(self, tokenizer: Any) -> Any:
+        """transformers' config of the model, or of an adapter's base."""
+        if is_adapter(self.name, self.hub["revision"]):
+            from peft import PeftConfig
+
+            adapter = PeftConfig.from_pretrained(self.name, revision=self.hub["revision"])
+            return load_config(str(adapter.base_model_name_or_path), revision=adapter.revision)
+        return load_config(self.name, **self.hub)
 
     def model(self, tokenizer: Any) -> nn.Module:
         if is_adapter(self.name, self.hub["revision"]):
@@ -233,6 +248,13 @@ class Trained:
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
         """The folder's own tokenizer; the collection plays no part."""
         return load_tokenizer(self.name)
+
+    def config(self, tokenizer: Any) -> Any:
+        """transformers' config of the model, or of an adapter's base."""
+        if read_contract(Path(self.name))[1]["weights"] == "adapter":
+            base, revision = adapter_base(Path(self.name))
+            return load_config(base, revision=revision)
+        return load_config(self.name)
 
     def model(self, tokenizer: Any) -> nn.Module:
         """The transformer without a head; what a head the folder has is left out."""

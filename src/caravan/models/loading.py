@@ -36,6 +36,20 @@ def load_tokenizer(name: str, **hub: Any) -> Any:
         raise InputError(f"{name}: no tokenizer could be loaded ({first_line(error)})") from None
 
 
+def load_config(name: str, **hub: Any) -> Any:
+    """transformers' config of the hub or of a folder.
+
+    Raises:
+        InputError: it is not to be had.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, **hub)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{name}: no model could be loaded ({first_line(error)})") from None
+
+
 def load_weights(
     name: str,
     dtype: torch.dtype,
@@ -160,12 +174,9 @@ def load_scorer(
     Raises:
         InputError: as `load_weights`, or its head has several labels.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
-    try:
-        config = AutoConfig.from_pretrained(name, **hub)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{name}: no model could be loaded ({first_line(error)})") from None
+    config = load_config(name, **hub)
     if not any(kind.endswith(CLASSIFIER) for kind in config.architectures or ()):
         return with_head(load_weights(name, dtype, attention, **hub), pad_id), True
     if config.num_labels != 1:

@@ -78,6 +78,10 @@ class Adaptation(Stage):
         of_a_prompt = contract.slots if True in slots else 1
         self.layout = Layout(self.templates.skipped, self.templates.prompts, of_a_prompt)
 
+    @property
+    def tells_tokens(self) -> bool:
+        return True
+
     def build(self) -> SlotEncoder:
         language_model = self.backbone.language_model(self.tokenizer)
         trunk = language_model.base_model

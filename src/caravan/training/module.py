@@ -6,6 +6,7 @@ computes.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,8 @@ from caravan.data.unlabelled import Unlabelled
 from caravan.errors import InputError
 from caravan.models.loading import add_slots
 from caravan.training.optim import AdamW, updates
+
+log = logging.getLogger(__name__)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -79,6 +82,24 @@ class Stage(pl.LightningModule, ABC):
                 " another with data.train_split"
             )
         return groups
+
+    @property
+    def tells_tokens(self) -> bool:
+        """Whether the output layer is in use: its logits need memory too."""
+        return self.contract.scoring == "likelihood"
+
+    def outline(self) -> Any:
+        """The transformer without its weights, adapters included; None if it cannot be had so."""
+        from transformers import AutoModel, AutoModelForCausalLM
+
+        auto = AutoModelForCausalLM if self.tells_tokens else AutoModel
+        try:
+            with torch.device("meta"):
+                model = auto.from_config(self.backbone.config(self.tokenizer))
+                return model if self.peft is None else self.peft.apply(model)
+        except (InputError, ValueError, NotImplementedError, RuntimeError) as error:
+            log.debug("no outline of %s: %s", self.backbone.name, error)
+            return None  # what is wrong with it is told when it is loaded
 
     @abstractmethod
     def build(self) -> nn.Module:

@@ -171,6 +171,7 @@ def _fit(
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
+    needed = _memory(module, data, trainer, hardware.resolve(cfg.precision) == "bf16")
     module.configure_model()
     batches = data.batches_per_epoch(trainer)
     # Updates and not epochs end the run: Lightning's count of epochs may lag in a resumed one.
@@ -180,6 +181,8 @@ def _fit(
         counts = parameter_counts(module)
         for line in _facts(cfg, trainer, data, batches, counts, checkpoint, told):
             log.info(line)
+        if needed is not None:
+            log.info("memory at the peak of a step: about %s", needed)
     _validate_at_least_once(trainer, batches)
     started = time.monotonic()
     try:
@@ -210,6 +213,26 @@ def _fit(
         figures = {**facts, "train_seconds": seconds, **({"read": read} if read else {})}
         manifest.write_json(run_dir / "metrics.json", figures)
     return best
+
+
+def _memory(module: Any, data: Any, trainer: Any, bf16: bool) -> Any:
+    """What a step needs, by the first batch; refused where the device has less."""
+    import numpy as np
+
+    from caravan.models.memory import device_memory, need, refuse_too_large
+
+    outline = module.outline()
+    if outline is None:
+        return None
+    data.setup()
+    ranks = trainer.num_devices * trainer.num_nodes
+    each = min(-(-data.queries_per_batch // ranks), len(data.training))
+    tokens = data.training[0, np.arange(each)].padded
+    vocabulary = outline.config.get_text_config().vocab_size if module.tells_tokens else 0
+    needed = need(outline, tokens, bf16, module.backbone.checkpointing, vocabulary)
+    device = trainer.strategy.root_device
+    refuse_too_large(needed, device_memory(device), f"the {device.type}")
+    return needed
 
 
 def _read_at(length: int, trainer: Any, module: Any, data: Any) -> dict[str, float]:

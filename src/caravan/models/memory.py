@@ -1,0 +1,124 @@
+"""What training will need of a device's memory, before any weight is loaded.
+
+Counted from the architecture alone (built without weights): weights, gradients and Adam's moments
+exactly, activations by what a transformer block keeps for its backward pass, logits by the pieces
+in which they are computed. A run that cannot fit is refused at once, not after an hour of loading.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from caravan.errors import InputError
+from caravan.models.vocabulary import PIECE
+
+FLOAT = 4  # bytes; trainable and frozen weights are float32
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that training needs at its peak, by what they are for."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __str__(self) -> str:
+        parts = ", ".join(
+            f"{field.name} {getattr(self, field.name) / GIB:.1f}" for field in fields(self)
+        )
+        return f"{self.total / GIB:.1f} GiB ({parts})"
+
+
+def need(
+    model: nn.Module,
+    tokens: int,
+    bf16: bool,
+    checkpointing: bool = False,
+    vocabulary: int = 0,
+) -> Need:
+    """What a training step needs.
+
+    Args:
+        model: the network, adapters included; may be on the meta device.
+        tokens: padded tokens of one batch on one device; all of them wait for the backward pass.
+        bf16: whether the arithmetic is bf16.
+        vocabulary: entries of an output layer that is in use; 0 if there is none.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Under autocast a linear's bf16 copy of its weight is kept until the backward pass.
+    copies = 2 * total if bf16 else 0
+    kept = _activations(model, bf16, checkpointing) * tokens
+    pieces = 3 * FLOAT * min(PIECE, vocabulary * tokens)  # logits, their softmax, their gradient
+    return Need(
+        weights=FLOAT * total + copies,
+        gradients=FLOAT * trained,
+        optimizer=2 * FLOAT * trained,
+        activations=kept,
+        logits=pieces,
+    )
+
+
+def _activations(model: Any, bf16: bool, checkpointing: bool) -> float:
+    """Bytes a token that are kept for the backward pass.
+
+    A block keeps what goes into its norms and out of them in float32, keys, values and the gated
+    MLP's factors in the precision of the arithmetic. The numbers are those of a Llama's block, read
+    off what autograd saves (`tests/models/test_memory.py`).
+    """
+    config = model.config.get_text_config()
+    width, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    heads = config.num_attention_heads
+    shared = (getattr(config, "num_key_value_heads", None) or heads) / heads
+    unit = 2 if bf16 else FLOAT
+    block = 7.6 * FLOAT * width + unit * ((1 + 2 * shared) * width + 4 * inner)
+    if not checkpointing:
+        return float(layers * block)
+    return float(layers * FLOAT * width + block)
+
+
+def refuse_too_large(needed: Need, there: float, device: str) -> None:
+    """Stop before loading where the device is smaller than the need.
+
+    Args:
+        there: the device's memory in bytes.
+
+    Raises:
+        InputError: with what would help.
+    """
+    if needed.total <= there:
+        return
+    largest = max(fields(needed), key=lambda field: getattr(needed, field.name)).name
+    remedy = {
+        "activations": "set backbone.checkpointing=true, or lower batching.queries_per_batch or"
+        " contract.passage_length",
+        "logits": "lower batching.queries_per_batch or contract.passage_length",
+    }.get(largest, "train adapters (peft=lora), or take a smaller backbone or a larger device")
+    raise InputError(
+        f"training needs about {needed} and {device} has {there / GIB:.1f} GiB; {remedy}"
+    )
+
+
+def device_memory(device: torch.device) -> float:
+    """Bytes of memory that a device has in all; infinite where nothing tells."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return math.inf

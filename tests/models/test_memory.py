@@ -1,0 +1,91 @@
+"""The estimate of memory: against what autograd saves, and a refusal before anything loads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from caravan.errors import InputError
+from caravan.models.adapters import LoRA
+from caravan.models.memory import GIB, Need, device_memory, need, refuse_too_large
+
+TOKENS = 4 * 96
+
+
+def _llama(**shape: Any) -> Any:
+    import transformers
+
+    given = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    given |= {"num_key_value_heads": 2, "intermediate_size": 344}
+    config = transformers.LlamaConfig(vocab_size=200, use_cache=False, **{**given, **shape})
+    model = transformers.LlamaModel(config)
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def _saved(model: nn.Module, bf16: bool) -> float:
+    """Bytes that autograd keeps, weights and their copies left out."""
+    of_weights = {tuple(p.shape) for p in model.parameters()}
+    of_weights |= {tuple(reversed(shape)) for shape in of_weights}
+    seen: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tuple(tensor.shape) not in of_weights:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        out = model(input_ids=torch.arange(TOKENS).view(4, -1) % 200).last_hidden_state
+    del out
+    return float(sum(seen.values()))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_activations_are_what_autograd_saves(bf16: bool, heads: int) -> None:
+    model = _llama(num_key_value_heads=heads)
+    found = need(model, TOKENS, bf16).activations
+    assert found == pytest.approx(_saved(model, bf16), rel=0.1)
+
+
+def test_a_7b_shape_is_counted_without_its_weights() -> None:
+    shape = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+    shape |= {"num_key_value_heads": 32, "intermediate_size": 11008}
+    with torch.device("meta"):
+        model = _llama(**shape)
+    full = need(model, tokens=1024, bf16=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters == pytest.approx(6.48e9, rel=0.01)
+    assert full.gradients == 4 * parameters
+    assert full.optimizer == 8 * parameters
+    assert full.weights == 6 * parameters
+    adapters: Any = LoRA(rank=32).apply(model)
+    few = need(adapters, tokens=1024, bf16=True)
+    assert few.gradients == pytest.approx(4 * 80e6, rel=0.02)
+    assert few.activations == full.activations
+    assert need(model, 1024, bf16=True, checkpointing=True).activations < full.activations / 5
+
+
+def test_a_device_that_is_too_small_is_refused_with_the_remedy() -> None:
+    needed = Need(weights=8 * GIB, gradients=8 * GIB, optimizer=16 * GIB, activations=GIB)
+    refuse_too_large(needed, 33 * GIB, "cuda:0")
+    with pytest.raises(
+        InputError,
+        match=r"needs about 33\.0 GiB \(weights 8\.0, gradients 8\.0, optimizer 16\.0, activations"
+        r" 1\.0, logits 0\.0\) and cuda:0 has 24\.0 GiB; train adapters",
+    ):
+        refuse_too_large(needed, 24 * GIB, "cuda:0")
+    long = Need(weights=GIB, gradients=0, optimizer=0, activations=40 * GIB)
+    with pytest.raises(InputError, match=r"backbone\.checkpointing=true, or lower batching"):
+        refuse_too_large(long, 24 * GIB, "cuda:0")
+
+
+def test_the_cpus_memory_is_that_of_the_machine() -> None:
+    assert 2**28 < device_memory(torch.device("cpu")) < 2**50
