@@ -39,7 +39,7 @@ def _sets(batch: Any) -> list[list[list[int]]]:
 
 
 def _unlabelled(templates: JointTemplates, **settings: Any) -> Unlabelled:
-    given = {"targets": "all", "words": 3, "tasks": ("self", "next"), "token_budget": 99, "seed": 0}
+    given = {"targets": "all", "words": 3, "tasks": ("ebae", "ebar"), "token_budget": 99, "seed": 0}
     return Unlabelled(Corpus(), templates, **{**given, **settings})
 
 
@@ -94,7 +94,7 @@ def test_a_batch_is_a_function_of_seed_epoch_and_place(templates: JointTemplates
 
 def test_a_task_that_is_not_trained_has_no_targets(tokenizer: Any) -> None:
     templates = JointTemplates(tokenizer, CONTRACT, PROMPTS[1:])
-    data = _unlabelled(templates, tasks=("next",))
+    data = _unlabelled(templates, tasks=("ebar",))
     batch = data[0, np.arange(4)]
     assert batch.counts.shape == (4, 1)
     assert int((batch.counts == 0).sum()) == 2

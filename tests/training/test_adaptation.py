@@ -31,9 +31,9 @@ RELEASED = {
     "self_prompt": '", summarize the above passage within two words: {self}',
     "next_prompt": '", predict the following passage within two words: {next}',
     "targets": "content",
+    "tasks": "ebae+ebar+lm",
     "ebae": 0.05,
     "ebar": 0.05,
-    "lm": 1.0,
 }
 PAPER_CONTRACT = Contract(
     query_template="{text}" + str(PAPER["next_prompt"]),
@@ -279,10 +279,10 @@ def test_it_learns_to_tell_what_a_text_is_about(beir: Path, tmp_path: Path) -> N
     events.Reload()
     names = set(events.Tags()["scalars"])
     wanted = {
-        f"train/{task}{what}" for task in ("self", "next") for what in ("", "_above_floor", "_hits")
+        f"train/{task}{what}" for task in ("ebae", "ebar") for what in ("", "_above_floor", "_hits")
     }
     assert names >= wanted | {"train/loss", "val/MRR@10"}
-    for task in ("self", "next"):
+    for task in ("ebae", "ebar"):
         hits = [event.value for event in events.Scalars(f"train/{task}_hits")]
         assert np.mean(hits[-9:]) > np.mean(hits[:9]) + 0.04
         losses = [event.value for event in events.Scalars(f"train/{task}_above_floor")]
@@ -292,7 +292,8 @@ def test_it_learns_to_tell_what_a_text_is_about(beir: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("stage.ebae=-1", "must be 0 or more"),
+        ("stage.ebae=-1", r"stage\.ebae is -1.*must be above 0"),
+        ("stage.tasks=ebae+mlm", "some of ebae, ebar and lm"),
         ("+stage.loss=1", "no argument 'loss'|loss"),
         ("stage.targets=some", "must be one of all, content"),
         ("contract.passage_length=12", "leaves no room for text"),

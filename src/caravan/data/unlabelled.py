@@ -21,7 +21,7 @@ from caravan.data.templates import JointTemplates
 from caravan.errors import InputError
 
 TARGETS = ("all", "content")
-TASKS = ("self", "next")
+TASKS = ("ebae", "ebar")
 
 _NO_WORD = re.compile(r"[\W_]+")
 
@@ -112,11 +112,11 @@ class Unlabelled(Dataset[AdaptationBatch]):
         read = self.chunks.get(chunks)
         ids, own = self.templates.encode(read)
         sets: dict[str, list[np.ndarray]] = {}
-        if "self" in self.tasks:
-            sets["self"] = self.targets([f"{title} {text}".strip() for title, text in read], own)
-        if "next" in self.tasks:
+        if "ebae" in self.tasks:
+            sets["ebae"] = self.targets([f"{title} {text}".strip() for title, text in read], own)
+        if "ebar" in self.tasks:
             following = self.following(chunks)
-            sets["next"] = self.targets(following, self.templates.plain(following))
+            sets["ebar"] = self.targets(following, self.templates.plain(following))
         in_order = [sets[task][i] for i in range(len(chunks)) for task in self.tasks]
         counts = np.array([len(tokens) for tokens in in_order], dtype=np.int64)
         flat = np.concatenate(in_order) if in_order else np.zeros(0, dtype=np.int64)

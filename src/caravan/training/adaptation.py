@@ -19,7 +19,7 @@ from caravan.batches import AdaptationBatch, EncodeBatch
 from caravan.contract import Contract, template_parts
 from caravan.data.collection import Collection
 from caravan.data.templates import JointTemplates
-from caravan.data.unlabelled import Unlabelled
+from caravan.data.unlabelled import TASKS, Unlabelled
 from caravan.errors import InputError
 from caravan.models.slots import Layout, SlotEncoder, set_losses, token_losses
 from caravan.training import parallel
@@ -32,8 +32,8 @@ class Adaptation(Stage):
 
     Args:
         self_prompt, next_prompt: what follows the text for EBAE and for EBAR.
-        ebae, ebar, lm: weights of the two tasks and of the causal language model's loss; a task of
-            weight 0 is left out of the pass.
+        tasks: which are trained, joined by +: ebae, ebar, and lm, the causal language model's own.
+        ebae, ebar, lm: weights of their losses, where they are trained.
         targets: what of a text is to be told, "all" or "content" (`caravan.data.unlabelled`).
         words: of a chunk.
         The others: see `Stage`; there is no loss to choose.
@@ -49,25 +49,29 @@ class Adaptation(Stage):
         seed: int,
         self_prompt: str,
         next_prompt: str,
+        tasks: str = "ebae+ebar",
         ebae: float = 1.0,
         ebar: float = 1.0,
-        lm: float = 0.0,
+        lm: float = 1.0,
         targets: str = "all",
         words: int = 500,
         loss: None = None,
     ) -> None:
         super().__init__(backbone, peft, tokenizer, contract, loss, optimizer, seed)
-        if min(ebae, ebar, lm) < 0 or not max(ebae, ebar, lm) > 0:
+        asked = tasks.split("+")
+        weights = {"ebae": ebae, "ebar": ebar, "lm": lm}
+        if not set(asked) <= set(weights):
             raise InputError(
-                f"stage: the weights ebae={ebae}, ebar={ebar}, lm={lm} must be 0 or more, and one"
-                " of them above 0"
+                f"stage.tasks is {tasks!r}; it must be some of ebae, ebar and lm, joined by +"
             )
-        tasks = {"self": (self_prompt, ebae), "next": (next_prompt, ebar)}
-        self.weights = {task: weight for task, (_, weight) in tasks.items() if weight}
-        self.lm = lm
+        for task in asked:
+            if not weights[task] > 0:
+                raise InputError(f"stage.{task} is {weights[task]}; it must be above 0")
+        self.weights = {task: weights[task] for task in TASKS if task in asked}
+        self.lm = lm if "lm" in asked else 0.0
         self.targets = targets
         self.words = words
-        prompts = [tasks[task][0] for task in self.weights]
+        prompts = [{"ebae": self_prompt, "ebar": next_prompt}[task] for task in self.weights]
         slots = {bool(template_parts(f"{{text}}{prompt}")[2]) for prompt in prompts}
         if len(slots) > 1:
             raise InputError(
