@@ -247,6 +247,8 @@ def stage_suits_the_contract(cfg: DictConfig) -> Iterator[Mistake]:
         yield Mistake(("contract", "kind"), "the stage trains a reranker; set it to reranker")
     if ".Retriever" in target and kind != "retriever":
         yield Mistake(("contract", "kind"), "the stage trains a retriever; set it to retriever")
+    if ".Adaptation" in target and kind != "retriever":
+        yield Mistake(("contract", "kind"), "what is adapted embeds; set it to retriever")
     trains = value(cfg, "trainer.max_steps") != 0
     if (
         kind == "reranker"

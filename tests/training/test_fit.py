@@ -22,6 +22,7 @@ from caravan.data.runs import Run, read_run, write_run
 from caravan.models.adapters import LoRA
 from caravan.retrieval.index import Faiss
 from caravan.retrieval.metrics import score_run
+from caravan.training.adaptation import Adaptation
 from caravan.training.callbacks import AtomicCheckpoints, ResumePoint, Throughput
 from caravan.training.evaluation import RerankingEvaluation, RetrievalEvaluation
 from caravan.training.losses import InfoNCE
@@ -93,20 +94,29 @@ class Fit:
         every_n_steps: int = 1,
         queries_per_batch: int = 6,
         candidates: Path | None = None,
+        adapts: bool = False,
         **trainer_settings: Any,
     ) -> Fitted:
-        """Train the retriever or, where validation has candidates to put in order, a reranker."""
+        """Train the retriever, or adapt, or with candidates to put in order train a reranker."""
         reranks = candidates is not None
-        contract = replace(self.contract, kind="reranker") if reranks else self.contract
-        module = (Reranker if reranks else Retriever)(
-            tiny_backbone(),
-            peft,
-            self.tokenizer,
-            contract,
-            InfoNCE(),
-            optimizer or AdamW(lr=1e-2, warmup_steps=2),
-            seed=0,
-        )
+        optimizer = optimizer or AdamW(lr=1e-2, warmup_steps=2)
+        module: Any
+        if adapts:
+            prompts = {"self_prompt": " camel:", "next_prompt": " caravan:"}
+            contract = replace(
+                self.contract,
+                query_template="{text} caravan:",
+                passage_template="{title} {text} camel:",
+            )
+            settings = (contract, optimizer, 0)
+            module = Adaptation(
+                tiny_backbone(), peft, self.tokenizer, *settings, **prompts, words=6
+            )
+        else:
+            contract = replace(self.contract, kind="reranker") if reranks else self.contract
+            module = (Reranker if reranks else Retriever)(
+                tiny_backbone(), peft, self.tokenizer, contract, InfoNCE(), optimizer, seed=0
+            )
         data = DataModule(
             self.collection,
             module.reading(),
@@ -357,16 +367,19 @@ def _candidates(collection: Collection, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("stage", ["retriever", "reranker"])
+@pytest.mark.parametrize("stage", ["retriever", "reranker", "adaptation"])
 def test_two_ranks_equal_one(fit: Fit, tmp_path: Path, stage: str) -> None:
     # Batches of 7, 7 and 2 queries: one rank has 4 of 7, and its mean must weigh more.
     settings: dict[str, Any] = {"steps": 5, "optimizer": Sgd(), "queries_per_batch": 7}
+    settings["adapts"] = stage == "adaptation"
     if stage == "reranker":
         settings["candidates"] = _candidates(fit.collection, tmp_path / "candidates.trec")
     one = fit(**settings)
     fit.folder = tmp_path / "two"
     two = fit(**settings, devices=2, strategy="ddp_spawn")
-    for name in ("train/loss", "train/accuracy"):
+    logged = ["train/loss", *(name for name in one.metrics if name.endswith(("accuracy", "hits")))]
+    assert len(logged) == (3 if stage == "adaptation" else 2)
+    for name in logged:
         assert two.metrics[name] == pytest.approx(one.metrics[name], abs=1e-5)
     state = torch.load(fit.folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     first = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
