@@ -37,6 +37,7 @@ bench: .venv/.tested-with
 	$(PY) benchmarks/encode.py
 	$(PY) benchmarks/train_step.py
 	$(PY) benchmarks/rerank.py
+	$(PY) benchmarks/adaptation.py
 
 .venv/.installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with PYTHON=..."; exit 1; }

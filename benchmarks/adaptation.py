@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import paired, report
+from common import paired, report, table
 from torch import Tensor
 
 from caravan.batches import Packed, pack
@@ -147,26 +147,17 @@ def main() -> None:
         )
     report(
         "adaptation",
-        f"LLaRA's step on {options.texts} texts of {options.words} tokens, prompts of {PROMPT} each",
+        f"LLaRA's step, {options.texts} texts of {options.words} tokens, prompts of {PROMPT} each",
         [passes],
         [
             "`ours` is one pass forward and back, `theirs` two passes; `ratio` is two over one, the"
             " median of pairs taken in turn.",
             "",
-            *_rows(heads),
+            *table(heads),
             "",
-            "Peak memory is what a step adds to the process; `apart` is the difference of the losses.",
+            "Peak memory is what a step adds to the process; `apart` is that of the losses.",
         ],
     )
-
-
-def _rows(rows: list[dict[str, Any]]) -> list[str]:
-    head = list(rows[0])
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
-        cells = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values())
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
 
 
 if __name__ == "__main__":

@@ -90,17 +90,23 @@ def paired(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> 
 
 def report(name: str, title: str, rows: list[dict[str, Any]], notes: list[str]) -> None:
     """Print a Markdown table and keep it in benchmarks/results, with the command that made it."""
-    columns = list(rows[0])
-    lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines = [f"# {title}", "", *table(rows)]
     lines += ["", *notes, "", f"`python benchmarks/{name}.py{given()}`, {machine()}", ""]
     text = "\n".join(lines)
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
     (results / f"{name}.md").write_text(text, "utf-8")
     sys.stdout.write(text)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The lines of a Markdown table."""
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def given() -> str:
