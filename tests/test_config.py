@@ -13,6 +13,7 @@ from tests.small_conf import small_conf
 
 from caravan import config
 from caravan.compose import compose
+from caravan.contract import Contract, write_contract
 from caravan.entry import preflight
 from caravan.errors import InputError
 
@@ -44,6 +45,43 @@ def write(conf: Path, name: str, text: str) -> str:
     body = re.sub("^ {8}", "", text.strip("\n"), flags=re.MULTILINE)
     (conf / "experiment" / f"{name}.yaml").write_text("# @package _global_\n" + body + "\n")
     return f"experiment={name}"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("folders")
+    for kind in ("retriever", "reranker"):
+        (home / kind).mkdir()
+        write_contract(home / kind, Contract(kind=kind), {"weights": "full"})
+    (home / "empty").mkdir()
+    (home / "some.trec").touch()
+    return home
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ("retriever=bm25 reranker=HOME/retriever", "reranker .*is a retriever; give the folder of"),
+        ("retriever=[bm25,HOME/reranker]", "retriever .*is a reranker; give the folder of a ret"),
+        ("retriever=bm25 reranker=HOME/some.trec", "some.trec is a file; give the model folder"),
+        ("retriever=bm25 reranker=HOME/empty", "empty has no caravan.json.*stage=reranker"),
+        ("retriever=bm25 rerank.weight=0", "rerank.weight .*above 0 and at most 1, not 0"),
+        ("retriever=bm25 rerank.weight=1.5", "rerank.weight .*above 0 and at most 1, not 1.5"),
+    ],
+)
+def test_a_stage_that_cannot_run_is_told_before_the_first_one(
+    told: Callable[..., list[str]], folders: Path, overrides: str, wanted: str
+) -> None:
+    lines = told(*overrides.replace("HOME", str(folders)).split(), root="evaluate")
+    assert len(lines) == 1
+    assert re.search(wanted, lines[0])
+
+
+def test_models_and_runs_that_suit_are_not_told(
+    told: Callable[..., list[str]], folders: Path
+) -> None:
+    given = f"[bm25,{folders}/retriever,{folders}/some.trec]"
+    assert told(f"retriever={given}", f"reranker={folders}/reranker", root="evaluate") == []
 
 
 def test_a_right_config_has_no_mistakes(told: Callable[..., list[str]]) -> None:

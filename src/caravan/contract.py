@@ -217,8 +217,9 @@ def read_contract(folder: Path) -> tuple[Contract, dict[str, Any]]:
         raise InputError(f"{folder}: no such model folder")
     if not path.is_file():
         raise InputError(
-            f"{folder} has no {FILE}, so nothing says how its model embeds; to adopt a Hugging Face"
+            f"{folder} has no {FILE}, so nothing says how its model reads; to adopt a Hugging Face"
             f" model run: python train.py backbone=hf backbone.name={folder} trainer.max_steps=0"
+            " (and stage=reranker for one that scores)"
         )
     try:
         record = json.loads(path.read_text("utf-8"))

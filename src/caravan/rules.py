@@ -22,7 +22,7 @@ from caravan.checking.definitions import did_you_mean
 from caravan.checking.signatures import signature
 from caravan.checking.walk import Mistake
 from caravan.checking.walk import Path as KeyPath
-from caravan.contract import Contract
+from caravan.contract import Contract, read_contract
 from caravan.errors import InputError
 
 Rule = Callable[[DictConfig], Iterator[Mistake]]
@@ -55,6 +55,7 @@ AT_LEAST = {
     "rerank.query_length": 4,
     "rerank.passage_length": 4,
     "rerank.segment_words": 1,
+    "fuse.k": 0,
     "index.query_chunk": 1,
     "index.passage_chunk": 1,
     "seed": 0,
@@ -102,7 +103,7 @@ def numbers_are_large_enough(cfg: DictConfig) -> Iterator[Mistake]:
     """Lengths, counts and budgets."""
     for place, least in AT_LEAST.items():
         given = value(cfg, place)
-        if is_int(given) and given < least:
+        if _is_number(given) and given < least:
             yield Mistake(tuple(place.split(".")), f"it must be at least {least}, not {given}")
 
 
@@ -317,6 +318,42 @@ def reranking_is_possible(cfg: DictConfig) -> Iterator[Mistake]:
             hint = f"; did you mean {near}?" if near else ""
             known = ", ".join("null" if text is None else text for text in allowed)
             yield Mistake(("rerank", name), f"it must be one of {known}, not {given}{hint}")
+    weight = value(cfg, "rerank.weight")
+    if _is_number(weight) and not 0 < weight <= 1:
+        text = f"it must be above 0 and at most 1, not {weight}"
+        yield Mistake(("rerank", "weight"), text)
+
+
+def models_suit_their_stage(cfg: DictConfig) -> Iterator[Mistake]:
+    """A retriever embeds and a reranker scores, as their folders say; told before any stage."""
+    if "reranker" not in cfg:
+        return
+    given = value(cfg, "retriever")
+    places = [("retriever", name) for name in (given if isinstance(given, ListConfig) else [given])]
+    for place, name in [*places, ("reranker", value(cfg, "reranker"))]:
+        if not isinstance(name, str) or not Path(name).exists():
+            continue  # told already
+        if Path(name).is_file():
+            if place == "reranker":
+                text = f"{name} is a file; give the model folder of a reranker"
+                yield Mistake((place,), text, "folder")
+            continue
+        try:
+            kind = read_contract(Path(name))[0].kind
+        except InputError as error:
+            yield Mistake((place,), str(error), "folder")
+            continue
+        if kind != place:
+            yield Mistake((place,), f"{name} is a {kind}; give the folder of a {place}", "folder")
+
+
+def runs_can_be_fused(cfg: DictConfig) -> Iterator[Mistake]:
+    """A weight for each run."""
+    runs, weights = value(cfg, "retriever"), value(cfg, "fuse.weights")
+    fused = isinstance(runs, ListConfig) and len(runs) > 1
+    if fused and isinstance(weights, ListConfig) and len(weights) != len(runs):
+        text = f"there are {len(weights)} weights for {len(runs)} runs; give one for each"
+        yield Mistake(("fuse", "weights"), text)
 
 
 def folders_exist(cfg: DictConfig) -> Iterator[Mistake]:
@@ -362,6 +399,8 @@ RULES: list[Rule] = [
     retrievers_are_names,
     reranking_is_possible,
     folders_exist,
+    models_suit_their_stage,
+    runs_can_be_fused,
 ]
 
 

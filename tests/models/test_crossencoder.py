@@ -208,6 +208,22 @@ def test_a_reranker_starts_from_a_retriever_with_a_new_head(tokenizer: Any, tmp_
     assert scorer.head_is_new
 
 
+@pytest.mark.parametrize("kind", ["retriever", "reranker"])
+def test_a_merged_adapter_is_trained_on_in_full(kind: str, tokenizer: Any, tmp_path: Path) -> None:
+    spec = Pretrained(str(_saved_base(tokenizer, tmp_path / "base")))
+    lora = LoRA(rank=4, alpha=8)
+    contract = Contract(kind=kind)
+    model: Any
+    if kind == "retriever":
+        model = BiEncoder(lora.apply(spec.model(tokenizer)), contract)
+    else:
+        model = CrossEncoder(lora.apply(spec.scorer(tokenizer)), contract)
+    folder.save(tmp_path / "m", model, tokenizer, contract, {})
+    merged = Trained(str(tmp_path / "m"), adapter=False)
+    for begun in (merged.model(tokenizer), merged.scorer(tokenizer)):
+        assert all(weight.requires_grad for weight in begun.parameters())
+
+
 def test_a_retrievers_adapter_goes_on_as_a_rerankers(tokenizer: Any, tmp_path: Path) -> None:
     base = _saved_base(tokenizer, tmp_path / "base")
     lora = LoRA(rank=4, alpha=8)

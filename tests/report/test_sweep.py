@@ -70,6 +70,18 @@ def test_a_model_that_is_read_at_several_lengths_has_a_row_for_each(tmp_path: Pa
     assert (tmp_path / "sweep.png").exists()
 
 
+def test_lists_and_paths_are_shown_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i, runs in enumerate(("[/data/a.trec]", "[b.trec]")):
+        jobs.write(tmp_path / str(i), [f"sampler.runs={runs}"], jobs.FINISHED, None)
+        (tmp_path / str(i) / "metrics.json").write_text('{"validation": {"MRR@10": 0.5}}')
+    show(tmp_path)
+    for text in (capsys.readouterr().out, (tmp_path / "sweep.txt").read_text()):
+        assert "[/data/a.trec]" in text
+        assert "[b.trec]" in text
+
+
 def test_settings_that_are_names_are_drawn_as_bars(tmp_path: Path) -> None:
     for loss in ("kl", "bce"):
         _job(tmp_path, [f"loss={loss}"], {"overall": {"MRR@10": 0.2}, "seconds": 1})

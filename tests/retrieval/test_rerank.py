@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.commands import evaluate
 from tests.tiny import tiny_backbone
 
@@ -268,6 +270,40 @@ def test_a_finished_reranking_is_not_done_again(
     assert evaluate(*asked) == first
     with pytest.raises(pytest.fail.Exception, match="scored again"):
         evaluate(*asked, "rerank.depth=3")
+
+
+def test_a_block_that_was_lost_is_scored_again(beir: Path, reranker: Path, tmp_path: Path) -> None:
+    asked = (beir, tmp_path / "run", "bm25", f"reranker={reranker}", "measures=[MRR@10]")
+    evaluate(*asked, "rerank.block=8")
+    run = tmp_path / "run" / "runs" / "reranked.test.trec"
+    before = run.read_bytes()
+    (tmp_path / "run" / "store" / "scores.test" / "00000001.npy").unlink()
+    run.unlink()
+    evaluate(*asked, "rerank.block=8")
+    assert run.read_bytes() == before
+
+
+def test_a_reranker_that_has_diverged_is_named(
+    reranker: Path, collection: Collection, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(reranker, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights = {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()}
+    save_file(weights, broken / "model.safetensors")
+    rows = np.array([0, 1])
+    to = tmp_path / "scores"
+    with pytest.raises(InputError, match=r"broken gives scores that are NaN.*2 of 2.*train it"):
+        _scorer(broken).scores(rows, rows, collection.queries, collection.corpus, to, {})
+
+
+def test_lengths_that_leave_no_room_are_told_by_the_names_they_have_here(
+    reranker: Path, collection: Collection, tmp_path: Path
+) -> None:
+    rows = np.array([0, 1])
+    short = _scorer(reranker, query_length=4, passage_length=4)
+    with pytest.raises(InputError, match=r"rerank\.query_length \+ rerank\.passage_length = 8"):
+        short.scores(rows, rows, collection.queries, collection.corpus, tmp_path, {})
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ class PairTemplates:
     Args:
         tokenizer: a fast tokenizer of transformers.
         contract: of a reranker.
+        section: of the config, where the lengths are set; for messages.
 
     Attributes:
         cut: pairs so far whose query had to give way; the first is told in a warning.
@@ -43,7 +44,7 @@ class PairTemplates:
         InputError: the contract wants an EOS that the tokenizer lacks, or leaves no room.
     """
 
-    def __init__(self, tokenizer: Any, contract: Contract) -> None:
+    def __init__(self, tokenizer: Any, contract: Contract, section: str = "contract") -> None:
         self.tokenizer = tokenizer
         self.contract = contract
         likelihood = contract.scoring == "likelihood"
@@ -82,7 +83,7 @@ class PairTemplates:
         left = max(self.room - len(prompt), 0)
         if left < 2 * LEAST:
             raise InputError(
-                f"contract.query_length + contract.passage_length = {self.length} leaves {left}"
+                f"{section}.query_length + {section}.passage_length = {self.length} leaves {left}"
                 f" tokens for query and document, which need {2 * LEAST}; raise one of them"
             )
         self.cut = 0

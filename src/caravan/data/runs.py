@@ -225,9 +225,9 @@ def read_run(
         unknown = f"{path}:{lines[i]} names {what} '{id_}'"
         if unknown_ids == "refuse" or not known.any():
             raise InputError(
-                f"{unknown}, which the collection does not have (so are "
+                f"{unknown}, which the collection does not have (as do "
                 f"{int((~known).sum())} of {len(known)} lines); check that the run was made on "
-                "this collection, or leave such lines out with unknown_ids=count"
+                "this collection, or remove such lines"
             )
         log.warning(
             "%s: left out %d of %d lines, their ids are not in the collection (the first: %s)",

@@ -321,7 +321,9 @@ class Trained:
         return f"{whole} weights taken from {self.name}{of_base}{head}"
 
     def _whole(self) -> Any:
-        return set_attention(folder.load(Path(self.name))[0].transformer, self.attention)
+        transformer = folder.load(Path(self.name))[0].transformer
+        transformer.requires_grad_(True)  # an adapter that is merged leaves its base frozen
+        return set_attention(transformer, self.attention)
 
     def _prepared(self, model: Any, tokenizer: Any) -> nn.Module:
         ours = model if self.adapter is None else model.base_model  # a head comes with its adapter

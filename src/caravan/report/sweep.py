@@ -116,7 +116,7 @@ def show(folder: Path) -> list[tuple[str, str]]:
         with replacing(folder / "sweep.png") as path:
             plot(path, folder.name, varied, measures[0], means)
         written.append("sweep.png")
-    console.print(f"table {', '.join(str(folder / name) for name in written)}")
+    console.print(f"table {', '.join(str(folder / name) for name in written)}", markup=False)
     for job, reason in failed:
         console.print(f"failed: {job}: {reason}", highlight=False, markup=False)
     return failed
@@ -165,15 +165,17 @@ def plot(path: Path, title: str, varied: list[str], measure: str, means: list[Ro
 
 def _table(title: str, settings: list[str], measures: list[str], rows: list[Row], cell: Any) -> Any:
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title)
+    # A Text is shown as it is; of a plain string rich would take [...] for markup.
+    table = Table(title=Text(title))
     for name in settings:
-        table.add_column(name)
+        table.add_column(Text(name))
     for name in measures:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for row in rows:
         table.add_row(
-            *(str(row.get(name, "-")) for name in settings),
+            *(Text(str(row.get(name, "-"))) for name in settings),
             *(cell(name, row.get(name)) for name in measures),
         )
     return table

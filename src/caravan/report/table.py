@@ -81,10 +81,13 @@ def show_stages(metrics: dict[str, Any]) -> None:
     """Print the stages of one evaluation: figures, queries a second, gain over the best before."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     measures = list(metrics["overall"])
     table = Table(
-        title=f"{metrics['collection']['name']} {metrics['split']}: {metrics['queries']:,} queries",
+        title=Text(
+            f"{metrics['collection']['name']} {metrics['split']}: {metrics['queries']:,} queries"
+        ),
         caption=f"gain: in {measures[0]}, over the best stage before; queries/s: without what is"
         " done once for a collection",
     )
@@ -94,7 +97,7 @@ def show_stages(metrics: dict[str, Any]) -> None:
     for stage in metrics["stages"]:
         speed, gain = stage["queries_per_second"], stage["gain"]
         table.add_row(
-            stage["stage"],
+            Text(stage["stage"]),
             *(f"{stage['overall'][measure]:.4f}" for measure in measures),
             "-" if gain is None else f"{gain:+.4f}",
             "-" if speed is None else f"{speed:,.1f}",
@@ -106,6 +109,7 @@ def show(folder: Path) -> None:
     """Print the table and where everything lies; write `summary.json`."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     summary, records = collect(folder)
     write_json(folder / "summary.json", summary)
@@ -114,16 +118,18 @@ def show(folder: Path) -> None:
     measures = list(dict.fromkeys(name for row in summary.values() for name in row))
     measures.append(measures.pop(measures.index("seconds")))
     table = Table(
-        title=f"{first['collection']['name']} {first['split']}: {first['queries']:,} queries, "
-        f"{first['passages']:,} passages",
+        title=Text(
+            f"{first['collection']['name']} {first['split']}: {first['queries']:,} queries, "
+            f"{first['passages']:,} passages"
+        ),
         caption="seconds: embed or index the corpus, and search; or rerank",
     )
     table.add_column("system")
     for measure in measures:
         table.add_column(measure, justify="right")
     for system, figures in summary.items():
-        table.add_row(system, *(_cell(measure, figures.get(measure)) for measure in measures))
-    console = Console(soft_wrap=True)
+        table.add_row(Text(system), *(_cell(measure, figures.get(measure)) for measure in measures))
+    console = Console(soft_wrap=True, markup=False)
     console.print(table)
     for system in summary:
         record = records[system]

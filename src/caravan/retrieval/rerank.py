@@ -109,7 +109,8 @@ class Scorer:
         model, tokenizer, _, _ = model_folder.load(self.folder, dtype, kind="reranker")
         if self.device.type == "cpu":
             pack_linears(model)
-        return model.to(self.device), PairTemplates(tokenizer, self.contract)
+        section = "rerank" if self.settings.lengths else "contract"
+        return model.to(self.device), PairTemplates(tokenizer, self.contract, section)
 
     def rerank(
         self,
@@ -182,6 +183,11 @@ class Scorer:
         fill(to, {**inputs, "resolved_precision": self.precision}, blocks, compute)
         parts = [np.load(shard(to, number)) for number in range(blocks)]
         scores = np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
+        if wrong := int((~np.isfinite(scores)).sum()):
+            raise InputError(
+                f"{self.folder} gives scores that are NaN or infinite, {wrong} of"
+                f" {len(scores)}; its training has diverged: train it again"
+            )
         if counts is None:
             return scores
         return np.maximum.reduceat(scores, np.cumsum(counts) - counts)

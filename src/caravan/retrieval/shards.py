@@ -36,7 +36,8 @@ def fill(
         inputs: digests and settings that determine the blocks.
         compute: gives, for the numbers of blocks that are missing, the array of each in turn.
     """
-    if manifest.matches(folder, inputs):
+    missing = [i for i in range(blocks) if not shard(folder, i).exists()]
+    if not missing and manifest.matches(folder, inputs):
         return
     folder.mkdir(parents=True, exist_ok=True)
     # Says from the start whose blocks these are, so that an interrupted start can be resumed.
@@ -48,7 +49,7 @@ def fill(
             old.unlink()
         begun.touch()
         manifest.write(begun, inputs)
-    missing = [i for i in range(blocks) if not shard(folder, i).exists()]
+        missing = list(range(blocks))
     for number, array in zip(missing, compute(missing), strict=True):
         _write(shard(folder, number), array)
     manifest.write(folder, inputs)

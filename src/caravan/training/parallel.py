@@ -7,10 +7,11 @@ is the gradient of one process with the union batch (`weight` mends ranks with u
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 
 def world() -> int:
@@ -43,12 +44,24 @@ def gather(rows: Tensor, counts: list[int]) -> Tensor:
     filler = rows.new_zeros(most - len(rows), *rows.shape[1:])
     # Every rank must send the same shape; the filler is cut off again, so it carries no gradient.
     sent = torch.cat((rows, filler))
-    if rows.is_floating_point():
-        received = all_gather(sent)
-    else:
-        received = [torch.empty_like(sent) for _ in counts]
-        dist.all_gather(list(received), sent.contiguous())
+    received = _Gather.apply(sent)
     return torch.cat([part[:count] for part, count in zip(received, counts, strict=True)])
+
+
+class _Gather(torch.autograd.Function):
+    """What all ranks have, [W, n, ...]; back comes the sum of the ranks' gradients of one's own."""
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor) -> Tensor:
+        received = [torch.empty_like(rows) for _ in range(world())]
+        dist.all_gather(received, rows.contiguous())
+        return torch.stack(received)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[rank()]
 
 
 def weight(counts: list[int]) -> float:

@@ -173,12 +173,14 @@ def _fit(
     )
     needed = _memory(module, data, trainer, hardware.resolve(cfg.precision) == "bf16")
     module.configure_model()
+    counts = parameter_counts(module)
+    if not counts[0]:
+        raise InputError("nothing would be trained, all is frozen; set peft=none or peft=lora")
     batches = data.batches_per_epoch(trainer)
     # Updates and not epochs end the run: Lightning's count of epochs may lag in a resumed one.
     trainer.fit_loop.epoch_loop.max_steps = updates(trainer, batches)
     if trainer.is_global_zero:
         told = getattr(module.backbone, "told", "")
-        counts = parameter_counts(module)
         for line in _facts(cfg, trainer, data, batches, counts, checkpoint, told):
             log.info(line)
         if needed is not None:
