@@ -77,6 +77,12 @@ def test_a_stage_that_cannot_run_is_told_before_the_first_one(
     assert re.search(wanted, lines[0])
 
 
+@pytest.mark.parametrize("template", ["{text}{self}{self}", "{self} {text} {self}", "{text}{x}"])
+def test_slots_stand_once_and_last(template: str) -> None:
+    with pytest.raises(InputError, match="passage_template"):
+        Contract(passage_template=template, slots=1, append_eos=False)
+
+
 def test_models_and_runs_that_suit_are_not_told(
     told: Callable[..., list[str]], folders: Path
 ) -> None:

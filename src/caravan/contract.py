@@ -158,7 +158,8 @@ def _template_problems(name: str, template: str, allowed: set[str]) -> list[str]
     if "text" not in used:
         return [f"contract.{name} is {template!r}, which lacks {{text}}"]
     if slots := used & set(SLOTS):
-        if len(slots) > 1 or not template.endswith(f"{{{slots.copy().pop()}}}"):
+        once = sum(field in SLOTS for _, field, _, _ in parsed) == 1
+        if not once or not template.endswith(tuple(f"{{{name}}}" for name in slots)):
             return [
                 f"contract.{name} is {template!r}; it may have one of {{self}} and {{next}}, last"
             ]

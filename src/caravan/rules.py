@@ -362,7 +362,7 @@ def folders_exist(cfg: DictConfig) -> Iterator[Mistake]:
     places: list[tuple[KeyPath, Any]] = [
         ((*path, "path"), value(node, "path"))
         for path, node in _mappings(data, ("data",))
-        if "path" in node
+        if "path" in node and not _is_hub_id(node)
     ]
     places += [((name,), value(cfg, name)) for name in ("init_from", "reranker")]
     given = value(cfg, "retriever")
@@ -436,6 +436,12 @@ def _given_or_default(node: DictConfig, name: str) -> Any:
     except LookupError:
         return None
     return getattr(parameter.default, "value", None)
+
+
+def _is_hub_id(node: DictConfig) -> bool:
+    """Whether `path` may name a dataset of the hub, and does not look like a path."""
+    of_hub = str(value(node, "_target_")).rpartition(".")[2] == "HubTexts"
+    return of_hub and not str(value(node, "path")).startswith(("/", "./", "../", "~"))
 
 
 def _nearest(path: str, *others: str) -> str | None:

@@ -84,6 +84,8 @@ def test_a_dataset_streams_into_a_collection(tmp_path: Path) -> None:
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = HubTexts(str(folder), text="body", title="head")
     assert _texts(source, tmp_path) == [(f"Title {i}", f"camel {i}") for i in range(3)]
+    (folder / "train.jsonl").write_text('{"body": "salt", "head": null}\n{"body": " "}\n')
+    assert _texts(source, tmp_path) == [("", "salt")]
     with pytest.raises(InputError, match="has no column 'text'; there are body, head"):
         HubTexts(str(folder)).collection(tmp_path)
     with pytest.raises(InputError, match="no dataset could be loaded"):

@@ -92,6 +92,23 @@ def test_a_batch_is_a_function_of_seed_epoch_and_place(templates: JointTemplates
     assert len(orders) > 1
 
 
+def test_what_was_not_read_is_no_target(tokenizer: Any) -> None:
+    templates = JointTemplates(
+        tokenizer, Contract(**{**CONTRACT.__dict__, "passage_length": 40}), PROMPTS
+    )
+    text = "the and of " * 40 + "camel"
+    ((_,), (own,)) = templates.encode([("", text)])
+    (found,) = Targets(templates, "content")([text], [own])
+    assert len(found) == 0
+
+
+def test_an_opening_that_ends_with_a_space_is_not_counted_twice(tokenizer: Any) -> None:
+    contract = Contract(passage_template="passage: {title} {text} the original:")
+    templates = JointTemplates(tokenizer, contract, PROMPTS)
+    _, (own,) = templates.encode([("", "salt trade")])
+    assert tokenizer.decode(own).strip() == "salt trade"
+
+
 def test_a_task_that_is_not_trained_has_no_targets(tokenizer: Any) -> None:
     templates = JointTemplates(tokenizer, CONTRACT, PROMPTS[1:])
     data = _unlabelled(templates, tasks=("ebar",))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.tiny import tiny_backbone
 
-from caravan.batches import pack
+from caravan.batches import Chunk, Packed, pack
 from caravan.contract import Contract
 from caravan.errors import InputError
 from caravan.models import vocabulary
@@ -39,6 +39,7 @@ def _language_model(name: str, attention: str = "sdpa", **more: Any) -> Any:
         "gemma3": (transformers.Gemma3TextConfig, {"head_dim": 8, "sliding_window": 6}),
         "gpt2": (transformers.GPT2Config, {}),
         "bloom": (transformers.BloomConfig, {}),
+        "gpt_neo": (transformers.GPTNeoConfig, {"attention_types": [[["global", "local"], 1]]}),
         "mamba": (transformers.MambaConfig, {}),
         "bert": (transformers.BertConfig, {}),
     }
@@ -60,6 +61,15 @@ def _both(texts: list[list[int]] = TEXTS, budget: int = 100) -> Any:
     return pack([[*text, *SELF, *NEXT] for text in texts], budget)
 
 
+def _padded() -> Packed:
+    """All texts in one chunk, the short ones filled up with tokens that are not to be seen."""
+    texts = [torch.tensor([*text, *SELF, *NEXT]) for text in TEXTS]
+    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=7)
+    mask = torch.stack([(torch.arange(ids.shape[1]) < len(text)).long() for text in texts])
+    chunk = Chunk(ids, mask, full=False)
+    return Packed((chunk,), torch.arange(len(texts)), int(mask.sum()), ids.numel())
+
+
 def test_a_prompt_sees_the_text_and_itself_at_the_positions_after_the_text() -> None:
     positions, mask = joint(torch.tensor([[1] * 6, [1] * 5 + [0]]), Layout(0, (2, 1), 1))
     assert positions.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 2, 3, 2, 3]]
@@ -78,12 +88,13 @@ def test_a_prompt_sees_the_text_and_itself_at_the_positions_after_the_text() -> 
     "name", ["llama", "mistral", "qwen3", "qwen2_windowed", "gemma2", "gemma3", "gpt2"]
 )
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "caravan"])
-@pytest.mark.parametrize("budget", [1, 1000])
-def test_the_joint_pass_equals_two_passes(name: str, attention: str, budget: int) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_joint_pass_equals_two_passes(name: str, attention: str, padded: bool) -> None:
     if name == "gemma2" and attention != "eager":
         pytest.skip("its capped scores need its own kernel")
     model = _language_model(name, attention)
-    found = _encoder(model).read(_both(budget=budget)).slots  # [N, T, K, d]
+    texts = _padded() if padded else _both()
+    found = _encoder(model).read(texts).slots  # [N, T, K, d]
     for i, text in enumerate(TEXTS):
         for task, prompt in enumerate((SELF, NEXT)):
             alone = model.base_model(torch.tensor([[*text, *prompt]])).last_hidden_state[0, -2:]
@@ -189,6 +200,7 @@ def test_no_more_logits_than_a_piece_are_computed_at_once(monkeypatch: pytest.Mo
     ("name", "told"),
     [
         ("bloom", "BloomModel does not"),
+        ("gpt_neo", r"GPTNeoModel has layers \(local windows\)"),
         ("mamba", r"MambaModel has layers \(linear_attention\)"),
         ("bert", "BertModel does not look to the left alone"),
     ],
@@ -198,6 +210,18 @@ def test_an_architecture_that_cannot_keep_prompts_apart_is_refused_by_name(
 ) -> None:
     model = _language_model(name, "eager")
     with pytest.raises(InputError, match=told):
+        _encoder(model)
+
+
+def test_a_model_with_more_than_an_output_layer_is_refused_by_name() -> None:
+    import transformers
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ModernBertDecoderConfig(
+        vocab_size=V, intermediate_size=24, pad_token_id=0, use_cache=False, **shape
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    with pytest.raises(InputError, match="ModernBertDecoderForCausalLM computes more than its out"):
         _encoder(model)
 
 

@@ -21,6 +21,8 @@ from caravan.data.templates import Templates
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapters import LoRA
+from caravan.models.backbone import Pretrained, Trained
+from caravan.models.likelihood import QueryLikelihood
 from caravan.models.loading import add_slots
 from caravan.training.adaptation import Adaptation
 from caravan.training.optim import AdamW
@@ -164,6 +166,9 @@ def test_a_batch_without_anything_to_tell_gives_no_gradient_of_nan(own_tokenizer
     loss = module.training_step(nothing, 0)
     loss.backward()
     assert float(loss) == 0
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    assert gradients
+    assert all(not gradient.any() for gradient in gradients)
 
 
 def test_adapters_come_with_the_rows_of_the_slots_and_nothing_else(own_tokenizer: Any) -> None:
@@ -182,8 +187,6 @@ def test_a_trained_slot_is_in_the_folder(
     module = _module(own_tokenizer, released=True)
     folder.save(base, module.model, own_tokenizer, RELEASED_CONTRACT, {"name": "base"})
     if peft is not None:  # on a model of transformers that has never seen a slot
-        from caravan.models.backbone import Pretrained
-
         plain = tmp_path / "plain"
         fresh = tiny_backbone().language_model(own_tokenizer)
         fresh.resize_token_embeddings(400)
@@ -229,6 +232,37 @@ def test_a_retriever_begins_with_the_prompts_of_the_adapted_model(
     assert tuned == replace(adapted, **lengths)
     assert "original" in tuned.passage_template or tuned.slots == 8
     folder.load(tmp_path / "tuned" / "model")
+
+
+@pytest.mark.parametrize("stage", ["adaptation_released", "reranker_likelihood"])
+def test_a_merged_adapter_with_slots_is_trained_on(
+    stage: str, own_tokenizer: Any, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    plain = tiny_backbone().language_model(own_tokenizer)  # has never seen a slot
+    plain.save_pretrained(base)
+    add_slots(own_tokenizer, RELEASED_CONTRACT)
+    module = Adaptation(
+        *(Pretrained(str(base)), LoRA(rank=2, alpha=4), own_tokenizer, RELEASED_CONTRACT),
+        *(AdamW(), 0),
+        **RELEASED,
+    )
+    module.configure_model()
+    folder.save(tmp_path / "m", module.model, own_tokenizer, RELEASED_CONTRACT, {})
+    begun = Trained(str(tmp_path / "m"), adapter=False)
+    model: Any = begun.language_model(own_tokenizer)
+    contract = RELEASED_CONTRACT
+    if stage == "reranker_likelihood":
+        contract = Contract(
+            kind="reranker", scoring="likelihood", append_eos=False, query_length=16
+        )
+        scorer = QueryLikelihood(model, contract)
+        folder.save(tmp_path / "s", scorer, own_tokenizer, contract, {})
+        pairs = pack([[5, 6, 7, 8, 9], [5, 6, 7]], 99, 0, [2, 1])
+        with torch.no_grad():
+            found = folder.load(tmp_path / "s")[0].score(pairs)
+            torch.testing.assert_close(found, scorer.eval().score(pairs))
+    assert model.get_input_embeddings().weight.shape[0] == len(own_tokenizer)
 
 
 def test_prompts_are_chosen_by_setting(beir: Path, tmp_path: Path) -> None:
@@ -294,9 +328,10 @@ def test_it_learns_to_tell_what_a_text_is_about(beir: Path, tmp_path: Path) -> N
     [
         ("stage.ebae=-1", r"stage\.ebae is -1.*must be above 0"),
         ("stage.tasks=ebae+mlm", "some of ebae, ebar and lm"),
-        ("+stage.loss=1", "no argument 'loss'|loss"),
         ("stage.targets=some", "must be one of all, content"),
         ("contract.passage_length=12", "leaves no room for text"),
+        ("contract.pooling=mean", "read at its slots: set it to last"),
+        ("contract.passage_template='{text} in short:'", "ends with neither stage.self_prompt"),
     ],
 )
 def test_what_cannot_be_adapted_is_told(

@@ -139,14 +139,18 @@ class HubTexts:
 
     def _build(self, folder: Path) -> Collection:
         def corpus() -> Iterator[Record]:
+            written = 0
             for number, row in enumerate(self._rows()):
-                title, text = row.get(self.title, "") if self.title else "", row.get(self.text)
+                title, text = row.get(self.title) if self.title else "", row.get(self.text)
+                title = "" if title is None else title
                 if not isinstance(title, str) or not isinstance(text, str):
                     raise InputError(
-                        f"{self.path}, row {number}: {self.text} is no text; set data.text and"
-                        " data.title to columns of texts"
+                        f"{self.path}, row {number}: {self.text} or {self.title} is no text; set"
+                        " data.text and data.title to columns of texts"
                     )
-                yield str(number), title, text
+                if text.strip():
+                    yield str(written), title, text
+                    written += 1
 
         return write_collection(
             folder, self.name, corpus(), (), {}, where=lambda part, n: f"{self.path}, row {n}"
@@ -168,7 +172,11 @@ class HubTexts:
             if columns and given not in columns:
                 there = ", ".join(columns)
                 raise InputError(f"{self.path} has no column {given!r}; there are {there}")
-        yield from rows
+        try:
+            yield from rows
+        except (OSError, ValueError) as error:  # pyarrow's are ValueErrors
+            told = str(error).strip().splitlines()[0].rstrip(".")
+            raise InputError(f"{self.path}: a file of the dataset is broken ({told})") from None
 
 
 def _kind(file: Path) -> str:

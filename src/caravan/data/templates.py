@@ -131,7 +131,8 @@ class JointTemplates:
         ]
         self.prompts = tuple(map(len, ends))
         self.end = [token for end in ends for token in end]
-        opening = self._text.untitled.partition("{text}")[0]
+        # A space before the text goes with its first word.
+        opening = self._text.untitled.partition("{text}")[0].rstrip()
         self.skipped = len(self.before) + (len(_ids(tokenizer, [opening])[0]) if opening else 0)
         self.room = contract.passage_length - len(self.before) - len(self.end)
         if self.room < 1:
@@ -150,6 +151,12 @@ class JointTemplates:
         read = [ids[: self.room] for ids in found]
         opening = self.skipped - len(self.before)
         return [[*self.before, *ids, *self.end] for ids in read], [ids[opening:] for ids in read]
+
+    def beginning_of(self, text: str, ids: Sequence[int]) -> str:
+        """The part of a text that its token ids stand for, if it was too long to be read."""
+        if len(ids) < self.room - (self.skipped - len(self.before)):
+            return text
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts without anything around them, as many as would be read."""

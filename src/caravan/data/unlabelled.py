@@ -51,7 +51,9 @@ class Targets:
             read: the texts' token ids, as far as they are read.
         """
         if self.stop_words:
-            read = self.templates.plain([self.content(text) for text in texts])
+            whole = zip(texts, read, strict=True)
+            seen = [self.templates.beginning_of(text, ids) for text, ids in whole]
+            read = self.templates.plain([self.content(text) for text in seen])
         return [np.unique(np.asarray(ids, dtype=np.int64)) for ids in read]
 
     def content(self, text: str) -> str:

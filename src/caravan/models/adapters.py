@@ -137,7 +137,9 @@ def copy_adapter(peft: Any, name: str) -> int:
         return key
 
     def low_rank(weights: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        return {key: tuple(weight.shape) for key, weight in weights.items() if ".lora_" in key}
+        kinds = (".lora_", "trainable_tokens")
+        of_adapter = {key: w for key, w in weights.items() if any(kind in key for kind in kinds)}
+        return {key: tuple(weight.shape) for key, weight in of_adapter.items()}
 
     stored = {short(key): weight for key, weight in load_peft_weights(name, device="cpu").items()}
     new = get_peft_model_state_dict(peft, save_embedding_layers=False)
@@ -145,9 +147,9 @@ def copy_adapter(peft: Any, name: str) -> int:
     wanted = low_rank({short(key): weight for key, weight in new.items()})
     if low_rank(stored) != wanted or alpha != peft.active_peft_config.lora_alpha:
         raise InputError(
-            f"init_from={name} has an adapter of another rank, alpha or on other layers than peft"
-            " asks for; set peft.rank, peft.alpha and peft.targets to its own, or peft=none to"
-            " merge it"
+            f"init_from={name} has an adapter of another rank or alpha, on other layers or with"
+            " other slots than is asked for; set peft.rank, peft.alpha, peft.targets and contract.slots to"
+            " its own, or peft=none to merge it"
         )
     taken = {key: stored[short(key)] for key in new if short(key) in stored}
     set_peft_model_state_dict(peft, {**new, **taken})

@@ -185,7 +185,7 @@ class Pretrained:
         if is_adapter(self.name, self.hub["revision"]):
             return load_adapter(self._base(), self.name, self.hub["revision"], trainable=True)
         model = load_weights(self.name, torch.float32, self.attention, **self.hub)
-        return _prepared(fit_vocabulary(model, tokenizer), self.checkpointing)
+        return _prepared(model, self.checkpointing)
 
     def language_model(self, tokenizer: Any) -> nn.Module:
         """The model with its output layer."""
@@ -194,7 +194,7 @@ class Pretrained:
                 f"{self.name} is an adapter; a likelihood needs a language model: name its base"
             )
         model = load_language_model(self.name, self.attention, **self.hub)
-        return _prepared(fit_vocabulary(model, tokenizer), self.checkpointing)
+        return _prepared(model, self.checkpointing)
 
     def scorer(self, tokenizer: Any) -> nn.Module:
         """The model with the head that it was released with, else with a new one."""
@@ -265,7 +265,7 @@ class Trained:
             model = self._whole().base_model
             if getattr(model, "pooler", None) is not None:
                 model.pooler = None
-        return self._prepared(model, tokenizer)
+        return self._prepared(model)
 
     def scorer(self, tokenizer: Any) -> nn.Module:
         """The transformer with its head, or with a new one if it was no reranker."""
@@ -274,31 +274,30 @@ class Trained:
             self.counts = (self.counts[0], 1)
             return _new_head(model, tokenizer)
         if self.adapter is None:
-            return self._prepared(self._whole(), tokenizer)
+            return self._prepared(self._whole())
         base, revision = adapter_base(Path(self.adapter))
         pad_id = tokenizer.pad_token_id
         scorer = load_scorer(base, torch.float32, self.attention, pad_id, revision=revision)[0]
-        return self._prepared(scorer, tokenizer)  # its head comes with the adapter
+        return self._prepared(scorer)  # its head comes with the adapter
 
     def language_model(self, tokenizer: Any) -> nn.Module:
         """The transformer with its output layer, which the folder or the base must have."""
         if self.adapter is not None:
             base, revision = adapter_base(Path(self.adapter))
-            return self._prepared(
-                load_language_model(base, self.attention, revision=revision), tokenizer
-            )
+            return self._prepared(load_language_model(base, self.attention, revision=revision))
         contract, facts = read_contract(Path(self.name))
         if contract.scoring == "likelihood":
-            return self._prepared(self._whole(), tokenizer)
+            return self._prepared(self._whole())
         if facts["weights"] == "full":
-            return self._prepared(load_language_model(self.name, self.attention), tokenizer)
+            return self._prepared(load_language_model(self.name, self.attention))
         # The adapter is of the trunk alone; the output layer is its base's.
         base, revision = adapter_base(Path(self.name))
         model: Any = load_language_model(base, self.attention, revision=revision)
+        fit_vocabulary(model, tokenizer)
         trunk = self._whole().base_model
         model.base_model.load_state_dict(trunk.state_dict())
         model.tie_weights()
-        return self._prepared(model, tokenizer)
+        return self._prepared(model)
 
     def adapted(self, peft: Any, model: nn.Module, rows: Sequence[int] = ()) -> nn.Module:
         """The model with adapters on it, which go on from those of the folder if it has any."""
@@ -325,10 +324,10 @@ class Trained:
         transformer.requires_grad_(True)  # an adapter that is merged leaves its base frozen
         return set_attention(transformer, self.attention)
 
-    def _prepared(self, model: Any, tokenizer: Any) -> nn.Module:
+    def _prepared(self, model: Any) -> nn.Module:
         ours = model if self.adapter is None else model.base_model  # a head comes with its adapter
         self.counts = (sum(1 for _ in ours.parameters()), 0)
-        return _prepared(fit_vocabulary(model, tokenizer), self.checkpointing)
+        return _prepared(model, self.checkpointing)
 
 
 def _texts(collection: Any) -> Iterator[str]:

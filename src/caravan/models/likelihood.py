@@ -15,7 +15,7 @@ from caravan.contract import Contract
 from caravan.errors import InputError
 from caravan.models.crossencoder import CrossEncoder
 from caravan.models.pooling import is_causal
-from caravan.models.vocabulary import log_probabilities
+from caravan.models.vocabulary import log_probabilities, refuse_other_output
 
 
 class QueryLikelihood(CrossEncoder):
@@ -36,6 +36,7 @@ class QueryLikelihood(CrossEncoder):
                 f"contract.scoring=likelihood: {type(self.plain).__name__} is no causal language"
                 " model; choose a decoder, or contract.scoring=head"
             )
+        refuse_other_output(self.plain)
 
     def forward(
         self,

@@ -121,7 +121,7 @@ def load_language_model(
     try:
         return load_weights(name, dtype, attention, auto=AutoModelForCausalLM, **hub)
     except InputError as error:
-        told = "contract.scoring=likelihood needs a decoder with its output layer"
+        told = "what tells tokens must be a decoder with its output layer"
         raise InputError(f"{error}; {told}") from None
 
 

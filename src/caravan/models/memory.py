@@ -60,8 +60,9 @@ def need(
     """
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # Under autocast a linear's bf16 copy of its weight is kept until the backward pass.
-    copies = 2 * total if bf16 else 0
+    # Under autocast a linear's bf16 copy of its weight is kept until the backward pass; where
+    # activations are computed again, only those of trained weights are.
+    copies = 2 * (trained if checkpointing else total) if bf16 else 0
     kept = _activations(model, bf16, checkpointing) * tokens
     pieces = 3 * FLOAT * min(PIECE, vocabulary * tokens)  # logits, their softmax, their gradient
     return Need(
@@ -84,6 +85,8 @@ def _activations(model: Any, bf16: bool, checkpointing: bool) -> float:
     width, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * width
     heads = config.num_attention_heads
+    if not all(isinstance(size, int) for size in (width, layers, inner, heads)):
+        raise AttributeError("its layers have sizes of their own")
     shared = (getattr(config, "num_key_value_heads", None) or heads) / heads
     unit = 2 if bf16 else FLOAT
     block = 7.6 * FLOAT * width + unit * ((1 + 2 * shared) * width + 4 * inner)

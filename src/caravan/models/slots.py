@@ -25,7 +25,14 @@ from caravan.errors import InputError
 from caravan.models import attention as cpu_attention
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import plain
-from caravan.models.vocabulary import PIECE, again, log_probabilities, output_layer, vocabulary
+from caravan.models.vocabulary import (
+    PIECE,
+    again,
+    log_probabilities,
+    output_layer,
+    refuse_other_output,
+    vocabulary,
+)
 
 MASKED_BY = ("sdpa", "eager", cpu_attention.NAME)
 """The attention kernels that take any mask."""
@@ -102,6 +109,7 @@ class SlotEncoder(BiEncoder):
         self.head = head
         self._language_model = [language_model]  # in a list: its weights are those above
         self._refuse_what_heeds_no_mask()
+        refuse_other_output(language_model)
 
     @property
     def language_model(self) -> Any:
@@ -184,6 +192,8 @@ class SlotEncoder(BiEncoder):
                 " both prompts; set backbone.attention=sdpa"
             )
         kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - set(LAYERS)
+        if hasattr(config, "attention_types"):  # GPT-Neo's windows count tokens, not positions
+            kinds.add("local windows")
         if kinds:
             raise InputError(
                 f"{name} has layers ({', '.join(sorted(kinds))}) that cannot keep two prompts apart"

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from caravan.errors import InputError
+
 PIECE = 1 << 25
 """Logits that are in memory at once: 128 MiB in float32, whatever the size of the vocabulary. In
 training too, since they are computed again in the backward pass rather than kept."""
@@ -49,6 +51,37 @@ def output_layer(model: Any) -> Callable[[Tensor], Tensor]:
         return cap * torch.tanh(found / cap) if cap else found
 
     return logits
+
+
+@torch.no_grad()
+def refuse_other_output(model: Any) -> None:
+    """Refuse a language model whose logits are not its output layer's of its trunk's states.
+
+    Some have a transform between the two (ModernBERT's decoder, BERT), and nothing tells of it: a
+    few tokens are tried.
+
+    Raises:
+        InputError: with the model's name.
+    """
+    device = model.get_output_embeddings().weight.device
+    ids = (torch.arange(5, 11, device=device) % vocabulary(model)).unsqueeze(0)
+    training = model.training
+    model.eval()
+    try:
+        expected = model(input_ids=ids).logits.float()
+        found = output_layer(model)(model.base_model(input_ids=ids).last_hidden_state)
+        differs = found.shape != expected.shape or not torch.allclose(
+            found, expected, rtol=0, atol=0.02 * float(expected.abs().max())
+        )
+    except RuntimeError:
+        differs = True
+    finally:
+        model.train(training)
+    if differs:
+        raise InputError(
+            f"{type(model).__name__} computes more than its output layer between states and"
+            " logits, which is not supported here; choose another language model"
+        )
 
 
 def vocabulary(model: Any) -> int:

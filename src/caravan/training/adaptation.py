@@ -21,6 +21,7 @@ from caravan.data.collection import Collection
 from caravan.data.templates import JointTemplates
 from caravan.data.unlabelled import TASKS, Unlabelled
 from caravan.errors import InputError
+from caravan.models.loading import fit_vocabulary
 from caravan.models.slots import Layout, SlotEncoder, set_losses, token_losses
 from caravan.training import parallel
 from caravan.training.module import Stage
@@ -78,6 +79,7 @@ class Adaptation(Stage):
                 "stage.self_prompt and stage.next_prompt must both end with slots, {self} and"
                 " {next}, or neither"
             )
+        _refuse_other_prompts(contract, [self_prompt, next_prompt], True in slots)
         self.templates = JointTemplates(tokenizer, contract, prompts)
         of_a_prompt = contract.slots if True in slots else 1
         self.layout = Layout(self.templates.skipped, self.templates.prompts, of_a_prompt)
@@ -88,6 +90,8 @@ class Adaptation(Stage):
 
     def build(self) -> SlotEncoder:
         language_model = self.backbone.language_model(self.tokenizer)
+        if self.contract.slots:
+            fit_vocabulary(language_model, self.tokenizer)
         trunk = language_model.base_model
         if self.peft is not None:
             trunk = self.adapted(trunk)
@@ -145,6 +149,22 @@ class Adaptation(Stage):
     ) -> dict[str, Tensor]:
         """Rows [N] and vectors [N, d]; `RetrievalEvaluation` collects and searches them."""
         return {"rows": batch.rows, "vectors": self.model.embed(batch.texts)}
+
+
+def _refuse_other_prompts(contract: Contract, prompts: list[str], slots: bool) -> None:
+    """The folder must promise what was adapted: these prompts, read at their slots."""
+    for name in ("query_template", "passage_template"):
+        if not getattr(contract, name).endswith(tuple(prompts)):
+            raise InputError(
+                f"contract.{name} is {getattr(contract, name)!r}, which ends with neither"
+                " stage.self_prompt nor stage.next_prompt; end it with one of them"
+            )
+    wanted = ("slots", "last") if slots else ("last",)
+    if contract.pooling not in wanted:
+        raise InputError(
+            f"contract.pooling is {contract.pooling!r}; what is adapted is read at its slots: set"
+            f" it to {' or '.join(wanted)}"
+        )
 
 
 def _means(where: Tensor | None, *values: Tensor) -> list[Tensor]:

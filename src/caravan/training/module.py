@@ -23,7 +23,7 @@ from caravan.data.pairs import PairTemplates
 from caravan.data.templates import Templates
 from caravan.data.unlabelled import Unlabelled
 from caravan.errors import InputError
-from caravan.models.loading import add_slots
+from caravan.models.loading import add_slots, fit_vocabulary
 from caravan.training.optim import AdamW, updates
 
 log = logging.getLogger(__name__)
@@ -107,6 +107,8 @@ class Stage(pl.LightningModule, ABC):
 
     def adapted(self, transformer: nn.Module) -> nn.Module:
         """The transformer with the adapters that were asked for."""
+        if self.contract.slots:
+            fit_vocabulary(transformer, self.tokenizer)
         if self.peft is None:
             return transformer
         rows = add_slots(self.tokenizer, self.contract)

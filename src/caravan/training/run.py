@@ -145,7 +145,7 @@ def _fit(
     budget = hardware.chunk(cfg.batching.token_budget)
     training = module.training_set(collection, source.train_split, parts["sampler"], budget)
     dev_split = source.dev_split
-    if isinstance(training, Unlabelled) and dev_split not in collection.splits:
+    if isinstance(training, Unlabelled) and not collection.splits:
         dev_split = None  # text alone will do
         parts["trainer"].keywords["limit_val_batches"] = 0
     data = DataModule(
@@ -200,7 +200,8 @@ def _fit(
         module.load_state_dict(state["state_dict"], strict=False)
         best = float(watched.best_model_score)
     read = {
-        length: _read_at(length, trainer, module, data) for length in cfg.validation.read_lengths
+        length: _read_at(length, trainer, module, data)
+        for length in (cfg.validation.read_lengths if dev_split is not None else ())
     }
     if trainer.is_global_zero:
         facts = {
@@ -231,7 +232,11 @@ def _memory(module: Any, data: Any, trainer: Any, bf16: bool) -> Any:
     each = min(-(-data.queries_per_batch // ranks), len(data.training))
     tokens = data.training[0, np.arange(each)].padded
     vocabulary = outline.config.get_text_config().vocab_size if module.tells_tokens else 0
-    needed = need(outline, tokens, bf16, module.backbone.checkpointing, vocabulary)
+    try:
+        needed = need(outline, tokens, bf16, module.backbone.checkpointing, vocabulary)
+    except AttributeError as error:  # no transformer's shape
+        log.debug("no estimate of memory: %s", error)
+        return None
     device = trainer.strategy.root_device
     refuse_too_large(needed, device_memory(device), f"the {device.type}")
     return needed
