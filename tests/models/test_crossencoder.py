@@ -262,7 +262,7 @@ def test_a_rerankers_adapter_goes_on_with_its_head(tokenizer: Any, tmp_path: Pat
         == f"{stored} weights taken from {tmp_path / 'm'} and {whole} from its base " + (str(base))
     )
     assert not getattr(again.plain, "head_is_new", False)
-    with pytest.raises(InputError, match="another rank, alpha"):
+    with pytest.raises(InputError, match="another rank or alpha"):
         spec.adapted(LoRA(rank=4, alpha=16), spec.scorer(tokenizer))
 
 

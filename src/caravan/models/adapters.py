@@ -148,8 +148,8 @@ def copy_adapter(peft: Any, name: str) -> int:
     if low_rank(stored) != wanted or alpha != peft.active_peft_config.lora_alpha:
         raise InputError(
             f"init_from={name} has an adapter of another rank or alpha, on other layers or with"
-            " other slots than is asked for; set peft.rank, peft.alpha, peft.targets and contract.slots to"
-            " its own, or peft=none to merge it"
+            " other slots than is asked for; set peft.rank, peft.alpha, peft.targets and"
+            " contract.slots to its own, or peft=none to merge it"
         )
     taken = {key: stored[short(key)] for key in new if short(key) in stored}
     set_peft_model_state_dict(peft, {**new, **taken})
