@@ -24,6 +24,20 @@ from caravan.data.pairs import PairTemplates
 from caravan.data.templates import Templates
 
 
+class Permutation:
+    """Rows in the order of an epoch: a function of (seed, epoch)."""
+
+    def __init__(self, rows: np.ndarray, seed: int) -> None:
+        self.rows, self.seed = rows, seed
+        self._latest: tuple[int, np.ndarray] | None = None
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        if self._latest is None or self._latest[0] != epoch:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+            self._latest = epoch, self.rows[order]
+        return self._latest[1]
+
+
 class QueryOrder(Sampler[tuple[int, np.ndarray]]):
     """The batches of an epoch for one rank: (epoch, positions [n] in the epoch's permutation).
 
@@ -79,7 +93,7 @@ class Groups(Dataset[Any]):
         self.templates = templates
         self.token_budget = token_budget
         self.seed = seed
-        self._permutation: tuple[int, np.ndarray] | None = None
+        self.permutation = Permutation(self.query_rows, seed)
         self._opened = False
 
     def __len__(self) -> int:
@@ -101,13 +115,6 @@ class Groups(Dataset[Any]):
         if not self._opened:
             self.negatives.open(self.collection, self.qrels, self.seed)
             self._opened = True
-
-    def permutation(self, epoch: int) -> np.ndarray:
-        """Query rows in the order of the epoch: a function of (seed, epoch)."""
-        if self._permutation is None or self._permutation[0] != epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.query_rows))
-            self._permutation = epoch, self.query_rows[order]
-        return self._permutation[1]
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> TrainBatch | RerankBatch:
         epoch, positions = item

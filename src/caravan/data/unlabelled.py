@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from caravan.batches import AdaptationBatch, pack
+from caravan.data.batching import Permutation
 from caravan.data.segments import Segments
 from caravan.data.templates import JointTemplates
 from caravan.errors import InputError
@@ -89,7 +90,7 @@ class Unlabelled(Dataset[AdaptationBatch]):
         self.tasks = tuple(tasks)
         self.token_budget = token_budget
         self.seed = seed
-        self._permutation: tuple[int, np.ndarray] | None = None
+        self.permutation = Permutation(np.arange(len(self.chunks)), seed)
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -100,13 +101,6 @@ class Unlabelled(Dataset[AdaptationBatch]):
             f"{len(self):,} chunks of {self.chunks.words} words from {len(self.chunks.rows):,}"
             f" passages of {name}; {batch * accumulated} chunks an update"
         )
-
-    def permutation(self, epoch: int) -> np.ndarray:
-        """Chunks in the order of the epoch: a function of (seed, epoch)."""
-        if self._permutation is None or self._permutation[0] != epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.chunks))
-            self._permutation = epoch, order
-        return self._permutation[1]
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> AdaptationBatch:
         epoch, positions = item
