@@ -19,7 +19,7 @@ from caravan.batches import Packed
 from caravan.contract import Contract
 from caravan.errors import InputError
 from caravan.models import attention as _registered  # noqa: F401
-from caravan.models.pooling import is_causal, pooled_states
+from caravan.models.pooling import is_causal, pooled_states, to_the_left
 
 
 class Head(nn.Linear):
@@ -115,7 +115,7 @@ class CrossEncoder(nn.Module):
         scorer: Any, input_ids: Tensor, attention_mask: Tensor, token_types: Tensor | None
     ) -> Tensor:
         """A released encoder's score, by its own forward and head."""
-        left = attention_mask.argsort(dim=1, descending=True, stable=True)
+        left = to_the_left(attention_mask)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_types is not None:
             inputs["token_type_ids"] = token_types

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from caravan.contract import Contract
 from caravan.errors import InputError
 from caravan.models.crossencoder import CrossEncoder
-from caravan.models.pooling import is_causal
+from caravan.models.pooling import is_causal, to_the_left
 from caravan.models.vocabulary import log_probabilities, refuse_other_output
 
 
@@ -58,7 +58,7 @@ class QueryLikelihood(CrossEncoder):
         if token_types is None:
             raise ValueError("a likelihood needs to know which tokens are the query's")
         if not full:
-            left = attention_mask.argsort(dim=1, descending=True, stable=True)
+            left = to_the_left(attention_mask)
             input_ids, token_types = input_ids.gather(1, left), token_types.gather(1, left)
         model = self.plain
         # Causal: no real token sees the padding on its right, so no mask is needed.

@@ -29,9 +29,7 @@ def pooled_states(
         slots: tokens at the end that pooling "slots" takes the mean of.
     """
     if not full:
-        # Real tokens to the left, so that positions count from the text's first token in every
-        # architecture, whether its positions are absolute or relative.
-        left = attention_mask.argsort(dim=1, descending=True, stable=True)
+        left = to_the_left(attention_mask)
         input_ids = input_ids.gather(1, left)
         attention_mask = attention_mask.gather(1, left)
         token_types = None if token_types is None else token_types.gather(1, left)
@@ -40,6 +38,14 @@ def pooled_states(
     types = {} if token_types is None else {"token_type_ids": token_types}
     states = backbone(input_ids=input_ids, attention_mask=mask, **types).last_hidden_state
     return pool(states, attention_mask, pooling, slots)
+
+
+def to_the_left(attention_mask: Tensor) -> Tensor:
+    """Where each token comes from [n, L] when real ones go to the left, in their order.
+
+    Positions then count from the text's first token in every architecture, absolute or relative.
+    """
+    return attention_mask.argsort(dim=1, descending=True, stable=True)
 
 
 def pool(states: Tensor, attention_mask: Tensor, pooling: str, slots: int = 0) -> Tensor:
