@@ -183,9 +183,10 @@ def _fit(
         told = getattr(module.backbone, "told", "")
         for line in _facts(cfg, trainer, data, batches, counts, checkpoint, told):
             log.info(line)
-        if needed is not None:
+        if needed is not None and needed.total >= 1e8:  # less is nowhere in question
             log.info("memory at the peak of a step: about %s", needed)
-    _validate_at_least_once(trainer, batches)
+    if dev_split is not None:
+        _validate_at_least_once(trainer, batches)
     started = time.monotonic()
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
