@@ -16,11 +16,13 @@ WORDS = [
 ]
 
 
-def write_beir(folder: Path, passages: int = 60, queries: int = 24, seed: int = 0) -> Path:
+def write_beir(
+    folder: Path, passages: int = 60, queries: int = 24, seed: int = 0, longest: int = 30
+) -> Path:
     """A BEIR folder of random words; a query is three words of its passage, some have two."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    texts = [" ".join(rng.choice(WORDS, int(rng.integers(4, 30)))) for _ in range(passages)]
+    texts = [" ".join(rng.choice(WORDS, int(rng.integers(4, longest)))) for _ in range(passages)]
     (folder / "corpus.jsonl").write_text(
         "".join(
             json.dumps({"_id": f"p{i}", "title": "Title" if i % 3 == 0 else "", "text": text})

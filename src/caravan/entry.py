@@ -73,6 +73,7 @@ def entry(name: str) -> Callable[[Task], Callable[[], None]]:
         @functools.wraps(task)
         def run() -> None:
             _keep_freed_memory()
+            _bound_kernels()
             # Exceptions come through Hydra whole, to be told apart here.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             # Lightning would end a terminated run with exit code 0; it leaves our handler alone.
@@ -199,6 +200,15 @@ def _keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(mmap_threshold, 1 << 25)  # the most that glibc takes
     libc.mallopt(trim_threshold, 1 << 30)
+
+
+def _bound_kernels() -> None:
+    """Keep at most 256 compiled kernels of a CPU, where oneDNN and PyTorch would keep 1,024 each.
+
+    They are compiled for a shape, half a megabyte each, and texts come in very many shapes.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "256")
 
 
 def _terminate(number: int, frame: Any) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import tracemalloc
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.commands import evaluate
-from tests.tiny import tiny_backbone
+from tests.commands import ROOT, evaluate, evaluate_arguments
+from tests.tiny import tiny_backbone, write_beir
 
 from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.data.runs import Run, read_run, write_run
 from caravan.data.segments import Segments
+from caravan.data.sources import Beir
 from caravan.errors import InputError
 from caravan.models import folder
+from caravan.models.backbone import TinyLlama
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder
 from caravan.retrieval import shards
@@ -307,23 +311,36 @@ def test_lengths_that_leave_no_room_are_told_by_the_names_they_have_here(
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_pairs(
-    reranker: Path, collection: Collection, tmp_path: Path
+def test_memory_of_the_pipeline_is_flat_in_queries_and_pairs(
+    tokenizer: Any, tmp_path: Path
 ) -> None:
-    peaks = []
-    for pairs in (1_000, 20_000):
-        rng = np.random.default_rng(0)
-        scorer = _scorer(reranker, block=500)
-        query_rows = np.sort(rng.integers(0, len(collection.queries), pairs))
-        passage_rows = rng.integers(0, len(collection.corpus), pairs)
-        tracemalloc.start()
-        scorer.scores(
-            *(query_rows, passage_rows, collection.queries, collection.corpus),
-            *(tmp_path / str(pairs), {}),
+    beir = write_beir(tmp_path / "data", passages=4000, queries=1100, longest=160)
+    texts = Beir(beir).collection(tmp_path / "cache")
+    contract = Contract(kind="reranker", query_length=16, passage_length=176)
+    model = CrossEncoder(
+        TinyLlama(vocab_size=400, hidden_size=64, layers=2, heads=2).scorer(tokenizer), contract
+    )
+    torch.nn.init.normal_(model.plain.score.weight)
+    folder.save(tmp_path / "model", model, tokenizer, contract, {})
+    rng = np.random.default_rng(0)
+    peaks = {}
+    for queries in (10, 100, 1000):
+        rows = np.stack([rng.permutation(len(texts.corpus))[:100] for _ in range(queries)])
+        candidates = Run.from_topk(np.arange(queries), rng.normal(size=rows.shape), rows)
+        run = tmp_path / f"{queries}.trec"
+        write_run(run, candidates, texts.queries, texts.corpus)
+        given = evaluate_arguments(
+            *(beir, tmp_path / str(queries), run, f"reranker={tmp_path / 'model'}"),
+            *("data.split=train", "rerank.block=1000", "measures=[MRR@10]"),
         )
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 20_000 * 4 * 4  # but for the scores themselves
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "evaluate.py"), *given], stderr=subprocess.DEVNULL
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        peaks[queries * 100] = usage.ru_maxrss / 1024  # MB
+    print(peaks)
+    assert peaks[100_000] < 1.25 * peaks[10_000] < 1.6 * peaks[1000], peaks
 
 
 def test_metrics_hold_the_speed_of_each_stage(beir: Path, reranker: Path, tmp_path: Path) -> None:
