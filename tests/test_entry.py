@@ -120,6 +120,15 @@ def test_jobs_of_a_sweep_write_into_folders_of_their_own(app: Program, home: Pat
     assert '"run_dir": "runs/many/loss.name=c,seed=2", "seed": 2' in out
 
 
+def test_the_command_line_goes_before_what_a_sweep_file_varies(app: Program, home: Path) -> None:
+    (home / "conf/sweep/seeds.yaml").write_text(
+        "# @package _global_\nname: many\nhydra: {sweeper: {params: {seed: '1,x'}}}\n"
+    )
+    done = app("-m", "sweep=seeds", "seed=3")
+    assert done.returncode == 0, done.stderr
+    assert [path.parent.name for path in home.rglob("job.json")] == ["seed=3"]
+
+
 def test_a_wrong_config_ends_before_anything_is_written(app: Program, home: Path) -> None:
     started = time.monotonic()
     done = app("trainer.max_step=5", "seed=x", "backbone=tiny_lama")

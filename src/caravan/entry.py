@@ -328,6 +328,9 @@ def _check_jobs(composer: Composer, args: Namespace) -> tuple[list[str], list[st
             lines = [*composer.collect(single)[1], *lines]
         return lines, None
     values = {one.get_key_element(): _values(one) for one in _parsed(composer, params) + swept}
+    for one in _parsed(composer, single):  # Hydra puts the command line before the sweep's file
+        if one.get_key_element() in values:
+            values[one.get_key_element()] = _values(one)
     return _check_each(composer, single, values), list(values)
 
 

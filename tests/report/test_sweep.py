@@ -82,6 +82,12 @@ def test_lists_and_paths_are_shown_as_they_are(
         assert "[b.trec]" in text
 
 
+def test_folders_are_shown_without_what_their_paths_share(tmp_path: Path) -> None:
+    for folder in ("null", "runs/x/both/${seed}/model", "runs/x/one-task/${seed}/model"):
+        _job(tmp_path / folder[-20:-6], [f"init_from={folder}"], {"validation": {"MRR@10": 0.1}})
+    assert {row["init_from"] for row in collect(tmp_path)[2]} == {"null", "both", "one-task"}
+
+
 def test_settings_that_are_names_are_drawn_as_bars(tmp_path: Path) -> None:
     for loss in ("kl", "bce"):
         _job(tmp_path, [f"loss={loss}"], {"overall": {"MRR@10": 0.2}, "seconds": 1})

@@ -339,7 +339,6 @@ def test_memory_of_the_pipeline_is_flat_in_queries_and_pairs(
         _, status, usage = os.wait4(process.pid, 0)
         assert status == 0
         peaks[queries * 100] = usage.ru_maxrss / 1024  # MB
-    print(peaks)
     assert peaks[100_000] < 1.25 * peaks[10_000] < 1.6 * peaks[1000], peaks
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import statistics
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ def collect(folder: Path) -> tuple[list[str], list[str], list[Row], list[tuple[s
     varied = [
         name for name in names if len({record["overrides"].get(name) for _, record in found}) > 1
     ]
+    short = {name: _without_common(found, name) for name in varied}
     rows: list[Row] = []
     failed = []
     for run_dir, record in found:
@@ -51,7 +54,8 @@ def collect(folder: Path) -> tuple[list[str], list[str], list[Row], list[tuple[s
             reason = record["error"] or "not finished"
             failed.append((run_dir.name, str(reason)))
             continue
-        settings = {name: _number(record["overrides"].get(name)) for name in varied}
+        given = record["overrides"]
+        settings = {name: _number(short[name].get(given.get(name))) for name in varied}
         rows += [{**settings, **figures} for figures in _figures(run_dir / "metrics.json")]
     if any(READ in row for row in rows):
         varied.append(READ)
@@ -195,6 +199,22 @@ def _write_csv(path: Path, columns: list[str], rows: list[Row]) -> None:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _without_common(found: list[tuple[Path, dict[str, Any]]], name: str) -> dict[Any, Any]:
+    """The values of a setting; folders without the parts of their paths that all of them share."""
+    values = {record["overrides"].get(name) for _, record in found}
+    paths = [value.split("/") for value in values if value and re.fullmatch(r"[^\[\]]+/.+", value)]
+    begin, end = _same(paths), _same([path[::-1] for path in paths])
+    if len(paths) < 2:
+        return {value: value for value in values}
+    short = {"/".join(path): "/".join(path[begin : len(path) - end]) for path in paths}
+    return {value: short.get(value, value) for value in values}
+
+
+def _same(paths: list[list[str]]) -> int:
+    """How many parts all paths have in common, from the beginning."""
+    return sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
 
 
 def _number(text: Any) -> Any:
