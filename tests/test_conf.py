@@ -100,7 +100,7 @@ def test_every_sweep_starts_with_the_command_it_opens_with(path: Path) -> None:
         ("+trainr.max_steps=5", "trainer.max_steps"),
         ("backbone=tiny_lama", "backbone=tiny_llama"),
         ("trainer.max_steps=abc", "an int"),
-        ("data.path=/nonexistent data=beir", "there is no folder /nonexistent"),
+        ("data.path=/nonexistent data=beir", "there is no file or folder /nonexistent"),
         ("loss.temprature=0.1", "temperature"),
         ("seed=x", "an int"),
         ("stage=retreiver", "stage=retriever"),

@@ -196,7 +196,7 @@ def test_a_folder_that_is_not_there_is_told_with_its_neighbour(
     (tmp_path / "scifact").mkdir()
     wrong = tmp_path / "scifcat"
     assert told("data=beir", f"data.path={tmp_path}/scifact") == []
-    hint = f"there is no folder {wrong}; did you mean {tmp_path}/scifact?"
+    hint = f"there is no file or folder {wrong}; did you mean {tmp_path}/scifact?"
     assert told("data=beir", f"data.path={wrong}") == [f"  data.path (command line): {hint}"]
 
 

@@ -376,7 +376,8 @@ def folders_exist(cfg: DictConfig) -> Iterator[Mistake]:
             also = " (nor run file, nor bm25)" if of_retriever else ""
             near = _nearest(given, "bm25") if of_retriever else _nearest(given)
             hint = f"; did you mean {near}?" if near else ""
-            yield Mistake(path, f"there is no folder {given}{also}{hint}", "folder")
+            kind = "file or folder" if path[0] == "data" else "folder"
+            yield Mistake(path, f"there is no {kind} {given}{also}{hint}", "folder")
 
 
 RULES: list[Rule] = [

@@ -55,6 +55,22 @@ def test_a_text_ends_with_both_prompts_and_reads_as_each_would_alone(
     assert own == tokenizer("salt trade", add_special_tokens=False)["input_ids"]
 
 
+def test_texts_of_one_chunk_each_are_refused_where_the_next_is_to_be_told(
+    templates: JointTemplates,
+) -> None:
+    with pytest.raises(InputError, match=r"no passage has more than 9 words.*lower stage\.words"):
+        _unlabelled(templates, words=9)
+    assert len(_unlabelled(templates, words=9, tasks=("ebae",))) == 2
+
+
+def test_a_length_that_prompts_take_most_of_is_told(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    ends = len(tokenizer(" the next:", add_special_tokens=False)["input_ids"]) + 2  # BOS and EOS
+    Templates(tokenizer, Contract(**{**CONTRACT.__dict__, "query_length": ends + 3}))
+    assert "leaves no more than 3 tokens for text" in caplog.text
+
+
 def test_the_text_gives_way_to_the_prompts(tokenizer: Any) -> None:
     short = Contract(**{**CONTRACT.__dict__, "passage_length": 32})
     templates = JointTemplates(tokenizer, short, PROMPTS)

@@ -192,7 +192,9 @@ def test_a_trained_slot_is_in_the_folder(
         fresh.resize_token_embeddings(400)
         fresh.save_pretrained(plain)
         module = Adaptation(
-            Pretrained(str(plain)), peft, own_tokenizer, RELEASED_CONTRACT, AdamW(), 0, **RELEASED
+            *(Pretrained(str(plain)), peft, own_tokenizer, RELEASED_CONTRACT, AdamW(), 0),
+            words=6,
+            **RELEASED,
         )
         module.configure_model()
         module.log = lambda *_, **__: None  # type: ignore[method-assign, misc, assignment]

@@ -7,12 +7,16 @@ puts after it, nor a special token. BOS, [CLS] and [SEP] come as the tokenizer i
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from caravan.contract import Contract, slot_tokens, template_parts
 from caravan.errors import InputError
+
+log = logging.getLogger(__name__)
 
 CHARACTERS_A_TOKEN = 16
 SPARE_TOKENS = 16
@@ -70,12 +74,15 @@ class Templates:
             for side, template in (("query", self._query), ("passage", self._passage))
         }
         for side, tail in self._tails.items():
+            taken = len(self.before) + len(tail)
+            told = (
+                f"contract.{side}_length={self._length(side)} leaves {{}} for text: the prompt's"
+                f" end and the special tokens take {taken} tokens; raise it"
+            )
             if self._room(side) < 1:
-                raise InputError(
-                    f"contract.{side}_length={self._length(side)} leaves no room for text: the"
-                    " prompt's end and the special tokens take"
-                    f" {len(self.before) + len(tail)} tokens; raise it"
-                )
+                raise InputError(told.format("no room"))
+            if self._room(side) < taken:
+                _warn_once(told.format(f"no more than {self._room(side)} tokens"))
 
     @property
     def pad_id(self) -> int:
@@ -106,6 +113,11 @@ class Templates:
         begun = [beginning(text, room) for text in texts]
         encoded = token_ids(self.tokenizer, texts, begun, room)
         return [[*self.before, *ids[:room], *tail] for ids in encoded]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
 
 
 class JointTemplates:

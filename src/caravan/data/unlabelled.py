@@ -72,6 +72,9 @@ class Unlabelled(Dataset[AdaptationBatch]):
         words: of a chunk.
         tasks: of TASKS, those that are trained, in the order of the prompts.
         seed: with the epoch gives the order.
+
+    Raises:
+        InputError: EBAR is trained, and no chunk has one that follows.
     """
 
     def __init__(
@@ -91,6 +94,13 @@ class Unlabelled(Dataset[AdaptationBatch]):
         self.token_budget = token_budget
         self.seed = seed
         self.permutation = Permutation(np.arange(len(self.chunks)), seed)
+        self.followed = len(self.chunks) - len(self.chunks.rows)
+        if "ebar" in tasks and not self.followed:
+            raise InputError(
+                f"no passage has more than {words} words, so that no chunk of them is followed by"
+                " another and EBAR has nothing to tell; lower stage.words, or leave ebar out of"
+                " stage.tasks"
+            )
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -99,7 +109,8 @@ class Unlabelled(Dataset[AdaptationBatch]):
         """What is trained on, in one line."""
         return (
             f"{len(self):,} chunks of {self.chunks.words} words from {len(self.chunks.rows):,}"
-            f" passages of {name}; {batch * accumulated} chunks an update"
+            f" passages of {name}, {self.followed:,} of them followed by another;"
+            f" {batch * accumulated} chunks an update"
         )
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> AdaptationBatch:
