@@ -216,11 +216,12 @@ def test_a_trained_slot_is_in_the_folder(
     assert (before - expected).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("peft", [(), ("peft=lora", "peft.rank=2", "peft.alpha=4")])
 @pytest.mark.parametrize("stage", ["adaptation", "adaptation_released"])
 def test_a_retriever_begins_with_the_prompts_of_the_adapted_model(
-    stage: str, beir: Path, tmp_path: Path
+    stage: str, peft: tuple[str, ...], beir: Path, tmp_path: Path
 ) -> None:
-    adapt(beir, tmp_path / "adapted", f"stage={stage}")
+    adapt(beir, tmp_path / "adapted", f"stage={stage}", *peft)
     adapted = read_contract(tmp_path / "adapted" / "model")[0]
     train(
         beir,
@@ -228,6 +229,7 @@ def test_a_retriever_begins_with_the_prompts_of_the_adapted_model(
         f"init_from={tmp_path / 'adapted' / 'model'}",
         "contract.query_length=80",
         "contract.passage_length=90",
+        *peft,
     )
     tuned = read_contract(tmp_path / "tuned" / "model")[0]
     lengths = {"query_length": 80, "passage_length": 90, "temperature": tuned.temperature}
@@ -301,7 +303,7 @@ def test_a_resumed_run_gives_the_same_weights(beir: Path, tmp_path: Path) -> Non
                 *(f"trainer.max_steps={step}", "resume=true", "optimizer.schedule=constant"),
                 "contract.slots=2",
             )
-        path = tmp_path / name / "model" / "adapter_model.safetensors"
+        path = tmp_path / name / "model" / "model.safetensors"
         weights.append(path.read_bytes())
     assert weights[0] == weights[1]
 

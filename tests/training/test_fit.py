@@ -31,6 +31,7 @@ from caravan.training.reranker import Reranker
 from caravan.training.retriever import Retriever
 
 MEASURES = ["MRR@10", "nDCG@10", "R@100"]
+TASKS = "ebae+ebar+lm"
 
 
 class KilledError(Exception):
@@ -102,7 +103,7 @@ class Fit:
         optimizer = optimizer or AdamW(lr=1e-2, warmup_steps=2)
         module: Any
         if adapts:
-            prompts = {"self_prompt": " camel:", "next_prompt": " caravan:"}
+            prompts = {"self_prompt": " camel:", "next_prompt": " caravan:", "tasks": TASKS}
             contract = replace(
                 self.contract,
                 query_template="{text} caravan:",

@@ -3,7 +3,8 @@
     model/
       caravan.json        the contract (prompts, EOS, pooling, lengths, ...) and facts of training
       config.json  model.safetensors             full weights, as transformers reads them
-      adapter_config.json  adapter_model.safetensors   or an adapter, as PEFT reads it
+      adapter_config.json  adapter_model.safetensors   or an adapter, as PEFT reads it, where the
+                                                 weights that it was trained on have a name
       score.safetensors   an encoder's head; a decoder's is in its weights, or in its adapter
       tokenizer.json ...  README.md
 
@@ -12,6 +13,7 @@ It is written beside its final place and renamed, so there is a whole folder or 
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -56,6 +58,9 @@ def save(
     logging.disable_progress_bar()
     transformer: Any = model.transformer
     adapter = hasattr(transformer, "peft_config")
+    if adapter and not transformer.active_peft_config.base_model_name_or_path:
+        transformer = merged(copy.deepcopy(transformer))  # on random weights, which no folder has
+        adapter = False
     facts = {**facts, "weights": "adapter" if adapter else "full"}
     if isinstance(model, SlotEncoder) and not adapter:
         facts["language_model"] = type(transformer).__name__
