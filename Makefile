@@ -7,16 +7,20 @@ Q := runs/quickstart
 
 .PHONY: quickstart test test-all check bench clean
 
-# BM25 over the training queries gives the hard negatives; train a retriever; fuse it with BM25 over
-# the dev queries, whose candidates the reranker is watched on while it trains; then the test queries,
-# stage by stage. A stage whose model, collection and settings are the same as last time is skipped.
+# BM25 over the training queries gives the hard negatives; adapt a language model, train a retriever
+# from it, and one for as long without; fuse it with BM25 over the dev queries, whose candidates the
+# reranker is watched on while it trains; then the test queries, stage by stage. A stage whose model,
+# collection and settings are the same as last time is skipped.
 quickstart: .venv/.installed
 	$(PY) evaluate.py retriever=bm25 data.split=train index.k=100 'measures=[MRR@10,R@100]' name=negatives/pydocs
+	$(PY) train.py experiment=quickstart/adapt resume=true
 	$(PY) train.py experiment=quickstart/retriever resume=true
+	$(PY) train.py experiment=quickstart/unadapted resume=true
 	$(PY) evaluate.py experiment=quickstart/pipeline reranker=null data.split=dev index.k=100 'measures=[MRR@10,R@100]' name=candidates/pydocs
 	$(PY) train.py experiment=quickstart/reranker resume=true
 	$(PY) train.py experiment=quickstart/untrained resume=true
 	$(PY) evaluate.py retriever=$(Q)/train/untrained/model name=quickstart/untrained
+	$(PY) evaluate.py retriever=$(Q)/train/unadapted/model name=quickstart/unadapted
 	$(PY) evaluate.py experiment=quickstart/pipeline
 	@$(PY) -m caravan.report table $(Q)
 

@@ -206,7 +206,7 @@ def test_the_names_that_a_check_knows_are_those_that_are_computed() -> None:
 
 def test_a_dataset_of_the_hub_is_no_folder() -> None:
     preflight(["experiment=llara/adapt_llama2_7b"], CONF, "train", config.ROOTS["train"])
-    with pytest.raises(InputError, match="there is no folder /no/such"):
+    with pytest.raises(InputError, match="there is no file or folder /no/such"):
         preflight(
             ["stage=adaptation", "data=hub_texts", "data.path=/no/such"],
             *(CONF, "train", config.ROOTS["train"]),

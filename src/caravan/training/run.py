@@ -131,32 +131,16 @@ def _adopt(cfg: Any, collection: Collection | None, run_dir: Path) -> None:
 def _fit(
     cfg: Any, source: Any, collection: Any, run_dir: Path, checkpoint: Path | None
 ) -> float | None:
-    import torch
-
-    from caravan.data.datamodule import DataModule
-    from caravan.data.unlabelled import Unlabelled
-    from caravan.models import folder, hardware
+    from caravan.models import hardware
     from caravan.models.backbone import parameter_counts
     from caravan.training.callbacks import AtomicCheckpoints
     from caravan.training.optim import updates
 
     module = _module(cfg, collection)
     parts = build(cfg, "sampler", "strategy", "logger", "callbacks", "trainer")
-    budget = hardware.chunk(cfg.batching.token_budget)
-    training = module.training_set(collection, source.train_split, parts["sampler"], budget)
-    dev_split = source.dev_split
-    if isinstance(training, Unlabelled) and not collection.splits:
-        dev_split = None  # text alone will do
+    data = _data(cfg, module, source, collection, parts["sampler"])
+    if data.dev_split is None:
         parts["trainer"].keywords["limit_val_batches"] = 0
-    data = DataModule(
-        collection,
-        module.reading(),
-        training,
-        dev_split,
-        cfg.seed,
-        **{**cfg.batching, "token_budget": budget},
-        **{key: value for key, value in cfg.validation.items() if key != "read_lengths"},
-    )
     callbacks = [callback for callback in parts["callbacks"].values() if callback is not None]
     if parts["callbacks"].get("progress") is None:
         parts["trainer"].keywords["enable_progress_bar"] = False
@@ -185,14 +169,44 @@ def _fit(
             log.info(line)
         if needed is not None and needed.total >= 1e8:  # less is nowhere in question
             log.info("memory at the peak of a step: about %s", needed)
-    if dev_split is not None:
+    if data.dev_split is not None:
         _validate_at_least_once(trainer, batches)
     started = time.monotonic()
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except InputError as error:
         raise _without_traceback(error) from None
-    seconds = time.monotonic() - started
+    return _leave(cfg, module, data, trainer, run_dir, time.monotonic() - started)
+
+
+def _data(cfg: Any, module: Any, source: Any, collection: Any, sampler: Any) -> Any:
+    """The DataModule; its dev_split is None where text alone is trained on."""
+    from caravan.data.datamodule import DataModule
+    from caravan.data.unlabelled import Unlabelled
+    from caravan.models import hardware
+
+    budget = hardware.chunk(cfg.batching.token_budget)
+    training = module.training_set(collection, source.train_split, sampler, budget)
+    text_alone = isinstance(training, Unlabelled) and not collection.splits
+    return DataModule(
+        collection,
+        module.reading(),
+        training,
+        None if text_alone else source.dev_split,
+        cfg.seed,
+        **{**cfg.batching, "token_budget": budget},
+        **{key: value for key, value in cfg.validation.items() if key != "read_lengths"},
+    )
+
+
+def _leave(
+    cfg: Any, module: Any, data: Any, trainer: Any, run_dir: Path, seconds: float
+) -> float | None:
+    """The model folder of the best weights, and figures; returns the best of what is monitored."""
+    import torch
+
+    from caravan.models import folder
+
     watched = trainer.checkpoint_callback
     best_path = Path(getattr(watched, "best_model_path", "") or "")
     best = None
@@ -202,13 +216,13 @@ def _fit(
         best = float(watched.best_model_score)
     read = {
         length: _read_at(length, trainer, module, data)
-        for length in (cfg.validation.read_lengths if dev_split is not None else ())
+        for length in (cfg.validation.read_lengths if data.dev_split is not None else ())
     }
     if trainer.is_global_zero:
         facts = {
             "name": cfg.name,
             "base_model": module.backbone.name,
-            "collection": f"{collection.name} ({collection.digest[:12]})",
+            "collection": f"{data.collection.name} ({data.collection.digest[:12]})",
             "updates": trainer.global_step,
             "monitored": getattr(watched, "monitor", None),
             "best": best,
