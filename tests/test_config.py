@@ -149,6 +149,7 @@ def test_a_right_config_has_no_mistakes(told: Callable[..., list[str]]) -> None:
         ("seed=1,2", "several values; add -m"),
         ("seed", "no setting; write key=value"),
         ("seed=[1", "cannot be read"),
+        ("init_from=runs/seed=1/model", "into quotes: \"init_from='runs/seed=1/model'\""),
         ("~backbone", "nothing is chosen; give backbone=<option>"),
         ("+seed=3", "it is set already; leave the + out"),
         ("experiment=nothing", "no experiment is called nothing"),
