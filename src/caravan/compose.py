@@ -170,9 +170,9 @@ class Composer:
             reason = str(error).splitlines()[0]
             if "=" not in text:
                 return f"{text} (command line): no setting; write key=value", None
-            key, _, value = text.partition("=")
-            if "=" in value:  # such as the folder of a sweep's job
-                reason = f"its value has another =; put it into quotes: \"{key}='{value}'\""
+            name, _, given = text.partition("=")
+            if "=" in given:  # such as the folder of a sweep's job
+                reason = f"its value has another =; put it into quotes: \"{name}='{given}'\""
             return f"{text} (command line): cannot be read: {reason}", None
         key, value = override.key_or_group, override.value()
         if key.startswith(("hydra.", "hydra/")) or override.is_delete():
