@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tests.tiny import tiny_backbone
 
+from caravan.batches import pack
 from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.errors import InputError
 from caravan.models import backbone as backbone_module
+from caravan.models import folder
 from caravan.models.adapters import LoRA
-from caravan.models.backbone import TinyLlama, parameter_counts
+from caravan.models.backbone import Pretrained, TinyLlama, parameter_counts
 from caravan.models.biencoder import BiEncoder
 
 
@@ -45,19 +48,73 @@ def test_weights_are_a_function_of_torchs_seed(tokenizer: object) -> None:
     assert not torch.equal(models[0][name], models[2][name])
 
 
-def test_lora_trains_adapters_alone(tokenizer: object) -> None:
-    model = LoRA(rank=2, alpha=4).apply(tiny_backbone().model(tokenizer))
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+
+
+def _adapted(model: torch.nn.Module) -> set[str]:
+    """Names of the layers that have adapters."""
+    found = [name for name, _ in model.named_parameters() if "lora_A" in name]
+    return {name.split(".lora_A")[0].rpartition(".")[2] for name in found}
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [
+        ("all-linear", ATTENTION | MLP),
+        ("attention", ATTENTION),
+        ("mlp", MLP),
+        (["up_proj"], {"up_proj"}),
+    ],
+)
+def test_lora_trains_adapters_alone(targets: Any, layers: set[str], tokenizer: object) -> None:
+    adapters = LoRA(rank=2, alpha=4, targets=targets)
+    model = adapters.apply(tiny_backbone().scorer(tokenizer))
     trainable, total = parameter_counts(model)
     assert 0 < trainable < total
-    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
-    layers = {
-        part
-        for name, _ in model.named_parameters()
-        if "lora_A" in name
-        for part in name.split(".")
-        if part.endswith("_proj")
-    }
-    assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in trained if "lora_" not in name and "score" not in name} == set()
+    assert _adapted(model) == layers
+
+
+def test_the_layers_of_an_encoder_are_told_apart_where_their_names_are_alike() -> None:
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LoRA(rank=2, targets="mlp").apply(transformers.BertModel(config))
+    names = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
+    ends = ("layer.0.intermediate.dense", "layer.0.output.dense")
+    assert len(names) == 2
+    assert all(name.endswith(ends) and "attention" not in name for name in names)
+
+
+def test_a_group_that_a_model_lacks_is_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(InputError, match=r"peft\.targets=attention: Sequential has no such layers"):
+        LoRA(targets="attention").apply(model)
+
+
+@pytest.mark.parametrize("kind", ["rslora", "dora"])
+def test_variants_of_lora_are_in_the_folder(
+    kind: str, tokenizer: Any, contract: Contract, tmp_path: Path
+) -> None:
+    tiny_backbone().model(tokenizer).save_pretrained(tmp_path / "base")
+    base = Pretrained(str(tmp_path / "base"))
+    embedded = []
+    for settings in ({}, {kind: True}):
+        torch.manual_seed(0)
+        adapters = LoRA(rank=4, alpha=8, dropout=0.0, **settings)
+        model = BiEncoder(adapters.apply(base.model(tokenizer)), contract).eval()
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+        to = tmp_path / f"model{len(embedded)}"
+        folder.save(to, model, tokenizer, contract, {"name": kind})
+        with torch.no_grad():
+            own = model.embed(pack([[5, 6, 7], [8, 9]], 99))
+            torch.testing.assert_close(folder.load(to)[0].embed(pack([[5, 6, 7], [8, 9]], 99)), own)
+        embedded.append(own)
+    assert (embedded[0] - embedded[1]).abs().max() > 1e-4
 
 
 def test_recomputed_activations_give_the_same_gradient(tokenizer: object) -> None:

@@ -19,7 +19,10 @@ class LoRA:
 
     Args:
         rank, alpha, dropout: as in PEFT.
-        targets: names of the linear layers, or "all-linear".
+        targets: which linear layers of the blocks: "all-linear", those of "attention" or of the
+            "mlp", or names.
+        rslora: scale by alpha / sqrt(rank) and not alpha / rank (arXiv 2312.03732).
+        dora: learn the size of each weight's columns apart (arXiv 2402.09353).
     """
 
     def __init__(
@@ -28,8 +31,11 @@ class LoRA:
         alpha: int = 64,
         dropout: float = 0.1,
         targets: list[str] | str = "all-linear",
+        rslora: bool = False,
+        dora: bool = False,
     ) -> None:
         self.settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
+        self.settings.update(use_rslora=rslora, use_dora=dora)
         self.targets = targets
 
     def apply(self, model: Any, rows: Sequence[int] = ()) -> nn.Module:
@@ -52,7 +58,7 @@ class LoRA:
             task = TaskType.CAUSAL_LM
         config = LoraConfig(
             task_type=task,
-            target_modules=self.targets,
+            target_modules=_of_group(model, self.targets),
             revision=getattr(model, "revision", None),  # the adapter finds the same base again
             trainable_token_indices=list(rows) or None,
             **self.settings,
@@ -62,6 +68,26 @@ class LoRA:
         except ValueError as error:
             told = str(error).strip().splitlines()[0]
             raise InputError(f"peft.targets={self.targets}: {told}") from None
+
+
+def _of_group(model: nn.Module, targets: list[str] | str) -> list[str] | str:
+    """The linear layers of a group, by name; what is no group comes back as it is."""
+    if targets not in ("attention", "mlp"):
+        return targets
+    from transformers.pytorch_utils import Conv1D
+
+    names = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and any(map(str.isdigit, name.split(".")))
+    ]
+    attends = {name for name in names if "attn" in name.lower() or "attention" in name.lower()}
+    found = [name for name in names if (name in attends) == (targets == "attention")]
+    if not found:
+        raise InputError(
+            f"peft.targets={targets}: {type(model).__name__} has no such layers; give their names"
+        )
+    return found
 
 
 def is_adapter(name: str, revision: str | None = None) -> bool:
@@ -143,13 +169,17 @@ def copy_adapter(peft: Any, name: str) -> int:
 
     stored = {short(key): weight for key, weight in load_peft_weights(name, device="cpu").items()}
     new = get_peft_model_state_dict(peft, save_embedding_layers=False)
-    alpha = getattr(PeftConfig.from_pretrained(name), "lora_alpha", None)
+    saved, asked = (
+        (getattr(config, "lora_alpha", None), getattr(config, "use_rslora", False))
+        for config in (PeftConfig.from_pretrained(name), peft.active_peft_config)
+    )
     wanted = low_rank({short(key): weight for key, weight in new.items()})
-    if low_rank(stored) != wanted or alpha != peft.active_peft_config.lora_alpha:
+    if low_rank(stored) != wanted or saved != asked:
         raise InputError(
-            f"init_from={name} has an adapter of another rank or alpha, on other layers or with"
-            " other slots than is asked for; set peft.rank, peft.alpha, peft.targets and"
-            " contract.slots to its own, or peft=none to merge it"
+            f"init_from={name} has an adapter of another rank or alpha, of another kind, on other"
+            " layers or with other slots than is asked for; set peft.rank, peft.alpha,"
+            " peft.targets, peft.rslora, peft.dora and contract.slots to its own, or peft=none to"
+            " merge it"
         )
     taken = {key: stored[short(key)] for key in new if short(key) in stored}
     set_peft_model_state_dict(peft, {**new, **taken})
