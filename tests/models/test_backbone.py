@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from bitsandbytes.nn import Linear4bit
+from tests.commands import train
 from tests.tiny import tiny_backbone
 
 from caravan.batches import pack
@@ -15,7 +17,7 @@ from caravan.data.collection import Collection
 from caravan.errors import InputError
 from caravan.models import backbone as backbone_module
 from caravan.models import folder
-from caravan.models.adapters import LoRA
+from caravan.models.adapters import LoRA, QLoRA
 from caravan.models.backbone import Pretrained, TinyLlama, parameter_counts
 from caravan.models.biencoder import BiEncoder
 
@@ -153,3 +155,46 @@ def test_a_tiny_llama_begins_by_handing_on_a_share_of_what_it_attends_to(
 def test_a_negative_share_is_refused() -> None:
     with pytest.raises(InputError, match=r"backbone\.copying is -1; it must be 0 or more"):
         TinyLlama(copying=-1)
+
+
+@pytest.fixture
+def saved(tokenizer: Any, tmp_path: Path) -> Path:
+    tiny_backbone().model(tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_a_quantised_base_has_four_bits_and_its_adapters_are_float32(
+    saved: Path, tokenizer: Any
+) -> None:
+    plain, quantised = Pretrained(str(saved)), Pretrained(str(saved))
+    adapters = QLoRA(rank=2, alpha=4)
+    quantised.quantization = adapters.quantization()
+    model = adapters.apply(quantised.model(tokenizer))
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+    assert len(layers) == 14  # seven a block
+    assert all(layer.weight.quant_state.quant_type == "nf4" for layer in layers)
+    assert all(layer.weight.quant_state.nested for layer in layers)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    of_plain = LoRA(rank=2, alpha=4).apply(plain.model(tokenizer))
+    assert parameter_counts(model) == parameter_counts(of_plain)
+
+
+def test_a_quantised_base_lets_gradients_pass_after_a_validation(
+    saved: Path, tokenizer: Any
+) -> None:
+    base, adapters = Pretrained(str(saved)), QLoRA(rank=2, alpha=4, dropout=0.0)
+    base.quantization = adapters.quantization()
+    model: Any = adapters.apply(base.model(tokenizer))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    model.train()(input_ids=ids).last_hidden_state[0, -1].square().sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if "lora_B" in name}
+    assert any("layers.0" in name for name in grads)
+    assert all(grad is not None and bool(grad.any()) for grad in grads.values())
+
+
+def test_random_weights_are_not_quantised(beir: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="peft=qlora needs saved weights"):
+        train(beir, tmp_path / "run", "peft=qlora")

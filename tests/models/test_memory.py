@@ -70,6 +70,9 @@ def test_a_7b_shape_is_counted_without_its_weights() -> None:
     few = need(adapters, tokens=1024, bf16=True)
     assert few.gradients == pytest.approx(4 * 80e6, rel=0.02)
     assert few.activations == full.activations
+    packed = need(adapters, tokens=1024, bf16=True, quantised=True)
+    assert packed.weights == pytest.approx(0.516 * parameters + 6 * 80e6, rel=0.01)
+    assert (packed.gradients, packed.activations) == (few.gradients, few.activations)
     assert need(model, 1024, bf16=True, checkpointing=True).activations < full.activations / 5
 
 

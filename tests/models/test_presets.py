@@ -19,10 +19,10 @@ from caravan.training.run import train
 
 SHAPE = {
     "vocab_size": 400,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "intermediate_size": 48,
+    "intermediate_size": 128,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
@@ -34,8 +34,8 @@ ARCHITECTURES: dict[str, Any] = {
     "bert_base": lambda: transformers.BertConfig(**SHAPE),
     "modernbert_base": lambda: transformers.ModernBertConfig(**SHAPE),
     "smollm2_135m": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
-    "qwen3_0_6b": lambda: transformers.Qwen3Config(**GROUPED, head_dim=16),
-    "qwen3_4b": lambda: transformers.Qwen3Config(**GROUPED, head_dim=32),
+    "qwen3_0_6b": lambda: transformers.Qwen3Config(**GROUPED, head_dim=32),
+    "qwen3_4b": lambda: transformers.Qwen3Config(**GROUPED, head_dim=64),
     "llama2_7b": lambda: transformers.LlamaConfig(**{**GROUPED, "num_key_value_heads": 2}),
     "llama2_13b": lambda: transformers.LlamaConfig(**{**GROUPED, "num_key_value_heads": 2}),
     "llama3_1_8b": lambda: transformers.LlamaConfig(**GROUPED, rope_parameters=LONG),
@@ -50,7 +50,7 @@ def test_every_preset_has_a_tiny_instance() -> None:
     assert presets - OWN == set(ARCHITECTURES)
 
 
-@pytest.mark.parametrize("peft", ["none", "lora"])
+@pytest.mark.parametrize("peft", ["none", "lora", "qlora"])
 @pytest.mark.parametrize("preset", sorted(ARCHITECTURES))
 def test_a_preset_trains_saves_and_embeds_as_plain_transformers_does(
     preset: str, peft: str, beir: Path, collection: Collection, tokenizer: Any, tmp_path: Path
@@ -72,10 +72,10 @@ def test_a_preset_trains_saves_and_embeds_as_plain_transformers_does(
     train(cfg)
     saved = tmp_path / "run" / "model"
     model, own, contract, facts = folder.load(saved)
-    assert facts["weights"] == ("adapter" if peft == "lora" else "full")
-    plain = transformers.AutoModel.from_pretrained(base if peft == "lora" else saved)
+    assert facts["weights"] == ("full" if peft == "none" else "adapter")
+    plain = transformers.AutoModel.from_pretrained(saved if peft == "none" else base)
     before = transformers.AutoModel.from_pretrained(base).eval()
-    if peft == "lora":
+    if peft != "none":
         from peft import PeftModel
 
         plain = PeftModel.from_pretrained(plain, str(saved))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from caravan.errors import InputError
@@ -68,6 +69,55 @@ class LoRA:
         except ValueError as error:
             told = str(error).strip().splitlines()[0]
             raise InputError(f"peft.targets={self.targets}: {told}") from None
+
+
+class QLoRA(LoRA):
+    """Low-rank adapters on a base whose linear layers have four bits (arXiv 2305.14314).
+
+    The base is quantised as it is loaded; the model folder holds the adapter alone, and loads on
+    the base as it was released.
+
+    Args:
+        rank, alpha, dropout, targets, rslora, dora: as for `LoRA`.
+        quant_type: "nf4" or "fp4".
+        double_quant: quantise the scales too.
+    """
+
+    def __init__(
+        self,
+        rank: int = 32,
+        alpha: int = 64,
+        dropout: float = 0.1,
+        targets: list[str] | str = "all-linear",
+        rslora: bool = False,
+        dora: bool = False,
+        quant_type: str = "nf4",
+        double_quant: bool = True,
+    ) -> None:
+        super().__init__(rank, alpha, dropout, targets, rslora, dora)
+        if quant_type not in ("nf4", "fp4"):
+            raise InputError(f"peft.quant_type is {quant_type!r}; it must be nf4 or fp4")
+        self.quant_type, self.double_quant = quant_type, double_quant
+
+    def apply(self, model: Any, rows: Sequence[int] = ()) -> nn.Module:
+        """As `LoRA.apply`, on a quantised model."""
+        for layer in model.modules():
+            # On a CPU bitsandbytes lays weights out for inference when they are first used without
+            # a gradient, in a validation say, and from then on none passes through them.
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False
+        return super().apply(model, rows)
+
+    def quantization(self) -> Any:
+        """transformers' config of the quantised base; arithmetic is bf16."""
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quant_type,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
 
 
 def _of_group(model: nn.Module, targets: list[str] | str) -> list[str] | str:

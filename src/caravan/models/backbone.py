@@ -9,6 +9,7 @@ encoder's affair.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -165,6 +166,7 @@ class Pretrained:
         self.attention = attention
         self.hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.checkpointing = checkpointing
+        self.quantization: Any = None  # `QLoRA`'s, for a base that is loaded in four bits
 
     trains_tokenizer = False
 
@@ -184,7 +186,9 @@ class Pretrained:
     def model(self, tokenizer: Any) -> nn.Module:
         if is_adapter(self.name, self.hub["revision"]):
             return load_adapter(self._base(), self.name, self.hub["revision"], trainable=True)
-        model = load_weights(self.name, torch.float32, self.attention, **self.hub)
+        model = load_weights(
+            self.name, torch.float32, self.attention, quantization=self.quantization, **self.hub
+        )
         return _prepared(model, self.checkpointing)
 
     def language_model(self, tokenizer: Any) -> nn.Module:
@@ -193,7 +197,9 @@ class Pretrained:
             raise InputError(
                 f"{self.name} is an adapter; a likelihood needs a language model: name its base"
             )
-        model = load_language_model(self.name, self.attention, **self.hub)
+        model = load_language_model(
+            self.name, self.attention, quantization=self.quantization, **self.hub
+        )
         return _prepared(model, self.checkpointing)
 
     def scorer(self, tokenizer: Any) -> nn.Module:
@@ -203,7 +209,9 @@ class Pretrained:
             return load_adapter(headed, self.name, self.hub["revision"], trainable=True)
         scorer: Any
         scorer, scorer.head_is_new = load_scorer(
-            self.name, torch.float32, self.attention, tokenizer.pad_token_id, **self.hub
+            *(self.name, torch.float32, self.attention, tokenizer.pad_token_id),
+            quantization=self.quantization,
+            **self.hub,
         )
         return _prepared(scorer, self.checkpointing)
 
@@ -244,6 +252,7 @@ class Trained:
         self.checkpointing = checkpointing
         self.counts: tuple[int, int] = (0, 0)  # weights loaded, and new ones
         self.copied = 0  # weights of the adapter
+        self.quantization: Any = None  # `QLoRA`'s, for a base that is loaded in four bits
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
         """The folder's own tokenizer; the collection plays no part."""
@@ -260,7 +269,17 @@ class Trained:
         """The transformer without a head; what a head the folder has is left out."""
         if self.adapter is not None:
             base, revision = adapter_base(Path(self.adapter))
-            model: Any = load_weights(base, torch.float32, self.attention, revision=revision)
+            model: Any = load_weights(
+                *(base, torch.float32, self.attention),
+                quantization=self.quantization,
+                revision=revision,
+            )
+        elif self.quantization is not None:
+            if self.scores or read_contract(Path(self.name))[1]["weights"] == "adapter":
+                raise self._not_quantised()
+            model = load_weights(
+                self.name, torch.float32, self.attention, quantization=self.quantization
+            )
         else:
             model = self._whole().base_model
             if getattr(model, "pooler", None) is not None:
@@ -274,17 +293,27 @@ class Trained:
             self.counts = (self.counts[0], 1)
             return _new_head(model, tokenizer)
         if self.adapter is None:
+            if self.quantization is not None:
+                raise self._not_quantised()
             return self._prepared(self._whole())
         base, revision = adapter_base(Path(self.adapter))
         pad_id = tokenizer.pad_token_id
-        scorer = load_scorer(base, torch.float32, self.attention, pad_id, revision=revision)[0]
+        scorer = load_scorer(
+            *(base, torch.float32, self.attention, pad_id, self.quantization), revision=revision
+        )[0]
         return self._prepared(scorer)  # its head comes with the adapter
 
     def language_model(self, tokenizer: Any) -> nn.Module:
         """The transformer with its output layer, which the folder or the base must have."""
         if self.adapter is not None:
             base, revision = adapter_base(Path(self.adapter))
-            return self._prepared(load_language_model(base, self.attention, revision=revision))
+            return self._prepared(
+                load_language_model(
+                    base, self.attention, quantization=self.quantization, revision=revision
+                )
+            )
+        if self.quantization is not None:
+            raise self._not_quantised()
         contract, facts = read_contract(Path(self.name))
         if contract.scoring == "likelihood":
             return self._prepared(self._whole())
@@ -318,6 +347,12 @@ class Trained:
             whole = self.copied
         head = ", 1 new (score.weight)" if new else ""
         return f"{whole} weights taken from {self.name}{of_base}{head}"
+
+    def _not_quantised(self) -> InputError:
+        return InputError(
+            f"peft=qlora cannot begin with {self.name}: it goes on with an adapter, or with the"
+            " whole weights of a retriever; choose peft=lora"
+        )
 
     def _whole(self) -> Any:
         transformer = folder.load(Path(self.name))[0].transformer
@@ -358,8 +393,11 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Any:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Trainable and total parameters."""
-    total = sum(p.numel() for p in model.parameters())
+    """Trainable and total parameters; one of four bits counts as one."""
+    total = 0
+    for parameter in model.parameters():
+        packed = getattr(parameter, "quant_state", None)
+        total += parameter.numel() if packed is None else math.prod(packed.shape)
     return sum(p.numel() for p in model.parameters() if p.requires_grad), total
 
 

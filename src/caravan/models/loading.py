@@ -56,6 +56,7 @@ def load_weights(
     attention: str = "auto",
     heads: bool = True,
     auto: Any = None,
+    quantization: Any = None,
     **hub: Any,
 ) -> nn.Module:
     """A transformer from the hub or a folder; every weight must be there.
@@ -64,6 +65,7 @@ def load_weights(
         auto: what transformers loads it with; None is AutoModel, which leaves a head out.
         heads: released models bring heads (lm_head, classifier, ...), which are left out; weights
             of layers that the config does not count are refused nevertheless.
+        quantization: transformers' config of how linear layers are quantised on the way.
 
     Raises:
         InputError: it is not to be had, or weights are missing, of another shape or not used.
@@ -74,6 +76,8 @@ def load_weights(
 
     _refuse_missing(name)
     logging.disable_progress_bar()
+    if quantization is not None:
+        hub = {**hub, "quantization_config": quantization}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of missing weights is replaced by the check below
     try:
@@ -109,7 +113,11 @@ def load_weights(
 
 
 def load_language_model(
-    name: str, attention: str = "auto", dtype: torch.dtype = torch.float32, **hub: Any
+    name: str,
+    attention: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    quantization: Any = None,
+    **hub: Any,
 ) -> nn.Module:
     """A decoder with the output layer that it was pretrained with.
 
@@ -119,7 +127,9 @@ def load_language_model(
     from transformers import AutoModelForCausalLM
 
     try:
-        return load_weights(name, dtype, attention, auto=AutoModelForCausalLM, **hub)
+        return load_weights(
+            name, dtype, attention, auto=AutoModelForCausalLM, quantization=quantization, **hub
+        )
     except InputError as error:
         told = "what tells tokens must be a decoder with its output layer"
         raise InputError(f"{error}; {told}") from None
@@ -165,7 +175,12 @@ def set_attention(model: Any, attention: str) -> nn.Module:
 
 
 def load_scorer(
-    name: str, dtype: torch.dtype, attention: str = "auto", pad_id: int | None = None, **hub: Any
+    name: str,
+    dtype: torch.dtype,
+    attention: str = "auto",
+    pad_id: int | None = None,
+    quantization: Any = None,
+    **hub: Any,
 ) -> tuple[nn.Module, bool]:
     """A transformer with a head that scores a text, and whether the head is new.
 
@@ -178,13 +193,14 @@ def load_scorer(
 
     config = load_config(name, **hub)
     if not any(kind.endswith(CLASSIFIER) for kind in config.architectures or ()):
-        return with_head(load_weights(name, dtype, attention, **hub), pad_id), True
+        model = load_weights(name, dtype, attention, quantization=quantization, **hub)
+        return with_head(model, pad_id), True
     if config.num_labels != 1:
         raise InputError(
             f"{name} has a head of {config.num_labels} labels; a reranker has one score"
         )
     auto = AutoModelForSequenceClassification
-    scorer = load_weights(name, dtype, attention, auto=auto, **hub)
+    scorer = load_weights(name, dtype, attention, auto=auto, quantization=quantization, **hub)
     found = head_of(scorer)
     if found is not None:
         scorer.set_submodule(found[0], Head.of(found[1]))

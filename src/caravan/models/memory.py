@@ -19,6 +19,8 @@ from caravan.errors import InputError
 from caravan.models.vocabulary import PIECE
 
 FLOAT = 4  # bytes; trainable and frozen weights are float32
+FOUR_BITS = 0.5 + 1 / 64 + 4 / 64 / 256
+"""Bytes of a weight of four bits, a scale of eight for 64 of them, and of 32 for 256 scales."""
 GIB = 2**30
 
 
@@ -49,6 +51,7 @@ def need(
     bf16: bool,
     checkpointing: bool = False,
     vocabulary: int = 0,
+    quantised: bool = False,
 ) -> Need:
     """What a training step needs.
 
@@ -57,20 +60,31 @@ def need(
         tokens: padded tokens of one batch on one device; all of them wait for the backward pass.
         bf16: whether the arithmetic is bf16.
         vocabulary: entries of an output layer that is in use; 0 if there is none.
+        quantised: whether frozen linear layers have four bits (QLoRA).
     """
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Under autocast a linear's bf16 copy of its weight is kept until the backward pass; where
     # activations are computed again, only those of trained weights are.
-    copies = 2 * (trained if checkpointing else total) if bf16 else 0
+    packed = _frozen_linear(model) if quantised else 0  # unpacked anew in the backward pass
+    copies = 2 * (trained if checkpointing else total - packed) if bf16 else 0
     kept = _activations(model, bf16, checkpointing) * tokens
     pieces = 3 * FLOAT * min(PIECE, vocabulary * tokens)  # logits, their softmax, their gradient
     return Need(
-        weights=FLOAT * total + copies,
+        weights=FLOAT * (total - packed) + FOUR_BITS * packed + copies,
         gradients=FLOAT * trained,
         optimizer=2 * FLOAT * trained,
         activations=kept,
         logits=pieces,
+    )
+
+
+def _frozen_linear(model: nn.Module) -> int:
+    """Weights of linear layers that are not trained."""
+    return sum(
+        layer.weight.numel()
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear) and not layer.weight.requires_grad
     )
 
 

@@ -92,6 +92,13 @@ def _module(cfg: Any, collection: Collection | None) -> Any:
     backbone = parts["backbone"]
     if cfg.init_from is not None:
         backbone = _trained(cfg.init_from, backbone, parts["peft"] is not None)
+    if hasattr(parts["peft"], "quantization"):
+        if not hasattr(backbone, "quantization"):
+            raise InputError(
+                f"peft=qlora needs saved weights, and backbone={backbone.name} begins from random"
+                " ones; choose another backbone, or peft=lora"
+            )
+        backbone.quantization = parts["peft"].quantization()
     contract = Contract(**parts["contract"])
     tokenizer = backbone.tokenizer(collection, Path(cfg.cache_dir))
     add_slots(tokenizer, contract)
@@ -248,7 +255,8 @@ def _memory(module: Any, data: Any, trainer: Any, bf16: bool) -> Any:
     tokens = data.training[0, np.arange(each)].padded
     vocabulary = outline.config.get_text_config().vocab_size if module.tells_tokens else 0
     try:
-        needed = need(outline, tokens, bf16, module.backbone.checkpointing, vocabulary)
+        quantised = hasattr(module.peft, "quantization")
+        needed = need(outline, tokens, bf16, module.backbone.checkpointing, vocabulary, quantised)
     except AttributeError as error:  # no transformer's shape
         log.debug("no estimate of memory: %s", error)
         return None
