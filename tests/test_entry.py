@@ -48,7 +48,8 @@ def main(cfg):
     with open(os.path.join(cfg.run_dir, "out.json"), "w") as file:
         json.dump({"cwd": os.getcwd(), "run_dir": cfg.run_dir, "seed": cfg.seed}, file)
     with open(os.path.join(cfg.run_dir, "metrics.json"), "w") as file:
-        json.dump({"monitored": "val/MRR@10", "best": 0.25, "resume": cfg.resume}, file)
+        json.dump({"monitored": "val/MRR@10", "best": 0.25, "resume": cfg.resume,
+                   "loss": cfg.loss.get("name")}, file)
 
 
 if __name__ == "__main__":
@@ -127,6 +128,17 @@ def test_the_command_line_goes_before_what_a_sweep_file_varies(app: Program, hom
     done = app("-m", "sweep=seeds", "seed=3")
     assert done.returncode == 0, done.stderr
     assert [path.parent.name for path in home.rglob("job.json")] == ["seed=3"]
+
+
+def test_a_sweep_file_may_name_a_folder_by_the_jobs_seed(app: Program, home: Path) -> None:
+    (home / "conf/sweep/seeds.yaml").write_text(
+        "# @package _global_\nname: many\n"
+        "hydra: {sweeper: {params: {seed: '1,2', loss.name: 'none,here/\\${seed}/model'}}}\n"
+    )
+    done = app("-m", "sweep=seeds")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(path.read_text())["loss"] for path in home.rglob("metrics.json")]
+    assert sorted(found) == ["here/1/model", "here/2/model", "none", "none"]
 
 
 def test_a_wrong_config_ends_before_anything_is_written(app: Program, home: Path) -> None:

@@ -59,7 +59,7 @@ class Packed:
 
 
 PADDING = 0.1
-"""The largest share of padding in a chunk."""
+"""The largest share of padding in a chunk, before its width is rounded."""
 
 
 def rounded(width: int) -> int:
@@ -84,7 +84,7 @@ def pack(
     """Sort texts by length and cut them into chunks of at most `token_budget` padded tokens.
 
     A chunk ends sooner where its padding would pass a tenth. A text that is longer than the budget
-    makes a chunk of its own. Where its texts differ in length, a chunk's width is `rounded`.
+    makes a chunk of its own. Where its texts differ in length, a chunk's width is then `rounded`.
 
     Args:
         texts: token ids of each text.
@@ -105,8 +105,10 @@ def pack(
         filled = lengths[rows].cumsum() / (width * np.arange(1, len(rows) + 1))
         rows = rows[: max(int((filled >= 1 - PADDING).sum()), 1)]
         if lengths[rows[-1]] < width:
-            width = min(rounded(width), int(lengths[order[0]]))  # no wider than a model can read
-            rows = rows[: max(token_budget // width, 1)]
+            longest = max(int(lengths[order[0]]), 1)  # no wider than a model can read
+            wider = min(rounded(width), longest)
+            rows = rows[: max(token_budget // wider, 1)]
+            width = wider if lengths[rows[-1]] < width else width
         ids = np.full((len(rows), width), pad_id, dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=np.int64)
         for i, row in enumerate(rows):

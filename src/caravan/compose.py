@@ -172,7 +172,9 @@ class Composer:
                 return f"{text} (command line): no setting; write key=value", None
             name, _, given = text.partition("=")
             if "=" in given:  # such as the folder of a sweep's job
-                reason = f"its value has another =; put it into quotes: \"{name}='{given}'\""
+                reason = "a value has another =; put each such value into quotes"
+                if not set("[{,'\"") & set(given):
+                    reason = f"its value has another =; put it into quotes: \"{name}='{given}'\""
             return f"{text} (command line): cannot be read: {reason}", None
         key, value = override.key_or_group, override.value()
         if key.startswith(("hydra.", "hydra/")) or override.is_delete():

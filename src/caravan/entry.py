@@ -239,6 +239,8 @@ def preflight(argv: list[str], conf: Path, name: str, root: type) -> list[str]:
 
     Returns:
         The arguments to run Hydra with: of a sweep, they name the jobs' folders by what differs.
+        What a sweep file varies is among them: Hydra itself would resolve references in it, such
+        as a folder of the job's seed, before there is a job.
 
     Raises:
         InputError: with a line for each mistake.
@@ -249,7 +251,7 @@ def preflight(argv: list[str], conf: Path, name: str, root: type) -> list[str]:
     if args.experimental_rerun:
         return argv
     with _composer(args, conf, name, root) as composer:
-        lines, swept = _check_jobs(composer, args)
+        lines, swept, params = _check_jobs(composer, args)
         if lines:
             raise InputError(report(lines))
         if swept is None:
@@ -262,6 +264,7 @@ def preflight(argv: list[str], conf: Path, name: str, root: type) -> list[str]:
     left_out = [key for key in ("run_dir", "name", *keys) if key not in swept]
     return [
         *argv,
+        *params,
         f"hydra.job.config.override_dirname.exclude_keys={_listed(left_out)}",
         folder,
     ]
@@ -304,11 +307,14 @@ def _sweeps(override: Override) -> bool:
     return bool(override.is_sweep_override())
 
 
-def _check_jobs(composer: Composer, args: Namespace) -> tuple[list[str], list[str] | None]:
+def _check_jobs(
+    composer: Composer, args: Namespace
+) -> tuple[list[str], list[str] | None, list[str]]:
     """Check the run, or enough jobs of a sweep for each value to be looked at.
 
     Returns:
-        The mistakes, and the keys that a sweep varies (None: it is no sweep).
+        The mistakes, the keys that a sweep varies (None: it is no sweep), and what its file gives
+        for those that the command line leaves to it.
     """
     swept = [one for one in _parsed(composer, args.overrides) if _sweeps(one)]
     single = [text for text in args.overrides if text not in {one.input_line for one in swept}]
@@ -326,12 +332,15 @@ def _check_jobs(composer: Composer, args: Namespace) -> tuple[list[str], list[st
             lines.append("sweep (command line): it names several jobs; add -m to run them")
         if swept:
             lines = [*composer.collect(single)[1], *lines]
-        return lines, None
+        return lines, None, []
     values = {one.get_key_element(): _values(one) for one in _parsed(composer, params) + swept}
+    named = {one.get_key_element() for one in swept}
     for one in _parsed(composer, single):  # Hydra puts the command line before the sweep's file
+        named.add(one.get_key_element())
         if one.get_key_element() in values:
             values[one.get_key_element()] = _values(one)
-    return _check_each(composer, single, values), list(values)
+    of_file = [text for text in params if text.partition("=")[0] not in named]
+    return _check_each(composer, single, values), list(values), of_file
 
 
 def _sweep_file(

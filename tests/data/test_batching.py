@@ -22,6 +22,26 @@ def groups(collection: Collection, tokenizer: Any, contract: Contract) -> Groups
     return Groups(collection, qrels, negatives, Templates(tokenizer, contract), 128, seed=0)
 
 
+def test_texts_without_a_token_are_padded_to_one() -> None:
+    chunks = pack([[], []], 10).chunks
+    assert [chunk.input_ids.shape for chunk in chunks] == [(1, 1), (1, 1)]
+    assert not any(chunk.attention_mask.any() for chunk in chunks)
+
+
+def test_a_chunk_is_no_wider_than_the_longest_text_nor_larger_than_the_budget() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        lengths = rng.integers(1, 500, 60)
+        packed = pack([[7] * n for n in lengths], 1000)
+        for chunk in packed.chunks:
+            rows, width = chunk.input_ids.shape
+            real = chunk.attention_mask.sum(dim=1)
+            assert width <= lengths.max()
+            assert rows == 1 or rows * width <= 1000
+            assert chunk.full == bool((real == width).all())
+            assert chunk.full or bool((real != real[0]).any())  # equal ones are not padded
+
+
 def _texts(packed: Any) -> list[list[int]]:
     """The token ids of packed texts, in the order of the texts."""
     rows: list[list[int]] = []

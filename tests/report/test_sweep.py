@@ -88,6 +88,25 @@ def test_folders_are_shown_without_what_their_paths_share(tmp_path: Path) -> Non
     assert {row["init_from"] for row in collect(tmp_path)[2]} == {"null", "both", "one-task"}
 
 
+@pytest.mark.parametrize(
+    "folders",
+    [("runs/x/model", "runs/x/model/model"), ("/data/squad", "/data/squad/small")],
+)
+def test_folders_within_one_another_stay_apart(folders: tuple[str, str], tmp_path: Path) -> None:
+    for number, folder in enumerate(folders):
+        _job(tmp_path / str(number), [f"init_from={folder}"], {"validation": {"MRR@10": 0.1}})
+    varied, measures, rows, _ = collect(tmp_path)
+    names = {row["init_from"] for row in rows}
+    assert len(names) == len(averaged(varied, measures, rows)) == 2
+    assert all(names)
+
+
+def test_a_job_that_failed_is_named_by_its_place(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        _job(tmp_path / name, ["seed=1"], None)
+    assert [name for name, _ in collect(tmp_path)[3]] == ["a/seed=1", "b/seed=1"]
+
+
 def test_settings_that_are_names_are_drawn_as_bars(tmp_path: Path) -> None:
     for loss in ("kl", "bce"):
         _job(tmp_path, [f"loss={loss}"], {"overall": {"MRR@10": 0.2}, "seconds": 1})

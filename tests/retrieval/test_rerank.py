@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -54,6 +53,16 @@ def retriever(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         path, BiEncoder(tiny_backbone().model(tokenizer), contract), tokenizer, contract, {}
     )
     return path
+
+
+# The rusage of a child is no measure: it begins with the memory of the parent that forked it.
+TELLS_PEAK = """
+import atexit, runpy, sys
+status = "/proc/self/status"
+atexit.register(lambda: print(open(status).read().split("VmHWM:")[1].split()[0]))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def _candidates(collection: Collection, depth: int = 9, seed: int = 0) -> Run:
@@ -333,13 +342,14 @@ def test_memory_of_the_pipeline_is_flat_in_queries_and_pairs(
             *(beir, tmp_path / str(queries), run, f"reranker={tmp_path / 'model'}"),
             *("data.split=train", "rerank.block=1000", "measures=[MRR@10]"),
         )
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "evaluate.py"), *given], stderr=subprocess.DEVNULL
+        done = subprocess.run(
+            [sys.executable, "-c", TELLS_PEAK, str(ROOT / "evaluate.py"), *given],
+            check=True,
+            capture_output=True,
+            text=True,
         )
-        _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0
-        peaks[queries * 100] = usage.ru_maxrss / 1024  # MB
-    assert peaks[100_000] < 1.25 * peaks[10_000] < 1.6 * peaks[1000], peaks
+        peaks[queries * 100] = int(done.stdout.split()[-1]) / 1024  # MB
+    assert peaks[100_000] < peaks[10_000] + 200 < peaks[1000] + 500, peaks
 
 
 def test_metrics_hold_the_speed_of_each_stage(beir: Path, reranker: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from caravan.contract import Contract, slot_tokens, template_parts
 from caravan.errors import InputError
+from caravan.ranks import leads
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,8 @@ class Templates:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    log.warning(message)
+    if leads():
+        log.warning(message)
 
 
 class JointTemplates:
@@ -151,6 +153,11 @@ class JointTemplates:
             raise InputError(
                 f"contract.passage_length={contract.passage_length} leaves no room for text: the"
                 f" prompts take {len(self.end)} tokens; raise it"
+            )
+        if self.room < len(self.end):
+            _warn_once(
+                f"contract.passage_length={contract.passage_length} leaves no more than"
+                f" {self.room} tokens for text: the prompts take {len(self.end)}; raise it"
             )
 
     def encode(self, texts: Sequence[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:

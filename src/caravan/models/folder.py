@@ -62,7 +62,7 @@ def save(
         transformer = merged(copy.deepcopy(transformer))  # on random weights, which no folder has
         adapter = False
     facts = {**facts, "weights": "adapter" if adapter else "full"}
-    if isinstance(model, SlotEncoder) and not adapter:
+    if isinstance(model, SlotEncoder) and transformer is model.transformer and not adapter:
         facts["language_model"] = type(transformer).__name__
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -52,10 +52,10 @@ def collect(folder: Path) -> tuple[list[str], list[str], list[Row], list[tuple[s
     for run_dir, record in found:
         if record["state"] != jobs.FINISHED:
             reason = record["error"] or "not finished"
-            failed.append((run_dir.name, str(reason)))
+            failed.append((str(run_dir.relative_to(folder)), str(reason)))
             continue
         given = record["overrides"]
-        settings = {name: _number(short[name].get(given.get(name))) for name in varied}
+        settings = {name: short[name][given.get(name)] for name in varied}
         rows += [{**settings, **figures} for figures in _figures(run_dir / "metrics.json")]
     if any(READ in row for row in rows):
         varied.append(READ)
@@ -205,11 +205,13 @@ def _without_common(found: list[tuple[Path, dict[str, Any]]], name: str) -> dict
     """The values of a setting; folders without the parts of their paths that all of them share."""
     values = {record["overrides"].get(name) for _, record in found}
     paths = [value.split("/") for value in values if value and re.fullmatch(r"[^\[\]]+/.+", value)]
-    begin, end = _same(paths), _same([path[::-1] for path in paths])
     if len(paths) < 2:
-        return {value: value for value in values}
+        return {value: _number(value) for value in values}
+    shortest = min(map(len, paths))  # of which something must be left
+    begin = min(_same(paths), shortest - 1)
+    end = min(_same([path[::-1] for path in paths]), shortest - begin - 1)
     short = {"/".join(path): "/".join(path[begin : len(path) - end]) for path in paths}
-    return {value: short.get(value, value) for value in values}
+    return {value: short.get(value, _number(value)) for value in values}
 
 
 def _same(paths: list[list[str]]) -> int:
