@@ -106,9 +106,8 @@ def pack(
         rows = rows[: max(int((filled >= 1 - PADDING).sum()), 1)]
         if lengths[rows[-1]] < width:
             longest = max(int(lengths[order[0]]), 1)  # no wider than a model can read
-            wider = min(rounded(width), longest)
-            rows = rows[: max(token_budget // wider, 1)]
-            width = wider if lengths[rows[-1]] < width else width
+            width = min(rounded(width), longest)
+            rows = rows[: max(token_budget // width, 1)]
         ids = np.full((len(rows), width), pad_id, dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=np.int64)
         for i, row in enumerate(rows):
