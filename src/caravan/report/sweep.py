@@ -174,7 +174,7 @@ def _table(title: str, settings: list[str], measures: list[str], rows: list[Row]
     # A Text is shown as it is; of a plain string rich would take [...] for markup.
     table = Table(title=Text(title))
     for name in settings:
-        table.add_column(Text(name))
+        table.add_column(Text(name), overflow="fold")
     for name in measures:
         table.add_column(Text(name), justify="right")
     for row in rows:
