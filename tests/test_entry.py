@@ -33,6 +33,8 @@ def main(cfg):
 
     if cfg.name == "refuses":
         raise InputError("the corpus is empty: corpus.jsonl:1; give another folder")
+    if cfg.name == "refuses_twice":
+        raise InputError("2 mistakes:\\n  the first\\n  the second")
     if cfg.name == "refuses_inside":
         instantiate({"_target_": "app.Refuses"})
     if cfg.name == "fails":
@@ -283,6 +285,14 @@ def test_a_failing_job_does_not_stop_the_others_and_the_end_names_it(
         "failed: name=refuses: the corpus is empty: corpus.jsonl:1; give another folder",
     ]
     assert (home / "runs/mixed/name=fine/out.json").exists()
+
+
+def test_a_job_that_is_refused_for_several_mistakes_is_named_with_the_first(
+    app: Program, home: Path
+) -> None:
+    done = app("-m", "name=refuses_twice,fine", "run_dir=runs/mixed")
+    assert done.returncode == 1
+    assert "failed: name=refuses_twice: 2 mistakes: the first" in done.stdout.splitlines()
 
 
 def test_a_sweep_that_is_started_again_resumes_its_jobs(app: Program, home: Path) -> None:

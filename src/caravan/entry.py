@@ -154,8 +154,10 @@ def _job_of_sweep(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
     except Exception as error:
         mistake = _input_error(error)
         if leads():
-            first = str(mistake or error).strip().splitlines()[:1]
-            told = first[0] if mistake else f"{type(error).__name__}: {''.join(first)}"
+            lines = str(mistake or error).strip().splitlines()
+            told = f"{type(error).__name__}: {''.join(lines[:1])}"
+            if mistake:  # a heading says less than what stands below it
+                told = " ".join(line.strip() for line in lines[:2])
             jobs.write(run_dir, overrides, jobs.FAILED, told)
             log.error(mistake if mistake else "the job failed", exc_info=mistake is None)
         raise _Failed from error
