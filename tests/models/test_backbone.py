@@ -17,7 +17,7 @@ from caravan.data.collection import Collection
 from caravan.errors import InputError
 from caravan.models import backbone as backbone_module
 from caravan.models import folder
-from caravan.models.adapters import LoRA, QLoRA
+from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained, TinyLlama, parameter_counts
 from caravan.models.biencoder import BiEncoder
 
@@ -168,7 +168,7 @@ def test_a_quantised_base_has_four_bits_and_its_adapters_are_float32(
     saved: Path, tokenizer: Any
 ) -> None:
     plain, quantised = Pretrained(str(saved)), Pretrained(str(saved))
-    adapters = QLoRA(rank=2, alpha=4)
+    adapters = LoRA(rank=2, alpha=4, quant_type="nf4")
     quantised.quantization = adapters.quantization()
     model = adapters.apply(quantised.model(tokenizer))
     layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
@@ -183,7 +183,7 @@ def test_a_quantised_base_has_four_bits_and_its_adapters_are_float32(
 def test_a_quantised_base_lets_gradients_pass_after_a_validation(
     saved: Path, tokenizer: Any
 ) -> None:
-    base, adapters = Pretrained(str(saved)), QLoRA(rank=2, alpha=4, dropout=0.0)
+    base, adapters = Pretrained(str(saved)), LoRA(rank=2, alpha=4, dropout=0.0, quant_type="nf4")
     base.quantization = adapters.quantization()
     model: Any = adapters.apply(base.model(tokenizer))
     ids = torch.tensor([[5, 6, 7, 8]])

@@ -24,6 +24,10 @@ class LoRA:
             "mlp", or names.
         rslora: scale by alpha / sqrt(rank) and not alpha / rank (arXiv 2312.03732).
         dora: learn the size of each weight's columns apart (arXiv 2402.09353).
+        quant_type: "nf4" or "fp4", the base's linear layers have four bits (QLoRA, arXiv
+            2305.14314); None leaves them whole. The base is quantised as it is loaded to be
+            trained; the model folder holds the adapter alone, on the base as it was released.
+        double_quant: quantise the scales too.
     """
 
     def __init__(
@@ -34,10 +38,28 @@ class LoRA:
         targets: list[str] | str = "all-linear",
         rslora: bool = False,
         dora: bool = False,
+        quant_type: str | None = None,
+        double_quant: bool = True,
     ) -> None:
+        if quant_type not in (None, "nf4", "fp4"):
+            raise InputError(f"peft.quant_type is {quant_type!r}; it must be null, nf4 or fp4")
         self.settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
         self.settings.update(use_rslora=rslora, use_dora=dora)
         self.targets = targets
+        self.quant_type, self.double_quant = quant_type, double_quant
+
+    def quantization(self) -> Any:
+        """transformers' config of a quantised base, whose arithmetic is bf16; None of a whole."""
+        from transformers import BitsAndBytesConfig
+
+        if self.quant_type is None:
+            return None
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quant_type,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
 
     def apply(self, model: Any, rows: Sequence[int] = ()) -> nn.Module:
         """Freeze the model and put adapters on it; these and a reranker's head are trained.
@@ -52,6 +74,11 @@ class LoRA:
                 "backbone.name is an adapter already; train it with peft=none, or adopt it"
                 " (trainer.max_steps=0) and start from that model folder with init_from"
             )
+        for layer in model.modules():
+            # On a CPU bitsandbytes lays weights out for inference when they are first used without
+            # a gradient, in a validation say, and from then on none passes through them.
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False
         task = TaskType.FEATURE_EXTRACTION
         if hasattr(model, "score") or hasattr(model, "classifier"):
             task = TaskType.SEQ_CLS
@@ -69,55 +96,6 @@ class LoRA:
         except ValueError as error:
             told = str(error).strip().splitlines()[0]
             raise InputError(f"peft.targets={self.targets}: {told}") from None
-
-
-class QLoRA(LoRA):
-    """Low-rank adapters on a base whose linear layers have four bits (arXiv 2305.14314).
-
-    The base is quantised as it is loaded; the model folder holds the adapter alone, and loads on
-    the base as it was released.
-
-    Args:
-        rank, alpha, dropout, targets, rslora, dora: as for `LoRA`.
-        quant_type: "nf4" or "fp4".
-        double_quant: quantise the scales too.
-    """
-
-    def __init__(
-        self,
-        rank: int = 32,
-        alpha: int = 64,
-        dropout: float = 0.1,
-        targets: list[str] | str = "all-linear",
-        rslora: bool = False,
-        dora: bool = False,
-        quant_type: str = "nf4",
-        double_quant: bool = True,
-    ) -> None:
-        super().__init__(rank, alpha, dropout, targets, rslora, dora)
-        if quant_type not in ("nf4", "fp4"):
-            raise InputError(f"peft.quant_type is {quant_type!r}; it must be nf4 or fp4")
-        self.quant_type, self.double_quant = quant_type, double_quant
-
-    def apply(self, model: Any, rows: Sequence[int] = ()) -> nn.Module:
-        """As `LoRA.apply`, on a quantised model."""
-        for layer in model.modules():
-            # On a CPU bitsandbytes lays weights out for inference when they are first used without
-            # a gradient, in a validation say, and from then on none passes through them.
-            if hasattr(layer, "support_avx512bf16_for_cpu"):
-                layer.support_avx512bf16_for_cpu = False
-        return super().apply(model, rows)
-
-    def quantization(self) -> Any:
-        """transformers' config of the quantised base; arithmetic is bf16."""
-        from transformers import BitsAndBytesConfig
-
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=self.quant_type,
-            bnb_4bit_use_double_quant=self.double_quant,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
 
 
 def _of_group(model: nn.Module, targets: list[str] | str) -> list[str] | str:

@@ -166,7 +166,7 @@ class Pretrained:
         self.attention = attention
         self.hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.checkpointing = checkpointing
-        self.quantization: Any = None  # `QLoRA`'s, for a base that is loaded in four bits
+        self.quantization: Any = None  # `LoRA.quantization`: the base is loaded in four bits
 
     trains_tokenizer = False
 
@@ -252,7 +252,7 @@ class Trained:
         self.checkpointing = checkpointing
         self.counts: tuple[int, int] = (0, 0)  # weights loaded, and new ones
         self.copied = 0  # weights of the adapter
-        self.quantization: Any = None  # `QLoRA`'s, for a base that is loaded in four bits
+        self.quantization: Any = None  # `LoRA.quantization`: the base is loaded in four bits
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
         """The folder's own tokenizer; the collection plays no part."""

@@ -205,11 +205,11 @@ class SlotEncoder(BiEncoder):
         ids = ids.unsqueeze(0)  # a text of 5 tokens and two prompts of 3
         training = self.backbone.training
         self.backbone.eval()
+        alone = self.backbone(input_ids=torch.cat((ids[:, :5], ids[:, 8:]), dim=1))
+        positions, mask = joint(torch.ones_like(ids), tries)
         try:
-            positions, mask = joint(torch.ones_like(ids), tries)
             both = self._states(ids, positions, mask)[:, -3:]
-            alone = self.backbone(input_ids=torch.cat((ids[:, :5], ids[:, 8:]), dim=1))
-        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:  # each by some architecture
             told = str(error).strip().splitlines()[0]
             raise InputError(
                 f"{name} does not take a mask and positions of one's own ({told}); adapt another"

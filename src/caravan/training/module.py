@@ -97,7 +97,7 @@ class Stage(pl.LightningModule, ABC):
             with torch.device("meta"):
                 model = auto.from_config(self.backbone.config(self.tokenizer))
                 return model if self.peft is None else self.peft.apply(model)
-        except (InputError, ValueError, NotImplementedError, RuntimeError) as error:
+        except (ValueError, RuntimeError) as error:
             log.debug("no outline of %s: %s", self.backbone.name, error)
             return None  # what is wrong with it is told when it is loaded
 

@@ -92,13 +92,14 @@ def _module(cfg: Any, collection: Collection | None) -> Any:
     backbone = parts["backbone"]
     if cfg.init_from is not None:
         backbone = _trained(cfg.init_from, backbone, parts["peft"] is not None)
-    if hasattr(parts["peft"], "quantization"):
+    quantization = _quantization(parts["peft"])
+    if quantization is not None:
         if not hasattr(backbone, "quantization"):
             raise InputError(
                 f"peft=qlora needs saved weights, and backbone={backbone.name} begins from random"
                 " ones; choose another backbone, or peft=lora"
             )
-        backbone.quantization = parts["peft"].quantization()
+        backbone.quantization = quantization
     contract = Contract(**parts["contract"])
     tokenizer = backbone.tokenizer(collection, Path(cfg.cache_dir))
     add_slots(tokenizer, contract)
@@ -111,6 +112,11 @@ def _module(cfg: Any, collection: Collection | None) -> Any:
         optimizer=parts["optimizer"],
         seed=cfg.seed,
     )
+
+
+def _quantization(peft: Any) -> Any:
+    """How the base is quantised; None where it stays whole, as with adapters of one's own."""
+    return peft.quantization() if hasattr(peft, "quantization") else None
 
 
 def _trained(folder: str, backbone: Any, adapter: bool) -> Any:
@@ -254,8 +260,8 @@ def _memory(module: Any, data: Any, trainer: Any, bf16: bool) -> Any:
     each = min(-(-data.queries_per_batch // ranks), len(data.training))
     tokens = data.training[0, np.arange(each)].padded
     vocabulary = outline.config.get_text_config().vocab_size if module.tells_tokens else 0
+    quantised = _quantization(module.peft) is not None
     try:
-        quantised = hasattr(module.peft, "quantization")
         needed = need(outline, tokens, bf16, module.backbone.checkpointing, vocabulary, quantised)
     except AttributeError as error:  # no transformer's shape
         log.debug("no estimate of memory: %s", error)
