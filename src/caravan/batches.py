@@ -33,6 +33,13 @@ class Chunk:
             token_types=_moved(self.token_types, device, non_blocking),
         )
 
+    def split(self, texts: int) -> list[Chunk]:
+        """The same texts as chunks of at most `texts` each."""
+        ids, mask = self.input_ids.split(texts), self.attention_mask.split(texts)
+        types = [None] * len(ids) if self.token_types is None else self.token_types.split(texts)
+        parts = zip(ids, mask, types, strict=True)
+        return [Chunk(ids, mask, self.full, kinds) for ids, mask, kinds in parts]
+
 
 @dataclass(frozen=True)
 class Packed:

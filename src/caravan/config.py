@@ -56,6 +56,13 @@ class Validation:
 
 
 @dataclass
+class GradCaching:
+    """How many texts are computed at a time (`caravan.training.gradcache.GradCache`)."""
+
+    chunk: int | None = MISSING
+
+
+@dataclass
 class Train:
     """The root of conf/train.yaml."""
 
@@ -68,6 +75,7 @@ class Train:
     precision: str = MISSING
     contract: Contract = field(default_factory=Contract)
     batching: Batching = field(default_factory=Batching)
+    gradcache: GradCaching = field(default_factory=GradCaching)
     validation: Validation = field(default_factory=Validation)
     stage: Node = MISSING
     backbone: Node = MISSING

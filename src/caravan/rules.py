@@ -41,6 +41,7 @@ AT_LEAST = {
     "batching.queries_per_batch": 1,
     "batching.token_budget": 1,
     "batching.num_workers": 0,
+    "gradcache.chunk": 1,
     "validation.passages": 1,
     "validation.queries": 1,
     "validation.run_depth": 1,

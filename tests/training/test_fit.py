@@ -2,191 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
-from tests.tiny import tiny_backbone
-from torch import Tensor
+from pytorch_lightning.callbacks import EarlyStopping
+from tests.fitting import MEASURES, Fit, Fitted, KillAt, Sgd, random_candidates, same_weights
 
 from caravan.contract import Contract
 from caravan.data.collection import Collection
-from caravan.data.datamodule import DataModule
-from caravan.data.negatives import Negatives
-from caravan.data.runs import Run, read_run, write_run
+from caravan.data.runs import read_run
 from caravan.models.adapters import LoRA
-from caravan.retrieval.index import Faiss
 from caravan.retrieval.metrics import score_run
-from caravan.training.adaptation import Adaptation
-from caravan.training.callbacks import AtomicCheckpoints, ResumePoint, Throughput
-from caravan.training.evaluation import RerankingEvaluation, RetrievalEvaluation
-from caravan.training.losses import InfoNCE
-from caravan.training.optim import AdamW
-from caravan.training.reranker import Reranker
-from caravan.training.retriever import Retriever
-
-MEASURES = ["MRR@10", "nDCG@10", "R@100"]
-TASKS = "ebae+ebar+lm"
-
-
-class KilledError(Exception):
-    pass
-
-
-class KillAt(pl.Callback):
-    """Stops the run dead at a moment: in a training step, or in a validation."""
-
-    def __init__(self, step: int, moment: str) -> None:
-        self.step, self.moment = step, moment
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.moment == "step" and trainer.global_step == self.step:
-            raise KilledError
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.moment == "validation" and trainer.global_step == self.step:
-            raise KilledError
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.moment == "epoch end" and trainer.global_step == self.step:
-            raise KilledError
-
-
-class Losses(pl.Callback):
-    def __init__(self) -> None:
-        self.seen: dict[int, float] = {}
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, out: Any, *_: Any) -> None:
-        self.seen[trainer.fit_loop.total_batch_idx] = float(out["loss"])
-
-
-@dataclass
-class Fitted:
-    weights: dict[str, Tensor]
-    losses: dict[int, float]
-    metrics: dict[str, float]
-    trainer: pl.Trainer
-
-
-class Fit:
-    """A small training run over the tiny collection, with all that `train.py` puts around one."""
-
-    def __init__(
-        self, collection: Collection, tokenizer: Any, contract: Contract, folder: Path
-    ) -> None:
-        self.collection, self.tokenizer = collection, tokenizer
-        self.contract, self.folder = contract, folder
-
-    def __call__(
-        self,
-        steps: int = 10,
-        peft: Any = None,
-        resume: bool = False,
-        kill: KillAt | None = None,
-        accumulate: int = 1,
-        workers: int = 0,
-        optimizer: Any = None,
-        early_stopping: pl.Callback | None = None,
-        every_n_steps: int = 1,
-        queries_per_batch: int = 6,
-        candidates: Path | None = None,
-        adapts: bool = False,
-        **trainer_settings: Any,
-    ) -> Fitted:
-        """Train the retriever, or adapt, or with candidates to put in order train a reranker."""
-        reranks = candidates is not None
-        optimizer = optimizer or AdamW(lr=1e-2, warmup_steps=2)
-        module: Any
-        if adapts:
-            prompts = {"self_prompt": " camel:", "next_prompt": " caravan:", "tasks": TASKS}
-            contract = replace(
-                self.contract,
-                query_template="{text} caravan:",
-                passage_template="{title} {text} camel:",
-            )
-            settings = (contract, optimizer, 0)
-            module = Adaptation(
-                tiny_backbone(), peft, self.tokenizer, *settings, **prompts, words=6
-            )
-        else:
-            contract = replace(self.contract, kind="reranker") if reranks else self.contract
-            module = (Reranker if reranks else Retriever)(
-                tiny_backbone(), peft, self.tokenizer, contract, InfoNCE(), optimizer, seed=0
-            )
-        data = DataModule(
-            self.collection,
-            module.reading(),
-            module.training_set(self.collection, "train", Negatives(number=2), 128),
-            "dev",
-            seed=0,
-            queries_per_batch=queries_per_batch,
-            token_budget=128,
-            num_workers=workers,
-            run=str(candidates) if candidates else None,
-        )
-        losses = Losses()
-        best = ModelCheckpoint(
-            self.folder / "checkpoints",
-            "best",
-            monitor="val/MRR@10",
-            mode="max",
-            enable_version_counter=False,
-        )
-        run_file = str(self.folder / "run.trec")
-        callbacks: list[pl.Callback] = [
-            RerankingEvaluation(MEASURES, run_file)
-            if reranks
-            else RetrievalEvaluation(Faiss(k=100), MEASURES, run_file),
-            best,
-            ResumePoint(str(self.folder / "checkpoints"), every_n_steps=every_n_steps),
-            Throughput(),
-            losses,
-            *([early_stopping] if early_stopping else []),
-        ]
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_steps=steps,
-            max_epochs=100,
-            check_val_every_n_epoch=None,
-            accumulate_grad_batches=accumulate,
-            callbacks=callbacks + ([kill] if kill else []),
-            plugins=[AtomicCheckpoints()],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            num_sanity_val_steps=0,
-            log_every_n_steps=2,
-            **{
-                "devices": 1,
-                "val_check_interval": 4,
-                "gradient_clip_val": 1.0,
-                **trainer_settings,
-            },
-        )
-        module.configure_model()
-        last = self.folder / "checkpoints" / "last.ckpt"
-        try:
-            trainer.fit(
-                module, datamodule=data, ckpt_path=last if resume else None, weights_only=True
-            )
-        except KilledError:
-            pass
-        else:
-            assert kill is None, "the run was to be killed and was not"
-        weights = {name: p.detach().clone() for name, p in module.named_parameters()}
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        return Fitted(weights, losses.seen, metrics, trainer)
-
-
-@pytest.fixture
-def fit(collection: Collection, tokenizer: Any, contract: Contract, tmp_path: Path) -> Fit:
-    return Fit(collection, tokenizer, contract, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -199,10 +28,6 @@ def whole(
     return Fit(collection, tokenizer, contract, tmp_path_factory.mktemp("whole"))()
 
 
-def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 # An epoch is 3 batches, the last one short; a validation follows batches 4 and 8.
 @pytest.mark.parametrize(
     ("step", "moment"),
@@ -213,7 +38,7 @@ def test_a_killed_run_resumes_to_the_same_weights_and_figures(
 ) -> None:
     fit(kill=KillAt(step, moment))
     resumed = fit(resume=True)
-    assert _same(resumed.weights, whole.weights)
+    assert same_weights(resumed.weights, whole.weights)
     assert resumed.losses == {b: x for b, x in whole.losses.items() if b in resumed.losses}
     assert max(resumed.losses) == max(whole.losses)
     for name, value in resumed.metrics.items():
@@ -229,7 +54,7 @@ def test_kills_at_the_ends_of_two_epochs_in_a_row_resume_to_the_same_weights(
     fit(kill=KillAt(3, "step"))
     fit(kill=KillAt(6, "step"), resume=True)
     resumed = fit(resume=True)
-    assert _same(resumed.weights, whole.weights)
+    assert same_weights(resumed.weights, whole.weights)
     assert resumed.losses == {b: x for b, x in whole.losses.items() if b in resumed.losses}
 
 
@@ -239,7 +64,7 @@ def test_dropout_and_accumulation_repeat_after_a_resume(fit: Fit, tmp_path: Path
     fit.folder = tmp_path / "killed"
     fit(kill=KillAt(3, "step"), **settings)
     resumed = fit(resume=True, **settings)
-    assert _same(resumed.weights, whole.weights)
+    assert same_weights(resumed.weights, whole.weights)
 
 
 # Validations after batches 3, 5 and 9 fall between the two batches of an update, or on an epoch's
@@ -259,7 +84,7 @@ def test_a_validation_between_the_batches_of_an_update_loses_no_gradient(
     fit.folder = tmp_path / "killed"
     fit(kill=KillAt(step, "step"), **settings)
     resumed = fit(resume=(fit.folder / "checkpoints" / "last.ckpt").exists(), **settings)
-    assert _same(resumed.weights, whole.weights)
+    assert same_weights(resumed.weights, whole.weights)
 
 
 @pytest.mark.parametrize("limit", [2, 0.7])
@@ -272,7 +97,7 @@ def test_a_limited_epoch_resumes_to_the_same_weights(
     fit.folder = tmp_path / "killed"
     fit(kill=KillAt(step, "step"), **settings)
     resumed = fit(resume=True, **settings)
-    assert _same(resumed.weights, whole.weights)
+    assert same_weights(resumed.weights, whole.weights)
     assert resumed.losses == {b: x for b, x in whole.losses.items() if b in resumed.losses}
 
 
@@ -289,7 +114,7 @@ def test_a_run_that_was_stopped_early_trains_no_further_when_resumed(
     resumed = fit(early_stopping=stopping(), resume=True)
     assert resumed.losses == {}
     assert resumed.trainer.global_step == 4
-    assert _same(resumed.weights, whole.weights)
+    assert same_weights(resumed.weights, whole.weights)
 
 
 def test_a_point_to_resume_from_is_written_in_an_epochs_last_batch(fit: Fit) -> None:
@@ -302,8 +127,8 @@ def test_a_point_to_resume_from_is_written_in_an_epochs_last_batch(fit: Fit) -> 
 def test_no_limit_leaves_the_gradient_as_it_is(fit: Fit, none: int | None) -> None:
     free = fit(steps=2, optimizer=Sgd(), gradient_clip_val=none)
     wide = fit(steps=2, optimizer=Sgd(), gradient_clip_val=1e9)
-    assert _same(free.weights, wide.weights)
-    assert not _same(free.weights, fit(steps=2, optimizer=Sgd()).weights)
+    assert same_weights(free.weights, wide.weights)
+    assert not same_weights(free.weights, fit(steps=2, optimizer=Sgd()).weights)
     assert free.metrics["train/gradient_norm"] > 1
 
 
@@ -351,30 +176,13 @@ def test_a_checkpoint_of_another_model_is_refused(fit: Fit) -> None:
         fit(steps=4, peft=LoRA(rank=2, alpha=4), resume=True)
 
 
-class Sgd:
-    """Plain gradient descent: a weight's change is its gradient, where Adam would rescale it."""
-
-    def build(self, model: torch.nn.Module, total_steps: int) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), lr=0.5)
-
-
-def _candidates(collection: Collection, path: Path) -> Path:
-    """A run that ranks the whole corpus at random for every dev query."""
-    queries = np.unique(collection.qrels("dev").query_rows)
-    rng = np.random.default_rng(0)
-    found = np.stack([rng.permutation(len(collection.corpus)) for _ in queries])
-    run = Run.from_topk(queries, -np.sort(rng.random(found.shape)), found)
-    write_run(path, run, collection.queries, collection.corpus)
-    return path
-
-
 @pytest.mark.parametrize("stage", ["retriever", "reranker", "adaptation"])
 def test_two_ranks_equal_one(fit: Fit, tmp_path: Path, stage: str) -> None:
     # Batches of 7, 7 and 2 queries: one rank has 4 of 7, and its mean must weigh more.
     settings: dict[str, Any] = {"steps": 5, "optimizer": Sgd(), "queries_per_batch": 7}
     settings["adapts"] = stage == "adaptation"
     if stage == "reranker":
-        settings["candidates"] = _candidates(fit.collection, tmp_path / "candidates.trec")
+        settings["candidates"] = random_candidates(fit.collection, tmp_path / "candidates.trec")
     one = fit(**settings)
     fit.folder = tmp_path / "two"
     two = fit(**settings, devices=2, strategy="ddp_spawn")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from caravan.batches import Packed
+from caravan.batches import Chunk, Packed
 from caravan.contract import Contract
 from caravan.models import attention as _registered  # noqa: F401
 from caravan.models.pooling import is_causal, pooled_states
@@ -57,7 +57,11 @@ class BiEncoder(nn.Module):
         )
         return nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled
 
+    def of(self, chunk: Chunk) -> Tensor:
+        """Embeddings [n, d] float32 of a chunk."""
+        embeddings: Tensor = self(chunk.input_ids, chunk.attention_mask, chunk.full)
+        return embeddings
+
     def embed(self, texts: Packed) -> Tensor:
         """Embeddings [N, d] float32 of packed texts, in the order of the texts."""
-        rows = [self(chunk.input_ids, chunk.attention_mask, chunk.full) for chunk in texts.chunks]
-        return texts.restore(torch.cat(rows))
+        return texts.restore(torch.cat([self.of(chunk) for chunk in texts.chunks]))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from caravan.batches import Packed
+from caravan.batches import Chunk, Packed
 from caravan.contract import Contract
 from caravan.errors import InputError
 from caravan.models import attention as _registered  # noqa: F401
@@ -122,13 +122,14 @@ class CrossEncoder(nn.Module):
         inputs = {name: rows.gather(1, left) for name, rows in inputs.items()}
         return scorer(**inputs).logits[:, 0].float()
 
+    def of(self, chunk: Chunk) -> Tensor:
+        """Scores [n] float32 of a chunk."""
+        scores: Tensor = self(chunk.input_ids, chunk.attention_mask, chunk.full, chunk.token_types)
+        return scores
+
     def score(self, pairs: Packed) -> Tensor:
         """Scores [N] float32 of packed pairs, in the order of the pairs."""
-        rows = [
-            self(chunk.input_ids, chunk.attention_mask, chunk.full, chunk.token_types)
-            for chunk in pairs.chunks
-        ]
-        return pairs.restore(torch.cat(rows))
+        return pairs.restore(torch.cat([self.of(chunk) for chunk in pairs.chunks]))
 
 
 def plain(scorer: Any) -> Any:

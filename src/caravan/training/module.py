@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from caravan.batches import Packed
 from caravan.contract import Contract
 from caravan.data.batching import Groups
 from caravan.data.collection import Collection
@@ -24,6 +25,7 @@ from caravan.data.templates import Templates
 from caravan.data.unlabelled import Unlabelled
 from caravan.errors import InputError
 from caravan.models.loading import add_slots, fit_vocabulary
+from caravan.training.gradcache import GradCache
 from caravan.training.optim import AdamW, updates
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ class Stage(pl.LightningModule, ABC):
         contract: what the model folder will promise.
         loss: of `caravan.training.losses`.
         seed: makes weights and dropout reproducible, from every step on.
+        gradcache: computes the gradient piece by piece; None keeps the activations of a batch.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Stage(pl.LightningModule, ABC):
         loss: Any,
         optimizer: AdamW,
         seed: int,
+        gradcache: GradCache | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -61,6 +65,7 @@ class Stage(pl.LightningModule, ABC):
         self.loss = loss
         self.optimizer = optimizer
         self.seed = seed
+        self.gradcache = gradcache
         self.network: nn.Module | None = None
         # Frozen weights are not in a checkpoint; `on_load_checkpoint` does the strict check.
         self.strict_loading = False
@@ -134,15 +139,35 @@ class Stage(pl.LightningModule, ABC):
             + self.global_rank
         )
 
+    def loss_of(self, loss: Callable[..., Tensor], batch_idx: int, *texts: Packed) -> Tensor:
+        """The loss from what the network makes of `texts`, the rows of each in their order."""
+        if self.gradcache is None:
+            made = ([self.model.of(chunk) for chunk in packed.chunks] for packed in texts)
+            rows = zip(texts, made, strict=True)
+            return loss(*(packed.restore(torch.cat(parts)) for packed, parts in rows))
+        accumulated = self.trainer.accumulate_grad_batches
+        if batch_idx % accumulated == 0:
+            self.optimizers().zero_grad()  # type: ignore[union-attr]
+        return self.gradcache(self.model.of, texts, loss, share=1 / accumulated)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        """Lightning's turn comes after the step; by then gradients have been cached."""
+        if self.gradcache is None:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
     def log_step(self, loss: Tensor, scores: Tensor, targets: Tensor, weight: float) -> None:
-        """Log the loss, and how often the positive scores highest, as means over all ranks."""
+        """Log the loss, and how often the positive scores highest, and the number
+        of negatives of a query, as means over all ranks.
+        """
         queries = len(scores)
         self.log("train/loss", loss, prog_bar=True, batch_size=queries, sync_dist=True)
         if scores.shape[1] < 2:
             return
         with torch.no_grad():
             hit = (scores.argmax(dim=1) == targets).float().mean() * weight
+            negatives = scores.isfinite().sum(dim=1).float().mean() - 1
         self.log("train/accuracy", hit, batch_size=queries, sync_dist=True)
+        self.log("train/negatives", negatives * weight, batch_size=queries, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         data = self.trainer.datamodule  # type: ignore[attr-defined]

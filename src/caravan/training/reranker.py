@@ -28,8 +28,12 @@ class Reranker(Stage):
         return CrossEncoder(self.adapted(self.backbone.scorer(self.tokenizer)), self.contract)
 
     def training_step(self, batch: RerankBatch, batch_idx: int) -> Tensor:
+        return self.loss_of(lambda scores: self._loss(scores, batch), batch_idx, batch.pairs)
+
+    def _loss(self, scores: Tensor, batch: RerankBatch) -> Tensor:
+        """The loss from the scores [Q * G] of all pairs, group by group; logged on the way."""
         queries, group = batch.passage_rows.shape
-        scores = self.model.score(batch.pairs).view(queries, group)  # [Q, G]
+        scores = scores.view(queries, group)
         targets = torch.zeros(queries, dtype=torch.int64, device=scores.device)
         with torch.autocast(self.device.type, enabled=False):
             loss = losses.value(self.loss, scores, targets, batch.teacher)

@@ -17,6 +17,7 @@ from caravan.batches import EncodeBatch, TrainBatch
 from caravan.contract import Contract
 from caravan.models.biencoder import BiEncoder
 from caravan.training import losses, parallel
+from caravan.training.gradcache import GradCache
 from caravan.training.module import Loss, Stage
 from caravan.training.optim import AdamW
 
@@ -25,7 +26,10 @@ class Retriever(Stage):
     """A bi-encoder with its loss and optimiser.
 
     Args:
-        in_batch: let the other queries' passages serve as negatives too. The others: see `Stage`.
+        in_batch: let the other queries' passages serve as negatives too.
+        cross_device: those of the other ranks as well; without it a rank compares its own, and a
+            figure depends on how many ranks there are.
+        The others: see `Stage`.
     """
 
     def __init__(
@@ -37,17 +41,28 @@ class Retriever(Stage):
         loss: Loss,
         optimizer: AdamW,
         seed: int,
+        gradcache: GradCache | None = None,
         in_batch: bool = True,
+        cross_device: bool = True,
     ) -> None:
-        super().__init__(backbone, peft, tokenizer, contract, loss, optimizer, seed)
-        self.in_batch = in_batch
+        super().__init__(backbone, peft, tokenizer, contract, loss, optimizer, seed, gradcache)
+        self.in_batch, self.cross_device = in_batch, cross_device
 
     def build(self) -> BiEncoder:
         return BiEncoder(self.adapted(self.backbone.model(self.tokenizer)), self.contract)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
-        queries = self.model.embed(batch.queries)  # [Q, d]
-        passages = self.model.embed(batch.passages)  # [Q * G, d]
+        return self.loss_of(
+            lambda queries, passages: self._loss(queries, passages, batch),
+            batch_idx,
+            *(batch.queries, batch.passages),
+        )
+
+    def _loss(self, queries: Tensor, passages: Tensor, batch: TrainBatch) -> Tensor:
+        """The loss from embeddings of queries [Q, d] and passages [Q * G, d].
+
+        Logged on the way.
+        """
         # Similarities are float32: in bf16 one step is 0.4 of a logit at temperature 0.01.
         with torch.autocast(self.device.type, enabled=False):
             scores, targets, counts = self.scores(queries, passages, batch)
@@ -70,21 +85,24 @@ class Retriever(Stage):
     def scores(
         self, queries: Tensor, passages: Tensor, batch: TrainBatch
     ) -> tuple[Tensor, Tensor, list[int]]:
-        """Scores of this rank's queries with the passages of all ranks.
+        """Scores of this rank's queries with the passages of all ranks, or fewer.
 
         Args:
             queries: [Q, d] float32. passages: [Q * G, d] float32, group by group.
 
         Returns:
             scores [Q, N] float32 over the temperature, -inf where masked; targets [Q] int64; the
-            number of queries of each rank. N is all ranks' passages, or G without `in_batch`.
+            number of queries of each rank. N is all ranks' passages, this rank's without
+            `cross_device`, or G without `in_batch`.
         """
         group = batch.passage_rows.shape[1]
         counts = parallel.sizes(len(queries), queries.device)
         if self.in_batch:
-            passages = parallel.gather(passages, [n * group for n in counts])
-            rows = parallel.gather(batch.passage_rows.reshape(-1), [n * group for n in counts])
-            first = sum(counts[: parallel.rank()])
+            rows, first = batch.passage_rows.reshape(-1), 0
+            if self.cross_device:
+                passages = parallel.gather(passages, [n * group for n in counts])
+                rows = parallel.gather(rows, [n * group for n in counts])
+                first = sum(counts[: parallel.rank()])
             targets = (first + torch.arange(len(queries), device=queries.device)) * group
             scores = queries @ passages.T / self.contract.temperature
             columns = rows.expand(len(queries), -1)  # [Q, N]

@@ -82,6 +82,7 @@ def _module(cfg: Any, collection: Collection | None) -> Any:
     import pytorch_lightning as pl
 
     from caravan.models.loading import add_slots
+    from caravan.training.gradcache import GradCache
 
     # Lightning tells about devices it has not found; what matters is in `_facts`.
     for name in ("pytorch_lightning", "lightning_fabric"):
@@ -111,6 +112,7 @@ def _module(cfg: Any, collection: Collection | None) -> Any:
         loss=parts["loss"],
         optimizer=parts["optimizer"],
         seed=cfg.seed,
+        **({} if cfg.gradcache.chunk is None else {"gradcache": GradCache(cfg.gradcache.chunk)}),
     )
 
 
