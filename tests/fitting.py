@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from caravan.training.losses import InfoNCE
 from caravan.training.optim import AdamW
 from caravan.training.reranker import Reranker
 from caravan.training.retriever import Retriever
+from caravan.training.sharding import FullySharded
 
 MEASURES = ["MRR@10", "nDCG@10", "R@100"]
 TASKS = "ebae+ebar+lm"
@@ -96,6 +99,7 @@ class Fit:
         adapts: bool = False,
         gradcache: GradCache | None = None,
         token_budget: int = 128,
+        backbone: Any = None,
         **trainer_settings: Any,
     ) -> Fitted:
         """Train the retriever, or adapt, or with candidates to put in order train a reranker."""
@@ -116,7 +120,7 @@ class Fit:
         else:
             contract = replace(self.contract, kind="reranker") if reranks else self.contract
             module = (Reranker if reranks else Retriever)(
-                tiny_backbone(),
+                backbone or tiny_backbone(),
                 peft,
                 self.tokenizer,
                 contract,
@@ -176,7 +180,6 @@ class Fit:
                 **trainer_settings,
             },
         )
-        module.configure_model()
         last = self.folder / "checkpoints" / "last.ckpt"
         try:
             trainer.fit(
@@ -210,3 +213,23 @@ def random_candidates(collection: Collection, path: Path) -> Path:
 
 def same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def on_two_ranks(fit: Fit, **settings: Any) -> dict[str, Any]:
+    """A fit under FSDP on two processes: metrics and losses of rank 0, in pickled form."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, args=(port, fit, settings), nprocs=2)
+    return torch.load(fit.folder / "rank0.pt", weights_only=True)
+
+
+def _rank(rank: int, port: int, fit: Fit, settings: dict[str, Any]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    fitted = fit(**settings, devices=2, strategy=FullySharded())
+    if rank == 0:
+        told = {"metrics": fitted.metrics, "losses": fitted.losses}
+        torch.save(told, fit.folder / "rank0.pt")

@@ -49,6 +49,7 @@ class Packed:
     order: Tensor  # [N] int64, a permutation
     tokens: int  # real tokens
     padded: int  # tokens with padding
+    extra: int = 0  # chunks at the end that are none of the texts
 
     def __len__(self) -> int:
         return len(self.order)
@@ -60,8 +61,18 @@ class Packed:
             order=self.order.to(device, non_blocking=non_blocking),
         )
 
+    def split(self, texts: int) -> Packed:
+        """The same texts in chunks of at most `texts` each."""
+        return replace(self, chunks=tuple(p for chunk in self.chunks for p in chunk.split(texts)))
+
+    def lengthened(self, chunks: int) -> Packed:
+        """As many chunks as asked for: the last one again and again, to be computed for nothing."""
+        extra = chunks - len(self.chunks)
+        return replace(self, chunks=self.chunks + self.chunks[-1:] * extra, extra=extra)
+
     def restore(self, rows: Tensor) -> Tensor:
         """Put rows [N, ...] that were computed chunk by chunk into the order of the texts."""
+        rows = rows[: len(self.order)]
         return torch.empty_like(rows).index_copy(0, self.order, rows)
 
 

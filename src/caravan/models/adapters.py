@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from caravan.errors import InputError
+from caravan.models.pooling import blocks
 
 
 class LoRA:
@@ -96,6 +97,31 @@ class LoRA:
         except ValueError as error:
             told = str(error).strip().splitlines()[0]
             raise InputError(f"peft.targets={self.targets}: {told}") from None
+
+
+def frozen_linears(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers of the transformer's blocks whose weights are not trained."""
+    return [
+        layer
+        for block in blocks(model)
+        for layer in block.modules()
+        if isinstance(layer, nn.Linear) and not layer.weight.requires_grad
+    ]
+
+
+def halve_frozen(model: nn.Module) -> None:
+    """Keep the weights of frozen linear layers in bf16, in which they compute anyway.
+
+    What they compute under autocast stays the same to the bit. Where a base is in no folder, so
+    that it will be saved with the adapter merged into it, it is left as it is.
+    """
+    adapted: Any = next((m for m in model.modules() if hasattr(m, "peft_config")), None)
+    config = getattr(adapted, "active_peft_config", None)
+    if config is None or not config.base_model_name_or_path:
+        return
+    for layer in frozen_linears(model):
+        if layer.weight.dtype == torch.float32:
+            layer.weight.data = layer.weight.data.bfloat16()
 
 
 def _of_group(model: nn.Module, targets: list[str] | str) -> list[str] | str:

@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from caravan.errors import InputError
+from caravan.models.adapters import frozen_linears
+from caravan.models.pooling import blocks
 from caravan.models.vocabulary import PIECE
 
-FLOAT = 4  # bytes; trainable and frozen weights are float32
+FLOAT = 4  # bytes; of all but frozen linear layers, which have the precision of the arithmetic
 FOUR_BITS = 0.5 + 1 / 64 + 4 / 64 / 256
 """Bytes of a weight of four bits, a scale of eight for 64 of them, and of 32 for 256 scales."""
 GIB = 2**30
@@ -52,6 +54,7 @@ def need(
     checkpointing: bool = False,
     vocabulary: int = 0,
     quantised: bool = False,
+    shares: int = 1,
 ) -> Need:
     """What a training step needs.
 
@@ -61,19 +64,28 @@ def need(
         bf16: whether the arithmetic is bf16.
         vocabulary: entries of an output layer that is in use; 0 if there is none.
         quantised: whether frozen linear layers have four bits (QLoRA).
+        shares: ranks that each hold a share of every weight (FSDP).
     """
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = _frozen_linear(model)
+    unit = 2 if bf16 else FLOAT
+    stored = FLOAT * (total - frozen) + (FOUR_BITS if quantised else unit) * frozen
     # Under autocast a linear's bf16 copy of its weight is kept until the backward pass; where
     # activations are computed again, only those of trained weights are.
-    packed = _frozen_linear(model) if quantised else 0  # unpacked anew in the backward pass
-    copies = 2 * (trained if checkpointing else total - packed) if bf16 else 0
+    copies = 2.0 * (trained if checkpointing else total - frozen) if bf16 else 0.0
+    gradients = float(FLOAT * trained)
+    if shares > 1:
+        # Whole are the layer that computes, the next one that is awaited, and what is in no layer;
+        # in the precision of the arithmetic, without autocast.
+        whole = _whole_at_a_time(model)
+        copies, gradients = unit * whole, gradients / shares + unit * min(whole, trained)
     kept = _activations(model, bf16, checkpointing) * tokens
     pieces = 3 * FLOAT * min(PIECE, vocabulary * tokens)  # logits, their softmax, their gradient
     return Need(
-        weights=FLOAT * (total - packed) + FOUR_BITS * packed + copies,
-        gradients=FLOAT * trained,
-        optimizer=2 * FLOAT * trained,
+        weights=stored / shares + copies,
+        gradients=gradients,
+        optimizer=2 * FLOAT * trained / shares,
         activations=kept,
         logits=pieces,
     )
@@ -81,11 +93,13 @@ def need(
 
 def _frozen_linear(model: nn.Module) -> int:
     """Weights of linear layers that are not trained."""
-    return sum(
-        layer.weight.numel()
-        for layer in model.modules()
-        if isinstance(layer, nn.Linear) and not layer.weight.requires_grad
-    )
+    return sum(layer.weight.numel() for layer in frozen_linears(model))
+
+
+def _whole_at_a_time(model: nn.Module) -> int:
+    """Weights of the two largest layers, and of what is in no layer."""
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
+    return sum(p.numel() for p in model.parameters()) - sum(sizes) + sum(sorted(sizes)[-2:])
 
 
 def _activations(model: Any, bf16: bool, checkpointing: bool) -> float:

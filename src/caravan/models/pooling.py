@@ -70,3 +70,12 @@ def is_causal(backbone: nn.Module) -> bool:
     """
     layers = [m for m in backbone.modules() if type(m).__name__.endswith("Attention")]
     return bool(layers) and all(getattr(m, "is_causal", False) is True for m in layers)
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The transformer's layers: the list of modules that holds most of the weights."""
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        return []
+    largest = max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
+    return list(largest)

@@ -127,7 +127,8 @@ class SlotEncoder(BiEncoder):
         Args:
             tokens: give the states that tell the text's own tokens too, in no particular order.
         """
-        parts = [self._chunk(chunk, tokens) for chunk in texts.chunks]
+        own = len(texts.chunks) - texts.extra
+        parts = [self._chunk(chunk, tokens and i < own) for i, chunk in enumerate(texts.chunks)]
         slots, states, told = (torch.cat(rows) for rows in zip(*parts, strict=True))
         return Read(texts.restore(slots), states, told)
 

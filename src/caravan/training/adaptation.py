@@ -113,7 +113,7 @@ class Adaptation(Stage):
         )
 
     def training_step(self, batch: AdaptationBatch, batch_idx: int) -> Tensor:
-        read = self.model.read(batch.texts, tokens=self.lm > 0)
+        read = self.model.read(self.evened(batch.texts), tokens=self.lm > 0)
         texts = len(batch.counts)
         told: dict[str, Any] = {"batch_size": texts, "sync_dist": True}
         total = read.slots.new_zeros(())
@@ -136,7 +136,8 @@ class Adaptation(Stage):
                 self.log(f"train/{task}", loss, **told)
                 self.log(f"train/{task}_above_floor", loss - floor, **told)
                 self.log(f"train/{task}_hits", share, **told)
-                self.log(f"train/{task}_empty", (counts == 0).float().mean(), **told)
+                (empty,) = _means(None, (counts == 0).float())
+                self.log(f"train/{task}_empty", empty, **told)
         if self.lm:
             (loss,) = _means(None, token_losses(language_model, read))
             total = total + self.lm * loss
@@ -148,7 +149,7 @@ class Adaptation(Stage):
         self, batch: EncodeBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
         """Rows [N] and vectors [N, d]; `RetrievalEvaluation` collects and searches them."""
-        return {"rows": batch.rows, "vectors": self.model.embed(batch.texts)}
+        return {"rows": batch.rows, "vectors": self.rows_of(batch.texts)}
 
 
 def _refuse_other_prompts(contract: Contract, prompts: list[str], slots: bool) -> None:

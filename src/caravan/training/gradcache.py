@@ -15,6 +15,7 @@ where DistributedDataParallel does not listen yet; the last is what the step ret
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class GradCache:
     """Computes a loss and its gradient piece by piece.
 
     Args:
-        chunk: texts a piece; a chunk of the batch (`caravan.batches.pack`) may be smaller.
+        chunk: texts a piece, at most; a chunk that `caravan.batches.pack` made may have fewer.
     """
 
     def __init__(self, chunk: int) -> None:
@@ -46,44 +47,50 @@ class GradCache:
 
         Args:
             compute: what the network makes of a chunk of n texts, [n, ...].
-            texts: what the loss compares, such as queries and passages.
+            texts: what the loss compares, such as queries and passages; a chunk is a piece.
             loss: from the rows of each of `texts`, in their order, to a scalar.
             share: what the caller will scale the returned loss by before its backward pass.
         """
-        pieces = [
-            [piece for chunk in packed.chunks for piece in chunk.split(self.chunk)]
-            for packed in texts
-        ]
-        device = pieces[0][0].input_ids.device
-        states, rows = [], []
-        with torch.no_grad():
-            for piece in (piece for of_texts in pieces for piece in of_texts):
+        device = texts[0].order.device
+        pieces, states, leaves = [], [], []
+        for packed in texts:
+            rows = []
+            own = len(packed.chunks) - packed.extra
+            for i, piece in enumerate(packed.chunks):
+                pieces.append(piece)
                 states.append(_random_state(device))
-                rows.append(compute(piece))
+                with torch.no_grad(), undisturbed(device) if i >= own else nullcontext():
+                    rows.append(compute(piece))
+            leaves.append(packed.restore(torch.cat(rows)).requires_grad_())
         # Autocast keeps its copies of weights; those made without gradient would pass none on.
         torch.clear_autocast_cache()
-        gradients = []
-        first = 0
-        leaves = []
-        for packed, of_texts in zip(texts, pieces, strict=True):
-            own = torch.cat(rows[first : first + len(of_texts)])
-            leaves.append(packed.restore(own).requires_grad_())
-            first += len(of_texts)
-        del rows
         value = loss(*leaves)
         _back(value, device)
-        for packed, of_texts, leaf in zip(texts, pieces, leaves, strict=True):
-            assert leaf.grad is not None  # the loss depends on all that it is given
-            sizes = [len(piece.input_ids) for piece in of_texts]
-            gradients += leaf.grad[packed.order].split(sizes)
-        every = [piece for of_texts in pieces for piece in of_texts]
-        for i, (piece, state, gradient) in enumerate(zip(every, states, gradients, strict=True)):
+        gradients = [
+            gradient
+            for packed, leaf in zip(texts, leaves, strict=True)
+            for gradient in _by_chunk(packed, leaf)
+        ]
+        for i, (piece, state, gradient) in enumerate(zip(pieces, states, gradients, strict=True)):
             _set_random_state(state, device)
             part = (compute(piece) * gradient).sum()
-            if i + 1 < len(every):
+            if i + 1 < len(pieces):
                 _back(part * share, device)
         # Its value is the loss, its gradient that of the last piece.
         return value.detach() + part - part.detach()
+
+
+def undisturbed(device: torch.device) -> Any:
+    """Random numbers go on after this context as if nothing had been drawn in it."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def _by_chunk(packed: Packed, leaf: Tensor) -> tuple[Tensor, ...]:
+    """The gradient of each chunk's rows, from that of the rows in the order of the texts."""
+    assert leaf.grad is not None  # the loss depends on all that it is given
+    sizes = [len(chunk.input_ids) for chunk in packed.chunks]
+    none = leaf.new_zeros(sum(sizes) - len(leaf), *leaf.shape[1:])
+    return torch.cat((leaf.grad[packed.order], none)).split(sizes)
 
 
 def _back(value: Tensor, device: torch.device) -> None:

@@ -24,8 +24,10 @@ from caravan.data.pairs import PairTemplates
 from caravan.data.templates import Templates
 from caravan.data.unlabelled import Unlabelled
 from caravan.errors import InputError
+from caravan.models.adapters import halve_frozen
 from caravan.models.loading import add_slots, fit_vocabulary
-from caravan.training.gradcache import GradCache
+from caravan.training import parallel, sharding
+from caravan.training.gradcache import GradCache, undisturbed
 from caravan.training.optim import AdamW, updates
 
 log = logging.getLogger(__name__)
@@ -66,7 +68,10 @@ class Stage(pl.LightningModule, ABC):
         self.optimizer = optimizer
         self.seed = seed
         self.gradcache = gradcache
+        self.bf16 = False  # the arithmetic of training, which the trainer knows
         self.network: nn.Module | None = None
+        # Where ranks share weights: the network without any. In a list, to be no part of this one.
+        self._empty: list[nn.Module] = []
         # Frozen weights are not in a checkpoint; `on_load_checkpoint` does the strict check.
         self.strict_loading = False
 
@@ -122,9 +127,41 @@ class Stage(pl.LightningModule, ABC):
         return self.peft.apply(transformer, rows)
 
     def configure_model(self) -> None:
-        if self.network is None:
-            torch.manual_seed(self.seed)
-            self.network = self.build()
+        if self.network is not None:
+            return
+        torch.manual_seed(self.seed)
+        mesh = self.device_mesh
+        if mesh is None:
+            self.network = self._thrifty()
+            return
+        device = self.trainer.strategy.root_device
+        self.network, empty = sharding.sharded(self._thrifty, mesh, device, self.bf16)
+        self._empty = [] if empty is None else [empty]
+
+    def _thrifty(self) -> nn.Module:
+        """The network, what is frozen in the precision that is computed in."""
+        network = self.build()
+        if self.bf16:
+            halve_frozen(network)
+        return network
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Go back to the weights of a checkpoint's `state_dict`."""
+        if self.device_mesh is None:
+            self.load_state_dict(weights, strict=False)
+        else:
+            sharding.load_weights(self, weights)
+
+    def whole(self) -> Any:
+        """The network as it is saved; where ranks share its weights on rank 0 alone, else None."""
+        if self.device_mesh is None:
+            return self.model
+        transformer = self.model.transformer
+        # An adapter is saved alone, unless its base is in no folder.
+        adapter = hasattr(transformer, "peft_config")
+        alone = adapter and bool(transformer.active_peft_config.base_model_name_or_path)
+        weights = sharding.whole_weights(self.model, trained_only=alone)
+        return sharding.fill(self._empty[0], weights) if self._empty else None
 
     @property
     def model(self) -> Any:
@@ -142,13 +179,28 @@ class Stage(pl.LightningModule, ABC):
     def loss_of(self, loss: Callable[..., Tensor], batch_idx: int, *texts: Packed) -> Tensor:
         """The loss from what the network makes of `texts`, the rows of each in their order."""
         if self.gradcache is None:
-            made = ([self.model.of(chunk) for chunk in packed.chunks] for packed in texts)
-            rows = zip(texts, made, strict=True)
-            return loss(*(packed.restore(torch.cat(parts)) for packed, parts in rows))
+            return loss(*map(self.rows_of, texts))
         accumulated = self.trainer.accumulate_grad_batches
         if batch_idx % accumulated == 0:
             self.optimizers().zero_grad()  # type: ignore[union-attr]
-        return self.gradcache(self.model.of, texts, loss, share=1 / accumulated)
+        pieces = [self.evened(packed.split(self.gradcache.chunk)) for packed in texts]
+        return self.gradcache(self.model.of, pieces, loss, share=1 / accumulated)
+
+    def rows_of(self, texts: Packed) -> Tensor:
+        """What the network makes of texts [N, ...], in their order."""
+        texts = self.evened(texts)
+        own = len(texts.chunks) - texts.extra
+        rows = [self.model.of(chunk) for chunk in texts.chunks[:own]]
+        if texts.extra:
+            with undisturbed(self.device):
+                rows += [self.model.of(chunk) for chunk in texts.chunks[own:]]
+        return texts.restore(torch.cat(rows))
+
+    def evened(self, texts: Packed) -> Packed:
+        """Ranks that share weights compute in step: each as many chunks as the one with most."""
+        if self.device_mesh is None:
+            return texts
+        return texts.lengthened(max(parallel.sizes(len(texts.chunks), self.device)))
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         """Lightning's turn comes after the step; by then gradients have been cached."""
@@ -181,15 +233,17 @@ class Stage(pl.LightningModule, ABC):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Log the norm of the gradient and limit it, or its values; no limit is None or 0."""
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = sharding.full(torch.nn.utils.get_total_norm(gradients))
         self.log("train/gradient_norm", norm)
         if not gradient_clip_val:
             return
+        own = [sharding.local(gradient) for gradient in gradients]
         if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+            torch._foreach_clamp_min_(own, -gradient_clip_val)
+            torch._foreach_clamp_max_(own, gradient_clip_val)
         else:
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+            torch._foreach_mul_(own, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
 
     def _trainable(self) -> set[str]:
         return {name for name, p in self.named_parameters() if p.requires_grad}

@@ -50,5 +50,5 @@ class Reranker(Stage):
         return {
             "query_rows": batch.query_rows,
             "passage_rows": batch.passage_rows,
-            "scores": self.model.score(batch.pairs),
+            "scores": self.rows_of(batch.pairs),
         }

@@ -121,7 +121,7 @@ class Retriever(Stage):
         self, batch: EncodeBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
         """Rows [N] and vectors [N, d]; `RetrievalEvaluation` collects and searches them."""
-        return {"rows": batch.rows, "vectors": self.model.embed(batch.texts)}
+        return {"rows": batch.rows, "vectors": self.rows_of(batch.texts)}
 
 
 def no_negative(columns: Tensor, positive_rows: Tensor, targets: Tensor) -> Tensor:

@@ -146,13 +146,20 @@ def _adopt(cfg: Any, collection: Collection | None, run_dir: Path) -> None:
 def _fit(
     cfg: Any, source: Any, collection: Any, run_dir: Path, checkpoint: Path | None
 ) -> float | None:
+    from pytorch_lightning.callbacks import LambdaCallback
+
     from caravan.models import hardware
     from caravan.models.backbone import parameter_counts
     from caravan.training.callbacks import AtomicCheckpoints
     from caravan.training.optim import updates
+    from caravan.training.sharding import FullySharded
 
     module = _module(cfg, collection)
+    precision = hardware.resolve(cfg.precision)
+    module.bf16 = precision == "bf16"
     parts = build(cfg, "sampler", "strategy", "logger", "callbacks", "trainer")
+    if isinstance(parts["strategy"], FullySharded):
+        precision = "float32"  # no autocast: the shards are gathered in bf16 themselves
     data = _data(cfg, module, source, collection, parts["sampler"])
     if data.dev_split is None:
         parts["trainer"].keywords["limit_val_batches"] = 0
@@ -161,7 +168,7 @@ def _fit(
         parts["trainer"].keywords["enable_progress_bar"] = False
     trainer = _trainer(
         parts["trainer"],
-        precision=hardware.trainer_precision(hardware.resolve(cfg.precision)),
+        precision=hardware.trainer_precision(precision),
         strategy=parts["strategy"],
         logger=[logger for logger in parts["logger"].values() if logger is not None],
         callbacks=callbacks,
@@ -170,20 +177,24 @@ def _fit(
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
-    needed = _memory(module, data, trainer, hardware.resolve(cfg.precision) == "bf16")
-    module.configure_model()
-    counts = parameter_counts(module)
-    if not counts[0]:
-        raise InputError("nothing would be trained, all is frozen; set peft=none or peft=lora")
+    needed = _memory(module, data, trainer)
     batches = data.batches_per_epoch(trainer)
     # Updates and not epochs end the run: Lightning's count of epochs may lag in a resumed one.
     trainer.fit_loop.epoch_loop.max_steps = updates(trainer, batches)
-    if trainer.is_global_zero:
-        told = getattr(module.backbone, "told", "")
-        for line in _facts(cfg, trainer, data, batches, counts, checkpoint, told):
-            log.info(line)
-        if needed is not None and needed.total >= 1e8:  # less is nowhere in question
-            log.info("memory at the peak of a step: about %s", needed)
+
+    def tell() -> None:
+        counts = parameter_counts(module)
+        if not counts[0]:
+            raise InputError("nothing would be trained, all is frozen; set peft=none or peft=lora")
+        if trainer.is_global_zero:
+            told = getattr(module.backbone, "told", "")
+            for line in _facts(cfg, trainer, data, batches, counts, checkpoint, told):
+                log.info(line)
+            if needed is not None and needed.total >= 1e8:  # less is nowhere in question
+                log.info("memory at the peak of a step: about %s", needed)
+
+    # The weights are loaded by then, on the device or shared out over ranks.
+    trainer.callbacks.insert(0, LambdaCallback(on_fit_start=lambda *_: tell()))
     if data.dev_split is not None:
         _validate_at_least_once(trainer, batches)
     started = time.monotonic()
@@ -227,12 +238,13 @@ def _leave(
     best = None
     if best_path.is_file():
         state = torch.load(best_path, map_location="cpu", weights_only=True)
-        module.load_state_dict(state["state_dict"], strict=False)
+        module.load_weights(state["state_dict"])
         best = float(watched.best_model_score)
     read = {
         length: _read_at(length, trainer, module, data)
         for length in (cfg.validation.read_lengths if data.dev_split is not None else ())
     }
+    network = module.whole()
     if trainer.is_global_zero:
         facts = {
             "name": cfg.name,
@@ -242,17 +254,18 @@ def _leave(
             "monitored": getattr(watched, "monitor", None),
             "best": best,
         }
-        folder.save(run_dir / "model", module.model, module.tokenizer, module.contract, facts)
+        folder.save(run_dir / "model", network, module.tokenizer, module.contract, facts)
         figures = {**facts, "train_seconds": seconds, **({"read": read} if read else {})}
         manifest.write_json(run_dir / "metrics.json", figures)
     return best
 
 
-def _memory(module: Any, data: Any, trainer: Any, bf16: bool) -> Any:
+def _memory(module: Any, data: Any, trainer: Any) -> Any:
     """What a step needs, by the first batch; refused where the device has less."""
     import numpy as np
 
     from caravan.models.memory import device_memory, need, refuse_too_large
+    from caravan.training.sharding import FullySharded
 
     outline = module.outline()
     if outline is None:
@@ -263,8 +276,10 @@ def _memory(module: Any, data: Any, trainer: Any, bf16: bool) -> Any:
     tokens = data.training[0, np.arange(each)].padded
     vocabulary = outline.config.get_text_config().vocab_size if module.tells_tokens else 0
     quantised = _quantization(module.peft) is not None
+    shares = ranks if isinstance(trainer.strategy, FullySharded) else 1
+    kept_again = module.backbone.checkpointing
     try:
-        needed = need(outline, tokens, bf16, module.backbone.checkpointing, vocabulary, quantised)
+        needed = need(outline, tokens, module.bf16, kept_again, vocabulary, quantised, shares)
     except AttributeError as error:  # no transformer's shape
         log.debug("no estimate of memory: %s", error)
         return None
