@@ -20,7 +20,7 @@ import platform
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -342,7 +342,25 @@ def _check_jobs(
         if one.get_key_element() in values:
             values[one.get_key_element()] = _values(one)
     of_file = [text for text in params if text.partition("=")[0] not in named]
-    return _check_each(composer, single, values), list(values), of_file
+    lines = [*_check_each(composer, single, values), *_several_devices(composer, single)]
+    return lines, list(values), of_file
+
+
+def _several_devices(composer: Composer, overrides: list[str]) -> Iterator[str]:
+    """A sweep in one process has one device: other ranks would be started by the same command."""
+    try:
+        cfg = composer.compose(overrides)
+    except FAILURES:
+        return  # told when the jobs are checked
+    ranks = [OmegaConf.select(cfg, f"trainer.{name}") for name in ("devices", "num_nodes")]
+    basic = str(OmegaConf.select(cfg, "hydra.launcher._target_")).endswith(".BasicLauncher")
+    if basic and any(number not in (None, 1, "1") for number in ranks):
+        yield (
+            "trainer.devices, trainer.num_nodes: a sweep's jobs run in one process, and Lightning"
+            " starts the other ranks by the same command, each of which would sweep again; give"
+            " them one device, start the jobs one by one, or choose"
+            " hydra/launcher=submitit_slurm"
+        )
 
 
 def _sweep_file(

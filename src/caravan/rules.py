@@ -299,6 +299,35 @@ def loss_suits_the_scores(cfg: DictConfig) -> Iterator[Mistake]:
         yield Mistake(("sampler", "number"), text)
 
 
+def parts_work_together(cfg: DictConfig) -> Iterator[Mistake]:
+    """Parts of training that are right each by itself, and that no run can have at once."""
+    stage, chunk = str(value(cfg, "stage._target_")), value(cfg, "gradcache.chunk")
+    if ".Adaptation" in stage and chunk is not None:
+        text = "the loss of adaptation compares no texts with one another; lower"
+        yield Mistake(
+            ("gradcache", "chunk"), f"{text} batching.queries_per_batch and leave it null"
+        )
+    kind = value(cfg, "peft.quant_type")
+    sharded = str(value(cfg, "strategy._target_")).endswith("FullySharded")
+    if kind is not None and sharded:
+        text = "weights of four bits cannot be shared out over ranks; choose strategy=ddp, or"
+        yield Mistake(("peft", "quant_type"), f"{text} peft=lora with strategy=fsdp")
+    random = str(value(cfg, "backbone._target_")).endswith("TinyLlama")
+    if kind is not None and random and value(cfg, "init_from") is None:
+        text = "only saved weights are quantised, and this backbone begins from random ones; choose"
+        yield Mistake(("peft", "quant_type"), f"{text} another backbone, or peft=lora")
+    attention = value(cfg, "backbone.attention")
+    on_cpu = value(cfg, "trainer.accelerator") == "cpu"
+    if isinstance(attention, str) and attention.startswith("flash") and on_cpu:
+        text = f"{attention} runs on GPUs alone; set it to auto or sdpa"
+        yield Mistake(("backbone", "attention"), text)
+    devices, nodes = value(cfg, "trainer.devices"), value(cfg, "trainer.num_nodes")
+    queries = value(cfg, "batching.queries_per_batch")
+    if is_int(devices) and is_int(nodes) and is_int(queries) and 0 < queries < devices * nodes:
+        text = f"{queries} queries cannot be shared out over {devices * nodes} ranks; set it to"
+        yield Mistake(("batching", "queries_per_batch"), f"{text} {devices * nodes} or more")
+
+
 def retrievers_are_names(cfg: DictConfig) -> Iterator[Mistake]:
     """bm25, a model folder or a run file, or a list of these."""
     if "retriever" not in cfg or OmegaConf.is_missing(cfg, "retriever"):
@@ -398,6 +427,7 @@ RULES: list[Rule] = [
     stage_suits_the_contract,
     teacher_is_there,
     loss_suits_the_scores,
+    parts_work_together,
     retrievers_are_names,
     reranking_is_possible,
     folders_exist,

@@ -1,0 +1,121 @@
+"""Backbone, adapters, strategy, precision, cached gradients: each set runs, or is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tests.commands import ROOT, train_arguments
+
+from caravan.compose import compose
+from caravan.errors import InputError
+from caravan.training.run import train
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHAPE |= {"intermediate_size": 48, "vocab_size": 400, "max_position_embeddings": 64}
+BACKBONES = {
+    "tiny_llama": None,
+    "llama": lambda: transformers.LlamaConfig(**SHAPE),
+    "qwen3": lambda: transformers.Qwen3Config(**SHAPE, num_key_value_heads=1, head_dim=16),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **SHAPE, num_key_value_heads=1, head_dim=16, sliding_window=8
+    ),
+    "bert": lambda: transformers.BertConfig(**SHAPE),
+}
+CHOICES = (
+    tuple(BACKBONES),
+    ("none", "lora", "qlora"),
+    ("float32", "bf16"),
+    (None, 2),
+)
+Choice = tuple[Any, ...]
+
+
+@pytest.fixture
+def folder(tokenizer: Any, tmp_path: Path) -> Path:
+    for name, config in BACKBONES.items():
+        if config is not None:
+            torch.manual_seed(0)
+            transformers.AutoModel.from_config(config()).save_pretrained(tmp_path / name)
+            tokenizer.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def _told(folder: Path, beir: Path, strategy: str, choice: Choice) -> str:
+    """ "runs", or what was told instead."""
+    backbone, peft, precision, chunk = choice
+    run_dir = folder / "-".join(map(str, (strategy, *choice)))
+    arguments = train_arguments(
+        *(beir, run_dir, f"strategy={strategy}", f"peft={peft}", f"precision={precision}"),
+        *(f"gradcache.chunk={'null' if chunk is None else chunk}", "trainer.max_steps=1"),
+        *("validation.queries=2", "validation.passages=8"),
+        *([] if peft == "none" else ["peft.rank=2"]),
+        *([] if strategy == "auto" else ["trainer.devices=2"]),
+    )
+    if backbone != "tiny_llama":
+        arguments = [text for text in arguments if not text.startswith("backbone.")]
+        arguments += ["backbone=hf", f"backbone.name={folder / backbone}"]
+        arguments += ["contract.pooling=mean"] if backbone == "bert" else []
+    try:
+        train(compose(ROOT / "conf", "train", arguments))
+    except InputError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - any is a failure of the test
+        return f"failed: {type(error).__name__}: {error}"
+    return "runs"
+
+
+def _rank(rank: int, port: int, folder: Path, beir: Path, strategy: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    told = [_told(folder, beir, strategy, choice) for choice in itertools.product(*CHOICES)]
+    (folder / f"told{rank}.json").write_text(json.dumps(told))
+
+
+def _holds(strategy: str, choices: Iterable[Choice], told: Iterable[str]) -> None:
+    """Four bits need saved weights, and no other rank to share them; all else runs."""
+    for choice, text in zip(choices, told, strict=True):
+        backbone, peft, *_ = choice
+        expected = "runs"
+        if peft == "qlora" and strategy == "fsdp":
+            expected = "shared out over ranks"
+        elif peft == "qlora" and backbone == "tiny_llama":
+            expected = "random ones"
+        assert expected in text, (strategy, *choice)
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_combination_runs_or_is_refused_on_one_process(
+    folder: Path, beir: Path, whole: bool
+) -> None:
+    choices = [
+        choice
+        for choice in itertools.product(*CHOICES)
+        if whole or (choice[0] in ("tiny_llama", "bert") and choice[2] == "float32")
+    ]
+    assert len(choices) == (60 if whole else 12)
+    _holds("auto", choices, [_told(folder, beir, "auto", choice) for choice in choices])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_every_combination_runs_or_is_refused_on_two(
+    folder: Path, beir: Path, strategy: str
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, args=(port, folder, beir, strategy), nprocs=2)
+    for rank in range(2):
+        told = json.loads((folder / f"told{rank}.json").read_text())
+        _holds(strategy, itertools.product(*CHOICES), told)
