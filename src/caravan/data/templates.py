@@ -52,6 +52,10 @@ class Templates:
         tokenizer: a fast tokenizer of transformers.
         contract: templates, lengths and EOS.
 
+    Attributes:
+        before: ids that stand before every text.
+        tails: ids that stand after a "query" and after a "passage", however long it is.
+
     Raises:
         InputError: the contract wants an EOS that the tokenizer lacks, or a length leaves no room.
     """
@@ -70,11 +74,11 @@ class Templates:
             self.after = [*self.after, eos]
         self._query = Template(contract.query_template)
         self._passage = Template(contract.passage_template)
-        self._tails = {
+        self.tails = {
             side: prompt_end(tokenizer, contract, template, self.after)
             for side, template in (("query", self._query), ("passage", self._passage))
         }
-        for side, tail in self._tails.items():
+        for side, tail in self.tails.items():
             taken = len(self.before) + len(tail)
             told = (
                 f"contract.{side}_length={self._length(side)} leaves {{}} for text: the prompt's"
@@ -105,12 +109,12 @@ class Templates:
 
     def _room(self, side: str) -> int:
         """Tokens of text, at most."""
-        return self._length(side) - len(self.before) - len(self._tails[side])
+        return self._length(side) - len(self.before) - len(self.tails[side])
 
     def _encode(self, texts: list[str], side: str) -> list[list[int]]:
         if not texts:
             return []
-        room, tail = self._room(side), self._tails[side]
+        room, tail = self._room(side), self.tails[side]
         begun = [beginning(text, room) for text in texts]
         encoded = token_ids(self.tokenizer, texts, begun, room)
         return [[*self.before, *ids[:room], *tail] for ids in encoded]

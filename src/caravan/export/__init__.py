@@ -1,0 +1,1 @@
+"""Model folders to folders that other libraries load: sentence-transformers, transformers, PEFT."""

@@ -1,0 +1,81 @@
+"""The LoRA adapter as PEFT loads it, on the base that it names."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from caravan.contract import Contract, adapter_base, read_contract, write_contract
+from caravan.errors import InputError
+from caravan.export import card, plain, recipes, weights
+from caravan.export.merged import set_padding
+from caravan.export.wording import quoted
+from caravan.models import folder as model_folder
+from caravan.models.loading import fit_vocabulary
+
+FILES = ("adapter_config.json", model_folder.ADAPTER)
+
+
+def write(folder: Path, out: Path) -> None:
+    """Write the adapter and check it on its base.
+
+    Raises:
+        InputError: the folder has no adapter, the reranker's head is none that transformers has,
+            or base and adapter compute other numbers.
+    """
+    if read_contract(folder)[1]["weights"] != "adapter":
+        raise InputError(f"{folder} holds whole weights and no adapter; export it as merged")
+    model, tokenizer, contract, facts = model_folder.load(folder)
+    plain.refuse_foreign_head(folder, model)
+    sample = plain.Sample.of(model, tokenizer, contract)
+    del model  # there may not be room for two
+    for name in FILES:
+        shutil.copyfile(folder / name, out / name)
+    write_contract(out, contract, facts)
+    loads, found = _load(folder, out, tokenizer, contract, facts)
+    tokenizer.save_pretrained(out)
+    what = "embeddings" if contract.kind == "retriever" else "scores"
+    weights.refuse_other_numbers(str(folder), what, sample.wanted, sample.by(found))
+    text = card.plain_card(
+        folder, facts, contract, "peft", loads + recipes.recipe(tokenizer, contract)
+    )
+    (out / "README.md").write_text(text, "utf-8")
+
+
+def _load(
+    folder: Path, out: Path, tokenizer: Any, contract: Contract, facts: dict[str, Any]
+) -> tuple[str, Any]:
+    """Code that loads the exported adapter on its base, and what it loads."""
+    from peft import PeftModel
+
+    base, revision = adapter_base(folder)
+    name = plain.auto_class(contract, facts)
+    hub: dict[str, Any] = {} if revision is None else {"revision": revision}
+    if name == "AutoModelForSequenceClassification":
+        hub["num_labels"] = 1
+    told = "".join(f", {key}={value!r}" for key, value in hub.items())
+    with weights.quiet():
+        model = getattr(transformers, name).from_pretrained(base, dtype=torch.float32, **hub)
+    lines = ""
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        lines += "base.resize_token_embeddings(len(tokenizer))\n"
+        fit_vocabulary(model, tokenizer)
+    if hasattr(model, "score"):
+        set_padding(model.config, tokenizer, contract)
+        padding = model.config.get_text_config().pad_token_id
+        lines += f"base.config.pad_token_id = {padding}  # by which a pair's last token is found\n"
+    return (
+        f"""import torch
+from peft import PeftModel
+from transformers import {name}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{card.HERE}")
+base = {name}.from_pretrained({quoted(base)}, dtype=torch.float32{told})
+{lines}model = PeftModel.from_pretrained(base, "{card.HERE}").eval()
+""",
+        PeftModel.from_pretrained(model, out).eval(),
+    )
