@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from tests.models import exported
-from tests.models.exported import JOINED, ODD, OWN_HEAD, PAIR
+from tests.export.exported import JOINED, ODD, OWN_HEAD, PAIR
 
 from caravan.errors import InputError
 from caravan.export import __main__ as command

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.models import exported
-from tests.models.exported import (
+from tests.export.exported import (
     ALIKE,
     JOINED,
     LLARA,
