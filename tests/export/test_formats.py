@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import exported
 from tests.export.exported import (
     ALIKE,
     JOINED,
@@ -24,6 +23,7 @@ from tests.export.exported import (
     close_by_card,
     run_card,
 )
+from tests.models import exported
 
 from caravan.contract import read_contract
 from caravan.data.templates import Templates
