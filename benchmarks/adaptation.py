@@ -9,15 +9,13 @@ logits of the whole sequence, a loop over the texts, each set told by indexing i
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import paired, report, table
+from common import apart, highest, paired, report, table
 from torch import Tensor
 
 from caravan.batches import Packed, pack
@@ -86,13 +84,8 @@ def naive(encoder: SlotEncoder, packed: Packed, targets: Tensor, counts: Tensor)
     return torch.stack(losses).mean()
 
 
-def highest() -> int:
-    """Peak memory of this process in kB; its rusage would begin with that of its parent."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-
-
-def measured(kind: str, number: int, words: int, vocabulary: int, answer: Any) -> None:
-    """In a process of its own: seconds a step, peak memory above that before, and the loss."""
+def measured(kind: str, number: int, words: int, vocabulary: int) -> tuple[float, float, float]:
+    """Seconds a step, peak memory above that before, in MB, and the loss."""
     step: Callable[..., Tensor] = {"ours": ours, "naive": naive}[kind]
     model = language_model(vocabulary)
     encoder = SlotEncoder(model, model.base_model, Contract(), LAYOUT)
@@ -108,17 +101,7 @@ def measured(kind: str, number: int, words: int, vocabulary: int, answer: Any) -
         loss.backward()
         seconds.append(time.perf_counter() - started)
     peak = highest() - before
-    answer.put((statistics.median(seconds), peak / 1024, float(loss)))
-
-
-def apart(*given: Any) -> tuple[float, float, float]:
-    context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=measured, args=(*given, answer))
-    process.start()
-    found: tuple[float, float, float] = answer.get()
-    process.join()
-    return found
+    return statistics.median(seconds), peak, float(loss.detach())
 
 
 def main() -> None:
@@ -137,7 +120,7 @@ def main() -> None:
     for vocabulary in (32_000, 128_000):
         size = options.texts, options.words, vocabulary
         (seconds, peak, loss), (their_seconds, their_peak, their_loss) = (
-            apart(kind, *size) for kind in ("ours", "naive")
+            apart(measured, kind, *size) for kind in ("ours", "naive")
         )
         heads.append(
             {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import multiprocessing
 import statistics
 import sys
 import time
@@ -86,6 +87,26 @@ def paired(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> 
         "lowest": min(ratios),
         "highest": max(ratios),
     }
+
+
+def highest() -> float:
+    """Peak memory of this process in MB; its rusage would begin with that of its parent."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+
+def apart(measure: Callable[..., Any], *given: Any) -> Any:
+    """What `measure` finds in a process of its own, whose memory is nothing else's."""
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=_put, args=(answer, measure, *given))
+    process.start()
+    found = answer.get()
+    process.join()
+    return found
+
+
+def _put(answer: Any, measure: Callable[..., Any], *given: Any) -> None:
+    answer.put(measure(*given))
 
 
 def report(name: str, title: str, rows: list[dict[str, Any]], notes: list[str]) -> None:
