@@ -7,6 +7,10 @@ one of them may do (write a file, say something) asks here.
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
+
+PAUSE = 0.2  # seconds; what is waited for takes minutes
 
 
 def rank() -> int:
@@ -28,6 +32,22 @@ def rank() -> int:
 def leads() -> bool:
     """Whether this process writes and speaks for all."""
     return rank() == 0
+
+
+def world() -> int:
+    """How many processes were started together, by torchrun or by srun; 1 if it is alone."""
+    return max(_number("WORLD_SIZE") or _number("SLURM_STEP_NUM_TASKS") or 1, 1)
+
+
+def local_rank() -> int:
+    """Which of its machine's processes this is, and so which of its devices it has."""
+    return _number("LOCAL_RANK") or _number("SLURM_LOCALID") or 0
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Look again and again; whoever starts several processes ends all of them if one fails."""
+    while not holds():
+        time.sleep(PAUSE)
 
 
 def _number(variable: str) -> int | None:

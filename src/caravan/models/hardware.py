@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from caravan.errors import InputError
+from caravan.ranks import local_rank
 from caravan.rules import PRECISIONS
 
 CPU_CHUNK, GPU_CHUNK = 2048, 32_768
@@ -35,8 +36,10 @@ def has_bf16() -> bool:
 
 
 def device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process' GPU if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())
 
 
 def chunk(token_budget: int | None) -> int:

@@ -21,6 +21,7 @@ from caravan import manifest
 from caravan.config import build
 from caravan.contract import FILE
 from caravan.errors import InputError
+from caravan.ranks import leads
 from caravan.retrieval.stages import Stage, Stages
 
 log = logging.getLogger(__name__)
@@ -35,8 +36,9 @@ def evaluate(cfg: Any) -> dict[str, Any]:
     run_dir = Path(cfg.run_dir)
     if (run_dir / "checkpoints").exists():
         raise InputError(f"{run_dir} holds a training run; choose another name= for the evaluation")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), "utf-8")
+    if leads():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), "utf-8")
     stages = Stages(
         collection=parts["data"].collection(Path(cfg.cache_dir)),
         split=parts["data"].split,
@@ -60,6 +62,8 @@ def evaluate(cfg: Any) -> dict[str, Any]:
                 num_workers=cfg.num_workers,
             )
         )
+    if not leads():
+        return {}
     metrics = _scored(stages, made, settings["measures"])
     if len(made) > 1:
         from caravan.report.table import show_stages

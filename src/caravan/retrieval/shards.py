@@ -6,6 +6,8 @@
 
 Each block is computed on its own, so the files are the same bytes however often a start was cut
 short; nothing that is on disk is computed again. Blocks of other inputs are thrown away.
+Of several processes (torchrun, srun) each has its share of the blocks, by their numbers; they meet
+in the folder alone, which all must see, and it is the same folder whatever their number.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import numpy as np
 
 from caravan import manifest
 from caravan.atomic import replacing
+from caravan.ranks import leads, rank, wait_until, world
 
 
 def shard(folder: Path, number: int) -> Path:
@@ -30,17 +33,32 @@ def fill(
     blocks: int,
     compute: Callable[[list[int]], Iterable[np.ndarray]],
 ) -> None:
-    """Write the blocks that are not there yet.
+    """Write the blocks that are not there yet; returns when all are, whoever wrote them.
 
     Args:
         inputs: digests and settings that determine the blocks.
         compute: gives, for the numbers of blocks that are missing, the array of each in turn.
     """
-    missing = [i for i in range(blocks) if not shard(folder, i).exists()]
-    if not missing and manifest.matches(folder, inputs):
-        return
+    if _missing(folder, blocks) or not manifest.matches(folder, inputs):
+        if leads():
+            _begin(folder, inputs)
+        wait_until(lambda: manifest.matches(folder / "begun", inputs))
+        own = [i for i in _missing(folder, blocks) if i % world() == rank()]
+        for number, array in zip(own, compute(own) if own else (), strict=True):
+            _write(shard(folder, number), array)
+    if leads():
+        wait_until(lambda: not _missing(folder, blocks))
+        manifest.write(folder, inputs)
+    wait_until(lambda: manifest.matches(folder, inputs))
+
+
+def _missing(folder: Path, blocks: int) -> list[int]:
+    return [i for i in range(blocks) if not shard(folder, i).exists()]
+
+
+def _begin(folder: Path, inputs: dict[str, Any]) -> None:
+    """Say from the start whose blocks these are, so that an interrupted start can be resumed."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Says from the start whose blocks these are, so that an interrupted start can be resumed.
     begun = folder / "begun"
     if not manifest.matches(begun, inputs):
         manifest.remove(folder)  # before the blocks: they are no longer what it says they are
@@ -49,10 +67,6 @@ def fill(
             old.unlink()
         begun.touch()
         manifest.write(begun, inputs)
-        missing = list(range(blocks))
-    for number, array in zip(missing, compute(missing), strict=True):
-        _write(shard(folder, number), array)
-    manifest.write(folder, inputs)
 
 
 def _write(path: Path, array: np.ndarray) -> None:

@@ -23,6 +23,7 @@ from caravan.contract import folder_digest
 from caravan.data.collection import Collection, Qrels
 from caravan.data.runs import Run, canonical, read_run, write_run
 from caravan.errors import InputError
+from caravan.ranks import leads, wait_until
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ class Stages:
             "block": block,
         }
 
-        def search() -> tuple[Run, Facts]:
+        def search() -> tuple[Run, Facts] | None:
             from caravan.retrieval.encode import Encoder
 
             started = time.monotonic()
@@ -150,6 +151,8 @@ class Stages:
                 {**encoded_from, "length": lengths.get("query_length"), "split": self.split},
             ).read()
             asked = time.monotonic()
+            if not leads():
+                return None
             index.build(passages)
             built = time.monotonic()
             scores, rows = index.search(queries, min(self.k, passages.rows))
@@ -169,7 +172,7 @@ class Stages:
             return Run.from_topk(self.qrels.queries, scores, rows), facts
 
         made_from = {**encoded_from, **lengths, "index": index_settings, "k": self.k}
-        return self._stage("retriever", made_from, search)
+        return self._stage("retriever", made_from, search, together=True)
 
     def given(self, path: Path) -> Stage:
         """A run of any system, TREC or MS MARCO, over the queries of the split."""
@@ -259,7 +262,7 @@ class Stages:
             }
             return found, facts
 
-        return self._stage("reranked", made_from, search)
+        return self._stage("reranked", made_from, search, together=True)
 
     def read(self, stage: Stage, depth: int | None = None) -> Run:
         """The run of a stage, as it lies on disk."""
@@ -274,9 +277,17 @@ class Stages:
         return side if number < 2 else f"{side}-{number}"
 
     def _stage(
-        self, name: str, made_from: dict[str, Any], search: Callable[[], tuple[Run, Facts]]
+        self,
+        name: str,
+        made_from: dict[str, Any],
+        search: Callable[[], tuple[Run, Facts] | None],
+        together: bool = False,
     ) -> Stage:
-        """Write the run, unless it is there from the same inputs."""
+        """Write the run, unless it is there from the same inputs.
+
+        Args:
+            together: several processes take part in the search; else the one that leads does it.
+        """
         number = self._names[name] = self._names.get(name, 0) + 1
         name = name if number == 1 else f"{name}-{number}"
         path = self.run_dir / "runs" / f"{name}.{self.split}.trec"
@@ -284,9 +295,17 @@ class Stages:
         digest = _made_before(path, inputs)
         if digest is not None:
             log.info("%s is there already, from the same model, collection and settings", path)
+        elif not leads():
+            if together:
+                search()
+            wait_until(lambda: _made_before(path, inputs, told=False) is not None)
+            digest = _made_before(path, inputs)
+            assert digest is not None  # just waited for
         else:
             manifest.remove(path)
-            run, facts = search()
+            found = search()
+            assert found is not None
+            run, facts = found
             run = canonical(run, self.collection.corpus)
             write_run(path, run, self.collection.queries, self.collection.corpus)
             digest = manifest.content_digest(path)
@@ -295,12 +314,13 @@ class Stages:
         return Stage(name, path, inputs, facts, digest)
 
 
-def _made_before(path: Path, inputs: dict[str, Any]) -> str | None:
+def _made_before(path: Path, inputs: dict[str, Any], told: bool = True) -> str | None:
     """The digest of a run that is there from these inputs, as it was written, else None."""
     if not manifest.matches(path, inputs):
         return None
     digest = manifest.content_digest(path)
     if (manifest.read(path) or {})["facts"].get("run_xxh3") == digest:
         return digest
-    log.warning("%s is not as it was written; it is made again", path)
+    if told:
+        log.warning("%s is not as it was written; it is made again", path)
     return None
