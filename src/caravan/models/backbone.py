@@ -22,10 +22,11 @@ from torch import nn
 from caravan.contract import adapter_base, read_contract
 from caravan.errors import InputError
 from caravan.models import folder
-from caravan.models.adapters import copy_adapter, is_adapter, load_adapter
+from caravan.models.adapters import copy_adapter, is_adapter, load_adapter, released_base
 from caravan.models.crossencoder import with_head
 from caravan.models.loading import (
     fit_vocabulary,
+    has_tokenizer,
     load_config,
     load_language_model,
     load_scorer,
@@ -171,16 +172,18 @@ class Pretrained:
     trains_tokenizer = False
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
-        """The model's own tokenizer; the collection plays no part."""
+        """The model's own tokenizer, or that of an adapter's base; the collection plays no part."""
+        revision = self.hub["revision"]
+        if is_adapter(self.name, revision) and not has_tokenizer(self.name, revision):
+            base, revision = released_base(self.name, revision)
+            return load_tokenizer(base, **{**self.hub, "revision": revision})
         return load_tokenizer(self.name, **self.hub)
 
     def config(self, tokenizer: Any) -> Any:
         """transformers' config of the model, or of an adapter's base."""
         if is_adapter(self.name, self.hub["revision"]):
-            from peft import PeftConfig
-
-            adapter = PeftConfig.from_pretrained(self.name, revision=self.hub["revision"])
-            return load_config(str(adapter.base_model_name_or_path), revision=adapter.revision)
+            base, revision = released_base(self.name, self.hub["revision"])
+            return load_config(base, revision=revision)
         return load_config(self.name, **self.hub)
 
     def model(self, tokenizer: Any) -> nn.Module:
@@ -217,17 +220,15 @@ class Pretrained:
 
     def _base(self) -> nn.Module:
         """The base that a released adapter names."""
-        from peft import PeftConfig
-
-        config = PeftConfig.from_pretrained(self.name, revision=self.hub["revision"])
-        base = load_weights(
-            str(config.base_model_name_or_path),
+        base, revision = released_base(self.name, self.hub["revision"])
+        model = load_weights(
+            base,
             torch.float32,
             self.attention,
-            revision=config.revision,
+            revision=revision,
             trust_remote_code=self.hub["trust_remote_code"],
         )
-        return _prepared(base, self.checkpointing)
+        return _prepared(model, self.checkpointing)
 
 
 class Trained:
