@@ -354,6 +354,16 @@ def test_a_pickle_without_named_weights_is_refused(base: Path, tmp_path: Path) -
         load_adapter(torch.nn.Linear(2, 2), str(released))
 
 
+def test_an_adapter_keeps_the_name_of_its_base(base: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    named = {"base_model_name_or_path": "meta-llama/Llama-2-7b-hf", "revision": "0123abc"}
+    released = _release(tmp_path / "released", base, RETRIEVER, **named)
+    peft = load_adapter(AutoModel.from_pretrained(base), str(released))
+    kept = peft.active_peft_config
+    assert {name: getattr(kept, name) for name in named} == named
+
+
 def test_a_tokenizer_beside_the_adapter_comes_before_its_bases(
     base: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
