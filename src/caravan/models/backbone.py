@@ -396,8 +396,8 @@ def refuse_to_turn(folder: str) -> None:
     """A model that was trained to look both ways computes nothing of use when it looks one way."""
     if read_contract(Path(folder))[0].bidirectional:
         raise InputError(
-            f"{folder} was trained to look both ways; leave backbone.bidirectional out, or set it"
-            " to true"
+            f"{folder} was trained to look both ways, so what begins with it does too; set"
+            " backbone.bidirectional=true"
         )
 
 
