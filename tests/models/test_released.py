@@ -1,23 +1,25 @@
-"""Released adapters, adopted by conf/experiment/released: what their model cards' code computes.
-
-Tiny adapters in the layout of castorini's: PEFT 0.4's config and keys, `adapter_model.bin`, no
-tokenizer of their own, over a saved causal language model.
-"""
+"""Released adapters, adopted by conf/experiment/released: what their model cards' code computes."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from tests.commands import ROOT
-from tokenizers import processors
+from tests.released import (
+    OLDER_FIELDS,
+    RERANKER,
+    RERANKERS,
+    RETRIEVER,
+    RETRIEVERS,
+    adapter_weights,
+    release,
+    save_base,
+)
 from torch import Tensor
 
 from caravan.batches import pack
@@ -30,99 +32,17 @@ from caravan.models.adapters import load_adapter
 from caravan.models.backbone import Pretrained
 from caravan.training.run import train
 
-RETRIEVERS = ["repllama_passage_7b", "repllama_document_7b"]
-RERANKERS = ["rankllama_passage_7b", "rankllama_document_7b", "rankllama_passage_13b"]
-RETRIEVER, RERANKER = RETRIEVERS[0], RERANKERS[0]
 QUERY = "which camel has water"
 PASSAGES = [
     ("Title", "the caravan guide had water at the well"),
     ("https://oasis.example/salt Title", "salt route " * 9 + "market"),
     ("Title", "star"),
 ]
-CONFIG_OF_THAT_TIME = {
-    "auto_mapping": None,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "init_lora_weights": True,
-    "layers_pattern": None,
-    "layers_to_transform": None,
-    "lora_alpha": 8,
-    "lora_dropout": 0.1,
-    "modules_to_save": None,
-    "peft_type": "LORA",
-    "r": 4,
-    "revision": None,
-}
-OLDER_FIELDS = {"merge_weights": False, "enable_lora": None}
-"""Of PEFT 0.2, which today's does not know."""
-SIZES = {"q_proj": (32, 32), "k_proj": (32, 16), "v_proj": (32, 16), "o_proj": (32, 32)}
-SIZES |= {"gate_proj": (32, 48), "up_proj": (32, 48), "down_proj": (48, 32)}
 
 
 @pytest.fixture(scope="session")
 def base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama as Meta released it: a causal language model without a padding token."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    path = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    shape |= {"num_key_value_heads": 1, "intermediate_size": 48, "vocab_size": 400}
-    LlamaForCausalLM(LlamaConfig(**shape, bos_token_id=1, eos_token_id=2)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    text = (path / "tokenizer.json").read_text()
-    saved = type(tokenizer).from_pretrained(path)
-    saved.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", saved.bos_token_id)]
-    )
-    saved.pad_token = None
-    saved.save_pretrained(path)
-    assert (path / "tokenizer.json").read_text() != text
-    return path
-
-
-def _weights(reranks: bool) -> dict[str, Tensor]:
-    """Tensors under the keys of PEFT 0.4: the adapter sits on LlamaModel, or one level deeper."""
-    generator = torch.Generator().manual_seed(1)
-    inner = "base_model.model.model" if reranks else "base_model.model"
-    weights = {}
-    for layer in range(2):
-        for name, (given, made) in SIZES.items():
-            block = "self_attn" if name[0] in "qkvo" else "mlp"
-            key = f"{inner}.layers.{layer}.{block}.{name}"
-            weights[f"{key}.lora_A.weight"] = torch.randn(4, given, generator=generator) * 0.2
-            weights[f"{key}.lora_B.weight"] = torch.randn(made, 4, generator=generator) * 0.2
-    if reranks:
-        weights["base_model.model.score.weight"] = torch.randn(1, 32, generator=generator)
-    return weights
-
-
-def _release(
-    to: Path,
-    base: Path,
-    experiment: str,
-    file: str = "adapter_model.bin",
-    change: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda weights: weights,
-    **fields: Any,
-) -> Path:
-    """A folder with an adapter and nothing else."""
-    to.mkdir(parents=True)
-    reranks = experiment in RERANKERS
-    settings = {
-        **CONFIG_OF_THAT_TIME,
-        "base_model_name_or_path": str(base),
-        "target_modules": list(SIZES),
-        "task_type": "SEQ_CLS" if reranks else "FEATURE_EXTRACTION",
-        **fields,
-    }
-    (to / "adapter_config.json").write_text(json.dumps(settings))
-    weights = change(_weights(reranks))
-    if file.endswith(".bin"):
-        torch.save(weights, to / file)
-    else:
-        save_file(weights, to / file)
-    return to
+    return save_base(tmp_path_factory.mktemp("llama"), tokenizer)
 
 
 def _adopt(experiment: str, released: Path, run_dir: Path) -> tuple[Any, Any, Any, Any]:
@@ -195,7 +115,7 @@ def test_each_released_adapter_has_an_experiment() -> None:
 def test_an_adopted_retriever_embeds_as_its_model_card(
     experiment: str, file: str, base: Path, tmp_path: Path
 ) -> None:
-    released = _release(tmp_path / "released", base, experiment, file)
+    released = release(tmp_path / "released", base, experiment, file)
     loaded = _adopt(experiment, released, tmp_path / "run")
     expected = _embedded_by_the_card(released, base)
     torch.testing.assert_close(_embedded(loaded), expected, atol=1e-5, rtol=0)
@@ -208,7 +128,7 @@ def test_an_adopted_retriever_embeds_as_its_model_card(
 def test_an_adopted_reranker_scores_as_its_model_card(
     experiment: str, file: str, base: Path, tmp_path: Path
 ) -> None:
-    released = _release(tmp_path / "released", base, experiment, file)
+    released = release(tmp_path / "released", base, experiment, file)
     loaded = _adopt(experiment, released, tmp_path / "run")
     expected = _scored_by_the_card(released, base)
     torch.testing.assert_close(_scored(loaded), expected, atol=1e-5, rtol=0)
@@ -221,7 +141,7 @@ def test_what_was_released_in_half_precision_is_computed_in_float32(
     def halved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: weight.half() for key, weight in weights.items()}
 
-    released = _release(tmp_path / "released", base, RERANKER, change=halved)
+    released = release(tmp_path / "released", base, RERANKER, change=halved)
     loaded = _adopt(RERANKER, released, tmp_path / "run")
     expected = _scored_by_the_card(released, base)
     torch.testing.assert_close(_scored(loaded), expected, atol=1e-5, rtol=0)
@@ -245,8 +165,8 @@ def _named(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_older_layouts_of_the_head_are_read_as_todays(
     change: Any, base: Path, tmp_path: Path
 ) -> None:
-    plain = _release(tmp_path / "plain", base, RERANKER)
-    released = _release(tmp_path / "released", base, RERANKER, change=change, **OLDER_FIELDS)
+    plain = release(tmp_path / "plain", base, RERANKER)
+    released = release(tmp_path / "released", base, RERANKER, change=change, **OLDER_FIELDS)
     loaded = _adopt(RERANKER, released, tmp_path / "run")
     expected = _scored_by_the_card(plain, base)
     torch.testing.assert_close(_scored(loaded), expected, atol=1e-5, rtol=0)
@@ -292,7 +212,7 @@ def _with(key: str, *shape: int) -> Any:
 def test_a_weight_missing_left_over_or_misshapen_is_refused_by_its_key(
     experiment: str, change: Any, told: str, file: str, base: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
-    backbone = Pretrained(str(_release(tmp_path / "released", base, experiment, file, change)))
+    backbone = Pretrained(str(release(tmp_path / "released", base, experiment, file, change)))
     with pytest.raises(InputError, match=told):
         backbone.scorer(tokenizer) if experiment == RERANKER else backbone.model(tokenizer)
 
@@ -305,7 +225,7 @@ def _replaced() -> dict[str, Tensor]:
 def test_an_adapter_of_the_other_kind_is_refused(
     experiment: str, other: str, base: Path, tmp_path: Path
 ) -> None:
-    released = _release(tmp_path / "released", base, other)
+    released = release(tmp_path / "released", base, other)
     with pytest.raises(InputError, match="it is of another base or task"):
         _adopt(experiment, released, tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists()
@@ -324,8 +244,8 @@ class _Malicious:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_pickled_adapter_does_not_run(zipped: bool, base: Path, tmp_path: Path) -> None:
     mark = tmp_path / "it ran"
-    released = _release(tmp_path / "released", base, RETRIEVER)
-    weights: dict[str, Any] = {**_weights(reranks=False), "code": _Malicious(mark)}
+    released = release(tmp_path / "released", base, RETRIEVER)
+    weights: dict[str, Any] = {**adapter_weights(reranks=False), "code": _Malicious(mark)}
     if zipped:
         torch.save(weights, released / "adapter_model.bin")
     else:
@@ -340,7 +260,7 @@ def test_code_in_a_pickled_adapter_does_not_run(zipped: bool, base: Path, tmp_pa
 
 @pytest.mark.parametrize("file", ["adapter_model.bin", "adapter_model.safetensors"])
 def test_a_truncated_adapter_is_told_in_a_sentence(file: str, base: Path, tmp_path: Path) -> None:
-    released = _release(tmp_path / "released", base, RETRIEVER, file)
+    released = release(tmp_path / "released", base, RETRIEVER, file)
     path = released / file
     path.write_bytes(path.read_bytes()[:900])
     with pytest.raises(InputError, match="released: the adapter does not load"):
@@ -348,7 +268,7 @@ def test_a_truncated_adapter_is_told_in_a_sentence(file: str, base: Path, tmp_pa
 
 
 def test_a_pickle_without_named_weights_is_refused(base: Path, tmp_path: Path) -> None:
-    released = _release(tmp_path / "released", base, RETRIEVER)
+    released = release(tmp_path / "released", base, RETRIEVER)
     torch.save([1, 2], released / "adapter_model.bin")
     with pytest.raises(InputError, match="holds no weights by name"):
         load_adapter(torch.nn.Linear(2, 2), str(released))
@@ -358,7 +278,7 @@ def test_an_adapter_keeps_the_name_of_its_base(base: Path, tmp_path: Path) -> No
     from transformers import AutoModel
 
     named = {"base_model_name_or_path": "meta-llama/Llama-2-7b-hf", "revision": "0123abc"}
-    released = _release(tmp_path / "released", base, RETRIEVER, **named)
+    released = release(tmp_path / "released", base, RETRIEVER, **named)
     peft = load_adapter(AutoModel.from_pretrained(base), str(released))
     kept = peft.active_peft_config
     assert {name: getattr(kept, name) for name in named} == named
@@ -367,7 +287,7 @@ def test_an_adapter_keeps_the_name_of_its_base(base: Path, tmp_path: Path) -> No
 def test_a_tokenizer_beside_the_adapter_comes_before_its_bases(
     base: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
-    released = _release(tmp_path / "released", base, RETRIEVER)
+    released = release(tmp_path / "released", base, RETRIEVER)
     own = type(tokenizer).from_pretrained(base)
     own.add_special_tokens({"pad_token": "<own>"})
     own.save_pretrained(released)
@@ -375,6 +295,6 @@ def test_a_tokenizer_beside_the_adapter_comes_before_its_bases(
 
 
 def test_an_adapter_that_names_no_base_is_refused(base: Path, tmp_path: Path) -> None:
-    released = _release(tmp_path / "released", base, RETRIEVER, base_model_name_or_path=None)
+    released = release(tmp_path / "released", base, RETRIEVER, base_model_name_or_path=None)
     with pytest.raises(InputError, match=r"adapter_config\.json names no base model"):
         _adopt(RETRIEVER, released, tmp_path / "run")
