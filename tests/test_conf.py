@@ -161,6 +161,9 @@ def test_a_backbone_brings_its_own_contract() -> None:
         ("stage=reranker loss=likelihood validation.run=x.trec", "stage=reranker_likelihood"),
         ("stage=reranker sampler.number=0", "sampler.number (command line): a reranker compares"),
         ("stage=reranker_likelihood contract.pair=pair", "leave it joined"),
+        ("contract.bidirectional=true", "it is what backbone.bidirectional is; set that"),
+        ("stage=adaptation backbone.bidirectional=true", "a decoder that looks to the left; set"),
+        ("stage=reranker_likelihood backbone.bidirectional=true", "set backbone.bidirectional=fal"),
         ("index=exact index.query_chunk=0", "it must be at least 1, not 0"),
         ("index=exact index.passage_chunk=0", "it must be at least 1, not 0"),
     ],
@@ -168,6 +171,14 @@ def test_a_backbone_brings_its_own_contract() -> None:
 def test_values_that_would_end_in_a_traceback_are_told_before(override: str, wanted: str) -> None:
     with pytest.raises(InputError, match=re.escape(wanted)):
         preflight(override.split(), CONF, "train", config.ROOTS["train"])
+
+
+def test_what_looks_both_ways_says_so_in_its_contract() -> None:
+    for backbone in ("tiny_llama", "smollm2_135m", "minilm"):
+        for both in (False, True):
+            given = ["backbone.bidirectional=true"] if both else []
+            cfg = compose(CONF, "train", [f"backbone={backbone}", *given])
+            assert cfg.contract.bidirectional is cfg.backbone.bidirectional is both
 
 
 def test_an_evaluation_without_measures_is_refused() -> None:

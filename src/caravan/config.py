@@ -165,7 +165,11 @@ def folder_name(text: str) -> str:
 
 
 def begun_with(setting: str, otherwise: Any, _root_: Any) -> Any:
-    """A setting of the contract as `init_from` has it, if that is a retriever or was adapted."""
+    """A setting of the contract as `init_from` has it, if that is a retriever or was adapted.
+
+    A reranker's prompts are of no use to a retriever, but which way its layers look stays with the
+    weights.
+    """
     folder = OmegaConf.select(_root_, "init_from")
     if not isinstance(folder, str):
         return otherwise
@@ -173,7 +177,8 @@ def begun_with(setting: str, otherwise: Any, _root_: Any) -> Any:
         contract, _ = read_contract(Path(folder))
     except InputError:
         return otherwise  # it is told where the folder is opened
-    return getattr(contract, setting) if contract.kind == "retriever" else otherwise
+    comes_along = contract.kind == "retriever" or setting == "bidirectional"
+    return getattr(contract, setting) if comes_along else otherwise
 
 
 def check(

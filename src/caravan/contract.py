@@ -20,7 +20,7 @@ from caravan.manifest import content_digest
 
 FILE = "caravan.json"
 FORMAT = 1
-LATER = {"scoring", "slots"}
+LATER = {"bidirectional", "scoring", "slots"}
 """Settings that older folders do not name; those were made with what is the default here."""
 KINDS = ("retriever", "reranker")
 POOLINGS = ("last", "mean", "cls", "slots")
@@ -54,6 +54,8 @@ class Contract:
             paper), or a "pair" as the tokenizer has it (encoders, and the released checkpoints).
         scoring: what a reranker's score is: a linear "head" over one state (the paper), or the
             query's "likelihood" after the passage, of a language model with no head of its own.
+        bidirectional: a decoder, made to look to the left, sees each whole text
+            (`backbone.bidirectional`); encoders do so without being told.
         slots: how many tokens `{self}` and `{next}` stand for each: special tokens of their own,
             whose states a language model was adapted to write embeddings into.
     """
@@ -69,6 +71,7 @@ class Contract:
     temperature: float = 0.01
     pair: str = "joined"
     scoring: str = "head"
+    bidirectional: bool = False
     slots: int = 0
 
     def __post_init__(self) -> None:
@@ -140,6 +143,11 @@ class Contract:
         if self.append_eos:
             found.append(
                 "contract.append_eos is set; an EOS is no word of a query: set it to false"
+            )
+        if self.bidirectional:
+            found.append(
+                "contract.bidirectional is set, but a likelihood is of tokens that are not seen"
+                " yet: set backbone.bidirectional=false"
             )
         if not self.query_template.endswith("{text}"):
             found.append(

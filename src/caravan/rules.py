@@ -264,6 +264,30 @@ def stage_suits_the_contract(cfg: DictConfig) -> Iterator[Mistake]:
         )
 
 
+def both_ways_suits(cfg: DictConfig) -> Iterator[Mistake]:
+    """What looks both ways cannot tell what comes next, and cannot begin what looks one way."""
+    promised, asked = value(cfg, "contract.bidirectional"), value(cfg, "backbone.bidirectional")
+    place = ("backbone", "bidirectional")
+    if promised is not None and promised != (asked or False):
+        text = "it is what backbone.bidirectional is; set that"
+        yield Mistake(("contract", "bidirectional"), text)
+    if asked is True and ".Adaptation" in str(value(cfg, "stage._target_")):
+        text = (
+            "LLaRA's tasks are told by a decoder that looks to the left; set it to false, and to"
+            " true where a retriever begins with the adapted model"
+        )
+        yield Mistake(place, text)
+    folder = value(cfg, "init_from")
+    if asked or not isinstance(folder, str) or not Path(folder).is_dir():
+        return
+    try:
+        contract, _ = read_contract(Path(folder))
+    except InputError:
+        return  # it is told where the folder is opened
+    if contract.bidirectional:
+        yield Mistake(place, f"{folder} was trained to look both ways; leave it out", "folder")
+
+
 def teacher_is_there(cfg: DictConfig) -> Iterator[Mistake]:
     """A loss that distils learns from the scores of a run."""
     sampler, loss = value(cfg, "sampler"), value(cfg, "loss")
@@ -425,6 +449,7 @@ RULES: list[Rule] = [
     training_ends,
     trainer_leaves_the_rest_to_the_run,
     stage_suits_the_contract,
+    both_ways_suits,
     teacher_is_there,
     loss_suits_the_scores,
     parts_work_together,

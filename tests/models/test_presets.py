@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from tests.commands import ROOT, TINY
 
 from caravan.batches import pack
 from caravan.compose import compose
 from caravan.data.collection import Collection
+from caravan.data.pairs import PairTemplates
 from caravan.data.templates import Templates
 from caravan.models import folder
 from caravan.training.run import train
@@ -43,11 +45,35 @@ ARCHITECTURES: dict[str, Any] = {
     "gemma3_1b": lambda: transformers.Gemma3TextConfig(**GROUPED, head_dim=16, sliding_window=8),
 }
 OWN = {"hf", "tiny_llama"}  # no architecture, and one that has tests of its own
+FAMILIES = {"minilm", "modernbert_base", "smollm2_135m", "mistral_7b", "qwen3_0_6b", "gemma3_1b"}
+"""A preset of each architecture among them."""
+ENCODERS = {"minilm", "bert_base", "modernbert_base"}
 
 
 def test_every_preset_has_a_tiny_instance() -> None:
     presets = {path.stem for path in (ROOT / "conf" / "backbone").glob("*.yaml")}
     assert presets - OWN == set(ARCHITECTURES)
+    kinds = {name: type(config()) for name, config in ARCHITECTURES.items()}
+    assert {kinds[name] for name in FAMILIES} == set(kinds.values())
+
+
+def _saved_base(preset: str, tokenizer: Any, to: Path) -> Path:
+    torch.manual_seed(0)
+    transformers.AutoModel.from_config(ARCHITECTURES[preset]()).save_pretrained(to)
+    tokenizer.save_pretrained(to)
+    return to
+
+
+def _train(preset: str, base: Path, peft: str, beir: Path, run_dir: Path, *given: str) -> Path:
+    """Two steps by the command; the model folder."""
+    tiny = [text for text in TINY if not text.startswith("backbone.")]
+    overrides = [
+        *("data=beir", f"data.path={beir}", f"cache_dir={run_dir.parent / 'cache'}", *tiny),
+        *(f"run_dir={run_dir}", f"backbone={preset}", f"backbone.name={base}"),
+        *(f"peft={peft}", "trainer.max_steps=2", "trainer.val_check_interval=2", *given),
+    ]
+    train(compose(ROOT / "conf", "train", overrides))
+    return run_dir / "model"
 
 
 @pytest.mark.parametrize("peft", ["none", "lora", "qlora"])
@@ -55,22 +81,8 @@ def test_every_preset_has_a_tiny_instance() -> None:
 def test_a_preset_trains_saves_and_embeds_as_plain_transformers_does(
     preset: str, peft: str, beir: Path, collection: Collection, tokenizer: Any, tmp_path: Path
 ) -> None:
-    base = tmp_path / "base"
-    torch.manual_seed(0)
-    transformers.AutoModel.from_config(ARCHITECTURES[preset]()).save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    given = [text for text in TINY if not text.startswith("backbone.")]
-    cfg = compose(
-        ROOT / "conf",
-        "train",
-        [
-            *("data=beir", f"data.path={beir}", f"cache_dir={tmp_path / 'cache'}", *given),
-            *(f"run_dir={tmp_path / 'run'}", f"backbone={preset}", f"backbone.name={base}"),
-            *(f"peft={peft}", "trainer.max_steps=2", "trainer.val_check_interval=2"),
-        ],
-    )
-    train(cfg)
-    saved = tmp_path / "run" / "model"
+    base = _saved_base(preset, tokenizer, tmp_path / "base")
+    saved = _train(preset, base, peft, beir, tmp_path / "run")
     model, own, contract, facts = folder.load(saved)
     assert facts["weights"] == ("full" if peft == "none" else "adapter")
     plain = transformers.AutoModel.from_pretrained(saved if peft == "none" else base)
@@ -88,3 +100,52 @@ def test_a_preset_trains_saves_and_embeds_as_plain_transformers_does(
         rows = torch.stack([place[contract.pooling](state) for state in states])
         expected = torch.nn.functional.normalize(rows, dim=1)
         assert bool((found - expected).abs().max() < 1e-5) == equal
+
+
+@pytest.mark.parametrize(
+    ("preset", "peft"),
+    [*((name, "none") for name in sorted(FAMILIES)), ("gemma3_1b", "lora"), ("qwen3_4b", "lora")],
+)
+def test_a_reranker_of_each_family_trains_saves_and_scores_as_plain_transformers_does(
+    preset: str, peft: str, beir: Path, collection: Collection, tokenizer: Any, tmp_path: Path
+) -> None:
+    base = _saved_base(preset, tokenizer, tmp_path / "base")
+    run = tmp_path / "candidates.trec"
+    lines = [f"q{q} Q0 p{p} 1 {1 / (p + 1)} hand\n" for q in range(16, 20) for p in range(12, 24)]
+    run.write_text("".join(lines))
+    stage = "reranker_encoder" if preset in ENCODERS else "reranker"
+    reranks = [f"stage={stage}", "loss=listwise", f"validation.run={run}"]
+    reranks += ["contract.query_length=16", "contract.passage_length=32"]
+    saved = _train(preset, base, peft, beir, tmp_path / "run", *reranks)
+    model, own, contract, _ = folder.load(saved, kind="reranker")
+    queries, passages = collection.queries.get(range(6)), collection.corpus.get(range(6))
+    pairs = PairTemplates(own, contract).pairs(queries, passages)
+    with torch.no_grad():
+        ids, seconds = [pair.ids for pair in pairs], [pair.second for pair in pairs]
+        found = model.score(pack(ids, 999, seconds=seconds))
+        expected = torch.stack([_plain(preset, base, saved, peft, *pair) for pair in pairs])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert expected.std() > 1e-3
+    begun = transformers.AutoModel.from_pretrained(base).state_dict()
+    trained = model.plain.get_submodule(model.plain.base_model_prefix).state_dict()
+    assert any(not torch.equal(trained[key], weight) for key, weight in begun.items())
+
+
+def _plain(
+    preset: str, base: Path, saved: Path, peft: str, ids: list[int], second: int
+) -> torch.Tensor:
+    """A pair's score by transformers, PEFT and, on an encoder's first state, a product."""
+    inputs = torch.tensor([ids])
+    if preset in ENCODERS:
+        types = torch.tensor([[int(i >= second) for i in range(len(ids))]])
+        encoder = transformers.AutoModel.from_pretrained(saved).eval()
+        given = {"token_type_ids": types} if preset != "modernbert_base" else {}
+        state = encoder(input_ids=inputs, **given).last_hidden_state[0, 0]
+        return (load_file(saved / folder.HEAD)["score.weight"] @ state)[0]
+    auto = transformers.AutoModelForSequenceClassification
+    scorer: Any = auto.from_pretrained(saved if peft == "none" else base, num_labels=1)
+    if peft != "none":
+        from peft import PeftModel
+
+        scorer = PeftModel.from_pretrained(scorer, str(saved))
+    return scorer.eval()(inputs).logits[0, 0]

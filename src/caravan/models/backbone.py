@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from caravan.contract import adapter_base, read_contract
+from caravan.contract import FILE, adapter_base, read_contract
 from caravan.errors import InputError
 from caravan.models import folder
-from caravan.models.adapters import copy_adapter, is_adapter, load_adapter
+from caravan.models.adapters import copy_adapter, is_adapter, load_adapter, released_base
+from caravan.models.bidirectional import look_both_ways
 from caravan.models.crossencoder import with_head
 from caravan.models.loading import (
     fit_vocabulary,
+    has_tokenizer,
     load_config,
     load_language_model,
     load_scorer,
@@ -51,6 +53,7 @@ class TinyLlama:
             2305.09828). 0 is Llama's own start.
         attention: transformers' attention implementation; "auto" is `caravan.models.attention`.
         checkpointing: recompute activations in the backward pass, for less memory.
+        bidirectional: each token sees the whole text (`caravan.models.bidirectional`).
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class TinyLlama:
         copying: float = 1.0,
         attention: str = "auto",
         checkpointing: bool = False,
+        bidirectional: bool = False,
     ) -> None:
         if hidden_size % heads:
             raise InputError(
@@ -84,6 +88,7 @@ class TinyLlama:
         self.copying = copying
         self.attention = attention
         self.checkpointing = checkpointing
+        self.bidirectional = bidirectional
 
     trains_tokenizer = True
 
@@ -126,7 +131,8 @@ class TinyLlama:
         model = LlamaForCausalLM(self.config(tokenizer))
         if self.copying:
             _copying(model.model, self.copying)
-        return _prepared(set_attention(model, self.attention), self.checkpointing)
+        attending = set_attention(model, self.attention)
+        return _prepared(attending, self.checkpointing, self.bidirectional)
 
     def scorer(self, tokenizer: Any) -> nn.Module:
         """The model with a new head."""
@@ -152,6 +158,8 @@ class Pretrained:
         attention: transformers' attention implementation; "auto" is `caravan.models.attention`.
         trust_remote_code: run the repository's own code. Off unless you mean it.
         checkpointing: recompute activations in the backward pass, for less memory.
+        bidirectional: each token sees the whole text (`caravan.models.bidirectional`); False of an
+            encoder, which is made so.
     """
 
     def __init__(
@@ -161,9 +169,11 @@ class Pretrained:
         attention: str = "auto",
         trust_remote_code: bool = False,
         checkpointing: bool = False,
+        bidirectional: bool = False,
     ) -> None:
         self.name = name
         self.attention = attention
+        self.bidirectional = bidirectional
         self.hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.checkpointing = checkpointing
         self.quantization: Any = None  # `LoRA.quantization`: the base is loaded in four bits
@@ -171,16 +181,18 @@ class Pretrained:
     trains_tokenizer = False
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
-        """The model's own tokenizer; the collection plays no part."""
+        """The model's own tokenizer, or that of an adapter's base; the collection plays no part."""
+        revision = self.hub["revision"]
+        if is_adapter(self.name, revision) and not has_tokenizer(self.name, revision):
+            base, revision = released_base(self.name, revision)
+            return load_tokenizer(base, **{**self.hub, "revision": revision})
         return load_tokenizer(self.name, **self.hub)
 
     def config(self, tokenizer: Any) -> Any:
         """transformers' config of the model, or of an adapter's base."""
         if is_adapter(self.name, self.hub["revision"]):
-            from peft import PeftConfig
-
-            adapter = PeftConfig.from_pretrained(self.name, revision=self.hub["revision"])
-            return load_config(str(adapter.base_model_name_or_path), revision=adapter.revision)
+            base, revision = released_base(self.name, self.hub["revision"])
+            return load_config(base, revision=revision)
         return load_config(self.name, **self.hub)
 
     def model(self, tokenizer: Any) -> nn.Module:
@@ -189,7 +201,7 @@ class Pretrained:
         model = load_weights(
             self.name, torch.float32, self.attention, quantization=self.quantization, **self.hub
         )
-        return _prepared(model, self.checkpointing)
+        return self._prepared(model)
 
     def language_model(self, tokenizer: Any) -> nn.Module:
         """The model with its output layer."""
@@ -200,7 +212,7 @@ class Pretrained:
         model = load_language_model(
             self.name, self.attention, quantization=self.quantization, **self.hub
         )
-        return _prepared(model, self.checkpointing)
+        return self._prepared(model)
 
     def scorer(self, tokenizer: Any) -> nn.Module:
         """The model with the head that it was released with, else with a new one."""
@@ -213,21 +225,24 @@ class Pretrained:
             quantization=self.quantization,
             **self.hub,
         )
-        return _prepared(scorer, self.checkpointing)
+        return self._prepared(scorer)
 
     def _base(self) -> nn.Module:
         """The base that a released adapter names."""
-        from peft import PeftConfig
-
-        config = PeftConfig.from_pretrained(self.name, revision=self.hub["revision"])
-        base = load_weights(
-            str(config.base_model_name_or_path),
+        base, revision = released_base(self.name, self.hub["revision"])
+        model = load_weights(
+            base,
             torch.float32,
             self.attention,
-            revision=config.revision,
+            revision=revision,
             trust_remote_code=self.hub["trust_remote_code"],
         )
-        return _prepared(base, self.checkpointing)
+        return self._prepared(model)
+
+    def _prepared(self, model: Any) -> nn.Module:
+        if not self.bidirectional and (Path(self.name) / FILE).is_file():
+            refuse_to_turn(self.name)
+        return _prepared(model, self.checkpointing, self.bidirectional)
 
 
 class Trained:
@@ -237,14 +252,26 @@ class Trained:
         folder: of a retriever, a reranker or an adapted model.
         adapter: keep an adapter apart, for `LoRA` to go on with; else it is merged.
         attention, checkpointing: as in the other backbones.
+        bidirectional: likewise; a model that looks both ways cannot begin one that does not.
+
+    Raises:
+        InputError: it would.
     """
 
     trains_tokenizer = False
 
     def __init__(
-        self, folder: str, adapter: bool, attention: str = "auto", checkpointing: bool = False
+        self,
+        folder: str,
+        adapter: bool,
+        attention: str = "auto",
+        checkpointing: bool = False,
+        bidirectional: bool = False,
     ) -> None:
         self.name = folder
+        self.bidirectional = bidirectional
+        if not bidirectional:
+            refuse_to_turn(folder)
         contract, facts = read_contract(Path(folder))
         self.scores = contract.kind == "reranker" and contract.scoring == "head"
         self.adapter = folder if adapter and facts["weights"] == "adapter" else None
@@ -362,7 +389,16 @@ class Trained:
     def _prepared(self, model: Any) -> nn.Module:
         ours = model if self.adapter is None else model.base_model  # a head comes with its adapter
         self.counts = (sum(1 for _ in ours.parameters()), 0)
-        return _prepared(model, self.checkpointing)
+        return _prepared(model, self.checkpointing, self.bidirectional)
+
+
+def refuse_to_turn(folder: str) -> None:
+    """A model that was trained to look both ways computes nothing of use when it looks one way."""
+    if read_contract(Path(folder))[0].bidirectional:
+        raise InputError(
+            f"{folder} was trained to look both ways, so what begins with it does too; set"
+            " backbone.bidirectional=true"
+        )
 
 
 def _texts(collection: Any) -> Iterator[str]:
@@ -407,8 +443,10 @@ def _new_head(model: nn.Module, tokenizer: Any) -> nn.Module:
     return scorer
 
 
-def _prepared(model: Any, checkpointing: bool) -> nn.Module:
+def _prepared(model: Any, checkpointing: bool, bidirectional: bool) -> nn.Module:
     model.config.use_cache = False
+    if bidirectional:
+        look_both_ways(model)
     if checkpointing:
         inner = model.base_model  # inside of a head
         if (

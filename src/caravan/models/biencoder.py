@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from caravan.batches import Chunk, Packed
 from caravan.contract import Contract
 from caravan.models import attention as _registered  # noqa: F401
+from caravan.models.bidirectional import hold_to
 from caravan.models.pooling import is_causal, pooled_states
 
 
@@ -21,6 +22,9 @@ class BiEncoder(nn.Module):
     Args:
         backbone: a transformers model without a head; its output has `last_hidden_state`.
         contract: gives pooling and normalisation.
+
+    Raises:
+        InputError: the backbone looks another way than the contract says.
     """
 
     def __init__(self, backbone: nn.Module, contract: Contract) -> None:
@@ -30,6 +34,7 @@ class BiEncoder(nn.Module):
         self.slots = contract.slots
         self.normalize = contract.normalize
         self.causal = is_causal(backbone)
+        hold_to(contract, backbone)
 
     @property
     def transformer(self) -> nn.Module:

@@ -19,7 +19,8 @@ from caravan.batches import Chunk, Packed
 from caravan.contract import Contract
 from caravan.errors import InputError
 from caravan.models import attention as _registered  # noqa: F401
-from caravan.models.pooling import is_causal, pooled_states, to_the_left
+from caravan.models.bidirectional import hold_to
+from caravan.models.pooling import is_causal, is_decoder, plain, pooled_states, to_the_left
 
 
 class Head(nn.Linear):
@@ -58,7 +59,8 @@ class CrossEncoder(nn.Module):
         contract: says which state the head reads.
 
     Raises:
-        InputError: the head would read a state that says nothing.
+        InputError: the head would read a state that says nothing, or the model looks another way
+            than the contract says.
     """
 
     def __init__(self, scorer: nn.Module, contract: Contract) -> None:
@@ -66,14 +68,16 @@ class CrossEncoder(nn.Module):
         self.scorer = scorer
         self.pooling = contract.pooling
         self.causal = is_causal(scorer)
-        wanted = "last" if self.causal else "cls"
+        decodes = is_decoder(scorer)
+        wanted = "last" if decodes else "cls"
         if self.pooling != wanted:
-            kind, stage = ("decoder", "") if self.causal else ("encoder", "_encoder")
+            kind, stage = ("decoder", "") if decodes else ("encoder", "_encoder")
             raise InputError(
                 f"contract.pooling={self.pooling}: a reranker on {kind}s such as"
                 f" {type(self.plain).__name__} reads the {wanted} token; set"
                 f" contract.pooling={wanted}, or choose stage=reranker{stage}"
             )
+        hold_to(contract, scorer)
 
     @property
     def transformer(self) -> nn.Module:
@@ -132,11 +136,6 @@ class CrossEncoder(nn.Module):
         return pairs.restore(torch.cat([self.of(chunk) for chunk in pairs.chunks]))
 
 
-def plain(scorer: Any) -> Any:
-    """The module inside of its adapter, or itself."""
-    return scorer.get_base_model() if hasattr(scorer, "peft_config") else scorer
-
-
 def head_of(scorer: Any) -> tuple[str, nn.Linear] | None:
     """The last layer of a scorer, which gives the score, and its name; None if it is no linear."""
     inner = f"{scorer.base_model_prefix}."
@@ -162,7 +161,7 @@ def with_head(backbone: Any, pad_id: int | None = None) -> nn.Module:
     head = Head(config.get_text_config().hidden_size, 1, bias=False)
     nn.init.normal_(head.weight, std=getattr(config, "initializer_range", 0.02))
     kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
-    if is_causal(backbone) and kind is not None:
+    if is_decoder(backbone) and kind is not None:
         with torch.device("meta"):
             scorer = kind(config)
         own = getattr(scorer, scorer.base_model_prefix, None)

@@ -26,6 +26,7 @@ from torch import nn
 from caravan.contract import Contract, adapter_base, read_contract, write_contract
 from caravan.errors import InputError
 from caravan.models.adapters import load_adapter, merged
+from caravan.models.bidirectional import look_both_ways
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, Headed, head_of, with_head
 from caravan.models.likelihood import QueryLikelihood
@@ -122,10 +123,17 @@ def load(
         if contract.scoring == "likelihood":
             model = QueryLikelihood(_language_model(folder, dtype, adapter), contract)
         else:
-            model = CrossEncoder(_scorer(folder, dtype, adapter), contract)
+            scorer = _scorer(folder, dtype, adapter)
+            model = CrossEncoder(_as_promised(scorer, contract), contract)
     else:
-        model = BiEncoder(_backbone(folder, dtype, facts, tokenizer), contract)
+        backbone = _backbone(folder, dtype, facts, tokenizer)
+        model = BiEncoder(_as_promised(backbone, contract), contract)
     return model.eval(), tokenizer, contract, facts
+
+
+def _as_promised(transformer: nn.Module, contract: Contract) -> nn.Module:
+    """Which way an adapter's base looks stands in the contract alone."""
+    return look_both_ways(transformer) if contract.bidirectional else transformer
 
 
 def _backbone(folder: Path, dtype: torch.dtype, facts: dict[str, Any], tokenizer: Any) -> nn.Module:
@@ -206,6 +214,9 @@ def _card(contract: Contract, facts: dict[str, Any]) -> str:
 | score | {score} |
 """,
     }[contract.kind]
+    attention = ""
+    if contract.bidirectional:
+        attention = "| attention | both ways: `config.is_causal=False` in transformers |\n"
     return f"""---
 library_name: caravan
 tags: [retrieval, {contract.kind}]
@@ -221,6 +232,6 @@ pooling, lengths. Evaluate it on a BEIR folder:
 
 | setting | value |
 |---|---|
-{reads}| EOS | {"appended" if contract.append_eos else "as the tokenizer has it"} |
+{reads}{attention}| EOS | {"appended" if contract.append_eos else "as the tokenizer has it"} |
 {figures}
 """

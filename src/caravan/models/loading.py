@@ -36,6 +36,22 @@ def load_tokenizer(name: str, **hub: Any) -> Any:
         raise InputError(f"{name}: no tokenizer could be loaded ({first_line(error)})") from None
 
 
+def has_tokenizer(name: str, revision: str | None = None) -> bool:
+    """Whether a hub id or folder holds a tokenizer; an adapter may leave it to its base.
+
+    Raises:
+        InputError: the hub cannot be asked.
+    """
+    from transformers.utils import cached_file
+
+    asked: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    try:
+        files = ("tokenizer_config.json", "tokenizer.json")
+        return any(cached_file(name, file, **asked) for file in files)
+    except OSError as error:
+        raise InputError(f"{name}: no tokenizer could be loaded ({first_line(error)})") from None
+
+
 def load_config(name: str, **hub: Any) -> Any:
     """transformers' config of the hub or of a folder.
 

@@ -7,6 +7,8 @@ What comes out does not depend on what else is in the batch nor on the padding s
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, arange, nn
 
 
@@ -63,12 +65,22 @@ def pool(states: Tensor, attention_mask: Tensor, pooling: str, slots: int = 0) -
     return (states.float() * weights).sum(dim=1) / lengths.clamp(min=1).unsqueeze(-1)
 
 
-def is_causal(backbone: nn.Module) -> bool:
-    """Whether every attention layer of the model looks to the left only.
+def plain(model: Any) -> Any:
+    """The module inside of its adapter, or itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def attention_layers(backbone: nn.Module) -> list[nn.Module]:
+    """The model's layers of attention, by the names that transformers gives them."""
+    return [m for m in backbone.modules() if type(m).__name__.endswith("Attention")]
+
+
+def is_decoder(backbone: nn.Module) -> bool:
+    """Whether every attention layer was made to look to the left only.
 
     Layers that do not say so count as looking both ways, which is always right, only slower.
     """
-    layers = [m for m in backbone.modules() if type(m).__name__.endswith("Attention")]
+    layers = attention_layers(backbone)
     return bool(layers) and all(getattr(m, "is_causal", False) is True for m in layers)
 
 
@@ -79,3 +91,14 @@ def blocks(network: nn.Module) -> list[nn.Module]:
         return []
     largest = max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
     return list(largest)
+
+
+def looks_both_ways(backbone: Any) -> bool:
+    """Whether the model's config turns what its layers were made for (`models.bidirectional`)."""
+    config: Any = getattr(plain(backbone), "config", None)
+    return config is not None and getattr(config.get_text_config(), "is_causal", None) is False
+
+
+def is_causal(backbone: nn.Module) -> bool:
+    """Whether the model looks to the left only, so that no token sees padding on its right."""
+    return is_decoder(backbone) and not looks_both_ways(backbone)

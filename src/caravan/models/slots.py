@@ -23,8 +23,9 @@ from caravan.batches import Chunk, Packed
 from caravan.contract import Contract
 from caravan.errors import InputError
 from caravan.models import attention as cpu_attention
+from caravan.models.bidirectional import LAYERS
 from caravan.models.biencoder import BiEncoder
-from caravan.models.crossencoder import plain
+from caravan.models.pooling import plain
 from caravan.models.vocabulary import (
     PIECE,
     again,
@@ -36,8 +37,6 @@ from caravan.models.vocabulary import (
 
 MASKED_BY = ("sdpa", "eager", cpu_attention.NAME)
 """The attention kernels that take any mask."""
-LAYERS = ("full_attention", "sliding_attention")
-"""The kinds of layers whose masks are known; others (chunked, linear) have masks of their own."""
 CLOSE = 1e-3  # of states whose size is about 1
 
 

@@ -125,7 +125,8 @@ def _trained(folder: str, backbone: Any, adapter: bool) -> Any:
     """The transformer of a model folder in place of the backbone, with that one's settings."""
     from caravan.models.backbone import Trained
 
-    return Trained(folder, adapter, backbone.attention, backbone.checkpointing)
+    both_ways = getattr(backbone, "bidirectional", False)
+    return Trained(folder, adapter, backbone.attention, backbone.checkpointing, both_ways)
 
 
 def _adopt(cfg: Any, collection: Collection | None, run_dir: Path) -> None:

@@ -1,0 +1,300 @@
+"""Released adapters, adopted by conf/experiment/released: what their model cards' code computes."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.commands import ROOT
+from tests.released import (
+    OLDER_FIELDS,
+    RERANKER,
+    RERANKERS,
+    RETRIEVER,
+    RETRIEVERS,
+    adapter_weights,
+    release,
+    save_base,
+)
+from torch import Tensor
+
+from caravan.batches import pack
+from caravan.compose import compose
+from caravan.data.pairs import PairTemplates
+from caravan.data.templates import Templates
+from caravan.errors import InputError
+from caravan.models import folder
+from caravan.models.adapters import load_adapter
+from caravan.models.backbone import Pretrained
+from caravan.training.run import train
+
+QUERY = "which camel has water"
+PASSAGES = [
+    ("Title", "the caravan guide had water at the well"),
+    ("https://oasis.example/salt Title", "salt route " * 9 + "market"),
+    ("Title", "star"),
+]
+
+
+@pytest.fixture(scope="session")
+def base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("llama"), tokenizer)
+
+
+def _adopt(experiment: str, released: Path, run_dir: Path) -> tuple[Any, Any, Any, Any]:
+    """Run the experiment's command; the model folder that it makes, loaded."""
+    given = [f"experiment=released/{experiment}", f"backbone.name={released}"]
+    given += [f"run_dir={run_dir}", f"cache_dir={run_dir.parent / 'cache'}", "precision=float32"]
+    train(compose(ROOT / "conf", "train", given))
+    return folder.load(run_dir / "model")
+
+
+def _by_the_card(released: Path, base: Path, reranks: bool) -> tuple[Any, Any]:
+    """Tokenizer and model as the model cards load them."""
+    import transformers
+    from peft import PeftConfig, PeftModel
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    name = PeftConfig.from_pretrained(str(released)).base_model_name_or_path
+    if reranks:
+        auto = transformers.AutoModelForSequenceClassification
+        plain = auto.from_pretrained(name, num_labels=1)
+    else:
+        plain = transformers.AutoModel.from_pretrained(name)
+    return tokenizer, PeftModel.from_pretrained(plain, str(released)).merge_and_unload().eval()
+
+
+def _embedded_by_the_card(released: Path, base: Path) -> Tensor:
+    tokenizer, model = _by_the_card(released, base, reranks=False)
+    texts = [f"query: {QUERY}</s>", *(f"passage: {title} {text}</s>" for title, text in PASSAGES)]
+    rows = []
+    with torch.no_grad():
+        for text in texts:
+            outputs = model(**tokenizer(text, return_tensors="pt"))
+            state = outputs.last_hidden_state[0][-1]
+            rows.append(torch.nn.functional.normalize(state, p=2, dim=0))
+    return torch.stack(rows)
+
+
+def _scored_by_the_card(released: Path, base: Path) -> Tensor:
+    tokenizer, model = _by_the_card(released, base, reranks=True)
+    scores = []
+    with torch.no_grad():
+        for title, text in PASSAGES:
+            pair = (f"query: {QUERY}", f"document: {title} {text}")
+            scores.append(model(**tokenizer(*pair, return_tensors="pt")).logits[0][0])
+    return torch.stack(scores)
+
+
+def _embedded(loaded: tuple[Any, Any, Any, Any]) -> Tensor:
+    model, tokenizer, contract, _ = loaded
+    templates = Templates(tokenizer, contract)
+    ids = [*templates.queries([("", QUERY)]), *templates.passages(PASSAGES)]
+    with torch.no_grad():
+        return model.embed(pack(ids, 64))
+
+
+def _scored(loaded: tuple[Any, Any, Any, Any]) -> Tensor:
+    model, tokenizer, contract, _ = loaded
+    pairs = PairTemplates(tokenizer, contract).pairs([("", QUERY)] * len(PASSAGES), PASSAGES)
+    with torch.no_grad():
+        return model.score(pack([pair.ids for pair in pairs], 64))
+
+
+def test_each_released_adapter_has_an_experiment() -> None:
+    found = {path.stem for path in (ROOT / "conf" / "experiment" / "released").glob("*.yaml")}
+    assert found == {*RETRIEVERS, *RERANKERS}
+
+
+@pytest.mark.parametrize("file", ["adapter_model.bin", "adapter_model.safetensors"])
+@pytest.mark.parametrize("experiment", RETRIEVERS)
+def test_an_adopted_retriever_embeds_as_its_model_card(
+    experiment: str, file: str, base: Path, tmp_path: Path
+) -> None:
+    released = release(tmp_path / "released", base, experiment, file)
+    loaded = _adopt(experiment, released, tmp_path / "run")
+    expected = _embedded_by_the_card(released, base)
+    torch.testing.assert_close(_embedded(loaded), expected, atol=1e-5, rtol=0)
+    assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()
+    assert loaded[3]["weights"] == "adapter"
+
+
+@pytest.mark.parametrize("file", ["adapter_model.bin", "adapter_model.safetensors"])
+@pytest.mark.parametrize("experiment", RERANKERS)
+def test_an_adopted_reranker_scores_as_its_model_card(
+    experiment: str, file: str, base: Path, tmp_path: Path
+) -> None:
+    released = release(tmp_path / "released", base, experiment, file)
+    loaded = _adopt(experiment, released, tmp_path / "run")
+    expected = _scored_by_the_card(released, base)
+    torch.testing.assert_close(_scored(loaded), expected, atol=1e-5, rtol=0)
+    assert expected.std() > 1e-2
+
+
+def test_what_was_released_in_half_precision_is_computed_in_float32(
+    base: Path, tmp_path: Path
+) -> None:
+    def halved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: weight.half() for key, weight in weights.items()}
+
+    released = release(tmp_path / "released", base, RERANKER, change=halved)
+    loaded = _adopt(RERANKER, released, tmp_path / "run")
+    expected = _scored_by_the_card(released, base)
+    torch.testing.assert_close(_scored(loaded), expected, atol=1e-5, rtol=0)
+
+
+def _wrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The head's key with its wrapper, as a state_dict that was saved whole has it."""
+    head = weights.pop("base_model.model.score.weight")
+    return {**weights, "base_model.model.score.modules_to_save.weight": head}
+
+
+def _named(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter's name left in every key, and the head that was replaced beside its heir."""
+    head = weights.pop("base_model.model.score.weight")
+    named = {key.replace(".weight", ".default.weight"): w for key, w in weights.items()}
+    named["base_model.model.score.original_module.weight"] = torch.ones(1, 32)
+    return {**named, "base_model.model.score.modules_to_save.default.weight": head}
+
+
+@pytest.mark.parametrize("change", [_wrapped, _named])
+def test_older_layouts_of_the_head_are_read_as_todays(
+    change: Any, base: Path, tmp_path: Path
+) -> None:
+    plain = release(tmp_path / "plain", base, RERANKER)
+    released = release(tmp_path / "released", base, RERANKER, change=change, **OLDER_FIELDS)
+    loaded = _adopt(RERANKER, released, tmp_path / "run")
+    expected = _scored_by_the_card(plain, base)
+    torch.testing.assert_close(_scored(loaded), expected, atol=1e-5, rtol=0)
+
+
+LAYER = "layers.1.mlp.up_proj.lora_B.weight"
+
+
+def _without(ending: str) -> Any:
+    return lambda weights: {key: w for key, w in weights.items() if not key.endswith(ending)}
+
+
+def _with(key: str, *shape: int) -> Any:
+    return lambda weights: {**weights, f"base_model.model.{key}": torch.ones(shape)}
+
+
+@pytest.mark.parametrize("file", ["adapter_model.bin", "adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    ("experiment", "change", "told"),
+    [
+        (RETRIEVER, _without(LAYER), rf"1 weights missing, 0 not used \(\S+{LAYER} missing\)"),
+        (RERANKER, _without(LAYER), rf"1 weights missing, 0 not used \(\S+{LAYER} missing\)"),
+        (RERANKER, _without("score.weight"), r"\(base_model\.model\.score\.weight missing\)"),
+        (
+            RERANKER,
+            lambda weights: {**_without("score.weight")(weights), **_replaced()},
+            r"score\.weight missing, base_model\.model\.score\.original_module\.weight not used",
+        ),
+        (
+            RERANKER,
+            _with("score.modules_to_save.weight", 1, 32),
+            r"0 weights missing, 1 not used \(\S+score\.modules_to_save\.weight not used\)",
+        ),
+        (
+            RETRIEVER,
+            _with("layers.2.mlp.up_proj.lora_A.weight", 4, 32),
+            r"0 weights missing, 1 not used \(\S+layers\.2\.mlp\.up_proj\.lora_A\.weight not used",
+        ),
+        (RETRIEVER, _with("score.weight", 1, 32), r"\(base_model\.model\.score\.weight not used\)"),
+        (RETRIEVER, _with(LAYER, 40, 4), rf"1 mis-shaped \(\S+{LAYER} mis-shaped\)"),
+    ],
+)
+def test_a_weight_missing_left_over_or_misshapen_is_refused_by_its_key(
+    experiment: str, change: Any, told: str, file: str, base: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    backbone = Pretrained(str(release(tmp_path / "released", base, experiment, file, change)))
+    with pytest.raises(InputError, match=told):
+        backbone.scorer(tokenizer) if experiment == RERANKER else backbone.model(tokenizer)
+
+
+def _replaced() -> dict[str, Tensor]:
+    return {"base_model.model.score.original_module.weight": torch.ones(1, 32)}
+
+
+@pytest.mark.parametrize(("experiment", "other"), [(RETRIEVER, RERANKER), (RERANKER, RETRIEVER)])
+def test_an_adapter_of_the_other_kind_is_refused(
+    experiment: str, other: str, base: Path, tmp_path: Path
+) -> None:
+    released = release(tmp_path / "released", base, other)
+    with pytest.raises(InputError, match="it is of another base or task"):
+        _adopt(experiment, released, tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+class _Malicious:
+    """Unpickled without care, it makes a folder."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickled_adapter_does_not_run(zipped: bool, base: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "it ran"
+    released = release(tmp_path / "released", base, RETRIEVER)
+    weights: dict[str, Any] = {**adapter_weights(reranks=False), "code": _Malicious(mark)}
+    if zipped:
+        torch.save(weights, released / "adapter_model.bin")
+    else:
+        (released / "adapter_model.bin").write_bytes(pickle.dumps(_Malicious(mark)))
+    with pytest.raises(InputError, match=r"adapter_model\.bin is a pickle of more than tensors"):
+        _adopt(RETRIEVER, released, tmp_path / "run")
+    assert not mark.exists()
+    if zipped:
+        torch.load(released / "adapter_model.bin", weights_only=False)
+        assert mark.exists()  # the file is what it is taken for
+
+
+@pytest.mark.parametrize("file", ["adapter_model.bin", "adapter_model.safetensors"])
+def test_a_truncated_adapter_is_told_in_a_sentence(file: str, base: Path, tmp_path: Path) -> None:
+    released = release(tmp_path / "released", base, RETRIEVER, file)
+    path = released / file
+    path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(InputError, match="released: the adapter does not load"):
+        _adopt(RETRIEVER, released, tmp_path / "run")
+
+
+def test_a_pickle_without_named_weights_is_refused(base: Path, tmp_path: Path) -> None:
+    released = release(tmp_path / "released", base, RETRIEVER)
+    torch.save([1, 2], released / "adapter_model.bin")
+    with pytest.raises(InputError, match="holds no weights by name"):
+        load_adapter(torch.nn.Linear(2, 2), str(released))
+
+
+def test_an_adapter_keeps_the_name_of_its_base(base: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    named = {"base_model_name_or_path": "meta-llama/Llama-2-7b-hf", "revision": "0123abc"}
+    released = release(tmp_path / "released", base, RETRIEVER, **named)
+    peft = load_adapter(AutoModel.from_pretrained(base), str(released))
+    kept = peft.active_peft_config
+    assert {name: getattr(kept, name) for name in named} == named
+
+
+def test_a_tokenizer_beside_the_adapter_comes_before_its_bases(
+    base: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    released = release(tmp_path / "released", base, RETRIEVER)
+    own = type(tokenizer).from_pretrained(base)
+    own.add_special_tokens({"pad_token": "<own>"})
+    own.save_pretrained(released)
+    assert _adopt(RETRIEVER, released, tmp_path / "run")[1].pad_token == "<own>"
+
+
+def test_an_adapter_that_names_no_base_is_refused(base: Path, tmp_path: Path) -> None:
+    released = release(tmp_path / "released", base, RETRIEVER, base_model_name_or_path=None)
+    with pytest.raises(InputError, match=r"adapter_config\.json names no base model"):
+        _adopt(RETRIEVER, released, tmp_path / "run")
