@@ -50,6 +50,7 @@ class Validation:
 
     passages: int | None = MISSING
     queries: int | None = MISSING
+    train_queries: int | None = MISSING
     run: str | None = MISSING
     run_depth: int = MISSING
     read_lengths: list[int] = MISSING

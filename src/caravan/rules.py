@@ -44,6 +44,7 @@ AT_LEAST = {
     "gradcache.chunk": 1,
     "validation.passages": 1,
     "validation.queries": 1,
+    "validation.train_queries": 1,
     "validation.run_depth": 1,
     "query_length": 4,
     "passage_length": 4,
@@ -345,6 +346,12 @@ def parts_work_together(cfg: DictConfig) -> Iterator[Mistake]:
     if isinstance(attention, str) and attention.startswith("flash") and on_cpu:
         text = f"{attention} runs on GPUs alone; set it to auto or sdpa"
         yield Mistake(("backbone", "attention"), text)
+    of_training = value(cfg, "validation.train_queries")
+    if of_training is not None and value(cfg, "contract.kind") == "reranker":
+        text = "a reranker's candidates are those of dev queries; leave it null, and rerank a run"
+        yield Mistake(
+            ("validation", "train_queries"), f"{text} over the training queries with evaluate.py"
+        )
     devices, nodes = value(cfg, "trainer.devices"), value(cfg, "trainer.num_nodes")
     queries = value(cfg, "batching.queries_per_batch")
     if is_int(devices) and is_int(nodes) and is_int(queries) and 0 < queries < devices * nodes:

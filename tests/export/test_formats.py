@@ -23,7 +23,7 @@ from tests.export.exported import (
     close_by_card,
     run_card,
 )
-from tests.models import exported
+from tests.export import exported
 
 from caravan.contract import read_contract
 from caravan.data.templates import Templates

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from tests.export.exported import JOINED, ODD, OWN_HEAD, PAIR
-from tests.models import exported
+from tests.export import exported
 
 from caravan.errors import InputError
 from caravan.export import __main__ as command

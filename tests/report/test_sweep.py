@@ -70,6 +70,26 @@ def test_a_model_that_is_read_at_several_lengths_has_a_row_for_each(tmp_path: Pa
     assert (tmp_path / "sweep.png").exists()
 
 
+def test_jobs_of_unlike_size_show_their_weights_memory_and_figures_of_training(
+    tmp_path: Path,
+) -> None:
+    for peft, trained in (("none", 1000), ("lora", 100)):
+        record = {"validation": {"MRR@10": 0.5}, "train": {"MRR@10": 0.75}, "memory_gib": 1.5}
+        _job(tmp_path, [f"peft={peft}"], {**record, "trained_parameters": trained})
+    _, measures, rows, _ = collect(tmp_path)
+    assert measures == ["MRR@10", "train MRR@10", "trained", "GiB"]
+    assert [row["trained"] for row in rows] == [100, 1000]
+    assert show(tmp_path) == []
+    assert "1,000" in (tmp_path / "sweep.txt").read_text()
+
+
+def test_jobs_of_one_size_do_not_show_it(tmp_path: Path) -> None:
+    for rate in ("1", "2"):
+        record = {"validation": {"MRR@10": 0.5}, "trained_parameters": 100, "memory_gib": 1.5}
+        _job(tmp_path, [f"optimizer.lr={rate}"], record)
+    assert collect(tmp_path)[1] == ["MRR@10"]
+
+
 def test_lists_and_paths_are_shown_as_they_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -182,6 +182,15 @@ def test_a_run_is_the_same_wherever_it_is_written(
     assert (tmp_path / "elsewhere" / weights).read_bytes() == (finished[0] / weights).read_bytes()
 
 
+def test_the_best_weights_are_asked_training_queries_too(beir: Path, tmp_path: Path) -> None:
+    best = train(beir, tmp_path / "r", "validation.train_queries=10", "trainer.max_steps=40")
+    figures = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert set(figures["train"]) == {"MRR@10", "nDCG@10", "R@100"}
+    assert best == figures["best"]
+    assert figures["train"]["MRR@10"] > figures["best"]  # of what it has seen
+    assert figures["trained_parameters"] == figures["parameters"] > 0
+
+
 def test_an_untrained_model_is_a_folder_too(beir: Path, tmp_path: Path) -> None:
     assert train(beir, tmp_path / "untrained", "trainer.max_steps=0") is None
     assert not (tmp_path / "untrained" / "checkpoints").exists()

@@ -77,16 +77,26 @@ class DataModule(pl.LightningDataModule):
         self.training = training
         self.dev_qrels = _NONE
         self.candidates: Run | None = None
-        if dev_split is None:
-            return
-        dev = collection.qrels(dev_split)
-        self.dev_qrels = dev if queries is None else _first_queries(dev, queries, seed)
+        if dev_split is not None:
+            self.ask(dev_split, queries, passages, run, run_depth)
+
+    def ask(
+        self,
+        split: str,
+        queries: int | None,
+        passages: int | None,
+        run: str | None = None,
+        run_depth: int = 100,
+    ) -> None:
+        """Let the validation ask the queries of a split; arguments as for the class."""
+        dev = self.collection.qrels(split)
+        self.dev_qrels = dev if queries is None else _first_queries(dev, queries, self.seed)
         if not len(_with_relevant(self.dev_qrels)):
             raise InputError(
-                f"{collection.name}: split {dev_split!r} has no query with a relevant passage, so"
+                f"{self.collection.name}: split {split!r} has no query with a relevant passage, so"
                 " nothing can be validated; choose another with data.dev_split"
             )
-        if isinstance(templates, PairTemplates):
+        if isinstance(self.templates, PairTemplates):
             self.candidates = self._candidates(run, run_depth)
             self.dev_passages = np.unique(self.candidates.passage_rows)
         else:

@@ -61,6 +61,9 @@ def _load(
     with weights.quiet():
         model = getattr(transformers, name).from_pretrained(base, dtype=torch.float32, **hub)
     lines = ""
+    if contract.bidirectional:
+        lines += "base.config.is_causal = False  # it was trained to look both ways\n"
+        model.config.is_causal = False
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         lines += "base.resize_token_embeddings(len(tokenizer))\n"
         fit_vocabulary(model, tokenizer)

@@ -26,6 +26,11 @@ SEED = "seed"
 READ = "read at"
 """The column of the length that a model was read at, where it was read at several."""
 
+TRAIN = "train "
+"""What stands before a measure of training queries."""
+SIZES = {"trained_parameters": "trained", "memory_gib": "GiB"}
+"""Names in a training's metrics.json, and their columns, which are shown where jobs differ."""
+
 Row = dict[str, Any]
 
 
@@ -60,6 +65,9 @@ def collect(folder: Path) -> tuple[list[str], list[str], list[Row], list[tuple[s
     if any(READ in row for row in rows):
         varied.append(READ)
     measures = list(dict.fromkeys(name for row in rows for name in row if name not in varied))
+    if len({row.get(SIZES["trained_parameters"]) for row in rows}) < 2:
+        measures = [name for name in measures if name not in SIZES.values()]
+        rows = [{key: row[key] for key in row if key not in SIZES.values()} for row in rows]
     return varied, measures, rows, failed
 
 
@@ -71,10 +79,18 @@ def _figures(path: Path) -> Iterator[Row]:
     record = json.loads(path.read_text("utf-8"))
     seconds = record.get("train_seconds", record.get("seconds"))
     watched = {record["monitored"]: record["best"]} if record.get("best") is not None else {}
+    of_train = {f"{TRAIN}{name}": value for name, value in record.get("train", {}).items()}
+    size = {SIZES[name]: record[name] for name in SIZES if name in record}
     figures = record.get("overall") or record.get("validation") or watched
     for length, read in (record.get("read") or {None: figures}).items():
         at = {} if length is None else {READ: int(length)}
-        yield {**at, **read, **({} if seconds is None else {"seconds": round(seconds, 1)})}
+        yield {
+            **at,
+            **read,
+            **of_train,
+            **({} if seconds is None else {"seconds": round(seconds, 1)}),
+            **size,
+        }
 
 
 def averaged(varied: list[str], measures: list[str], rows: list[Row]) -> list[Row]:
@@ -237,7 +253,9 @@ def _order(value: Any) -> tuple[bool, float, str]:
 def _cell(measure: str, value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.1f}" if measure == "seconds" else f"{value:.4f}"
+    if measure == SIZES["trained_parameters"]:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if measure in ("seconds", SIZES["memory_gib"]) else f"{value:.4f}"
 
 
 def _mean_cell(measure: str, value: tuple[float, float, int] | None) -> str:

@@ -31,6 +31,9 @@ from caravan.training.inputs import inputs_of, refuse_other_run
 
 log = logging.getLogger(__name__)
 
+AT_THE_END = ("train_queries", "read_lengths")
+"""Of the settings of `validation`: what the best weights are asked when training has ended."""
+
 
 def train(cfg: Any) -> float | None:
     """Run `train.py` for a composed and checked config.
@@ -147,6 +150,7 @@ def _adopt(cfg: Any, collection: Collection | None, run_dir: Path) -> None:
 def _fit(
     cfg: Any, source: Any, collection: Any, run_dir: Path, checkpoint: Path | None
 ) -> float | None:
+    import torch
     from pytorch_lightning.callbacks import LambdaCallback
 
     from caravan.models import hardware
@@ -198,12 +202,15 @@ def _fit(
     trainer.callbacks.insert(0, LambdaCallback(on_fit_start=lambda *_: tell()))
     if data.dev_split is not None:
         _validate_at_least_once(trainer, batches)
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
     started = time.monotonic()
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except InputError as error:
         raise _without_traceback(error) from None
-    return _leave(cfg, module, data, trainer, run_dir, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return _leave(cfg, module, data, trainer, run_dir, seconds, _peak(trainer, needed))
 
 
 def _data(cfg: Any, module: Any, source: Any, collection: Any, sampler: Any) -> Any:
@@ -222,17 +229,24 @@ def _data(cfg: Any, module: Any, source: Any, collection: Any, sampler: Any) -> 
         None if text_alone else source.dev_split,
         cfg.seed,
         **{**cfg.batching, "token_budget": budget},
-        **{key: value for key, value in cfg.validation.items() if key != "read_lengths"},
+        **{key: value for key, value in cfg.validation.items() if key not in AT_THE_END},
     )
 
 
 def _leave(
-    cfg: Any, module: Any, data: Any, trainer: Any, run_dir: Path, seconds: float
+    cfg: Any,
+    module: Any,
+    data: Any,
+    trainer: Any,
+    run_dir: Path,
+    seconds: float,
+    memory: float | None,
 ) -> float | None:
     """The model folder of the best weights, and figures; returns the best of what is monitored."""
     import torch
 
     from caravan.models import folder
+    from caravan.models.backbone import parameter_counts
 
     watched = trainer.checkpoint_callback
     best_path = Path(getattr(watched, "best_model_path", "") or "")
@@ -245,6 +259,8 @@ def _leave(
         length: _read_at(length, trainer, module, data)
         for length in (cfg.validation.read_lengths if data.dev_split is not None else ())
     }
+    asked = cfg.validation.train_queries if data.dev_split is not None else None
+    trained_on = {} if asked is None else _of_training(cfg, trainer, module, data, asked)
     network = module.whole()
     if trainer.is_global_zero:
         facts = {
@@ -257,6 +273,10 @@ def _leave(
         }
         folder.save(run_dir / "model", network, module.tokenizer, module.contract, facts)
         figures = {**facts, "train_seconds": seconds, **({"read": read} if read else {})}
+        figures |= {"train": trained_on} if trained_on else {}
+        trained, total = parameter_counts(network)
+        figures |= {"trained_parameters": trained, "parameters": total}
+        figures |= {"memory_gib": round(memory, 3)} if memory is not None else {}
         manifest.write_json(run_dir / "metrics.json", figures)
     return best
 
@@ -287,6 +307,23 @@ def _memory(module: Any, data: Any, trainer: Any) -> Any:
     device = trainer.strategy.root_device
     refuse_too_large(needed, device_memory(device), f"the {device.type}")
     return needed
+
+
+def _peak(trainer: Any, needed: Any) -> float | None:
+    """GiB at the peak: a GPU's own count; on a CPU, which keeps none, what a step needs."""
+    import torch
+
+    if trainer.strategy.root_device.type == "cuda":
+        return torch.cuda.max_memory_allocated(trainer.strategy.root_device) / 2**30
+    return None if needed is None else needed.total / 2**30
+
+
+def _of_training(cfg: Any, trainer: Any, module: Any, data: Any, queries: int) -> dict[str, float]:
+    """The validation's figures of the best weights for training queries, over as many passages."""
+    data.ask(build(cfg, "data")["data"].train_split, queries, cfg.validation.passages)
+    (*_, last) = trainer.validate(module, datamodule=data, verbose=False)
+    log.info("training queries: %s", last)
+    return {name.removeprefix("val/"): value for name, value in last.items() if "val/" in name}
 
 
 def _read_at(length: int, trainer: Any, module: Any, data: Any) -> dict[str, float]:
