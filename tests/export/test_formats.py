@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.export import exported
 from tests.export.exported import (
     ALIKE,
     JOINED,
@@ -23,7 +24,6 @@ from tests.export.exported import (
     close_by_card,
     run_card,
 )
-from tests.export import exported
 
 from caravan.contract import read_contract
 from caravan.data.templates import Templates

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.export.exported import JOINED, ODD, OWN_HEAD, PAIR
 from tests.export import exported
+from tests.export.exported import JOINED, ODD, OWN_HEAD, PAIR
 
 from caravan.errors import InputError
 from caravan.export import __main__ as command

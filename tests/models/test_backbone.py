@@ -17,7 +17,7 @@ from caravan.data.collection import Collection
 from caravan.errors import InputError
 from caravan.models import backbone as backbone_module
 from caravan.models import folder
-from caravan.models.adapters import LoRA
+from caravan.models.adapters import LoRA, frozen_linears, halve_frozen
 from caravan.models.backbone import Pretrained, TinyLlama, parameter_counts
 from caravan.models.biencoder import BiEncoder
 
@@ -180,6 +180,39 @@ def test_a_quantised_base_has_four_bits_and_its_adapters_are_float32(
     assert parameter_counts(model) == parameter_counts(of_plain)
 
 
+def test_a_frozen_base_in_bf16_computes_what_it_computed_under_autocast(
+    saved: Path, tokenizer: Any
+) -> None:
+    adapters = LoRA(rank=2, alpha=4, dropout=0.0)
+    models: list[Any] = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(adapters.apply(Pretrained(str(saved)).model(tokenizer)))
+    halve_frozen(models[1])
+    halved = frozen_linears(models[1])
+    assert len(halved) == 14  # the base's, in two blocks of seven
+    assert {layer.weight.dtype for layer in halved} == {torch.bfloat16}
+    trained = [p for p in models[1].parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    ids = torch.tensor([[5, 6, 7, 8]])
+    found, gradients = [], []
+    for model in models:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(input_ids=ids).last_hidden_state
+        out.square().sum().backward()
+        found.append(out)
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert torch.equal(*found)
+    assert len(gradients[0]) == 28
+    assert all(map(torch.equal, *gradients))
+
+
+def test_random_weights_are_saved_as_they_are_and_so_not_halved(tokenizer: Any) -> None:
+    model: Any = LoRA(rank=2, alpha=4).apply(tiny_backbone().model(tokenizer))
+    halve_frozen(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_a_quantised_base_lets_gradients_pass_after_a_validation(
     saved: Path, tokenizer: Any
 ) -> None:
@@ -196,5 +229,5 @@ def test_a_quantised_base_lets_gradients_pass_after_a_validation(
 
 
 def test_random_weights_are_not_quantised(beir: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="peft=qlora needs saved weights"):
+    with pytest.raises(InputError, match="only saved weights are quantised"):
         train(beir, tmp_path / "run", "peft=qlora")

@@ -70,10 +70,26 @@ def test_a_7b_shape_is_counted_without_its_weights() -> None:
     few = need(adapters, tokens=1024, bf16=True)
     assert few.gradients == pytest.approx(4 * 80e6, rel=0.02)
     assert few.activations == full.activations
+    # Frozen linear layers are kept in bf16, and need no copy.
+    assert few.weights == pytest.approx(2 * parameters + 6 * 80e6, rel=0.01)
     packed = need(adapters, tokens=1024, bf16=True, quantised=True)
     assert packed.weights == pytest.approx(0.516 * parameters + 6 * 80e6, rel=0.01)
     assert (packed.gradients, packed.activations) == (few.gradients, few.activations)
     assert need(model, 1024, bf16=True, checkpointing=True).activations < full.activations / 5
+
+
+def test_shares_of_eight_ranks_need_an_eighth_and_two_layers() -> None:
+    shape = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+    shape |= {"num_key_value_heads": 32, "intermediate_size": 11008}
+    with torch.device("meta"):
+        model = _llama(**shape)
+    parameters = sum(p.numel() for p in model.parameters())
+    layer = parameters / 32
+    one, eight = (need(model, 1024, bf16=True, shares=shares) for shares in (1, 8))
+    assert eight.optimizer == one.optimizer / 8
+    assert eight.weights == pytest.approx(4 * parameters / 8 + 2 * 2 * layer, rel=0.01)
+    assert eight.gradients == pytest.approx(4 * parameters / 8 + 2 * 2 * layer, rel=0.01)
+    assert eight.activations == one.activations
 
 
 def test_a_device_that_is_too_small_is_refused_with_the_remedy() -> None:
