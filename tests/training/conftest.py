@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.fitting import Fit
+from tests.tiny import tiny_backbone
 
 from caravan.contract import Contract
 from caravan.data.collection import Collection
@@ -13,3 +15,12 @@ from caravan.data.collection import Collection
 @pytest.fixture
 def fit(collection: Collection, tokenizer: Any, contract: Contract, tmp_path: Path) -> Fit:
     return Fit(collection, tokenizer, contract, tmp_path)
+
+
+@pytest.fixture
+def saved(tokenizer: Any, tmp_path: Path) -> str:
+    """A tiny Llama in a folder of its own, which adapters can name as their base."""
+    torch.manual_seed(0)
+    tiny_backbone().model(tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")

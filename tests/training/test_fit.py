@@ -15,6 +15,7 @@ from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.data.runs import read_run
 from caravan.models.adapters import LoRA
+from caravan.models.backbone import Pretrained
 from caravan.retrieval.metrics import score_run
 
 
@@ -65,6 +66,23 @@ def test_dropout_and_accumulation_repeat_after_a_resume(fit: Fit, tmp_path: Path
     fit(kill=KillAt(3, "step"), **settings)
     resumed = fit(resume=True, **settings)
     assert same_weights(resumed.weights, whole.weights)
+
+
+def test_a_run_on_four_bits_resumes_to_the_same_weights(
+    fit: Fit, tmp_path: Path, saved: str
+) -> None:
+    def settings() -> dict[str, Any]:
+        peft, backbone = LoRA(rank=2, alpha=4, quant_type="nf4"), Pretrained(saved)
+        backbone.quantization = peft.quantization()
+        return {"peft": peft, "backbone": backbone, "steps": 6}
+
+    whole = fit(**settings())
+    fit.folder = tmp_path / "killed"
+    fit(kill=KillAt(5, "step"), **settings())  # after the validation of the fourth update
+    resumed = fit(resume=True, **settings())
+    assert same_weights(resumed.weights, whole.weights)
+    state = torch.load(fit.folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all("lora_" in name for name in state["state_dict"])
 
 
 # Validations after batches 3, 5 and 9 fall between the two batches of an update, or on an epoch's

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from tests.fitting import Fit, KillAt, Sgd, on_two_ranks, random_candidates
-from tests.tiny import tiny_backbone
 
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained
@@ -37,15 +36,6 @@ def test_shards_on_two_ranks_equal_one_process(fit: Fit, tmp_path: Path, stage: 
     assert state.keys() == first.keys()
     for name, weight in first.items():
         torch.testing.assert_close(state[name], weight, atol=2e-5, rtol=1e-4, msg=name)
-
-
-@pytest.fixture
-def saved(tokenizer: Any, tmp_path: Path) -> str:
-    """A tiny Llama in a folder of its own, which adapters can name as their base."""
-    torch.manual_seed(0)
-    tiny_backbone().model(tokenizer).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
 
 
 def test_adapters_with_dropout_and_cached_gradients_equal_those_without_shards(
