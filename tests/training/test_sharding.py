@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.fitting import Fit, KillAt, Sgd, on_two_ranks, random_candidates
+from transformers import LlamaConfig, LlamaModel
 
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained
@@ -78,3 +81,46 @@ def test_a_run_goes_on_under_another_strategy_and_number_of_ranks(
         torch.testing.assert_close(state[name], weight, atol=2e-4, rtol=1e-3, msg=name)
     assert _last(fit.folder)["global_step"] == 8
     assert whole.trainer.global_step == 8
+
+
+@pytest.mark.parametrize("peft", [None, LoRA(rank=2, alpha=4, dropout=0.0)])
+def test_weights_that_are_stored_in_bf16_are_shared_out_as_float32(
+    fit: Fit, tmp_path: Path, saved: str, peft: Any
+) -> None:
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    file = tmp_path / "base" / "model.safetensors"
+    save_file({name: w.bfloat16() for name, w in load_file(file).items()}, file, {"format": "pt"})
+    settings: dict[str, Any] = {"steps": 1, "optimizer": Sgd(), "peft": peft}
+    one = fit(**settings, backbone=Pretrained(saved))
+    fit.folder = tmp_path / "two"
+    fit.folder.mkdir()
+    two = on_two_ranks(fit, **settings, backbone=Pretrained(saved))
+    assert two["metrics"]["train/loss"] == pytest.approx(one.metrics["train/loss"], rel=1e-5)
+    state, first = (_last(folder)["state_dict"] for folder in (fit.folder, tmp_path))
+    assert {weight.dtype for weight in state.values()} == {torch.float32}
+    for name, weight in first.items():
+        torch.testing.assert_close(state[name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_stored_weights_are_mapped_and_not_read(tmp_path: Path, tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
+    config = LlamaConfig(**shape, intermediate_size=2048, vocab_size=len(tokenizer))
+    model = LlamaModel(config)
+    megabytes = sum(p.numel() for p in model.parameters()) * 4 >> 20
+    model.save_pretrained(tmp_path)
+    del model
+    before = _own_memory()
+    backbone = Pretrained(str(tmp_path))
+    backbone.dtype = "auto"
+    loaded: Any = backbone.model(tokenizer)
+    assert megabytes > 120
+    assert _own_memory() - before < megabytes / 4
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def _own_memory() -> int:
+    """MB of this process that are no file's."""
+    told = Path("/proc/self/status").read_text()
+    return int(told.split("RssAnon:")[1].split()[0]) >> 10

@@ -7,6 +7,7 @@ versions of PEFT are read too, and a pickle (.bin) as tensors alone, so that non
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 from collections.abc import Sequence
@@ -95,11 +96,18 @@ class LoRA:
             trainable_token_indices=list(rows) or None,
             **self.settings,
         )
+        state = torch.get_rng_state()
         try:
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
         except ValueError as error:
             told = str(error).strip().splitlines()[0]
             raise InputError(f"peft.targets={self.targets}: {told}") from None
+        # PEFT rounds the start to the precision of the base, however that was loaded.
+        torch.set_rng_state(state)
+        for name, weight in adapted.named_parameters():
+            if ".lora_A." in name:
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        return adapted
 
 
 def frozen_linears(model: nn.Module) -> list[nn.Linear]:
@@ -112,17 +120,21 @@ def frozen_linears(model: nn.Module) -> list[nn.Linear]:
     ]
 
 
-def halve_frozen(model: nn.Module) -> None:
-    """Keep the weights of frozen linear layers in bf16, in which they compute anyway.
+def halvable(model: nn.Module) -> list[nn.Linear]:
+    """Frozen linear layers that may be kept in bf16, where they compute in it anyway.
 
     What they compute under autocast stays the same to the bit. Where a base is in no folder, so
-    that it will be saved with the adapter merged into it, it is left as it is.
+    that it will be saved with the adapter merged into it, there are none.
     """
     adapted: Any = next((m for m in model.modules() if hasattr(m, "peft_config")), None)
     config = getattr(adapted, "active_peft_config", None)
-    if config is None or not config.base_model_name_or_path:
-        return
-    for layer in frozen_linears(model):
+    named = config is not None and config.base_model_name_or_path
+    return frozen_linears(model) if named else []
+
+
+def halve_frozen(model: nn.Module) -> None:
+    """Keep the weights of frozen linear layers in bf16 (`halvable`)."""
+    for layer in halvable(model):
         if layer.weight.dtype == torch.float32:
             layer.weight.data = layer.weight.data.bfloat16()
 

@@ -177,6 +177,7 @@ class Pretrained:
         self.hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.checkpointing = checkpointing
         self.quantization: Any = None  # `LoRA.quantization`: the base is loaded in four bits
+        self.dtype: torch.dtype | str = torch.float32  # "auto": as stored, mapped and not read
 
     trains_tokenizer = False
 
@@ -199,7 +200,7 @@ class Pretrained:
         if is_adapter(self.name, self.hub["revision"]):
             return load_adapter(self._base(), self.name, self.hub["revision"], trainable=True)
         model = load_weights(
-            self.name, torch.float32, self.attention, quantization=self.quantization, **self.hub
+            self.name, self.dtype, self.attention, quantization=self.quantization, **self.hub
         )
         return self._prepared(model)
 
@@ -221,7 +222,7 @@ class Pretrained:
             return load_adapter(headed, self.name, self.hub["revision"], trainable=True)
         scorer: Any
         scorer, scorer.head_is_new = load_scorer(
-            *(self.name, torch.float32, self.attention, tokenizer.pad_token_id),
+            *(self.name, self.dtype, self.attention, tokenizer.pad_token_id),
             quantization=self.quantization,
             **self.hub,
         )
@@ -232,7 +233,7 @@ class Pretrained:
         base, revision = released_base(self.name, self.hub["revision"])
         model = load_weights(
             base,
-            torch.float32,
+            self.dtype,
             self.attention,
             revision=revision,
             trust_remote_code=self.hub["trust_remote_code"],
@@ -280,6 +281,7 @@ class Trained:
         self.counts: tuple[int, int] = (0, 0)  # weights loaded, and new ones
         self.copied = 0  # weights of the adapter
         self.quantization: Any = None  # `LoRA.quantization`: the base is loaded in four bits
+        self.dtype: torch.dtype | str = torch.float32  # "auto": as stored, mapped and not read
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
         """The folder's own tokenizer; the collection plays no part."""
@@ -297,7 +299,7 @@ class Trained:
         if self.adapter is not None:
             base, revision = adapter_base(Path(self.adapter))
             model: Any = load_weights(
-                *(base, torch.float32, self.attention),
+                *(base, self.dtype, self.attention),
                 quantization=self.quantization,
                 revision=revision,
             )
@@ -305,7 +307,7 @@ class Trained:
             if self.scores or read_contract(Path(self.name))[1]["weights"] == "adapter":
                 raise self._not_quantised()
             model = load_weights(
-                self.name, torch.float32, self.attention, quantization=self.quantization
+                self.name, self.dtype, self.attention, quantization=self.quantization
             )
         else:
             model = self._whole().base_model
@@ -326,7 +328,7 @@ class Trained:
         base, revision = adapter_base(Path(self.adapter))
         pad_id = tokenizer.pad_token_id
         scorer = load_scorer(
-            *(base, torch.float32, self.attention, pad_id, self.quantization), revision=revision
+            *(base, self.dtype, self.attention, pad_id, self.quantization), revision=revision
         )[0]
         return self._prepared(scorer)  # its head comes with the adapter
 
@@ -382,7 +384,9 @@ class Trained:
         )
 
     def _whole(self) -> Any:
-        transformer = folder.load(Path(self.name))[0].transformer
+        whole = read_contract(Path(self.name))[1]["weights"] == "full"
+        dtype = self.dtype if whole else torch.float32  # an adapter is merged
+        transformer = folder.load(Path(self.name), dtype)[0].transformer
         transformer.requires_grad_(True)  # an adapter that is merged leaves its base frozen
         return set_attention(transformer, self.attention)
 

@@ -87,7 +87,7 @@ def save(
 
 
 def load(
-    folder: Path, dtype: torch.dtype = torch.float32, kind: str | None = None
+    folder: Path, dtype: torch.dtype | str = torch.float32, kind: str | None = None
 ) -> tuple[Any, Any, Contract, dict[str, Any]]:
     """Load a model folder: (model in eval mode, tokenizer, contract, facts); adapters are merged.
 
@@ -136,7 +136,9 @@ def _as_promised(transformer: nn.Module, contract: Contract) -> nn.Module:
     return look_both_ways(transformer) if contract.bidirectional else transformer
 
 
-def _backbone(folder: Path, dtype: torch.dtype, facts: dict[str, Any], tokenizer: Any) -> nn.Module:
+def _backbone(
+    folder: Path, dtype: torch.dtype | str, facts: dict[str, Any], tokenizer: Any
+) -> nn.Module:
     adapter = facts["weights"] == "adapter"
     if not adapter:
         # A language model's output layer has no part in embeddings; those who adapt it on need it.
@@ -146,7 +148,7 @@ def _backbone(folder: Path, dtype: torch.dtype, facts: dict[str, Any], tokenizer
     return merged(load_adapter(model, str(folder)))
 
 
-def _scorer(folder: Path, dtype: torch.dtype, adapter: bool) -> nn.Module:
+def _scorer(folder: Path, dtype: torch.dtype | str, adapter: bool) -> nn.Module:
     scorer: Any
     if adapter:
         base, revision = adapter_base(folder)
@@ -165,7 +167,7 @@ def _scorer(folder: Path, dtype: torch.dtype, adapter: bool) -> nn.Module:
     return scorer
 
 
-def _language_model(folder: Path, dtype: torch.dtype, adapter: bool) -> nn.Module:
+def _language_model(folder: Path, dtype: torch.dtype | str, adapter: bool) -> nn.Module:
     if not adapter:
         return load_language_model(str(folder), dtype=dtype)
     base, revision = adapter_base(folder)

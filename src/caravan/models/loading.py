@@ -68,7 +68,7 @@ def load_config(name: str, **hub: Any) -> Any:
 
 def load_weights(
     name: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     attention: str = "auto",
     heads: bool = True,
     auto: Any = None,
@@ -131,7 +131,7 @@ def load_weights(
 def load_language_model(
     name: str,
     attention: str = "auto",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     quantization: Any = None,
     **hub: Any,
 ) -> nn.Module:
@@ -192,7 +192,7 @@ def set_attention(model: Any, attention: str) -> nn.Module:
 
 def load_scorer(
     name: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     attention: str = "auto",
     pad_id: int | None = None,
     quantization: Any = None,

@@ -132,18 +132,23 @@ class Stage(pl.LightningModule, ABC):
         torch.manual_seed(self.seed)
         mesh = self.device_mesh
         if mesh is None:
-            self.network = self._thrifty()
+            self.network = self.build()
+            if self.bf16:
+                halve_frozen(self.network)
             return
+        if self._can_be_mapped() and hasattr(self.backbone, "dtype"):
+            self.backbone.dtype = "auto"
         device = self.trainer.strategy.root_device
-        self.network, empty = sharding.sharded(self._thrifty, mesh, device, self.bf16)
+        self.network, empty = sharding.sharded(self.build, mesh, device, self.bf16)
         self._empty = [] if empty is None else [empty]
 
-    def _thrifty(self) -> nn.Module:
-        """The network, what is frozen in the precision that is computed in."""
-        network = self.build()
-        if self.bf16:
-            halve_frozen(network)
-        return network
+    def _can_be_mapped(self) -> bool:
+        """Whether rank 0 may share weights out right from their files, in the files' precision.
+
+        Not where something is computed with them before: new rows, trials of masks, DoRA's norms.
+        """
+        tried = self.contract.slots or self.contract.bidirectional or self.tells_tokens
+        return not tried and not (self.peft is not None and self.peft.settings.get("use_dora"))
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Go back to the weights of a checkpoint's `state_dict`."""

@@ -2,10 +2,11 @@
 
     python train.py strategy=fsdp trainer.devices=8 peft=lora ...
 
-Rank 0 builds the network as one process would; the others never read a file: they are sent its
-structure, without weights, and of every weight their share, one weight at a time. A block's weights
-are whole only while it computes. Checkpoints hold whole weights of what is trained, as those of
-other strategies do, so that a run may go on under another strategy or on another number of ranks.
+Rank 0 builds the network as one process would, its weights mapped from their files and not read;
+the others never open a file: they are sent its structure, without weights, and of every weight
+their share, one weight at a time. A block's weights are whole only while it computes. Checkpoints
+hold whole weights of what is trained, as those of other strategies do, so that a run may go on
+under another strategy or on another number of ranks.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from caravan.errors import InputError
+from caravan.models.adapters import halvable
 from caravan.models.pooling import blocks
 
 RANKS = "data_parallel"
@@ -104,7 +106,7 @@ def sharded(
     if dist.get_rank() == 0:
         try:
             whole = build()
-            told = [without_weights(whole)]
+            told = [without_weights(whole, bf16)]
         except InputError as error:
             told = [error]
     dist.broadcast_object_list(told, 0, device=device)
@@ -127,18 +129,24 @@ def sharded(
         if source is None:
             sent = torch.empty(weight.shape, dtype=weight.dtype, device=device)
         else:
-            sent = source.detach().to(device)
+            sent = source.detach().to(device, weight.dtype)
         share = distribute_tensor(sent, weight.device_mesh, weight.placements)
         _put(network, names, nn.Parameter(share, weight.requires_grad))
-    return network.to(device), None if whole is None else without_weights(whole)
+    return network.to(device), None if whole is None else without_weights(whole, bf16)
 
 
-def without_weights(network: nn.Module) -> nn.Module:
-    """A copy whose weights have shapes and no content; what is no parameter is copied."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
-        for p in network.parameters()
-    }
+def without_weights(network: nn.Module, bf16: bool) -> nn.Module:
+    """A copy whose weights have shapes and no content; what is no parameter is copied.
+
+    Args:
+        bf16: frozen linear layers in bf16; all else is float32, whatever its file has.
+    """
+    halved = {id(layer.weight) for layer in halvable(network)} if bf16 else set()
+    memo: dict[int, Any] = {}
+    for weight in network.parameters():
+        dtype = torch.bfloat16 if id(weight) in halved else torch.float32
+        empty = torch.empty(weight.shape, dtype=dtype, device="meta")
+        memo[id(weight)] = nn.Parameter(empty, requires_grad=weight.requires_grad)
     return copy.deepcopy(network, memo)
 
 
