@@ -1,0 +1,198 @@
+"""A trained folder in Python: texts to embeddings, pairs to scores, questions to passages.
+
+    import caravan
+
+    model = caravan.load("runs/mine/retriever/model")
+    embeddings = model.encode_passages(["Oases lie a day apart.", ("Salt", "It was gold's equal.")])
+    for hit in model.search(["what was salt worth?"], embeddings, k=1)[0]:
+        print(hit.row, hit.score)
+
+The folder brings prompts, EOS, pooling and lengths; numbers are those that `evaluate.py` computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from caravan.batches import Packed, pack
+from caravan.contract import read_contract
+from caravan.data.batching import packed_pairs
+from caravan.data.pairs import PairTemplates
+from caravan.data.templates import Templates
+from caravan.errors import InputError
+from caravan.models import folder as model_folder
+from caravan.models import hardware
+from caravan.models.packed import pack_linears
+from caravan.retrieval.index import ArrayBlocks, Exact
+
+Text = str | tuple[str, str]
+"""A text, or a title and a text."""
+BLOCK = 1024  # texts that are sorted by length together
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A passage that was found: its place among those that were given, and its score."""
+
+    row: int
+    score: float
+
+
+class _Loaded:
+    """A model folder on this machine's device."""
+
+    def __init__(self, folder: str | Path, precision: str, token_budget: int | None) -> None:
+        self.folder = Path(folder)
+        self.precision = hardware.resolve(precision)
+        self.device = hardware.device()
+        self.token_budget = hardware.chunk(token_budget)
+        dtype = hardware.dtype(self.precision)
+        model, self.tokenizer, self.contract, self.facts = model_folder.load(self.folder, dtype)
+        if self.device.type == "cpu":
+            pack_linears(model)
+        self.model: Any = model.to(self.device)
+
+    def _rows(self, packed: Packed) -> np.ndarray:
+        with torch.inference_mode():
+            on_device = packed.to(self.device)
+            parts = [self.model.of(chunk) for chunk in on_device.chunks]
+            found: np.ndarray = on_device.restore(torch.cat(parts)).float().cpu().numpy()
+        return found
+
+
+class Retriever(_Loaded):
+    """Embeds queries and passages; of `caravan.load`."""
+
+    def __init__(
+        self, folder: str | Path, precision: str = "auto", token_budget: int | None = None
+    ) -> None:
+        super().__init__(folder, precision, token_budget)
+        self._templates = Templates(self.tokenizer, self.contract)
+
+    @property
+    def dim(self) -> int:
+        """Numbers of an embedding."""
+        return self.encode_queries([""]).shape[1]
+
+    def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
+        """Embeddings [N, dim] float32 of queries."""
+        return self._encoded([("", query) for query in _listed(queries)], "queries")
+
+    def encode_passages(self, passages: Sequence[Text]) -> np.ndarray:
+        """Embeddings [N, dim] float32 of passages, each a text, or a title and a text."""
+        return self._encoded(_titled(passages), "passages")
+
+    def score(self, queries: Sequence[str], passages: Sequence[Text]) -> np.ndarray:
+        """Similarities [N] float32 of queries with passages, pair by pair."""
+        _refuse_uneven(queries, passages)
+        return np.einsum("nd,nd->n", self.encode_queries(queries), self.encode_passages(passages))
+
+    def search(
+        self, queries: Sequence[str], passages: Sequence[Text] | np.ndarray, k: int = 10
+    ) -> list[list[Hit]]:
+        """The k passages most like each query, the best first.
+
+        Args:
+            passages: texts, or their embeddings as `encode_passages` gives them.
+        """
+        found = passages if isinstance(passages, np.ndarray) else self.encode_passages(passages)
+        if not len(found) or not len(_listed(queries)):
+            return [[] for _ in queries]
+        index = Exact(k=min(k, len(found)))
+        index.build(ArrayBlocks(np.ascontiguousarray(found, dtype=np.float32)))
+        return _hits(*index.search(self.encode_queries(queries)))
+
+    def _encoded(self, texts: list[tuple[str, str]], side: str) -> np.ndarray:
+        encode = getattr(self._templates, side)
+        pad = self._templates.pad_id
+        blocks = [
+            self._rows(pack(encode(block), self.token_budget, pad)) for block in _blocks(texts)
+        ]
+        return np.concatenate(blocks) if blocks else np.empty((0, self.dim), dtype=np.float32)
+
+
+class Reranker(_Loaded):
+    """Scores pairs of a query and a passage; of `caravan.load`."""
+
+    def __init__(
+        self, folder: str | Path, precision: str = "auto", token_budget: int | None = None
+    ) -> None:
+        super().__init__(folder, precision, token_budget)
+        self._templates = PairTemplates(self.tokenizer, self.contract)
+
+    def score(self, queries: Sequence[str], passages: Sequence[Text]) -> np.ndarray:
+        """Scores [N] float32 of queries with passages, pair by pair; the higher the better."""
+        _refuse_uneven(queries, passages)
+        pairs = list(zip([("", query) for query in queries], _titled(passages), strict=True))
+        blocks = []
+        for block in _blocks(pairs):
+            asked, read = zip(*block, strict=True)
+            packed = packed_pairs(self._templates, asked, read, self.token_budget)
+            blocks.append(self._rows(packed))
+        return np.concatenate(blocks) if blocks else np.empty(0, dtype=np.float32)
+
+    def search(
+        self, queries: Sequence[str], passages: Sequence[Text], k: int = 10
+    ) -> list[list[Hit]]:
+        """The k passages that score best for each query, every one of them read with it."""
+        number = len(passages)
+        asked = [query for query in _listed(queries) for _ in range(number)]
+        scores = self.score(asked, list(passages) * len(queries)).reshape(len(queries), number)
+        rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return _hits(np.take_along_axis(scores, rows, axis=1), rows)
+
+
+def load(
+    folder: str | Path, precision: str = "auto", token_budget: int | None = None
+) -> Retriever | Reranker:
+    """Load a model folder.
+
+    Args:
+        folder: that a training left, or a released model that was adopted.
+        precision: "auto", "bf16" or "float32".
+        token_budget: padded tokens that are computed at a time; None leaves them to the machine.
+
+    Raises:
+        InputError: it is no model folder, or something in it is missing or broken.
+    """
+    if read_contract(Path(folder))[0].kind == "retriever":
+        return Retriever(folder, precision, token_budget)
+    return Reranker(folder, precision, token_budget)
+
+
+def _listed(texts: Sequence[str]) -> Sequence[str]:
+    """A single text would be taken for a list of letters."""
+    if isinstance(texts, str):
+        raise InputError(f"give a list of texts, such as [{texts!r}], not one text")
+    return texts
+
+
+def _titled(passages: Sequence[Text]) -> list[tuple[str, str]]:
+    _listed(passages)  # type: ignore[arg-type]
+    return [("", passage) if isinstance(passage, str) else passage for passage in passages]
+
+
+def _refuse_uneven(queries: Sequence[str], passages: Sequence[Text]) -> None:
+    if len(_listed(queries)) != len(passages):
+        raise InputError(
+            f"there are {len(queries)} queries and {len(passages)} passages; give a passage for"
+            " each query, or use search"
+        )
+
+
+def _blocks(items: list[Any]) -> Iterator[list[Any]]:
+    for start in range(0, len(items), BLOCK):
+        yield items[start : start + BLOCK]
+
+
+def _hits(scores: np.ndarray, rows: np.ndarray) -> list[list[Hit]]:
+    return [
+        [Hit(int(row), float(score)) for row, score in zip(*pair, strict=True)]
+        for pair in zip(rows, scores, strict=True)
+    ]

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.commands import evaluate, train
+
+import caravan
+from caravan.data.collection import Collection
+from caravan.data.runs import read_run
+from caravan.errors import InputError
+
+FLOAT = ("precision=float32", "measures=[MRR@10]")
+
+
+@pytest.fixture(scope="module")
+def folders(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    to = tmp_path_factory.mktemp("api")
+    train(beir, to / "retriever", "trainer.max_steps=0")
+    likelihood = ("stage=reranker_likelihood", "trainer.max_steps=0", "validation.run=null")
+    train(beir, to / "reranker", *likelihood)
+    return {name: str(to / name / "model") for name in ("retriever", "reranker")}
+
+
+def _texts(beir: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    read = [json.loads(line) for line in (beir / "corpus.jsonl").read_text().splitlines()]
+    asked = [json.loads(line) for line in (beir / "queries.jsonl").read_text().splitlines()]
+    return [q["text"] for q in asked[-4:]], [(p["title"], p["text"]) for p in read]
+
+
+def _same_run(hits: Any, path: Path, collection: Collection) -> None:
+    run = read_run(path, collection.queries, collection.corpus)
+    for row, found in zip(run.query_rows, hits, strict=True):
+        passages, scores = run.of(int(row))
+        assert [hit.row for hit in found] == passages[: len(found)].tolist()
+        np.testing.assert_allclose([hit.score for hit in found], scores[: len(found)], atol=2e-3)
+
+
+def test_search_finds_what_evaluate_finds(
+    beir: Path, collection: Collection, folders: dict[str, str], tmp_path: Path
+) -> None:
+    queries, passages = _texts(beir)
+    model: Any = caravan.load(folders["retriever"], precision="float32")
+    embeddings = model.encode_passages(passages)
+    assert embeddings.shape == (60, model.dim) == (60, 32)
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
+    hits = model.search(queries, embeddings, k=5)
+    assert hits == model.search(queries, passages, k=5)
+    evaluate(beir, tmp_path / "r", folders["retriever"], *FLOAT, "index.k=100")
+    _same_run(hits, tmp_path / "r" / "runs" / "retriever.test.trec", collection)
+    best = [passages[found[0].row] for found in hits]
+    scores = [found[0].score for found in hits]
+    np.testing.assert_allclose(model.score(queries, best), scores, atol=1e-5)
+
+
+def test_a_reranker_orders_as_evaluate_does(
+    beir: Path, collection: Collection, folders: dict[str, str], tmp_path: Path
+) -> None:
+    queries, passages = _texts(beir)
+    model: Any = caravan.load(folders["reranker"], precision="float32")
+    hits = model.search(queries, passages, k=5)
+    systems = folders["retriever"], f"reranker={folders['reranker']}", "rerank.depth=60"
+    evaluate(beir, tmp_path / "r", *systems, *FLOAT, "index.k=60")
+    _same_run(hits, tmp_path / "r" / "runs" / "reranked.test.trec", collection)
+
+
+def test_nothing_in_gives_nothing(folders: dict[str, str]) -> None:
+    retriever: Any = caravan.load(folders["retriever"])
+    reranker: Any = caravan.load(folders["reranker"])
+    assert retriever.encode_queries([]).shape == (0, 32)
+    assert retriever.search(["salt"], []) == [[]]
+    assert retriever.search([], ["salt"]) == []
+    assert reranker.score([], []).shape == (0,)
+    assert reranker.search(["salt"], []) == [[]]
+
+
+@pytest.mark.parametrize("name", ["retriever", "reranker"])
+def test_mistakes_are_told(folders: dict[str, str], name: str) -> None:
+    model: Any = caravan.load(folders[name])
+    with pytest.raises(InputError, match="there are 1 queries and 2 passages; give a passage for"):
+        model.score(["salt"], ["gold", "silk"])
+    with pytest.raises(InputError, match=r"give a list of texts, such as \['salt'\], not one text"):
+        model.search("salt", ["gold"])
+    with pytest.raises(InputError, match=r"caravan\.json"):
+        caravan.load("src")
+
+
+def test_the_package_is_imported_without_torch() -> None:
+    code = "import sys, caravan; print('torch' in sys.modules, caravan.__version__)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["False", caravan.__version__]
