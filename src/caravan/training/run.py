@@ -406,14 +406,17 @@ def _facts(
     told: str,
 ) -> Iterator[str]:
     """The first lines of a run: what is trained, on what, and how large an update is."""
+    from caravan.models import hardware
     from caravan.training.optim import updates
+    from caravan.training.sharding import FullySharded
 
     batch, accumulated = cfg.batching.queries_per_batch, trainer.accumulate_grad_batches
     steps = updates(trainer, per_epoch)
+    shared = ", weights shared out" if isinstance(trainer.strategy, FullySharded) else ""
     yield f"{cfg.name} in {cfg.run_dir}" + (f", resumed from {checkpoint}" if checkpoint else "")
     yield (
         f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}, "
-        f"{trainer.precision}; {parameters[0]:,} trainable parameters of {parameters[1]:,}"
+        f"{hardware.resolve(cfg.precision)}{shared}; {parameters[0]:,} trainable parameters of {parameters[1]:,}"
     )
     if told:
         yield told
