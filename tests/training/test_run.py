@@ -23,6 +23,7 @@ from caravan.contract import folder_digest, read_contract
 from caravan.data.batching import limited
 from caravan.errors import InputError
 from caravan.models import folder, hardware
+from caravan.training import facts
 from caravan.training.inputs import inputs_of
 from caravan.training.run import _batches
 from caravan.training.run import train as train_config
@@ -189,6 +190,16 @@ def test_the_best_weights_are_asked_training_queries_too(beir: Path, tmp_path: P
     assert best == figures["best"]
     assert figures["train"]["MRR@10"] > figures["best"]  # of what it has seen
     assert figures["trained_parameters"] == figures["parameters"] > 0
+
+
+def test_cached_gradients_make_room_on_a_device_that_is_too_small(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = 4 * 30_208 * 4  # weights, gradients, moments
+    monkeypatch.setattr(facts, "device_memory", lambda device: weights + 500_000)
+    with pytest.raises(InputError, match=r"training needs about .* and the cpu has 0\.0 GiB"):
+        train(beir, tmp_path / "whole")
+    assert train(beir, tmp_path / "cached", "gradcache.chunk=1") is not None
 
 
 def test_an_untrained_model_is_a_folder_too(beir: Path, tmp_path: Path) -> None:

@@ -110,6 +110,11 @@ class LoRA:
         return adapted
 
 
+def quantization(peft: Any) -> Any:
+    """How the base is quantised; None where it stays whole, as with adapters of one's own."""
+    return peft.quantization() if hasattr(peft, "quantization") else None
+
+
 def frozen_linears(model: nn.Module) -> list[nn.Linear]:
     """The linear layers of the transformer's blocks whose weights are not trained."""
     return [

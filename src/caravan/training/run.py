@@ -16,7 +16,6 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +83,7 @@ def _module(cfg: Any, collection: Collection | None) -> Any:
     """The LightningModule with its tokenizer; weights come with `configure_model`."""
     import pytorch_lightning as pl
 
+    from caravan.models.adapters import quantization
     from caravan.models.loading import add_slots
     from caravan.training.gradcache import GradCache
 
@@ -96,14 +96,14 @@ def _module(cfg: Any, collection: Collection | None) -> Any:
     backbone = parts["backbone"]
     if cfg.init_from is not None:
         backbone = _trained(cfg.init_from, backbone, parts["peft"] is not None)
-    quantization = _quantization(parts["peft"])
-    if quantization is not None:
+    quantised = quantization(parts["peft"])
+    if quantised is not None:
         if not hasattr(backbone, "quantization"):
             raise InputError(
                 f"peft=qlora needs saved weights, and backbone={backbone.name} begins from random"
                 " ones; choose another backbone, or peft=lora"
             )
-        backbone.quantization = quantization
+        backbone.quantization = quantised
     contract = Contract(**parts["contract"])
     tokenizer = backbone.tokenizer(collection, Path(cfg.cache_dir))
     add_slots(tokenizer, contract)
@@ -117,11 +117,6 @@ def _module(cfg: Any, collection: Collection | None) -> Any:
         seed=cfg.seed,
         **({} if cfg.gradcache.chunk is None else {"gradcache": GradCache(cfg.gradcache.chunk)}),
     )
-
-
-def _quantization(peft: Any) -> Any:
-    """How the base is quantised; None where it stays whole, as with adapters of one's own."""
-    return peft.quantization() if hasattr(peft, "quantization") else None
 
 
 def _trained(folder: str, backbone: Any, adapter: bool) -> Any:
@@ -156,6 +151,7 @@ def _fit(
     from caravan.models import hardware
     from caravan.models.backbone import parameter_counts
     from caravan.training.callbacks import AtomicCheckpoints
+    from caravan.training.facts import first_lines, memory_needed, memory_used
     from caravan.training.optim import updates
     from caravan.training.sharding import FullySharded
 
@@ -182,7 +178,7 @@ def _fit(
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
-    needed = _memory(module, data, trainer)
+    needed = memory_needed(module, data, trainer)
     batches = data.batches_per_epoch(trainer)
     # Updates and not epochs end the run: Lightning's count of epochs may lag in a resumed one.
     trainer.fit_loop.epoch_loop.max_steps = updates(trainer, batches)
@@ -193,7 +189,7 @@ def _fit(
             raise InputError("nothing would be trained, all is frozen; set peft=none or peft=lora")
         if trainer.is_global_zero:
             told = getattr(module.backbone, "told", "")
-            for line in _facts(cfg, trainer, data, batches, counts, checkpoint, told):
+            for line in first_lines(cfg, trainer, data, batches, counts, checkpoint, told):
                 log.info(line)
             if needed is not None and needed.total >= 1e8:  # less is nowhere in question
                 log.info("memory at the peak of a step: about %s", needed)
@@ -210,7 +206,7 @@ def _fit(
     except InputError as error:
         raise _without_traceback(error) from None
     seconds = time.monotonic() - started
-    return _leave(cfg, module, data, trainer, run_dir, seconds, _peak(trainer, needed))
+    return _leave(cfg, module, data, trainer, run_dir, seconds, memory_used(trainer, needed))
 
 
 def _data(cfg: Any, module: Any, source: Any, collection: Any, sampler: Any) -> Any:
@@ -279,43 +275,6 @@ def _leave(
         figures |= {"memory_gib": round(memory, 3)} if memory is not None else {}
         manifest.write_json(run_dir / "metrics.json", figures)
     return best
-
-
-def _memory(module: Any, data: Any, trainer: Any) -> Any:
-    """What a step needs, by the first batch; refused where the device has less."""
-    import numpy as np
-
-    from caravan.models.memory import device_memory, need, refuse_too_large
-    from caravan.training.sharding import FullySharded
-
-    outline = module.outline()
-    if outline is None:
-        return None
-    data.setup()
-    ranks = trainer.num_devices * trainer.num_nodes
-    each = min(-(-data.queries_per_batch // ranks), len(data.training))
-    tokens = data.training[0, np.arange(each)].padded
-    vocabulary = outline.config.get_text_config().vocab_size if module.tells_tokens else 0
-    quantised = _quantization(module.peft) is not None
-    shares = ranks if isinstance(trainer.strategy, FullySharded) else 1
-    kept_again = module.backbone.checkpointing
-    try:
-        needed = need(outline, tokens, module.bf16, kept_again, vocabulary, quantised, shares)
-    except AttributeError as error:  # no transformer's shape
-        log.debug("no estimate of memory: %s", error)
-        return None
-    device = trainer.strategy.root_device
-    refuse_too_large(needed, device_memory(device), f"the {device.type}")
-    return needed
-
-
-def _peak(trainer: Any, needed: Any) -> float | None:
-    """GiB at the peak: a GPU's own count; on a CPU, which keeps none, what a step needs."""
-    import torch
-
-    if trainer.strategy.root_device.type == "cuda":
-        return torch.cuda.max_memory_allocated(trainer.strategy.root_device) / 2**30
-    return None if needed is None else needed.total / 2**30
 
 
 def _of_training(cfg: Any, trainer: Any, module: Any, data: Any, queries: int) -> dict[str, float]:
@@ -394,48 +353,3 @@ def _without_traceback(error: InputError) -> InputError:
         return error
     told = text.strip().splitlines()[-1]
     return InputError(told.partition("InputError: ")[2] or told)
-
-
-def _facts(
-    cfg: Any,
-    trainer: Any,
-    data: Any,
-    per_epoch: int,
-    parameters: tuple[int, int],
-    checkpoint: Path | None,
-    told: str,
-) -> Iterator[str]:
-    """The first lines of a run: what is trained, on what, and how large an update is."""
-    from caravan.models import hardware
-    from caravan.training.optim import updates
-    from caravan.training.sharding import FullySharded
-
-    batch, accumulated = cfg.batching.queries_per_batch, trainer.accumulate_grad_batches
-    steps = updates(trainer, per_epoch)
-    shared = ", weights shared out" if isinstance(trainer.strategy, FullySharded) else ""
-    yield f"{cfg.name} in {cfg.run_dir}" + (f", resumed from {checkpoint}" if checkpoint else "")
-    yield (
-        f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}, "
-        f"{hardware.resolve(cfg.precision)}{shared}; {parameters[0]:,} trainable parameters of {parameters[1]:,}"
-    )
-    if told:
-        yield told
-    yield (
-        f"{data.training.told(data.collection.name, batch, accumulated)};"
-        f" {steps:,} updates, {per_epoch:,} batches an epoch"
-    )
-    if steps < cfg.trainer.max_steps:
-        log.warning(
-            "trainer.max_epochs=%d ends the run after %d updates, before trainer.max_steps=%d",
-            *(trainer.max_epochs, steps, cfg.trainer.max_steps),
-        )
-    if data.candidates is not None:
-        yield (
-            f"validation: {len(data.candidates.passage_rows):,} candidates of"
-            f" {len(data.dev_qrels.queries):,} queries"
-        )
-    elif len(data.dev_qrels):
-        yield (
-            f"validation: {len(data.dev_qrels.queries):,} queries over"
-            f" {len(data.dev_passages):,} of {len(data.collection.corpus):,} passages"
-        )

@@ -1,0 +1,100 @@
+"""What a run tells of itself: its first lines, and the memory that it needs and has used.
+
+A run that the device is too small for is refused here, before anything loads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from caravan.models import hardware
+from caravan.models.adapters import quantization
+from caravan.models.memory import device_memory, need, refuse_too_large
+from caravan.training.optim import updates
+from caravan.training.sharding import FullySharded
+
+log = logging.getLogger(__name__)
+
+
+def first_lines(
+    cfg: Any,
+    trainer: Any,
+    data: Any,
+    per_epoch: int,
+    parameters: tuple[int, int],
+    checkpoint: Path | None,
+    told: str,
+) -> Iterator[str]:
+    """The first lines of a run: what is trained, on what, and how large an update is."""
+    batch, accumulated = cfg.batching.queries_per_batch, trainer.accumulate_grad_batches
+    steps = updates(trainer, per_epoch)
+    shared = ", weights shared out" if isinstance(trainer.strategy, FullySharded) else ""
+    yield f"{cfg.name} in {cfg.run_dir}" + (f", resumed from {checkpoint}" if checkpoint else "")
+    yield (
+        f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}, "
+        f"{hardware.resolve(cfg.precision)}{shared};"
+        f" {parameters[0]:,} trainable parameters of {parameters[1]:,}"
+    )
+    if told:
+        yield told
+    yield (
+        f"{data.training.told(data.collection.name, batch, accumulated)};"
+        f" {steps:,} updates, {per_epoch:,} batches an epoch"
+    )
+    if steps < cfg.trainer.max_steps:
+        log.warning(
+            "trainer.max_epochs=%d ends the run after %d updates, before trainer.max_steps=%d",
+            *(trainer.max_epochs, steps, cfg.trainer.max_steps),
+        )
+    if data.candidates is not None:
+        yield (
+            f"validation: {len(data.candidates.passage_rows):,} candidates of"
+            f" {len(data.dev_qrels.queries):,} queries"
+        )
+    elif len(data.dev_qrels):
+        yield (
+            f"validation: {len(data.dev_qrels.queries):,} queries over"
+            f" {len(data.dev_passages):,} of {len(data.collection.corpus):,} passages"
+        )
+
+
+def memory_needed(module: Any, data: Any, trainer: Any) -> Any:
+    """What a step needs, by the first batch; refused where the device has less."""
+    outline = module.outline()
+    if outline is None:
+        return None
+    data.setup()
+    ranks = trainer.num_devices * trainer.num_nodes
+    each = min(-(-data.queries_per_batch // ranks), len(data.training))
+    tokens = data.training[0, np.arange(each)].padded
+    vocabulary = outline.config.get_text_config().vocab_size if module.tells_tokens else 0
+    if module.gradcache is not None:  # the activations of one piece wait for the backward pass
+        contract = module.contract
+        longest = max(contract.query_length, contract.passage_length)
+        if contract.kind == "reranker":
+            longest = contract.query_length + contract.passage_length
+        tokens = min(tokens, module.gradcache.chunk * longest)
+    quantised = quantization(module.peft) is not None
+    shares = ranks if isinstance(trainer.strategy, FullySharded) else 1
+    kept_again = module.backbone.checkpointing
+    try:
+        needed = need(outline, tokens, module.bf16, kept_again, vocabulary, quantised, shares)
+    except AttributeError as error:  # no transformer's shape
+        log.debug("no estimate of memory: %s", error)
+        return None
+    device = trainer.strategy.root_device
+    refuse_too_large(needed, device_memory(device), f"the {device.type}")
+    return needed
+
+
+def memory_used(trainer: Any, needed: Any) -> float | None:
+    """GiB at the peak: a GPU's own count; on a CPU, which keeps none, what a step needs."""
+    if trainer.strategy.root_device.type == "cuda":
+        return torch.cuda.max_memory_allocated(trainer.strategy.root_device) / 2**30
+    return None if needed is None else needed.total / 2**30
