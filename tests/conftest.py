@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny import WORDS, tiny_backbone, write_beir
+from tests.two_ranks import TwoRanks
 
 from caravan.contract import Contract
 from caravan.data.collection import Collection
@@ -20,6 +21,22 @@ from caravan.models.biencoder import BiEncoder
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)  # tests run side by side, one a core
+
+
+@pytest.fixture(scope="session")
+def _pair() -> Iterator[list[TwoRanks]]:
+    started: list[TwoRanks] = []
+    yield started
+    for pair in started:
+        pair.close()
+
+
+@pytest.fixture
+def two_ranks(_pair: list[TwoRanks]) -> TwoRanks:
+    """Two processes, started for the first test that asks for them, and kept."""
+    if not _pair or not _pair[-1].alive:
+        _pair.append(TwoRanks())
+    return _pair[-1]
 
 
 @pytest.fixture(scope="session")

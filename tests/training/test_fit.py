@@ -9,7 +9,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping
-from tests.fitting import MEASURES, Fit, Fitted, KillAt, Sgd, random_candidates, same_weights
+from tests.fitting import MEASURES, Fit, Fitted, KillAt, Sgd, random_candidates, same_weights, told
+from tests.two_ranks import TwoRanks
 
 from caravan.contract import Contract
 from caravan.data.collection import Collection
@@ -195,7 +196,7 @@ def test_a_checkpoint_of_another_model_is_refused(fit: Fit) -> None:
 
 
 @pytest.mark.parametrize("stage", ["retriever", "reranker", "adaptation"])
-def test_two_ranks_equal_one(fit: Fit, tmp_path: Path, stage: str) -> None:
+def test_two_ranks_equal_one(fit: Fit, two_ranks: TwoRanks, tmp_path: Path, stage: str) -> None:
     # Batches of 7, 7 and 2 queries: one rank has 4 of 7, and its mean must weigh more.
     settings: dict[str, Any] = {"steps": 5, "optimizer": Sgd(), "queries_per_batch": 7}
     settings["adapts"] = stage == "adaptation"
@@ -203,11 +204,11 @@ def test_two_ranks_equal_one(fit: Fit, tmp_path: Path, stage: str) -> None:
         settings["candidates"] = random_candidates(fit.collection, tmp_path / "candidates.trec")
     one = fit(**settings)
     fit.folder = tmp_path / "two"
-    two = fit(**settings, devices=2, strategy="ddp_spawn")
+    two, _ = two_ranks(told, fit, "ddp", **settings)
     logged = ["train/loss", *(name for name in one.metrics if name.endswith(("accuracy", "hits")))]
     assert len(logged) == (3 if stage == "adaptation" else 2)
     for name in logged:
-        assert two.metrics[name] == pytest.approx(one.metrics[name], abs=1e-5)
+        assert two["metrics"][name] == pytest.approx(one.metrics[name], abs=1e-5)
     state = torch.load(fit.folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     first = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     for name, weight in first.items():
@@ -215,7 +216,7 @@ def test_two_ranks_equal_one(fit: Fit, tmp_path: Path, stage: str) -> None:
     shown = [name for name in one.metrics if name.startswith("val/")]
     assert len(shown) >= len(MEASURES)
     for name in shown:
-        assert two.metrics[name] == pytest.approx(one.metrics[name], abs=1e-6)
+        assert two["metrics"][name] == pytest.approx(one.metrics[name], abs=1e-6)
     assert (fit.folder / "run.trec").read_text().split("\n")[0].split()[:3] == (
         tmp_path / "run.trec"
     ).read_text().split("\n")[0].split()[:3]

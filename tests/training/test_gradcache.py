@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.fitting import Fit, Sgd, random_candidates
+from tests.fitting import Fit, Sgd, random_candidates, told
+from tests.two_ranks import TwoRanks
 from torch import Tensor
 
 from caravan.batches import Chunk, pack
@@ -84,14 +85,14 @@ def test_cached_gradients_pass_through_the_weights_copies_in_bf16(fit: Fit) -> N
 
 @pytest.mark.parametrize("stage", ["retriever", "reranker"])
 def test_cached_gradients_on_two_ranks_equal_the_whole_batch_on_one(
-    fit: Fit, tmp_path: Path, stage: str
+    fit: Fit, two_ranks: TwoRanks, tmp_path: Path, stage: str
 ) -> None:
     settings = _settings(fit, stage, tmp_path)
     one = fit(**settings)
     fit.folder = tmp_path / "two"
-    two = fit(**settings, devices=2, strategy="ddp_spawn", gradcache=GradCache(2))
+    two, _ = two_ranks(told, fit, "ddp", **settings, gradcache=GradCache(2))
     for name in ("train/loss", "train/accuracy", "train/negatives"):
-        assert two.metrics[name] == pytest.approx(one.metrics[name], abs=1e-5)
+        assert two["metrics"][name] == pytest.approx(one.metrics[name], abs=1e-5)
     states = [
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for folder in (tmp_path, fit.folder)

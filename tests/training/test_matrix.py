@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import pytest
 import torch
 import transformers
 from tests.commands import ROOT, train_arguments
+from tests.two_ranks import TwoRanks
 
 from caravan.compose import compose
 from caravan.errors import InputError
@@ -73,13 +71,8 @@ def _told(folder: Path, beir: Path, strategy: str, choice: Choice) -> str:
     return "runs"
 
 
-def _rank(rank: int, port: int, folder: Path, beir: Path, strategy: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    told = [_told(folder, beir, strategy, choice) for choice in itertools.product(*CHOICES)]
-    (folder / f"told{rank}.json").write_text(json.dumps(told))
+def _all(folder: Path, beir: Path, strategy: str) -> list[str]:
+    return [_told(folder, beir, strategy, choice) for choice in itertools.product(*CHOICES)]
 
 
 def _holds(strategy: str, choices: Iterable[Choice], told: Iterable[str]) -> None:
@@ -110,12 +103,7 @@ def test_every_combination_runs_or_is_refused_on_one_process(
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_every_combination_runs_or_is_refused_on_two(
-    folder: Path, beir: Path, strategy: str
+    folder: Path, beir: Path, two_ranks: TwoRanks, strategy: str
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, args=(port, folder, beir, strategy), nprocs=2)
-    for rank in range(2):
-        told = json.loads((folder / f"told{rank}.json").read_text())
+    for told in two_ranks(_all, folder, beir, strategy):
         _holds(strategy, itertools.product(*CHOICES), told)

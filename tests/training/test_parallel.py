@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from tests.two_ranks import TwoRanks
 from torch import Tensor
 
 from caravan.training import parallel
@@ -29,8 +27,8 @@ def _loss(weight: Tensor, queries: Tensor, passages: Tensor) -> tuple[Tensor, li
     return loss * parallel.weight(counts), counts
 
 
-def _rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+def _rank() -> tuple[Tensor | None, Tensor, list[int], Tensor]:
+    rank = dist.get_rank()
     queries, passages = _data()
     mine = slice(sum(COUNTS[:rank]), sum(COUNTS[: rank + 1]))
     own = slice(mine.start * GROUP, mine.stop * GROUP)
@@ -38,13 +36,11 @@ def _rank(rank: int, folder: str) -> None:
     loss, counts = _loss(weight, queries[mine], passages[own])
     loss.backward()
     rows = parallel.gather(torch.arange(own.start, own.stop), [n * GROUP for n in counts])
-    torch.save((weight.grad, loss.detach(), counts, rows), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return weight.grad, loss.detach(), counts, rows
 
 
-def test_ranks_with_unequal_shares_average_to_the_one_process_gradient(tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+def test_ranks_with_unequal_shares_average_to_the_one_process_gradient(two_ranks: TwoRanks) -> None:
+    found = two_ranks(_rank)
     weight = torch.eye(5, requires_grad=True)
     loss, counts = _loss(weight, *_data())
     loss.backward()

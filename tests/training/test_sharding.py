@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.fitting import Fit, KillAt, Sgd, on_two_ranks, random_candidates
+from tests.fitting import Fit, KillAt, Sgd, random_candidates, told
+from tests.two_ranks import TwoRanks
 from transformers import LlamaConfig, LlamaModel
 
 from caravan.models.adapters import LoRA
@@ -23,7 +24,9 @@ def _last(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stage", ["retriever", "reranker", "adaptation"])
-def test_shards_on_two_ranks_equal_one_process(fit: Fit, tmp_path: Path, stage: str) -> None:
+def test_shards_on_two_ranks_equal_one_process(
+    fit: Fit, two_ranks: TwoRanks, tmp_path: Path, stage: str
+) -> None:
     settings: dict[str, Any] = {"steps": 5, "optimizer": Sgd(), "queries_per_batch": 7}
     settings["adapts"] = stage == "adaptation"
     if stage == "reranker":
@@ -31,7 +34,7 @@ def test_shards_on_two_ranks_equal_one_process(fit: Fit, tmp_path: Path, stage: 
     one = fit(**settings)
     fit.folder = tmp_path / "two"
     fit.folder.mkdir()
-    two = on_two_ranks(fit, **settings)
+    two, _ = two_ranks(told, fit, "fsdp", **settings)
     for name, value in one.metrics.items():
         if name != "train/tokens_per_second" and name != "train/padding":
             assert two["metrics"][name] == pytest.approx(value, abs=1e-5), name
@@ -42,17 +45,17 @@ def test_shards_on_two_ranks_equal_one_process(fit: Fit, tmp_path: Path, stage: 
 
 
 def test_adapters_with_dropout_and_cached_gradients_equal_those_without_shards(
-    fit: Fit, tmp_path: Path, saved: str
+    fit: Fit, two_ranks: TwoRanks, tmp_path: Path, saved: str
 ) -> None:
     settings: dict[str, Any] = {"steps": 4, "optimizer": Sgd(), "token_budget": 40}
     settings |= {"peft": LoRA(rank=2, alpha=4, dropout=0.5), "backbone": Pretrained(saved)}
-    plain = fit(**settings, devices=2, strategy="ddp_spawn")
+    plain, _ = two_ranks(told, fit, "ddp", **settings)
     for cache in (None, GradCache(1000)):
         fit.folder = tmp_path / f"sharded{cache is None}"
         fit.folder.mkdir()
-        shards = on_two_ranks(fit, **settings, gradcache=cache)
+        shards, _ = two_ranks(told, fit, "fsdp", **settings, gradcache=cache)
         assert shards["metrics"]["train/loss"] == pytest.approx(
-            plain.metrics["train/loss"], rel=1e-5
+            plain["metrics"]["train/loss"], rel=1e-5
         )
         state, first = (_last(folder)["state_dict"] for folder in (fit.folder, tmp_path))
         assert len(first) == 28
@@ -63,7 +66,7 @@ def test_adapters_with_dropout_and_cached_gradients_equal_those_without_shards(
 
 @pytest.mark.parametrize("sharded_first", [True, False])
 def test_a_run_goes_on_under_another_strategy_and_number_of_ranks(
-    fit: Fit, tmp_path: Path, sharded_first: bool
+    fit: Fit, two_ranks: TwoRanks, tmp_path: Path, sharded_first: bool
 ) -> None:
     # Adam's moments matter here, and vectors are in a group of their own.
     settings: dict[str, Any] = {"queries_per_batch": 7, "steps": 8}
@@ -73,7 +76,7 @@ def test_a_run_goes_on_under_another_strategy_and_number_of_ranks(
     for resume in (False, True):
         killed = None if resume else KillAt(4, "step")
         if resume != sharded_first:
-            on_two_ranks(fit, **settings, kill=killed, resume=resume)
+            two_ranks(told, fit, "fsdp", **settings, kill=killed, resume=resume)
         else:
             fit(**settings, kill=killed, resume=resume)
     state, first = (_last(folder)["state_dict"] for folder in (fit.folder, tmp_path))
@@ -85,7 +88,7 @@ def test_a_run_goes_on_under_another_strategy_and_number_of_ranks(
 
 @pytest.mark.parametrize("peft", [None, LoRA(rank=2, alpha=4, dropout=0.0)])
 def test_weights_that_are_stored_in_bf16_are_shared_out_as_float32(
-    fit: Fit, tmp_path: Path, saved: str, peft: Any
+    fit: Fit, two_ranks: TwoRanks, tmp_path: Path, saved: str, peft: Any
 ) -> None:
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
@@ -95,7 +98,7 @@ def test_weights_that_are_stored_in_bf16_are_shared_out_as_float32(
     one = fit(**settings, backbone=Pretrained(saved))
     fit.folder = tmp_path / "two"
     fit.folder.mkdir()
-    two = on_two_ranks(fit, **settings, backbone=Pretrained(saved))
+    two, _ = two_ranks(told, fit, "fsdp", **settings, backbone=Pretrained(saved))
     assert two["metrics"]["train/loss"] == pytest.approx(one.metrics["train/loss"], rel=1e-5)
     state, first = (_last(folder)["state_dict"] for folder in (fit.folder, tmp_path))
     assert {weight.dtype for weight in state.values()} == {torch.float32}

@@ -1,12 +1,9 @@
 """The mean of figures over queries: in parts, over ranks, and with ranks that have none."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from tests.two_ranks import TwoRanks
 
 from caravan.data.collection import Qrels
 from caravan.data.runs import Run
@@ -49,9 +46,8 @@ def test_no_query_at_all_is_zero_and_not_nan() -> None:
     assert [value.item() for value in metric.compute().values()] == [0, 0, 0]
 
 
-def on_rank(rank: int, world: int, rendezvous: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=world)
+def on_rank() -> tuple[dict[str, float], float]:
+    rank = dist.get_rank()
     metric = MeanMeasures(MEASURES)
     # five queries and two; every rank updates as often as it likes
     for part in ([[0, 1], [2, 3, 4]], [[5, 6]])[rank]:
@@ -59,13 +55,11 @@ def on_rank(rank: int, world: int, rendezvous: str, folder: str) -> None:
     values = {name: value.item() for name, value in metric.compute().items()}
     lonely = MeanMeasures(MEASURES)
     lonely.update(per_query(*case([3] if rank else []), MEASURES))
-    torch.save((values, lonely.compute()["R@100"].item()), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return values, lonely.compute()["R@100"].item()
 
 
-def test_two_ranks_give_the_value_of_one_process(tmp_path: Path) -> None:
-    mp.spawn(on_rank, (2, str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def test_two_ranks_give_the_value_of_one_process(two_ranks: TwoRanks) -> None:
+    results = two_ranks(on_rank)
     assert results[0] == results[1]
     values, lonely = results[0]
     assert values == pytest.approx(whole(), abs=1e-6)

@@ -1,0 +1,77 @@
+"""Two processes that stay: a fit on two ranks then costs what it computes, and not its imports."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LONGEST = 900  # seconds that the ranks may take
+
+
+class TwoRanks:
+    """A pair of processes, ranks 0 and 1, that call the same function with the same arguments."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self.ends, self.processes = [], []
+        for rank in range(2):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, port, there), daemon=True)
+            process.start()
+            self.ends.append(here)
+            self.processes.append(process)
+
+    def __call__(self, function: Callable[..., Any], *given: Any, **settings: Any) -> Any:
+        """What each rank returns.
+
+        Raises:
+            RuntimeError: a rank failed, or they wait for one another.
+        """
+        for end in self.ends:
+            end.send((function, given, settings))
+        told = []
+        for rank, end in enumerate(self.ends):
+            if not end.poll(LONGEST):
+                self.close()
+                raise RuntimeError(f"rank {rank} does not answer; {told}")
+            told.append(end.recv())
+        failed = [text for text, _ in told if text]
+        if failed:
+            self.close()  # whatever they share may be broken
+            raise RuntimeError(failed[0])
+        return [value for _, value in told]
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, port: int, end: Any) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")  # for all of their work
+    while True:
+        try:
+            function, given, settings = end.recv()
+        except EOFError:
+            return
+        try:
+            end.send(("", function(*given, **settings)))
+        except Exception:  # noqa: BLE001 - told where the test is
+            end.send((traceback.format_exc(), None))
