@@ -98,6 +98,7 @@ class Fit:
         gradcache: GradCache | None = None,
         token_budget: int = 128,
         backbone: Any = None,
+        shards_in_bf16: bool = False,
         **trainer_settings: Any,
     ) -> Fitted:
         """Train the retriever, or adapt, or with candidates to put in order train a reranker."""
@@ -127,6 +128,7 @@ class Fit:
                 seed=0,
                 gradcache=gradcache,
             )
+        module.bf16 = shards_in_bf16
         data = DataModule(
             self.collection,
             module.reading(),
@@ -216,5 +218,8 @@ def same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def told(fit: Fit, strategy: str, **settings: Any) -> dict[str, Any]:
     """Metrics and losses of a fit on several ranks ("ddp" or "fsdp"), which can be sent."""
     of_ranks = FullySharded() if strategy == "fsdp" else "ddp"
-    fitted = fit(**settings, devices=2, strategy=of_ranks)
+    bf16 = settings.get("bf16", False) and strategy == "fsdp"  # the shards, and no autocast
+    if settings.pop("bf16", False) and not bf16:
+        settings["precision"] = "bf16-mixed"
+    fitted = fit(**settings, devices=2, strategy=of_ranks, shards_in_bf16=bf16)
     return {"metrics": fitted.metrics, "losses": fitted.losses}

@@ -222,3 +222,59 @@ def test_a_dataset_of_the_hub_is_no_folder() -> None:
             ["stage=adaptation", "data=hub_texts", "data.path=/no/such"],
             *(CONF, "train", config.ROOTS["train"]),
         )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ("-m seed=1,2 trainer.devices=2", "each of which would sweep again"),
+        ("-m trainer.devices=1,2", r"each of which would sweep again.*\[in the job"),
+        ("-m seed=1,2 trainer.num_nodes=2", "each of which would sweep again"),
+        ("-m seed=1,2 trainer.devices=[0]", None),
+        ("-m seed=1,2", None),
+    ],
+)
+def test_a_sweep_in_one_process_has_one_device(overrides: str, told: str | None) -> None:
+    given = overrides.split()
+    if told is None:
+        preflight(given, CONF, "train", config.ROOTS["train"])
+        return
+    with pytest.raises(InputError, match=f"(?s){told}"):
+        preflight(given, CONF, "train", config.ROOTS["train"])
+
+
+def test_a_sweep_is_not_started_by_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 processes were started together, and a sweep is one"):
+        preflight(["-m", "seed=1,2"], CONF, "train", config.ROOTS["train"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ("trainer.devices=64", "32 queries cannot be shared out over 64 ranks; set it to 64 or"),
+        ("trainer.devices='64'", "32 queries cannot be shared out over 64 ranks"),
+        ("trainer.devices=8 trainer.num_nodes=8", "32 queries cannot be shared out over 64 ranks"),
+        ("trainer.devices=64 trainer.max_steps=0", None),
+        ("peft=qlora backbone=qwen3_0_6b strategy=fsdp", "four bits cannot be shared out over"),
+        ("peft=qlora backbone=qwen3_0_6b strategy=ddp", None),
+        ("peft=qlora", "this backbone begins from random ones"),
+        ("stage=adaptation gradcache.chunk=4", "compares no texts with one another"),
+        ("backbone.attention=flash_attention_2 trainer.accelerator=cpu", "runs on GPUs alone"),
+        ("gradcache.chunk=0", "must be at least 1"),
+        (
+            "stage=reranker validation.train_queries=5 validation.run=src",
+            "candidates are those of dev queries",
+        ),
+    ],
+)
+def test_what_cannot_work_together_is_told_with_the_remedy(
+    overrides: str, told: str | None
+) -> None:
+    with Composer(CONF, "train", config.ROOTS["train"]) as composer:
+        found = [mistake.text for mistake in real_mistakes(composer, shlex.split(overrides))]
+    if told is None:
+        assert not found
+    else:
+        assert len(found) == 1
+        assert told in found[0]

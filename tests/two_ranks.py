@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import traceback
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-LONGEST = 900  # seconds that the ranks may take
+LONGEST = 60
 
 
 class TwoRanks:
@@ -38,17 +39,17 @@ class TwoRanks:
         """
         for end in self.ends:
             end.send((function, given, settings))
-        told = []
-        for rank, end in enumerate(self.ends):
-            if not end.poll(LONGEST):
-                self.close()
-                raise RuntimeError(f"rank {rank} does not answer; {told}")
-            told.append(end.recv())
-        failed = [text for text, _ in told if text]
-        if failed:
-            self.close()  # whatever they share may be broken
-            raise RuntimeError(failed[0])
-        return [value for _, value in told]
+        found: dict[int, Any] = {}
+        while len(found) < len(self.ends):
+            waited = [end for rank, end in enumerate(self.ends) if rank not in found]
+            ready = multiprocessing.connection.wait(waited, LONGEST)
+            answers = {self.ends.index(end): end.recv() for end in ready}
+            failed = [text for text, _ in answers.values() if text]
+            if failed or not ready:
+                self.close()  # one that waits for the other would wait for ever
+                raise RuntimeError(failed[0] if failed else "the ranks wait for one another")
+            found |= {rank: value for rank, (_, value) in answers.items()}
+        return [found[rank] for rank in sorted(found)]
 
     @property
     def alive(self) -> bool:

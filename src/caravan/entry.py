@@ -36,12 +36,12 @@ from hydra.errors import (
     SearchPathException,
 )
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from caravan import config, jobs
 from caravan.compose import FAILURES, Composer, report
 from caravan.errors import InputError
-from caravan.ranks import leads
+from caravan.ranks import leads, world
 
 FAILED, USER, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 SWEEP_DIR = "hydra.sweep.dir="
@@ -342,8 +342,7 @@ def _check_jobs(
         if one.get_key_element() in values:
             values[one.get_key_element()] = _values(one)
     of_file = [text for text in params if text.partition("=")[0] not in named]
-    lines = [*_check_each(composer, single, values), *_several_devices(composer, single)]
-    return lines, list(values), of_file
+    return _check_each(composer, single, values), list(values), of_file
 
 
 def _several_devices(composer: Composer, overrides: list[str]) -> Iterator[str]:
@@ -351,16 +350,26 @@ def _several_devices(composer: Composer, overrides: list[str]) -> Iterator[str]:
     try:
         cfg = composer.compose(overrides)
     except FAILURES:
-        return  # told when the jobs are checked
-    ranks = [OmegaConf.select(cfg, f"trainer.{name}") for name in ("devices", "num_nodes")]
+        return  # told when the job is checked
     basic = str(OmegaConf.select(cfg, "hydra.launcher._target_")).endswith(".BasicLauncher")
-    if basic and any(number not in (None, 1, "1") for number in ranks):
+    if basic and world() > 1:
+        yield (
+            f"-m: {world()} processes were started together, and a sweep is one process; start its"
+            " jobs one by one, or choose hydra/launcher=submitit_slurm"
+        )
+    ranks = [OmegaConf.select(cfg, f"trainer.{name}") for name in ("devices", "num_nodes")]
+    one = [number in (None, 1, "1") or len(_items(number)) == 1 for number in ranks]
+    if basic and not all(one):
         yield (
             "trainer.devices, trainer.num_nodes: a sweep's jobs run in one process, and Lightning"
             " starts the other ranks by the same command, each of which would sweep again; give"
             " them one device, start the jobs one by one, or choose"
             " hydra/launcher=submitit_slurm"
         )
+
+
+def _items(number: Any) -> list[Any]:
+    return list(number) if isinstance(number, ListConfig) else []
 
 
 def _sweep_file(
@@ -392,8 +401,9 @@ def _check_each(composer: Composer, fixed: list[str], values: dict[str, list[str
     seen: dict[str, list[int]] = {}
     jobs = jobs[:MOST_JOBS]
     for number, job in enumerate(jobs):
-        _, lines = composer.collect([*fixed, *(f"{key}={option}" for key, option in job.items())])
-        for line in lines:
+        overrides = [*fixed, *(f"{key}={option}" for key, option in job.items())]
+        _, lines = composer.collect(overrides)
+        for line in [*lines, *_several_devices(composer, overrides)]:
             seen.setdefault(line, []).append(number)
     told = []
     for line, numbers in seen.items():

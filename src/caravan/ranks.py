@@ -6,11 +6,15 @@ one of them may do (write a file, say something) asks here.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
 
 PAUSE = 0.2  # seconds; what is waited for takes minutes
+LONG = 60  # seconds after which it is said once; a block takes about that
+
+log = logging.getLogger(__name__)
 
 
 def rank() -> int:
@@ -46,8 +50,12 @@ def local_rank() -> int:
 
 def wait_until(holds: Callable[[], bool]) -> None:
     """Look again and again; whoever starts several processes ends all of them if one fails."""
+    since, told = time.monotonic(), False
     while not holds():
         time.sleep(PAUSE)
+        if not told and time.monotonic() - since > LONG:
+            log.warning("waiting for the other processes: %d were started together", world())
+            told = True
 
 
 def _number(variable: str) -> int | None:

@@ -346,13 +346,15 @@ def parts_work_together(cfg: DictConfig) -> Iterator[Mistake]:
     if isinstance(attention, str) and attention.startswith("flash") and on_cpu:
         text = f"{attention} runs on GPUs alone; set it to auto or sdpa"
         yield Mistake(("backbone", "attention"), text)
+    if value(cfg, "trainer.max_steps") == 0:
+        return
     of_training = value(cfg, "validation.train_queries")
     if of_training is not None and value(cfg, "contract.kind") == "reranker":
         text = "a reranker's candidates are those of dev queries; leave it null, and rerank a run"
         yield Mistake(
             ("validation", "train_queries"), f"{text} over the training queries with evaluate.py"
         )
-    devices, nodes = value(cfg, "trainer.devices"), value(cfg, "trainer.num_nodes")
+    devices, nodes = _number_of(value(cfg, "trainer.devices")), value(cfg, "trainer.num_nodes")
     queries = value(cfg, "batching.queries_per_batch")
     if is_int(devices) and is_int(nodes) and is_int(queries) and 0 < queries < devices * nodes:
         text = f"{queries} queries cannot be shared out over {devices * nodes} ranks; set it to"
@@ -466,6 +468,15 @@ RULES: list[Rule] = [
     models_suit_their_stage,
     runs_can_be_fused,
 ]
+
+
+def _number_of(devices: Any) -> Any:
+    """How many devices `trainer.devices` names; None if it leaves that to the machine."""
+    if isinstance(devices, ListConfig):
+        return len(devices)
+    if isinstance(devices, str) and devices.isdigit():
+        return int(devices)
+    return devices if is_int(devices) and devices > 0 else None
 
 
 def _is_number(given: Any) -> bool:

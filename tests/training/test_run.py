@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import pytorch_lightning.demos.boring_classes
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.commands import ROOT, train, train_arguments
 from tests.tiny import write_beir
 
@@ -52,7 +53,6 @@ def test_a_run_leaves_model_figures_curves_and_checkpoints(
 
 
 def test_tensorboard_holds_the_curves(finished: tuple[Path, float | None]) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(finished[0] / "tensorboard"))
     events.Reload()
@@ -190,6 +190,26 @@ def test_the_best_weights_are_asked_training_queries_too(beir: Path, tmp_path: P
     assert best == figures["best"]
     assert figures["train"]["MRR@10"] > figures["best"]  # of what it has seen
     assert figures["trained_parameters"] == figures["parameters"] > 0
+    validated = (tmp_path / "r" / "runs" / "validation.trec").read_text()
+    short = ("validation.read_lengths=[8]", "validation.train_queries=10", "trainer.max_steps=40")
+    train(beir, tmp_path / "s", *short)
+    again = json.loads((tmp_path / "s" / "metrics.json").read_text())
+    assert again["train"] == figures["train"]
+    assert again["read"]["8"] != figures["train"]
+    # The run and the curves are those of the validation.
+    assert (tmp_path / "s" / "runs" / "validation.trec").read_text() == validated
+    assert (tmp_path / "s" / "runs" / "read_8.trec").exists()
+    events = EventAccumulator(str(next((tmp_path / "s" / "tensorboard").rglob("events*"))))
+    steps = [event.step for event in events.Reload().Scalars("val/MRR@10")]
+    assert len(steps) == len(set(steps)) == 10
+
+
+def test_processes_that_the_trainer_does_not_know_of_are_told(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"2 processes were started .* the trainer has 1; set"):
+        train(beir, tmp_path / "r")
 
 
 def test_cached_gradients_make_room_on_a_device_that_is_too_small(

@@ -127,3 +127,31 @@ def _own_memory() -> int:
     """MB of this process that are no file's."""
     told = Path("/proc/self/status").read_text()
     return int(told.split("RssAnon:")[1].split()[0]) >> 10
+
+
+@pytest.mark.parametrize("peft", [None, LoRA(rank=2, alpha=4, dropout=0.0)])
+def test_activations_that_are_computed_again_change_nothing(
+    fit: Fit, two_ranks: TwoRanks, tmp_path: Path, saved: str, peft: Any
+) -> None:
+    settings: dict[str, Any] = {"steps": 2, "optimizer": Sgd(), "peft": peft}
+    one = fit(**settings, backbone=Pretrained(saved))
+    fit.folder = tmp_path / "two"
+    again = Pretrained(saved, checkpointing=True)
+    two, _ = two_ranks(told, fit, "fsdp", **settings, backbone=again)
+    assert two["metrics"]["train/loss"] == pytest.approx(one.metrics["train/loss"], rel=1e-5)
+    state, first = (_last(folder)["state_dict"] for folder in (fit.folder, tmp_path))
+    for name, weight in first.items():
+        torch.testing.assert_close(state[name], weight, atol=2e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("adapts", [False, True])
+def test_shards_that_are_gathered_in_bf16_train_nearly_as_autocast_does(
+    fit: Fit, two_ranks: TwoRanks, tmp_path: Path, adapts: bool
+) -> None:
+    settings: dict[str, Any] = {"steps": 3, "optimizer": Sgd(), "adapts": adapts, "bf16": True}
+    mixed, _ = two_ranks(told, fit, "ddp", **settings)
+    fit.folder = tmp_path / "sharded"
+    shards, _ = two_ranks(told, fit, "fsdp", **settings)
+    for step, loss in mixed["losses"].items():
+        assert shards["losses"][step] == pytest.approx(loss, rel=0.05)
+    assert {w.dtype for w in _last(fit.folder)["state_dict"].values()} == {torch.float32}

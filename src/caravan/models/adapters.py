@@ -128,12 +128,13 @@ def frozen_linears(model: nn.Module) -> list[nn.Linear]:
 def halvable(model: nn.Module) -> list[nn.Linear]:
     """Frozen linear layers that may be kept in bf16, where they compute in it anyway.
 
-    What they compute under autocast stays the same to the bit. Where a base is in no folder, so
-    that it will be saved with the adapter merged into it, there are none.
+    What they compute under autocast stays the same to the bit. There are none where a base is in
+    no folder, so that it will be saved with the adapter merged into it, nor with DoRA, which takes
+    the norms of its columns.
     """
     adapted: Any = next((m for m in model.modules() if hasattr(m, "peft_config")), None)
     config = getattr(adapted, "active_peft_config", None)
-    named = config is not None and config.base_model_name_or_path
+    named = config is not None and config.base_model_name_or_path and not config.use_dora
     return frozen_linears(model) if named else []
 
 

@@ -136,8 +136,8 @@ def refuse_too_large(needed: Need, there: float, device: str) -> None:
         return
     largest = max(fields(needed), key=lambda field: getattr(needed, field.name)).name
     remedy = {
-        "activations": "set backbone.checkpointing=true, or lower batching.queries_per_batch or"
-        " contract.passage_length",
+        "activations": "set backbone.checkpointing=true or gradcache.chunk, or lower"
+        " batching.queries_per_batch or contract.passage_length",
         "logits": "lower batching.queries_per_batch or contract.passage_length",
     }.get(largest, "train adapters (peft=lora), or take a smaller backbone or a larger device")
     raise InputError(

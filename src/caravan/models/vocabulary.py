@@ -46,7 +46,8 @@ def output_layer(model: Any) -> Callable[[Tensor], Tensor]:
     scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
 
     def logits(states: Tensor) -> Tensor:
-        found: Tensor = head(states)
+        # Sharded weights are gathered in bf16, outside of autocast, where states may be float32.
+        found: Tensor = head(states.to(head.weight.dtype))
         found = (found.float() if found.dtype.itemsize < 4 else found) * scale
         return cap * torch.tanh(found / cap) if cap else found
 

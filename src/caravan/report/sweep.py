@@ -65,7 +65,9 @@ def collect(folder: Path) -> tuple[list[str], list[str], list[Row], list[tuple[s
     if any(READ in row for row in rows):
         varied.append(READ)
     measures = list(dict.fromkeys(name for row in rows for name in row if name not in varied))
-    if len({row.get(SIZES["trained_parameters"]) for row in rows}) < 2:
+    sizes = {row[SIZES["trained_parameters"]] for row in rows if SIZES["trained_parameters"] in row}
+    measures.sort(key=lambda name: name == "seconds" or name in SIZES.values())
+    if len(sizes) < 2:
         measures = [name for name in measures if name not in SIZES.values()]
         rows = [{key: row[key] for key in row if key not in SIZES.values()} for row in rows]
     return varied, measures, rows, failed

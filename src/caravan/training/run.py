@@ -25,7 +25,7 @@ from caravan.config import build
 from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.errors import InputError
-from caravan.ranks import leads
+from caravan.ranks import leads, world
 from caravan.training.inputs import inputs_of, refuse_other_run
 
 log = logging.getLogger(__name__)
@@ -178,6 +178,11 @@ def _fit(
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
+    if world() not in (1, trainer.world_size):
+        raise InputError(
+            f"{world()} processes were started together, and the trainer has {trainer.world_size};"
+            " set trainer.devices to the processes of a node, and trainer.num_nodes"
+        )
     needed = memory_needed(module, data, trainer)
     batches = data.batches_per_epoch(trainer)
     # Updates and not epochs end the run: Lightning's count of epochs may lag in a resumed one.
@@ -248,13 +253,14 @@ def _leave(
     best_path = Path(getattr(watched, "best_model_path", "") or "")
     best = None
     if best_path.is_file():
-        state = torch.load(best_path, map_location="cpu", weights_only=True)
+        state = torch.load(best_path, map_location="cpu", weights_only=True, mmap=True)
         module.load_weights(state["state_dict"])
         best = float(watched.best_model_score)
     read = {
         length: _read_at(length, trainer, module, data)
         for length in (cfg.validation.read_lengths if data.dev_split is not None else ())
     }
+    data.templates = module.reading()
     asked = cfg.validation.train_queries if data.dev_split is not None else None
     trained_on = {} if asked is None else _of_training(cfg, trainer, module, data, asked)
     network = module.whole()
@@ -280,16 +286,32 @@ def _leave(
 def _of_training(cfg: Any, trainer: Any, module: Any, data: Any, queries: int) -> dict[str, float]:
     """The validation's figures of the best weights for training queries, over as many passages."""
     data.ask(build(cfg, "data")["data"].train_split, queries, cfg.validation.passages)
-    (*_, last) = trainer.validate(module, datamodule=data, verbose=False)
+    last = _asked("train_queries", trainer, module, data)
     log.info("training queries: %s", last)
     return {name.removeprefix("val/"): value for name, value in last.items() if "val/" in name}
+
+
+def _asked(name: str, trainer: Any, module: Any, data: Any) -> dict[str, float]:
+    """The figures of a validation of another kind, beside the curves and run of those before."""
+    callbacks = [callback for callback in trainer.callbacks if hasattr(callback, "run_file")]
+    files, loggers = [callback.run_file for callback in callbacks], trainer.loggers
+    for callback, file in zip(callbacks, files, strict=True):
+        callback.run_file = file.with_name(f"{name}.trec")
+    trainer.loggers = []
+    try:
+        (*_, last) = trainer.validate(module, datamodule=data, verbose=False)
+    finally:
+        trainer.loggers = loggers
+        for callback, file in zip(callbacks, files, strict=True):
+            callback.run_file = file
+    return dict(last)
 
 
 def _read_at(length: int, trainer: Any, module: Any, data: Any) -> dict[str, float]:
     """The validation's figures of the best weights, with passages of another length."""
     contract = replace(module.contract, passage_length=length)
     data.templates = type(data.templates)(module.tokenizer, contract)
-    (*_, last) = trainer.validate(module, datamodule=data, verbose=False)
+    last = _asked(f"read_{length}", trainer, module, data)
     log.info("read at %d tokens: %s", length, last)
     return {
         name.removeprefix("val/"): value

@@ -61,11 +61,15 @@ class FullySharded(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """torch's own state of the optimiser, whole."""
         state = getattr(optimizer, "_optimizer", optimizer).state_dict()
-        state["state"] = {
-            i: {name: _whole(moment) for name, moment in moments.items()}
+        wholes = {
+            i: {name: self._on_first(_whole(moment)) for name, moment in moments.items()}
             for i, moments in state["state"].items()
         }
-        return dict(state)
+        return {**state, "state": wholes}
+
+    def _on_first(self, moment: Any) -> Any:
+        """Only rank 0 writes the checkpoint; on the others a whole moment would take its room."""
+        return moment if self.is_global_zero else None
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: Any = None) -> dict[str, Any]:
         path = self.broadcast(checkpoint_path)
@@ -105,7 +109,7 @@ def sharded(
     told: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            whole = build()
+            whole = _sendable(build())
             told = [without_weights(whole, bf16)]
         except InputError as error:
             told = [error]
@@ -133,6 +137,18 @@ def sharded(
         share = distribute_tensor(sent, weight.device_mesh, weight.placements)
         _put(network, names, nn.Parameter(share, weight.requires_grad))
     return network.to(device), None if whole is None else without_weights(whole, bf16)
+
+
+def _sendable(network: nn.Module) -> nn.Module:
+    """Without the hooks that let inputs require gradients, which no other process can be sent.
+
+    transformers and PEFT add them for activations that are computed again; our way needs none.
+    """
+    for module in network.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if "make_inputs_require_grad" in getattr(hook, "__qualname__", ""):
+                del module._forward_hooks[key]
+    return network
 
 
 def without_weights(network: nn.Module, bf16: bool) -> nn.Module:
