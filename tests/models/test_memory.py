@@ -102,7 +102,9 @@ def test_a_device_that_is_too_small_is_refused_with_the_remedy() -> None:
     ):
         refuse_too_large(needed, 24 * GIB, "cuda:0")
     long = Need(weights=GIB, gradients=0, optimizer=0, activations=40 * GIB)
-    with pytest.raises(InputError, match=r"backbone\.checkpointing=true or gradcache\.chunk, or lower"):
+    with pytest.raises(
+        InputError, match=r"backbone\.checkpointing=true or gradcache\.chunk, or lower"
+    ):
         refuse_too_large(long, 24 * GIB, "cuda:0")
 
 
