@@ -46,8 +46,10 @@ def output_layer(model: Any) -> Callable[[Tensor], Tensor]:
     scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
 
     def logits(states: Tensor) -> Tensor:
-        # Sharded weights are gathered in bf16, outside of autocast, where states may be float32.
-        found: Tensor = head(states.to(head.weight.dtype))
+        # Sharded weights are gathered in bf16, outside of autocast, where states may be float32. A
+        # layer that was packed for a CPU shows no weight, and takes states as they are.
+        weight = getattr(head, "weight", None)
+        found: Tensor = head(states if weight is None else states.to(weight.dtype))
         found = (found.float() if found.dtype.itemsize < 4 else found) * scale
         return cap * torch.tanh(found / cap) if cap else found
 
