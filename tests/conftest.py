@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.commands import train
 from tests.tiny import WORDS, tiny_backbone, write_beir
 from tests.two_ranks import TwoRanks
 
@@ -47,6 +48,16 @@ def beir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def collection(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> Collection:
     return Beir(str(beir)).collection(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def folders(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Model folders of an untrained retriever and of a reranker by likelihood."""
+    to = tmp_path_factory.mktemp("folders")
+    train(beir, to / "retriever", "trainer.max_steps=0")
+    likelihood = ("stage=reranker_likelihood", "trainer.max_steps=0", "validation.run=null")
+    train(beir, to / "reranker", *likelihood)
+    return {name: str(to / name / "model") for name in ("retriever", "reranker")}
 
 
 @pytest.fixture(scope="session")

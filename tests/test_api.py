@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.commands import evaluate, train
+from tests.commands import evaluate
 
 import caravan
 from caravan.data.collection import Collection
@@ -16,15 +16,6 @@ from caravan.data.runs import read_run
 from caravan.errors import InputError
 
 FLOAT = ("precision=float32", "measures=[MRR@10]")
-
-
-@pytest.fixture(scope="module")
-def folders(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    to = tmp_path_factory.mktemp("api")
-    train(beir, to / "retriever", "trainer.max_steps=0")
-    likelihood = ("stage=reranker_likelihood", "trainer.max_steps=0", "validation.run=null")
-    train(beir, to / "reranker", *likelihood)
-    return {name: str(to / name / "model") for name in ("retriever", "reranker")}
 
 
 def _texts(beir: Path) -> tuple[list[str], list[tuple[str, str]]]:

@@ -37,6 +37,8 @@ def main(cfg):
         raise InputError("2 mistakes:\\n  the first\\n  the second")
     if cfg.name == "refuses_inside":
         instantiate({"_target_": "app.Refuses"})
+    if cfg.name == "worker_terminated":
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
     if cfg.name == "fails":
         raise ZeroDivisionError("a defect")
     if cfg.name == "stopped":
@@ -300,6 +302,17 @@ def test_a_sweep_that_is_started_again_resumes_its_jobs(app: Program, home: Path
     assert done.returncode == 0, done.stderr
     assert json.loads((home / "runs/many/seed=1/metrics.json").read_text())["resume"] is True
     assert "0.2500" in (home / "runs/many/sweep.txt").read_text()
+
+
+@pytest.mark.parametrize("sweep", [(), ("-m", "seed=1,2")])
+def test_a_run_whose_worker_was_terminated_first_ends_like_one_that_was_terminated(
+    app: Program, sweep: tuple[str, ...]
+) -> None:
+    done = app(*sweep, "name=worker_terminated")
+    assert done.returncode == 143
+    told = done.stderr.splitlines()
+    assert told[-1] == "interrupted; the same command with resume=true goes on"
+    assert "Traceback" not in done.stderr
 
 
 def test_a_terminated_run_ends_as_an_interrupted_one_with_its_own_code(

@@ -47,7 +47,11 @@ class Hit:
 class _Loaded:
     """A model folder on this machine's device."""
 
-    def __init__(self, folder: str | Path, precision: str, token_budget: int | None) -> None:
+    reads: type[Templates] | type[PairTemplates]
+
+    def __init__(
+        self, folder: str | Path, precision: str = "auto", token_budget: int | None = None
+    ) -> None:
         self.folder = Path(folder)
         self.precision = hardware.resolve(precision)
         self.device = hardware.device()
@@ -57,6 +61,7 @@ class _Loaded:
         if self.device.type == "cpu":
             pack_linears(model)
         self.model: Any = model.to(self.device)
+        self._templates: Any = self.reads(self.tokenizer, self.contract)
 
     def _rows(self, packed: Packed) -> np.ndarray:
         with torch.inference_mode():
@@ -69,11 +74,7 @@ class _Loaded:
 class Retriever(_Loaded):
     """Embeds queries and passages; of `caravan.load`."""
 
-    def __init__(
-        self, folder: str | Path, precision: str = "auto", token_budget: int | None = None
-    ) -> None:
-        super().__init__(folder, precision, token_budget)
-        self._templates = Templates(self.tokenizer, self.contract)
+    reads = Templates
 
     @property
     def dim(self) -> int:
@@ -120,11 +121,7 @@ class Retriever(_Loaded):
 class Reranker(_Loaded):
     """Scores pairs of a query and a passage; of `caravan.load`."""
 
-    def __init__(
-        self, folder: str | Path, precision: str = "auto", token_budget: int | None = None
-    ) -> None:
-        super().__init__(folder, precision, token_budget)
-        self._templates = PairTemplates(self.tokenizer, self.contract)
+    reads = PairTemplates
 
     def score(self, queries: Sequence[str], passages: Sequence[Text]) -> np.ndarray:
         """Scores [N] float32 of queries with passages, pair by pair; the higher the better."""

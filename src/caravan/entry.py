@@ -44,6 +44,8 @@ from caravan.errors import InputError
 from caravan.ranks import leads, world
 
 FAILED, USER, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+WORKER_TERMINATED = "is killed by signal: Terminated"
+"""What a loader says of a worker that was terminated first: schedulers terminate all processes."""
 SWEEP_DIR = "hydra.sweep.dir="
 MOST_JOBS = 24
 """Jobs of a sweep that are checked before it starts; each is checked again when its turn comes."""
@@ -133,7 +135,12 @@ def _job(task: Task, root: type) -> Task:
         lines = config.check(cfg, root)
         if lines:
             raise InputError(report(lines))
-        return task(cfg)
+        try:
+            return task(cfg)
+        except RuntimeError as error:
+            if str(error).rstrip(" .").endswith(WORKER_TERMINATED):
+                _terminate(signal.SIGTERM, None)
+            raise
 
     return job
 

@@ -7,19 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from tests.commands import ROOT, evaluate, evaluate_arguments, train
+from tests.commands import ROOT, evaluate, evaluate_arguments
 
 BLOCKS = ("block=8", "rerank.block=16", "rerank.depth=5", "index.k=20", "measures=[MRR@10]")
-
-
-@pytest.fixture(scope="module")
-def models(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    train(beir, folder / "retriever", "trainer.max_steps=0")
-    likelihood = ("stage=reranker_likelihood", "trainer.max_steps=0", "validation.run=null")
-    train(beir, folder / "reranker", *likelihood)
-    return folder / "retriever" / "model", folder / "reranker" / "model"
 
 
 def _by_two(arguments: list[str]) -> None:
@@ -43,10 +33,9 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 
 
 def test_two_processes_leave_what_one_leaves_and_one_goes_on_where_they_were(
-    beir: Path, models: tuple[Path, Path], tmp_path: Path
+    beir: Path, folders: dict[str, str], tmp_path: Path
 ) -> None:
-    retriever, reranker = models
-    systems = f"[bm25,{retriever}]", f"reranker={reranker}"
+    systems = f"[bm25,{folders['retriever']}]", f"reranker={folders['reranker']}"
     evaluate(beir, tmp_path / "one", *systems, *BLOCKS)
     _by_two(evaluate_arguments(beir, tmp_path / "two", *systems, *BLOCKS))
     one = _bytes(tmp_path / "one")

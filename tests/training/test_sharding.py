@@ -23,6 +23,13 @@ def _last(folder: Path) -> dict[str, Any]:
     return state
 
 
+def _refuse_other_weights(folder: Path, other: Path) -> None:
+    state, first = (_last(place)["state_dict"] for place in (folder, other))
+    assert state.keys() == first.keys()
+    for name, weight in first.items():
+        torch.testing.assert_close(state[name], weight, atol=2e-5, rtol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("stage", ["retriever", "reranker", "adaptation"])
 def test_shards_on_two_ranks_equal_one_process(
     fit: Fit, two_ranks: TwoRanks, tmp_path: Path, stage: str
@@ -38,10 +45,7 @@ def test_shards_on_two_ranks_equal_one_process(
     for name, value in one.metrics.items():
         if name != "train/tokens_per_second" and name != "train/padding":
             assert two["metrics"][name] == pytest.approx(value, abs=1e-5), name
-    state, first = _last(fit.folder)["state_dict"], _last(tmp_path)["state_dict"]
-    assert state.keys() == first.keys()
-    for name, weight in first.items():
-        torch.testing.assert_close(state[name], weight, atol=2e-5, rtol=1e-4, msg=name)
+    _refuse_other_weights(fit.folder, tmp_path)
 
 
 def test_adapters_with_dropout_and_cached_gradients_equal_those_without_shards(
@@ -57,11 +61,8 @@ def test_adapters_with_dropout_and_cached_gradients_equal_those_without_shards(
         assert shards["metrics"]["train/loss"] == pytest.approx(
             plain["metrics"]["train/loss"], rel=1e-5
         )
-        state, first = (_last(folder)["state_dict"] for folder in (fit.folder, tmp_path))
-        assert len(first) == 28
-        assert state.keys() == first.keys()
-        for name, weight in first.items():
-            torch.testing.assert_close(state[name], weight, atol=2e-5, rtol=1e-4, msg=name)
+        assert len(_last(tmp_path)["state_dict"]) == 28
+        _refuse_other_weights(fit.folder, tmp_path)
 
 
 @pytest.mark.parametrize("sharded_first", [True, False])
@@ -139,9 +140,7 @@ def test_activations_that_are_computed_again_change_nothing(
     again = Pretrained(saved, checkpointing=True)
     two, _ = two_ranks(told, fit, "fsdp", **settings, backbone=again)
     assert two["metrics"]["train/loss"] == pytest.approx(one.metrics["train/loss"], rel=1e-5)
-    state, first = (_last(folder)["state_dict"] for folder in (fit.folder, tmp_path))
-    for name, weight in first.items():
-        torch.testing.assert_close(state[name], weight, atol=2e-5, rtol=1e-4, msg=name)
+    _refuse_other_weights(fit.folder, tmp_path)
 
 
 @pytest.mark.parametrize("adapts", [False, True])
