@@ -43,6 +43,7 @@ bench: .venv/.tested-with
 	$(PY) benchmarks/rerank.py
 	$(PY) benchmarks/adaptation.py
 	$(PY) benchmarks/gradcache.py
+	$(PY) benchmarks/settings.py
 
 .venv/.installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with PYTHON=..."; exit 1; }

@@ -15,8 +15,8 @@ from tests.two_ranks import TwoRanks
 from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.data.sources import Beir
-from caravan.models.backbone import train_bpe
 from caravan.models.biencoder import BiEncoder
+from caravan.models.tiny_llama import train_bpe
 
 
 @pytest.fixture(autouse=True, scope="session")

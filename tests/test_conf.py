@@ -261,6 +261,14 @@ def test_a_sweep_is_not_started_by_several_processes(monkeypatch: pytest.MonkeyP
         ("peft=qlora", "this backbone begins from random ones"),
         ("stage=adaptation gradcache.chunk=4", "compares no texts with one another"),
         ("backbone.attention=flash_attention_2 trainer.accelerator=cpu", "runs on GPUs alone"),
+        ("stage=adaptation backbone.attention=unpadded", "under masks of their own; set it to"),
+        (
+            "stage=reranker_likelihood validation.run=src backbone.attention=unpadded",
+            "likelihoods are padded; set it to auto",
+        ),
+        ("backbone.attention=unpadded", None),
+        ("backbone.compile=true backbone.checkpointing=selective", "is torch.compile's choice"),
+        ("backbone.checkpointing=selected", "true or false or one of selective"),
         ("gradcache.chunk=0", "must be at least 1"),
         (
             "stage=reranker validation.train_queries=5 validation.run=src",

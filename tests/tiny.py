@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from caravan.models.backbone import TinyLlama
+from caravan.models.tiny_llama import TinyLlama
 
 WORDS = [
     *("camel", "caravan", "desert", "dune", "water", "oasis", "salt", "trade", "route", "night"),

@@ -124,6 +124,7 @@ class Evaluate:
     token_budget: int | None = MISSING
     num_workers: int = MISSING
     precision: str = MISSING
+    attention: str = MISSING
     block: int = MISSING
     data: Node = MISSING
     index: Node = MISSING

@@ -342,6 +342,16 @@ def parts_work_together(cfg: DictConfig) -> Iterator[Mistake]:
         text = "only saved weights are quantised, and this backbone begins from random ones; choose"
         yield Mistake(("peft", "quant_type"), f"{text} another backbone, or peft=lora")
     attention = value(cfg, "backbone.attention")
+    likely = value(cfg, "contract.scoring") == "likelihood"
+    if attention == "unpadded" and (".Adaptation" in stage or likely):
+        reads = (
+            "prompts are read under masks of their own" if not likely else "likelihoods are padded"
+        )
+        yield Mistake(("backbone", "attention"), f"{reads}; set it to auto or sdpa")
+    selective = value(cfg, "backbone.checkpointing") == "selective"
+    if selective and value(cfg, "backbone.compile") is True:
+        text = "what a compiled layer keeps is torch.compile's choice; set it to true or false"
+        yield Mistake(("backbone", "checkpointing"), text)
     on_cpu = value(cfg, "trainer.accelerator") == "cpu"
     if isinstance(attention, str) and attention.startswith("flash") and on_cpu:
         text = f"{attention} runs on GPUs alone; set it to auto or sdpa"

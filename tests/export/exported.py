@@ -19,11 +19,12 @@ from caravan.data.pairs import PairTemplates
 from caravan.data.templates import Templates
 from caravan.models import folder
 from caravan.models.adapters import LoRA
-from caravan.models.backbone import Pretrained, train_bpe
+from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, with_head
 from caravan.models.likelihood import QueryLikelihood
 from caravan.models.loading import add_slots, fit_vocabulary
+from caravan.models.tiny_llama import train_bpe
 
 TEXTS = [
     "camels",

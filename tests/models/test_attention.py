@@ -10,8 +10,8 @@ from torch import Tensor
 from caravan.batches import pack
 from caravan.contract import Contract
 from caravan.models.attention import LONGEST, attention
-from caravan.models.backbone import set_attention
 from caravan.models.biencoder import BiEncoder
+from caravan.models.loading import set_attention
 
 
 def _exact(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def test_long_texts_take_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_implementation_that_there_is_not_is_refused() -> None:
     from caravan.errors import InputError
 
-    with pytest.raises(InputError, match=r"backbone\.attention=flash"):
+    with pytest.raises(InputError, match=r"attention=flash"):
         set_attention(_architecture("bert"), "flash")
 
 

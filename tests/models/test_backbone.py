@@ -10,25 +10,27 @@ import transformers
 from bitsandbytes.nn import Linear4bit
 from tests.commands import train
 from tests.tiny import tiny_backbone
+from torch.utils.flop_counter import FlopCounterMode
 
 from caravan.batches import pack
 from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.errors import InputError
-from caravan.models import backbone as backbone_module
-from caravan.models import folder
+from caravan.models import folder, tiny_llama
 from caravan.models.adapters import LoRA, frozen_linears, halve_frozen
-from caravan.models.backbone import Pretrained, TinyLlama, parameter_counts
+from caravan.models.backbone import Pretrained, parameter_counts
 from caravan.models.biencoder import BiEncoder
+from caravan.models.preparing import Checkpointing
+from caravan.models.tiny_llama import TinyLlama
 
 
 def test_the_bpe_is_trained_once_a_collection(
     collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone, trained = tiny_backbone(), []
-    train = backbone_module.train_bpe
+    train = tiny_llama.train_bpe
     monkeypatch.setattr(
-        backbone_module, "train_bpe", lambda *given: trained.append(given) or train(*given)
+        tiny_llama, "train_bpe", lambda *given: trained.append(given) or train(*given)
     )
     first = backbone.tokenizer(collection, tmp_path)
     again = backbone.tokenizer(collection, tmp_path)
@@ -119,16 +121,66 @@ def test_variants_of_lora_are_in_the_folder(
     assert (embedded[0] - embedded[1]).abs().max() > 1e-4
 
 
-def test_recomputed_activations_give_the_same_gradient(tokenizer: object) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_recomputed_activations_give_the_same_gradient(tokenizer: object, bf16: bool) -> None:
+    """Of a batch in two chunks, the second of which finds weights that are cast already."""
     gradients = []
-    for checkpointing in (False, True):
+    choices: tuple[Checkpointing, ...] = (False, True, "selective")
+    for checkpointing in choices:
         backbone = tiny_backbone()
         backbone.checkpointing = checkpointing
         torch.manual_seed(0)
         model = BiEncoder(backbone.model(tokenizer), Contract()).train()
-        ids = torch.arange(5, 15).reshape(2, 5)
-        model(ids, torch.ones_like(ids), True).sum().backward()
+        texts = pack([[5, 6, 7], [8, 9, 10, 11, 12, 13, 14]], 8)
+        assert len(texts.chunks) == 2
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            embeddings = model.embed(texts)
+        (embeddings @ torch.arange(32.0)).sum().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        for other in gradients[1:]:
+            # A chunk's gradient is rounded to bf16 before it is added to the other's, or after.
+            far = 0.02 * float(gradient.abs().max()) if bf16 else 1e-5
+            torch.testing.assert_close(gradient, other[name], atol=far, rtol=0.02, msg=name)
+
+
+def test_selective_recomputation_repeats_no_product_with_weights(tokenizer: object) -> None:
+    products = []
+    choices: tuple[Checkpointing, ...] = (False, "selective", True)
+    for checkpointing in choices:
+        backbone = tiny_backbone()
+        backbone.checkpointing = checkpointing
+        model = BiEncoder(backbone.model(tokenizer), Contract()).train()
+        ids = torch.arange(5, 15).reshape(2, 5)
+        with FlopCounterMode(display=False) as counter:
+            model(ids, torch.ones_like(ids), True).sum().backward()
+        counts = counter.get_flop_counts()["Global"]
+        products.append(sum(n for operation, n in counts.items() if "mm" in str(operation)))
+    assert products[0] == products[1] < 0.85 * products[2]
+
+
+def test_layers_are_compiled_one_by_one(tokenizer: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And give the same gradient, adapters included, which come after."""
+    compiled = []
+    compile_module = torch.nn.Module.compile
+
+    def eagerly(module: torch.nn.Module, **settings: Any) -> None:
+        compiled.append(module)
+        compile_module(module, backend="eager", **settings)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eagerly)
+    gradients = []
+    for compile in (False, True):
+        backbone = tiny_backbone()
+        backbone.compile = compile
+        torch.manual_seed(0)
+        model = BiEncoder(LoRA(rank=4).apply(backbone.model(tokenizer)), Contract()).train()
+        for length in (5, 3):
+            ids = torch.arange(5, 5 + 2 * length).reshape(2, length)
+            model(ids, torch.ones_like(ids), True).sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert [type(module).__name__ for module in compiled] == ["LlamaDecoderLayer"] * 2
+    assert len(gradients[0]) > 10
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], msg=name)
 
@@ -213,10 +265,13 @@ def test_random_weights_are_saved_as_they_are_and_so_not_halved(tokenizer: Any) 
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("attention", ["auto", "unpadded"])
 def test_a_quantised_base_lets_gradients_pass_after_a_validation(
-    saved: Path, tokenizer: Any
+    attention: str, saved: Path, tokenizer: Any
 ) -> None:
-    base, adapters = Pretrained(str(saved)), LoRA(rank=2, alpha=4, dropout=0.0, quant_type="nf4")
+    """Or after the trial of an attention, which comes before the adapters."""
+    base = Pretrained(str(saved), attention=attention)
+    adapters = LoRA(rank=2, alpha=4, dropout=0.0, quant_type="nf4")
     base.quantization = adapters.quantization()
     model: Any = adapters.apply(base.model(tokenizer))
     ids = torch.tensor([[5, 6, 7, 8]])

@@ -16,10 +16,10 @@ from torch import Tensor
 from caravan.batches import pack
 from caravan.contract import Contract
 from caravan.errors import InputError
-from caravan.models.backbone import set_attention
 from caravan.models.bidirectional import hold_to, look_both_ways
 from caravan.models.biencoder import BiEncoder
 from caravan.models.likelihood import QueryLikelihood
+from caravan.models.loading import set_attention
 from caravan.models.pooling import is_causal
 from caravan.models.slots import Layout, SlotEncoder
 

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 from caravan.errors import InputError
 from caravan.models.adapters import LoRA
 from caravan.models.memory import GIB, Need, device_memory, need, refuse_too_large
+from caravan.models.preparing import _policy
 
 TOKENS = 4 * 96
 
@@ -53,6 +56,34 @@ def test_activations_are_what_autograd_saves(bf16: bool, heads: int) -> None:
     model = _llama(num_key_value_heads=heads)
     found = need(model, TOKENS, bf16).activations
     assert found == pytest.approx(_saved(model, bf16), rel=0.1)
+
+
+class _Kept(TorchDispatchMode):
+    """Counts the bytes that selective recomputation keeps of an operation's results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if _policy(None, func) is CheckpointPolicy.MUST_SAVE:
+            first = found[0] if isinstance(found, tuple) else found
+            self.bytes += first.numel() * first.element_size()
+        return found
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_selective_recomputation_keeps_what_its_policy_says(bf16: bool, heads: int) -> None:
+    model = _llama(num_key_value_heads=heads)
+    with _Kept() as kept, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model(input_ids=torch.arange(TOKENS).view(4, -1) % 200)
+    whole, again, selective = (
+        need(model, TOKENS, bf16, how).activations for how in (False, True, "selective")
+    )
+    assert selective - again == pytest.approx(kept.bytes, rel=0.02)
+    assert again < selective < (0.8 if bf16 else 1) * whole
 
 
 def test_a_7b_shape_is_counted_without_its_weights() -> None:

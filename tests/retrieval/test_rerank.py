@@ -23,9 +23,9 @@ from caravan.data.segments import Segments
 from caravan.data.sources import Beir
 from caravan.errors import InputError
 from caravan.models import folder
-from caravan.models.backbone import TinyLlama
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder
+from caravan.models.tiny_llama import TinyLlama
 from caravan.retrieval import shards
 from caravan.retrieval.fuse import ReciprocalRank, Weighted
 from caravan.retrieval.metrics import score_run

@@ -79,11 +79,6 @@ class LoRA:
                 "backbone.name is an adapter already; train it with peft=none, or adopt it"
                 " (trainer.max_steps=0) and start from that model folder with init_from"
             )
-        for layer in model.modules():
-            # On a CPU bitsandbytes lays weights out for inference when they are first used without
-            # a gradient, in a validation say, and from then on none passes through them.
-            if hasattr(layer, "support_avx512bf16_for_cpu"):
-                layer.support_avx512bf16_for_cpu = False
         task = TaskType.FEATURE_EXTRACTION
         if hasattr(model, "score") or hasattr(model, "classifier"):
             task = TaskType.SEQ_CLS

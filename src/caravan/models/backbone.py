@@ -1,4 +1,4 @@
-"""Backbones: a transformer built from random weights or loaded from a name.
+"""Backbones: a transformer loaded from a name, or from a model folder to train on from.
 
 A backbone is a small description (methods `tokenizer` and `model`, and for rerankers `scorer` and
 `language_model`) that `conf/backbone/*.yaml` names by `_target_`; weights load only when a model is
@@ -8,11 +8,8 @@ encoder's affair.
 
 from __future__ import annotations
 
-import inspect
 import math
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,6 @@ from caravan.contract import FILE, adapter_base, read_contract
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapters import copy_adapter, is_adapter, load_adapter, released_base
-from caravan.models.bidirectional import look_both_ways
 from caravan.models.crossencoder import with_head
 from caravan.models.loading import (
     fit_vocabulary,
@@ -35,118 +31,7 @@ from caravan.models.loading import (
     load_weights,
     set_attention,
 )
-
-
-class TinyLlama:
-    """A small Llama from random weights with a byte-level BPE trained on the collection.
-
-    Nothing is downloaded, so it runs anywhere; the architecture is transformers' LlamaModel.
-
-    Args:
-        vocab_size: entries of the BPE, its three special tokens included.
-        hidden_size, layers, heads, intermediate_size: the shape of the Llama.
-        max_length: the longest text that its positions are meant for, in tokens.
-        copying: how much of what it attends to a layer hands on before the first step: value and
-            output projections begin as each other's transposes, and at 1 their product is the
-            identity. A state then begins as the mean of the tokens before it, and a word that is
-            repeated need not be learned to be seen (after mimetic initialisation, arXiv
-            2305.09828). 0 is Llama's own start.
-        attention: transformers' attention implementation; "auto" is `caravan.models.attention`.
-        checkpointing: recompute activations in the backward pass, for less memory.
-        bidirectional: each token sees the whole text (`caravan.models.bidirectional`).
-    """
-
-    def __init__(
-        self,
-        vocab_size: int = 8192,
-        hidden_size: int = 256,
-        layers: int = 2,
-        heads: int = 4,
-        intermediate_size: int = 688,
-        max_length: int = 2048,
-        copying: float = 1.0,
-        attention: str = "auto",
-        checkpointing: bool = False,
-        bidirectional: bool = False,
-    ) -> None:
-        if hidden_size % heads:
-            raise InputError(
-                f"backbone.hidden_size={hidden_size} must be a multiple of heads={heads}"
-            )
-        if copying < 0:
-            raise InputError(f"backbone.copying is {copying}; it must be 0 or more")
-        self.name = "tiny_llama"
-        self.vocab_size = vocab_size
-        self.shape: dict[str, Any] = {
-            "hidden_size": hidden_size,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "intermediate_size": intermediate_size,
-            "max_position_embeddings": max_length,
-        }
-        self.copying = copying
-        self.attention = attention
-        self.checkpointing = checkpointing
-        self.bidirectional = bidirectional
-
-    trains_tokenizer = True
-
-    def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
-        """The BPE of a collection (its corpus and queries); trained once, kept in `cache_dir`."""
-        from transformers import PreTrainedTokenizerFast
-
-        path = cache_dir / "tokenizers" / f"bpe-{self.vocab_size}-{collection.digest[:16]}.json"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            bpe = train_bpe(_texts(collection), self.vocab_size)
-            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-                bpe.save(f"{scratch}/bpe.json")
-                os.replace(f"{scratch}/bpe.json", path)
-        return PreTrainedTokenizerFast(
-            tokenizer_file=str(path), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-        )
-
-    def model(self, tokenizer: Any) -> nn.Module:
-        return self.language_model(tokenizer).base_model
-
-    def config(self, tokenizer: Any) -> Any:
-        """transformers' config of the model."""
-        from transformers import LlamaConfig
-
-        return LlamaConfig(
-            vocab_size=len(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            use_cache=False,
-            tie_word_embeddings=True,
-            **self.shape,
-        )
-
-    def language_model(self, tokenizer: Any) -> Any:
-        """The model with its output layer, which is its embedding."""
-        from transformers import LlamaForCausalLM
-
-        model = LlamaForCausalLM(self.config(tokenizer))
-        if self.copying:
-            _copying(model.model, self.copying)
-        attending = set_attention(model, self.attention)
-        return _prepared(attending, self.checkpointing, self.bidirectional)
-
-    def scorer(self, tokenizer: Any) -> nn.Module:
-        """The model with a new head."""
-        return _new_head(self.model(tokenizer), tokenizer)
-
-
-def _copying(model: Any, share: float) -> None:
-    """Let each layer's heads together hand on `share` of what they attend to."""
-    size = model.config.hidden_size
-    with torch.no_grad():
-        for layer in model.layers:
-            basis = nn.init.orthogonal_(torch.empty(size, size)) * share**0.5
-            layer.self_attn.v_proj.weight.copy_(basis)
-            layer.self_attn.o_proj.weight.copy_(basis.T)
+from caravan.models.preparing import Checkpointing, new_head, prepared
 
 
 class Pretrained:
@@ -157,9 +42,10 @@ class Pretrained:
         revision: a branch, tag or commit of the hub.
         attention: transformers' attention implementation; "auto" is `caravan.models.attention`.
         trust_remote_code: run the repository's own code. Off unless you mean it.
-        checkpointing: recompute activations in the backward pass, for less memory.
+        checkpointing: recompute activations in the backward pass (`caravan.models.preparing`).
         bidirectional: each token sees the whole text (`caravan.models.bidirectional`); False of an
             encoder, which is made so.
+        compile: the layers, by torch.compile.
     """
 
     def __init__(
@@ -168,14 +54,16 @@ class Pretrained:
         revision: str | None = None,
         attention: str = "auto",
         trust_remote_code: bool = False,
-        checkpointing: bool = False,
+        checkpointing: Checkpointing = False,
         bidirectional: bool = False,
+        compile: bool = False,
     ) -> None:
         self.name = name
         self.attention = attention
         self.bidirectional = bidirectional
         self.hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.checkpointing = checkpointing
+        self.compile = compile
         self.quantization: Any = None  # `LoRA.quantization`: the base is loaded in four bits
         self.dtype: torch.dtype | str = torch.float32  # "auto": as stored, mapped and not read
 
@@ -243,7 +131,7 @@ class Pretrained:
     def _prepared(self, model: Any) -> nn.Module:
         if not self.bidirectional and (Path(self.name) / FILE).is_file():
             refuse_to_turn(self.name)
-        return _prepared(model, self.checkpointing, self.bidirectional)
+        return prepared(model, self.checkpointing, self.bidirectional, self.compile)
 
 
 class Trained:
@@ -252,7 +140,7 @@ class Trained:
     Args:
         folder: of a retriever, a reranker or an adapted model.
         adapter: keep an adapter apart, for `LoRA` to go on with; else it is merged.
-        attention, checkpointing: as in the other backbones.
+        attention, checkpointing, compile: as in the other backbones.
         bidirectional: likewise; a model that looks both ways cannot begin one that does not.
 
     Raises:
@@ -266,8 +154,9 @@ class Trained:
         folder: str,
         adapter: bool,
         attention: str = "auto",
-        checkpointing: bool = False,
+        checkpointing: Checkpointing = False,
         bidirectional: bool = False,
+        compile: bool = False,
     ) -> None:
         self.name = folder
         self.bidirectional = bidirectional
@@ -278,6 +167,7 @@ class Trained:
         self.adapter = folder if adapter and facts["weights"] == "adapter" else None
         self.attention = attention
         self.checkpointing = checkpointing
+        self.compile = compile
         self.counts: tuple[int, int] = (0, 0)  # weights loaded, and new ones
         self.copied = 0  # weights of the adapter
         self.quantization: Any = None  # `LoRA.quantization`: the base is loaded in four bits
@@ -320,7 +210,7 @@ class Trained:
         if not self.scores:
             model = self.model(tokenizer)
             self.counts = (self.counts[0], 1)
-            return _new_head(model, tokenizer)
+            return new_head(model, tokenizer)
         if self.adapter is None:
             if self.quantization is not None:
                 raise self._not_quantised()
@@ -393,7 +283,7 @@ class Trained:
     def _prepared(self, model: Any) -> nn.Module:
         ours = model if self.adapter is None else model.base_model  # a head comes with its adapter
         self.counts = (sum(1 for _ in ours.parameters()), 0)
-        return _prepared(model, self.checkpointing, self.bidirectional)
+        return prepared(model, self.checkpointing, self.bidirectional, self.compile)
 
 
 def refuse_to_turn(folder: str) -> None:
@@ -405,33 +295,6 @@ def refuse_to_turn(folder: str) -> None:
         )
 
 
-def _texts(collection: Any) -> Iterator[str]:
-    for table in (collection.corpus, collection.queries):
-        for start in range(0, len(table), 4096):
-            for title, text in table.get(slice(start, start + 4096)):
-                yield f"{title} {text}" if title else text
-
-
-def train_bpe(texts: Iterator[str], vocab_size: int) -> Any:
-    """A byte-level BPE with <pad>, <s> and </s>; it puts <s> before a text, as Llama's does."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
-    )
-    return bpe
-
-
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Trainable and total parameters; one of four bits counts as one."""
     total = 0
@@ -439,24 +302,3 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
         packed = getattr(parameter, "quant_state", None)
         total += parameter.numel() if packed is None else math.prod(packed.shape)
     return sum(p.numel() for p in model.parameters() if p.requires_grad), total
-
-
-def _new_head(model: nn.Module, tokenizer: Any) -> nn.Module:
-    scorer: Any = with_head(model, tokenizer.pad_token_id)
-    scorer.head_is_new = True
-    return scorer
-
-
-def _prepared(model: Any, checkpointing: bool, bidirectional: bool) -> nn.Module:
-    model.config.use_cache = False
-    if bidirectional:
-        look_both_ways(model)
-    if checkpointing:
-        inner = model.base_model  # inside of a head
-        if (
-            "gradient_checkpointing_kwargs"
-            not in inspect.signature(inner.gradient_checkpointing_enable).parameters
-        ):
-            raise InputError(f"{type(inner).__name__} cannot recompute activations")
-        inner.gradient_checkpointing_enable({"use_reentrant": False})
-    return model

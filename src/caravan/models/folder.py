@@ -36,6 +36,7 @@ from caravan.models.loading import (
     load_scorer,
     load_tokenizer,
     load_weights,
+    set_attention,
 )
 from caravan.models.slots import SlotEncoder
 
@@ -87,13 +88,17 @@ def save(
 
 
 def load(
-    folder: Path, dtype: torch.dtype | str = torch.float32, kind: str | None = None
+    folder: Path,
+    dtype: torch.dtype | str = torch.float32,
+    kind: str | None = None,
+    attention: str = "auto",
 ) -> tuple[Any, Any, Contract, dict[str, Any]]:
     """Load a model folder: (model in eval mode, tokenizer, contract, facts); adapters are merged.
 
     Args:
         dtype: of the transformer's weights; a reranker's head is float32.
         kind: what it must be, "retriever" or "reranker"; None takes both.
+        attention: transformers' implementation, or "unpadded" (`caravan.models.unpadded`).
 
     Returns:
         The model is a BiEncoder or a CrossEncoder.
@@ -128,6 +133,8 @@ def load(
     else:
         backbone = _backbone(folder, dtype, facts, tokenizer)
         model = BiEncoder(_as_promised(backbone, contract), contract)
+    if attention != "auto":
+        set_attention(model.transformer, attention)
     return model.eval(), tokenizer, contract, facts
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from caravan.contract import SLOTS, Contract, slot_tokens
 from caravan.errors import InputError
 from caravan.models import attention as cpu_attention
+from caravan.models import unpadded
 from caravan.models.crossencoder import Head, head_of, with_head
 
 CLASSIFIER = "ForSequenceClassification"
@@ -125,6 +126,11 @@ def load_weights(
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     model.revision = hub.get("revision")
+    for layer in model.modules() if quantization is not None else ():
+        # On a CPU bitsandbytes lays weights out for inference when they are first used without
+        # a gradient, in a validation say, and from then on none passes through them.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     return set_attention(model, attention)
 
 
@@ -184,9 +190,11 @@ def set_attention(model: Any, attention: str) -> nn.Module:
     except (ValueError, ImportError, KeyError) as error:
         if attention != "auto":
             raise InputError(
-                f"backbone.attention={attention} is not to be had for {type(model).__name__}"
+                f"attention={attention} is not to be had for {type(model).__name__}"
                 f" ({first_line(error)})"
             ) from None
+    if attention == unpadded.NAME:
+        unpadded.refuse_what_mixes_texts(model)
     return model
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from caravan.errors import InputError
 from caravan.models.adapters import frozen_linears
 from caravan.models.pooling import blocks
+from caravan.models.preparing import Checkpointing
 from caravan.models.vocabulary import PIECE
 
 FLOAT = 4  # bytes; of all but frozen linear layers, which have the precision of the arithmetic
@@ -51,7 +52,7 @@ def need(
     model: nn.Module,
     tokens: int,
     bf16: bool,
-    checkpointing: bool = False,
+    checkpointing: Checkpointing = False,
     vocabulary: int = 0,
     quantised: bool = False,
     shares: int = 1,
@@ -62,6 +63,7 @@ def need(
         model: the network, adapters included; may be on the meta device.
         tokens: padded tokens of one batch on one device; all of them wait for the backward pass.
         bf16: whether the arithmetic is bf16.
+        checkpointing: whether activations are computed again (`caravan.models.preparing`).
         vocabulary: entries of an output layer that is in use; 0 if there is none.
         quantised: whether frozen linear layers have four bits (QLoRA).
         shares: ranks that each hold a share of every weight (FSDP).
@@ -102,7 +104,7 @@ def _whole_at_a_time(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters()) - sum(sizes) + sum(sorted(sizes)[-2:])
 
 
-def _activations(model: Any, bf16: bool, checkpointing: bool) -> float:
+def _activations(model: Any, bf16: bool, checkpointing: Checkpointing) -> float:
     """Bytes a token that are kept for the backward pass.
 
     A block keeps what goes into its norms and out of them in float32, keys, values and the gated
@@ -120,7 +122,10 @@ def _activations(model: Any, bf16: bool, checkpointing: bool) -> float:
     block = 7.6 * FLOAT * width + unit * ((1 + 2 * shared) * width + 4 * inner)
     if not checkpointing:
         return float(layers * block)
-    return float(layers * FLOAT * width + block)
+    kept = FLOAT * width  # what goes into a layer
+    if checkpointing == "selective":  # what its products give: of attention, then of the MLP
+        kept += unit * ((4 + 2 * shared) * width + 2 * inner)
+    return float(layers * kept + block)
 
 
 def refuse_too_large(needed: Need, there: float, device: str) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, arange, nn
+from torch import Tensor, arange, nn, segment_reduce
+
+from caravan.models import unpadded
 
 
 def pooled_states(
@@ -30,6 +32,11 @@ def pooled_states(
         full: no text is padded (the caller knows; looking would wait for the device).
         slots: tokens at the end that pooling "slots" takes the mean of.
     """
+    if unpadded.reads(backbone):
+        states, lengths = unpadded.states(backbone, input_ids, attention_mask, token_types)
+        if pooling == "mean":
+            return segment_reduce(states.float(), "mean", lengths=lengths, initial=0)
+        return _at(states, lengths.cumsum(0) - lengths, lengths, pooling, slots)
     if not full:
         left = to_the_left(attention_mask)
         input_ids = input_ids.gather(1, left)
@@ -52,17 +59,28 @@ def to_the_left(attention_mask: Tensor) -> Tensor:
 
 def pool(states: Tensor, attention_mask: Tensor, pooling: str, slots: int = 0) -> Tensor:
     """Pool states [n, L, d] of right-padded texts to [n, d] in float32."""
-    if pooling == "cls":
-        return states[:, 0].float()
     lengths = attention_mask.sum(dim=1).long()
-    rows = arange(len(states), device=states.device)
+    if pooling == "mean":
+        weights = attention_mask.unsqueeze(-1).float()
+        return (states.float() * weights).sum(dim=1) / lengths.clamp(min=1).unsqueeze(-1)
+    first = arange(len(states), device=states.device) * states.shape[1]
+    return _at(states.flatten(0, 1), first, lengths, pooling, slots)
+
+
+def _at(
+    states: Tensor,  # [T, d]
+    first: Tensor,  # [n], where each text begins
+    lengths: Tensor,  # [n]
+    pooling: str,
+    slots: int,
+) -> Tensor:
+    """The states [n, d] at the place in each text that `pooling` names."""
+    if pooling == "cls":
+        return states[first].float()
     if pooling == "last":
-        return states[rows, lengths - 1].float()
-    if pooling == "slots":
-        last = lengths.unsqueeze(1) - 1 - arange(slots, device=states.device)  # [n, K]
-        return states[rows.unsqueeze(1), last].float().mean(dim=1)
-    weights = attention_mask.unsqueeze(-1).float()
-    return (states.float() * weights).sum(dim=1) / lengths.clamp(min=1).unsqueeze(-1)
+        return states[first + lengths - 1].float()
+    last = (first + lengths - 1).unsqueeze(1) - arange(slots, device=states.device)  # [n, K]
+    return states[last].float().mean(dim=1)
 
 
 def plain(model: Any) -> Any:

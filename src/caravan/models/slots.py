@@ -23,6 +23,7 @@ from caravan.batches import Chunk, Packed
 from caravan.contract import Contract
 from caravan.errors import InputError
 from caravan.models import attention as cpu_attention
+from caravan.models import unpadded
 from caravan.models.bidirectional import LAYERS
 from caravan.models.biencoder import BiEncoder
 from caravan.models.pooling import plain
@@ -35,7 +36,7 @@ from caravan.models.vocabulary import (
     vocabulary,
 )
 
-MASKED_BY = ("sdpa", "eager", cpu_attention.NAME)
+MASKED_BY = ("sdpa", "eager", cpu_attention.NAME, unpadded.NAME)
 """The attention kernels that take any mask."""
 CLOSE = 1e-3  # of states whose size is about 1
 

@@ -60,6 +60,7 @@ class Encoder:
         token_budget: padded tokens a chunk; None leaves them to the machine.
         block: texts a shard.
         num_workers: processes that tokenise ahead.
+        attention: as in `caravan.models.folder.load`.
     """
 
     def __init__(
@@ -70,19 +71,21 @@ class Encoder:
         token_budget: int | None,
         block: int,
         num_workers: int,
+        attention: str = "auto",
     ) -> None:
         self.folder = folder
         self.precision = hardware.resolve(precision)
         self.token_budget = hardware.chunk(token_budget)
         self.block = block
         self.num_workers = num_workers
+        self.attention = attention
         self.device = hardware.device()
         self.contract = replace(read_contract(folder)[0], **lengths)  # type: ignore[arg-type]
 
     @cached_property
     def loaded(self) -> tuple[BiEncoder, Templates]:
         model, tokenizer, _, _ = model_folder.load(
-            self.folder, hardware.dtype(self.precision), kind="retriever"
+            self.folder, hardware.dtype(self.precision), kind="retriever", attention=self.attention
         )
         if self.device.type == "cpu":
             pack_linears(model)

@@ -60,6 +60,7 @@ def evaluate(cfg: Any) -> dict[str, Any]:
                 precision=cfg.precision,
                 token_budget=cfg.token_budget,
                 num_workers=cfg.num_workers,
+                attention=cfg.attention,
             )
         )
     if not leads():
@@ -97,6 +98,7 @@ def _retrieved(stages: Stages, name: str, parts: dict[str, Any], settings: dict[
         token_budget=settings["token_budget"],
         block=settings["block"],
         num_workers=settings["num_workers"],
+        attention=settings["attention"],
     )
 
 

@@ -82,6 +82,7 @@ class Scorer:
         precision: "auto", "bf16" or "float32".
         token_budget: padded tokens a chunk; None leaves them to the machine.
         num_workers: processes that tokenise ahead.
+        attention: as in `caravan.models.folder.load`.
     """
 
     def __init__(
@@ -91,12 +92,14 @@ class Scorer:
         precision: str = "auto",
         token_budget: int | None = None,
         num_workers: int = 1,
+        attention: str = "auto",
     ) -> None:
         self.folder = folder
         self.settings = settings
         self.precision = hardware.resolve(precision)
         self.token_budget = hardware.chunk(token_budget)
         self.num_workers = num_workers
+        self.attention = attention
         self.device = hardware.device()
         contract = read_contract(folder)[0]
         if contract.kind != "reranker":
@@ -106,7 +109,9 @@ class Scorer:
     @cached_property
     def loaded(self) -> tuple[CrossEncoder, PairTemplates]:
         dtype = hardware.dtype(self.precision)
-        model, tokenizer, _, _ = model_folder.load(self.folder, dtype, kind="reranker")
+        model, tokenizer, _, _ = model_folder.load(
+            self.folder, dtype, kind="reranker", attention=self.attention
+        )
         if self.device.type == "cpu":
             pack_linears(model)
         section = "rerank" if self.settings.lengths else "contract"

@@ -112,6 +112,7 @@ class Stages:
         token_budget: int | None,
         block: int,
         num_workers: int,
+        attention: str = "auto",
     ) -> Stage:
         """Embed corpus and queries with a model folder, index, and search.
 
@@ -121,6 +122,7 @@ class Stages:
             lengths: query_length and passage_length that replace the contract's.
             token_budget: padded tokens a chunk.
             block: passages a shard.
+            attention: of the model; it leaves the embeddings as they are, but for rounding.
         """
         encoded_from = {
             "model": folder_digest(model),
@@ -134,7 +136,9 @@ class Stages:
             from caravan.retrieval.encode import Encoder
 
             started = time.monotonic()
-            encoder = Encoder(model, precision, lengths, token_budget, block, num_workers)
+            encoder = Encoder(
+                model, precision, lengths, token_budget, block, num_workers, attention
+            )
             passages = encoder.encode(
                 self.collection.corpus,
                 np.arange(len(self.collection.corpus)),
@@ -219,6 +223,7 @@ class Stages:
         precision: str,
         token_budget: int | None,
         num_workers: int,
+        attention: str = "auto",
     ) -> Stage:
         """The candidates in the order of a reranker.
 
@@ -228,7 +233,7 @@ class Stages:
         from caravan.retrieval.rerank import Reranking, Scorer
 
         chosen = Reranking(**settings)
-        scorer = Scorer(model, chosen, precision, token_budget, num_workers)
+        scorer = Scorer(model, chosen, precision, token_budget, num_workers, attention)
         of_scores = {
             "model": folder_digest(model),
             "collection": self.collection.digest,

@@ -40,6 +40,7 @@ class AdamW:
     Args:
         lr: the peak learning rate, reached after `warmup_steps` updates.
         schedule: how it falls to `final` * lr at the last update: linear, cosine, or constant.
+        fused: one kernel for all of an update.
     """
 
     def __init__(
@@ -51,12 +52,13 @@ class AdamW:
         final: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        fused: bool = True,
     ) -> None:
         if schedule not in SCHEDULES:
             raise InputError(
                 f"optimizer.schedule is {schedule!r}; it must be one of {', '.join(SCHEDULES)}"
             )
-        self.settings = {"lr": lr, "betas": tuple(betas), "eps": eps}
+        self.settings = {"lr": lr, "betas": tuple(betas), "eps": eps, "fused": fused}
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.schedule = schedule
@@ -78,7 +80,6 @@ class AdamW:
                 {"params": decayed, "weight_decay": self.weight_decay},
                 {"params": plain, "weight_decay": 0.0},
             ],
-            fused=True,
             **self.settings,  # type: ignore[arg-type]
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(

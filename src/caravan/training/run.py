@@ -124,7 +124,8 @@ def _trained(folder: str, backbone: Any, adapter: bool) -> Any:
     from caravan.models.backbone import Trained
 
     both_ways = getattr(backbone, "bidirectional", False)
-    return Trained(folder, adapter, backbone.attention, backbone.checkpointing, both_ways)
+    settings = (backbone.attention, backbone.checkpointing, both_ways, backbone.compile)
+    return Trained(folder, adapter, *settings)
 
 
 def _adopt(cfg: Any, collection: Collection | None, run_dir: Path) -> None:
