@@ -156,7 +156,16 @@ class Composer:
             if mistake_.path and mistake_.path[0] in lost:
                 continue
             lines.append(f"{dotted(mistake_.path)} ({place(mistake_.path)}): {mistake_.text}")
-        return cfg, lines
+        return cfg, [*lines, *self._left_aside(cfg, kept, place)]
+
+    def _left_aside(self, cfg: DictConfig, overrides: list[str], place: Places) -> Iterator[str]:
+        """Choices that came to nothing, since a file that is read later sets the group to null."""
+        for text in filter(self.is_group, overrides):
+            group = _key(text)
+            if group in cfg and cfg[group] is None:
+                where = place((group,))
+                if f"/{group}/" not in where and where != "command line":
+                    yield f"{text} (command line): {where} sets {group} to null; leave it out"
 
     def vet(self, text: str) -> tuple[str | None, str | None]:
         """Look at one override by itself.
