@@ -243,6 +243,12 @@ def test_a_sweep_in_one_process_has_one_device(overrides: str, told: str | None)
         preflight(given, CONF, "train", config.ROOTS["train"])
 
 
+def test_a_choice_that_another_file_sets_to_null_is_told() -> None:
+    with pytest.raises(InputError, match=r"(?s)loss=kl .*adaptation\.yaml:\d+ sets loss to null"):
+        preflight(["stage=adaptation", "loss=kl"], CONF, "train", config.ROOTS["train"])
+    preflight(["stage=adaptation", "peft=none"], CONF, "train", config.ROOTS["train"])
+
+
 def test_a_sweep_is_not_started_by_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="2 processes were started together, and a sweep is one"):

@@ -295,13 +295,6 @@ def test_a_wrong_option_in_an_experiment_file_is_told_with_file_and_line(
     assert "did you mean tiny_llama?" in line
 
 
-def test_a_choice_that_another_file_sets_to_null_is_told(told: Callable[..., list[str]]) -> None:
-    (line,) = told("stage=adaptation", "loss=kl")
-    assert "loss=kl (command line): " in line
-    assert "adaptation.yaml:14 sets loss to null; leave it out" in line
-    assert not told("stage=adaptation", "peft=none")
-
-
 def test_a_broken_reference_is_told_once_where_it_stands(
     told: Callable[..., list[str]],
 ) -> None:
