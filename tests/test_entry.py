@@ -117,9 +117,11 @@ def test_jobs_of_a_sweep_write_into_folders_of_their_own(app: Program, home: Pat
     jobs = [f"loss.name={name},seed={seed}" for name in ("a_b", "c") for seed in (1, 2)]
     written = ("out.json", "metrics.json", "job.json", "log.txt")
     expected = {f"runs/many/{job}/{file}" for job in jobs for file in written}
-    ends = {
-        f"runs/many/{name}" for name in ("multirun.yaml", "sweep.txt", "sweep.csv", "sweep.png")
-    }
+    table = {f"sweep.{kind}" for kind in ("txt", "csv", "png", "svg")}
+    page = {"report.html", "report/captions.md", "report/sweep.md", "report/sweep.tex"}
+    page |= {f"report/sweep-seeds.{kind}" for kind in ("md", "tex")}
+    page |= {f"report/sweep-val-MRR-10.{kind}" for kind in ("png", "svg")}
+    ends = {f"runs/many/{name}" for name in {"multirun.yaml"} | table | page}
     assert files(home) == expected | ends
     out = (home / "runs/many/loss.name=c,seed=2/out.json").read_text()
     assert '"run_dir": "runs/many/loss.name=c,seed=2", "seed": 2' in out

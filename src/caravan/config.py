@@ -10,6 +10,7 @@ what no single value shows. It reads source files and imports nothing heavy.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -132,6 +133,9 @@ class Evaluate:
     fuse: Node = MISSING
 
 
+COMMAND = "CARAVAN_COMMAND"
+"""The variable in which a program leaves how it was started, for its jobs in other processes."""
+
 ROOTS: dict[str, type] = {"train": Train, "evaluate": Evaluate}
 
 
@@ -207,6 +211,13 @@ def mistakes(cfg: DictConfig, root: type = Train) -> list[Mistake]:
     for rule in RULES:
         found += [mistake for mistake in rule(cfg) if mistake.path not in wrong]
     return found
+
+
+def recorded(cfg: DictConfig) -> str:
+    """The resolved config as YAML, under the command that has asked for it where there was one."""
+    text = OmegaConf.to_yaml(cfg, resolve=True)
+    command = os.environ.get(COMMAND)
+    return text if command is None else f"# {' '.join(command.split())}\n{text}"
 
 
 def build(cfg: DictConfig, *names: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import inspect
 import logging
 import os
 import platform
+import shlex
 import signal
 import sys
 from argparse import Namespace
@@ -81,6 +82,8 @@ def entry(name: str) -> Callable[[Task], Callable[[], None]]:
             # Lightning would end a terminated run with exit code 0; it leaves our handler alone.
             signal.signal(signal.SIGTERM, _terminate)
             try:
+                program_name = Path(inspect.getfile(task)).name
+                os.environ[config.COMMAND] = shlex.join(["python", program_name, *sys.argv[1:]])
                 sys.argv[1:] = preflight(sys.argv[1:], conf, name, root)
                 sweep = sweep_folder(sys.argv[1:])
                 with contextlib.suppress(_Failed):  # by then every other job has had its turn
@@ -178,10 +181,15 @@ class _Failed(Exception):  # noqa: N818
 
 
 def _end_of_sweep(folder: Path) -> None:
-    """The table of the jobs; exit code 1 where one of them failed."""
+    """The table of the jobs and their page; exit code 1 where one of them failed."""
+    from caravan.report.page import show as show_page
     from caravan.report.sweep import show
 
-    if leads() and show(folder):
+    if not leads():
+        return
+    failed = show(folder)
+    show_page(folder)
+    if failed:
         raise SystemExit(FAILED)
 
 

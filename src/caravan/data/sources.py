@@ -155,6 +155,15 @@ def _broken(file: Path, number: int, problem: str) -> InputError:
     return InputError(f"{file}:{number}: {problem}: {remedy}")
 
 
+def judgements(file: Path) -> list[Judgement]:
+    """The judgements of one file: BEIR's three columns or TREC's four, plain or .gz.
+
+    Raises:
+        InputError: a line is wrong; says which.
+    """
+    return [judgement for _, judgement in _judgements(file)]
+
+
 def _judgements(file: Path) -> Iterator[tuple[int, Judgement]]:
     """(line number, judgement) of each line: BEIR's three columns or TREC's four."""
     width = 0

@@ -1,30 +1,84 @@
-"""`python -m caravan.report`: tables and pages from finished runs."""
+"""`python -m caravan.report`: tables, comparisons and pages from finished runs."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
 from caravan.errors import InputError
-from caravan.report import sweep, table
 
 
 def main() -> int:
+    arguments = _parser().parse_args()
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    try:
+        if arguments.command == "table":
+            from caravan.report.table import show as show_table
+
+            show_table(arguments.folder)
+        elif arguments.command == "sweep":
+            from caravan.report.sweep import show as show_sweep
+
+            show_sweep(arguments.folder)
+        elif arguments.command == "page":
+            from caravan.report.page import show as show_page
+
+            show_page(arguments.folder)
+        else:
+            from caravan.report.terminal import compare
+
+            compare(
+                arguments.systems,
+                qrels=arguments.qrels,
+                measures=arguments.measures.split(",") if arguments.measures else [],
+                test=arguments.test,
+                count=arguments.queries,
+                html=arguments.html,
+            )
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m caravan.report", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help_ in (
         ("table", "one table of all evaluations below a folder"),
         ("sweep", "the jobs of a sweep as a table and a plot"),
+        ("page", "a run, several runs or a sweep as one HTML page, FOLDER/report.html"),
     ):
         commands.add_parser(name, help=help_).add_argument("folder", type=Path)
-    arguments = parser.parse_args()
-    try:
-        {"table": table.show, "sweep": sweep.show}[arguments.command](arguments.folder)
-    except InputError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+    compare = commands.add_parser("compare", help="systems side by side, tested query by query")
+    add = compare.add_argument
+    add(
+        "systems",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run directory of an evaluation, or a run file of any system; two or more",
+    )
+    add("--qrels", type=Path, metavar="FILE", help="judge by this file (TREC's or BEIR's)")
+    add("--measures", metavar="M,M,...", help="such as MRR@10,nDCG@10; the first orders queries")
+    add(
+        "--test",
+        default="t",
+        choices=("t", "randomisation"),
+        help="paired t-test (default), or randomisation test",
+    )
+    add("--queries", type=int, default=3, metavar="N", help="shown of those that gain, and lose")
+    add(
+        "--html",
+        type=Path,
+        nargs="?",
+        const=Path("comparison.html"),
+        metavar="FILE",
+        help="write a page too (comparison.html), with plots and tables beside it",
+    )
+    return parser
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m caravan.report sweep runs/sweeps/rerank_depth
 
 A row is a job: the settings that differ from job to job, then the figures of its `metrics.json`.
-Written beside the jobs as sweep.txt, sweep.csv and sweep.png; a sweep over seeds also shows the
-mean and the spread. `evaluate.py -m` and `train.py -m` end with it.
+Written beside the jobs as sweep.txt, sweep.csv, sweep.png and sweep.svg; a sweep over seeds also
+shows the mean and the spread. `evaluate.py -m` and `train.py -m` end with it, and with the page.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any
 from caravan import jobs
 from caravan.atomic import replacing
 from caravan.errors import InputError
+from caravan.report.plots import LIGHT, Line, Plot, bars, lines
+from caravan.report.tables import Table, best
 
 SEED = "seed"
 READ = "read at"
@@ -30,6 +32,9 @@ TRAIN = "train "
 """What stands before a measure of training queries."""
 SIZES = {"trained_parameters": "trained", "memory_gib": "GiB"}
 """Names in a training's metrics.json, and their columns, which are shown where jobs differ."""
+
+MOST_TOLD = 24
+"""Points of a plot that its text in words names."""
 
 Row = dict[str, Any]
 
@@ -47,11 +52,7 @@ def collect(folder: Path) -> tuple[list[str], list[str], list[Row], list[tuple[s
     found = list(jobs.read(folder))
     if not found:
         raise InputError(f"{folder} holds no job of a sweep (job.json); start one with -m")
-    names = dict.fromkeys(key for _, record in found for key in record["overrides"])
-    varied = [
-        name for name in names if len({record["overrides"].get(name) for _, record in found}) > 1
-    ]
-    short = {name: _without_common(found, name) for name in varied}
+    varied, settings = _settings(found)
     rows: list[Row] = []
     failed = []
     for run_dir, record in found:
@@ -59,9 +60,7 @@ def collect(folder: Path) -> tuple[list[str], list[str], list[Row], list[tuple[s
             reason = record["error"] or "not finished"
             failed.append((str(run_dir.relative_to(folder)), str(reason)))
             continue
-        given = record["overrides"]
-        settings = {name: short[name][given.get(name)] for name in varied}
-        rows += [{**settings, **figures} for figures in _figures(run_dir / "metrics.json")]
+        rows += [{**settings[run_dir], **one} for one in _figures(run_dir / "metrics.json")]
     if any(READ in row for row in rows):
         varied.append(READ)
     measures = list(dict.fromkeys(name for row in rows for name in row if name not in varied))
@@ -71,6 +70,27 @@ def collect(folder: Path) -> tuple[list[str], list[str], list[Row], list[tuple[s
         measures = [name for name in measures if name not in SIZES.values()]
         rows = [{key: row[key] for key in row if key not in SIZES.values()} for row in rows]
     return varied, measures, rows, failed
+
+
+def labelled(folder: Path) -> dict[Path, str]:
+    """Each finished job by what sets it apart, such as `rerank.depth=5`, in the table's order."""
+    found = [(place, one) for place, one in jobs.read(folder) if one["state"] == jobs.FINISHED]
+    varied, settings = _settings(found)
+    order = sorted(settings, key=lambda run: [_order(settings[run][name]) for name in varied])
+    return {run: ", ".join(f"{name}={settings[run][name]}" for name in varied) for run in order}
+
+
+def _settings(found: list[tuple[Path, Row]]) -> tuple[list[str], dict[Path, Row]]:
+    """The settings that differ from job to job, and those of each job as they are shown."""
+    names = dict.fromkeys(key for _, record in found for key in record["overrides"])
+    varied = [
+        name for name in names if len({record["overrides"].get(name) for _, record in found}) > 1
+    ]
+    short = {name: _without_common(found, name) for name in varied}
+    return varied, {
+        run_dir: {name: short[name][record["overrides"].get(name)] for name in varied}
+        for run_dir, record in found
+    }
 
 
 def _figures(path: Path) -> Iterator[Row]:
@@ -113,94 +133,135 @@ def averaged(varied: list[str], measures: list[str], rows: list[Row]) -> list[Ro
     return result
 
 
-def show(folder: Path) -> list[tuple[str, str]]:
-    """Print the table, write it beside the jobs as text, csv and plot; returns the failed jobs."""
-    from rich.console import Console
-
-    varied, measures, rows, failed = collect(folder)
-    rows.sort(key=lambda row: [_order(row.get(name)) for name in varied])
-    tables = [_table(folder.name, varied, measures, rows, _cell)]
+def tables(folder: Path) -> list[Table]:
+    """The jobs, and their means over seeds if there are several seeds."""
+    varied, measures, rows, _ = _collected(folder)
+    figures = [[row.get(name) for name in measures] for row in rows]
+    strong = frozenset(
+        (i, j) for i, j in best(figures, len(varied)) if _is_figure(measures[j - len(varied)])
+    )
+    made = [_table("sweep", folder.name, varied, measures, rows, _cell, strong)]
     if SEED in varied:
         means = averaged(varied, measures, rows)
         title = f"{folder.name}, mean and standard deviation over seeds"
         others = [name for name in varied if name != SEED]
-        tables.append(_table(title, others, measures, means, _mean_cell))
+        made.append(_table("sweep-seeds", title, others, measures, means, _mean_cell))
+    return made
+
+
+def plots(folder: Path) -> list[Plot]:
+    """A plot for each measure that varies, at least for the first."""
+    varied, measures, rows, _ = _collected(folder)
+    figures = [name for name in measures if _is_figure(name) and any(name in r for r in rows)]
+    vary = [name for name in figures if len({row[name] for row in rows if name in row}) > 1]
+    return [
+        plot(folder.name, varied, name, averaged(varied, [name], rows))
+        for name in vary or figures[:1]
+    ]
+
+
+def show(folder: Path) -> list[tuple[str, str]]:
+    """Print the table, write it beside the jobs as text, csv and plot; returns the failed jobs."""
+    from rich.console import Console
+
+    varied, measures, rows, failed = _collected(folder)
+    made = [table.rich() for table in tables(folder)]
     console = Console(soft_wrap=True)
-    for table in tables:
+    for table in made:
         console.print(table)
     with replacing(folder / "sweep.txt") as path:
-        _write_text(path, tables)
+        _write_text(path, made)
     with replacing(folder / "sweep.csv") as path:
         _write_csv(path, varied + measures, rows)
     written = ["sweep.txt", "sweep.csv"]
-    if rows and measures:
-        means = averaged(varied, measures[:1], rows)
+    for drawn in plots(folder)[:1]:
         with replacing(folder / "sweep.png") as path:
-            plot(path, folder.name, varied, measures[0], means)
-        written.append("sweep.png")
+            path.write_bytes(drawn.png())
+        with replacing(folder / "sweep.svg") as path:
+            path.write_text(drawn.svg(LIGHT), "utf-8")
+        written += ["sweep.png", "sweep.svg"]
     console.print(f"table {', '.join(str(folder / name) for name in written)}", markup=False)
     for job, reason in failed:
         console.print(f"failed: {job}: {reason}", highlight=False, markup=False)
     return failed
 
 
-def plot(path: Path, title: str, varied: list[str], measure: str, means: list[Row]) -> None:
+def plot(title: str, varied: list[str], measure: str, means: list[Row]) -> Plot:
     """A curve over the numeric setting with the most values, one for each of the other settings.
 
-    Bars stand for it where no setting is numeric. Spreads are over seeds.
+    Dots stand for it where no setting is numeric. Spreads are over seeds.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     means = [row for row in means if measure in row]
     others = [name for name in varied if name != SEED]
     numeric = [name for name in others if all(isinstance(row[name], int | float) for row in means)]
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    if numeric:
-        across = max(numeric, key=lambda name: len({row[name] for row in means}))
-        curves: dict[str, list[Row]] = {}
-        for row in means:
-            label = ", ".join(f"{name}={row[name]}" for name in others if name != across)
-            curves.setdefault(label, []).append(row)
-        for label, members in curves.items():
-            members.sort(key=lambda row: float(row[across]))
-            x = [row[across] for row in members]
-            y, spread = zip(*((row[measure][0], row[measure][1]) for row in members), strict=True)
-            axes.errorbar(x, y, yerr=spread, marker="o", capsize=3, label=label or None)
-        axes.set_xlabel(across)
-        axes.set_xticks(sorted({row[across] for row in means}))
-        axes.set_ylabel(measure)
-        if len(curves) > 1:
-            axes.legend(fontsize="small")
-    else:
-        labels = [", ".join(f"{name}={row[name]}" for name in others) for row in means]
-        values, spread = zip(*((row[measure][0], row[measure][1]) for row in means), strict=True)
-        axes.barh(labels, values, xerr=spread, capsize=3)
-        axes.invert_yaxis()
-        axes.set_xlabel(measure)
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, format="png", dpi=150)
-
-
-def _table(title: str, settings: list[str], measures: list[str], rows: list[Row], cell: Any) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    # A Text is shown as it is; of a plain string rich would take [...] for markup.
-    table = Table(title=Text(title))
-    for name in settings:
-        table.add_column(Text(name), overflow="fold")
-    for name in measures:
-        table.add_column(Text(name), justify="right")
-    for row in rows:
-        table.add_row(
-            *(Text(str(row.get(name, "-"))) for name in settings),
-            *(cell(name, row.get(name)) for name in measures),
+    seeds = max(row[measure][2] for row in means)
+    spread = f" Mean and standard deviation over {seeds} seeds." if seeds > 1 else ""
+    name = f"sweep-{re.sub(r'[^a-zA-Z0-9]+', '-', measure).strip('-')}"
+    told = "; ".join(
+        f"{', '.join(f'{name} {row[name]}' for name in others)}: {row[measure][0]:.4f}"
+        for row in means[:MOST_TOLD]
+    )
+    if not numeric:
+        labels = [", ".join(f"{name}={row[name]}" for name in others) or title for row in means]
+        return Plot(
+            name,
+            f"{title}: {measure} of each setting.{spread}",
+            f"{measure} of {len(means)} settings. {told}.",
+            bars(labels, *_columns(means, measure), measure),
+            height=0.8 + 0.3 * len(means),
         )
-    return table
+    across = max(numeric, key=lambda name: len({row[name] for row in means}))
+    curves: dict[str, list[Row]] = {}
+    for row in sorted(means, key=lambda row: [_order(row[name]) for name in others]):
+        label = ", ".join(f"{name}={row[name]}" for name in others if name != across)
+        curves.setdefault(label, []).append(row)
+    drawn = [
+        Line(label, [row[across] for row in members], *_columns(members, measure))
+        for label, members in curves.items()
+    ]
+    beside = ", ".join(name for name in others if name != across)
+    return Plot(
+        name,
+        f"{title}: {measure} over {across}{beside and f', a line for each {beside}'}.{spread}",
+        f"{measure} over {across}. {told}.",
+        lines(drawn, across, measure),
+    )
+
+
+def _columns(rows: list[Row], measure: str) -> tuple[list[float], list[float]]:
+    """Means and spreads."""
+    return [row[measure][0] for row in rows], [row[measure][1] for row in rows]
+
+
+def _collected(folder: Path) -> tuple[list[str], list[str], list[Row], list[tuple[str, str]]]:
+    """`collect`, with the rows in order."""
+    varied, measures, rows, failed = collect(folder)
+    rows.sort(key=lambda row: [_order(row.get(name)) for name in varied])
+    return varied, measures, rows, failed
+
+
+def _is_figure(name: str) -> bool:
+    """Whether a column holds figures of retrieval, of which more is better."""
+    return name != "seconds" and name not in SIZES.values()
+
+
+def _table(
+    name: str,
+    caption: str,
+    settings: list[str],
+    measures: list[str],
+    rows: list[Row],
+    cell: Any,
+    strong: frozenset[tuple[int, int]] = frozenset(),
+) -> Table:
+    cells = [
+        [
+            *(str(row.get(name, "-")) for name in settings),
+            *(cell(name, row.get(name)) for name in measures),
+        ]
+        for row in rows
+    ]
+    return Table(name, caption, [*settings, *measures], cells, max(1, len(settings)), strong)
 
 
 def _write_text(path: Path, tables: list[Any]) -> None:

@@ -49,7 +49,7 @@ def collect(folder: Path) -> tuple[Summary, dict[str, dict[str, Any]]]:
             for name, (_, split) in asked.items()
         )
         raise InputError(f"{folder} mixes collections or splits: {told}; give a folder of one")
-    systems = _systems(records)
+    systems = rows(records)
     order = sorted(systems, key=lambda name: next(iter(systems[name]["overall"].values())))
     summary = {
         name: {**systems[name]["overall"], "seconds": round(systems[name]["seconds"], 1)}
@@ -58,7 +58,7 @@ def collect(folder: Path) -> tuple[Summary, dict[str, dict[str, Any]]]:
     return summary, systems
 
 
-def _systems(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def rows(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """A record {overall, seconds, run, folder, ...} for each row of the table."""
     alone = {name: r for name, r in records.items() if len(r.get("stages", ())) <= 1}
     systems = {name: {**record, "folder": name} for name, record in alone.items()}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from caravan import manifest
-from caravan.config import build
+from caravan.config import build, recorded
 from caravan.contract import FILE
 from caravan.errors import InputError
 from caravan.ranks import leads
@@ -38,7 +38,7 @@ def evaluate(cfg: Any) -> dict[str, Any]:
         raise InputError(f"{run_dir} holds a training run; choose another name= for the evaluation")
     if leads():
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), "utf-8")
+        (run_dir / "config.yaml").write_text(recorded(cfg), "utf-8")
     stages = Stages(
         collection=parts["data"].collection(Path(cfg.cache_dir)),
         split=parts["data"].split,

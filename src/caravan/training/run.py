@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from caravan import manifest
-from caravan.config import build
+from caravan.config import build, recorded
 from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.errors import InputError
@@ -57,7 +57,7 @@ def train(cfg: Any) -> float | None:
         refuse_other_run(run_dir, begun, inputs, cfg.resume)
         # A kill between any two of these lines leaves nothing that claims to be what it is not.
         manifest.write(begun, inputs)
-        begun.write_text(OmegaConf.to_yaml(cfg, resolve=True), "utf-8")
+        begun.write_text(recorded(cfg), "utf-8")
         manifest.remove(model_dir)
     if cfg.trainer.max_steps == 0:
         _adopt(cfg, collection, run_dir)

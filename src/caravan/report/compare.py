@@ -1,0 +1,384 @@
+"""Systems side by side: figures query by query, significance, overlap of their rankings.
+
+    python -m caravan.report compare runs/quickstart/pipeline their.trec
+    python -m caravan.report compare a.trec b.trec --qrels qrels.txt
+
+Figures are those of ir_measures (`caravan.retrieval.metrics.score_run`), a query that a run lacks
+counts 0. A pair is tested over the queries by scipy: the two-sided paired t-test, which keeps its
+level best on figures like these (Urbano et al. 2019, SIGIR), or the randomisation test (Smucker et
+al. 2007, CIKM). Several pairs are corrected after Holm (1979), a measure at a time: the tests share
+systems and so depend on each other, and Holm holds whatever the dependence, where the false
+discovery rate after Benjamini and Hochberg asks for a kind of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from caravan.data.runs import Run, read_run
+from caravan.progress import track
+from caravan.report.systems import Judged, System
+from caravan.report.tables import MINUS, Table, best
+from caravan.retrieval.metrics import deepest, score_run, scored_queries
+
+DEFAULT_MEASURES = ("MRR@10", "nDCG@10", "R@100")
+TESTS = ("t", "randomisation")
+RESAMPLES = 9_999
+"""Of the randomisation test: the smallest p that it can find is 1 in 10,000."""
+DEPTH = 100
+"""How deep rankings are read for the ranks that are shown, whatever the measures ask for."""
+OVERLAPS = (10, 100)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """B against A in one measure, over the queries."""
+
+    a: int
+    b: int
+    difference: float  # mean of B - A
+    low: float  # of the 95 % confidence interval of the difference, by t
+    high: float
+    p: float
+    corrected: float  # p after Holm, over the pairs of the measure
+    gained: int  # queries
+    equal: int
+    lost: int
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What two rankings have in common."""
+
+    a: int
+    b: int
+    jaccard: dict[int, float]  # by depth: passages of both over passages of either, mean
+    same_first: float  # share of the queries with the same passage at the top
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Systems over the same judged queries."""
+
+    judged: Judged
+    systems: list[System]
+    runs: list[Run]  # cut to what measures and ranks need
+    query_rows: np.ndarray  # [Q]
+    values: dict[str, np.ndarray]  # by measure: [S, Q]
+    missing: list[int]  # judged queries that a run lacks
+    pairs: dict[str, list[Pair]]
+    overlaps: list[Overlap]
+    test: str
+
+    @property
+    def names(self) -> list[str]:
+        return [system.name for system in self.systems]
+
+    @property
+    def measure(self) -> str:
+        """The measure that queries are ordered by: the first."""
+        return next(iter(self.values))
+
+
+def compared(
+    systems: Sequence[System],
+    judged: Judged,
+    measures: Sequence[str] = (),
+    test: str = "t",
+    against: int | None = None,
+) -> Comparison:
+    """Score every system query by query, and test the pairs.
+
+    Args:
+        measures: by default those of the first evaluation.
+        test: "t" or "randomisation".
+        against: the place of one system that the others are tested against; None tests all pairs.
+
+    Raises:
+        InputError: a run or a measure is wrong.
+    """
+    asked = list(measures) or next((list(s.measures) for s in systems if s.measures), [])
+    asked = asked or list(DEFAULT_MEASURES)
+    depth = max(DEPTH, deepest(asked))
+    runs, missing = [], []
+    values: dict[str, list[np.ndarray]] = {name: [] for name in asked}
+    for system in track(list(systems), "score", total=len(systems), unit="runs"):
+        run = read_run(system.run, judged.queries, judged.corpus, depth=depth)
+        scored = score_run(run, judged.qrels, judged.queries, judged.corpus, asked)
+        for name in asked:
+            values[name].append(np.array(list(scored["per_query"][name].values())))
+        runs.append(run)
+        missing.append(scored["missing"])
+    stacked = {name: np.stack(rows) for name, rows in values.items()}
+    couples = [
+        (a, b)
+        for a, b in combinations(range(len(systems)), 2)
+        if against is None or against in (a, b)
+    ]
+    return Comparison(
+        judged,
+        list(systems),
+        runs,
+        scored_queries(judged.qrels),
+        stacked,
+        missing,
+        {name: paired(rows, couples, test) for name, rows in stacked.items()},
+        [_overlap(runs, a, b, scored_queries(judged.qrels)) for a, b in couples],
+        test,
+    )
+
+
+def paired(
+    values: np.ndarray,  # [S, Q]
+    couples: Sequence[tuple[int, int]],
+    test: str = "t",
+) -> list[Pair]:
+    """Each couple (a, b) tested over the queries, corrected for their number."""
+    found = [_tested(values[b] - values[a], test) for a, b in couples]
+    corrected = holm([p for _, _, p in found])
+    return [
+        Pair(
+            a,
+            b,
+            float(np.mean(values[b] - values[a])),
+            low,
+            high,
+            p,
+            adjusted,
+            int((values[b] > values[a]).sum()),
+            int((values[b] == values[a]).sum()),
+            int((values[b] < values[a]).sum()),
+        )
+        for (a, b), (low, high, p), adjusted in zip(couples, found, corrected, strict=True)
+    ]
+
+
+def _tested(differences: np.ndarray, test: str) -> tuple[float, float, float]:
+    """(low, high, p) of the mean difference; systems that never differ have p = 1.
+
+    One query has no spread, and nothing to test: its p is 1 and its interval without end.
+    """
+    from scipy import stats
+
+    if not differences.any():
+        return 0.0, 0.0, 1.0
+    if len(differences) < 2:
+        return -np.inf, np.inf, 1.0
+    mean = float(np.mean(differences))
+    if np.ptp(differences) == 0:  # all alike: t is infinite
+        low, high, p = mean, mean, 0.0
+    else:
+        by_t = stats.ttest_1samp(differences, 0.0)
+        interval = by_t.confidence_interval(0.95)
+        low, high, p = float(interval.low), float(interval.high), float(by_t.pvalue)
+    if test == "randomisation":
+        p = float(
+            stats.permutation_test(
+                (differences,),
+                _mean,
+                permutation_type="samples",
+                vectorized=True,
+                n_resamples=RESAMPLES,
+                batch=max(1, (1 << 22) // len(differences)),
+                rng=np.random.default_rng(0),
+            ).pvalue
+        )
+    return low, high, p
+
+
+def _mean(differences: Any, axis: int) -> Any:
+    return np.mean(differences, axis=axis)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values corrected step by step (Holm 1979): the least times n, the next times n - 1, ...
+
+    >>> [round(value, 3) for value in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    corrected = [0.0] * len(p)
+    most = 0.0
+    for rank, i in enumerate(np.argsort(p, kind="stable")):
+        most = max(most, min(1.0, (len(p) - rank) * p[i]))
+        corrected[i] = most
+    return corrected
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """(mean, half the width of its 95 % confidence interval by t) of figures of queries."""
+    from scipy import stats
+
+    mean = float(np.mean(values))
+    if len(values) < 2 or np.ptp(values) == 0:
+        return mean, 0.0
+    return mean, float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+
+
+def _overlap(runs: Sequence[Run], a: int, b: int, queries: np.ndarray) -> Overlap:
+    jaccard = {k: _jaccard(runs[a], runs[b], queries, k) for k in OVERLAPS}
+    return Overlap(a, b, jaccard, _jaccard(runs[a], runs[b], queries, 1))
+
+
+def _jaccard(a: Run, b: Run, queries: np.ndarray, k: int) -> float:
+    """Mean over the queries; one that both runs lack has nothing that differs and counts 1."""
+    tops = [run.only(queries).top(k) for run in (a, b)]
+    width = 1 + max(int(run.passage_rows.max(initial=0)) for run in tops)
+    of_a, of_b = (np.repeat(r.query_rows, r.counts) * width + r.passage_rows for r in tops)
+    both = _by_query(np.intersect1d(of_a, of_b, assume_unique=True) // width, queries)
+    either = _by_query(np.union1d(of_a, of_b) // width, queries)
+    return float(np.mean(np.where(either == 0, 1.0, both / np.maximum(either, 1))))
+
+
+def _by_query(query_rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    return np.bincount(np.searchsorted(queries, query_rows), minlength=len(queries))
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """Figures, tests, overlap."""
+    overall = [
+        [float(np.mean(rows[i])) for rows in comparison.values.values()]
+        for i in range(len(comparison.systems))
+    ]
+    found = [
+        Table(
+            "figures",
+            f"{where(comparison)}: mean over {len(comparison.query_rows):,} queries, best in bold."
+            + _missing(comparison),
+            ["system", *comparison.values],
+            [
+                [name, *(f"{value:.4f}" for value in row)]
+                for name, row in zip(comparison.names, overall, strict=True)
+            ],
+            strong=best(overall),
+        )
+    ]
+    found += significance(comparison)
+    found.append(
+        Table(
+            "overlap",
+            f"{where(comparison)}: what two rankings have in common, mean over the queries."
+            " Jaccard@k: passages in the first k of both over those in the first k of either.",
+            ["A", "B", "same first", *(f"Jaccard@{k}" for k in OVERLAPS)],
+            [
+                [
+                    *(comparison.names[i] for i in (one.a, one.b)),
+                    *(f"{share:.3f}" for share in (one.same_first, *one.jaccard.values())),
+                ]
+                for one in comparison.overlaps
+            ],
+            labels=2,
+        )
+    )
+    return found
+
+
+def significance(comparison: Comparison) -> list[Table]:
+    """The tests; a table for each measure, one for all measures of a single pair."""
+    if all(len(pairs) == 1 for pairs in comparison.pairs.values()):
+        ((a, b),) = {(pair.a, pair.b) for (pair,) in comparison.pairs.values()}
+        names = comparison.names
+        return [
+            _tests(
+                comparison,
+                "significance",
+                f"{names[b]} (B) against {names[a]} (A)",
+                "measure",
+                [([measure], pair) for measure, (pair,) in comparison.pairs.items()],
+                corrected=False,
+            )
+        ]
+    return [
+        _tests(
+            comparison,
+            f"significance-{slug(measure)}",
+            measure,
+            "A, B",
+            [([comparison.names[i] for i in (pair.a, pair.b)], pair) for pair in pairs],
+            corrected=True,
+        )
+        for measure, pairs in comparison.pairs.items()
+    ]
+
+
+def _tests(
+    comparison: Comparison,
+    name: str,
+    of: str,
+    labels: str,
+    found: list[tuple[list[str], Pair]],
+    corrected: bool,
+) -> Table:
+    by = "paired t-test" if comparison.test == "t" else f"randomisation test, {RESAMPLES:,} samples"
+    held = f", p corrected after Holm over {len(found)} pairs" if corrected else ""
+    columns = labels.split(", ")
+    rows = []
+    for cells, pair in found:
+        ps = [shown(pair.p), shown(pair.corrected)] if corrected else [shown(pair.p)]
+        counts = [f"{count:,}" for count in (pair.gained, pair.equal, pair.lost)]
+        reach = f"{signed(pair.low)} to {signed(pair.high)}"
+        rows.append([*cells, signed(pair.difference), reach, *ps, *counts])
+    decides = len(columns) + (3 if corrected else 2)
+    return Table(
+        name,
+        f"{where(comparison)}, {of}: {by}, two-sided{held}; below .05 in bold. Queries that gain,"
+        " keep and lose from A to B.",
+        [
+            *(*columns, f"B {MINUS} A", "95 % interval", "p"),
+            *(["p (Holm)"] if corrected else []),
+            *("gain", "keep", "lose"),
+        ],
+        rows,
+        labels=len(columns),
+        strong=frozenset((i, decides) for i, (_, p) in enumerate(found) if p.corrected < 0.05),
+    )
+
+
+def signed(value: float) -> str:
+    """A difference with its sign, a minus and not a hyphen.
+
+    >>> signed(0.0048), signed(-0.1), signed(-0.00001)
+    ('+0.0048', '\\u22120.1000', '+0.0000')
+    """
+    text = f"{value:+.4f}"
+    return "+0.0000" if text == "-0.0000" else text.replace("-", MINUS)
+
+
+def slug(text: str) -> str:
+    """A text as part of a file's name or of an anchor.
+
+    >>> slug("MRR(rel=2)@10")
+    'MRR-rel-2-10'
+    """
+    return re.sub(r"[^\w.]+", "-", text).strip("-")
+
+
+def shown(p: float) -> str:
+    """A p-value as papers print it: .018, <.001.
+
+    >>> shown(0.0184), shown(0.00001), shown(1.0)
+    ('.018', '<.001', '1.000')
+    """
+    return "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+def where(comparison: Comparison) -> str:
+    """Name and split of what was searched."""
+    return " ".join(filter(None, (comparison.judged.name, comparison.judged.split)))
+
+
+def _missing(comparison: Comparison) -> str:
+    told = [
+        f"{name} lacks {count:,}"
+        for name, count in zip(comparison.names, comparison.missing, strict=True)
+        if count
+    ]
+    return f" Queries that a run lacks count 0: {', '.join(told)}." if told else ""

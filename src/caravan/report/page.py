@@ -1,0 +1,258 @@
+"""One HTML page for a run, for several, or for a sweep; it holds everything and opens offline.
+
+    python -m caravan.report page runs/quickstart
+
+Written as report.html into the folder; beside it report/ has each plot as png and svg with its
+caption, and each table as Markdown and LaTeX. The page runs no script and asks for nothing over the
+network (a policy in its head forbids both), and whatever a text holds is shown as text.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from caravan import jobs
+from caravan.atomic import replacing
+from caravan.errors import InputError
+from caravan.report import blocks, curves, evaluations, plots, sweep, systems, tables, trainings
+from caravan.report.blocks import Block, Facts, Note, Section
+from caravan.report.compare import Comparison, slug
+from caravan.report.compare import tables as tables_of
+from caravan.report.plots import DARK, LIGHT, Plot
+
+FILE = "report.html"
+MOST_TRAININGS = 12
+MOST_MEASURES = 6
+FEW = 2
+"""Queries that gained, and lost, of each pair where a page has several collections."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """Title, a line below it, and sections."""
+
+    title: str
+    line: str
+    sections: Sequence[Section]
+    command: str
+
+
+def show(folder: Path) -> None:
+    """Write the page and say where it lies."""
+    from rich.console import Console
+
+    path = write(folder)
+    Console(soft_wrap=True).print(
+        f"page {path}, plots and tables {path.with_suffix('')}", markup=False, highlight=False
+    )
+
+
+def write(folder: Path) -> Path:
+    """Write the page of a run directory, a folder of several, or a sweep; returns its path.
+
+    Raises:
+        InputError: the folder holds no run.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; give a run directory, or one of several")
+    own_job = (folder / jobs.FILE).is_file()
+    is_sweep = not own_job and next(iter(folder.rglob(jobs.FILE)), None) is not None
+    made = of_sweep(folder) if is_sweep else of_runs(folder)
+    return save(made, folder / FILE)
+
+
+def save(page: Page, path: Path) -> Path:
+    """Write a page, and its plots and tables into the folder of its name without `.html`."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("caravan.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["kind"] = lambda block: type(block).__name__
+    environment.filters["slug"] = slug
+    environment.filters["light"] = partial(_source, theme=LIGHT)
+    environment.filters["dark"] = partial(_source, theme=DARK)
+    version = importlib.metadata.version("caravan-retrieval")
+    text = environment.get_template("page.html").render(page=page, version=version)
+    beside = path.with_suffix("")
+    plots.write(beside, blocks.plots(page.sections))
+    tables.write(beside, blocks.tables(page.sections))
+    with replacing(path) as scratch:
+        scratch.write_text(text, "utf-8")
+    return path
+
+
+def of_runs(folder: Path) -> Page:
+    """The page of one run directory, or of all those below a folder."""
+    homes = [path.parent for path in sorted(folder.rglob("metrics.json"))]
+    records = {home: systems.read_metrics(home) or {} for home in homes}
+    evaluated = {home: record for home, record in records.items() if record.get("overall")}
+    trained = [home for home, record in records.items() if "updates" in record]
+    if not evaluated and not trained:
+        raise InputError(
+            f"{folder} holds no run with figures (metrics.json); make one with train.py or"
+            " evaluate.py"
+        )
+    found: list[Section] = []
+    groups: dict[tuple[str, str], evaluations.Records] = {}
+    for home, record in evaluated.items():
+        key = (record["collection"]["digest"], record["split"])
+        groups.setdefault(key, {})[str(home.relative_to(folder))] = record
+    several = len(groups) > 1
+    if several:
+        found.append(_overview(groups))
+    for number, of_group in enumerate(groups.values(), 1):
+        prefix = f"{number}-" if several else ""
+        read = evaluations.gathered(folder, of_group, prefix)
+        found += evaluations.evaluations(read, FEW if several else evaluations.SHOWN)
+    found += trainings.trainings(folder, trained[:MOST_TRAININGS])
+    configs = [path.parent for path in sorted(folder.rglob("config.yaml"), key=_time)]
+    found += trainings.made_by(folder, configs)
+    counted = [(len(evaluated), "evaluation"), (len(trained), "training")]
+    line = ", ".join(f"{n} {what}{'s' * (n > 1)}" for n, what in counted if n)
+    line += f"; last figures of {_date(homes)}"
+    facts = Facts(_facts(list(evaluated.values())))
+    return Page(
+        _title(folder), line, [Section("Facts", "facts", [facts]), *found], _command(folder)
+    )
+
+
+def of_sweep(folder: Path) -> Page:
+    """The page of a sweep: its table, curves over what it varies, and its jobs."""
+    varied, measures, rows, failed = sweep.collect(folder)
+    labels = sweep.labelled(folder)
+    records = {home: systems.read_metrics(home) or {} for home in labels}
+    results: list[Block] = []
+    if rows and measures:
+        results += [*sweep.tables(folder), *sweep.plots(folder)[:MOST_MEASURES]]
+    for job, reason in failed:
+        results.append(Note(f"Not finished: {job}: {reason}"))
+    found = [Section("Results", "results", results)]
+    evaluated = {h: r for h, r in records.items() if r.get("overall") and "run" in r}
+    asked = {(r["collection"]["digest"], r["split"]) for r in evaluated.values()}
+    if len(asked) == 1:
+        # Each job is one system: its last stage.
+        alone = {
+            str(home.relative_to(folder)): {**record, "stages": record["stages"][-1:]}
+            for home, record in evaluated.items()
+        }
+        names = {str(home.relative_to(folder)): labels[home] or home.name for home in evaluated}
+        of = evaluations.gathered(folder, alone, names=names)
+        results += evaluations.by_query(of)
+        if of.comparison is not None and len(of.order) > 1:
+            last = len(of.comparison.systems) - 1
+            found += evaluations.comparisons(of.comparison, [(0, last)])
+    read = {labels[home] or home.name: curves.read(home) for home in labels}
+    watched = next((r["monitored"] for r in records.values() if r.get("monitored")), None)
+    drawn = [
+        trainings.overlaid(read, tag, "curves")
+        for tag in ("train/loss", watched)
+        if tag is not None
+    ]
+    if some := [plot for plot in drawn if plot is not None]:
+        found.append(Section("Training", "training", some))
+    found += trainings.made_by(folder, list(labels))
+    line = f"a sweep over {', '.join(varied) or 'nothing'}: {len(labels)} jobs finished"
+    line += f", {len(failed)} not" if failed else ""
+    line += f"; last figures of {_date(list(labels))}" if labels else ""
+    facts = Facts(_facts(list(records.values())))
+    return Page(
+        _title(folder), line, [Section("Facts", "facts", [facts]), *found], _command(folder)
+    )
+
+
+def of_comparison(comparison: Comparison, command: str, count: int) -> Page:
+    """The page of `compare`."""
+    last = len(comparison.systems) - 1
+    (results, *_) = tables_of(comparison)
+    found = [
+        Section("Results", "results", [results, evaluations.means(comparison)]),
+        *evaluations.comparisons(comparison, [(i, last) for i in range(last)][:4], count=count),
+    ]
+    line = f"{' · '.join(comparison.names)}, on {len(comparison.query_rows):,} queries"
+    return Page("A comparison", line, found, command)
+
+
+def _overview(groups: dict[tuple[str, str], evaluations.Records]) -> Section:
+    """Every collection in one table: the first measure of each system, and its mean."""
+    by_system: dict[str, dict[str, float]] = {}
+    wheres, measure = [], ""
+    for records in groups.values():
+        first = next(iter(records.values()))
+        where = f"{first['collection']['name']} {first['split']}"
+        wheres.append(where)
+        for record in records.values():
+            measure = measure or next(iter(record["overall"]))
+            if measure in record["overall"]:
+                by_system.setdefault(record["system"], {})[where] = record["overall"][measure]
+    rows: list[list[Any]] = []
+    for name, of in by_system.items():
+        values = [of.get(where) for where in wheres]
+        known = [value for value in values if value is not None]
+        mean = sum(known) / len(known) if len(known) == len(wheres) else None
+        rows.append([name, *values, mean])
+    told = tables.Table(
+        "overview",
+        f"{measure} on {len(wheres)} collections; the mean where a system has all of them.",
+        ["system", *wheres, "mean"],
+        [[row[0], *(tables.NONE if v is None else f"{v:.4f}" for v in row[1:])] for row in rows],
+        strong=tables.best([row[1:] for row in rows]),
+    )
+    return Section("All collections", "overview", [told])
+
+
+def _facts(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What all runs share, or each of them has."""
+    found: dict[str, list[str]] = {}
+
+    def add(name: str, value: Any) -> None:
+        if value is not None and str(value) not in found.setdefault(name, []):
+            found[name].append(str(value))
+
+    for record in records:
+        of = record.get("collection")
+        if isinstance(of, dict):
+            add("collection", f"{of['name']} ({of['digest'][:12]})")
+        else:
+            add("collection", of)
+        add("split", record.get("split"))
+        for name in ("queries", "passages"):
+            add(name, f"{record[name]:,}" if isinstance(record.get(name), int) else None)
+        facts = record.get("facts") or {}
+        add("device", facts.get("device"))
+        add("precision", facts.get("precision"))
+        add("base model", record.get("base_model"))
+    return [*((name, ", ".join(values)) for name, values in found.items() if values)]
+
+
+def _source(plot: Plot, theme: plots.Theme) -> str:
+    svg = plot.svg(theme, small=True)
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+
+
+def _title(folder: Path) -> str:
+    return folder.resolve().name
+
+
+def _command(folder: Path) -> str:
+    return f"python -m caravan.report page {folder if not folder.is_absolute() else folder.name}"
+
+
+def _time(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _date(homes: list[Path]) -> str:
+    times = [_time(home / "metrics.json") for home in homes if (home / "metrics.json").is_file()]
+    return datetime.fromtimestamp(max(times)).strftime("%Y-%m-%d") if times else "no date"

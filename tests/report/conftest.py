@@ -1,0 +1,61 @@
+"""Evaluations of a small collection, made once: BM25, a worse system, both fused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import ir_measures
+import numpy as np
+import pytest
+from tests.commands import evaluate
+from tests.tiny import write_beir
+
+HARMFUL = '<script>document.title="hurt"</script><img src=x onerror=alert(1)> & "quoted" http://x.y'
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    beir: Path
+    folder: Path  # holds bm25/ and pipeline/, of bm25 and theirs.trec
+    theirs: Path  # a run file of another system
+
+    def per_query(self, run: Path, measure: str) -> dict[str, float]:
+        """By ir_measures, from the files alone."""
+        qrels = []
+        for line in (self.beir / "qrels/train.tsv").read_text().splitlines()[1:]:
+            query, passage, grade = line.split("\t")
+            qrels.append(ir_measures.Qrel(query, passage, int(grade)))
+        # In trec_eval's order, by scores that do not tie: tools break ties each in its way.
+        lines = [line.split() for line in run.read_text().splitlines()]
+        lines.sort(key=lambda line: (float(line[4]), line[2]))
+        ranked = [ir_measures.ScoredDoc(line[0], line[2], float(i)) for i, line in enumerate(lines)]
+        asked = [ir_measures.parse_measure(measure.replace("MRR", "RR"))]
+        found = ir_measures.iter_calc(asked, qrels, ranked)
+        return {one.query_id: one.value for one in found}
+
+
+@pytest.fixture(scope="session")
+def evaluations(tmp_path_factory: pytest.TempPathFactory) -> Evaluations:
+    home = tmp_path_factory.mktemp("report")
+    beir = write_beir(home / "data", passages=100, queries=48, longest=12)
+    for name in ("corpus", "queries"):
+        file = beir / f"{name}.jsonl"
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        for record in records:  # a text is data, whatever stands in it
+            record["text"] += f" {HARMFUL}"
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    folder = home / "runs"
+    asked = ("data.split=train", f"cache_dir={home / 'cache'}", "measures=[MRR@10,nDCG@10,R@5]")
+    evaluate(beir, folder / "bm25", "bm25", *asked)
+    theirs = home / "theirs.trec"
+    rng = np.random.default_rng(1)
+    lines = []
+    for line in (folder / "bm25/runs/bm25.train.trec").read_text().splitlines():
+        query, _, passage, rank, _, _ = line.split()
+        score = float(rng.normal(0, 3)) - int(rank)
+        lines.append(f"{query} Q0 {passage} {rank} {score:.6f} theirs\n")
+    theirs.write_text("".join(lines))
+    evaluate(beir, folder / "pipeline", f"[bm25,{theirs}]", *asked)
+    return Evaluations(beir, folder, theirs)

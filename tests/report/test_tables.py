@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from caravan.report.tables import Table, best, write
+
+TABLE = Table(
+    "results",
+    "Figures of a_b, 50 % of it; best in bold.",
+    ["sys|tem", "MRR@10", "p"],
+    [["a_b & c", "0.5000", "<.001"], ["x|y", "0.4000", "\u22120.1 ± 2"]],
+    strong=frozenset({(0, 1)}),
+)
+
+
+def test_latex_escapes_what_it_would_take_for_its_own() -> None:
+    text = TABLE.latex()
+    assert r"a\_b \& c & \textbf{0.5000} & $<$.001 \\" in text
+    assert r"x$|$y & 0.4000 & $-$0.1 $\pm$ 2 \\" in text
+    assert r"\caption{Figures of a\_b, 50 \% of it; best in bold.}" in text
+    assert r"\begin{tabular}{lrr}" in text
+    assert text.count(r"\begin{") == text.count(r"\end{") == 2
+    assert "\\" + "\\" not in text.replace("\\\\\n", "")
+
+
+def test_markdown_keeps_a_cell_in_its_column() -> None:
+    lines = TABLE.markdown().splitlines()
+    assert lines[2:] == [
+        r"| sys\|tem | MRR@10 | p |",
+        "| --- | ---: | ---: |",
+        r"| a\_b & c | **0.5000** | \<.001 |",
+        "| x\\|y | 0.4000 | \u22120.1 ± 2 |",
+    ]
+
+
+def test_the_best_of_a_column_stands_out_unless_all_are_alike() -> None:
+    assert best([[0.1, 0.5, None], [0.3, 0.5, 0.2], [0.3, 0.5, None]]) == {(1, 1), (2, 1)}
+    assert best([[0.1]]) == frozenset()
+
+
+def test_each_table_is_written_in_both_forms(tmp_path: Path) -> None:
+    write(tmp_path, [TABLE])
+    assert {path.name for path in tmp_path.iterdir()} == {"results.md", "results.tex"}
