@@ -222,6 +222,13 @@ def test_a_dataset_of_the_hub_is_no_folder() -> None:
             ["stage=adaptation", "data=hub_texts", "data.path=/no/such"],
             *(CONF, "train", config.ROOTS["train"]),
         )
+    for reader in ("tevatron", "flagembedding"):
+        given = [f"data={reader}", "data.path=org/rows"]
+        assert preflight(given, CONF, "train", config.ROOTS["train"]) == given
+        with pytest.raises(InputError, match=r"there is no file or folder rows\.jsonl"):
+            preflight(
+                [f"data={reader}", "data.path=rows.jsonl"], CONF, "train", config.ROOTS["train"]
+            )
 
 
 @pytest.mark.parametrize(

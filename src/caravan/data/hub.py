@@ -15,6 +15,7 @@ from caravan.data import jsonl
 from caravan.data.files import digests
 from caravan.errors import InputError
 
+FILES = (".jsonl", ".json", ".gz")
 SAVED = ("dataset_dict.json", "state.json")
 """What `save_to_disk` leaves in a folder."""
 
@@ -72,6 +73,8 @@ def objects(
     Args:
         remedy: ends a message: what a row should be.
     """
+    if path.endswith(FILES) and not Path(path).is_file():
+        raise InputError(f"there is no file {path}: give the path of one")
     if Path(path).is_file():
         for number, row in jsonl.objects(Path(path), remedy):
             yield f"{path}:{number}", row
