@@ -117,6 +117,26 @@ def test_mistakes_over_the_real_conf(overrides: str, wanted: str) -> None:
     assert wanted in lines[1]
 
 
+@pytest.mark.parametrize(
+    ("experiment", "reader"),
+    [
+        ("papers/repllama_passage_7b", "MsMarcoPassage"),
+        ("papers/rankllama_document_7b", "MsMarcoDocument"),
+        ("llara/finetune_document", "MsMarcoDocument"),
+        ("llara/finetune_beir", "MsMarcoPassage"),
+        ("eval/repllama_msmarco_passage", "MsMarcoPassage"),
+        ("eval/rankllama_msmarco_document", "MsMarcoDocument"),
+        ("eval/rankllama_beir", "Beir"),
+    ],
+)
+def test_experiments_on_ms_marco_read_its_own_files(experiment: str, reader: str) -> None:
+    root = "evaluate" if experiment.startswith("eval") else "train"
+    with Composer(CONF, root, config.ROOTS[root]) as composer:
+        cfg = composer.compose([f"experiment={experiment}"])
+    assert cfg.data._target_.rpartition(".")[2] == reader
+    assert cfg.data.split == ("test" if reader == "Beir" else "dev")
+
+
 def test_a_backbone_brings_its_own_contract() -> None:
     cfg = compose(CONF, "train", ["backbone=minilm"])
     assert (cfg.contract.pooling, cfg.contract.append_eos) == ("mean", False)
@@ -222,6 +242,13 @@ def test_a_dataset_of_the_hub_is_no_folder() -> None:
             ["stage=adaptation", "data=hub_texts", "data.path=/no/such"],
             *(CONF, "train", config.ROOTS["train"]),
         )
+    for reader in ("tevatron", "flagembedding"):
+        given = [f"data={reader}", "data.path=org/rows"]
+        assert preflight(given, CONF, "train", config.ROOTS["train"]) == given
+        with pytest.raises(InputError, match=r"there is no file or folder rows\.jsonl"):
+            preflight(
+                [f"data={reader}", "data.path=rows.jsonl"], CONF, "train", config.ROOTS["train"]
+            )
 
 
 @pytest.mark.parametrize(

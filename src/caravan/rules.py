@@ -32,6 +32,9 @@ MEASURE = re.compile(rf"(?!nDCG\()({'|'.join(MEASURES)})(\(rel=[1-9]\d*\))?@[1-9
 """What `caravan.retrieval.metrics.parse_measure` takes."""
 DISTILLING = ("KL", "MarginMSE")
 """Losses of `caravan.training.losses` that learn from a teacher."""
+OF_HUB = ("HubTexts", "Tevatron", "FlagEmbedding")
+"""Readers whose `path` may be a dataset of the Hugging Face hub."""
+LIKE_PATHS, LIKE_FILES = ("/", "./", "../", "~"), (".jsonl", ".json", ".gz", ".tsv", ".txt")
 GIVEN_BY_RUN = (
     *("precision", "strategy", "logger", "callbacks", "plugins", "default_root_dir"),
     *("use_distributed_sampler", "num_sanity_val_steps"),
@@ -525,8 +528,9 @@ def _given_or_default(node: DictConfig, name: str) -> Any:
 
 def _is_hub_id(node: DictConfig) -> bool:
     """Whether `path` may name a dataset of the hub, and does not look like a path."""
-    of_hub = str(value(node, "_target_")).rpartition(".")[2] == "HubTexts"
-    return of_hub and not str(value(node, "path")).startswith(("/", "./", "../", "~"))
+    of_hub = str(value(node, "_target_")).rpartition(".")[2] in OF_HUB
+    path = str(value(node, "path"))
+    return of_hub and not path.startswith(LIKE_PATHS) and not path.endswith(LIKE_FILES)
 
 
 def _nearest(path: str, *others: str) -> str | None:

@@ -52,7 +52,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     [
         ("{", r"a\.jsonl:2: not JSON .*every line is one object"),
         ('{"body": "salt"}', r"a\.jsonl:2: no text"),
-        ('["salt"]', r"a\.jsonl:2: no text"),
+        ('["salt"]', r"a\.jsonl:2: JSON, but not an object: every line"),
         ('{"text": "salt", "title": 3}', r"a\.jsonl:2: title is not a string"),
     ],
 )

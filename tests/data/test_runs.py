@@ -184,6 +184,30 @@ def test_ms_marco_files_have_ranks_for_scores(tmp_path: Path, names: Collection)
 
 
 @pytest.mark.parametrize("block", [40, 97, 1000])
+def test_ms_marco_candidates_come_with_their_texts_and_without_an_order(
+    tmp_path: Path, names: Collection, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(trec, "BLOCK_BYTES", block)
+    lines = ["q2\tp5\ta query\tits passage, of words", "q1\tp6\tone\tx y z", "q2\tp7\ta query\t"]
+    run = read_run(text_of(tmp_path, "\n\n".join(lines)), names.queries, names.corpus)
+    assert names.corpus.ids(run.of(2)[0]) == ["p7", "p5"]  # as trec_eval orders what is equal
+    assert names.corpus.ids(run.of(1)[0]) == ["p6"]
+    assert run.scores.tolist() == [0, 0, 0]
+    cut = read_run(text_of(tmp_path, "\n".join(lines)), names.queries, names.corpus, depth=1)
+    assert names.corpus.ids(cut.of(2)[0]) == ["p7"]
+    for wrong, told in (
+        ("q1\tp1\ta\tb\tc", "x.trec:4 has 5 columns where the lines above have 4"),
+        ("q1\tp1\ta", "x.trec:4 has 3 columns where the lines above have 4"),
+        ("q1\tp 1\ta\tb", "x.trec:4 has an id that is empty or has white space"),
+        ("q1\t\ta\tb", "x.trec:4 has an id that is empty or has white space"),
+        ("q1\tp99999\ta\tb", "x.trec:4 names passage 'p99999'"),
+    ):
+        path = text_of(tmp_path, "\n".join([*lines, wrong, lines[0].replace("p5", "p8")]))
+        with pytest.raises(InputError, match=told):
+            read_run(path, names.queries, names.corpus)
+
+
+@pytest.mark.parametrize("block", [40, 97, 1000])
 def test_files_longer_than_a_block_are_read_whole(
     tmp_path: Path, names: Collection, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:

@@ -141,8 +141,19 @@ def test_a_second_use_opens_and_a_changed_file_or_setting_builds_anew(tmp_path: 
     assert again.folder == first.folder
     assert (again.folder / "collection.json").stat().st_mtime_ns == made
     assert build(path, "count").folder != first.folder
-    facts = (path / "queries.jsonl").stat()
-    os.utime(path / "queries.jsonl", ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
-    touched = build(path)
-    assert touched.folder != first.folder
-    assert touched.digest == first.digest
+    size = (path / "queries.jsonl").stat().st_size
+    (path / "queries.jsonl").write_bytes(QUERIES.replace(b"two", b"too"))
+    assert (path / "queries.jsonl").stat().st_size == size
+    changed = build(path)
+    assert changed.folder != first.folder
+    assert changed.digest != first.digest
+
+
+def test_a_touched_or_moved_folder_is_found_again(tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    first = build(path)
+    os.utime(path / "queries.jsonl", ns=(0, 0))
+    assert build(path).folder == first.folder
+    moved = path.rename(tmp_path / "elsewhere")
+    found = Beir(str(moved), name="set").collection(tmp_path / "cache")
+    assert found.folder == first.folder

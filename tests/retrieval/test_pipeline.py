@@ -11,11 +11,14 @@ import ir_measures
 import pytest
 from omegaconf import OmegaConf
 from tests.commands import ROOT, evaluate, evaluate_arguments, train
+from tests.files import put
 from tests.tiny import write_beir
 
 from caravan import manifest
+from caravan.compose import compose
 from caravan.errors import InputError
 from caravan.retrieval import stages
+from caravan.retrieval.pipeline import evaluate as evaluate_config
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,36 @@ def test_figures_are_those_of_trec_tools_on_the_run_file(
     assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert len(metrics["per_query"]["MRR@10"]) == metrics["queries"] == 4
     assert metrics["seconds"] > 0
+
+
+def test_trec_dl_counts_from_grade_two_on_and_says_so(tmp_path: Path) -> None:
+    texts = {f"p{i}": f"camel {'caravan ' * i} salt {i}" for i in range(12)}
+    folder = put(
+        tmp_path / "msmarco",
+        {
+            "collection.tsv": "".join(f"{name}\t{text}\n" for name, text in texts.items()),
+            "msmarco-test2019-queries.tsv": "1\tcamel caravan\n2\tsalt 7\n3\tnobody judged\n",
+            "2019qrels-pass.txt": "1 Q0 p3 1\n1 Q0 p2 2\n1 Q0 p0 3\n2 Q0 p7 1\n2 Q0 p9 0\n",
+        },
+    )
+    given = [
+        *("data=msmarco_passage", f"data.path={folder}", "data.split=dl19", "retriever=bm25"),
+        *(f"cache_dir={tmp_path}", f"run_dir={tmp_path / 'run'}", "num_workers=0"),
+        'measures=[MRR@10,nDCG@10,R@100,"MRR(rel=1)@10"]',
+    ]
+    metrics = evaluate_config(compose(ROOT / "conf", "evaluate", given))
+    qrels = [*ir_measures.read_trec_qrels(str(folder / "2019qrels-pass.txt"))]
+    run = [*ir_measures.read_trec_run(str(tmp_path / "run" / metrics["run"]))]
+    wanted = {
+        "MRR(rel=2)@10": ir_measures.RR(rel=2) @ 10,
+        "nDCG@10": ir_measures.nDCG @ 10,
+        "R(rel=2)@100": ir_measures.R(rel=2) @ 100,
+        "MRR(rel=1)@10": ir_measures.RR @ 10,
+    }
+    found = ir_measures.calc_aggregate(wanted.values(), qrels, run)
+    assert metrics["overall"] == pytest.approx({name: found[of] for name, of in wanted.items()})
+    assert metrics["overall"]["MRR(rel=2)@10"] < metrics["overall"]["MRR(rel=1)@10"]
+    assert metrics["queries"] == 2
 
 
 @pytest.mark.parametrize("system", ["bm25", "dense"])

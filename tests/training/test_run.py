@@ -52,6 +52,36 @@ def test_a_run_leaves_model_figures_curves_and_checkpoints(
     folder.load(run_dir / "model")
 
 
+def test_rows_of_other_toolkits_train_with_their_own_negatives_and_teacher(
+    beir: Path, tmp_path: Path
+) -> None:
+    corpus = [json.loads(line) for line in (beir / "corpus.jsonl").read_text().splitlines()]
+    texts = [row["text"] for row in corpus]
+    rows = [
+        {
+            "query": " ".join(texts[i].split()[:3]),
+            "pos": [texts[i]],
+            "neg": [texts[(i + at) % 60] for at in (1, 2, 3)],
+            "pos_scores": [3.0],
+            "neg_scores": [1.0, -1.0, 0.5],
+        }
+        for i in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = [
+        *("data=flagembedding", f"data.path={tmp_path / 'rows.jsonl'}", "data.held_out=0.2"),
+        *("loss=infonce_kl", "sampler.runs=[data:negatives]", "sampler.teacher=data:teacher"),
+        "trainer.max_steps=4",
+    ]
+    best = train(beir, tmp_path / "run", *own)
+    assert best is not None
+    record = manifest.read(tmp_path / "run" / "model")
+    assert record is not None
+    assert list(record["inputs"]["runs"]) == ["data:negatives", "data:teacher"]
+    with pytest.raises(InputError, match="has no run data:bm25: there are data:negatives"):
+        train(beir, tmp_path / "other", *own, "sampler.runs=[data:bm25]")
+
+
 def test_tensorboard_holds_the_curves(finished: tuple[Path, float | None]) -> None:
 
     events = EventAccumulator(str(finished[0] / "tensorboard"))

@@ -26,14 +26,16 @@ from typing import Any
 
 import numpy as np
 
+from caravan.data.byid import ById, Judgement, Scored
+from caravan.data.runs import write_run
 from caravan.data.texts import Place, Record, Texts, write_texts
 from caravan.errors import InputError
 
 FORMAT = 1
 """Version of the folder's layout; a folder of another version is built anew."""
 
-Judgement = tuple[str, str, int]
-"""(query id, passage id, grade)."""
+OWN = "data:"
+"""What the name of a run begins with that came with the collection: `data:negatives`."""
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +87,9 @@ class Collection:
     queries: Texts
     splits: tuple[str, ...]
     facts: dict[str, Any] = field(default_factory=dict)  # counts, what was skipped or unknown
+    runs: tuple[str, ...] = ()  # those that came with the source: runs/<name>.trec
+    relevant_from: dict[str, int] = field(default_factory=dict)
+    """The lowest grade that is relevant, of each split where it is not 1 (TREC DL's passages)."""
 
     @classmethod
     def open(cls, folder: str | Path) -> Collection:
@@ -119,6 +124,8 @@ class Collection:
                 queries=queries,
                 splits=tuple(manifest["splits"]),
                 facts=manifest["facts"],
+                runs=tuple(manifest.get("runs", ())),
+                relevant_from=manifest.get("relevant_from", {}),
             )
         except FileNotFoundError as error:
             raise InputError(
@@ -145,6 +152,21 @@ class Collection:
         with np.load(self.folder / "qrels" / f"{split}.npz") as stored:
             return Qrels(stored["query_rows"], stored["passage_rows"], stored["grades"])
 
+    def run_path(self, name: str | Path) -> Path:
+        """The file of a run: a path, or `data:<name>` for one that came with the collection.
+
+        Raises:
+            InputError: no such run came with it; names those that did.
+        """
+        if not str(name).startswith(OWN):
+            return Path(name)
+        own = str(name).removeprefix(OWN)
+        if own not in self.runs:
+            there = ", ".join(f"{OWN}{run}" for run in self.runs)
+            told = f"there are {there}" if there else "it came without any; give a run file"
+            raise InputError(f"collection {self.name} has no run {name}: {told}")
+        return self.folder / "runs" / f"{own}.trec"
+
 
 def write_collection(
     folder: str | Path,
@@ -156,6 +178,8 @@ def write_collection(
     facts: Mapping[str, Any] | None = None,
     where: Place | None = None,
     unknown_ids: str = "refuse",
+    runs: Mapping[str, Iterable[Scored]] | None = None,
+    relevant_from: Mapping[str, int] | None = None,
 ) -> Collection:
     """Stream records into a new collection folder and open it.
 
@@ -167,9 +191,12 @@ def write_collection(
         corpus, queries: (id, title, text), ids unique within each and free of white space.
         qrels: judgements of each split, `{"test": [(query id, passage id, grade), ...]}`.
         facts: anything countable about the source; read at the end, so a generator may fill it.
-        where: names the place of the n-th record of a part ("corpus", "queries", "qrels/test"),
-            for messages, such as "corpus.jsonl:12".
+        where: names the place of the n-th record of a part ("corpus", "queries", "qrels/test",
+            "runs/negatives"), for messages, such as "corpus.jsonl:12".
         unknown_ids: "refuse" a judgement of an id that is nowhere, or "count" it and go on.
+        runs: lines of runs that come with the source; of a passage that a query has twice, the
+            best score stays. A run without a line is left out.
+        relevant_from: of a split, the lowest grade that is relevant, if it is not 1.
 
     Raises:
         InputError: empty corpus, duplicate id, id with white space, unknown or contradictory
@@ -197,12 +224,16 @@ def write_collection(
             raise InputError(f"the corpus of {name} is empty ({place('corpus', 0)}): add passages")
         (draft / "qrels").mkdir()
         known["judgements"] = {}
-        skipped = {"unknown_ids": 0, "repeated_judgements": 0}
+        rows = ById(texts["corpus"], texts["queries"], place, unknown_ids)
         for split, judgements in qrels.items():
-            digests[f"qrels/{split}"], known["judgements"][split] = _write_qrels(
-                draft, split, judgements, texts["corpus"], texts["queries"], place,
-                unknown_ids, skipped,
-            )  # fmt: skip
+            kept = Qrels(*rows.judgements(f"qrels/{split}", judgements))
+            digests[f"qrels/{split}"] = _write_qrels(draft, split, kept)
+            known["judgements"][split] = len(kept)
+        written_runs = []
+        for own, scored in (runs or {}).items():
+            if (run := rows.run(own, scored)) is not None:
+                write_run(draft / "runs" / f"{own}.trec", run, texts["queries"], texts["corpus"])
+                written_runs.append(own)
         manifest = {
             "format": "caravan collection",
             "version": FORMAT,
@@ -212,7 +243,9 @@ def write_collection(
             ).hexdigest(),
             "digests": digests,
             "splits": list(qrels),
-            "facts": {**known, **skipped, **(facts or {})},
+            "runs": written_runs,
+            "relevant_from": dict(relevant_from or {}),
+            "facts": {**known, **rows.skipped, **(facts or {})},
         }
         with open(draft / "collection.json", "w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=2, ensure_ascii=False)
@@ -262,48 +295,8 @@ def cached_collection(
         return collection
 
 
-def _write_qrels(
-    folder: Path,
-    split: str,
-    judgements: Iterable[Judgement],
-    corpus: Texts,
-    queries: Texts,
-    place: Place,
-    unknown_ids: str,
-    skipped: dict[str, int],
-) -> tuple[str, int]:
-    """Write `qrels/<split>.npz`; return digest and number of judgements kept."""
-    part = f"qrels/{split}"
-    triples = list(judgements)
-    query_rows = queries.rows([query for query, _, _ in triples])
-    passage_rows = corpus.rows([passage for _, passage, _ in triples])
-    grades = np.fromiter((grade for _, _, grade in triples), np.int32, len(triples))
-    unknown = (query_rows < 0) | (passage_rows < 0)
-    if unknown_ids == "refuse" and unknown.any():
-        at = int(np.argmax(unknown))
-        kind, name = (
-            ("query", triples[at][0]) if query_rows[at] < 0 else ("passage", triples[at][1])
-        )
-        raise InputError(
-            f"{place(part, at)}: the {kind} id {name!r} is unknown (unknown ids in this split: "
-            f"{int(unknown.sum())}): correct it, or set unknown_ids=count to leave such lines out"
-        )
-    at_line = np.flatnonzero(~unknown)
-    order = np.lexsort((at_line, passage_rows[at_line], query_rows[at_line]))
-    at_line = at_line[order]
-    same = (np.diff(query_rows[at_line]) == 0) & (np.diff(passage_rows[at_line]) == 0)
-    for low in np.flatnonzero(same):
-        first, second = (int(at) for at in at_line[low : low + 2])
-        if grades[first] != grades[second]:
-            query, passage, grade = triples[second]
-            raise InputError(
-                f"{place(part, second)}: query {query!r} and passage {passage!r} get grade "
-                f"{grade}, but {grades[first]} at {place(part, first)}: keep one of the two lines"
-            )
-    at_line = at_line[np.concatenate([[True], ~same])] if len(at_line) else at_line
-    skipped["unknown_ids"] += int(unknown.sum())
-    skipped["repeated_judgements"] += int(same.sum())
-    kept = Qrels(query_rows[at_line], passage_rows[at_line], grades[at_line])
+def _write_qrels(folder: Path, split: str, kept: Qrels) -> str:
+    """Write `qrels/<split>.npz`; return its digest."""
     np.savez(
         folder / "qrels" / f"{split}.npz",
         query_rows=kept.query_rows, passage_rows=kept.passage_rows, grades=kept.grades,
@@ -311,4 +304,4 @@ def _write_qrels(
     content = hashlib.blake2b(digest_size=16)
     for values in (kept.query_rows, kept.passage_rows, kept.grades):
         content.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
-    return content.hexdigest(), len(kept)
+    return content.hexdigest()

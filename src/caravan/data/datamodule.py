@@ -76,6 +76,7 @@ class DataModule(pl.LightningDataModule):
         self.dev_split = dev_split
         self.training = training
         self.dev_qrels = _NONE
+        self.relevant_from = 1  # the lowest grade that counts in measures without grades
         self.candidates: Run | None = None
         if dev_split is not None:
             self.ask(dev_split, queries, passages, run, run_depth)
@@ -90,6 +91,7 @@ class DataModule(pl.LightningDataModule):
     ) -> None:
         """Let the validation ask the queries of a split; arguments as for the class."""
         dev = self.collection.qrels(split)
+        self.relevant_from = self.collection.relevant_from.get(split, 1)
         self.dev_qrels = dev if queries is None else _first_queries(dev, queries, self.seed)
         if not len(_with_relevant(self.dev_qrels)):
             raise InputError(
@@ -113,7 +115,7 @@ class DataModule(pl.LightningDataModule):
                 "a reranker's validation puts the candidates of a run into order: give a run over"
                 f" the {self.dev_split} queries as validation.run"
             )
-        run = read_run(path, self.collection.queries, self.collection.corpus, depth=depth)
+        run = self._read(path, depth)
         kept = run.only(self.dev_qrels.queries)
         if not len(kept):
             raise InputError(
@@ -129,7 +131,7 @@ class DataModule(pl.LightningDataModule):
             return np.arange(corpus)
         chosen = [self.dev_qrels.passage_rows]
         if run is not None:
-            top = read_run(run, self.collection.queries, self.collection.corpus, depth=depth)
+            top = self._read(run, depth)
             chosen += [top.of(int(row))[0] for row in self.dev_qrels.queries]
         rows = np.unique(np.concatenate(chosen))
         if len(rows) < size:
@@ -137,6 +139,10 @@ class DataModule(pl.LightningDataModule):
             fill = np.random.default_rng(self.seed).choice(others, size - len(rows), replace=False)
             rows = np.union1d(rows, fill)
         return rows
+
+    def _read(self, run: str, depth: int) -> Run:
+        path = self.collection.run_path(run)
+        return read_run(path, self.collection.queries, self.collection.corpus, depth=depth)
 
     def train_dataloader(self) -> TrainLoader:
         order = self._order()

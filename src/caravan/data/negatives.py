@@ -9,21 +9,25 @@ after a resume and on any number of ranks. No positive of the query is ever amon
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from caravan.data.collection import Collection, Qrels
+from caravan.data.collection import OWN, Collection, Qrels
 from caravan.data.runs import Run, read_run
 from caravan.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 class Negatives:
     """Chooses the group [positive, negative, ...] of a query.
 
     Args:
-        runs: run files over the training queries; none means passages drawn from the corpus.
+        runs: run files over the training queries, or data:negatives where training rows came with
+            their own; none means passages drawn from the corpus.
         number: negatives a query.
         depth: how many of each run's passages are candidates, from the top.
         skip: leave out this many at the top, where unjudged positives gather.
@@ -85,16 +89,22 @@ class Negatives:
                 f" {most} are positives of one query, which leaves too few; set it to {others} or"
                 " less"
             )
+        texts = collection.queries, collection.corpus
         self._runs = [
-            read_run(path, collection.queries, collection.corpus, depth=self.depth)
-            for path in self.paths
+            read_run(collection.run_path(path), *texts, depth=self.depth) for path in self.paths
         ]
+        if not self.paths and self.number and "negatives" in collection.runs:
+            log.warning(
+                "%s came with negatives of its own, which are not used: sampler.runs=[%snegatives]"
+                " takes them",
+                *(collection.name, OWN),
+            )
         self._qrels = qrels
         self._corpus_size = len(collection.corpus)
         self._seed = seed
         checked = list(zip(self.paths, self._runs, strict=True))
         if self.teacher_path:
-            self._teacher = read_run(self.teacher_path, collection.queries, collection.corpus)
+            self._teacher = read_run(collection.run_path(self.teacher_path), *texts)
             checked.append((self.teacher_path, self._teacher))
         for path, run in checked:
             if not np.isin(qrels.queries, run.query_rows).any():

@@ -9,17 +9,19 @@ Wikipedia takes disk and no memory, and a run that is resumed finds the same one
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from caravan.data import hub
 from caravan.data.collection import Collection, cache_key, cached_collection, write_collection
-from caravan.data.files import lines, stamp, text_of
+from caravan.data.files import digests, lines, text_of
+from caravan.data.jsonl import objects
 from caravan.data.texts import Record
 from caravan.errors import InputError
 
 SUFFIXES = (".jsonl", ".txt")
 DOCUMENTS = ("file", "line")
+REMEDY = 'every line is one object such as {"text": "..."}'
 
 
 class TextFiles:
@@ -56,7 +58,7 @@ class TextFiles:
             InputError: there is no text, or a file is wrong; says which, and at which line.
         """
         files = self._files()
-        key = cache_key("texts", str(self.path.resolve()), list(map(stamp, files)), self.documents)
+        key = cache_key("texts", list(map(_kind, files)), digests(files, cache_dir), self.documents)
         return cached_collection(cache_dir, self.name, key, lambda to: self._build(to, files))
 
     def _files(self) -> list[Path]:
@@ -84,8 +86,8 @@ class TextFiles:
     def _documents(self, file: Path) -> Iterator[tuple[str, str]]:
         """(title, text) of each."""
         if _kind(file) == ".jsonl":
-            for number, line in lines(file):
-                yield _fields(f"{file}:{number}", text_of(file, number, line))
+            for number, fields in objects(file, REMEDY):
+                yield _document(f"{file}:{number}", fields)
         elif self.documents == "line":
             for number, line in lines(file):
                 yield "", text_of(file, number, line).strip()
@@ -131,10 +133,8 @@ class HubTexts:
         Raises:
             InputError: the dataset is not to be had, or lacks a column.
         """
-        inside = Path(self.path).rglob("*") if Path(self.path).is_dir() else ()
-        files = sorted(file for file in inside if file.is_file())
         settings = [self.path, self.config, self.subset, self.text, self.title, self.revision]
-        key = cache_key("hub", settings, list(map(stamp, files)))
+        key = cache_key("hub", settings, hub.contents(self.path, cache_dir))
         return cached_collection(cache_dir, self.name, key, self._build)
 
     def _build(self, folder: Path) -> Collection:
@@ -157,43 +157,19 @@ class HubTexts:
         )
 
     def _rows(self) -> Iterator[dict[str, object]]:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetNotFoundError
-
-        try:
-            rows = load_dataset(
-                self.path, self.config, split=self.subset, revision=self.revision, streaming=True
-            )
-        except (DatasetNotFoundError, OSError, ValueError) as error:
-            told = str(error).strip().splitlines()[0].rstrip(".")
-            raise InputError(f"{self.path}: no dataset could be loaded ({told})") from None
-        columns = rows.column_names or ()
-        for given in filter(None, (self.text, self.title)):
-            if columns and given not in columns:
-                there = ", ".join(columns)
-                raise InputError(f"{self.path} has no column {given!r}; there are {there}")
-        try:
-            yield from rows
-        except (OSError, ValueError) as error:  # pyarrow's are ValueErrors
-            told = str(error).strip().splitlines()[0].rstrip(".")
-            raise InputError(f"{self.path}: a file of the dataset is broken ({told})") from None
+        columns = [column for column in (self.text, self.title) if column]
+        return hub.rows(self.path, self.config, self.subset, self.revision, columns)
 
 
 def _kind(file: Path) -> str:
     return Path(file.name.removesuffix(".gz")).suffix if file.is_file() else ""
 
 
-def _fields(place: str, line: str) -> tuple[str, str]:
+def _document(place: str, fields: dict[str, object]) -> tuple[str, str]:
     """Title and text of a line of jsonl."""
-    remedy = 'every line is one object such as {"text": "..."}'
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        told = getattr(error, "msg", error)
-        raise InputError(f"{place}: not JSON ({told}): {remedy}") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
-        raise InputError(f"{place}: no text: {remedy}")
+    if not isinstance(text := fields.get("text"), str):
+        raise InputError(f"{place}: no text: {REMEDY}")
     title = fields.get("title") or ""
     if not isinstance(title, str):
-        raise InputError(f"{place}: title is not a string: {remedy}")
-    return title, fields["text"]
+        raise InputError(f"{place}: title is not a string: {REMEDY}")
+    return title, text

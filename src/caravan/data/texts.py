@@ -26,6 +26,7 @@ from caravan.progress import track
 BATCH_ROWS = 16_384
 MAPPED_BYTES = 64 * 2**20  # about so much of the file is mapped at a time
 AROUND = 64 * 2**10  # what the kernel maps around a byte that is touched
+INDEX_ROWS = 1 << 20  # written at a time
 BATCH_BYTES = 64 * 2**20  # long texts: a record batch is closed early, whatever its rows
 
 Record = tuple[str, str, str]
@@ -206,11 +207,20 @@ def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place
         if batch or not hashes:
             flush()
         writer.finalize()
-    values = np.array(hashes, dtype=np.uint64)
-    order = np.argsort(values, kind="stable")
-    np.save(folder / f"{part}.ids.npy", np.stack([values[order], order.astype(np.uint64)]))
+    _write_index(folder / f"{part}.ids.npy", hashes)
     _refuse_duplicates(Texts(folder, part), place)
     return Written(content.hexdigest(), len(hashes), repaired)
+
+
+def _write_index(path: Path, hashes: array[int]) -> None:
+    """The hashes in ascending order and the row of each, written through a mapped file."""
+    values = np.frombuffer(hashes, dtype=np.uint64) if hashes else np.empty(0, np.uint64)
+    order = np.argsort(values, kind="stable")
+    index = np.lib.format.open_memmap(path, "w+", np.dtype(np.uint64), (2, len(values)))
+    for start in range(0, len(order), INDEX_ROWS):
+        span = slice(start, start + INDEX_ROWS)
+        index[0, span], index[1, span] = values[order[span]], order[span]
+    index.flush()
 
 
 def id_hash(name: bytes) -> int:

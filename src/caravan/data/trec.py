@@ -1,4 +1,7 @@
-"""The text of a run file as columns: TREC's six or MS MARCO's three, checked line by line.
+"""The text of a run file as columns: TREC's six, MS MARCO's three or four, checked line by line.
+
+MS MARCO's top1000 files have four columns between tabs: query id, passage id, and both texts. They
+are no ranking: the candidates of a query stand in any order, so all have one score.
 
 A run of a large collection has millions of lines, so nothing here walks over lines in Python:
 megabytes are checked as arrays of bytes (columns of each line, UTF-8), brought to one space
@@ -21,6 +24,7 @@ from pyarrow import csv
 from caravan.errors import InputError
 
 BLOCK_BYTES = 1 << 24  # of text held at once while reading: 16 MB, about 400,000 lines
+TOP1000 = 4  # columns between tabs
 WHITE = np.isin(np.arange(256), list(b" \t\n\r\x0b\x0c"))  # what divides columns, by byte
 
 
@@ -30,7 +34,7 @@ class RunColumns(NamedTuple):
     tag: str
     query_ids: Any  # pyarrow.DictionaryArray [n] of strings
     passage_ids: Any  # pyarrow.DictionaryArray [n] of strings
-    scores: np.ndarray  # [n] float32; 1 / rank where the file has ranks and no scores
+    scores: np.ndarray  # [n] float32; 1 / rank where the file has ranks and no scores, else 0
     lines: np.ndarray  # [n] int64, line numbers from 1
 
 
@@ -47,33 +51,39 @@ def read_columns(path: Path) -> RunColumns:
 
 
 def column_blocks(path: Path) -> Iterator[RunColumns]:
-    """Read a run file, plain or .gz; the first line decides between six and three columns.
+    """Read a run file, plain or .gz; the first line decides between the formats.
 
     Raises:
         InputError: No such file, no line, not gzip, not UTF-8, a wrong number of columns, or a
             score that is not a finite number.
     """
     tag, columns = "", 0
-    for lines, counts, separators, data in _blocks(path):
+    for lines, counts, tabs, separators, data in _blocks(path):
         if not columns:
             columns = int(counts[0])
-            if columns not in (3, 6):
+            if tabs[0] == TOP1000 - 1:
+                columns = TOP1000
+            elif columns not in (3, 6):
                 raise InputError(
                     f"{path}:{lines[0]} has {columns} columns; a run has six "
                     "(query Q0 passage rank score tag) or, as MS MARCO writes it, three "
-                    "(query passage rank)"
+                    "(query passage rank) or four between tabs (query, passage, and their texts)"
                 )
             first = data[: separators[columns - 1]].tobytes().split()
             tag = first[5].decode() if columns == 6 else "msmarco"
+        counts = tabs + 1 if columns == TOP1000 else counts
         if (wrong := counts != columns).any():
             i = int(wrong.argmax())
             raise InputError(
                 f"{path}:{lines[i]} has {counts[i]} columns where the lines above have {columns}; "
                 "mend or remove the line"
             )
-        query_ids, passage_ids, scores = _parse(
-            _normal(data, separators, columns), columns, path, lines
-        )
+        if columns == TOP1000:
+            query_ids, passage_ids, scores = _ids(data, path, lines)
+        else:
+            query_ids, passage_ids, scores = _parse(
+                _normal(data, separators, columns), columns, path, lines
+            )
         yield RunColumns(
             tag, query_ids.combine_chunks(), passage_ids.combine_chunks(), scores, lines
         )
@@ -85,11 +95,11 @@ def _joined(columns: tuple[Any, ...]) -> Any:
     return pa.chunked_array(list(columns)).unify_dictionaries().combine_chunks()
 
 
-def _blocks(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+def _blocks(path: Path) -> Iterator[tuple[np.ndarray, ...]]:
     """Whole lines, some megabytes at a time; lines without any token are passed over.
 
-    Yields line numbers [n], columns of each [n], the place of the white space after each token
-    [tokens] and the bytes. All of it is vectorised: every line of millions is checked.
+    Yields line numbers [n], columns and tabs of each [n], the place of the white space after each
+    token [tokens] and the bytes. All of it is vectorised: every line of millions is checked.
     """
     if not path.is_file():
         raise InputError(f"there is no run file {path}; check the path")
@@ -110,7 +120,9 @@ def _blocks(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np
                 counts = np.diff(np.searchsorted(separators, ends, side="right"), prepend=0)
                 full = np.flatnonzero(counts)
                 if len(full):
-                    yield full + number + 1, counts[full], separators, data
+                    found = np.flatnonzero(data == ord("\t"))
+                    tabs = np.diff(np.searchsorted(found, ends), prepend=0)
+                    yield full + number + 1, counts[full], tabs[full], separators, data
                 number += len(ends)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(
@@ -128,12 +140,39 @@ def _normal(data: np.ndarray, separators: np.ndarray, columns: int) -> np.ndarra
     return data[keep]
 
 
+def _ids(data: np.ndarray, path: Path, lines: np.ndarray) -> tuple[Any, Any, np.ndarray]:
+    """Query ids, passage ids and zeros of lines whose first two of four columns are the ids."""
+    spaces = WHITE[data]
+    ends = np.flatnonzero(data == ord("\n"))
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    tokens = np.diff(np.searchsorted(np.flatnonzero(~spaces), np.append(starts, len(data))))
+    starts = starts[tokens > 0]
+    tabs = np.flatnonzero(data == ord("\t"))
+    at = np.searchsorted(tabs, starts)
+    middle, end = tabs[at], tabs[at + 1]
+    kept = np.zeros(len(data) + 1, dtype=np.int8)
+    kept[starts], kept[end] = 1, -1
+    keep = np.cumsum(kept[:-1], dtype=np.int8) > 0
+    inside = keep & spaces
+    inside[middle] = False
+    wrong = (middle == starts) | (end == middle + 1) | np.add.reduceat(inside, starts)
+    if wrong.any():
+        raise InputError(
+            f"{path}:{lines[int(wrong.argmax())]} has an id that is empty or has white space; mend "
+            "or remove the line"
+        )
+    keep[end] = True
+    data = data.copy()
+    data[middle], data[end] = ord(" "), ord("\n")
+    return _parse(data[keep], 2, path, lines)
+
+
 def _parse(
     data: np.ndarray, columns: int, path: Path, lines: np.ndarray
 ) -> tuple[Any, Any, np.ndarray]:
-    """Query ids and passage ids (Arrow, dictionary-encoded) and float32 scores [n]."""
+    """Query ids and passage ids (Arrow, dictionary-encoded) and float32 scores [n], 0 if none."""
     ids, value = pa.dictionary(pa.int32(), pa.string()), "4" if columns == 6 else "2"
-    wanted = ("0", "2", value) if columns == 6 else ("0", "1", value)
+    wanted = ("0", "2", value) if columns == 6 else ("0", "1", value)[:columns]
 
     def parsed(kind: Any) -> Any:
         return csv.read_csv(
@@ -152,6 +191,9 @@ def _parse(
             ),
         )
 
+    if columns == 2:
+        table = parsed(pa.float64())
+        return table["0"], table["1"], np.zeros(len(lines), dtype=np.float32)
     try:
         table = parsed(pa.float64())
         numbers = table[value].to_numpy()

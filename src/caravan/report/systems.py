@@ -219,10 +219,10 @@ def config(home: Path) -> dict[str, Any]:
 
 
 def _by_file(path: Path) -> Judged:
-    from caravan.data.sources import judgements
+    from caravan.data.qrels import judgements
 
     queries, corpus = Ids(), Ids()
-    triples = judgements(path)
+    triples = [judgement for _, judgement in judgements(path)]
     if not triples:
         raise InputError(f"{path} has no judgement; give a file with at least one")
     rows = queries.rows([query for query, _, _ in triples])

@@ -4,6 +4,7 @@
 ones, by ir_measures (https://ir-measur.es). Both are trec_eval's to 1e-6: nDCG has linear gains
 (`ndcg_cut`), a passage is relevant from grade 1 on (or from n on: `MRR(rel=2)@10`), and the mean
 is over judged queries with a relevant passage, where one that is missing from the run counts 0.
+A split may say that relevance begins at a higher grade (TREC DL's passages): see `spelled`.
 Ties are broken before scoring, by `canonical`: providers of ir_measures break them differently.
 """
 
@@ -62,6 +63,25 @@ def parse_measure(text: str) -> Measure:
         f"'{text}' is not a measure; did you mean '{_suggestion(str(text))}'? There are "
         f"{', '.join(f'{name}@k' for name in NAMES)}, and e.g. R(rel=2)@k for higher grades"
     )
+
+
+def spelled(measures: Sequence[str], relevant_from: int) -> list[str]:
+    """The measures with the grade that is relevant, where a split has another than 1.
+
+    TREC DL's passages of grade 1 are related and do not answer; its binary measures count from
+    grade 2 on. A measure that names its own grade, and nDCG, stay as they are.
+
+    >>> spelled(["MRR@10", "nDCG@10", "R(rel=1)@100"], relevant_from=2)
+    ['MRR(rel=2)@10', 'nDCG@10', 'R(rel=1)@100']
+    """
+    if relevant_from == 1:
+        return list(measures)
+    return [
+        text
+        if "(" in text or parse_measure(text).name == "nDCG"
+        else text.replace("@", f"(rel={relevant_from})@")
+        for text in measures
+    ]
 
 
 def deepest(measures: Sequence[str]) -> int:

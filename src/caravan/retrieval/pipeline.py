@@ -65,7 +65,7 @@ def evaluate(cfg: Any) -> dict[str, Any]:
         )
     if not leads():
         return {}
-    metrics = _scored(stages, made, settings["measures"])
+    metrics = _scored(stages, made, _measures(stages, settings["measures"]))
     if len(made) > 1:
         from caravan.report.table import show_stages
 
@@ -100,6 +100,20 @@ def _retrieved(stages: Stages, name: str, parts: dict[str, Any], settings: dict[
         num_workers=settings["num_workers"],
         attention=settings["attention"],
     )
+
+
+def _measures(stages: Stages, asked: list[str]) -> list[str]:
+    """The measures as the split's judgements want them."""
+    from caravan.retrieval.metrics import spelled
+
+    relevant_from = stages.collection.relevant_from.get(stages.split, 1)
+    measures = spelled(asked, relevant_from)
+    if measures != asked:
+        log.info(
+            "%s %s: relevant from grade %d on, so scored by %s",
+            *(stages.collection.name, stages.split, relevant_from, ", ".join(measures)),
+        )
+    return measures
 
 
 def _scored(stages: Stages, made: list[Stage], measures: list[str]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from caravan.batches import EncodeBatch, PairBatch
 from caravan.data.datamodule import DataModule
 from caravan.data.runs import Run, canonical, write_run
 from caravan.retrieval.index import ArrayBlocks
-from caravan.retrieval.metrics import per_query
+from caravan.retrieval.metrics import per_query, spelled
 from caravan.training import parallel
 from caravan.training.validation_metrics import MeanMeasures
 
@@ -166,7 +166,9 @@ def own_figures(
     qrels = data.dev_qrels
     own = np.isin(qrels.query_rows, query_rows)
     share = type(qrels)(qrels.query_rows[own], qrels.passage_rows[own], qrels.grades[own])
-    return per_query(canonical(run, data.collection.corpus), share, measures)
+    names = spelled(measures, data.relevant_from)
+    figures = per_query(canonical(run, data.collection.corpus), share, names)
+    return {asked: figures[name] for asked, name in zip(measures, names, strict=True)}
 
 
 def log_means(

@@ -43,14 +43,16 @@ def inputs_of(settings: dict[str, Any], collection: Collection | None) -> dict[s
     searched = settings["validation"]["run"]
     kept["validation"] = {
         **settings["validation"],
-        "run_digest": None if searched is None else _run_digest(searched),
+        "run_digest": None if searched is None else _run_digest(searched, collection),
     }
     name = settings["backbone"].get("name")
     weights = files_digest(Path(name)) if name and Path(name).is_dir() else None
     begun_with = settings["init_from"]
     inputs = {
         "collection": collection.digest if collection else None,
-        "runs": {str(path): _run_digest(path) for path in _sampled(settings["sampler"] or {})},
+        "runs": {
+            str(path): _run_digest(path, collection) for path in _sampled(settings["sampler"] or {})
+        },
         "backbone_digest": weights,
         "init_from_digest": begun_with and folder_digest(Path(begun_with)),
         **kept,
@@ -73,7 +75,8 @@ def _pruned(settings: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _run_digest(path: str) -> str:
+def _run_digest(name: str, collection: Collection | None) -> str:
+    path = name if collection is None else collection.run_path(name)
     if not Path(path).is_file():
         raise InputError(
             f"{path}: no such run; write it with evaluate.py (retriever=bm25 or a model"

@@ -1,0 +1,275 @@
+"""MS MARCO as it is published, passages and documents, with the topics of TREC DL 2019 and 2020.
+
+A folder holds the official files under their names, each plain or .gz; a split is there when its
+qrels are: train, dev (for passages the 6,980 queries that papers report), dl19, dl20. Judgements
+of TREC DL are graded, and of its passages only grade 2 and more counts as relevant in measures
+that know no grades, as the tracks define it (arXiv 2003.07820, 2102.07662).
+The top1000 and top100 files that go with it are runs: give them where a run is wanted.
+
+    python evaluate.py retriever=bm25 data=msmarco_passage data.path=/data/msmarco data.split=dl19
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from caravan.data import tsv
+from caravan.data.collection import Collection
+from caravan.data.files import columns, lines, one_of, text_of
+from caravan.data.jsonl import records
+from caravan.data.labelled import Labelled, Reader
+from caravan.data.texts import Record
+from caravan.errors import InputError
+
+
+class Split(NamedTuple):
+    """The names that the files of a split have: those of Microsoft and NIST, then Anserini's."""
+
+    queries: tuple[str, ...]
+    qrels: tuple[str, ...]
+    relevant_from: int = 1
+
+
+TOPICS_2019 = ("msmarco-test2019-queries.tsv",)
+TOPICS_2020 = ("msmarco-test2020-queries.tsv", "topics.dl20.txt")
+PASSAGE_SPLITS = {
+    "train": Split(("queries.train.tsv",), ("qrels.train.tsv",)),
+    "dev": Split(
+        ("queries.dev.small.tsv", "topics.msmarco-passage.dev-subset.txt"),
+        ("qrels.dev.small.tsv", "qrels.msmarco-passage.dev-subset.txt"),
+    ),
+    "dev_all": Split(("queries.dev.tsv",), ("qrels.dev.tsv",)),
+    "dl19": Split(
+        (*TOPICS_2019, "topics.dl19-passage.txt"),
+        ("2019qrels-pass.txt", "qrels.dl19-passage.txt"),
+        relevant_from=2,
+    ),
+    "dl20": Split(TOPICS_2020, ("2020qrels-pass.txt", "qrels.dl20-passage.txt"), relevant_from=2),
+}
+DOCUMENT_SPLITS = {
+    "train": Split(("msmarco-doctrain-queries.tsv",), ("msmarco-doctrain-qrels.tsv",)),
+    "dev": Split(
+        ("msmarco-docdev-queries.tsv", "topics.msmarco-doc.dev.txt"),
+        ("msmarco-docdev-qrels.tsv", "qrels.msmarco-doc.dev.txt"),
+    ),
+    "dl19": Split(
+        (*TOPICS_2019, "topics.dl19-doc.txt"), ("2019qrels-docs.txt", "qrels.dl19-doc.txt")
+    ),
+    "dl20": Split(TOPICS_2020, ("2020qrels-docs.txt", "qrels.dl20-doc.txt")),
+}
+PASSAGES = ("collection.tsv", "corpus.tsv", "collection.jsonl", "corpus.jsonl")
+DOCUMENTS = ("msmarco-docs.tsv", "msmarco-docs.trec")
+DOCUMENT_COLUMNS = "4 (id, address, title, body)"
+
+
+class MsMarcoPassage:
+    """MS MARCO's passages, with titles (as RocketQA and Tevatron add them) or without.
+
+    Args:
+        path: the folder.
+        corpus: the file of passages in it, where there are several: .tsv of id and text or of id,
+            title and text, or .jsonl with the keys docid (or _id, id), title and text.
+        name: what reports call the collection; the folder's name by default.
+        train_split, dev_split, split: of train, dev, dev_all (every judged dev query), dl19,
+            dl20: what is trained on, validated on, and scored.
+        unknown_ids: "refuse" judgements of unknown queries or passages, or "count" them and go on.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        corpus: str | None = None,
+        name: str | None = None,
+        train_split: str = "train",
+        dev_split: str = "dev",
+        split: str = "dev",
+        unknown_ids: str = "refuse",
+    ) -> None:
+        self.path = Path(path)
+        self.corpus = corpus
+        self.name = name or self.path.resolve().name
+        self.train_split, self.dev_split, self.split = train_split, dev_split, split
+        self.unknown_ids = unknown_ids
+
+    def collection(self, cache_dir: str | Path) -> Collection:
+        """Open the collection, or build it under `cache_dir` first.
+
+        Raises:
+            InputError: a file is missing or wrong; says which, at which line, and what to do.
+        """
+        corpus = _corpus(self.path, self.corpus, PASSAGES)
+        of_json = corpus.name.removesuffix(".gz").endswith((".jsonl", ".json"))
+        found = _labelled(
+            *(self.path, self.name, corpus, records if of_json else tsv.passages),
+            *(PASSAGE_SPLITS, self.unknown_ids),
+        )
+        return found.collection(cache_dir, "msmarco_passage", of_json)
+
+
+class MsMarcoDocument:
+    """MS MARCO's documents: msmarco-docs.tsv, or .trec, where bodies have their lines.
+
+    Args:
+        path: the folder.
+        corpus: the file of documents in it, where there are both.
+        urls: put the address before the title, as RepLLaMA was trained.
+        name: what reports call the collection; the folder's name by default.
+        train_split, dev_split, split: of train, dev, dl19, dl20: what is trained on, validated on,
+            and scored.
+        unknown_ids: "refuse" judgements of unknown queries or documents, or "count" them and go on.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        corpus: str | None = None,
+        urls: bool = True,
+        name: str | None = None,
+        train_split: str = "train",
+        dev_split: str = "dev",
+        split: str = "dev",
+        unknown_ids: str = "refuse",
+    ) -> None:
+        self.path = Path(path)
+        self.corpus = corpus
+        self.urls = urls
+        self.name = name or self.path.resolve().name
+        self.train_split, self.dev_split, self.split = train_split, dev_split, split
+        self.unknown_ids = unknown_ids
+
+    def collection(self, cache_dir: str | Path) -> Collection:
+        """Open the collection, or build it under `cache_dir` first.
+
+        Raises:
+            InputError: a file is missing or wrong; says which, at which line, and what to do.
+        """
+        corpus = _corpus(self.path, self.corpus, DOCUMENTS)
+        of_trec = corpus.name.removesuffix(".gz").endswith(".trec")
+        found = _labelled(
+            *(self.path, self.name, corpus, self._trec if of_trec else self._tsv),
+            *(DOCUMENT_SPLITS, self.unknown_ids),
+        )
+        return found.collection(cache_dir, "msmarco_document", of_trec, self.urls)
+
+    def _tsv(self, file: Path) -> Iterator[tuple[int, Record]]:
+        for number, (name, url, title, body) in columns(file, (4,), DOCUMENT_COLUMNS):
+            yield number, (name, self._title(url, title), body)
+
+    def _trec(self, file: Path) -> Iterator[tuple[int, Record]]:
+        for number, (name, text) in trec_documents(file):
+            url, title, body = (*text.lstrip("\n").split("\n", 2), "", "")[:3]
+            yield number, (name, self._title(url, title), body)
+
+    def _title(self, url: str, title: str) -> str:
+        return f"{url} {title}".strip() if self.urls else title
+
+
+def trec_documents(file: Path) -> Iterator[tuple[int, tuple[str, str]]]:
+    """(line number of <DOC>, (id, what stands between <TEXT> and </TEXT>)) of each document.
+
+    Raises:
+        InputError: a document without an id, or one that does not end.
+    """
+    begun = 0
+    name, text, inside = "", list[str](), False
+    for number, raw in lines(file, blank=True):
+        line = text_of(file, number, raw)
+        tag = line.rstrip()
+        if tag == "<DOC>":
+            if begun:
+                raise _unended(file, begun, number)
+            begun, name, text, inside = number, "", [], False
+        elif not begun:
+            if tag:
+                raise InputError(
+                    f"{file}:{number}: {tag[:40]!r} stands outside of a document: one begins with "
+                    "<DOC> and ends with </DOC>"
+                )
+        elif tag == "</DOC>":
+            if not name:
+                raise InputError(
+                    f"{file}:{begun}: the document has no <DOCNO>: give it one, or leave it out"
+                )
+            yield begun, (name, "".join(text).removesuffix("\n"))
+            begun = 0
+        elif tag == "</TEXT>":
+            inside = False
+        elif inside:
+            text.append(line)
+        elif tag == "<TEXT>":
+            inside = True
+        elif line.startswith("<DOCNO>"):
+            name = tag.removeprefix("<DOCNO>").removesuffix("</DOCNO>").strip()
+    if begun:
+        raise _unended(file, begun, None)
+
+
+def _unended(file: Path, begun: int, number: int | None) -> InputError:
+    where = "before the end of the file" if number is None else f"before the next at line {number}"
+    return InputError(
+        f"{file}:{begun}: the document has no </DOC> {where}: the file is cut or damaged, fetch it "
+        "anew"
+    )
+
+
+def _corpus(folder: Path, given: str | None, names: tuple[str, ...]) -> Path:
+    """The file that holds the corpus."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: set data.path to the one with {names[0]}")
+    if given is not None:
+        file = folder / given  # or an absolute path, which takes the folder's place
+        if not file.is_file():
+            raise InputError(f"there is no file {file}: set data.corpus to the corpus")
+        return file
+    there = [folder / f"{name}{end}" for name in names for end in ("", ".gz")]
+    there = [file for file in there if file.is_file()]
+    if len(there) > 1:
+        told = " and ".join(file.name for file in there)
+        raise InputError(f"{folder} holds {told}: choose with data.corpus={there[0].name}")
+    if not there:
+        packed = next(iter(sorted(folder.glob("*.tar.gz"))), None)
+        remedy = (
+            f"unpack {packed.name} there (tar -xzf)"
+            if packed
+            else f"put {' or '.join(names)} there (or .gz), or name the file with data.corpus"
+        )
+        raise InputError(f"{folder} holds no corpus: {remedy}")
+    return there[0]
+
+
+def _labelled(
+    folder: Path,
+    name: str,
+    corpus: Path,
+    passages: Reader,
+    splits: Mapping[str, Split],
+    unknown_ids: str,
+) -> Labelled:
+    """The splits whose qrels are there, with their queries."""
+    queries: list[Path] = []
+    qrels: dict[str, Path] = {}
+    for split, names in splits.items():
+        judged = one_of(folder, names.qrels)
+        if judged is None:
+            continue
+        file = one_of(folder, names.queries)
+        if file is None and split == "dev":
+            file = one_of(folder, ["queries.dev.tsv"])  # the 6,980 are among these
+        if file is None:
+            raise InputError(
+                f"{judged} is there, but not its queries: put {' or '.join(names.queries)} (or "
+                f".gz) into {folder}"
+            )
+        qrels[split] = judged
+        if file not in queries:
+            queries.append(file)
+    if not queries:
+        known = ", ".join(names.qrels[0] for names in splits.values())
+        raise InputError(f"{folder} holds no qrels: there may be {known} (or .gz)")
+    relevant = {split: splits[split].relevant_from for split in qrels}
+    relevant = {split: grade for split, grade in relevant.items() if grade != 1}
+    return Labelled(
+        *(name, corpus, passages, queries, tsv.asked, qrels, unknown_ids), relevant_from=relevant
+    )

@@ -1,0 +1,120 @@
+"""Conversion of large files: memory does not grow with the corpus, a kill leaves nothing wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caravan.data import files
+from caravan.data.files import digests
+from caravan.data.msmarco import MsMarcoPassage
+
+CONVERT = """
+import resource, sys
+from caravan.data.msmarco import MsMarcoPassage
+from caravan.data.tevatron import Tevatron
+from caravan.data import texts
+texts.BATCH_BYTES = int(sys.argv[4])
+reader = {"msmarco": MsMarcoPassage, "tevatron": Tevatron}[sys.argv[1]](sys.argv[2])
+found = reader.collection(sys.argv[3])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(found.digest, len(found.corpus), peak / 1024, flush=True)
+"""
+TEXT = " ".join(f"word{n}" for n in range(400))  # 3 KB
+
+
+def ms_marco(folder: Path, passages: int, text: str = TEXT) -> Path:
+    folder.mkdir()
+    with open(folder / "collection.tsv", "w") as file:
+        file.writelines(f"{n}\t{n} {text}\n" for n in range(passages))
+    (folder / "queries.train.tsv").write_text("q\twhat is it\n")
+    (folder / "qrels.train.tsv").write_text(f"q 0 {passages - 1} 1\n")
+    return folder
+
+
+def tevatron(file: Path, passages: int) -> Path:
+    """Rows of ten negatives, five of them those of the row before."""
+    with open(file, "w") as rows:
+        for n in range(0, passages, 5):
+            texts = [{"docid": f"p{i}", "text": f"{i} {TEXT}"} for i in range(n, n + 11)]
+            row = {"query_id": f"q{n}", "query": f"{n}", "positive_passages": texts[:1]}
+            rows.write(json.dumps({**row, "negative_passages": texts[1:]}) + "\n")
+    return file
+
+
+def convert(reader: str, source: Path, cache: Path) -> tuple[str, int, float]:
+    """Digest, passages and the peak of memory (MiB) of a process that converts.
+
+    Its batches have 1 MiB instead of 64, so that growth shows in files of some megabytes.
+    """
+    command = [sys.executable, "-c", CONVERT, reader, str(source), str(cache), str(2**20)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return out[0], int(out[1]), float(out[2])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak as Linux tells it")
+@pytest.mark.parametrize(
+    ("small", "large"), [(2_000, 22_000), pytest.param(10_000, 600_000, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("reader", ["msmarco", "tevatron"])
+def test_memory_does_not_grow_with_the_corpus(
+    tmp_path: Path, reader: str, small: int, large: int
+) -> None:
+    write: Any = ms_marco if reader == "msmarco" else tevatron
+    _, few, before = convert(reader, write(tmp_path / "small.jsonl", small), tmp_path)
+    _, many, after = convert(reader, write(tmp_path / "large.jsonl", large), tmp_path)
+    assert (few, many) == ((small, large) if reader == "msmarco" else (small + 6, large + 6))
+    text = (many - few) * len(TEXT) / 2**20
+    assert after - before < text / 2
+    assert after - before < 32 + 64 * (many - few) / 2**20  # some bytes for each id
+
+
+def test_a_conversion_that_is_killed_starts_again_and_ends_the_same(tmp_path: Path) -> None:
+    folder = ms_marco(tmp_path / "msmarco", 30_000)
+    cache = tmp_path / "cache"
+    command = [sys.executable, "-c", CONVERT, "msmarco", str(folder), str(cache), str(2**20)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    for _ in range(600):
+        drafts = list((cache / "collections").glob(".*/corpus.arrow"))
+        if drafts and drafts[0].stat().st_size > 2**20:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.communicate()[0] == b""
+    assert not list((cache / "collections").glob("[!.]*"))
+    found = MsMarcoPassage(str(folder)).collection(cache)
+    left = [path.name for path in (cache / "collections").iterdir() if path.is_dir()]
+    assert left == [found.folder.name]
+    assert found.digest == MsMarcoPassage(str(folder)).collection(tmp_path / "other").digest
+    assert found.corpus.ids([0, 29_999]) == ["0", "29999"]
+
+
+def test_the_digest_of_a_large_file_is_kept_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "KEPT_FROM_BYTES", 4)
+    file = tmp_path / "a.tsv"
+    file.write_text("camel")
+    os.utime(file, ns=(10**18, 10**18))
+    first = digests([file], tmp_path)
+    kept = list((tmp_path / "digests").iterdir())
+    assert len(kept) == 1
+    stored = json.loads(kept[0].read_text())
+    assert first == [stored["xxh3"]]
+    kept[0].write_text(json.dumps({**stored, "xxh3": "from the file"}))
+    assert digests([file], tmp_path) == ["from the file"]
+    os.utime(file, ns=(10**18, 10**18 + 1))
+    assert digests([file], tmp_path) == first
+    kept[0].write_text("{")
+    assert digests([file], tmp_path) == first
+    file.write_text("salty")  # just now: it may change again within the clock's tick
+    assert digests([file], tmp_path) != first
+    assert json.loads(kept[0].read_text())["xxh3"] == first[0]

@@ -1,0 +1,100 @@
+"""FlagEmbedding's rows beside plain json; texts without ids, scores as a teacher's run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+from tests.files import judged, put, records
+
+from caravan.data.collection import Collection
+from caravan.data.flagembedding import FlagEmbedding
+from caravan.data.runs import read_run
+from caravan.errors import InputError
+
+ROWS: list[dict[str, Any]] = [
+    {
+        "query": "what is in a hump",
+        "pos": ["Camels store fat.", "Fat, mostly."],
+        "neg": ["Salt is a mineral.", "Dunes move."],
+        "pos_scores": [9, 7.5],
+        "neg_scores": [-2.25, -8],
+        "prompt": "Represent this sentence for searching relevant passages: ",
+        "type": "normal",
+    },
+    {"query": "what moves", "pos": ["Dunes move."], "neg": ["Camels store fat."]},
+    {"query": "what moves", "pos": ["Stars, too.\n"], "neg": []},
+]
+
+
+def name_of(text: str) -> str:
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def build(path: Path, cache: Path, **settings: Any) -> Collection:
+    return FlagEmbedding(str(path), **settings).collection(cache)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("folder", [False, True])
+def test_rows_are_read_as_json_reads_them(tmp_path: Path, zipped: bool, folder: bool) -> None:
+    files = {"1.jsonl": jsonl(ROWS[:1]), "2.json": jsonl(ROWS[1:])} if folder else {}
+    put(tmp_path / "rows", files or {"all.jsonl": jsonl(ROWS)}, zipped)
+    path = tmp_path / "rows"
+    found = build(path if folder else next(path.iterdir()), tmp_path)
+    texts = dict.fromkeys(text for row in ROWS for text in (*row["pos"], *row["neg"]))
+    assert records(found.corpus) == [(name_of(text), "", text) for text in texts]
+    queries = dict.fromkeys(row["query"] for row in ROWS)
+    assert records(found.queries) == [(name_of(text), "", text) for text in queries]
+    assert judged(found, "train") == {
+        (name_of(row["query"]), name_of(text)): 1 for row in ROWS for text in row["pos"]
+    }
+    assert found.runs == ("negatives", "teacher")
+    teacher = read_run(found.run_path("data:teacher"), found.queries, found.corpus)
+    assert found.queries.ids(teacher.query_rows) == [name_of("what is in a hump")]
+    rows, scores = teacher.of(0)
+    assert found.corpus.ids(rows) == [name_of(t) for t in (*ROWS[0]["pos"], *ROWS[0]["neg"])]
+    assert scores.tolist() == [9, 7.5, -2.25, -8]
+    negatives = read_run(found.run_path("data:negatives"), found.queries, found.corpus)
+    assert found.corpus.ids(negatives.of(0)[0]) == [name_of(text) for text in ROWS[0]["neg"]]
+    assert found.corpus.ids(negatives.of(1)[0]) == [name_of("Camels store fat.")]
+
+
+def test_rows_to_validate_on_are_given_or_held_out(tmp_path: Path) -> None:
+    file = put(tmp_path, {"a.jsonl": jsonl(ROWS), "b.jsonl": jsonl(ROWS[:1])}) / "a.jsonl"
+    found = build(file, tmp_path, dev=str(tmp_path / "b.jsonl"))
+    assert found.splits == ("train", "dev")
+    assert len(found.qrels("dev")) == 2
+    held = build(file, tmp_path, held_out=0.99)
+    assert len(held.qrels("train")) + len(held.qrels("dev")) == 4
+    assert held.digest != found.digest
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"pos": ["x"]}, r"a\.jsonl:2: no query: every line is one object such as"),
+        ({"query": "x", "pos": "y"}, r"a\.jsonl:2: pos is no list of strings"),
+        ({"query": "x", "pos": ["y"], "neg": [1]}, r"a\.jsonl:2: neg is no list of strings"),
+        ({"query": "x", "pos": ["y"], "pos_scores": [1, 2]}, r":2: pos_scores must be a list of 1"),
+        ({"query": "x", "pos": ["y"], "pos_scores": ["1"]}, r":2: the score '1' is not a finite"),
+        ({"query": "x", "pos": ["y"], "pos_scores": [float("nan")]}, r":2: the score nan is not"),
+    ],
+)
+def test_a_wrong_row_is_told_with_its_line(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    file = put(tmp_path, {"a.jsonl": jsonl([ROWS[0], row])}) / "a.jsonl"
+    with pytest.raises(InputError, match=message) as caught:
+        build(file, tmp_path)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty holds no \.jsonl or \.json"):
+        build(tmp_path / "empty", tmp_path)

@@ -1,0 +1,27 @@
+"""Which ids were there before, beside a dict that knows."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from caravan.data.seen import Seen
+
+
+def test_batches_are_told_as_a_dict_tells_them() -> None:
+    rng = np.random.default_rng(0)
+    seen, known = Seen(), dict[str, str]()
+    told = 0
+    for _ in range(60):
+        ids = [f"p{i}" for i in rng.integers(0, 900, int(rng.integers(1, 40)))]
+        texts = [f"{name} {rng.integers(0, 20) == 0}" for name in ids]
+        new, other = seen.add(ids, texts)
+        for name, text, is_new, is_other in zip(ids, texts, new, other, strict=True):
+            assert is_new == (name not in known)
+            assert is_other == (known.setdefault(name, text) != text)
+            told += is_other
+    assert told
+    sizes = [len(part) for part, _ in seen._parts]
+    assert sum(sizes) == len(known)
+    assert all(left >= 2 * right for left, right in itertools.pairwise(sizes))

@@ -1,0 +1,247 @@
+"""Tevatron's rows, both layouts, beside plain json; their negatives and scores as runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.files import judged, put, records
+
+from caravan.data.collection import Collection
+from caravan.data.negatives import Negatives
+from caravan.data.runs import Run, read_run
+from caravan.data.tevatron import Tevatron
+from caravan.errors import InputError
+
+
+def passage(i: int, **more: Any) -> dict[str, Any]:
+    return {"docid": f"p{i}", "title": f"T{i}" if i % 2 else "", "text": f"camel {i}\n\t", **more}
+
+
+INLINE: list[dict[str, Any]] = [
+    {
+        "query_id": "q1",
+        "query": "what is in a hump",
+        "answers": ["fat"],
+        "positive_passages": [passage(1)],
+        "negative_passages": [passage(3), passage(2)],
+    },
+    {
+        "query_id": 2,
+        "query": "where is salt",
+        "positive_passages": [passage(2), passage(4)],
+        "negative_passages": [passage(1), passage(3), passage(5), passage(3)],
+    },
+    {"query_id": "q3", "query": "neither", "positive_passages": [], "negative_passages": []},
+]
+BY_ID: list[dict[str, Any]] = [
+    {
+        "query_id": str(row["query_id"]),
+        "query_text": row["query"],
+        "positive_document_ids": [one["docid"] for one in row["positive_passages"]],
+        "negative_document_ids": [one["docid"] for one in row["negative_passages"]],
+    }
+    for row in INLINE
+]
+CORPUS = [passage(i) for i in range(8)]
+
+
+def jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def build(path: Path, cache: Path, **settings: Any) -> Collection:
+    return Tevatron(str(path), **settings).collection(cache)
+
+
+def run_of(found: Collection, name: str) -> dict[str, list[tuple[str, float]]]:
+    run: Run = read_run(found.run_path(f"data:{name}"), found.queries, found.corpus)
+    listed = {}
+    for row, query in zip(run.query_rows, found.queries.ids(run.query_rows), strict=True):
+        rows, scores = run.of(int(row))
+        listed[query] = list(zip(found.corpus.ids(rows), scores.tolist(), strict=True))
+    return listed
+
+
+NEGATIVES = {"q1": ["p3", "p2"], "2": ["p1", "p3", "p5"]}
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_texts_inline_are_read_as_json_reads_them(tmp_path: Path, zipped: bool) -> None:
+    put(tmp_path, {"rows.jsonl": jsonl(INLINE)}, zipped)
+    file = tmp_path / f"rows.jsonl{'.gz' if zipped else ''}"
+    found = build(file, tmp_path)
+    every = [
+        one for row in INLINE for one in (*row["positive_passages"], *row["negative_passages"])
+    ]
+    expected = {one["docid"]: (one["docid"], one["title"], one["text"]) for one in every}
+    assert records(found.corpus) == list(expected.values())
+    assert records(found.queries) == [(str(r["query_id"]), "", r["query"]) for r in INLINE]
+    assert found.splits == ("train",)
+    assert judged(found, "train") == {
+        (str(row["query_id"]), one["docid"]): 1
+        for row in INLINE
+        for one in row["positive_passages"]
+    }
+    assert {q: [p for p, _ in ranked] for q, ranked in run_of(found, "negatives").items()} == (
+        NEGATIVES
+    )
+    assert found.runs == ("negatives",)
+    assert (found.facts["rows"], found.facts["without_positive"]) == (3, 1)
+
+
+def test_ids_beside_a_corpus_give_the_same_collection(tmp_path: Path) -> None:
+    folder = put(
+        tmp_path / "set",
+        {"train.jsonl": jsonl(BY_ID), "dev.jsonl": jsonl(BY_ID[:1]), "corpus.jsonl": jsonl(CORPUS)},
+    )
+    found = build(folder, tmp_path)
+    assert [name for name, _, _ in records(found.corpus)] == [one["docid"] for one in CORPUS]
+    assert found.splits == ("dev", "train")
+    assert judged(found, "dev") == {("q1", "p1"): 1}
+    assert {q: [p for p, _ in ranked] for q, ranked in run_of(found, "negatives").items()} == (
+        NEGATIVES
+    )
+    assert found.facts["repeated_queries"] == 1
+    inline = put(
+        tmp_path / "inline", {"train.jsonl": jsonl(INLINE), "dev.jsonl": jsonl(INLINE[:1])}
+    )
+    put(inline, {"corpus.jsonl": jsonl(CORPUS)})
+    assert build(inline, tmp_path, name="set").digest == found.digest
+
+
+@pytest.mark.parametrize("saved", ["parquet", "disk"])
+def test_datasets_of_the_same_columns_are_read(tmp_path: Path, saved: str) -> None:
+    from datasets import Dataset, DatasetDict
+
+    rows = [{**row, "query_id": str(row["query_id"]), "answers": []} for row in INLINE]
+    folder = tmp_path / "dataset"
+    if saved == "parquet":
+        (folder / "data").mkdir(parents=True)
+        Dataset.from_list(rows).to_parquet(str(folder / "data" / "train-00000.parquet"))
+        Dataset.from_list(rows[:1]).to_parquet(str(folder / "data" / "validation-00000.parquet"))
+    else:
+        parts = {"train": Dataset.from_list(rows), "validation": Dataset.from_list(rows[:1])}
+        DatasetDict(parts).save_to_disk(str(folder))
+    subsets = {"train": "train", "dev": "validation"}
+    found = build(folder, tmp_path, subsets=subsets)
+    file = put(tmp_path, {"rows.jsonl": jsonl(INLINE)}) / "rows.jsonl"
+    assert records(found.corpus) == records(build(file, tmp_path).corpus)
+    assert judged(found, "dev") == {("q1", "p1"): 1}
+    with pytest.raises(InputError, match=r"dataset: no dataset could be loaded \(.*test"):
+        build(folder, tmp_path, subsets={"train": "test"})
+
+
+def test_scores_are_a_teachers_run_and_train_as_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = json.loads(json.dumps(INLINE))
+    for at, one in enumerate([*rows[0]["positive_passages"], *rows[0]["negative_passages"]]):
+        one["score"] = 0.5 - at / 8
+    file = put(tmp_path, {"rows.jsonl": jsonl(rows)}) / "rows.jsonl"
+    found = build(file, tmp_path)
+    assert found.runs == ("negatives", "teacher")
+    assert run_of(found, "teacher") == {"q1": [("p1", 0.5), ("p3", 0.375), ("p2", 0.25)]}
+    sampler = Negatives(
+        runs=["data:negatives"], number=2, choose="top", depth=5, teacher="data:teacher"
+    )
+    sampler.open(found, found.qrels("train"), seed=0)
+    group = sampler.group(0, epoch=0, position=0)
+    assert found.corpus.ids(group) == ["p1", "p3", "p2"]
+    scores = sampler.teacher_scores(0, group)
+    assert scores is not None
+    assert scores.tolist() == [0.5, 0.375, 0.25]
+    second = sampler.group(1, epoch=0, position=1)
+    assert set(found.corpus.ids(second[1:])) <= set(NEGATIVES["2"])
+    assert "not used" not in caplog.text
+    Negatives(number=1).open(found, found.qrels("train"), seed=0)
+    assert "which are not used: sampler.runs=[data:negatives] takes them" in caplog.text
+    with pytest.raises(InputError, match="has no run data:bm25: there are data:negatives, data:te"):
+        Negatives(runs=["data:bm25"], number=2).open(found, found.qrels("train"), seed=0)
+
+
+def test_a_share_of_the_queries_may_be_held_out(tmp_path: Path) -> None:
+    rows = [{**INLINE[0], "query_id": f"q{i}", "query": f"query {i}"} for i in range(200)]
+    file = put(tmp_path, {"rows.jsonl": jsonl(rows)}) / "rows.jsonl"
+    found = build(file, tmp_path, held_out=0.2)
+    assert found.splits == ("train", "dev")
+    train, dev = (set(found.qrels(split).queries.tolist()) for split in ("train", "dev"))
+    assert 20 < len(dev) < 60
+    assert train | dev == set(range(200))
+    assert not train & dev
+    again = build(file, tmp_path / "again", held_out=0.2)
+    assert np.array_equal(again.qrels("dev").queries, found.qrels("dev").queries)
+    folder = put(tmp_path / "set", {"train.jsonl": jsonl(INLINE), "dev.jsonl": jsonl(INLINE)})
+    with pytest.raises(InputError, match=r"data\.held_out makes a split dev of train, and there a"):
+        build(folder, tmp_path, held_out=0.2)
+    with pytest.raises(InputError, match=r"data\.held_out is 1\.5: it must be 0 or more and below"):
+        build(file, tmp_path, held_out=1.5)
+
+
+def changed(row: int, **fields: Any) -> list[dict[str, Any]]:
+    rows = [dict(row) for row in INLINE]
+    rows[row].update(fields)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (changed(1, query=None), r"rows\.jsonl:2: no query text: every line is one object with"),
+        (changed(1, query_id=1.5), r"rows\.jsonl:2: query_id is not a string"),
+        (changed(1, query_id="q 2"), r"rows\.jsonl:2: the id 'q 2' is empty or has white space"),
+        (changed(1, query_id="q1"), r"rows\.jsonl:2: the query 'q1' has another text than at .*:1"),
+        (changed(1, positive_passages={}), r"rows\.jsonl:2: positive_passages is no list"),
+        (
+            changed(1, negative_passages=["p"]),
+            r"rows\.jsonl:2: an entry of negative_passages is no",
+        ),
+        (changed(1, positive_passages=[{"docid": "p"}]), r":2: text or title in positive_passages"),
+        (
+            changed(2, negative_passages=[{**passage(1), "text": "x"}]),
+            r":3: the passage 'p1' has a",
+        ),
+        (
+            changed(2, negative_passages=[passage(1, docid="a b")]),
+            r":3: the id 'a b' is empty or ha",
+        ),
+        (
+            changed(2, negative_passages=[passage(1, score="x")]),
+            r":3: the score 'x' is not a finit",
+        ),
+        ([{"query_id": "1", "query": "x"}], r":1: positive_document_ids is no list: every line"),
+        (
+            BY_ID,
+            r":1: the row names its passages by id, and there is no corpus: give .*data\.corpus",
+        ),
+    ],
+)
+def test_a_wrong_row_is_told_with_its_line(
+    tmp_path: Path, rows: list[dict[str, Any]], message: str
+) -> None:
+    file = put(tmp_path, {"rows.jsonl": jsonl(rows)}) / "rows.jsonl"
+    with pytest.raises(InputError, match=message) as caught:
+        build(file, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not [path for path in (tmp_path / "collections").iterdir() if path.is_dir()]
+
+
+def test_a_corpus_that_is_not_there_is_told(tmp_path: Path) -> None:
+    file = put(tmp_path, {"rows.jsonl": jsonl(BY_ID)}) / "rows.jsonl"
+    with pytest.raises(InputError, match=r"there is no file .*absent\.jsonl: give the path"):
+        build(file, tmp_path, corpus=str(tmp_path / "absent.jsonl"))
+
+
+def test_an_id_that_the_corpus_lacks_is_told_or_counted(tmp_path: Path) -> None:
+    folder = put(tmp_path / "set", {"train.jsonl": jsonl(BY_ID), "corpus.jsonl": jsonl(CORPUS[:5])})
+    with pytest.raises(InputError, match=r"train\.jsonl:2: the passage id 'p5' is unknown .*run"):
+        build(folder, tmp_path)
+    found = build(folder, tmp_path, unknown_ids="count")
+    assert [p for p, _ in run_of(found, "negatives")["2"]] == ["p1", "p3"]
+    assert found.facts["unknown_ids"] == 1
+    put(folder, {"corpus.jsonl": jsonl([*CORPUS, CORPUS[0]])})
+    with pytest.raises(InputError, match=r"corpus\.jsonl:9: the id 'p0' was used .*jsonl:1: make"):
+        build(folder, tmp_path)

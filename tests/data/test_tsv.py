@@ -1,0 +1,83 @@
+"""Plain .tsv, beside Python's own csv reader."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from tests.files import judged, put, records
+
+from caravan.data.collection import Collection
+from caravan.data.tsv import Tsv
+from caravan.errors import InputError
+
+FILES = {
+    "corpus.tsv": 'a\tCamels\tStore "fat".\nb\t\tSalt, and silk.\n',
+    "queries.tsv": "1\twhat do camels store\n2\twhat was traded\n",
+    "qrels.train.tsv": "1\ta\t1\n",
+    "qrels/test.tsv": "query-id\tcorpus-id\tscore\n2\tb\t2\n2\ta\t0\n",
+}
+
+
+def build(folder: Path, unknown_ids: str = "refuse") -> Collection:
+    return Tsv(str(folder), unknown_ids=unknown_ids).collection(folder.parent / "cache")
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_folder_is_read_as_csv_reads_it(tmp_path: Path, zipped: bool) -> None:
+    found = build(put(tmp_path / "set", FILES, zipped))
+
+    def rows(name: str) -> list[list[str]]:
+        return list(csv.reader(FILES[name].splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+
+    assert records(found.corpus) == [tuple(row) for row in rows("corpus.tsv")]
+    assert records(found.queries) == [(name, "", text) for name, text in rows("queries.tsv")]
+    assert found.splits == ("test", "train") or found.splits == ("train", "test")
+    test = {(query, passage): int(grade) for query, passage, grade in rows("qrels/test.tsv")[1:]}
+    assert judged(found, "test") == test
+    assert judged(found, "train") == {("1", "a"): 1}
+
+
+def test_each_split_may_have_queries_of_its_own(tmp_path: Path) -> None:
+    files = {**FILES, "queries.dev.tsv": "3\tthird\n1\twhat do camels store\n"}
+    found = build(put(tmp_path / "set", files))
+    assert [name for name, _, _ in records(found.queries)] == ["1", "2", "3"]
+    del files["queries.tsv"]
+    files["qrels.train.tsv"] = "3\ta\t1\n"
+    del files["qrels/test.tsv"]
+    assert len(build(put(tmp_path / "other", files)).queries) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"corpus.tsv": ""}, r"the corpus of set is empty \(.*corpus\.tsv\)"),
+        ({"corpus.tsv": "a\n"}, r"corpus\.tsv:1: 1 columns between tabs where 2 \(id, text\) or 3"),
+        ({"queries.tsv": "1\tx\n1\ty\n"}, r"queries\.tsv:2: the id '1' was used .*queries\.tsv:1"),
+        (
+            {"queries.dev.tsv": "1\ty\n"},
+            r"queries\.dev\.tsv:1: the query '1' has another text than",
+        ),
+        ({"qrels.train.tsv": "1\tz\t1\n"}, r"qrels\.train\.tsv:1: the passage id 'z' is unknown"),
+    ],
+)
+def test_a_mistake_is_told_with_its_line(
+    tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        build(put(tmp_path / "set", FILES | changes))
+
+
+@pytest.mark.parametrize("name", ["corpus.tsv", "queries.tsv"])
+def test_a_file_that_is_missing_or_there_twice_is_named(tmp_path: Path, name: str) -> None:
+    folder = put(tmp_path / "set", FILES)
+    put(folder, {name: FILES[name]}, zipped=True)
+    with pytest.raises(InputError, match=rf"{name} and .*{name}\.gz are both there"):
+        build(folder)
+    (folder / name).unlink()
+    (folder / f"{name}.gz").unlink()
+    with pytest.raises(InputError, match=rf"{name} \(or \.gz\) is missing: a folder of plain tsv"):
+        build(folder)
+    with pytest.raises(InputError, match=r"absent is not a folder: set data\.path"):
+        build(tmp_path / "absent")

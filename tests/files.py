@@ -1,0 +1,32 @@
+"""Small files in the formats that readers read."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+from caravan.data.collection import Collection, Qrels
+
+
+def put(folder: Path, files: dict[str, str], zipped: bool = False) -> Path:
+    """A folder of text files, each gzipped if asked for."""
+    for name, text in files.items():
+        path = folder / (f"{name}.gz" if zipped else name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(text.encode()) if zipped else text.encode())
+    return folder
+
+
+def judged(collection: Collection, split: str) -> dict[tuple[str, str], int]:
+    """The judgements of a split by their ids."""
+    qrels: Qrels = collection.qrels(split)
+    queries = collection.queries.ids(qrels.query_rows)
+    passages = collection.corpus.ids(qrels.passage_rows)
+    return dict(zip(zip(queries, passages, strict=True), qrels.grades.tolist(), strict=True))
+
+
+def records(texts: object) -> list[tuple[str, str, str]]:
+    """(id, title, text) of each, in order."""
+    rows = range(len(texts))  # type: ignore[arg-type]
+    pairs = zip(texts.ids(rows), texts.get(rows), strict=True)  # type: ignore[attr-defined]
+    return [(name, *text) for name, text in pairs]
