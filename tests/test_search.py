@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from caravan.data.collection import Collection
 from caravan.data.runs import read_run
 from caravan.errors import InputError
 from caravan.retrieval import ask, shards
-from caravan.search import answer
+from caravan.search import answer, questions, shown
 
 FLOAT = "precision=float32"
 FUSED = ("fuse=weighted", "fuse.normalise=zscore")
@@ -117,30 +119,35 @@ def test_an_answer_has_texts_scores_and_ranks_of_each_stage(
     assert len(answer("salt", asked, show=3)["hits"]) == 3
 
 
-def search(home: Path, *given: str, said: str = "") -> subprocess.CompletedProcess[str]:
+def search(home: Path, *given: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "caravan.search", *given]
-    return subprocess.run(command, input=said, capture_output=True, text=True, cwd=home)
+    return subprocess.run(command, capture_output=True, text=True, cwd=home, input="")
 
 
-def test_questions_of_standard_input_are_answered_a_line_each(beir: Path, tmp_path: Path) -> None:
+def test_questions_are_answered_by_a_line_of_json_each(beir: Path, tmp_path: Path) -> None:
     given = arguments(beir, tmp_path, "retriever=bm25", "show=2", "--json")
-    done = search(tmp_path, *given, said="salt = gold?\n\n  unheard\n")
+    done = search(tmp_path, *given, "--ask", "salt = gold?", "--ask", "  unheard")
     assert done.returncode == 0, done.stderr
     answers: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
     assert [one["question"] for one in answers] == ["salt = gold?", "unheard"]
     assert [len(one["hits"]) for one in answers] == [2, 0]
+    assert all(one["seconds"]["bm25"] > 0 for one in answers)
 
 
-def test_a_question_of_the_command_line_is_shown_for_a_person(beir: Path, tmp_path: Path) -> None:
-    given = arguments(beir, tmp_path, "retriever=bm25", "show=2")
-    done = search(tmp_path, *given, "--ask", "salt", "--ask", "unheard")
-    assert done.returncode == 0, done.stderr
-    first, second = done.stdout.split("score (rank) by stage; bm25 ")[:2]
-    assert " 1  p" in first
-    assert " 2  p" in first
-    assert "bm25 " in first
-    assert "nothing found" in second
-    assert done.stdout.count(" ms") == 2
+def test_standard_input_has_a_question_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("salt?\n\n  gold = silk \nsand"))
+    assert list(questions(None, quiet=True)) == ["salt?", "gold = silk", "sand"]
+
+
+def test_an_answer_for_a_person_has_scores_ranks_and_times(beir: Path, tmp_path: Path) -> None:
+    asked = asker(beir, tmp_path, "retriever=bm25")
+    best = answer("salt", asked, show=2)["hits"]
+    lines = shown("salt", asked, show=2).splitlines()
+    heads = [line for line in lines if re.match(r" \d  p\d+", line)]
+    assert [line.split()[1] for line in heads] == [hit["id"] for hit in best]
+    assert f"    bm25 {best[1]['scores']['bm25']:.4g} (2)" in lines
+    assert re.search(r"score \(rank\) by stage; bm25 [\d.]+ ms$", "\n".join(lines).strip())
+    assert "nothing found" in shown("unheard", asked, show=2)
 
 
 @pytest.mark.parametrize(

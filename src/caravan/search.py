@@ -55,8 +55,8 @@ def main() -> None:
 
         ask = asker(cfg)
         log.info("%d passages of %s", len(ask.collection.corpus), ask.collection.name)
-        for question in _questions(options.ask, options.json):
-            tell = _told if options.json else _shown
+        for question in questions(options.ask, options.json):
+            tell = told if options.json else shown
             _write(tell(question, ask, cfg.show))
 
     search()
@@ -68,7 +68,7 @@ def _question(text: str) -> str:
     return text.strip()
 
 
-def _questions(asked: list[str] | None, quiet: bool) -> Iterator[str]:
+def questions(asked: list[str] | None, quiet: bool) -> Iterator[str]:
     """Those of the command line, else those that are typed, else the lines of standard input."""
     if asked is not None:
         yield from asked
@@ -134,11 +134,12 @@ def answer(question: str, ask: Asker, show: int) -> dict[str, Any]:
     }
 
 
-def _told(question: str, ask: Asker, show: int) -> str:
+def told(question: str, ask: Asker, show: int) -> str:
+    """An answer for a script, a line of JSON."""
     return json.dumps(answer(question, ask, show), ensure_ascii=False) + "\n"
 
 
-def _shown(question: str, ask: Asker, show: int) -> str:
+def shown(question: str, ask: Asker, show: int) -> str:
     """An answer for a person: passages with their score and rank in each stage, then the times."""
     from rich.console import Console
     from rich.text import Text

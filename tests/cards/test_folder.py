@@ -107,6 +107,9 @@ def test_what_a_library_cannot_load_is_said(tmp_path: Path) -> None:
     likely = exported.reranker(tmp_path / "likely", on="decoder", **LIKELIHOOD)
     write(likely)
     assert "sentence-transformers has no score by likelihood" in (likely / "README.md").read_text()
+    score = run(likely, "Use it in transformers")["score"]
+    found = [score(query, text, title) for query, (title, text) in PAIRS]
+    close(torch.tensor(found), exported.scores(likely, PAIRS))
     with pytest.raises(InputError, match="likelihood"):
         export(likely, "sentence-transformers", tmp_path / "out")
 
