@@ -23,6 +23,7 @@ quickstart: .venv/.installed
 	$(PY) evaluate.py retriever=$(Q)/train/unadapted/model name=quickstart/unadapted
 	$(PY) evaluate.py experiment=quickstart/pipeline
 	@$(PY) -m caravan.report table $(Q)
+	@echo 'ask it:            $(PY) -m caravan.search experiment=quickstart/pipeline'
 
 test: .venv/.tested-with
 	$(PY) -m pytest -q -n 2

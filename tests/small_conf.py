@@ -64,7 +64,8 @@ def small_conf(home: Path) -> Path:
     folder.mkdir()
     (home / "parts.py").write_text(PARTS)
     shutil.copytree(CONF / "hydra", folder / "hydra")
-    for root in ("train", "evaluate"):
+    shutil.copyfile(CONF / "pipeline.yaml", folder / "pipeline.yaml")
+    for root in ("train", "evaluate", "search"):
         text = (CONF / f"{root}.yaml").read_text()
         (folder / f"{root}.yaml").write_text(text)
         for default in yaml.safe_load(text)["defaults"]:

@@ -22,18 +22,30 @@ def real_mistakes(composer: Composer, overrides: list[str]) -> list[Mistake]:
     return [mistake for mistake in found if mistake.kind == "wrong"]
 
 
+COMMAND = re.compile(r"^# *python (?:-m caravan\.)?(train|evaluate|search)(?:\.py)? (.+)$", re.M)
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """Program and overrides of the commands that a file's head tells to run."""
+    found = []
+    for program, line in COMMAND.findall(text):
+        given = shlex.split(line)
+        if "--ask" in given:  # what search takes beside settings
+            given = given[: given.index("--ask")]
+        found.append((program, given))
+    return found
+
+
 def launch_command(text: str) -> tuple[str, list[str]] | None:
     """The program and the overrides of the command that a file opens with."""
-    match = re.search(r"^# +python (train|evaluate)\.py (.+)$", text, re.MULTILINE)
-    return (match[1], shlex.split(match[2])) if match else None
+    return next(iter(commands(text)), None)
 
 
 def later_commands() -> list[tuple[str, str, list[str]]]:
     """File, program and overrides of what else the heads of conf/ tell to run."""
     found = []
     for path in sorted(CONF.rglob("*.yaml")):
-        lines = re.findall(r"^# *python (train|evaluate)\.py (.+)$", path.read_text(), re.MULTILINE)
-        found += [(path.stem, root, shlex.split(line)) for root, line in lines[1:]]
+        found += [(path.stem, root, given) for root, given in commands(path.read_text())[1:]]
     return found
 
 
@@ -48,18 +60,18 @@ def command_for(path: Path) -> tuple[str, list[str]]:
         return launched
     if (launched := launch_command((CONF / path).read_text())) is not None:
         return launched
-    root = "evaluate" if option == "evaluate" or group == "fuse" else "train"
+    root = "evaluate" if option in ("evaluate", "pipeline") or group == "fuse" else "train"
     required = ["retriever=bm25"] if root == "evaluate" else []
     return root, [f"{group}={option}", *required] if group else required
 
 
 def test_every_yaml_under_conf_composes_and_checks() -> None:
-    commands: dict[str, list[tuple[Path, list[str]]]] = {"train": [], "evaluate": []}
+    by_root: dict[str, list[tuple[Path, list[str]]]] = {root: [] for root in config.ROOTS}
     for path in sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml")):
         root, overrides = command_for(path)
-        commands[root].append((path, [text for text in overrides if text != "-m"]))
+        by_root[root].append((path, [text for text in overrides if text != "-m"]))
     seen, wrong = 0, []
-    for root, files in commands.items():
+    for root, files in by_root.items():
         with Composer(CONF, root, config.ROOTS[root]) as composer:
             for path, overrides in files:
                 wrong += [(str(path), mistake) for mistake in real_mistakes(composer, overrides)]
@@ -70,14 +82,14 @@ def test_every_yaml_under_conf_composes_and_checks() -> None:
 
 
 def test_the_commands_that_files_ask_for_before_them_compose_and_check() -> None:
-    wrong, commands = [], later_commands()
-    for root in ("train", "evaluate"):
+    wrong, told = [], later_commands()
+    for root in config.ROOTS:
         with Composer(CONF, root, config.ROOTS[root]) as composer:
-            for name, program, overrides in commands:
+            for name, program, overrides in told:
                 if program == root and "-m" not in overrides:
                     wrong += [(name, mistake) for mistake in real_mistakes(composer, overrides)]
     assert not wrong
-    assert len(commands) >= 10
+    assert len(told) >= 10
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda p: p.stem)

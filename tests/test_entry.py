@@ -237,26 +237,31 @@ def test_an_own_folder_of_configs_is_checked_and_run(app: Program, home: Path) -
 # --- the real programs ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "search"])
 def test_help_is_quick_and_opens_with_three_commands(name: str) -> None:
+    command = ["-m", "caravan.search"] if name == "search" else [f"{name}.py"]
     started = time.monotonic()
-    done = program(f"{name}.py", "--help")
+    done = program(*command, "--help")
     assert time.monotonic() - started < 4
     assert done.returncode == 0, done.stderr
-    examples = [line for line in done.stdout.splitlines()[:6] if f"python {name}.py" in line]
+    opened = f"python {' '.join(command)} "
+    examples = [line for line in done.stdout.splitlines()[:6] if opened in line]
     assert len(examples) == 3
     for group in ("data: ", "index: ", *(("backbone: ", "sampler: ") if name == "train" else ())):
         assert f"\n{group}" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "search"])
 def test_nothing_heavy_is_imported_to_answer(name: str) -> None:
+    run = f'runpy.run_path("{name}.py", run_name="__main__")'
+    if name == "search":
+        run = 'runpy.run_module("caravan.search", run_name="__main__")'
     code = f"""
 import runpy, sys
 sys.path.insert(0, ".")
 sys.argv = ["{name}.py", "seed=x", "index.facotry=Flat"]
 try:
-    runpy.run_path("{name}.py", run_name="__main__")
+    {run}
 except SystemExit as stop:
     assert stop.code == 2
 print(sorted({HEAVY} & set(sys.modules)))

@@ -1,6 +1,6 @@
-"""What `train.py` and `evaluate.py` can be told, and check(): every mistake in it at once.
+"""What `train.py`, `evaluate.py` and search can be told, and check(): every mistake at once.
 
-The two root dataclasses give names and types; values stand in `conf/`. `check` compares a composed
+The root dataclasses give names and types; values stand in `conf/`. `check` compares a composed
 config with them and with the signatures behind every `_target_`, then asks the rules, which see
 what no single value shows. It reads source files and imports nothing heavy.
 
@@ -109,8 +109,8 @@ class Rerank:
 
 
 @dataclass
-class Evaluate:
-    """The root of conf/evaluate.yaml."""
+class Pipeline:
+    """Retrieve, fuse, rerank: what the roots of evaluate.yaml and search.yaml have in common."""
 
     name: str = MISSING
     run_dir: str = MISSING
@@ -119,7 +119,6 @@ class Evaluate:
     retriever: Any = MISSING  # a name, or a list of names
     reranker: str | None = MISSING
     rerank: Rerank = field(default_factory=Rerank)
-    measures: list[str] = MISSING
     query_length: int | None = MISSING
     passage_length: int | None = MISSING
     token_budget: int | None = MISSING
@@ -133,14 +132,30 @@ class Evaluate:
     fuse: Node = MISSING
 
 
+@dataclass
+class Evaluate(Pipeline):
+    """The root of conf/evaluate.yaml."""
+
+    measures: list[str] = MISSING
+
+
+@dataclass
+class Search(Pipeline):
+    """The root of conf/search.yaml."""
+
+    model: str | None = MISSING
+    show: int = MISSING
+    reuse: str | None = MISSING
+
+
 COMMAND = "CARAVAN_COMMAND"
 """The variable in which a program leaves how it was started, for its jobs in other processes."""
 
-ROOTS: dict[str, type] = {"train": Train, "evaluate": Evaluate}
+ROOTS: dict[str, type] = {"train": Train, "evaluate": Evaluate, "search": Search}
 
 
 def register(typed: bool = True) -> None:
-    """Make the roots known to Hydra as `train_schema` and `evaluate_schema`.
+    """Make the roots known to Hydra as `train_schema`, `evaluate_schema` and `search_schema`.
 
     Args:
         typed: False leaves types and unknown keys to `check`, which tells all of them at once

@@ -1,4 +1,4 @@
-"""The command line of `train.py` and `evaluate.py`: check everything, then let Hydra run the job.
+"""The command line of `train.py`, `evaluate.py` and search: check everything, then run the job.
 
 Before Hydra starts, the config is composed and every mistake in it told at once, for a sweep those
 of all its jobs; nothing heavy has been imported by then. A mistake of the user's ends with exit
@@ -22,6 +22,7 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,12 @@ _code = INTERRUPTED  # with which an interrupted run ends
 Task = Callable[[DictConfig], Any]
 
 
-def entry(name: str) -> Callable[[Task], Callable[[], None]]:
-    """Make a function of a config the program of a file; its configs are in `conf/` beside it.
+def entry(name: str, configs: Path | None = None) -> Callable[[Task], Callable[[], None]]:
+    """Make a function of a config the program of a file.
 
     Args:
         name: the primary config, and the root of `caravan.config.ROOTS` that it is checked with.
+        configs: the folder of the configs; None: `conf/` beside the file.
     """
 
     # Read by OpenMP when torch loads. By default a thread that waits for its siblings keeps its
@@ -68,7 +70,7 @@ def entry(name: str) -> Callable[[Task], Callable[[], None]]:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
     def decorate(task: Task) -> Callable[[], None]:
-        conf = Path(inspect.getfile(task)).resolve().parent / "conf"
+        conf = configs or Path(inspect.getfile(task)).resolve().parent / "conf"
         root = config.ROOTS[name]
         config.register()
         program = hydra.main(version_base="1.3", config_path=str(conf), config_name=name)
@@ -84,6 +86,8 @@ def entry(name: str) -> Callable[[Task], Callable[[], None]]:
             try:
                 program_name = Path(inspect.getfile(task)).name
                 os.environ[config.COMMAND] = shlex.join(["python", program_name, *sys.argv[1:]])
+                if not conf.is_dir():
+                    raise InputError(f"{conf} is not there; run this in a checkout of Caravan")
                 sys.argv[1:] = preflight(sys.argv[1:], conf, name, root)
                 sweep = sweep_folder(sys.argv[1:])
                 with contextlib.suppress(_Failed):  # by then every other job has had its turn
@@ -91,10 +95,10 @@ def entry(name: str) -> Callable[[Task], Callable[[], None]]:
                 if sweep is not None:
                     _end_of_sweep(sweep)
             except KeyboardInterrupt:
-                _interrupted()
+                _interrupted(root)
             except SystemExit as stop:
                 if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning has caught it
-                    _interrupted()
+                    _interrupted(root)
                 raise
             except OSError as error:
                 if error.filename is None:
@@ -234,8 +238,9 @@ def _terminate(number: int, frame: Any) -> None:
     raise _Terminated
 
 
-def _interrupted() -> None:
-    _leave("interrupted; the same command with resume=true goes on", _code)
+def _interrupted(root: Any) -> None:
+    resumes = any(key.name == "resume" for key in fields(root))
+    _leave(f"interrupted; the same command{' with resume=true' * resumes} goes on", _code)
 
 
 def _leave(message: str, code: int) -> None:

@@ -56,6 +56,13 @@ def remove(product: Path) -> None:
     path_of(product).unlink(missing_ok=True)
 
 
+def digest(inputs: dict[str, Any]) -> str:
+    """xxh3 (128 bits, hex) of inputs: a name for what is made from them."""
+    import xxhash
+
+    return xxhash.xxh3_128(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
 def content_digest(path: Path) -> str:
     """xxh3 (128 bits, hex) of a file's bytes, read in blocks."""
     import xxhash

@@ -54,6 +54,7 @@ AT_LEAST = {
     "token_budget": 1,
     "num_workers": 0,
     "block": 1,
+    "show": 1,
     "index.k": 1,
     "rerank.depth": 1,
     "rerank.block": 1,
@@ -380,9 +381,25 @@ def retrievers_are_names(cfg: DictConfig) -> Iterator[Mistake]:
         return
     given = value(cfg, "retriever")
     names = list(given) if isinstance(given, ListConfig) else [given]
-    if not names or not all(isinstance(name, str) for name in names):
+    if given is None and "model" in cfg:
+        text = "nothing says what searches; give a model folder, or retriever=bm25"
+        yield Mistake(("model",), text)
+    elif not names or not all(isinstance(name, str) for name in names):
         text = f"it must be bm25, a model folder, a run file, or a list of these, not {given}"
         yield Mistake(("retriever",), text)
+
+
+def questions_are_searched_for(cfg: DictConfig) -> Iterator[Mistake]:
+    """A question that is typed is in no run, and one setting says what searches for it."""
+    if "model" not in cfg or value(cfg, "retriever") is None:
+        return
+    for name in _retrievers(cfg):
+        if isinstance(name, str) and Path(name).is_file():
+            text = f"{name} is a file, and no run knows new questions; give a model folder or bm25"
+            yield Mistake(_place_of_retriever(cfg), text, "folder")
+    if value(cfg, "model") is not None and not OmegaConf.is_interpolation(cfg, "retriever"):
+        text = "retriever is given too, and says what searches; leave one of them out"
+        yield Mistake(("model",), text)
 
 
 def reranking_is_possible(cfg: DictConfig) -> Iterator[Mistake]:
@@ -404,23 +421,22 @@ def models_suit_their_stage(cfg: DictConfig) -> Iterator[Mistake]:
     """A retriever embeds and a reranker scores, as their folders say; told before any stage."""
     if "reranker" not in cfg:
         return
-    given = value(cfg, "retriever")
-    places = [("retriever", name) for name in (given if isinstance(given, ListConfig) else [given])]
-    for place, name in [*places, ("reranker", value(cfg, "reranker"))]:
+    places = [("retriever", _place_of_retriever(cfg), name) for name in _retrievers(cfg)]
+    for wanted, place, name in [*places, ("reranker", ("reranker",), value(cfg, "reranker"))]:
         if not isinstance(name, str) or not Path(name).exists():
             continue  # told already
         if Path(name).is_file():
-            if place == "reranker":
+            if wanted == "reranker":
                 text = f"{name} is a file; give the model folder of a reranker"
-                yield Mistake((place,), text, "folder")
+                yield Mistake(place, text, "folder")
             continue
         try:
             kind = read_contract(Path(name))[0].kind
         except InputError as error:
-            yield Mistake((place,), str(error), "folder")
+            yield Mistake(place, str(error), "folder")
             continue
-        if kind != place:
-            yield Mistake((place,), f"{name} is a {kind}; give the folder of a {place}", "folder")
+        if kind != wanted:
+            yield Mistake(place, f"{name} is a {kind}; give the folder of a {wanted}", "folder")
 
 
 def runs_can_be_fused(cfg: DictConfig) -> Iterator[Mistake]:
@@ -441,15 +457,14 @@ def folders_exist(cfg: DictConfig) -> Iterator[Mistake]:
         if "path" in node and not _is_hub_id(node)
     ]
     places += [((name,), value(cfg, name)) for name in ("init_from", "reranker")]
-    given = value(cfg, "retriever")
-    for name in given if isinstance(given, ListConfig) else [given]:
-        places.append((("retriever",), name))
+    searches = _place_of_retriever(cfg)
+    places += [(searches, name) for name in _retrievers(cfg)]
     for path, given in places:
-        of_retriever = path == ("retriever",)
+        of_retriever = path == searches
         if not isinstance(given, str) or (of_retriever and given == "bm25"):
             continue
         if not Path(given).exists():
-            also = " (nor run file, nor bm25)" if of_retriever else ""
+            also = " (nor run file, nor bm25)" if path == ("retriever",) else ""
             near = _nearest(given, "bm25") if of_retriever else _nearest(given)
             hint = f"; did you mean {near}?" if near else ""
             kind = "file or folder" if path[0] == "data" else "folder"
@@ -476,6 +491,7 @@ RULES: list[Rule] = [
     loss_suits_the_scores,
     parts_work_together,
     retrievers_are_names,
+    questions_are_searched_for,
     reranking_is_possible,
     folders_exist,
     models_suit_their_stage,
@@ -524,6 +540,18 @@ def _given_or_default(node: DictConfig, name: str) -> Any:
     except LookupError:
         return None
     return getattr(parameter.default, "value", None)
+
+
+def _retrievers(cfg: DictConfig) -> list[Any]:
+    """What `retriever` names."""
+    given = value(cfg, "retriever")
+    return list(given) if isinstance(given, ListConfig) else [given]
+
+
+def _place_of_retriever(cfg: DictConfig) -> KeyPath:
+    """Where the user has said what searches: search has a shorter word for it."""
+    shorter = "model" in cfg and OmegaConf.is_interpolation(cfg, "retriever")
+    return ("model",) if shorter else ("retriever",)
 
 
 def _is_hub_id(node: DictConfig) -> bool:

@@ -39,12 +39,11 @@ def test_a_saved_model_loads_with_the_same_embeddings_and_contract(
         assert torch.equal(model.embed(pack(TEXTS, 99)), encoder.embed(pack(TEXTS, 99)))
 
 
-def test_a_folder_is_safetensors_tokenizer_contract_and_card(saved: Path) -> None:
+def test_a_folder_is_safetensors_tokenizer_and_contract(saved: Path) -> None:
     names = {path.name for path in saved.iterdir()}
-    assert {"caravan.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
+    assert {"caravan.json", "model.safetensors", "tokenizer.json"} <= names
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
     assert [path.name for path in saved.parent.iterdir()] == ["model"]
-    assert "passage: {title} {text}" in (saved / "README.md").read_text()
 
 
 def test_saving_again_replaces_the_folder(

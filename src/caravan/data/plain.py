@@ -127,6 +127,11 @@ class HubTexts:
         self.name = name or path.rstrip("/").rpartition("/")[2]
         self.train_split, self.dev_split, self.split = train_split, dev_split, split
 
+    @property
+    def hub_id(self) -> str | None:
+        """The dataset's name on the Hub; None where it is a folder of this machine."""
+        return None if Path(self.path).exists() else self.path
+
     def collection(self, cache_dir: str | Path) -> Collection:
         """Open the collection, or build it under `cache_dir` first.
 

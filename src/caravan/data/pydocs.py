@@ -107,6 +107,8 @@ class PyDocs:
             module, for functions) or "module" one after the other.
     """
 
+    language = "en"
+
     def __init__(
         self,
         name: str = "pydocs",

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import transformers
 
+from caravan.cards import page, recipes
+from caravan.cards.folder import auto_class
+from caravan.cards.wording import quoted
 from caravan.contract import Contract, adapter_base, read_contract, write_contract
 from caravan.errors import InputError
-from caravan.export import card, plain, recipes, weights
+from caravan.export import plain, weights
 from caravan.export.merged import set_padding
-from caravan.export.wording import quoted
 from caravan.models import folder as model_folder
 from caravan.models.loading import fit_vocabulary
 
@@ -40,7 +42,7 @@ def write(folder: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
     what = "embeddings" if contract.kind == "retriever" else "scores"
     weights.refuse_other_numbers(str(folder), what, sample.wanted, sample.by(found))
-    text = card.plain_card(
+    text = page.exported_plain(
         folder, facts, contract, "peft", loads + recipes.recipe(tokenizer, contract)
     )
     (out / "README.md").write_text(text, "utf-8")
@@ -53,7 +55,7 @@ def _load(
     from peft import PeftModel
 
     base, revision = adapter_base(folder)
-    name = plain.auto_class(contract, facts)
+    name = auto_class(contract, facts)
     hub: dict[str, Any] = {} if revision is None else {"revision": revision}
     if name == "AutoModelForSequenceClassification":
         hub["num_labels"] = 1
@@ -76,9 +78,9 @@ def _load(
 from peft import PeftModel
 from transformers import {name}, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{card.HERE}")
+tokenizer = AutoTokenizer.from_pretrained("{page.HERE}")
 base = {name}.from_pretrained({quoted(base)}, dtype=torch.float32{told})
-{lines}model = PeftModel.from_pretrained(base, "{card.HERE}").eval()
+{lines}model = PeftModel.from_pretrained(base, "{page.HERE}").eval()
 """,
         PeftModel.from_pretrained(model, out).eval(),
     )

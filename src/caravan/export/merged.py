@@ -10,9 +10,11 @@ from typing import Any
 
 import transformers
 
+from caravan.cards import page, recipes
+from caravan.cards.folder import auto_class
 from caravan.contract import Contract, write_contract
 from caravan.data.pairs import PairTemplates
-from caravan.export import card, plain, recipes, tokens, weights
+from caravan.export import plain, tokens, weights
 from caravan.models import folder as model_folder
 from caravan.models.loading import load_language_model
 
@@ -27,7 +29,7 @@ def write(folder: Path, out: Path) -> None:
     model, tokenizer, contract, facts = model_folder.load(folder)
     plain.refuse_foreign_head(folder, model)
     sample = plain.Sample.of(model, tokenizer, contract)
-    name = plain.auto_class(contract, facts)
+    name = auto_class(contract, facts)
     transformer = model.backbone if contract.kind == "retriever" else model.plain
     if contract.kind == "retriever" and name == "AutoModelForCausalLM":
         del model, transformer  # there may not be room for two
@@ -45,12 +47,12 @@ def write(folder: Path, out: Path) -> None:
     loads = f"""import torch
 from transformers import {name}, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{card.HERE}")
-model = {name}.from_pretrained("{card.HERE}").eval()
+tokenizer = AutoTokenizer.from_pretrained("{page.HERE}")
+model = {name}.from_pretrained("{page.HERE}").eval()
 """
     if trunk is not loaded:
         loads += "model = model.base_model  # embeddings are made without the output layer\n"
-    text = card.plain_card(
+    text = page.exported_plain(
         folder, facts, contract, "transformers", loads + recipes.recipe(tokenizer, contract)
     )
     (out / "README.md").write_text(text, "utf-8")

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from caravan.cards.wording import TEXT, Wording, quoted, wording
 from caravan.contract import Contract
 from caravan.data.pairs import LEAST, PairTemplates
 from caravan.data.templates import Template
 from caravan.errors import InputError
 from caravan.export import tokens
-from caravan.export.wording import TEXT, Wording, quoted, wording
 
 QUERIES = ("camels", "Which animals cross the desert?", "naïve 北 🐪", "  spaces ", "")
 _FILLERS = (("0", "0"), ("1 2 3 4", "1 2 3 4"))

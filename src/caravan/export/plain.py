@@ -22,15 +22,6 @@ from caravan.models.pooling import pool
 QUERY = ("", "Which animals cross the desert?")
 
 
-def auto_class(contract: Contract, facts: dict[str, Any]) -> str:
-    """The Auto class that loads what is exported."""
-    if contract.kind == "reranker" and contract.scoring == "head":
-        return "AutoModelForSequenceClassification"
-    if contract.kind == "reranker" or "language_model" in facts:
-        return "AutoModelForCausalLM"
-    return "AutoModel"
-
-
 def refuse_foreign_head(folder: Path, model: Any) -> None:
     """Refuse a reranker whose head is none of transformers' own."""
     scorer = getattr(model, "plain", None)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from caravan.batches import pack
+from caravan.cards import page
+from caravan.cards.wording import quoted
 from caravan.contract import Contract
 from caravan.errors import InputError
-from caravan.export import card, sbert, weights
+from caravan.export import sbert, weights
 from caravan.export.pairing import Pairing
-from caravan.export.wording import quoted
 from caravan.models import folder as model_folder
 from caravan.models.pooling import pool
 
@@ -111,7 +112,7 @@ def _scores(
 def _readme(folder: Path, contract: Contract, facts: dict[str, Any], pairing: Pairing) -> str:
     example = f"""from sentence_transformers import CrossEncoder
 
-model = CrossEncoder("{card.HERE}")
+model = CrossEncoder("{page.HERE}")
 query, passage = "Which animals cross the desert?", "Camels cross it, by night."
 scores = model.predict([(query, passage)])
 """
@@ -132,7 +133,7 @@ ranked = model.rank(query, [passage, f{quoted(titled)}])
         else "of queries that are a little longer the model folder cuts the end instead, and much"
         " longer ones are an error"
     )
-    return card.card(
+    return page.exported(
         folder,
         facts,
         library="sentence-transformers",

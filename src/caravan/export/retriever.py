@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from caravan.batches import pack
+from caravan.cards import page
+from caravan.cards.wording import Wording, quoted, wording
 from caravan.contract import SLOTS, Contract, slot_tokens
 from caravan.data.templates import Templates
-from caravan.export import card, sbert, tokens, weights
-from caravan.export.wording import Wording, quoted, wording
+from caravan.export import sbert, tokens, weights
 from caravan.models import folder as model_folder
 from caravan.models.pooling import pool
 
@@ -176,7 +177,7 @@ def _readme(folder: Path, contract: Contract, facts: dict[str, Any], sides: list
         alone = f", prompt={quoted(passage.wording.titled_prompt)}"
     example = f"""from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{card.HERE}")
+model = SentenceTransformer("{page.HERE}")
 queries = model.encode_query(["Which animals cross the desert?"])
 passages = model.encode_document(["Camels cross it, by night."])
 """
@@ -208,7 +209,7 @@ titled = model.encode_document([f{quoted(titled)}]{alone})
             "An embedding is the mean over the slots, tokens that the tokenizer adds; a text must"
             f" not have them itself (`{slot_tokens(contract, SLOTS[0])[0]}`, ...)."
         )
-    return card.card(
+    return page.exported(
         folder,
         facts,
         library="sentence-transformers",

@@ -6,7 +6,8 @@
       adapter_config.json  adapter_model.safetensors   or an adapter, as PEFT reads it, where the
                                                  weights that it was trained on have a name
       score.safetensors   an encoder's head; a decoder's is in its weights, or in its adapter
-      tokenizer.json ...  README.md
+      tokenizer.json ...
+      README.md           the card (`caravan.cards`), which nothing reads
 
 It is written beside its final place and renamed, so there is a whole folder or none.
 """
@@ -52,7 +53,7 @@ def save(
     """Write a model folder, whole or not at all; one that is there already is replaced.
 
     Args:
-        facts: JSON data for the model card: base model, collection, steps, figures.
+        facts: JSON data, kept in the contract's file for the card: base model, collection, figures.
     """
     from safetensors.torch import save_file
     from transformers.utils import logging
@@ -79,7 +80,6 @@ def save(
             transformer.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         write_contract(scratch, contract, facts)
-        (scratch / "README.md").write_text(_card(contract, facts), "utf-8")
         scratch.chmod(0o755)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(scratch, folder)
@@ -204,43 +204,3 @@ def _read_head(scorer: Any, folder: Path) -> None:
             raise InputError(f"{path}: its head does not load ({error}); save it again") from None
     if missing and isinstance(scorer, Headed):
         raise InputError(f"{folder} has no weights of its head; save the model again")
-
-
-def _card(contract: Contract, facts: dict[str, Any]) -> str:
-    figures = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    length = contract.query_length + contract.passage_length
-    score = f"a linear head on the {contract.pooling} token"
-    if contract.scoring == "likelihood":
-        score = "the mean log probability of the query's tokens after the passage"
-    reads = {
-        "retriever": f"""| query | `{contract.query_template}`, {contract.query_length} tokens |
-| passage | `{contract.passage_template}`, {contract.passage_length} tokens |
-| embedding | {contract.pooling} pooling, {"unit length" if contract.normalize else "as it comes"} |
-""",
-        "reranker": f"""| query | `{contract.query_template}` |
-| passage | `{contract.passage_template}` |
-| input | {"one text" if contract.pair == "joined" else "a pair"}, {length} tokens |
-| score | {score} |
-""",
-    }[contract.kind]
-    attention = ""
-    if contract.bidirectional:
-        attention = "| attention | both ways: `config.is_causal=False` in transformers |\n"
-    return f"""---
-library_name: caravan
-tags: [retrieval, {contract.kind}]
----
-# {facts.get("name", "model")}
-
-A {contract.kind} trained with Caravan. `caravan.json` holds all that its use needs: prompts, EOS,
-pooling, lengths. Evaluate it on a BEIR folder:
-
-    python evaluate.py {contract.kind}=<this folder> data=beir data.path=<collection>{
-        "" if contract.kind == "retriever" else " retriever=bm25"
-    }
-
-| setting | value |
-|---|---|
-{reads}{attention}| EOS | {"appended" if contract.append_eos else "as the tokenizer has it"} |
-{figures}
-"""

@@ -8,7 +8,7 @@ Memory is that of one block and the model, whatever the corpus' size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from caravan.batches import Packed, pack
 from caravan.contract import read_contract
 from caravan.data.batching import TextBlocks, text_loader
 from caravan.data.templates import Templates
@@ -91,6 +92,17 @@ class Encoder:
             pack_linears(model)
         return model.to(self.device), Templates(tokenizer, self.contract)
 
+    def inputs(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The inputs in the manifest of embeddings, of those that `encode` is given."""
+        return {**given, "resolved_precision": self.precision}
+
+    def queries(self, questions: Sequence[str]) -> np.ndarray:
+        """Embeddings [Q, dim] float32 of queries that are in no collection, rounded as on disk."""
+        _, templates = self.loaded
+        ids = templates.queries([("", question) for question in questions])
+        with torch.inference_mode():
+            return self._vectors(pack(ids, self.token_budget, templates.pad_id)).astype(np.float32)
+
     def encode(
         self, texts: Texts, rows: np.ndarray, side: str, folder: Path, inputs: dict[str, Any]
     ) -> Shards:
@@ -101,11 +113,11 @@ class Encoder:
             side: "query" or "passage".
             inputs: digests and settings that determine the embeddings; shards of others go.
         """
-        inputs = {**inputs, "resolved_precision": self.precision}
+        inputs = self.inputs(inputs)
         count = -(-len(rows) // self.block)
 
         def compute(missing: list[int]) -> Iterator[np.ndarray]:
-            model, templates = self.loaded
+            _, templates = self.loaded
             blocks = TextBlocks(texts, rows, templates, side, self.block, self.token_budget)
             batches = track(
                 text_loader(blocks, missing, self.num_workers),
@@ -116,8 +128,12 @@ class Encoder:
             )
             with torch.inference_mode():
                 for batch in batches:
-                    vectors = model.embed(batch.texts.to(self.device, non_blocking=True))
-                    yield vectors.to(torch.float16).cpu().numpy()
+                    yield self._vectors(batch.texts)
 
         fill(folder, inputs, count, compute)
         return Shards(folder, len(rows), self.block)
+
+    def _vectors(self, texts: Packed) -> np.ndarray:
+        """[N, dim] float16."""
+        vectors = self.loaded[0].embed(texts.to(self.device, non_blocking=True))
+        return vectors.to(torch.float16).cpu().numpy()

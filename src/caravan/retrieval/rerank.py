@@ -122,14 +122,14 @@ class Scorer:
         candidates: Run,
         queries: Texts,
         corpus: Texts,
-        to: Path,
-        inputs: dict[str, Any],
+        to: Path | None = None,
+        inputs: dict[str, Any] | None = None,
         qrels: Qrels | None = None,
     ) -> Run:
         """The candidates in the reranker's order.
 
         Args:
-            to: where scores lie, block by block.
+            to: where scores lie, block by block; None keeps them in memory, for a question or two.
             inputs: digests and settings that determine the scores; those of others go.
             qrels: whose judged passages are scored too (`Reranking.judged`).
         """
@@ -150,8 +150,8 @@ class Scorer:
         passage_rows: np.ndarray,
         queries: Texts,
         corpus: Any,
-        to: Path,
-        inputs: dict[str, Any],
+        to: Path | None = None,
+        inputs: dict[str, Any] | None = None,
     ) -> np.ndarray:
         """Scores [N] float32 of pairs, each scored once; resumed where a killed start was."""
         counts = None
@@ -185,8 +185,11 @@ class Scorer:
                     packed = batch.pairs.to(self.device, non_blocking=True)
                     yield model.score(packed).cpu().numpy()
 
-        fill(to, {**inputs, "resolved_precision": self.precision}, blocks, compute)
-        parts = [np.load(shard(to, number)) for number in range(blocks)]
+        if to is None:
+            parts = list(compute(list(range(blocks))))
+        else:
+            fill(to, {**(inputs or {}), "resolved_precision": self.precision}, blocks, compute)
+            parts = [np.load(shard(to, number)) for number in range(blocks)]
         scores = np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
         if wrong := int((~np.isfinite(scores)).sum()):
             raise InputError(

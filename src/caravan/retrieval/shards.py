@@ -39,13 +39,14 @@ def fill(
         inputs: digests and settings that determine the blocks.
         compute: gives, for the numbers of blocks that are missing, the array of each in turn.
     """
-    if _missing(folder, blocks) or not manifest.matches(folder, inputs):
-        if leads():
-            _begin(folder, inputs)
-        wait_until(lambda: manifest.matches(folder / "begun", inputs))
-        own = [i for i in _missing(folder, blocks) if i % world() == rank()]
-        for number, array in zip(own, compute(own) if own else (), strict=True):
-            _write(shard(folder, number), array)
+    if not _missing(folder, blocks) and manifest.matches(folder, inputs):
+        return
+    if leads():
+        _begin(folder, inputs)
+    wait_until(lambda: manifest.matches(folder / "begun", inputs))
+    own = [i for i in _missing(folder, blocks) if i % world() == rank()]
+    for number, array in zip(own, compute(own) if own else (), strict=True):
+        _write(shard(folder, number), array)
     if leads():
         wait_until(lambda: not _missing(folder, blocks))
         manifest.write(folder, inputs)

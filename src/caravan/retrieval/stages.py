@@ -24,6 +24,7 @@ from caravan.data.collection import Collection, Qrels
 from caravan.data.runs import Run, canonical, read_run, write_run
 from caravan.errors import InputError
 from caravan.ranks import leads, wait_until
+from caravan.retrieval import kept
 
 log = logging.getLogger(__name__)
 
@@ -83,17 +84,11 @@ class Stages:
             bm25: `caravan.retrieval.lexical.BM25`.
             settings: what it was made with, for the manifest.
         """
-        built_from = {"collection": self.collection.digest, "bm25": settings}
+        built_from = kept.bm25_inputs(self.collection, settings)
 
         def search() -> tuple[Run, Facts]:
-            folder = self.store / "bm25"
             started = time.monotonic()
-            if not manifest.matches(folder, built_from):
-                manifest.remove(folder)
-                bm25.build(self.collection.corpus, folder)
-                manifest.write(folder, built_from)
-            else:
-                bm25.open(self.collection.corpus, folder)
+            kept.open_bm25(bm25, self.collection, self.store / "bm25", built_from)
             built = time.monotonic()
             queries = self.qrels.queries
             texts = [text for _, text in self.collection.queries.get(queries)]
@@ -124,13 +119,7 @@ class Stages:
             block: passages a shard.
             attention: of the model; it leaves the embeddings as they are, but for rounding.
         """
-        encoded_from = {
-            "model": folder_digest(model),
-            "collection": self.collection.digest,
-            "precision": precision,
-            "token_budget": token_budget,
-            "block": block,
-        }
+        encoded_from = kept.embedding_inputs(self.collection, model, precision, token_budget, block)
 
         def search() -> tuple[Run, Facts] | None:
             from caravan.retrieval.encode import Encoder

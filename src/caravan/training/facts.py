@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
 from caravan.models import hardware
 from caravan.models.adapters import quantization
@@ -62,6 +63,55 @@ def first_lines(
             f"validation: {len(data.dev_qrels.queries):,} queries over"
             f" {len(data.dev_passages):,} of {len(data.collection.corpus):,} passages"
         )
+
+
+def of_data(source: Any, data: Any) -> dict[str, Any]:
+    """What the model card tells of the data: where it is known, and what the validation asks."""
+    told: dict[str, Any] = {}
+    if (dataset := getattr(source, "hub_id", None)) is not None:
+        told["datasets"] = [dataset]
+    if (language := getattr(source, "language", None)) is not None:
+        told["language"] = [language]
+    if data.dev_split is not None:
+        told["validation"] = {
+            "collection": data.collection.name,
+            "split": data.dev_split,
+            "queries": len(data.dev_qrels.queries),
+            "passages": None if data.candidates is not None else len(data.dev_passages),
+        }
+    return told
+
+
+def recipe(cfg: Any) -> dict[str, Any]:
+    """The settings of a training that a model card has, those that there are."""
+
+    def target(node: Any) -> str:
+        if node is None:
+            return ""
+        losses = node.get("losses")
+        if losses is not None:
+            return " + ".join(map(target, losses))
+        return str(node.get("_target_")).rpartition(".")[2]
+
+    def given(place: str) -> Any:
+        return OmegaConf.select(cfg, place)
+
+    runs = ", ".join(Path(run).name for run in given("sampler.runs") or ())
+    accumulated = given("trainer.accumulate_grad_batches") or 1
+    rows = {
+        "stage": target(cfg.stage),
+        "loss": target(cfg.loss),
+        "temperature": given("contract.temperature") if cfg.loss is not None else None,
+        "queries an update": cfg.batching.queries_per_batch * accumulated,
+        "negatives a query": given("sampler.number"),
+        "negatives from": runs,
+        "optimizer": target(cfg.optimizer),
+        "learning rate": given("optimizer.lr"),
+        "warm-up steps": given("optimizer.warmup_steps"),
+        "LoRA": None if given("peft.rank") is None else f"rank {given('peft.rank')}",
+        "seed": cfg.seed,
+    }
+    return {name: value for name, value in rows.items() if value not in (None, "")}
 
 
 def memory_needed(module: Any, data: Any, trainer: Any) -> Any:

@@ -130,6 +130,7 @@ def _trained(folder: str, backbone: Any, adapter: bool) -> Any:
 
 def _adopt(cfg: Any, collection: Collection | None, run_dir: Path) -> None:
     """Make a model folder of a backbone as it is, released or random."""
+    from caravan.cards.folder import write
     from caravan.models import folder
 
     module = _module(cfg, collection)
@@ -141,6 +142,7 @@ def _adopt(cfg: Any, collection: Collection | None, run_dir: Path) -> None:
         )
     facts = {"name": cfg.name, "base_model": module.backbone.name, "updates": 0}
     folder.save(run_dir / "model", module.model, module.tokenizer, module.contract, facts)
+    write(run_dir / "model")
 
 
 def _fit(
@@ -247,9 +249,12 @@ def _leave(
     """The model folder of the best weights, and figures; returns the best of what is monitored."""
     import torch
 
+    from caravan.cards.folder import write
     from caravan.models import folder
     from caravan.models.backbone import parameter_counts
+    from caravan.training.facts import of_data, recipe
 
+    told = {**of_data(build(cfg, "data")["data"], data), "recipe": recipe(cfg)}
     watched = trainer.checkpoint_callback
     best_path = Path(getattr(watched, "best_model_path", "") or "")
     best = None
@@ -274,7 +279,10 @@ def _leave(
             "monitored": getattr(watched, "monitor", None),
             "best": best,
         }
-        folder.save(run_dir / "model", network, module.tokenizer, module.contract, facts)
+        folder.save(
+            run_dir / "model", network, module.tokenizer, module.contract, {**facts, **told}
+        )
+        write(run_dir / "model")
         figures = {**facts, "train_seconds": seconds, **({"read": read} if read else {})}
         figures |= {"train": trained_on} if trained_on else {}
         trained, total = parameter_counts(network)

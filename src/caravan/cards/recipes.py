@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from caravan.cards.wording import TEXT, TITLE, fields, quoted
 from caravan.contract import Contract
 from caravan.data.pairs import PairTemplates
 from caravan.data.templates import Template, Templates
-from caravan.export.wording import TEXT, TITLE, fields, quoted
 
 _POOLED = {"last": "states[-1]", "mean": "states.mean(dim=0)", "cls": "states[0]"}
 

@@ -1,0 +1,1 @@
+"""Model cards: what a folder's README.md tells people and the Hub."""

@@ -1,0 +1,190 @@
+"""A question at a time: an evaluation's stages, loaded once and kept, with nothing written.
+
+    ask = asker(cfg)
+    stages = ask("which function splits a path?")
+
+What a question finds is what the same text as a query of the collection finds in `evaluate.py`:
+queries are embedded, ranked, fused and reranked by the same code.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from caravan.config import build
+from caravan.data.collection import Collection
+from caravan.data.runs import Run, canonical
+from caravan.errors import InputError
+from caravan.retrieval import kept
+
+log = logging.getLogger(__name__)
+
+ROW = np.zeros(1, dtype=np.int64)  # the one query of a question's runs
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one stage makes of a question."""
+
+    stage: str
+    run: Run  # of the one query, row 0
+    seconds: float
+
+    def ranks(self) -> dict[int, tuple[int, float]]:
+        """(rank from 1, score) of each passage row."""
+        rows, scores = self.run.of(0)
+        ranked = enumerate(zip(rows.tolist(), scores.tolist(), strict=True), start=1)
+        return {row: (rank, score) for rank, (row, score) in ranked}
+
+
+@dataclass(frozen=True)
+class First:
+    """A first stage: a question to its run."""
+
+    name: str
+    search: Callable[[str], Run]
+
+
+class _Asked:
+    """One question where a table of queries belongs."""
+
+    def __init__(self, question: str) -> None:
+        self.question = question
+
+    def get(self, rows: Sequence[int]) -> list[tuple[str, str]]:
+        return [("", self.question) for _ in rows]
+
+
+class Asker:
+    """Answers questions over a collection.
+
+    Args:
+        firsts: stages that search the corpus, one or more.
+        fuse: makes one run of several (`caravan.retrieval.fuse`).
+        scorer: `caravan.retrieval.rerank.Scorer`, or None.
+        k: depth of the fused run.
+    """
+
+    def __init__(
+        self, collection: Collection, firsts: list[First], fuse: Any, scorer: Any, k: int
+    ) -> None:
+        self.collection = collection
+        self.firsts = firsts
+        self.fuse = fuse
+        self.scorer = scorer
+        self.k = k
+
+    def __call__(self, question: str) -> list[Found]:
+        """What each stage finds, in their order; the last one's run is the answer."""
+        stages = [self._timed(one.name, partial(one.search, question)) for one in self.firsts]
+        if len(stages) > 1:
+            runs = [stage.run for stage in stages]
+            stages.append(self._timed("fused", lambda: self.fuse(runs).top(self.k)))
+        if self.scorer is not None:
+            candidates = stages[-1].run
+            asked: Any = _Asked(question)
+            stages.append(
+                self._timed(
+                    "reranked",
+                    lambda: self.scorer.rerank(candidates, asked, self.collection.corpus),
+                )
+            )
+        return stages
+
+    def _timed(self, name: str, search: Callable[[], Run]) -> Found:
+        started = time.monotonic()
+        run = canonical(search(), self.collection.corpus)
+        return Found(name, run, time.monotonic() - started)
+
+
+def asker(cfg: Any) -> Asker:
+    """The stages of a composed and checked config of `conf/search.yaml`, ready to answer.
+
+    The corpus is embedded or indexed unless that has been done with the same model and settings.
+    """
+    from omegaconf import OmegaConf
+
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    parts = build(cfg, "data", "index", "fuse")
+    collection = parts["data"].collection(Path(cfg.cache_dir))
+    if not len(collection.corpus):
+        raise InputError(f"{collection.name} has no passage to search; choose another data=")
+    asked = settings["retriever"]
+    firsts: list[First] = []
+    for name in map(str, asked if isinstance(asked, list) else [asked]):
+        kind = "bm25" if name == "bm25" else "retriever"
+        number = sum(one.name.partition("-")[0] == kind for one in firsts) + 1
+        stage = kind if number == 1 else f"{kind}-{number}"
+        make = _lexical if name == "bm25" else _dense
+        firsts.append(First(stage, make(name, cfg, settings, collection)))
+    scorer = None
+    if settings["reranker"] is not None:
+        from caravan.retrieval.rerank import Reranking, Scorer
+
+        chosen = Reranking(**settings["rerank"])
+        scorer = Scorer(
+            *(Path(settings["reranker"]), chosen, settings["precision"], settings["token_budget"]),
+            num_workers=0,
+            attention=settings["attention"],
+        )
+        _ = scorer.loaded  # now, so that no question waits for it
+    return Asker(collection, firsts, parts["fuse"], scorer, parts["index"].k)
+
+
+def _lexical(
+    name: str, cfg: Any, settings: dict[str, Any], collection: Collection
+) -> Callable[[str], Run]:
+    parts = build(cfg, "bm25", "index")
+    inputs = kept.bm25_inputs(collection, settings["bm25"])
+    folder = _place(settings, name, inputs)
+    kept.open_bm25(parts["bm25"], collection, folder, inputs)
+    return lambda question: parts["bm25"].search([question], ROW, parts["index"].k)
+
+
+def _dense(
+    name: str, cfg: Any, settings: dict[str, Any], collection: Collection
+) -> Callable[[str], Run]:
+    from caravan.retrieval.encode import Encoder
+
+    model, corpus = Path(name), collection.corpus
+    lengths = ("query_length", "passage_length")
+    given = {key: settings[key] for key in lengths if settings[key] is not None}
+    computed = {key: settings[key] for key in ("precision", "token_budget", "block")}
+    encoder = Encoder(
+        model,
+        lengths=given,
+        num_workers=settings["num_workers"],
+        attention=settings["attention"],
+        **computed,
+    )
+    inputs = {
+        **kept.embedding_inputs(collection, model, **computed),
+        "length": given.get("passage_length"),
+    }
+    folder = _place(settings, "passages", encoder.inputs(inputs))
+    passages = encoder.encode(corpus, np.arange(len(corpus)), "passage", folder, inputs)
+    index = build(cfg, "index")["index"]  # of its own: there may be several models
+    index.build(passages)
+    encoder.queries(["ready?"])  # the weights load now, so that no question waits for them
+    k = min(index.k, passages.rows)
+
+    def search(question: str) -> Run:
+        return Run.from_topk(ROW, *index.search(encoder.queries([question]), k))
+
+    return search
+
+
+def _place(settings: dict[str, Any], name: str, inputs: dict[str, Any]) -> Path:
+    store, reuse = Path(settings["store"]), settings["reuse"]
+    folder = kept.place(store, None if reuse is None else Path(reuse), name, inputs)
+    if folder.parent != store:
+        log.info("%s, from the same model, collection and settings, is taken", folder)
+    return folder

@@ -1,0 +1,167 @@
+"""MTEB's own evaluation of a model folder has the figures of `evaluate.py` on the same data."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.commands import evaluate
+
+import caravan
+from caravan.contract import folder_digest
+from caravan.data.collection import Collection
+from caravan.data.runs import read_run
+from caravan.errors import InputError
+
+FLOAT = ("precision=float32", "measures=[MRR@10,nDCG@10,R@20,MAP@20]")
+FIGURES = {"mrr_at_10": "MRR@10", "ndcg_at_10": "nDCG@10", "recall_at_20": "R@20"}
+FIGURES |= {"map_at_20": "MAP@20"}
+
+
+def local_task(beir: Path, kind: str, top_ranked: dict[str, list[str]] | None = None) -> Any:
+    """A task of MTEB over the test queries of a BEIR folder, with nothing to download."""
+    mteb = pytest.importorskip("mteb")
+    from datasets import Dataset
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+
+    corpus = [json.loads(line) for line in (beir / "corpus.jsonl").read_text().splitlines()]
+    queries = [json.loads(line) for line in (beir / "queries.jsonl").read_text().splitlines()]
+    qrels: dict[str, dict[str, int]] = {}
+    for line in (beir / "qrels" / "test.tsv").read_text().splitlines()[1:]:
+        query, passage, grade = line.split("\t")
+        qrels.setdefault(query, {})[passage] = int(grade)
+
+    class Task(AbsTaskRetrieval):
+        metadata = mteb.TaskMetadata(
+            type=kind,
+            name=f"Local{kind}",
+            description="A BEIR folder.",
+            dataset={"path": "local/beir", "revision": "0"},
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+        )
+
+        def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+            split = {
+                "corpus": Dataset.from_list(
+                    [{"id": p["_id"], "title": p["title"], "text": p["text"]} for p in corpus]
+                ),
+                "queries": Dataset.from_list(
+                    [{"id": q["_id"], "text": q["text"]} for q in queries if q["_id"] in qrels]
+                ),
+                "relevant_docs": qrels,
+                "top_ranked": top_ranked,
+            }
+            self.dataset = {"default": {"test": split}}
+            self.data_loaded = True
+
+    return Task()
+
+
+def figures(model: Any, task: Any) -> dict[str, float]:
+    import mteb
+
+    result = mteb.evaluate(
+        model, task, cache=None, show_progress_bar=False, co2_tracker=False, raise_error=True
+    )
+    (scores,) = result.task_results[0].scores["test"]
+    return {ours: scores[theirs] for theirs, ours in FIGURES.items()}
+
+
+def test_a_retriever_has_the_figures_of_evaluate(
+    beir: Path, folders: dict[str, str], tmp_path: Path
+) -> None:
+    task = local_task(beir, "Retrieval")
+    from mteb.models.models_protocols import CrossEncoderProtocol, EncoderProtocol
+
+    from caravan.mteb import load
+
+    model = load(folders["retriever"], precision="float32")
+    assert isinstance(model, EncoderProtocol)
+    assert not isinstance(model, CrossEncoderProtocol)
+    wanted = evaluate(beir, tmp_path / "run", folders["retriever"], *FLOAT)["overall"]
+    assert figures(model, task) == pytest.approx(wanted, abs=1e-5)
+    assert 0 < wanted["nDCG@10"] < 1
+
+
+def test_a_reranker_has_the_figures_of_evaluate(
+    beir: Path, collection: Collection, folders: dict[str, str], tmp_path: Path
+) -> None:
+    settings = (f"reranker={folders['reranker']}", "rerank.depth=20", "index.k=20", *FLOAT)
+    wanted = evaluate(beir, tmp_path / "run", "bm25", *settings)["overall"]
+    first = tmp_path / "run" / "runs" / "bm25.test.trec"
+    run = read_run(first, collection.queries, collection.corpus)
+    candidates = {
+        name: collection.corpus.ids(run.of(row)[0])
+        for row, name in zip(
+            run.query_rows.tolist(), collection.queries.ids(run.query_rows), strict=True
+        )
+    }
+    task = local_task(beir, "Reranking", candidates)
+    from mteb.models.models_protocols import CrossEncoderProtocol, EncoderProtocol
+
+    from caravan.mteb import load
+
+    model = load(folders["reranker"], precision="float32")
+    assert isinstance(model, CrossEncoderProtocol)
+    assert not isinstance(model, EncoderProtocol)
+    assert figures(model, task) == pytest.approx(wanted, abs=1e-5)
+    assert 0 < wanted["nDCG@10"] < 1
+
+
+def test_texts_are_read_by_the_sides_that_mteb_names(folders: dict[str, str]) -> None:
+    pytest.importorskip("mteb")
+    from mteb.types import PromptType
+
+    from caravan.mteb import Encoder
+
+    model = Encoder(folders["retriever"], precision="float32")
+    plain: Any = caravan.load(folders["retriever"], precision="float32")
+    text = [{"text": ["salt", "gold silk"]}]
+    titled = [{"text": ["Title salt"], "title": ["Title"], "body": ["salt"]}]
+    queries, passages = plain.encode_queries(["salt", "gold silk"]), ["salt", "gold silk"]
+    assert np.array_equal(model.encode(text, prompt_type=PromptType.query), queries)
+    assert not np.allclose(queries, plain.encode_passages(passages), atol=1e-3)
+    for side in (PromptType.document, None):
+        assert np.array_equal(model.encode(text, prompt_type=side), plain.encode_passages(passages))
+    found = model.encode(titled, prompt_type=PromptType.document)
+    assert np.array_equal(found, plain.encode_passages([("Title", "salt")]))
+    scores = model.similarity(queries, found)
+    assert scores.shape == (2, 1)
+    np.testing.assert_allclose(scores.numpy(), queries @ found.T, atol=1e-6)
+    assert model.similarity_pairwise(queries, queries).tolist() == pytest.approx([1, 1])
+
+
+def test_results_are_filed_under_the_folders_digest(folders: dict[str, str]) -> None:
+    pytest.importorskip("mteb")
+    from caravan.mteb import CrossEncoder, Encoder
+
+    metas = {
+        "retriever": Encoder(folders["retriever"]).mteb_model_meta,
+        "reranker": CrossEncoder(folders["reranker"]).mteb_model_meta,
+    }
+    for name, meta in metas.items():
+        assert meta.revision == folder_digest(Path(folders[name]))
+        assert meta.name.startswith("caravan/")
+        assert meta.name.count("/") == 1
+        assert meta.n_parameters > 1000
+    assert (metas["retriever"].embed_dim, metas["retriever"].max_tokens) == (32, 24)
+    assert metas["reranker"].is_cross_encoder
+    with pytest.raises(InputError, match="device=cuda: the model is loaded on cpu; leave it out"):
+        Encoder(folders["retriever"], device="cuda")
+
+
+def test_without_mteb_it_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mteb"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mteb", None)
+    monkeypatch.delitem(sys.modules, "caravan.mteb", raising=False)
+    told = r"mteb is not installed; run: pip install 'caravan-retrieval\[mteb\]'"
+    with pytest.raises(InputError, match=told):
+        importlib.import_module("caravan.mteb")
