@@ -67,6 +67,16 @@ def test_rows_are_read_as_json_reads_them(tmp_path: Path, zipped: bool, folder: 
     assert found.corpus.ids(negatives.of(1)[0]) == [name_of("Camels store fat.")]
 
 
+def test_a_dataset_of_the_same_columns_is_read(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    (tmp_path / "set").mkdir()
+    Dataset.from_list(ROWS[1:]).to_parquet(str(tmp_path / "set" / "train-00000.parquet"))
+    file = put(tmp_path, {"a.jsonl": jsonl(ROWS[1:])}) / "a.jsonl"
+    found, wanted = build(tmp_path / "set", tmp_path), build(file, tmp_path)
+    assert (found.digest, found.runs) == (wanted.digest, ("negatives",))
+
+
 def test_rows_to_validate_on_are_given_or_held_out(tmp_path: Path) -> None:
     file = put(tmp_path, {"a.jsonl": jsonl(ROWS), "b.jsonl": jsonl(ROWS[:1])}) / "a.jsonl"
     found = build(file, tmp_path, dev=str(tmp_path / "b.jsonl"))

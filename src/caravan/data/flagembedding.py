@@ -19,6 +19,7 @@ from typing import Any
 
 from caravan.data import hub
 from caravan.data.collection import Collection, cache_key, cached_collection
+from caravan.data.hub import SAVED
 from caravan.data.rows import (
     DEV,
     TRAIN,
@@ -43,7 +44,7 @@ class FlagEmbedding:
 
     Args:
         path: a file of rows, or a folder whose files are all read; or a Hugging Face dataset of
-            such rows, by hub id.
+            such rows, by hub id or folder.
         dev: file, folder or dataset of the rows to validate on.
         held_out: the share of the training queries that become the split dev, where `dev` is None.
         config, subset, revision: of a dataset: its configuration, split and version.
@@ -130,6 +131,8 @@ def _files(path: str) -> list[str]:
     if not Path(path).is_dir():
         return [path]
     found = [str(file) for file in sorted(Path(path).iterdir()) if file.name.endswith(SUFFIXES)]
-    if not found:
-        raise InputError(f"{path} holds no .jsonl or .json (nor such as .gz): give training rows")
-    return found
+    if found:
+        return found
+    if any(Path(path).glob("**/*.parquet")) or any((Path(path) / name).is_file() for name in SAVED):
+        return [path]  # a dataset
+    raise InputError(f"{path} holds no .jsonl or .json (nor such as .gz): give training rows")

@@ -143,7 +143,7 @@ class TrainingRows:
 
 
 class _Spool:
-    """What rows say beside their passages, as lines in files."""
+    """What rows say beside their passages' texts, as lines in files."""
 
     def __init__(self, folder: Path, source: TrainingRows) -> None:
         self.folder, self.source = folder, source
@@ -153,11 +153,10 @@ class _Spool:
 
     def passages(self) -> Iterator[Record]:
         """Read all rows, and give the passages that they bring along, each once."""
-        qrels = [f"qrels/{split}" for split in self.source.splits]
         with ExitStack() as files:
             self._files: dict[str, IO[str]] = {
                 part: files.enter_context(open(self._path(part), "w", encoding="utf-8"))
-                for part in ("queries", "passages", NEGATIVES, TEACHER, *qrels)
+                for part in ("rows", "passages")
             }
             seen = Seen()
             waiting: list[tuple[str, Passage]] = []
@@ -192,14 +191,9 @@ class _Spool:
         if split == TRAIN and self.source.held_out:
             hashed = xxhash.xxh3_64_intdigest(row.id.encode("utf-8", "replace")) / 2**64
             split = DEV if hashed < self.source.held_out else TRAIN
-        self._write("queries", row.id, row.query, row.place)
-        for one in row.positives:
-            self._write(f"qrels/{split}", row.id, one.id, row.place)
-        for rank, one in enumerate(row.negatives, 1):
-            self._write(NEGATIVES, row.id, one.id, 1 / rank, row.place)
-        for one in (*row.positives, *row.negatives):
-            if one.score is not None:
-                self._write(TEACHER, row.id, one.id, one.score, row.place)
+        sides = [[one.id for one in side] for side in (row.positives, row.negatives)]
+        scores = [one.score for one in (*row.positives, *row.negatives)]
+        self._write("rows", row.place, split, row.id, row.query, *sides, scores)
 
     def queries(self) -> Iterator[tuple[str, str]]:
         """Each query once."""
@@ -208,13 +202,13 @@ class _Spool:
 
     def _asked(self) -> Iterator[tuple[str, str, str]]:
         seen = Seen()
-        lines = self._read("queries")
+        lines = self._queries()
         self.facts["repeated_queries"] = 0
         while batch := list(itertools.islice(lines, BATCH)):
-            new, other = seen.add([line[0] for line in batch], [line[1] for line in batch])
+            new, other = seen.add([one[0] for one in batch], [one[1] for one in batch])
             for at, (name, text, place) in enumerate(batch):
                 if other[at]:
-                    first = next(line[2] for line in self._read("queries") if line[0] == name)
+                    first = next(one[2] for one in self._queries() if one[0] == name)
                     raise InputError(
                         f"{place}: the query {name!r} has another text than at {first}: one id is "
                         "one query, so correct it"
@@ -224,24 +218,49 @@ class _Spool:
                 else:
                     self.facts["repeated_queries"] += 1
 
+    def _queries(self) -> Iterator[tuple[str, str, str]]:
+        for place, _, name, query, *_ in self._read("rows"):
+            yield name, query, place
+
     def judgements(self, split: str) -> Iterator[Judgement]:
         """The positives of a split."""
-        for query, passage, _ in self._read(f"qrels/{split}"):
+        for query, passage, _ in self._positives(split):
             yield query, passage, 1
+
+    def _positives(self, split: str) -> Iterator[tuple[str, str, str]]:
+        for place, of, query, _, positives, *_ in self._read("rows"):
+            if of == split:
+                for passage in positives:
+                    yield query, passage, place
 
     def scored(self, run: str) -> Iterator[Scored]:
         """The lines of a run."""
-        for query, passage, score, _ in self._read(run):
+        for query, passage, score, _ in self._scored(run):
             yield query, passage, score
+
+    def _scored(self, run: str) -> Iterator[tuple[str, str, float, str]]:
+        for place, _, query, _, positives, negatives, scores in self._read("rows"):
+            if run == NEGATIVES:
+                for rank, passage in enumerate(negatives, 1):
+                    yield query, passage, 1 / rank, place
+            else:
+                for passage, score in zip([*positives, *negatives], scores, strict=True):
+                    if score is not None:
+                        yield query, passage, score, place
 
     def place(self, part: str, n: int) -> str:
         """Where the n-th record of a part came from."""
-        part = {"corpus": "passages"}.get(part, part.removeprefix("runs/"))
-        lines: Iterator[Any] = self._asked() if part == "queries" else self._read(part)
         for file in self._files.values():
             if not file.closed:
                 file.flush()
-        found = next(itertools.islice(lines, n, None), None)
+        kind, _, name = part.partition("/")
+        lines: dict[str, Callable[[], Iterator[Any]]] = {
+            "corpus": lambda: self._read("passages"),
+            "queries": self._asked,
+            "qrels": lambda: self._positives(name),
+            "runs": lambda: self._scored(name),
+        }
+        found = next(itertools.islice(lines[kind](), n, None), None)
         return "the rows" if found is None else str(found[-1])
 
     def _write(self, part: str, *fields: object) -> None:
@@ -252,7 +271,7 @@ class _Spool:
             yield from map(json.loads, file)
 
     def _path(self, part: str) -> Path:
-        return self.folder / f"{part.replace('/', '.')}.jsonl"
+        return self.folder / f"{part}.jsonl"
 
 
 def id_of_text(text: str) -> str:
