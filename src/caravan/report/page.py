@@ -23,7 +23,7 @@ from caravan.atomic import replacing
 from caravan.errors import InputError
 from caravan.report import blocks, curves, evaluations, plots, sweep, systems, tables, trainings
 from caravan.report.blocks import Block, Facts, Note, Section
-from caravan.report.compare import Comparison, slug
+from caravan.report.compare import Comparison
 from caravan.report.compare import tables as tables_of
 from caravan.report.plots import DARK, LIGHT, Plot
 
@@ -80,7 +80,7 @@ def save(page: Page, path: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["kind"] = lambda block: type(block).__name__
-    environment.filters["slug"] = slug
+    environment.filters["breaks"] = _breaks
     environment.filters["light"] = partial(_source, theme=LIGHT)
     environment.filters["dark"] = partial(_source, theme=DARK)
     version = importlib.metadata.version("caravan-retrieval")
@@ -231,6 +231,13 @@ def _facts(records: list[dict[str, Any]]) -> list[Section]:
         add("base model", record.get("base_model"))
     items = [(name, ", ".join(values)) for name, values in found.items() if values]
     return [Section("Facts", "facts", [Facts(items)])] if items else []
+
+
+def _breaks(text: str) -> Any:
+    """A text whose lines may break within paths, after a slash."""
+    from markupsafe import Markup, escape
+
+    return Markup("/<wbr>").join(escape(part) for part in text.split("/"))
 
 
 def _source(plot: Plot, theme: plots.Theme) -> str:
