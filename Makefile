@@ -23,6 +23,7 @@ quickstart: .venv/.installed
 	$(PY) evaluate.py retriever=$(Q)/train/unadapted/model name=quickstart/unadapted
 	$(PY) evaluate.py experiment=quickstart/pipeline
 	@$(PY) -m caravan.report table $(Q)
+	@$(PY) -m caravan.report page $(Q)
 	@echo 'ask it:            $(PY) -m caravan.search experiment=quickstart/pipeline'
 
 test: .venv/.tested-with

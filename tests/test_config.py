@@ -365,3 +365,15 @@ class TestSweeps:
         long = [config.folder_name("x" * 300 + end) for end in "ab"]
         assert len(set(long)) == 2
         assert max(map(len, long)) <= 120
+
+
+def test_a_recorded_config_opens_with_the_command_that_was_typed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cfg = OmegaConf.create({"name": "x", "run_dir": "runs/${name}"})
+    monkeypatch.delenv(config.COMMAND, raising=False)
+    assert config.recorded(cfg) == "name: x\nrun_dir: runs/x\n"
+    monkeypatch.setenv(config.COMMAND, "python train.py 'a=[1,\n2]'")
+    head, rest = config.recorded(cfg).split("\n", 1)
+    assert head == "# python train.py 'a=[1, 2]'"
+    assert rest == "name: x\nrun_dir: runs/x\n"

@@ -140,6 +140,16 @@ def test_queries_are_shown_with_ranks_and_texts(pair: compare.Comparison) -> Non
             assert passage.text == " ".join(text.split())
 
 
+def test_long_texts_are_cut_so_that_a_page_stays_small(
+    pair: compare.Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("caravan.report.examples.CHARACTERS", 24)
+    gained, _ = examples(pair, 0, 1, 2)
+    for text in (one.text for query in gained for one in [query, *query.passages]):
+        assert text.endswith(" …")
+        assert len(text) <= 24 + 1
+
+
 def test_run_files_alone_are_judged_by_a_file_of_qrels(
     pair: compare.Comparison, evaluations: Evaluations
 ) -> None:

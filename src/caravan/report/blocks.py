@@ -22,9 +22,10 @@ class Note:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and values."""
+    """Names and values, under a heading if they are of one thing among several."""
 
     items: Sequence[tuple[str, str]]
+    title: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 
 Figures are those of ir_measures (`caravan.retrieval.metrics.score_run`), a query that a run lacks
 counts 0. A pair is tested over the queries by scipy: the two-sided paired t-test, which keeps its
-level best on figures like these (Urbano et al. 2019, SIGIR), or the randomisation test (Smucker et
+level on figures like these (Urbano et al. 2019, SIGIR), or the randomisation test (Smucker et
 al. 2007, CIKM). Several pairs are corrected after Holm (1979), a measure at a time: the tests share
 systems and so depend on each other, and Holm holds whatever the dependence, where the false
 discovery rate after Benjamini and Hochberg asks for a kind of it.
@@ -332,7 +332,7 @@ def _tests(
         f"{where(comparison)}, {of}: {by}, two-sided{held}; below .05 in bold. Queries that gain,"
         " keep and lose from A to B.",
         [
-            *(*columns, f"B {MINUS} A", "95 % interval", "p"),
+            *(*columns, f"B {MINUS} A", "95 % interval (t)", "p"),
             *(["p (Holm)"] if corrected else []),
             *("gain", "keep", "lose"),
         ],

@@ -21,7 +21,7 @@ from caravan.report.examples import examples
 from caravan.report.plots import Line, Plot, bars, changes, stage_lines
 from caravan.report.systems import System
 from caravan.report.table import rows as rows_of
-from caravan.report.tables import MINUS, NONE, Table, best
+from caravan.report.tables import NONE, Table, best
 from caravan.retrieval.metrics import parse_measure
 
 Records = dict[str, dict[str, Any]]
@@ -247,7 +247,7 @@ def _changes(comparison: Comparison, a: int, b: int, prefix: str) -> Plot:
         f" {after}: {gained:,} gain, {lost:,} lose, {len(differences) - gained - lost:,} stay.",
         f"Change of {measure} of each query, in order: {gained} gain, {lost} lose, the mean is"
         f" {signed(float(np.mean(differences)))}.",
-        changes(differences.tolist(), f"{measure}, {after} {MINUS} {before}"),
+        changes(differences.tolist(), f"change of {measure}"),
         height=2.2,
     )
 

@@ -23,7 +23,7 @@ from caravan.atomic import replacing
 from caravan.errors import InputError
 from caravan.report import blocks, curves, evaluations, plots, sweep, systems, tables, trainings
 from caravan.report.blocks import Block, Facts, Note, Section
-from caravan.report.compare import Comparison, slug
+from caravan.report.compare import Comparison
 from caravan.report.compare import tables as tables_of
 from caravan.report.plots import DARK, LIGHT, Plot
 
@@ -80,7 +80,7 @@ def save(page: Page, path: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["kind"] = lambda block: type(block).__name__
-    environment.filters["slug"] = slug
+    environment.filters["breaks"] = _breaks
     environment.filters["light"] = partial(_source, theme=LIGHT)
     environment.filters["dark"] = partial(_source, theme=DARK)
     version = importlib.metadata.version("caravan-retrieval")
@@ -97,7 +97,7 @@ def of_runs(folder: Path) -> Page:
     """The page of one run directory, or of all those below a folder."""
     homes = [path.parent for path in sorted(folder.rglob("metrics.json"))]
     records = {home: systems.read_metrics(home) or {} for home in homes}
-    evaluated = {home: record for home, record in records.items() if record.get("overall")}
+    evaluated = {h: r for h, r in records.items() if r.get("overall") and "run" in r}
     trained = [home for home, record in records.items() if "updates" in record]
     if not evaluated and not trained:
         raise InputError(
@@ -122,10 +122,8 @@ def of_runs(folder: Path) -> Page:
     counted = [(len(evaluated), "evaluation"), (len(trained), "training")]
     line = ", ".join(f"{n} {what}{'s' * (n > 1)}" for n, what in counted if n)
     line += f"; last figures of {_date(homes)}"
-    facts = Facts(_facts(list(evaluated.values())))
-    return Page(
-        _title(folder), line, [Section("Facts", "facts", [facts]), *found], _command(folder)
-    )
+    first = _facts(list(evaluated.values()))
+    return Page(_title(folder), line, [*first, *found], _command(folder))
 
 
 def of_sweep(folder: Path) -> Page:
@@ -144,7 +142,7 @@ def of_sweep(folder: Path) -> Page:
     if len(asked) == 1:
         # Each job is one system: its last stage.
         alone = {
-            str(home.relative_to(folder)): {**record, "stages": record["stages"][-1:]}
+            str(home.relative_to(folder)): {**record, "stages": record.get("stages", [])[-1:]}
             for home, record in evaluated.items()
         }
         names = {str(home.relative_to(folder)): labels[home] or home.name for home in evaluated}
@@ -166,10 +164,8 @@ def of_sweep(folder: Path) -> Page:
     line = f"a sweep over {', '.join(varied) or 'nothing'}: {len(labels)} jobs finished"
     line += f", {len(failed)} not" if failed else ""
     line += f"; last figures of {_date(list(labels))}" if labels else ""
-    facts = Facts(_facts(list(records.values())))
-    return Page(
-        _title(folder), line, [Section("Facts", "facts", [facts]), *found], _command(folder)
-    )
+    first = _facts(list(records.values()))
+    return Page(_title(folder), line, [*first, *found], _command(folder))
 
 
 def of_comparison(comparison: Comparison, command: str, count: int) -> Page:
@@ -212,8 +208,8 @@ def _overview(groups: dict[tuple[str, str], evaluations.Records]) -> Section:
     return Section("All collections", "overview", [told])
 
 
-def _facts(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What all runs share, or each of them has."""
+def _facts(records: list[dict[str, Any]]) -> list[Section]:
+    """What runs have been made on and with; no section where they say nothing of it."""
     found: dict[str, list[str]] = {}
 
     def add(name: str, value: Any) -> None:
@@ -233,7 +229,15 @@ def _facts(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
         add("device", facts.get("device"))
         add("precision", facts.get("precision"))
         add("base model", record.get("base_model"))
-    return [*((name, ", ".join(values)) for name, values in found.items() if values)]
+    items = [(name, ", ".join(values)) for name, values in found.items() if values]
+    return [Section("Facts", "facts", [Facts(items)])] if items else []
+
+
+def _breaks(text: str) -> Any:
+    """A text whose lines may break within paths, after a slash."""
+    from markupsafe import Markup, escape
+
+    return Markup("/<wbr>").join(escape(part) for part in text.split("/"))
 
 
 def _source(plot: Plot, theme: plots.Theme) -> str:

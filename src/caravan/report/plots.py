@@ -173,6 +173,7 @@ def bars(
         axes.set_yticks(list(y), labels)
         axes.set_ylim(len(labels) - 0.4, -0.7)
         axes.set_xlabel(x_label)
+        axes.locator_params(axis="x", nbins=6)
         axes.margins(x=0.08)
 
     return draw

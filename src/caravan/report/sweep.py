@@ -140,7 +140,9 @@ def tables(folder: Path) -> list[Table]:
     strong = frozenset(
         (i, j) for i, j in best(figures, len(varied)) if _is_figure(measures[j - len(varied)])
     )
-    made = [_table("sweep", folder.name, varied, measures, rows, _cell, strong)]
+    made = [
+        _table("sweep", f"{folder.name}, a row for each job", varied, measures, rows, _cell, strong)
+    ]
     if SEED in varied:
         means = averaged(varied, measures, rows)
         title = f"{folder.name}, mean and standard deviation over seeds"

@@ -21,7 +21,7 @@ def trainings(folder: Path, homes: Sequence[Path]) -> list[Section]:
     for home in homes:
         record = systems.read_metrics(home) or {}
         name = _name(home, folder)
-        blocks.append(Facts([("training", name), *training_facts(home, record)]))
+        blocks.append(Facts(training_facts(home, record), name))
         found = curves.read(home)
         if found:
             blocks.append(_curves(name, found))
