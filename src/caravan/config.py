@@ -119,6 +119,8 @@ class Evaluate:
     reranker: str | None = MISSING
     rerank: Rerank = field(default_factory=Rerank)
     measures: list[str] = MISSING
+    collections: list[str] | None = MISSING
+    ignore_identical_ids: bool = MISSING
     query_length: int | None = MISSING
     passage_length: int | None = MISSING
     token_budget: int | None = MISSING

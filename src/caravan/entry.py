@@ -40,12 +40,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from caravan import config, jobs
 from caravan.compose import FAILURES, Composer, report
-from caravan.errors import InputError
+from caravan.errors import InputError, is_termination
 from caravan.ranks import leads, world
 
 FAILED, USER, INTERRUPTED, TERMINATED = 1, 2, 130, 143
-WORKER_TERMINATED = "is killed by signal: Terminated"
-"""What a loader says of a worker that was terminated first: schedulers terminate all processes."""
 SWEEP_DIR = "hydra.sweep.dir="
 MOST_JOBS = 24
 """Jobs of a sweep that are checked before it starts; each is checked again when its turn comes."""
@@ -138,7 +136,7 @@ def _job(task: Task, root: type) -> Task:
         try:
             return task(cfg)
         except RuntimeError as error:
-            if str(error).rstrip(" .").endswith(WORKER_TERMINATED):
+            if is_termination(error):
                 _terminate(signal.SIGTERM, None)
             raise
 

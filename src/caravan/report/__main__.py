@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from caravan.errors import InputError
-from caravan.report import sweep, table
+from caravan.report import collections, sweep, table
 
 
 def main() -> int:
@@ -18,9 +18,14 @@ def main() -> int:
         ("sweep", "the jobs of a sweep as a table and a plot"),
     ):
         commands.add_parser(name, help=help_).add_argument("folder", type=Path)
+    several = commands.add_parser("collections", help="evaluations of several collections, by one")
+    several.add_argument("folder", type=Path, nargs="+")
     arguments = parser.parse_args()
     try:
-        {"table": table.show, "sweep": sweep.show}[arguments.command](arguments.folder)
+        if arguments.command == "collections":
+            collections.show(arguments.folder)
+        else:
+            {"table": table.show, "sweep": sweep.show}[arguments.command](arguments.folder)
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         return 2
