@@ -86,10 +86,10 @@ def entry(name: str) -> Callable[[Task], Callable[[], None]]:
                 if sweep is not None:
                     _end_of_sweep(sweep)
             except KeyboardInterrupt:
-                _interrupted()
+                _interrupted(root)
             except SystemExit as stop:
                 if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning has caught it
-                    _interrupted()
+                    _interrupted(root)
                 raise
             except OSError as error:
                 if error.filename is None:
@@ -224,8 +224,9 @@ def _terminate(number: int, frame: Any) -> None:
     raise _Terminated
 
 
-def _interrupted() -> None:
-    _leave("interrupted; the same command with resume=true goes on", _code)
+def _interrupted(root: type) -> None:
+    asks = " with resume=true" if "resume" in root.__annotations__ else ""
+    _leave(f"interrupted; the same command{asks} goes on", _code)
 
 
 def _leave(message: str, code: int) -> None:
@@ -350,12 +351,8 @@ def _check_jobs(
     return _check_each(composer, single, values), list(values), of_file
 
 
-def _several_devices(composer: Composer, overrides: list[str]) -> Iterator[str]:
+def _several_devices(cfg: DictConfig) -> Iterator[str]:
     """A sweep in one process has one device: other ranks would be started by the same command."""
-    try:
-        cfg = composer.compose(overrides)
-    except FAILURES:
-        return  # told when the job is checked
     basic = str(OmegaConf.select(cfg, "hydra.launcher._target_")).endswith(".BasicLauncher")
     if basic and world() > 1:
         yield (
@@ -407,8 +404,8 @@ def _check_each(composer: Composer, fixed: list[str], values: dict[str, list[str
     jobs = jobs[:MOST_JOBS]
     for number, job in enumerate(jobs):
         overrides = [*fixed, *(f"{key}={option}" for key, option in job.items())]
-        _, lines = composer.collect(overrides)
-        for line in [*lines, *_several_devices(composer, overrides)]:
+        cfg, lines = composer.collect(overrides)
+        for line in [*lines, *([] if cfg is None else _several_devices(cfg))]:
             seen.setdefault(line, []).append(number)
     told = []
     for line, numbers in seen.items():
