@@ -49,6 +49,22 @@ def later_commands() -> list[tuple[str, str, list[str]]]:
     return found
 
 
+def shared_commands() -> list[tuple[str, str, list[str]]]:
+    """File, program and overrides of what the heads of conf/ start on several machines."""
+    found = []
+    for path in sorted(CONF.rglob("*.yaml")):
+        text = path.read_text()
+        for root, rest in re.findall(
+            r"^# torchrun .*?(train|evaluate)\.py (.+)$", text, re.MULTILINE
+        ):
+            launched = launch_command(text)
+            assert launched is not None
+            assert launched[0] == root
+            given = shlex.split(rest.replace("<the same>", shlex.join(launched[1])))
+            found.append((path.stem, root, given))
+    return found
+
+
 def command_for(path: Path) -> tuple[str, list[str]]:
     """The root and the overrides that bring a file of conf/ into a config."""
     group, option = "/".join(path.parts[:-1]), path.stem
@@ -82,27 +98,45 @@ def test_every_yaml_under_conf_composes_and_checks() -> None:
 
 
 def test_the_commands_that_files_ask_for_before_them_compose_and_check() -> None:
-    wrong, told = [], later_commands()
+    wrong, told = [], later_commands() + shared_commands()
     for root in config.ROOTS:
         with Composer(CONF, root, config.ROOTS[root]) as composer:
             for name, program, overrides in told:
                 if program == root and "-m" not in overrides:
                     wrong += [(name, mistake) for mistake in real_mistakes(composer, overrides)]
     assert not wrong
-    assert len(told) >= 10
+    assert len(told) >= 100
+    assert len(shared_commands()) >= 34
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_sweep_starts_with_the_command_it_opens_with(path: Path) -> None:
     root, overrides = command_for(path.relative_to(CONF))
     assert overrides[0] == "-m"
-    given = [text for text in overrides if not text.startswith(("data.path=", "backbone.name="))]
+    _starts(root, [x for x in overrides if not x.startswith(("data.path=", "backbone.name="))])
+
+
+@pytest.mark.slow
+def test_the_sweeps_on_real_data_that_heads_tell_of_start() -> None:
+    told = [(root, given) for _, root, given in later_commands() if "-m" in given]
+    for root, given in told:
+        _starts(root, given)
+    assert len(told) >= 17
+
+
+def _starts(root: str, given: list[str]) -> None:
+    """All jobs compose and check, but for runs, models and data that are not here."""
     try:
         assert preflight(given, CONF, root, config.ROOTS[root])[: len(given)] == given
-    except InputError as error:  # runs and models that an earlier command writes
+    except InputError as error:
         lines = str(error).splitlines()[1:]
         assert lines
         assert all("there is no" in line for line in lines), lines
+
+
+def test_a_plugin_that_is_not_installed_is_named() -> None:
+    with pytest.raises(InputError, match=r"no hydra/sweeper/ax; .*hydra-ax-sweeper"):
+        preflight(["-m", "seed=1,2", "hydra/sweeper=ax"], CONF, "train", config.Train)
 
 
 @pytest.mark.parametrize(

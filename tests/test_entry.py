@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from tests.small_conf import HOME, small_conf
 
+from caravan import config, entry
+
 APP = """
 import json
 import logging
@@ -195,6 +197,21 @@ def test_an_interrupted_run_says_how_to_go_on(name: str, app: Program) -> None:
     done = app(f"name={name}")
     assert done.returncode == 130
     assert done.stderr.splitlines() == ["interrupted; the same command with resume=true goes on"]
+
+
+@pytest.mark.parametrize(
+    ("root", "told"),
+    [
+        (config.Train, "the same command with resume=true goes on"),
+        (config.Evaluate, "the same command goes on"),
+    ],
+)
+def test_how_to_go_on_is_what_the_program_takes(
+    root: type, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        entry._interrupted(root)
+    assert capsys.readouterr().err == f"interrupted; {told}\n"
 
 
 def test_other_ranks_are_silent(app: Program) -> None:

@@ -41,6 +41,8 @@ FAILURES = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, Val
 """What composing raises for a mistake in a file or in an override."""
 WHOLE = ("experiment", "sweep")
 """The groups that may set anything anywhere; null unless chosen."""
+PLUGINS = ("hydra/sweeper", "hydra/launcher")
+"""Groups whose further options come with packages of their own."""
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -107,6 +109,7 @@ class Composer:
         self.hydra = Hydra.create_main_hydra2(job or name, search)
         self.loader: Any = self.hydra.config_loader
         self.parser = OverridesParser.create(config_loader=self.loader)
+        self._known: dict[str, list[str]] = {}  # options of the groups that were looked at
 
     def __enter__(self) -> Composer:
         return self
@@ -199,7 +202,9 @@ class Composer:
 
     def _vet_choice(self, text: str, key: str, value: Any) -> tuple[str | None, str | None]:
         """Are the chosen options of a group there?"""
-        options = list(self._options(key))
+        if key not in self._known:
+            self._known[key] = list(self._options(key))
+        options = self._known[key]
         for name in map(str, value if isinstance(value, list) else [value]):
             if name in options:
                 continue
@@ -268,6 +273,10 @@ class Composer:
             wanted = Path(error.missing_cfg_file or "")
             near = did_you_mean(wanted.name, error.options)
             hint = f"did you mean {near}?" if near else f"there are {', '.join(error.options)}"
+            if wanted.parent.as_posix() in PLUGINS and not near:
+                hint += (
+                    f"; others are plugins: pip install hydra-{wanted.name}-{wanted.parent.name}"
+                )
             return f"{self._mention(file, wanted)}there is no {wanted}; {hint}"
         text = " ".join(str(error).partition("Config search path:")[0].split())
         if text.startswith("Could not append to config"):

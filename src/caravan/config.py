@@ -137,6 +137,8 @@ class Evaluate(Pipeline):
     """The root of conf/evaluate.yaml."""
 
     measures: list[str] = MISSING
+    collections: list[str] | None = MISSING
+    ignore_identical_ids: bool = MISSING
 
 
 @dataclass

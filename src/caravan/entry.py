@@ -42,12 +42,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from caravan import config, jobs
 from caravan.compose import FAILURES, Composer, report
-from caravan.errors import InputError
+from caravan.errors import InputError, is_termination
 from caravan.ranks import leads, world
 
 FAILED, USER, INTERRUPTED, TERMINATED = 1, 2, 130, 143
-WORKER_TERMINATED = "is killed by signal: Terminated"
-"""What a loader says of a worker that was terminated first: schedulers terminate all processes."""
 SWEEP_DIR = "hydra.sweep.dir="
 MOST_JOBS = 24
 """Jobs of a sweep that are checked before it starts; each is checked again when its turn comes."""
@@ -145,7 +143,7 @@ def _job(task: Task, root: type) -> Task:
         try:
             return task(cfg)
         except RuntimeError as error:
-            if str(error).rstrip(" .").endswith(WORKER_TERMINATED):
+            if is_termination(error):
                 _terminate(signal.SIGTERM, None)
             raise
 
@@ -365,12 +363,8 @@ def _check_jobs(
     return _check_each(composer, single, values), list(values), of_file
 
 
-def _several_devices(composer: Composer, overrides: list[str]) -> Iterator[str]:
+def _several_devices(cfg: DictConfig) -> Iterator[str]:
     """A sweep in one process has one device: other ranks would be started by the same command."""
-    try:
-        cfg = composer.compose(overrides)
-    except FAILURES:
-        return  # told when the job is checked
     basic = str(OmegaConf.select(cfg, "hydra.launcher._target_")).endswith(".BasicLauncher")
     if basic and world() > 1:
         yield (
@@ -422,8 +416,8 @@ def _check_each(composer: Composer, fixed: list[str], values: dict[str, list[str
     jobs = jobs[:MOST_JOBS]
     for number, job in enumerate(jobs):
         overrides = [*fixed, *(f"{key}={option}" for key, option in job.items())]
-        _, lines = composer.collect(overrides)
-        for line in [*lines, *_several_devices(composer, overrides)]:
+        cfg, lines = composer.collect(overrides)
+        for line in [*lines, *([] if cfg is None else _several_devices(cfg))]:
             seen.setdefault(line, []).append(number)
     told = []
     for line, numbers in seen.items():

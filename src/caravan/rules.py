@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from caravan import suite
 from caravan.checking.annotations import is_int
 from caravan.checking.definitions import did_you_mean
 from caravan.checking.signatures import signature
@@ -448,6 +449,33 @@ def runs_can_be_fused(cfg: DictConfig) -> Iterator[Mistake]:
         yield Mistake(("fuse", "weights"), text)
 
 
+def collections_are_there(cfg: DictConfig) -> Iterator[Mistake]:
+    """Each entry of `collections` is a folder in data.path, or a pattern that finds some."""
+    entries = value(cfg, "collections")
+    if not isinstance(entries, ListConfig):
+        return
+    if not entries:
+        yield Mistake(("collections",), "it is empty; name folders in data.path, or write null")
+    if "path" not in (value(cfg, "data") or {}):
+        text = "the data is one collection; choose data=beir data.path=<the folder they lie in>"
+        yield Mistake(("collections",), text)
+        return
+    base, names = suite.asked(cfg)
+    if not base.is_dir():
+        return  # told already
+    for i, name in enumerate(names):
+        found = suite.members(base, [name])
+        if not found:
+            text = f"{base / name} finds no collection (a folder with corpus.jsonl)"
+            yield Mistake(("collections", i), text, "folder")
+        for member in found:
+            if not (base / member.name).is_dir():
+                near = did_you_mean(member.name, [path.name for path in base.iterdir()])
+                hint = f"; did you mean {near}?" if near else ""
+                text = f"there is no folder {base / member.name}{hint}"
+                yield Mistake(("collections", i), text, "folder")
+
+
 def folders_exist(cfg: DictConfig) -> Iterator[Mistake]:
     """The collection, and the models and runs that are read."""
     data = value(cfg, "data")
@@ -458,7 +486,9 @@ def folders_exist(cfg: DictConfig) -> Iterator[Mistake]:
     ]
     places += [((name,), value(cfg, name)) for name in ("init_from", "reranker")]
     searches = _place_of_retriever(cfg)
-    places += [(searches, name) for name in _retrievers(cfg)]
+    of_suite = suite.asked(cfg)[1] and not OmegaConf.is_missing(cfg, "retriever")
+    for one in suite.each(cfg).values() if of_suite else [cfg]:
+        places += [(searches, name) for name in _retrievers(one) if (searches, name) not in places]
     for path, given in places:
         of_retriever = path == searches
         if not isinstance(given, str) or (of_retriever and given == "bm25"):
@@ -494,6 +524,7 @@ RULES: list[Rule] = [
     questions_are_searched_for,
     reranking_is_possible,
     folders_exist,
+    collections_are_there,
     models_suit_their_stage,
     runs_can_be_fused,
 ]

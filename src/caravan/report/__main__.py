@@ -22,6 +22,10 @@ def main() -> int:
             from caravan.report.sweep import show as show_sweep
 
             show_sweep(arguments.folder)
+        elif arguments.command == "collections":
+            from caravan.report.collections import show as show_collections
+
+            show_collections(arguments.folder)
         elif arguments.command == "page":
             from caravan.report.page import show as show_page
 
@@ -57,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         ("page", "a run, several runs or a sweep as one HTML page, FOLDER/report.html"),
     ):
         commands.add_parser(name, help=help_).add_argument("folder", type=Path)
+    several = commands.add_parser("collections", help="evaluations of several collections, by one")
+    several.add_argument("folder", type=Path, nargs="+")
     compare = commands.add_parser("compare", help="systems side by side, tested query by query")
     add = compare.add_argument
     add(

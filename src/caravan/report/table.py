@@ -40,6 +40,14 @@ def collect(folder: Path) -> tuple[Summary, dict[str, dict[str, Any]]]:
                     " evaluate.py again with measures=[MRR@10], or remove the file"
                 )
             records[str(path.parent.relative_to(folder))] = record
+    # A suite's row is its mean; what it is the mean of has tables of its own.
+    means = [name for name, record in records.items() if "collections" in record]
+    for name in means:
+        records = {
+            other: record
+            for other, record in records.items()
+            if other == name or not Path(folder, other).is_relative_to(folder / name)
+        }
     if not records:
         raise InputError(f"{folder} holds no evaluation (metrics.json); make one with evaluate.py")
     asked = {name: (r["collection"]["digest"], r["split"]) for name, r in records.items()}

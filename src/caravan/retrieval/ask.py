@@ -24,6 +24,7 @@ from caravan.data.collection import Collection
 from caravan.data.runs import Run, canonical
 from caravan.errors import InputError
 from caravan.retrieval import kept
+from caravan.retrieval.folders import Folders
 
 log = logging.getLogger(__name__)
 
@@ -127,14 +128,8 @@ def asker(cfg: Any) -> Asker:
         firsts.append(First(stage, make(name, cfg, settings, collection)))
     scorer = None
     if settings["reranker"] is not None:
-        from caravan.retrieval.rerank import Reranking, Scorer
-
-        chosen = Reranking(**settings["rerank"])
-        scorer = Scorer(
-            *(Path(settings["reranker"]), chosen, settings["precision"], settings["token_budget"]),
-            num_workers=0,
-            attention=settings["attention"],
-        )
+        folders = _folders({**settings, "num_workers": 0})
+        scorer = folders.scorer(Path(settings["reranker"]), settings["rerank"])
         _ = scorer.loaded  # now, so that no question waits for it
     return Asker(collection, firsts, parts["fuse"], scorer, parts["index"].k)
 
@@ -152,22 +147,12 @@ def _lexical(
 def _dense(
     name: str, cfg: Any, settings: dict[str, Any], collection: Collection
 ) -> Callable[[str], Run]:
-    from caravan.retrieval.encode import Encoder
-
+    folders = _folders(settings)
     model, corpus = Path(name), collection.corpus
-    lengths = ("query_length", "passage_length")
-    given = {key: settings[key] for key in lengths if settings[key] is not None}
-    computed = {key: settings[key] for key in ("precision", "token_budget", "block")}
-    encoder = Encoder(
-        model,
-        lengths=given,
-        num_workers=settings["num_workers"],
-        attention=settings["attention"],
-        **computed,
-    )
+    encoder = folders.encoder(model)
     inputs = {
-        **kept.embedding_inputs(collection, model, **computed),
-        "length": given.get("passage_length"),
+        **kept.embedding_inputs(collection, folders, model),
+        "length": folders.lengths.get("passage_length"),
     }
     folder = _place(settings, "passages", encoder.inputs(inputs))
     passages = encoder.encode(corpus, np.arange(len(corpus)), "passage", folder, inputs)
@@ -180,6 +165,17 @@ def _dense(
         return Run.from_topk(ROW, *index.search(encoder.queries([question]), k))
 
     return search
+
+
+def _folders(settings: dict[str, Any]) -> Folders:
+    """Of its own for each model: all of them stay loaded."""
+    given = {key: settings[key] for key in ("query_length", "passage_length")}
+    lengths = {key: length for key, length in given.items() if length is not None}
+    return Folders(
+        lengths=lengths,
+        **{key: settings[key] for key in ("precision", "token_budget", "block")},
+        **{key: settings[key] for key in ("num_workers", "attention")},
+    )
 
 
 def _place(settings: dict[str, Any], name: str, inputs: dict[str, Any]) -> Path:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from caravan import manifest
-from caravan.contract import folder_digest
 from caravan.data.collection import Collection
+from caravan.retrieval.folders import Folders
 
 SUFFIX = ".manifest.json"
 
@@ -22,17 +22,10 @@ def bm25_inputs(collection: Collection, settings: dict[str, Any]) -> dict[str, A
     return {"collection": collection.digest, "bm25": settings}
 
 
-def embedding_inputs(
-    collection: Collection, model: Path, precision: str, token_budget: int | None, block: int
-) -> dict[str, Any]:
+def embedding_inputs(collection: Collection, folders: Folders, model: Path) -> dict[str, Any]:
     """What embeddings of either side are made from, but for their length and the device's type."""
-    return {
-        "model": folder_digest(model),
-        "collection": collection.digest,
-        "precision": precision,
-        "token_budget": token_budget,
-        "block": block,
-    }
+    determines = folders.determines(model)
+    return {**determines, "collection": collection.digest, "block": folders.block}
 
 
 def open_bm25(bm25: Any, collection: Collection, folder: Path, inputs: dict[str, Any]) -> None:

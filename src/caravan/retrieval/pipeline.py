@@ -7,6 +7,7 @@
     run_dir/runs/       <stage>.<split>.trec, the run of each stage
     run_dir/metrics.json  figures of the last stage, and of all stages side by side
 
+Of a suite (`caravan.suite`), each collection has such a folder in run_dir, and run_dir the means.
 Mining hard negatives is this over the training queries (`data.split=train`).
 """
 
@@ -14,92 +15,195 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from caravan import manifest
+from caravan import manifest, suite
 from caravan.config import build, recorded
 from caravan.contract import FILE
-from caravan.errors import InputError
-from caravan.ranks import leads
+from caravan.errors import InputError, is_termination
+from caravan.ranks import leads, world
+from caravan.retrieval.folders import Folders
+from caravan.retrieval.means import means
 from caravan.retrieval.stages import Stage, Stages
 
 log = logging.getLogger(__name__)
 
+_LENGTHS = ("query_length", "passage_length")
+
 
 def evaluate(cfg: Any) -> dict[str, Any]:
-    """Run `evaluate.py` for a composed and checked config; returns what metrics.json holds."""
-    from omegaconf import OmegaConf
+    """Run `evaluate.py` for a composed and checked config; returns what metrics.json holds.
 
-    parts = build(cfg, "data", "index", "bm25", "fuse")
-    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    Raises:
+        InputError: what is wrong with the collection; of a suite, at the end, those that failed.
+    """
     run_dir = Path(cfg.run_dir)
     if (run_dir / "checkpoints").exists():
         raise InputError(f"{run_dir} holds a training run; choose another name= for the evaluation")
-    if leads():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(recorded(cfg), "utf-8")
-    stages = Stages(
-        collection=parts["data"].collection(Path(cfg.cache_dir)),
-        split=parts["data"].split,
-        run_dir=run_dir,
-        store=Path(cfg.store),
-        k=parts["index"].k,
-    )
-    asked = settings["retriever"]
-    retrievers = asked if isinstance(asked, list) else [asked]
-    made = [_retrieved(stages, str(name), parts, settings) for name in retrievers]
-    if len(made) > 1:
-        made.append(stages.fused(parts["fuse"], settings["fuse"], made))
-    if settings["reranker"] is not None:
-        made.append(
-            stages.reranked(
-                Path(settings["reranker"]),
-                settings["rerank"],
-                made[-1],
-                precision=cfg.precision,
-                token_budget=cfg.token_budget,
-                num_workers=cfg.num_workers,
-                attention=cfg.attention,
-            )
-        )
+    steps = _Steps(cfg)
+    if cfg.collections is None:
+        evaluation = _Evaluation(cfg, steps.folders)
+        for step in steps:
+            evaluation.do(step)
+        return evaluation.scored()
+    return _of_suite(cfg, steps)
+
+
+def _of_suite(cfg: Any, steps: _Steps) -> dict[str, Any]:
+    """Stage by stage, each over all collections, so that each model loads once.
+
+    A collection that fails is told of at the end.
+    """
+    run_dir = Path(cfg.run_dir)
+    _write_config(cfg)
+    members = suite.each(cfg)
+    evaluations: dict[suite.Member, _Evaluation] = {}
+    failed: dict[str, str] = {}
+    for member, one in members.items():
+        with _going_on(member.folder, failed):
+            evaluations[member] = _Evaluation(one, steps.folders)
+    records = {}
+    for number, step in enumerate(steps, start=1):
+        for member, evaluation in evaluations.items():
+            if member.folder in failed:
+                continue
+            with _going_on(member.folder, failed):
+                evaluation.do(step)
+                if number == len(steps):
+                    records[member] = evaluation.scored()
     if not leads():
         return {}
-    metrics = _scored(stages, made, _measures(stages, settings["measures"]))
-    if len(made) > 1:
-        from caravan.report.table import show_stages
+    metrics = {**means(records), "failed": failed}
+    manifest.write_json(run_dir / "metrics.json", metrics)
+    if records:
+        from caravan.report.collections import show
 
-        show_stages(metrics)
-    overall = "  ".join(f"{name} {value:.4f}" for name, value in metrics["overall"].items())
-    log.info(
-        "%s on %s %s: %s",
-        *(metrics["system"], metrics["collection"]["name"], metrics["split"], overall),
-    )
-    log.info("run %s, figures %s", run_dir / metrics["run"], run_dir / "metrics.json")
+        show([run_dir])
+    if failed:
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
+        raise InputError(
+            f"{len(failed)} of {len(members)} collections failed, and are not in the mean:\n"
+            f"{lines}\nwhat is finished stays; the same command goes on with these"
+        )
     return metrics
 
 
-def _retrieved(stages: Stages, name: str, parts: dict[str, Any], settings: dict[str, Any]) -> Stage:
-    """The first stage that a name stands for: bm25, a model folder, or a run file."""
-    if name == "bm25":
-        return stages.bm25(parts["bm25"], settings["bm25"])
-    path = Path(name)
-    if path.is_file() and path.name != FILE:
-        return stages.given(path)
-    if not path.exists():
-        raise InputError(f"retriever={name}: there is no model folder and no run file {name}")
-    lengths = ("query_length", "passage_length")
-    return stages.dense(
-        path,
-        parts["index"],
-        settings["index"],
-        precision=settings["precision"],
-        lengths={key: settings[key] for key in lengths if settings[key] is not None},
-        token_budget=settings["token_budget"],
-        block=settings["block"],
-        num_workers=settings["num_workers"],
-        attention=settings["attention"],
-    )
+@contextmanager
+def _going_on(name: str, failed: dict[str, str]) -> Iterator[None]:
+    """What fails here is told, and noted under its name.
+
+    Several processes wait for one another's blocks; where one of them has failed, all of them end.
+    """
+    try:
+        yield
+    except Exception as error:
+        if world() > 1 or is_termination(error):
+            raise
+        mistake = isinstance(error, InputError)
+        log.error("%s: %s", name, error if mistake else "it failed", exc_info=not mistake)
+        reason = str(error).strip() if mistake else f"{type(error).__name__}: {error}".strip()
+        failed[name] = " ".join(reason.split())
+
+
+class _Evaluation:
+    """One collection, and the stages that were made of it so far."""
+
+    def __init__(self, cfg: Any, folders: Folders) -> None:
+        from omegaconf import OmegaConf
+
+        self.settings: Any = OmegaConf.to_container(cfg, resolve=True)
+        data = build(cfg, "data")["data"]
+        _write_config(cfg)
+        self.stages = Stages(
+            collection=data.collection(Path(cfg.cache_dir)),
+            split=data.split,
+            run_dir=Path(cfg.run_dir),
+            store=Path(cfg.store),
+            k=cfg.index.k,
+            folders=folders,
+            ignore_identical_ids=cfg.ignore_identical_ids,
+        )
+        self.made: list[Stage] = []
+
+    def do(self, step: Step) -> None:
+        self.made.append(step(self.stages, self.made, self.settings))
+
+    def scored(self) -> dict[str, Any]:
+        """Figures of all stages, told and in metrics.json."""
+        if not leads():
+            return {}
+        measures = _measures(self.stages, self.settings["measures"])
+        metrics = _scored(self.stages, self.made, measures)
+        if len(self.made) > 1:
+            from caravan.report.table import show_stages
+
+            show_stages(metrics)
+        overall = "  ".join(f"{name} {value:.4f}" for name, value in metrics["overall"].items())
+        log.info(
+            "%s on %s %s: %s",
+            *(metrics["system"], metrics["collection"]["name"], metrics["split"], overall),
+        )
+        run_dir = self.stages.run_dir
+        log.info("run %s, figures %s", run_dir / metrics["run"], run_dir / "metrics.json")
+        return metrics
+
+
+Step = Callable[[Stages, list[Stage], dict[str, Any]], Stage]
+"""Makes the next stage of a collection, from those before and the collection's settings."""
+
+
+class _Steps:
+    """What an evaluation does with a collection, in order."""
+
+    def __init__(self, cfg: Any) -> None:
+        lengths = {key: cfg[key] for key in _LENGTHS if cfg[key] is not None}
+        self.parts = build(cfg, "index", "bm25", "fuse")
+        settings = (cfg.precision, lengths, cfg.token_budget, cfg.block, cfg.num_workers)
+        self.folders = Folders(*settings, attention=cfg.attention)
+        number = 1 if isinstance(cfg.retriever, str) else len(cfg.retriever)
+        self._steps: list[Step] = [partial(self._retrieved, number=i) for i in range(number)]
+        if number > 1:
+            self._steps.append(self._fused)
+        if cfg.reranker is not None:
+            self._steps.append(self._reranked)
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self._steps)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def _retrieved(
+        self, stages: Stages, made: list[Stage], settings: dict[str, Any], number: int
+    ) -> Stage:
+        """The stage that a name stands for: bm25, a model folder, or a run file."""
+        asked = settings["retriever"]
+        name = str(asked[number] if isinstance(asked, list) else asked)
+        if name == "bm25":
+            return stages.bm25(self.parts["bm25"], settings["bm25"])
+        path = Path(name)
+        if path.is_file() and path.name != FILE:
+            return stages.given(path)
+        if not path.exists():
+            raise InputError(f"retriever={name}: there is no model folder and no run file {name}")
+        return stages.dense(path, self.parts["index"], settings["index"])
+
+    def _fused(self, stages: Stages, made: list[Stage], settings: dict[str, Any]) -> Stage:
+        return stages.fused(self.parts["fuse"], settings["fuse"], made)
+
+    def _reranked(self, stages: Stages, made: list[Stage], settings: dict[str, Any]) -> Stage:
+        return stages.reranked(Path(settings["reranker"]), settings["rerank"], made[-1])
+
+
+def _write_config(cfg: Any) -> None:
+    if leads():
+        run_dir = Path(cfg.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(recorded(cfg), "utf-8")
 
 
 def _measures(stages: Stages, asked: list[str]) -> list[str]:

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from caravan import manifest
-from caravan.contract import folder_digest
 from caravan.data.collection import Collection, Qrels
 from caravan.data.runs import Run, canonical, read_run, write_run
 from caravan.errors import InputError
 from caravan.ranks import leads, wait_until
 from caravan.retrieval import kept
+from caravan.retrieval.folders import Folders
+from caravan.retrieval.identical import own_passages, tell_if_queries_are_passages, without
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +61,19 @@ class Stages:
         run_dir: where runs go.
         store: where embeddings or BM25's index lie; another evaluation's may be given.
         k: depth of the runs.
+        folders: opens the models.
+        ignore_identical_ids: leave the passage that has a query's id out of what it finds.
     """
 
     def __init__(
-        self, collection: Collection, split: str, run_dir: Path, store: Path, k: int
+        self,
+        collection: Collection,
+        split: str,
+        run_dir: Path,
+        store: Path,
+        k: int,
+        folders: Folders,
+        ignore_identical_ids: bool = False,
     ) -> None:
         self.collection = collection
         self.split = split
@@ -75,7 +85,15 @@ class Stages:
         self.run_dir = run_dir
         self.store = store
         self.k = k
+        self.folders = folders
         self._names: dict[str, int] = {}
+        self._ignoring: dict[str, Any] = {}  # what stands in a manifest where it is set
+        self._own: np.ndarray | None = None
+        if ignore_identical_ids:
+            self._ignoring = {"ignore_identical_ids": True}
+            self._own = own_passages(collection, self.qrels.queries)
+        elif leads():
+            tell_if_queries_are_passages(collection, self.qrels.queries)
 
     def bm25(self, bm25: Any, settings: dict[str, Any]) -> Stage:
         """Search with BM25.
@@ -92,42 +110,23 @@ class Stages:
             built = time.monotonic()
             queries = self.qrels.queries
             texts = [text for _, text in self.collection.queries.get(queries)]
-            run = bm25.search(texts, queries, self.k)
+            run = self._cut(bm25.search(texts, queries, self._depth))
             return run, {"index_s": built - started, "search_query_s": time.monotonic() - built}
 
-        return self._stage("bm25", {**built_from, "k": self.k}, search)
+        return self._stage("bm25", {**built_from, "k": self.k, **self._ignoring}, search)
 
-    def dense(
-        self,
-        model: Path,
-        index: Any,
-        index_settings: dict[str, Any],
-        precision: str,
-        lengths: dict[str, int],
-        token_budget: int | None,
-        block: int,
-        num_workers: int,
-        attention: str = "auto",
-    ) -> Stage:
+    def dense(self, model: Path, index: Any, index_settings: dict[str, Any]) -> Stage:
         """Embed corpus and queries with a model folder, index, and search.
 
         Args:
             index: `caravan.retrieval.index.Faiss` or `Exact`, of `index_settings`.
-            precision: "auto", "bf16" or "float32".
-            lengths: query_length and passage_length that replace the contract's.
-            token_budget: padded tokens a chunk.
-            block: passages a shard.
-            attention: of the model; it leaves the embeddings as they are, but for rounding.
         """
-        encoded_from = kept.embedding_inputs(self.collection, model, precision, token_budget, block)
+        lengths = self.folders.lengths
+        encoded_from = kept.embedding_inputs(self.collection, self.folders, model)
 
         def search() -> tuple[Run, Facts] | None:
-            from caravan.retrieval.encode import Encoder
-
             started = time.monotonic()
-            encoder = Encoder(
-                model, precision, lengths, token_budget, block, num_workers, attention
-            )
+            encoder = self.folders.encoder(model)
             passages = encoder.encode(
                 self.collection.corpus,
                 np.arange(len(self.collection.corpus)),
@@ -148,7 +147,7 @@ class Stages:
                 return None
             index.build(passages)
             built = time.monotonic()
-            scores, rows = index.search(queries, min(self.k, passages.rows))
+            scores, rows = index.search(queries, min(self._depth, passages.rows))
             facts: Facts = {
                 "encode_s": encoded - started,
                 "encode_query_s": asked - encoded,
@@ -162,9 +161,10 @@ class Stages:
 
                 facts["recall_against_exact"] = measured_recall(rows, queries, passages)
                 log.info("recall against exact search: %.4f", facts["recall_against_exact"])
-            return Run.from_topk(self.qrels.queries, scores, rows), facts
+            return self._cut(Run.from_topk(self.qrels.queries, scores, rows)), facts
 
         made_from = {**encoded_from, **lengths, "index": index_settings, "k": self.k}
+        made_from |= self._ignoring
         return self._stage("retriever", made_from, search, together=True)
 
     def given(self, path: Path) -> Stage:
@@ -173,11 +173,12 @@ class Stages:
             "collection": self.collection.digest,
             "given": manifest.content_digest(path),
             "k": self.k,
+            **self._ignoring,
         }
 
         def search() -> tuple[Run, Facts]:
-            run = read_run(path, self.collection.queries, self.collection.corpus, depth=self.k)
-            own = run.only(self.qrels.queries)
+            texts = (self.collection.queries, self.collection.corpus)
+            own = self._cut(read_run(path, *texts, depth=self._depth).only(self.qrels.queries))
             if not len(own):
                 raise InputError(
                     f"{path} ranks none of the {self.split} queries of {self.collection.name}; give"
@@ -204,31 +205,17 @@ class Stages:
 
         return self._stage("fused", made_from, search)
 
-    def reranked(
-        self,
-        model: Path,
-        settings: dict[str, Any],
-        candidates: Stage,
-        precision: str,
-        token_budget: int | None,
-        num_workers: int,
-        attention: str = "auto",
-    ) -> Stage:
+    def reranked(self, model: Path, settings: dict[str, Any], candidates: Stage) -> Stage:
         """The candidates in the order of a reranker.
 
         Args:
             settings: of `caravan.retrieval.rerank.Reranking`.
         """
-        from caravan.retrieval.rerank import Reranking, Scorer
-
-        chosen = Reranking(**settings)
-        scorer = Scorer(model, chosen, precision, token_budget, num_workers, attention)
+        scorer = self.folders.scorer(model, settings)
         of_scores = {
-            "model": folder_digest(model),
+            **self.folders.determines(model),
             "collection": self.collection.digest,
             "candidates": candidates.digest,
-            "precision": precision,
-            "token_budget": token_budget,
             **{name: value for name, value in settings.items() if name not in ("weight", "rest")},
         }
         made_from = {**of_scores, **settings}
@@ -236,9 +223,10 @@ class Stages:
         def search() -> tuple[Run, Facts]:
             run = self.read(candidates)
             deepest = int(run.counts.max(initial=0))
-            if deepest < chosen.depth:
+            if deepest < scorer.settings.depth:
                 log.warning(
-                    "rerank.depth=%d, but the candidates go down to %d", chosen.depth, deepest
+                    "rerank.depth=%d, but the candidates go down to %d",
+                    *(scorer.settings.depth, deepest),
                 )
             started = time.monotonic()
             found = scorer.rerank(
@@ -264,6 +252,17 @@ class Stages:
             nothing = np.full((2, len(self.qrels.queries), 1), -1, dtype=np.int64)
             return Run.from_topk(self.qrels.queries, *nothing)
         return read_run(stage.path, self.collection.queries, self.collection.corpus, depth=depth)
+
+    @property
+    def _depth(self) -> int:
+        """How deep to search for runs of depth k."""
+        return self.k if self._own is None else self.k + 1
+
+    def _cut(self, run: Run) -> Run:
+        """What was found at that depth, at depth k."""
+        if self._own is None:
+            return run
+        return without(run, self.qrels.queries, self._own).top(self.k)
 
     def _folder(self, side: str, model: Path) -> str:
         """Embeddings of a second model lie beside those of the first."""

@@ -1,0 +1,137 @@
+"""The collections of a suite in one table with the mean; several systems side by side.
+
+    python -m caravan.report collections runs/beir/bm25 runs/beir/retriever
+
+A folder is that of an `evaluate.py` with `collections=[...]`. One system of one stage shows all of
+its measures; several systems or stages show the first measure of each. With one folder, all
+measures are written there as collections.csv.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from caravan.atomic import replacing
+from caravan.errors import InputError
+
+MEAN = "mean"
+Column = tuple[str, str]
+"""A system's (or stage's) name, and a measure."""
+Figures = dict[Column, dict[str, float]]
+"""Of each column, the figure of each collection, and of the mean."""
+
+
+def collect(folders: list[Path]) -> tuple[list[str], Figures, list[str]]:
+    """The figures of one or more suites.
+
+    Returns:
+        Collections in order, those of a group followed by the group's own row, and last the mean
+        over what all systems have; figures; and what is missing, a sentence for each system.
+
+    Raises:
+        InputError: a folder holds no suite.
+    """
+    rows: dict[str, str] = {}  # collection: its group
+    columns: Figures = {}
+    told = []
+    for folder in folders:
+        record = _read(folder)
+        system = "" if len(folders) == 1 else folder.name
+        for name, own in record["collections"].items():
+            rows[name] = own["group"]
+            for stage, overall in own["stages"].items():
+                one = len(own["stages"]) == 1
+                label = system if system and one else " ".join(filter(None, (system, stage)))
+                for measure, figure in overall.items():
+                    columns.setdefault((label, measure), {})[name] = figure
+        if record["failed"]:
+            missing = ", ".join(record["failed"])
+            told.append(f"{system or record['system']}: not in the mean, as they failed: {missing}")
+    measures = list(dict.fromkeys(measure for _, measure in columns))
+    labels = list(dict.fromkeys(label for label, _ in columns))
+    columns = {(label, m): columns.get((label, m), {}) for m in measures for label in labels}
+    order, counted = _with_groups(rows, columns)
+    common = [name for name in counted if all(name in figures for figures in columns.values())]
+    mean = MEAN if len(common) == len(counted) else f"{MEAN} of {len(common)} that all have"
+    for figures in columns.values():
+        if common:
+            figures[mean] = fmean(figures[name] for name in common)
+    return [*order, mean], columns, told
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "metrics.json"
+    try:
+        record: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except OSError:
+        record = {}
+    if "collections" not in record:
+        raise InputError(
+            f"{folder} holds no evaluation of several collections; make one with evaluate.py"
+            " data.path=<folder> 'collections=[...]'"
+        )
+    return record
+
+
+def _with_groups(rows: dict[str, str], columns: Figures) -> tuple[list[str], list[str]]:
+    """Rows in order, a group of several collections with a row of its own after them; and those
+    rows that count in the mean.
+    """
+    order, counted = list(rows), []
+    for group in dict.fromkeys(rows.values()):
+        members = [name for name, of in rows.items() if of == group]
+        if members == [group] or len(members) == 1:
+            counted += members
+            continue
+        row = f"{group} ({MEAN} of {len(members)})"
+        order.insert(order.index(members[-1]) + 1, row)
+        counted.append(row)
+        for figures in columns.values():
+            own = [figures[name] for name in members if name in figures]
+            if own:
+                figures[row] = fmean(own)
+    return order, counted
+
+
+def show(folders: list[Path]) -> None:
+    """Print the table; of one folder, write collections.csv."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    rows, columns, told = collect(folders)
+    labels = list(dict.fromkeys(label for label, _ in columns))
+    measures = list(dict.fromkeys(measure for _, measure in columns))
+    several = len(labels) > 1
+    shown = [one for one in columns if not several or one[1] == measures[0]]
+    table = Table(
+        title=Text(measures[0] if several else labels[0]),
+        caption=None if several else "all collections weigh the same in the mean",
+    )
+    table.add_column("collection")
+    for label, measure in shown:
+        table.add_column(Text(label if several else measure), justify="right")
+    for row in rows:
+        if row == rows[-1]:
+            table.add_section()
+        table.add_row(Text(row), *(_cell(columns[one].get(row)) for one in shown))
+    console = Console(soft_wrap=True, markup=False)
+    console.print(table)
+    for line in told:
+        console.print(line, highlight=False)
+    if len(folders) == 1:
+        path = folders[0] / "collections.csv"
+        with replacing(path) as scratch, scratch.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["collection", *(" ".join(one) for one in columns)])
+            for row in rows:
+                writer.writerow([row, *(columns[one].get(row, "") for one in columns)])
+        console.print(f"table {path}", highlight=False)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

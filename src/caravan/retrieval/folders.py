@@ -1,0 +1,89 @@
+"""The model folders of an evaluation, each opened once, whatever number of collections asks.
+
+Weights load when the first text that is not on disk comes, and are held until another folder is
+asked for: a retriever and a reranker of seven billion weights need not share a device.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caravan.contract import folder_digest
+
+if TYPE_CHECKING:
+    from caravan.retrieval.encode import Encoder
+    from caravan.retrieval.rerank import Scorer
+
+
+class Folders:
+    """Opens model folders with the settings of one evaluation.
+
+    Args:
+        precision: "auto", "bf16" or "float32".
+        lengths: query_length and passage_length that replace a retriever's own.
+        token_budget: padded tokens a chunk; None leaves them to the machine.
+        block: passages a shard.
+        num_workers: processes that tokenise ahead.
+        attention: as in `caravan.models.folder.load`.
+    """
+
+    def __init__(
+        self,
+        precision: str = "auto",
+        lengths: dict[str, int] | None = None,
+        token_budget: int | None = None,
+        block: int = 16384,
+        num_workers: int = 1,
+        attention: str = "auto",
+    ) -> None:
+        self.precision = precision
+        self.lengths = lengths or {}
+        self.token_budget = token_budget
+        self.block = block
+        self.num_workers = num_workers
+        self.attention = attention
+        self._digests: dict[Path, str] = {}
+        self._held: tuple[Path, Any] | None = None
+
+    def determines(self, model: Path) -> dict[str, Any]:
+        """What determines a model's vectors or scores, for a manifest."""
+        if model not in self._digests:
+            self._digests[model] = folder_digest(model)
+        return {
+            "model": self._digests[model],
+            "precision": self.precision,
+            "token_budget": self.token_budget,
+        }
+
+    def encoder(self, model: Path) -> Encoder:
+        """The folder of a retriever."""
+        from caravan.retrieval.encode import Encoder
+
+        if not self._holds(model, Encoder):
+            settings = (self.precision, self.lengths, self.token_budget, self.block)
+            self._hold(model, Encoder(model, *settings, self.num_workers, self.attention))
+        encoder: Encoder = self._held[1]  # type: ignore[index]
+        return encoder
+
+    def scorer(self, model: Path, settings: dict[str, Any]) -> Scorer:
+        """The folder of a reranker.
+
+        Args:
+            settings: of `caravan.retrieval.rerank.Reranking`.
+        """
+        from caravan.retrieval.rerank import Reranking, Scorer
+
+        chosen = Reranking(**settings)
+        if not self._holds(model, Scorer) or self._held[1].settings != chosen:  # type: ignore[index]
+            of_machine = (self.precision, self.token_budget, self.num_workers, self.attention)
+            self._hold(model, Scorer(model, chosen, *of_machine))
+        scorer: Scorer = self._held[1]  # type: ignore[index]
+        return scorer
+
+    def _holds(self, model: Path, kind: type) -> bool:
+        return self._held is not None and self._held[0] == model and type(self._held[1]) is kind
+
+    def _hold(self, model: Path, opened: Any) -> None:
+        self._held = None  # before the next is loaded
+        self._held = (model, opened)

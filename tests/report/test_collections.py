@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from caravan.errors import InputError
+from caravan.report import __main__ as command
+from caravan.report.collections import collect, show
+from caravan.report.table import collect as table
+
+
+def _suite(
+    folder: Path, figures: dict[str, dict[str, float]], failed: tuple[str, ...] = ()
+) -> None:
+    """Figures: {collection: {stage: nDCG@10}}."""
+    folder.mkdir()
+    collections = {
+        name: {
+            "group": name.partition("/")[0],
+            "stages": {s: {"nDCG@10": f, "R@100": f / 2} for s, f in stages.items()},
+        }
+        for name, stages in figures.items()
+    }
+    record = {
+        "system": "x",
+        "collections": collections,
+        "failed": dict.fromkeys(failed, "broken"),
+        "overall": {"nDCG@10": 0.5},
+        "collection": {"name": "2 collections", "digest": "d"},
+        "split": "test",
+        "queries": 4,
+        "passages": 10,
+        "seconds": 1.0,
+        "run": "",
+    }
+    (folder / "metrics.json").write_text(json.dumps(record))
+
+
+def test_one_system_shows_all_measures_with_the_mean_over_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"a": {"bm25": 0.1}, "f/x": {"bm25": 0.3}, "f/y": {"bm25": 0.5}}
+    _suite(tmp_path / "one", figures, failed=("b",))
+    rows, columns, told = collect([tmp_path / "one"])
+    assert rows == ["a", "f/x", "f/y", "f (mean of 2)", "mean"]
+    assert columns["bm25", "nDCG@10"]["mean"] == pytest.approx((0.1 + 0.4) / 2)
+    assert columns["bm25", "R@100"]["f (mean of 2)"] == pytest.approx(0.2)
+    assert told == ["x: not in the mean, as they failed: b"]
+    show([tmp_path / "one"])
+    printed = capsys.readouterr().out
+    assert "0.2500" in printed
+    assert told[0] in printed
+    with (tmp_path / "one/collections.csv").open() as file:
+        written = {row["collection"]: row for row in csv.DictReader(file)}
+    assert float(written["mean"]["bm25 nDCG@10"]) == pytest.approx(0.25)
+
+
+def test_several_systems_are_compared_over_what_all_of_them_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _suite(tmp_path / "one", {"a": {"bm25": 0.1}, "b": {"bm25": 0.9}})
+    _suite(tmp_path / "two", {"a": {"retriever": 0.2, "reranked": 0.3}})
+    rows, columns, _ = collect([tmp_path / "one", tmp_path / "two"])
+    assert rows == ["a", "b", "mean of 1 that all have"]
+    labels = {label: of[rows[-1]] for (label, m), of in columns.items() if m == "nDCG@10"}
+    assert labels == {"one": 0.1, "two retriever": 0.2, "two reranked": 0.3}
+    show([tmp_path / "one", tmp_path / "two"])
+    assert "0.9000" in capsys.readouterr().out
+    assert not (tmp_path / "one/collections.csv").exists()
+
+
+def test_a_table_of_evaluations_shows_a_suite_by_its_mean(tmp_path: Path) -> None:
+    _suite(tmp_path / "one", {"a": {"bm25": 0.1}})
+    _suite(tmp_path / "two", {"a": {"bm25": 0.1}})
+    (tmp_path / "one/a").mkdir()
+    (tmp_path / "one/a/metrics.json").write_text('{"overall": {"nDCG@10": 0.1}}')
+    assert list(table(tmp_path)[0]) == ["one", "two"]
+
+
+def test_a_folder_that_is_no_suite_is_told_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="no evaluation of several collections"):
+        collect([tmp_path])
+    monkeypatch.setattr("sys.argv", ["report", "collections", str(tmp_path)])
+    assert command.main() == 2
+    assert "holds no evaluation of several" in capsys.readouterr().err

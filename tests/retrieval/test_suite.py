@@ -1,0 +1,169 @@
+"""`evaluate.py collections=[...]`: many collections, each model loaded once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+from tests.commands import evaluate
+from tests.tiny import write_beir
+
+from caravan.errors import InputError
+from caravan.retrieval import folders as folders_module
+from caravan.retrieval import stages
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("suite")
+    for seed, name in enumerate(("one", "two", "forums/x", "forums/y")):
+        write_beir(home / name, seed=seed)
+    return home
+
+
+NAMES = "collections=[one,two,forums]"
+SHORT = "measures=[nDCG@10,R@100]"
+
+
+def _loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    from caravan.models import folder
+
+    loaded: list[str] = []
+    load = folder.load
+    monkeypatch.setattr(
+        folder,
+        "load",
+        lambda path, *a, **k: (loaded.append(path.parent.name), load(path, *a, **k))[1],
+    )
+    return loaded
+
+
+def test_figures_are_those_of_each_collection_alone_and_their_mean(
+    home: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = _loads(monkeypatch)
+    retrievers = f"[bm25,{folders['retriever']}]"
+    more = (f"reranker={folders['reranker']}", "rerank.depth=5", SHORT)
+    metrics = evaluate(home, tmp_path / "all", retrievers, NAMES, *more)
+    assert loaded == ["retriever", "reranker"]
+    alone = {
+        name: evaluate(home / name, tmp_path / "alone" / name, retrievers, *more)
+        for name in ("one", "two", "forums/x", "forums/y")
+    }
+    for name, expected in alone.items():
+        written = json.loads((tmp_path / "all" / name / "metrics.json").read_text())
+        assert written["overall"] == metrics["collections"][name]["overall"] == expected["overall"]
+        for stage in expected["stages"]:
+            own = (tmp_path / "all" / name / stage["run"]).read_bytes()
+            assert own == (tmp_path / "alone" / name / stage["run"]).read_bytes()
+    figures = {name: one["overall"]["nDCG@10"] for name, one in alone.items()}
+    forums = fmean((figures["forums/x"], figures["forums/y"]))
+    expected_mean = fmean((figures["one"], figures["two"], forums))
+    assert metrics["overall"]["nDCG@10"] == pytest.approx(expected_mean)
+    assert metrics == json.loads((tmp_path / "all/metrics.json").read_text())
+
+
+def test_started_again_it_does_only_what_is_missing(
+    home: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = evaluate(home, tmp_path / "all", folders["retriever"], NAMES, SHORT)
+    (tmp_path / "all/two/runs/retriever.test.trec").unlink()
+    written: list[str] = []
+    write = stages.write_run
+    monkeypatch.setattr(
+        stages, "write_run", lambda path, *a: (written.append(str(path)), write(path, *a))
+    )
+    loaded = _loads(monkeypatch)
+    again = evaluate(home, tmp_path / "all", folders["retriever"], NAMES, SHORT)
+    assert written == [str(tmp_path / "all/two/runs/retriever.test.trec")]
+    assert not loaded  # the embeddings were there
+    assert again["overall"] == first["overall"]
+
+
+def test_a_collection_that_fails_is_named_at_the_end_and_stops_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "broken", "c", "defect"):
+        write_beir(tmp_path / "data" / name)
+    lines = (tmp_path / "data/broken/corpus.jsonl").read_text().splitlines()
+    broken = "\n".join([*lines[:3], '{"_id": 4'])
+    (tmp_path / "data/broken/corpus.jsonl").write_text(broken)
+    bm25 = stages.Stages.bm25
+
+    def fails(self: stages.Stages, *given: Any) -> Any:
+        if self.collection.name == "defect":
+            raise ZeroDivisionError("a defect")
+        return bm25(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.Stages, "bm25", fails)
+        with pytest.raises(InputError) as caught:
+            evaluate(tmp_path / "data", tmp_path / "run", "bm25", "collections=['*']", SHORT)
+    told = str(caught.value).splitlines()
+    assert told[0] == "2 of 4 collections failed, and are not in the mean:"
+    assert "broken/corpus.jsonl:4: not JSON" in told[1]
+    assert told[2] == "  defect: ZeroDivisionError: a defect"
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert (list(metrics["collections"]), list(metrics["failed"])) == (
+        ["a", "c"],
+        ["broken", "defect"],
+    )
+    assert "not in the mean, as they failed: broken, defect" in capsys.readouterr().out
+
+    (tmp_path / "data/broken/corpus.jsonl").write_text("\n".join(lines) + "\n")
+    metrics = evaluate(tmp_path / "data", tmp_path / "run", "bm25", "collections=['*']", SHORT)
+    assert list(metrics["collections"]) == ["a", "broken", "c", "defect"]
+    assert metrics["failed"] == {}
+
+
+def test_an_interrupt_ends_all(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages.Stages, "bm25", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(home, tmp_path / "run", "bm25", NAMES)
+    worker = "DataLoader worker (pid 7) is killed by signal: Terminated. "
+    monkeypatch.setattr(
+        stages.Stages, "bm25", lambda *_: (_ for _ in ()).throw(RuntimeError(worker))
+    )
+    with pytest.raises(RuntimeError, match="Terminated"):
+        evaluate(home, tmp_path / "run", "bm25", NAMES)
+
+
+def test_of_several_processes_one_that_fails_ends_all(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(
+        stages.Stages, "bm25", lambda *_: (_ for _ in ()).throw(ZeroDivisionError("a defect"))
+    )
+    with pytest.raises(ZeroDivisionError):
+        evaluate(home, tmp_path / "run", "bm25", NAMES)
+
+
+def test_runs_of_each_collection_are_reranked_by_their_place(
+    home: Path, folders: dict[str, str], tmp_path: Path
+) -> None:
+    evaluate(home, tmp_path / "first", "bm25", NAMES, SHORT)
+    first = f"{tmp_path}/first/${{data.name}}/runs/bm25.${{data.split}}.trec"
+    more = (f"reranker={folders['reranker']}", "rerank.depth=3", SHORT)
+    metrics = evaluate(home, tmp_path / "second", first, NAMES, *more)
+    assert [stage["stage"] for stage in metrics["stages"]] == ["run", "reranked"]
+    given = (tmp_path / "second/forums/x/runs/run.test.trec").read_text().splitlines()
+    written = (tmp_path / "first/forums/x/runs/bm25.test.trec").read_text().splitlines()
+    assert [line.split()[:4] for line in given] == [line.split()[:4] for line in written]
+
+
+def test_one_model_is_held_at_a_time(folders: dict[str, str]) -> None:
+    opened = folders_module.Folders("float32", num_workers=0)
+    encoder = opened.encoder(Path(folders["retriever"]))
+    assert opened.encoder(Path(folders["retriever"])) is encoder
+    settings = {"depth": 3}
+    scorer = opened.scorer(Path(folders["reranker"]), settings)
+    assert opened.scorer(Path(folders["reranker"]), settings) is scorer
+    assert opened.scorer(Path(folders["reranker"]), {"depth": 4}) is not scorer
+    assert opened.encoder(Path(folders["retriever"])) is not encoder
