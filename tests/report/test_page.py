@@ -8,7 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tests.commands import evaluate
 from tests.report.conftest import HARMFUL, Evaluations
+from tests.tiny import write_beir
 from torch.utils.tensorboard import SummaryWriter
 
 from caravan import jobs
@@ -175,14 +177,25 @@ def test_several_collections_are_one_table_and_a_section_each(
     assert {"1-results", "2-results"} <= {one["id"] for one in found.all("h2")}
 
 
+def test_an_evaluation_of_many_collections_opens_with_their_mean(tmp_path: Path) -> None:
+    for seed, name in enumerate(("one", "two")):
+        write_beir(tmp_path / "data" / name, seed=seed)
+    given = ("collections=[one,two]", "measures=[nDCG@10,R@5]")
+    evaluate(tmp_path / "data", tmp_path / "runs/suite", "bm25", *given)
+    found = Parsed(page.write(tmp_path / "runs/suite"))
+    record = json.loads((tmp_path / "runs/suite/metrics.json").read_text())["overall"]
+    overview = (tmp_path / "runs/suite/report/overview.md").read_text().splitlines()
+    assert overview[-1] == f"| mean | {record['nDCG@10']:.4f} | {record['R@5']:.4f} |"
+    headings = [one["id"] for one in found.all("h2")]
+    assert headings == ["facts", "overview", "1-results", "2-results", "made"]
+
+
 # --- sweeps -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def sweep(evaluations: Evaluations, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """BM25 at three values of k1."""
-    from tests.commands import evaluate
-
     folder = tmp_path_factory.mktemp("sweeps") / "k1"
     for k1 in ("0.1", "0.9", "4"):
         job = folder / f"k1-{k1}"

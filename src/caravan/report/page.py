@@ -21,7 +21,17 @@ from typing import Any
 from caravan import jobs
 from caravan.atomic import replacing
 from caravan.errors import InputError
-from caravan.report import blocks, curves, evaluations, plots, sweep, systems, tables, trainings
+from caravan.report import (
+    blocks,
+    collections,
+    curves,
+    evaluations,
+    plots,
+    sweep,
+    systems,
+    tables,
+    trainings,
+)
 from caravan.report.blocks import Block, Facts, Note, Section
 from caravan.report.compare import Comparison
 from caravan.report.compare import tables as tables_of
@@ -97,7 +107,8 @@ def of_runs(folder: Path) -> Page:
     """The page of one run directory, or of all those below a folder."""
     homes = [path.parent for path in sorted(folder.rglob("metrics.json"))]
     records = {home: systems.read_metrics(home) or {} for home in homes}
-    evaluated = {h: r for h, r in records.items() if r.get("overall") and "run" in r}
+    evaluated = {h: r for h, r in records.items() if r.get("overall") and r.get("run")}
+    suites = [home for home, record in records.items() if "collections" in record]
     trained = [home for home, record in records.items() if "updates" in record]
     if not evaluated and not trained:
         raise InputError(
@@ -110,7 +121,9 @@ def of_runs(folder: Path) -> Page:
         key = (record["collection"]["digest"], record["split"])
         groups.setdefault(key, {})[str(home.relative_to(folder))] = record
     several = len(groups) > 1
-    if several:
+    if suites:
+        found.append(_suites(suites))
+    elif several:
         found.append(_overview(groups))
     for number, of_group in enumerate(groups.values(), 1):
         prefix = f"{number}-" if several else ""
@@ -137,7 +150,7 @@ def of_sweep(folder: Path) -> Page:
     for job, reason in failed:
         results.append(Note(f"Not finished: {job}: {reason}"))
     found = [Section("Results", "results", results)]
-    evaluated = {h: r for h, r in records.items() if r.get("overall") and "run" in r}
+    evaluated = {h: r for h, r in records.items() if r.get("overall") and r.get("run")}
     asked = {(r["collection"]["digest"], r["split"]) for r in evaluated.values()}
     if len(asked) == 1:
         # Each job is one system: its last stage.
@@ -178,6 +191,27 @@ def of_comparison(comparison: Comparison, command: str, count: int) -> Page:
     ]
     line = f"{' · '.join(comparison.names)}, on {len(comparison.query_rows):,} queries"
     return Page("A comparison", line, found, command)
+
+
+def _suites(homes: list[Path]) -> Section:
+    """Evaluations of many collections: what `caravan.report.collections` shows of them."""
+    wheres, columns, told = collections.collect(homes)
+    labels = list(dict.fromkeys(label for label, _ in columns))
+    first = next(measure for _, measure in columns)
+    several = len(labels) > 1
+    shown = [one for one in columns if not several or one[1] == first]
+    figures = [[columns[one].get(where) for one in shown] for where in wheres]
+    made = tables.Table(
+        "overview",
+        f"{first if several else labels[0]} on each collection; all of them weigh the same in the"
+        " mean.",
+        ["collection", *(label if several else measure for label, measure in shown)],
+        [
+            [where, *(tables.NONE if v is None else f"{v:.4f}" for v in row)]
+            for where, row in zip(wheres, figures, strict=True)
+        ],
+    )
+    return Section("All collections", "overview", [made, *map(Note, told)])
 
 
 def _overview(groups: dict[tuple[str, str], evaluations.Records]) -> Section:
