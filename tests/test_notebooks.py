@@ -7,23 +7,44 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from tests.commands import evaluate
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def test_there_is_a_notebook() -> None:
-    assert NOTEBOOKS
+def test_there_are_the_notebooks_that_the_docs_name() -> None:
+    names = {path.stem for path in NOTEBOOKS}
+    assert names == {"look", "inspect_run", "compare", "embed"}
+
+
+@pytest.fixture(scope="module")
+def home(beir: Path, folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what `make quickstart` leaves, made of the tiny collection."""
+    home = tmp_path_factory.mktemp("home")
+    for name in ("retriever", "reranker"):
+        (home / "runs/quickstart/train" / name).mkdir(parents=True)
+        (home / "runs/quickstart/train" / name / "model").symlink_to(folders[name])
+    quick = ("measures=[MRR@10,nDCG@10]", "index.k=20", "rerank.depth=10", "precision=float32")
+    both = f"[bm25,{folders['retriever']}]"
+    reranked = f"reranker={folders['reranker']}"
+    evaluate(beir, home / "runs/quickstart/pipeline", both, reranked, *quick)
+    evaluate(
+        beir, home / "runs/quickstart/unadapted", folders["retriever"], "query_length=8", *quick
+    )
+    return home
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_prints(
-    path: Path, beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, beir: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CARAVAN_DATA", str(beir))
     monkeypatch.setenv("CARAVAN_CACHE", str(tmp_path))
+    monkeypatch.setenv("CARAVAN_HOME", str(home))
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
+    assert all(cell.outputs for cell in cells if path.stem != "look")
     assert any(cell.outputs for cell in cells)
