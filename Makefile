@@ -1,11 +1,11 @@
-# make quickstart | test | test-all | check | bench; each sets up .venv by itself.
+# make quickstart | test | test-all | check | bench | docs; each sets up .venv by itself.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 Q := runs/quickstart
 
-.PHONY: quickstart test test-all check bench clean
+.PHONY: quickstart test test-all check bench docs clean
 
 # BM25 over the training queries gives the hard negatives; adapt a language model, train a retriever
 # from it, and one for as long without; fuse it with BM25 over the dev queries, whose candidates the
@@ -47,6 +47,10 @@ bench: .venv/.tested-with
 	$(PY) benchmarks/gradcache.py
 	$(PY) benchmarks/settings.py
 
+docs: .venv/.tested-with
+	$(PY) -m sphinx --builder html --fail-on-warning --keep-going --quiet --conf-dir docs . docs/_build
+	@echo docs/_build/docs/index.html
+
 .venv/.installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with PYTHON=..."; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -59,4 +63,4 @@ bench: .venv/.tested-with
 	@touch $@
 
 clean:
-	rm -rf .venv .cache runs multirun
+	rm -rf .venv .cache runs multirun docs/_build

@@ -200,7 +200,8 @@ def best_checkpoints_have_names(cfg: DictConfig) -> Iterator[Mistake]:
     kept, name = value(best, "save_top_k"), value(best, "filename")
     if is_int(kept) and kept not in (0, 1) and isinstance(name, str) and "{" not in name:
         text = (
-            "the checkpoints would overwrite each other; set callbacks.best.filename='best-{step}'"
+            "the checkpoints would overwrite each other; set"
+            " \"callbacks.best.filename='best-{step}'\", with both quotes"
         )
         yield Mistake(("callbacks", "best", "save_top_k"), text)
 
