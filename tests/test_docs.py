@@ -258,6 +258,8 @@ def test_the_built_pages_have_no_broken_link_and_need_no_network(tmp_path: Path)
     pages = list((tmp_path / "html").rglob("*.html"))
     names = {page.stem for page in pages}
     assert {page.stem for page in PAGES} <= names
+    listed = (tmp_path / "html/docs/index.html").read_text("utf-8").partition("<article")[2]
+    assert [page.stem for page in PAGES[1:] if f"{page.stem}.html" not in listed] == ["index"]
     loaded = r"""<(?:script|img|link|iframe|source)\b[^>]*(?:src|href)=["'](?:https?:)?//[^"']*"""
     for page in pages:
         assert re.findall(loaded, page.read_text("utf-8")) == [], page
