@@ -155,6 +155,15 @@ def test_what_a_check_is_shown_to_say_is_what_it_says(
     assert seen >= 2
 
 
+def test_getting_started_shows_the_lines_of_the_quickstart() -> None:
+    recipe = (ROOT / "Makefile").read_text().partition("\nquickstart:")[2].partition("\n\n")[0]
+    wanted = [line.lstrip("\t@") for line in recipe.splitlines()[1:] if "@echo" not in line]
+    wanted = [line.replace("$(PY)", "python").replace("$(Q)", "runs/quickstart") for line in wanted]
+    shown = [body.splitlines() for body in blocks(ROOT / "docs" / "getting-started.md")]
+    assert len(wanted) >= 12
+    assert wanted in shown
+
+
 def test_the_plot_of_the_readme_has_the_figures_of_its_table() -> None:
     rows = re.findall(r"^  (\w+) +(\.?\d\S+) +\S+ +(\S+) +\S+ +\S+$", PAGES[0].read_text(), re.M)
     plot = (ROOT / "docs" / "img" / "quickstart.svg").read_text()
