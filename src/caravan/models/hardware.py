@@ -10,7 +10,7 @@ import torch
 
 from caravan.errors import InputError
 from caravan.ranks import local_rank
-from caravan.rules import PRECISIONS
+from caravan.rules.values import PRECISIONS
 
 CPU_CHUNK, GPU_CHUNK = 2048, 32_768
 """Padded tokens a chunk: few for a CPU's caches, more to keep a GPU busy (not measured)."""

@@ -1,0 +1,169 @@
+"""Rules for values by themselves: ranges, counts, and words out of a few."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+
+from omegaconf import DictConfig, ListConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from caravan.checking.annotations import is_int
+from caravan.checking.definitions import did_you_mean
+from caravan.checking.walk import Mistake
+from caravan.contract import Contract
+from caravan.errors import InputError
+from caravan.rules.asking import (
+    is_number,
+    listed,
+    mappings,
+    value,
+)
+
+PRECISIONS = ("auto", "bf16", "float32")
+MEASURES = ("MRR", "nDCG", "R", "MAP", "P")
+MEASURE = re.compile(rf"(?!nDCG\()({'|'.join(MEASURES)})(\(rel=[1-9]\d*\))?@[1-9]\d*")
+"""What `caravan.retrieval.metrics.parse_measure` takes."""
+AT_LEAST = {
+    "batching.queries_per_batch": 1,
+    "batching.token_budget": 1,
+    "batching.num_workers": 0,
+    "gradcache.chunk": 1,
+    "validation.passages": 1,
+    "validation.queries": 1,
+    "validation.train_queries": 1,
+    "validation.run_depth": 1,
+    "query_length": 4,
+    "passage_length": 4,
+    "token_budget": 1,
+    "num_workers": 0,
+    "block": 1,
+    "show": 1,
+    "index.k": 1,
+    "rerank.depth": 1,
+    "rerank.block": 1,
+    "rerank.query_length": 4,
+    "rerank.passage_length": 4,
+    "rerank.segment_words": 1,
+    "fuse.k": 0,
+    "index.query_chunk": 1,
+    "index.passage_chunk": 1,
+    "seed": 0,
+    "optimizer.warmup_steps": 0,
+    "backbone.layers": 1,
+    "backbone.heads": 1,
+    "backbone.hidden_size": 1,
+    "backbone.intermediate_size": 1,
+    "backbone.vocab_size": 1,
+    "peft.rank": 1,
+    "trainer.log_every_n_steps": 1,
+    "trainer.accumulate_grad_batches": 1,
+    "callbacks.resume_point.every_n_steps": 1,
+    "trainer.max_steps": -1,
+    "trainer.max_epochs": -1,
+}
+
+
+def contract_holds(cfg: DictConfig) -> Iterator[Mistake]:
+    """Pooling, temperature, lengths and templates, as `Contract` wants them."""
+    settings = value(cfg, "contract")
+    if not isinstance(settings, DictConfig):
+        return
+    try:
+        Contract(
+            **{key.name: settings[key.name] for key in fields(Contract) if key.name in settings}
+        )
+    except InputError as error:
+        for problem in str(error).split("; contract."):
+            setting, _, text = problem.removeprefix("contract.").partition(" ")
+            yield Mistake(("contract", setting), f"it {text}")
+    except (TypeError, OmegaConfBaseException):
+        return  # the walk tells those
+
+
+def numbers_are_large_enough(cfg: DictConfig) -> Iterator[Mistake]:
+    """Lengths, counts and budgets."""
+    for place, least in AT_LEAST.items():
+        given = value(cfg, place)
+        if is_number(given) and given < least:
+            yield Mistake(tuple(place.split(".")), f"it must be at least {least}, not {given}")
+
+
+def heads_divide_the_width(cfg: DictConfig) -> Iterator[Mistake]:
+    """Each head has an even width: rotary positions turn pairs of numbers."""
+    width, heads = value(cfg, "backbone.hidden_size"), value(cfg, "backbone.heads")
+    if is_int(width) and is_int(heads) and min(width, heads) >= 1 and width % (2 * heads):
+        text = f"it must be a multiple of twice the heads ({2 * heads}), not {width}"
+        yield Mistake(("backbone", "hidden_size"), text)
+
+
+def optimizer_can_step(cfg: DictConfig) -> Iterator[Mistake]:
+    """The learning rate and Adam's decay rates."""
+    rate, betas = value(cfg, "optimizer.lr"), value(cfg, "optimizer.betas")
+    if is_number(rate) and not 0 < rate < math.inf:
+        yield Mistake(("optimizer", "lr"), f"it must be a finite number above 0, not {rate}")
+    numbers = isinstance(betas, ListConfig) and all(map(is_number, betas))
+    if numbers and (len(betas) != 2 or not all(0 <= beta < 1 for beta in betas)):
+        text = f"it must be two numbers from 0 to below 1, not {list(betas)}"
+        yield Mistake(("optimizer", "betas"), text)
+
+
+def trainer_can_count(cfg: DictConfig) -> Iterator[Mistake]:
+    """How often to validate, and on how many devices: what Lightning tells in a traceback."""
+    trainer = value(cfg, "trainer")
+    if not isinstance(trainer, DictConfig):
+        return
+    every, devices = value(trainer, "val_check_interval"), value(trainer, "devices")
+    by_batches = "check_val_every_n_epoch" in trainer and trainer.check_val_every_n_epoch is None
+    if is_int(every) and every < 1:
+        yield Mistake(("trainer", "val_check_interval"), f"it must be at least 1, not {every}")
+    elif isinstance(every, float) and by_batches:
+        text = f"it counts batches over all epochs: it must be a whole number, not {every}"
+        remedy = "; for a part of an epoch set trainer.check_val_every_n_epoch=1"
+        yield Mistake(("trainer", "val_check_interval"), text + remedy)
+    elif isinstance(every, float) and not 0 < every <= 1:
+        text = f"it must be a whole number, or a part of an epoch up to 1.0, not {every}"
+        yield Mistake(("trainer", "val_check_interval"), text)
+    if devices in (0, "0", []):
+        yield Mistake(("trainer", "devices"), "it must be at least 1, or -1 for all")
+
+
+def precision_is_known(cfg: DictConfig) -> Iterator[Mistake]:
+    """The names that `caravan.models.hardware` knows."""
+    given = value(cfg, "precision")
+    if isinstance(given, str) and given not in PRECISIONS:
+        near = did_you_mean(given, PRECISIONS)
+        hint = f"; did you mean {near}?" if near else ""
+        yield Mistake(("precision",), f"it must be one of {', '.join(PRECISIONS)}{hint}")
+
+
+def measures_are_known(cfg: DictConfig) -> Iterator[Mistake]:
+    """Names such as MRR@10, before hours of encoding and not after them."""
+    for path, node in mappings(cfg, ()):
+        if isinstance(asked := value(node, "measures"), ListConfig) and not asked:
+            yield Mistake((*path, "measures"), "it is empty; write [MRR@10]")
+        for i, measure in enumerate(listed(node, "measures")):
+            if MEASURE.fullmatch(measure) is None:
+                near = did_you_mean(measure.partition("@")[0], MEASURES, cutoff=0.5)
+                given = measure.partition("@")[2]
+                cutoff = given if given.isdigit() and int(given) else "10"
+                hint = f"did you mean {near}@{cutoff}?" if near else "write MRR@10"
+                known = ", ".join(f"{name}@k" for name in MEASURES)
+                yield Mistake((*path, "measures", i), f"{measure!r} is none of {known}; {hint}")
+
+
+def reranking_is_possible(cfg: DictConfig) -> Iterator[Mistake]:
+    """What `caravan.retrieval.rerank.Reranking` wants."""
+    for name, allowed in (("rest", ("drop", "keep")), ("segment", (None, "first", "best"))):
+        given = value(cfg, f"rerank.{name}")
+        if isinstance(given, str) and given not in allowed:
+            near = did_you_mean(given, [text for text in allowed if text])
+            hint = f"; did you mean {near}?" if near else ""
+            known = ", ".join("null" if text is None else text for text in allowed)
+            yield Mistake(("rerank", name), f"it must be one of {known}, not {given}{hint}")
+    weight = value(cfg, "rerank.weight")
+    if is_number(weight) and not 0 < weight <= 1:
+        text = f"it must be above 0 and at most 1, not {weight}"
+        yield Mistake(("rerank", "weight"), text)
