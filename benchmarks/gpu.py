@@ -179,6 +179,25 @@ def measure(
     ids = [torch.randint(3, shape["vocab_size"], (n,), generator=rng).tolist() for n in lengths]
     row: dict[str, Any] = {"shape": options.shape, "work": kind, "longest": longest}
     row["system"] = system
+    try:
+        return {**row, **_measured(folder, shape, kind, system, ids, options, rate, device)}
+    except Exception as error:  # noqa: BLE001 - the other rows are worth having
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        sys.stderr.write(f"{row}: {reason}\n")
+        return {**row, "tokens/s": reason, "of the rate": "", "peak GiB": ""}
+
+
+def _measured(
+    folder: Path,
+    shape: dict[str, int],
+    kind: str,
+    system: str,
+    ids: list[list[int]],
+    options: Any,
+    rate: float,
+    device: torch.device,
+) -> dict[str, Any]:
+    lengths = list(map(len, ids))
     given = [packed.to(device) for packed in batches(ids, system)]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -203,14 +222,10 @@ def measure(
             optimizer.step()
             optimizer.zero_grad()
 
-    try:
-        took = seconds(work, device)
-    except torch.OutOfMemoryError:
-        return {**row, "tokens/s": "out of memory", "of the rate": "", "peak GiB": ""}
+    took = seconds(work, device)
     passes = 1 if kind == "encode" else 2  # frozen weights get no gradient
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
     return {
-        **row,
         "tokens/s": f"{sum(lengths) / took:,.0f}",
         "of the rate": f"{passes * operations(shape, lengths) / took / rate:.0%}",
         "peak GiB": f"{peak:.1f}",
@@ -257,15 +272,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0, help="real tokens a step; 0: by the work")
     parser.add_argument("--recompute", default="selective", help="LoRA: false, true or selective")
     parser.add_argument("--data", type=Path, help="a BEIR folder whose corpus is encoded too")
+    parser.add_argument("--name", default="gpu", help="of the file in benchmarks/results")
     options = parser.parse_args()
     if not torch.cuda.is_available() and options.shapes != ["tiny"]:
         sys.exit("no GPU here, so nothing was measured; --shapes tiny tries the script on a CPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.recompute = {"true": True, "false": False}.get(options.recompute, options.recompute)
-    sizes = {"encode": 131_072, "lora": 16_384, "qlora": 16_384}
+    sizes = {"encode": 131_072, "lora": 8_192, "qlora": 16_384}
     options.tokens = {kind: options.tokens or sizes[kind] for kind in sizes}
     rate = matrix_rate(device, 8192 if device.type == "cuda" else 512)
-    rows, encoded = [], []
+    rows: list[dict[str, Any]] = []
+    encoded: list[str] = []
     for name in options.shapes:
         options.shape = name
         shape = SHAPES[options.shape]
@@ -277,10 +294,17 @@ def main() -> None:
                     for system in SYSTEMS:
                         given = (folder, shape, kind, system, longest, options, rate, device)
                         rows.append(measure(*given))
-                        sys.stderr.write(f"{rows[-1]}\n")
                         released(device)
+                        told(rows, encoded, rate, device, options.name)
             if options.data:
                 encoded += corpus(options, folder, device)
+                told(rows, encoded, rate, device, options.name)
+
+
+def told(
+    rows: list[dict[str, Any]], encoded: list[str], rate: float, device: torch.device, name: str
+) -> None:
+    """The table so far: what ends the script early leaves the rows before."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
     notes = [
         f"Measured matrix rate of {card}: {rate / 1e12:.1f}e12 operations a second in bf16."
@@ -289,7 +313,7 @@ def main() -> None:
         *encoded,
     ]
     if device.type == "cuda":
-        report("gpu", "Llama shapes from random weights, mixed lengths", rows, notes)
+        report(name, "Llama shapes from random weights, mixed lengths", rows, notes)
     else:
         sys.stdout.write("\n".join([*table(rows), "", *notes, ""]))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.small_conf import CONF
 
-from caravan import config, rules
+from caravan import config
 from caravan.checking.walk import Mistake
 from caravan.compose import Composer, compose, without_hydra
 from caravan.entry import preflight
@@ -269,16 +269,17 @@ def test_values_at_the_edge_are_right(override: str) -> None:
 
 def test_the_names_that_a_check_knows_are_those_that_are_computed() -> None:
     from caravan.retrieval import metrics
+    from caravan.rules import values
 
-    assert rules.MEASURES == metrics.NAMES
-    for name in rules.MEASURES:
+    assert values.MEASURES == metrics.NAMES
+    for name in values.MEASURES:
         for text in (f"{name}@10", f"{name}(rel=2)@10", f"{name}@0", f"x{name}@1"):
             try:
                 metrics.parse_measure(text)
             except InputError:
-                assert rules.MEASURE.fullmatch(text) is None, text
+                assert values.MEASURE.fullmatch(text) is None, text
             else:
-                assert rules.MEASURE.fullmatch(text), text
+                assert values.MEASURE.fullmatch(text), text
 
 
 def test_a_dataset_of_the_hub_is_no_folder() -> None:
@@ -319,6 +320,7 @@ def test_a_sweep_in_one_process_has_one_device(overrides: str, told: str | None)
 def test_a_choice_that_another_file_sets_to_null_is_told() -> None:
     with pytest.raises(InputError, match=r"(?s)loss=kl .*adaptation\.yaml:\d+ sets loss to null"):
         preflight(["stage=adaptation", "loss=kl"], CONF, "train", config.ROOTS["train"])
+    preflight(["stage=adaptation", "~loss"], CONF, "train", config.ROOTS["train"])
     preflight(["stage=adaptation", "peft=none"], CONF, "train", config.ROOTS["train"])
 
 
@@ -346,6 +348,8 @@ def test_a_sweep_is_not_started_by_several_processes(monkeypatch: pytest.MonkeyP
             "likelihoods are padded; set it to auto",
         ),
         ("backbone.attention=unpadded", None),
+        ("backbone.attention=unpaded", "no attention is called unpaded; did you mean unpadded?"),
+        ("backbone.compile=true strategy=fsdp", "copies of layers that are not compiled"),
         ("backbone.compile=true backbone.checkpointing=selective", "is torch.compile's choice"),
         ("backbone.checkpointing=selected", "true or false or one of selective"),
         ("gradcache.chunk=0", "must be at least 1"),

@@ -164,6 +164,8 @@ class Composer:
     def _left_aside(self, cfg: DictConfig, overrides: list[str], place: Places) -> Iterator[str]:
         """Choices that came to nothing, since a file that is read later sets the group to null."""
         for text in filter(self.is_group, overrides):
+            if text.startswith("~"):  # just what it asks for
+                continue
             group = _key(text)
             if group in cfg and cfg[group] is None:
                 where = place((group,))

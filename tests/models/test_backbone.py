@@ -20,8 +20,10 @@ from caravan.models import folder, tiny_llama
 from caravan.models.adapters import LoRA, frozen_linears, halve_frozen
 from caravan.models.backbone import Pretrained, parameter_counts
 from caravan.models.biencoder import BiEncoder
-from caravan.models.preparing import Checkpointing
+from caravan.models.preparing import Checkpointing, _policy, prepared
 from caravan.models.tiny_llama import TinyLlama
+
+PRODUCTS = ("aten.mm", "aten.addmm")
 
 
 def test_the_bpe_is_trained_once_a_collection(
@@ -155,7 +157,34 @@ def test_selective_recomputation_repeats_no_product_with_weights(tokenizer: obje
         with FlopCounterMode(display=False) as counter:
             model(ids, torch.ones_like(ids), True).sum().backward()
         counts = counter.get_flop_counts()["Global"]
-        products.append(sum(n for operation, n in counts.items() if "mm" in str(operation)))
+        products.append(sum(n for operation, n in counts.items() if str(operation) in PRODUCTS))
+    assert products[0] == products[1] < 0.85 * products[2]
+
+
+def test_a_kept_operation_that_draws_is_computed_again() -> None:
+    """Else whatever draws after it would draw other numbers in the repetition."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention.default
+    states = (None, None, None)
+    for operation, before in ((flash, states), (efficient, (*states, None, True))):
+        for dropout, wanted in ((0.0, "MUST_SAVE"), (0.1, "PREFER_RECOMPUTE")):
+            assert _policy(None, operation, *before, dropout).name == wanted
+        assert _policy(None, operation, *before).name == "MUST_SAVE"
+
+
+def test_selective_recomputation_repeats_no_product_of_layers_with_biases() -> None:
+    products = []
+    choices: tuple[Checkpointing, ...] = (False, "selective", True)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for checkpointing in choices:
+        config = transformers.BertConfig(vocab_size=60, intermediate_size=48, **shape)
+        model = prepared(
+            transformers.BertModel(config, add_pooling_layer=False), checkpointing, False
+        )
+        with FlopCounterMode(display=False) as counter:
+            model.train()(torch.arange(5, 15).view(2, 5)).last_hidden_state.sum().backward()
+        counts = counter.get_flop_counts()["Global"]
+        products.append(sum(n for operation, n in counts.items() if str(operation) in PRODUCTS))
     assert products[0] == products[1] < 0.85 * products[2]
 
 

@@ -36,7 +36,8 @@ def _architecture(name: str) -> torch.nn.Module:
     if name == "bert":
         return BertModel(BertConfig(**shape), add_pooling_layer=False).eval()
     if name == "modernbert":
-        return ModernBertModel(ModernBertConfig(**shape, pad_token_id=0)).eval()
+        config = ModernBertConfig(**shape, pad_token_id=0, local_attention=8)
+        return ModernBertModel(config).eval()
     decoder = {**shape, "num_key_value_heads": 1, "use_cache": False}
     if name == "qwen3":
         return Qwen3Model(Qwen3Config(**decoder, head_dim=16)).eval()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import sys
 import types
 from pathlib import Path
@@ -23,6 +24,7 @@ from caravan.models.bidirectional import look_both_ways
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, with_head
 from caravan.models.loading import set_attention
+from caravan.models.preparing import prepared
 from caravan.models.slots import MASKED_BY
 
 
@@ -133,6 +135,93 @@ def test_an_architecture_that_mixes_texts_is_refused_by_name() -> None:
         set_attention(mamba, "unpadded")
 
 
+@pytest.mark.parametrize("name", ["bert", "modernbert", "qwen3", "mistral"])
+def test_a_gpu_asks_the_kernel_for_the_same_states(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way a GPU takes, on a CPU: a stand-in computes text by text in the kernel's layout."""
+
+    def stand_in(
+        states: list[Tensor],
+        bounds: Tensor,
+        longest: int,
+        scale: float | None,
+        window: tuple[int, int],
+    ) -> Tensor:
+        query, key, value = states
+        assert {one.dtype for one in states} == {torch.bfloat16}
+        assert (bounds.dtype, int(bounds[-1])) == (torch.int32, len(query))
+        assert longest == int(bounds.diff().max())
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        parts = []
+        for begin, end in itertools.pairwise(bounds.tolist()):
+            q, k, v = (x[begin:end].transpose(0, 1).float() for x in (query, key, value))
+            back = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
+            seen = torch.ones_like(back, dtype=torch.bool)
+            seen &= back <= window[0] if window[0] >= 0 else seen
+            seen &= -back <= window[1] if window[1] >= 0 else seen
+            scores = (q @ k.mT) * (scale or q.shape[-1] ** -0.5)
+            weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+            parts.append((weights @ v).transpose(0, 1))
+        return torch.cat(parts).to(query.dtype)
+
+    backbone = _architecture(name)
+    expected = _embedded(backbone, pack(TEXTS, 1000), "mean")
+    set_attention(backbone, "unpadded")
+    asked = []
+    monkeypatch.setattr(unpadded, "has_kernel", lambda states: asked.append(1) or True)
+    monkeypatch.setattr(unpadded, "_by_kernel", stand_in)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _embedded(backbone, pack(TEXTS, 1000), "mean")
+    assert len(asked) == 2 * len(pack(TEXTS, 1000).chunks)
+    assert (found * expected).sum(dim=1).min() > 0.998
+
+
+def test_windows_that_stand_in_masks_alone_are_refused_by_name() -> None:
+    shape: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.PhimoeConfig(
+        **shape, num_key_value_heads=2, num_local_experts=2, sliding_window=20
+    )
+    with pytest.raises(InputError, match="PhimoeModel keeps windows of attention by its masks"):
+        set_attention(transformers.PhimoeModel(config), "unpadded")
+    config.sliding_window = None
+    set_attention(transformers.PhimoeModel(config), "unpadded")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_trial_allows_what_rounding_does_and_no_more(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every layer's states a little off: by less, and by more than those of padded texts."""
+    torch.manual_seed(0)
+    of = unpadded._of_one_length
+
+    def off(by: float) -> Any:
+        def shifted(flat: Any, bounds: Tensor) -> Any:
+            for query, key, value in of(flat, bounds):
+                yield query, key, value * (1 + by)
+
+        return shifted
+
+    small, large = (1e-6, 3e-3) if dtype == torch.float32 else (1e-3, 0.3)
+    monkeypatch.setattr(unpadded, "_of_one_length", off(small))
+    set_attention(_architecture("qwen3").to(dtype), "unpadded")
+    monkeypatch.setattr(unpadded, "_of_one_length", off(large))
+    with pytest.raises(InputError, match="mixes texts"):
+        set_attention(_architecture("qwen3").to(dtype), "unpadded")
+
+
+def test_a_model_that_drops_attention_weights_is_not_trained_so_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backbone = set_attention(_architecture("bert"), "unpadded")
+    prepared(backbone, False, False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InputError, match=r"BertModel drops attention weights \(attention_probs_dr"):
+        prepared(backbone, False, False)
+
+
 def test_a_text_that_is_read_under_a_mask_of_its_own_is_padded() -> None:
     assert unpadded.NAME in MASKED_BY
     backbone: Any = set_attention(_architecture("qwen3"), "sdpa")
@@ -151,12 +240,12 @@ def test_without_a_kernel_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(InputError, match=r"needs torch 2\.12 or flash-attn"):
+    with pytest.raises(InputError, match=r"needs torch 2\.11 or flash-attn"):
         set_attention(_architecture("qwen3"), "unpadded")
     unpadded.kernel.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["torch", "flash_attn"])
+@pytest.mark.parametrize("name", ["torch", "torch 2.11", "flash_attn"])
 @pytest.mark.parametrize("window", [(-1, 0), (3, 0), (3, 3), (-1, -1)])
 def test_a_kernel_for_variable_lengths_is_asked_for_what_sdpa_computes(
     name: str, window: tuple[int, int], monkeypatch: pytest.MonkeyPatch
@@ -196,6 +285,22 @@ def test_a_kernel_for_variable_lengths_is_asked_for_what_sdpa_computes(
         assert enable_gqa
         return exact(*window_size, scale)
 
+    def of_torch_2_11(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seq_q: Tensor,
+        cu_seq_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> Tensor:
+        assert k.shape == v.shape == q.shape
+        assert torch.equal(k[:, 1], key[:, 0])
+        return exact(*window_size, scale)
+
     def of_flash(
         *given: Any,
         softmax_scale: float | None = None,
@@ -207,13 +312,13 @@ def test_a_kernel_for_variable_lengths_is_asked_for_what_sdpa_computes(
 
     unpadded.kernel.cache_clear()
     ours = types.ModuleType("torch.nn.attention.varlen")
-    ours.varlen_attn = of_torch  # type: ignore[attr-defined]
+    ours.varlen_attn = of_torch if name == "torch" else of_torch_2_11  # type: ignore[attr-defined]
     theirs = types.ModuleType("flash_attn")
     theirs.flash_attn_varlen_func = of_flash  # type: ignore[attr-defined]
-    here = ours if name == "torch" else None
+    here = ours if name.startswith("torch") else None
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", here)
     monkeypatch.setitem(sys.modules, "flash_attn", theirs)
-    assert unpadded.kernel()[0] == name
+    assert unpadded.kernel()[0] == name.split()[0]
     found = unpadded._by_kernel([query, key, value], bounds, 6, 0.3, window)
     unpadded.kernel.cache_clear()
 

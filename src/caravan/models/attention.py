@@ -19,6 +19,8 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "caravan"
 LONGEST = 1024  # tokens; the scores of longer texts no longer fit a cache
+LAYERS = ("full_attention", "sliding_attention")
+"""The kinds of layers whose masks are known; others (chunked, linear) have masks of their own."""
 UNKNOWN = ("s_aux", "sinks", "softcap", "alibi_slopes", "head_mask")
 """What transformers' layers may ask of an attention and would not get from this one."""
 

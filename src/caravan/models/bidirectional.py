@@ -16,10 +16,9 @@ from torch import Tensor
 
 from caravan.contract import Contract
 from caravan.errors import InputError
+from caravan.models.attention import LAYERS
 from caravan.models.pooling import attention_layers, is_decoder, looks_both_ways, plain
 
-LAYERS = ("full_attention", "sliding_attention")
-"""The kinds of layers whose masks are known; others (chunked, linear) have masks of their own."""
 CLOSE = 1e-3  # what a layer may owe to padding, beside what it owes to the last token
 
 

@@ -126,21 +126,22 @@ def load(
     model: Model
     if contract.kind == "reranker":
         if contract.scoring == "likelihood":
-            model = QueryLikelihood(_language_model(folder, dtype, adapter), contract)
+            language_model = _language_model(folder, dtype, adapter)
+            model = QueryLikelihood(_as_asked(language_model, contract, attention), contract)
         else:
             scorer = _scorer(folder, dtype, adapter)
-            model = CrossEncoder(_as_promised(scorer, contract), contract)
+            model = CrossEncoder(_as_asked(scorer, contract, attention), contract)
     else:
         backbone = _backbone(folder, dtype, facts, tokenizer)
-        model = BiEncoder(_as_promised(backbone, contract), contract)
-    if attention != "auto":
-        set_attention(model.transformer, attention)
+        model = BiEncoder(_as_asked(backbone, contract, attention), contract)
     return model.eval(), tokenizer, contract, facts
 
 
-def _as_promised(transformer: nn.Module, contract: Contract) -> nn.Module:
+def _as_asked(transformer: nn.Module, contract: Contract, attention: str) -> nn.Module:
     """Which way an adapter's base looks stands in the contract alone."""
-    return look_both_ways(transformer) if contract.bidirectional else transformer
+    if contract.bidirectional:
+        look_both_ways(transformer)
+    return transformer if attention == "auto" else set_attention(transformer, attention)
 
 
 def _backbone(

@@ -125,7 +125,18 @@ def _activations(model: Any, bf16: bool, checkpointing: Checkpointing) -> float:
     kept = FLOAT * width  # what goes into a layer
     if checkpointing == "selective":  # what its products give: of attention, then of the MLP
         kept += unit * ((4 + 2 * shared) * width + 2 * inner)
-    return float(layers * kept + block)
+    adapters = unit * _adapted_width(model) if checkpointing == "selective" else 0
+    return float(layers * kept + block + adapters)
+
+
+def _adapted_width(model: nn.Module) -> int:
+    """What a token's adapters give in all, their ranks and their outputs: products as well."""
+    pairs: list[Any] = [layer for layer in model.modules() if getattr(layer, "lora_A", None)]
+    return sum(
+        down.out_features + layer.lora_B[name].out_features
+        for layer in pairs
+        for name, down in layer.lora_A.items()
+    )
 
 
 def refuse_too_large(needed: Need, there: float, device: str) -> None:

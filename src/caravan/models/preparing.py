@@ -2,8 +2,8 @@
 
 `backbone.checkpointing=true` keeps a layer's input alone for the backward pass and computes the
 layer again; `selective` keeps what linear layers and fused attention gave too, and computes the
-rest again, which is cheap. `backbone.compile=true` compiles each layer by itself, so that layers of
-one shape share what was compiled.
+rest again, which is cheap. `backbone.compile=true` compiles each layer by itself, and layers of one
+shape share what was compiled: a few versions (training or not, one text or several).
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from caravan.errors import InputError
+from caravan.models import unpadded
 from caravan.models.bidirectional import look_both_ways
 from caravan.models.crossencoder import with_head
 from caravan.models.pooling import blocks
 
+VERSIONS = 64
 Checkpointing = bool | Literal["selective"]
 
 KEPT = (
@@ -51,7 +53,12 @@ def prepared(
         look_both_ways(model)
     if checkpointing:
         _recompute(model.base_model, checkpointing)  # inside of a head
+    if unpadded.reads(model):
+        unpadded.refuse_dropout(model)
     if compile:
+        # A layer's versions, for all lengths; past dynamo's own limit it would not be compiled.
+        limits: Any = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, VERSIONS)
         for block in blocks(model):
             block.compile(dynamic=True)
     return model
@@ -95,8 +102,21 @@ def _uncached(mode: AbstractContextManager[Any]) -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
+def _given(operation: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An argument of an operation; None where it has no such."""
+    for place, argument in enumerate(operation._schema.arguments):
+        if argument.name == name:
+            return args[place] if place < len(args) else kwargs.get(name, argument.default_value)
+    return None
+
+
 def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """For `torch.utils.checkpoint`: what to do with an operation's result."""
-    if operation.name().partition(".")[0] in KEPT:
+    """For `torch.utils.checkpoint`: what to do with an operation's result.
+
+    One that draws random numbers is computed again: if it were not, whatever draws after it in the
+    repetition would draw other ones.
+    """
+    kept = operation.name().partition(".")[0] in KEPT
+    if kept and not _given(operation, "dropout_p", args, kwargs):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

@@ -24,7 +24,7 @@ from caravan.contract import Contract
 from caravan.errors import InputError
 from caravan.models import attention as cpu_attention
 from caravan.models import unpadded
-from caravan.models.bidirectional import LAYERS
+from caravan.models.attention import LAYERS
 from caravan.models.biencoder import BiEncoder
 from caravan.models.pooling import plain
 from caravan.models.vocabulary import (

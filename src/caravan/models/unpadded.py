@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -25,10 +26,13 @@ from transformers.masking_utils import sdpa_mask
 
 from caravan.errors import InputError
 from caravan.models import attention as padded
+from caravan.models.attention import LAYERS
 
 NAME = "unpadded"
-CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""How far states may be from those of a padded text, as a share of the largest."""
+CLOSE, CLOSE_HALF, NOISE = 1e-4, 1e-2, 4
+"""How far states may be from those of a text alone, as a share of their norm, in float32 and in
+half precision; or how many times as far as those of the same texts padded."""
+_told: list[bool] | None = None
 
 
 def attention(
@@ -56,6 +60,8 @@ def attention(
     refused = [name for name in asked if settings.get(name) is not None]
     if refused:
         raise ValueError(f"{type(module).__name__} wants {', '.join(refused)}")
+    if _told is not None:
+        _told.append(sliding_window is not None)
     causal = settings.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     # transformers counts a token itself in a window, but not where a decoder looks both ways.
@@ -63,12 +69,9 @@ def attention(
     reach = -1 if sliding_window is None else sliding_window - (not turned)
     window = (reach, 0 if causal else reach)
     half = _half(query)
-    if query.is_cuda and half is not None:
+    if has_kernel(query) and half is not None:
         if dropout:
-            raise InputError(
-                f"{type(module).__name__} drops attention weights ({dropout:g}), which no kernel"
-                " for texts without padding does; set attention=auto"
-            )
+            raise ValueError(f"{type(module).__name__} drops attention weights ({dropout:g})")
         # [1, H, T, D] to [T, H, D]
         flat = [states[0].transpose(0, 1).to(half) for states in (query, key, value)]
         longest = settings["max_length_q"]
@@ -88,7 +91,7 @@ def states(
     token_types: Tensor | None = None,  # [n, L]
 ) -> tuple[Tensor, Tensor]:
     """The last layer's states [T, d] of the real tokens, text by text, and the lengths [n]."""
-    real = attention_mask.bool()
+    real = attention_mask != 0
     real[:, 0] |= ~real.any(dim=1)  # of a text without tokens, a token of padding
     lengths = real.sum(dim=1)
     ids = input_ids[real]
@@ -113,7 +116,8 @@ def refuse_what_mixes_texts(model: Any) -> None:
     """Texts end to end must get the states that each gets alone: tried, on a few tokens.
 
     Architectures that hand the bounds of the texts on to no layer, or count positions in a way of
-    their own, do so in silence.
+    their own, do so in silence. What rounding may do is seen from the same texts padded. Windows
+    are longer than these texts; that layers tell of theirs is counted.
 
     Args:
         model: with this attention, without adapters.
@@ -127,24 +131,24 @@ def refuse_what_mixes_texts(model: Any) -> None:
     weight = next(trunk.parameters())
     if weight.is_meta:
         return
-    name = type(trunk).__name__
+    name, config = type(trunk).__name__, trunk.config.get_text_config()
     lengths = (7, 12, 3)
-    mask = torch.zeros(3, 12, dtype=torch.int64, device=weight.device)
-    for row, length in zip(mask, lengths, strict=True):
-        row[:length] = 1
-    ids = (
-        torch.arange(36, device=weight.device) * 7 + 5
-    ) % trunk.config.get_text_config().vocab_size
-    ids = ids.view(3, 12)
+    places = torch.arange(12, device=weight.device)
+    mask = (places < torch.tensor(lengths, device=weight.device)[:, None]).long()
+    ids = ((torch.arange(36, device=weight.device) * 7 + 5) % config.vocab_size).view(3, 12)
     training = trunk.training
     trunk.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _windows() as windows:
             together = states(trunk, ids, mask)[0]
-            alone = [
-                trunk(input_ids=text[None, :length]).last_hidden_state[0]
-                for text, length in zip(ids, lengths, strict=True)
-            ]
+        with torch.no_grad():
+            beside = trunk(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
+            alone = torch.cat(
+                [
+                    trunk(input_ids=text[None, :length]).last_hidden_state[0]
+                    for text, length in zip(ids, lengths, strict=True)
+                ]
+            )
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         told = (str(error).strip() or repr(error)).splitlines()[0]
         raise InputError(
@@ -152,19 +156,66 @@ def refuse_what_mixes_texts(model: Any) -> None:
         ) from None
     finally:
         trunk.train(training)
-    expected = torch.cat(alone)
-    apart = float((together - expected).abs().max() / expected.abs().max())
-    if not apart < CLOSE.get(expected.dtype, 1e-2):
+    apart = _apart(together, alone)
+    close = CLOSE if alone.dtype == torch.float32 else CLOSE_HALF
+    if not apart <= max(close, NOISE * _apart(beside, alone)):
         raise InputError(
             f"attention={NAME}: {name} mixes texts that stand end to end (states differ"
             f" by {apart:.2g}); set it to auto"
         )
+    kinds = getattr(config, "layer_types", None) or ()
+    window = getattr(config, "sliding_window", None)
+    windowed = kinds.count(LAYERS[1]) if kinds else config.num_hidden_layers
+    if set(kinds) - set(LAYERS) or (window is not None and windows.count(True) != windowed):
+        raise InputError(
+            f"attention={NAME}: {name} keeps windows of attention by its masks alone, which this"
+            " attention does not see; set it to auto"
+        )
+
+
+def refuse_dropout(model: Any) -> None:
+    """No kernel for texts without padding drops attention weights, as training might ask.
+
+    Raises:
+        InputError: the model's config does, and there is a GPU to train on.
+    """
+    config = model.config.get_text_config()
+    names = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+    for name in names if torch.cuda.is_available() else ():
+        if getattr(config, name, 0):
+            raise InputError(
+                f"attention={NAME}: {type(model).__name__} drops attention weights ({name}="
+                f"{getattr(config, name):g}), which no kernel for texts without padding does;"
+                " set backbone.attention=auto"
+            )
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of a token's states, as a share of their norm."""
+    found, expected = found.float(), expected.float()
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
+@contextmanager
+def _windows() -> Iterator[list[bool]]:
+    """Whether each call of the attention was told of a window."""
+    global _told
+    _told = []
+    try:
+        yield _told
+    finally:
+        _told = None
 
 
 def reads(backbone: Any) -> bool:
     """Whether a model, with an adapter or without, was given this attention."""
     config = getattr(backbone, "config", None)
     return getattr(config, "_attn_implementation", None) == NAME
+
+
+def has_kernel(states: Tensor) -> bool:
+    """Whether there is a kernel for variable lengths where the states are."""
+    return states.is_cuda
 
 
 def _half(states: Tensor) -> torch.dtype | None:
@@ -193,7 +244,7 @@ def kernel() -> tuple[str, Callable[..., Any]]:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
         raise InputError(
-            f"attention={NAME} needs torch 2.12 or flash-attn on a GPU; install one, or"
+            f"attention={NAME} needs torch 2.11 or flash-attn on a GPU; install one, or"
             " set it to auto"
         ) from None
     return "flash_attn", flash_attn_varlen_func
@@ -211,8 +262,13 @@ def _by_kernel(
     given = (*states, bounds, bounds, longest, longest)
     found: Tensor
     if whose == "torch":
-        shared = states[0].shape[1] != states[1].shape[1]
-        found = function(*given, scale=scale, window_size=window, enable_gqa=shared)
+        shared = states[0].shape[1] // states[1].shape[1]
+        if shared > 1 and "enable_gqa" in inspect.signature(function).parameters:
+            found = function(*given, scale=scale, window_size=window, enable_gqa=True)
+        else:
+            query, *others = states
+            whole = [other.repeat_interleave(shared, dim=1) for other in others]
+            found = function(query, *whole, *given[3:], scale=scale, window_size=window)
     else:
         causal = window[1] == 0
         found = function(*given, softmax_scale=scale, causal=causal, window_size=window)

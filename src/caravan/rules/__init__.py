@@ -17,6 +17,7 @@ RULES: list[Rule] = [
     values.optimizer_can_step,
     values.trainer_can_count,
     values.precision_is_known,
+    values.attention_is_known,
     values.measures_are_known,
     training.search_is_deep_enough,
     training.monitored_is_logged,

@@ -212,6 +212,9 @@ def parts_work_together(cfg: DictConfig) -> Iterator[Mistake]:
     if selective and value(cfg, "backbone.compile") is True:
         text = "what a compiled layer keeps is torch.compile's choice; set it to true or false"
         yield Mistake(("backbone", "checkpointing"), text)
+    if sharded and value(cfg, "backbone.compile") is True:
+        text = "ranks that share weights compute with copies of layers that are not compiled"
+        yield Mistake(("backbone", "compile"), f"{text}; set it to false, or strategy=ddp")
     on_cpu = value(cfg, "trainer.accelerator") == "cpu"
     if isinstance(attention, str) and attention.startswith("flash") and on_cpu:
         text = f"{attention} runs on GPUs alone; set it to auto or sdpa"

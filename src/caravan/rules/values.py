@@ -22,6 +22,10 @@ from caravan.rules.asking import (
     value,
 )
 
+ATTENTIONS = (
+    *("auto", "sdpa", "eager", "unpadded", "flex_attention"),
+    *("flash_attention_2", "flash_attention_3", "flash_attention_4"),
+)
 PRECISIONS = ("auto", "bf16", "float32")
 MEASURES = ("MRR", "nDCG", "R", "MAP", "P")
 MEASURE = re.compile(rf"(?!nDCG\()({'|'.join(MEASURES)})(\(rel=[1-9]\d*\))?@[1-9]\d*")
@@ -128,6 +132,16 @@ def trainer_can_count(cfg: DictConfig) -> Iterator[Mistake]:
         yield Mistake(("trainer", "val_check_interval"), text)
     if devices in (0, "0", []):
         yield Mistake(("trainer", "devices"), "it must be at least 1, or -1 for all")
+
+
+def attention_is_known(cfg: DictConfig) -> Iterator[Mistake]:
+    """transformers knows more kernels than these; what is nearly one of these is a slip."""
+    for place in ("backbone.attention", "attention"):
+        given = value(cfg, place)
+        near = did_you_mean(given, ATTENTIONS) if isinstance(given, str) else None
+        if near is not None and given not in ATTENTIONS:
+            text = f"no attention is called {given}; did you mean {near}?"
+            yield Mistake(tuple(place.split(".")), text)
 
 
 def precision_is_known(cfg: DictConfig) -> Iterator[Mistake]:
