@@ -257,9 +257,11 @@ def test_an_own_folder_of_configs_is_checked_and_run(app: Program, home: Path) -
 @pytest.mark.parametrize("name", ["train", "evaluate", "search"])
 def test_help_is_quick_and_opens_with_three_commands(name: str) -> None:
     command = ["-m", "caravan.search"] if name == "search" else [f"{name}.py"]
-    started = time.monotonic()
+    before = os.times()
     done = program(*command, "--help")
-    assert time.monotonic() - started < 4
+    after = os.times()  # of the processor: a busy machine makes it wait
+    used = after.children_user + after.children_system
+    assert used - before.children_user - before.children_system < 4
     assert done.returncode == 0, done.stderr
     opened = f"python {' '.join(command)} "
     examples = [line for line in done.stdout.splitlines()[:6] if opened in line]
