@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,9 +149,7 @@ def test_a_sweep_file_may_name_a_folder_by_the_jobs_seed(app: Program, home: Pat
 
 
 def test_a_wrong_config_ends_before_anything_is_written(app: Program, home: Path) -> None:
-    started = time.monotonic()
     done = app("trainer.max_step=5", "seed=x", "backbone=tiny_lama")
-    assert time.monotonic() - started < 4
     assert done.returncode == 2
     assert done.stdout == ""
     lines = done.stderr.splitlines()
@@ -255,14 +252,13 @@ def test_an_own_folder_of_configs_is_checked_and_run(app: Program, home: Path) -
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "search"])
-def test_help_is_quick_and_opens_with_three_commands(name: str) -> None:
+def test_help_imports_nothing_heavy_and_opens_with_three_commands(name: str) -> None:
     command = ["-m", "caravan.search"] if name == "search" else [f"{name}.py"]
-    before = os.times()
-    done = program(*command, "--help")
-    after = os.times()  # of the processor: a busy machine makes it wait
-    used = after.children_user + after.children_system
-    assert used - before.children_user - before.children_system < 4
+    done = program("-X", "importtime", *command, "--help")
     assert done.returncode == 0, done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "hydra" in imported
+    assert not HEAVY & imported
     opened = f"python {' '.join(command)} "
     examples = [line for line in done.stdout.splitlines()[:6] if opened in line]
     assert len(examples) == 3
@@ -285,9 +281,7 @@ except SystemExit as stop:
     assert stop.code == 2
 print(sorted({HEAVY} & set(sys.modules)))
 """
-    started = time.monotonic()
     done = program("-c", code)
-    assert time.monotonic() - started < 4
     assert done.stdout == "[]\n", done.stderr
     assert "Traceback" not in done.stderr
     assert "did you mean index.factory?" in done.stderr
