@@ -43,6 +43,8 @@ def test_an_entry_may_name_a_split(home: Path) -> None:
     ]
     both = members(home, ["a:dev", "a:test"])
     assert [(m.split, m.folder) for m in both] == [("dev", "a.dev"), ("test", "a.test")]
+    both = members(home, ["a", "a:dev"])
+    assert [(m.split, m.folder) for m in both] == [(None, "a"), ("dev", "a.dev")]
 
 
 def test_each_collection_has_a_config_of_its_own(home: Path) -> None:

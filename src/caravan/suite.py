@@ -43,9 +43,13 @@ def members(base: Path, entries: list[str]) -> list[Member]:
             for part in parts:
                 found.setdefault((part, split), name)
     names = [name for name, _ in found]
+
+    def folder(name: str, split: str) -> str:
+        """A collection of which several splits are asked for has a folder for each."""
+        return f"{name}.{split}" if split and names.count(name) > 1 else name
+
     return [
-        # A collection of which several splits are asked for has a folder for each.
-        Member(name, split or None, group, f"{name}.{split}" if names.count(name) > 1 else name)
+        Member(name, split or None, group, folder(name, split))
         for (name, split), group in found.items()
     ]
 

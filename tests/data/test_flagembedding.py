@@ -67,11 +67,15 @@ def test_rows_are_read_as_json_reads_them(tmp_path: Path, zipped: bool, folder: 
     assert found.corpus.ids(negatives.of(1)[0]) == [name_of("Camels store fat.")]
 
 
-def test_a_dataset_of_the_same_columns_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("saved", ["parquet", "disk"])
+def test_a_dataset_of_the_same_columns_is_read(tmp_path: Path, saved: str) -> None:
     from datasets import Dataset
 
     (tmp_path / "set").mkdir()
-    Dataset.from_list(ROWS[1:]).to_parquet(str(tmp_path / "set" / "train-00000.parquet"))
+    if saved == "parquet":
+        Dataset.from_list(ROWS[1:]).to_parquet(str(tmp_path / "set" / "train-00000.parquet"))
+    else:  # beside whose rows lie files of json that are none
+        Dataset.from_list(ROWS[1:]).save_to_disk(str(tmp_path / "set"))
     file = put(tmp_path, {"a.jsonl": jsonl(ROWS[1:])}) / "a.jsonl"
     found, wanted = build(tmp_path / "set", tmp_path), build(file, tmp_path)
     assert (found.digest, found.runs) == (wanted.digest, ("negatives",))
@@ -96,6 +100,14 @@ def test_rows_to_validate_on_are_given_or_held_out(tmp_path: Path) -> None:
         ({"query": "x", "pos": ["y"], "pos_scores": [1, 2]}, r":2: pos_scores must be a list of 1"),
         ({"query": "x", "pos": ["y"], "pos_scores": ["1"]}, r":2: the score '1' is not a finite"),
         ({"query": "x", "pos": ["y"], "pos_scores": [float("nan")]}, r":2: the score nan is not"),
+        (
+            {"query": "x", "pos": ["y"], "pos_scores": [10**400]},
+            r":2: the score 10+ is not a finite",
+        ),
+        (
+            {"query": "x", "pos": ["y"], "pos_scores": [1e39]},
+            r":2: the score 1e\+39 is not a finite",
+        ),
     ],
 )
 def test_a_wrong_row_is_told_with_its_line(

@@ -90,3 +90,12 @@ def test_a_dataset_streams_into_a_collection(tmp_path: Path) -> None:
         HubTexts(str(folder)).collection(tmp_path)
     with pytest.raises(InputError, match="no dataset could be loaded"):
         HubTexts(str(tmp_path / "absent")).collection(tmp_path)
+
+
+def test_a_dataset_that_was_moved_is_found_again(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/train.jsonl").write_text('{"text": "camel"}\n')
+    first = HubTexts(str(tmp_path / "here"), name="set").collection(tmp_path)
+    (tmp_path / "here").rename(tmp_path / "there")
+    again = HubTexts(str(tmp_path / "there"), name="set").collection(tmp_path)
+    assert again.folder == first.folder

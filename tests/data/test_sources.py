@@ -129,7 +129,7 @@ def test_a_cut_gz_file_is_named(tmp_path: Path) -> None:
 
 def test_two_files_for_one_part_are_refused(tmp_path: Path) -> None:
     folder(tmp_path, zipped=True)
-    with pytest.raises(InputError, match=r"corpus\.jsonl and .*corpus\.jsonl\.gz are both corpus"):
+    with pytest.raises(InputError, match=r"corpus\.jsonl and .*corpus\.jsonl\.gz are both there"):
         build(folder(tmp_path))
 
 

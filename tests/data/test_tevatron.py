@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from tests.files import judged, put, records
 
+from caravan import progress
 from caravan.data.collection import Collection
 from caravan.data.negatives import Negatives
 from caravan.data.runs import Run, read_run
@@ -113,6 +116,18 @@ def test_ids_beside_a_corpus_give_the_same_collection(tmp_path: Path) -> None:
     assert build(inline, tmp_path, name="set").digest == found.digest
 
 
+def test_rows_beside_a_corpus_show_their_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "DELAY_S", -1.0)
+    monkeypatch.setattr(progress.time, "monotonic", itertools.count().__next__)
+    files = {"train.jsonl": jsonl(BY_ID), "corpus.jsonl": jsonl(CORPUS)}
+    with caplog.at_level(logging.INFO):
+        build(put(tmp_path / "set", files), tmp_path)
+    told = [line.partition(" in ")[0] for line in caplog.messages]
+    assert {"corpus: 8 passages", "rows of train: 3 rows", "queries: 3 queries"} <= set(told)
+
+
 @pytest.mark.parametrize("saved", ["parquet", "disk"])
 def test_datasets_of_the_same_columns_are_read(tmp_path: Path, saved: str) -> None:
     from datasets import Dataset, DatasetDict
@@ -133,6 +148,34 @@ def test_datasets_of_the_same_columns_are_read(tmp_path: Path, saved: str) -> No
     assert judged(found, "dev") == {("q1", "p1"): 1}
     with pytest.raises(InputError, match=r"dataset: no dataset could be loaded \(.*test"):
         build(folder, tmp_path, subsets={"train": "test"})
+
+
+def test_a_dataset_saved_without_splits_is_no_other_split(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = [{**row, "query_id": str(row["query_id"]), "answers": []} for row in INLINE]
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "dataset"))
+    assert build(tmp_path / "dataset", tmp_path).splits == ("train",)
+    with pytest.raises(InputError, match=r"it has no split 'validation'; there are train"):
+        build(tmp_path / "dataset", tmp_path, subsets={"train": "train", "dev": "validation"})
+
+
+def test_subsets_choose_among_the_files_of_a_folder(tmp_path: Path) -> None:
+    files = {"train.jsonl": jsonl(INLINE), "validation.jsonl": jsonl(INLINE[:1]), "x.jsonl": "{"}
+    folder = put(tmp_path / "set", files)
+    found = build(folder, tmp_path, subsets={"train": "train", "dev": "validation"})
+    assert found.splits == ("train", "dev")
+    assert judged(found, "dev") == {("q1", "p1"): 1}
+    with pytest.raises(InputError, match=r"dev is dev, and .*set has no dev\.jsonl .*: its files "):
+        build(folder, tmp_path, subsets={"train": "train", "dev": "dev"})
+    with pytest.raises(InputError, match=r"asks for train, dev, and .*train\.jsonl is one file"):
+        build(folder / "train.jsonl", tmp_path, subsets={"train": "train", "dev": "validation"})
+
+
+def test_a_file_of_a_dataset_is_told_from_a_file_of_rows(tmp_path: Path) -> None:
+    file = put(tmp_path, {"train.parquet": "PAR1"}) / "train.parquet"
+    with pytest.raises(InputError, match=r"train\.parquet is a file of a dataset: give the folder"):
+        build(file, tmp_path)
 
 
 def test_scores_are_a_teachers_run_and_train_as_one(

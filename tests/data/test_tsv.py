@@ -33,7 +33,7 @@ def test_a_folder_is_read_as_csv_reads_it(tmp_path: Path, zipped: bool) -> None:
 
     assert records(found.corpus) == [tuple(row) for row in rows("corpus.tsv")]
     assert records(found.queries) == [(name, "", text) for name, text in rows("queries.tsv")]
-    assert found.splits == ("test", "train") or found.splits == ("train", "test")
+    assert found.splits == ("train", "test")
     test = {(query, passage): int(grade) for query, passage, grade in rows("qrels/test.tsv")[1:]}
     assert judged(found, "test") == test
     assert judged(found, "train") == {("1", "a"): 1}
@@ -81,3 +81,11 @@ def test_a_file_that_is_missing_or_there_twice_is_named(tmp_path: Path, name: st
         build(folder)
     with pytest.raises(InputError, match=r"absent is not a folder: set data\.path"):
         build(tmp_path / "absent")
+
+
+def test_judgements_of_no_split_or_of_one_split_twice_are_told(tmp_path: Path) -> None:
+    folder = put(tmp_path / "set", {**FILES, "qrels.test.tsv": "2\tb\t1\n"})
+    with pytest.raises(InputError, match=r"qrels\.test\.tsv and .*qrels/test\.tsv are both there"):
+        build(folder)
+    with pytest.raises(InputError, match=r"qrels\.tsv names no split: rename it, for instance to"):
+        build(put(tmp_path / "other", {**FILES, "qrels.tsv": "2\tb\t1\n"}))

@@ -13,13 +13,18 @@ from caravan.report.table import collect as table
 
 
 def _suite(
-    folder: Path, figures: dict[str, dict[str, float]], failed: tuple[str, ...] = ()
+    folder: Path,
+    figures: dict[str, dict[str, float]],
+    failed: tuple[str, ...] = (),
+    split: str = "test",
 ) -> None:
     """Figures: {collection: {stage: nDCG@10}}."""
     folder.mkdir()
     collections = {
         name: {
             "group": name.partition("/")[0],
+            "digest": name,
+            "split": split,
             "stages": {s: {"nDCG@10": f, "R@100": f / 2} for s, f in stages.items()},
         }
         for name, stages in figures.items()
@@ -70,6 +75,45 @@ def test_several_systems_are_compared_over_what_all_of_them_have(
     show([tmp_path / "one", tmp_path / "two"])
     assert "0.9000" in capsys.readouterr().out
     assert not (tmp_path / "one/collections.csv").exists()
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for i, home in enumerate(("mine", "other"), 1):
+        (tmp_path / home).mkdir()
+        _suite(tmp_path / home / "beir", {"a": {"bm25": i / 10}})
+    _, columns, _ = collect([tmp_path / "mine/beir", tmp_path / "other/beir"])
+    figures = {label: of["mean"] for (label, m), of in columns.items() if m == "nDCG@10"}
+    assert figures == {"mine/beir": 0.1, "other/beir": 0.2}
+    with pytest.raises(InputError, match="mine/beir is given twice"):
+        collect([tmp_path / "mine/beir", tmp_path / "other/../mine/beir"])
+
+
+def test_a_group_of_which_a_system_lacks_a_part_is_compared_over_the_rest(tmp_path: Path) -> None:
+    _suite(tmp_path / "one", {"f/x": {"bm25": 0.2}, "f/y": {"bm25": 0.4}, "f/z": {"bm25": 0.9}})
+    _suite(tmp_path / "two", {"f/x": {"bm25": 0.3}, "f/y": {"bm25": 0.5}}, failed=("f/z",))
+    rows, columns, told = collect([tmp_path / "one", tmp_path / "two"])
+    group = "f (mean of 2 that all have)"
+    assert rows == ["f/x", "f/y", "f/z", group, "mean"]
+    figures = {label: of[group] for (label, m), of in columns.items() if m == "nDCG@10"}
+    assert figures == {"one": pytest.approx(0.3), "two": pytest.approx(0.4)}
+    assert told == ["two: not in the mean, as they failed: f/z"]
+
+
+def test_collections_that_differ_are_not_put_side_by_side(tmp_path: Path) -> None:
+    _suite(tmp_path / "one", {"a": {"bm25": 0.1}})
+    _suite(tmp_path / "two", {"a": {"bm25": 0.1}}, split="dev")
+    with pytest.raises(InputError, match="two has measured a with another content or split than"):
+        collect([tmp_path / "one", tmp_path / "two"])
+
+
+def test_a_suite_of_which_nothing_is_finished_tells_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _suite(tmp_path / "one", {}, failed=("a",))
+    monkeypatch.setattr("sys.argv", ["report", "collections", str(tmp_path / "one")])
+    assert command.main() == 2
+    assert "no collection of" in (told := capsys.readouterr().err)
+    assert "is finished: a: broken; mend what failed" in told
 
 
 def test_a_table_of_evaluations_shows_a_suite_by_its_mean(tmp_path: Path) -> None:

@@ -190,6 +190,19 @@ def test_an_evaluation_of_many_collections_opens_with_their_mean(tmp_path: Path)
     assert headings == ["facts", "overview", "1-results", "2-results", "made"]
 
 
+def test_many_collections_of_which_none_is_finished_leave_the_rest_of_a_page(
+    tmp_path: Path, evaluations: Evaluations
+) -> None:
+    shutil.copytree(evaluations.folder / "bm25", tmp_path / "runs/bm25")
+    (tmp_path / "runs/suite").mkdir()
+    record = {"collections": {}, "failed": {"a": "a/corpus.jsonl:4: not JSON"}, "overall": {}}
+    (tmp_path / "runs/suite/metrics.json").write_text(json.dumps(record))
+    found = Parsed(page.write(tmp_path / "runs"))
+    assert "There is no table of all: no collection of" in found.text
+    assert "a/corpus.jsonl:4: not JSON" in found.text
+    assert "results" in {one["id"] for one in found.all("h2")}
+
+
 # --- sweeps -----------------------------------------------------------------------------------
 
 

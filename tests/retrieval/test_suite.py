@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
+from hydra.errors import InstantiationException
 from tests.commands import evaluate
+from tests.files import put
 from tests.tiny import write_beir
 
 from caravan.errors import InputError
+from caravan.report.collections import collect
 from caravan.retrieval import folders as folders_module
 from caravan.retrieval import stages
+from caravan.retrieval.index import Faiss
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +173,52 @@ def test_one_model_is_held_at_a_time(folders: dict[str, str]) -> None:
     assert opened.scorer(Path(folders["reranker"]), settings) is scorer
     assert opened.scorer(Path(folders["reranker"]), {"depth": 4}) is not scorer
     assert opened.encoder(Path(folders["retriever"])) is not encoder
+
+
+def test_one_index_is_held_at_a_time(
+    home: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[weakref.ref[Faiss]] = []
+    build = Faiss.build
+
+    def watched(self: Faiss, blocks: Any) -> None:
+        gc.collect()
+        assert not any(one() for one in built)
+        built.append(weakref.ref(self))
+        build(self, blocks)
+
+    monkeypatch.setattr(Faiss, "build", watched)
+    metrics = evaluate(home, tmp_path / "run", folders["retriever"], NAMES, SHORT)
+    assert metrics["failed"] == {}
+    assert len(built) == 4
+
+
+def test_a_wrong_setting_is_told_before_any_collection(home: Path, tmp_path: Path) -> None:
+    with pytest.raises((InputError, InstantiationException), match="k1=-1") as caught:
+        evaluate(home, tmp_path / "run", "bm25", NAMES, "bm25.k1=-1")
+    assert "failed" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_splits_whose_measures_differ_have_the_mean_of_those_that_all_have(
+    tmp_path: Path,
+) -> None:
+    files = {
+        "collection.tsv": "0\tcamel caravan\n1\tsalt trade\n2\tdune wind\n",
+        "queries.dev.small.tsv": "1\tcamel\n",
+        "qrels.dev.small.tsv": "1 0 0 1\n",
+        "msmarco-test2019-queries.tsv": "2\tsalt dune\n",
+        "2019qrels-pass.txt": "2 0 1 1\n2 0 2 3\n",
+    }
+    put(tmp_path / "data/marco", files)
+    names = ("data=msmarco_passage", "collections=[marco:dev,marco:dl19]")
+    measures = "measures=[MRR@10,nDCG@10]"
+    metrics = evaluate(tmp_path / "data", tmp_path / "run", "bm25", *names, measures)
+    figures = {name: one["overall"] for name, one in metrics["collections"].items()}
+    assert list(figures["marco.dev"]) == ["MRR@10", "nDCG@10"]
+    assert list(figures["marco.dl19"]) == ["MRR(rel=2)@10", "nDCG@10"]
+    mean = fmean(one["nDCG@10"] for one in figures.values())
+    assert metrics["overall"] == {"nDCG@10": pytest.approx(mean)}
+    _, columns, _ = collect([tmp_path / "run"])
+    means = {measure: of.get("mean") for (_, measure), of in columns.items()}
+    assert means == {"MRR@10": None, "nDCG@10": pytest.approx(mean), "MRR(rel=2)@10": None}

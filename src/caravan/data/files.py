@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import xxhash
@@ -135,3 +135,25 @@ def one_of(folder: Path, names: Iterable[str]) -> Path | None:
     if len(there) > 1:
         raise InputError(f"{there[0]} and {there[1]} are both there: keep one of them")
     return there[0] if there else None
+
+
+def by_stem(folder: Path, suffixes: Sequence[str], prefix: str = "") -> dict[str, Path]:
+    """The files `<prefix><stem><suffix>` of a folder by their stems, in order, plain or .gz.
+
+    Empty where there is no such folder.
+
+    Raises:
+        InputError: several have one stem.
+    """
+    stems = set()
+    for file in folder.iterdir() if folder.is_dir() else ():
+        name = file.name.removesuffix(".gz")
+        suffix = next((one for one in suffixes if name.endswith(one)), "")
+        stem = name.removeprefix(prefix).removesuffix(suffix)
+        if suffix and stem and name == f"{prefix}{stem}{suffix}":
+            stems.add(stem)
+    found = {
+        stem: one_of(folder, [f"{prefix}{stem}{suffix}" for suffix in suffixes])
+        for stem in sorted(stems)
+    }
+    return {stem: file for stem, file in found.items() if file is not None}

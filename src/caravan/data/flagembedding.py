@@ -128,11 +128,10 @@ def _side(place: str, fields: dict[str, Any], side: str) -> list[Passage]:
 
 def _files(path: str) -> list[str]:
     """The files of a folder; a file or a dataset as it is."""
-    if not Path(path).is_dir():
+    folder = Path(path)
+    if not folder.is_dir() or any((folder / name).is_file() for name in SAVED):
         return [path]
-    found = [str(file) for file in sorted(Path(path).iterdir()) if file.name.endswith(SUFFIXES)]
-    if found:
-        return found
-    if any(Path(path).glob("**/*.parquet")) or any((Path(path) / name).is_file() for name in SAVED):
-        return [path]  # a dataset
-    raise InputError(f"{path} holds no .jsonl or .json (nor such as .gz): give training rows")
+    found = [str(file) for file in sorted(folder.iterdir()) if file.name.endswith(SUFFIXES)]
+    if not found and not any(folder.glob("**/*.parquet")):
+        raise InputError(f"{path} holds no .jsonl or .json (nor such as .gz): give training rows")
+    return found or [path]  # a dataset of parquet

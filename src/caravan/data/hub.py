@@ -16,8 +16,11 @@ from caravan.data.files import digests
 from caravan.errors import InputError
 
 FILES = (".jsonl", ".json", ".gz")
+OF_DATASET = (".parquet", ".arrow")
 SAVED = ("dataset_dict.json", "state.json")
 """What `save_to_disk` leaves in a folder."""
+WHOLE = "train"
+"""The split that a dataset is which was saved without any, as `datasets` calls it too."""
 
 
 def rows(
@@ -59,7 +62,7 @@ def _opened(path: str, config: str | None, subset: str, revision: str | None) ->
         return load_dataset(path, config, split=subset, revision=revision, streaming=True)
     saved = load_from_disk(path)
     if not isinstance(saved, DatasetDict):
-        return saved
+        saved = {WHOLE: saved, **({} if saved.split is None else {str(saved.split): saved})}
     if subset not in saved:
         raise ValueError(f"it has no split {subset!r}; there are {', '.join(saved)}")
     return saved[subset]
@@ -76,6 +79,8 @@ def objects(
     if path.endswith(FILES) and not Path(path).is_file():
         raise InputError(f"there is no file {path}: give the path of one")
     if Path(path).is_file():
+        if path.endswith(OF_DATASET):
+            raise InputError(f"{path} is a file of a dataset: give the folder that it lies in")
         for number, row in jsonl.objects(Path(path), remedy):
             yield f"{path}:{number}", row
     else:

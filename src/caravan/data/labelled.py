@@ -1,12 +1,13 @@
 """Corpus, queries and qrels in files of their own, whatever their formats: to a collection.
 
-A reader of a layout (`sources.Beir`, `msmarco`, `tsv`) finds the files and says how a record is
-read; this streams them into the memory-mapped form, once for each content of the files.
+A layout (`sources.Beir`, `msmarco`, `tsv`) is a `Folder`: it finds the files and says how a record
+is read. `Labelled` streams them into the memory-mapped form, once for each content of the files.
 """
 
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,40 @@ Reader = Callable[[Path], Iterator[tuple[int, Record]]]
 """From a file to (line number, (id, title, text)); plain or .gz."""
 
 
+@dataclass
+class Folder(ABC):
+    """A folder that holds a collection in some layout.
+
+    Args:
+        path: the folder.
+        name: what reports call the collection; the folder's name by default.
+        train_split, dev_split, split: qrels to train on, to validate on, and to score.
+        unknown_ids: "refuse" judgements of unknown queries or passages, or "count" them and go on.
+    """
+
+    path: str
+    name: str | None = None
+    train_split: str = "train"
+    dev_split: str = "dev"
+    split: str = "test"
+    unknown_ids: str = "refuse"
+
+    def collection(self, cache_dir: str | Path) -> Collection:
+        """Open the collection, or build it under `cache_dir` first.
+
+        Raises:
+            InputError: a file is missing or wrong; says which, at which line, and what to do.
+        """
+        folder = Path(self.path)
+        found = self.files(folder)
+        name = self.name or folder.resolve().name
+        return found.collection(cache_dir, name, self.unknown_ids)
+
+    @abstractmethod
+    def files(self, folder: Path) -> Labelled:
+        """The files of the folder, and how they are read."""
+
+
 @dataclass(frozen=True)
 class Labelled:
     """The files of a collection.
@@ -33,28 +68,27 @@ class Labelled:
     A query that is in several files is one query; its text must be the same.
     """
 
-    name: str
+    layout: tuple[Any, ...]  # its name, and the options that shape what is read
     corpus: Path
     passages: Reader
     queries: Sequence[Path]
     asked: Reader
     qrels: Mapping[str, Path]  # by split
-    unknown_ids: str = "refuse"  # or "count"
     relevant_from: Mapping[str, int] = field(default_factory=dict)  # by split, where it is not 1
 
-    def collection(self, cache_dir: str | Path, *settings: Any) -> Collection:
-        """Open the collection, or build it under `cache_dir` first.
-
-        Args:
-            settings: what shapes it beside the files: the layout's name, and options.
-        """
+    def collection(self, cache_dir: str | Path, name: str, unknown_ids: str) -> Collection:
+        """Open the collection, or build it under `cache_dir` first."""
         contents = digests([self.corpus, *self.queries, *self.qrels.values()], cache_dir)
         key = cache_key(
-            *(settings, contents, list(self.qrels), self.unknown_ids, dict(self.relevant_from))
+            *(self.layout, contents, list(self.qrels), unknown_ids, dict(self.relevant_from))
         )
-        return cached_collection(cache_dir, self.name, key, self._build)
 
-    def _build(self, folder: Path) -> Collection:
+        def build(folder: Path) -> Collection:
+            return self._build(folder, name, unknown_ids)
+
+        return cached_collection(cache_dir, name, key, build)
+
+    def _build(self, folder: Path, name: str, unknown_ids: str) -> Collection:
         facts: Counter[str] = Counter(empty_passages=0, repeated_queries=0)
 
         def corpus() -> Iterator[Record]:
@@ -64,13 +98,13 @@ class Labelled:
 
         return write_collection(
             folder,
-            self.name,
+            name,
             corpus(),
             (record for _, record in self._asked(facts)),
             {split: (one for _, one in judgements(file)) for split, file in self.qrels.items()},
             facts=facts,
             where=self._where,
-            unknown_ids=self.unknown_ids,
+            unknown_ids=unknown_ids,
             relevant_from=self.relevant_from,
         )
 

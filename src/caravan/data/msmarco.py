@@ -12,14 +12,14 @@ The top1000 and top100 files that go with it are runs: give them where a run is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from caravan.data import tsv
-from caravan.data.collection import Collection
 from caravan.data.files import columns, lines, one_of, text_of
 from caravan.data.jsonl import records
-from caravan.data.labelled import Labelled, Reader
+from caravan.data.labelled import Folder, Labelled, Reader
 from caravan.data.texts import Record
 from caravan.errors import InputError
 
@@ -64,94 +64,48 @@ DOCUMENTS = ("msmarco-docs.tsv", "msmarco-docs.trec")
 DOCUMENT_COLUMNS = "4 (id, address, title, body)"
 
 
-class MsMarcoPassage:
+@dataclass
+class MsMarcoPassage(Folder):
     """MS MARCO's passages, with titles (as RocketQA and Tevatron add them) or without.
 
+    Splits are train, dev, dev_all (every judged dev query), dl19 and dl20.
+
     Args:
-        path: the folder.
-        corpus: the file of passages in it, where there are several: .tsv of id and text or of id,
-            title and text, or .jsonl with the keys docid (or _id, id), title and text.
-        name: what reports call the collection; the folder's name by default.
-        train_split, dev_split, split: of train, dev, dev_all (every judged dev query), dl19,
-            dl20: what is trained on, validated on, and scored.
-        unknown_ids: "refuse" judgements of unknown queries or passages, or "count" them and go on.
+        corpus: the file of passages in the folder, where there are several: .tsv of id and text or
+            of id, title and text, or .jsonl with the keys docid (or _id, id), title and text.
     """
 
-    def __init__(
-        self,
-        path: str,
-        corpus: str | None = None,
-        name: str | None = None,
-        train_split: str = "train",
-        dev_split: str = "dev",
-        split: str = "dev",
-        unknown_ids: str = "refuse",
-    ) -> None:
-        self.path = Path(path)
-        self.corpus = corpus
-        self.name = name or self.path.resolve().name
-        self.train_split, self.dev_split, self.split = train_split, dev_split, split
-        self.unknown_ids = unknown_ids
+    split: str = "dev"
+    corpus: str | None = None
 
-    def collection(self, cache_dir: str | Path) -> Collection:
-        """Open the collection, or build it under `cache_dir` first.
-
-        Raises:
-            InputError: a file is missing or wrong; says which, at which line, and what to do.
-        """
-        corpus = _corpus(self.path, self.corpus, PASSAGES)
+    def files(self, folder: Path) -> Labelled:
+        corpus = _corpus(folder, self.corpus, PASSAGES)
         of_json = corpus.name.removesuffix(".gz").endswith((".jsonl", ".json"))
-        found = _labelled(
-            *(self.path, self.name, corpus, records if of_json else tsv.passages),
-            *(PASSAGE_SPLITS, self.unknown_ids),
-        )
-        return found.collection(cache_dir, "msmarco_passage", of_json)
+        read = records if of_json else tsv.passages
+        return _labelled(("msmarco_passage", of_json), folder, corpus, read, PASSAGE_SPLITS)
 
 
-class MsMarcoDocument:
+@dataclass
+class MsMarcoDocument(Folder):
     """MS MARCO's documents: msmarco-docs.tsv, or .trec, where bodies have their lines.
 
+    Splits are train, dev, dl19 and dl20.
+
     Args:
-        path: the folder.
-        corpus: the file of documents in it, where there are both.
+        corpus: the file of documents in the folder, where there are both.
         urls: put the address before the title, as RepLLaMA was trained.
-        name: what reports call the collection; the folder's name by default.
-        train_split, dev_split, split: of train, dev, dl19, dl20: what is trained on, validated on,
-            and scored.
-        unknown_ids: "refuse" judgements of unknown queries or documents, or "count" them and go on.
     """
 
-    def __init__(
-        self,
-        path: str,
-        corpus: str | None = None,
-        urls: bool = True,
-        name: str | None = None,
-        train_split: str = "train",
-        dev_split: str = "dev",
-        split: str = "dev",
-        unknown_ids: str = "refuse",
-    ) -> None:
-        self.path = Path(path)
-        self.corpus = corpus
-        self.urls = urls
-        self.name = name or self.path.resolve().name
-        self.train_split, self.dev_split, self.split = train_split, dev_split, split
-        self.unknown_ids = unknown_ids
+    split: str = "dev"
+    corpus: str | None = None
+    urls: bool = True
 
-    def collection(self, cache_dir: str | Path) -> Collection:
-        """Open the collection, or build it under `cache_dir` first.
-
-        Raises:
-            InputError: a file is missing or wrong; says which, at which line, and what to do.
-        """
-        corpus = _corpus(self.path, self.corpus, DOCUMENTS)
+    def files(self, folder: Path) -> Labelled:
+        corpus = _corpus(folder, self.corpus, DOCUMENTS)
         of_trec = corpus.name.removesuffix(".gz").endswith(".trec")
-        found = _labelled(
-            *(self.path, self.name, corpus, self._trec if of_trec else self._tsv),
-            *(DOCUMENT_SPLITS, self.unknown_ids),
-        )
-        return found.collection(cache_dir, "msmarco_document", of_trec, self.urls)
+        layout = ("msmarco_document", of_trec, self.urls)
+        read = self._trec if of_trec else self._tsv
+        return _labelled(layout, folder, corpus, read, DOCUMENT_SPLITS)
 
     def _tsv(self, file: Path) -> Iterator[tuple[int, Record]]:
         for number, (name, url, title, body) in columns(file, (4,), DOCUMENT_COLUMNS):
@@ -240,12 +194,11 @@ def _corpus(folder: Path, given: str | None, names: tuple[str, ...]) -> Path:
 
 
 def _labelled(
+    layout: tuple[Any, ...],
     folder: Path,
-    name: str,
     corpus: Path,
     passages: Reader,
     splits: Mapping[str, Split],
-    unknown_ids: str,
 ) -> Labelled:
     """The splits whose qrels are there, with their queries."""
     queries: list[Path] = []
@@ -270,6 +223,4 @@ def _labelled(
         raise InputError(f"{folder} holds no qrels: there may be {known} (or .gz)")
     relevant = {split: splits[split].relevant_from for split in qrels}
     relevant = {split: grade for split, grade in relevant.items() if grade != 1}
-    return Labelled(
-        *(name, corpus, passages, queries, tsv.asked, qrels, unknown_ids), relevant_from=relevant
-    )
+    return Labelled(layout, corpus, passages, queries, tsv.asked, qrels, relevant)

@@ -138,8 +138,10 @@ class HubTexts:
         Raises:
             InputError: the dataset is not to be had, or lacks a column.
         """
-        settings = [self.path, self.config, self.subset, self.text, self.title, self.revision]
-        key = cache_key("hub", settings, hub.contents(self.path, cache_dir))
+        contents = hub.contents(self.path, cache_dir)
+        place = "" if contents else self.path  # what it holds says more than where it lies
+        settings = [place, self.config, self.subset, self.text, self.title, self.revision]
+        key = cache_key("hub", settings, contents)
         return cached_collection(cache_dir, self.name, key, self._build)
 
     def _build(self, folder: Path) -> Collection:

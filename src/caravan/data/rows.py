@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import numpy as np
 import xxhash
 
 from caravan.data.byid import Judgement, Scored
@@ -31,8 +31,10 @@ from caravan.data.collection import OWN, Collection, write_collection
 from caravan.data.seen import Seen
 from caravan.data.texts import Place, Record
 from caravan.errors import InputError
+from caravan.progress import track
 
 BATCH = 4096  # passages whose ids are looked up at once
+LARGEST = float(np.finfo(np.float32).max)  # of a score, which a run holds in float32
 TRAIN, DEV = "train", "dev"
 NEGATIVES, TEACHER = "negatives", "teacher"
 
@@ -161,13 +163,17 @@ class _Spool:
             seen = Seen()
             waiting: list[tuple[str, Passage]] = []
             for split, rows in self.source.rows.items():
-                for row in rows():
+                for row in self._told(rows(), split):
                     self._take(row, split)
                     waiting += [(row.place, one) for one in (*row.positives, *row.negatives)]
                     if len(waiting) >= BATCH:
                         yield from self._new(waiting, seen)
                         waiting = []
             yield from self._new(waiting, seen)
+
+    def _told(self, rows: Iterator[Row], split: str) -> Iterator[Row]:
+        """The rows, with a progress bar where that of their passages shows none."""
+        return rows if self.source.corpus is None else track(rows, f"rows of {split}", unit="rows")
 
     def _new(self, waiting: list[tuple[str, Passage]], seen: Seen) -> Iterator[Record]:
         inline = [(place, one) for place, one in waiting if one.text is not None]
@@ -283,8 +289,11 @@ def score_of(place: str, value: Any, remedy: str) -> float | None:
     """A teacher's score; None where there is none."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"{place}: the score {value!r} is not a finite number: {remedy}")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not abs(value) <= LARGEST:
+        raise InputError(
+            f"{place}: the score {value!r} is not a finite number in float32: {remedy}"
+        )
     return float(value)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from caravan.data import hub
 from caravan.data.collection import Collection, cache_key, cached_collection
-from caravan.data.files import one_of
+from caravan.data.files import by_stem
 from caravan.data.jsonl import id_of, record_of
 from caravan.data.rows import (
     TRAIN,
@@ -51,7 +51,8 @@ class Tevatron:
             their splits (train.jsonl, dev.jsonl, and corpus.jsonl); or a Hugging Face dataset, by
             hub id or folder.
         corpus: file or dataset of all passages; None searches those of the rows alone.
-        subsets: of a dataset, what it calls each split: {train: train, dev: validation}.
+        subsets: what a dataset or folder calls each split: {train: train, dev: validation}; None
+            takes the files of a folder by their names, of a dataset the split train.
         config, revision: of a dataset of the hub; the configuration is that of its corpus too.
         held_out: the share of the training queries that become the split dev.
         name: what reports call the collection; the path's name by default.
@@ -74,7 +75,7 @@ class Tevatron:
         unknown_ids: str = "refuse",
     ) -> None:
         self.path, self.corpus = path, corpus
-        self.subsets = dict(subsets or {TRAIN: TRAIN})
+        self.subsets = dict(subsets or {})
         self.config, self.revision = config, revision
         self.held_out = held_out
         self.name = name or Path(path).resolve().name.removesuffix(".gz")
@@ -116,14 +117,28 @@ class Tevatron:
 
     def _sources(self) -> tuple[dict[str, tuple[str, str]], str | None]:
         """Path and subset of each split, and the corpus."""
-        folder = Path(self.path)
-        if folder.is_file():
+        path = Path(self.path)
+        if path.is_file():
+            if set(self.subsets or {TRAIN}) != {TRAIN}:
+                raise InputError(
+                    f"data.subsets asks for {', '.join(self.subsets)}, and {path} is one file of "
+                    "rows: give the folder that holds a file for each, or data.held_out"
+                )
             return {TRAIN: (self.path, TRAIN)}, self.corpus
-        found = _by_split(folder) if folder.is_dir() else {}
-        if TRAIN not in found:  # a dataset
-            return {split: (self.path, name) for split, name in self.subsets.items()}, self.corpus
-        corpus = found.pop("corpus", None)
-        return {split: (path, split) for split, path in found.items()}, self.corpus or corpus
+        files = by_stem(path, SUFFIXES)
+        if TRAIN not in files:  # a dataset
+            subsets = self.subsets or {TRAIN: TRAIN}
+            return {split: (self.path, name) for split, name in subsets.items()}, self.corpus
+        corpus = files.pop("corpus", None)
+        named = self.subsets or {name: name for name in files}
+        for split, name in named.items():
+            if name not in files:
+                raise InputError(
+                    f"data.subsets.{split} is {name}, and {path} has no {name}.jsonl (or .gz): its "
+                    f"files of rows are {', '.join(files)}"
+                )
+        sources = {split: (str(files[name]), split) for split, name in named.items()}
+        return sources, self.corpus or (None if corpus is None else str(corpus))
 
     def _rows(self, path: str, subset: str, has_corpus: bool) -> Iterator[Row]:
         for place, fields in hub.objects(path, self.config, subset, self.revision, REMEDY):
@@ -179,11 +194,3 @@ def _by_id(place: str, key: str, one: Any) -> Passage:
     if not isinstance(name, str):
         raise InputError(f"{place}: an id in {key} is not a string: {REMEDY}")
     return Passage(name, "", None, None)
-
-
-def _by_split(folder: Path) -> dict[str, str]:
-    """The files of rows, by the name before their suffix."""
-    names = {file.name.removesuffix(".gz") for file in folder.iterdir() if file.is_file()}
-    stems = sorted({Path(name).stem for name in names if name.endswith(SUFFIXES)})
-    found = {stem: one_of(folder, [f"{stem}{suffix}" for suffix in SUFFIXES]) for stem in stems}
-    return {stem: str(file) for stem, file in found.items() if file is not None}

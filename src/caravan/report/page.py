@@ -195,7 +195,10 @@ def of_comparison(comparison: Comparison, command: str, count: int) -> Page:
 
 def _suites(homes: list[Path]) -> Section:
     """Evaluations of many collections: what `caravan.report.collections` shows of them."""
-    wheres, columns, told = collections.collect(homes)
+    try:
+        wheres, columns, told = collections.collect(homes)
+    except InputError as error:  # of different splits, or none is finished
+        return Section("All collections", "overview", [Note(f"There is no table of all: {error}")])
     labels = list(dict.fromkeys(label for label, _ in columns))
     first = next(measure for _, measure in columns)
     several = len(labels) > 1

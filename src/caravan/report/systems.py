@@ -79,6 +79,12 @@ def system(path: Path) -> System:
     """
     if path.is_dir():
         record = read_metrics(path)
+        if record is not None and "collections" in record:
+            one = next(iter(record["collections"]), "<one of its collections>")
+            raise InputError(
+                f"{path} is an evaluation of several collections; compare one of them, such as"
+                f" {path / one}, or see all: python -m caravan.report collections {path}"
+            )
         if record is None or "run" not in record:
             raise InputError(
                 f"{path} is not the run directory of an evaluation (no run in metrics.json);"

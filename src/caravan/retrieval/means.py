@@ -23,6 +23,7 @@ def means(records: dict[Member, dict[str, Any]]) -> dict[str, Any]:
     own = {
         member.folder: {
             "group": member.group,
+            "digest": record["collection"]["digest"],
             "split": record["split"],
             "queries": record["queries"],
             "passages": record["passages"],
@@ -66,11 +67,15 @@ def means(records: dict[Member, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _mean(figures: Iterable[tuple[str, dict[str, float]]]) -> dict[str, float]:
-    """The mean of each measure over groups, a group being the mean of its members."""
+    """The mean, over groups, of each measure that all have; a group is the mean of its members.
+
+    Measures differ where splits do: TREC DL's passages have MRR(rel=2)@10 where others have MRR@10.
+    """
     groups: dict[str, list[dict[str, float]]] = {}
     for group, overall in figures:
         groups.setdefault(group, []).append(overall)
-    names = next(iter(groups.values()))[0] if groups else {}
+    every = [overall for members in groups.values() for overall in members]
+    names = [name for name in every[0] if all(name in one for one in every)] if every else []
     return {
         name: fmean(fmean(one[name] for one in members) for members in groups.values())
         for name in names

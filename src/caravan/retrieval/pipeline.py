@@ -161,7 +161,9 @@ class _Steps:
 
     def __init__(self, cfg: Any) -> None:
         lengths = {key: cfg[key] for key in _LENGTHS if cfg[key] is not None}
-        self.parts = build(cfg, "index", "bm25", "fuse")
+        self._fuse = build(cfg, "fuse")["fuse"]
+        build(cfg, "index", "bm25")  # a wrong setting is told before anything starts
+        self._cfg = cfg
         settings = (cfg.precision, lengths, cfg.token_budget, cfg.block, cfg.num_workers)
         self.folders = Folders(*settings, attention=cfg.attention)
         number = 1 if isinstance(cfg.retriever, str) else len(cfg.retriever)
@@ -184,16 +186,20 @@ class _Steps:
         asked = settings["retriever"]
         name = str(asked[number] if isinstance(asked, list) else asked)
         if name == "bm25":
-            return stages.bm25(self.parts["bm25"], settings["bm25"])
+            return stages.bm25(self._fresh("bm25"), settings["bm25"])
         path = Path(name)
         if path.is_file() and path.name != FILE:
             return stages.given(path)
         if not path.exists():
             raise InputError(f"retriever={name}: there is no model folder and no run file {name}")
-        return stages.dense(path, self.parts["index"], settings["index"])
+        return stages.dense(path, self._fresh("index"), settings["index"])
+
+    def _fresh(self, part: str) -> Any:
+        """An index of its own for each search: that of another collection is gone by then."""
+        return build(self._cfg, part)[part]
 
     def _fused(self, stages: Stages, made: list[Stage], settings: dict[str, Any]) -> Stage:
-        return stages.fused(self.parts["fuse"], settings["fuse"], made)
+        return stages.fused(self._fuse, settings["fuse"], made)
 
     def _reranked(self, stages: Stages, made: list[Stage], settings: dict[str, Any]) -> Stage:
         return stages.reranked(Path(settings["reranker"]), settings["rerank"], made[-1])
