@@ -284,11 +284,12 @@ def test_the_names_that_a_check_knows_are_those_that_are_computed() -> None:
 
 def test_a_dataset_of_the_hub_is_no_folder() -> None:
     preflight(["experiment=llara/adapt_llama2_7b"], CONF, "train", config.ROOTS["train"])
-    with pytest.raises(InputError, match="there is no file or folder /no/such"):
-        preflight(
-            ["stage=adaptation", "data=hub_texts", "data.path=/no/such"],
-            *(CONF, "train", config.ROOTS["train"]),
-        )
+    for path in ("/no/such", "no/such/texts"):  # an id has an owner and a name
+        with pytest.raises(InputError, match=f"there is no file or folder {path}"):
+            preflight(
+                ["stage=adaptation", "data=hub_texts", f"data.path={path}"],
+                *(CONF, "train", config.ROOTS["train"]),
+            )
     for reader in ("tevatron", "flagembedding"):
         given = [f"data={reader}", "data.path=org/rows"]
         assert preflight(given, CONF, "train", config.ROOTS["train"]) == given
