@@ -318,6 +318,13 @@ def test_a_sweep_in_one_process_has_one_device(overrides: str, told: str | None)
         preflight(given, CONF, "train", config.ROOTS["train"])
 
 
+def test_a_launcher_whose_package_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    given = ["-m", "seed=1,2", "hydra/launcher=slurm"]
+    with pytest.raises(InputError, match="pip install hydra-submitit-launcher"):
+        preflight(given, CONF, "train", config.ROOTS["train"])
+
+
 def test_a_choice_that_another_file_sets_to_null_is_told() -> None:
     with pytest.raises(InputError, match=r"(?s)loss=kl .*adaptation\.yaml:\d+ sets loss to null"):
         preflight(["stage=adaptation", "loss=kl"], CONF, "train", config.ROOTS["train"])
