@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from caravan.batches import Packed, pack
 from caravan.contract import Contract
-from caravan.models.adapters import LoRA, halve_frozen
+from caravan.models.adapters import LoRA, settle_precisions
 from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
 from caravan.models.tiny_llama import train_bpe
@@ -121,12 +121,11 @@ def built(folder: Path, system: str, kind: str, recompute: Any, device: torch.de
         return BiEncoder(backbone.model(None), Contract()).to(device).eval()
     peft = LoRA(rank=32, dropout=0.0, quant_type="nf4" if kind == "qlora" else None)
     backbone.quantization = peft.quantization()
-    backbone.dtype = torch.bfloat16
+    # Ours as a run has them, embeddings and norms in float32; the loop as one would load it.
+    backbone.dtype = torch.bfloat16 if system == "plain loop" or kind == "lora" else torch.float32
     network = BiEncoder(peft.apply(backbone.model(None)), Contract())
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    halve_frozen(network)
+    if system != "plain loop":
+        settle_precisions(network, bf16=True)
     return network.to(device).train()
 
 

@@ -284,11 +284,12 @@ def test_the_names_that_a_check_knows_are_those_that_are_computed() -> None:
 
 def test_a_dataset_of_the_hub_is_no_folder() -> None:
     preflight(["experiment=llara/adapt_llama2_7b"], CONF, "train", config.ROOTS["train"])
-    with pytest.raises(InputError, match="there is no file or folder /no/such"):
-        preflight(
-            ["stage=adaptation", "data=hub_texts", "data.path=/no/such"],
-            *(CONF, "train", config.ROOTS["train"]),
-        )
+    for path in ("/no/such", "no/such/texts"):  # an id has an owner and a name
+        with pytest.raises(InputError, match=f"there is no file or folder {path}"):
+            preflight(
+                ["stage=adaptation", "data=hub_texts", f"data.path={path}"],
+                *(CONF, "train", config.ROOTS["train"]),
+            )
     for reader in ("tevatron", "flagembedding"):
         given = [f"data={reader}", "data.path=org/rows"]
         assert preflight(given, CONF, "train", config.ROOTS["train"]) == given
@@ -314,6 +315,13 @@ def test_a_sweep_in_one_process_has_one_device(overrides: str, told: str | None)
         preflight(given, CONF, "train", config.ROOTS["train"])
         return
     with pytest.raises(InputError, match=f"(?s){told}"):
+        preflight(given, CONF, "train", config.ROOTS["train"])
+
+
+def test_a_launcher_whose_package_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    given = ["-m", "seed=1,2", "hydra/launcher=slurm"]
+    with pytest.raises(InputError, match="pip install hydra-submitit-launcher"):
         preflight(given, CONF, "train", config.ROOTS["train"])
 
 

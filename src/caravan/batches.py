@@ -160,6 +160,10 @@ class TrainBatch:
     def padded(self) -> int:
         return self.queries.padded + self.passages.padded
 
+    @property
+    def chunks(self) -> int:
+        return len(self.queries.chunks) + len(self.passages.chunks)
+
     def to(self, device: torch.device, non_blocking: bool = False) -> TrainBatch:
         return replace(
             self,
@@ -187,6 +191,10 @@ class RerankBatch:
     def padded(self) -> int:
         return self.pairs.padded
 
+    @property
+    def chunks(self) -> int:
+        return len(self.pairs.chunks)
+
     def to(self, device: torch.device, non_blocking: bool = False) -> RerankBatch:
         return replace(
             self,
@@ -211,6 +219,10 @@ class AdaptationBatch:
     @property
     def padded(self) -> int:
         return self.texts.padded
+
+    @property
+    def chunks(self) -> int:
+        return len(self.texts.chunks)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> AdaptationBatch:
         return replace(

@@ -276,9 +276,8 @@ class Composer:
             near = did_you_mean(wanted.name, error.options)
             hint = f"did you mean {near}?" if near else f"there are {', '.join(error.options)}"
             if wanted.parent.as_posix() in PLUGINS and not near:
-                hint += (
-                    f"; others are plugins: pip install hydra-{wanted.name}-{wanted.parent.name}"
-                )
+                plugin = f"hydra-{wanted.name.partition('_')[0]}-{wanted.parent.name}"
+                hint += f"; others are plugins: pip install {plugin}"
             return f"{self._mention(file, wanted)}there is no {wanted}; {hint}"
         text = " ".join(str(error).partition("Config search path:")[0].split())
         if text.startswith("Could not append to config"):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import inspect
 import logging
 import os
@@ -363,13 +364,26 @@ def _check_jobs(
     return _check_each(composer, single, values), list(values), of_file
 
 
+def _launcher_is_there(cfg: DictConfig) -> Iterator[str]:
+    """What starts a sweep's jobs may come with a package of its own."""
+    target = str(OmegaConf.select(cfg, "hydra.launcher._target_"))
+    try:
+        there = importlib.util.find_spec(target.rpartition(".")[0] or target) is not None
+    except ModuleNotFoundError:
+        there = False
+    if not there:
+        name = target.removeprefix("hydra_plugins.").partition(".")[0]
+        package = name.replace("_", "-")
+        yield f"hydra/launcher: {name} is not installed; pip install {package}"
+
+
 def _several_devices(cfg: DictConfig) -> Iterator[str]:
     """A sweep in one process has one device: other ranks would be started by the same command."""
     basic = str(OmegaConf.select(cfg, "hydra.launcher._target_")).endswith(".BasicLauncher")
     if basic and world() > 1:
         yield (
             f"-m: {world()} processes were started together, and a sweep is one process; start its"
-            " jobs one by one, or choose hydra/launcher=submitit_slurm"
+            " jobs one by one, or choose hydra/launcher=slurm"
         )
     ranks = [OmegaConf.select(cfg, f"trainer.{name}") for name in ("devices", "num_nodes")]
     one = [number in (None, 1, "1") or len(_items(number)) == 1 for number in ranks]
@@ -378,7 +392,7 @@ def _several_devices(cfg: DictConfig) -> Iterator[str]:
             "trainer.devices, trainer.num_nodes: a sweep's jobs run in one process, and Lightning"
             " starts the other ranks by the same command, each of which would sweep again; give"
             " them one device, start the jobs one by one, or choose"
-            " hydra/launcher=submitit_slurm"
+            " hydra/launcher=slurm"
         )
 
 
@@ -417,7 +431,9 @@ def _check_each(composer: Composer, fixed: list[str], values: dict[str, list[str
     for number, job in enumerate(jobs):
         overrides = [*fixed, *(f"{key}={option}" for key, option in job.items())]
         cfg, lines = composer.collect(overrides)
-        for line in [*lines, *([] if cfg is None else _several_devices(cfg))]:
+        if cfg is not None:
+            lines = [*lines, *_launcher_is_there(cfg), *_several_devices(cfg)]
+        for line in lines:
             seen.setdefault(line, []).append(number)
     told = []
     for line, numbers in seen.items():

@@ -17,9 +17,10 @@ from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.errors import InputError
 from caravan.models import folder, tiny_llama
-from caravan.models.adapters import LoRA, frozen_linears, halve_frozen
+from caravan.models.adapters import LoRA, frozen_linears, settle_precisions
 from caravan.models.backbone import Pretrained, parameter_counts
 from caravan.models.biencoder import BiEncoder
+from caravan.models.loading import load_weights
 from caravan.models.preparing import Checkpointing, _policy, prepared
 from caravan.models.tiny_llama import TinyLlama
 
@@ -269,7 +270,7 @@ def test_a_frozen_base_in_bf16_computes_what_it_computed_under_autocast(
     for _ in range(2):
         torch.manual_seed(0)
         models.append(adapters.apply(Pretrained(str(saved)).model(tokenizer)))
-    halve_frozen(models[1])
+    settle_precisions(models[1], bf16=True)
     halved = frozen_linears(models[1])
     assert len(halved) == 14  # the base's, in two blocks of seven
     assert {layer.weight.dtype for layer in halved} == {torch.bfloat16}
@@ -290,8 +291,23 @@ def test_a_frozen_base_in_bf16_computes_what_it_computed_under_autocast(
 
 def test_random_weights_are_saved_as_they_are_and_so_not_halved(tokenizer: Any) -> None:
     model: Any = LoRA(rank=2, alpha=4).apply(tiny_backbone().model(tokenizer))
-    halve_frozen(model)
+    settle_precisions(model, bf16=True)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_what_no_file_has_is_not_rounded_with_the_weights(tmp_path: Path) -> None:
+    """Gemma's scale of its embeddings: 6.3246 here, and 6.3125 in bf16."""
+    shape: dict[str, Any] = {"vocab_size": 60, "hidden_size": 40, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16}
+    config = transformers.Gemma3TextConfig(**shape, head_dim=8)
+    transformers.Gemma3TextModel(config).bfloat16().save_pretrained(tmp_path)
+    buffers = [
+        dict(load_weights(str(tmp_path), dtype).named_buffers())
+        for dtype in ("auto", torch.float32)
+    ]
+    assert any("embed_scale" in name for name in buffers[0])
+    for name, buffer in buffers[0].items():
+        assert torch.equal(buffer, buffers[1][name]), name
 
 
 @pytest.mark.parametrize("attention", ["auto", "unpadded"])

@@ -318,7 +318,7 @@ def test_a_kernel_for_variable_lengths_is_asked_for_what_sdpa_computes(
     here = ours if name.startswith("torch") else None
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", here)
     monkeypatch.setitem(sys.modules, "flash_attn", theirs)
-    assert unpadded.kernel()[0] == name.split()[0]
+    assert unpadded.kernel()[0] == name
     found = unpadded._by_kernel([query, key, value], bounds, 6, 0.3, window)
     unpadded.kernel.cache_clear()
 
@@ -331,6 +331,23 @@ def test_a_kernel_for_variable_lengths_is_asked_for_what_sdpa_computes(
         module, *heads, None, scaling=0.3, sliding_window=reach, cu_seq_lens_q=bounds
     )[0][0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_keys_that_no_heads_share_are_handed_on_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Copies of them would take as much memory again, in each layer until the backward pass."""
+    given = [torch.randn(9, 4, 8) for _ in range(3)]
+    for whose in ("torch", "torch 2.11", "flash_attn"):
+        seen: list[Any] = []
+        monkeypatch.setattr(
+            unpadded,
+            "kernel",
+            lambda whose=whose, seen=seen: (whose, lambda *all, **_: seen.extend(all)),
+        )
+        unpadded._by_kernel(given, torch.tensor([0, 9]), 9, None, (-1, 0))
+        assert all(one is other for one, other in zip(seen, given, strict=False))
+        assert len(seen) == 7
 
 
 def test_a_tiny_llama_reads_without_padding(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch.nn import functional
 
 from caravan.batches import TrainBatch, pack
 from caravan.contract import Contract
+from caravan.models.adapters import LoRA, settle_precisions
+from caravan.models.backbone import Pretrained
 from caravan.training.losses import InfoNCE
 from caravan.training.optim import AdamW
 from caravan.training.retriever import Retriever, no_negative
@@ -145,3 +148,25 @@ def test_infonce_is_the_mean_cross_entropy_of_the_target(shape: tuple[int, int])
     targets = torch.zeros(shape[0], dtype=torch.int64)
     expected = -functional.log_softmax(scores.double(), dim=1)[:, 0].mean()
     torch.testing.assert_close(InfoNCE()(scores, targets).double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_a_frozen_base_is_loaded_as_its_file_has_it_and_trained_as_ever(
+    stored: torch.dtype, tokenizer: Any, contract: Contract, tmp_path: Path
+) -> None:
+    """Four bytes a weight would not fit where two of each linear layer do."""
+    tiny_backbone().model(tokenizer).to(stored).save_pretrained(tmp_path)
+    built = []
+    for bf16 in (True, False):
+        backbone, adapters = Pretrained(str(tmp_path)), LoRA(rank=2, alpha=4)
+        module = Retriever(backbone, adapters, tokenizer, contract, InfoNCE(), AdamW(), seed=0)
+        module.bf16 = bf16
+        module.configure_model()
+        assert backbone.dtype == ("auto" if bf16 else torch.float32)
+        built.append(module.model)
+    settle_precisions(built[1], bf16=True)
+    weights, expected = (dict(model.named_parameters()) for model in built)
+    assert {p.dtype for p in weights.values()} == {torch.bfloat16, torch.float32}
+    for name, weight in weights.items():
+        assert weight.dtype == expected[name].dtype
+        assert torch.equal(weight, expected[name]), name

@@ -331,7 +331,6 @@ def loader_settings(num_workers: int, seed: int) -> dict[str, Any]:
         "num_workers": num_workers,
         "worker_init_fn": _start_worker if num_workers else None,
         "generator": torch.Generator().manual_seed(seed),
-        "pin_memory": torch.cuda.is_available(),
     }
 
 

@@ -21,6 +21,7 @@ SAVED = ("dataset_dict.json", "state.json")
 """What `save_to_disk` leaves in a folder."""
 WHOLE = "train"
 """The split that a dataset is which was saved without any, as `datasets` calls it too."""
+PATIENCE = 10  # seconds
 
 
 def rows(
@@ -38,6 +39,8 @@ def rows(
     Raises:
         InputError: the dataset is not to be had, or lacks a column.
     """
+    if not Path(path).exists():
+        _ask_once(path, revision)
     try:
         found = _opened(path, config, subset, revision)
     except (OSError, ValueError, RuntimeError) as error:  # what `datasets` raises is among them
@@ -66,6 +69,25 @@ def _opened(path: str, config: str | None, subset: str, revision: str | None) ->
     if subset not in saved:
         raise ValueError(f"it has no split {subset!r}; there are {', '.join(saved)}")
     return saved[subset]
+
+
+def _ask_once(path: str, revision: str | None) -> None:
+    """`datasets` itself tries for more than a minute where the hub cannot be reached.
+
+    Raises:
+        InputError: it cannot. What it answers, or that it is not to be asked, `datasets` tells.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(path, revision=revision, timeout=PATIENCE)
+    except (OSError, ValueError):
+        return
+    except Exception as error:  # noqa: BLE001 - of httpx or of httpx2, by the hub's version
+        raise InputError(
+            f"there is no folder {path}, and the Hugging Face hub cannot be asked for a dataset of"
+            f" that name ({_told(error)}); give a folder that is here"
+        ) from None
 
 
 def objects(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -129,15 +129,28 @@ def halvable(model: nn.Module) -> list[nn.Linear]:
     """
     adapted: Any = next((m for m in model.modules() if hasattr(m, "peft_config")), None)
     config = getattr(adapted, "active_peft_config", None)
-    named = config is not None and config.base_model_name_or_path and not config.use_dora
-    return frozen_linears(model) if named else []
+    if config is None or not config.base_model_name_or_path or getattr(config, "use_dora", False):
+        return []
+    return frozen_linears(model)
 
 
-def halve_frozen(model: nn.Module) -> None:
-    """Keep the weights of frozen linear layers in bf16 (`halvable`)."""
-    for layer in halvable(model):
-        if layer.weight.dtype == torch.float32:
-            layer.weight.data = layer.weight.data.bfloat16()
+def precisions(network: nn.Module, bf16: bool) -> Iterator[tuple[nn.Parameter, torch.dtype]]:
+    """Each weight with the precision that it is trained in, whatever its file has.
+
+    Args:
+        bf16: the arithmetic; frozen linear layers are kept in it, all else in float32. Weights of
+            four bits are left out.
+    """
+    halved = {id(layer.weight) for layer in halvable(network)} if bf16 else set()
+    for weight in network.parameters():
+        if weight.is_floating_point():
+            yield weight, torch.bfloat16 if id(weight) in halved else torch.float32
+
+
+def settle_precisions(network: nn.Module, bf16: bool) -> None:
+    """Bring each weight to the precision that it is trained in (`precisions`)."""
+    for weight, dtype in precisions(network, bf16):
+        weight.data = weight.data.to(dtype)
 
 
 def _of_group(model: nn.Module, targets: list[str] | str) -> list[str] | str:

@@ -93,6 +93,11 @@ def suits(model: Any) -> bool:
     return bool(getattr(model, "_supports_sdpa", False)) and not capped and not sinks
 
 
+def computes_in_half(model: nn.Module) -> bool:
+    """Whether layers compute in half precision: their weights have it, or four bits."""
+    return any(weight.itemsize < 4 for weight in model.parameters())
+
+
 @lru_cache(maxsize=LONGEST)
 def _future(length: int) -> Tensor:
     """[1, L, L]: 0 for the past, the lowest number for the future."""

@@ -123,6 +123,10 @@ def load_weights(
             " architecture"
             f" ({told[:300]}); the folder is incomplete or of another model"
         )
+    rounded = any(b.is_floating_point() and b.itemsize < 4 for b in model.buffers())
+    if dtype == "auto" and rounded:  # no file has them whole, as Gemma's scale of embeddings
+        del model
+        return load_weights(name, torch.float32, attention, heads, auto, **hub)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     model.revision = hub.get("revision")

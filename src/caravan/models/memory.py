@@ -21,7 +21,7 @@ from caravan.models.pooling import blocks
 from caravan.models.preparing import Checkpointing
 from caravan.models.vocabulary import PIECE
 
-FLOAT = 4  # bytes; of all but frozen linear layers, which have the precision of the arithmetic
+FLOAT = 4  # bytes; of all but frozen linear layers (`caravan.models.adapters.precisions`)
 FOUR_BITS = 0.5 + 1 / 64 + 4 / 64 / 256
 """Bytes of a weight of four bits, a scale of eight for 64 of them, and of 32 for 256 scales."""
 GIB = 2**30
@@ -56,6 +56,7 @@ def need(
     vocabulary: int = 0,
     quantised: bool = False,
     shares: int = 1,
+    chunks: int = 1,
 ) -> Need:
     """What a training step needs.
 
@@ -67,15 +68,20 @@ def need(
         vocabulary: entries of an output layer that is in use; 0 if there is none.
         quantised: whether frozen linear layers have four bits (QLoRA).
         shares: ranks that each hold a share of every weight (FSDP).
+        chunks: that the tokens are computed in, one after the other.
     """
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = _frozen_linear(model)
+    frozen = sum(layer.weight.numel() for layer in frozen_linears(model))
     unit = 2 if bf16 else FLOAT
-    stored = FLOAT * (total - frozen) + (FOUR_BITS if quantised else unit) * frozen
-    # Under autocast a linear's bf16 copy of its weight is kept until the backward pass; where
-    # activations are computed again, only those of trained weights are.
-    copies = 2.0 * (trained if checkpointing else total - frozen) if bf16 else 0.0
+    kept_whole = _has_dora(model) and not quantised
+    of_frozen = FOUR_BITS if quantised else FLOAT if kept_whole else unit
+    stored = FLOAT * (total - frozen) + of_frozen * frozen
+    # Under autocast, which Lightning lets keep no cache, each chunk has a bf16 copy of a float32
+    # layer's weight until the backward pass.
+    # DoRA computes with the base twice, once behind the dropout.
+    cast = _trained_linear(model) + (2 * frozen if kept_whole else 0)
+    copies = 2.0 * (trained if checkpointing else chunks * cast) if bf16 else 0.0
     gradients = float(FLOAT * trained)
     if shares > 1:
         # Whole are the layer that computes, the next one that is awaited, and what is in no layer;
@@ -93,9 +99,15 @@ def need(
     )
 
 
-def _frozen_linear(model: nn.Module) -> int:
-    """Weights of linear layers that are not trained."""
-    return sum(layer.weight.numel() for layer in frozen_linears(model))
+def _trained_linear(model: nn.Module) -> int:
+    """Weights of linear layers that are trained."""
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)]
+    return sum(weight.numel() for weight in weights if weight.requires_grad)
+
+
+def _has_dora(model: nn.Module) -> bool:
+    """Whether frozen layers stay in float32, for the norms of their columns."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "use_dora", False))
 
 
 def _whole_at_a_time(model: nn.Module) -> int:

@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 from caravan.errors import InputError
 from caravan.models import attention as padded
-from caravan.models.attention import LAYERS
+from caravan.models.attention import LAYERS, computes_in_half
 
 NAME = "unpadded"
 CLOSE, CLOSE_HALF, NOISE = 1e-4, 1e-2, 4
@@ -157,7 +157,7 @@ def refuse_what_mixes_texts(model: Any) -> None:
     finally:
         trunk.train(training)
     apart = _apart(together, alone)
-    close = CLOSE if alone.dtype == torch.float32 else CLOSE_HALF
+    close = CLOSE_HALF if computes_in_half(trunk) else CLOSE
     if not apart <= max(close, NOISE * _apart(beside, alone)):
         raise InputError(
             f"attention={NAME}: {name} mixes texts that stand end to end (states differ"
@@ -228,7 +228,7 @@ def _half(states: Tensor) -> torch.dtype | None:
 
 @lru_cache(maxsize=1)
 def kernel() -> tuple[str, Callable[..., Any]]:
-    """The GPU's kernel for variable lengths, and whose it is.
+    """Whose kernel for variable lengths the GPU has, "torch", "torch 2.11" or "flash_attn".
 
     Raises:
         InputError: there is none.
@@ -236,8 +236,9 @@ def kernel() -> tuple[str, Callable[..., Any]]:
     try:
         from torch.nn.attention.varlen import varlen_attn
 
-        if "window_size" in inspect.signature(varlen_attn).parameters:
-            return "torch", varlen_attn
+        known = inspect.signature(varlen_attn).parameters
+        if "window_size" in known:
+            return "torch" if "enable_gqa" in known else "torch 2.11", varlen_attn
     except ImportError:
         pass
     try:
@@ -259,19 +260,18 @@ def _by_kernel(
 ) -> Tensor:
     """States [T, H, D]."""
     whose, function = kernel()
-    given = (*states, bounds, bounds, longest, longest)
-    found: Tensor
-    if whose == "torch":
-        shared = states[0].shape[1] // states[1].shape[1]
-        if shared > 1 and "enable_gqa" in inspect.signature(function).parameters:
-            found = function(*given, scale=scale, window_size=window, enable_gqa=True)
-        else:
-            query, *others = states
-            whole = [other.repeat_interleave(shared, dim=1) for other in others]
-            found = function(query, *whole, *given[3:], scale=scale, window_size=window)
+    query, key, value = states
+    settings: dict[str, Any] = {"window_size": window}
+    if whose == "flash_attn":
+        settings |= {"softmax_scale": scale, "causal": window[1] == 0}
     else:
-        causal = window[1] == 0
-        found = function(*given, softmax_scale=scale, causal=causal, window_size=window)
+        settings["scale"] = scale
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1 and whose == "torch":
+        settings["enable_gqa"] = True
+    elif shared > 1 and whose == "torch 2.11":
+        key, value = (other.repeat_interleave(shared, dim=1) for other in (key, value))
+    found: Tensor = function(query, key, value, bounds, bounds, longest, longest, **settings)
     return found
 
 

@@ -141,7 +141,8 @@ def _is_hub_id(node: DictConfig) -> bool:
     """Whether `path` may name a dataset of the hub, and does not look like a path."""
     of_hub = str(value(node, "_target_")).rpartition(".")[2] in OF_HUB
     path = str(value(node, "path"))
-    return of_hub and not path.startswith(LIKE_PATHS) and not path.endswith(LIKE_FILES)
+    of_path = path.startswith(LIKE_PATHS) or path.endswith(LIKE_FILES) or path.count("/") > 1
+    return of_hub and not of_path
 
 
 def _nearest(path: str, *others: str) -> str | None:

@@ -122,19 +122,23 @@ def memory_needed(module: Any, data: Any, trainer: Any) -> Any:
     data.setup()
     ranks = trainer.num_devices * trainer.num_nodes
     each = min(-(-data.queries_per_batch // ranks), len(data.training))
-    tokens = data.training[0, np.arange(each)].padded
+    first = data.training[0, np.arange(each)]
+    tokens, chunks = first.padded, first.chunks
     vocabulary = outline.config.get_text_config().vocab_size if module.tells_tokens else 0
     if module.gradcache is not None:  # the activations of one piece wait for the backward pass
         contract = module.contract
         longest = max(contract.query_length, contract.passage_length)
         if contract.kind == "reranker":
             longest = contract.query_length + contract.passage_length
-        tokens = min(tokens, module.gradcache.chunk * longest)
+        tokens, chunks = min(tokens, module.gradcache.chunk * longest), 1
     quantised = quantization(module.peft) is not None
     shares = ranks if isinstance(trainer.strategy, FullySharded) else 1
     kept_again = module.backbone.checkpointing
     try:
-        needed = need(outline, tokens, module.bf16, kept_again, vocabulary, quantised, shares)
+        needed = need(
+            *(outline, tokens, module.bf16, kept_again, vocabulary, quantised, shares),
+            chunks=chunks,
+        )
     except AttributeError as error:  # no transformer's shape
         log.debug("no estimate of memory: %s", error)
         return None

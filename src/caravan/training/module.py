@@ -24,7 +24,7 @@ from caravan.data.pairs import PairTemplates
 from caravan.data.templates import Templates
 from caravan.data.unlabelled import Unlabelled
 from caravan.errors import InputError
-from caravan.models.adapters import halve_frozen
+from caravan.models.adapters import quantization, settle_precisions
 from caravan.models.loading import add_slots, fit_vocabulary
 from caravan.training import parallel, sharding
 from caravan.training.gradcache import GradCache, undisturbed
@@ -131,24 +131,30 @@ class Stage(pl.LightningModule, ABC):
             return
         torch.manual_seed(self.seed)
         mesh = self.device_mesh
+        if self._as_stored(mesh is not None) and hasattr(self.backbone, "dtype"):
+            self.backbone.dtype = "auto"
         if mesh is None:
             self.network = self.build()
-            if self.bf16:
-                halve_frozen(self.network)
+            settle_precisions(self.network, self.bf16)
             return
-        if self._can_be_mapped() and hasattr(self.backbone, "dtype"):
-            self.backbone.dtype = "auto"
         device = self.trainer.strategy.root_device
         self.network, empty = sharding.sharded(self.build, mesh, device, self.bf16)
         self._empty = [] if empty is None else [empty]
 
-    def _can_be_mapped(self) -> bool:
-        """Whether rank 0 may share weights out right from their files, in the files' precision.
+    def _as_stored(self, shared: bool) -> bool:
+        """Whether weights are loaded in their files' precision, then brought to that of training.
 
-        Not where something is computed with them before: new rows, trials of masks, DoRA's norms.
+        Where ranks share them, rank 0 maps them and reads none; where the base is frozen, a device
+        needs no room for four bytes of each weight. Not where something is computed with them
+        before: new rows, trials of masks, DoRA's norms.
         """
-        tried = self.contract.slots or self.contract.bidirectional or self.tells_tokens
-        return not tried and not (self.peft is not None and self.peft.settings.get("use_dora"))
+        if self.contract.slots or self.contract.bidirectional or self.tells_tokens:
+            return False
+        if self.peft is None:
+            return shared
+        frozen = self.bf16 and quantization(self.peft) is None
+        known = getattr(self.peft, "settings", None)  # adapters of one's own may do anything
+        return known is not None and (shared or frozen) and not known.get("use_dora")
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Go back to the weights of a checkpoint's `state_dict`."""

@@ -29,7 +29,7 @@ def sizes(rows: int, device: torch.device) -> list[int]:
         return [rows]
     counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world())]
     dist.all_gather(counts, torch.tensor([rows], dtype=torch.int64, device=device))
-    return [int(count) for count in counts]
+    return torch.cat(counts).tolist()  # which waits for the device once
 
 
 def gather(rows: Tensor, counts: list[int]) -> Tensor:

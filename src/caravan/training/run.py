@@ -192,6 +192,9 @@ def _fit(
     trainer.fit_loop.epoch_loop.max_steps = updates(trainer, batches)
 
     def tell() -> None:
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # what loading took is no step's
         counts = parameter_counts(module)
         if not counts[0]:
             raise InputError("nothing would be trained, all is frozen; set peft=none or peft=lora")
@@ -206,8 +209,6 @@ def _fit(
     trainer.callbacks.insert(0, LambdaCallback(on_fit_start=lambda *_: tell()))
     if data.dev_split is not None:
         _validate_at_least_once(trainer, batches)
-    if trainer.strategy.root_device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
     started = time.monotonic()
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)

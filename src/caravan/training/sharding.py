@@ -30,7 +30,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from caravan.errors import InputError
-from caravan.models.adapters import halvable
+from caravan.models.adapters import precisions
 from caravan.models.pooling import blocks
 
 RANKS = "data_parallel"
@@ -155,12 +155,10 @@ def without_weights(network: nn.Module, bf16: bool) -> nn.Module:
     """A copy whose weights have shapes and no content; what is no parameter is copied.
 
     Args:
-        bf16: frozen linear layers in bf16; all else is float32, whatever its file has.
+        bf16: the arithmetic, see `precisions`.
     """
-    halved = {id(layer.weight) for layer in halvable(network)} if bf16 else set()
     memo: dict[int, Any] = {}
-    for weight in network.parameters():
-        dtype = torch.bfloat16 if id(weight) in halved else torch.float32
+    for weight, dtype in precisions(network, bf16):
         empty = torch.empty(weight.shape, dtype=dtype, device="meta")
         memo[id(weight)] = nn.Parameter(empty, requires_grad=weight.requires_grad)
     return copy.deepcopy(network, memo)
