@@ -22,6 +22,7 @@ def real_mistakes(composer: Composer, overrides: list[str]) -> list[Mistake]:
     return [mistake for mistake in found if mistake.kind == "wrong"]
 
 
+QUICK = {"negatives", "rerank_depth", "search"}
 COMMAND = re.compile(r"^# *python (?:-m caravan\.)?(train|evaluate|search)(?:\.py)? (.+)$", re.M)
 
 
@@ -97,6 +98,7 @@ def test_every_yaml_under_conf_composes_and_checks() -> None:
     assert seen >= 29
 
 
+@pytest.mark.slow
 def test_the_commands_that_files_ask_for_before_them_compose_and_check() -> None:
     wrong, told = [], later_commands() + shared_commands()
     for root in config.ROOTS:
@@ -109,7 +111,13 @@ def test_the_commands_that_files_ask_for_before_them_compose_and_check() -> None
     assert len(shared_commands()) >= 34
 
 
-@pytest.mark.parametrize("path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem not in QUICK))
+        for path in sorted((CONF / "sweep").glob("*.yaml"))
+    ],
+)
 def test_every_sweep_starts_with_the_command_it_opens_with(path: Path) -> None:
     root, overrides = command_for(path.relative_to(CONF))
     assert overrides[0] == "-m"

@@ -251,7 +251,10 @@ def test_an_own_folder_of_configs_is_checked_and_run(app: Program, home: Path) -
 # --- the real programs ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "search"])
+@pytest.mark.parametrize(
+    "name",
+    ["train", *(pytest.param(name, marks=pytest.mark.slow) for name in ("evaluate", "search"))],
+)
 def test_help_imports_nothing_heavy_and_opens_with_three_commands(name: str) -> None:
     command = ["-m", "caravan.search"] if name == "search" else [f"{name}.py"]
     done = program("-X", "importtime", *command, "--help")

@@ -13,6 +13,7 @@ from tests.commands import evaluate
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+QUICK = {"look", "inspect_run"}
 
 
 def test_there_are_the_notebooks_that_the_docs_name() -> None:
@@ -37,7 +38,13 @@ def home(beir: Path, folders: dict[str, str], tmp_path_factory: pytest.TempPathF
     return home
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem not in QUICK))
+        for path in NOTEBOOKS
+    ],
+)
 def test_a_notebook_runs_and_prints(
     path: Path, beir: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,7 +59,7 @@ def command(reader: str, cache: Path, *sources: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("small", "large"), [(2_000, 22_000), pytest.param(10_000, 600_000, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("reader", ["msmarco", "tevatron"])
+@pytest.mark.parametrize("reader", ["msmarco", pytest.param("tevatron", marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_corpus(
     tmp_path: Path, reader: str, small: int, large: int
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,22 @@ RERANKERS: dict[str, dict[str, Any]] = {
 SCORING = {"kind": "reranker", "scoring": "likelihood", **PLAIN, "query_template": "query: {text}"}
 
 
-@pytest.fixture(params=RETRIEVERS)
+QUICK = {
+    *("decoder with an adapter", "LLaRA's slots", "encoder, mean", "titles in words"),
+    *("decoder", "RankLLaMA as it was released", "encoder with its own head", "encoder 0"),
+}
+
+
+def _params(kinds: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in kinds]
+
+
+@pytest.fixture(params=_params(RETRIEVERS))
 def retriever(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return exported.retriever(tmp_path / "model", **RETRIEVERS[request.param])
 
 
-@pytest.fixture(params=RERANKERS)
+@pytest.fixture(params=_params(RERANKERS))
 def reranker(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return exported.reranker(tmp_path / "model", **RERANKERS[request.param])
 
@@ -197,7 +208,9 @@ def test_a_merged_retriever_is_whole_and_embeds_by_its_cards_code(
         close(found, wanted)
 
 
-@pytest.mark.parametrize("name", [name for name in RERANKERS if RERANKERS[name] not in OWN_HEAD])
+@pytest.mark.parametrize(
+    "name", _params(name for name in RERANKERS if RERANKERS[name] not in OWN_HEAD)
+)
 def test_a_merged_reranker_is_whole_and_scores_by_its_cards_code(name: str, tmp_path: Path) -> None:
     path, out = exported.reranker(tmp_path / "model", **RERANKERS[name]), tmp_path / "out"
     export(path, "merged", out)

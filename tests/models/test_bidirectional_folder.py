@@ -35,8 +35,14 @@ def base(tokenizer: Any, tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-@pytest.mark.parametrize("peft", ["none", "lora", "qlora"])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    ("name", "peft"),
+    [
+        pytest.param(name, peft, marks=[] if number % 3 == place else [pytest.mark.slow])
+        for number, name in enumerate(DECODERS)
+        for place, peft in enumerate(("none", "lora", "qlora"))
+    ],
+)
 def test_it_trains_is_remembered_and_loads_as_plain_transformers_does(
     name: str, peft: str, beir: Path, tokenizer: Any, tmp_path: Path
 ) -> None:

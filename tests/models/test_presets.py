@@ -49,6 +49,14 @@ OWN = {"hf", "tiny_llama", "tiny_llama_128", "tiny_llama_512"}
 FAMILIES = {"minilm", "modernbert_base", "smollm2_135m", "mistral_7b", "qwen3_0_6b", "gemma3_1b"}
 """A preset of each architecture among them."""
 ENCODERS = {"minilm", "bert_base", "modernbert_base"}
+QUICK = {"minilm", "mistral_7b"}
+PEFTS = ("none", "lora", "qlora")
+TRAINED = [
+    pytest.param(preset, peft, marks=[] if number % 3 == place else [pytest.mark.slow])
+    for number, preset in enumerate(sorted(ARCHITECTURES))
+    for place, peft in enumerate(PEFTS)
+]
+"""Every preset with every option; quick are each preset with one of them, in turn."""
 
 
 def test_every_preset_has_a_tiny_instance() -> None:
@@ -77,8 +85,7 @@ def _train(preset: str, base: Path, peft: str, beir: Path, run_dir: Path, *given
     return run_dir / "model"
 
 
-@pytest.mark.parametrize("peft", ["none", "lora", "qlora"])
-@pytest.mark.parametrize("preset", sorted(ARCHITECTURES))
+@pytest.mark.parametrize(("preset", "peft"), TRAINED)
 def test_a_preset_trains_saves_and_embeds_as_plain_transformers_does(
     preset: str, peft: str, beir: Path, collection: Collection, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -105,7 +112,14 @@ def test_a_preset_trains_saves_and_embeds_as_plain_transformers_does(
 
 @pytest.mark.parametrize(
     ("preset", "peft"),
-    [*((name, "none") for name in sorted(FAMILIES)), ("gemma3_1b", "lora"), ("qwen3_4b", "lora")],
+    [
+        *(
+            pytest.param(name, "none", marks=[] if name in QUICK else [pytest.mark.slow])
+            for name in sorted(FAMILIES)
+        ),
+        pytest.param("gemma3_1b", "lora", marks=pytest.mark.slow),
+        ("qwen3_4b", "lora"),
+    ],
 )
 def test_a_reranker_of_each_family_trains_saves_and_scores_as_plain_transformers_does(
     preset: str, peft: str, beir: Path, collection: Collection, tokenizer: Any, tmp_path: Path

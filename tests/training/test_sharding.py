@@ -65,7 +65,7 @@ def test_adapters_with_dropout_and_cached_gradients_equal_those_without_shards(
         _refuse_other_weights(fit.folder, tmp_path)
 
 
-@pytest.mark.parametrize("sharded_first", [True, False])
+@pytest.mark.parametrize("sharded_first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_goes_on_under_another_strategy_and_number_of_ranks(
     fit: Fit, two_ranks: TwoRanks, tmp_path: Path, sharded_first: bool
 ) -> None:
@@ -130,7 +130,9 @@ def _own_memory() -> int:
     return int(told.split("RssAnon:")[1].split()[0]) >> 10
 
 
-@pytest.mark.parametrize("peft", [None, LoRA(rank=2, alpha=4, dropout=0.0)])
+@pytest.mark.parametrize(
+    "peft", [None, pytest.param(LoRA(rank=2, alpha=4, dropout=0.0), marks=pytest.mark.slow)]
+)
 def test_activations_that_are_computed_again_change_nothing(
     fit: Fit, two_ranks: TwoRanks, tmp_path: Path, saved: str, peft: Any
 ) -> None:
@@ -143,7 +145,7 @@ def test_activations_that_are_computed_again_change_nothing(
     _refuse_other_weights(fit.folder, tmp_path)
 
 
-@pytest.mark.parametrize("adapts", [False, True])
+@pytest.mark.parametrize("adapts", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_shards_that_are_gathered_in_bf16_train_nearly_as_autocast_does(
     fit: Fit, two_ranks: TwoRanks, tmp_path: Path, adapts: bool
 ) -> None:
