@@ -13,13 +13,19 @@ from caravan.report.table import collect as table
 
 
 def _suite(
-    folder: Path, figures: dict[str, dict[str, float]], failed: tuple[str, ...] = ()
+    folder: Path,
+    figures: dict[str, dict[str, float]],
+    failed: tuple[str, ...] = (),
+    split: str = "test",
 ) -> None:
     """Figures: {collection: {stage: nDCG@10}}."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     collections = {
         name: {
             "group": name.partition("/")[0],
+            "split": split,
+            "queries": 2,
+            "passages": 5,
             "stages": {s: {"nDCG@10": f, "R@100": f / 2} for s, f in stages.items()},
         }
         for name, stages in figures.items()
@@ -70,6 +76,44 @@ def test_several_systems_are_compared_over_what_all_of_them_have(
     show([tmp_path / "one", tmp_path / "two"])
     assert "0.9000" in capsys.readouterr().out
     assert not (tmp_path / "one/collections.csv").exists()
+
+
+def test_systems_in_folders_of_one_name_stay_apart(tmp_path: Path) -> None:
+    for model, figure in (("minilm", 0.1), ("e5", 0.3)):
+        _suite(tmp_path / model / "beir", {"a": {"retriever": figure}})
+    _, columns, _ = collect([tmp_path / "minilm/beir", tmp_path / "e5/beir"])
+    labels = {label: of["a"] for (label, m), of in columns.items() if m == "nDCG@10"}
+    assert labels == {"minilm/beir": 0.1, "e5/beir": 0.3}
+    with pytest.raises(InputError, match="given twice"):
+        collect([tmp_path / "e5/beir", tmp_path / "e5/../e5/beir"])
+
+
+def test_a_group_counts_only_for_those_who_have_all_of_it(tmp_path: Path) -> None:
+    _suite(tmp_path / "one", {"a": {"s": 0.1}, "f/x": {"s": 0.3}, "f/y": {"s": 0.5}})
+    _suite(tmp_path / "two", {"a": {"s": 0.2}, "f/x": {"s": 0.9}}, failed=("f/y",))
+    rows, columns, _ = collect([tmp_path / "one", tmp_path / "two"])
+    assert "f (mean of 2)" in columns["one", "nDCG@10"]
+    assert "f (mean of 2)" not in columns["two", "nDCG@10"]
+    assert rows[-1] == "mean of 1 that all have"
+    assert columns["two", "nDCG@10"][rows[-1]] == 0.2
+
+
+def test_collections_that_share_but_a_name_are_not_put_side_by_side(tmp_path: Path) -> None:
+    _suite(tmp_path / "one", {"a": {"bm25": 0.1}})
+    _suite(tmp_path / "two", {"a": {"bm25": 0.2}}, split="dev")
+    told = "two: a is dev of 2 queries and 5 passages, and test of 2 queries and 5 passages in"
+    with pytest.raises(InputError, match=told):
+        collect([tmp_path / "one", tmp_path / "two"])
+
+
+def test_a_suite_of_which_nothing_finished_says_why(tmp_path: Path) -> None:
+    _suite(tmp_path / "one", {}, failed=("a", "b"))
+    with pytest.raises(InputError, match="each of its collections failed: a: broken; b: broken"):
+        collect([tmp_path / "one"])
+    metrics = tmp_path / "one/metrics.json"
+    metrics.write_text(json.dumps({**json.loads(metrics.read_text()), "overall": {}}))
+    with pytest.raises(InputError, match="no figures, each of its collections failed"):
+        table(tmp_path)
 
 
 def test_a_table_of_evaluations_shows_a_suite_by_its_mean(tmp_path: Path) -> None:

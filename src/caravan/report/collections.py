@@ -10,13 +10,13 @@ measures are written there as collections.csv.
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from caravan.atomic import replacing
 from caravan.errors import InputError
+from caravan.report.systems import read_metrics
 
 MEAN = "mean"
 Column = tuple[str, str]
@@ -28,21 +28,30 @@ Figures = dict[Column, dict[str, float]]
 def collect(folders: list[Path]) -> tuple[list[str], Figures, list[str]]:
     """The figures of one or more suites.
 
+    A system is called by its folder, and by the folders above it where those are alike.
+
     Returns:
         Collections in order, those of a group followed by the group's own row, and last the mean
         over what all systems have; figures; and what is missing, a sentence for each system.
 
     Raises:
-        InputError: a folder holds no suite.
+        InputError: a folder holds no suite, or one without figures; two of them searched
+            different collections of one name.
     """
     rows: dict[str, str] = {}  # collection: its group
+    searched: dict[str, tuple[Any, ...]] = {}
     columns: Figures = {}
     told = []
-    for folder in folders:
+    for folder, system in zip(folders, _told_apart(folders), strict=True):
         record = _read(folder)
-        system = "" if len(folders) == 1 else folder.name
         for name, own in record["collections"].items():
             rows[name] = own["group"]
+            what = tuple(own[key] for key in ("split", "queries", "passages"))
+            if searched.setdefault(name, what) != what:
+                raise InputError(
+                    f"{folder}: {name} is {_what(what)}, and {_what(searched[name])} in a folder"
+                    " before it; give evaluations of the same collections"
+                )
             for stage, overall in own["stages"].items():
                 one = len(own["stages"]) == 1
                 label = system if system and one else " ".join(filter(None, (system, stage)))
@@ -64,17 +73,38 @@ def collect(folders: list[Path]) -> tuple[list[str], Figures, list[str]]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    path = folder / "metrics.json"
-    try:
-        record: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except OSError:
-        record = {}
+    record = read_metrics(folder) or {}
     if "collections" not in record:
         raise InputError(
             f"{folder} holds no evaluation of several collections; make one with evaluate.py"
             " data.path=<folder> 'collections=[...]'"
         )
+    if not record["collections"]:
+        why = "; ".join(f"{name}: {reason}" for name, reason in record["failed"].items())
+        raise InputError(f"{folder} has no figures, each of its collections failed: {why}")
     return record
+
+
+def _told_apart(folders: list[Path]) -> list[str]:
+    """What systems are called; one alone needs no name.
+
+    Raises:
+        InputError: a folder is given twice.
+    """
+    if len(folders) == 1:
+        return [""]
+    parts = [folder.resolve().parts for folder in folders]
+    if len(set(parts)) < len(parts):
+        raise InputError("a folder is given twice; give folders that differ")
+    depth = 1
+    while len({own[-depth:] for own in parts}) < len(parts):
+        depth += 1
+    return ["/".join(own[-depth:]) for own in parts]
+
+
+def _what(searched: tuple[Any, ...]) -> str:
+    split, queries, passages = searched
+    return f"{split} of {queries:,} queries and {passages:,} passages"
 
 
 def _with_groups(rows: dict[str, str], columns: Figures) -> tuple[list[str], list[str]]:
@@ -91,9 +121,8 @@ def _with_groups(rows: dict[str, str], columns: Figures) -> tuple[list[str], lis
         order.insert(order.index(members[-1]) + 1, row)
         counted.append(row)
         for figures in columns.values():
-            own = [figures[name] for name in members if name in figures]
-            if own:
-                figures[row] = fmean(own)
+            if all(name in figures for name in members):
+                figures[row] = fmean(figures[name] for name in members)
     return order, counted
 
 

@@ -41,6 +41,7 @@ class Judged:
     queries: Any  # caravan.data.texts.Texts, or Ids
     corpus: Any
     qrels: Qrels
+    relevant_from: int = 1  # the lowest grade that is relevant
 
     @property
     def has_texts(self) -> bool:
@@ -78,13 +79,19 @@ def system(path: Path) -> System:
         InputError: there is neither; a directory without an evaluation.
     """
     if path.is_dir():
-        record = read_metrics(path)
-        if record is None or "run" not in record:
+        record = read_metrics(path) or {}
+        if "collections" in record:
+            inside = next(iter(record["collections"]), "<collection>")
+            raise InputError(
+                f"{path} is an evaluation of several collections; compare one of them, such as"
+                f" {path / inside}, or see them all with python -m caravan.report collections"
+            )
+        if "run" not in record:
             raise InputError(
                 f"{path} is not the run directory of an evaluation (no run in metrics.json);"
                 " give one, or a run file"
             )
-        return _of(path.name, path / record["run"], path, record)
+        return _of(path.resolve().name, path / record["run"], path, record)
     if not path.is_file():
         raise InputError(f"there is no run directory and no run file {path}; check the path")
     home = path.parent.parent
@@ -142,7 +149,7 @@ def _above(system: System) -> tuple[str, ...]:
     place = system.run.resolve()
     if system.home is not None:
         home = system.home.resolve()
-        place = home if system.name == system.home.name else home / place.name
+        place = home if system.name == home.name else home / place.name
     return place.parts[1:-1]
 
 
@@ -165,7 +172,9 @@ def judged(systems: Sequence[System], qrels: Path | None = None) -> Judged:
             " evaluation beside it, or --qrels and a file of judgements"
         )
     if len(asked) > 1:
-        told = ", ".join(f"{s.name} ({s.collection[0]} {s.split})" for s in asked.values())  # type: ignore[index]
+        told = listed(
+            [(s.name, *s.collection, s.split or "") for s in asked.values() if s.collection]
+        )
         raise InputError(f"the runs are of different collections or splits: {told}; give one kind")
     first = next(iter(asked.values()))
     assert first.home is not None
@@ -178,6 +187,20 @@ def judged(systems: Sequence[System], qrels: Path | None = None) -> Judged:
         collection.queries,
         collection.corpus,
         collection.qrels(first.split),
+        collection.relevant_from.get(first.split, 1),
+    )
+
+
+def listed(found: Sequence[tuple[str, str, str, str]]) -> str:
+    """Systems with what they were evaluated on, such as `bm25 (scifact test), mine (scifact dev)`.
+
+    Args:
+        found: (system, collection, its digest, split); digests are shown where they alone differ.
+    """
+    alike = len({(name, split) for _, name, _, split in found}) == 1
+    return ", ".join(
+        f"{system} ({name} {split}{f', digest {digest[:12]}' if alike else ''})"
+        for system, name, digest, split in found
     )
 
 
@@ -219,16 +242,18 @@ def config(home: Path) -> dict[str, Any]:
 
 
 def _by_file(path: Path) -> Judged:
+    from caravan.data.byid import ById
     from caravan.data.qrels import judgements
 
     queries, corpus = Ids(), Ids()
-    triples = [judgement for _, judgement in judgements(path)]
+    numbers, triples = [], []
+    for number, judgement in judgements(path):
+        numbers.append(number)
+        triples.append(judgement)
     if not triples:
         raise InputError(f"{path} has no judgement; give a file with at least one")
-    rows = queries.rows([query for query, _, _ in triples])
-    passages = corpus.rows([passage for _, passage, _ in triples])
-    grades = np.array([grade for _, _, grade in triples], np.int32)
-    return Judged(path.name, "", queries, corpus, Qrels(rows, passages, grades))
+    rows = ById(corpus, queries, lambda _, n: f"{path}:{numbers[n]}", "count")
+    return Judged(path.name, "", queries, corpus, Qrels(*rows.judgements("qrels", triples)))
 
 
 def _stem(path: Path) -> str:
