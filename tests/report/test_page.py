@@ -239,6 +239,13 @@ def test_an_evaluation_of_many_collections_opens_with_their_mean(tmp_path: Path)
     assert overview[-1] == f"| mean | {record['nDCG@10']:.4f} | {record['R@5']:.4f} |"
     headings = [one["id"] for one in found.all("h2")]
     assert headings == ["facts", "overview", "1-results", "2-results", "made"]
+    assert "| bm25 |" in (tmp_path / "runs/suite/report/1-results.md").read_text()
+    again = tmp_path / "runs/beside"
+    shutil.copytree(tmp_path / "runs/suite", again, ignore=shutil.ignore_patterns("report*"))
+    page.write(tmp_path / "runs")
+    results = (tmp_path / "runs/report/1-results.md").read_text()
+    assert "| suite |" in results
+    assert "| beside |" in results
 
 
 # --- sweeps -----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 
 from caravan.atomic import replacing
 from caravan.errors import InputError
-from caravan.report.systems import read_metrics
+from caravan.report.records import read_metrics
 
 MEAN = "mean"
 Column = tuple[str, str]

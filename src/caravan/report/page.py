@@ -29,7 +29,6 @@ from caravan.report import (
     evaluations,
     plots,
     sweep,
-    systems,
     tables,
     trainings,
 )
@@ -37,6 +36,7 @@ from caravan.report.blocks import Block, Facts, Note, Section
 from caravan.report.compare import Comparison
 from caravan.report.compare import tables as tables_of
 from caravan.report.plots import DARK, LIGHT, Plot
+from caravan.report.records import read_metrics
 
 FILE = "report.html"
 MOST_MEASURES = 6
@@ -113,7 +113,7 @@ def save(page: Page, path: Path) -> Path:
 def of_runs(folder: Path) -> Page:
     """The page of one run directory, or of all those below a folder."""
     homes = [path.parent for path in sorted(folder.rglob("metrics.json"))]
-    records = {home: systems.read_metrics(home) or {} for home in homes}
+    records = {home: read_metrics(home) or {} for home in homes}
     evaluated = {h: r for h, r in records.items() if r.get("overall") and r.get("run")}
     suites = [home for home, record in records.items() if record.get("collections")]
     trained = [home for home, record in records.items() if "updates" in record]
@@ -128,13 +128,19 @@ def of_runs(folder: Path) -> Page:
         key = (record["collection"]["digest"], record["split"])
         groups.setdefault(key, {})[str(home.relative_to(folder))] = record
     several = len(groups) > 1
+    names = {}  # a collection's evaluation in a suite is the suite's system on it
     if suites:
         found.append(_suites(suites))
+        names = {
+            str((home / name).relative_to(folder)): _system(home, folder, records[home])
+            for home in suites
+            for name in records[home]["collections"]
+        }
     elif several:
         found.append(_overview(groups))
     for number, of_group in enumerate(groups.values(), 1):
         prefix = f"{number}-" if several else ""
-        read = evaluations.gathered(folder, of_group, prefix)
+        read = evaluations.gathered(folder, of_group, prefix, names)
         found += evaluations.evaluations(read, FEW if several else evaluations.SHOWN)
     found += trainings.trainings(folder, trained)
     configs = [path.parent for path in sorted(folder.rglob("config.yaml"), key=_time)]
@@ -146,11 +152,16 @@ def of_runs(folder: Path) -> Page:
     return Page(_title(folder), line, [*first, *found], _command(folder))
 
 
+def _system(home: Path, folder: Path, record: dict[str, Any]) -> str:
+    """What the system of a suite is called on a page of `folder`."""
+    return str(record["system"]) if home == folder else str(home.relative_to(folder))
+
+
 def of_sweep(folder: Path) -> Page:
     """The page of a sweep: its table, curves over what it varies, and its jobs."""
     varied, measures, rows, failed = sweep.collect(folder)
     labels = sweep.labelled(folder)
-    records = {home: systems.read_metrics(home) or {} for home in labels}
+    records = {home: read_metrics(home) or {} for home in labels}
     results: list[Block] = []
     if rows and measures:
         results += [*sweep.tables(folder), *sweep.plots(folder)[:MOST_MEASURES]]

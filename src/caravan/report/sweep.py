@@ -21,7 +21,7 @@ from caravan import jobs
 from caravan.atomic import replacing
 from caravan.errors import InputError
 from caravan.report.plots import LIGHT, Line, Plot, bars, lines
-from caravan.report.systems import read_metrics
+from caravan.report.records import read_metrics
 from caravan.report.tables import Table, best
 
 SEED = "seed"
@@ -167,10 +167,10 @@ def show(folder: Path) -> list[tuple[str, str]]:
     from rich.console import Console
 
     varied, measures, rows, failed = _collected(folder)
-    made = [table.rich() for table in tables(folder)]
+    made = tables(folder)
     console = Console(soft_wrap=True)
     for table in made:
-        console.print(table)
+        console.print(table.rich(console.width))
     with replacing(folder / "sweep.txt") as path:
         _write_text(path, made)
     with replacing(folder / "sweep.csv") as path:
@@ -266,13 +266,13 @@ def _table(
     return Table(name, caption, [*settings, *measures], cells, max(1, len(settings)), strong)
 
 
-def _write_text(path: Path, tables: list[Any]) -> None:
+def _write_text(path: Path, tables: list[Table]) -> None:
     from rich.console import Console
 
     with path.open("w", encoding="utf-8") as file:
         console = Console(file=file, width=200)
         for table in tables:
-            console.print(table)
+            console.print(table.rich(console.width))
 
 
 def _write_csv(path: Path, columns: list[str], rows: list[Row]) -> None:

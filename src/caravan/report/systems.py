@@ -18,6 +18,7 @@ import numpy as np
 
 from caravan.data.collection import Collection, Qrels
 from caravan.errors import InputError
+from caravan.report.records import listed, read_metrics
 
 
 @dataclass(frozen=True)
@@ -79,19 +80,19 @@ def system(path: Path) -> System:
         InputError: there is neither; a directory without an evaluation.
     """
     if path.is_dir():
-        record = read_metrics(path) or {}
-        if "collections" in record:
-            inside = next(iter(record["collections"]), "<collection>")
+        own = read_metrics(path) or {}
+        if "collections" in own:
+            inside = next(iter(own["collections"]), "<collection>")
             raise InputError(
                 f"{path} is an evaluation of several collections; compare one of them, such as"
                 f" {path / inside}, or see them all with python -m caravan.report collections"
             )
-        if "run" not in record:
+        if "run" not in own:
             raise InputError(
                 f"{path} is not the run directory of an evaluation (no run in metrics.json);"
                 " give one, or a run file"
             )
-        return _of(path.resolve().name, path / record["run"], path, record)
+        return _of(path.resolve().name, path / own["run"], path, own)
     if not path.is_file():
         raise InputError(f"there is no run directory and no run file {path}; check the path")
     home = path.parent.parent
@@ -105,22 +106,6 @@ def _of(name: str, run: Path, home: Path, record: dict[str, Any]) -> System:
     of = record["collection"]
     measures = tuple(record["overall"])
     return System(name, run, home, (of["name"], of["digest"]), record["split"], measures)
-
-
-def read_metrics(folder: Path) -> dict[str, Any] | None:
-    """`metrics.json` of a run directory, None if there is none.
-
-    Raises:
-        InputError: it is not JSON.
-    """
-    path = folder / "metrics.json"
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); run the evaluation again") from None
-    return record if isinstance(record, dict) else None
 
 
 def told_apart(systems: Sequence[System]) -> list[System]:
@@ -191,19 +176,6 @@ def judged(systems: Sequence[System], qrels: Path | None = None) -> Judged:
     )
 
 
-def listed(found: Sequence[tuple[str, str, str, str]]) -> str:
-    """Systems with what they were evaluated on, such as `bm25 (scifact test), mine (scifact dev)`.
-
-    Args:
-        found: (system, collection, its digest, split); digests are shown where they alone differ.
-    """
-    alike = len({(name, split) for _, name, _, split in found}) == 1
-    return ", ".join(
-        f"{system} ({name} {split}{f', digest {digest[:12]}' if alike else ''})"
-        for system, name, digest, split in found
-    )
-
-
 def find(digest: str, home: Path) -> Collection:
     """The collection of a digest, in the cache of the run that has read it.
 
@@ -245,7 +217,8 @@ def _by_file(path: Path) -> Judged:
     from caravan.data.byid import ById
     from caravan.data.qrels import judgements
 
-    queries, corpus = Ids(), Ids()
+    queries: Any = Ids()
+    corpus: Any = Ids()
     numbers, triples = [], []
     for number, judgement in judgements(path):
         numbers.append(number)

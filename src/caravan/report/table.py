@@ -12,7 +12,7 @@ from typing import Any
 
 from caravan.errors import InputError
 from caravan.manifest import write_json
-from caravan.report.systems import listed, read_metrics
+from caravan.report.records import listed, read_metrics
 
 Summary = dict[str, dict[str, float]]
 

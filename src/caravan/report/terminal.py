@@ -42,7 +42,7 @@ def compare(
     comparison = comparing.compared(found, judged, measures, test)
     console = Console(soft_wrap=True)
     for table in comparing.tables(comparison):
-        console.print(table.rich())
+        console.print(table.rich(console.width))
     last = len(found) - 1
     gained, lost = examples(comparison, 0, last, count)
     names = comparison.names

@@ -10,6 +10,7 @@ from caravan.report import curves, systems
 from caravan.report.blocks import Block, Code, Facts, Note, Section
 from caravan.report.compare import slug
 from caravan.report.plots import Line, Plot, lines, panels
+from caravan.report.records import read_metrics
 
 MOST_TRAININGS = 12
 MOST_CONFIGS = 12
@@ -20,7 +21,7 @@ def trainings(folder: Path, homes: Sequence[Path]) -> list[Section]:
     """Facts and curves of each training below a folder."""
     blocks: list[Block] = []
     for home in homes[:MOST_TRAININGS]:
-        record = systems.read_metrics(home) or {}
+        record = read_metrics(home) or {}
         name = _name(home, folder)
         blocks.append(Facts(training_facts(home, record), name))
         found = curves.read(home)
