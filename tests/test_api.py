@@ -77,8 +77,27 @@ def test_mistakes_are_told(folders: dict[str, str], name: str) -> None:
         model.score(["salt"], ["gold", "silk"])
     with pytest.raises(InputError, match=r"give a list of texts, such as \['salt'\], not one text"):
         model.search("salt", ["gold"])
+    with pytest.raises(InputError, match=r"such as \['gold'\], not one text"):
+        model.search(["salt"], "gold")
+    with pytest.raises(InputError, match="query 1 is of type NoneType; give texts"):
+        model.search(["salt", None], ["gold"])
+    with pytest.raises(InputError, match="passage 1 is of type tuple; give texts, or pairs"):
+        model.search(["salt"], ["gold", ("silk", "sand", "gold")])
+    with pytest.raises(InputError, match="k=0: give the number"):
+        model.search(["salt"], ["gold"], k=0)
     with pytest.raises(InputError, match=r"caravan\.json"):
         caravan.load("src")
+
+
+@pytest.mark.parametrize("shape", [(2, 31), (2, 32, 1), (32,)])
+def test_embeddings_of_another_shape_are_told(
+    folders: dict[str, str], shape: tuple[int, ...]
+) -> None:
+    model: Any = caravan.load(folders["retriever"])
+    with pytest.raises(
+        InputError, match=r"give embeddings \[N, 32\] of encode_passages, or a list"
+    ):
+        model.search(["salt"], np.ones(shape, np.float32))
 
 
 def test_the_package_is_imported_without_torch() -> None:

@@ -135,8 +135,9 @@ def test_questions_are_answered_by_a_line_of_json_each(beir: Path, tmp_path: Pat
 
 
 def test_standard_input_has_a_question_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("salt?\n\n  gold = silk \nsand"))
-    assert list(questions(None, quiet=True)) == ["salt?", "gold = silk", "sand"]
+    lines = b"salt?\n\n  gold = silk \nsand \xff"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    assert list(questions(None, quiet=True)) == ["salt?", "gold = silk", "sand \ufffd"]
 
 
 def test_an_answer_for_a_person_has_scores_ranks_and_times(beir: Path, tmp_path: Path) -> None:

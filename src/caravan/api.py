@@ -83,7 +83,7 @@ class Retriever(_Loaded):
 
     def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
         """Embeddings [N, dim] float32 of queries."""
-        return self._encoded([("", query) for query in _listed(queries)], "queries")
+        return self._encoded(_asked(queries), "queries")
 
     def encode_passages(self, passages: Sequence[Text]) -> np.ndarray:
         """Embeddings [N, dim] float32 of passages, each a text, or a title and a text."""
@@ -102,12 +102,19 @@ class Retriever(_Loaded):
         Args:
             passages: texts, or their embeddings as `encode_passages` gives them.
         """
+        _refuse_few(k)
         found = passages if isinstance(passages, np.ndarray) else self.encode_passages(passages)
-        if not len(found) or not len(_listed(queries)):
-            return [[] for _ in queries]
+        asked = self.encode_queries(queries)
+        if not len(found) or not len(asked):
+            return [[] for _ in asked]
+        if found.dtype.kind != "f" or found.shape != (len(found), asked.shape[1]):
+            raise InputError(
+                f"the passages are an array {list(found.shape)} of {found.dtype}; give embeddings"
+                f" [N, {asked.shape[1]}] of encode_passages, or a list of texts"
+            )
         index = Exact(k=min(k, len(found)))
         index.build(ArrayBlocks(np.ascontiguousarray(found, dtype=np.float32)))
-        return _hits(*index.search(self.encode_queries(queries)))
+        return _hits(*index.search(asked))
 
     def _encoded(self, texts: list[tuple[str, str]], side: str) -> np.ndarray:
         encode = getattr(self._templates, side)
@@ -126,7 +133,7 @@ class Reranker(_Loaded):
     def score(self, queries: Sequence[str], passages: Sequence[Text]) -> np.ndarray:
         """Scores [N] float32 of queries with passages, pair by pair; the higher the better."""
         _refuse_uneven(queries, passages)
-        pairs = list(zip([("", query) for query in queries], _titled(passages), strict=True))
+        pairs = list(zip(_asked(queries), _titled(passages), strict=True))
         blocks = []
         for block in _blocks(pairs):
             asked, read = zip(*block, strict=True)
@@ -138,9 +145,11 @@ class Reranker(_Loaded):
         self, queries: Sequence[str], passages: Sequence[Text], k: int = 10
     ) -> list[list[Hit]]:
         """The k passages that score best for each query, every one of them read with it."""
-        number = len(passages)
-        asked = [query for query in _listed(queries) for _ in range(number)]
-        scores = self.score(asked, list(passages) * len(queries)).reshape(len(queries), number)
+        _refuse_few(k)
+        read = _titled(passages)
+        number = len(read)
+        asked = [query for query in _listed(queries) for _ in read]
+        scores = self.score(asked, read * len(queries)).reshape(len(queries), number)
         rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return _hits(np.take_along_axis(scores, rows, axis=1), rows)
 
@@ -170,9 +179,30 @@ def _listed(texts: Sequence[str]) -> Sequence[str]:
     return texts
 
 
+def _asked(queries: Sequence[str]) -> list[tuple[str, str]]:
+    listed = list(_listed(queries))
+    for row, query in enumerate(listed):
+        if not isinstance(query, str):
+            raise InputError(f"query {row} is of type {type(query).__name__}; give texts")
+    return [("", query) for query in listed]
+
+
 def _titled(passages: Sequence[Text]) -> list[tuple[str, str]]:
     _listed(passages)  # type: ignore[arg-type]
-    return [("", passage) if isinstance(passage, str) else passage for passage in passages]
+    pairs: list[Any] = [("", one) if isinstance(one, str) else one for one in passages]
+    for row, pair in enumerate(pairs):
+        whole = isinstance(pair, tuple | list) and len(pair) == 2
+        if not whole or not all(isinstance(part, str) for part in pair):
+            raise InputError(
+                f"passage {row} is of type {type(pair).__name__}; give texts, or pairs of a title"
+                " and a text"
+            )
+    return pairs
+
+
+def _refuse_few(k: int) -> None:
+    if k < 1:
+        raise InputError(f"k={k}: give the number of passages that a query is to have, 1 or more")
 
 
 def _refuse_uneven(queries: Sequence[str], passages: Sequence[Text]) -> None:

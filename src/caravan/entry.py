@@ -43,10 +43,17 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from caravan import config, jobs
 from caravan.compose import FAILURES, Composer, report
-from caravan.errors import InputError, is_termination
+from caravan.errors import (
+    FAILED,
+    INTERRUPTED,
+    TERMINATED,
+    USER,
+    InputError,
+    is_termination,
+    sentence,
+)
 from caravan.ranks import leads, world
 
-FAILED, USER, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 SWEEP_DIR = "hydra.sweep.dir="
 MOST_JOBS = 24
 """Jobs of a sweep that are checked before it starts; each is checked again when its turn comes."""
@@ -100,9 +107,10 @@ def entry(name: str, configs: Path | None = None) -> Callable[[Task], Callable[[
                     _interrupted(root)
                 raise
             except OSError as error:
-                if error.filename is None:
+                told = sentence(error)
+                if told is None:
                     raise
-                _leave(f"{error.filename}: {error.strerror}; give another place", USER)
+                _leave(told, USER)
             except (ConfigCompositionException, OverrideParseException, SearchPathException) as e:
                 _leave(" ".join(str(e.__cause__ or e).split()), USER)
             except (InputError, InstantiationException) as error:

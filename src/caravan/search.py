@@ -65,7 +65,7 @@ def main() -> None:
 def _question(text: str) -> str:
     if not text.strip():
         raise ArgumentTypeError("it is empty; write a question after it, in quotes")
-    return text.strip()
+    return _readable(os.fsencode(text))
 
 
 def questions(asked: list[str] | None, quiet: bool) -> Iterator[str]:
@@ -75,9 +75,14 @@ def questions(asked: list[str] | None, quiet: bool) -> Iterator[str]:
     elif sys.stdin.isatty():
         yield from _typed(quiet)
     else:
-        for line in sys.stdin:
-            if line.strip():
-                yield line.strip()
+        for line in sys.stdin.buffer:
+            if question := _readable(line):
+                yield question
+
+
+def _readable(text: bytes) -> str:
+    """What is not UTF-8 is replaced: nothing else could be written out again."""
+    return text.decode("utf-8", "replace").strip()
 
 
 def _typed(quiet: bool) -> Iterator[str]:

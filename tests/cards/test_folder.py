@@ -176,6 +176,35 @@ def test_figures_of_an_evaluation_are_those_of_this_model(
     assert f"{figures['reranked']['MRR@10']:.4f}" in (reranker / "README.md").read_text()
 
 
+def test_figures_of_many_collections_are_a_row_each(
+    beir: Path, folders: dict[str, str], tmp_path: Path
+) -> None:
+    folder, data = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(folders["retriever"], folder)
+    for name in ("one", "two"):
+        shutil.copytree(beir, data / name)
+    metrics = evaluate(data, tmp_path / "run", folder, "collections=[one,two]", FLOAT)
+    write(folder, [tmp_path / "run"])
+    text = (folder / "README.md").read_text()
+    for name, of in metrics["collections"].items():
+        found = {r.metric_name: r.metric_value for r in metadata(folder).eval_results
+                 if r.dataset_type == name}  # fmt: skip
+        assert found == of["overall"]
+        assert f"| {name} test | 4 queries over 60 passages |" in text
+    (data / "one/queries.jsonl").unlink()
+    with pytest.raises(InputError, match="1 of 2 collections failed"):
+        evaluate(data, tmp_path / "half", folder, "collections=[one,two]", FLOAT)
+    write(folder, [tmp_path / "half"])
+    assert {one.dataset_type for one in metadata(folder).eval_results} == {"two"}
+
+
+def test_a_chat_template_stays_in_its_cell(tmp_path: Path) -> None:
+    path = exported.retriever(tmp_path / "model", "decoder", query_template="<|user|>\n{text}")
+    write(path)
+    row = r"| query | `<\|user\|>\n{text}`, "
+    assert any(line.startswith(row) for line in (path / "README.md").read_text().splitlines())
+
+
 def test_figures_of_another_model_are_refused(
     beir: Path, folders: dict[str, str], tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ def _suite(
     split: str = "test",
 ) -> None:
     """Figures: {collection: {stage: nDCG@10}}."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     collections = {
         name: {
             "group": name.partition("/")[0],

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from scipy import stats
 from tests.commands import evaluate
 from tests.report.conftest import Evaluations
+from tests.tiny import write_beir
 
 from caravan.errors import InputError
 from caravan.report import __main__ as command
@@ -182,6 +184,80 @@ def test_other_collections_and_splits_are_not_compared(
     evaluate(evaluations.beir, tmp_path / "dev", "bm25", "data.split=dev")
     with pytest.raises(InputError, match=r"bm25 \(data train\), dev \(data dev\)"):
         _compared(evaluations.folder / "bm25", tmp_path / "dev")
+
+
+def test_collections_of_one_name_are_told_apart_by_their_digests() -> None:
+    found = [
+        systems.System(name, Path(name), Path(), ("pydocs", digit * 32), "test")
+        for name, digit in (("old", "a"), ("new", "b"))
+    ]
+    told = r"old \(pydocs test, digest a{12}\), new \(pydocs test, digest b{12}\)"
+    with pytest.raises(InputError, match=told):
+        systems.judged(found)
+
+
+def test_measures_are_spelled_as_the_collection_wants_them(
+    evaluations: Evaluations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = systems.find
+    monkeypatch.setattr(
+        systems, "find", lambda *given: replace(find(*given), relevant_from={"train": 2})
+    )
+    found = _compared(
+        evaluations.folder / "bm25", evaluations.theirs, measures=["MRR@10", " nDCG@10"]
+    )
+    assert list(found.values) == ["MRR(rel=2)@10", "nDCG@10"]
+
+
+def test_a_measure_that_is_named_twice_counts_once(evaluations: Evaluations) -> None:
+    paths = evaluations.folder / "bm25", evaluations.theirs
+    once, twice = (_compared(*paths, measures=["R@5"] * times) for times in (1, 2))
+    np.testing.assert_array_equal(once.values["R@5"], twice.values["R@5"])
+
+
+def test_one_judgement_told_twice_counts_once_and_two_grades_are_refused(tmp_path: Path) -> None:
+    qrels = tmp_path / "qrels.txt"
+    qrels.write_text("q 0 p 1\nq 0 p 1\nq 0 r 0\n")
+    assert systems.judged([], qrels).qrels.grades.tolist() == [1, 0]
+    qrels.write_text("q 0 p 1\nr 0 p 1\nq 0 p 2\n")
+    with pytest.raises(InputError, match=r"qrels\.txt:3: .* grade 2, but 1 at .*qrels\.txt:1"):
+        systems.judged([], qrels)
+
+
+def test_an_evaluation_of_many_collections_is_not_one_ranking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, name in enumerate(("one", "two")):
+        write_beir(tmp_path / "data" / name, seed=seed)
+    suite = tmp_path / "suite"
+    evaluate(tmp_path / "data", suite, "bm25", "collections=[one,two]")
+    capsys.readouterr()
+    assert _run(["compare", suite, suite / "one"], monkeypatch) == 2
+    told = f"{suite} is an evaluation of several collections; compare one of them, such as {suite}"
+    assert capsys.readouterr().err.startswith(f"{told}/one, or see them all with")
+    for k1 in ("0.3", "2"):  # what it names instead works
+        evaluate(tmp_path / "data", tmp_path / k1, "bm25", "collections=[one]", f"bm25.k1={k1}")
+    assert _run(["compare", tmp_path / "0.3/one", tmp_path / "2/one"], monkeypatch) == 0
+    assert "2/one" in capsys.readouterr().out
+
+
+def test_a_run_directory_is_named_after_its_folder_from_within_too(
+    evaluations: Evaluations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(evaluations.folder / "bm25")
+    assert systems.system(Path()).name == "bm25"
+
+
+def test_the_page_shows_as_many_queries_as_were_asked_for_and_its_own_command(
+    evaluations: Evaluations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "out.html"
+    given = ["compare", evaluations.folder / "bm25", evaluations.theirs]
+    assert _run([*given, "--queries", 1, "--html", page], monkeypatch) == 0
+    text = page.read_text()
+    assert text.count("<article>") == 2
+    said = " ".join(map(str, ["python -m caravan.report", *given, "--queries 1 --html", page]))
+    assert f"<code>{said}</code>" in text
 
 
 def test_compare_prints_figures_tests_overlap_and_queries_and_writes_a_page(

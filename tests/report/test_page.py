@@ -133,7 +133,8 @@ def test_one_evaluation_is_a_page_too(evaluations: Evaluations, tmp_path: Path) 
     shutil.copytree(evaluations.folder.parent / "cache", tmp_path / "cache")
     found = Parsed(page.write(folder))
     assert [one["id"] for one in found.all("h2")] == ["facts", "results", "made"]
-    assert "did not write down its commands" in found.text
+    assert "not started by a command" in found.text
+    assert "| bm25 |" in (folder / "report/results.md").read_text()  # and not "."
 
 
 def test_a_page_without_its_collection_says_so_and_has_the_rest(
@@ -177,6 +178,56 @@ def test_several_collections_are_one_table_and_a_section_each(
     assert {"1-results", "2-results"} <= {one["id"] for one in found.all("h2")}
 
 
+def test_two_systems_of_one_name_are_two_rows_of_the_table_of_all(
+    evaluations: Evaluations, tmp_path: Path
+) -> None:
+    folder = tmp_path / "runs"
+    for model, figure in (("minilm", 0.2), ("e5", 0.4)):
+        for name, digit in (("one", "1"), ("two", "2")):
+            home = folder / model / name
+            shutil.copytree(evaluations.folder / "bm25", home)
+            record = json.loads((home / "metrics.json").read_text())
+            record["collection"] = {"name": "pydocs", "digest": digit * 32}
+            record["overall"]["MRR@10"] = figure
+            (home / "metrics.json").write_text(json.dumps(record))
+    page.write(folder)
+    overview = (folder / "report/overview.md").read_text().splitlines()
+    assert overview[2:] == [
+        "| system | pydocs train (11111111) | pydocs train (22222222) | mean |",
+        "| --- | ---: | ---: | ---: |",
+        "| e5 | **0.4000** | **0.4000** | **0.4000** |",
+        "| minilm | 0.2000 | 0.2000 | 0.2000 |",
+    ]
+
+
+def test_suites_that_one_table_cannot_hold_leave_the_page_the_rest(tmp_path: Path) -> None:
+    write_beir(tmp_path / "data/one")
+    for split in ("test", "train"):
+        given = (f"collections=[one:{split}]", "measures=[R@5]")
+        evaluate(tmp_path / "data", tmp_path / "runs" / split, "bm25", *given)
+    found = Parsed(page.write(tmp_path / "runs"))
+    assert "One table is left out" in found.text
+    assert {"1-results", "2-results"} <= {one["id"] for one in found.all("h2")}
+
+
+def test_a_sweep_among_other_runs_does_not_hide_them(
+    evaluations: Evaluations, sweep: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(sweep, tmp_path / "runs/k1")
+    shutil.copytree(evaluations.folder / "bm25", tmp_path / "runs/bm25")
+    found = Parsed(page.write(tmp_path / "runs"))
+    assert "4 evaluations" in found.text
+
+
+def test_trainings_that_are_not_shown_are_counted(tmp_path: Path) -> None:
+    for number in range(14):
+        (tmp_path / f"{number:02}").mkdir()
+        (tmp_path / f"{number:02}/metrics.json").write_text('{"updates": 5}')
+    found = Parsed(page.write(tmp_path))
+    assert "14 trainings" in found.text
+    assert "2 more trainings are not shown" in found.text
+
+
 def test_an_evaluation_of_many_collections_opens_with_their_mean(tmp_path: Path) -> None:
     for seed, name in enumerate(("one", "two")):
         write_beir(tmp_path / "data" / name, seed=seed)
@@ -188,6 +239,13 @@ def test_an_evaluation_of_many_collections_opens_with_their_mean(tmp_path: Path)
     assert overview[-1] == f"| mean | {record['nDCG@10']:.4f} | {record['R@5']:.4f} |"
     headings = [one["id"] for one in found.all("h2")]
     assert headings == ["facts", "overview", "1-results", "2-results", "made"]
+    assert "| bm25 |" in (tmp_path / "runs/suite/report/1-results.md").read_text()
+    again = tmp_path / "runs/beside"
+    shutil.copytree(tmp_path / "runs/suite", again, ignore=shutil.ignore_patterns("report*"))
+    page.write(tmp_path / "runs")
+    results = (tmp_path / "runs/report/1-results.md").read_text()
+    assert "| suite |" in results
+    assert "| beside |" in results
 
 
 def test_many_collections_of_which_none_is_finished_leave_the_rest_of_a_page(

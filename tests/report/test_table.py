@@ -80,3 +80,19 @@ def test_a_folder_without_evaluations_is_told_in_a_sentence(
     monkeypatch.setattr("sys.argv", ["report", "table", str(tmp_path)])
     assert command.main() == 2
     assert "holds no evaluation" in capsys.readouterr().err
+
+
+def test_a_broken_file_is_told_in_a_sentence(tmp_path: Path) -> None:
+    _evaluation(tmp_path / "a", 0.1)
+    (tmp_path / "a/metrics.json").write_text('{"overall":')
+    with pytest.raises(InputError, match=r"metrics\.json is not JSON"):
+        collect(tmp_path)
+
+
+def test_a_run_directory_by_itself_is_named_after_its_system(tmp_path: Path) -> None:
+    _evaluation(tmp_path / "a", 0.1)
+    path = tmp_path / "a/metrics.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "system": "retriever"}))
+    summary, records = collect(tmp_path / "a")
+    assert list(summary) == ["retriever"]
+    assert records["retriever"]["folder"] == "."

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
+
+import pytest
+from rich.console import Console
 
 from caravan.report.tables import Table, best, write
 
@@ -41,3 +45,15 @@ def test_the_best_of_a_column_stands_out_unless_all_are_alike() -> None:
 def test_each_table_is_written_in_both_forms(tmp_path: Path) -> None:
     write(tmp_path, [TABLE])
     assert {path.name for path in tmp_path.iterdir()} == {"results.md", "results.tex"}
+
+
+@pytest.mark.parametrize("width", [10, 40, 100])
+def test_figures_are_whole_on_a_terminal_of_any_width(width: int) -> None:
+    interval = "\u22120.0014 to +0.0451"
+    table = Table("t", "Caption.", ["system", "interval", "p"], [["z" * 40, interval, ".018"]])
+    file = io.StringIO()
+    console = Console(file=file, width=width, soft_wrap=True)
+    console.print(table.rich(console.width))
+    assert interval in file.getvalue()
+    assert ".018" in file.getvalue()
+    assert file.getvalue().count("z") == 40

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from caravan.errors import InputError
+from caravan.errors import answering
 
 
 def main() -> int:
@@ -22,20 +22,14 @@ def main() -> int:
     parser.add_argument("--license", help="of the Hub's list, such as apache-2.0")
     parser.add_argument("--language", action="append", help="a code such as en; may be repeated")
     given = parser.parse_args()
-    try:
+
+    def work() -> None:
         from caravan.cards.folder import write
 
         path = write(given.model, given.evaluations, given.license, given.language)
-    except InputError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    except OSError as error:
-        if error.filename is None:
-            raise
-        sys.stderr.write(f"{error.filename}: {error.strerror}; give another place\n")
-        return 2
-    sys.stdout.write(f"{path} is written; hf upload <user>/<name> {given.model} pushes it\n")
-    return 0
+        sys.stdout.write(f"{path} is written; hf upload <user>/<name> {given.model} pushes it\n")
+
+    return answering(work)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from caravan import manifest
+from caravan.cards.page import cell
 from caravan.contract import Contract, folder_digest
 from caravan.errors import InputError
 
@@ -43,6 +44,8 @@ def validated(facts: dict[str, Any]) -> Iterator[Figures]:
 def evaluated(folder: Path, evaluation: Path) -> list[Figures]:
     """The figures of the stages of an evaluation that this model has computed.
 
+    Of an evaluation of several collections, those on each of them that has finished.
+
     Args:
         folder: the model folder.
         evaluation: the folder of a run of `evaluate.py`.
@@ -53,12 +56,14 @@ def evaluated(folder: Path, evaluation: Path) -> list[Figures]:
     path = evaluation / "metrics.json"
     try:
         metrics = json.loads(path.read_text("utf-8"))
-        stages = metrics["stages"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        stages, parts = metrics["stages"], metrics.get("collections")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: no figures of an evaluation ({type(error).__name__}); give the folder of a"
             " run of evaluate.py"
         ) from None
+    if parts:
+        return [one for name in parts for one in evaluated(folder, evaluation / name)]
     digest, found = folder_digest(folder), []
     for number, stage in enumerate(stages):
         made = manifest.read(evaluation / stage["run"]) or {}
@@ -115,5 +120,5 @@ def table(figures: list[Figures]) -> str:
     ]
     for one in figures:
         cells = [f"{one.values[name]:.4f}" if name in one.values else "" for name in measures]
-        lines.append(f"| {one.collection} {one.split} | {one.how} | {' | '.join(cells)} |")
+        lines.append(f"| {cell(one.collection)} {one.split} | {one.how} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -53,10 +53,19 @@ def page(
     return "\n\n".join([f"---\n{data}\n---\n# {name}", *sections]) + "\n"
 
 
-def table(rows: dict[str, Any], head: tuple[str, str] = ("setting", "value")) -> str:
-    """Two columns."""
-    lines = [f"| {key} | {value} |" for key, value in rows.items()]
-    return "\n".join([f"| {head[0]} | {head[1]} |", "|---|---|", *lines])
+def table(rows: dict[str, Any]) -> str:
+    """Settings and their values."""
+    lines = [f"| {cell(key)} | {cell(value)} |" for key, value in rows.items()]
+    return "\n".join(["| setting | value |", "|---|---|", *lines])
+
+
+def cell(value: Any) -> str:
+    r"""A value in a cell: chat templates have bars and line breaks, which would end it.
+
+    >>> print(cell("`<|user|>`"))
+    `<\|user\|>`
+    """
+    return str(value).replace("|", "\\|").replace("\n", "\\n")
 
 
 def code(python: str) -> str:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from caravan.errors import InputError
+from caravan.errors import answering
 from caravan.export.write import FORMATS, export
 
 
@@ -20,19 +20,13 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="a model folder, such as runs/mine/model")
     parser.add_argument("format", choices=FORMATS, help="what to write, see below")
     parser.add_argument("out", type=Path, help="a folder that is not there yet, or empty")
-    arguments = parser.parse_args()
-    try:
-        export(arguments.model, arguments.format, arguments.out)
-    except InputError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    except OSError as error:
-        if error.filename is None:
-            raise
-        sys.stderr.write(f"{error.filename}: {error.strerror}; give another place\n")
-        return 2
-    sys.stdout.write(f"{arguments.out} holds it; its README.md has code that loads it\n")
-    return 0
+    given = parser.parse_args()
+
+    def work() -> None:
+        export(given.model, given.format, given.out)
+        sys.stdout.write(f"{given.out} holds it; its README.md has code that loads it\n")
+
+    return answering(work)
 
 
 if __name__ == "__main__":

@@ -7,49 +7,44 @@ import logging
 import sys
 from pathlib import Path
 
-from caravan.errors import InputError
+from caravan.errors import answering
 
 
 def main() -> int:
-    arguments = _parser().parse_args()
+    given = _parser().parse_args()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    try:
-        if arguments.command == "table":
-            from caravan.report.table import show as show_table
+    return answering(lambda: _shown(given))
 
-            show_table(arguments.folder)
-        elif arguments.command == "sweep":
-            from caravan.report.sweep import show as show_sweep
 
-            show_sweep(arguments.folder)
-        elif arguments.command == "collections":
-            from caravan.report.collections import show as show_collections
+def _shown(given: argparse.Namespace) -> None:
+    """Do what the command line asks for; each command imports its own."""
+    if given.command == "table":
+        from caravan.report.table import show as show_table
 
-            show_collections(arguments.folder)
-        elif arguments.command == "page":
-            from caravan.report.page import show as show_page
+        show_table(given.folder)
+    elif given.command == "sweep":
+        from caravan.report.sweep import show as show_sweep
 
-            show_page(arguments.folder)
-        else:
-            from caravan.report.terminal import compare
+        show_sweep(given.folder)
+    elif given.command == "collections":
+        from caravan.report.collections import show as show_collections
 
-            compare(
-                arguments.systems,
-                qrels=arguments.qrels,
-                measures=arguments.measures.split(",") if arguments.measures else [],
-                test=arguments.test,
-                count=arguments.queries,
-                html=arguments.html,
-            )
-    except InputError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    except OSError as error:
-        if error.filename is None:
-            raise
-        sys.stderr.write(f"{error.filename}: {error.strerror}; give another place\n")
-        return 2
-    return 0
+        show_collections(given.folder)
+    elif given.command == "page":
+        from caravan.report.page import show as show_page
+
+        show_page(given.folder)
+    else:
+        from caravan.report.terminal import compare
+
+        compare(
+            given.systems,
+            qrels=given.qrels,
+            measures=given.measures.split(",") if given.measures else [],
+            test=given.test,
+            count=given.queries,
+            html=given.html,
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ from typing import Any
 
 from caravan.atomic import replacing
 from caravan.errors import InputError
-from caravan.report.systems import read_metrics
+from caravan.report.records import read_metrics
 
 MEAN = "mean"
 Column = tuple[str, str]
@@ -27,6 +27,8 @@ Figures = dict[Column, dict[str, float]]
 
 def collect(folders: list[Path]) -> tuple[list[str], Figures, list[str]]:
     """The figures of one or more suites.
+
+    A system is called by its folder, and by the folders above it where those are alike.
 
     Returns:
         Collections in order, those of a group followed by the group's own row, and last the mean

@@ -25,7 +25,7 @@ from caravan.data.runs import Run, read_run
 from caravan.progress import track
 from caravan.report.systems import Judged, System
 from caravan.report.tables import MINUS, Table, best
-from caravan.retrieval.metrics import deepest, score_run, scored_queries
+from caravan.retrieval.metrics import deepest, score_run, scored_queries, spelled
 
 DEFAULT_MEASURES = ("MRR@10", "nDCG@10", "R@100")
 TESTS = ("t", "randomisation")
@@ -96,7 +96,8 @@ def compared(
     """Score every system query by query, and test the pairs.
 
     Args:
-        measures: by default those of the first evaluation.
+        measures: by default those of the first evaluation; spelled as `evaluate.py` spells them
+            where relevance begins at a higher grade.
         test: "t" or "randomisation".
         against: the place of one system that the others are tested against; None tests all pairs.
 
@@ -104,7 +105,8 @@ def compared(
         InputError: a run or a measure is wrong.
     """
     asked = list(measures) or next((list(s.measures) for s in systems if s.measures), [])
-    asked = asked or list(DEFAULT_MEASURES)
+    asked = spelled(asked or list(DEFAULT_MEASURES), judged.relevant_from)
+    asked = list(dict.fromkeys(name.strip() for name in asked))
     depth = max(DEPTH, deepest(asked))
     runs, missing = [], []
     values: dict[str, list[np.ndarray]] = {name: [] for name in asked}

@@ -107,7 +107,8 @@ def _results(of: Evaluated) -> Table:
     figures = [[of.rows[name]["overall"].get(m) for m in of.measures] for name in of.order]
     return Table(
         f"{of.prefix}results",
-        f"{of.where}: {first['queries']:,} queries, {first['passages']:,} passages; best in bold."
+        f"{of.where}: {first['queries']:,} queries, {first['passages']:,} passages"
+        f"{'; best in bold' if len(of.order) > 1 else ''}."
         " Seconds: embed or index the corpus, and search; or rerank.",
         ["system", *of.measures, "seconds"],
         [

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import importlib.metadata
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,7 +29,6 @@ from caravan.report import (
     evaluations,
     plots,
     sweep,
-    systems,
     tables,
     trainings,
 )
@@ -36,9 +36,9 @@ from caravan.report.blocks import Block, Facts, Note, Section
 from caravan.report.compare import Comparison
 from caravan.report.compare import tables as tables_of
 from caravan.report.plots import DARK, LIGHT, Plot
+from caravan.report.records import read_metrics
 
 FILE = "report.html"
-MOST_TRAININGS = 12
 MOST_MEASURES = 6
 FEW = 2
 """Queries that gained, and lost, of each pair where a page has several collections."""
@@ -72,10 +72,17 @@ def write(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; give a run directory, or one of several")
-    own_job = (folder / jobs.FILE).is_file()
-    is_sweep = not own_job and next(iter(folder.rglob(jobs.FILE)), None) is not None
-    made = of_sweep(folder) if is_sweep else of_runs(folder)
+    made = of_sweep(folder) if _is_sweep(folder) else of_runs(folder)
     return save(made, folder / FILE)
+
+
+def _is_sweep(folder: Path) -> bool:
+    """Whether a folder holds jobs of a sweep and no runs besides."""
+    of_jobs = {path.parent for path in folder.rglob(jobs.FILE)}
+    if not of_jobs or folder in of_jobs:
+        return False
+    homes = [path.parent for path in folder.rglob("metrics.json")]
+    return all(of_jobs & {home, *home.parents} for home in homes)
 
 
 def save(page: Page, path: Path) -> Path:
@@ -106,9 +113,9 @@ def save(page: Page, path: Path) -> Path:
 def of_runs(folder: Path) -> Page:
     """The page of one run directory, or of all those below a folder."""
     homes = [path.parent for path in sorted(folder.rglob("metrics.json"))]
-    records = {home: systems.read_metrics(home) or {} for home in homes}
+    records = {home: read_metrics(home) or {} for home in homes}
     evaluated = {h: r for h, r in records.items() if r.get("overall") and r.get("run")}
-    suites = [home for home, record in records.items() if "collections" in record]
+    suites = [home for home, record in records.items() if record.get("collections")]
     trained = [home for home, record in records.items() if "updates" in record]
     if not evaluated and not trained:
         raise InputError(
@@ -121,15 +128,21 @@ def of_runs(folder: Path) -> Page:
         key = (record["collection"]["digest"], record["split"])
         groups.setdefault(key, {})[str(home.relative_to(folder))] = record
     several = len(groups) > 1
+    names = {}  # a collection's evaluation in a suite is the suite's system on it
     if suites:
         found.append(_suites(suites))
+        names = {
+            str((home / name).relative_to(folder)): _system(home, folder, records[home])
+            for home in suites
+            for name in records[home]["collections"]
+        }
     elif several:
         found.append(_overview(groups))
     for number, of_group in enumerate(groups.values(), 1):
         prefix = f"{number}-" if several else ""
-        read = evaluations.gathered(folder, of_group, prefix)
+        read = evaluations.gathered(folder, of_group, prefix, names)
         found += evaluations.evaluations(read, FEW if several else evaluations.SHOWN)
-    found += trainings.trainings(folder, trained[:MOST_TRAININGS])
+    found += trainings.trainings(folder, trained)
     configs = [path.parent for path in sorted(folder.rglob("config.yaml"), key=_time)]
     found += trainings.made_by(folder, configs)
     counted = [(len(evaluated), "evaluation"), (len(trained), "training")]
@@ -139,11 +152,16 @@ def of_runs(folder: Path) -> Page:
     return Page(_title(folder), line, [*first, *found], _command(folder))
 
 
+def _system(home: Path, folder: Path, record: dict[str, Any]) -> str:
+    """What the system of a suite is called on a page of `folder`."""
+    return str(record["system"]) if home == folder else str(home.relative_to(folder))
+
+
 def of_sweep(folder: Path) -> Page:
     """The page of a sweep: its table, curves over what it varies, and its jobs."""
     varied, measures, rows, failed = sweep.collect(folder)
     labels = sweep.labelled(folder)
-    records = {home: systems.read_metrics(home) or {} for home in labels}
+    records = {home: read_metrics(home) or {} for home in labels}
     results: list[Block] = []
     if rows and measures:
         results += [*sweep.tables(folder), *sweep.plots(folder)[:MOST_MEASURES]]
@@ -219,16 +237,21 @@ def _suites(homes: list[Path]) -> Section:
 
 def _overview(groups: dict[tuple[str, str], evaluations.Records]) -> Section:
     """Every collection in one table: the first measure of each system, and its mean."""
+    names = [
+        f"{first['collection']['name']} {first['split']}"
+        for first in (next(iter(records.values())) for records in groups.values())
+    ]
+    wheres = [
+        name if names.count(name) == 1 else f"{name} ({digest[:8]})"
+        for name, (digest, _) in zip(names, groups, strict=True)
+    ]
+    called, measure = _called(groups), ""
     by_system: dict[str, dict[str, float]] = {}
-    wheres, measure = [], ""
-    for records in groups.values():
-        first = next(iter(records.values()))
-        where = f"{first['collection']['name']} {first['split']}"
-        wheres.append(where)
-        for record in records.values():
+    for where, records in zip(wheres, groups.values(), strict=True):
+        for folder, record in records.items():
             measure = measure or next(iter(record["overall"]))
             if measure in record["overall"]:
-                by_system.setdefault(record["system"], {})[where] = record["overall"][measure]
+                by_system.setdefault(called[folder], {})[where] = record["overall"][measure]
     rows: list[list[Any]] = []
     for name, of in by_system.items():
         values = [of.get(where) for where in wheres]
@@ -243,6 +266,23 @@ def _overview(groups: dict[tuple[str, str], evaluations.Records]) -> Section:
         strong=tables.best([row[1:] for row in rows]),
     )
     return Section("All collections", "overview", [told])
+
+
+def _called(groups: dict[tuple[str, str], evaluations.Records]) -> dict[str, str]:
+    """What systems are called in the table of all collections, by folder.
+
+    By the last stage; where a collection has two of a name, by the folder above the evaluation's,
+    or by the evaluation's own.
+    """
+    every = {folder: record for records in groups.values() for folder, record in records.items()}
+    for called in (
+        {folder: str(record["system"]) for folder, record in every.items()},
+        {folder: str(Path(folder).parent) for folder in every},
+        {folder: folder for folder in every},
+    ):
+        if all(len({called[name] for name in of}) == len(of) for of in groups.values()):
+            break
+    return called
 
 
 def _facts(records: list[dict[str, Any]]) -> list[Section]:
@@ -287,7 +327,7 @@ def _title(folder: Path) -> str:
 
 
 def _command(folder: Path) -> str:
-    return f"python -m caravan.report page {folder if not folder.is_absolute() else folder.name}"
+    return shlex.join(["python", "-m", "caravan.report", "page", str(folder)])
 
 
 def _time(path: Path) -> float:

@@ -10,7 +10,6 @@ shows the mean and the spread. `evaluate.py -m` and `train.py -m` end with it, a
 from __future__ import annotations
 
 import csv
-import json
 import re
 import statistics
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from caravan import jobs
 from caravan.atomic import replacing
 from caravan.errors import InputError
 from caravan.report.plots import LIGHT, Line, Plot, bars, lines
+from caravan.report.records import read_metrics
 from caravan.report.tables import Table, best
 
 SEED = "seed"
@@ -60,7 +60,7 @@ def collect(folder: Path) -> tuple[list[str], list[str], list[Row], list[tuple[s
             reason = record["error"] or "not finished"
             failed.append((str(run_dir.relative_to(folder)), str(reason)))
             continue
-        rows += [{**settings[run_dir], **one} for one in _figures(run_dir / "metrics.json")]
+        rows += [{**settings[run_dir], **one} for one in _figures(run_dir)]
     if any(READ in row for row in rows):
         varied.append(READ)
     measures = list(dict.fromkeys(name for row in rows for name in row if name not in varied))
@@ -93,12 +93,12 @@ def _settings(found: list[tuple[Path, Row]]) -> tuple[list[str], dict[Path, Row]
     }
 
 
-def _figures(path: Path) -> Iterator[Row]:
+def _figures(run_dir: Path) -> Iterator[Row]:
     """Figures of one job; several where it read its model at several lengths."""
-    if not path.is_file():  # a job may be there to make a folder and have no figures
+    record = read_metrics(run_dir)
+    if record is None:  # a job may be there to make a folder and have no figures
         yield {}
         return
-    record = json.loads(path.read_text("utf-8"))
     seconds = record.get("train_seconds", record.get("seconds"))
     watched = {record["monitored"]: record["best"]} if record.get("best") is not None else {}
     of_train = {f"{TRAIN}{name}": value for name, value in record.get("train", {}).items()}
@@ -167,10 +167,10 @@ def show(folder: Path) -> list[tuple[str, str]]:
     from rich.console import Console
 
     varied, measures, rows, failed = _collected(folder)
-    made = [table.rich() for table in tables(folder)]
+    made = tables(folder)
     console = Console(soft_wrap=True)
     for table in made:
-        console.print(table)
+        console.print(table.rich(console.width))
     with replacing(folder / "sweep.txt") as path:
         _write_text(path, made)
     with replacing(folder / "sweep.csv") as path:
@@ -266,13 +266,13 @@ def _table(
     return Table(name, caption, [*settings, *measures], cells, max(1, len(settings)), strong)
 
 
-def _write_text(path: Path, tables: list[Any]) -> None:
+def _write_text(path: Path, tables: list[Table]) -> None:
     from rich.console import Console
 
     with path.open("w", encoding="utf-8") as file:
         console = Console(file=file, width=200)
         for table in tables:
-            console.print(table)
+            console.print(table.rich(console.width))
 
 
 def _write_csv(path: Path, columns: list[str], rows: list[Row]) -> None:

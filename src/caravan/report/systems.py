@@ -18,6 +18,7 @@ import numpy as np
 
 from caravan.data.collection import Collection, Qrels
 from caravan.errors import InputError
+from caravan.report.records import listed, read_metrics
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Judged:
     queries: Any  # caravan.data.texts.Texts, or Ids
     corpus: Any
     qrels: Qrels
+    relevant_from: int = 1  # the lowest grade that is relevant
 
     @property
     def has_texts(self) -> bool:
@@ -78,19 +80,19 @@ def system(path: Path) -> System:
         InputError: there is neither; a directory without an evaluation.
     """
     if path.is_dir():
-        record = read_metrics(path)
-        if record is not None and "collections" in record:
-            one = next(iter(record["collections"]), "<one of its collections>")
+        own = read_metrics(path) or {}
+        if "collections" in own:
+            inside = next(iter(own["collections"]), "<collection>")
             raise InputError(
                 f"{path} is an evaluation of several collections; compare one of them, such as"
-                f" {path / one}, or see all: python -m caravan.report collections {path}"
+                f" {path / inside}, or see them all with python -m caravan.report collections"
             )
-        if record is None or "run" not in record:
+        if "run" not in own:
             raise InputError(
                 f"{path} is not the run directory of an evaluation (no run in metrics.json);"
                 " give one, or a run file"
             )
-        return _of(path.name, path / record["run"], path, record)
+        return _of(path.resolve().name, path / own["run"], path, own)
     if not path.is_file():
         raise InputError(f"there is no run directory and no run file {path}; check the path")
     home = path.parent.parent
@@ -104,22 +106,6 @@ def _of(name: str, run: Path, home: Path, record: dict[str, Any]) -> System:
     of = record["collection"]
     measures = tuple(record["overall"])
     return System(name, run, home, (of["name"], of["digest"]), record["split"], measures)
-
-
-def read_metrics(folder: Path) -> dict[str, Any] | None:
-    """`metrics.json` of a run directory, None if there is none.
-
-    Raises:
-        InputError: it is not JSON.
-    """
-    path = folder / "metrics.json"
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); run the evaluation again") from None
-    return record if isinstance(record, dict) else None
 
 
 def told_apart(systems: Sequence[System]) -> list[System]:
@@ -148,7 +134,7 @@ def _above(system: System) -> tuple[str, ...]:
     place = system.run.resolve()
     if system.home is not None:
         home = system.home.resolve()
-        place = home if system.name == system.home.name else home / place.name
+        place = home if system.name == home.name else home / place.name
     return place.parts[1:-1]
 
 
@@ -171,7 +157,9 @@ def judged(systems: Sequence[System], qrels: Path | None = None) -> Judged:
             " evaluation beside it, or --qrels and a file of judgements"
         )
     if len(asked) > 1:
-        told = ", ".join(f"{s.name} ({s.collection[0]} {s.split})" for s in asked.values())  # type: ignore[index]
+        told = listed(
+            [(s.name, *s.collection, s.split or "") for s in asked.values() if s.collection]
+        )
         raise InputError(f"the runs are of different collections or splits: {told}; give one kind")
     first = next(iter(asked.values()))
     assert first.home is not None
@@ -184,6 +172,7 @@ def judged(systems: Sequence[System], qrels: Path | None = None) -> Judged:
         collection.queries,
         collection.corpus,
         collection.qrels(first.split),
+        collection.relevant_from.get(first.split, 1),
     )
 
 
@@ -225,16 +214,19 @@ def config(home: Path) -> dict[str, Any]:
 
 
 def _by_file(path: Path) -> Judged:
+    from caravan.data.byid import ById
     from caravan.data.qrels import judgements
 
-    queries, corpus = Ids(), Ids()
-    triples = [judgement for _, judgement in judgements(path)]
+    queries: Any = Ids()
+    corpus: Any = Ids()
+    numbers, triples = [], []
+    for number, judgement in judgements(path):
+        numbers.append(number)
+        triples.append(judgement)
     if not triples:
         raise InputError(f"{path} has no judgement; give a file with at least one")
-    rows = queries.rows([query for query, _, _ in triples])
-    passages = corpus.rows([passage for _, passage, _ in triples])
-    grades = np.array([grade for _, _, grade in triples], np.int32)
-    return Judged(path.name, "", queries, corpus, Qrels(rows, passages, grades))
+    rows = ById(corpus, queries, lambda _, n: f"{path}:{numbers[n]}", "count")
+    return Judged(path.name, "", queries, corpus, Qrels(*rows.judgements("qrels", triples)))
 
 
 def _stem(path: Path) -> str:

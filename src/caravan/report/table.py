@@ -7,12 +7,12 @@ A row is a `metrics.json` with overall figures; its name is the folder it lies i
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from caravan.errors import InputError
 from caravan.manifest import write_json
+from caravan.report.records import listed, read_metrics
 
 Summary = dict[str, dict[str, float]]
 
@@ -32,12 +32,15 @@ def collect(folder: Path) -> tuple[Summary, dict[str, dict[str, Any]]]:
     """
     records = {}
     for path in sorted(folder.rglob("metrics.json")):
-        record = json.loads(path.read_text("utf-8"))
+        record = read_metrics(path.parent) or {}
         if "overall" in record:
             if not record["overall"]:
+                why, remedy = "its evaluation was asked for no measures", " with measures=[MRR@10]"
+                if record.get("failed"):
+                    why, remedy = "each of its collections failed", ""
                 raise InputError(
-                    f"{path} has no figures, its evaluation was asked for no measures; run"
-                    " evaluate.py again with measures=[MRR@10], or remove the file"
+                    f"{path} has no figures, {why}; run evaluate.py again{remedy}, or remove the"
+                    " file"
                 )
             records[str(path.parent.relative_to(folder))] = record
     # A suite's row is its mean; what it is the mean of has tables of its own.
@@ -52,9 +55,11 @@ def collect(folder: Path) -> tuple[Summary, dict[str, dict[str, Any]]]:
         raise InputError(f"{folder} holds no evaluation (metrics.json); make one with evaluate.py")
     asked = {name: (r["collection"]["digest"], r["split"]) for name, r in records.items()}
     if len(set(asked.values())) > 1:
-        told = ", ".join(
-            f"{name} ({records[name]['collection']['name']} {split})"
-            for name, (_, split) in asked.items()
+        told = listed(
+            [
+                (name, records[name]["collection"]["name"], digest, split)
+                for name, (digest, split) in asked.items()
+            ]
         )
         raise InputError(f"{folder} mixes collections or splits: {told}; give a folder of one")
     systems = rows(records)
@@ -69,7 +74,11 @@ def collect(folder: Path) -> tuple[Summary, dict[str, dict[str, Any]]]:
 def rows(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """A record {overall, seconds, run, folder, ...} for each row of the table."""
     alone = {name: r for name, r in records.items() if len(r.get("stages", ())) <= 1}
-    systems = {name: {**record, "folder": name} for name, record in alone.items()}
+    # A run directory by itself has no folder to be named after.
+    named = {
+        name: record.get("system", name) if name == "." else name for name, record in alone.items()
+    }
+    systems = {named[name]: {**record, "folder": name} for name, record in alone.items()}
     shown = {stage["run_xxh3"] for record in alone.values() for stage in record.get("stages", ())}
     stages = [
         (folder, {**record, **stage, "folder": folder})
@@ -78,7 +87,7 @@ def rows(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for stage in record["stages"]
         if stage["run_xxh3"] not in shown
     ]
-    names = [record["stage"] for _, record in stages] + list(alone)
+    names = [record["stage"] for _, record in stages] + list(systems)
     for folder, record in stages:
         name = record["stage"]
         systems[name if names.count(name) == 1 else f"{folder}/{name}"] = record

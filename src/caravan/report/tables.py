@@ -15,6 +15,8 @@ from caravan.atomic import replacing
 
 MINUS, NONE = "\u2212", "\u2013"
 """A minus that is as wide as a plus, and what stands where there is no figure."""
+LABEL = 5
+"""Characters of a label that stay beside one another on a terminal."""
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -79,16 +81,31 @@ class Table:
             ]
         )
 
-    def rich(self) -> Any:
-        """For a terminal."""
+    def rich(self, width: int) -> Any:
+        """For a terminal of a width; where it is narrow labels give way, and never a figure."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table as Drawn
         from rich.text import Text
 
         # A Text is shown as it is; of a plain string rich would take [...] for markup.
-        drawn = Drawn(title=Text(self.caption))
+        longest = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+        least = [min(n, LABEL) if j < self.labels else n for j, n in enumerate(longest)]
+        needed = sum(least) + 2 * len(least) + 1  # with what stands between columns
+        drawn = Drawn(
+            title=Text(self.caption),
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            width=needed if needed > width else None,
+        )
         for j, name in enumerate(self.columns):
             justify: Any = "left" if j < self.labels else "right"
-            drawn.add_column(Text(name), justify=justify, overflow="fold")
+            drawn.add_column(
+                Text(name),
+                justify=justify,
+                overflow="fold",
+                no_wrap=j >= self.labels,
+                min_width=least[j],
+            )
         for i, row in enumerate(self.rows):
             drawn.add_row(
                 *(Text(cell, "bold" if (i, j) in self.strong else "") for j, cell in enumerate(row))

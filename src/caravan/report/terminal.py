@@ -42,7 +42,7 @@ def compare(
     comparison = comparing.compared(found, judged, measures, test)
     console = Console(soft_wrap=True)
     for table in comparing.tables(comparison):
-        console.print(table.rich())
+        console.print(table.rich(console.width))
     last = len(found) - 1
     gained, lost = examples(comparison, 0, last, count)
     names = comparison.names
@@ -58,7 +58,8 @@ def compare(
         said += ["--qrels", str(qrels)] if qrels else []
         said += ["--measures", ",".join(measures)] if measures else []
         said += ["--test", test] if test != "t" else []
-        page = of_comparison(comparison, shlex.join([*said, "--html"]), max(count, 3))
+        said += ["--queries", str(count), "--html", str(html)]
+        page = of_comparison(comparison, shlex.join(said), count)
         save(page, html)
         beside = html.with_suffix("")
         console.print(f"page {html}, plots and tables {beside}", markup=False, highlight=False)
@@ -71,7 +72,8 @@ def _print(console: Any, one: Example, measure: str) -> None:
     line(f"{one.text or one.id}   {measure} {one.before:.3f} → {one.after:.3f}", "bold")
     for passage in one.passages:
         ranks = " → ".join(str(rank or f">{DEPTH}") for rank in passage.ranks)
-        what = f"relevant ({passage.grade})" if passage.grade >= 1 else "not judged relevant"
+        what = "relevant" if passage.grade >= 1 else "not judged relevant"
+        what += f" (grade {passage.grade})" if passage.grade > 1 else ""
         line(f"  {ranks}  {passage.id}, {what}")
         text = " ".join(filter(None, (passage.title, passage.text)))
         if text:

@@ -10,7 +10,9 @@ from caravan.report import curves, systems
 from caravan.report.blocks import Block, Code, Facts, Note, Section
 from caravan.report.compare import slug
 from caravan.report.plots import Line, Plot, lines, panels
+from caravan.report.records import read_metrics
 
+MOST_TRAININGS = 12
 MOST_CONFIGS = 12
 MOST_CURVES = 8
 
@@ -18,8 +20,8 @@ MOST_CURVES = 8
 def trainings(folder: Path, homes: Sequence[Path]) -> list[Section]:
     """Facts and curves of each training below a folder."""
     blocks: list[Block] = []
-    for home in homes:
-        record = systems.read_metrics(home) or {}
+    for home in homes[:MOST_TRAININGS]:
+        record = read_metrics(home) or {}
         name = _name(home, folder)
         blocks.append(Facts(training_facts(home, record), name))
         found = curves.read(home)
@@ -27,6 +29,11 @@ def trainings(folder: Path, homes: Sequence[Path]) -> list[Section]:
             blocks.append(_curves(name, found))
         else:
             blocks.append(Note(f"{name} has no event files of TensorBoard, so no curves."))
+    if len(homes) > MOST_TRAININGS:
+        left_out = len(homes) - MOST_TRAININGS
+        blocks.append(
+            Note(f"{left_out} more trainings are not shown; each folder can have a page.")
+        )
     return [Section("Training", "training", blocks)] if blocks else []
 
 
@@ -41,7 +48,7 @@ def training_facts(home: Path, record: dict[str, Any]) -> list[tuple[str, str]]:
         ("updates", _number(record.get("updates"))),
         ("queries an update", _number((config.get("batching") or {}).get("queries_per_batch"))),
         ("learning rate", _number((config.get("optimizer") or {}).get("lr"))),
-        ("seed", _number(config.get("seed"))),
+        ("seed", config.get("seed")),
         ("trained weights", _number(record.get("trained_parameters"))),
         ("memory", f"{record['memory_gib']:.1f} GiB" if record.get("memory_gib") else None),
         ("seconds", f"{record['train_seconds']:,.0f}" if "train_seconds" in record else None),
@@ -112,7 +119,9 @@ def _class(node: Any) -> str | None:
 def _number(value: Any) -> str | None:
     if value is None:
         return None
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def made_by(folder: Path, homes: Sequence[Path]) -> list[Section]:
@@ -134,7 +143,8 @@ def made_by(folder: Path, homes: Sequence[Path]) -> list[Section]:
     if commands:
         blocks.append(Code("commands", "\n".join(commands), folded=False))
     elif configs:
-        blocks.append(Note("These runs are of a Caravan that did not write down its commands yet."))
+        told = "These runs were not started by a command, or by one that was not written down."
+        blocks.append(Note(told))
     blocks += configs
     if len(homes) > MOST_CONFIGS:
         blocks.append(
