@@ -303,10 +303,3 @@ def test_what_cannot_be_compared_is_told_in_a_sentence(
     error = capsys.readouterr().err
     assert told in error
     assert len(error.strip().splitlines()) == 1
-
-
-def test_an_evaluation_of_many_collections_is_no_system(tmp_path: Path) -> None:
-    record = {"run": "", "collections": {"scifact": {}}}
-    (tmp_path / "metrics.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match=r"compare one of them, such as .*/scifact, or see all: "):
-        systems.system(tmp_path)

@@ -206,7 +206,7 @@ def test_suites_that_one_table_cannot_hold_leave_the_page_the_rest(tmp_path: Pat
         given = (f"collections=[one:{split}]", "measures=[R@5]")
         evaluate(tmp_path / "data", tmp_path / "runs" / split, "bm25", *given)
     found = Parsed(page.write(tmp_path / "runs"))
-    assert "One table is left out" in found.text
+    assert "There is no table of all: " in found.text
     assert {"1-results", "2-results"} <= {one["id"] for one in found.all("h2")}
 
 

@@ -115,7 +115,7 @@ def of_runs(folder: Path) -> Page:
     homes = [path.parent for path in sorted(folder.rglob("metrics.json"))]
     records = {home: read_metrics(home) or {} for home in homes}
     evaluated = {h: r for h, r in records.items() if r.get("overall") and r.get("run")}
-    suites = [home for home, record in records.items() if record.get("collections")]
+    suites = [home for home, record in records.items() if "collections" in record]
     trained = [home for home, record in records.items() if "updates" in record]
     if not evaluated and not trained:
         raise InputError(
@@ -130,7 +130,7 @@ def of_runs(folder: Path) -> Page:
     several = len(groups) > 1
     names = {}  # a collection's evaluation in a suite is the suite's system on it
     if suites:
-        found.append(_suites(suites))
+        found.append(_suites(suites, records))
         names = {
             str((home / name).relative_to(folder)): _system(home, folder, records[home])
             for home in suites
@@ -211,12 +211,15 @@ def of_comparison(comparison: Comparison, command: str, count: int) -> Page:
     return Page("A comparison", line, found, command)
 
 
-def _suites(homes: list[Path]) -> Section:
+def _suites(homes: list[Path], records: dict[Path, dict[str, Any]]) -> Section:
     """Evaluations of many collections: what `caravan.report.collections` shows of them."""
     try:
-        wheres, columns, told = collections.collect(homes)
-    except InputError as error:  # of different splits, or none is finished
-        return Section("All collections", "overview", [Note(f"There is no table of all: {error}")])
+        # Where none is finished at all, its mistake is told.
+        wheres, columns, told = collections.collect(
+            [home for home in homes if records[home]["collections"]] or homes
+        )
+    except InputError as error:
+        return Section("All collections", "overview", [Note(f"There is no table of all: {error}.")])
     labels = list(dict.fromkeys(label for label, _ in columns))
     first = next(measure for _, measure in columns)
     several = len(labels) > 1
