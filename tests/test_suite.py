@@ -73,6 +73,8 @@ def test_each_collection_has_a_config_of_its_own(home: Path) -> None:
         ("collections=[a]", "the data is one collection; choose data=beir"),
         ("data=beir data.path={home} collections=[a,bb]", r"no folder .*/bb; did you mean b\?"),
         ("data=beir data.path={home} collections=[z*]", "finds no collection"),
+        ("data=beir data.path={home}/a collections=[../b]", r"\.\./b is not in .*/a; set"),
+        ("data=beir data.path={home} collections=[{home}/b]", "/b is not in .*; set data.path"),
         ("data=beir data.path={home} collections=a", "it must be a list"),
         (
             "data=beir data.path={home} collections=[a,b] retriever=runs/of/${{data.name}}.trec",

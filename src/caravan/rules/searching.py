@@ -100,6 +100,10 @@ def collections_are_there(cfg: DictConfig) -> Iterator[Mistake]:
     if not base.is_dir():
         return  # told already
     for i, name in enumerate(names):
+        if ".." in Path(name).parts or Path(name).is_absolute():  # as would be its figures' folder
+            text = f"{name} is not in {base}; set data.path to a folder above all of them"
+            yield Mistake(("collections", i), text)
+            continue
         found = suite.members(base, [name])
         if not found:
             text = f"{base / name} finds no collection (a folder with corpus.jsonl)"
