@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -354,6 +355,7 @@ def test_a_sweep_is_not_started_by_several_processes(monkeypatch: pytest.MonkeyP
         ("trainer.devices=8 trainer.num_nodes=8", "32 queries cannot be shared out over 64 ranks"),
         ("trainer.devices=64 trainer.max_steps=0", None),
         ("peft=qlora backbone=qwen3_0_6b strategy=fsdp", "four bits cannot be shared out over"),
+        ("stage=adaptation backbone=modernbert_base", "ModernBERT-base is an encoder, and LLaRA"),
         ("peft=qlora backbone=qwen3_0_6b strategy=ddp", None),
         ("peft=qlora", "this backbone begins from random ones"),
         ("stage=adaptation gradcache.chunk=4", "compares no texts with one another"),
@@ -385,3 +387,12 @@ def test_what_cannot_work_together_is_told_with_the_remedy(
     else:
         assert len(found) == 1
         assert told in found[0]
+
+
+@pytest.mark.parametrize(("kind", "decodes"), [("bert", False), ("bert", True), ("llama", True)])
+def test_an_encoder_in_a_folder_is_not_adapted(kind: str, decodes: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "is_decoder": decodes}))
+    given = ["stage=adaptation", "backbone=hf", f"backbone.name={tmp_path}"]
+    with Composer(CONF, "train", config.ROOTS["train"]) as composer:
+        told = [str(mistake) for mistake in real_mistakes(composer, given)]
+    assert any("is an encoder, and LLaRA adapts decoders" in text for text in told) != decodes

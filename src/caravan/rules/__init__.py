@@ -27,6 +27,7 @@ RULES: list[Rule] = [
     training.trainer_leaves_the_rest_to_the_run,
     training.stage_suits_the_contract,
     training.both_ways_suits,
+    training.adaptation_wants_a_decoder,
     training.teacher_is_there,
     training.loss_suits_the_scores,
     training.parts_work_together,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,11 @@ from caravan.rules.values import MEASURE
 
 DISTILLING = ("KL", "MarginMSE")
 """Losses of `caravan.training.losses` that learn from a teacher."""
+ENCODERS = (
+    *("bert", "modernbert", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "mpnet"),
+    *("deberta", "deberta-v2", "deberta-v3", "all-minilm"),
+)
+"""What encoders are called: types of transformers' models, and beginnings of names on the hub."""
 GIVEN_BY_RUN = (
     *("precision", "strategy", "logger", "callbacks", "plugins", "default_root_dir"),
     *("use_distributed_sampler", "num_sanity_val_steps"),
@@ -147,6 +153,27 @@ def both_ways_suits(cfg: DictConfig) -> Iterator[Mistake]:
         return  # it is told where the folder is opened
     if contract.bidirectional:
         yield Mistake(place, f"{folder} was trained to look both ways; leave it out", "folder")
+
+
+def adaptation_wants_a_decoder(cfg: DictConfig) -> Iterator[Mistake]:
+    """LLaRA's slots are read by a model that looks to the left; an encoder is no such."""
+    if ".Adaptation" not in str(value(cfg, "stage._target_")) or value(cfg, "init_from"):
+        return
+    name = value(cfg, "backbone.name")
+    if isinstance(name, str) and _is_encoder(name):
+        text = f"{name} is an encoder, and LLaRA adapts decoders; choose one, such as"
+        yield Mistake(("backbone", "name"), f"{text} backbone=qwen3_0_6b or backbone=tiny_llama")
+
+
+def _is_encoder(name: str) -> bool:
+    """By the config of a folder, by its beginning of a model of the hub; others are tried later."""
+    if not Path(name).is_dir():
+        return name.rpartition("/")[2].lower().startswith(tuple(f"{kind}-" for kind in ENCODERS))
+    try:
+        config = json.loads((Path(name) / "config.json").read_text("utf-8"))
+        return config["model_type"] in ENCODERS and not config.get("is_decoder")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False  # it is told where the folder is opened
 
 
 def teacher_is_there(cfg: DictConfig) -> Iterator[Mistake]:
