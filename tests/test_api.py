@@ -27,6 +27,7 @@ def _texts(beir: Path) -> tuple[list[str], list[tuple[str, str]]]:
 def _same_run(hits: Any, path: Path, collection: Collection) -> None:
     run = read_run(path, collection.queries, collection.corpus)
     for row, found in zip(run.query_rows, hits, strict=True):
+        assert len(found) >= 5
         passages, scores = run.of(int(row))
         assert [hit.row for hit in found] == passages[: len(found)].tolist()
         np.testing.assert_allclose([hit.score for hit in found], scores[: len(found)], atol=2e-3)

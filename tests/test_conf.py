@@ -13,8 +13,8 @@ from tests.small_conf import CONF
 from caravan import config
 from caravan.checking.walk import Mistake
 from caravan.compose import Composer, compose, without_hydra
-from caravan.entry import preflight
 from caravan.errors import InputError
+from caravan.preflight import preflight
 
 
 def real_mistakes(composer: Composer, overrides: list[str]) -> list[Mistake]:

@@ -14,8 +14,8 @@ from tests.small_conf import small_conf
 from caravan import config
 from caravan.compose import compose
 from caravan.contract import Contract, write_contract
-from caravan.entry import preflight
 from caravan.errors import InputError
+from caravan.preflight import preflight
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from tests.small_conf import CONF
 
 from caravan import config
 from caravan.compose import Composer, without_hydra
-from caravan.entry import preflight
 from caravan.errors import InputError
+from caravan.preflight import preflight
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -8,8 +8,8 @@ from tests.commands import ROOT
 from tests.tiny import write_beir
 
 from caravan import config
-from caravan.entry import preflight
 from caravan.errors import InputError
+from caravan.preflight import preflight
 from caravan.suite import Member, each, members
 
 

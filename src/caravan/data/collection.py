@@ -234,23 +234,15 @@ def write_collection(
             if (run := rows.run(own, scored)) is not None:
                 write_run(draft / "runs" / f"{own}.trec", run, texts["queries"], texts["corpus"])
                 written_runs.append(own)
-        manifest = {
-            "format": "caravan collection",
-            "version": FORMAT,
-            "name": name,
-            "digest": hashlib.blake2b(
-                json.dumps(digests, sort_keys=True).encode(), digest_size=16
-            ).hexdigest(),
-            "digests": digests,
-            "splits": list(qrels),
-            "runs": written_runs,
-            "relevant_from": dict(relevant_from or {}),
-            "facts": {**known, **rows.skipped, **(facts or {})},
-        }
-        with open(draft / "collection.json", "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=2, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_manifest(
+            draft,
+            name=name,
+            digests=digests,
+            splits=list(qrels),
+            runs=written_runs,
+            relevant_from=dict(relevant_from or {}),
+            facts={**known, **rows.skipped, **(facts or {})},
+        )
         draft.rename(folder)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -293,6 +285,22 @@ def cached_collection(
             name, len(collection.corpus), len(collection.queries), time.monotonic() - started,
         )  # fmt: skip
         return collection
+
+
+def _write_manifest(folder: Path, *, digests: dict[str, str], **told: Any) -> None:
+    """Write `collection.json`, which names the digest of all parts."""
+    whole = hashlib.blake2b(json.dumps(digests, sort_keys=True).encode(), digest_size=16)
+    manifest = {
+        "format": "caravan collection",
+        "version": FORMAT,
+        "digest": whole.hexdigest(),
+        "digests": digests,
+        **told,
+    }
+    with open(folder / "collection.json", "w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=2, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _write_qrels(folder: Path, split: str, kept: Qrels) -> str:
