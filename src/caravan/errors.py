@@ -39,6 +39,11 @@ def sentence(error: BaseException) -> str | None:
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, to be quoted within a sentence."""
+    return (str(error).strip().splitlines() or [repr(error)])[0].rstrip(".")
+
+
 def answering(work: Callable[[], object]) -> int:
     """Do the work of a command; returns its exit code, with a mistake told on standard error."""
     try:

@@ -13,7 +13,8 @@ from typing import Any
 
 from caravan.data import jsonl
 from caravan.data.files import digests
-from caravan.errors import InputError
+from caravan.errors import InputError, first_line
+from caravan.hub import refuse_unreachable
 
 FILES = (".jsonl", ".json", ".gz")
 OF_DATASET = (".parquet", ".arrow")
@@ -21,7 +22,6 @@ SAVED = ("dataset_dict.json", "state.json")
 """What `save_to_disk` leaves in a folder."""
 WHOLE = "train"
 """The split that a dataset is which was saved without any, as `datasets` calls it too."""
-PATIENCE = 10  # seconds
 
 
 def rows(
@@ -39,14 +39,13 @@ def rows(
     Raises:
         InputError: the dataset is not to be had, or lacks a column.
     """
-    if not Path(path).exists():
-        _ask_once(path, revision)
+    refuse_unreachable(path, revision, "dataset")
     try:
         found = _opened(path, config, subset, revision)
     except (OSError, ValueError, RuntimeError) as error:  # what `datasets` raises is among them
         raise InputError(
-            f"{path}: no dataset could be loaded ({_told(error)}); where a dataset is a script, "
-            "fetch its files and give those"
+            f"{path}: no dataset could be loaded ({first_line(error)}); where a dataset is a"
+            " script, fetch its files and give those"
         ) from None
     there = found.column_names or ()
     for column in columns:
@@ -55,7 +54,7 @@ def rows(
     try:
         yield from found
     except (OSError, ValueError) as error:  # pyarrow's are ValueErrors
-        raise InputError(f"{path}: a file of the dataset is broken ({_told(error)})") from None
+        raise InputError(f"{path}: a file of the dataset is broken ({first_line(error)})") from None
 
 
 def _opened(path: str, config: str | None, subset: str, revision: str | None) -> Any:
@@ -69,25 +68,6 @@ def _opened(path: str, config: str | None, subset: str, revision: str | None) ->
     if subset not in saved:
         raise ValueError(f"it has no split {subset!r}; there are {', '.join(saved)}")
     return saved[subset]
-
-
-def _ask_once(path: str, revision: str | None) -> None:
-    """`datasets` itself tries for more than a minute where the hub cannot be reached.
-
-    Raises:
-        InputError: it cannot. What it answers, or that it is not to be asked, `datasets` tells.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().dataset_info(path, revision=revision, timeout=PATIENCE)
-    except (OSError, ValueError):
-        return
-    except Exception as error:  # noqa: BLE001 - of httpx or of httpx2, by the hub's version
-        raise InputError(
-            f"there is no folder {path}, and the Hugging Face hub cannot be asked for a dataset of"
-            f" that name ({_told(error)}); give a folder that is here"
-        ) from None
 
 
 def objects(
@@ -118,7 +98,3 @@ def contents(path: str, cache_dir: str | Path) -> list[list[str]]:
     inside = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else []
     names = [str(file.relative_to(place)) for file in inside]
     return [list(pair) for pair in zip(names, digests(inside, cache_dir), strict=True)]
-
-
-def _told(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

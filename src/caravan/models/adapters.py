@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from caravan.errors import InputError
+from caravan.hub import refuse_unreachable
 from caravan.models.pooling import blocks
 
 
@@ -174,9 +175,14 @@ def _of_group(model: nn.Module, targets: list[str] | str) -> list[str] | str:
 
 
 def is_adapter(name: str, revision: str | None = None) -> bool:
-    """Whether a hub id or folder holds an adapter and not a whole model."""
+    """Whether a hub id or folder holds an adapter and not a whole model.
+
+    Raises:
+        InputError: the hub cannot be asked.
+    """
     from transformers.utils.peft_utils import find_adapter_config_file
 
+    refuse_unreachable(name, revision)
     try:
         return find_adapter_config_file(name, revision=revision) is not None
     except (OSError, ValueError):

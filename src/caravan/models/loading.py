@@ -7,14 +7,14 @@ is an error that names the weights.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from caravan.contract import SLOTS, Contract, slot_tokens
-from caravan.errors import InputError
+from caravan.errors import InputError, first_line
+from caravan.hub import refuse_unreachable
 from caravan.models import attention as cpu_attention
 from caravan.models import unpadded
 from caravan.models.crossencoder import Head, head_of, with_head
@@ -30,7 +30,7 @@ def load_tokenizer(name: str, **hub: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
-    _refuse_missing(name)
+    refuse_unreachable(name, hub.get("revision"))
     try:
         return AutoTokenizer.from_pretrained(name, **hub)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -45,6 +45,7 @@ def has_tokenizer(name: str, revision: str | None = None) -> bool:
     """
     from transformers.utils import cached_file
 
+    refuse_unreachable(name, revision)
     asked: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     try:
         files = ("tokenizer_config.json", "tokenizer.json")
@@ -61,6 +62,7 @@ def load_config(name: str, **hub: Any) -> Any:
     """
     from transformers import AutoConfig
 
+    refuse_unreachable(name, hub.get("revision"))
     try:
         return AutoConfig.from_pretrained(name, **hub)
     except (OSError, ValueError, KeyError) as error:
@@ -91,7 +93,7 @@ def load_weights(
     from transformers import AutoModel
     from transformers.utils import logging
 
-    _refuse_missing(name)
+    refuse_unreachable(name, hub.get("revision"))
     logging.disable_progress_bar()
     if quantization is not None:
         hub = {**hub, "quantization_config": quantization}
@@ -235,16 +237,6 @@ def load_scorer(
     return scorer, False
 
 
-def _refuse_missing(name: str) -> None:
-    """A path that is not there is no hub id."""
-    if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
-        raise InputError(f"{name}: there is no such folder")
-
-
 def _unnumbered(key: str, prefix: str = "") -> str:
     """The name of a weight in whichever layer: `layers.3.norm.weight` is `layers.#.norm.weight`."""
     return re.sub(r"\d+", "#", key.removeprefix(f"{prefix}.") if prefix else key)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else repr(error)
