@@ -252,6 +252,16 @@ def test_cached_gradients_make_room_on_a_device_that_is_too_small(
     assert train(beir, tmp_path / "cached", "gradcache.chunk=1") is not None
 
 
+def test_flash_attention_without_a_gpu_is_told_before_anything_loads(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = ["backbone.attention=flash_attention_2", "trainer.accelerator=auto"]
+    with pytest.raises(InputError, match=r"flash_attention_2 runs on GPUs alone, .* choose auto"):
+        train(beir, tmp_path / "run", *given)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_untrained_model_is_a_folder_too(beir: Path, tmp_path: Path) -> None:
     assert train(beir, tmp_path / "untrained", "trainer.max_steps=0") is None
     assert not (tmp_path / "untrained" / "checkpoints").exists()

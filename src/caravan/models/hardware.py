@@ -35,6 +35,14 @@ def has_bf16() -> bool:
     )
 
 
+def refuse_attention(attention: str) -> None:
+    """Raise an InputError, before anything loads, where a kernel's name asks for a GPU."""
+    if attention.startswith("flash") and not torch.cuda.is_available():
+        raise InputError(
+            f"attention={attention} runs on GPUs alone, and there is none; choose auto or sdpa"
+        )
+
+
 def device() -> torch.device:
     """This process' GPU if there is one, else the CPU."""
     if not torch.cuda.is_available():

@@ -42,6 +42,9 @@ def train(cfg: Any) -> float | None:
     """
     from omegaconf import OmegaConf
 
+    from caravan.models import hardware
+
+    hardware.refuse_attention(cfg.backbone.get("attention", "auto"))
     run_dir = Path(cfg.run_dir)
     source = build(cfg, "data")["data"]
     collection = source.collection(Path(cfg.cache_dir)) if _reads_collection(cfg) else None
