@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -123,6 +124,41 @@ def test_each_chunk_has_its_own_copies_of_the_weights_that_are_cast(
     none, all_of_them = (need(model, 7, True, chunks=count).weights for count in (0, chunks))
     copies = sum(size for place, size in sizes.items() if place not in own)
     assert all_of_them - none == pytest.approx(copies, rel=0.15)
+
+
+class _Casts(TorchDispatchMode):
+    """The most bytes of weights' copies that are alive at a time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.weights = {p.data_ptr() for p in model.parameters() if p.ndim == 2}
+        self.alive = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.weights:
+            self._add(found.nbytes)
+            weakref.finalize(found.untyped_storage(), self._add, -found.nbytes)
+        return found
+
+    def _add(self, size: int) -> None:
+        self.alive += size
+        self.most = max(self.most, self.alive)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_recomputed_blocks_have_copies_of_their_weights_one_at_a_time(checkpointing: bool) -> None:
+    model = _llama(num_hidden_layers=6).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with _Casts(model) as casts:
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                out = model(input_ids=torch.arange(7)[None] % 200).last_hidden_state
+            out.sum().backward()
+    without = need(model, 7, bf16=True, chunks=0, checkpointing=False).weights
+    counted = need(model, 7, bf16=True, checkpointing=checkpointing).weights - without
+    assert counted == pytest.approx(casts.most, rel=0.15)
 
 
 def test_a_7b_shape_is_counted_without_its_weights() -> None:

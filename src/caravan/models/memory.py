@@ -77,11 +77,7 @@ def need(
     kept_whole = _has_dora(model) and not quantised
     of_frozen = FOUR_BITS if quantised else FLOAT if kept_whole else unit
     stored = FLOAT * (total - frozen) + of_frozen * frozen
-    # Under autocast, which Lightning lets keep no cache, each chunk has a bf16 copy of a float32
-    # layer's weight until the backward pass.
-    # DoRA computes with the base twice, once behind the dropout.
-    cast = _trained_linear(model) + (2 * frozen if kept_whole else 0)
-    copies = 2.0 * (trained if checkpointing else chunks * cast) if bf16 else 0.0
+    copies = 2.0 * _cast(model, kept_whole, bool(checkpointing), chunks) if bf16 else 0.0
     gradients = float(FLOAT * trained)
     if shares > 1:
         # Whole are the layer that computes, the next one that is awaited, and what is in no layer;
@@ -97,6 +93,24 @@ def need(
         activations=kept,
         logits=pieces,
     )
+
+
+def _cast(model: nn.Module, kept_whole: bool, checkpointing: bool, chunks: int) -> int:
+    """Weights of which there is a bf16 copy at a time, counted with each copy.
+
+    Under autocast, which Lightning lets keep no cache, each chunk has a copy of a float32 layer's
+    weight until the backward pass; where activations are computed again, of one block at a time.
+    """
+
+    def of(part: nn.Module) -> int:
+        # DoRA computes with the base twice, once behind the dropout.
+        frozen = sum(layer.weight.numel() for layer in frozen_linears(part)) if kept_whole else 0
+        return _trained_linear(part) + 2 * frozen
+
+    if not checkpointing:
+        return chunks * of(model)
+    sizes = [of(block) for block in blocks(model)]
+    return chunks * (of(model) - sum(sizes)) + max(sizes, default=0)
 
 
 def _trained_linear(model: nn.Module) -> int:
