@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from tests.small_conf import CONF
 from tests.test_conf import commands, launch_command
+from transformers import LlamaConfig, Qwen3Config
 
 from caravan import config
 from caravan.compose import Composer, without_hydra
+from caravan.contract import Contract
+from caravan.models.memory import GIB
+from caravan.training import facts
+from caravan.training.gradcache import GradCache
+from caravan.training.module import Stage
 
 pytestmark = pytest.mark.slow
 
@@ -194,3 +203,77 @@ def _of_evaluation(cfg: Any) -> float:
     else:
         queries, passages, length = 6_980, 8_841_823, 196
     return weights * length * (passages if cfg.reranker is None else queries * cfg.rerank.depth)
+
+
+LLAMA = {"num_attention_heads": 32, "num_hidden_layers": 32, "hidden_size": 4096}
+LLAMA_13B = {"num_attention_heads": 40, "num_hidden_layers": 40, "hidden_size": 5120}
+QWEN = {"num_attention_heads": 32, "num_hidden_layers": 36, "hidden_size": 2560, "head_dim": 128}
+BASES = {
+    "meta-llama/Llama-2-7b-hf": LlamaConfig(**LLAMA, intermediate_size=11008),
+    "meta-llama/Llama-2-13b-hf": LlamaConfig(**LLAMA_13B, intermediate_size=13824),
+    "meta-llama/Llama-3.1-8B": LlamaConfig(
+        **LLAMA, intermediate_size=14336, num_key_value_heads=8, vocab_size=128_256
+    ),
+    "Qwen/Qwen3-4B-Base": Qwen3Config(
+        **QWEN, intermediate_size=9728, num_key_value_heads=8, vocab_size=151_936,
+        tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
+
+class _Batches(list[Any]):
+    """Any batch is this one."""
+
+    def __init__(self, batch: Any) -> None:
+        super().__init__([batch] * 1000)
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(0)
+
+
+class _Module:
+    """A LightningModule's part in the estimate, with an architecture that needs no hub."""
+
+    outline = Stage.outline
+
+    def __init__(self, cfg: Any) -> None:
+        settings = OmegaConf.to_container(cfg.contract, resolve=True)
+        self.contract = Contract(**settings)  # type: ignore[arg-type]
+        self.peft = config.build(cfg, "peft")["peft"]
+        self.bf16, self.tokenizer = True, None
+        self.tells_tokens = cfg.stage._target_.endswith("Adaptation")
+        chunk = cfg.gradcache.chunk
+        self.gradcache = None if chunk is None else GradCache(chunk)
+        self.backbone = SimpleNamespace(
+            name=cfg.backbone.name,
+            checkpointing=cfg.backbone.checkpointing,
+            config=lambda _: BASES[cfg.backbone.name],
+        )
+
+
+def test_the_memory_that_a_head_tells_is_the_estimate(
+    told: list[Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(facts, "device_memory", lambda device: math.inf)
+    trainer = SimpleNamespace(
+        num_devices=1, num_nodes=1, strategy=SimpleNamespace(root_device=torch.device("cuda"))
+    )
+    found, wanted = {}, {}
+    for path in FILES:
+        text = " ".join(line.lstrip("# ") for line in path.read_text().splitlines())
+        figure = re.search(r"(\d+\.\d) GiB", text)
+        launched = launch_command(path.read_text())
+        if figure is None or "own estimate" not in text or launched is None:
+            continue
+        cfg = next(one.cfg for one in told if (one.root, one.given) == launched)
+        longest = cfg.contract.passage_length  # of a chunk to adapt on
+        texts = SimpleNamespace(padded=cfg.batching.queries_per_batch * longest, chunks=1)
+        data = SimpleNamespace(
+            setup=lambda: None,
+            queries_per_batch=cfg.batching.queries_per_batch,
+            training=_Batches(texts),
+        )
+        wanted[path.stem] = float(figure[1])
+        found[path.stem] = facts.memory_needed(_Module(cfg), data, trainer).total / GIB
+    assert len(wanted) >= 20
+    assert found == pytest.approx(wanted, abs=0.1)
