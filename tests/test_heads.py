@@ -125,20 +125,6 @@ def _written(one: Told) -> Iterator[str]:
         yield f"{home}/runs/{stage}.{split}.trec"
 
 
-def test_no_model_takes_the_place_of_another_one_s_embeddings(told: list[Told]) -> None:
-    """A store keeps the embeddings of one model: those of 8.8 million passages take a day."""
-    models: dict[str, set[str]] = {}
-    for one in told:
-        if one.root == "evaluate" and one.cfg.collections is None:
-            asked = one.cfg.retriever
-            for name in [asked] if isinstance(asked, str) else asked:
-                if name.endswith("/model"):
-                    models.setdefault(one.cfg.store, set()).add(name)
-    shared = {store: names for store, names in models.items() if len(names) > 1}
-    assert not shared
-    assert len(models) >= 15
-
-
 def test_no_experiment_is_another_one_by_a_second_name(told: list[Told]) -> None:
     seen: dict[str, str] = {}
     for one in told:

@@ -17,6 +17,8 @@ from caravan.manifest import write_json
 
 FILE = "job.json"
 RUNNING, FINISHED, FAILED = "running", "finished", "failed"
+SWEEP = ("multirun.yaml", "sweep.txt")
+"""What a sweep's own folder holds: Hydra's file when it begins, its table when it has ended."""
 
 
 def write(run_dir: Path, overrides: Sequence[str], state: str, error: str | None = None) -> None:
@@ -37,3 +39,22 @@ def read(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """(run_dir, record) of every job below a folder, by name."""
     for path in sorted(folder.rglob(FILE)):
         yield path.parent, json.loads(path.read_text("utf-8"))
+
+
+def by_sweep(folder: Path) -> dict[Path, list[Path]]:
+    """The run_dirs of the jobs below a folder, by the folder of their sweep.
+
+    A job may lie deeper than its sweep's folder by any number of folders, so it is the nearest one
+    with a file of a sweep's; the folder itself where none below it has one.
+    """
+    found: dict[Path, list[Path]] = {}
+    for path in sorted(folder.rglob(FILE)):
+        above = [one for one in path.parent.parents if one != folder and one.is_relative_to(folder)]
+        marked = (one for one in above if is_sweep(one))
+        found.setdefault(next(marked, folder), []).append(path.parent)
+    return found
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder says of itself that it is a sweep's."""
+    return any((folder / name).is_file() for name in SWEEP)

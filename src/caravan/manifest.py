@@ -56,7 +56,7 @@ def remove(product: Path) -> None:
     path_of(product).unlink(missing_ok=True)
 
 
-def digest(inputs: dict[str, Any]) -> str:
+def digest(inputs: Any) -> str:
     """xxh3 (128 bits, hex) of inputs: a name for what is made from them."""
     import xxhash
 

@@ -77,6 +77,50 @@ def test_several_systems_are_compared_over_what_all_of_them_have(
     assert not (tmp_path / "one/collections.csv").exists()
 
 
+def _edit(folder: Path, collection: str, stage: str, overall: dict[str, float]) -> None:
+    path = folder / "metrics.json"
+    record = json.loads(path.read_text())
+    record["collections"][collection]["stages"][stage] = overall
+    path.write_text(json.dumps(record))
+
+
+def test_a_measure_that_some_collections_lack_has_a_mean_over_the_others(tmp_path: Path) -> None:
+    figures = {"a": {"bm25": 0.1}, "f/x": {"bm25": 0.3}, "f/y": {"bm25": 0.5}, "dl": {"bm25": 0.9}}
+    _suite(tmp_path / "one", figures)
+    _edit(tmp_path / "one", "dl", "bm25", {"nDCG@10": 0.9, "R(rel=2)@100": 0.6})
+    rows, columns, _ = collect([tmp_path / "one"])
+    assert rows == ["a", "f/x", "f/y", "f (mean of 2)", "dl", "mean", "mean of 2", "mean of 1"]
+    assert columns["bm25", "nDCG@10"]["mean"] == pytest.approx((0.1 + 0.4 + 0.9) / 3)
+    assert columns["bm25", "R@100"]["mean of 2"] == pytest.approx((0.05 + 0.2) / 2)
+    assert columns["bm25", "R(rel=2)@100"]["mean of 1"] == pytest.approx(0.6)
+    assert "mean" not in columns["bm25", "R@100"]
+
+
+def test_systems_without_a_common_collection_have_means_of_their_own(tmp_path: Path) -> None:
+    _suite(tmp_path / "one", {"a": {"bm25": 0.1}, "f/x": {"bm25": 0.3}, "f/y": {"bm25": 0.5}})
+    _suite(tmp_path / "two", {"b": {"bm25": 0.2}, "f/z": {"bm25": 0.7}})
+    rows, columns, _ = collect([tmp_path / "one", tmp_path / "two"])
+    ours, theirs = columns["one", "nDCG@10"], columns["two", "nDCG@10"]
+    assert rows[-1] == "mean of 2 of its own"
+    assert (ours[rows[-1]], theirs[rows[-1]]) == pytest.approx((0.25, 0.45))
+    assert ours["f (mean of 2 of its own)"] == pytest.approx(0.4)
+    assert theirs["f (mean of 1 of its own)"] == pytest.approx(0.7)
+
+
+def test_a_measure_that_one_system_was_not_asked_for_leaves_the_others_their_means(
+    tmp_path: Path,
+) -> None:
+    _suite(tmp_path / "one", {"a": {"bm25": 0.1}, "b": {"bm25": 0.3}})
+    _suite(tmp_path / "two", {"a": {"bm25": 0.2}, "b": {"bm25": 0.4}})
+    for name in ("a", "b"):
+        _edit(tmp_path / "two", name, "bm25", {"nDCG@10": 0.2})
+    rows, columns, _ = collect([tmp_path / "one", tmp_path / "two"])
+    assert rows == ["a", "b", "mean"]
+    assert columns["two", "nDCG@10"]["mean"] == pytest.approx(0.2)
+    assert columns["one", "R@100"]["mean"] == pytest.approx(0.1)
+    assert columns["two", "R@100"] == {}
+
+
 def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for i, home in enumerate(("mine", "other"), 1):
         (tmp_path / home).mkdir()

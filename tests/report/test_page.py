@@ -13,7 +13,7 @@ from tests.report.conftest import HARMFUL, Evaluations
 from tests.tiny import write_beir
 from torch.utils.tensorboard import SummaryWriter
 
-from caravan import jobs
+from caravan import jobs, manifest
 from caravan.errors import InputError
 from caravan.report import __main__ as command
 from caravan.report import page
@@ -200,6 +200,73 @@ def test_two_systems_of_one_name_are_two_rows_of_the_table_of_all(
     ]
 
 
+def _on(folder: Path, evaluated: Path, digit: str, figure: float, **settings: object) -> None:
+    """A copy of an evaluation, as if it were of another collection, and of other settings."""
+    shutil.copytree(evaluated, folder)
+    record = json.loads((folder / "metrics.json").read_text())
+    record["collection"] = {"name": f"c{digit}", "digest": digit * 32}
+    record["overall"]["MRR@10"] = figure
+    (folder / "metrics.json").write_text(json.dumps(record))
+    kept = manifest.read(folder / "metrics.json") or {}
+    for stage in kept["inputs"]["stages"]:
+        stage |= {"collection": digit * 32, **settings}
+    manifest.write(folder / "metrics.json", kept["inputs"])
+
+
+def _overview(folder: Path) -> list[list[str]]:
+    page.write(folder)
+    lines = (folder / "report/overview.md").read_text().splitlines()[4:]
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_two_systems_of_one_stage_on_a_collection_each_do_not_share_a_row(
+    evaluations: Evaluations, tmp_path: Path
+) -> None:
+    _on(tmp_path / "runs/one", evaluations.folder / "bm25", "1", 0.2)
+    _on(tmp_path / "runs/two", evaluations.folder / "bm25", "2", 0.4, bm25={"k1": 2})
+    assert _overview(tmp_path / "runs") == [
+        ["one", "0.2000", "\u2013", "0.2000 (1 of 2)"],
+        ["two", "\u2013", "0.4000", "0.4000 (1 of 2)"],
+    ]
+
+
+def test_two_systems_below_one_folder_do_not_share_a_row(
+    evaluations: Evaluations, tmp_path: Path
+) -> None:
+    for digit in "12":
+        home = tmp_path / "runs/all"
+        _on(home / f"a{digit}", evaluations.folder / "bm25", digit, 0.2)
+        _on(home / f"b{digit}", evaluations.folder / "bm25", digit, 0.4, bm25={"k1": 2})
+    names = [row[0] for row in _overview(tmp_path / "runs")]
+    assert names == ["all/a1", "all/b1", "all/a2", "all/b2"]
+
+
+def test_a_run_file_is_one_system_on_several_collections_if_its_folder_says_so(
+    evaluations: Evaluations, tmp_path: Path
+) -> None:
+    for digit in "12":
+        for name in ("mine", "other"):
+            home = tmp_path / "runs" / name / digit
+            _on(home, evaluations.folder / "bm25", digit, 0.2, given=f"{name}{digit}")
+    assert [row[0] for row in _overview(tmp_path / "runs")] == ["mine", "other"]
+    for digit in "34":  # and alone, where nothing says that both are one
+        _on(tmp_path / f"flat/{digit}", evaluations.folder / "bm25", digit, 0.2, given=digit)
+    assert [row[0] for row in _overview(tmp_path / "flat")] == ["3", "4"]
+
+
+def test_a_mean_over_some_of_the_collections_says_over_how_many(
+    evaluations: Evaluations, tmp_path: Path
+) -> None:
+    for digit, figure in (("1", 0.2), ("2", 0.4), ("3", 0.9)):
+        _on(tmp_path / "runs/bm25" / digit, evaluations.folder / "bm25", digit, figure)
+    for digit in "12":
+        _on(tmp_path / "runs/fused" / digit, evaluations.folder / "pipeline", digit, 0.5)
+    assert _overview(tmp_path / "runs") == [
+        ["bm25", "0.2000", "0.4000", "0.9000", "0.5000"],
+        ["fused", "0.5000", "0.5000", "\u2013", "0.5000 (2 of 3)"],
+    ]
+
+
 def test_suites_that_one_table_cannot_hold_leave_the_page_the_rest(tmp_path: Path) -> None:
     write_beir(tmp_path / "data/one")
     for split in ("test", "train"):
@@ -217,6 +284,20 @@ def test_a_sweep_among_other_runs_does_not_hide_them(
     shutil.copytree(evaluations.folder / "bm25", tmp_path / "runs/bm25")
     found = Parsed(page.write(tmp_path / "runs"))
     assert "4 evaluations" in found.text
+
+
+def test_two_sweeps_of_a_folder_are_not_taken_for_one(sweep: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        shutil.copytree(sweep, tmp_path / "sweeps" / name)
+        (tmp_path / "sweeps" / name / "multirun.yaml").touch()
+    found = Parsed(page.write(tmp_path / "sweeps"))
+    assert "a sweep over" not in found.text
+    assert "6 evaluations" in found.text
+    results = (tmp_path / "sweeps/report/results.md").read_text()
+    assert "| first/k1-0.9 |" in results
+    assert "| second/k1-0.9 |" in results
+    found = Parsed(page.write(tmp_path / "sweeps/first"))
+    assert "a sweep over bm25.k1: 3 jobs finished, 1 not" in found.text
 
 
 def test_trainings_that_are_not_shown_are_counted(tmp_path: Path) -> None:

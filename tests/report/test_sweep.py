@@ -9,7 +9,7 @@ import pytest
 
 from caravan import jobs
 from caravan.errors import InputError
-from caravan.report.sweep import averaged, collect, show
+from caravan.report.sweep import averaged, collect, labelled, show
 
 
 def _job(folder: Path, overrides: list[str], figures: dict[str, Any] | None) -> None:
@@ -106,6 +106,35 @@ def test_folders_are_shown_without_what_their_paths_share(tmp_path: Path) -> Non
     for folder in ("null", "runs/x/both/${seed}/model", "runs/x/one-task/${seed}/model"):
         _job(tmp_path / folder[-20:-6], [f"init_from={folder}"], {"validation": {"MRR@10": 0.1}})
     assert {row["init_from"] for row in collect(tmp_path)[2]} == {"null", "both", "one-task"}
+
+
+def test_a_folder_is_not_shortened_to_the_name_of_another_value(tmp_path: Path) -> None:
+    for folder in ("bm25", "runs/bm25/model", "runs/dense/model"):
+        _job(tmp_path / folder, [f"retriever={folder}"], {"overall": {"MRR@10": 0.1}})
+    names = {row["retriever"] for row in collect(tmp_path)[2]}
+    assert names == {"bm25", "runs/bm25/model", "runs/dense/model"}
+
+
+def test_jobs_that_no_setting_tells_apart_are_called_by_their_folders(tmp_path: Path) -> None:
+    for rate in ("1e-3", "0.001", "1e-4"):
+        _job(tmp_path, [f"optimizer.lr={rate}"], {"overall": {"MRR@10": 0.1}})
+    names = sorted(labelled(tmp_path).values())
+    assert names == ["optimizer.lr=0.0001", "optimizer.lr=0.001", "optimizer.lr=1e-3"]
+
+
+@pytest.mark.parametrize("mark", ["multirun.yaml", "sweep.txt"])
+def test_two_sweeps_are_not_one_table(mark: str, tmp_path: Path) -> None:
+    for name, key in (("rates", "optimizer.lr"), ("seeds", "seed")):
+        for value in "12":
+            _job(tmp_path / name / "deeper", [f"{key}={value}"], {"overall": {"MRR@10": 0.1}})
+        (tmp_path / name / mark).touch()
+    with pytest.raises(InputError, match=r"several sweeps \(rates, seeds\).*; give the folder of"):
+        collect(tmp_path)
+    assert collect(tmp_path / "rates")[0] == ["optimizer.lr"]
+    for value in "34":  # a sweep of its own, in whose folder two others lie
+        _job(tmp_path, [f"sampler.number={value}"], {"overall": {"MRR@10": 0.1}})
+    (tmp_path / mark).touch()
+    assert collect(tmp_path)[0] == ["sampler.number"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from caravan.errors import InputError
 from caravan.report import __main__ as command
-from caravan.report.table import collect, show
+from caravan.report.table import collect, rows, show, show_stages
 
 
 def _evaluation(folder: Path, mrr: float, split: str = "test", **overall: float) -> None:
@@ -87,6 +87,55 @@ def test_a_broken_file_is_told_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "a/metrics.json").write_text('{"overall":')
     with pytest.raises(InputError, match=r"metrics\.json is not JSON"):
         collect(tmp_path)
+
+
+def _of_stages(folder: Path, stages: dict[str, str]) -> None:
+    """An evaluation of several stages: {stage: digest of its run}."""
+    _evaluation(folder, 0.3)
+    path = folder / "metrics.json"
+    record = json.loads(path.read_text())
+    one = {"overall": record["overall"], "seconds": 1.0, "run": "runs/x.trec", "gain": None}
+    record["stages"] = [
+        {**one, "stage": name, "run_xxh3": digest, "queries_per_second": 3.5}
+        for name, digest in stages.items()
+    ]
+    path.write_text(json.dumps({**record, "system": list(stages)[-1]}))
+
+
+def test_systems_of_one_name_never_share_a_row(tmp_path: Path) -> None:
+    home = tmp_path / "runs"
+    _of_stages(home, {"retriever": "1"})
+    _of_stages(home / "retriever", {"retriever": "2"})
+    _of_stages(home / "a", {"bm25": "3", "fused": "4"})
+    _of_stages(home / "b", {"bm25": "5", "reranked": "6"})
+    _of_stages(home / "a/bm25", {"bm25": "7"})
+    assert {name: record["folder"] for name, record in collect(home)[1].items()} == {
+        "./retriever": ".",
+        "retriever": "retriever",
+        "bm25 of a": "a",
+        "fused": "a",
+        "b/bm25": "b",
+        "reranked": "b",
+        "a/bm25": "a/bm25",
+    }
+
+
+def test_given_names_are_left_where_two_evaluations_have_the_same() -> None:
+    record = {"overall": {"MRR@10": 0.1}, "seconds": 1.0, "run": "runs/x.trec"}
+    several = {"stages": [{**record, "stage": name, "run_xxh3": name} for name in ("bm25", "x")]}
+    records = {"one/a": record, "one/copy": record, "two": {**record, **several}}
+    given = {"one/a": "one", "one/copy": "one"}
+    assert list(rows(records, given)) == ["one/a", "one/copy", "bm25", "x"]
+    assert list(rows(records, {"one/a": "mine"})) == ["mine", "one/copy", "bm25", "x"]
+
+
+def test_all_tables_are_light(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _of_stages(tmp_path / "a", {"bm25": "1", "fused": "2"})
+    show(tmp_path)
+    show_stages(json.loads((tmp_path / "a/metrics.json").read_text()))
+    printed = capsys.readouterr().out
+    assert "\u2500" in printed
+    assert not set(printed) & set("\u2501\u2502\u2503\u250f\u2513\u2517\u2521")
 
 
 def test_a_run_directory_by_itself_is_named_after_its_system(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.tiny import write_beir
 from caravan import manifest
 from caravan.compose import compose
 from caravan.errors import InputError
-from caravan.retrieval import stages
+from caravan.retrieval import shards, stages
 from caravan.retrieval.pipeline import evaluate as evaluate_config
 
 
@@ -144,18 +144,85 @@ def test_an_approximate_index_reports_its_recall(beir: Path, model: Path, tmp_pa
     assert "recall_against_exact" not in exact["facts"]
 
 
+def _written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders of the blocks that are written from now on, as they are."""
+    written: list[str] = []
+    write = shards._write
+    monkeypatch.setattr(shards, "_write", lambda p, v: (written.append(p.parent.name), write(p, v)))
+    return written
+
+
 def test_evaluations_share_a_store(
     beir: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate(beir, tmp_path / "test", model)
-    from caravan.retrieval import shards
-
-    written: list[str] = []
-    write = shards._write
-    monkeypatch.setattr(shards, "_write", lambda p, v: (written.append(p.parent.name), write(p, v)))
+    written = _written(monkeypatch)
     store = f"store={tmp_path / 'test' / 'store'}"
     evaluate(beir, tmp_path / "train", model, store, "data.split=train")
-    assert set(written) == {"queries.train"}
+    assert {name.rpartition(".")[0] for name in written} == {"queries.train"}
+
+
+def test_evaluations_of_anything_else_replace_nothing_in_a_store_that_they_share(
+    beir: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(beir, tmp_path / "other", "trainer.max_steps=0", "seed=1")
+    second = write_beir(tmp_path / "data", seed=3)
+    rerank = f"reranker={folders['reranker']}"
+    both = f"[bm25,{folders['retriever']}]"
+    asked: list[tuple[Any, ...]] = [
+        (beir, both, rerank),
+        (beir, tmp_path / "other" / "model"),
+        (beir, folders["retriever"], "passage_length=8", "query_length=8"),
+        (beir, "bm25", "bm25.k1=2", rerank, "rerank.depth=3"),
+        (second, both, rerank),
+    ]
+
+    def evaluated(number: int, name: str) -> dict[str, bytes]:
+        data, *given = asked[number]
+        home = tmp_path / f"{name}{number}"
+        evaluate(data, home, *given, f"store={tmp_path / 'store'}", "measures=[MRR@5]", "index.k=9")
+        return {path.name: path.read_bytes() for path in (home / "runs").glob("*.trec")}
+
+    runs = [evaluated(number, "first") for number in range(len(asked))]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
+    written = _written(monkeypatch)
+    assert [evaluated(number, "again") for number in range(len(asked))] == runs
+    assert not written
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == before
+
+
+def test_a_killed_evaluation_goes_on_in_its_half_after_another_one_had_the_store(
+    beir: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = (beir, tmp_path / "run", model, f"store={tmp_path / 'store'}", "block=8")
+    with monkeypatch.context() as patch:
+        write, done = shards._write, list[Path]()
+
+        def write_three_and_die(path: Path, vectors: Any) -> None:
+            if len(done) == 3:
+                raise KeyboardInterrupt
+            done.append(path)
+            write(path, vectors)
+
+        patch.setattr(shards, "_write", write_three_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(*asked)
+    evaluate(beir, tmp_path / "other", model, *asked[3:], "passage_length=8")
+    written = _written(monkeypatch)
+    evaluate(*asked)
+    assert written.count(done[0].parent.name) == 8 - len(done)
+
+
+def test_embeddings_under_a_name_of_older_stores_are_known_by_their_manifest(
+    beir: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(beir, tmp_path / "run", model)
+    store = tmp_path / "run" / "store"
+    for path in store.glob("passages.*"):
+        path.rename(store / f"passages{'' if path.is_dir() else '.manifest.json'}")
+    written = _written(monkeypatch)
+    evaluate(beir, tmp_path / "dev", model, f"store={store}", "data.split=dev")
+    assert {name.rpartition(".")[0] for name in written} == {"queries.dev"}
 
 
 def test_a_run_that_finds_nothing_counts_zero(tmp_path: Path) -> None:
@@ -221,9 +288,9 @@ def test_an_evaluation_killed_at_any_moment_ends_in_the_same_bytes(
         return [sys.executable, str(ROOT / "evaluate.py"), *given]
 
     subprocess.run(command("whole"), check=True, capture_output=True)
-    for shards in (5, 20, 40):
+    for blocks in (5, 20, 40):
         process = subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL)
-        while len(list((tmp_path / "killed").rglob("0*.npy"))) < shards:
+        while len(list((tmp_path / "killed").rglob("0*.npy"))) < blocks:
             assert process.poll() is None, "it ended before it was killed"
             time.sleep(0.005)
         process.kill()

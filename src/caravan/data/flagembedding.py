@@ -29,6 +29,7 @@ from caravan.data.rows import (
     check_held_out,
     id_of_text,
     score_of,
+    some,
 )
 from caravan.errors import InputError
 
@@ -92,9 +93,10 @@ class FlagEmbedding:
         return cached_collection(cache_dir, self.name, key, rows.build)
 
     def _rows(self, paths: list[str]) -> Iterator[Row]:
-        for place, fields in itertools.chain.from_iterable(
+        found = itertools.chain.from_iterable(
             hub.objects(path, *self.dataset, REMEDY) for path in paths
-        ):
+        )
+        for place, fields in some(found, " and ".join(paths), REMEDY):
             yield row_of(place, fields)
 
 

@@ -89,6 +89,7 @@ class Labelled:
         return cached_collection(cache_dir, name, key, build)
 
     def _build(self, folder: Path, name: str, unknown_ids: str) -> Collection:
+        self._refuse_empty()
         facts: Counter[str] = Counter(empty_passages=0, repeated_queries=0)
 
         def corpus() -> Iterator[Record]:
@@ -107,6 +108,26 @@ class Labelled:
             unknown_ids=unknown_ids,
             relevant_from=self.relevant_from,
         )
+
+    def _refuse_empty(self) -> None:
+        """Name a file without a query or a judgement, before a corpus of any size is read.
+
+        Else the qrels would be told to be wrong where their queries are not there, and a split
+        without judgements would be found out by whoever asks for it, who knows no file.
+        """
+        for split, file in self.qrels.items():
+            if next(judgements(file), None) is None:
+                raise InputError(
+                    f"{file} holds no judgement: put those of the split {split} there, or remove"
+                    " the file"
+                )
+        for file in self.queries if self.qrels else ():
+            if next(self.asked(file), None) is None:
+                judged = next(iter(self.qrels.values()))
+                raise InputError(
+                    f"{file} holds no query, and {judged} judges some: put their ids and texts"
+                    f" into {file.name}"
+                )
 
     def _asked(self, facts: Counter[str]) -> Iterator[tuple[str, Record]]:
         """(place, query) of each query, each once."""

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
@@ -37,6 +37,8 @@ BATCH = 4096  # passages whose ids are looked up at once
 LARGEST = float(np.finfo(np.float32).max)  # of a score, which a run holds in float32
 TRAIN, DEV = "train", "dev"
 NEGATIVES, TEACHER = "negatives", "teacher"
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -278,6 +280,19 @@ class _Spool:
 
     def _path(self, part: str) -> Path:
         return self.folder / f"{part}.jsonl"
+
+
+def some(rows: Iterator[T], source: str, remedy: str) -> Iterator[T]:
+    """The rows of a source, which must have one.
+
+    Args:
+        remedy: ends the message: what a row should be.
+    """
+    first = next(rows, None)
+    if first is None:
+        raise InputError(f"there is no row in {source}: {remedy}")
+    yield first
+    yield from rows
 
 
 def id_of_text(text: str) -> str:

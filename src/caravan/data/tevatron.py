@@ -30,6 +30,7 @@ from caravan.data.rows import (
     check_held_out,
     id_of_text,
     score_of,
+    some,
 )
 from caravan.data.texts import Record
 from caravan.errors import InputError
@@ -141,11 +142,13 @@ class Tevatron:
         return sources, self.corpus or (None if corpus is None else str(corpus))
 
     def _rows(self, path: str, subset: str, has_corpus: bool) -> Iterator[Row]:
-        for place, fields in hub.objects(path, self.config, subset, self.revision, REMEDY):
+        found = hub.objects(path, self.config, subset, self.revision, REMEDY)
+        for place, fields in some(found, path, REMEDY):
             yield row_of(place, fields, has_corpus)
 
     def _passages(self, corpus: str) -> Iterator[tuple[str, Record]]:
-        for place, fields in hub.objects(corpus, self.config, TRAIN, None, OF_CORPUS):
+        found = hub.objects(corpus, self.config, TRAIN, None, OF_CORPUS)
+        for place, fields in some(found, corpus, OF_CORPUS):
             yield place, record_of(place, fields, OF_CORPUS)
 
 

@@ -5,6 +5,9 @@
 A folder is that of an `evaluate.py` with `collections=[...]`. One system of one stage shows all of
 its measures; several systems or stages show the first measure of each. With one folder, all
 measures are written there as collections.csv.
+
+A mean is over the collections that all columns of its measure have, so that means compare; where
+there is none of those, over what each column has. Its row says which, and how many they are.
 """
 
 from __future__ import annotations
@@ -17,8 +20,11 @@ from typing import Any
 from caravan.atomic import replacing
 from caravan.errors import InputError
 from caravan.report.records import read_metrics
+from caravan.report.tables import Table
 
 MEAN = "mean"
+COMMON, OWN = " that all have", " of its own"
+"""Whose collections a mean is over, where it is not over all of them."""
 Column = tuple[str, str]
 """A system's (or stage's) name, and a measure."""
 Figures = dict[Column, dict[str, float]]
@@ -31,8 +37,8 @@ def collect(folders: list[Path]) -> tuple[list[str], Figures, list[str]]:
     A system is called by its folder, and by the folders above it where those are alike.
 
     Returns:
-        Collections in order, those of a group followed by the group's own row, and last the mean
-        over what all systems have; figures; and what is missing, a sentence for each system.
+        Collections in order, those of a group followed by the group's own mean, and last the means;
+        figures; and what is missing, a sentence for each system.
 
     Raises:
         InputError: a folder holds no suite, or none of its collections is finished; two folders
@@ -65,17 +71,7 @@ def collect(folders: list[Path]) -> tuple[list[str], Figures, list[str]]:
     measures = list(dict.fromkeys(measure for _, measure in columns))
     labels = list(dict.fromkeys(label for label, _ in columns))
     columns = {(label, m): columns.get((label, m), {}) for m in measures for label in labels}
-    of_all = {
-        name
-        for name in rows
-        if all(any(name in columns[label, m] for m in measures) for label in labels)
-    }
-    order, counted = _with_groups(rows, columns, of_all)
-    common = [row for row, members in counted.items() if of_all.issuperset(members)]
-    mean = MEAN if len(common) == len(counted) else f"{MEAN} of {len(common)} that all have"
-    for figures in columns.values():
-        _add_mean(figures, mean, common)
-    return [*order, mean], columns, told
+    return _with_means(rows, columns), columns, told
 
 
 def _told_apart(folders: list[Path]) -> list[str]:
@@ -107,41 +103,59 @@ def _read(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _with_groups(
-    rows: dict[str, str], columns: Figures, of_all: set[str]
-) -> tuple[list[str], dict[str, list[str]]]:
-    """Rows in order, a group of several collections with a row of its own after them; and the rows
-    that count in the mean, with the collections behind each.
+def _with_means(groups: dict[str, str], columns: Figures) -> list[str]:
+    """Add the means of groups and of all to the figures; returns all rows in order.
 
-    A group's figure is the mean over what all systems have of it.
+    Args:
+        groups: of each collection, the group that counts once.
     """
-    order, counted = list(rows), {}
-    for group in dict.fromkeys(rows.values()):
-        members = [name for name, of in rows.items() if of == group]
-        if len(members) == 1:
-            counted[members[0]] = members
-            continue
-        shared = [name for name in members if name in of_all]
-        row = f"{group} ({MEAN} of {len(shared or members)})"
-        if 0 < len(shared) < len(members):
-            row = f"{group} ({MEAN} of {len(shared)} that all have)"
-        order.insert(order.index(members[-1]) + 1, row)
-        counted[row] = shared or members
-        for figures in columns.values():
-            _add_mean(figures, row, counted[row])
-    return order, counted
+    members: dict[str, list[str]] = {}
+    for name, group in groups.items():
+        members.setdefault(group, []).append(name)
+    below: dict[str, dict[str, None]] = {name: {} for name in groups}  # rows after a collection's
+    last: dict[str, None] = {}
+    over = {column: _averaged(column, columns) for column in columns}
+    for column, figures in columns.items():
+        whose, names = over[column]
+        own = set(figures)
+        counted = []
+        for group, every in members.items():
+            common = [name for name in every if name in names]
+            there = common or [name for name in every if name in own]
+            if common:
+                counted.append(fmean(figures[name] for name in common))
+            if there and len(every) > 1:
+                row = f"{group} ({_mean_of(there, every, whose if common else OWN)})"
+                figures[row] = fmean(figures[name] for name in there)
+                below[every[-1]][row] = None
+        if counted:
+            whole = len(counted) == len(members) and whose != OWN
+            row = MEAN if whole else f"{MEAN} of {len(counted)}{whose}"
+            figures[row] = fmean(counted)
+            last[row] = None
+    return [*(row for name in groups for row in (name, *below[name])), *last]
 
 
-def _add_mean(figures: dict[str, float], row: str, of: list[str]) -> None:
-    if of and all(name in figures for name in of):
-        figures[row] = fmean(figures[name] for name in of)
+def _averaged(column: Column, columns: Figures) -> tuple[str, set[str]]:
+    """Whose collections a column's mean is over, in words, and which they are.
+
+    A column of another measure is not asked, nor one that is empty: TREC DL's passages have
+    MRR(rel=2)@10 where others have MRR@10.
+    """
+    beside = [set(of) for (_, measure), of in columns.items() if measure == column[1] and of]
+    if len(beside) < 2:
+        return "", set(columns[column])
+    common = set.intersection(*beside)
+    return (COMMON, common) if common else (OWN, set(columns[column]))
+
+
+def _mean_of(there: list[str], every: list[str], whose: str) -> str:
+    return f"{MEAN} of {len(there)}{whose if len(there) < len(every) else ''}"
 
 
 def show(folders: list[Path]) -> None:
     """Print the table; of one folder, write collections.csv."""
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     rows, columns, told = collect(folders)
     labels = list(dict.fromkeys(label for label, _ in columns))
@@ -149,18 +163,13 @@ def show(folders: list[Path]) -> None:
     several = len(labels) > 1
     shown = [one for one in columns if not several or one[1] == measures[0]]
     table = Table(
-        title=Text(measures[0] if several else labels[0]),
-        caption=None if several else "all collections weigh the same in the mean",
+        "collections",
+        f"{measures[0] if several else labels[0]}: all collections weigh the same in a mean.",
+        ["collection", *(label if several else measure for label, measure in shown)],
+        [[row, *(_cell(columns[one].get(row)) for one in shown)] for row in rows],
     )
-    table.add_column("collection")
-    for label, measure in shown:
-        table.add_column(Text(label if several else measure), justify="right")
-    for row in rows:
-        if row == rows[-1]:
-            table.add_section()
-        table.add_row(Text(row), *(_cell(columns[one].get(row)) for one in shown))
     console = Console(soft_wrap=True, markup=False)
-    console.print(table)
+    console.print(table.rich(console.width))
     for line in told:
         console.print(line, highlight=False)
     if len(folders) == 1:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from caravan import manifest
 from caravan.errors import InputError
 from caravan.report import compare, systems
 from caravan.report.blocks import Block, Note, Queries, Section
@@ -33,6 +34,8 @@ MOST_SYSTEMS = 12
 """Read query by query; more would make a page slow to write and long to read."""
 ALL_PAIRS = 6
 """Systems of which all pairs are tested; of more, each against the best."""
+OF_COLLECTION = {"collection", "split", "candidates", "runs", "block", "token_budget"}
+"""Inputs of a stage that say nothing of the system: where it was, and how much at a time."""
 DEEP = 100
 """Measures of a deeper cutoff are left to the tables: they would need every run read whole."""
 
@@ -65,7 +68,7 @@ def gathered(
         records: of one collection and split, by folder below `folder`.
         names: what systems are called, by folder; by default as in the table.
     """
-    rows = {(names or {}).get(name, name): row for name, row in rows_of(records).items()}
+    rows = rows_of(records, names)
     measures = list(dict.fromkeys(name for row in rows.values() for name in row["overall"]))
     order = sorted(rows, key=lambda name: rows[name]["overall"].get(measures[0], 0.0))
     comparison, left_out = _comparison(folder, order, rows, measures)
@@ -92,6 +95,20 @@ def evaluations(of: Evaluated, count: int = SHOWN) -> list[Section]:
     if of.comparison is not None and len(of.comparison.systems) > 1:
         found += comparisons(of.comparison, _worth_showing(of), of.prefix, count)
     return found
+
+
+def made_from(home: Path) -> str | None:
+    """What an evaluation was made from whatever its collection: models and settings of its stages.
+
+    None where that is not known: nothing beside metrics.json says it, or a stage is a run file.
+    """
+    record = manifest.read(home / "metrics.json")
+    stages = (record or {}).get("inputs", {}).get("stages")
+    if not stages or any("given" in stage for stage in stages):
+        return None
+    return manifest.digest(
+        [{key: stage[key] for key in stage if key not in OF_COLLECTION} for stage in stages]
+    )
 
 
 def by_query(of: Evaluated) -> list[Block]:

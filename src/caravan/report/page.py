@@ -77,9 +77,10 @@ def write(folder: Path) -> Path:
 
 
 def _is_sweep(folder: Path) -> bool:
-    """Whether a folder holds jobs of a sweep and no runs besides."""
-    of_jobs = {path.parent for path in folder.rglob(jobs.FILE)}
-    if not of_jobs or folder in of_jobs:
+    """Whether a folder holds the jobs of one sweep and no runs besides."""
+    sweeps = jobs.by_sweep(folder)
+    of_jobs = {job for of in sweeps.values() for job in of}
+    if len(sweeps) != 1 or folder in of_jobs:
         return False
     homes = [path.parent for path in folder.rglob("metrics.json")]
     return all(of_jobs & {home, *home.parents} for home in homes)
@@ -137,7 +138,7 @@ def of_runs(folder: Path) -> Page:
             for name in records[home]["collections"]
         }
     elif several:
-        found.append(_overview(groups))
+        found.append(_overview(folder, groups))
     for number, of_group in enumerate(groups.values(), 1):
         prefix = f"{number}-" if several else ""
         read = evaluations.gathered(folder, of_group, prefix, names)
@@ -176,13 +177,13 @@ def of_sweep(folder: Path) -> Page:
             str(home.relative_to(folder)): {**record, "stages": record.get("stages", [])[-1:]}
             for home, record in evaluated.items()
         }
-        names = {str(home.relative_to(folder)): labels[home] or home.name for home in evaluated}
+        names = {str(home.relative_to(folder)): labels[home] for home in evaluated}
         of = evaluations.gathered(folder, alone, names=names)
         results += evaluations.by_query(of)
         if of.comparison is not None and len(of.order) > 1:
             last = len(of.comparison.systems) - 1
             found += evaluations.comparisons(of.comparison, [(0, last)])
-    read = {labels[home] or home.name: curves.read(home) for home in labels}
+    read = {label: curves.read(home) for home, label in labels.items()}
     watched = next((r["monitored"] for r in records.values() if r.get("monitored")), None)
     drawn = [
         trainings.overlaid(read, tag, "curves")
@@ -238,7 +239,7 @@ def _suites(homes: list[Path], records: dict[Path, dict[str, Any]]) -> Section:
     return Section("All collections", "overview", [made, *map(Note, told)])
 
 
-def _overview(groups: dict[tuple[str, str], evaluations.Records]) -> Section:
+def _overview(folder: Path, groups: dict[tuple[str, str], evaluations.Records]) -> Section:
     """Every collection in one table: the first measure of each system, and its mean."""
     names = [
         f"{first['collection']['name']} {first['split']}"
@@ -248,44 +249,81 @@ def _overview(groups: dict[tuple[str, str], evaluations.Records]) -> Section:
         name if names.count(name) == 1 else f"{name} ({digest[:8]})"
         for name, (digest, _) in zip(names, groups, strict=True)
     ]
-    called, measure = _called(groups), ""
+    called, measure = _called(folder, groups), ""
     by_system: dict[str, dict[str, float]] = {}
     for where, records in zip(wheres, groups.values(), strict=True):
-        for folder, record in records.items():
+        for home, record in records.items():
             measure = measure or next(iter(record["overall"]))
             if measure in record["overall"]:
-                by_system.setdefault(called[folder], {})[where] = record["overall"][measure]
-    rows: list[list[Any]] = []
-    for name, of in by_system.items():
-        values = [of.get(where) for where in wheres]
-        known = [value for value in values if value is not None]
-        mean = sum(known) / len(known) if len(known) == len(wheres) else None
-        rows.append([name, *values, mean])
+                by_system.setdefault(called[home], {})[where] = record["overall"][measure]
+    rows = [[of.get(where) for where in wheres] for of in by_system.values()]
+    means = [_mean(row) for row in rows]
     told = tables.Table(
         "overview",
-        f"{measure} on {len(wheres)} collections; the mean where a system has all of them.",
+        f"{measure} on {len(wheres)} collections, and the mean; where a system lacks some, over how"
+        " many it is stands behind it, and it does not compare with the others.",
         ["system", *wheres, "mean"],
-        [[row[0], *(tables.NONE if v is None else f"{v:.4f}" for v in row[1:])] for row in rows],
-        strong=tables.best([row[1:] for row in rows]),
+        [
+            [name, *(tables.NONE if v is None else f"{v:.4f}" for v in row), mean]
+            for name, row, (mean, _) in zip(by_system, rows, means, strict=True)
+        ],
+        strong=tables.best([[*row, whole] for row, (_, whole) in zip(rows, means, strict=True)]),
     )
     return Section("All collections", "overview", [told])
 
 
-def _called(groups: dict[tuple[str, str], evaluations.Records]) -> dict[str, str]:
-    """What systems are called in the table of all collections, by folder.
+def _mean(row: Sequence[float | None]) -> tuple[str, float | None]:
+    """The mean of what there is, as it is shown, and the mean itself if nothing is missing."""
+    known = [value for value in row if value is not None]
+    mean = sum(known) / len(known)
+    if len(known) == len(row):
+        return f"{mean:.4f}", mean
+    return f"{mean:.4f} ({len(known)} of {len(row)})", None
 
-    By the last stage; where a collection has two of a name, by the folder above the evaluation's,
-    or by the evaluation's own.
+
+def _called(folder: Path, groups: dict[tuple[str, str], evaluations.Records]) -> dict[str, str]:
+    """What systems are called in the table of all collections, by the folder of an evaluation.
+
+    By the last stage, where what was evaluated is the same on all collections: same models, same
+    settings. Else by the folder above the evaluations, or by each evaluation's own: two systems
+    never share a row.
     """
-    every = {folder: record for records in groups.values() for folder, record in records.items()}
-    for called in (
-        {folder: str(record["system"]) for folder, record in every.items()},
-        {folder: str(Path(folder).parent) for folder in every},
-        {folder: folder for folder in every},
+    of_stage: dict[str, dict[str, tuple[str, str]]] = {}
+    for where, records in groups.items():
+        for home, record in records.items():
+            of_stage.setdefault(str(record["system"]), {})[home] = where
+    rows = {
+        (stage, home): name
+        for stage, homes in of_stage.items()
+        for home, name in _rows_of_stage(folder, stage, homes).items()
+    }
+    if len({(stage, name) for (stage, _), name in rows.items()}) > len(set(rows.values())):
+        return {home: home for _, home in rows}
+    return {home: name for (_, home), name in rows.items()}
+
+
+def _rows_of_stage(folder: Path, stage: str, homes: dict[str, tuple[str, str]]) -> dict[str, str]:
+    """Names of the evaluations whose last stage is called alike.
+
+    Args:
+        homes: collection and split of each.
+    """
+    made = {home: evaluations.made_from(folder / home) for home in homes}
+    if len(set(homes.values())) == len(homes) and (
+        len(homes) == 1 or (None not in made.values() and len(set(made.values())) == 1)
     ):
-        if all(len({called[name] for name in of}) == len(of) for of in groups.values()):
-            break
-    return called
+        return dict.fromkeys(homes, stage)
+    above: dict[str, list[str]] = {}
+    for home in homes:
+        above.setdefault(str(Path(home).parent), []).append(home)
+    one_each = all(
+        len({homes[home] for home in of}) == len(of)  # no collection twice
+        and len({made[home] for home in of} - {None}) < 2
+        for of in above.values()
+    )
+    if one_each and "." not in above and len(above) < len(homes):
+        return {home: name for name, of in above.items() for home in of}
+    return {home: home for home in homes}
 
 
 def _facts(records: list[dict[str, Any]]) -> list[Section]:

@@ -47,11 +47,9 @@ def collect(folder: Path) -> tuple[list[str], list[str], list[Row], list[tuple[s
         (job, reason) for each of the others.
 
     Raises:
-        InputError: there is no job.
+        InputError: there is no job, or there are several sweeps.
     """
-    found = list(jobs.read(folder))
-    if not found:
-        raise InputError(f"{folder} holds no job of a sweep (job.json); start one with -m")
+    found = _jobs(folder)
     varied, settings = _settings(found)
     rows: list[Row] = []
     failed = []
@@ -72,12 +70,34 @@ def collect(folder: Path) -> tuple[list[str], list[str], list[Row], list[tuple[s
     return varied, measures, rows, failed
 
 
+def _jobs(folder: Path) -> list[tuple[Path, Row]]:
+    """The jobs of the one sweep of a folder; two sweeps vary different things."""
+    sweeps = jobs.by_sweep(folder)
+    if not sweeps:
+        raise InputError(f"{folder} holds no job of a sweep (job.json); start one with -m")
+    own = sweeps.get(folder, next(iter(sweeps.values())))
+    if len(sweeps) > 1 and not (folder in sweeps and jobs.is_sweep(folder)):
+        names = ", ".join(str(one.relative_to(folder)) for one in sweeps if one != folder)
+        raise InputError(
+            f"{folder} holds several sweeps ({names}), which one table must not mix; give the"
+            " folder of one"
+        )
+    return [(place, one) for place, one in jobs.read(folder) if place in own]
+
+
 def labelled(folder: Path) -> dict[Path, str]:
-    """Each finished job by what sets it apart, such as `rerank.depth=5`, in the table's order."""
-    found = [(place, one) for place, one in jobs.read(folder) if one["state"] == jobs.FINISHED]
+    """Each finished job by what sets it apart, such as `rerank.depth=5`, in the table's order.
+
+    Jobs that no setting sets apart are called by their folders.
+    """
+    found = [(place, one) for place, one in _jobs(folder) if one["state"] == jobs.FINISHED]
     varied, settings = _settings(found)
     order = sorted(settings, key=lambda run: [_order(settings[run][name]) for name in varied])
-    return {run: ", ".join(f"{name}={settings[run][name]}" for name in varied) for run in order}
+    told = [", ".join(f"{name}={settings[run][name]}" for name in varied) for run in order]
+    return {
+        run: label if label and told.count(label) == 1 else str(run.relative_to(folder))
+        for run, label in zip(order, told, strict=True)
+    }
 
 
 def _settings(found: list[tuple[Path, Row]]) -> tuple[list[str], dict[Path, Row]]:
@@ -292,6 +312,8 @@ def _without_common(found: list[tuple[Path, dict[str, Any]]], name: str) -> dict
     begin = min(_same(paths), shortest - 1)
     end = min(_same([path[::-1] for path in paths]), shortest - begin - 1)
     short = {"/".join(path): "/".join(path[begin : len(path) - end]) for path in paths}
+    if not values.isdisjoint(short.values()):
+        short = {}  # then one of them would be called as another one is
     return {value: short.get(value, _number(value)) for value in values}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from caravan.errors import InputError
 from caravan.manifest import write_json
 from caravan.report.records import listed, read_metrics
+from caravan.report.tables import Table
 
 Summary = dict[str, dict[str, float]]
 
@@ -71,83 +72,100 @@ def collect(folder: Path) -> tuple[Summary, dict[str, dict[str, Any]]]:
     return summary, systems
 
 
-def rows(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """A record {overall, seconds, run, folder, ...} for each row of the table."""
+def rows(
+    records: dict[str, dict[str, Any]], names: dict[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """A record {overall, seconds, run, folder, ...} for each row of the table, by its name.
+
+    Args:
+        names: what evaluations are called, by folder, where it is not the folder.
+    """
+    names = names or {}
     alone = {name: r for name, r in records.items() if len(r.get("stages", ())) <= 1}
-    # A run directory by itself has no folder to be named after.
-    named = {
-        name: record.get("system", name) if name == "." else name for name, record in alone.items()
-    }
-    systems = {named[name]: {**record, "folder": name} for name, record in alone.items()}
+    found: list[tuple[list[str], dict[str, Any]]] = []
+    for folder, record in alone.items():
+        called = [folder]
+        if folder == ".":  # a run directory by itself has no folder to be named after
+            system = record.get("system", folder)
+            called = [system, f"./{system}"]
+        called = [names[folder], *called] if folder in names else called
+        found.append((called, {**record, "folder": folder}))
     shown = {stage["run_xxh3"] for record in alone.values() for stage in record.get("stages", ())}
-    stages = [
-        (folder, {**record, **stage, "folder": folder})
-        for folder, record in records.items()
-        if folder not in alone
-        for stage in record["stages"]
-        if stage["run_xxh3"] not in shown
-    ]
-    names = [record["stage"] for _, record in stages] + list(systems)
-    for folder, record in stages:
-        name = record["stage"]
-        systems[name if names.count(name) == 1 else f"{folder}/{name}"] = record
-    return systems
+    for folder, record in records.items():
+        for stage in () if folder in alone else record["stages"]:
+            if stage["run_xxh3"] not in shown:
+                name = stage["stage"]
+                longer = f"{names.get(folder, folder)}/{name}"
+                called = [name, longer, f"{name} of {folder}"]
+                found.append((called, {**record, **stage, "folder": folder}))
+    told = _told_apart([called for called, _ in found])
+    return {name: record for name, (_, record) in zip(told, found, strict=True)}
+
+
+def _told_apart(called: list[list[str]]) -> list[str]:
+    """A name for each that no other has: the first of its own, or a longer one of those after.
+
+    >>> _told_apart([["bm25"], ["bm25", "a/bm25"], ["bm25", "b/bm25"], ["fused", "b/fused"]])
+    ['bm25', 'a/bm25', 'b/bm25', 'fused']
+    """
+    at = [0] * len(called)
+    while True:
+        names = [of[i] for of, i in zip(called, at, strict=True)]
+        again = [
+            n for n, of in enumerate(called) if names.count(names[n]) > 1 and at[n] + 1 < len(of)
+        ]
+        if not again:
+            return names
+        for n in again:
+            at[n] += 1
 
 
 def show_stages(metrics: dict[str, Any]) -> None:
     """Print the stages of one evaluation: figures, queries a second, gain over the best before."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     measures = list(metrics["overall"])
-    table = Table(
-        title=Text(
-            f"{metrics['collection']['name']} {metrics['split']}: {metrics['queries']:,} queries"
-        ),
-        caption=f"gain: in {measures[0]}, over the best stage before; queries/s: without what is"
-        " done once for a collection",
-    )
-    table.add_column("stage")
-    for measure in [*measures, "gain", "queries/s"]:
-        table.add_column(measure, justify="right")
-    for stage in metrics["stages"]:
-        speed, gain = stage["queries_per_second"], stage["gain"]
-        table.add_row(
-            Text(stage["stage"]),
-            *(f"{stage['overall'][measure]:.4f}" for measure in measures),
-            "-" if gain is None else f"{gain:+.4f}",
-            "-" if speed is None else f"{speed:,.1f}",
+    _print(
+        Table(
+            "stages",
+            f"{metrics['collection']['name']} {metrics['split']}: {metrics['queries']:,} queries."
+            f" Gain: in {measures[0]}, over the best stage before; queries/s: without what is done"
+            " once for a collection.",
+            ["stage", *measures, "gain", "queries/s"],
+            [
+                [
+                    one["stage"],
+                    *(f"{one['overall'][measure]:.4f}" for measure in measures),
+                    "-" if one["gain"] is None else f"{one['gain']:+.4f}",
+                    "-"
+                    if one["queries_per_second"] is None
+                    else f"{one['queries_per_second']:,.1f}",
+                ]
+                for one in metrics["stages"]
+            ],
         )
-    Console(soft_wrap=True).print(table)
+    )
 
 
 def show(folder: Path) -> None:
     """Print the table and where everything lies; write `summary.json`."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     summary, records = collect(folder)
     write_json(folder / "summary.json", summary)
     first = next(iter(records.values()))
     # Evaluations may have been asked for different measures: all of them, in the order met.
     measures = list(dict.fromkeys(name for row in summary.values() for name in row))
     measures.append(measures.pop(measures.index("seconds")))
-    table = Table(
-        title=Text(
-            f"{first['collection']['name']} {first['split']}: {first['queries']:,} queries, "
-            f"{first['passages']:,} passages"
-        ),
-        caption="seconds: embed or index the corpus, and search; or rerank",
+    console = _print(
+        Table(
+            "results",
+            f"{first['collection']['name']} {first['split']}: {first['queries']:,} queries,"
+            f" {first['passages']:,} passages. Seconds: embed or index the corpus, and search; or"
+            " rerank.",
+            ["system", *measures],
+            [
+                [system, *(_cell(measure, figures.get(measure)) for measure in measures)]
+                for system, figures in summary.items()
+            ],
+        )
     )
-    table.add_column("system")
-    for measure in measures:
-        table.add_column(measure, justify="right")
-    for system, figures in summary.items():
-        table.add_row(Text(system), *(_cell(measure, figures.get(measure)) for measure in measures))
-    console = Console(soft_wrap=True, markup=False)
-    console.print(table)
     for system in summary:
         record = records[system]
         console.print(f"run   {system:<12} {folder / record['folder'] / record['run']}")
@@ -155,6 +173,15 @@ def show(folder: Path) -> None:
         console.print(f"model {model.parent.parent.name:<12} {model.parent}")
     console.print(f"table              {folder / 'summary.json'}")
     console.print(f"curves             tensorboard --logdir {folder}")
+
+
+def _print(table: Table) -> Any:
+    """Print a table; returns the console."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, markup=False)
+    console.print(table.rich(console.width))
+    return console
 
 
 def _cell(measure: str, value: float | None) -> str:

@@ -9,7 +9,6 @@ queries are embedded, ranked, fused and reranked by the same code.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ from caravan.data.runs import Run, canonical
 from caravan.errors import InputError
 from caravan.retrieval import kept
 from caravan.retrieval.folders import Folders
-
-log = logging.getLogger(__name__)
 
 ROW = np.zeros(1, dtype=np.int64)  # the one query of a question's runs
 
@@ -180,7 +177,4 @@ def _folders(settings: dict[str, Any]) -> Folders:
 
 def _place(settings: dict[str, Any], name: str, inputs: dict[str, Any]) -> Path:
     store, reuse = Path(settings["store"]), settings["reuse"]
-    folder = kept.place(store, None if reuse is None else Path(reuse), name, inputs)
-    if folder.parent != store:
-        log.info("%s, from the same model, collection and settings, is taken", folder)
-    return folder
+    return kept.place(store, None if reuse is None else Path(reuse), name, inputs)

@@ -1,12 +1,18 @@
-"""What is made of a corpus once and kept: its embeddings, and BM25's index.
+"""What is made once and kept in a store: embeddings, BM25's index, a reranker's scores.
 
-A manifest beside each says by digests what it was made from, so that whoever searches the same
-corpus with the same model takes it, and nobody else does. An evaluation keeps its own in its store;
-a search takes over what any evaluation has made.
+    store/passages.3f9c2a41d07b/                 named after the digest of what it is made from
+    store/passages.3f9c2a41d07b.manifest.json    says what that is, once it is whole
+
+Whoever searches the same corpus with the same model takes it, and nobody else does; what is made
+from anything else has another name, so that evaluations which share a store never replace what is
+another's, and one that was killed finds its own half. A search also takes over what any evaluation
+has made.
 """
 
 from __future__ import annotations
 
+import glob
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,8 @@ from caravan.data.collection import Collection
 from caravan.retrieval.folders import Folders
 
 SUFFIX = ".manifest.json"
+
+log = logging.getLogger(__name__)
 
 
 def bm25_inputs(collection: Collection, settings: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +54,7 @@ def found(below: Path | None, name: str, inputs: dict[str, Any]) -> Path | None:
     """
     if below is None or not below.is_dir():
         return None
-    for path in sorted(below.rglob(f"{name}*{SUFFIX}")):
+    for path in sorted(below.rglob(f"{glob.escape(name)}*{SUFFIX}")):
         product = path.with_name(path.name.removesuffix(SUFFIX))
         if manifest.matches(product, inputs):
             return product
@@ -59,6 +67,23 @@ def place(store: Path, reuse: Path | None, name: str, inputs: dict[str, Any]) ->
     Args:
         store: where it is made.
         reuse: below which others may have made it.
+        inputs: all that determines it; what they leave out would be shared in silence.
     """
     there = found(store, name, inputs) or found(reuse, name, inputs)
-    return there or store / f"{name}.{manifest.digest(inputs)[:12]}"
+    if there is None:
+        own = store / f"{name}.{manifest.digest(inputs)[:12]}"
+        _tell_of_others(own, name)
+        return own
+    if there.parent != store:
+        log.info("%s, from the same model, collection and settings, is taken", there)
+    return there
+
+
+def _tell_of_others(own: Path, name: str) -> None:
+    """Nothing in a store gives way, and embeddings of a large corpus fill a disk."""
+    beside = own.parent.glob(f"{glob.escape(name)}*{SUFFIX}")
+    if others := sorted(path.name.removesuffix(SUFFIX) for path in beside):
+        log.info(
+            "%s has %s from other models, collections or settings; delete what you no longer need",
+            *(own.parent, ", ".join(others)),
+        )

@@ -117,6 +117,10 @@ class Scorer:
         section = "rerank" if self.settings.lengths else "contract"
         return model.to(self.device), PairTemplates(tokenizer, self.contract, section)
 
+    def inputs(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The inputs in the manifest of scores, of those that `scores` is given."""
+        return {**given, "resolved_precision": self.precision}
+
     def rerank(
         self,
         candidates: Run,
@@ -188,7 +192,7 @@ class Scorer:
         if to is None:
             parts = list(compute(list(range(blocks))))
         else:
-            fill(to, {**(inputs or {}), "resolved_precision": self.precision}, blocks, compute)
+            fill(to, self.inputs(inputs or {}), blocks, compute)
             parts = [np.load(shard(to, number)) for number in range(blocks)]
         scores = np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
         if wrong := int((~np.isfinite(scores)).sum()):

@@ -1,6 +1,6 @@
 """The stages of retrieval, each a run on disk with a manifest: retrieve, fuse, rerank.
 
-    run_dir/store/      embeddings, BM25's index, a reranker's scores
+    run_dir/store/      embeddings, BM25's index, a reranker's scores (caravan.retrieval.kept)
     run_dir/runs/       <stage>.<split>.trec
 
 A stage is skipped only when the digests of model, collection, candidates and settings are those its
@@ -59,7 +59,8 @@ class Stages:
     Args:
         collection, split: what is searched, and the judged queries that are asked.
         run_dir: where runs go.
-        store: where embeddings or BM25's index lie; another evaluation's may be given.
+        store: where embeddings, BM25's index and a reranker's scores lie; that of any other
+            evaluation may be given.
         k: depth of the runs.
         folders: opens the models.
         ignore_identical_ids: leave the passage that has a query's id out of what it finds.
@@ -106,7 +107,8 @@ class Stages:
 
         def search() -> tuple[Run, Facts]:
             started = time.monotonic()
-            kept.open_bm25(bm25, self.collection, self.store / "bm25", built_from)
+            folder = kept.place(self.store, None, "bm25", built_from)
+            kept.open_bm25(bm25, self.collection, folder, built_from)
             built = time.monotonic()
             queries = self.qrels.queries
             texts = [text for _, text in self.collection.queries.get(queries)]
@@ -124,6 +126,9 @@ class Stages:
         lengths = self.folders.lengths
         encoded_from = kept.embedding_inputs(self.collection, self.folders, model)
 
+        of_passages = {**encoded_from, "length": lengths.get("passage_length")}
+        of_queries = {**encoded_from, "length": lengths.get("query_length"), "split": self.split}
+
         def search() -> tuple[Run, Facts] | None:
             started = time.monotonic()
             encoder = self.folders.encoder(model)
@@ -131,16 +136,16 @@ class Stages:
                 self.collection.corpus,
                 np.arange(len(self.collection.corpus)),
                 "passage",
-                self.store / self._folder("passages", model),
-                {**encoded_from, "length": lengths.get("passage_length")},
+                kept.place(self.store, None, "passages", encoder.inputs(of_passages)),
+                of_passages,
             )
             encoded = time.monotonic()
             queries = encoder.encode(
                 self.collection.queries,
                 self.qrels.queries,
                 "query",
-                self.store / f"{self._folder('queries', model)}.{self.split}",
-                {**encoded_from, "length": lengths.get("query_length"), "split": self.split},
+                kept.place(self.store, None, f"queries.{self.split}", encoder.inputs(of_queries)),
+                of_queries,
             ).read()
             asked = time.monotonic()
             if not leads():
@@ -216,6 +221,7 @@ class Stages:
             **self.folders.determines(model),
             "collection": self.collection.digest,
             "candidates": candidates.digest,
+            "split": self.split,  # rerank.judged adds pairs of its judgements
             **{name: value for name, value in settings.items() if name not in ("weight", "rest")},
         }
         made_from = {**of_scores, **settings}
@@ -233,7 +239,7 @@ class Stages:
                 run,
                 self.collection.queries,
                 self.collection.corpus,
-                self.store / f"scores.{self.split}",
+                kept.place(self.store, None, f"scores.{self.split}", scorer.inputs(of_scores)),
                 of_scores,
                 self.qrels,
             )
@@ -263,11 +269,6 @@ class Stages:
         if self._own is None:
             return run
         return without(run, self.qrels.queries, self._own).top(self.k)
-
-    def _folder(self, side: str, model: Path) -> str:
-        """Embeddings of a second model lie beside those of the first."""
-        number = self._names.get("retriever", 0)
-        return side if number < 2 else f"{side}-{number}"
 
     def _stage(
         self,
