@@ -50,14 +50,20 @@ class _Loaded:
     reads: type[Templates] | type[PairTemplates]
 
     def __init__(
-        self, folder: str | Path, precision: str = "auto", token_budget: int | None = None
+        self,
+        folder: str | Path,
+        precision: str = "auto",
+        token_budget: int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.precision = hardware.resolve(precision)
         self.device = hardware.device()
         self.token_budget = hardware.chunk(token_budget)
         dtype = hardware.dtype(self.precision)
-        model, self.tokenizer, self.contract, self.facts = model_folder.load(self.folder, dtype)
+        model, self.tokenizer, self.contract, self.facts = model_folder.load(
+            self.folder, dtype, trust_remote_code=trust_remote_code
+        )
         if self.device.type == "cpu":
             pack_linears(model)
         self.model: Any = model.to(self.device)
@@ -155,7 +161,10 @@ class Reranker(_Loaded):
 
 
 def load(
-    folder: str | Path, precision: str = "auto", token_budget: int | None = None
+    folder: str | Path,
+    precision: str = "auto",
+    token_budget: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Retriever | Reranker:
     """Load a model folder.
 
@@ -163,13 +172,14 @@ def load(
         folder: that a training left, or a released model that was adopted.
         precision: "auto", "bf16" or "float32".
         token_budget: padded tokens that are computed at a time; None leaves them to the machine.
+        trust_remote_code: run code that the model brings along; read it first.
 
     Raises:
-        InputError: it is no model folder, or something in it is missing or broken.
+        InputError: it is no model folder, something in it is missing or broken, or it wants code
+            of its own that may not run.
     """
-    if read_contract(Path(folder))[0].kind == "retriever":
-        return Retriever(folder, precision, token_budget)
-    return Reranker(folder, precision, token_budget)
+    kind = Retriever if read_contract(Path(folder))[0].kind == "retriever" else Reranker
+    return kind(folder, precision, token_budget, trust_remote_code)
 
 
 def _listed(texts: Sequence[str]) -> Sequence[str]:

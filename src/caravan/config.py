@@ -125,6 +125,7 @@ class Pipeline:
     num_workers: int = MISSING
     precision: str = MISSING
     attention: str = MISSING
+    trust_remote_code: bool = MISSING
     block: int = MISSING
     data: Node = MISSING
     index: Node = MISSING

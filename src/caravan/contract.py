@@ -28,7 +28,7 @@ PAIRS = ("joined", "pair")
 SCORINGS = ("head", "likelihood")
 SLOTS = ("self", "next")
 """Fields of a template that stand for the slots of LLaRA's two tasks (arXiv 2312.15503)."""
-_READ = (".safetensors", ".bin", ".json", ".model", ".txt")
+_READ = (".safetensors", ".bin", ".json", ".model", ".txt", ".py")
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ def folder_digest(folder: Path) -> str:
 
 
 def files_digest(folder: Path) -> str:
-    """A digest of names and contents of a folder's weights, configs and tokenizer files.
+    """A digest of names and contents of a folder's weights, configs, tokenizer files and code.
 
     What a model computes, whatever its card says; `caravan.json` is left out.
     """

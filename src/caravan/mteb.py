@@ -41,7 +41,7 @@ class _Wrapped:
         folder: a model folder; MTEB calls it the model's name.
         revision: taken for MTEB's sake; results are filed under the digest of the folder.
         device: None, or the type of the one device that a folder is loaded on.
-        precision, token_budget: as `caravan.load` takes them.
+        precision, token_budget, trust_remote_code: as `caravan.load` takes them.
     """
 
     kind: type[api.Retriever] | type[api.Reranker]
@@ -53,8 +53,9 @@ class _Wrapped:
         device: str | None = None,
         precision: str = "auto",
         token_budget: int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
-        self.model: Any = self.kind(folder, precision, token_budget)
+        self.model: Any = self.kind(folder, precision, token_budget, trust_remote_code)
         if device is not None and torch.device(device).type != self.model.device.type:
             raise InputError(
                 f"device={device}: the model is loaded on {self.model.device}; leave it out, and"
@@ -140,12 +141,15 @@ class CrossEncoder(_Wrapped):
 
 
 def load(
-    folder: str | Path, precision: str = "auto", token_budget: int | None = None
+    folder: str | Path,
+    precision: str = "auto",
+    token_budget: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Encoder | CrossEncoder:
     """A model folder for `mteb.evaluate`; arguments and errors are those of `caravan.load`."""
     contract = read_contract(Path(folder))[0]
     wrapped = Encoder if contract.kind == "retriever" else CrossEncoder
-    return wrapped(folder, precision=precision, token_budget=token_budget)
+    return wrapped(folder, None, None, precision, token_budget, trust_remote_code)
 
 
 def _texts(inputs: Batches) -> list[str]:

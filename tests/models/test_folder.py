@@ -33,7 +33,7 @@ def test_a_saved_model_loads_with_the_same_embeddings_and_contract(
 ) -> None:
     model, loaded_tokenizer, loaded_contract, facts = folder.load(saved)
     assert loaded_contract == contract
-    assert facts == {"name": "tiny", "best": 0.5, "weights": "full"}
+    assert facts == {"name": "tiny", "best": 0.5, "weights": "full", "own_code": False}
     assert loaded_tokenizer("camel caravan")["input_ids"] == tokenizer("camel caravan")["input_ids"]
     with torch.no_grad():
         assert torch.equal(model.embed(pack(TEXTS, 99)), encoder.embed(pack(TEXTS, 99)))
@@ -249,7 +249,9 @@ def test_an_adapter_keeps_the_revision_of_its_base(
     monkeypatch.setattr(
         folder,
         "load_weights",
-        lambda name, dtype, revision: asked.append((name, revision)) or load_weights(name, dtype),
+        lambda name, revision, **given: (
+            asked.append((name, revision)) or load_weights(name, **given)
+        ),
     )
     folder.load(tmp_path / "adapter")
     assert asked == [(str(saved), "0123abc")]

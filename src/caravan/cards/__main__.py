@@ -21,12 +21,16 @@ def main() -> int:
     )
     parser.add_argument("--license", help="of the Hub's list, such as apache-2.0")
     parser.add_argument("--language", action="append", help="a code such as en; may be repeated")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that the tokenizer brings along"
+    )
     given = parser.parse_args()
 
     def work() -> None:
         from caravan.cards.folder import write
 
-        path = write(given.model, given.evaluations, given.license, given.language)
+        told = (given.license, given.language, given.trust_remote_code)
+        path = write(given.model, given.evaluations, *told)
         sys.stdout.write(f"{path} is written; hf upload <user>/<name> {given.model} pushes it\n")
 
     return answering(work)

@@ -18,8 +18,13 @@ from caravan.cards.wording import quoted
 from caravan.contract import Contract, adapter_base, read_contract
 from caravan.models.folder import HEAD
 from caravan.models.loading import load_tokenizer
+from caravan.trust import FACT, SETTING
 
 README = "README.md"
+_OWN_CODE = (
+    f"The model has code of its own, which comes with its weights or with its base; `{SETTING}`"
+    " runs it. Read it first."
+)
 
 
 def write(
@@ -27,6 +32,8 @@ def write(
     evaluations: list[Path] | None = None,
     license: str | None = None,
     language: list[str] | None = None,
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
 ) -> Path:
     """Write a model folder's README.md; returns its path.
 
@@ -34,6 +41,8 @@ def write(
         evaluations: folders of `evaluate.py`, whose figures of this model go into the card.
         license: of the Hub's list, such as apache-2.0; None: nothing is said.
         language: codes such as en; None: those of the collection, where they are known.
+        trust_remote_code: run code that the folder's tokenizer brings along (`caravan.trust`).
+        tokenizer: the folder's, where it is loaded already.
 
     Raises:
         InputError: the folder is no model folder, or an evaluation is not of this model.
@@ -42,7 +51,8 @@ def write(
     figures = [*validated(facts)]
     for evaluation in evaluations or ():
         figures += evaluated(folder, evaluation)
-    tokenizer = load_tokenizer(str(folder))
+    if tokenizer is None:
+        tokenizer = load_tokenizer(str(folder), trust_remote_code)
     text = page.page(
         folder,
         facts,
@@ -85,12 +95,9 @@ def _sections(
     sections += [
         "## Use it in Caravan",
         "`caravan.json` holds all that its use needs: prompts, EOS, pooling, lengths.",
-        page.code(_caravan(contract)),
-        _evaluate(contract),
-        "## Use it in sentence-transformers",
-        *_sbert(contract),
-        f"## Use it in {'PEFT' if facts['weights'] == 'adapter' else 'transformers'}",
-        *_plain(folder, tokenizer, contract, facts),
+        page.code(_caravan(contract, facts)),
+        _evaluate(contract, facts),
+        *([_OWN_CODE] if facts.get(FACT) else _elsewhere(folder, tokenizer, contract, facts)),
         "## How it reads",
         page.table(page.reads(contract)),
         "## Training",
@@ -99,19 +106,33 @@ def _sections(
     return sections
 
 
-def _caravan(contract: Contract) -> str:
+def _elsewhere(
+    folder: Path, tokenizer: Any, contract: Contract, facts: dict[str, Any]
+) -> list[str]:
+    """The model in other libraries."""
+    return [
+        "## Use it in sentence-transformers",
+        *_sbert(contract),
+        f"## Use it in {'PEFT' if facts['weights'] == 'adapter' else 'transformers'}",
+        *_plain(folder, tokenizer, contract, facts),
+    ]
+
+
+def _caravan(contract: Contract, facts: dict[str, Any]) -> str:
+    allowed = f", {SETTING}=True" if facts.get(FACT) else ""
     return f"""import caravan
 
-model = caravan.load("{page.HERE}")
+model = caravan.load("{page.HERE}"{allowed})
 query, passages = "Which animals cross the desert?", ["Camels cross it, by night.", "Salt is gold."]
 for hit in model.search([query], passages, k=2)[0]:
     print(hit.score, passages[hit.row])
 """
 
 
-def _evaluate(contract: Contract) -> str:
+def _evaluate(contract: Contract, facts: dict[str, Any]) -> str:
     first = "" if contract.kind == "retriever" else "retriever=bm25 "
     given = f"{first}{contract.kind}={page.HERE}"
+    given += f" {SETTING}=true" if facts.get(FACT) else ""
     return f"On a BEIR folder: `python evaluate.py {given} data=beir data.path=<collection>`."
 
 

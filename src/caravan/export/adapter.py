@@ -61,7 +61,9 @@ def _load(
         hub["num_labels"] = 1
     told = "".join(f", {key}={value!r}" for key, value in hub.items())
     with weights.quiet():
-        model = getattr(transformers, name).from_pretrained(base, dtype=torch.float32, **hub)
+        model = getattr(transformers, name).from_pretrained(
+            base, dtype=torch.float32, trust_remote_code=False, **hub
+        )
     lines = ""
     if contract.bidirectional:
         lines += "base.config.is_causal = False  # it was trained to look both ways\n"

@@ -95,7 +95,7 @@ def _scores(
     """Scores of the exported files by plain transformers, once their ids are as they should be."""
     from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
     pairing.check(tokenizer)
     auto = AutoModelForSequenceClassification if head is None else AutoModel
     model = weights.load_plain(auto, out)

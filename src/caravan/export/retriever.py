@@ -151,7 +151,7 @@ def _check(
 
     model, place = None, None
     for side, some, rows in zip(sides, texts, wanted, strict=True):
-        tokenizer = AutoTokenizer.from_pretrained(out / side.path)
+        tokenizer = AutoTokenizer.from_pretrained(out / side.path, trust_remote_code=False)
         probes = tokens.probes(side.length)
         ours, theirs = side.encode(probes), side.tokenized(tokenizer, probes)
         tokens.refuse_other_tokens(f"{folder} ({side.task})", probes, ours, theirs)

@@ -39,7 +39,9 @@ def load_plain(auto: Any, folder: Path) -> Any:
         InputError: a weight is missing or left over.
     """
     with quiet():
-        model, report = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        model, report = auto.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     wrong = [str(key) for kind in kinds for key in report.get(kind, ())]
     if wrong:

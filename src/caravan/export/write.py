@@ -15,6 +15,7 @@ from pathlib import Path
 
 from caravan.contract import read_contract
 from caravan.errors import InputError
+from caravan.trust import FACT, SETTING
 
 FORMATS = {
     "sentence-transformers": "SentenceTransformer(...) or CrossEncoder(...), prompts included",
@@ -32,12 +33,17 @@ def export(folder: Path, form: str, out: Path) -> None:
         out: the new folder; it must not be there, or be empty.
 
     Raises:
-        InputError: the folder does not load, the form cannot express what it does, or `out` is
-            taken.
+        InputError: the folder does not load or has code of its own, the form cannot express what it
+            does, or `out` is taken.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out} is there already; give a folder that is new or empty")
-    read_contract(folder)
+    if read_contract(folder)[1].get(FACT):
+        raise InputError(
+            f"{folder} has code of its own, of which nothing says that it reads and saves as the"
+            " models of transformers do, so it is not exported; use the model folder itself, with"
+            f" {SETTING}=true"
+        )
     write = _writer(form)
     # Beside the parents that are yet to be made: what fails leaves none of them.
     place = next(parent for parent in out.absolute().parents if parent.is_dir())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from caravan.models.loading import (
     set_attention,
 )
 from caravan.models.preparing import Checkpointing, new_head, prepared
+from caravan.trust import allowed
 
 
 class Pretrained:
@@ -41,7 +43,7 @@ class Pretrained:
         name: hub id or folder.
         revision: a branch, tag or commit of the hub.
         attention: transformers' attention implementation; "auto" is `caravan.models.attention`.
-        trust_remote_code: run the repository's own code. Off unless you mean it.
+        trust_remote_code: run the repository's own code (`caravan.trust`). Off unless you mean it.
         checkpointing: recompute activations in the backward pass (`caravan.models.preparing`).
         bidirectional: each token sees the whole text (`caravan.models.bidirectional`); False of an
             encoder, which is made so.
@@ -61,6 +63,7 @@ class Pretrained:
         self.name = name
         self.attention = attention
         self.bidirectional = bidirectional
+        self.trust_remote_code = trust_remote_code
         self.hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.checkpointing = checkpointing
         self.compile = compile
@@ -74,14 +77,18 @@ class Pretrained:
         revision = self.hub["revision"]
         if is_adapter(self.name, revision) and not has_tokenizer(self.name, revision):
             base, revision = released_base(self.name, revision)
-            return load_tokenizer(base, **{**self.hub, "revision": revision})
-        return load_tokenizer(self.name, **self.hub)
+            found = load_tokenizer(base, **{**self.hub, "revision": revision})
+        else:
+            found = load_tokenizer(self.name, **self.hub)
+        if not self.trust_remote_code:
+            self.config(found)  # a model that wants code of its own is refused before data is read
+        return found
 
     def config(self, tokenizer: Any) -> Any:
         """transformers' config of the model, or of an adapter's base."""
         if is_adapter(self.name, self.hub["revision"]):
             base, revision = released_base(self.name, self.hub["revision"])
-            return load_config(base, revision=revision)
+            return load_config(base, **{**self.hub, "revision": revision})
         return load_config(self.name, **self.hub)
 
     def model(self, tokenizer: Any) -> nn.Module:
@@ -120,11 +127,7 @@ class Pretrained:
         """The base that a released adapter names."""
         base, revision = released_base(self.name, self.hub["revision"])
         model = load_weights(
-            base,
-            self.dtype,
-            self.attention,
-            revision=revision,
-            trust_remote_code=self.hub["trust_remote_code"],
+            *(base, self.dtype, self.attention), **{**self.hub, "revision": revision}
         )
         return self._prepared(model)
 
@@ -142,9 +145,10 @@ class Trained:
         adapter: keep an adapter apart, for `LoRA` to go on with; else it is merged.
         attention, checkpointing, compile: as in the other backbones.
         bidirectional: likewise; a model that looks both ways cannot begin one that does not.
+        trust_remote_code: run code that the model brings along (`caravan.trust`).
 
     Raises:
-        InputError: it would.
+        InputError: it would; or the model wants code of its own that may not run.
     """
 
     trains_tokenizer = False
@@ -157,12 +161,14 @@ class Trained:
         checkpointing: Checkpointing = False,
         bidirectional: bool = False,
         compile: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
         self.name = folder
         self.bidirectional = bidirectional
         if not bidirectional:
             refuse_to_turn(folder)
         contract, facts = read_contract(Path(folder))
+        self.trusted = allowed(Path(folder), facts, trust_remote_code)
         self.scores = contract.kind == "reranker" and contract.scoring == "head"
         self.adapter = folder if adapter and facts["weights"] == "adapter" else None
         self.attention = attention
@@ -175,14 +181,14 @@ class Trained:
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
         """The folder's own tokenizer; the collection plays no part."""
-        return load_tokenizer(self.name)
+        return load_tokenizer(self.name, trust_remote_code=self.trusted)
 
     def config(self, tokenizer: Any) -> Any:
         """transformers' config of the model, or of an adapter's base."""
         if read_contract(Path(self.name))[1]["weights"] == "adapter":
             base, revision = adapter_base(Path(self.name))
-            return load_config(base, revision=revision)
-        return load_config(self.name)
+            return load_config(base, self.trusted, revision=revision)
+        return load_config(self.name, self.trusted)
 
     def model(self, tokenizer: Any) -> nn.Module:
         """The transformer without a head; what a head the folder has is left out."""
@@ -191,13 +197,16 @@ class Trained:
             model: Any = load_weights(
                 *(base, self.dtype, self.attention),
                 quantization=self.quantization,
+                trust_remote_code=self.trusted,
                 revision=revision,
             )
         elif self.quantization is not None:
             if self.scores or read_contract(Path(self.name))[1]["weights"] == "adapter":
                 raise self._not_quantised()
             model = load_weights(
-                self.name, self.dtype, self.attention, quantization=self.quantization
+                *(self.name, self.dtype, self.attention),
+                quantization=self.quantization,
+                trust_remote_code=self.trusted,
             )
         else:
             model = self._whole().base_model
@@ -218,18 +227,19 @@ class Trained:
         base, revision = adapter_base(Path(self.adapter))
         pad_id = tokenizer.pad_token_id
         scorer = load_scorer(
-            *(base, self.dtype, self.attention, pad_id, self.quantization), revision=revision
+            *(base, self.dtype, self.attention, pad_id, self.quantization),
+            trust_remote_code=self.trusted,
+            revision=revision,
         )[0]
         return self._prepared(scorer)  # its head comes with the adapter
 
     def language_model(self, tokenizer: Any) -> nn.Module:
         """The transformer with its output layer, which the folder or the base must have."""
+        fetch = partial(load_language_model, trust_remote_code=self.trusted)
         if self.adapter is not None:
             base, revision = adapter_base(Path(self.adapter))
             return self._prepared(
-                load_language_model(
-                    base, self.attention, quantization=self.quantization, revision=revision
-                )
+                fetch(base, self.attention, quantization=self.quantization, revision=revision)
             )
         if self.quantization is not None:
             raise self._not_quantised()
@@ -237,10 +247,10 @@ class Trained:
         if contract.scoring == "likelihood":
             return self._prepared(self._whole())
         if facts["weights"] == "full":
-            return self._prepared(load_language_model(self.name, self.attention))
+            return self._prepared(fetch(self.name, self.attention))
         # The adapter is of the trunk alone; the output layer is its base's.
         base, revision = adapter_base(Path(self.name))
-        model: Any = load_language_model(base, self.attention, revision=revision)
+        model: Any = fetch(base, self.attention, revision=revision)
         fit_vocabulary(model, tokenizer)
         trunk = self._whole().base_model
         model.base_model.load_state_dict(trunk.state_dict())
@@ -276,7 +286,8 @@ class Trained:
     def _whole(self) -> Any:
         whole = read_contract(Path(self.name))[1]["weights"] == "full"
         dtype = self.dtype if whole else torch.float32  # an adapter is merged
-        transformer = folder.load(Path(self.name), dtype)[0].transformer
+        loaded = folder.load(Path(self.name), dtype, trust_remote_code=self.trusted)
+        transformer = loaded[0].transformer
         transformer.requires_grad_(True)  # an adapter that is merged leaves its base frozen
         return set_attention(transformer, self.attention)
 

@@ -18,6 +18,7 @@ import copy
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from caravan.models.loading import (
     set_attention,
 )
 from caravan.models.slots import SlotEncoder
+from caravan.trust import FACT, allowed, is_own_code
 
 ADAPTER = "adapter_model.safetensors"
 HEAD = "score.safetensors"
@@ -64,7 +66,8 @@ def save(
     if adapter and not transformer.active_peft_config.base_model_name_or_path:
         transformer = merged(copy.deepcopy(transformer))  # on random weights, which no folder has
         adapter = False
-    facts = {**facts, "weights": "adapter" if adapter else "full"}
+    own_code = any(map(is_own_code, (tokenizer, *transformer.modules())))
+    facts = {**facts, "weights": "adapter" if adapter else "full", FACT: own_code}
     if isinstance(model, SlotEncoder) and transformer is model.transformer and not adapter:
         facts["language_model"] = type(transformer).__name__
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +95,7 @@ def load(
     dtype: torch.dtype | str = torch.float32,
     kind: str | None = None,
     attention: str = "auto",
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any, Contract, dict[str, Any]]:
     """Load a model folder: (model in eval mode, tokenizer, contract, facts); adapters are merged.
 
@@ -99,13 +103,16 @@ def load(
         dtype: of the transformer's weights; a reranker's head is float32.
         kind: what it must be, "retriever" or "reranker"; None takes both.
         attention: transformers' implementation, or "unpadded" (`caravan.models.unpadded`).
+        trust_remote_code: run code that the model brings along, or its adapter's base
+            (`caravan.trust`); nothing in the folder can.
 
     Returns:
         The model is a BiEncoder or a CrossEncoder.
 
     Raises:
         InputError: the contract is missing or broken, a weight (a reranker's head among them) is
-            missing, unknown or misshapen, or the folder is of another kind.
+            missing, unknown or misshapen, the folder is of another kind, or wants code of its own
+            that may not run.
     """
     contract, facts = read_contract(folder)
     if kind is not None and contract.kind != kind:
@@ -122,17 +129,18 @@ def load(
             f"{folder} lacks its tokenizer (tokenizer_config.json and {TOKENIZERS[0]}); save the"
             " model again"
         )
-    tokenizer = load_tokenizer(str(folder))
+    trusted = allowed(folder, facts, trust_remote_code)
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=trusted)
     model: Model
     if contract.kind == "reranker":
         if contract.scoring == "likelihood":
-            language_model = _language_model(folder, dtype, adapter)
+            language_model = _language_model(folder, dtype, adapter, trusted)
             model = QueryLikelihood(_as_asked(language_model, contract, attention), contract)
         else:
-            scorer = _scorer(folder, dtype, adapter)
+            scorer = _scorer(folder, dtype, adapter, trusted)
             model = CrossEncoder(_as_asked(scorer, contract, attention), contract)
     else:
-        backbone = _backbone(folder, dtype, facts, tokenizer)
+        backbone = _backbone(folder, dtype, facts, tokenizer, trusted)
         model = BiEncoder(_as_asked(backbone, contract, attention), contract)
     return model.eval(), tokenizer, contract, facts
 
@@ -145,27 +153,30 @@ def _as_asked(transformer: nn.Module, contract: Contract, attention: str) -> nn.
 
 
 def _backbone(
-    folder: Path, dtype: torch.dtype | str, facts: dict[str, Any], tokenizer: Any
+    folder: Path, dtype: torch.dtype | str, facts: dict[str, Any], tokenizer: Any, trusted: bool
 ) -> nn.Module:
     adapter = facts["weights"] == "adapter"
+    fetch = partial(load_weights, dtype=dtype, trust_remote_code=trusted)
     if not adapter:
         # A language model's output layer has no part in embeddings; those who adapt it on need it.
-        return load_weights(str(folder), dtype, heads="language_model" in facts)
+        return fetch(str(folder), heads="language_model" in facts)
     base, revision = adapter_base(folder)
-    model = fit_vocabulary(load_weights(base, dtype, revision=revision), tokenizer)
+    model = fit_vocabulary(fetch(base, revision=revision), tokenizer)
     return merged(load_adapter(model, str(folder)))
 
 
-def _scorer(folder: Path, dtype: torch.dtype | str, adapter: bool) -> nn.Module:
+def _scorer(folder: Path, dtype: torch.dtype | str, adapter: bool, trusted: bool) -> nn.Module:
     scorer: Any
+    fetch = partial(load_scorer, dtype=dtype, trust_remote_code=trusted)
     if adapter:
         base, revision = adapter_base(folder)
-        scorer = load_scorer(base, dtype, revision=revision)[0]
+        scorer = fetch(base, revision=revision)[0]
         scorer = merged(load_adapter(scorer, str(folder)))
     elif (folder / HEAD).is_file():
-        scorer = with_head(load_weights(str(folder), dtype, heads=False))
+        model = load_weights(str(folder), dtype, heads=False, trust_remote_code=trusted)
+        scorer = with_head(model)
     else:
-        scorer, new = load_scorer(str(folder), dtype)
+        scorer, new = fetch(str(folder))
         if new:
             raise InputError(
                 f"{folder} has no trained head, so its scores would be random; train one"
@@ -175,11 +186,14 @@ def _scorer(folder: Path, dtype: torch.dtype | str, adapter: bool) -> nn.Module:
     return scorer
 
 
-def _language_model(folder: Path, dtype: torch.dtype | str, adapter: bool) -> nn.Module:
+def _language_model(
+    folder: Path, dtype: torch.dtype | str, adapter: bool, trusted: bool
+) -> nn.Module:
+    fetch = partial(load_language_model, dtype=dtype, trust_remote_code=trusted)
     if not adapter:
-        return load_language_model(str(folder), dtype=dtype)
+        return fetch(str(folder))
     base, revision = adapter_base(folder)
-    model = load_language_model(base, dtype=dtype, revision=revision)
+    model = fetch(base, revision=revision)
     return merged(load_adapter(model, str(folder)))
 
 

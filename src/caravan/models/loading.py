@@ -6,7 +6,9 @@ is an error that names the weights.
 
 from __future__ import annotations
 
+import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +20,16 @@ from caravan.hub import refuse_unreachable
 from caravan.models import attention as cpu_attention
 from caravan.models import unpadded
 from caravan.models.crossencoder import Head, head_of, with_head
+from caravan.trust import SETTING, OwnCodeError, is_own_code
 
 CLASSIFIER = "ForSequenceClassification"
 
 
-def load_tokenizer(name: str, **hub: Any) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool = False, **hub: Any) -> Any:
     """A tokenizer of the hub or of a folder.
+
+    Args:
+        trust_remote_code: run code that comes with it (`caravan.trust`); so below, too.
 
     Raises:
         InputError: it is not to be had.
@@ -32,9 +38,9 @@ def load_tokenizer(name: str, **hub: Any) -> Any:
 
     refuse_unreachable(name, hub.get("revision"))
     try:
-        return AutoTokenizer.from_pretrained(name, **hub)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{name}: no tokenizer could be loaded ({first_line(error)})") from None
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise _not_loaded(name, "tokenizer", error, trust_remote_code) from None
 
 
 def has_tokenizer(name: str, revision: str | None = None) -> bool:
@@ -54,7 +60,7 @@ def has_tokenizer(name: str, revision: str | None = None) -> bool:
         raise InputError(f"{name}: no tokenizer could be loaded ({first_line(error)})") from None
 
 
-def load_config(name: str, **hub: Any) -> Any:
+def load_config(name: str, trust_remote_code: bool = False, **hub: Any) -> Any:
     """transformers' config of the hub or of a folder.
 
     Raises:
@@ -64,9 +70,9 @@ def load_config(name: str, **hub: Any) -> Any:
 
     refuse_unreachable(name, hub.get("revision"))
     try:
-        return AutoConfig.from_pretrained(name, **hub)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{name}: no model could be loaded ({first_line(error)})") from None
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _not_loaded(name, "model", error, trust_remote_code) from None
 
 
 def load_weights(
@@ -76,6 +82,7 @@ def load_weights(
     heads: bool = True,
     auto: Any = None,
     quantization: Any = None,
+    trust_remote_code: bool = False,
     **hub: Any,
 ) -> nn.Module:
     """A transformer from the hub or a folder; every weight must be there.
@@ -95,18 +102,27 @@ def load_weights(
 
     refuse_unreachable(name, hub.get("revision"))
     logging.disable_progress_bar()
+    hub["trust_remote_code"] = trust_remote_code
     if quantization is not None:
         hub = {**hub, "quantization_config": quantization}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of missing weights is replaced by the check below
     try:
-        model, report = (auto or AutoModel).from_pretrained(
+        loaded = (auto or AutoModel).from_pretrained(
             name, dtype=dtype, output_loading_info=True, **hub
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{name}: no model could be loaded ({first_line(error)})") from None
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise _not_loaded(name, "model", error, trust_remote_code) from None
     finally:
         logging.set_verbosity(verbosity)
+    if not isinstance(loaded, tuple):  # code of its own may load in a way of its own
+        raise InputError(
+            f"{name}: its own code does not tell which weights it has found, so a missing one would"
+            " stay random; take a model that transformers knows, or one whose code leaves"
+            " from_pretrained as it is"
+        )
+    model, report = loaded
+    _refuse_code_of_another(name, model)
     # The pooler is a head of BERT's pre-training; embeddings are pooled from the states.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     wrong = sorted(str(key[0]) for key in report.get("mismatched_keys", ()))
@@ -158,6 +174,8 @@ def load_language_model(
         return load_weights(
             name, dtype, attention, auto=AutoModelForCausalLM, quantization=quantization, **hub
         )
+    except OwnCodeError:
+        raise
     except InputError as error:
         told = "what tells tokens must be a decoder with its output layer"
         raise InputError(f"{error}; {told}") from None
@@ -235,6 +253,26 @@ def load_scorer(
     if found is not None:
         scorer.set_submodule(found[0], Head.of(found[1]))
     return scorer, False
+
+
+def _refuse_code_of_another(name: str, model: Any) -> None:
+    """transformers keeps code: of two folders alike in name and config, that of the first."""
+    if not is_own_code(model):
+        return
+    run = Path(inspect.getfile(type(model)))
+    own = Path(name) / run.name
+    if own.is_file() and own.read_bytes() != run.read_bytes():
+        raise InputError(
+            f"{name}: this process runs {run.name} of another folder already, which differs; use"
+            " each folder in a command of its own, or give them different names"
+        )
+
+
+def _not_loaded(name: str, what: str, error: Exception, trusted: bool) -> InputError:
+    """Why a tokenizer or a model is not to be had; transformers names its setting where it asks."""
+    if not trusted and SETTING in str(error):
+        return OwnCodeError(name)
+    return InputError(f"{name}: no {what} could be loaded ({first_line(error)})")
 
 
 def _unnumbered(key: str, prefix: str = "") -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, arange, nn, segment_reduce
 
 from caravan.models import unpadded
+from caravan.trust import is_own_code
 
 
 def pooled_states(
@@ -43,7 +44,8 @@ def pooled_states(
         attention_mask = attention_mask.gather(1, left)
         token_types = None if token_types is None else token_types.gather(1, left)
     # In a causal model no real token sees the padding on its right: no mask, a faster kernel.
-    mask = None if full or causal else attention_mask
+    # A model's own code may ask for one all the same (nomic-bert's computes with it unasked).
+    mask = None if (full or causal) and not is_own_code(plain(backbone)) else attention_mask
     types = {} if token_types is None else {"token_type_ids": token_types}
     states = backbone(input_ids=input_ids, attention_mask=mask, **types).last_hidden_state
     return pool(states, attention_mask, pooling, slots)

@@ -40,6 +40,7 @@ class TinyLlama:
         checkpointing: recompute activations in the backward pass (`caravan.models.preparing`).
         bidirectional: each token sees the whole text (`caravan.models.bidirectional`).
         compile: the layers, by torch.compile.
+        trust_remote_code: of the folder that `init_from` puts in its place; a Llama brings no code.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class TinyLlama:
         checkpointing: Checkpointing = False,
         bidirectional: bool = False,
         compile: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
         if hidden_size % heads:
             raise InputError(
@@ -77,6 +79,7 @@ class TinyLlama:
         self.checkpointing = checkpointing
         self.bidirectional = bidirectional
         self.compile = compile
+        self.trust_remote_code = trust_remote_code
 
     trains_tokenizer = True
 

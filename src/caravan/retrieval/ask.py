@@ -171,7 +171,7 @@ def _folders(settings: dict[str, Any]) -> Folders:
     return Folders(
         lengths=lengths,
         **{key: settings[key] for key in ("precision", "token_budget", "block")},
-        **{key: settings[key] for key in ("num_workers", "attention")},
+        **{key: settings[key] for key in ("num_workers", "attention", "trust_remote_code")},
     )
 
 

@@ -61,7 +61,7 @@ class Encoder:
         token_budget: padded tokens a chunk; None leaves them to the machine.
         block: texts a shard.
         num_workers: processes that tokenise ahead.
-        attention: as in `caravan.models.folder.load`.
+        attention, trust_remote_code: as in `caravan.models.folder.load`.
     """
 
     def __init__(
@@ -73,20 +73,24 @@ class Encoder:
         block: int,
         num_workers: int,
         attention: str = "auto",
+        trust_remote_code: bool = False,
     ) -> None:
         self.folder = folder
         self.precision = hardware.resolve(precision)
         self.token_budget = hardware.chunk(token_budget)
         self.block = block
         self.num_workers = num_workers
-        self.attention = attention
+        self.how: dict[str, Any] = {
+            "attention": attention,
+            "trust_remote_code": trust_remote_code,
+        }
         self.device = hardware.device()
         self.contract = replace(read_contract(folder)[0], **lengths)  # type: ignore[arg-type]
 
     @cached_property
     def loaded(self) -> tuple[BiEncoder, Templates]:
         model, tokenizer, _, _ = model_folder.load(
-            self.folder, hardware.dtype(self.precision), kind="retriever", attention=self.attention
+            self.folder, hardware.dtype(self.precision), "retriever", **self.how
         )
         if self.device.type == "cpu":
             pack_linears(model)

@@ -25,7 +25,7 @@ class Folders:
         token_budget: padded tokens a chunk; None leaves them to the machine.
         block: passages a shard.
         num_workers: processes that tokenise ahead.
-        attention: as in `caravan.models.folder.load`.
+        attention, trust_remote_code: as in `caravan.models.folder.load`.
     """
 
     def __init__(
@@ -36,13 +36,14 @@ class Folders:
         block: int = 16384,
         num_workers: int = 1,
         attention: str = "auto",
+        trust_remote_code: bool = False,
     ) -> None:
         self.precision = precision
         self.lengths = lengths or {}
         self.token_budget = token_budget
         self.block = block
         self.num_workers = num_workers
-        self.attention = attention
+        self.how = (attention, trust_remote_code)
         self._digests: dict[Path, str] = {}
         self._held: tuple[Path, Any] | None = None
 
@@ -62,7 +63,7 @@ class Folders:
 
         if not self._holds(model, Encoder):
             settings = (self.precision, self.lengths, self.token_budget, self.block)
-            self._hold(model, Encoder(model, *settings, self.num_workers, self.attention))
+            self._hold(model, Encoder(model, *settings, self.num_workers, *self.how))
         encoder: Encoder = self._held[1]  # type: ignore[index]
         return encoder
 
@@ -76,8 +77,8 @@ class Folders:
 
         chosen = Reranking(**settings)
         if not self._holds(model, Scorer) or self._held[1].settings != chosen:  # type: ignore[index]
-            of_machine = (self.precision, self.token_budget, self.num_workers, self.attention)
-            self._hold(model, Scorer(model, chosen, *of_machine))
+            of_machine = (self.precision, self.token_budget, self.num_workers)
+            self._hold(model, Scorer(model, chosen, *of_machine, *self.how))
         scorer: Scorer = self._held[1]  # type: ignore[index]
         return scorer
 

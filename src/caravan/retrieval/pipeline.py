@@ -165,7 +165,7 @@ class _Steps:
         build(cfg, "index", "bm25")  # a wrong setting is told before anything starts
         self._cfg = cfg
         settings = (cfg.precision, lengths, cfg.token_budget, cfg.block, cfg.num_workers)
-        self.folders = Folders(*settings, attention=cfg.attention)
+        self.folders = Folders(*settings, cfg.attention, cfg.trust_remote_code)
         number = 1 if isinstance(cfg.retriever, str) else len(cfg.retriever)
         self._steps: list[Step] = [partial(self._retrieved, number=i) for i in range(number)]
         if number > 1:

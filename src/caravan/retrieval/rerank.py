@@ -82,7 +82,7 @@ class Scorer:
         precision: "auto", "bf16" or "float32".
         token_budget: padded tokens a chunk; None leaves them to the machine.
         num_workers: processes that tokenise ahead.
-        attention: as in `caravan.models.folder.load`.
+        attention, trust_remote_code: as in `caravan.models.folder.load`.
     """
 
     def __init__(
@@ -93,13 +93,17 @@ class Scorer:
         token_budget: int | None = None,
         num_workers: int = 1,
         attention: str = "auto",
+        trust_remote_code: bool = False,
     ) -> None:
         self.folder = folder
         self.settings = settings
         self.precision = hardware.resolve(precision)
         self.token_budget = hardware.chunk(token_budget)
         self.num_workers = num_workers
-        self.attention = attention
+        self.how: dict[str, Any] = {
+            "attention": attention,
+            "trust_remote_code": trust_remote_code,
+        }
         self.device = hardware.device()
         contract = read_contract(folder)[0]
         if contract.kind != "reranker":
@@ -109,9 +113,7 @@ class Scorer:
     @cached_property
     def loaded(self) -> tuple[CrossEncoder, PairTemplates]:
         dtype = hardware.dtype(self.precision)
-        model, tokenizer, _, _ = model_folder.load(
-            self.folder, dtype, kind="reranker", attention=self.attention
-        )
+        model, tokenizer, _, _ = model_folder.load(self.folder, dtype, "reranker", **self.how)
         if self.device.type == "cpu":
             pack_linears(model)
         section = "rerank" if self.settings.lengths else "contract"

@@ -37,5 +37,6 @@ RULES: list[Rule] = [
     searching.folders_exist,
     searching.collections_are_there,
     searching.models_suit_their_stage,
+    searching.own_code_is_allowed,
     searching.runs_can_be_fused,
 ]

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from caravan import suite
 from caravan.checking.definitions import did_you_mean
-from caravan.checking.walk import Mistake
+from caravan.checking.walk import Mistake, dotted
 from caravan.checking.walk import Path as KeyPath
 from caravan.contract import read_contract
 from caravan.errors import InputError
@@ -21,6 +21,7 @@ from caravan.rules.asking import (
     retrievers,
     value,
 )
+from caravan.trust import FACT, SETTING
 
 OF_HUB = ("HubTexts", "Tevatron", "FlagEmbedding")
 """Readers whose `path` may be a dataset of the Hugging Face hub."""
@@ -74,6 +75,25 @@ def models_suit_their_stage(cfg: DictConfig) -> Iterator[Mistake]:
             continue
         if kind != wanted:
             yield Mistake(place, f"{name} is a {kind}; give the folder of a {wanted}", "folder")
+
+
+def own_code_is_allowed(cfg: DictConfig) -> Iterator[Mistake]:
+    """A model folder that wants code of its own (`caravan.trust`); told before anything loads."""
+    trains = "init_from" in cfg
+    place = ("backbone", SETTING) if trains else (SETTING,)
+    if value(cfg, dotted(place)) is True:
+        return
+    names = [value(cfg, "init_from")] if trains else [*retrievers(cfg), value(cfg, "reranker")]
+    for name in dict.fromkeys(map(str, names)):
+        if not Path(name).is_dir():
+            continue
+        try:
+            facts = read_contract(Path(name))[1]
+        except InputError:
+            continue  # it is told where the folder is opened
+        if facts.get(FACT):
+            text = f"{name} wants code of its own: read that code, then set {dotted(place)}=true"
+            yield Mistake(place, text, "folder")
 
 
 def runs_can_be_fused(cfg: DictConfig) -> Iterator[Mistake]:

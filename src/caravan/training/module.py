@@ -29,6 +29,7 @@ from caravan.models.loading import add_slots, fit_vocabulary
 from caravan.training import parallel, sharding
 from caravan.training.gradcache import GradCache, undisturbed
 from caravan.training.optim import AdamW, updates
+from caravan.trust import is_own_code
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,10 @@ class Stage(pl.LightningModule, ABC):
         auto = AutoModelForCausalLM if self.tells_tokens else AutoModel
         try:
             with torch.device("meta"):
-                model = auto.from_config(self.backbone.config(self.tokenizer))
+                config = self.backbone.config(self.tokenizer)
+                if is_own_code(config):
+                    return None  # its classes are known when it is loaded, at its own revision
+                model = auto.from_config(config, trust_remote_code=False)
                 return model if self.peft is None else self.peft.apply(model)
         except (ValueError, RuntimeError) as error:
             log.debug("no outline of %s: %s", self.backbone.name, error)

@@ -27,6 +27,7 @@ from caravan.data.collection import Collection
 from caravan.errors import InputError
 from caravan.ranks import leads, world
 from caravan.training.inputs import inputs_of, refuse_other_run
+from caravan.trust import SETTING
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def _trained(folder: str, backbone: Any, adapter: bool) -> Any:
 
     both_ways = getattr(backbone, "bidirectional", False)
     settings = (backbone.attention, backbone.checkpointing, both_ways, backbone.compile)
-    return Trained(folder, adapter, *settings)
+    return Trained(folder, adapter, *settings, getattr(backbone, SETTING, False))
 
 
 def _adopt(cfg: Any, collection: Collection | None, run_dir: Path) -> None:
@@ -145,7 +146,7 @@ def _adopt(cfg: Any, collection: Collection | None, run_dir: Path) -> None:
         )
     facts = {"name": cfg.name, "base_model": module.backbone.name, "updates": 0}
     folder.save(run_dir / "model", module.model, module.tokenizer, module.contract, facts)
-    write(run_dir / "model")
+    write(run_dir / "model", tokenizer=module.tokenizer)
 
 
 def _fit(
@@ -286,7 +287,7 @@ def _leave(
         folder.save(
             run_dir / "model", network, module.tokenizer, module.contract, {**facts, **told}
         )
-        write(run_dir / "model")
+        write(run_dir / "model", tokenizer=module.tokenizer)
         figures = {**facts, "train_seconds": seconds, **({"read": read} if read else {})}
         figures |= {"train": trained_on} if trained_on else {}
         trained, total = parameter_counts(network)

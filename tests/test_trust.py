@@ -1,0 +1,301 @@
+"""Models with code of their own: it runs where the command says so, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests import commands
+from tests.commands import ROOT, evaluate, train_arguments
+from tests.own_code import MODELING, write_own
+from tests.tiny import tiny_backbone
+
+import caravan
+from caravan.batches import pack
+from caravan.compose import compose
+from caravan.contract import Contract, files_digest, read_contract, write_contract
+from caravan.data.collection import Collection
+from caravan.data.runs import read_run
+from caravan.errors import InputError
+from caravan.export.write import FORMATS, export
+from caravan.models import folder
+from caravan.models.backbone import Pretrained
+from caravan.models.biencoder import BiEncoder
+from caravan.models.crossencoder import CrossEncoder
+from caravan.models.loading import load_tokenizer
+from caravan.training.run import train as train_config
+from caravan.trust import OwnCodeError
+
+ALLOW = "backbone.trust_remote_code=true"
+SHORT = ("trainer.max_steps=2", "callbacks.best=null", "contract.pooling=mean")
+TEXTS = [[5, 6, 7], [8, 9, 10, 11], [12]]
+
+
+def train(beir: Path, run_dir: Path, *overrides: str) -> None:
+    """As `tests.commands.train`, without what is set of its tiny Llama."""
+    given = train_arguments(beir, run_dir, *overrides)
+    llama = {one for one in commands.TINY if one.startswith("backbone.")}
+    kept = [one for one in given if one not in llama]
+    train_config(compose(ROOT / "conf", "train", kept))
+
+
+@pytest.fixture(autouse=True)
+def _unasked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """transformers asks on standard input where nobody has told it."""
+    questions: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or "n")
+    yield
+    assert not questions
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where transformers copies code to, to import it from there."""
+    with pytest.MonkeyPatch.context() as patch:
+        modules = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+        patch.setattr(sys, "path", [*sys.path])
+        yield
+
+
+@pytest.fixture(scope="module")
+def mark(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that the models' code makes when it runs."""
+    return tmp_path_factory.mktemp("mark") / "it ran"
+
+
+@pytest.fixture
+def base(tokenizer: Any, mark: Path, tmp_path: Path) -> Path:
+    mark.unlink(missing_ok=True)
+    return write_own(tmp_path / "base", tokenizer, mark)
+
+
+@pytest.fixture(scope="module", params=["none", "lora"])
+def trained(
+    request: pytest.FixtureRequest,
+    beir: Path,
+    tokenizer: Any,
+    mark: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The model folder of a training that was allowed to run the code; the first was resumed."""
+    home = tmp_path_factory.mktemp(request.param)
+    base = write_own(home / "base", tokenizer, mark)
+    given = ["backbone=hf", f"backbone.name={base}", ALLOW, *SHORT, f"peft={request.param}"]
+    if request.param == "none":
+        train(beir, home / "run", *given, "trainer.max_steps=1")
+        shutil.rmtree(home / "run" / "model")
+        given.append("resume=true")
+    train(beir, home / "run", *given)
+    return home / "run" / "model"
+
+
+def test_a_training_refuses_code_that_nobody_allowed(
+    beir: Path, base: Path, mark: Path, tmp_path: Path
+) -> None:
+    told = rf"{base} wants code of its own, .* set trust_remote_code=true \(of a training: "
+    with pytest.raises(InputError, match=told + r"backbone\.trust_remote_code=true\)"):
+        train(beir, tmp_path / "run", "backbone=hf", f"backbone.name={base}", *SHORT)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("asked", ["tokenizer", "model", "scorer", "language_model"])
+def test_no_part_of_a_model_is_loaded_by_code_that_nobody_allowed(
+    asked: str, base: Path, mark: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    backbone = Pretrained(str(base))
+    given = (None, tmp_path) if asked == "tokenizer" else (tokenizer,)
+    with pytest.raises(OwnCodeError, match=rf"^{base} wants code of its own"):
+        getattr(backbone, asked)(*given)
+    assert not mark.exists()
+
+
+def test_a_tokenizers_code_is_refused_too(base: Path, mark: Path) -> None:
+    shutil.copyfile(base / "configuration_own.py", base / "tokenization_own.py")
+    path = base / "tokenizer_config.json"
+    settings = {**json.loads(path.read_text()), "tokenizer_class": "OwnTokenizer"}
+    settings["auto_map"] = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
+    path.write_text(json.dumps(settings))
+    with pytest.raises(OwnCodeError, match=rf"^{base} wants code of its own"):
+        load_tokenizer(str(base))
+    assert not mark.exists()
+
+
+def test_a_trained_folder_carries_its_code_and_says_so(trained: Path) -> None:
+    _, facts = read_contract(trained)
+    assert facts["own_code"] is True
+    code = {path.name for path in trained.glob("*.py")}
+    whole = facts["weights"] == "full"
+    assert code == ({"configuration_own.py", "modeling_own.py"} if whole else set())
+
+
+def test_a_trained_folder_is_refused_without_the_setting(
+    trained: Path, mark: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(trained, tmp_path / "fresh")
+    mark.unlink(missing_ok=True)
+    with pytest.raises(
+        OwnCodeError, match=r"fresh wants code of its own, .*trust_remote_code=true"
+    ):
+        caravan.load(copied)
+    assert not mark.exists()
+    caravan.load(copied, trust_remote_code=True)
+    if read_contract(copied)[1]["weights"] == "full":
+        assert mark.exists()  # the code is what it is taken for
+
+
+@pytest.mark.parametrize(
+    ("program", "given", "setting"),
+    [
+        ("evaluate", "data.path=. retriever=bm25 reranker", "trust_remote_code"),
+        ("train", "data.path=. init_from", "backbone.trust_remote_code"),
+    ],
+)
+def test_a_folder_with_code_is_told_by_the_check_before_anything_loads(
+    program: str, given: str, setting: str, tmp_path: Path
+) -> None:
+    kind = "reranker" if "reranker" in given else "retriever"
+    write_contract(tmp_path, Contract(kind=kind), {"weights": "full", "own_code": True})
+    overrides = ["data=beir", *f"{given}={tmp_path}".split()]
+    told = rf"{re.escape(setting)} \(.+\): {tmp_path} wants code of its own: .* set "
+    with pytest.raises(InputError, match=f"^1 mistake.*\\s+{told}{re.escape(setting)}=true$"):
+        compose(ROOT / "conf", program, overrides)
+
+
+@pytest.mark.parametrize("says", [None, False])
+def test_a_folder_that_hides_its_code_is_refused(
+    says: bool | None, trained: Path, mark: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(trained, tmp_path / "hiding")
+    record = json.loads((copied / "caravan.json").read_text())
+    record["facts"] = {**record["facts"], "own_code": says}
+    (copied / "caravan.json").write_text(json.dumps(record))
+    mark.unlink(missing_ok=True)
+    with pytest.raises(OwnCodeError):
+        caravan.load(copied)
+    assert not mark.exists()
+
+
+def test_a_trained_folder_computes_what_its_training_did(
+    trained: Path, beir: Path, collection: Collection, tmp_path: Path
+) -> None:
+    allowed = ("trust_remote_code=true", "precision=float32", "data.split=dev", "measures=[MRR@10]")
+    evaluate(beir, tmp_path / "r", trained, *allowed, "index.k=60")
+    (validated,) = (trained.parent / "runs").iterdir()
+    scores = [
+        read_run(path, collection.queries, collection.corpus)
+        for path in (validated, tmp_path / "r" / "runs" / "retriever.dev.trec")
+    ]
+    for row in scores[0].query_rows.tolist():
+        before, after = (dict(zip(*map(list, run.of(row)), strict=True)) for run in scores)
+        for passage, score in before.items():
+            assert after[passage] == pytest.approx(score, abs=2e-3)
+    model: Any = caravan.load(trained, "float32", trust_remote_code=True)
+    assert np.ptp(model.score(["camel"] * 2, ["camel song", "gold"])) > 1e-3
+
+
+def test_a_training_goes_on_from_a_folder_with_code(
+    trained: Path, beir: Path, tmp_path: Path
+) -> None:
+    begun = (f"init_from={trained}", ALLOW, "trainer.max_steps=0", "contract.pooling=mean")
+    commands.train(beir, tmp_path / "run", *begun)
+    one, other = (
+        folder.load(path, trust_remote_code=True)[0].embed(pack(TEXTS, 99))
+        for path in (trained, tmp_path / "run" / "model")
+    )
+    torch.testing.assert_close(one, other)
+    assert (tmp_path / "run" / "model" / "modeling_own.py").is_file()
+
+
+def test_a_reranker_of_a_model_with_code_scores_from_its_folder(
+    base: Path, tokenizer: Any, contract: Contract, tmp_path: Path
+) -> None:
+    own = replace(contract, kind="reranker", pooling="cls", append_eos=False)
+    scorer = Pretrained(str(base), trust_remote_code=True).scorer(tokenizer)
+    model = CrossEncoder(scorer, own).eval()
+    folder.save(tmp_path / "m", model, tokenizer, own, {})
+    with pytest.raises(OwnCodeError):
+        folder.load(tmp_path / "m")
+    loaded = folder.load(tmp_path / "m", trust_remote_code=True)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.score(pack(TEXTS, 99)), model.score(pack(TEXTS, 99)))
+
+
+def test_a_model_with_code_is_not_exported_and_its_card_says_how_it_is_used(
+    trained: Path, mark: Path, tmp_path: Path
+) -> None:
+    mark.unlink(missing_ok=True)
+    for form in FORMATS:
+        with pytest.raises(InputError, match=r"has code of its own, .* so it is not exported; use"):
+            export(trained, form, tmp_path / "out")
+    assert not mark.exists()
+    card = (trained / "README.md").read_text()
+    assert 'caravan.load("path/to/this/folder", trust_remote_code=True)' in card
+    assert "sentence_transformers" not in card
+
+
+def test_what_was_trained_by_transformers_own_classes_is_read_by_them(
+    tokenizer: Any, contract: Contract, mark: Path, tmp_path: Path
+) -> None:
+    mark.unlink(missing_ok=True)
+    for name in ("base", "model"):
+        path = tmp_path / name
+        if name == "base":
+            tiny_backbone().model(tokenizer).save_pretrained(path)
+        else:
+            model = BiEncoder(Pretrained(str(tmp_path / "base")).model(tokenizer), contract)
+            folder.save(path, model, tokenizer, contract, {})
+        config = json.loads((path / "config.json").read_text())
+        config["auto_map"] = {"AutoModel": "modeling_own.OwnModel"}
+        (path / "config.json").write_text(json.dumps(config))
+        (path / "modeling_own.py").write_text(f"open({str(mark)!r}, 'w')")
+    folder.load(tmp_path / "model", trust_remote_code=True)
+    assert not mark.exists()
+
+
+def test_code_that_tells_nothing_of_its_weights_is_refused(
+    tokenizer: Any, mark: Path, tmp_path: Path
+) -> None:
+    base = write_own(tmp_path / "silent", tokenizer, mark)
+    own = """
+    @classmethod
+    def from_pretrained(cls, name, *_, config=None, **rest):
+        return cls(config)
+"""
+    (base / "modeling_own.py").write_text(MODELING + own)
+    with pytest.raises(InputError, match="does not tell which weights it has found"):
+        Pretrained(str(base), trust_remote_code=True).model(tokenizer)
+
+
+def test_code_that_lacks_a_package_is_told_in_a_sentence(
+    tokenizer: Any, mark: Path, tmp_path: Path
+) -> None:
+    base = write_own(tmp_path / "lacking", tokenizer, mark)
+    (base / "modeling_own.py").write_text("import nowhere_to_be_found\n" + MODELING)
+    with pytest.raises(InputError, match=r"no model could be loaded .*nowhere_to_be_found"):
+        Pretrained(str(base), trust_remote_code=True).model(tokenizer)
+
+
+def test_code_of_another_folder_is_not_taken_for_its_own(
+    base: Path, tokenizer: Any, mark: Path, tmp_path: Path
+) -> None:
+    other = write_own(tmp_path / "other" / "base", tokenizer, mark)
+    (other / "modeling_own.py").write_text(MODELING.replace("tanh", "sigmoid"))
+    Pretrained(str(base), trust_remote_code=True).model(tokenizer)
+    with pytest.raises(InputError, match=r"runs modeling_own\.py of another folder already"):
+        Pretrained(str(other), trust_remote_code=True).model(tokenizer)
+
+
+def test_the_digest_of_a_folder_covers_its_code(base: Path) -> None:
+    before = files_digest(base)
+    (base / "modeling_own.py").write_text(f"{MODELING}\n")
+    assert files_digest(base) != before
