@@ -200,7 +200,7 @@ def test_a_wrong_setting_is_told_before_any_collection(home: Path, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
-def test_splits_whose_measures_differ_have_the_mean_of_those_that_all_have(
+def test_splits_whose_measures_differ_have_means_that_say_over_how_many(
     tmp_path: Path,
 ) -> None:
     files = {
@@ -219,6 +219,11 @@ def test_splits_whose_measures_differ_have_the_mean_of_those_that_all_have(
     assert list(figures["marco.dl19"]) == ["MRR(rel=2)@10", "nDCG@10"]
     mean = fmean(one["nDCG@10"] for one in figures.values())
     assert metrics["overall"] == {"nDCG@10": pytest.approx(mean)}
-    _, columns, _ = collect([tmp_path / "run"])
-    means = {measure: of.get("mean") for (_, measure), of in columns.items()}
-    assert means == {"MRR@10": None, "nDCG@10": pytest.approx(mean), "MRR(rel=2)@10": None}
+    rows, columns, _ = collect([tmp_path / "run"])
+    means = {measure: (of.get("mean"), of.get("mean of 1")) for (_, measure), of in columns.items()}
+    assert rows[-2:] == ["mean of 1", "mean"]
+    assert means == {
+        "MRR@10": (None, figures["marco.dev"]["MRR@10"]),
+        "nDCG@10": (pytest.approx(mean), None),
+        "MRR(rel=2)@10": (None, figures["marco.dl19"]["MRR(rel=2)@10"]),
+    }

@@ -129,7 +129,8 @@ def _with_means(groups: dict[str, str], columns: Figures) -> list[str]:
                 figures[row] = fmean(figures[name] for name in there)
                 below[every[-1]][row] = None
         if counted:
-            whole = len(counted) == len(members) and whose != OWN
+            # Of a group that all have a part of, the row of the group says which.
+            whole = len(counted) == len(members) and (whose == COMMON or names >= groups.keys())
             row = MEAN if whole else f"{MEAN} of {len(counted)}{whose}"
             figures[row] = fmean(counted)
             last[row] = None
