@@ -80,7 +80,7 @@ def app(home: Path) -> Program:
             env={**os.environ, **environment},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,
         )
 
     return run
@@ -95,7 +95,7 @@ def files(home: Path) -> set[str]:
 
 def program(*arguments: str, cwd: Path = HOME) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=600
     )
 
 

@@ -237,7 +237,7 @@ def test_the_search_finds_the_best_of_its_trials_and_goes_on(stand: Stand, tmp_p
     command = [sys.executable, "train.py", "-m", *given, f"run_dir={tmp_path / 'run'}"]
     command += [f"cache_dir={tmp_path / 'cache'}", "hydra.sweeper.n_trials=2"]
     for _ in range(2):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "run").rglob("job.json"))) == 2  # the same trials again
     assert "is there already" in done.stderr

@@ -52,7 +52,7 @@ def test_a_notebook_runs_and_prints(
     monkeypatch.setenv("CARAVAN_CACHE", str(tmp_path))
     monkeypatch.setenv("CARAVAN_HOME", str(home))
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
     assert all(cell.outputs for cell in cells)

@@ -165,4 +165,4 @@ except LookupError as error:
 heavy = {"torch", "transformers", "pytorch_lightning", "peft", "numpy"} & set(sys.modules)
 assert not heavy, heavy
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

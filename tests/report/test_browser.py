@@ -57,7 +57,7 @@ def _browse(arguments: list[str], address: Path, home: Path) -> str:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

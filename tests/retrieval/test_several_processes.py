@@ -20,7 +20,7 @@ def _by_two(arguments: list[str]) -> None:
         command = [sys.executable, str(ROOT / "evaluate.py"), *arguments]
         started.append(subprocess.Popen(command, env=own, cwd=ROOT, stderr=subprocess.PIPE))
     for process in started:
-        _, told = process.communicate(timeout=120)
+        _, told = process.communicate(timeout=600)
         assert process.returncode == 0, told.decode()
 
 
