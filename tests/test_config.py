@@ -53,6 +53,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("retriever", "reranker"):
         (home / kind).mkdir()
         write_contract(home / kind, Contract(kind=kind), {"weights": "full"})
+    (home / "run/model").mkdir(parents=True)
+    write_contract(home / "run/model", Contract(kind="retriever"), {"weights": "full"})
     (home / "empty").mkdir()
     (home / "some.trec").touch()
     return home
@@ -65,6 +67,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("retriever=[bm25,HOME/reranker]", "retriever .*is a reranker; give the folder of a ret"),
         ("retriever=bm25 reranker=HOME/some.trec", "some.trec is a file; give the model folder"),
         ("retriever=bm25 reranker=HOME/empty", "empty has no caravan.json.*stage=reranker"),
+        ("retriever=HOME/run", "run is a run and no model folder; give .*run/model"),
         ("retriever=bm25 rerank.weight=0", "rerank.weight .*above 0 and at most 1, not 0"),
         ("retriever=bm25 rerank.weight=1.5", "rerank.weight .*above 0 and at most 1, not 1.5"),
     ],

@@ -224,6 +224,8 @@ def read_contract(folder: Path) -> tuple[Contract, dict[str, Any]]:
     path = folder / FILE
     if not folder.is_dir():
         raise InputError(f"{folder}: no such model folder")
+    if (folder / "model" / FILE).is_file() and not path.is_file():
+        raise InputError(f"{folder} is a run and no model folder; give {folder / 'model'}")
     if not path.is_file():
         raise InputError(
             f"{folder} has no {FILE}, so nothing says how its model reads; to adopt a Hugging Face"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from caravan.contract import folder_digest, read_contract
 from caravan.data.batching import limited
 from caravan.errors import InputError
 from caravan.models import folder, hardware
-from caravan.training import facts
+from caravan.training import facts, run
 from caravan.training.inputs import inputs_of
 from caravan.training.run import _batches
 from caravan.training.run import train as train_config
@@ -288,6 +289,38 @@ def test_a_run_of_negatives_that_is_not_there_is_told_with_the_remedy(
     with pytest.raises(InputError, match=r"no such run; write it with evaluate\.py"):
         train(beir, tmp_path / "run", f"sampler.runs=[{tmp_path}/none.trec]")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_split_to_validate_on_is_missed_before_a_model_is_made(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_module", lambda *_: pytest.fail("a model is made"))
+    with pytest.raises(InputError, match=r"has no split 'other': .*data\.held_out"):
+        train(beir, tmp_path / "run", "data.dev_split=other")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("warmup", "told"), [(100, True), (2, True), (1, False)])
+def test_a_warm_up_that_outlasts_the_run_is_told(
+    beir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, warmup: int, told: bool
+) -> None:
+    given = ["trainer.max_steps=2", f"optimizer.warmup_steps={warmup}"]
+    train(beir, tmp_path / "run", *given)
+    assert (f"optimizer.warmup_steps={warmup} is not over in the 2 updates" in caplog.text) == told
+
+
+def test_the_log_tells_how_far_a_run_is_and_what_validations_gave(
+    beir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "caravan")
+    given = ["trainer.max_steps=4", "trainer.val_check_interval=2", "callbacks.lines.seconds=0"]
+    best = train(beir, tmp_path / "run", *given)
+    assert best is not None
+    updates = re.findall(r"update (\d) of 4, loss \d+\.\d{4}, about 0:00:\d\d left", caplog.text)
+    assert updates == ["1", "2", "3", "4"]
+    found = re.findall(r"validation after update (\d): MRR@10 (\d\.\d{4}), nDCG", caplog.text)
+    assert [step for step, _ in found] == ["2", "4"]
+    assert max(float(figure) for _, figure in found) == pytest.approx(best, abs=1e-4)
 
 
 @pytest.mark.parametrize("interval", [["trainer.max_steps=2"], ["trainer.max_epochs=1"]])

@@ -19,6 +19,7 @@ from typing import Any
 
 from caravan.data import hub
 from caravan.data.collection import Collection, cache_key, cached_collection
+from caravan.data.held_out import check_held_out
 from caravan.data.hub import SAVED
 from caravan.data.rows import (
     DEV,
@@ -26,7 +27,6 @@ from caravan.data.rows import (
     Passage,
     Row,
     TrainingRows,
-    check_held_out,
     id_of_text,
     score_of,
     some,

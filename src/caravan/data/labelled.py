@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from caravan.data.collection import Collection, cache_key, cached_collection, write_collection
 from caravan.data.files import digests
-from caravan.data.qrels import judgements
+from caravan.data.held_out import check_held_out, is_held_out
+from caravan.data.qrels import Judgement, judgements
 from caravan.data.seen import Seen
 from caravan.data.texts import Record
 from caravan.errors import InputError
@@ -61,6 +62,30 @@ class Folder(ABC):
         """The files of the folder, and how they are read."""
 
 
+@dataclass
+class Shared(Folder):
+    """A folder that may lack a split to validate on.
+
+    Args:
+        held_out: the share of the training queries, by a hash of their ids, that makes it up.
+    """
+
+    held_out: float = 0.0
+
+    def _share(self) -> HeldOut | None:
+        if not self.held_out:
+            return None
+        return HeldOut(self.held_out, self.train_split, self.dev_split)
+
+
+class HeldOut(NamedTuple):
+    """A share of the queries of one split that makes up another one."""
+
+    share: float
+    train: str
+    dev: str
+
+
 @dataclass(frozen=True)
 class Labelled:
     """The files of a collection.
@@ -75,12 +100,18 @@ class Labelled:
     asked: Reader
     qrels: Mapping[str, Path]  # by split
     relevant_from: Mapping[str, int] = field(default_factory=dict)  # by split, where it is not 1
+    held_out: HeldOut | None = None
 
     def collection(self, cache_dir: str | Path, name: str, unknown_ids: str) -> Collection:
         """Open the collection, or build it under `cache_dir` first."""
+        shaped: tuple[Any, ...] = ()
+        if self.held_out is not None:
+            check_held_out(self.held_out.share, self.qrels, *self.held_out[1:])
+            shaped = self.held_out
         contents = digests([self.corpus, *self.queries, *self.qrels.values()], cache_dir)
         key = cache_key(
-            *(self.layout, contents, list(self.qrels), unknown_ids, dict(self.relevant_from))
+            *(self.layout, contents, list(self.qrels), unknown_ids, dict(self.relevant_from)),
+            *shaped,
         )
 
         def build(folder: Path) -> Collection:
@@ -102,7 +133,7 @@ class Labelled:
             name,
             corpus(),
             (record for _, record in self._asked(facts)),
-            {split: (one for _, one in judgements(file)) for split, file in self.qrels.items()},
+            {split: (one for _, one in self._judged(split)) for split in self._splits()},
             facts=facts,
             where=self._where,
             unknown_ids=unknown_ids,
@@ -121,6 +152,12 @@ class Labelled:
                     f"{file} holds no judgement: put those of the split {split} there, or remove"
                     " the file"
                 )
+        for split in self._splits():
+            if self.held_out is not None and next(self._judged(split), None) is None:
+                raise InputError(
+                    f"data.held_out={self.held_out.share} leaves no query for the split {split}:"
+                    " give another share"
+                )
         for file in self.queries if self.qrels else ():
             if next(self.asked(file), None) is None:
                 judged = next(iter(self.qrels.values()))
@@ -128,6 +165,24 @@ class Labelled:
                     f"{file} holds no query, and {judged} judges some: put their ids and texts"
                     f" into {file.name}"
                 )
+
+    def _splits(self) -> list[str]:
+        return [*self.qrels, *([] if self.held_out is None else [self.held_out.dev])]
+
+    def _file_of(self, split: str) -> Path:
+        if self.held_out is not None and split == self.held_out.dev:
+            split = self.held_out.train
+        return self.qrels[split]
+
+    def _judged(self, split: str) -> Iterator[tuple[int, Judgement]]:
+        """(line, judgement) of each of a split, of which a share may be another split."""
+        held_out = self.held_out
+        if held_out is None or split not in held_out[1:]:
+            yield from judgements(self._file_of(split))
+            return
+        for number, one in judgements(self._file_of(split)):
+            if is_held_out(one[0], held_out.share) == (split == held_out.dev):
+                yield number, one
 
     def _asked(self, facts: Counter[str]) -> Iterator[tuple[str, Record]]:
         """(place, query) of each query, each once."""
@@ -158,10 +213,12 @@ class Labelled:
         if part == "queries":
             places: Iterator[str] = (place for place, _ in self._asked(Counter()))
             return next(itertools.islice(places, n, None), str(self.queries[0]))
-        file = self.corpus if part == "corpus" else self.qrels[part.removeprefix("qrels/")]
-        numbered: Iterator[tuple[int, Any]] = (
-            self.passages(file) if part == "corpus" else judgements(file)
-        )
+        if part == "corpus":
+            file = self.corpus
+            numbered: Iterator[tuple[int, Any]] = self.passages(file)
+        else:
+            split = part.removeprefix("qrels/")
+            file, numbered = self._file_of(split), self._judged(split)
         found = next(itertools.islice(numbered, n, None), None)
         return str(file) if found is None else f"{file}:{found[0]}"
 

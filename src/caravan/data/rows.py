@@ -28,6 +28,7 @@ import xxhash
 
 from caravan.data.byid import Judgement, Scored
 from caravan.data.collection import OWN, Collection, write_collection
+from caravan.data.held_out import DEV, TRAIN, is_held_out
 from caravan.data.seen import Seen
 from caravan.data.texts import Place, Record
 from caravan.errors import InputError
@@ -35,7 +36,6 @@ from caravan.progress import track
 
 BATCH = 4096  # passages whose ids are looked up at once
 LARGEST = float(np.finfo(np.float32).max)  # of a score, which a run holds in float32
-TRAIN, DEV = "train", "dev"
 NEGATIVES, TEACHER = "negatives", "teacher"
 
 T = TypeVar("T")
@@ -197,8 +197,7 @@ class _Spool:
         self.facts["rows"] += 1
         self.facts["without_positive"] += not row.positives
         if split == TRAIN and self.source.held_out:
-            hashed = xxhash.xxh3_64_intdigest(row.id.encode("utf-8", "replace")) / 2**64
-            split = DEV if hashed < self.source.held_out else TRAIN
+            split = DEV if is_held_out(row.id, self.source.held_out) else TRAIN
         sides = [[one.id for one in side] for side in (row.positives, row.negatives)]
         scores = [one.score for one in (*row.positives, *row.negatives)]
         self._write("rows", row.place, split, row.id, row.query, *sides, scores)
@@ -310,14 +309,3 @@ def score_of(place: str, value: Any, remedy: str) -> float | None:
             f"{place}: the score {value!r} is not a finite number in float32: {remedy}"
         )
     return float(value)
-
-
-def check_held_out(held_out: float, splits: Mapping[str, Any]) -> None:
-    """A share of the training queries, for a split that there is not yet."""
-    if not 0 <= held_out < 1:
-        raise InputError(f"data.held_out is {held_out}: it must be 0 or more and below 1")
-    if held_out and (DEV in splits or TRAIN not in splits):
-        raise InputError(
-            f"data.held_out makes a split {DEV} of {TRAIN}, and there are {', '.join(splits)}: set "
-            "it to 0"
-        )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from caravan.data.files import by_stem, one_of
 from caravan.data.jsonl import records
-from caravan.data.labelled import Folder, Labelled
+from caravan.data.labelled import Labelled, Shared
 from caravan.data.texts import Record
 from caravan.errors import InputError
 
@@ -24,7 +24,7 @@ QRELS_SUFFIXES = (".tsv", ".txt", ".qrels")
 
 
 @dataclass
-class Beir(Folder):
+class Beir(Shared):
     """A folder in the layout of BEIR (Thakur et al. 2021, arXiv 2104.08663)."""
 
     def files(self, folder: Path) -> Labelled:
@@ -32,7 +32,9 @@ class Beir(Folder):
             raise InputError(f"{folder} is not a folder: set data.path to one, {LAYOUT}")
         corpus, queries = (_part(folder, part) for part in ("corpus", "queries"))
         qrels = by_stem(folder / "qrels", QRELS_SUFFIXES)
-        return Labelled(("beir",), corpus, _records, [queries], _records, qrels)
+        return Labelled(
+            ("beir",), corpus, _records, [queries], _records, qrels, held_out=self._share()
+        )
 
 
 def _part(folder: Path, part: str) -> Path:

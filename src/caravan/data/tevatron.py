@@ -21,13 +21,13 @@ from typing import Any
 from caravan.data import hub
 from caravan.data.collection import Collection, cache_key, cached_collection
 from caravan.data.files import by_stem
+from caravan.data.held_out import check_held_out
 from caravan.data.jsonl import id_of, record_of
 from caravan.data.rows import (
     TRAIN,
     Passage,
     Row,
     TrainingRows,
-    check_held_out,
     id_of_text,
     score_of,
     some,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from caravan.data.files import by_stem, columns, one_of
-from caravan.data.labelled import Folder, Labelled
+from caravan.data.labelled import Labelled, Shared
 from caravan.data.texts import Record
 from caravan.errors import InputError
 
@@ -22,7 +22,7 @@ LAYOUT = "a folder of plain tsv holds corpus.tsv, queries.tsv and qrels.<split>.
 
 
 @dataclass
-class Tsv(Folder):
+class Tsv(Shared):
     """A folder of .tsv files, each plain or .gz."""
 
     def files(self, folder: Path) -> Labelled:
@@ -33,7 +33,9 @@ class Tsv(Folder):
         if corpus is None or not queries:
             missing = "corpus.tsv" if corpus is None else "queries.tsv"
             raise InputError(f"{folder}/{missing} (or .gz) is missing: {LAYOUT}")
-        return Labelled(("tsv",), corpus, passages, queries, asked, _qrels(folder))
+        return Labelled(
+            ("tsv",), corpus, passages, queries, asked, _qrels(folder), held_out=self._share()
+        )
 
 
 def passages(file: Path) -> Iterator[tuple[int, Record]]:

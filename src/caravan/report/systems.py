@@ -160,7 +160,10 @@ def judged(systems: Sequence[System], qrels: Path | None = None) -> Judged:
         told = listed(
             [(s.name, *s.collection, s.split or "") for s in asked.values() if s.collection]
         )
-        raise InputError(f"the runs are of different collections or splits: {told}; give one kind")
+        raise InputError(
+            f"the runs are of different collections or splits: {told}; evaluate all of them on one"
+            " (evaluate.py data.split=...)"
+        )
     first = next(iter(asked.values()))
     assert first.home is not None
     assert first.collection is not None

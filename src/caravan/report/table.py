@@ -62,7 +62,10 @@ def collect(folder: Path) -> tuple[Summary, dict[str, dict[str, Any]]]:
                 for name, (digest, split) in asked.items()
             ]
         )
-        raise InputError(f"{folder} mixes collections or splits: {told}; give a folder of one")
+        raise InputError(
+            f"{folder} mixes collections or splits: {told}; give a folder of one, or see all by"
+            f" python -m caravan.report page {folder}"
+        )
     systems = rows(records)
     order = sorted(systems, key=lambda name: next(iter(systems[name]["overall"].values())))
     summary = {

@@ -1,8 +1,11 @@
-"""What happens around the steps: throughput, the point to resume from, whole checkpoints."""
+"""What happens around the steps: throughput, lines in the log, the point to resume from."""
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,61 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from caravan.atomic import replacing
 from caravan.batches import RerankBatch, TrainBatch
+
+log = logging.getLogger(__name__)
+
+
+class Lines(pl.Callback):
+    """Tells in the log how far the run is, and each validation's figures.
+
+    The bar of a terminal is in no file, and a job that a scheduler runs has no terminal.
+
+    Args:
+        seconds: between two lines about updates.
+    """
+
+    def __init__(self, seconds: float = 60.0) -> None:
+        self.seconds = seconds
+        self._told = self._begun = 0.0
+        self._first = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._told = self._begun = time.monotonic()
+        self._first = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: TrainBatch | RerankBatch,
+        batch_idx: int,
+    ) -> None:
+        now, done = time.monotonic(), trainer.global_step
+        if not trainer.is_global_zero or now - self._told < self.seconds or done <= self._first:
+            return
+        self._told = now
+        last = trainer.fit_loop.epoch_loop.max_steps
+        left = (now - self._begun) / (done - self._first) * (last - done)
+        loss = trainer.callback_metrics.get("train/loss")
+        told = "" if loss is None else f", loss {float(loss):.4f}"
+        log.info(
+            "update %s of %s%s, about %s left",
+            *(f"{done:,}", f"{last:,}", told, timedelta(seconds=round(left))),
+        )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        figures = named(trainer.callback_metrics)
+        if figures:
+            log.info("validation after update %s: %s", f"{trainer.global_step:,}", figures)
+
+
+def named(metrics: Mapping[str, Any]) -> str:
+    """A validation's figures in words, such as `MRR@10 .2239, R@100 .5786`."""
+    found = {name: float(value) for name, value in metrics.items() if name.startswith("val/")}
+    return ", ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in found.items())
 
 
 class Throughput(pl.Callback):

@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 # Settings that change how a run is done, not what comes out of it.
 _NO_INPUTS = (
     *("resume", "cache_dir", "run_dir", "name", "logger"),
-    *("batching.num_workers", "callbacks.progress", "trainer.enable_progress_bar"),
+    *("batching.num_workers", "callbacks.progress", "callbacks.lines"),
+    "trainer.enable_progress_bar",
 )
 # What a resumed run may change: how long it trains, where, and how it is watched. Anything else
 # would give the weights of one run the name of another.

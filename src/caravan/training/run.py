@@ -49,6 +49,8 @@ def train(cfg: Any) -> float | None:
     run_dir = Path(cfg.run_dir)
     source = build(cfg, "data")["data"]
     collection = source.collection(Path(cfg.cache_dir)) if _reads_collection(cfg) else None
+    if cfg.trainer.max_steps != 0 and collection is not None and collection.splits:
+        collection.qrels(source.dev_split)  # a missing one is told before a model is made
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     inputs = inputs_of(settings, collection)
     model_dir, checkpoint = run_dir / "model", run_dir / "checkpoints" / "last.ckpt"
@@ -171,9 +173,10 @@ def _fit(
     data = _data(cfg, module, source, collection, parts["sampler"])
     if data.dev_split is None:
         parts["trainer"].keywords["limit_val_batches"] = 0
-    callbacks = [callback for callback in parts["callbacks"].values() if callback is not None]
-    if parts["callbacks"].get("progress") is None:
+    if parts["callbacks"].get("progress") is None or not _on_a_screen():
+        parts["callbacks"]["progress"] = None
         parts["trainer"].keywords["enable_progress_bar"] = False
+    callbacks = [callback for callback in parts["callbacks"].values() if callback is not None]
     trainer = _trainer(
         parts["trainer"],
         precision=hardware.trainer_precision(precision),
@@ -193,7 +196,8 @@ def _fit(
     needed = memory_needed(module, data, trainer)
     batches = data.batches_per_epoch(trainer)
     # Updates and not epochs end the run: Lightning's count of epochs may lag in a resumed one.
-    trainer.fit_loop.epoch_loop.max_steps = updates(trainer, batches)
+    last = trainer.fit_loop.epoch_loop.max_steps = updates(trainer, batches)
+    _tell_of_warmup(cfg, last)
 
     def tell() -> None:
         device = trainer.strategy.root_device
@@ -299,9 +303,11 @@ def _leave(
 
 def _of_training(cfg: Any, trainer: Any, module: Any, data: Any, queries: int) -> dict[str, float]:
     """The validation's figures of the best weights for training queries, over as many passages."""
+    from caravan.training.callbacks import named
+
     data.ask(build(cfg, "data")["data"].train_split, queries, cfg.validation.passages)
     last = _asked("train_queries", trainer, module, data)
-    log.info("training queries: %s", last)
+    log.info("training queries: %s", named(last))
     return {name.removeprefix("val/"): value for name, value in last.items() if "val/" in name}
 
 
@@ -325,8 +331,10 @@ def _read_at(length: int, trainer: Any, module: Any, data: Any) -> dict[str, flo
     """The validation's figures of the best weights, with passages of another length."""
     contract = replace(module.contract, passage_length=length)
     data.templates = type(data.templates)(module.tokenizer, contract)
+    from caravan.training.callbacks import named
+
     last = _asked(f"read_{length}", trainer, module, data)
-    log.info("read at %d tokens: %s", length, last)
+    log.info("read at %d tokens: %s", length, named(last))
     return {
         name.removeprefix("val/"): value
         for name, value in last.items()
@@ -363,6 +371,24 @@ def _validate_at_least_once(trainer: Any, batches: int) -> None:
                 *(every, last, "the run" if per_epoch is None else "an epoch", last),
             )
         trainer.val_check_interval = last
+
+
+def _tell_of_warmup(cfg: Any, last: int) -> None:
+    """A small collection's epoch may be over before the learning rate has risen."""
+    given = cfg.optimizer.get("warmup_steps")
+    if isinstance(given, int) and given >= last > 0 and leads():
+        log.warning(
+            "optimizer.warmup_steps=%d is not over in the %d updates of the run, so the learning"
+            " rate stays below optimizer.lr=%g; set it to %d",
+            *(given, last, cfg.optimizer.get("lr", math.nan), last // 10),
+        )
+
+
+def _on_a_screen() -> bool:
+    """Whether a progress bar can be drawn: on a terminal, or in a notebook."""
+    from rich import get_console
+
+    return get_console().is_terminal or get_console().is_jupyter
 
 
 def _batches(trainer: Any, batches: int) -> int | None:
