@@ -354,9 +354,12 @@ def test_activations_of_an_encoder_with_a_new_head_can_be_recomputed(
         torch.testing.assert_close(gradients[1][key], gradient, atol=1e-5, rtol=1e-4)
 
 
-def test_a_hub_id_that_cannot_be_asked_for_is_no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_an_unknown_hub_id_is_no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not in the cache is told when the weights are loaded."""
+    from huggingface_hub import constants
     from transformers.utils import hub
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "is_offline_mode", lambda: True)
     assert not is_adapter("nobody/nothing")
 
