@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,23 @@ def test_a_second_start_encodes_nothing_and_another_model_takes_no_others_place(
     monkeypatch.setattr(shards, "_write", lambda *_: pytest.fail("encoded again"))
     assert asker(beir, tmp_path, model)("salt")[-1].ranks() == first
     assert len(list((tmp_path / "search" / "store").glob("passages.*.manifest.json"))) == 2
+
+
+@pytest.mark.parametrize("name", ["other", "tiny"])
+def test_a_collection_that_the_model_was_not_trained_on_is_told(
+    beir: Path,
+    folders: dict[str, str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+) -> None:
+    model = shutil.copytree(folders["retriever"], tmp_path / "model")
+    record = json.loads((model / "caravan.json").read_text())
+    record["facts"]["collection"] = f"{name} (0123456789ab)"
+    (model / "caravan.json").write_text(json.dumps(record))
+    asker(beir, tmp_path, f"retriever={model}")
+    told = f"what is searched is tiny, and {model} was trained on other" in caplog.text
+    assert told == (name == "other")
 
 
 def test_an_answer_has_texts_scores_and_ranks_of_each_stage(

@@ -9,6 +9,7 @@ queries are embedded, ranked, fused and reranked by the same code.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,14 @@ from typing import Any
 import numpy as np
 
 from caravan.config import build
+from caravan.contract import read_contract
 from caravan.data.collection import Collection
 from caravan.data.runs import Run, canonical
 from caravan.errors import InputError
 from caravan.retrieval import kept
 from caravan.retrieval.folders import Folders
+
+log = logging.getLogger(__name__)
 
 ROW = np.zeros(1, dtype=np.int64)  # the one query of a question's runs
 
@@ -141,11 +145,22 @@ def _lexical(
     return lambda question: parts["bm25"].search([question], ROW, parts["index"].k)
 
 
+def _tell_of_another(model: Path, collection: Collection) -> None:
+    """`data=` that was left out stands for the embedded collection, which takes long to embed."""
+    trained_on = read_contract(model)[1].get("collection")
+    if trained_on and trained_on.rpartition(" ")[0] != collection.name:
+        log.warning(
+            "what is searched is %s, and %s was trained on %s; data= chooses another collection",
+            *(collection.name, model, trained_on.rpartition(" ")[0]),
+        )
+
+
 def _dense(
     name: str, cfg: Any, settings: dict[str, Any], collection: Collection
 ) -> Callable[[str], Run]:
     folders = _folders(settings)
     model, corpus = Path(name), collection.corpus
+    _tell_of_another(model, collection)
     encoder = folders.encoder(model)
     inputs = {
         **kept.embedding_inputs(collection, folders, model),
