@@ -295,7 +295,7 @@ def test_a_split_to_validate_on_is_missed_before_a_model_is_made(
     beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "_module", lambda *_: pytest.fail("a model is made"))
-    with pytest.raises(InputError, match=r"has no split 'other': .*data\.held_out"):
+    with pytest.raises(InputError, match=r"has no split 'other': .* name one of them"):
         train(beir, tmp_path / "run", "data.dev_split=other")
     assert not (tmp_path / "run").exists()
 

@@ -148,11 +148,10 @@ class Collection:
         """
         if split not in self.splits:
             there = f"its splits are {', '.join(self.splits)}" if self.splits else "it has no qrels"
-            raise InputError(
-                f"collection {self.name} has no split {split!r}: {there}; name one of them"
-                " (data.train_split, data.dev_split, data.split), or let a share of the training"
-                " queries be the dev split (data.held_out=0.1)"
-            )
+            remedy = "name one of them (data.train_split, data.dev_split, data.split)"
+            if "train" in self.splits and split == "dev":
+                remedy += ", or let a share of the training queries be it (data.held_out=0.1)"
+            raise InputError(f"collection {self.name} has no split {split!r}: {there}; {remedy}")
         with np.load(self.folder / "qrels" / f"{split}.npz") as stored:
             return Qrels(stored["query_rows"], stored["passage_rows"], stored["grades"])
 

@@ -63,7 +63,7 @@ class Folder(ABC):
 
 
 @dataclass
-class Shared(Folder):
+class WithHeldOut(Folder):
     """A folder that may lack a split to validate on.
 
     Args:

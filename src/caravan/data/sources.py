@@ -15,7 +15,7 @@ from pathlib import Path
 
 from caravan.data.files import by_stem, one_of
 from caravan.data.jsonl import records
-from caravan.data.labelled import Labelled, Shared
+from caravan.data.labelled import Labelled, WithHeldOut
 from caravan.data.texts import Record
 from caravan.errors import InputError
 
@@ -24,7 +24,7 @@ QRELS_SUFFIXES = (".tsv", ".txt", ".qrels")
 
 
 @dataclass
-class Beir(Shared):
+class Beir(WithHeldOut):
     """A folder in the layout of BEIR (Thakur et al. 2021, arXiv 2104.08663)."""
 
     def files(self, folder: Path) -> Labelled:

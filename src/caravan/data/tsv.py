@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from caravan.data.files import by_stem, columns, one_of
-from caravan.data.labelled import Labelled, Shared
+from caravan.data.labelled import Labelled, WithHeldOut
 from caravan.data.texts import Record
 from caravan.errors import InputError
 
@@ -22,7 +22,7 @@ LAYOUT = "a folder of plain tsv holds corpus.tsv, queries.tsv and qrels.<split>.
 
 
 @dataclass
-class Tsv(Shared):
+class Tsv(WithHeldOut):
     """A folder of .tsv files, each plain or .gz."""
 
     def files(self, folder: Path) -> Labelled:
