@@ -40,6 +40,8 @@ def main(cfg):
         instantiate({"_target_": "app.Refuses"})
     if cfg.name == "worker_terminated":
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+    if cfg.name == "worker_killed":
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     if cfg.name == "fails":
         raise ZeroDivisionError("a defect")
     if cfg.name == "stopped":
@@ -336,6 +338,23 @@ def test_a_run_whose_worker_was_terminated_first_ends_like_one_that_was_terminat
     told = done.stderr.splitlines()
     assert told[-1] == "interrupted; the same command with resume=true goes on"
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_whose_worker_was_killed_ends_with_a_sentence(app: Program, home: Path) -> None:
+    done = app("name=worker_killed")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "for lack of memory" in line
+    assert "for lack of memory" in (home / "runs/worker_killed/log.txt").read_text()
+
+
+def test_a_run_may_open_as_many_files_as_the_system_allows(home: Path) -> None:
+    code = "import resource, sys; print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    text = APP.replace("    from hydra.utils", f"    {code}\n    from hydra.utils", 1)
+    (home / "app.py").write_text(text)
+    command = f"ulimit -Sn 256; ulimit -Hn 512; {sys.executable} app.py name=one"
+    done = subprocess.run(["bash", "-c", command], cwd=home, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["(512, 512)"]
 
 
 def test_a_terminated_run_ends_as_an_interrupted_one_with_its_own_code(

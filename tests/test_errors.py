@@ -28,7 +28,39 @@ def test_a_command_tells_a_mistake_in_a_sentence(
     assert capsys.readouterr().err == told
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), OSError(28, "No space left on device")])
+GLOO = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:5"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError("Unable to allocate 8 GiB"), "out of memory (Unable to allocate 8 GiB)"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "lack of memory"),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "worker exited une"),
+        (
+            RuntimeError("DataLoader worker (pid 7) exited unexpectedly with exit code 1. Details"),
+            "worker exited unexpectedly with exit code 1;",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. "),
+            "is killed by signal: Segmentation fault;",
+        ),
+        (RuntimeError(GLOO), "another process of this run has ended"),
+    ],
+)
+def test_a_process_or_memory_that_is_gone_is_told_in_one_sentence(
+    error: Exception, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert answering(lambda: _raising(error)) == USER
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), OSError(28, "No space left on device"), RuntimeError("x")]
+)
 def test_a_defect_keeps_its_traceback(error: Exception) -> None:
     with pytest.raises(type(error)):
         answering(lambda: _raising(error))

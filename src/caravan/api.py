@@ -22,7 +22,7 @@ import torch
 
 from caravan.batches import Packed, pack
 from caravan.contract import read_contract
-from caravan.data.batching import packed_pairs
+from caravan.data.batching import pair_ids
 from caravan.data.pairs import PairTemplates
 from caravan.data.templates import Templates
 from caravan.errors import InputError
@@ -71,9 +71,8 @@ class _Loaded:
 
     def _rows(self, packed: Packed) -> np.ndarray:
         with torch.inference_mode():
-            on_device = packed.to(self.device)
-            parts = [self.model.of(chunk) for chunk in on_device.chunks]
-            found: np.ndarray = on_device.restore(torch.cat(parts)).float().cpu().numpy()
+            rows = packed.to(self.device).rows_of(self.model.of)
+            found: np.ndarray = rows.float().cpu().numpy()
         return found
 
 
@@ -143,8 +142,8 @@ class Reranker(_Loaded):
         blocks = []
         for block in _blocks(pairs):
             asked, read = zip(*block, strict=True)
-            packed = packed_pairs(self._templates, asked, read, self.token_budget)
-            blocks.append(self._rows(packed))
+            pairs_read = pair_ids(self._templates, asked, read)
+            blocks.append(self._rows(pairs_read.packed(self.token_budget, self._templates.pad_id)))
         return np.concatenate(blocks) if blocks else np.empty(0, dtype=np.float32)
 
     def search(

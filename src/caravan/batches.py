@@ -8,8 +8,10 @@ Padding is on the right throughout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -70,6 +72,22 @@ class Packed:
         extra = chunks - len(self.chunks)
         return replace(self, chunks=self.chunks + self.chunks[-1:] * extra, extra=extra)
 
+    def rows_of(
+        self, compute: Callable[[Chunk], Tensor], after: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Rows [N, ...] of the texts, in their order.
+
+        Args:
+            compute: rows [n, ...] of a chunk.
+            after: called after each chunk with its number of texts, to show progress.
+        """
+        rows = []
+        for chunk in self.chunks:
+            rows.append(compute(chunk))
+            if after is not None:
+                after(len(chunk.input_ids))
+        return self.restore(torch.cat(rows))
+
     def restore(self, rows: Tensor) -> Tensor:
         """Put rows [N, ...] that were computed chunk by chunk into the order of the texts."""
         rows = rows[: len(self.order)]
@@ -93,53 +111,110 @@ def rounded(width: int) -> int:
     return -(-width // step) * step
 
 
+@dataclass(frozen=True)
+class TokenIds:
+    """Token ids of N texts, end to end; 4 bytes a token."""
+
+    ids: np.ndarray  # [sum of lengths] int32
+    lengths: np.ndarray  # [N] int32
+    seconds: np.ndarray | None = None  # [N] int32, of pairs: where the second text begins
+
+    @classmethod
+    def of(cls, texts: Sequence[Sequence[int]], seconds: Sequence[int] | None = None) -> TokenIds:
+        lengths = np.fromiter(map(len, texts), np.int32, len(texts))
+        ids = np.fromiter(chain.from_iterable(texts), np.int32, int(lengths.sum()))
+        return cls(ids, lengths, None if seconds is None else np.asarray(seconds, dtype=np.int32))
+
+    def packed(self, token_budget: int, pad_id: int = 0) -> Packed:
+        """Sort texts by length and cut them into chunks of at most `token_budget` padded tokens.
+
+        A chunk ends sooner where its padding would pass a tenth. A text that is longer than the
+        budget makes a chunk of its own. Where its texts differ in length, a chunk's width is then
+        `rounded`.
+
+        Args:
+            token_budget: the largest n * L of a chunk [n, L].
+            pad_id: fills the padding; the attention mask hides it, so any valid id will do.
+        """
+        lengths = self.lengths.astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
+        order = np.argsort(-lengths, kind="stable")
+        chunks, start, padded = [], 0, 0
+        while start < len(order):
+            width = max(int(lengths[order[start]]), 1)
+            rows = order[start : start + max(token_budget // width, 1)]
+            # Sorted by length, so the share of real tokens falls with every text that is added.
+            filled = lengths[rows].cumsum() / (width * np.arange(1, len(rows) + 1))
+            rows = rows[: max(int((filled >= 1 - PADDING).sum()), 1)]
+            if lengths[rows[-1]] < width:
+                longest = max(int(lengths[order[0]]), 1)  # no wider than a model can read
+                width = min(rounded(width), longest)
+                rows = rows[: max(token_budget // width, 1)]
+            places = np.arange(width)
+            real = places < lengths[rows, None]
+            ids = np.full(real.shape, pad_id, dtype=np.int64)
+            ids[real] = self.ids[(starts[rows, None] + places)[real]]
+            types = None
+            if self.seconds is not None:
+                types = torch.from_numpy(
+                    (real & (places >= self.seconds[rows, None])).astype(np.int64)
+                )
+            mask = torch.from_numpy(real.astype(np.int64))
+            chunks.append(Chunk(torch.from_numpy(ids), mask, bool(real.all()), types))
+            padded += ids.size
+            start += len(rows)
+        return Packed(tuple(chunks), torch.from_numpy(order), int(lengths.sum()), padded)
+
+
 def pack(
     texts: Sequence[Sequence[int]],
     token_budget: int,
     pad_id: int = 0,
     seconds: Sequence[int] | None = None,
 ) -> Packed:
-    """Sort texts by length and cut them into chunks of at most `token_budget` padded tokens.
-
-    A chunk ends sooner where its padding would pass a tenth. A text that is longer than the budget
-    makes a chunk of its own. Where its texts differ in length, a chunk's width is then `rounded`.
+    """Texts as chunks of similar length, see `TokenIds.packed`.
 
     Args:
         texts: token ids of each text.
-        token_budget: the largest n * L of a chunk [n, L].
-        pad_id: fills the padding; the attention mask hides it, so any valid id will do.
-        seconds: of pairs, where the second text begins, for models that are told so (token types).
+        seconds: of pairs, where the second text begins, for models with token types.
 
     >>> [tuple(c.input_ids.shape) for c in pack([[1], [2] * 9, [3] * 10], token_budget=20).chunks]
     [(2, 10), (1, 1)]
     """
-    lengths = np.fromiter((len(ids) for ids in texts), dtype=np.int64, count=len(texts))
-    order = np.argsort(-lengths, kind="stable")
-    chunks, start, padded = [], 0, 0
-    while start < len(order):
-        width = max(int(lengths[order[start]]), 1)
-        rows = order[start : start + max(token_budget // width, 1)]
-        # Sorted by length, so the share of real tokens falls with every text that is added.
-        filled = lengths[rows].cumsum() / (width * np.arange(1, len(rows) + 1))
-        rows = rows[: max(int((filled >= 1 - PADDING).sum()), 1)]
-        if lengths[rows[-1]] < width:
-            longest = max(int(lengths[order[0]]), 1)  # no wider than a model can read
-            width = min(rounded(width), longest)
-            rows = rows[: max(token_budget // width, 1)]
-        ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-        mask = np.zeros((len(rows), width), dtype=np.int64)
-        for i, row in enumerate(rows):
-            ids[i, : lengths[row]] = texts[row]
-            mask[i, : lengths[row]] = 1
-        full = bool(lengths[rows].min() == width)
-        types = None
-        if seconds is not None:
-            begin = np.array([seconds[row] for row in rows])[:, None]
-            types = torch.from_numpy((np.arange(width) >= begin).astype(np.int64) * mask)
-        chunks.append(Chunk(torch.from_numpy(ids), torch.from_numpy(mask), full, types))
-        padded += ids.size
-        start += len(rows)
-    return Packed(tuple(chunks), torch.from_numpy(order), int(lengths.sum()), padded)
+    return TokenIds.of(texts, seconds).packed(token_budget, pad_id)
+
+
+B = TypeVar("B")
+Fields = Mapping[str, TokenIds | np.ndarray | None]
+
+
+@dataclass(frozen=True)
+class Unpacked(Generic[B]):
+    """A batch as a DataLoader worker sends it: plain numpy arrays.
+
+    A tensor would be sent as a file descriptor of shared memory, two of them for each chunk. The
+    chunks of 16,384 passages need more than the 1,024 descriptors that are the usual limit of a
+    process, or than the 64 MB that a container's /dev/shm has by default.
+
+    Attributes:
+        kind: class of the batch, such as `EncodeBatch`.
+        fields: of that class. `TokenIds` become `Packed`, other arrays become tensors.
+        token_budget, pad_id: see `TokenIds.packed`.
+    """
+
+    kind: Callable[..., B]
+    fields: Fields
+    token_budget: int
+    pad_id: int
+
+    def packed(self) -> B:
+        """The batch, as tensors; called in the main process."""
+        return self.kind(**{name: self._tensors(value) for name, value in self.fields.items()})
+
+    def _tensors(self, value: TokenIds | np.ndarray | None) -> Packed | Tensor | None:
+        if isinstance(value, TokenIds):
+            return value.packed(self.token_budget, self.pad_id)
+        return None if value is None else torch.from_numpy(value)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import inspect
 import logging
 import os
 import platform
+import resource
 import shlex
 import signal
 import sys
@@ -77,6 +78,7 @@ def entry(name: str, configs: Path | None = None) -> Callable[[Task], Callable[[
         def run() -> None:
             _keep_freed_memory()
             _bound_kernels()
+            _raise_file_limit()
             # Exceptions come through Hydra whole, to be told apart here.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             # Lightning would end a terminated run with exit code 0; it leaves our handler alone.
@@ -98,7 +100,7 @@ def entry(name: str, configs: Path | None = None) -> Callable[[Task], Callable[[
                 if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning has caught it
                     _interrupted(root)
                 raise
-            except OSError as error:
+            except (OSError, RuntimeError, MemoryError) as error:
                 told = sentence(error)
                 if told is None:
                     raise
@@ -143,10 +145,13 @@ def _job(task: Task, root: type) -> Task:
             raise InputError(report(lines))
         try:
             return task(cfg)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if is_termination(error):
                 _terminate(signal.SIGTERM, None)
-            raise
+            told = sentence(error)
+            if told is None:
+                raise
+            raise InputError(told) from None
 
     return job
 
@@ -220,6 +225,16 @@ def _keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(mmap_threshold, 1 << 25)  # the most that glibc takes
     libc.mallopt(trim_threshold, 1 << 30)
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open files as the system lets a process ask for.
+
+    The usual limit is 1,024, and each memory-mapped shard of embeddings is an open file.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS has no limit, and refuses that number
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _bound_kernels() -> None:

@@ -7,6 +7,7 @@ it and exit with code 2; every other exception is a defect of Caravan and keeps 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -24,18 +25,69 @@ WORKER_TERMINATED = "is killed by signal: Terminated"
 
 def is_termination(error: BaseException) -> bool:
     """Whether an exception says that the run is being ended, by whoever terminated its workers."""
-    return isinstance(error, RuntimeError) and str(error).rstrip(" .").endswith(WORKER_TERMINATED)
+    return isinstance(error, RuntimeError) and any(
+        message.rstrip(" .").endswith(WORKER_TERMINATED) for message in _messages(error)
+    )
 
 
 def sentence(error: BaseException) -> str | None:
     """What an exception tells the user; None where it is a defect.
 
-    A file that the system does not let one read or write is the user's to look after.
+    A file that the system does not let one read or write is the user's to look after, and so is
+    memory, or a process that the system has killed.
     """
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; give another place"
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error}); free some, or lower num_workers and token_budget"
+    if isinstance(error, RuntimeError):
+        return next(filter(None, map(_of_another_process, _messages(error))), None)
+    return None
+
+
+def _messages(error: RuntimeError) -> list[str]:
+    """The messages of an exception, the more precise first.
+
+    A loader that waits for a worker reports that it "exited unexpectedly"; the signal is in the
+    cause of that exception.
+    """
+    cause = error.__cause__
+    return [str(cause), str(error)] if isinstance(cause, RuntimeError) else [str(error)]
+
+
+_WORKER = "DataLoader worker (pid"
+_PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+"""In messages of gloo and NCCL."""
+
+
+def _of_another_process(message: str) -> str | None:
+    """The sentence for a message of torch about a worker or rank that has died."""
+    if message.startswith(_WORKER):
+        if "Bus error" in message:
+            return (
+                "a DataLoader worker died while it read a file (bus error): a file of the"
+                " collection, such as corpus.arrow, was truncated or is on a disk that fails;"
+                " delete the collection's folder in cache_dir, and start the same command again"
+            )
+        if "killed by signal: Killed" in message:
+            return (
+                "a DataLoader worker was killed, most likely by the system for lack of memory; free"
+                " memory or lower num_workers, and start the same command again"
+            )
+        if "exited unexpectedly" in message or "killed by signal" in message:
+            reason = re.sub(r".*?\d\) ", "", message).split(".")[0]
+            return (
+                f"a DataLoader worker {reason}; the lines above may say why, else memory may have"
+                " run out: lower num_workers, and start the same command again"
+            )
+    if any(lost in message for lost in _PEER_LOST):
+        return (
+            "another process of this run has ended, and this one cannot continue without it; its"
+            " own output says why, else the system has killed it, most likely for lack of memory:"
+            " start all processes again"
+        )
     return None
 
 
@@ -51,7 +103,7 @@ def answering(work: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
-    except (InputError, OSError) as error:
+    except (InputError, OSError, RuntimeError, MemoryError) as error:
         told = sentence(error)
         if told is None:
             raise

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import multiprocessing
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 
 from caravan.batches import pack
 from caravan.contract import Contract
-from caravan.data.batching import Groups, QueryOrder, TextBlocks, TrainLoader, text_loader
+from caravan.data.batching import Groups, QueryOrder, TextBlocks
 from caravan.data.collection import Collection
 from caravan.data.negatives import Negatives
 from caravan.data.templates import Templates
@@ -75,7 +74,7 @@ def test_restore_undoes_the_order_of_packing() -> None:
 def test_a_batch_holds_each_query_with_its_own_group(
     groups: Groups, collection: Collection
 ) -> None:
-    batch = groups[(0, np.arange(5))]
+    batch = groups[(0, np.arange(5))].packed()
     rows = groups.permutation(0)[:5]
     assert _texts(batch.queries) == groups.templates.queries(collection.queries.get(rows))
     flat = batch.passage_rows.reshape(-1).numpy()
@@ -89,8 +88,8 @@ def test_groups_do_not_shift_in_a_short_last_batch(groups: Groups) -> None:
     order = QueryOrder(len(groups), 6)
     sizes = [len(positions) for _, positions in order]
     assert sizes[-1] == len(groups) % 6 != 0
-    whole = groups[(0, np.arange(len(groups)))]
-    *_, last = (groups[item] for item in order)
+    whole = groups[(0, np.arange(len(groups)))].packed()
+    *_, last = (groups[item].packed() for item in order)
     assert last.passage_rows.tolist() == whole.passage_rows[-sizes[-1] :].tolist()
 
 
@@ -113,44 +112,12 @@ def test_every_epoch_has_its_own_order_and_all_queries(groups: Groups) -> None:
     assert groups.permutation(0).tolist() == first.tolist()
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_loader_continues_where_its_state_was_taken(groups: Groups, num_workers: int) -> None:
-    def rows(loader: TrainLoader, number: int) -> list[Any]:
-        batches = iter(loader)
-        return [next(batches).passage_rows.tolist() for _ in range(number)]
-
-    def loader() -> TrainLoader:
-        return TrainLoader(groups, QueryOrder(len(groups), 3), num_workers)
-
-    whole, first = rows(loader(), 5), loader()
-    assert rows(first, 2) == whole[:2]
-    second = loader()
-    second.load_state_dict(first.state_dict())
-    assert rows(second, 3) == whole[2:]
-
-
-def test_loading_leaves_torchs_random_state_alone(groups: Groups) -> None:
-    torch.manual_seed(7)
-    before = torch.get_rng_state()
-    next(iter(TrainLoader(groups, QueryOrder(len(groups), 3), 1)))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_text_blocks_cover_their_rows(
     collection: Collection, tokenizer: Any, contract: Contract
 ) -> None:
     templates, rows = Templates(tokenizer, contract), np.arange(3, 50)
     blocks = TextBlocks(collection.corpus, rows, templates, "passage", 20, 256)
-    batches = [blocks[i] for i in range(len(blocks))]
+    batches = [blocks[i].packed() for i in range(len(blocks))]
     assert [len(batch.rows) for batch in batches] == [20, 20, 7]
     assert torch.cat([batch.rows for batch in batches]).tolist() == rows.tolist()
     assert _texts(batches[2].texts) == templates.passages(collection.corpus.get(rows[40:]))
-
-
-def test_workers_end_with_the_last_batch_though_the_iterator_is_kept(groups: Groups) -> None:
-    before = set(multiprocessing.active_children())
-    blocks = TextBlocks(groups.collection.corpus, np.arange(20), groups.templates, "passage", 8, 64)
-    batches = iter(text_loader(blocks, range(len(blocks)), num_workers=1))
-    rows = [row for _ in range(len(blocks)) for row in next(batches).rows.tolist()]
-    assert rows == list(range(20))
-    assert set(multiprocessing.active_children()) == before

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from caravan import progress
 from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.data.templates import Templates
@@ -113,6 +116,26 @@ def test_lengths_can_be_overridden(model: Path, collection: Collection, tmp_path
     whole = _encode(model, collection, tmp_path / "whole").read()
     cut = _encode(model, collection, tmp_path / "cut", lengths={"passage_length": 8}).read()
     assert not np.allclose(whole, cut, atol=1e-2)
+
+
+def test_encoding_logs_what_it_does_first_and_advances_by_chunk(
+    model: Path,
+    collection: Collection,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = itertools.count(0, 5)
+    monkeypatch.setattr(progress.time, "monotonic", clock.__next__)
+    with caplog.at_level(logging.INFO, "caravan"):
+        _encode(model, collection, tmp_path / "passages", block=1000)
+    assert caplog.messages[0] == f"encode 60 passages with {model} on cpu, float32"
+    steps = [message for message in caplog.messages if " of 60 texts, " in message]
+    assert len(steps) >= 2  # in the only block
+    again = len(caplog.messages)
+    with caplog.at_level(logging.INFO, "caravan"):
+        _encode(model, collection, tmp_path / "passages", block=1000)
+    assert len(caplog.messages) == again
 
 
 def test_workers_and_budget_change_nothing_but_rounding(

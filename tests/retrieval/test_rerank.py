@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.commands import ROOT, evaluate, evaluate_arguments
 from tests.tiny import tiny_backbone, write_beir
 
+from caravan import progress
 from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.data.runs import Run, read_run, write_run
@@ -103,6 +106,24 @@ def test_every_stage_of_the_pipeline_leaves_its_run_and_its_figures(
     fused = read_run(tmp_path / "run/runs/fused.test.trec", *texts)
     for row in fused.query_rows:
         assert set(reranked.of(row)[0]) == set(fused.of(row)[0][:8])
+
+
+def test_reranking_logs_what_it_does_first_and_advances_by_chunk(
+    reranker: Path,
+    collection: Collection,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = itertools.count(0, 5)
+    monkeypatch.setattr(progress.time, "monotonic", clock.__next__)
+    run = _candidates(collection)
+    with caplog.at_level(logging.INFO, "caravan"):
+        _rerank(_scorer(reranker), run, collection, tmp_path / "scores")
+    pairs = len(run.passage_rows)
+    assert caplog.messages[0] == f"rerank {pairs} pairs with {reranker} on cpu, float32"
+    steps = [message for message in caplog.messages if f" of {pairs} pairs, " in message]
+    assert len(steps) >= 2  # in the only block
 
 
 def test_a_run_of_another_system_is_a_retriever_and_its_digest_counts(

@@ -146,7 +146,7 @@ def test_loss_and_gradient_are_those_of_the_published_formula(
     released: bool, own_tokenizer: Any, collection: Collection
 ) -> None:
     module = _module(own_tokenizer, released).double()
-    batch = module.training_set(collection, "", None, 200)[0, np.arange(12)]
+    batch = module.training_set(collection, "", None, 200)[0, np.arange(12)].packed()
     assert int((batch.counts == 0).sum()) > 0  # documents end
     model = module.model.language_model
     found = module.training_step(batch, 0)
@@ -198,7 +198,7 @@ def test_a_trained_slot_is_in_the_folder(
         )
         module.configure_model()
         module.log = lambda *_, **__: None  # type: ignore[method-assign, misc, assignment]
-    batch = module.training_set(collection, "", None, 200)[0, np.arange(6)]
+    batch = module.training_set(collection, "", None, 200)[0, np.arange(6)].packed()
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1.0)
     module.training_step(batch, 0).backward()
     optimizer.step()

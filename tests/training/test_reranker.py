@@ -165,8 +165,8 @@ def test_a_last_short_batch_keeps_its_groups(tmp_path: Path, runs: dict[str, str
     negatives.open(collection, qrels, seed=0)
     contract = Contract(kind="reranker", query_length=16, passage_length=32)
     groups = Groups(collection, qrels, negatives, PairTemplates(tokenizer, contract), 64, seed=0)
-    whole = groups[0, np.arange(len(groups))]
-    short = groups[0, np.arange(len(groups) - 2, len(groups))]
+    whole = groups[0, np.arange(len(groups))].packed()
+    short = groups[0, np.arange(len(groups) - 2, len(groups))].packed()
     assert short.passage_rows.tolist() == whole.passage_rows[-2:].tolist()
     assert len(short.pairs) == 2 * 4
 

@@ -3,21 +3,26 @@
 The order of an epoch is a permutation drawn from (seed, epoch) alone, and a batch is the same set
 of queries on one process or on many, each rank taking its consecutive share. What was consumed is
 two integers, so a checkpoint in mid-epoch continues with the very next batch.
-Tokenising and packing happen in the loader's workers, never on the training process.
+Items are numpy arrays (`caravan.batches.Unpacked`), of which `caravan.data.loaders` makes tensors.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
-from caravan.batches import EncodeBatch, Packed, PairBatch, RerankBatch, TrainBatch, pack
+from caravan.batches import (
+    EncodeBatch,
+    Fields,
+    PairBatch,
+    RerankBatch,
+    TokenIds,
+    TrainBatch,
+    Unpacked,
+)
 from caravan.data.collection import Collection, Qrels, Texts
 from caravan.data.negatives import Negatives
 from caravan.data.pairs import PairTemplates
@@ -70,7 +75,7 @@ def limited(batches: int, limit: int | float) -> int:
 
 
 class Groups(Dataset[Any]):
-    """Training batches: item (epoch, positions) is the packed batch of these queries' groups.
+    """Training batches: item (epoch, positions) is the batch of these queries' groups.
 
     Args:
         templates: a retriever's, whose batches are queries and passages, or a reranker's, whose
@@ -116,7 +121,9 @@ class Groups(Dataset[Any]):
             self.negatives.open(self.collection, self.qrels, self.seed)
             self._opened = True
 
-    def __getitem__(self, item: tuple[int, np.ndarray]) -> TrainBatch | RerankBatch:
+    def __getitem__(
+        self, item: tuple[int, np.ndarray]
+    ) -> Unpacked[TrainBatch] | Unpacked[RerankBatch]:
         epoch, positions = item
         query_rows = self.permutation(epoch)[positions]
         groups = np.stack(
@@ -127,99 +134,50 @@ class Groups(Dataset[Any]):
         )
         queries = self.collection.queries.get(query_rows)
         passages = self.collection.corpus.get(groups.reshape(-1))
-        teacher = self._teacher(query_rows, groups)
+        shared = {"passage_rows": groups, "teacher": self._teacher(query_rows, groups)}
+        how = self.token_budget, self.templates.pad_id
         if isinstance(self.templates, PairTemplates):
             repeated = [query for query in queries for _ in range(groups.shape[1])]
-            return RerankBatch(
-                pairs=packed_pairs(self.templates, repeated, passages, self.token_budget),
-                passage_rows=torch.from_numpy(groups),
-                teacher=teacher,
-            )
-        pad_id = self.templates.pad_id
-        return TrainBatch(
-            queries=pack(self.templates.queries(queries), self.token_budget, pad_id),
-            passages=pack(self.templates.passages(passages), self.token_budget, pad_id),
-            passage_rows=torch.from_numpy(groups),
-            positive_rows=self._positives(query_rows),
-            teacher=teacher,
-        )
+            pairs = pair_ids(self.templates, repeated, passages)
+            return Unpacked(RerankBatch, {"pairs": pairs, **shared}, *how)
+        fields: Fields = {
+            "queries": TokenIds.of(self.templates.queries(queries)),
+            "passages": TokenIds.of(self.templates.passages(passages)),
+            "positive_rows": self._positives(query_rows),
+            **shared,
+        }
+        return Unpacked(TrainBatch, fields, *how)
 
-    def _positives(self, query_rows: np.ndarray) -> torch.Tensor:
+    def _positives(self, query_rows: np.ndarray) -> np.ndarray:
         """Every positive of each query, [Q, M] int64, filled up with -1."""
         positives = [self.qrels.positives(int(row)) for row in query_rows]
         filled = np.full((len(positives), max(map(len, positives))), -1, dtype=np.int64)
         for i, rows in enumerate(positives):
             filled[i, : len(rows)] = rows
-        return torch.from_numpy(filled)
+        return filled
 
-    def _teacher(self, query_rows: np.ndarray, groups: np.ndarray) -> torch.Tensor | None:
+    def _teacher(self, query_rows: np.ndarray, groups: np.ndarray) -> np.ndarray | None:
         scores = [
             self.negatives.teacher_scores(int(row), group)
             for row, group in zip(query_rows, groups, strict=True)
         ]
         known = [row for row in scores if row is not None]
-        return torch.from_numpy(np.stack(known)) if known else None
+        return np.stack(known) if known else None
 
 
-def packed_pairs(
+def pair_ids(
     templates: PairTemplates,
     queries: Sequence[tuple[str, str]],
     passages: Sequence[tuple[str, str]],
-    token_budget: int,
-) -> Packed:
-    """Pairs of texts, (title, text) each, packed by length."""
+) -> TokenIds:
+    """Token ids of pairs of texts, (title, text) each."""
     pairs = templates.pairs(queries, passages)
     seconds = [pair.second for pair in pairs] if templates.typed else None
-    return pack([pair.ids for pair in pairs], token_budget, templates.pad_id, seconds)
+    return TokenIds.of([pair.ids for pair in pairs], seconds)
 
 
-class TrainLoader(DataLoader[Any]):
-    """Loads training batches and knows which epoch it is in and how many it has handed out.
-
-    It counts epochs itself: Lightning's counter lags by one after two resumes in a row from a
-    checkpoint at an epoch's end, and the order would be that of another epoch.
-
-    Args:
-        training: `Groups`, or `caravan.data.unlabelled.Unlabelled`.
-        per_epoch: batches that are asked of it in an epoch; None means all of `order`.
-    """
-
-    def __init__(
-        self, training: Any, order: QueryOrder, num_workers: int, per_epoch: int | None = None
-    ) -> None:
-        # Its worker is forked before training has filled any memory, and kept: one that is forked
-        # in a later epoch would hold a copy of what the process has by then.
-        super().__init__(
-            training,
-            sampler=order,
-            batch_size=None,
-            persistent_workers=num_workers > 0,
-            **loader_settings(num_workers, training.seed),
-        )
-        self.order = order
-        self.per_epoch = len(order) if per_epoch is None else per_epoch
-        self.handed_out = 0
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if self.handed_out >= self.per_epoch:
-            self.order.epoch += 1
-            self.handed_out = 0
-        self.order.start = self.handed_out
-        release_free_memory()
-        for batch in super().__iter__():
-            self.handed_out += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.order.epoch, "handed_out": self.handed_out}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.order.epoch = state["epoch"]
-        self.handed_out = state["handed_out"]
-
-
-class TextBlocks(Dataset[EncodeBatch]):
-    """Queries or passages to embed, `block` rows an item, each item packed by length."""
+class TextBlocks(Dataset[Unpacked[EncodeBatch]]):
+    """Queries or passages to embed, `block` rows an item."""
 
     def __init__(
         self,
@@ -240,10 +198,11 @@ class TextBlocks(Dataset[EncodeBatch]):
     def __len__(self) -> int:
         return -(-len(self.rows) // self.block)
 
-    def __getitem__(self, index: int) -> EncodeBatch:
+    def __getitem__(self, index: int) -> Unpacked[EncodeBatch]:
         rows = self.rows[index * self.block : (index + 1) * self.block]
-        ids = self.encode(self.texts.get(rows))
-        return EncodeBatch(torch.from_numpy(rows), pack(ids, self.token_budget, self.pad_id))
+        texts = TokenIds.of(self.encode(self.texts.get(rows)))
+        fields: Fields = {"rows": rows, "texts": texts}
+        return Unpacked(EncodeBatch, fields, self.token_budget, self.pad_id)
 
 
 def rank_share(items: int, rank: int, world: int) -> list[int]:
@@ -256,8 +215,8 @@ def rank_share(items: int, rank: int, world: int) -> list[int]:
     return [(rank + i * world) % items for i in range(each)]
 
 
-class PairBlocks(Dataset[PairBatch]):
-    """Queries with passages to score, `block` pairs an item, each item packed by length.
+class PairBlocks(Dataset[Unpacked[PairBatch]]):
+    """Queries with passages to score, `block` pairs an item.
 
     Args:
         query_rows, passage_rows: [N], a pair each.
@@ -282,70 +241,12 @@ class PairBlocks(Dataset[PairBatch]):
     def __len__(self) -> int:
         return -(-len(self.query_rows) // self.block)
 
-    def __getitem__(self, index: int) -> PairBatch:
+    def __getitem__(self, index: int) -> Unpacked[PairBatch]:
         span = slice(index * self.block, (index + 1) * self.block)
         query_rows, passage_rows = self.query_rows[span], self.passage_rows[span]
         distinct, inverse = np.unique(query_rows, return_inverse=True)
         asked = self.queries.get(distinct)
         passages = self.corpus.get(passage_rows)
-        pairs = packed_pairs(
-            self.templates, [asked[i] for i in inverse], passages, self.token_budget
-        )
-        return PairBatch(torch.from_numpy(query_rows), torch.from_numpy(passage_rows), pairs)
-
-
-class TextLoader(DataLoader[Any]):
-    """Loads texts to embed or pairs to score.
-
-    Its workers start with the memory in use, and end with the last batch.
-    Lightning keeps the iterator of a validation until the next one, and never asks it for more than
-    there is: workers that waited for that would keep a copy of the training process all the time.
-    """
-
-    def __iter__(self) -> Any:
-        release_free_memory()
-        batches = super().__iter__()
-        for left in reversed(range(len(self))):
-            batch = next(batches)
-            if not left:
-                del batches
-            yield batch
-
-
-def text_loader(
-    blocks: TextBlocks | PairBlocks, indices: Sequence[int], num_workers: int, seed: int = 0
-) -> DataLoader[Any]:
-    """Load the blocks of `indices`, in this order."""
-    return TextLoader(
-        blocks, sampler=list(indices), batch_size=None, **loader_settings(num_workers, seed)
-    )
-
-
-def loader_settings(num_workers: int, seed: int) -> dict[str, Any]:
-    """Worker settings of every loader.
-
-    The generator keeps the loader from drawing its base seed out of torch's global state, which
-    would make a resumed run differ from an uninterrupted one.
-    """
-    return {
-        "num_workers": num_workers,
-        "worker_init_fn": _start_worker if num_workers else None,
-        "generator": torch.Generator().manual_seed(seed),
-    }
-
-
-def release_free_memory() -> None:
-    """Give back to the system what the allocator keeps for later (glibc; elsewhere nothing).
-
-    A process that forks with gigabytes of it keeps them twice: the parent writes to its copy, and
-    the worker holds the other.
-    """
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
-def _start_worker(_: int) -> None:
-    # The tokenizer's own threads do not survive the fork; each worker is one thread of its own.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Where there are few cores, a worker that takes one stalls the step's other threads.
-    os.nice(10)
+        pairs = pair_ids(self.templates, [asked[i] for i in inverse], passages)
+        fields: Fields = {"query_rows": query_rows, "passage_rows": passage_rows, "pairs": pairs}
+        return Unpacked(PairBatch, fields, self.token_budget, self.templates.pad_id)

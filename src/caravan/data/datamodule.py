@@ -17,12 +17,11 @@ from caravan.data.batching import (
     PairBlocks,
     QueryOrder,
     TextBlocks,
-    TrainLoader,
     limited,
     rank_share,
-    text_loader,
 )
 from caravan.data.collection import Collection, Qrels
+from caravan.data.loaders import TrainLoader, text_loader
 from caravan.data.pairs import PairTemplates
 from caravan.data.runs import Run, read_run
 from caravan.data.templates import Templates

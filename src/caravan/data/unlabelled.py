@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
-from caravan.batches import AdaptationBatch, pack
+from caravan.batches import AdaptationBatch, Fields, TokenIds, Unpacked
 from caravan.data.batching import Permutation
 from caravan.data.segments import Segments
 from caravan.data.templates import JointTemplates
@@ -63,8 +62,8 @@ class Targets:
         return " ".join(word for word in words if word.lower() not in self.stop_words)
 
 
-class Unlabelled(Dataset[AdaptationBatch]):
-    """Batches of chunks: item (epoch, positions) is the packed batch at these places of the epoch.
+class Unlabelled(Dataset[Unpacked[AdaptationBatch]]):
+    """Batches of chunks: item (epoch, positions) is the batch at these places of the epoch.
 
     Args:
         corpus: documents.
@@ -113,7 +112,7 @@ class Unlabelled(Dataset[AdaptationBatch]):
             f" {batch * accumulated} chunks an update"
         )
 
-    def __getitem__(self, item: tuple[int, np.ndarray]) -> AdaptationBatch:
+    def __getitem__(self, item: tuple[int, np.ndarray]) -> Unpacked[AdaptationBatch]:
         epoch, positions = item
         chunks = self.permutation(epoch)[positions]
         read = self.chunks.get(chunks)
@@ -127,11 +126,12 @@ class Unlabelled(Dataset[AdaptationBatch]):
         in_order = [sets[task][i] for i in range(len(chunks)) for task in self.tasks]
         counts = np.array([len(tokens) for tokens in in_order], dtype=np.int64)
         flat = np.concatenate(in_order) if in_order else np.zeros(0, dtype=np.int64)
-        return AdaptationBatch(
-            texts=pack(ids, self.token_budget, self.templates.pad_id),
-            targets=torch.from_numpy(flat),
-            counts=torch.from_numpy(counts).view(len(chunks), len(self.tasks)),
-        )
+        fields: Fields = {
+            "texts": TokenIds.of(ids),
+            "targets": flat,
+            "counts": counts.reshape(len(chunks), len(self.tasks)),
+        }
+        return Unpacked(AdaptationBatch, fields, self.token_budget, self.templates.pad_id)
 
     def following(self, chunks: np.ndarray) -> list[str]:
         """The text after each chunk in its document, empty where there is none."""

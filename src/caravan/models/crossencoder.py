@@ -133,7 +133,7 @@ class CrossEncoder(nn.Module):
 
     def score(self, pairs: Packed) -> Tensor:
         """Scores [N] float32 of packed pairs, in the order of the pairs."""
-        return pairs.restore(torch.cat([self.of(chunk) for chunk in pairs.chunks]))
+        return pairs.rows_of(self.of)
 
 
 def head_of(scorer: Any) -> tuple[str, nn.Linear] | None:

@@ -50,6 +50,11 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank() % torch.cuda.device_count())
 
 
+def named(device: torch.device) -> str:
+    """A device for the log: cpu, or cuda:0 and the GPU's name."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
+
+
 def chunk(token_budget: int | None) -> int:
     """The padded tokens a chunk for a setting that may leave them to the machine."""
     if token_budget is not None:

@@ -8,7 +8,8 @@ Memory is that of one block and the model, whatever the corpus' size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,15 +20,18 @@ import torch
 
 from caravan.batches import Packed, pack
 from caravan.contract import read_contract
-from caravan.data.batching import TextBlocks, text_loader
+from caravan.data.batching import TextBlocks
+from caravan.data.loaders import text_loader
 from caravan.data.templates import Templates
 from caravan.data.texts import Texts
 from caravan.models import folder as model_folder
 from caravan.models import hardware
 from caravan.models.biencoder import BiEncoder
 from caravan.models.packed import pack_linears
-from caravan.progress import track
+from caravan.progress import progress
 from caravan.retrieval.shards import fill, shard
+
+log = logging.getLogger(__name__)
 
 
 class Shards:
@@ -121,23 +125,26 @@ class Encoder:
         count = -(-len(rows) // self.block)
 
         def compute(missing: list[int]) -> Iterator[np.ndarray]:
+            left = sum(len(rows[i * self.block :][: self.block]) for i in missing)
+            log.info(
+                "encode %s %s with %s on %s, %s",
+                *(f"{left:,}", "queries" if side == "query" else "passages"),
+                *(self.folder, hardware.named(self.device), self.precision),
+            )
             _, templates = self.loaded
             blocks = TextBlocks(texts, rows, templates, side, self.block, self.token_budget)
-            batches = track(
-                text_loader(blocks, missing, self.num_workers),
-                f"encode {folder.name}",
-                sum(len(rows[i * self.block :][: self.block]) for i in missing),
-                unit="texts",
-                size=lambda batch: len(batch.rows),
-            )
-            with torch.inference_mode():
-                for batch in batches:
-                    yield self._vectors(batch.texts)
+            with progress(f"encode {folder.name}", left, "texts") as done, torch.inference_mode():
+                for batch in text_loader(blocks, missing, self.num_workers):
+                    yield self._vectors(batch.texts, done)
 
         fill(folder, inputs, count, compute)
         return Shards(folder, len(rows), self.block)
 
-    def _vectors(self, texts: Packed) -> np.ndarray:
-        """[N, dim] float16."""
-        vectors = self.loaded[0].embed(texts.to(self.device, non_blocking=True))
+    def _vectors(self, texts: Packed, done: Callable[[int], None] | None = None) -> np.ndarray:
+        """[N, dim] float16.
+
+        Args:
+            done: called after each chunk with its number of texts.
+        """
+        vectors = texts.to(self.device, non_blocking=True).rows_of(self.loaded[0].of, done)
         return vectors.to(torch.float16).cpu().numpy()

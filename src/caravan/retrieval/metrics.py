@@ -21,6 +21,7 @@ import numpy as np
 
 from caravan.data.runs import Run, canonical
 from caravan.errors import InputError
+from caravan.progress import progress
 
 if TYPE_CHECKING:
     from caravan.data.collection import Qrels, Texts
@@ -153,10 +154,12 @@ def score_run(
     names = queries.ids(rows)
     values: dict[Measure, dict[str, float]] = {measure: {} for measure in parsed.values()}
     best = canonical(run, corpus).top(deepest(measures))
-    for start in range(0, len(rows), QUERIES_AT_ONCE):
-        span = slice(start, start + QUERIES_AT_ONCE)
-        for measure, row, value in _ir_measures(best, qrels, rows[span], list(values)):
-            values[measure][row] = value
+    with progress("score", len(rows), "queries") as done:
+        for start in range(0, len(rows), QUERIES_AT_ONCE):
+            some = rows[start : start + QUERIES_AT_ONCE]
+            for measure, row, value in _ir_measures(best, qrels, some, list(values)):
+                values[measure][row] = value
+            done(len(some))
     ordered = {
         text: {
             name: values[measure][str(row)] for row, name in zip(rows.tolist(), names, strict=True)

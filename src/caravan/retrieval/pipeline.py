@@ -24,7 +24,7 @@ from typing import Any
 from caravan import manifest, suite
 from caravan.config import build, recorded
 from caravan.contract import FILE
-from caravan.errors import InputError, is_termination
+from caravan.errors import InputError, is_termination, sentence
 from caravan.ranks import leads, world
 from caravan.retrieval.folders import Folders
 from caravan.retrieval.means import means
@@ -103,9 +103,9 @@ def _going_on(name: str, failed: dict[str, str]) -> Iterator[None]:
     except Exception as error:
         if world() > 1 or is_termination(error):
             raise
-        mistake = isinstance(error, InputError)
-        log.error("%s: %s", name, error if mistake else "it failed", exc_info=not mistake)
-        reason = str(error).strip() if mistake else f"{type(error).__name__}: {error}".strip()
+        told = sentence(error)
+        log.error("%s: %s", name, told or "it failed", exc_info=told is None)
+        reason = told or f"{type(error).__name__}: {error}"
         failed[name] = " ".join(reason.split())
 
 

@@ -7,6 +7,7 @@ the next is begun, so memory is that of one block and a killed run goes on at th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 
 from caravan.contract import read_contract
-from caravan.data.batching import PairBlocks, text_loader
+from caravan.data.batching import PairBlocks
 from caravan.data.collection import Qrels
+from caravan.data.loaders import text_loader
 from caravan.data.pairs import PairTemplates
 from caravan.data.runs import Run
 from caravan.data.segments import Segments
@@ -28,9 +30,11 @@ from caravan.models import folder as model_folder
 from caravan.models import hardware
 from caravan.models.crossencoder import CrossEncoder
 from caravan.models.packed import pack_linears
-from caravan.progress import track
+from caravan.progress import progress
 from caravan.retrieval.fuse import Weighted
 from caravan.retrieval.shards import fill, shard
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -172,24 +176,22 @@ class Scorer:
         blocks = -(-len(query_rows) // self.settings.block)
 
         def compute(missing: list[int]) -> Iterator[np.ndarray]:
+            block = self.settings.block
+            left = sum(len(query_rows[i * block :][:block]) for i in missing)
+            log.info(
+                "rerank %s pairs with %s on %s, %s",
+                *(f"{left:,}", self.folder, hardware.named(self.device), self.precision),
+            )
             model, templates = self.loaded
             pairs = PairBlocks(
                 *(queries, corpus, query_rows, passage_rows, templates),
-                self.settings.block,
+                block,
                 self.token_budget,
             )
-            block = self.settings.block
-            batches = track(
-                text_loader(pairs, missing, self.num_workers),
-                "rerank",
-                sum(len(query_rows[i * block :][:block]) for i in missing),
-                unit="pairs",
-                size=lambda batch: len(batch.query_rows),
-            )
-            with torch.inference_mode():
-                for batch in batches:
+            with progress("rerank", left, "pairs") as done, torch.inference_mode():
+                for batch in text_loader(pairs, missing, self.num_workers):
                     packed = batch.pairs.to(self.device, non_blocking=True)
-                    yield model.score(packed).cpu().numpy()
+                    yield packed.rows_of(model.of, done).cpu().numpy()
 
         if to is None:
             parts = list(compute(list(range(blocks))))

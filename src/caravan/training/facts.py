@@ -122,7 +122,7 @@ def memory_needed(module: Any, data: Any, trainer: Any) -> Any:
     data.setup()
     ranks = trainer.num_devices * trainer.num_nodes
     each = min(-(-data.queries_per_batch // ranks), len(data.training))
-    first = data.training[0, np.arange(each)]
+    first = data.training[0, np.arange(each)].packed()
     tokens, chunks = first.padded, first.chunks
     vocabulary = outline.config.get_text_config().vocab_size if module.tells_tokens else 0
     if module.gradcache is not None:  # the activations of one piece wait for the backward pass

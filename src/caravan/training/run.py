@@ -218,10 +218,7 @@ def _fit(
     if data.dev_split is not None:
         _validate_at_least_once(trainer, batches)
     started = time.monotonic()
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except InputError as error:
-        raise _without_traceback(error) from None
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     seconds = time.monotonic() - started
     return _leave(cfg, module, data, trainer, run_dir, seconds, memory_used(trainer, needed))
 
@@ -406,12 +403,3 @@ def _batches(trainer: Any, batches: int) -> int | None:
         epochs, updates_left = divmod(trainer.max_steps, max(math.ceil(batches / accumulated), 1))
         ends.append(epochs * batches + min(updates_left * accumulated, batches))
     return min(ends) if ends else None
-
-
-def _without_traceback(error: InputError) -> InputError:
-    """The user's mistake itself: a loader's worker wraps it into the text of its traceback."""
-    text = str(error)
-    if not text.startswith("Caught InputError in DataLoader worker"):
-        return error
-    told = text.strip().splitlines()[-1]
-    return InputError(told.partition("InputError: ")[2] or told)
