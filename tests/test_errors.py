@@ -36,6 +36,8 @@ GLOO = (
 @pytest.mark.parametrize(
     ("error", "told"),
     [
+        (OSError(12, "Cannot allocate memory"), "out of memory"),
+        (OSError(24, "Too many open files", "/x"), "ulimit -n"),
         (MemoryError("Unable to allocate 8 GiB"), "out of memory (Unable to allocate 8 GiB)"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "lack of memory"),
         (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "worker exited une"),
@@ -50,7 +52,7 @@ GLOO = (
         (RuntimeError(GLOO), "another process of this run has ended"),
     ],
 )
-def test_a_process_or_memory_that_is_gone_is_told_in_one_sentence(
+def test_a_process_or_memory_that_is_gone_is_reported_in_one_sentence(
     error: Exception, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert answering(lambda: _raising(error)) == USER

@@ -148,10 +148,10 @@ def _job(task: Task, root: type) -> Task:
         except (RuntimeError, MemoryError) as error:
             if is_termination(error):
                 _terminate(signal.SIGTERM, None)
-            told = sentence(error)
-            if told is None:
+            message = sentence(error)
+            if message is None:
                 raise
-            raise InputError(told) from None
+            raise InputError(message) from None
 
     return job
 

@@ -7,6 +7,7 @@ it and exit with code 2; every other exception is a defect of Caravan and keeps 
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 from collections.abc import Callable
@@ -38,10 +39,12 @@ def sentence(error: BaseException) -> str | None:
     """
     if isinstance(error, InputError):
         return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{error.strerror}: more files than the system allows; raise the limit (ulimit -n)"
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return f"out of memory ({error}); free some, or lower num_workers and token_budget"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; give another place"
-    if isinstance(error, MemoryError):
-        return f"out of memory ({error}); free some, or lower num_workers and token_budget"
     if isinstance(error, RuntimeError):
         return next(filter(None, map(_of_another_process, _messages(error))), None)
     return None

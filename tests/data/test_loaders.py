@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -33,6 +33,20 @@ def groups(collection: Collection, tokenizer: Any, contract: Contract) -> Groups
     qrels, negatives = collection.qrels("train"), Negatives(number=2)
     negatives.open(collection, qrels, seed=0)
     return Groups(collection, qrels, negatives, Templates(tokenizer, contract), 128, seed=0)
+
+
+@pytest.fixture(autouse=True)
+def _no_hang() -> Iterator[None]:
+    """A loader that waits for ever fails its test after two minutes."""
+
+    def fail(*_: Any) -> None:
+        raise TimeoutError("the loader waits for ever")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 class Items(Dataset[Any]):

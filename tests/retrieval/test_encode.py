@@ -1,14 +1,21 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.commands import ROOT, evaluate_arguments
+from tests.tiny import WORDS, write_beir
 
 from caravan import progress
 from caravan.contract import Contract
@@ -188,3 +195,28 @@ def test_processes_that_share_a_store_write_beside_each_other(
         shards_module._write(path, vectors)
     assert len(set(scratches)) == 2
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("passages", "words"), [(16_384, 80), (1_500, 1_200)])
+def test_an_evaluation_needs_few_file_descriptors_and_no_shared_memory(
+    passages: int, words: int, model: Path, tmp_path: Path
+) -> None:
+    beir = write_beir(tmp_path / "data", passages=60, queries=8)
+    with (beir / "corpus.jsonl").open("a") as file:
+        for i in range(60, passages):
+            text = " ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(words // 2 + i % words))
+            file.write(json.dumps({"_id": f"more{i}", "title": "", "text": text}) + "\n")
+    settings = ("token_budget=1024", "num_workers=1", f"passage_length={min(4 * words, 1500)}")
+    given = evaluate_arguments(beir, tmp_path / "run", str(model), *settings)
+    command = shlex.join([sys.executable, str(ROOT / "evaluate.py"), *given])
+    limited = f"ulimit -Sn 256 && ulimit -Hn 256 && exec {command}"
+    # A mount of its own needs rights that not every machine gives.
+    own = ["unshare", "-m", "true"]
+    if shutil.which("unshare") and subprocess.run(own, capture_output=True).returncode == 0:
+        limited = f"mount -t tmpfs -o size=1m tmpfs /dev/shm && {limited}"
+        run = ["unshare", "-m", "bash", "-c", limited]
+    else:
+        run = ["bash", "-c", limited]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr

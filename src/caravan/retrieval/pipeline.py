@@ -103,9 +103,9 @@ def _going_on(name: str, failed: dict[str, str]) -> Iterator[None]:
     except Exception as error:
         if world() > 1 or is_termination(error):
             raise
-        told = sentence(error)
-        log.error("%s: %s", name, told or "it failed", exc_info=told is None)
-        reason = told or f"{type(error).__name__}: {error}"
+        message = sentence(error)
+        log.error("%s: %s", name, message or "it failed", exc_info=message is None)
+        reason = message or f"{type(error).__name__}: {error}"
         failed[name] = " ".join(reason.split())
 
 
