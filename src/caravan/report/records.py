@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from caravan import manifest
 from caravan.errors import InputError
 
 
@@ -14,16 +14,16 @@ def read_metrics(folder: Path) -> dict[str, Any] | None:
     """`metrics.json` of a run directory, None if there is none.
 
     Raises:
-        InputError: it is not JSON.
+        InputError: it is damaged: no JSON object, or not what its manifest recorded.
     """
     path = folder / "metrics.json"
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); run the evaluation again") from None
-    return record if isinstance(record, dict) else None
+    metrics = manifest.read_json(path)
+    written = (manifest.read(path) or {}).get("facts", {}).get("xxh3")
+    if written not in (None, manifest.content_digest(path)):
+        raise InputError(f"{path} is not as it was written; run the same evaluation again")
+    return metrics
 
 
 def listed(found: Sequence[tuple[str, str, str, str]]) -> str:
