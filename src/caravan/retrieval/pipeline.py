@@ -121,10 +121,11 @@ class _Evaluation:
     def __init__(self, cfg: Any, folders: Folders) -> None:
         from omegaconf import OmegaConf
 
-        self.settings: Any = OmegaConf.to_container(cfg, resolve=True)
+        settings: Any = OmegaConf.to_container(cfg, resolve=True)
+        self.settings: dict[str, Any] = settings
         data = build(cfg, "data")["data"]
         collection = data.collection(Path(cfg.cache_dir))
-        inputs = inputs_of(self.settings, collection, data.split, folders)
+        inputs = inputs_of(settings, collection, data.split, folders)
         refuse_another(Path(cfg.run_dir), inputs)
         _write_config(cfg, inputs)
         self.stages = Stages(
