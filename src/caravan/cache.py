@@ -23,9 +23,9 @@ def cache_folder(cache_dir: str | Path, part: str) -> Path:
         InputError: it, or `cache_dir`, belongs to another user or is writable by everybody.
     """
     folder = Path(cache_dir) / part
-    folder.mkdir(mode=0o775, parents=True, exist_ok=True)
-    refuse_foreign(Path(cache_dir))
-    refuse_foreign(folder)
+    for path in (Path(cache_dir), folder):
+        path.mkdir(mode=0o775, parents=True, exist_ok=True)  # even if the umask is 0
+        refuse_foreign(path)
     return folder
 
 

@@ -44,7 +44,7 @@ def read(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in sorted(folder.rglob(FILE)):
         record = read_json(path)
         overrides = record.get("overrides")
-        texts = [record.get("state"), record.get("error") or ""]
+        texts = [record.get("state"), "" if record.get("error") is None else record["error"]]
         texts += overrides.values() if isinstance(overrides, dict) else [None]
         if not all(isinstance(text, str) for text in texts):
             raise InputError(

@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,27 @@ def test_a_run_file_that_was_changed_is_made_again(beir: Path, tmp_path: Path) -
     again = evaluate(beir, tmp_path / "run", "bm25")
     assert path.read_bytes() == written
     assert again["overall"] == first["overall"]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda text: "", lambda text: "[]", lambda text: text.replace("0.", "1.")]
+)
+@pytest.mark.parametrize("suffix", ["", ".manifest.json"])
+@pytest.mark.parametrize("name", ["metrics.json", "runs/bm25.test.trec", "config.yaml"])
+def test_a_damaged_file_of_an_evaluation_is_made_again_or_named(
+    name: str, suffix: str, damage: Callable[[str], str], beir: Path, tmp_path: Path
+) -> None:
+    first = evaluate(beir, tmp_path / "run", "bm25")
+    path = tmp_path / "run" / f"{name}{suffix}"
+    written = path.read_text()
+    path.write_text(damage(written))
+    if name + suffix == "config.yaml.manifest.json" and path.read_text() != written:
+        with pytest.raises(InputError, match="no record there says of which data"):
+            evaluate(beir, tmp_path / "run", "bm25")
+        return
+    again = evaluate(beir, tmp_path / "run", "bm25")
+    assert (again["overall"], again["per_query"]) == (first["overall"], first["per_query"])
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == again
 
 
 def test_figures_are_those_of_the_run_that_lies_there(beir: Path, tmp_path: Path) -> None:
