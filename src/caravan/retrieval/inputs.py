@@ -94,8 +94,8 @@ def refuse_another(run_dir: Path, inputs: dict[str, Any]) -> None:
     if manifest.read(record_of(run_dir)) is None:
         differs = "no record there says of which data, systems and settings"
     raise AnotherEvaluationError(
-        f"{run_dir} holds another evaluation already ({differs}); choose another name=, or remove"
-        " the folder"
+        f"{run_dir} holds another evaluation already ({differs});"
+        " choose another name=, or remove the folder"
     )
 
 
