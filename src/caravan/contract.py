@@ -286,7 +286,8 @@ def files_digest(folder: Path) -> str:
 
     hasher = xxhash.xxh3_128()
     for path in sorted(folder.iterdir()):
-        if path.suffix in _READ and path.name != FILE and path.is_file():
+        hidden = path.name.startswith(".")
+        if path.suffix in _READ and path.name != FILE and path.is_file() and not hidden:
             hasher.update(f"{path.name}\0{content_digest(path)}\0".encode())
     return hasher.hexdigest()
 

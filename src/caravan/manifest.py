@@ -22,7 +22,7 @@ def read(product: Path) -> dict[str, Any] | None:
     """The manifest of a product, or None if it has none that can be read."""
     try:
         manifest = json.loads(path_of(product).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return manifest if isinstance(manifest, dict) else None
 

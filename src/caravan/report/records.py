@@ -21,7 +21,7 @@ def read_metrics(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); run the evaluation again") from None
     return record if isinstance(record, dict) else None
 

@@ -147,6 +147,7 @@ class _Evaluation:
             "%s on %s %s: %s",
             *(metrics["system"], metrics["collection"]["name"], metrics["split"], overall),
         )
+        log.info("%s", averaged(metrics))
         run_dir = self.stages.run_dir
         log.info("run %s, figures %s", run_dir / metrics["run"], run_dir / "metrics.json")
         return metrics
@@ -224,6 +225,22 @@ def _measures(stages: Stages, asked: list[str]) -> list[str]:
             *(stages.collection.name, stages.split, relevant_from, ", ".join(measures)),
         )
     return measures
+
+
+def averaged(metrics: dict[str, Any]) -> str:
+    """What the mean of an evaluation counts, in one line."""
+    zero = {
+        "without a relevant passage": metrics["without_relevant"],
+        "without a passage in the run": metrics["missing"] - metrics["unknown_queries"],
+        "unknown to the collection": metrics["unknown_queries"],
+    }
+    counted = ", ".join(f"{count:,} {what}" for what, count in zero.items() if count)
+    text = f"mean over {metrics['queries']:,} judged queries"
+    if counted:
+        text += f" ({counted}: these count 0)"
+    if lost := metrics["unknown_passages"]:
+        text += f"; {lost:,} judgements of passages unknown to the corpus count as not found"
+    return text
 
 
 def _scored(stages: Stages, made: list[Stage], measures: list[str]) -> dict[str, Any]:
