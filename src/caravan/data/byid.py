@@ -130,7 +130,7 @@ class ById:
             raise InputError(
                 f"{self.place(part, before + at)}: the {kind} id {name!r} is unknown (unknown ids "
                 f"in this {of}: {int(unknown.sum())}): correct it, or set unknown_ids=count to "
-                "leave such lines out"
+                "accept such lines"
             )
         self.skipped["unknown_ids"] += int(unknown.sum())
         return ~unknown

@@ -39,7 +39,8 @@ class IrDatasets:
             takes those called train, dev and test, and as test the judgements of `id` itself.
         name: what reports call the collection; the id by default.
         train_split, dev_split, split: to train on, to validate on, and to score.
-        unknown_ids: "refuse" judgements of unknown queries or passages, or "count" them and go on.
+        unknown_ids: "refuse" judgements of unknown queries or passages, or "count" them: training
+            leaves them out, measures count them as not found.
     """
 
     def __init__(
