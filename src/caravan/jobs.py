@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from caravan.errors import InputError
 from caravan.manifest import write_json
 
 FILE = "job.json"
@@ -38,7 +39,11 @@ def write(run_dir: Path, overrides: Sequence[str], state: str, error: str | None
 def read(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """(run_dir, record) of every job below a folder, by name."""
     for path in sorted(folder.rglob(FILE)):
-        yield path.parent, json.loads(path.read_text("utf-8"))
+        try:
+            record = json.loads(path.read_text("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path} is not JSON ({error}); run the job again") from None
+        yield path.parent, record
 
 
 def by_sweep(folder: Path) -> dict[Path, list[Path]]:
