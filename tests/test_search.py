@@ -153,7 +153,7 @@ def test_questions_are_answered_by_a_line_of_json_each(beir: Path, tmp_path: Pat
 
 
 def test_standard_input_has_a_question_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = b"salt?\n\n  gold = silk \nsand \xff"
+    lines = b"\xef\xbb\xbfsalt?\n\n  gold = silk \nsand \xff"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
     assert list(questions(None, quiet=True)) == ["salt?", "gold = silk", "sand \ufffd"]
 

@@ -236,7 +236,7 @@ def read_contract(folder: Path) -> tuple[Contract, dict[str, Any]]:
         record = json.loads(path.read_text("utf-8"))
         if not isinstance(record, dict):
             raise TypeError("it holds no JSON object")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not a contract ({error}); save the model again") from None
     if record.pop("format", None) != FORMAT:
         raise InputError(f"{path}: its format is not {FORMAT}; this version of Caravan reads that")
@@ -286,7 +286,8 @@ def files_digest(folder: Path) -> str:
 
     hasher = xxhash.xxh3_128()
     for path in sorted(folder.iterdir()):
-        if path.suffix in _READ and path.name != FILE and path.is_file():
+        hidden = path.name.startswith(".")
+        if path.suffix in _READ and path.name != FILE and path.is_file() and not hidden:
             hasher.update(f"{path.name}\0{content_digest(path)}\0".encode())
     return hasher.hexdigest()
 
@@ -301,7 +302,7 @@ def adapter_base(folder: Path) -> tuple[str, str | None]:
     try:
         record = json.loads(path.read_text("utf-8"))
         base, revision = record["base_model_name_or_path"], record.get("revision")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         base, revision = None, None
     if not isinstance(base, str) or not base:
         raise InputError(f"{path} names no base model; save the model again")

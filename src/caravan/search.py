@@ -10,6 +10,7 @@ corpus is kept, and what an evaluation has made of it is taken, so that a second
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import os
@@ -75,7 +76,9 @@ def questions(asked: list[str] | None, quiet: bool) -> Iterator[str]:
     elif sys.stdin.isatty():
         yield from _typed(quiet)
     else:
-        for line in sys.stdin.buffer:
+        for number, line in enumerate(sys.stdin.buffer):
+            if number == 0:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if question := _readable(line):
                 yield question
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
+from caravan.data.files import listed
+
 CORPUS = ("corpus.jsonl", "corpus.jsonl.gz")
 
 
@@ -94,6 +96,8 @@ def _named(base: Path, text: str) -> Iterator[str]:
         yield text
         return
     for path in sorted(base.glob(text)):
+        if path.name.startswith("."):
+            continue
         name = str(path.relative_to(base))
         if _is_one(path) or (path.is_dir() and _parts(base, name)):
             yield name
@@ -103,7 +107,7 @@ def _parts(base: Path, name: str) -> list[str]:
     """The collections in a folder that is none itself."""
     if not (base / name).is_dir():
         return []
-    return [f"{name}/{path.name}" for path in sorted((base / name).iterdir()) if _is_one(path)]
+    return [f"{name}/{path.name}" for path in listed(base / name) if _is_one(path)]
 
 
 def _is_one(folder: Path) -> bool:

@@ -64,6 +64,7 @@ def test_validation_asks_only_queries_that_can_be_scored(
     collection: Collection, templates: Templates
 ) -> None:
     judged = Judged(collection, _dev([0, 1, 0, 2, 0, 0, 1, 0]))
+    assert _data(judged, templates).dev_qrels.queries.tolist() == [1, 3, 6]
     drawn = set()
     for seed in range(8):
         queries = _data(judged, templates, seed, queries=2).dev_qrels.queries.tolist()

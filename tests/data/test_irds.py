@@ -109,3 +109,71 @@ def test_what_is_not_known_or_not_installed_is_told(
         InputError, match="a package that is not installed: pip install ir_datasets"
     ):
         IrDatasets(tiny).collection(tmp_path)
+
+
+def registered(irds: Any, docs: list[Any], qrels: list[Any]) -> str:
+    """The id of a dataset of these documents and judgements, of the query q1."""
+    from ir_datasets.datasets.base import Dataset
+    from ir_datasets.formats import BaseDocs, BaseQrels, BaseQueries, GenericQuery
+
+    class Docs(BaseDocs):
+        def docs_iter(self) -> Any:
+            return iter(docs)
+
+    class Queries(BaseQueries):
+        def queries_iter(self) -> Any:
+            return iter([GenericQuery("q1", "salt")])
+
+    class Judged(BaseQrels):
+        def qrels_iter(self) -> Any:
+            return iter(qrels)
+
+    name = f"caravan-tiny-{next(NUMBERS)}"
+    irds.registry.register(name, Dataset(Docs(), Queries(), Judged()))
+    return name
+
+
+def test_judgements_by_subtopic_give_the_highest_grade(
+    irds: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from ir_datasets.formats import GenericDoc, TrecSubQrel
+
+    docs = [GenericDoc("d1", "salt"), GenericDoc("d2", "camels")]
+    grades = [("d1", 1), ("d2", -2), ("d1", 2), ("d1", 0), ("d2", -1)]
+    qrels = [TrecSubQrel("q1", doc, grade, str(n)) for n, (doc, grade) in enumerate(grades)]
+    found = IrDatasets(registered(irds, docs, qrels)).collection(tmp_path)
+    assert judged(found, "test") == {("q1", "d1"): 2, ("q1", "d2"): -1}
+    assert found.facts["judgements_by_subtopic"] == 5
+    assert "by subtopic" in caplog.text
+
+
+def test_a_grade_between_integers_is_refused(irds: Any, tmp_path: Path) -> None:
+    from ir_datasets.formats import GenericDoc, GenericQrel
+
+    docs, qrels = [GenericDoc("d1", "salt")], [GenericQrel("q1", "d1", 1.0)]
+    found = IrDatasets(registered(irds, docs, qrels)).collection(tmp_path)
+    assert judged(found, "test") == {("q1", "d1"): 1}
+    for grade in (0.5, float("nan"), "1"):
+        name = registered(irds, docs, [*qrels, GenericQrel("q1", "d1", grade)])
+        with pytest.raises(InputError, match=r"qrels/test, judgement 2: the grade .* not an int"):
+            IrDatasets(name).collection(tmp_path)
+
+
+def test_documents_without_a_body_keep_what_they_have(irds: Any, tmp_path: Path) -> None:
+    from ir_datasets.formats import GenericDoc, GenericQrel, TitleUrlTextDoc, WarcDoc
+
+    docs = [
+        GenericDoc("d1", None),
+        TitleUrlTextDoc("d2", "Camels", "url", None),
+        WarcDoc("d3", "url", "date", b"", b"<html>Salt</html>", "text/html"),  # bytes
+    ]
+    name = registered(irds, docs, [GenericQrel("q1", "d2", 1)])
+    read = records(IrDatasets(name).collection(tmp_path).corpus)
+    assert read[:2] == [("d1", "", ""), ("d2", "Camels", "")]
+    assert "Salt" in read[2][2]
+
+    class Image:
+        doc_id, _fields = "d4", ("doc_id", "png")
+
+    with pytest.raises(InputError, match=r"the document d4 .* has no text"):
+        IrDatasets(registered(irds, [Image()], [])).collection(tmp_path)

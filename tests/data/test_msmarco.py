@@ -196,3 +196,21 @@ def test_what_is_still_packed_is_told(tmp_path: Path) -> None:
         passages(tmp_path / "absent")
     with pytest.raises(InputError, match=r"there is no file .*x\.tsv: set data\.corpus"):
         passages(folder, corpus="x.tsv")
+
+
+@pytest.mark.parametrize("tag", ["<DOC>", "</DOC>", "<DOCNO>", "<TEXT>", "</TEXT>"])
+@pytest.mark.parametrize("lost", [1, 2, 3])
+def test_a_trec_document_that_lost_tags_is_refused(tmp_path: Path, tag: str, lost: int) -> None:
+    lines = TREC.splitlines(keepends=True)
+    first = [n for n, line in enumerate(lines) if line.startswith(tag)][1 if tag == "<DOC>" else 0]
+    damaged = "".join(lines[:first] + lines[first + lost :])
+    files = without(DOCUMENTS, "msmarco-docs.tsv", **{"msmarco-docs.trec": damaged})
+    with pytest.raises(InputError, match=r"msmarco-docs\.trec:\d+: "):
+        documents(put(tmp_path / "docs", files))
+
+
+def test_text_beside_the_tags_of_a_trec_document_is_refused(tmp_path: Path) -> None:
+    damaged = TREC.replace("</TEXT>\n", "</TEXT>\nnobody's\n", 1)
+    files = without(DOCUMENTS, "msmarco-docs.tsv", **{"msmarco-docs.trec": damaged})
+    with pytest.raises(InputError, match=r"trec:10: \"nobody's\" stands outside of <TEXT>"):
+        documents(put(tmp_path / "docs", files))

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 from datasets import Dataset
 
 from caravan.data import texts as texts_module
+from caravan.data.ids import has_other_space, is_id
 from caravan.data.texts import Texts, write_texts
 from caravan.errors import InputError
+
+REFUSED = "\x00\x0b\x1c\x1f\x7f\x85\x9f\u2028\u2029"
 
 
 def write(folder: Path, records: list[tuple[str, str, str]]) -> Texts:
@@ -91,10 +95,19 @@ def test_half_a_surrogate_pair_is_repaired_and_counted(tmp_path: Path) -> None:
     assert Texts(tmp_path, "corpus").get([0]) == [("", "x\ufffdy")]
 
 
-@pytest.mark.parametrize("name", ["", " ", "a b", "a\tb", "a\n"])
+@pytest.mark.parametrize("name", ["", " ", "a b", "a\tb", "a\n", *(f"a{c}b" for c in REFUSED)])
 def test_an_id_that_breaks_a_run_file_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"corpus:2: the id .* white space"):
         write(tmp_path, [("ok", "", "x"), (name, "", "x")])
+
+
+def test_ids_are_refused_where_python_or_c_would_break_a_line() -> None:
+    for code in range(0x3100):
+        breaks = len(f"a{chr(code)}b".splitlines()) > 1
+        refused = not is_id(f"a{chr(code)}b")
+        assert refused == (breaks or unicodedata.category(chr(code)) == "Cc" or chr(code) == " ")
+        if not refused:
+            assert has_other_space(f"a{chr(code)}b") == (len(f"a{chr(code)}b".split()) > 1)
 
 
 def test_the_digest_follows_content_and_order_alone(tmp_path: Path) -> None:

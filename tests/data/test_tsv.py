@@ -69,6 +69,48 @@ def test_a_mistake_is_told_with_its_line(
         build(put(tmp_path / "set", FILES | changes))
 
 
+@pytest.mark.parametrize(
+    ("corpus", "queries"),
+    [
+        ("id\ttext\ttitle\na\tStore fat.\tCamels\n", "qid\tquery\n1\tcamel\n"),
+        ("docid\tTitle\tcontents\na\tCamels\tStore fat.\n", "query-id\ttext\n1\tcamel\n"),
+        ("text\ttitle\tid\nStore fat.\tCamels\ta\n", "question\tid\ncamel\t1\n"),
+        ("a\tCamels\tStore fat.\n", "1\tcamel\n"),
+    ],
+)
+def test_a_header_names_the_columns_and_is_no_record(
+    tmp_path: Path, corpus: str, queries: str
+) -> None:
+    found = build(put(tmp_path / "set", {"corpus.tsv": corpus, "queries.tsv": queries}))
+    assert records(found.corpus) == [("a", "Camels", "Store fat.")]
+    assert records(found.queries) == [("1", "", "camel")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("corpus.tsv", "id\tabstract\ttitle\na\tfat\tCamels\n"),
+        ("corpus.tsv", "id\ttext\ttext\na\tfat\tCamels\n"),
+        ("corpus.tsv", "id\ttext\t\na\tfat\t\n"),
+        ("queries.tsv", "qid\tlanguage\n1\ten\n"),
+    ],
+)
+def test_a_header_of_unknown_columns_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    with pytest.raises(InputError, match=rf"{name}:1: '\w+' looks like the name of a column"):
+        build(put(tmp_path / "set", FILES | {name: text}))
+
+
+def test_a_tab_at_the_end_of_every_line_keeps_the_text(tmp_path: Path) -> None:
+    files = {"corpus.tsv": "a\tStore fat.\t\nb\tSalt.\t\r\n", "queries.tsv": "1\tcamel\n"}
+    found = build(put(tmp_path / "set", files))
+    assert records(found.corpus) == [("a", "", "Store fat."), ("b", "", "Salt.")]
+    files["corpus.tsv"] += "c\tDunes\tThey move.\n"  # then the others have titles and no text
+    found = build(put(tmp_path / "other", files))
+    assert records(found.corpus)[1:] == [("b", "Salt.", ""), ("c", "Dunes", "They move.")]
+    with pytest.raises(InputError, match=r"queries\.tsv:1: 3 columns between tabs"):
+        build(put(tmp_path / "third", files | {"queries.tsv": "1\tcamel\t\n"}))
+
+
 @pytest.mark.parametrize("name", ["corpus.tsv", "queries.tsv"])
 def test_a_file_that_is_missing_or_there_twice_is_named(tmp_path: Path, name: str) -> None:
     folder = put(tmp_path / "set", FILES)

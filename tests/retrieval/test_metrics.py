@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import pytrec_eval
 
+from caravan.data.byid import ById, Unknown
 from caravan.data.collection import Collection, Qrels, write_collection
 from caravan.data.runs import Run, canonical
 from caravan.errors import InputError
@@ -13,7 +14,6 @@ from caravan.retrieval.metrics import (
     parse_measure,
     per_query,
     score_run,
-    scored_queries,
 )
 
 QUERIES, PASSAGES = 25, 120
@@ -93,7 +93,7 @@ def test_live_and_final_figures_equal_pytrec_eval(seed: int, names: Collection) 
     theirs_of_ten = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank"}).evaluate(
         as_dicts(cut, qrels, names)[0]
     )
-    ids = names.queries.ids(scored_queries(qrels))
+    ids = names.queries.ids(qrels.queries)
     assert len(ids) == final["queries"] >= 5
     for measure, key in MEASURES.items():
         source = theirs_of_ten if measure == "MRR@10" else theirs
@@ -112,7 +112,6 @@ def test_figures_equal_ir_measures_where_nothing_ties(seed: int, names: Collecti
     ranked, judged = as_dicts(run, qrels, names)
     texts = [*MEASURES, "MRR(rel=2)@10", "R(rel=3)@20", "MAP(rel=2)@50"]
     parsed = {ir_measures.parse_measure(text): text for text in texts}
-    judged = {q: of for q, of in judged.items() if max(of.values()) >= 1}
     theirs = {parsed[m]: v for m, v in ir_measures.calc_aggregate(parsed, judged, ranked).items()}
     live = per_query(run, qrels, texts)
     final = score_run(run, qrels, names.queries, names.corpus, texts)
@@ -132,15 +131,51 @@ def test_ties_are_scored_in_trec_evals_order_for_every_measure(names: Collection
     assert overall["nDCG@10"] == pytest.approx(1 / np.log2(3))
 
 
-def test_what_is_not_averaged_is_counted(names: Collection) -> None:
+@pytest.mark.parametrize("seed", range(40, 52))
+def test_metrics_equal_ir_measures_on_qrels_with_ids_that_the_collection_lacks(
+    seed: int, names: Collection
+) -> None:
+    run, qrels = random_case(seed)
+    scores = -np.arange(len(run.scores), dtype=np.float32)
+    run = Run(run.query_rows, run.offsets, run.passage_rows, scores)
+    ranked, judged = as_dicts(run, qrels, names)
+    rng = np.random.default_rng(seed)
+    for query in [*judged, "only unknown passages", *names.queries.ids(range(QUERIES))[::7]]:
+        for i in range(rng.integers(0, 5)):
+            judged.setdefault(query, {})[f"gone {i}"] = int(rng.integers(-1, 4))
+    judged["gone"] = {"p1": 2, "gone 1": 1}
+    lines = [(q, p, grade) for q, of in judged.items() for p, grade in of.items()]
+    rows = ById(names.corpus, names.queries, lambda part, n: part, "count")
+    ours = Qrels(*rows.judgements("qrels/test", [*lines, *lines[::3]]))  # some of them twice
+    texts = [*MEASURES, "MRR(rel=2)@10", "R(rel=3)@20", "MAP(rel=2)@50"]
+    parsed = {ir_measures.parse_measure(text): text for text in texts}
+    theirs = {parsed[m]: v for m, v in ir_measures.calc_aggregate(parsed, judged, ranked).items()}
+    final = score_run(run, ours, names.queries, names.corpus, texts)
+    live = per_query(run, ours, texts)
+    assert final["queries"] == len(judged)
+    assert set(final["per_query"]["R@20"]) == set(judged)
+    for text in texts:
+        assert final["overall"][text] == pytest.approx(theirs[text], abs=1e-6)
+        assert live[text].sum() / len(judged) == pytest.approx(theirs[text], abs=1e-6)
+
+
+def test_what_counts_zero_is_reported(names: Collection) -> None:
     run = Run.from_flat(np.array([0, 1, 4]), np.array([5, 5, 5]), np.ones(3))
-    # 0 is found, 1 has no relevant passage, 2 is missing from the run, 4 is not judged
-    qrels = Qrels(np.array([0, 1, 2]), np.array([5, 5, 5]), np.array([1, 0, 2]))
+    # 0 is found and has a relevant passage that the corpus lacks, 1 has no relevant passage, 2 is
+    # missing from the run, 4 is not judged, and "gone" has no text
+    unknown = Unknown(np.array([0, 1]), np.array([1, 0]), ("gone",))
+    qrels = Qrels(np.array([0, 1, 2]), np.array([5, 5, 5]), np.array([1, 0, 2]), unknown)
     result = score_run(run, qrels, names.queries, names.corpus, ["R@10"])
-    assert result["overall"] == {"R@10": 0.5}
-    assert result["per_query"] == {"R@10": {"q0": 1.0, "q2": 0.0}}
-    counts = {name: result[name] for name in ("queries", "without_relevant", "missing", "unjudged")}
-    assert counts == {"queries": 2, "without_relevant": 1, "missing": 1, "unjudged": 1}
+    assert result["overall"] == {"R@10": 0.125}
+    assert result["per_query"] == {"R@10": {"q0": 0.5, "q1": 0.0, "q2": 0.0, "gone": 0.0}}
+    assert {name: count for name, count in result.items() if isinstance(count, int)} == {
+        "queries": 4,
+        "without_relevant": 1,
+        "missing": 2,
+        "unknown_passages": 2,
+        "unknown_queries": 1,
+        "unjudged": 1,
+    }
 
 
 def test_a_run_of_another_split_scores_zero_and_says_so(
@@ -157,7 +192,7 @@ def test_qrels_without_any_relevant_passage_are_refused(names: Collection) -> No
     qrels = Qrels(np.array([0]), np.array([5]), np.array([0]))
     with pytest.raises(InputError, match="none of the 1 judged queries has a relevant passage"):
         score_run(run, qrels, names.queries, names.corpus, ["R@10"])
-    assert per_query(run, qrels, ["R@10"])["R@10"].shape == (0,)
+    assert per_query(run, qrels, ["R@10"])["R@10"].tolist() == [0.0]
 
 
 @pytest.mark.parametrize(

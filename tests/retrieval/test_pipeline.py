@@ -19,6 +19,7 @@ from tests.tiny import write_beir
 from caravan import manifest
 from caravan.compose import compose
 from caravan.errors import InputError
+from caravan.report import compare, systems
 from caravan.retrieval import shards, stages
 from caravan.retrieval.pipeline import evaluate as evaluate_config
 
@@ -81,6 +82,44 @@ def test_trec_dl_counts_from_grade_two_on_and_says_so(tmp_path: Path) -> None:
     assert metrics["overall"] == pytest.approx({name: found[of] for name, of in wanted.items()})
     assert metrics["overall"]["MRR(rel=2)@10"] < metrics["overall"]["MRR(rel=1)@10"]
     assert metrics["queries"] == 2
+
+
+def test_metrics_are_those_of_the_published_qrels_and_say_what_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    qrels = "1 0 p1 1\n1 0 gone 2\n2 0 gone 1\n3 0 p2 0\nnobody 0 p1 1\n"
+    folder = put(
+        tmp_path / "set",
+        {
+            "corpus.tsv": "p1\tcamel caravan\np2\tsalt\n",
+            "queries.tsv": "1\tcamel\n2\tsalt\n3\tcaravan\n",
+            "qrels.test.tsv": qrels,
+        },
+    )
+    given = [
+        *("data=tsv", f"data.path={folder}", "data.unknown_ids=count", "retriever=bm25"),
+        *(f"cache_dir={tmp_path}", f"run_dir={tmp_path / 'run'}", "num_workers=0"),
+        "measures=[MRR@10,nDCG@10,R@10]",
+    ]
+    caplog.set_level("INFO")
+    metrics = evaluate_config(compose(ROOT / "conf", "evaluate", given))
+    run = [*ir_measures.read_trec_run(str(tmp_path / "run" / metrics["run"]))]
+    measures = [ir_measures.RR @ 10, ir_measures.nDCG @ 10, ir_measures.R @ 10]
+    judged = [*ir_measures.read_trec_qrels(str(folder / "qrels.test.tsv"))]
+    theirs = ir_measures.calc_aggregate(measures, judged, run)
+    assert list(metrics["overall"].values()) == pytest.approx([theirs[one] for one in measures])
+    counts = ("queries", "without_relevant", "unknown_passages", "unknown_queries")
+    assert [metrics[name] for name in counts] == [4, 1, 2, 1]
+    assert "mean over 4 judged queries" in caplog.text
+    assert "2 judgements of passages unknown to the corpus" in caplog.text
+    files = [tmp_path / "run" / metrics["run"], folder / "qrels.test.tsv"]
+    inside, outside = (systems.system(path) for path in (tmp_path / "run", files[0]))
+    own = compare.compared([inside], systems.judged([inside]))
+    by_file = compare.compared([outside], systems.judged([], files[1]), list(own.values))
+    for name, overall in metrics["overall"].items():
+        assert own.values[name].mean() == pytest.approx(overall)
+        assert by_file.values[name].mean() == pytest.approx(overall)
+    assert own.queries == by_file.queries == 4
 
 
 @pytest.mark.parametrize("system", ["bm25", "dense"])

@@ -57,7 +57,7 @@ def evaluated(folder: Path, evaluation: Path) -> list[Figures]:
     try:
         metrics = json.loads(path.read_text("utf-8"))
         stages, parts = metrics["stages"], metrics.get("collections")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: no figures of an evaluation ({type(error).__name__}); give the folder of a"
             " run of evaluate.py"

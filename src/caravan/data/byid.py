@@ -1,13 +1,14 @@
-"""What a source says by ids, judgements and runs, as rows; checked, each complaint with its place.
+"""Judgements and runs by ids, as rows of a collection; errors name the place in the source.
 
-Judgements and lines of a run name a query and a passage by their ids; a collection knows rows
-alone. Ids that are nowhere are refused or counted, what is told twice is kept once.
+Judgements and lines of a run name a query and a passage by their ids; a collection has rows
+alone. Unknown ids are refused or counted, repeated lines are kept once.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,18 @@ Judgement = tuple[str, str, int]
 
 Scored = tuple[str, str, float]
 """(query id, passage id, score), a line of a run."""
+
+
+class Unknown(NamedTuple):
+    """Judgements whose query or passage the collection does not have.
+
+    Nothing can be found for them, but trec_eval counts them: a relevant passage that the corpus
+    lacks is part of the ideal ranking and of recall's denominator, a query without a text scores 0.
+    """
+
+    query_rows: np.ndarray = np.empty(0, np.int64)  # [M] of judgements of unknown passages
+    grades: np.ndarray = np.empty(0, np.int32)  # [M]
+    queries: tuple[str, ...] = ()  # ids of judged queries that are unknown
 
 
 class ById:
@@ -43,8 +56,8 @@ class ById:
 
     def judgements(
         self, part: str, judgements: Iterable[Judgement]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Query rows, passage rows and grades [N] of a split, by query and passage.
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Unknown]:
+        """Query rows, passage rows and grades [N] of a split, by query and passage; the unknown.
 
         Raises:
             InputError: an unknown id, or two grades for one passage of a query.
@@ -53,23 +66,29 @@ class ById:
         query_rows = self.queries.rows([query for query, _, _ in triples])
         passage_rows = self.corpus.rows([passage for _, passage, _ in triples])
         grades = np.fromiter((grade for _, _, grade in triples), np.int32, len(triples))
-        known = self._known(part, query_rows, passage_rows, triples, 0)
-        at_line = np.flatnonzero(known)
-        order = np.lexsort((at_line, passage_rows[at_line], query_rows[at_line]))
-        at_line = at_line[order]
-        same = (np.diff(query_rows[at_line]) == 0) & (np.diff(passage_rows[at_line]) == 0)
+        self._known(part, query_rows, passage_rows, triples, 0)
+        # unknown ids get rows beyond the tables, so that their repetitions are found as well
+        queries = _beyond(query_rows, [query for query, _, _ in triples], len(self.queries))
+        _beyond(passage_rows, [passage for _, passage, _ in triples], len(self.corpus))
+        order = np.lexsort((np.arange(len(triples)), passage_rows, query_rows))
+        same = (np.diff(query_rows[order]) == 0) & (np.diff(passage_rows[order]) == 0)
         for low in np.flatnonzero(same):
-            first, second = (int(at) for at in at_line[low : low + 2])
+            first, second = (int(at) for at in order[low : low + 2])
             if grades[first] != grades[second]:
                 query, passage, grade = triples[second]
                 raise InputError(
                     f"{self.place(part, second)}: query {query!r} and passage {passage!r} get grade"
                     f" {grade}, but {grades[first]} at {self.place(part, first)}: keep one of the "
-                    "two lines"
+                    "two judgements"
                 )
-        at_line = at_line[np.concatenate([[True], ~same])] if len(at_line) else at_line
+        order = order[np.concatenate([[True], ~same])] if len(order) else order
         self.skipped["repeated_judgements"] += int(same.sum())
-        return query_rows[at_line], passage_rows[at_line], grades[at_line]
+        query_rows, passage_rows, grades = query_rows[order], passage_rows[order], grades[order]
+        searched, there = query_rows < len(self.queries), passage_rows < len(self.corpus)
+        known = searched & there
+        lost = searched & ~there
+        unknown = Unknown(query_rows[lost], grades[lost], tuple(queries))
+        return query_rows[known], passage_rows[known], grades[known], unknown
 
     def run(self, name: str, lines: Iterable[Scored]) -> Run | None:
         """A run of these lines, the best where a query has a passage twice; None if there is none.
@@ -111,7 +130,15 @@ class ById:
             raise InputError(
                 f"{self.place(part, before + at)}: the {kind} id {name!r} is unknown (unknown ids "
                 f"in this {of}: {int(unknown.sum())}): correct it, or set unknown_ids=count to "
-                "leave such lines out"
+                "accept such lines"
             )
         self.skipped["unknown_ids"] += int(unknown.sum())
         return ~unknown
+
+
+def _beyond(rows: np.ndarray, ids: list[str], start: int) -> dict[str, int]:
+    """Number unknown ids (row -1) from `start` on, in place; returns the row of each."""
+    numbered: dict[str, int] = {}
+    for at in np.flatnonzero(rows < 0).tolist():
+        rows[at] = numbered.setdefault(ids[at], start + len(numbered))
+    return numbered

@@ -27,7 +27,7 @@ import numpy as np
 from caravan import manifest
 from caravan.atomic import scratch_folder
 from caravan.cache import cache_folder, refuse_foreign
-from caravan.data.byid import ById, Judgement, Scored
+from caravan.data.byid import ById, Judgement, Scored, Unknown
 from caravan.data.runs import write_run
 from caravan.data.texts import Place, Record, Texts, write_texts
 from caravan.errors import InputError
@@ -48,6 +48,8 @@ class Qrels:
     query_rows: np.ndarray  # [N] int64
     passage_rows: np.ndarray  # [N] int64
     grades: np.ndarray  # [N] int32; relevant from 1 on, negative grades are allowed
+    unknown: Unknown = field(default_factory=Unknown)
+    """Judgements of ids that the collection lacks: measures count them, nothing else does."""
 
     def __post_init__(self) -> None:
         queries = np.asarray(self.query_rows, dtype=np.int64)
@@ -64,7 +66,14 @@ class Qrels:
     @cached_property
     def queries(self) -> np.ndarray:
         """[Q] int64, the judged query rows, each once, ascending."""
-        return np.unique(self.query_rows)
+        return np.union1d(self.query_rows, self.unknown.query_rows)
+
+    def only(self, query_rows: np.ndarray) -> Qrels:
+        """The judgements of some of the queries."""
+        own = np.isin(self.query_rows, query_rows)
+        lost = np.isin(self.unknown.query_rows, query_rows)
+        unknown = Unknown(self.unknown.query_rows[lost], self.unknown.grades[lost])
+        return Qrels(self.query_rows[own], self.passage_rows[own], self.grades[own], unknown)
 
     def of(self, query_row: int) -> tuple[np.ndarray, np.ndarray]:
         """(passage_rows, grades) of one query; empty if it is not judged."""
@@ -157,7 +166,12 @@ class Collection:
                 remedy += ", or let a share of the training queries be it (data.held_out=0.1)"
             raise InputError(f"collection {self.name} has no split {split!r}: {there}; {remedy}")
         with np.load(self.folder / "qrels" / f"{split}.npz") as stored:
-            return Qrels(stored["query_rows"], stored["passage_rows"], stored["grades"])
+            unknown = Unknown(
+                stored["unknown_query_rows"],
+                stored["unknown_grades"],
+                tuple(stored["unknown_queries"].tolist()),
+            )
+            return Qrels(stored["query_rows"], stored["passage_rows"], stored["grades"], unknown)
 
     def run_path(self, name: str | Path) -> Path:
         """The file of a run: a path, or `data:<name>` for one that came with the collection.
@@ -195,12 +209,12 @@ def write_collection(
 
     Args:
         folder: must not exist yet.
-        corpus, queries: (id, title, text), ids unique within each and free of white space.
+        corpus, queries: (id, title, text), ids unique within each (see `caravan.data.ids`).
         qrels: judgements of each split, `{"test": [(query id, passage id, grade), ...]}`.
         facts: anything countable about the source; read at the end, so a generator may fill it.
         where: names the place of the n-th record of a part ("corpus", "queries", "qrels/test",
             "runs/negatives"), for messages, such as "corpus.jsonl:12".
-        unknown_ids: "refuse" a judgement of an id that is nowhere, or "count" it and go on.
+        unknown_ids: "refuse" a judgement of an unknown id, or "count" it: measures still have it.
         runs: lines of runs that come with the source; of a passage that a query has twice, the
             best score stays. A run without a line is left out.
         relevant_from: of a split, the lowest grade that is relevant, if it is not 1.
@@ -216,7 +230,7 @@ def write_collection(
     if folder.exists():
         raise InputError(f"{folder} exists already: choose another folder or delete it")
     with scratch_folder(folder) as draft:
-        known: dict[str, Any] = {"repaired_texts": 0}
+        known: dict[str, Any] = {"repaired_texts": 0, "ids_with_spaces": 0}
         digests: dict[str, str] = {}
         texts = {}
         for part, records in (("corpus", corpus), ("queries", queries)):
@@ -224,9 +238,16 @@ def write_collection(
             digests[part] = written.digest
             known["passages" if part == "corpus" else part] = written.count
             known["repaired_texts"] += written.repaired
+            known["ids_with_spaces"] += written.spaced
             texts[part] = Texts(draft, part)
         if not known["passages"]:
             raise InputError(f"the corpus of {name} is empty ({place('corpus', 0)}): add passages")
+        if known["ids_with_spaces"]:
+            log.warning(
+                "%s: %d ids have white space such as U+00A0; trec_eval reads runs with such ids,"
+                " Python tools that split lines at any white space do not (ir_measures)",
+                *(name, known["ids_with_spaces"]),
+            )
         (draft / "qrels").mkdir()
         known["judgements"] = {}
         rows = ById(texts["corpus"], texts["queries"], place, unknown_ids)
@@ -314,11 +335,15 @@ def _write_manifest(folder: Path, *, digests: dict[str, str], **facts: Any) -> N
 
 def _write_qrels(folder: Path, split: str, kept: Qrels) -> str:
     """Write `qrels/<split>.npz`; return its digest."""
+    unknown = kept.unknown
     np.savez(
         folder / "qrels" / f"{split}.npz",
         query_rows=kept.query_rows, passage_rows=kept.passage_rows, grades=kept.grades,
+        unknown_query_rows=unknown.query_rows, unknown_grades=unknown.grades,
+        unknown_queries=np.array(unknown.queries, dtype=np.str_),
     )  # fmt: skip
     content = hashlib.blake2b(digest_size=16)
-    for values in (kept.query_rows, kept.passage_rows, kept.grades):
+    for values in (kept.query_rows, kept.passage_rows, kept.grades, *unknown[:2]):
         content.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
+    content.update("\n".join(unknown.queries).encode(errors="surrogatepass"))
     return content.hexdigest()

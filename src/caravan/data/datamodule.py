@@ -89,10 +89,12 @@ class DataModule(pl.LightningDataModule):
         run_depth: int = 100,
     ) -> None:
         """Let the validation ask the queries of a split; arguments as for the class."""
-        dev = self.collection.qrels(split)
         self.relevant_from = self.collection.relevant_from.get(split, 1)
+        # A query without a relevant passage in the corpus scores 0 whatever the model does:
+        # evaluate.py counts it, the validation leaves it out.
+        dev = _with_relevant(self.collection.qrels(split))
         self.dev_qrels = dev if queries is None else _first_queries(dev, queries, self.seed)
-        if not len(_with_relevant(self.dev_qrels)):
+        if not len(self.dev_qrels):
             raise InputError(
                 f"{self.collection.name}: split {split!r} has no query with a relevant passage, so"
                 " nothing can be validated; choose another with data.dev_split"
@@ -201,15 +203,12 @@ class DataModule(pl.LightningDataModule):
 
 
 def _first_queries(qrels: Qrels, number: int, seed: int) -> Qrels:
-    """The judgements of `number` queries with a relevant passage, drawn by the seed."""
-    queries = _with_relevant(qrels)
-    if number >= len(queries):
+    """The judgements of `number` queries, drawn by the seed."""
+    if number >= len(qrels.queries):
         return qrels
-    kept = np.random.default_rng(seed).choice(queries, number, replace=False)
-    mask = np.isin(qrels.query_rows, kept)
-    return Qrels(qrels.query_rows[mask], qrels.passage_rows[mask], qrels.grades[mask])
+    return qrels.only(np.random.default_rng(seed).choice(qrels.queries, number, replace=False))
 
 
-def _with_relevant(qrels: Qrels) -> np.ndarray:
-    """Rows [n] of the queries that have a relevant passage, ascending: those that are scored."""
-    return np.unique(qrels.query_rows[qrels.grades >= 1])
+def _with_relevant(qrels: Qrels) -> Qrels:
+    """The judgements of the queries that have a relevant passage."""
+    return qrels.only(qrels.query_rows[qrels.grades >= 1])

@@ -1,6 +1,6 @@
-"""Lines of text files, plain or .gz, and what a file holds, in one number.
+"""Lines and columns of text files, plain or gzipped, and digests of files.
 
-What is wrong in a line is told with file and line. A digest is of the bytes, so that a collection
+Errors in a line name file and line. A digest is of the bytes, so that a collection
 is found again wherever its files lie and whenever they were touched; the cache keeps the digests of
 large files, since hashing 20 GB takes a minute.
 """
@@ -10,11 +10,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import logging
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import xxhash
 
@@ -28,6 +30,20 @@ KEPT_FROM_BYTES = 1 << 26
 """Size from which on a file's digest is kept; smaller files are hashed in some milliseconds."""
 SETTLED_S = 2.0
 """A file that was written just now may be written again within one tick of its clock."""
+
+QUERY_IDS = {"qid", "query", "queryid", "topic", "topicid"}
+PASSAGE_IDS = {"pid", "docid", "docno", "corpusid", "passageid", "documentid"}
+"""Names of id columns in header lines, as `column_name` spells them."""
+TEXTS = {"text", "contents", "body", "passage", "document", "query", "question"}
+"""Names of text columns."""
+
+GZIP = b"\x1f\x8b"
+ARCHIVES = {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
+"""First bytes of packed files that are no text, and what they are."""
+NOT_DATA = {"readme", "license", "licence", "notice"}
+"""Stems of files that accompany data."""
+
+log = logging.getLogger(__name__)
 
 
 def digests(files: Iterable[Path], cache_dir: str | Path) -> list[str]:
@@ -76,6 +92,30 @@ def _kept(path: Path) -> dict[str, object]:
     return found if isinstance(found, dict) and isinstance(found.get("xxh3"), str) else {}
 
 
+@contextmanager
+def opened(file: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
+    """The bytes of a file, unpacked where they are gzip's, whatever the name of the file.
+
+    Raises:
+        InputError: the file is packed in another way.
+    """
+    with open(file, "rb") as raw:
+        start = raw.peek(8)
+        kind = next((name for magic, name in ARCHIVES.items() if start.startswith(magic)), None)
+        if kind is not None:
+            raise InputError(f"{file} is {kind}: unpack it; only gzip is read as it is")
+        if start.startswith(GZIP):
+            with gzip.GzipFile(fileobj=raw) as unpacked:
+                yield unpacked
+        else:
+            yield raw
+
+
+def listed(folder: Path) -> list[Path]:
+    """The entries of a folder in order, without hidden ones: `._x` and `.DS_Store` are no data."""
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
 def lines(file: Path, blank: bool = False) -> Iterator[tuple[int, bytes]]:
     """(line number, line) of each line that is not blank; lines end at LF and nowhere else.
 
@@ -84,7 +124,7 @@ def lines(file: Path, blank: bool = False) -> Iterator[tuple[int, bytes]]:
     """
     number = 0
     try:
-        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as found:
+        with opened(file) as found:
             for number, line in enumerate(found, 1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
@@ -109,24 +149,66 @@ def text_of(file: Path, number: int, line: bytes) -> str:
         ) from None
 
 
-def columns(file: Path, widths: tuple[int, ...], expected: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number, columns between tabs) of each line of a .tsv.
+def column_name(cell: str) -> str:
+    """A name in a header line, whatever its case and separators.
+
+    >>> column_name("Query-ID"), column_name("corpus_id")
+    ('queryid', 'corpusid')
+    """
+    return cell.strip().casefold().replace("-", "").replace("_", "")
+
+
+def columns(
+    file: Path, layouts: Sequence[tuple[str, ...]], expected: str
+) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """(line number, columns between tabs) of each line of a .tsv, in the order of their layout.
+
+    A first line of column names is skipped; the columns may then be in any order.
 
     Args:
-        widths: how many columns there may be; the first line decides which of them.
-        expected: what belongs into them, for messages.
+        layouts: the names of the columns, such as ("id", "text"), each of another length; the first
+            line decides which of them the file has.
+        expected: what a line holds, for messages.
+
+    Raises:
+        InputError: a line has another number of columns; a header names a column that is unknown.
     """
-    width = 0
+    order: list[int] | None = None
     for number, line in lines(file):
         found = text_of(file, number, line).rstrip("\r\n").split("\t")
-        if len(found) not in widths or width not in (0, len(found)):
-            wanted = f"{width} as above" if width else expected
+        layout = next((one for one in layouts if len(one) == len(found)), None)
+        if layout is None or len(found) != len(order or found):
+            wanted = f"{len(order)} as above" if order else expected
             raise InputError(
                 f"{file}:{number}: {len(found)} columns between tabs where {wanted} belong: mend "
                 "the line"
             )
-        width = len(found)
-        yield number, found
+        if order is None:
+            order = _header(file, number, found, layout)
+            if order is not None:
+                continue
+            order = list(range(len(found)))
+        yield number, tuple(found[i] for i in order)
+
+
+def _header(file: Path, number: int, names: list[str], layout: tuple[str, ...]) -> list[int] | None:
+    """Where a header has each column of a layout; None where the line is no header."""
+    meanings = list(map(_meaning, names))
+    if sorted(meanings) == sorted(layout):
+        return [meanings.index(column) for column in layout]
+    if meanings[0] != "id":
+        return None
+    raise InputError(
+        f"{file}:{number}: {names[0]!r} looks like the name of a column, and the columns are not "
+        f"{', '.join(layout)}: name them so, or remove the line"
+    )
+
+
+def _meaning(cell: str) -> str:
+    name = column_name(cell)
+    if name == "id" or name in QUERY_IDS - {"query"} or name in PASSAGE_IDS:
+        return "id"
+    return "text" if name in TEXTS else name
 
 
 def one_of(folder: Path, names: Iterable[str]) -> Path | None:
@@ -145,17 +227,20 @@ def one_of(folder: Path, names: Iterable[str]) -> Path | None:
 def by_stem(folder: Path, suffixes: Sequence[str], prefix: str = "") -> dict[str, Path]:
     """The files `<prefix><stem><suffix>` of a folder by their stems, in order, plain or .gz.
 
-    Empty where there is no such folder.
+    Hidden files and those called README or LICENSE are left out. Empty where there is no folder.
 
     Raises:
         InputError: several have one stem.
     """
     stems = set()
-    for file in folder.iterdir() if folder.is_dir() else ():
+    for file in listed(folder) if folder.is_dir() else ():
         name = file.name.removesuffix(".gz")
         suffix = next((one for one in suffixes if name.endswith(one)), "")
         stem = name.removeprefix(prefix).removesuffix(suffix)
         if suffix and stem and name == f"{prefix}{stem}{suffix}":
+            if stem.casefold() in NOT_DATA:
+                log.info("%s is not read as data", file)
+                continue
             stems.add(stem)
     found = {
         stem: one_of(folder, [f"{prefix}{stem}{suffix}" for suffix in suffixes])

@@ -19,6 +19,7 @@ from typing import Any
 
 from caravan.data import hub
 from caravan.data.collection import Collection, cache_key, cached_collection
+from caravan.data.files import listed
 from caravan.data.held_out import check_held_out
 from caravan.data.hub import SAVED
 from caravan.data.rows import (
@@ -133,7 +134,7 @@ def _files(path: str) -> list[str]:
     folder = Path(path)
     if not folder.is_dir() or any((folder / name).is_file() for name in SAVED):
         return [path]
-    found = [str(file) for file in sorted(folder.iterdir()) if file.name.endswith(SUFFIXES)]
+    found = [str(file) for file in listed(folder) if file.name.endswith(SUFFIXES)]
     if not found and not any(folder.glob("**/*.parquet")):
         raise InputError(f"{path} holds no .jsonl or .json (nor such as .gz): give training rows")
     return found or [path]  # a dataset of parquet

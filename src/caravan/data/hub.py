@@ -53,7 +53,7 @@ def rows(
             raise InputError(f"{path} has no column {column!r}; there are {', '.join(there)}")
     try:
         yield from found
-    except (OSError, ValueError) as error:  # pyarrow's are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # pyarrow's are ValueErrors
         raise InputError(f"{path}: a file of the dataset is broken ({first_line(error)})") from None
 
 
@@ -91,10 +91,18 @@ def objects(
 
 
 def contents(path: str, cache_dir: str | Path) -> list[list[str]]:
-    """Name and digest of each file of a folder, or of a file; of a hub id nothing."""
+    """Name and digest of each file of a folder, or of a file; of a hub id nothing.
+
+    Hidden files and folders are left out, as in `datasets`.
+    """
     place = Path(path)
     if place.is_file():
         return [[place.suffix, *digests([place], cache_dir)]]
     inside = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else []
+    inside = [file for file in inside if not _is_hidden(file.relative_to(place))]
     names = [str(file.relative_to(place)) for file in inside]
     return [list(pair) for pair in zip(names, digests(inside, cache_dir), strict=True)]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ SPLITS = ("train", "dev", "test")
 BATCH = 8192
 BODIES = ("text", "body", "contents")
 
+log = logging.getLogger(__name__)
+
 
 class IrDatasets:
     """A corpus of ir_datasets with the queries and qrels of some of its ids.
@@ -36,7 +39,8 @@ class IrDatasets:
             takes those called train, dev and test, and as test the judgements of `id` itself.
         name: what reports call the collection; the id by default.
         train_split, dev_split, split: to train on, to validate on, and to score.
-        unknown_ids: "refuse" judgements of unknown queries or passages, or "count" them and go on.
+        unknown_ids: "refuse" judgements of unknown queries or passages, or "count" them: training
+            leaves them out, measures count them as not found.
     """
 
     def __init__(
@@ -111,7 +115,10 @@ class IrDatasets:
                 self.name,
                 _passages(corpus, facts),
                 _queries(splits, facts),
-                {split: _judgements(one) for split, one in splits.items()},
+                {
+                    split: _judgements(one, f"{self.id} of ir_datasets, qrels/{split}", facts)
+                    for split, one in splits.items()
+                },
                 facts=facts,
                 where=lambda part, n: f"{self.id} of ir_datasets, {part}, record {n + 1}",
                 unknown_ids=self.unknown_ids,
@@ -135,19 +142,36 @@ def _judged(known: Any, name: str) -> bool:
 
 def _passages(corpus: Any, facts: Counter[str]) -> Iterator[Record]:
     for doc in corpus.docs_iter():
-        body = next((getattr(doc, field) for field in BODIES if hasattr(doc, field)), None)
-        # Without a body of its own a document is all that ir_datasets takes for its text.
-        title = "" if body is None else getattr(doc, "title", None) or ""
-        text = doc.default_text() if body is None else body
+        title, text = _text_of(doc)
         facts["empty_passages"] += not (title or text).strip()
         yield doc.doc_id, title, text
+
+
+def _text_of(doc: Any) -> tuple[str, str]:
+    """Title and text of a document; without a body, all that ir_datasets takes for its text.
+
+    Raises:
+        InputError: the document has neither, such as an image.
+    """
+    field = next((field for field in BODIES if hasattr(doc, field)), None)
+    body = None if field is None else getattr(doc, field) or ""
+    if isinstance(body, str):
+        title = getattr(doc, "title", None) or ""
+        if isinstance(title, str):
+            return title, body
+    elif hasattr(doc, "default_text"):
+        return "", doc.default_text() or ""
+    raise InputError(
+        f"the document {doc.doc_id} of ir_datasets has no text (its fields are "
+        f"{', '.join(getattr(doc, '_fields', ()))}): give another id, data.id"
+    )
 
 
 def _queries(splits: dict[str, Any], facts: Counter[str]) -> Iterator[Record]:
     every = itertools.chain.from_iterable(one.queries_iter() for one in splits.values())
     seen = Seen()
     while batch := list(itertools.islice(every, BATCH)):
-        texts = [query.default_text() for query in batch]
+        texts = [query.default_text() or "" for query in batch]
         new, other = seen.add([query.query_id for query in batch], texts)
         for at, query in enumerate(batch):
             if other[at]:
@@ -161,9 +185,33 @@ def _queries(splits: dict[str, Any], facts: Counter[str]) -> Iterator[Record]:
                 facts["repeated_queries"] += 1
 
 
-def _judgements(one: Any) -> Iterator[Judgement]:
-    for judgement in one.qrels_iter():
-        yield judgement.query_id, judgement.doc_id, int(judgement.relevance)
+def _judgements(one: Any, place: str, facts: Counter[str]) -> Iterator[Judgement]:
+    """The judgements of a split; those by subtopic (TrecSubQrel) as the highest of their grades.
+
+    Raises:
+        InputError: a grade is not a whole number.
+    """
+    by_subtopic: dict[tuple[str, str], int] = {}
+    for n, judgement in enumerate(one.qrels_iter(), 1):
+        grade = judgement.relevance
+        if not isinstance(grade, int | float) or not float(grade).is_integer():
+            raise InputError(
+                f"{place}, judgement {n}: the grade {grade!r} is not an integer, and rounding would"
+                " change what is relevant: give splits with other judgements (data.splits)"
+            )
+        query, passage = judgement.query_id, judgement.doc_id
+        if hasattr(judgement, "subtopic_id"):
+            facts["judgements_by_subtopic"] += 1
+            others = by_subtopic.get((query, passage), int(grade))
+            by_subtopic[query, passage] = max(int(grade), others)
+        else:
+            yield query, passage, int(grade)
+    if by_subtopic:
+        log.warning(
+            "%s: judgements are by subtopic; a passage gets the highest of its grades", place
+        )
+    for (query, passage), grade in by_subtopic.items():
+        yield query, passage, grade
 
 
 def _official_from_2(one: Any) -> bool:

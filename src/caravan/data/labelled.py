@@ -36,7 +36,8 @@ class Folder(ABC):
         path: the folder.
         name: what reports call the collection; the folder's name by default.
         train_split, dev_split, split: qrels to train on, to validate on, and to score.
-        unknown_ids: "refuse" judgements of unknown queries or passages, or "count" them and go on.
+        unknown_ids: "refuse" judgements of unknown queries or passages, or "count" them: training
+            leaves them out, measures count them as not found.
     """
 
     path: str

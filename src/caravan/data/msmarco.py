@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from caravan.data import tsv
-from caravan.data.files import columns, lines, one_of, text_of
+from caravan.data.files import columns, lines, listed, one_of, text_of
+from caravan.data.ids import ASCII_SPACE
 from caravan.data.jsonl import records
 from caravan.data.labelled import Folder, Labelled, Reader
 from caravan.data.texts import Record
@@ -61,7 +62,7 @@ DOCUMENT_SPLITS = {
 }
 PASSAGES = ("collection.tsv", "corpus.tsv", "collection.jsonl", "corpus.jsonl")
 DOCUMENTS = ("msmarco-docs.tsv", "msmarco-docs.trec")
-DOCUMENT_COLUMNS = "4 (id, address, title, body)"
+DOCUMENT_COLUMNS = ("id", "url", "title", "text")
 
 
 @dataclass
@@ -108,7 +109,9 @@ class MsMarcoDocument(Folder):
         return _labelled(layout, folder, corpus, read, DOCUMENT_SPLITS)
 
     def _tsv(self, file: Path) -> Iterator[tuple[int, Record]]:
-        for number, (name, url, title, body) in columns(file, (4,), DOCUMENT_COLUMNS):
+        for number, (name, url, title, body) in columns(
+            file, [DOCUMENT_COLUMNS], "4 (id, address, title, body)"
+        ):
             yield number, (name, self._title(url, title), body)
 
     def _trec(self, file: Path) -> Iterator[tuple[int, Record]]:
@@ -124,18 +127,18 @@ def trec_documents(file: Path) -> Iterator[tuple[int, tuple[str, str]]]:
     """(line number of <DOC>, (id, what stands between <TEXT> and </TEXT>)) of each document.
 
     Raises:
-        InputError: a document without an id, or one that does not end.
+        InputError: a document lacks a tag, has an id or a text twice, or has text beside the tags.
     """
-    begun = 0
-    name, text, inside = "", list[str](), False
+    start = 0  # line of the <DOC>
+    name, text, state = "", list[str](), "before"  # the text
     for number, raw in lines(file, blank=True):
         line = text_of(file, number, raw)
-        tag = line.rstrip()
+        tag = line.strip(ASCII_SPACE)
         if tag == "<DOC>":
-            if begun:
-                raise _unended(file, begun, number)
-            begun, name, text, inside = number, "", [], False
-        elif not begun:
+            if start:
+                raise _lacking(file, start, "</DOC>", f"before the next at line {number}")
+            start, name, text, state = number, "", [], "before"
+        elif not start:
             if tag:
                 raise InputError(
                     f"{file}:{number}: {tag[:40]!r} stands outside of a document: one begins with "
@@ -144,27 +147,38 @@ def trec_documents(file: Path) -> Iterator[tuple[int, tuple[str, str]]]:
         elif tag == "</DOC>":
             if not name:
                 raise InputError(
-                    f"{file}:{begun}: the document has no <DOCNO>: give it one, or leave it out"
+                    f"{file}:{start}: the document has no <DOCNO>: give it one, or leave it out"
                 )
-            yield begun, (name, "".join(text).removesuffix("\n"))
-            begun = 0
-        elif tag == "</TEXT>":
-            inside = False
-        elif inside:
+            if state != "after":
+                raise _lacking(file, start, "</TEXT>" if state == "inside" else "<TEXT>", "")
+            yield start, (name, "".join(text).removesuffix("\n"))
+            start = 0
+        elif tag.startswith("<DOCNO>"):
+            if name or state != "before":
+                raise _lacking(file, start, "</DOC>", f"before the <DOCNO> at line {number}")
+            name = tag.removeprefix("<DOCNO>").removesuffix("</DOCNO>").strip(ASCII_SPACE)
+        elif tag in ("<TEXT>", "</TEXT>"):
+            if state != ("before" if tag == "<TEXT>" else "inside"):
+                raise InputError(
+                    f"{file}:{number}: {tag} is out of place, the document at line {start} has one "
+                    "<TEXT> and one </TEXT>: the file is damaged, fetch it anew"
+                )
+            state = "inside" if tag == "<TEXT>" else "after"
+        elif state == "inside":
             text.append(line)
-        elif tag == "<TEXT>":
-            inside = True
-        elif line.startswith("<DOCNO>"):
-            name = tag.removeprefix("<DOCNO>").removesuffix("</DOCNO>").strip()
-    if begun:
-        raise _unended(file, begun, None)
+        elif tag and not tag.startswith("<"):
+            raise InputError(
+                f"{file}:{number}: {tag[:40]!r} stands outside of <TEXT> and </TEXT> in the "
+                f"document at line {start}: the file is damaged, fetch it anew"
+            )
+    if start:
+        raise _lacking(file, start, "</DOC>", "before the end of the file")
 
 
-def _unended(file: Path, begun: int, number: int | None) -> InputError:
-    where = "before the end of the file" if number is None else f"before the next at line {number}"
+def _lacking(file: Path, start: int, tag: str, where: str) -> InputError:
     return InputError(
-        f"{file}:{begun}: the document has no </DOC> {where}: the file is cut or damaged, fetch it "
-        "anew"
+        f"{file}:{start}: the document has no {tag}{where and f' {where}'}: the file is cut or "
+        "damaged, fetch it anew"
     )
 
 
@@ -183,7 +197,7 @@ def _corpus(folder: Path, given: str | None, names: tuple[str, ...]) -> Path:
         told = " and ".join(file.name for file in there)
         raise InputError(f"{folder} holds {told}: choose with data.corpus={there[0].name}")
     if not there:
-        packed = next(iter(sorted(folder.glob("*.tar.gz"))), None)
+        packed = next((file for file in listed(folder) if file.name.endswith(".tar.gz")), None)
         remedy = (
             f"unpack {packed.name} there (tar -xzf)"
             if packed

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from caravan.data import hub
 from caravan.data.collection import Collection, cache_key, cached_collection, write_collection
-from caravan.data.files import digests, lines, text_of
+from caravan.data.files import digests, lines, listed, text_of
 from caravan.data.jsonl import objects
 from caravan.data.texts import Record
 from caravan.errors import InputError
@@ -64,7 +64,7 @@ class TextFiles:
     def _files(self) -> list[Path]:
         if not self.path.exists():
             raise InputError(f"there is no file or folder {self.path}: set data.path to one")
-        files = [self.path] if self.path.is_file() else sorted(self.path.iterdir())
+        files = [self.path] if self.path.is_file() else listed(self.path)
         found = [file for file in files if _kind(file) in SUFFIXES]
         if not found:
             raise InputError(

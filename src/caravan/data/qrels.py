@@ -1,6 +1,6 @@
 """Judgements as they are written: TREC's four columns or BEIR's three, with a header or without.
 
-19335 0 1017759 2                      query, iteration, passage, grade; white space or tabs
+19335 0 1017759 2                      query, iteration, passage, grade; ASCII white space or tabs
 query-id <tab> corpus-id <tab> score   BEIR
 """
 
@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from caravan.data.byid import Judgement
-from caravan.data.files import lines, text_of
+from caravan.data.files import QUERY_IDS, column_name, lines, text_of
+from caravan.data.ids import ASCII_SPACE, check_id
 from caravan.errors import InputError
 
-HEADERS = {"query-id", "query_id", "queryid", "qid", "query", "topic", "topic-id", "topic_id"}
+WORD = re.compile(f"[^{ASCII_SPACE}]+")
 GRADE = re.compile(r"[+-]?[0-9]{1,9}")
 
 
@@ -22,14 +23,16 @@ def judgements(file: Path) -> Iterator[tuple[int, Judgement]]:
     """(line number, judgement) of each line of a qrels file, plain or .gz.
 
     Raises:
-        InputError: a line has another number of columns, or a grade that is no integer.
+        InputError: a line has another number of columns, an id that a run cannot hold, or a grade
+            that is no integer.
     """
     width = 0
     for number, line in lines(file):
         text = text_of(file, number, line).strip("\r\n")
-        columns = text.split("\t") if "\t" in text else text.split()
-        columns = [column.strip() for column in columns]
-        if not width and columns[0].casefold() in HEADERS and not GRADE.fullmatch(columns[-1]):
+        columns = text.split("\t") if "\t" in text else WORD.findall(text)
+        columns = [column.strip(ASCII_SPACE) for column in columns]
+        is_header = not width and column_name(columns[0]) in QUERY_IDS
+        if is_header and not GRADE.fullmatch(columns[-1]):
             continue
         if len(columns) not in (3, 4) or width not in (0, len(columns)):
             expected = f"{width} as above" if width else "3 (query, passage, grade) or 4 (TREC)"
@@ -43,4 +46,6 @@ def judgements(file: Path) -> Iterator[tuple[int, Judgement]]:
                 f"{file}:{number}: the grade {columns[-1]!r} is not an integer: "
                 "grades are 0 (not relevant), 1, 2, ..."
             )
+        for name in (columns[0], columns[-2]):
+            check_id(name, f"{file}:{number}")
         yield number, (columns[0], columns[-2], int(columns[-1]))

@@ -75,7 +75,8 @@ class TrainingRows:
         corpus: (place, passage) of each, where the rows have only ids.
         held_out: the share of the training queries, by a hash of their ids, that become the split
             dev; then the rows may have no such split.
-        unknown_ids: "refuse" passages that the corpus lacks, or "count" them and go on.
+        unknown_ids: "refuse" passages that the corpus lacks, or "count" them: training leaves them
+            out, measures count them as not found.
     """
 
     name: str

@@ -193,10 +193,10 @@ def read_run(
     unknown_ids: Literal["refuse", "count"] = "refuse",
     depth: int | None = None,
 ) -> Run:
-    """Read a run, plain or .gz, into canonical order.
+    """Read a run, plain or gzipped, into canonical order.
 
-    The first line decides the format: six columns are TREC (`qid Q0 pid rank score tag`; the rank
-    is ignored, as trec_eval does), three are MS MARCO (`qid pid rank`, score 1 / rank).
+    `caravan.data.run_layouts` lists the layouts. Where there are scores, ranks are ignored, as in
+    trec_eval; where there are ranks alone, the score is 1 / rank.
     With `unknown_ids="count"` lines whose query or passage is not in the collection are left out
     and their number is logged. With a `depth` the result is that of `.top(depth)`, and while the
     file is read only the lines of that depth are held (and 16 bytes of each other line).
@@ -211,7 +211,7 @@ def read_run(
         best = _read_best(path, queries, corpus, depth)
         if best is not None:
             return best
-        # A line has to be told of with its number: the file is read whole.
+        # The message needs the number of the line: the file is read whole.
         return read_run(path, queries, corpus, unknown_ids).top(depth)
     from caravan.data.trec import read_columns
 

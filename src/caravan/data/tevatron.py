@@ -58,7 +58,8 @@ class Tevatron:
         held_out: the share of the training queries that become the split dev.
         name: what reports call the collection; the path's name by default.
         train_split, dev_split, split: to train on, to validate on, and to score.
-        unknown_ids: "refuse" ids that the corpus lacks, or "count" them and go on.
+        unknown_ids: "refuse" ids that the corpus lacks, or "count" them: training leaves them out,
+            measures count them as not found.
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from caravan.data.ids import check_id, has_other_space, is_id
 from caravan.errors import InputError
 from caravan.progress import track
 
@@ -160,6 +161,7 @@ class Written:
     digest: str  # hex, of all fields of all records in order
     count: int
     repaired: int  # records in which half a surrogate pair, not UTF-8, became U+FFFD
+    spaced: int  # ids with white space other than ASCII's
 
 
 def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place) -> Written:
@@ -168,7 +170,7 @@ def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place
     Held in memory: one record batch and the hashes of the ids (8 bytes each).
 
     Raises:
-        InputError: an id is empty, has white space, or was used before.
+        InputError: an id is none (see `caravan.data.ids`), or was used before.
     """
     import pyarrow as pa
     from datasets import Features, Value
@@ -178,7 +180,7 @@ def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place
     features = Features({column: Value("large_string") for column in schema.names})
     content, hashes = hashlib.blake2b(digest_size=16), array("Q")
     batch: list[list[bytes]] = []
-    size = repaired = 0
+    size = repaired = spaced = 0
     with ArrowWriter(features=features, path=str(folder / f"{part}.arrow")) as writer:
 
         def flush() -> None:
@@ -189,8 +191,9 @@ def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place
 
         for record in track(records, part, unit="passages" if part == "corpus" else part):
             name = record[0]
-            if name.isspace() or name.split(None, 1) != [name]:
-                _refuse_white_space(name, place(part, len(hashes)))
+            if not is_id(name):
+                check_id(name, place(part, len(hashes)))
+            spaced += has_other_space(name)
             try:
                 fields = [value.encode() for value in record]
             except UnicodeEncodeError:
@@ -209,7 +212,7 @@ def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place
         writer.finalize()
     _write_index(folder / f"{part}.ids.npy", hashes)
     _refuse_duplicates(Texts(folder, part), place)
-    return Written(content.hexdigest(), len(hashes), repaired)
+    return Written(content.hexdigest(), len(hashes), repaired, spaced)
 
 
 def _write_index(path: Path, hashes: array[int]) -> None:
@@ -226,14 +229,6 @@ def _write_index(path: Path, hashes: array[int]) -> None:
 def id_hash(name: bytes) -> int:
     """The 64-bit hash under which an id (UTF-8) is indexed."""
     return xxhash.xxh3_64_intdigest(name)
-
-
-def _refuse_white_space(name: str, place: str) -> None:
-    if not name or any(c in name for c in " \t\n\r\f\v"):
-        raise InputError(
-            f"{place}: the id {name!r} is empty or has white space, which a TREC file cannot "
-            "hold: rename it"
-        )
 
 
 def _refuse_duplicates(texts: Texts, place: Place) -> None:

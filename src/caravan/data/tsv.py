@@ -39,14 +39,24 @@ class Tsv(WithHeldOut):
 
 
 def passages(file: Path) -> Iterator[tuple[int, Record]]:
-    """(line number, record) of `id, text` or `id, title, text`."""
-    for number, found in columns(file, (2, 3), "2 (id, text) or 3 (id, title, text)"):
-        yield number, (found[0], "" if len(found) == 2 else found[1], found[-1])
+    """(line number, record) of `id, text` or `id, title, text`; a header may name them.
+
+    Where the third column is empty on every line, a tab ends the lines of `id, text`.
+    """
+    layouts = [("id", "text"), ("id", "title", "text")]
+    expected = "2 (id, text) or 3 (id, title, text)"
+    rows = columns(file, layouts, expected)
+    ended = all(len(found) == 3 and not found[2] for _, found in rows)
+    for number, found in columns(file, layouts, expected):
+        if len(found) == 2 or ended:
+            yield number, (found[0], "", found[1])
+        else:
+            yield number, (found[0], found[1], found[2])
 
 
 def asked(file: Path) -> Iterator[tuple[int, Record]]:
-    """(line number, record) of `id, text`."""
-    for number, (name, text) in columns(file, (2,), "2 (id, text)"):
+    """(line number, record) of `id, text`; a header may name them."""
+    for number, (name, text) in columns(file, [("id", "text")], "2 (id, text)"):
         yield number, (name, "", text)
 
 

@@ -120,7 +120,7 @@ def load(
     adapter = facts["weights"] == "adapter"
     if adapter and not (folder / ADAPTER).is_file():
         raise InputError(f"{folder} has no {ADAPTER}; save the model again")
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.glob("[!.]*.safetensors")):
         raise InputError(f"{folder} has no weights (*.safetensors); save the model again")
     if not (folder / "tokenizer_config.json").is_file() or not any(
         (folder / name).is_file() for name in TOKENIZERS
@@ -206,7 +206,7 @@ def _read_head(scorer: Any, folder: Path) -> None:
         return
     name, head = found
     missing = dict(head.named_parameters())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("[!.]*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file, torch.no_grad():
                 stored = set(file.keys())

@@ -25,7 +25,7 @@ from caravan.data.runs import Run, read_run
 from caravan.progress import track
 from caravan.report.systems import Judged, System
 from caravan.report.tables import MINUS, Table, best
-from caravan.retrieval.metrics import deepest, score_run, scored_queries, spelled
+from caravan.retrieval.metrics import deepest, score_run, spelled
 
 DEFAULT_MEASURES = ("MRR@10", "nDCG@10", "R@100")
 TESTS = ("t", "randomisation")
@@ -69,8 +69,8 @@ class Comparison:
     judged: Judged
     systems: list[System]
     runs: list[Run]  # cut to what measures and ranks need
-    query_rows: np.ndarray  # [Q]
-    values: dict[str, np.ndarray]  # by measure: [S, Q]
+    query_rows: np.ndarray  # [Q] that the collection has
+    values: dict[str, np.ndarray]  # by measure: [S, Q + judged queries without a text (all 0)]
     missing: list[int]  # judged queries that a run lacks
     pairs: dict[str, list[Pair]]
     overlaps: list[Overlap]
@@ -79,6 +79,11 @@ class Comparison:
     @property
     def names(self) -> list[str]:
         return [system.name for system in self.systems]
+
+    @property
+    def queries(self) -> int:
+        """Judged queries, over which the means are."""
+        return self.values[self.measure].shape[1]
 
     @property
     def measure(self) -> str:
@@ -127,11 +132,11 @@ def compared(
         judged,
         list(systems),
         runs,
-        scored_queries(judged.qrels),
+        judged.qrels.queries,
         stacked,
         missing,
         {name: paired(rows, couples, test) for name, rows in stacked.items()},
-        [_overlap(runs, a, b, scored_queries(judged.qrels)) for a, b in couples],
+        [_overlap(runs, a, b, judged.qrels.queries) for a, b in couples],
         test,
     )
 
@@ -253,7 +258,7 @@ def tables(comparison: Comparison) -> list[Table]:
     found = [
         Table(
             "figures",
-            f"{where(comparison)}: mean over {len(comparison.query_rows):,} queries, best in bold."
+            f"{where(comparison)}: mean over {comparison.queries:,} queries, best in bold."
             + _missing(comparison),
             ["system", *comparison.values],
             [

@@ -246,7 +246,7 @@ def means(comparison: Comparison, prefix: str = "") -> Plot:
     )
     return Plot(
         f"{prefix}means-{slug(measure)}",
-        f"{compare.where(comparison)}: mean {measure} over {len(comparison.query_rows):,} queries,"
+        f"{compare.where(comparison)}: mean {measure} over {comparison.queries:,} queries,"
         " with its 95 % confidence interval (t).",
         f"Mean {measure} of each system. {told}.",
         bars(names, [mean for mean, _ in found], [half for _, half in found], measure),

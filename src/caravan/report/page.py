@@ -208,7 +208,7 @@ def of_comparison(comparison: Comparison, command: str, count: int) -> Page:
         Section("Results", "results", [results, evaluations.means(comparison)]),
         *evaluations.comparisons(comparison, [(i, last) for i in range(last)][:4], count=count),
     ]
-    line = f"{' · '.join(comparison.names)}, on {len(comparison.query_rows):,} queries"
+    line = f"{' · '.join(comparison.names)}, on {comparison.queries:,} queries"
     return Page("A comparison", line, found, command)
 
 

@@ -193,7 +193,7 @@ def find(digest: str, home: Path) -> Collection:
         for path in sorted(place.glob("*/collection.json")):
             try:
                 found = json.loads(path.read_text("utf-8")).get("digest")
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 continue
             if found == digest:
                 return Collection.open(path.parent)

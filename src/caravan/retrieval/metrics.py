@@ -1,10 +1,11 @@
 """Measures of a run: MRR, nDCG, recall, MAP and precision, by name ("nDCG@10").
 
-`per_query` are the live figures, in numpy over the whole run at once; `score_run` are the final
-ones, by ir_measures (https://ir-measur.es). Both are trec_eval's to 1e-6: nDCG has linear gains
-(`ndcg_cut`), a passage is relevant from grade 1 on (or from n on: `MRR(rel=2)@10`), and the mean
-is over judged queries with a relevant passage, where one that is missing from the run counts 0.
-A split may say that relevance begins at a higher grade (TREC DL's passages): see `spelled`.
+`per_query` computes the live metrics, in numpy over the whole run at once; `score_run` the final
+ones, by ir_measures (https://ir-measur.es). Both equal trec_eval's to 1e-6: nDCG has linear gains
+(`ndcg_cut`), a passage is relevant from grade 1 on (or from n on: `MRR(rel=2)@10`). The mean is
+over all judged queries, as in `trec_eval -c` and `ir_measures.calc_aggregate`: a query that the run
+lacks, or that has no relevant passage, counts 0. Relevant passages that the corpus lacks count as
+not found (`Qrels.unknown`). Relevance may begin at a higher grade (TREC DL's passages): `spelled`.
 Ties are broken before scoring, by `canonical`: providers of ir_measures break them differently.
 """
 
@@ -95,15 +96,15 @@ def deepest(measures: Sequence[str]) -> int:
 
 
 def per_query(run: Run, qrels: Qrels, measures: Sequence[str]) -> dict[str, np.ndarray]:
-    """Each measure for each judged query with a relevant passage.
+    """Each measure for each judged query that the collection has.
 
     The run is scored in the order it has; give `canonical(run, corpus)` where scores may tie.
 
     Returns:
-        For each measure float64 [Q], in the order of `scored_queries(qrels)`.
+        For each measure float64 [Q], in the order of `qrels.queries`.
     """
     parsed = {text: parse_measure(text) for text in measures}
-    queries = scored_queries(qrels)
+    queries = qrels.queries
     best = run.top(deepest(measures))
     counts = best.counts
     rank = np.arange(len(best.passage_rows)) - np.repeat(best.offsets[:-1], counts)
@@ -112,40 +113,40 @@ def per_query(run: Run, qrels: Qrels, measures: Sequence[str]) -> dict[str, np.n
     query, rank, passage_rows = query[scored], rank[scored], best.passage_rows[scored]
 
     judged = _positions(qrels.query_rows, queries)
-    kept = judged >= 0
-    judged, judged_rows, judged_grades = judged[kept], qrels.passage_rows[kept], qrels.grades[kept]
-    grades = _grades(query, passage_rows, judged, judged_rows, judged_grades)
+    grades = _grades(query, passage_rows, judged, qrels.passage_rows, qrels.grades)
+    # what the corpus lacks is in the ideal ranking and among the relevant passages
+    judged = np.concatenate([judged, _positions(qrels.unknown.query_rows, queries)])
+    judged_grades = np.concatenate([qrels.grades, qrels.unknown.grades])
     return {
         text: _measure(measure, len(queries), query, rank, grades, judged, judged_grades)
         for text, measure in parsed.items()
     }
 
 
-def scored_queries(qrels: Qrels) -> np.ndarray:
-    """The query rows over which measures are averaged: judged, with a grade of 1 or more."""
-    return np.unique(qrels.query_rows[qrels.grades >= 1])
-
-
 def score_run(
     run: Run, qrels: Qrels, queries: Texts, corpus: Texts, measures: Sequence[str]
 ) -> dict[str, Any]:
-    """The final figures of a run, by ir_measures over the run in canonical order.
+    """The final metrics of a run, by ir_measures over the run in canonical order.
 
     Returns:
-        `overall`: {measure: mean}; `per_query`: {measure: {query id: value}}; and how many
-        `queries` were averaged, of which `missing` have no passage in the run (they count 0),
-        how many judged ones are `without_relevant` passage and how many of the run are
-        `unjudged` (neither is averaged).
+        `overall`: {measure: mean}; `per_query`: {measure: {query id: value}}; over how many
+        `queries` the mean is, of which `missing` have no passage in the run and `without_relevant`
+        no relevant passage (all of these count 0); `unknown_passages`, judgements of passages that
+        the corpus lacks, and `unknown_queries`, judged queries without a text (among `queries` and
+        `missing`); and how many queries of the run are `unjudged` (not in the mean).
 
     Raises:
         InputError: Unknown measure, or no judged query has a relevant passage.
     """
     parsed = {text: parse_measure(text) for text in measures}
-    rows = scored_queries(qrels)
-    if not len(rows):
+    rows, unknown = qrels.queries, qrels.unknown
+    relevant = np.union1d(
+        qrels.query_rows[qrels.grades >= 1], unknown.query_rows[unknown.grades >= 1]
+    )
+    if not len(relevant):
         raise InputError(
-            f"none of the {len(qrels.queries)} judged queries has a relevant passage (grade 1 or "
-            "more), so there is nothing to average; check the qrels of this split"
+            f"none of the {len(rows)} judged queries has a relevant passage (grade 1 or more), so "
+            "there is nothing to average; check the qrels of this split"
         )
     found = run.query_rows[run.counts > 0]
     missing = len(np.setdiff1d(rows, found, assume_unique=True))
@@ -160,19 +161,23 @@ def score_run(
             for measure, row, value in _ir_measures(best, qrels, some, list(values)):
                 values[measure][row] = value
             done(len(some))
+    places = list(zip(rows.tolist(), names, strict=True))
     ordered = {
         text: {
-            name: values[measure][str(row)] for row, name in zip(rows.tolist(), names, strict=True)
+            **{name: values[measure][str(row)] for row, name in places},
+            **dict.fromkeys(unknown.queries, 0.0),
         }
         for text, measure in parsed.items()
     }
     return {
         "overall": {text: float(np.mean(list(of.values()))) for text, of in ordered.items()},
         "per_query": ordered,
-        "queries": len(rows),
-        "without_relevant": len(qrels.queries) - len(rows),
-        "missing": missing,
-        "unjudged": len(np.setdiff1d(found, qrels.queries, assume_unique=True)),
+        "queries": len(rows) + len(unknown.queries),
+        "without_relevant": len(rows) - len(relevant),
+        "missing": missing + len(unknown.queries),
+        "unknown_passages": len(unknown.grades),
+        "unknown_queries": len(unknown.queries),
+        "unjudged": len(np.setdiff1d(found, rows, assume_unique=True)),
     }
 
 
@@ -182,7 +187,7 @@ def _measure(
     query: np.ndarray,  # [N] position of the query among those scored, ascending
     rank: np.ndarray,  # [N] from 0
     grades: np.ndarray,  # [N] of the retrieved passages, 0 where unjudged
-    judged: np.ndarray,  # [J] position of the query of each judgement, ascending
+    judged: np.ndarray,  # [J] position of the query of each judgement
     judged_grades: np.ndarray,  # [J]
 ) -> np.ndarray:
     shallow = rank < measure.cutoff
@@ -191,7 +196,8 @@ def _measure(
         query_of, gains = judged[ideal_order], judged_grades[ideal_order]
         place = np.arange(len(query_of)) - np.searchsorted(query_of, query_of)
         ideal = _gain(query_of, place, gains, measure.cutoff, count)
-        return _gain(query, rank, grades, measure.cutoff, count) / ideal
+        gain = _gain(query, rank, grades, measure.cutoff, count)
+        return np.divide(gain, ideal, out=np.zeros(count), where=ideal > 0)
     hit = shallow & (grades >= measure.rel)
     query, rank = query[hit], rank[hit]
     relevant = np.bincount(judged[judged_grades >= measure.rel], minlength=count)
@@ -257,7 +263,9 @@ def _ir_measures(
     judged, ranked = {}, {}
     for row in rows.tolist():
         passage_rows, grades = qrels.of(row)
-        judged[str(row)] = dict(zip(map(str, passage_rows.tolist()), grades.tolist(), strict=True))
+        lost = qrels.unknown.grades[qrels.unknown.query_rows == row]
+        names = [*map(str, passage_rows.tolist()), *(f"unknown {i}" for i in range(len(lost)))]
+        judged[str(row)] = dict(zip(names, [*grades.tolist(), *lost.tolist()], strict=True))
         if len(passages := run.of(row)[0]):
             ranked[str(row)] = {str(p): float(-i) for i, p in enumerate(passages.tolist())}
     for value in ir_measures.iter_calc(list(wanted), judged, ranked):

@@ -157,6 +157,7 @@ class _Evaluation:
             "%s on %s %s: %s",
             *(metrics["system"], metrics["collection"]["name"], metrics["split"], overall),
         )
+        log.info("%s", averaged(metrics))
         run_dir = self.stages.run_dir
         log.info("run %s, figures %s", run_dir / metrics["run"], run_dir / "metrics.json")
         return metrics
@@ -243,6 +244,22 @@ def _measures(stages: Stages, asked: list[str]) -> list[str]:
     return measures
 
 
+def averaged(metrics: dict[str, Any]) -> str:
+    """What the mean of an evaluation counts, in one line."""
+    zero = {
+        "without a relevant passage": metrics["without_relevant"],
+        "without a passage in the run": metrics["missing"] - metrics["unknown_queries"],
+        "unknown to the collection": metrics["unknown_queries"],
+    }
+    counted = ", ".join(f"{count:,} {what}" for what, count in zero.items() if count)
+    text = f"mean over {metrics['queries']:,} judged queries"
+    if counted:
+        text += f" ({counted}: these count 0)"
+    if lost := metrics["unknown_passages"]:
+        text += f"; {lost:,} judgements of passages unknown to the corpus count as not found"
+    return text
+
+
 def _scored(stages: Stages, made: list[Stage], measures: list[str]) -> dict[str, Any]:
     """Figures of all stages in metrics.json, unless they are there from the same runs."""
     path = stages.run_dir / "metrics.json"
@@ -251,6 +268,7 @@ def _scored(stages: Stages, made: list[Stage], measures: list[str]) -> dict[str,
         "runs": [stage.digest for stage in made],
         "measures": measures,
         "versions": manifest.versions(("ir_measures",)),
+        "mean": "all judged queries",  # metrics.json of versions that left some out is made anew
     }
     if manifest.matches(path, scored_from):
         written = (manifest.read(path) or {}).get("facts", {}).get("xxh3")

@@ -162,10 +162,8 @@ class RerankingEvaluation(pl.Callback):
 def own_figures(
     run: Run, query_rows: np.ndarray, data: DataModule, measures: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Figures [n] of this rank's share of the queries; one that the run lacks has 0."""
-    qrels = data.dev_qrels
-    own = np.isin(qrels.query_rows, query_rows)
-    share = type(qrels)(qrels.query_rows[own], qrels.passage_rows[own], qrels.grades[own])
+    """Metrics [n] of this rank's share of the queries; one that the run lacks has 0."""
+    share = data.dev_qrels.only(query_rows)
     names = spelled(measures, data.relevant_from)
     figures = per_query(canonical(run, data.collection.corpus), share, names)
     return {asked: figures[name] for asked, name in zip(measures, names, strict=True)}
