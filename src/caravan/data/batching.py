@@ -22,6 +22,7 @@ from caravan.data.collection import Collection, Qrels, Texts
 from caravan.data.negatives import Negatives
 from caravan.data.pairs import PairTemplates
 from caravan.data.templates import Templates
+from caravan.data.texts import text_keys
 
 
 class Permutation:
@@ -140,17 +141,19 @@ class Groups(Dataset[Any]):
             queries=pack(self.templates.queries(queries), self.token_budget, pad_id),
             passages=pack(self.templates.passages(passages), self.token_budget, pad_id),
             passage_rows=torch.from_numpy(groups),
-            positive_rows=self._positives(query_rows),
+            passage_keys=torch.from_numpy(text_keys(passages).reshape(groups.shape)),
+            excluded_keys=self._excluded(query_rows),
             teacher=teacher,
         )
 
-    def _positives(self, query_rows: np.ndarray) -> torch.Tensor:
-        """Every positive of each query, [Q, M] int64, filled up with -1."""
-        positives = [self.qrels.positives(int(row)) for row in query_rows]
-        filled = np.full((len(positives), max(map(len, positives))), -1, dtype=np.int64)
-        for i, rows in enumerate(positives):
-            filled[i, : len(rows)] = rows
-        return torch.from_numpy(filled)
+    def _excluded(self, query_rows: np.ndarray) -> torch.Tensor:
+        """Digests of what is never a negative of each query, [Q, M] int64."""
+        rows = [self.negatives.excluded(int(row)) for row in query_rows]
+        keys = text_keys(self.collection.corpus.get(np.concatenate(rows)))
+        each = np.split(keys, np.cumsum([len(of) for of in rows])[:-1])
+        most = max(map(len, each))
+        filled = [np.append(of, np.full(most - len(of), of[0])) for of in each]
+        return torch.from_numpy(np.stack(filled))
 
     def _teacher(self, query_rows: np.ndarray, groups: np.ndarray) -> torch.Tensor | None:
         scores = [
@@ -313,12 +316,11 @@ class TextLoader(DataLoader[Any]):
 
 
 def text_loader(
-    blocks: TextBlocks | PairBlocks, indices: Sequence[int], num_workers: int, seed: int = 0
+    blocks: TextBlocks | PairBlocks, indices: Sequence[int], num_workers: int
 ) -> DataLoader[Any]:
     """Load the blocks of `indices`, in this order."""
-    return TextLoader(
-        blocks, sampler=list(indices), batch_size=None, **loader_settings(num_workers, seed)
-    )
+    settings = loader_settings(num_workers, seed=0)
+    return TextLoader(blocks, sampler=list(indices), batch_size=None, **settings)
 
 
 def loader_settings(num_workers: int, seed: int) -> dict[str, Any]:

@@ -228,6 +228,12 @@ def id_hash(name: bytes) -> int:
     return xxhash.xxh3_64_intdigest(name)
 
 
+def text_keys(texts: Sequence[tuple[str, str]]) -> np.ndarray:
+    """A 64-bit digest of each (title, text), int64 [n]: equal for copies under other ids."""
+    digests = (xxhash.xxh3_64_intdigest(f"{title}\0{text}".encode()) for title, text in texts)
+    return np.fromiter(digests, dtype=np.uint64, count=len(texts)).view(np.int64)
+
+
 def _refuse_white_space(name: str, place: str) -> None:
     if not name or any(c in name for c in " \t\n\r\f\v"):
         raise InputError(

@@ -240,7 +240,7 @@ def _data(cfg: Any, module: Any, source: Any, collection: Any, sampler: Any) -> 
         module.reading(),
         training,
         None if text_alone else source.dev_split,
-        cfg.seed,
+        ignore_identical_ids=cfg.ignore_identical_ids,
         **{**cfg.batching, "token_budget": budget},
         **{key: value for key, value in cfg.validation.items() if key not in AT_THE_END},
     )
