@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,3 +188,18 @@ def test_a_group_without_copies_is_drawn_as_if_texts_were_not_compared(
     for position, query in enumerate(qrels.queries):
         expected = ids_alone.group(int(query), 0, position)
         assert compared.group(int(query), 0, position).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"number": -1},
+        {"depth": 5, "skip": 5},
+        {"margin": float("nan")},
+        {"margin": float("inf")},
+        {"teacher": "a.trec", "teacher_margin": float("nan")},
+    ],
+)
+def test_numbers_that_leave_nothing_to_draw_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"sampler.*must be"):
+        Negatives(**settings)

@@ -12,6 +12,7 @@ these under other ids.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,6 +67,9 @@ class Negatives:
                 f"sampler: number={number} and skip={skip} must be 0 or more, and depth={depth}"
                 " above skip"
             )
+        for name, value in (("margin", margin), ("teacher_margin", teacher_margin)):
+            if value is not None and not math.isfinite(value):
+                raise InputError(f"sampler.{name} is {value}; it must be a finite number, or null")
         if teacher_margin is not None and teacher is None:
             raise InputError("sampler.teacher_margin needs a run of scores: set sampler.teacher")
         self.paths = [Path(path) for path in runs]
