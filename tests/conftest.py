@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.commands import train
-from tests.tiny import WORDS, tiny_backbone, write_beir
+from tests.tiny import WORDS, tiny_backbone, write_beir, write_counterarguments
 from tests.two_ranks import TwoRanks
 
 from caravan.contract import Contract
@@ -48,6 +48,11 @@ def beir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def collection(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> Collection:
     return Beir(str(beir)).collection(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def counterarguments(tmp_path: Path) -> Path:
+    return write_counterarguments(tmp_path / "counter")
 
 
 @pytest.fixture(scope="session")

@@ -134,7 +134,6 @@ class Fit:
             module.reading(),
             module.training_set(self.collection, "train", Negatives(number=2), token_budget),
             "dev",
-            seed=0,
             queries_per_batch=queries_per_batch,
             token_budget=token_budget,
             num_workers=workers,

@@ -49,6 +49,19 @@ def write_beir(
     return folder
 
 
+def write_counterarguments(folder: Path) -> Path:
+    """As BEIR's ArguAna: each query is a passage, and another one is its answer."""
+    (folder / "qrels").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, 12)) for _ in range(20)]
+    rows = [{"_id": f"a{i}", "title": "", "text": text} for i, text in enumerate(texts)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
+    lines = [f"a{i}\ta{i + 10}\t1" for i in range(6)]
+    (folder / "qrels/test.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
 def tiny_backbone(layers: int = 2) -> TinyLlama:
     return TinyLlama(
         vocab_size=400, hidden_size=32, layers=layers, heads=2, intermediate_size=48, max_length=64

@@ -224,7 +224,10 @@ class TrainBatch:
     queries: Packed  # Q texts
     passages: Packed  # Q * G texts, group by group
     passage_rows: Tensor  # [Q, G] int64; column 0 is the positive
-    positive_rows: Tensor  # [Q, M] int64, every positive of the query; filled up with -1
+    passage_keys: Tensor  # [Q, G] int64, a digest of each passage's title and text
+    # [Q, M] int64, digests of what is never a negative of the query: its positives and the passage
+    # with its id; filled up by repeating the first
+    excluded_keys: Tensor
     teacher: Tensor | None = None  # [Q, G] float32, a teacher's scores; NaN where it has none
 
     @property
@@ -245,7 +248,8 @@ class TrainBatch:
             queries=self.queries.to(device, non_blocking),
             passages=self.passages.to(device, non_blocking),
             passage_rows=self.passage_rows.to(device, non_blocking=non_blocking),
-            positive_rows=self.positive_rows.to(device, non_blocking=non_blocking),
+            passage_keys=self.passage_keys.to(device, non_blocking=non_blocking),
+            excluded_keys=self.excluded_keys.to(device, non_blocking=non_blocking),
             teacher=_moved(self.teacher, device, non_blocking),
         )
 

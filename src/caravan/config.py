@@ -75,6 +75,7 @@ class Train:
     resume: bool = MISSING
     init_from: str | None = MISSING
     precision: str = MISSING
+    ignore_identical_ids: bool = MISSING
     contract: Contract = field(default_factory=Contract)
     batching: Batching = field(default_factory=Batching)
     gradcache: GradCaching = field(default_factory=GradCaching)

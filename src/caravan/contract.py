@@ -10,6 +10,7 @@ Defaults are RepLLaMA's (arXiv 2310.08319, section 2).
 from __future__ import annotations
 
 import json
+import math
 import string
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -104,8 +105,10 @@ class Contract:
             )
         elif self.scoring == "likelihood":
             found += self._likelihood_problems()
-        if not self.temperature > 0:
-            found.append(f"contract.temperature is {self.temperature}; it must be above 0")
+        if not 0 < self.temperature < math.inf:
+            found.append(
+                f"contract.temperature is {self.temperature}; it must be above 0 and finite"
+            )
         for name in ("query_length", "passage_length"):
             if getattr(self, name) < 4:
                 found.append(f"contract.{name} is {getattr(self, name)}; it must be at least 4")

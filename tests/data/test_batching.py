@@ -12,6 +12,7 @@ from caravan.data.batching import Groups, QueryOrder, TextBlocks
 from caravan.data.collection import Collection
 from caravan.data.negatives import Negatives
 from caravan.data.templates import Templates
+from caravan.data.texts import text_keys
 
 
 @pytest.fixture
@@ -79,9 +80,12 @@ def test_a_batch_holds_each_query_with_its_own_group(
     assert _texts(batch.queries) == groups.templates.queries(collection.queries.get(rows))
     flat = batch.passage_rows.reshape(-1).numpy()
     assert _texts(batch.passages) == groups.templates.passages(collection.corpus.get(flat))
-    for row, group, positives in zip(rows, batch.passage_rows, batch.positive_rows, strict=True):
-        assert group[0] in groups.qrels.positives(int(row))
-        assert positives[positives >= 0].tolist() == groups.qrels.positives(int(row)).tolist()
+    keys = text_keys(collection.corpus.get(slice(None)))
+    assert np.array_equal(batch.passage_keys, keys[batch.passage_rows])
+    for row, group, excluded in zip(rows, batch.passage_rows, batch.excluded_keys, strict=True):
+        positives = groups.qrels.positives(int(row))
+        assert group[0] in positives
+        assert set(excluded.tolist()) == set(keys[positives].tolist())
 
 
 def test_groups_do_not_shift_in_a_short_last_batch(groups: Groups) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.commands import train
 
 from caravan.contract import Contract
 from caravan.data.batching import Groups
@@ -29,13 +31,12 @@ class Judged:
         return self._dev if split == "dev" else self._collection.qrels(split)
 
 
-def _data(collection: Any, templates: Templates, seed: int = 0, **validation: Any) -> DataModule:
+def _data(collection: Any, templates: Templates, **validation: Any) -> DataModule:
     qrels, sampler = collection.qrels("train"), Negatives(number=2)
     return DataModule(
         *(collection, templates),
-        Groups(collection, qrels, sampler, templates, 128, seed),
+        Groups(collection, qrels, sampler, templates, 128, seed=0),
         "dev",
-        seed=seed,
         queries_per_batch=6,
         token_budget=128,
         num_workers=0,
@@ -64,13 +65,43 @@ def test_validation_asks_only_queries_that_can_be_scored(
     collection: Collection, templates: Templates
 ) -> None:
     judged = Judged(collection, _dev([0, 1, 0, 2, 0, 0, 1, 0]))
-    assert _data(judged, templates).dev_qrels.queries.tolist() == [1, 3, 6]
-    drawn = set()
-    for seed in range(8):
-        queries = _data(judged, templates, seed, queries=2).dev_qrels.queries.tolist()
-        assert len(queries) == 2
-        drawn.update(queries)
-    assert drawn == {1, 3, 6}
+    queries = _data(judged, templates, queries=2).dev_qrels.queries.tolist()
+    assert len(queries) == 2
+    assert set(queries) < {1, 3, 6}
+
+
+def test_trainings_of_two_seeds_validate_the_same_queries_and_passages(
+    beir: Path, tmp_path: Path
+) -> None:
+    subsets = ("validation.queries=2", "validation.passages=20", "validation.train_queries=5")
+    validated = []
+    for seed in (1, 2):
+        run_dir = tmp_path / str(seed)
+        train(beir, run_dir, f"seed={seed}", "trainer.max_steps=1", *subsets)
+        for split in ("validation", "train_queries"):
+            lines = (run_dir / "runs" / f"{split}.trec").read_text().splitlines()
+            validated.append({(line.split()[0], line.split()[2]) for line in lines})
+    assert validated[:2] == validated[2:]
+    assert [len(pairs) for pairs in validated[:2]] == [2 * 20, 5 * 20]
+
+
+def test_a_query_that_is_a_passage_does_not_find_itself_in_validation(
+    counterarguments: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ("trainer.max_steps=1", "data.train_split=test", "data.dev_split=test")
+    index = ("index.k=7", "callbacks.evaluation.measures=[MRR@5]", "callbacks.best=null")
+    found = []
+    for given in ("false", "true"):
+        caplog.clear()
+        asked = (*settings, *index, f"ignore_identical_ids={given}")
+        train(counterarguments, tmp_path / given, *asked)
+        warned = "are passages of the corpus themselves" in caplog.text
+        assert warned == (given == "false")
+        lines = (tmp_path / given / "runs" / "validation.trec").read_text().splitlines()
+        found.append([(line.split()[0], line.split()[2]) for line in lines])
+    assert any(query == passage for query, passage in found[0])
+    assert not any(query == passage for query, passage in found[1])
+    assert len(found[0]) == len(found[1]) == 6 * 7  # as deep as ever
 
 
 def test_the_subset_that_is_searched_holds_all_judged_passages(

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from caravan.data.collection import Collection, Qrels
+from caravan.data.collection import Collection, Qrels, write_collection
 from caravan.data.negatives import Negatives
 from caravan.data.runs import Run, write_run
 from caravan.errors import InputError
@@ -139,3 +140,66 @@ def test_more_negatives_than_the_corpus_holds_are_refused(
     query = next(int(q) for q in qrels.queries if len(qrels.positives(int(q))) == 2)
     group = _opened(collection, qrels, number=58).group(query, 0, 0)
     assert len(set(group.tolist())) == 59
+
+
+def _small(folder: Path, texts: dict[str, str], queries: dict[str, str]) -> Collection:
+    """The first passage is the positive of every query."""
+    corpus = [(name, "", text) for name, text in texts.items()]
+    judged = [(query, corpus[0][0], 1) for query in queries]
+    asked = [(query, "", text) for query, text in queries.items()]
+    return write_collection(folder / "small", "small", corpus, asked, {"train": judged})
+
+
+@pytest.mark.parametrize("choose", ["random", "top", None])
+def test_neither_the_querys_own_passage_nor_copies_of_the_positive_are_negatives(
+    tmp_path: Path, choose: str | None
+) -> None:
+    """`own` has the query's id, and `twin` the text of `own`."""
+    texts = {"right": "salt", "copy": "salt", "own": "gold?", "twin": "gold?", "copy2": "salt"}
+    texts |= {f"p{i}": f"sand {i}" for i in range(6)}
+    small = _small(tmp_path, texts, {"own": "gold?"})
+    qrels = small.qrels("train")
+    run = Run.from_topk(np.array([0]), np.arange(9, 0, -1)[None], np.arange(9)[None])
+    write_run(tmp_path / "run.trec", run, small.queries, small.corpus)
+    settings = {"runs": [str(tmp_path / "run.trec")], "choose": choose} if choose else {}
+    for number in (1, 3, 6):  # 6: more than the run's four, and all that there are
+        opened = _opened(small, qrels, number=number, **settings)
+        again = _opened(small, qrels, number=number, **settings)
+        for epoch in range(20):
+            group = opened.group(0, epoch, 0)
+            negatives = small.corpus.ids(group[1:])
+            assert all(name.startswith("p") for name in negatives)
+            assert len(set(negatives)) == number
+            assert again.group(0, epoch, 0).tolist() == group.tolist()
+    with pytest.raises(InputError, match=r"sampler\.number=7 .* 'own'.* lower it"):
+        _opened(small, qrels, number=7, **settings).group(0, 0, 0)
+
+
+def test_a_group_without_copies_is_drawn_as_if_texts_were_not_compared(
+    collection: Collection,
+    qrels: Qrels,
+    runs: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Earlier versions compared ids alone; where no text is there twice, groups stay the same."""
+    compared = _opened(collection, qrels, runs=runs, number=7)
+    ids_alone = _opened(collection, qrels, runs=runs, number=7)
+    monkeypatch.setattr(ids_alone, "_keys", lambda rows: np.asarray(rows))
+    for position, query in enumerate(qrels.queries):
+        expected = ids_alone.group(int(query), 0, position)
+        assert compared.group(int(query), 0, position).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"number": -1},
+        {"depth": 5, "skip": 5},
+        {"margin": float("nan")},
+        {"margin": float("inf")},
+        {"teacher": "a.trec", "teacher_margin": float("nan")},
+    ],
+)
+def test_numbers_that_leave_nothing_to_draw_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"sampler.*must be"):
+        Negatives(**settings)

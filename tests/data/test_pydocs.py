@@ -3,6 +3,7 @@
 import random
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.installed import install
@@ -240,3 +241,18 @@ def test_the_default_collection_is_large_and_its_splits_are_apart(tmp_path: Path
     assert len(set(queries)) == len(queries)
     assert len(set(passages)) == len(passages)
     assert not any(str(tmp_path) in text for text in passages)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"held_out": 0.6}, r"data\.held_out"),
+        ({"held_out": float("nan")}, r"data\.held_out"),
+        ({"min_query_words": 9, "max_query_words": 8}, r"data\.min_query_words"),
+    ],
+)
+def test_settings_that_leave_a_split_without_queries_are_refused(
+    settings: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(InputError, match=key):
+        PyDocs(**settings)

@@ -7,25 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.commands import evaluate
-from tests.tiny import WORDS
 
+from caravan.data.identical import without
 from caravan.data.runs import Run
-from caravan.retrieval.identical import without
-
-
-@pytest.fixture
-def counterarguments(tmp_path: Path) -> Path:
-    """As BEIR's ArguAna: each query is a passage, and another one is its answer."""
-    folder = tmp_path / "counter"
-    (folder / "qrels").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(WORDS, 12)) for _ in range(20)]
-    rows = [{"_id": f"a{i}", "title": "", "text": text} for i, text in enumerate(texts)]
-    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
-    lines = [f"a{i}\ta{i + 10}\t1" for i in range(6)]
-    (folder / "qrels/test.tsv").write_text("\n".join(lines) + "\n")
-    return folder
 
 
 def _lines(run_dir: Path, run: str) -> list[list[str]]:

@@ -331,6 +331,7 @@ def test_it_learns_to_tell_what_a_text_is_about(beir: Path, tmp_path: Path) -> N
     ("override", "told"),
     [
         ("stage.ebae=-1", r"stage\.ebae is -1.*must be above 0"),
+        ("stage.ebar=inf", r"stage\.ebar is inf.*finite"),
         ("stage.tasks=ebae+mlm", "some of ebae, ebar and lm"),
         ("stage.targets=some", "must be one of all, content"),
         ("contract.passage_length=12", "leaves no room for text"),

@@ -13,6 +13,10 @@ from torch.nn import functional
 
 from caravan.batches import TrainBatch, pack
 from caravan.contract import Contract
+from caravan.data.batching import Groups
+from caravan.data.collection import write_collection
+from caravan.data.negatives import Negatives
+from caravan.data.templates import Templates
 from caravan.models.adapters import LoRA, settle_precisions
 from caravan.models.backbone import Pretrained
 from caravan.training.losses import InfoNCE
@@ -28,12 +32,13 @@ def _batch(passage_rows: list[list[int]], positives: list[list[int]]) -> TrainBa
         return rng.integers(5, 300, 3 + row % 9).tolist()
 
     most = max(map(len, positives))
-    filled = [rows + [-1] * (most - len(rows)) for rows in positives]
+    filled = [rows + rows[:1] * (most - len(rows)) for rows in positives]
     return TrainBatch(
         queries=pack([text(1000 + i) for i in range(len(passage_rows))], 64),
         passages=pack([text(row) for group in passage_rows for row in group], 64),
         passage_rows=torch.tensor(passage_rows),
-        positive_rows=torch.tensor(filled),
+        passage_keys=torch.tensor(passage_rows),
+        excluded_keys=torch.tensor(filled),
     )
 
 
@@ -52,7 +57,7 @@ def _naive_loss(module: Retriever, batch: TrainBatch) -> Tensor:
     rows, group = batch.passage_rows.reshape(-1).tolist(), batch.passage_rows.shape[1]
     losses = []
     for i, query in enumerate(queries):
-        positives = {int(row) for row in batch.positive_rows[i] if row >= 0}
+        positives = set(batch.excluded_keys[i].tolist())
         kept = [j for j, row in enumerate(rows) if j == i * group or row not in positives]
         scores = torch.stack([query @ passages[j] for j in kept]) / module.contract.temperature
         losses.append(torch.logsumexp(scores, 0) - scores[kept.index(i * group)])
@@ -96,9 +101,40 @@ def test_other_positives_and_duplicates_of_the_positive_are_no_negatives(
     assert scores.isinf().tolist() == [[False, False, True, True], [False, False, False, False]]
 
 
+def test_copies_of_a_positive_and_the_querys_own_passage_are_no_negatives_in_the_batch(
+    tokenizer: Any, contract: Contract, tmp_path: Path
+) -> None:
+    """`copy` has the text of q0's positive, and passage q1 the id of query q1."""
+    texts = {"right": "salt", "copy": "salt", "q1": "gold", "other": "sand"}
+    corpus = [(name, "", text) for name, text in texts.items()]
+    judged = [("q0", "right", 1), ("q1", "copy", 1), ("q2", "q1", 1), ("q3", "other", 1)]
+    queries = [(query, "", "camel") for query, _, _ in judged]
+    found = write_collection(tmp_path / "own", "own", corpus, queries, {"train": judged})
+    groups = Groups(
+        *(found, found.qrels("train"), Negatives(number=0), Templates(tokenizer, contract)),
+        token_budget=64,
+        seed=0,
+    )
+    groups.open()
+    batch = groups[(0, np.arange(4))].packed()
+    order = groups.permutation(0).tolist()
+    module = _module(tokenizer, contract)
+    with torch.no_grad():
+        embedded = module.model.embed(batch.queries), module.model.embed(batch.passages)
+        scores, targets, _ = module.scores(*embedded, batch)
+    masked = {
+        (row, order[column])
+        for row, of in zip(order, scores.isinf().tolist(), strict=True)
+        for column, out in enumerate(of)
+        if out
+    }
+    assert masked == {(0, 1), (1, 0), (1, 2)}
+    assert targets.tolist() == [0, 1, 2, 3]
+
+
 def test_a_target_is_never_masked() -> None:
     columns = torch.tensor([[1, 2, 1, 3]])
-    masked = no_negative(columns, torch.tensor([[1, 3, -1]]), torch.tensor([2]))
+    masked = no_negative(columns, torch.tensor([[1, 3, 1]]), torch.tensor([2]))
     assert masked.tolist() == [[True, False, False, True]]
 
 

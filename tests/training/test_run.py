@@ -235,6 +235,15 @@ def test_the_best_weights_are_asked_training_queries_too(beir: Path, tmp_path: P
     assert len(steps) == len(set(steps)) == 10
 
 
+def test_a_reading_length_without_room_is_refused_before_training(
+    beir: Path, tmp_path: Path
+) -> None:
+    prompt = "contract.passage_template='{text} camel caravan desert dune'"
+    with pytest.raises(InputError, match=r"validation\.read_lengths=5: .* no room"):
+        train(beir, tmp_path / "r", "validation.read_lengths=[5]", prompt)
+    assert not (tmp_path / "r" / "checkpoints").exists()
+
+
 def test_processes_that_the_trainer_does_not_know_of_are_told(
     beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ from caravan.data.collection import Collection, Qrels, Texts
 from caravan.data.negatives import Negatives
 from caravan.data.pairs import PairTemplates
 from caravan.data.templates import Templates
+from caravan.data.texts import text_keys
 
 
 class Permutation:
@@ -143,18 +144,20 @@ class Groups(Dataset[Any]):
         fields: Fields = {
             "queries": TokenIds.of(self.templates.queries(queries)),
             "passages": TokenIds.of(self.templates.passages(passages)),
-            "positive_rows": self._positives(query_rows),
+            "passage_keys": text_keys(passages).reshape(groups.shape),
+            "excluded_keys": self._excluded(query_rows),
             **shared,
         }
         return Unpacked(TrainBatch, fields, *how)
 
-    def _positives(self, query_rows: np.ndarray) -> np.ndarray:
-        """Every positive of each query, [Q, M] int64, filled up with -1."""
-        positives = [self.qrels.positives(int(row)) for row in query_rows]
-        filled = np.full((len(positives), max(map(len, positives))), -1, dtype=np.int64)
-        for i, rows in enumerate(positives):
-            filled[i, : len(rows)] = rows
-        return filled
+    def _excluded(self, query_rows: np.ndarray) -> np.ndarray:
+        """Digests of what is never a negative of each query, [Q, M] int64."""
+        rows = [self.negatives.excluded(int(row)) for row in query_rows]
+        keys = text_keys(self.collection.corpus.get(np.concatenate(rows)))
+        each = np.split(keys, np.cumsum([len(of) for of in rows])[:-1])
+        most = max(map(len, each))
+        filled = [np.append(of, np.full(most - len(of), of[0])) for of in each]
+        return np.stack(filled)
 
     def _teacher(self, query_rows: np.ndarray, groups: np.ndarray) -> np.ndarray | None:
         scores = [

@@ -2,6 +2,8 @@
 
 Validation embeds the development queries and either the whole corpus or a fixed subset that keeps
 the figures telling: every judged passage, the top of a run (the hard ones), and a random fill.
+Subsets are drawn from a constant and not from the training seed, so that trainings of several seeds
+are compared on the same queries and passages.
 """
 
 from __future__ import annotations
@@ -21,15 +23,18 @@ from caravan.data.batching import (
     rank_share,
 )
 from caravan.data.collection import Collection, Qrels
+from caravan.data.identical import own_passages, tell_if_queries_are_passages, without
 from caravan.data.loaders import TrainLoader, text_loader
 from caravan.data.pairs import PairTemplates
 from caravan.data.runs import Run, read_run
 from caravan.data.templates import Templates
 from caravan.data.unlabelled import Unlabelled
 from caravan.errors import InputError
+from caravan.ranks import leads
 
 BLOCK = 1024  # texts a validation batch: enough to sort by length, few enough to be balanced
 FEW_BLOCKS = 8  # tokenised in seconds
+SUBSET_SEED = 0  # of the validation's queries and passages, whatever the training's seed is
 
 _NONE = Qrels(np.empty(0), np.empty(0), np.empty(0))
 
@@ -48,6 +53,8 @@ class DataModule(pl.LightningDataModule):
         queries: how many development queries validation asks; None is all of them.
         run, run_depth: a run over the development queries whose top passages are in the subset; of
             a reranker, the candidates that it puts into order.
+        ignore_identical_ids: leave the passage with a query's id out of what the query finds, as
+            `evaluate.py` does (`caravan.data.identical`).
     """
 
     def __init__(
@@ -56,7 +63,6 @@ class DataModule(pl.LightningDataModule):
         templates: Templates | PairTemplates,
         training: Groups | Unlabelled,
         dev_split: str | None,
-        seed: int,
         queries_per_batch: int,
         token_budget: int,
         num_workers: int,
@@ -64,15 +70,16 @@ class DataModule(pl.LightningDataModule):
         queries: int | None = None,
         run: str | None = None,
         run_depth: int = 100,
+        ignore_identical_ids: bool = False,
     ) -> None:
         super().__init__()
         self.collection = collection
         self.templates = templates
-        self.seed = seed
         self.queries_per_batch = queries_per_batch
         self.token_budget = token_budget
         self.num_workers = num_workers
         self.dev_split = dev_split
+        self.ignore_identical_ids = ignore_identical_ids
         self.training = training
         self.dev_qrels = _NONE
         self.relevant_from = 1  # the lowest grade that counts in measures without grades
@@ -93,12 +100,14 @@ class DataModule(pl.LightningDataModule):
         # A query without a relevant passage in the corpus scores 0 whatever the model does:
         # evaluate.py counts it, the validation leaves it out.
         dev = _with_relevant(self.collection.qrels(split))
-        self.dev_qrels = dev if queries is None else _first_queries(dev, queries, self.seed)
+        self.dev_qrels = dev if queries is None else _subset(dev, queries)
         if not len(self.dev_qrels):
             raise InputError(
                 f"{self.collection.name}: split {split!r} has no query with a relevant passage, so"
                 " nothing can be validated; choose another with data.dev_split"
             )
+        if not self.ignore_identical_ids and leads():
+            tell_if_queries_are_passages(self.collection, self.dev_qrels.queries)
         if isinstance(self.templates, PairTemplates):
             self.candidates = self._candidates(run, run_depth)
             self.dev_passages = np.unique(self.candidates.passage_rows)
@@ -109,6 +118,14 @@ class DataModule(pl.LightningDataModule):
         if isinstance(self.training, Groups):
             self.training.open()
 
+    def without_own(self, run: Run, depth: int) -> Run:
+        """The `depth` best of a run, without the passages with the queries' ids where these are
+        ignored.
+        """
+        if self.ignore_identical_ids:
+            run = without(run, run.query_rows, own_passages(self.collection, run.query_rows))
+        return run.top(depth)
+
     def _candidates(self, path: str | None, depth: int) -> Run:
         """What a reranker puts into order in validation: a run's top passages of each query."""
         if path is None:
@@ -116,8 +133,8 @@ class DataModule(pl.LightningDataModule):
                 "a reranker's validation puts the candidates of a run into order: give a run over"
                 f" the {self.dev_split} queries as validation.run"
             )
-        run = self._read(path, depth)
-        kept = run.only(self.dev_qrels.queries)
+        run = self._read(path, depth + self.ignore_identical_ids)
+        kept = self.without_own(run.only(self.dev_qrels.queries), depth)
         if not len(kept):
             raise InputError(
                 f"{path} ranks none of the {self.dev_split} queries; write one with evaluate.py"
@@ -137,7 +154,9 @@ class DataModule(pl.LightningDataModule):
         rows = np.unique(np.concatenate(chosen))
         if len(rows) < size:
             others = np.setdiff1d(np.arange(corpus), rows, assume_unique=True)
-            fill = np.random.default_rng(self.seed).choice(others, size - len(rows), replace=False)
+            fill = np.random.default_rng(SUBSET_SEED).choice(
+                others, size - len(rows), replace=False
+            )
             rows = np.union1d(rows, fill)
         return rows
 
@@ -193,7 +212,7 @@ class DataModule(pl.LightningDataModule):
         share = rank_share(len(blocks), self._trainer.global_rank, self._trainer.world_size)
         # A worker copies this process's memory: not for a few seconds of tokenising.
         workers = self.num_workers if len(share) > FEW_BLOCKS else 0
-        return text_loader(blocks, share, workers, self.seed)
+        return text_loader(blocks, share, workers)
 
     @property
     def _trainer(self) -> pl.Trainer:
@@ -202,11 +221,12 @@ class DataModule(pl.LightningDataModule):
         return self.trainer
 
 
-def _first_queries(qrels: Qrels, number: int, seed: int) -> Qrels:
-    """The judgements of `number` queries, drawn by the seed."""
+def _subset(qrels: Qrels, number: int) -> Qrels:
+    """The judgements of `number` queries, the same ones every time."""
     if number >= len(qrels.queries):
         return qrels
-    return qrels.only(np.random.default_rng(seed).choice(qrels.queries, number, replace=False))
+    kept = np.random.default_rng(SUBSET_SEED).choice(qrels.queries, number, replace=False)
+    return qrels.only(kept)
 
 
 def _with_relevant(qrels: Qrels) -> Qrels:

@@ -4,19 +4,24 @@ Hard negatives are passages that some retriever ranks high and nobody judged rel
 blends two retrievers' top 200 (arXiv 2310.08319, section 3.1). Any run will do: BM25's, one's own
 retriever's (`evaluate.py` writes it), another system's TREC file; several are blended.
 A group is a pure function of (seed, epoch, position): fresh negatives every epoch, the same ones
-after a resume and on any number of ranks. No positive of the query is ever among them.
+after a resume and on any number of ranks. Excluded are the query's positives, the passage with the
+query's own id (a query of ArguAna or Quora is a passage itself), and copies of the text of any of
+these under other ids.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from caravan.data.collection import OWN, Collection, Qrels
+from caravan.data.identical import own_passages
 from caravan.data.runs import Run, read_run
+from caravan.data.texts import text_keys
 from caravan.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -62,6 +67,9 @@ class Negatives:
                 f"sampler: number={number} and skip={skip} must be 0 or more, and depth={depth}"
                 " above skip"
             )
+        for name, value in (("margin", margin), ("teacher_margin", teacher_margin)):
+            if value is not None and not math.isfinite(value):
+                raise InputError(f"sampler.{name} is {value}; it must be a finite number, or null")
         if teacher_margin is not None and teacher is None:
             raise InputError("sampler.teacher_margin needs a run of scores: set sampler.teacher")
         self.paths = [Path(path) for path in runs]
@@ -81,13 +89,15 @@ class Negatives:
         Raises:
             InputError: a run is of other queries, or a query leaves too few passages to draw from.
         """
-        most = np.unique(qrels.query_rows[qrels.grades >= 1], return_counts=True)[1].max(initial=0)
-        others = len(collection.corpus) - int(most)
+        self._qrels, self._collection, self._seed = qrels, collection, seed
+        self._own = own_passages(collection, qrels.queries)
+        most = self._most_excluded()
+        others = len(collection.corpus) - most
         if self.number > others:
             raise InputError(
                 f"sampler.number={self.number}: of the corpus of {len(collection.corpus)} passages"
-                f" {most} are positives of one query, which leaves too few; set it to {others} or"
-                " less"
+                f" {most} are positives of one query or have its id, which leaves too few; set it"
+                f" to {others} or less"
             )
         texts = collection.queries, collection.corpus
         self._runs = [
@@ -99,9 +109,6 @@ class Negatives:
                 " takes them",
                 *(collection.name, OWN),
             )
-        self._qrels = qrels
-        self._corpus_size = len(collection.corpus)
-        self._seed = seed
         checked = list(zip(self.paths, self._runs, strict=True))
         if self.teacher_path:
             self._teacher = read_run(collection.run_path(self.teacher_path), *texts)
@@ -113,17 +120,40 @@ class Negatives:
                     " the training split"
                 )
 
+    def excluded(self, query_row: int) -> np.ndarray:
+        """Passage rows that are never negatives of a query: its positives, its own passage last."""
+        positives = self._qrels.positives(query_row)
+        own = self._own[np.searchsorted(self._qrels.queries, query_row)]
+        return positives if own < 0 or own in positives else np.append(positives, own)
+
+    def _most_excluded(self) -> int:
+        """The number of passages that are excluded for the query with most of them."""
+        queries, relevant = self._qrels.queries, self._qrels.grades >= 1
+        place = np.searchsorted(queries, self._qrels.query_rows[relevant])
+        own = self._qrels.passage_rows[relevant] == self._own[place]
+        counts = np.bincount(place, minlength=len(queries)) + (self._own >= 0)
+        return int((counts - np.bincount(place[own], minlength=len(queries))).max(initial=0))
+
     def group(self, query_row: int, epoch: int, position: int) -> np.ndarray:
-        """Passage rows [1 + number] of a query: its positive first, then its negatives."""
+        """Passage rows [1 + number] of a query: its positive first, then its negatives.
+
+        Raises:
+            InputError: the corpus has too few other texts.
+        """
         rng = np.random.default_rng((self._seed, epoch, position))
         positives = self._qrels.positives(query_row)
         positive = int(positives[rng.integers(len(positives))])
-        pool = self.candidates(query_row, positive, positives)
-        if self.choose == "random" and len(pool) > self.number:
-            pool = rng.choice(pool, self.number, replace=False)
-        chosen = pool[: self.number]
-        if len(chosen) < self.number:
-            chosen = self._fill(chosen, positives, rng)
+        taken = self.excluded(query_row)
+        keys = self._keys(taken)
+        pool = self.candidates(query_row, positive, taken)
+        chosen = np.empty(0, dtype=np.int64)
+        # Only what is drawn is read: comparing the texts of all candidates would cost a hundred
+        # times as much, for copies are rare.
+        while len(chosen) < self.number:
+            drawn = self._drawn(self.number - len(chosen), query_row, pool, taken, rng)
+            pool = pool[~np.isin(pool, drawn)]
+            taken = np.concatenate((taken, drawn))
+            chosen = np.concatenate((chosen, drawn[~np.isin(self._keys(drawn), keys)]))
         return np.concatenate(([positive], chosen))
 
     def teacher_scores(self, query_row: int, rows: np.ndarray) -> np.ndarray | None:
@@ -144,12 +174,15 @@ class Negatives:
                 break
         return found
 
-    def candidates(self, query_row: int, positive: int, positives: np.ndarray) -> np.ndarray:
-        """Every passage row that may serve as a hard negative, the runs' best ranks first."""
+    def candidates(self, query_row: int, positive: int, excluded: np.ndarray) -> np.ndarray:
+        """Every passage row that may serve as a hard negative, the runs' best ranks first.
+
+        Copies of the positives' texts may be among them; `group` leaves these out.
+        """
         ranked = []
         for run in self._runs:
             rows, scores = run.of(query_row)
-            allowed = ~np.isin(rows, positives)
+            allowed = ~np.isin(rows, excluded)
             allowed[: self.skip] = False
             own = scores[rows == positive]
             if self.margin is not None and len(own):
@@ -167,14 +200,33 @@ class Negatives:
         assert told is not None  # a margin needs a teacher
         return pool[~(told[1:] > told[0] - self.teacher_margin)]
 
-    def _fill(
-        self, chosen: np.ndarray, positives: np.ndarray, rng: np.random.Generator
+    def _keys(self, rows: np.ndarray) -> np.ndarray:
+        return text_keys(self._collection.corpus.get(rows))
+
+    def _drawn(
+        self,
+        number: int,
+        query_row: int,
+        pool: np.ndarray,
+        taken: np.ndarray,
+        rng: np.random.Generator,
     ) -> np.ndarray:
-        taken = {*chosen.tolist(), *positives.tolist()}
-        drawn: list[int] = []
-        while len(chosen) + len(drawn) < self.number:
-            row = int(rng.integers(self._corpus_size))
-            if row not in taken:
-                taken.add(row)
-                drawn.append(row)
-        return np.concatenate((chosen, np.array(drawn, dtype=np.int64)))
+        """`number` rows of the pool, filled up from the corpus without the rows in `taken`."""
+        if self.choose == "random" and len(pool) > number:
+            pool = rng.choice(pool, number, replace=False)
+        rows = pool[:number].tolist()
+        size = len(self._collection.corpus)
+        known = {*rows, *taken.tolist()}
+        if size - len(known) < number - len(rows):
+            (name,) = self._collection.queries.ids([query_row])
+            raise InputError(
+                f"sampler.number={self.number} is too large for query {name!r}: without its"
+                f" positives and copies of their texts the corpus of {size} passages is too small;"
+                " lower it"
+            )
+        while len(rows) < number:
+            row = int(rng.integers(size))
+            if row not in known:
+                known.add(row)
+                rows.append(row)
+        return np.array(rows, dtype=np.int64)

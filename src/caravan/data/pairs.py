@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from caravan.contract import Contract
 from caravan.data.templates import Template, beginning, special_tokens, token_ids
 from caravan.errors import InputError
+from caravan.ranks import leads
 
 log = logging.getLogger(__name__)
 
@@ -197,6 +199,28 @@ class PairTemplates:
                 " contract.passage_length leave it, and is cut; raise one of them",
                 self.room - LEAST,
             )
+
+
+def without_second_end(tokenizer: Any, contract: Contract) -> Contract:
+    """The contract for a new model: `append_eos` is off if the tokenizer ends texts by itself.
+
+    Qwen3-Embedding's tokenizer ends each text with <|endoftext|> and calls another token its EOS.
+    With both, the state that is read would be one that the model was never trained to read.
+    """
+    eos = tokenizer.eos_token_id
+    if not contract.append_eos or eos is None:
+        return contract
+    paired = contract.kind == "reranker" and contract.pair == "pair"
+    after = pair_tokens(tokenizer)[2] if paired else special_tokens(tokenizer)[1]
+    if not after or after[-1] == eos:
+        return contract
+    if leads():
+        log.info(
+            "the tokenizer ends each text with %s, so its EOS %s is not appended:"
+            " contract.append_eos=false",
+            *(tokenizer.convert_ids_to_tokens(after[-1]), tokenizer.eos_token),
+        )
+    return replace(contract, append_eos=False)
 
 
 def pair_tokens(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:

@@ -122,6 +122,13 @@ class PyDocs:
         held_out: float = 0.045,
         unit: Literal["docstring", "class", "module"] = "docstring",
     ) -> None:
+        if not 0 <= held_out <= 0.5:
+            raise InputError(f"data.held_out is {held_out}; it must be between 0 and 0.5")
+        if min_query_words > max_query_words:
+            raise InputError(
+                f"data.min_query_words={min_query_words} is above"
+                f" data.max_query_words={max_query_words}, which leaves no query; lower it"
+            )
         self.name, self.packages, self.unit = name, packages, unit
         self.train_split, self.dev_split, self.split = train_split, dev_split, split
         self.min_words = min_words

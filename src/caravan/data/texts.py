@@ -231,6 +231,12 @@ def id_hash(name: bytes) -> int:
     return xxhash.xxh3_64_intdigest(name)
 
 
+def text_keys(texts: Sequence[tuple[str, str]]) -> np.ndarray:
+    """A 64-bit digest of each (title, text), int64 [n]: equal for copies under other ids."""
+    digests = (xxhash.xxh3_64_intdigest(f"{title}\0{text}".encode()) for title, text in texts)
+    return np.fromiter(digests, dtype=np.uint64, count=len(texts)).view(np.int64)
+
+
 def _refuse_duplicates(texts: Texts, place: Place) -> None:
     """Equal hashes are neighbours in the index; equal strings among them are duplicates."""
     again = np.flatnonzero(np.diff(texts.hashes) == 0)

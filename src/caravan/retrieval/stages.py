@@ -20,12 +20,12 @@ import numpy as np
 
 from caravan import manifest
 from caravan.data.collection import Collection, Qrels
+from caravan.data.identical import own_passages, tell_if_queries_are_passages, without
 from caravan.data.runs import Run, canonical, read_run, write_run
 from caravan.errors import InputError
 from caravan.ranks import leads, wait_until
 from caravan.retrieval import kept
 from caravan.retrieval.folders import Folders
-from caravan.retrieval.identical import own_passages, tell_if_queries_are_passages, without
 
 log = logging.getLogger(__name__)
 

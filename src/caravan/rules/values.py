@@ -39,6 +39,7 @@ AT_LEAST = {
     "validation.queries": 1,
     "validation.train_queries": 1,
     "validation.run_depth": 1,
+    "stage.words": 1,
     "query_length": 4,
     "passage_length": 4,
     "token_budget": 1,
@@ -91,8 +92,13 @@ def numbers_are_large_enough(cfg: DictConfig) -> Iterator[Mistake]:
     """Lengths, counts and budgets."""
     for place, least in AT_LEAST.items():
         given = value(cfg, place)
-        if is_number(given) and given < least:
+        if is_number(given) and not given >= least:  # NaN is not
             yield Mistake(tuple(place.split(".")), f"it must be at least {least}, not {given}")
+    lengths = value(cfg, "validation.read_lengths")
+    for i, length in enumerate(lengths if isinstance(lengths, ListConfig) else ()):
+        if is_int(length) and length < AT_LEAST["passage_length"]:
+            text = f"it must be at least {AT_LEAST['passage_length']}, not {length}"
+            yield Mistake(("validation", "read_lengths", i), text)
 
 
 def heads_divide_the_width(cfg: DictConfig) -> Iterator[Mistake]:

@@ -10,6 +10,7 @@ What comes out is a model folder that retrieves as it is and that a retriever be
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -66,8 +67,8 @@ class Adaptation(Stage):
                 f"stage.tasks is {tasks!r}; it must be some of ebae, ebar and lm, joined by +"
             )
         for task in asked:
-            if not weights[task] > 0:
-                raise InputError(f"stage.{task} is {weights[task]}; it must be above 0")
+            if not 0 < weights[task] < math.inf:
+                raise InputError(f"stage.{task} is {weights[task]}; it must be above 0 and finite")
         self.weights = {task: weights[task] for task in TASKS if task in asked}
         self.lm = lm if "lm" in asked else 0.0
         self.targets = targets

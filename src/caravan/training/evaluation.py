@@ -68,10 +68,10 @@ class RetrievalEvaluation(pl.Callback):
         # Each rank searches its share of the queries over all passages.
         mine = slice(trainer.global_rank, None, trainer.world_size)
         self.index.build(ArrayBlocks(passages))
-        depth = min(self.index.k, len(passages))
+        depth = min(self.index.k + data.ignore_identical_ids, len(passages))
         scores, found = self.index.search(queries[mine], depth)
         found = np.where(found >= 0, passage_rows[found], -1)
-        run = Run.from_topk(query_rows[mine], scores, found)
+        run = data.without_own(Run.from_topk(query_rows[mine], scores, found), self.index.k)
         log_means(
             pl_module, "val", own_figures(run, query_rows[mine], data, self.measures), shown=True
         )
@@ -105,7 +105,8 @@ class RetrievalEvaluation(pl.Callback):
         scores = _all_ranks(torch.from_numpy(scores), device)
         found = _all_ranks(torch.from_numpy(found), device)
         if trainer.is_global_zero:
-            write(self.run_file, Run.from_topk(asked, scores, found), data)
+            run = data.without_own(Run.from_topk(asked, scores, found), self.index.k)
+            write(self.run_file, run, data)
 
 
 class RerankingEvaluation(pl.Callback):

@@ -30,7 +30,7 @@ _NO_INPUTS = (
 _MAY_CHANGE = (
     *("trainer.max_steps", "trainer.max_epochs", "strategy"),
     *("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "batching.token_budget"),
-    *("callbacks", "validation", "index"),
+    *("callbacks", "validation", "ignore_identical_ids", "index"),
     *("trainer.log_every_n_steps", "trainer.enable_model_summary"),
 )
 

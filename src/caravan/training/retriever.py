@@ -2,8 +2,9 @@
 
     python train.py stage=retriever backbone=hf backbone.name=<model> data=beir data.path=<folder>
 
-Every query is scored against every passage of the batch, over all ranks. A column that holds
-another positive of the query, or its own positive once more, is no negative and is masked out.
+Every query is scored against every passage of the batch, over all ranks. A column is masked out if
+its text is that of a positive of the query or of the passage with the query's id. Digests of the
+texts are compared, since copies of a passage may have different ids.
 """
 
 from __future__ import annotations
@@ -98,21 +99,21 @@ class Retriever(Stage):
         group = batch.passage_rows.shape[1]
         counts = parallel.sizes(len(queries), queries.device)
         if self.in_batch:
-            rows, first = batch.passage_rows.reshape(-1), 0
+            keys, first = batch.passage_keys.reshape(-1), 0
             if self.cross_device:
                 passages = parallel.gather(passages, [n * group for n in counts])
-                rows = parallel.gather(rows, [n * group for n in counts])
+                keys = parallel.gather(keys, [n * group for n in counts])
                 first = sum(counts[: parallel.rank()])
             targets = (first + torch.arange(len(queries), device=queries.device)) * group
             scores = queries @ passages.T / self.contract.temperature
-            columns = rows.expand(len(queries), -1)  # [Q, N]
+            columns = keys.expand(len(queries), -1)  # [Q, N]
         else:
             scores = torch.einsum("qd,qgd->qg", queries, passages.view(len(queries), group, -1))
             scores = scores / self.contract.temperature
             targets = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-            columns = batch.passage_rows  # [Q, G]
+            columns = batch.passage_keys  # [Q, G]
         return (
-            scores.masked_fill(no_negative(columns, batch.positive_rows, targets), -torch.inf),
+            scores.masked_fill(no_negative(columns, batch.excluded_keys, targets), -torch.inf),
             targets,
             counts,
         )
@@ -124,13 +125,13 @@ class Retriever(Stage):
         return {"rows": batch.rows, "vectors": self.rows_of(batch.texts)}
 
 
-def no_negative(columns: Tensor, positive_rows: Tensor, targets: Tensor) -> Tensor:
-    """Which columns are positives of the query, except the target's own column: [Q, N] bool.
+def no_negative(columns: Tensor, excluded: Tensor, targets: Tensor) -> Tensor:
+    """Which columns are no negatives of the query, except the target's own column: [Q, N] bool.
 
     Args:
-        columns: passage rows [Q, N]. positive_rows: [Q, M], filled up with -1. targets: [Q].
+        columns: keys of passages [Q, N]. excluded: keys [Q, M]. targets: [Q].
     """
     masked = torch.zeros_like(columns, dtype=torch.bool)
-    for positive in positive_rows.T:  # M is the most positives of one query: a handful
-        masked |= columns == positive.unsqueeze(1)
+    for key in excluded.T:  # M is the most positives of one query: a handful
+        masked |= columns == key.unsqueeze(1)
     return masked.scatter(1, targets.unsqueeze(1), False)

@@ -22,7 +22,7 @@ from typing import Any
 
 from caravan import manifest
 from caravan.config import build, recorded
-from caravan.contract import Contract
+from caravan.contract import Contract, read_contract
 from caravan.data.collection import Collection
 from caravan.errors import InputError
 from caravan.ranks import leads, world
@@ -89,6 +89,7 @@ def _module(cfg: Any, collection: Collection | None) -> Any:
     """The LightningModule with its tokenizer; weights come with `configure_model`."""
     import pytorch_lightning as pl
 
+    from caravan.data.pairs import without_second_end
     from caravan.models.adapters import quantization
     from caravan.models.loading import add_slots
     from caravan.training.gradcache import GradCache
@@ -112,6 +113,8 @@ def _module(cfg: Any, collection: Collection | None) -> Any:
         backbone.quantization = quantised
     contract = Contract(**parts["contract"])
     tokenizer = backbone.tokenizer(collection, Path(cfg.cache_dir))
+    if cfg.init_from is None or not read_contract(Path(cfg.init_from))[0].append_eos:
+        contract = without_second_end(tokenizer, contract)  # else it goes on as it was trained
     add_slots(tokenizer, contract)
     return parts["stage"](
         backbone=backbone,
@@ -229,6 +232,8 @@ def _data(cfg: Any, module: Any, source: Any, collection: Any, sampler: Any) -> 
     from caravan.data.unlabelled import Unlabelled
     from caravan.models import hardware
 
+    for length in cfg.validation.read_lengths:
+        _reading(module, length)  # what cannot be read at the end is refused before training
     budget = hardware.chunk(cfg.batching.token_budget)
     training = module.training_set(collection, source.train_split, sampler, budget)
     text_alone = isinstance(training, Unlabelled) and not collection.splits
@@ -237,7 +242,7 @@ def _data(cfg: Any, module: Any, source: Any, collection: Any, sampler: Any) -> 
         module.reading(),
         training,
         None if text_alone else source.dev_split,
-        cfg.seed,
+        ignore_identical_ids=cfg.ignore_identical_ids,
         **{**cfg.batching, "token_budget": budget},
         **{key: value for key, value in cfg.validation.items() if key not in AT_THE_END},
     )
@@ -326,10 +331,9 @@ def _asked(name: str, trainer: Any, module: Any, data: Any) -> dict[str, float]:
 
 def _read_at(length: int, trainer: Any, module: Any, data: Any) -> dict[str, float]:
     """The validation's figures of the best weights, with passages of another length."""
-    contract = replace(module.contract, passage_length=length)
-    data.templates = type(data.templates)(module.tokenizer, contract)
     from caravan.training.callbacks import named
 
+    data.templates = _reading(module, length)
     last = _asked(f"read_{length}", trainer, module, data)
     log.info("read at %d tokens: %s", length, named(last))
     return {
@@ -337,6 +341,15 @@ def _read_at(length: int, trainer: Any, module: Any, data: Any) -> dict[str, flo
         for name, value in last.items()
         if name.startswith("val/") and "first_stage" not in name
     }
+
+
+def _reading(module: Any, length: int) -> Any:
+    """How the model reads texts, with passages of another length."""
+    contract = replace(module.contract, passage_length=length)
+    try:
+        return type(module.reading())(module.tokenizer, contract)
+    except InputError as error:
+        raise InputError(f"validation.read_lengths={length}: {error}") from None
 
 
 def _trainer(make: Any, **settings: Any) -> Any:

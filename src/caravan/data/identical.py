@@ -4,9 +4,12 @@ In BEIR's ArguAna each query is an argument of the corpus, under the same id, an
 find its counterargument. BEIR's own code leaves a passage out where its id is the query's, in every
 collection (`ignore_identical_ids` of beir/retrieval/evaluation.py, Thakur et al. 2021, arXiv
 2104.08663). Elsewhere ids are often just numbers, and a passage that happens to have the query's
-may be a good answer; so it is a setting, and a collection where it seems to be missing is told of.
+may be a good answer; so evaluation and the validation of a training have a setting, and a warning
+names it where queries have the text of the passage as well. As a negative such a passage is never
+drawn (`caravan.data.negatives`): one passage less changes nothing where the ids mean nothing.
 
     python evaluate.py retriever=bm25 data=beir data.path=/data/arguana ignore_identical_ids=true
+    python train.py data=beir data.path=/data/arguana ignore_identical_ids=true
 """
 
 from __future__ import annotations

@@ -1,0 +1,98 @@
+"""A tokenizer that ends texts with a token of its own, which is not its EOS, as Qwen3-Embedding's.
+
+Plain transformers is the judge of the ids.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.commands import ROOT
+from tests.released import save_base
+from tokenizers import processors
+
+from caravan.compose import compose
+from caravan.contract import Contract, read_contract
+from caravan.data.pairs import PairTemplates, without_second_end
+from caravan.data.templates import Templates
+from caravan.training.run import train
+
+
+@pytest.fixture(scope="module")
+def released(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_base(tmp_path_factory.mktemp("ends"), tokenizer)
+    own = type(tokenizer).from_pretrained(folder)
+    end = own.pad_token or "<pad>"
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, own.convert_tokens_to_ids(end))]
+    )
+    own.save_pretrained(folder)
+    return folder
+
+
+def _adopt(released: Path, run_dir: Path, *overrides: str) -> Path:
+    given = ["backbone=hf", f"backbone.name={released}", "trainer.max_steps=0"]
+    given += [f"run_dir={run_dir}", "precision=float32", *overrides]
+    train(compose(ROOT / "conf", "train", given))
+    return run_dir / "model"
+
+
+def _plain(released: Path, text: str) -> list[int]:
+    from transformers import AutoTokenizer
+
+    ids: list[int] = AutoTokenizer.from_pretrained(released)(text)["input_ids"]
+    return ids
+
+
+def test_no_second_end_is_appended_and_the_folder_records_it(
+    released: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoTokenizer
+
+    with caplog.at_level(logging.INFO):
+        model = _adopt(released, tmp_path)
+    assert "contract.append_eos=false" in caplog.text
+    contract, _ = read_contract(model)
+    templates = Templates(AutoTokenizer.from_pretrained(model), contract)
+    assert templates.passages([("", "salt road")]) == [_plain(released, "passage: salt road")]
+    assert not contract.append_eos
+
+
+def test_a_folder_that_was_saved_with_two_ends_keeps_them(released: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    older = _adopt(released, tmp_path / "older")
+    record = json.loads((older / "caravan.json").read_text())
+    (older / "caravan.json").write_text(json.dumps({**record, "append_eos": True}))
+    begun = ["trainer.max_steps=0", f"init_from={older}", f"run_dir={tmp_path / 'begun'}"]
+    train(compose(ROOT / "conf", "train", [*begun, "precision=float32"]))
+    for model in (older, tmp_path / "begun" / "model"):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        (ids,) = Templates(tokenizer, read_contract(model)[0]).passages([("", "salt road")])
+        assert ids == [*_plain(released, "passage: salt road"), tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("pair", ["joined", "pair"])
+def test_a_rerankers_input_gets_no_second_end_either(
+    released: Path, contract: Contract, pair: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(released)
+    if pair == "pair":
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A <pad>",
+            pair="$A <pad> $B <pad>",
+            special_tokens=[("<pad>", tokenizer.convert_tokens_to_ids("<pad>"))],
+        )
+    asked = replace(contract, kind="reranker", pair=pair, query_length=64)
+    settled = without_second_end(tokenizer, asked)
+    (read,) = PairTemplates(tokenizer, settled).pairs([("", "salt")], [("", "road")])
+    texts = ["query: salt passage: road"] if pair == "joined" else ["query: salt", "passage: road"]
+    assert read.ids == tokenizer(*texts)["input_ids"]
+    assert read.ids[-1] == tokenizer.convert_tokens_to_ids("<pad>")
