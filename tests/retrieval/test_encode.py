@@ -289,7 +289,7 @@ def test_processes_that_share_a_store_write_beside_each_other(
 def test_an_evaluation_needs_few_file_descriptors_and_no_shared_memory(
     passages: int, words: int, model: Path, tmp_path: Path
 ) -> None:
-    beir = write_beir(tmp_path / "data", passages=60, queries=8)
+    beir = write_beir(tmp_path / "data")
     with (beir / "corpus.jsonl").open("a") as file:
         for i in range(60, passages):
             text = " ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(words // 2 + i % words))
