@@ -7,11 +7,16 @@ the product is made again; a folder that merely exists proves nothing.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
 
+import caravan
 from caravan.atomic import replacing
+
+LIBRARIES = ("torch", "transformers", "tokenizers")
+"""Libraries whose version can change embeddings, scores and weights."""
 
 
 def path_of(product: Path) -> Path:
@@ -54,6 +59,17 @@ def write(product: Path, inputs: dict[str, Any], facts: dict[str, Any] | None = 
 def remove(product: Path) -> None:
     """Take the record away before the product is made again."""
     path_of(product).unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """The versions of Caravan and of the libraries that compute with it; imports none of them."""
+    found = {"caravan": caravan.__version__}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def digest(inputs: Any) -> str:
