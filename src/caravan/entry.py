@@ -30,7 +30,6 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     ConfigCompositionException,
-    InstantiationException,
     OverrideParseException,
     SearchPathException,
 )
@@ -38,6 +37,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from caravan import config, jobs
+from caravan.atomic import claimed
 from caravan.compose import report
 from caravan.errors import (
     FAILED,
@@ -81,6 +81,8 @@ def entry(name: str, configs: Path | None = None) -> Callable[[Task], Callable[[
             _raise_file_limit()
             # Exceptions come through Hydra whole, to be told apart here.
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            # A log file on a full disk would print a traceback for each line.
+            logging.raiseExceptions = False
             # Lightning would end a terminated run with exit code 0; it leaves our handler alone.
             signal.signal(signal.SIGTERM, _terminate)
             try:
@@ -100,18 +102,13 @@ def entry(name: str, configs: Path | None = None) -> Callable[[Task], Callable[[
                 if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning has caught it
                     _interrupted(root)
                 raise
-            except (OSError, RuntimeError, MemoryError) as error:
+            except (ConfigCompositionException, OverrideParseException, SearchPathException) as e:
+                _leave(" ".join(str(e.__cause__ or e).split()), USER)
+            except Exception as error:
                 told = sentence(error)
                 if told is None:
                     raise
                 _leave(told, USER)
-            except (ConfigCompositionException, OverrideParseException, SearchPathException) as e:
-                _leave(" ".join(str(e.__cause__ or e).split()), USER)
-            except (InputError, InstantiationException) as error:
-                mistake = _input_error(error)
-                if mistake is None:
-                    raise
-                _leave(str(mistake), USER)
 
         return run
 
@@ -129,14 +126,22 @@ def _job(task: Task, root: type) -> Task:
             logging.getLogger().setLevel(logging.WARNING)
         if sweep:
             cfg.run_dir = os.path.join(settings.sweep.dir, settings.sweep.subdir).rstrip("/")
-            return _job_of_sweep(checked, cfg, list(settings.overrides.task))
         try:
-            return checked(cfg)
-        except (InputError, InstantiationException) as error:
-            mistake = _input_error(error)
-            if mistake is None:
+            # Other ranks write nothing; a search writes nothing that another would miss.
+            alone = leads() and root is not config.Search
+            with claimed(Path(cfg.run_dir)) if alone else contextlib.nullcontext():
+                if sweep:
+                    return _job_of_sweep(checked, cfg, list(settings.overrides.task))
+                return checked(cfg)
+        except _Failed:
+            raise
+        except Exception as error:
+            told = sentence(error)
+            if told is None:
                 raise
-            log.error(mistake)
+            log.error(told)
+            if sweep:  # the record in its folder may be that of the process that holds it
+                raise _Failed from error
             raise SystemExit(USER) from None
 
     def checked(cfg: DictConfig) -> Any:
@@ -170,9 +175,9 @@ def _job_of_sweep(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
     try:
         result = task(cfg)
     except Exception as error:
-        mistake = _input_error(error)
+        mistake = sentence(error)
         if leads():
-            lines = str(mistake or error).strip().splitlines()
+            lines = (mistake or str(error)).strip().splitlines()
             told = f"{type(error).__name__}: {''.join(lines[:1])}"
             if mistake:  # a heading says less than what stands below it
                 told = " ".join(line.strip() for line in lines[:2])
@@ -199,13 +204,6 @@ def _end_of_sweep(folder: Path) -> None:
     show_page(folder)
     if failed:
         raise SystemExit(FAILED)
-
-
-def _input_error(error: BaseException | None) -> InputError | None:
-    """The user's mistake that an exception is, or that Hydra has wrapped into one of its own."""
-    while isinstance(error, InstantiationException):
-        error = error.__cause__
-    return error if isinstance(error, InputError) else None
 
 
 class _Terminated(KeyboardInterrupt):

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from caravan import manifest
-from caravan.atomic import scratch_folder
+from caravan.atomic import locked, scratch_folder, writing
 from caravan.cache import cache_folder, refuse_foreign
 from caravan.data.byid import ById, Judgement, Scored, Unknown
 from caravan.data.runs import write_run
@@ -290,18 +290,17 @@ def cached_collection(
     Raises:
         InputError: the cache or the folder belongs to another user, or everybody may write to it.
     """
-    from filelock import FileLock
-
     plain = re.sub(r"[^\w.-]+", "-", name)
     folder = cache_folder(cache_dir, "collections") / f"{plain}-{key}"
     if folder.exists():
         return _open_cached(folder)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    with locked(folder.parent / f".{folder.name}.lock"):
         if folder.exists():
             return _open_cached(folder)
         started = time.monotonic()
         log.info("building collection %s in %s", name, folder)
-        collection = build(folder)
+        with writing(folder):
+            collection = build(folder)
         log.info(
             "built collection %s: %d passages, %d queries, %.1f s",
             name, len(collection.corpus), len(collection.queries), time.monotonic() - started,
