@@ -238,8 +238,8 @@ def test_the_best_weights_are_asked_training_queries_too(beir: Path, tmp_path: P
 def test_a_reading_length_without_room_is_refused_before_training(
     beir: Path, tmp_path: Path
 ) -> None:
+    prompt = "contract.passage_template='{text} camel caravan desert dune'"
     with pytest.raises(InputError, match=r"validation\.read_lengths=5: .* no room"):
-        prompt = "contract.passage_template='{text} camel caravan desert dune'"
         train(beir, tmp_path / "r", "validation.read_lengths=[5]", prompt)
     assert not (tmp_path / "r" / "checkpoints").exists()
 
