@@ -1,6 +1,7 @@
 """BM25 against bm25s used plainly, and what its index folder promises."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 import bm25s
@@ -11,7 +12,7 @@ import Stemmer
 from caravan.data.collection import Collection, write_collection
 from caravan.errors import InputError
 from caravan.retrieval import lexical
-from caravan.retrieval.lexical import BM25
+from caravan.retrieval.lexical import BM25, tokens
 
 TEXT = "the camels camel walking walks desert Wüste über salt salty of a b roads road x1 ١٢٣"
 WORDS = TEXT.split()
@@ -159,7 +160,7 @@ def test_a_build_that_fails_leaves_the_old_index_and_nothing_else(
 def test_settings_that_do_not_exist_are_refused(tmp_path: Path, words: Collection) -> None:
     with pytest.raises(InputError, match="'bm25' is none of lucene, robertson, atire"):
         BM25(method="bm25")
-    with pytest.raises(InputError, match=r"k1=0\.9, b=4"):
+    with pytest.raises(InputError, match=r"bm25\.b is 4; it must be"):
         BM25(b=4)
     with pytest.raises(InputError, match="stemmer 'klingon' is none of arabic"):
         BM25(stemmer="klingon").build(words.corpus, tmp_path / "index")
@@ -172,3 +173,77 @@ def test_a_corpus_without_a_word_is_refused(tmp_path: Path) -> None:
     empty = write_collection(tmp_path / "e", "e", [("p", "", "the a")], [("q", "", "x")], {})
     with pytest.raises(InputError, match="no passage of the corpus has a word"):
         BM25().build(empty.corpus, tmp_path / "index")
+
+
+SCRIPTS = {
+    "Chinese": ("盐和黄金等重", "在沙漠里盐和黄金等重"),
+    "Japanese": ("らくだは", "砂漠のらくだは水をのむ"),
+    "Katakana": ("キャラバンルート", "塩のキャラバンルートと星"),
+    "Korean": ("소금", "사막에서 소금은 금과 같았다"),
+    "Thai": ("ทองคำ", "เกลือมีค่าเท่ากับทองคำ"),
+    "Lao": ("ເກືອ", "ອູດແລະເກືອໃນທະເລຊາຍ"),
+    "Khmer": ("អំបិល", "ឧដ្ឋនិងអំបិលក្នុងវាលខ្សាច់"),
+    "Myanmar": ("ဆား", "ကုလားအုတ်နှင့်ဆား"),
+    "Hindi": ("की", "रेगिस्तान की रात"),
+    "Sinhala": ("ශ්‍රී", "ශ්‍රී ලංකා"),
+    "one letter": ("水", "水 と 星"),
+    "composed accents": ("café", "un cafe\u0301 noir"),
+    "accents that do not compose": ("m\u0300ba", "le m\u0300ba noir"),
+    "mixed scripts": ("手机", "iPhone手机壳"),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_query_finds_the_passage_with_its_words_in_any_script(
+    tmp_path: Path, script: str
+) -> None:
+    query, answer = SCRIPTS[script]
+    others = [text for name, (_, text) in SCRIPTS.items() if name != script]
+    texts = [*others, answer, "a salt road"]
+    corpus = [(f"p{i}", "", text) for i, text in enumerate(texts)]
+    collection = write_collection(tmp_path / "c", "scripts", corpus, [("q", "", query)], {})
+    bm25 = BM25()
+    bm25.build(collection.corpus, tmp_path / "index")
+    found, _ = bm25.search([query], np.array([0])).of(0)
+    assert found[0] == texts.index(answer)
+
+
+def test_english_has_the_tokens_of_bm25s_also_beside_other_scripts() -> None:
+    codes = [*range(0x300), *range(0x370, 0x483), *range(0x2000, 0x20D0), *range(0x2100, 0x2C80)]
+    # U+0130 has a small letter of two characters, and U+0374 another normal form.
+    assigned = [chr(code) for code in codes if unicodedata.category(chr(code)) != "Cn"]
+    signs = [sign for sign in assigned if sign not in "\u0130\u0374"]
+    texts = [f"Salt{sign}road A{sign} {sign}b {sign}{sign} the camel's" for sign in signs]
+    expected = bm25s.tokenize(texts, stopwords=None, return_ids=False, show_progress=False)
+    for text, plainly in zip(texts, expected, strict=True):
+        assert tokens(text) == plainly
+        assert tokens(f"{text} 水 1\ufe0f\u20e3") == [*plainly, "水"]  # and the emoji of a 1
+
+
+def test_queries_in_another_language_than_the_corpus_are_told_of(
+    tmp_path: Path, words: Collection, caplog: pytest.LogCaptureFixture
+) -> None:
+    bm25 = BM25(tokenizer="words")
+    bm25.build(words.corpus, tmp_path / "index")
+    bm25.search(["salt", "沙漠里盐", "駱駝"], np.arange(3))
+    assert "2 of 3 queries" in caplog.text
+    assert "bm25.tokenizer=words" in caplog.text
+    caplog.clear()
+    bm25.search(["salt", "camel", "駱駝"], np.arange(3))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"k1": float("nan")},
+        {"k1": float("inf")},
+        {"k1": -1.0},
+        {"b": float("nan")},
+        {"b": 1.5},
+        {"tokenizer": "bigrams"},
+    ],
+)
+def test_settings_that_give_no_scores_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=rf"bm25\.{next(iter(settings))}.* must be"):
+        BM25(**settings)  # type: ignore[arg-type]

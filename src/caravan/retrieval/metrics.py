@@ -150,7 +150,9 @@ def score_run(
         )
     found = run.query_rows[run.counts > 0]
     missing = len(np.setdiff1d(rows, found, assume_unique=True))
-    if missing == len(rows):
+    if not len(found):
+        log.warning("the run has no passage for any of the %d queries to score", missing)
+    elif missing == len(rows):
         log.warning("the run has none of the %d queries to score: is it of this split?", missing)
     names = queries.ids(rows)
     values: dict[Measure, dict[str, float]] = {measure: {} for measure in parsed.values()}
