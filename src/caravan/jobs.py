@@ -8,12 +8,12 @@ learns from files alone which job failed and why; `caravan.report.sweep` joins t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from caravan.manifest import write_json
+from caravan.errors import InputError
+from caravan.manifest import read_json, write_json
 
 FILE = "job.json"
 RUNNING, FINISHED, FAILED = "running", "finished", "failed"
@@ -36,9 +36,21 @@ def write(run_dir: Path, overrides: Sequence[str], state: str, error: str | None
 
 
 def read(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(run_dir, record) of every job below a folder, by name."""
+    """(run_dir, record) of every job below a folder, by name.
+
+    Raises:
+        InputError: a record is damaged.
+    """
     for path in sorted(folder.rglob(FILE)):
-        yield path.parent, json.loads(path.read_text("utf-8"))
+        record = read_json(path)
+        overrides = record.get("overrides")
+        texts = [record.get("state"), "" if record.get("error") is None else record["error"]]
+        texts += overrides.values() if isinstance(overrides, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError(
+                f"{path} is not the record of a job; delete it, and run the sweep's command again"
+            )
+        yield path.parent, {"error": None, **record}
 
 
 def by_sweep(folder: Path) -> dict[Path, list[Path]]:
