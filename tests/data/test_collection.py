@@ -115,6 +115,47 @@ def test_a_folder_with_a_part_missing_or_cut_is_refused(tmp_path: Path, part: st
         Collection.open(tmp_path / "c")
 
 
+@pytest.mark.parametrize(
+    "part",
+    ["collection.json", "corpus.arrow", "corpus.ids.npy", "queries.arrow", "qrels/test.npz"],
+)
+def test_a_folder_whose_content_was_replaced_is_refused(tmp_path: Path, part: str) -> None:
+    """The digest, under which results are compared, is that of the content."""
+    write(tmp_path / "c")
+    changed = [("a", "A", "other"), *CORPUS[1:]]
+    queries = [("2", "", "one"), ("1", "", "two")]
+    write(tmp_path / "other", corpus=changed, queries=queries, qrels={"test": [("2", "b", 1)]})
+    (tmp_path / "c" / part).write_bytes((tmp_path / "other" / part).read_bytes())
+    if part == "corpus.ids.npy":  # it is the same in both
+        (tmp_path / "c" / part).write_bytes(bytes((tmp_path / "c" / part).stat().st_size))
+    with pytest.raises(InputError, match=r"is broken \(.*is not as it was written\): delete"):
+        Collection.open(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"facts": None}, {"facts": {"passages": "3"}}, {"splits": 5}, {"digests": []},
+        {"runs": [1]}, {"name": 3}, {"files": {}}, {"files": None}, {"seal": None},
+        {"digest": "0" * 32}, {"relevant_from": []}, {"version": "2"}, {"version": None},
+    ],
+)  # fmt: skip
+def test_a_folder_whose_record_was_edited_is_refused(tmp_path: Path, change: dict) -> None:
+    write(tmp_path / "c")
+    path = tmp_path / "c" / "collection.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match="delete the folder"):
+        Collection.open(tmp_path / "c")
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "3", "[" * 100_000])
+def test_a_folder_whose_record_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "c")
+    (tmp_path / "c" / "collection.json").write_text(text)
+    with pytest.raises(InputError, match="delete the folder"):
+        Collection.open(tmp_path / "c")
+
+
 def test_a_folder_of_another_format_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "c")
     manifest = tmp_path / "c" / "collection.json"

@@ -15,8 +15,6 @@ import json
 import logging
 import os
 import re
-import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,12 +24,15 @@ from typing import Any
 
 import numpy as np
 
+from caravan import manifest
+from caravan.atomic import scratch_folder
+from caravan.cache import cache_folder, refuse_foreign
 from caravan.data.byid import ById, Judgement, Scored
 from caravan.data.runs import write_run
 from caravan.data.texts import Place, Record, Texts, write_texts
 from caravan.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the folder's layout; a folder of another version is built anew."""
 
 OWN = "data:"
@@ -95,37 +96,39 @@ class Collection:
     def open(cls, folder: str | Path) -> Collection:
         """Open a folder that `write_collection` wrote.
 
+        Every file is compared with its digest, unless size and times show that nobody has written
+        it since (`caravan.manifest.is_as_written`).
+
         Raises:
             InputError: the folder is not a collection, is broken, or is of another version.
         """
         folder = Path(folder)
         remedy = "delete the folder and start again to build it anew"
         try:
-            manifest = json.loads((folder / "collection.json").read_text("utf-8"))
-            if manifest["version"] != FORMAT:
+            record = json.loads((folder / "collection.json").read_text("utf-8"))
+            if record["version"] != FORMAT:
                 raise InputError(
-                    f"the collection in {folder} has format version {manifest['version']}, "
+                    f"the collection in {folder} has format version {record['version']}, "
                     f"this Caravan reads version {FORMAT}: {remedy}"
                 )
-            digests = manifest["digests"]
-            corpus = Texts(folder, "corpus", digests["corpus"])
-            queries = Texts(folder, "queries", digests["queries"])
-            counts = (manifest["facts"]["passages"], manifest["facts"]["queries"])
-            if (len(corpus), len(queries)) != counts:
-                raise InputError(
-                    f"the collection in {folder} holds {len(corpus)} passages and {len(queries)} "
-                    f"queries where its manifest says {counts[0]} and {counts[1]}: {remedy}"
-                )
+            if record.pop("seal") != manifest.digest(record):
+                raise ValueError("collection.json is not as it was written")
+            for name, written in record["files"].items():
+                if not (folder / name).exists():
+                    raise FileNotFoundError(2, "no such file", name)
+                if not manifest.is_as_written(folder / name, written):
+                    raise ValueError(f"{name} is not as it was written")
+            digests = record["digests"]
             return cls(
-                name=manifest["name"],
-                digest=manifest["digest"],
+                name=record["name"],
+                digest=record["digest"],
                 folder=folder,
-                corpus=corpus,
-                queries=queries,
-                splits=tuple(manifest["splits"]),
-                facts=manifest["facts"],
-                runs=tuple(manifest.get("runs", ())),
-                relevant_from=manifest.get("relevant_from", {}),
+                corpus=Texts(folder, "corpus", digests["corpus"]),
+                queries=Texts(folder, "queries", digests["queries"]),
+                splits=tuple(record["splits"]),
+                facts=record["facts"],
+                runs=tuple(record["runs"]),
+                relevant_from=record["relevant_from"],
             )
         except FileNotFoundError as error:
             raise InputError(
@@ -134,7 +137,8 @@ class Collection:
             ) from None
         except InputError:
             raise
-        except (KeyError, TypeError, ValueError, OSError) as error:  # JSON, Arrow and numpy alike
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
+            # of JSON, Arrow and numpy alike
             raise InputError(f"the collection in {folder} is broken ({error}): {remedy}") from None
 
     def __reduce__(self) -> tuple[Callable[[Path], Collection], tuple[Path]]:
@@ -187,7 +191,7 @@ def write_collection(
     """Stream records into a new collection folder and open it.
 
     Nothing but ids' hashes and the judgements is held in memory. The folder appears at the end,
-    by a rename; a kill before leaves only a hidden sibling.
+    by a rename; a kill before leaves only a hidden sibling, which the next build removes.
 
     Args:
         folder: must not exist yet.
@@ -211,9 +215,7 @@ def write_collection(
         raise InputError(f"unknown_ids is {unknown_ids!r}: it must be 'refuse' or 'count'")
     if folder.exists():
         raise InputError(f"{folder} exists already: choose another folder or delete it")
-    draft = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    draft.mkdir(parents=True)
-    try:
+    with scratch_folder(folder) as draft:
         known: dict[str, Any] = {"repaired_texts": 0}
         digests: dict[str, str] = {}
         texts = {}
@@ -247,9 +249,6 @@ def write_collection(
             facts={**known, **rows.skipped, **(facts or {})},
         )
         draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     return Collection.open(folder)
 
 
@@ -265,21 +264,20 @@ def cached_collection(
     """`cache_dir/collections/<name>-<key>`: opened if it is there, else built by `build(folder)`.
 
     One process builds while the others (ranks, a sweep's jobs) wait for it; a lock that dies with
-    its process guards this, so a killed build blocks nobody and its remains are swept away.
+    its process guards this, so a killed build blocks nobody.
+
+    Raises:
+        InputError: the cache or the folder belongs to another user, or everybody may write to it.
     """
     from filelock import FileLock
 
     plain = re.sub(r"[^\w.-]+", "-", name)
-    folder = Path(cache_dir) / "collections" / f"{plain}-{key}"
+    folder = cache_folder(cache_dir, "collections") / f"{plain}-{key}"
     if folder.exists():
-        return Collection.open(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+        return _open_cached(folder)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if folder.exists():
-            return Collection.open(folder)
-        for remains in folder.parent.glob(f".{folder.name}.*"):
-            if remains.is_dir():
-                shutil.rmtree(remains, ignore_errors=True)
+            return _open_cached(folder)
         started = time.monotonic()
         log.info("building collection %s in %s", name, folder)
         collection = build(folder)
@@ -290,18 +288,26 @@ def cached_collection(
         return collection
 
 
-def _write_manifest(folder: Path, *, digests: dict[str, str], **told: Any) -> None:
-    """Write `collection.json`, which names the digest of all parts."""
+def _open_cached(folder: Path) -> Collection:
+    refuse_foreign(folder)
+    return Collection.open(folder)
+
+
+def _write_manifest(folder: Path, *, digests: dict[str, str], **facts: Any) -> None:
+    """Write `collection.json`, which has the digests of all records and files, and its own."""
     whole = hashlib.blake2b(json.dumps(digests, sort_keys=True).encode(), digest_size=16)
-    manifest = {
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    record = {
         "format": "caravan collection",
         "version": FORMAT,
         "digest": whole.hexdigest(),
         "digests": digests,
-        **told,
+        **json.loads(json.dumps(facts)),
+        "files": {str(path.relative_to(folder)): manifest.content(path) for path in files},
     }
+    record["seal"] = manifest.digest(record)
     with open(folder / "collection.json", "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=2, ensure_ascii=False)
+        json.dump(record, file, indent=2, ensure_ascii=False)
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,8 +1,8 @@
 """Lines of text files, plain or .gz, and what a file holds, in one number.
 
 What is wrong in a line is told with file and line. A digest is of the bytes, so that a collection
-is found again wherever its files lie and whenever they were touched; that of a large file is kept
-beside the collections, since hashing 20 GB takes a minute.
+is found again wherever its files lie and whenever they were touched; the cache keeps the digests of
+large files, since hashing 20 GB takes a minute.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import json
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import xxhash
 
+from caravan.cache import cache_folder
 from caravan.errors import InputError
 from caravan.manifest import write_json
 from caravan.progress import track
@@ -32,7 +34,7 @@ def digests(files: Iterable[Path], cache_dir: str | Path) -> list[str]:
     """The digest of each file's bytes, in their order.
 
     Args:
-        cache_dir: keeps the digests of large files, by path, size and time of change.
+        cache_dir: keeps the digests of large files, by path, size and times of change.
     """
     return [_digest(file, Path(cache_dir)) for file in files]
 
@@ -41,7 +43,9 @@ def _digest(file: Path, cache_dir: Path) -> str:
     try:
         facts = file.stat()
         path = str(file.resolve())
-        known = {"path": path, "size": facts.st_size, "changed_ns": facts.st_mtime_ns}
+        # The second time, ctime, changes even where a copy keeps the first (cp -p, rsync -t).
+        times = [facts.st_mtime_ns, facts.st_ctime_ns]
+        known = {"path": path, "size": facts.st_size, "changed_ns": times}
         large = facts.st_size >= KEPT_FROM_BYTES
         name = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
         kept = cache_dir / "digests" / f"{name}.json"
@@ -58,17 +62,18 @@ def _digest(file: Path, cache_dir: Path) -> str:
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
     digest = hasher.hexdigest()
-    if large and time.time() - facts.st_mtime > SETTLED_S:
-        write_json(kept, {**known, "xxh3": digest})
+    if large and time.time() - facts.st_ctime > SETTLED_S:
+        with suppress(OSError):  # a cache that is read-only keeps nothing
+            write_json(cache_folder(cache_dir, "digests") / kept.name, {**known, "xxh3": digest})
     return digest
 
 
 def _kept(path: Path) -> dict[str, object]:
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) and "xxh3" in found else {}
+    return found if isinstance(found, dict) and isinstance(found.get("xxh3"), str) else {}
 
 
 def lines(file: Path, blank: bool = False) -> Iterator[tuple[int, bytes]]:

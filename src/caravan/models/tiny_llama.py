@@ -8,8 +8,7 @@ are float32; the precision of the arithmetic is the trainer's or the encoder's a
 
 from __future__ import annotations
 
-import os
-import tempfile
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from caravan import manifest
+from caravan.atomic import replacing
+from caravan.cache import cache_folder
 from caravan.errors import InputError
 from caravan.models.loading import set_attention
 from caravan.models.preparing import Checkpointing, new_head, prepared
+
+log = logging.getLogger(__name__)
 
 
 class TinyLlama:
@@ -87,13 +91,21 @@ class TinyLlama:
         """The BPE of a collection (its corpus and queries); trained once, kept in `cache_dir`."""
         from transformers import PreTrainedTokenizerFast
 
-        path = cache_dir / "tokenizers" / f"bpe-{self.vocab_size}-{collection.digest[:16]}.json"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        name = f"bpe-{self.vocab_size}-{collection.digest[:16]}.json"
+        path = cache_folder(cache_dir, "tokenizers") / name
+        inputs = {
+            "collection": collection.digest,
+            "vocab_size": self.vocab_size,
+            "versions": manifest.versions(("tokenizers",)),
+        }
+        known = (manifest.read(path) or {}).get("facts", {}).get("content")
+        if not manifest.matches(path, inputs) or not manifest.is_as_written(path, known):
+            if path.exists():
+                log.info("%s is of other versions, or damaged; it is trained again", path)
             bpe = train_bpe(_texts(collection), self.vocab_size)
-            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-                bpe.save(f"{scratch}/bpe.json")
-                os.replace(f"{scratch}/bpe.json", path)
+            with replacing(path) as scratch:
+                bpe.save(str(scratch))
+            manifest.write(path, inputs, {"content": manifest.content(path)})
         return PreTrainedTokenizerFast(
             tokenizer_file=str(path), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
         )
