@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +94,13 @@ def test_a_finished_stage_is_skipped_and_gives_the_same_figures(
 
 
 @pytest.mark.parametrize(
-    "change", ["data.split=dev", "index.k=7", "query_length=8", "passage_length=8", "bm25.k1=2"]
+    "change",
+    [
+        *("data.split=dev", "index.k=7", "query_length=8", "passage_length=8", "bm25.k1=2"),
+        *("attention=eager", "precision=bf16"),
+    ],
 )
-def test_a_stage_of_other_settings_is_done_again(
+def test_another_evaluation_is_refused_and_what_it_had_not_finished_is_made_again(
     change: str, beir: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     retriever = "bm25" if change.startswith("bm25") else model
@@ -103,28 +109,63 @@ def test_a_stage_of_other_settings_is_done_again(
     written: list[Any] = []
     write = stages.write_run
     monkeypatch.setattr(stages, "write_run", lambda *a: (written.append(a[0]), write(*a)))
+    key, _, value = change.rpartition(".")[2].partition("=")
+    with pytest.raises(InputError, match=rf"holds another evaluation.*{key}: \w+.* -> {value}"):
+        evaluate(beir, tmp_path / "run", retriever, measures, change)
+    assert not written
+    (tmp_path / "run" / "metrics.json").unlink()
     evaluate(beir, tmp_path / "run", retriever, measures, change)
     assert len(written) == 1
 
 
-def test_a_stage_of_another_model_is_done_again(beir: Path, model: Path, tmp_path: Path) -> None:
-    before = evaluate(beir, tmp_path / "run", model)
+def test_results_of_another_model_or_collection_are_not_replaced(
+    beir: Path, model: Path, tmp_path: Path
+) -> None:
+    own = write_beir(tmp_path / "data", seed=3)
+    evaluate(own, tmp_path / "run", model)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     train(beir, tmp_path / "other", "trainer.max_steps=0", "seed=1")
-    after = evaluate(beir, tmp_path / "run", tmp_path / "other" / "model")
-    run = tmp_path / "run" / after["run"]
-    assert before["run"] == after["run"]
-    assert run.with_name(f"{run.name}.manifest.json").exists()
-    fresh = evaluate(beir, tmp_path / "fresh", tmp_path / "other" / "model")
-    assert run.read_bytes() == (tmp_path / "fresh" / fresh["run"]).read_bytes()
-
-
-def test_a_changed_collection_is_searched_again(model: Path, tmp_path: Path) -> None:
-    beir = write_beir(tmp_path / "data", seed=3)
-    before = evaluate(beir, tmp_path / "run", model)
-    with (beir / "corpus.jsonl").open("a") as file:
+    for retriever in (tmp_path / "other" / "model", "bm25", f"[bm25,{model}]"):
+        with pytest.raises(InputError, match=r"holds another evaluation.*retriever"):
+            evaluate(own, tmp_path / "run", retriever)
+    with (own / "corpus.jsonl").open("a") as file:
         file.write('{"_id": "extra", "text": "camel caravan desert"}\n')
-    after = evaluate(beir, tmp_path / "run", model)
-    assert (before["passages"], after["passages"]) == (60, 61)
+    with pytest.raises(InputError, match=r"holds another evaluation.*collection: .* name="):
+        evaluate(own, tmp_path / "run", model)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_an_evaluation_is_scored_by_other_measures_and_computed_in_other_portions(
+    beir: Path, model: Path, tmp_path: Path
+) -> None:
+    first = evaluate(beir, tmp_path / "run", model)
+    other = ("measures=[R@5]", "token_budget=64", "block=8", "data.name=renamed", "index.k=1000")
+    again = evaluate(beir, tmp_path / "run", model, *other)
+    assert set(again["overall"]) == {"R@5"}
+    assert first["collection"]["digest"] == again["collection"]["digest"]
+
+
+@pytest.mark.parametrize("library", ["caravan", *manifest.LIBRARIES])
+def test_embeddings_scores_and_runs_of_another_version_are_made_anew(
+    library: str,
+    beir: Path,
+    folders: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked = (beir, tmp_path / "run", folders["retriever"], f"reranker={folders['reranker']}")
+    evaluate(*asked, "rerank.depth=3")
+    versions = manifest.versions
+    other = lambda *a: {**versions(*a), library: "99.0"}  # noqa: E731
+    monkeypatch.setattr(manifest, "versions", other)
+    caplog.set_level(logging.INFO)
+    written = _written(monkeypatch)
+    evaluate(*asked, "rerank.depth=3")
+    made = {name.rpartition(".")[0] for name in written}
+    assert made == {"passages", "queries.test", "scores.test"}
+    for product in ("passages", "retriever.test.trec is made again", "reranked.test.trec is made"):
+        assert any(product in line and f"versions.{library}" in line for line in caplog.messages)
 
 
 def test_exact_and_flat_find_the_same_passages(beir: Path, model: Path, tmp_path: Path) -> None:
@@ -148,7 +189,7 @@ def _written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders of the blocks that are written from now on, as they are."""
     written: list[str] = []
     write = shards._write
-    monkeypatch.setattr(shards, "_write", lambda p, v: (written.append(p.parent.name), write(p, v)))
+    monkeypatch.setattr(shards, "_write", lambda *a: (written.append(a[0].parent.name), write(*a)))
     return written
 
 
@@ -198,11 +239,11 @@ def test_a_killed_evaluation_goes_on_in_its_half_after_another_one_had_the_store
     with monkeypatch.context() as patch:
         write, done = shards._write, list[Path]()
 
-        def write_three_and_die(path: Path, vectors: Any) -> None:
+        def write_three_and_die(path: Path, *written: Any) -> None:
             if len(done) == 3:
                 raise KeyboardInterrupt
             done.append(path)
-            write(path, vectors)
+            write(path, *written)
 
         patch.setattr(shards, "_write", write_three_and_die)
         with pytest.raises(KeyboardInterrupt):
@@ -244,6 +285,27 @@ def test_a_run_file_that_was_changed_is_made_again(beir: Path, tmp_path: Path) -
     again = evaluate(beir, tmp_path / "run", "bm25")
     assert path.read_bytes() == written
     assert again["overall"] == first["overall"]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda text: "", lambda text: "[]", lambda text: text.replace("0.", "1.")]
+)
+@pytest.mark.parametrize("suffix", ["", ".manifest.json"])
+@pytest.mark.parametrize("name", ["metrics.json", "runs/bm25.test.trec", "config.yaml"])
+def test_a_damaged_file_of_an_evaluation_is_made_again_or_named(
+    name: str, suffix: str, damage: Callable[[str], str], beir: Path, tmp_path: Path
+) -> None:
+    first = evaluate(beir, tmp_path / "run", "bm25")
+    path = tmp_path / "run" / f"{name}{suffix}"
+    written = path.read_text()
+    path.write_text(damage(written))
+    if name + suffix == "config.yaml.manifest.json" and path.read_text() != written:
+        with pytest.raises(InputError, match="no record there says of which data"):
+            evaluate(beir, tmp_path / "run", "bm25")
+        return
+    again = evaluate(beir, tmp_path / "run", "bm25")
+    assert (again["overall"], again["per_query"]) == (first["overall"], first["per_query"])
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == again
 
 
 def test_figures_are_those_of_the_run_that_lies_there(beir: Path, tmp_path: Path) -> None:

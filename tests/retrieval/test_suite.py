@@ -89,6 +89,31 @@ def test_started_again_it_does_only_what_is_missing(
     assert again["overall"] == first["overall"]
 
 
+def test_a_mean_is_not_replaced_by_that_of_other_collections_or_systems(
+    home: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "all"
+    first = evaluate(home, run_dir, "bm25", "collections=[one,two]", SHORT)
+    before = {path: path.read_bytes() for path in run_dir.rglob("*.json")}
+    with pytest.raises(InputError, match=r"holds another evaluation.*collections"):
+        evaluate(home, run_dir, "bm25", "collections=[one,forums]", SHORT)
+    with pytest.raises(InputError, match=r"all/one holds another evaluation.*bm25\.k1: 0.9 -> 2"):
+        evaluate(home, run_dir, "bm25", "collections=[one,two]", SHORT, "bm25.k1=2")
+    with pytest.raises(InputError, match=r"all/one holds another evaluation"):
+        evaluate(home / "two", run_dir / "one", "bm25", SHORT)
+    assert before == {path: path.read_bytes() for path in before}
+    assert evaluate(home, run_dir, "bm25", "collections=[one,two]", SHORT) == first
+
+
+def test_a_mean_that_lacks_a_collection_may_be_completed_with_another(
+    home: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="1 of 2 collections failed"):
+        evaluate(home, tmp_path / "all", "bm25", "collections=[one,forums/x:tset]", SHORT)
+    metrics = evaluate(home, tmp_path / "all", "bm25", "collections=[one,two]", SHORT)
+    assert set(metrics["collections"]) == {"one", "two"}
+
+
 def test_a_collection_that_fails_is_named_at_the_end_and_stops_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,8 +34,8 @@ MOST_SYSTEMS = 12
 """Read query by query; more would make a page slow to write and long to read."""
 ALL_PAIRS = 6
 """Systems of which all pairs are tested; of more, each against the best."""
-OF_COLLECTION = {"collection", "split", "candidates", "runs", "block", "token_budget"}
-"""Inputs of a stage that say nothing of the system: where it was, and how much at a time."""
+OF_COLLECTION = {"collection", "split", "candidates", "runs", "block", "token_budget", "versions"}
+"""Inputs of a stage that say nothing of the system: where it was, how much at a time, by what."""
 DEEP = 100
 """Measures of a deeper cutoff are left to the tables: they would need every run read whole."""
 

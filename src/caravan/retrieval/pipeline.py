@@ -3,7 +3,7 @@
     python evaluate.py retriever=<model folder>|bm25|<run file> data=beir data.path=<folder>
     python evaluate.py retriever=[bm25,<model folder>] fuse=rrf reranker=<model folder>
 
-    run_dir/config.yaml what was asked, resolved
+    run_dir/config.yaml the resolved config; its manifest has the evaluation's inputs
     run_dir/runs/       <stage>.<split>.trec, the run of each stage
     run_dir/metrics.json  figures of the last stage, and of all stages side by side
 
@@ -13,7 +13,6 @@ Mining hard negatives is this over the training queries (`data.split=train`).
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,11 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from caravan import manifest, suite
+from caravan.atomic import replacing
 from caravan.config import build, recorded
 from caravan.contract import FILE
 from caravan.errors import InputError, is_termination
 from caravan.ranks import leads, world
 from caravan.retrieval.folders import Folders
+from caravan.retrieval.inputs import (
+    AnotherEvaluationError,
+    inputs_of,
+    record_of,
+    refuse_another,
+    suite_inputs,
+)
 from caravan.retrieval.means import means
 from caravan.retrieval.stages import Stage, Stages
 
@@ -41,9 +48,6 @@ def evaluate(cfg: Any) -> dict[str, Any]:
     Raises:
         InputError: what is wrong with the collection; of a suite, at the end, those that failed.
     """
-    run_dir = Path(cfg.run_dir)
-    if (run_dir / "checkpoints").exists():
-        raise InputError(f"{run_dir} holds a training run; choose another name= for the evaluation")
     steps = _Steps(cfg)
     if cfg.collections is None:
         evaluation = _Evaluation(cfg, steps.folders)
@@ -59,13 +63,15 @@ def _of_suite(cfg: Any, steps: _Steps) -> dict[str, Any]:
     A collection that fails is told of at the end.
     """
     run_dir = Path(cfg.run_dir)
-    _write_config(cfg)
     members = suite.each(cfg)
+    inputs = suite_inputs(list(members))
+    refuse_another(run_dir, inputs)
     evaluations: dict[suite.Member, _Evaluation] = {}
     failed: dict[str, str] = {}
     for member, one in members.items():
         with _going_on(member.folder, failed):
             evaluations[member] = _Evaluation(one, steps.folders)
+    _write_config(cfg, inputs)
     records = {}
     for number, step in enumerate(steps, start=1):
         for member, evaluation in evaluations.items():
@@ -78,7 +84,7 @@ def _of_suite(cfg: Any, steps: _Steps) -> dict[str, Any]:
     if not leads():
         return {}
     metrics = {**means(records), "failed": failed}
-    manifest.write_json(run_dir / "metrics.json", metrics)
+    _write_metrics(run_dir / "metrics.json", metrics, metrics["collection"])
     if records:
         from caravan.report.collections import show
 
@@ -101,7 +107,7 @@ def _going_on(name: str, failed: dict[str, str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if world() > 1 or is_termination(error):
+        if world() > 1 or is_termination(error) or isinstance(error, AnotherEvaluationError):
             raise
         mistake = isinstance(error, InputError)
         log.error("%s: %s", name, error if mistake else "it failed", exc_info=not mistake)
@@ -115,11 +121,15 @@ class _Evaluation:
     def __init__(self, cfg: Any, folders: Folders) -> None:
         from omegaconf import OmegaConf
 
-        self.settings: Any = OmegaConf.to_container(cfg, resolve=True)
+        settings: Any = OmegaConf.to_container(cfg, resolve=True)
+        self.settings: dict[str, Any] = settings
         data = build(cfg, "data")["data"]
-        _write_config(cfg)
+        collection = data.collection(Path(cfg.cache_dir))
+        inputs = inputs_of(settings, collection, data.split, folders)
+        refuse_another(Path(cfg.run_dir), inputs)
+        _write_config(cfg, inputs)
         self.stages = Stages(
-            collection=data.collection(Path(cfg.cache_dir)),
+            collection=collection,
             split=data.split,
             run_dir=Path(cfg.run_dir),
             store=Path(cfg.store),
@@ -205,11 +215,18 @@ class _Steps:
         return stages.reranked(Path(settings["reranker"]), settings["rerank"], made[-1])
 
 
-def _write_config(cfg: Any) -> None:
+def _write_config(cfg: Any, inputs: dict[str, Any]) -> None:
     if leads():
-        run_dir = Path(cfg.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(recorded(cfg), "utf-8")
+        config = record_of(Path(cfg.run_dir))
+        manifest.write(config, inputs)
+        with replacing(config) as scratch:
+            scratch.write_text(recorded(cfg), "utf-8")
+
+
+def _write_metrics(path: Path, metrics: dict[str, Any], scored_from: dict[str, Any]) -> None:
+    manifest.remove(path)
+    manifest.write_json(path, metrics)
+    manifest.write(path, scored_from, {"xxh3": manifest.content_digest(path)})
 
 
 def _measures(stages: Stages, asked: list[str]) -> list[str]:
@@ -233,12 +250,15 @@ def _scored(stages: Stages, made: list[Stage], measures: list[str]) -> dict[str,
         "stages": [{**stage.inputs, "stage": stage.name} for stage in made],
         "runs": [stage.digest for stage in made],
         "measures": measures,
+        "versions": manifest.versions(("ir_measures",)),
     }
-    if not manifest.matches(path, scored_from):
-        manifest.remove(path)
-        manifest.write_json(path, _figures(stages, made, measures))
-        manifest.write(path, scored_from)
-    return json.loads(path.read_text("utf-8"))
+    if manifest.matches(path, scored_from):
+        written = (manifest.read(path) or {}).get("facts", {}).get("xxh3")
+        if written == manifest.content_digest(path):
+            return manifest.read_json(path)
+        log.warning("%s is not as it was written; the runs are scored again", path)
+    _write_metrics(path, _figures(stages, made, measures), scored_from)
+    return manifest.read_json(path)
 
 
 def _figures(stages: Stages, made: list[Stage], measures: list[str]) -> dict[str, Any]:
