@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from caravan import manifest
 from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.data.templates import Templates
+from caravan.errors import InputError
 from caravan.models import folder as model_folder
 from caravan.models.biencoder import BiEncoder
 from caravan.retrieval import shards as shards_module
@@ -72,12 +76,12 @@ def test_an_interrupted_encoding_goes_on_and_gives_the_same_bytes(
     _encode(model, collection, tmp_path / "whole")
     write, written = shards_module._write, []
 
-    def write_or_die(path: Path, vectors: np.ndarray) -> None:
+    def write_or_die(path: Path, vectors: np.ndarray, record: Any) -> None:
         if len(written) == 2:
-            path.with_name(f".{path.name}.1.part").write_bytes(b"half a shard")
+            path.with_name(f".{path.name}.0123abcd.part").write_bytes(b"half a shard")
             raise KeyboardInterrupt
         written.append(path.name)
-        write(path, vectors)
+        write(path, vectors, record)
 
     monkeypatch.setattr(shards_module, "_write", write_or_die)
     with pytest.raises(KeyboardInterrupt):
@@ -85,6 +89,7 @@ def test_an_interrupted_encoding_goes_on_and_gives_the_same_bytes(
     monkeypatch.setattr(shards_module, "_write", lambda *a: (written.append(a[0].name), write(*a)))
     _encode(model, collection, tmp_path / "killed")
     assert written == [f"{i:08d}.npy" for i in range(4)]
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == written
     for number in range(4):
         whole, again = (shard(tmp_path / name, number) for name in ("whole", "killed"))
         assert whole.read_bytes() == again.read_bytes()
@@ -98,15 +103,99 @@ def test_finished_shards_are_not_encoded_again(
     assert (_encode(model, collection, tmp_path / "passages").read() == first).all()
 
 
-def test_shards_of_other_inputs_are_replaced(
+def test_shards_of_other_inputs_are_never_served(
+    model: Path, collection: Collection, tmp_path: Path
+) -> None:
+    folder, other = tmp_path / "passages", {**INPUTS, "model": "other"}
+    right = _encode(model, collection, tmp_path / "right", other, block=32).read()
+    _encode(model, collection, folder)
+    assert (_encode(model, collection, folder, other, block=32).read() == right).all()
+
+
+def _flip(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+DAMAGES: dict[str, Callable[[bytes, bytes], bytes]] = {
+    "truncated": lambda own, _: own[:-10],
+    "without its record": lambda own, _: own[: -shards_module.RECORD_BYTES],
+    "longer": lambda own, _: own + b"x",
+    "empty": lambda own, _: b"",
+    "zeros": lambda own, _: bytes(len(own)),
+    "another shard": lambda _, other: other,
+    "another array with this record": lambda own, other: other[:-256] + own[-256:],
+    "a bit of the header": lambda own, _: _flip(own, 20),
+    "a bit of the array": lambda own, _: _flip(own, 201),
+    "a bit of the record": lambda own, _: _flip(own, len(own) - 250),
+    "objects": lambda *_: _npy(np.array([{}])),
+    "int8": lambda *_: _npy(np.zeros((16, 32), dtype=np.int8)),
+    "other rows": lambda *_: _npy(np.zeros((15, 32), dtype=np.float16)),
+    "other dimension": lambda *_: _npy(np.zeros((16, 31), dtype=np.float16)),
+    "deep JSON": lambda own, _: own[:-256] + b"[" * 256,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_is_computed_again(
+    damage: str, model: Path, collection: Collection, tmp_path: Path
+) -> None:
+    folder = tmp_path / "passages"
+    right = _encode(model, collection, folder).read()
+    path, other = shard(folder, 1), shard(folder, 0)
+    before = path.read_bytes()
+    path.write_bytes(DAMAGES[damage](before, other.read_bytes()))
+    assert (_encode(model, collection, folder).read() == right).all()
+    assert path.read_bytes() == before
+
+
+def test_only_shards_that_are_read_are_verified(
+    model: Path, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _encode(model, collection, tmp_path / "passages")
+    digest, verified = manifest.content_digest, list[str]()
+
+    def counted(path: Path, *size: int) -> str:
+        verified.append(path.name)
+        return digest(path, *size)
+
+    monkeypatch.setattr(manifest, "content_digest", counted)
+    shards = _encode(model, collection, tmp_path / "passages")
+    assert verified == ["00000000.npy"]  # for the dimension
+    for _ in range(2):
+        shards.read()
+    assert verified == [f"{number:08d}.npy" for number in range(4)]
+
+
+def test_a_link_in_a_store_is_not_followed(
+    model: Path, collection: Collection, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "thesis.tex").write_text("precious")
+    (tmp_path / "passages").symlink_to(victim)
+    with pytest.raises(InputError, match=r"passages is a symbolic link.*remove the link"):
+        _encode(model, collection, tmp_path / "passages")
+    assert [path.name for path in victim.iterdir()] == ["thesis.tex"]
+
+
+def test_files_of_others_in_a_store_are_left_alone(
     model: Path, collection: Collection, tmp_path: Path
 ) -> None:
     folder = tmp_path / "passages"
-    _encode(model, collection, folder)
-    shard(folder, 0).write_bytes(b"of another model")
-    shards = _encode(model, collection, folder, {**INPUTS, "model": "other"}, block=32)
-    assert sorted(path.name for path in folder.glob("*.npy")) == ["00000000.npy", "00000001.npy"]
-    assert shards.read().shape == (60, 32)
+    right = _encode(model, collection, folder).read()
+    shard(folder, 0).rename(tmp_path / "elsewhere.npy")
+    (tmp_path / "elsewhere.npy").write_text("precious")
+    shard(folder, 0).symlink_to(tmp_path / "elsewhere.npy")
+    (folder / "notes.txt").write_text("precious")
+    assert (_encode(model, collection, folder, {**INPUTS, "model": "other"}).read() == right).all()
+    assert (folder / "notes.txt").read_text() == "precious"
+    assert (tmp_path / "elsewhere.npy").read_text() == "precious"
 
 
 def test_lengths_can_be_overridden(model: Path, collection: Collection, tmp_path: Path) -> None:
@@ -138,8 +227,8 @@ def test_shards_of_an_interrupted_start_are_never_served_as_the_first_models(
     first = _encode(model, collection, folder).read()
     write = shards_module._write
 
-    def write_another_and_die(path: Path, vectors: np.ndarray) -> None:
-        write(path, -vectors)
+    def write_another_and_die(path: Path, vectors: np.ndarray, record: Any) -> None:
+        write(path, -vectors, record)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shards_module, "_write", write_another_and_die)
@@ -160,8 +249,7 @@ def test_processes_that_share_a_store_write_beside_each_other(
         "replace",
         lambda old, new: (scratches.append(Path(old).name), replace_file(old, new)),
     )
-    for process in (11, 12):
-        monkeypatch.setattr(os, "getpid", lambda process=process: process)
-        shards_module._write(path, vectors)
+    for _ in range(2):  # by whichever process of whichever machine
+        shards_module._write(path, vectors, {})
     assert len(set(scratches)) == 2
     assert [found.name for found in tmp_path.iterdir()] == [path.name]

@@ -113,7 +113,7 @@ def test_a_run_of_another_system_is_a_retriever_and_its_digest_counts(
     first = evaluate(beir, tmp_path / "run", given, f"reranker={reranker}", "measures=[MRR@10]")
     assert [stage["stage"] for stage in first["stages"]] == ["run", "reranked"]
     write_run(given, _candidates(collection, seed=1), collection.queries, collection.corpus)
-    again = evaluate(beir, tmp_path / "run", given, f"reranker={reranker}", "measures=[MRR@10]")
+    again = evaluate(beir, tmp_path / "again", given, f"reranker={reranker}", "measures=[MRR@10]")
     assert again["stages"][1]["run_xxh3"] != first["stages"][1]["run_xxh3"]
 
 
@@ -152,18 +152,16 @@ def test_an_interrupted_reranking_goes_on_and_scores_no_pair_twice(
     whole = _rerank(_scorer(reranker, block=5), run, collection, tmp_path / "whole")
     write, written = shards._write, []
 
-    def write_or_die(path: Path, array: np.ndarray) -> None:
+    def write_or_die(path: Path, *content: Any) -> None:
         if len(written) == 3:
             raise KeyboardInterrupt
         written.append(path.name)
-        write(path, array)
+        write(path, *content)
 
     monkeypatch.setattr(shards, "_write", write_or_die)
     with pytest.raises(KeyboardInterrupt):
         _rerank(_scorer(reranker, block=5), run, collection, tmp_path / "cut")
-    monkeypatch.setattr(
-        shards, "_write", lambda path, array: (written.append(path.name), write(path, array))
-    )
+    monkeypatch.setattr(shards, "_write", lambda *a: (written.append(a[0].name), write(*a)))
     resumed = _rerank(_scorer(reranker, block=5), run, collection, tmp_path / "cut")
     assert len(written) == len(set(written)) == -(-len(run.scores) // 5)
     np.testing.assert_array_equal(resumed.scores, whole.scores)
@@ -282,7 +280,7 @@ def test_a_finished_reranking_is_not_done_again(
     monkeypatch.setattr(shards, "_write", lambda *_: pytest.fail("scored again"))
     assert evaluate(*asked) == first
     with pytest.raises(pytest.fail.Exception, match="scored again"):
-        evaluate(*asked, "rerank.depth=3")
+        evaluate(beir, tmp_path / "other", *asked[2:], "rerank.depth=3")
 
 
 def test_a_block_that_was_lost_is_scored_again(beir: Path, reranker: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 A block of passages is sorted by length, embedded in chunks under a token budget, and written to
 `00000042.npy` beside its final name before it is renamed. The next start keeps whole blocks and
-does the others; since a block is computed on its own, the files are the same bytes either way.
+computes the others; since a block is computed on its own, the files are the same bytes either way.
 Memory is that of one block and the model, whatever the corpus' size.
 """
 
@@ -27,7 +27,7 @@ from caravan.models import hardware
 from caravan.models.biencoder import BiEncoder
 from caravan.models.packed import pack_linears
 from caravan.progress import track
-from caravan.retrieval.shards import fill, shard
+from caravan.retrieval.shards import ShardFiles, fill
 
 
 class Shards:
@@ -36,15 +36,15 @@ class Shards:
     `for start, vectors in shards` walks the blocks ([n, dim] float16, memory-mapped).
     """
 
-    def __init__(self, folder: Path, rows: int, block: int) -> None:
-        self.folder = folder
+    def __init__(self, files: ShardFiles, rows: int, block: int) -> None:
+        self.files = files
         self.rows = rows
         self.block = block
-        self.dim = int(np.load(shard(folder, 0), mmap_mode="r").shape[1])
+        self.dim = int(files.read(0).shape[1])
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         for start in range(0, self.rows, self.block):
-            yield start, np.load(shard(self.folder, start // self.block), mmap_mode="r")
+            yield start, self.files.read(start // self.block)
 
     def read(self) -> np.ndarray:
         """All embeddings [rows, dim] float32; for queries, or a corpus that fits in memory."""
@@ -115,7 +115,7 @@ class Encoder:
         Args:
             rows: which texts, [N] int64; row i of the embeddings is the text at rows[i].
             side: "query" or "passage".
-            inputs: digests and settings that determine the embeddings; shards of others go.
+            inputs: digests and settings that determine the embeddings.
         """
         inputs = self.inputs(inputs)
         count = -(-len(rows) // self.block)
@@ -134,8 +134,7 @@ class Encoder:
                 for batch in batches:
                     yield self._vectors(batch.texts)
 
-        fill(folder, inputs, count, compute)
-        return Shards(folder, len(rows), self.block)
+        return Shards(fill(folder, inputs, count, compute), len(rows), self.block)
 
     def _vectors(self, texts: Packed) -> np.ndarray:
         """[N, dim] float16."""

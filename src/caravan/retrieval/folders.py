@@ -9,7 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caravan.contract import folder_digest
+from caravan import manifest
+from caravan.contract import folder_digest, read_contract
+from caravan.trust import FACT
 
 if TYPE_CHECKING:
     from caravan.retrieval.encode import Encoder
@@ -47,14 +49,23 @@ class Folders:
         self._digests: dict[Path, str] = {}
         self._held: tuple[Path, Any] | None = None
 
-    def determines(self, model: Path) -> dict[str, Any]:
-        """What determines a model's vectors or scores, for a manifest."""
+    def digest(self, model: Path) -> str:
+        """The digest of a model folder, computed once."""
         if model not in self._digests:
             self._digests[model] = folder_digest(model)
+        return self._digests[model]
+
+    def determines(self, model: Path) -> dict[str, Any]:
+        """What determines a model's vectors or scores, for a manifest."""
+        attention, trust_remote_code = self.how
+        remote_code = read_contract(model)[1].get(FACT)  # unknown in folders of older versions
         return {
-            "model": self._digests[model],
+            "model": self.digest(model),
             "precision": self.precision,
             "token_budget": self.token_budget,
+            "attention": attention,
+            "remote_code": trust_remote_code if remote_code is None else remote_code,
+            "versions": manifest.versions(),
         }
 
     def encoder(self, model: Path) -> Encoder:

@@ -3,10 +3,10 @@
     store/passages.3f9c2a41d07b/                 named after the digest of what it is made from
     store/passages.3f9c2a41d07b.manifest.json    says what that is, once it is whole
 
-Whoever searches the same corpus with the same model takes it, and nobody else does; what is made
-from anything else has another name, so that evaluations which share a store never replace what is
-another's, and one that was killed finds its own half. A search also takes over what any evaluation
-has made.
+Only a search of the same corpus with the same model, settings and versions reuses it. A product of
+other inputs has another name, so that evaluations which share a store never overwrite each other's
+products, and one that was killed finds its own half. A search also reuses the products of any
+evaluation.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 from caravan import manifest
 from caravan.data.collection import Collection
 from caravan.retrieval.folders import Folders
+from caravan.retrieval.lexical import FILES
+from caravan.retrieval.shards import refuse_link
 
 SUFFIX = ".manifest.json"
 
@@ -27,7 +29,8 @@ log = logging.getLogger(__name__)
 
 def bm25_inputs(collection: Collection, settings: dict[str, Any]) -> dict[str, Any]:
     """What BM25's index is made from; `settings` are those of `caravan.retrieval.lexical.BM25`."""
-    return {"collection": collection.digest, "bm25": settings}
+    versions = manifest.versions(("bm25s", "PyStemmer"))
+    return {"collection": collection.digest, "bm25": settings, "versions": versions}
 
 
 def embedding_inputs(collection: Collection, folders: Folders, model: Path) -> dict[str, Any]:
@@ -37,13 +40,28 @@ def embedding_inputs(collection: Collection, folders: Folders, model: Path) -> d
 
 
 def open_bm25(bm25: Any, collection: Collection, folder: Path, inputs: dict[str, Any]) -> None:
-    """Open the index in `folder`, or build it there first."""
+    """Open the index in `folder`, or build it there first.
+
+    Another process may build the same index meanwhile. Both write the same bytes file by file, so
+    that it does not matter whose files remain.
+    """
+    refuse_link(folder)
     if manifest.matches(folder, inputs):
-        bm25.open(collection.corpus, folder)
-        return
+        if not (damaged := _damaged(folder)):
+            bm25.open(collection.corpus, folder)
+            return
+        log.warning("%s is damaged; the index is built again", damaged)
     manifest.remove(folder)
     bm25.build(collection.corpus, folder)
-    manifest.write(folder, inputs)
+    written = {name: manifest.content(folder / name) for name in FILES}
+    manifest.write(folder, inputs, {"files": written})
+
+
+def _damaged(folder: Path) -> Path | None:
+    """The first file of an index whose content is not what its manifest recorded."""
+    written = (manifest.read(folder) or {}).get("facts", {}).get("files", {})
+    files = ((folder / name, written.get(name)) for name in FILES)
+    return next((path for path, record in files if not manifest.is_as_written(path, record)), None)
 
 
 def found(below: Path | None, name: str, inputs: dict[str, Any]) -> Path | None:
@@ -56,7 +74,7 @@ def found(below: Path | None, name: str, inputs: dict[str, Any]) -> Path | None:
         return None
     for path in sorted(below.rglob(f"{glob.escape(name)}*{SUFFIX}")):
         product = path.with_name(path.name.removesuffix(SUFFIX))
-        if manifest.matches(product, inputs):
+        if not product.is_symlink() and manifest.matches(product, inputs):
             return product
     return None
 
@@ -72,18 +90,22 @@ def place(store: Path, reuse: Path | None, name: str, inputs: dict[str, Any]) ->
     there = found(store, name, inputs) or found(reuse, name, inputs)
     if there is None:
         own = store / f"{name}.{manifest.digest(inputs)[:12]}"
-        _tell_of_others(own, name)
+        _report_others(own, name, inputs)
         return own
     if there.parent != store:
-        log.info("%s, from the same model, collection and settings, is taken", there)
+        log.info("reusing %s, from the same model, collection, settings and versions", there)
     return there
 
 
-def _tell_of_others(own: Path, name: str) -> None:
-    """Nothing in a store gives way, and embeddings of a large corpus fill a disk."""
+def _report_others(own: Path, name: str, inputs: dict[str, Any]) -> None:
+    """Nothing in a store is overwritten, and embeddings of a large corpus fill a disk."""
     beside = own.parent.glob(f"{glob.escape(name)}*{SUFFIX}")
-    if others := sorted(path.name.removesuffix(SUFFIX) for path in beside):
-        log.info(
-            "%s has %s from other models, collections or settings; delete what you no longer need",
-            *(own.parent, ", ".join(others)),
-        )
+    others = sorted(path.with_name(path.name.removesuffix(SUFFIX)) for path in beside)
+    if not others:
+        return
+    nearest = min((manifest.differences(other, inputs) for other in others), key=len)
+    log.info(
+        "%s has %s from other models, collections, settings or versions (the nearest differs in"
+        " %s); delete what you no longer need",
+        *(own.parent, ", ".join(other.name for other in others), "; ".join(nearest[:3])),
+    )

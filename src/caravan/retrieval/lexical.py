@@ -15,13 +15,13 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from caravan.atomic import scratch_folder
 from caravan.data.runs import Run, canonical
 from caravan.errors import InputError
 from caravan.progress import track
@@ -33,6 +33,11 @@ log = logging.getLogger(__name__)
 
 BLOCK_ROWS = 16_384
 METHODS = ("lucene", "robertson", "atire")
+FILES = (
+    *("data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"),
+    *("vocab.index.json", "params.index.json"),
+)
+"""The files of an index."""
 
 
 class BM25:
@@ -66,11 +71,14 @@ class BM25:
         self._corpus: Texts | None = None
 
     def build(self, corpus: Texts, folder: Path | str) -> None:
-        """Index the corpus into `folder`, which appears when it is whole, and open it."""
+        """Index the corpus into `folder`, and open the index.
+
+        The index is built beside `folder`, then its files replace those in `folder` one by one.
+        Nothing else in there is touched, whoever wrote it. The same corpus and settings give the
+        same bytes, so that two processes may build into one folder.
+        """
         folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
+        with scratch_folder(folder) as draft:
             counts = draft / "counts"
             counts.mkdir()
             vocabulary, frequencies, lengths = self._count(corpus, counts)
@@ -79,10 +87,9 @@ class BM25:
             names = {"vocab.index.json": vocabulary, "params.index.json": self._parameters(corpus)}
             for name, content in names.items():
                 (draft / name).write_text(json.dumps(content, ensure_ascii=False), "utf-8")
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(draft, folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            folder.mkdir(exist_ok=True)
+            for name in FILES:
+                os.replace(draft / name, folder / name)
         self.open(corpus, folder)
 
     def open(self, corpus: Texts, folder: Path | str) -> None:

@@ -30,7 +30,7 @@ from caravan.models.crossencoder import CrossEncoder
 from caravan.models.packed import pack_linears
 from caravan.progress import track
 from caravan.retrieval.fuse import Weighted
-from caravan.retrieval.shards import fill, shard
+from caravan.retrieval.shards import fill
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Scorer:
 
         Args:
             to: where scores lie, block by block; None keeps them in memory, for a question or two.
-            inputs: digests and settings that determine the scores; those of others go.
+            inputs: digests and settings that determine the scores.
             qrels: whose judged passages are scored too (`Reranking.judged`).
         """
         top = candidates.top(self.settings.depth)
@@ -194,8 +194,8 @@ class Scorer:
         if to is None:
             parts = list(compute(list(range(blocks))))
         else:
-            fill(to, self.inputs(inputs or {}), blocks, compute)
-            parts = [np.load(shard(to, number)) for number in range(blocks)]
+            files = fill(to, self.inputs(inputs or {}), blocks, compute)
+            parts = [files.read(number) for number in range(blocks)]
         scores = np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
         if wrong := int((~np.isfinite(scores)).sum()):
             raise InputError(

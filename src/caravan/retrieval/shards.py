@@ -1,17 +1,24 @@
-"""Work that is written block by block, and goes on after a kill where it was.
+"""Work that is written shard by shard, and continues after a kill where it stopped.
 
-    folder/begun.manifest.json   what the blocks are made from, written before the first
-    folder/00000042.npy          a block, written beside its place and renamed
-    <folder>.manifest.json       written last: the whole is there
+    folder/00000042.npy          an array and its record, written beside its place and renamed
+    <folder>.manifest.json       written last: all shards are there
 
-Each block is computed on its own, so the files are the same bytes however often a start was cut
-short; nothing that is on disk is computed again. Blocks of other inputs are thrown away.
-Of several processes (torchrun, srun) each has its share of the blocks, by their numbers; they meet
-in the folder alone, which all must see, and it is the same folder whatever their number.
+A shard's record follows the array in the same file, where numpy does not look: the digest of its
+inputs, its number, shape and dtype, and the digest of its bytes. In a file of its own the record
+could belong to the shard of another process. A shard whose record or size is wrong counts as
+missing. Its bytes are compared with the digest when it is first read, so that no start reads all
+shards just to verify them; one whose content has changed is computed again then.
+
+Each shard is computed on its own, so the files are the same bytes however often a start was killed;
+nothing that is on disk is computed again. Of several processes (torchrun, srun) each computes its
+share of the shards, by their numbers. They communicate through the folder alone, which all must
+see, and it is the same folder whatever their number.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,56 +27,129 @@ import numpy as np
 
 from caravan import manifest
 from caravan.atomic import replacing
+from caravan.errors import InputError
 from caravan.ranks import leads, rank, wait_until, world
+
+RECORD_BYTES = 256
+"""At the end of each file: the record as JSON, padded with spaces."""
+
+Compute = Callable[[list[int]], Iterable[np.ndarray]]
+"""Gives the arrays of the shards of these numbers, in their order."""
+
+log = logging.getLogger(__name__)
 
 
 def shard(folder: Path, number: int) -> Path:
     return folder / f"{number:08d}.npy"
 
 
-def fill(
-    folder: Path,
-    inputs: dict[str, Any],
-    blocks: int,
-    compute: Callable[[list[int]], Iterable[np.ndarray]],
-) -> None:
-    """Write the blocks that are not there yet; returns when all are, whoever wrote them.
+class ShardFiles:
+    """The shards of a folder; each is verified when it is first read.
 
     Args:
-        inputs: digests and settings that determine the blocks.
-        compute: gives, for the numbers of blocks that are missing, the array of each in turn.
+        inputs: digests and settings that determine the shards.
+        count: the number of shards.
+        compute: computes missing or damaged shards.
     """
-    if not _missing(folder, blocks) and manifest.matches(folder, inputs):
-        return
+
+    def __init__(self, folder: Path, inputs: dict[str, Any], count: int, compute: Compute) -> None:
+        self.folder = folder
+        self.count = count
+        self._inputs = manifest.digest(inputs)
+        self._compute = compute
+        self._verified: set[int] = set()
+
+    def missing(self, among: Iterable[int] | None = None) -> list[int]:
+        """The numbers of shards that are not there or not whole, by size and record alone."""
+        numbers = range(self.count) if among is None else among
+        return [number for number in numbers if self._record(number) is None]
+
+    def write(self, numbers: list[int]) -> None:
+        """Compute and write shards."""
+        for number, array in zip(numbers, self._compute(numbers) if numbers else (), strict=True):
+            _write(shard(self.folder, number), array, {"shard": number, "inputs": self._inputs})
+            self._verified.add(number)
+
+    def read(self, number: int) -> np.ndarray:
+        """A shard's array, memory-mapped."""
+        path = shard(self.folder, number)
+        if number not in self._verified:
+            record = self._record(number)
+            if record is None or manifest.content_digest(path, record["bytes"]) != record["xxh3"]:
+                log.warning("%s is damaged; it is computed again", path)
+                self.write([number])
+            self._verified.add(number)
+        array: np.ndarray = np.load(path, mmap_mode="r")
+        return array
+
+    def _record(self, number: int) -> dict[str, Any] | None:
+        """The record of a shard; None if the file is missing, not whole, or another shard's."""
+        path = shard(self.folder, number)
+        if path.is_symlink():
+            return None
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, 2) - RECORD_BYTES
+                file.seek(max(size, 0))
+                record = json.loads(file.read())
+        except (OSError, ValueError, RecursionError):
+            return None
+        expected = {"shard": number, "inputs": self._inputs, "bytes": size}
+        if not isinstance(record, dict) or not record.items() >= expected.items():
+            return None
+        return record if isinstance(record.get("xxh3"), str) else None
+
+
+def fill(folder: Path, inputs: dict[str, Any], count: int, compute: Compute) -> ShardFiles:
+    """Write the shards that are missing; returns when all are there, whoever wrote them.
+
+    Args: as in `ShardFiles`.
+
+    Raises:
+        InputError: the folder is a symbolic link.
+    """
+    refuse_link(folder)
+    files = ShardFiles(folder, inputs, count, compute)
+    missing = files.missing()
+    if not missing and manifest.matches(folder, inputs):
+        return files
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write([number for number in missing if number % world() == rank()])
+
+    def whole() -> bool:
+        missing[:] = files.missing(missing)
+        return not missing
+
+    wait_until(whole)
     if leads():
-        _begin(folder, inputs)
-    wait_until(lambda: manifest.matches(folder / "begun", inputs))
-    own = [i for i in _missing(folder, blocks) if i % world() == rank()]
-    for number, array in zip(own, compute(own) if own else (), strict=True):
-        _write(shard(folder, number), array)
-    if leads():
-        wait_until(lambda: not _missing(folder, blocks))
         manifest.write(folder, inputs)
     wait_until(lambda: manifest.matches(folder, inputs))
+    return files
 
 
-def _missing(folder: Path, blocks: int) -> list[int]:
-    return [i for i in range(blocks) if not shard(folder, i).exists()]
+def refuse_link(folder: Path) -> None:
+    """Refuse a symbolic link where a product of a store belongs.
+
+    Raises:
+        InputError: it is one; what is written there would land in a folder of somebody else.
+    """
+    if folder.is_symlink():
+        raise InputError(
+            f"{folder} is a symbolic link, which Caravan does not follow in a store; remove the"
+            " link, or choose another store="
+        )
 
 
-def _begin(folder: Path, inputs: dict[str, Any]) -> None:
-    """Say from the start whose blocks these are, so that an interrupted start can be resumed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    begun = folder / "begun"
-    if not manifest.matches(begun, inputs):
-        manifest.remove(folder)  # before the blocks: they are no longer what it says they are
-        manifest.remove(begun)
-        for old in folder.iterdir():
-            old.unlink()
-        begun.touch()
-        manifest.write(begun, inputs)
-
-
-def _write(path: Path, array: np.ndarray) -> None:
-    with replacing(path) as scratch, scratch.open("wb") as file:
-        np.save(file, array)
+def _write(path: Path, array: np.ndarray, of: dict[str, Any]) -> None:
+    with replacing(path) as scratch:
+        with scratch.open("wb") as file:
+            np.save(file, array)
+        record = {
+            **of,
+            "shape": list(array.shape),
+            "dtype": str(array.dtype),
+            "bytes": scratch.stat().st_size,
+            "xxh3": manifest.content_digest(scratch),
+        }
+        with scratch.open("ab") as file:
+            file.write(json.dumps(record).ljust(RECORD_BYTES).encode())

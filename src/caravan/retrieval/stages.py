@@ -3,8 +3,8 @@
     run_dir/store/      embeddings, BM25's index, a reranker's scores (caravan.retrieval.kept)
     run_dir/runs/       <stage>.<split>.trec
 
-A stage is skipped only when the digests of model, collection, candidates and settings are those its
-run was made from, and the run is as it was written.
+A stage is skipped only if its run was made from the same model, collection, candidates, settings
+and versions, and the run is as it was written.
 """
 
 from __future__ import annotations
@@ -170,6 +170,7 @@ class Stages:
 
         made_from = {**encoded_from, **lengths, "index": index_settings, "k": self.k}
         made_from |= self._ignoring
+        made_from["versions"] = manifest.versions((*manifest.LIBRARIES, "faiss-cpu"))
         return self._stage("retriever", made_from, search, together=True)
 
     def given(self, path: Path) -> Stage:
@@ -178,6 +179,7 @@ class Stages:
             "collection": self.collection.digest,
             "given": manifest.content_digest(path),
             "k": self.k,
+            "versions": manifest.versions(()),
             **self._ignoring,
         }
 
@@ -201,7 +203,12 @@ class Stages:
 
     def fused(self, fuse: Any, settings: dict[str, Any], stages: list[Stage]) -> Stage:
         """The runs of several stages as one."""
-        made_from = {"fuse": settings, "runs": [stage.digest for stage in stages], "k": self.k}
+        made_from = {
+            "fuse": settings,
+            "runs": [stage.digest for stage in stages],
+            "k": self.k,
+            "versions": manifest.versions(()),
+        }
 
         def search() -> tuple[Run, Facts]:
             runs = [self.read(stage) for stage in stages]
@@ -288,14 +295,18 @@ class Stages:
         inputs = {**made_from, "split": self.split}
         digest = _made_before(path, inputs)
         if digest is not None:
-            log.info("%s is there already, from the same model, collection and settings", path)
+            log.info(
+                "%s is there already, from the same model, collection, settings and versions", path
+            )
         elif not leads():
             if together:
                 search()
-            wait_until(lambda: _made_before(path, inputs, told=False) is not None)
+            wait_until(lambda: _made_before(path, inputs, warn=False) is not None)
             digest = _made_before(path, inputs)
             assert digest is not None  # just waited for
         else:
+            if manifest.read(path) is not None and (lines := manifest.differences(path, inputs)):
+                log.info("%s is made again; it differs in %s", path, "; ".join(lines[:3]))
             manifest.remove(path)
             found = search()
             assert found is not None
@@ -308,13 +319,13 @@ class Stages:
         return Stage(name, path, inputs, facts, digest)
 
 
-def _made_before(path: Path, inputs: dict[str, Any], told: bool = True) -> str | None:
+def _made_before(path: Path, inputs: dict[str, Any], warn: bool = True) -> str | None:
     """The digest of a run that is there from these inputs, as it was written, else None."""
     if not manifest.matches(path, inputs):
         return None
     digest = manifest.content_digest(path)
-    if (manifest.read(path) or {})["facts"].get("run_xxh3") == digest:
+    if (manifest.read(path) or {}).get("facts", {}).get("run_xxh3") == digest:
         return digest
-    if told:
+    if warn:
         log.warning("%s is not as it was written; it is made again", path)
     return None
