@@ -7,8 +7,13 @@ it and exit with code 2; every other exception is a defect of Caravan and keeps 
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 FAILED, USER, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 """Exit codes: a job failed, a mistake of the user's, Ctrl-C, SIGTERM."""
@@ -42,6 +47,47 @@ def sentence(error: BaseException) -> str | None:
 def first_line(error: BaseException) -> str:
     """The first line of a library's message, to be quoted within a sentence."""
     return (str(error).strip().splitlines() or [repr(error)])[0].rstrip(".")
+
+
+@contextmanager
+def reading(place: str | Path, problem: str) -> Iterator[None]:
+    """Read what Caravan did not write: any exception of a library becomes an InputError.
+
+    Parsers raise whatever their code runs into where a value has another type than expected: a bare
+    Exception (tokenizers), TypeError, AttributeError, RecursionError, a panic of Rust. The original
+    exception stays the cause, and is logged at level DEBUG.
+
+    Args:
+        place: the file, folder or hub id that is read.
+        problem: what failed, such as "no model could be loaded".
+
+    Raises:
+        InputError: with place, problem and the first line of the exception's message.
+    """
+    try:
+        yield
+    except (InputError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        log.debug("%s: %s", place, problem, exc_info=error)
+        raise InputError(f"{place}: {problem} ({reason(error)})") from error
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an exception's message, with its type where the message needs it."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = first_line(error)
+    if text.endswith(":") and len(lines) > 1:  # huggingface_hub's validation of configs
+        text = f"{text} {lines[1]}"
+    if isinstance(error, OSError | ValueError | RuntimeError | ImportError) or (
+        type(error) is Exception
+    ):
+        return text
+    return f"{type(error).__name__}: {text}"
 
 
 def answering(work: Callable[[], object]) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from caravan.errors import InputError
+from caravan.errors import InputError, reading
 from caravan.models.loading import set_attention
 from caravan.models.preparing import Checkpointing, new_head, prepared
 
@@ -94,9 +94,10 @@ class TinyLlama:
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
                 bpe.save(f"{scratch}/bpe.json")
                 os.replace(f"{scratch}/bpe.json", path)
-        return PreTrainedTokenizerFast(
-            tokenizer_file=str(path), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-        )
+        with reading(path, "no tokenizer; delete the file, and it is trained again"):
+            return PreTrainedTokenizerFast(
+                tokenizer_file=str(path), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+            )
 
     def model(self, tokenizer: Any) -> nn.Module:
         return self.language_model(tokenizer).base_model
