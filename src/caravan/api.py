@@ -74,6 +74,11 @@ class _Loaded:
             on_device = packed.to(self.device)
             parts = [self.model.of(chunk) for chunk in on_device.chunks]
             found: np.ndarray = on_device.restore(torch.cat(parts)).float().cpu().numpy()
+        if not np.isfinite(found).all():
+            raise InputError(
+                f"{self.folder} computes values that are NaN or infinite; its config.json or its"
+                " weights are damaged, or its training has diverged: train or download it again"
+            )
         return found
 
 

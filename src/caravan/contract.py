@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 import string
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -251,18 +252,25 @@ def read_contract(folder: Path) -> tuple[Contract, dict[str, Any]]:
     facts = record.pop("facts", None)
     if not isinstance(facts, dict) or facts.get("weights") not in ("full", "adapter"):
         raise InputError(f"{path}: 'facts' lacks 'weights' (full or adapter); save the model again")
+    for name in ("name", "base_model", "collection"):
+        if not isinstance(facts.get(name), str | None):
+            shown = reprlib.repr(facts[name])
+            raise InputError(f"{path}: {name!r} of 'facts' is {shown}; it must be a text")
     known = {field.name: type(field.default) for field in fields(Contract)}
     unknown = sorted(record.keys() - known.keys())
     missing = sorted(known.keys() - record.keys() - LATER)
     if unknown or missing:
-        wrong = [f"unknown {name!r}" for name in unknown] + [f"missing {m!r}" for m in missing]
+        wrong = [f"unknown {reprlib.repr(name)}" for name in unknown] + [
+            f"missing {m!r}" for m in missing
+        ]
         raise InputError(f"{path}: {', '.join(wrong)}; save the model again")
     for name in record:
         kind, value = known[name], record[name]
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             record[name] = float(value)
         elif type(value) is not kind:
-            raise InputError(f"{path}: {name!r} is {value!r}; it must be of type {kind.__name__}")
+            shown = reprlib.repr(value)
+            raise InputError(f"{path}: {name!r} is {shown}; it must be of type {kind.__name__}")
     try:
         return Contract(**record), facts
     except InputError as error:
@@ -312,6 +320,7 @@ def adapter_base(folder: Path) -> tuple[str, str | None]:
     with reading(path, "no adapter's config"):
         record = json.loads(path.read_text("utf-8"))
         base, revision = record.get("base_model_name_or_path"), record.get("revision")
+        f"{base}{revision}".encode()  # half of a surrogate pair is part of no name
     if not isinstance(base, str) or not base or not isinstance(revision, str | None):
         raise InputError(f"{path} names no base model; save the model again")
     with reading(path, "its base cannot be looked up"):

@@ -23,6 +23,8 @@ class InputError(ValueError):
     """A mistake in what the user gave, told in one sentence with its place and its remedy."""
 
 
+LONGEST = 400
+"""Characters of a library's message that are quoted: some contain the whole value of a file."""
 WORKER_TERMINATED = "is killed by signal: Terminated"
 """What a loader says of a worker that was terminated first: schedulers terminate all processes."""
 
@@ -79,15 +81,14 @@ def reason(error: BaseException) -> str:
     """The first line of an exception's message, with its type where the message needs it."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = first_line(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if text.endswith(":") and len(lines) > 1:  # huggingface_hub's validation of configs
         text = f"{text} {lines[1]}"
-    if isinstance(error, OSError | ValueError | RuntimeError | ImportError) or (
-        type(error) is Exception
-    ):
-        return text
-    return f"{type(error).__name__}: {text}"
+    speaks = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+    if not speaks and type(error) is not Exception:
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def answering(work: Callable[[], object]) -> int:

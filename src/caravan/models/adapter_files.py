@@ -92,7 +92,9 @@ def load_adapter(
         config.base_model_name_or_path = None
     missing, unused = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     wrong = sorted(
-        key for key in wanted.keys() & stored.keys() if wanted[key].shape != stored[key].shape
+        key
+        for key in wanted.keys() & stored.keys()
+        if wanted[key].shape != stored[key].shape or not stored[key].is_floating_point()
     )
     if missing and not unused and all(".score." in key or ".classifier." in key for key in missing):
         raise InputError(

@@ -178,15 +178,21 @@ def _backbone(
         # A language model's output layer has no part in embeddings; those who adapt it on need it.
         return fetch(str(folder), heads="language_model" in facts)
     model = fit_vocabulary(load_base(folder, fetch), tokenizer)
-    return merged(load_adapter(model, str(folder)))
+    return _with_adapter(model, folder)
+
+
+def _with_adapter(base: nn.Module, folder: Path) -> Any:
+    """The base with a folder's adapter merged into it."""
+    adapted = load_adapter(base, str(folder))
+    with reading(folder / "adapter_config.json", "the adapter cannot be merged into its base"):
+        return merged(adapted)
 
 
 def _scorer(folder: Path, dtype: torch.dtype | str, adapter: bool, trusted: bool) -> nn.Module:
     scorer: Any
     fetch = partial(load_scorer, dtype=dtype, trust_remote_code=trusted)
     if adapter:
-        scorer = load_base(folder, fetch)[0]
-        scorer = merged(load_adapter(scorer, str(folder)))
+        scorer = _with_adapter(load_base(folder, fetch)[0], folder)
     elif (folder / HEAD).is_file():
         model = load_weights(str(folder), dtype, heads=False, trust_remote_code=trusted)
         scorer = with_head(model)
@@ -207,7 +213,7 @@ def _language_model(
     fetch = partial(load_language_model, dtype=dtype, trust_remote_code=trusted)
     if not adapter:
         return fetch(str(folder))
-    return merged(load_adapter(load_base(folder, fetch), str(folder)))
+    return _with_adapter(load_base(folder, fetch), folder)
 
 
 def _read_head(scorer: Any, folder: Path) -> None:
