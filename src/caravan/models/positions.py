@@ -62,7 +62,10 @@ def refuse_too_long(model: Any, contract: Contract, section: str = "contract.") 
 def positions(trunk: nn.Module) -> int | None:
     """The tokens that a transformer without a head has positions for; None if it has no limit."""
     config = trunk.config.get_text_config()  # type: ignore[operator, union-attr]
-    words = trunk.get_input_embeddings()  # type: ignore[operator]
+    try:
+        words = trunk.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:  # of remote code
+        words = None
     known = getattr(config, "max_position_embeddings", None)
     limits = []
     for name, module in trunk.named_modules():
