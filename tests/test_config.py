@@ -178,6 +178,15 @@ def test_one_mistake_is_told_with_its_remedy(
     ("overrides", "wanted"),
     [
         ("retriever=bm52", "there is no folder bm52 (nor run file, nor bm25); did you mean bm25?"),
+        (
+            "retriever=sentence-transformers/all-MiniLM-L6-v2",
+            "python train.py backbone=hf backbone.name=sentence-transformers/all-MiniLM-L6-v2"
+            " trainer.max_steps=0 name=all-MiniLM-L6-v2",
+        ),
+        (
+            "retriever=bm25 reranker=BAAI/bge-reranker-base",
+            "python train.py stage=reranker backbone=hf backbone.name=BAAI/bge-reranker-base",
+        ),
         ("retriever=bm25 index.k=100", "depth 1000 but search keeps k=100; set index.k=1000"),
         ("retriever=bm25 measures=[nDCG10]", "did you mean nDCG@10?"),
         ("retriever=bm25 backbone=tiny_llama", "evaluate has no group 'backbone'"),

@@ -73,6 +73,11 @@ class _Loaded:
         with torch.inference_mode():
             rows = packed.to(self.device).rows_of(self.model.of)
             found: np.ndarray = rows.float().cpu().numpy()
+        if not np.isfinite(found).all():
+            raise InputError(
+                f"{self.folder} computes values that are NaN or infinite; its config.json or its"
+                " weights are damaged, or its training has diverged: train or download it again"
+            )
         return found
 
 

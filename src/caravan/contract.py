@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 import string
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from caravan.errors import InputError
+from caravan.errors import InputError, reading
 from caravan.manifest import content_digest
 
 FILE = "caravan.json"
@@ -29,6 +30,8 @@ PAIRS = ("joined", "pair")
 SCORINGS = ("head", "likelihood")
 SLOTS = ("self", "next")
 """Fields of a template that stand for the slots of LLaRA's two tasks (arXiv 2312.15503)."""
+LONGEST = 1 << 20
+"""Tokens; no model reads longer texts."""
 _READ = (".safetensors", ".bin", ".json", ".model", ".txt", ".py")
 
 
@@ -110,8 +113,11 @@ class Contract:
                 f"contract.temperature is {self.temperature}; it must be above 0 and finite"
             )
         for name in ("query_length", "passage_length"):
-            if getattr(self, name) < 4:
-                found.append(f"contract.{name} is {getattr(self, name)}; it must be at least 4")
+            length = getattr(self, name)
+            if length < 4:
+                found.append(f"contract.{name} is {length}; it must be at least 4")
+            elif length > LONGEST:
+                found.append(f"contract.{name} is {length}; it must be at most {LONGEST}")
         for name, allowed in (
             ("query_template", {"text"}),
             ("passage_template", {"title", "text"}),
@@ -122,8 +128,11 @@ class Contract:
     def _slot_problems(self) -> list[str]:
         templates = ("query_template", "passage_template")
         slotted = [bool(template_parts(getattr(self, name))[2]) for name in templates]
-        if self.slots < 0:
-            return [f"contract.slots is {self.slots}; it must be 0 or more"]
+        if not 0 <= self.slots < max(self.query_length, self.passage_length):
+            return [
+                f"contract.slots is {self.slots}; it must be 0 or more, and less than the lengths,"
+                " which count them in"
+            ]
         if not self.slots and any(slotted):
             return ["contract.slots is 0, but a template has {self} or {next}; set it to 1 or more"]
         if self.slots and not any(slotted):
@@ -162,6 +171,7 @@ class Contract:
 
 def _template_problems(name: str, template: str, allowed: set[str]) -> list[str]:
     try:
+        template.encode()  # half of a surrogate pair is no text for a tokenizer
         parsed = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         return [f"contract.{name} is {template!r}, which is not a template: {error}"]
@@ -226,7 +236,7 @@ def read_contract(folder: Path) -> tuple[Contract, dict[str, Any]]:
     """
     path = folder / FILE
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such model folder")
+        raise InputError(f"{folder}: no such model folder{adoption(str(folder))}")
     if (folder / "model" / FILE).is_file() and not path.is_file():
         raise InputError(f"{folder} is a run and no model folder; give {folder / 'model'}")
     if not path.is_file():
@@ -235,29 +245,34 @@ def read_contract(folder: Path) -> tuple[Contract, dict[str, Any]]:
             f" model run: python train.py backbone=hf backbone.name={folder} trainer.max_steps=0"
             " (and stage=reranker for one that scores)"
         )
-    try:
+    with reading(path, "not a contract"):
         record = json.loads(path.read_text("utf-8"))
         if not isinstance(record, dict):
-            raise TypeError("it holds no JSON object")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not a contract ({error}); save the model again") from None
+            raise ValueError("it holds no JSON object")
     if record.pop("format", None) != FORMAT:
         raise InputError(f"{path}: its format is not {FORMAT}; this version of Caravan reads that")
     facts = record.pop("facts", None)
     if not isinstance(facts, dict) or facts.get("weights") not in ("full", "adapter"):
         raise InputError(f"{path}: 'facts' lacks 'weights' (full or adapter); save the model again")
+    for name in ("name", "base_model", "collection"):
+        if not isinstance(facts.get(name), str | None):
+            shown = reprlib.repr(facts[name])
+            raise InputError(f"{path}: {name!r} of 'facts' is {shown}; it must be a text")
     known = {field.name: type(field.default) for field in fields(Contract)}
     unknown = sorted(record.keys() - known.keys())
     missing = sorted(known.keys() - record.keys() - LATER)
     if unknown or missing:
-        wrong = [f"unknown {name!r}" for name in unknown] + [f"missing {m!r}" for m in missing]
+        wrong = [f"unknown {reprlib.repr(name)}" for name in unknown] + [
+            f"missing {m!r}" for m in missing
+        ]
         raise InputError(f"{path}: {', '.join(wrong)}; save the model again")
     for name in record:
         kind, value = known[name], record[name]
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             record[name] = float(value)
         elif type(value) is not kind:
-            raise InputError(f"{path}: {name!r} is {value!r}; it must be of type {kind.__name__}")
+            shown = reprlib.repr(value)
+            raise InputError(f"{path}: {name!r} is {shown}; it must be of type {kind.__name__}")
     try:
         return Contract(**record), facts
     except InputError as error:
@@ -298,15 +313,39 @@ def files_digest(folder: Path) -> str:
 def adapter_base(folder: Path) -> tuple[str, str | None]:
     """The base model of an adapter folder, (hub id or folder, revision), as PEFT notes it.
 
+    A relative path is looked up in the working directory and then in the folders above the adapter,
+    so that it is found from any working directory.
+
     Raises:
         InputError: `adapter_config.json` is missing or broken, or names no base model.
     """
     path = folder / "adapter_config.json"
-    try:
+    with reading(path, "no adapter's config"):
         record = json.loads(path.read_text("utf-8"))
-        base, revision = record["base_model_name_or_path"], record.get("revision")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        base, revision = None, None
-    if not isinstance(base, str) or not base:
+        base, revision = record.get("base_model_name_or_path"), record.get("revision")
+        f"{base}{revision}".encode()  # half of a surrogate pair is part of no name
+    if not isinstance(base, str) or not base or not isinstance(revision, str | None):
         raise InputError(f"{path} names no base model; save the model again")
+    with reading(path, "its base cannot be looked up"):
+        for above in (Path(), *folder.resolve().parents):
+            if (above / base / "config.json").is_file():
+                return str(above / base), revision
     return base, revision
+
+
+def adoption(name: str, stage: str = "") -> str:
+    """How a hub id becomes a model folder, as the end of a message; empty for a path.
+
+    >>> "backbone.name=BAAI/bge-m3 trainer.max_steps=0 name=bge-m3" in adoption("BAAI/bge-m3")
+    True
+    >>> adoption("./runs/mine")
+    ''
+    """
+    parts = name.split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~", "runs"):
+        return ""
+    return (
+        f"; to adopt a model of the hub run: python train.py{stage} backbone=hf"
+        f" backbone.name={name} trainer.max_steps=0 name={parts[1]} (with its prompts and pooling"
+        f" as contract.*), then give runs/{parts[1]}/model"
+    )

@@ -16,7 +16,8 @@ from caravan.batches import pack
 from caravan.contract import Contract
 from caravan.errors import InputError
 from caravan.models import folder
-from caravan.models.adapters import LoRA, is_adapter
+from caravan.models.adapter_files import is_adapter
+from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained, Trained
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, head_of, with_head

@@ -18,6 +18,7 @@ from caravan.models import folder
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
+from caravan.models.crossencoder import CrossEncoder, with_head
 
 TEXTS = [[5, 6, 7], [8, 9, 10, 11], [12]]
 
@@ -277,4 +278,72 @@ def test_a_released_model_may_bring_heads_and_a_model_folder_may_not(saved: Path
     save_file({**tensors, **added}, saved / "model.safetensors", metadata={"format": "pt"})
     Pretrained(str(saved)).model(None)
     with pytest.raises(InputError, match=r"4 weights .*classifier\.weight not used"):
+        folder.load(saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_is_not_finite_is_refused_by_its_name_and_file(
+    value: float, dtype: torch.dtype, saved: Path
+) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    tensors["layers.0.self_attn.q_proj.weight"][3, 4] = value
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    told = r"model\.safetensors: layers\.0\.self_attn\.q_proj\.weight holds values that are NaN"
+    with pytest.raises(InputError, match=told):
+        folder.load(saved, dtype)
+
+
+def test_a_weight_of_an_adapter_that_is_not_finite_is_refused(
+    saved: Path, tokenizer: Any, contract: Contract, tmp_path: Path
+) -> None:
+    _adapter(saved, tokenizer, contract, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors: .* NaN or infinite"):
+        folder.load(tmp_path / "adapter")
+
+
+def test_a_head_that_is_not_finite_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    contract = Contract(kind="reranker", pooling="cls", query_length=16, passage_length=24)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = BertModel(BertConfig(vocab_size=400, intermediate_size=48, **shape))
+    scorer: Any = with_head(bert)
+    with torch.no_grad():
+        scorer.score.weight[0, 0] = float("nan")
+    folder.save(tmp_path / "model", CrossEncoder(scorer, contract), tokenizer, contract, {})
+    with pytest.raises(InputError, match=r"score\.safetensors: score\.weight holds values"):
+        folder.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("file", ["config.json", "caravan.json", "tokenizer.json"])
+def test_json_that_is_nested_too_deeply_is_refused_by_its_folder(file: str, saved: Path) -> None:
+    (saved / file).write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(InputError, match=str(saved)):
+        folder.load(saved)
+
+
+def test_a_value_of_another_type_in_the_config_is_refused_by_its_file(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "rms_norm_eps": "small"}))
+    with pytest.raises(InputError, match=r"config\.json: no model could be loaded"):
+        folder.load(saved)
+
+
+def test_a_config_that_counts_endless_layers_is_refused(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2**31}))
+    with pytest.raises(InputError, match=r"config\.json"):
+        folder.load(saved)
+
+
+def test_a_tokenizer_of_a_newer_version_is_refused(saved: Path) -> None:
+    record = json.loads((saved / "tokenizer.json").read_text())
+    record["model"]["type"] = "BPE2"
+    (saved / "tokenizer.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="no tokenizer could be loaded"):
         folder.load(saved)

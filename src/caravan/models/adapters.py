@@ -1,23 +1,18 @@
-"""Low-rank adapters: put on a backbone, and loaded without a weight lost or left over.
+"""Low-rank adapters on a backbone: which layers have them, and the precision of frozen weights.
 
-PEFT loads an adapter onto the wrong base, or without its head, with no more than a warning; what
-comes out then embeds or scores at random. Here every weight must find its place. The keys of older
-versions of PEFT are read too, and a pickle (.bin) as tensors alone, so that none of its code runs.
+Saved adapters are read by `caravan.models.adapter_files`.
 """
 
 from __future__ import annotations
 
 import math
-import pickle
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from caravan.errors import InputError
-from caravan.hub import refuse_unreachable
 from caravan.models.pooling import blocks
 
 
@@ -174,166 +169,9 @@ def _of_group(model: nn.Module, targets: list[str] | str) -> list[str] | str:
     return found
 
 
-def is_adapter(name: str, revision: str | None = None) -> bool:
-    """Whether a hub id or folder holds an adapter and not a whole model.
-
-    Raises:
-        InputError: the hub cannot be asked.
-    """
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    refuse_unreachable(name, revision)
-    try:
-        return find_adapter_config_file(name, revision=revision) is not None
-    except (OSError, ValueError):
-        return False  # what is not to be had is told when the weights are loaded
-
-
-def released_base(name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """The base model that an adapter names, as (hub id or folder, revision).
-
-    Raises:
-        InputError: it names none.
-    """
-    from peft import PeftConfig
-
-    config = PeftConfig.from_pretrained(name, revision=revision)
-    if not config.base_model_name_or_path:
-        raise InputError(f"{name}: its adapter_config.json names no base model; write it in")
-    return str(config.base_model_name_or_path), config.revision
-
-
-def load_adapter(
-    model: nn.Module, name: str, revision: str | None = None, trainable: bool = False
-) -> Any:
-    """Put a saved adapter (.safetensors or .bin) on its base; PEFT's model.
-
-    Args:
-        name: folder or hub id.
-        trainable: whether training goes on with it; else it is frozen.
-
-    Raises:
-        InputError: a weight of the adapter or of its head is missing, not used, or misshapen.
-    """
-    from peft import (
-        PeftConfig,
-        get_peft_model,
-        get_peft_model_state_dict,
-        set_peft_model_state_dict,
-    )
-
-    hub: dict[str, Any] = {} if revision is None else {"revision": revision}
-    stored = _keys_of_today(_weights(name, hub))
-    try:
-        config = PeftConfig.from_pretrained(name, **hub)
-        config.inference_mode = not trainable
-        base = config.base_model_name_or_path
-        peft = get_peft_model(model, config)
-        config.base_model_name_or_path = base  # as it was saved: PEFT writes down the model's name
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        told = str(error).strip().splitlines()[0].rstrip(".")
-        raise InputError(f"{name}: the adapter does not load ({told})") from None
-    wanted = get_peft_model_state_dict(peft, save_embedding_layers=False)
-    missing, unused = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
-    wrong = sorted(
-        key for key in wanted.keys() & stored.keys() if wanted[key].shape != stored[key].shape
-    )
-    if missing or unused or wrong:
-        keys = [f"{key} missing" for key in missing] + [f"{key} not used" for key in unused]
-        keys += [f"{key} mis-shaped" for key in wrong]
-        also = f", {len(wrong)} mis-shaped" if wrong else ""
-        raise InputError(
-            f"{name} does not fit {type(model).__name__}: {len(missing)} weights missing,"
-            f" {len(unused)} not used{also} ({', '.join(keys)[:300]}); it is of another base or"
-            " task"
-        )
-    set_peft_model_state_dict(peft, stored)
-    return peft
-
-
-def _weights(name: str, hub: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in an adapter's file; of a pickle tensors are read and nothing is run."""
-    from peft.utils import load_peft_weights
-    from safetensors import SafetensorError
-
-    try:
-        weights = load_peft_weights(name, device="cpu", **hub)
-    except pickle.UnpicklingError:
-        raise InputError(
-            f"{name}: its adapter_model.bin is a pickle of more than tensors, which could run code,"
-            " and is not opened; take an adapter in safetensors, or from another source"
-        ) from None
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
-        told = str(error).strip().splitlines()[0].rstrip(".") if str(error) else "it ends too soon"
-        raise InputError(f"{name}: the adapter does not load ({told})") from None
-    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise InputError(f"{name}: its adapter_model.bin holds no weights by name; save it again")
-    return weights
-
-
-def _keys_of_today(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under the keys that PEFT gives them now.
-
-    Older adapters may have the wrapper of a head in its key (`score.modules_to_save.weight`), the
-    adapter's name (`lora_A.default.weight`), and beside a trained head the one that it replaced
-    (`score.original_module.weight`), which has no part in a score.
-    """
-    renamed: dict[str, Tensor] = {}
-    for key, weight in weights.items():
-        today = re.sub(r"\.(modules_to_save|default)(?=\.)", "", key)
-        renamed[key if today in weights else today] = weight
-    replaced = [key for key in renamed if ".original_module." in key]
-    for key in replaced:
-        if key.replace(".original_module", "") in renamed:
-            del renamed[key]
-    return renamed
-
-
 def merged(peft: Any) -> nn.Module:
     """The base with the adapter added into its weights: plain layers, which pack and run faster."""
     model = peft.merge_and_unload()
     if hasattr(model, "peft_config"):
         del model.peft_config  # else a saved model would be taken for an adapter
     return model
-
-
-def copy_adapter(peft: Any, name: str) -> int:
-    """Copy a saved adapter, with its head if the new one has that too; returns how many weights.
-
-    A retriever's adapter sits on the transformer itself, a reranker's one level deeper.
-
-    Raises:
-        InputError: the new adapter has another rank or alpha, or other targets.
-    """
-    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    prefix = getattr(peft.get_base_model(), "base_model_prefix", "")
-
-    def short(key: str) -> str:
-        for outer in ("base_model.model.", "backbone.", f"{prefix}."):
-            key = key.removeprefix(outer)
-        return key
-
-    def low_rank(weights: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        kinds = (".lora_", "trainable_tokens")
-        of_adapter = {key: w for key, w in weights.items() if any(kind in key for kind in kinds)}
-        return {key: tuple(weight.shape) for key, weight in of_adapter.items()}
-
-    stored = {short(key): weight for key, weight in load_peft_weights(name, device="cpu").items()}
-    new = get_peft_model_state_dict(peft, save_embedding_layers=False)
-    saved, asked = (
-        (getattr(config, "lora_alpha", None), getattr(config, "use_rslora", False))
-        for config in (PeftConfig.from_pretrained(name), peft.active_peft_config)
-    )
-    wanted = low_rank({short(key): weight for key, weight in new.items()})
-    if low_rank(stored) != wanted or saved != asked:
-        raise InputError(
-            f"init_from={name} has an adapter of another rank or alpha, of another kind, on other"
-            " layers or with other slots than is asked for; set peft.rank, peft.alpha,"
-            " peft.targets, peft.rslora, peft.dora and contract.slots to its own, or peft=none to"
-            " merge it"
-        )
-    taken = {key: stored[short(key)] for key in new if short(key) in stored}
-    set_peft_model_state_dict(peft, {**new, **taken})
-    return len(taken)

@@ -20,7 +20,13 @@ from torch import nn
 from caravan.contract import FILE, adapter_base, read_contract
 from caravan.errors import InputError
 from caravan.models import folder
-from caravan.models.adapters import copy_adapter, is_adapter, load_adapter, released_base
+from caravan.models.adapter_files import (
+    copy_adapter,
+    is_adapter,
+    load_adapter,
+    load_base,
+    released_base,
+)
 from caravan.models.crossencoder import with_head
 from caravan.models.loading import (
     fit_vocabulary,
@@ -193,13 +199,14 @@ class Trained:
     def model(self, tokenizer: Any) -> nn.Module:
         """The transformer without a head; what a head the folder has is left out."""
         if self.adapter is not None:
-            base, revision = adapter_base(Path(self.adapter))
-            model: Any = load_weights(
-                *(base, self.dtype, self.attention),
+            fetch = partial(
+                load_weights,
+                dtype=self.dtype,
+                attention=self.attention,
                 quantization=self.quantization,
                 trust_remote_code=self.trusted,
-                revision=revision,
             )
+            model: Any = load_base(Path(self.adapter), fetch)
         elif self.quantization is not None:
             if self.scores or read_contract(Path(self.name))[1]["weights"] == "adapter":
                 raise self._not_quantised()
@@ -224,33 +231,34 @@ class Trained:
             if self.quantization is not None:
                 raise self._not_quantised()
             return self._prepared(self._whole())
-        base, revision = adapter_base(Path(self.adapter))
-        pad_id = tokenizer.pad_token_id
-        scorer = load_scorer(
-            *(base, self.dtype, self.attention, pad_id, self.quantization),
+        fetch = partial(
+            load_scorer,
+            dtype=self.dtype,
+            attention=self.attention,
+            pad_id=tokenizer.pad_token_id,
+            quantization=self.quantization,
             trust_remote_code=self.trusted,
-            revision=revision,
-        )[0]
+        )
+        scorer = load_base(Path(self.adapter), fetch)[0]
         return self._prepared(scorer)  # its head comes with the adapter
 
     def language_model(self, tokenizer: Any) -> nn.Module:
         """The transformer with its output layer, which the folder or the base must have."""
-        fetch = partial(load_language_model, trust_remote_code=self.trusted)
+        fetch = partial(
+            load_language_model, attention=self.attention, trust_remote_code=self.trusted
+        )
         if self.adapter is not None:
-            base, revision = adapter_base(Path(self.adapter))
-            return self._prepared(
-                fetch(base, self.attention, quantization=self.quantization, revision=revision)
-            )
+            quantised = partial(fetch, quantization=self.quantization)
+            return self._prepared(load_base(Path(self.adapter), quantised))
         if self.quantization is not None:
             raise self._not_quantised()
         contract, facts = read_contract(Path(self.name))
         if contract.scoring == "likelihood":
             return self._prepared(self._whole())
         if facts["weights"] == "full":
-            return self._prepared(fetch(self.name, self.attention))
+            return self._prepared(fetch(self.name))
         # The adapter is of the trunk alone; the output layer is its base's.
-        base, revision = adapter_base(Path(self.name))
-        model: Any = fetch(base, self.attention, revision=revision)
+        model: Any = load_base(Path(self.name), fetch)
         fit_vocabulary(model, tokenizer)
         trunk = self._whole().base_model
         model.base_model.load_state_dict(trunk.state_dict())

@@ -13,6 +13,7 @@ from caravan.contract import Contract
 from caravan.models import attention as _registered  # noqa: F401
 from caravan.models.bidirectional import hold_to
 from caravan.models.pooling import is_causal, pooled_states
+from caravan.models.positions import refuse_too_long
 
 
 class BiEncoder(nn.Module):
@@ -23,7 +24,8 @@ class BiEncoder(nn.Module):
         contract: gives pooling and normalisation.
 
     Raises:
-        InputError: the backbone looks another way than the contract says.
+        InputError: the backbone looks another way than the contract says, or has fewer positions
+            than a text may have tokens.
     """
 
     def __init__(self, backbone: nn.Module, contract: Contract) -> None:
@@ -34,6 +36,7 @@ class BiEncoder(nn.Module):
         self.normalize = contract.normalize
         self.causal = is_causal(backbone)
         hold_to(contract, backbone)
+        refuse_too_long(backbone, contract)
 
     @property
     def transformer(self) -> nn.Module:

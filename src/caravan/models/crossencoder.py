@@ -21,6 +21,7 @@ from caravan.errors import InputError
 from caravan.models import attention as _registered  # noqa: F401
 from caravan.models.bidirectional import hold_to
 from caravan.models.pooling import is_causal, is_decoder, plain, pooled_states, to_the_left
+from caravan.models.positions import refuse_too_long
 
 
 class Head(nn.Linear):
@@ -59,8 +60,8 @@ class CrossEncoder(nn.Module):
         contract: says which state the head reads.
 
     Raises:
-        InputError: the head would read a state that says nothing, or the model looks another way
-            than the contract says.
+        InputError: the head would read a state that says nothing, the model looks another way
+            than the contract says, or has fewer positions than a pair may have tokens.
     """
 
     def __init__(self, scorer: nn.Module, contract: Contract) -> None:
@@ -78,6 +79,7 @@ class CrossEncoder(nn.Module):
                 f" contract.pooling={wanted}, or choose stage=reranker{stage}"
             )
         hold_to(contract, scorer)
+        refuse_too_long(scorer, contract)
 
     @property
     def transformer(self) -> nn.Module:

@@ -24,20 +24,24 @@ from torch import nn
 
 from caravan.atomic import replacing_folder
 from caravan.contract import Contract, adapter_base, read_contract, write_contract
-from caravan.errors import InputError
-from caravan.models.adapters import load_adapter, merged
+from caravan.errors import InputError, reading
+from caravan.models.adapter_files import BASE_WEIGHTS, load_adapter, load_base, weights_digest
+from caravan.models.adapters import merged
 from caravan.models.bidirectional import look_both_ways
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, Headed, head_of, with_head
 from caravan.models.likelihood import QueryLikelihood
 from caravan.models.loading import (
     fit_vocabulary,
+    load_config,
     load_language_model,
     load_scorer,
     load_tokenizer,
     load_weights,
+    refuse_not_finite,
     set_attention,
 )
+from caravan.models.positions import refuse_too_long
 from caravan.models.slots import SlotEncoder
 from caravan.trust import FACT, allowed, is_own_code
 
@@ -68,6 +72,9 @@ def save(
     facts = {**facts, "weights": "adapter" if adapter else "full", FACT: own_code}
     if isinstance(model, SlotEncoder) and transformer is model.transformer and not adapter:
         facts["language_model"] = type(transformer).__name__
+    facts.pop(BASE_WEIGHTS, None)  # of a folder that this model has come from
+    if adapter:
+        facts[BASE_WEIGHTS] = _settle_base(transformer.active_peft_config, folder)
     with replacing_folder(folder) as scratch:
         if isinstance(transformer, Headed):
             transformer.backbone.save_pretrained(scratch)
@@ -79,6 +86,15 @@ def save(
             transformer.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         write_contract(scratch, contract, facts)
+
+
+def _settle_base(config: Any, folder: Path) -> str | None:
+    """The digest of an adapter's base, whose path is made one that is found from anywhere."""
+    base = Path(config.base_model_name_or_path)
+    above = Path.cwd() in folder.resolve().parents  # `adapter_base` looks in these
+    if base.is_dir() and not base.is_absolute() and not above:
+        config.base_model_name_or_path = str(base.resolve())
+    return weights_digest(config.base_model_name_or_path, config.revision)
 
 
 def load(
@@ -102,8 +118,9 @@ def load(
 
     Raises:
         InputError: the contract is missing or broken, a weight (a reranker's head among them) is
-            missing, unknown or misshapen, the folder is of another kind, or wants code of its own
-            that may not run.
+            missing, unknown, misshapen, NaN or infinite, the base of an adapter is another, the
+            contract's lengths exceed the model's positions, the folder is of another kind, or wants
+            code of its own that may not run.
     """
     contract, facts = read_contract(folder)
     if kind is not None and contract.kind != kind:
@@ -151,18 +168,22 @@ def _backbone(
     if not adapter:
         # A language model's output layer has no part in embeddings; those who adapt it on need it.
         return fetch(str(folder), heads="language_model" in facts)
-    base, revision = adapter_base(folder)
-    model = fit_vocabulary(fetch(base, revision=revision), tokenizer)
-    return merged(load_adapter(model, str(folder)))
+    model = fit_vocabulary(load_base(folder, fetch), tokenizer)
+    return _with_adapter(model, folder)
+
+
+def _with_adapter(base: nn.Module, folder: Path) -> Any:
+    """The base with a folder's adapter merged into it."""
+    adapted = load_adapter(base, str(folder))
+    with reading(folder / "adapter_config.json", "the adapter cannot be merged into its base"):
+        return merged(adapted)
 
 
 def _scorer(folder: Path, dtype: torch.dtype | str, adapter: bool, trusted: bool) -> nn.Module:
     scorer: Any
     fetch = partial(load_scorer, dtype=dtype, trust_remote_code=trusted)
     if adapter:
-        base, revision = adapter_base(folder)
-        scorer = fetch(base, revision=revision)[0]
-        scorer = merged(load_adapter(scorer, str(folder)))
+        scorer = _with_adapter(load_base(folder, fetch)[0], folder)
     elif (folder / HEAD).is_file():
         model = load_weights(str(folder), dtype, heads=False, trust_remote_code=trusted)
         scorer = with_head(model)
@@ -183,14 +204,12 @@ def _language_model(
     fetch = partial(load_language_model, dtype=dtype, trust_remote_code=trusted)
     if not adapter:
         return fetch(str(folder))
-    base, revision = adapter_base(folder)
-    model = fetch(base, revision=revision)
-    return merged(load_adapter(model, str(folder)))
+    return _with_adapter(load_base(folder, fetch), folder)
 
 
 def _read_head(scorer: Any, folder: Path) -> None:
     """Fill the head with its weights as they were saved, which `dtype` may have rounded."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     found = head_of(scorer)
     if found is None:
@@ -198,15 +217,42 @@ def _read_head(scorer: Any, folder: Path) -> None:
     name, head = found
     missing = dict(head.named_parameters())
     for path in sorted(folder.glob("[!.]*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file, torch.no_grad():
-                stored = set(file.keys())
-                for part in list(missing):
-                    for key in (f"{name}.{part}", f"base_model.model.{name}.{part}"):
-                        if key in stored:
-                            missing.pop(part).copy_(file.get_tensor(key))
-                            break
-        except (SafetensorError, RuntimeError) as error:
-            raise InputError(f"{path}: its head does not load ({error}); save it again") from None
+        with (
+            reading(path, "its head does not load"),
+            safe_open(path, framework="pt") as file,
+            torch.no_grad(),
+        ):
+            stored = set(file.keys())
+            for part in list(missing):
+                for key in (f"{name}.{part}", f"base_model.model.{name}.{part}"):
+                    if key in stored:
+                        refuse_not_finite(str(path), {key: file.get_tensor(key)})
+                        missing.pop(part).copy_(file.get_tensor(key))
+                        break
     if missing and isinstance(scorer, Headed):
         raise InputError(f"{folder} has no weights of its head; save the model again")
+
+
+def refuse_lengths(
+    folder: Path, contract: Contract, section: str = "contract.", trust_remote_code: bool = False
+) -> None:
+    """Compare lengths with the positions of a folder's model, whose weights are not read.
+
+    Args:
+        contract: the folder's, with the lengths of an evaluation in place of its own.
+        section: of the config, where these are set, with its dot.
+
+    Raises:
+        InputError: a text could be longer than the model has positions for.
+    """
+    from transformers import AutoModel
+
+    name, hub, facts = str(folder), {}, read_contract(folder)[1]
+    if facts["weights"] == "adapter":
+        name, hub["revision"] = adapter_base(folder)
+    config = load_config(name, allowed(folder, facts, trust_remote_code), **hub)
+    if is_own_code(config):
+        return  # its classes are known when it is loaded, which checks the folder's own lengths
+    with reading(name, "no model could be loaded"), torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=False)
+    refuse_too_long(model, contract, section)

@@ -15,6 +15,7 @@ from caravan.contract import Contract
 from caravan.errors import InputError
 from caravan.models.crossencoder import CrossEncoder
 from caravan.models.pooling import is_causal, to_the_left
+from caravan.models.positions import refuse_too_long
 from caravan.models.vocabulary import log_probabilities, refuse_other_output
 
 
@@ -25,7 +26,8 @@ class QueryLikelihood(CrossEncoder):
         scorer: a causal language model of transformers, with or without an adapter.
 
     Raises:
-        InputError: the model is none, or looks to the right.
+        InputError: the model is none, looks to the right, or has fewer positions than a pair may
+            have tokens.
     """
 
     def __init__(self, scorer: nn.Module, contract: Contract) -> None:
@@ -37,6 +39,7 @@ class QueryLikelihood(CrossEncoder):
                 " model; choose a decoder, or contract.scoring=head"
             )
         refuse_other_output(self.plain)
+        refuse_too_long(scorer, contract)
 
     def forward(
         self,

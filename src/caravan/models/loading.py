@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from caravan.contract import SLOTS, Contract, slot_tokens
-from caravan.errors import InputError, first_line
+from caravan.errors import InputError, first_line, reading
 from caravan.hub import refuse_unreachable
 from caravan.models import attention as cpu_attention
 from caravan.models import unpadded
@@ -23,6 +25,8 @@ from caravan.models.crossencoder import Head, head_of, with_head
 from caravan.trust import SETTING, OwnCodeError, is_own_code
 
 CLASSIFIER = "ForSequenceClassification"
+MOST_LAYERS = 4096
+"""More are no model's; transformers would make them until memory is exhausted."""
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, **hub: Any) -> Any:
@@ -38,9 +42,15 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, **hub: Any) -> An
 
     refuse_unreachable(name, hub.get("revision"))
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise _not_loaded(name, "tokenizer", error, trust_remote_code) from None
+        with _loading(name, "no tokenizer could be loaded", trust_remote_code):
+            auto = AutoTokenizer.from_pretrained
+            tokenizer = auto(name, trust_remote_code=trust_remote_code, **hub)
+            tokenizer("a")  # some settings fail at the first text only
+    except InputError:
+        if (Path(name) / "config.json").is_file():
+            load_config(name, trust_remote_code, **hub)  # transformers reads it for a tokenizer too
+        raise
+    return tokenizer
 
 
 def has_tokenizer(name: str, revision: str | None = None) -> bool:
@@ -53,11 +63,9 @@ def has_tokenizer(name: str, revision: str | None = None) -> bool:
 
     refuse_unreachable(name, revision)
     asked: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    try:
+    with reading(name, "no tokenizer could be loaded"):
         files = ("tokenizer_config.json", "tokenizer.json")
         return any(cached_file(name, file, **asked) for file in files)
-    except OSError as error:
-        raise InputError(f"{name}: no tokenizer could be loaded ({first_line(error)})") from None
 
 
 def load_config(name: str, trust_remote_code: bool = False, **hub: Any) -> Any:
@@ -69,10 +77,14 @@ def load_config(name: str, trust_remote_code: bool = False, **hub: Any) -> Any:
     from transformers import AutoConfig
 
     refuse_unreachable(name, hub.get("revision"))
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _not_loaded(name, "model", error, trust_remote_code) from None
+    file = Path(name) / "config.json"
+    place = str(file) if file.is_file() else name
+    with _loading(place, "no model could be loaded", trust_remote_code):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise InputError(f"{place}: no model could be loaded (it has {layers} layers)")
+    return config
 
 
 def load_weights(
@@ -96,11 +108,10 @@ def load_weights(
     Raises:
         InputError: it is not to be had, or weights are missing, of another shape or not used.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModel
     from transformers.utils import logging
 
-    refuse_unreachable(name, hub.get("revision"))
+    load_config(name, trust_remote_code, **hub)  # what is wrong with it is told as its fault
     logging.disable_progress_bar()
     hub["trust_remote_code"] = trust_remote_code
     if quantization is not None:
@@ -108,11 +119,10 @@ def load_weights(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of missing weights is replaced by the check below
     try:
-        loaded = (auto or AutoModel).from_pretrained(
-            name, dtype=dtype, output_loading_info=True, **hub
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise _not_loaded(name, "model", error, trust_remote_code) from None
+        with _loading(name, "no model could be loaded", trust_remote_code):
+            loaded = (auto or AutoModel).from_pretrained(
+                name, dtype=dtype, output_loading_info=True, **hub
+            )
     finally:
         logging.set_verbosity(verbosity)
     if not isinstance(loaded, tuple):  # code of its own may load in a way of its own
@@ -147,6 +157,7 @@ def load_weights(
         return load_weights(name, torch.float32, attention, heads, auto, **hub)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
+    refuse_not_finite(name, dict(model.named_parameters()))
     model.revision = hub.get("revision")
     for layer in model.modules() if quantization is not None else ():
         # On a CPU bitsandbytes lays weights out for inference when they are first used without
@@ -268,11 +279,56 @@ def _refuse_code_of_another(name: str, model: Any) -> None:
         )
 
 
-def _not_loaded(name: str, what: str, error: Exception, trusted: bool) -> InputError:
-    """Why a tokenizer or a model is not to be had; transformers names its setting where it asks."""
-    if not trusted and SETTING in str(error):
-        return OwnCodeError(name)
-    return InputError(f"{name}: no {what} could be loaded ({first_line(error)})")
+@contextmanager
+def _loading(place: str, problem: str, trusted: bool) -> Iterator[None]:
+    """`reading`, where transformers asks for its setting of remote code in an error."""
+    try:
+        with reading(place, problem):
+            yield
+    except InputError as error:
+        if not trusted and SETTING in str(error.__cause__):
+            raise OwnCodeError(place.removesuffix("/config.json")) from None
+        raise
+
+
+@torch.no_grad()
+def refuse_not_finite(name: str, weights: Mapping[str, Tensor]) -> None:
+    """A single NaN in a weight can give embeddings that are finite and wrong.
+
+    The extremes of a tensor show it in one pass and without a copy.
+
+    Args:
+        name: the folder, file or hub id that the weights are from.
+
+    Raises:
+        InputError: with the first weight that holds NaN or infinity, and its file.
+    """
+    for key, weight in weights.items():
+        if weight.is_meta or not weight.is_floating_point() or not weight.numel():
+            continue
+        if weight.dtype.itemsize < 2:  # float8, which has no extremes
+            weight = weight.to(torch.bfloat16)
+        low, high = weight.aminmax()
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            raise InputError(
+                f"{_file_of(name, key)}: {key} holds values that are NaN or infinite; the file is"
+                " damaged, or its training has diverged: save or download it again"
+            )
+
+
+def _file_of(name: str, key: str) -> str:
+    """The file of a folder that holds a weight; the folder where that is not known."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else ():
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys = list(file.keys())
+        except (OSError, SafetensorError):
+            continue
+        if any(key.endswith(stored) or stored.endswith(key) for stored in keys):
+            return str(path)
+    return name
 
 
 def _unnumbered(key: str, prefix: str = "") -> str:

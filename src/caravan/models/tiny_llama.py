@@ -19,7 +19,7 @@ from torch import nn
 from caravan import manifest
 from caravan.atomic import replacing
 from caravan.cache import cache_folder
-from caravan.errors import InputError
+from caravan.errors import InputError, reading
 from caravan.models.loading import set_attention
 from caravan.models.preparing import Checkpointing, new_head, prepared
 
@@ -106,9 +106,10 @@ class TinyLlama:
             with replacing(path) as scratch:
                 bpe.save(str(scratch))
             manifest.write(path, inputs, {"content": manifest.content(path)})
-        return PreTrainedTokenizerFast(
-            tokenizer_file=str(path), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-        )
+        with reading(path, "no tokenizer; delete the file, and it is trained again"):
+            return PreTrainedTokenizerFast(
+                tokenizer_file=str(path), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+            )
 
     def model(self, tokenizer: Any) -> nn.Module:
         return self.language_model(tokenizer).base_model

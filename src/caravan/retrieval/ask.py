@@ -120,8 +120,10 @@ def asker(cfg: Any) -> Asker:
     if not len(collection.corpus):
         raise InputError(f"{collection.name} has no passage to search; choose another data=")
     asked = settings["retriever"]
+    names = list(map(str, asked if isinstance(asked, list) else [asked]))
+    _folders(settings).refuse_lengths(names, settings["reranker"], settings["rerank"])
     firsts: list[First] = []
-    for name in map(str, asked if isinstance(asked, list) else [asked]):
+    for name in names:
         kind = "bm25" if name == "bm25" else "retriever"
         number = sum(one.name.partition("-")[0] == kind for one in firsts) + 1
         stage = kind if number == 1 else f"{kind}-{number}"

@@ -28,6 +28,7 @@ from caravan.models import folder as model_folder
 from caravan.models import hardware
 from caravan.models.biencoder import BiEncoder
 from caravan.models.packed import pack_linears
+from caravan.models.positions import refuse_too_long
 from caravan.progress import progress
 from caravan.retrieval.shards import ShardFiles, fill
 
@@ -98,6 +99,7 @@ class Encoder:
         )
         if self.device.type == "cpu":
             pack_linears(model)
+        refuse_too_long(model.backbone, self.contract, "")
         return model.to(self.device), Templates(tokenizer, self.contract)
 
     def inputs(self, given: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ asked for: a retriever and a reranker of seven billion weights need not share a 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,28 @@ class Folders:
             "remote_code": trust_remote_code if remote_code is None else remote_code,
             "versions": manifest.versions(),
         }
+
+    def refuse_lengths(self, models: list[str], reranker: str | None, settings: Any) -> None:
+        """Compare all lengths with the models' positions, before the first stage takes hours.
+
+        Args:
+            models: names of retrievers; those that are no folder are left out.
+            settings: of `caravan.retrieval.rerank.Reranking`.
+
+        Raises:
+            InputError: a text could be longer than a model has positions for.
+        """
+        from caravan.models import folder
+        from caravan.retrieval.rerank import Reranking
+
+        asked = [(name, self.lengths, "") for name in models]
+        if reranker is not None:
+            asked.append((reranker, Reranking(**settings).lengths, "rerank."))
+        for name, lengths, section in asked:
+            if Path(name).is_dir():
+                own: Any = read_contract(Path(name))[0]
+                where = section if lengths else "contract."
+                folder.refuse_lengths(Path(name), replace(own, **lengths), where, self.how[1])
 
     def encoder(self, model: Path) -> Encoder:
         """The folder of a retriever."""

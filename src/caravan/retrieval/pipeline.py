@@ -177,7 +177,9 @@ class _Steps:
         self._cfg = cfg
         settings = (cfg.precision, lengths, cfg.token_budget, cfg.block, cfg.num_workers)
         self.folders = Folders(*settings, cfg.attention, cfg.trust_remote_code)
-        number = 1 if isinstance(cfg.retriever, str) else len(cfg.retriever)
+        names = [cfg.retriever] if isinstance(cfg.retriever, str) else list(cfg.retriever)
+        self.folders.refuse_lengths(names, cfg.reranker, cfg.rerank)
+        number = len(names)
         self._steps: list[Step] = [partial(self._retrieved, number=i) for i in range(number)]
         if number > 1:
             self._steps.append(self._fused)

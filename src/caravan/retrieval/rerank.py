@@ -30,6 +30,7 @@ from caravan.models import folder as model_folder
 from caravan.models import hardware
 from caravan.models.crossencoder import CrossEncoder
 from caravan.models.packed import pack_linears
+from caravan.models.positions import refuse_too_long
 from caravan.progress import progress
 from caravan.retrieval.fuse import Weighted
 from caravan.retrieval.shards import fill
@@ -121,6 +122,7 @@ class Scorer:
         if self.device.type == "cpu":
             pack_linears(model)
         section = "rerank" if self.settings.lengths else "contract"
+        refuse_too_long(model.transformer, self.contract, f"{section}.")
         return model.to(self.device), PairTemplates(tokenizer, self.contract, section)
 
     def inputs(self, given: dict[str, Any]) -> dict[str, Any]:

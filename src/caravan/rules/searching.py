@@ -13,7 +13,7 @@ from caravan import suite
 from caravan.checking.definitions import did_you_mean
 from caravan.checking.walk import Mistake, dotted
 from caravan.checking.walk import Path as KeyPath
-from caravan.contract import read_contract
+from caravan.contract import adoption, read_contract
 from caravan.errors import InputError
 from caravan.rules.asking import (
     mappings,
@@ -157,6 +157,8 @@ def folders_exist(cfg: DictConfig) -> Iterator[Mistake]:
             also = " (nor run file, nor bm25)" if path == ("retriever",) else ""
             near = _nearest(given, "bm25") if of_retriever else _nearest(given)
             hint = f"; did you mean {near}?" if near else ""
+            if path[0] != "data" and not hint:
+                hint = adoption(given, " stage=reranker" if path[0] == "reranker" else "")
             kind = "file or folder" if path[0] == "data" else "folder"
             yield Mistake(path, f"there is no {kind} {given}{also}{hint}", "folder")
 

@@ -196,7 +196,7 @@ def _is_encoder(name: str) -> bool:
     try:
         config = json.loads((Path(name) / "config.json").read_text("utf-8"))
         return config["model_type"] in ENCODERS and not config.get("is_decoder")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False  # it is told where the folder is opened
 
 

@@ -114,9 +114,12 @@ def recipe(cfg: Any) -> dict[str, Any]:
     return {name: value for name, value in rows.items() if value not in (None, "")}
 
 
-def memory_needed(module: Any, data: Any, trainer: Any) -> Any:
-    """What a step needs, by the first batch; refused where the device has less."""
-    outline = module.outline()
+def memory_needed(module: Any, outline: Any, data: Any, trainer: Any) -> Any:
+    """What a step needs, by the first batch; refused where the device has less.
+
+    Args:
+        outline: `Stage.outline`.
+    """
     if outline is None:
         return None
     data.setup()

@@ -163,6 +163,7 @@ def _fit(cfg: Any, source: Any, collection: Any, run_dir: Path) -> float | None:
 
     from caravan.models import hardware
     from caravan.models.backbone import parameter_counts
+    from caravan.models.positions import refuse_too_long
     from caravan.training.checkpoints import AtomicCheckpoints, refused, resumable
     from caravan.training.facts import first_lines, memory_needed, memory_used
     from caravan.training.optim import updates
@@ -201,7 +202,13 @@ def _fit(cfg: Any, source: Any, collection: Any, run_dir: Path) -> float | None:
             f"{world()} processes were started together, and the trainer has {trainer.world_size};"
             " set trainer.devices to the processes of a node, and trainer.num_nodes"
         )
-    needed = memory_needed(module, data, trainer)
+    outline = module.outline()
+    if outline is not None:  # what is too long fails now, and not in a validation after hours
+        refuse_too_long(outline, module.contract)
+        for length in cfg.validation.read_lengths if data.dev_split is not None else ():
+            read = replace(module.contract, passage_length=length)
+            refuse_too_long(outline, read, "validation.read_lengths: contract.")
+    needed = memory_needed(module, outline, data, trainer)
     batches = data.batches_per_epoch(trainer)
     # Updates and not epochs end the run: Lightning's count of epochs may lag in a resumed one.
     last = trainer.fit_loop.epoch_loop.max_steps = updates(trainer, batches)

@@ -1,0 +1,94 @@
+"""How many tokens a transformer has positions for.
+
+Encoders and older decoders (BERT, RoBERTa, MPNet, GPT-2, OPT) learn an embedding for each position
+and fail with an IndexError at the first longer text. Rotary positions have no such limit: beyond
+`max_position_embeddings` the model was merely not trained.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from typing import Any
+
+from torch import nn
+
+from caravan.contract import Contract
+from caravan.errors import InputError
+from caravan.models.pooling import plain
+from caravan.ranks import leads
+
+log = logging.getLogger(__name__)
+
+_NAMES = re.compile(r"wpe|(\w+_)?pos(ition|itions)?(_\w+)?")
+"""Tables of positions: `position_embeddings`, `embed_positions`, `positions_embed`, `wpe`, ..."""
+
+
+def refuse_too_long(model: Any, contract: Contract, section: str = "contract.") -> None:
+    """Compare the contract's lengths with the model's positions.
+
+    Args:
+        model: a transformer with or without head and adapter; it may be on the meta device.
+        section: of the config, where the lengths are set, with its dot; for messages.
+
+    Raises:
+        InputError: a text could be longer than the positions that the model has learned.
+    """
+    query, passage = contract.query_length, contract.passage_length
+    remedies = {"query_length": "set it to {}", "passage_length": "set it to {}"}
+    lengths = {"query_length": query, "passage_length": passage}
+    spare = 0
+    if contract.kind == "reranker":  # reads both as one text
+        both = f"query_length + {section}passage_length"
+        lengths, spare = {both: query + passage}, query
+        remedies = {both: f"set {section}passage_length to {{}}"}
+    trunk = plain(model).base_model
+    name, limit = type(trunk).__name__, positions(trunk)
+    trained = getattr(trunk.config.get_text_config(), "max_position_embeddings", None)
+    for setting, length in lengths.items():
+        if limit is not None and length > limit:
+            raise InputError(
+                f"{section}{setting} is {length}, and {name} has positions for {limit} tokens;"
+                f" {remedies[setting].format(limit - spare)} or less"
+            )
+        if isinstance(trained, int) and 0 < trained < length:
+            _warn_once(
+                f"{section}{setting} is {length}, and {name} was trained on texts of at most"
+                f" {trained} tokens (max_position_embeddings)"
+            )
+
+
+def positions(trunk: nn.Module) -> int | None:
+    """The tokens that a transformer without a head has positions for; None if it has no limit."""
+    config = trunk.config.get_text_config()  # type: ignore[operator, union-attr]
+    try:
+        words = trunk.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:  # of remote code
+        words = None
+    known = getattr(config, "max_position_embeddings", None)
+    limits = []
+    for name, module in trunk.named_modules():
+        if isinstance(module, nn.Embedding) and module is not words and _holds_positions(name):
+            # RoBERTa and its kin count from padding_idx + 1, OPT from its `offset`.
+            first = getattr(module, "offset", 0)
+            if module.padding_idx is not None:
+                first = module.padding_idx + 1
+            limits.append(module.num_embeddings - first)
+            if not first and isinstance(known, int) and 0 < known < module.num_embeddings:
+                limits.append(known)
+    for name, buffer in trunk.named_buffers():  # GPT-J's table of sines
+        if buffer.is_floating_point() and buffer.dim() == 2 and _holds_positions(name):
+            limits.append(len(buffer))
+    return min(limits, default=None)
+
+
+def _holds_positions(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    return _NAMES.fullmatch(last) is not None and not last.startswith("rel")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    if leads():
+        log.warning(message)

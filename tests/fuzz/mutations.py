@@ -1,0 +1,286 @@
+"""Seeded mutations of files: bytes, JSON, lines of text and safetensors, for fuzz tests.
+
+    for mutant in sampled(json_mutants(data, seed=0), 30, seed=0):
+        path.write_bytes(mutant.data)
+        result = outcome(lambda: load(path))   # a value or an InputError; anything else fails
+
+A mutant of the same data, seed and position is always the same, so that the name that a failing
+test prints is enough to repeat it. `data` is None where the file is to be removed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import signal
+import struct
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from caravan.errors import InputError
+
+DEEP = 100_000
+"""Brackets of a nested value: more than any recursive parser takes."""
+VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 1.5, 1e308, -0.0),
+    *(math.nan, math.inf, -math.inf, "", "x", "\0", "../../etc/passwd", "\ud800", "a" * 5000),
+    *([], [None], [[]], {}, {"": None}, {"a": {"b": [1]}}),
+)
+"""JSON values of all types that take the place of others."""
+
+
+class Mutant(NamedTuple):
+    """What is done to a file, and the file's new bytes (None: no file)."""
+
+    name: str
+    data: bytes | None
+
+
+def bytes_mutants(data: bytes, seed: int, flips: int = 8) -> Iterator[Mutant]:
+    """Removed, emptied, truncated, extended, overwritten and flipped, whatever the format."""
+    rng = random.Random(seed)
+    yield Mutant("removed", None)
+    yield Mutant("empty", b"")
+    yield Mutant("zeros", bytes(len(data)))
+    yield Mutant("white space", b" \n\t\n")
+    yield Mutant("a byte order mark in front", b"\xef\xbb\xbf" + data)
+    yield Mutant("UTF-16", b"\xff\xfe" + data.decode("latin-1").encode("utf-16-le"))
+    yield Mutant("gzip's first bytes", b"\x1f\x8b\x08\x00" + data[4:])
+    yield Mutant("a pickle", b"\x80\x04cos\nsystem\n(S'exit 99'\ntR.")
+    yield Mutant("twice", data + data)
+    yield Mutant("reversed", data[::-1])
+    yield Mutant("random bytes", rng.randbytes(max(len(data), 16)))
+    for size in sorted({1, 7, 8, 9, len(data) // 2, max(len(data) - 1, 0)}):
+        if size < len(data):
+            yield Mutant(f"truncated to {size} bytes", data[:size])
+    for _ in range(flips if data else 0):
+        place, bit = rng.randrange(len(data)), rng.randrange(8)
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << bit
+        yield Mutant(f"bit {bit} of byte {place} flipped", bytes(flipped))
+    for _ in range(flips if data else 0):
+        start = rng.randrange(len(data))
+        size = rng.randrange(1, 64)
+        yield Mutant(f"{size} bytes at {start} cut out", data[:start] + data[start + size :])
+
+
+def json_mutants(data: bytes, seed: int, depth: int = 3) -> Iterator[Mutant]:
+    """A JSON file with values of other types, keys removed, added and doubled, and deep nesting.
+
+    Args:
+        depth: of the nodes that are changed; those below are left alone.
+    """
+    rng = random.Random(seed)
+    tree = json.loads(data)
+    for value in (None, 0, math.nan, "x", [], [tree], {}, {"x": tree}):
+        yield Mutant(f"the whole is {_short(value)}", _dump(value))
+    yield Mutant("deep lists", b"[" * DEEP + b"]" * DEEP)
+    yield Mutant("deep objects", b'{"a":' * DEEP + b"1" + b"}" * DEEP)
+    yield Mutant("a trailing comma", data.rstrip()[:-1] + b",}")
+    yield Mutant("an integer of 5,000 digits", b'{"format": ' + b"9" * 5000 + b"}")
+    for path in _paths(tree, depth):
+        where = ".".join(map(str, path))
+        yield Mutant(f"{where} removed", _dump(_without(tree, path)))
+        for value in rng.sample(VALUES, 5):
+            yield Mutant(f"{where} is {_short(value)}", _dump(_with(tree, path, value)))
+        deep = json.dumps(_with(tree, path, "DEEP")).encode()
+        nested = b"[" * DEEP + b"]" * DEEP
+        if rng.random() < 0.2:
+            yield Mutant(f"{where} is nested deep", deep.replace(b'"DEEP"', nested))
+        if isinstance(_at(tree, path), dict):
+            added = {**_at(tree, path), "unknown key": rng.choice(VALUES)}
+            yield Mutant(f"{where} has another key", _dump(_with(tree, path, added)))
+    if isinstance(tree, dict):
+        yield Mutant("another key", _dump({**tree, "unknown_key": [1]}))
+        for key in rng.sample(sorted(tree), min(3, len(tree))):
+            doubled = data.rstrip()[:-1] + b", " + json.dumps(key).encode() + b": null}"
+            yield Mutant(f"{key} twice", doubled)
+
+
+def line_mutants(data: bytes, seed: int, number: int = 4) -> Iterator[Mutant]:
+    """A text file with lines lost, doubled, swapped, joined, cut, or with other separators."""
+    rng = random.Random(seed)
+    lines = data.splitlines(keepends=True)
+    if not lines:
+        return
+    yield Mutant("the last line without its end", data.rstrip(b"\r\n"))
+    yield Mutant("CRLF", data.replace(b"\n", b"\r\n"))
+    yield Mutant("blank lines between", b"\n".join(lines))
+    yield Mutant("sorted", b"".join(sorted(lines)))
+    for _ in range(number):
+        at, other = rng.randrange(len(lines)), rng.randrange(len(lines))
+        line = lines[at]
+
+        def put(*new: bytes, at: int = at) -> bytes:
+            return b"".join([*lines[:at], *new, *lines[at + 1 :]])
+
+        yield Mutant(f"line {at + 1} lost", put())
+        yield Mutant(f"line {at + 1} twice", put(line, line))
+        yield Mutant(f"line {other + 1} in place of {at + 1}", put(lines[other]))
+        yield Mutant(f"line {at + 1} without its end", put(line.rstrip(b"\r\n")))
+        yield Mutant(f"line {at + 1} cut in half", put(line[: len(line) // 2] + b"\n"))
+        yield Mutant(f"line {at + 1} with spaces for tabs", put(line.replace(b"\t", b" ")))
+        yield Mutant(f"line {at + 1} with a tab at its end", put(line.rstrip(b"\n") + b"\t\n"))
+        yield Mutant(f"line {at + 1} with a null byte", put(b"\0" + line))
+        yield Mutant(f"line {at + 1} not in UTF-8", put(b"\xff\xfe" + line))
+        yield Mutant(f"line {at + 1} of 1 MB", put(line.rstrip(b"\n") + b"a" * 1_000_000 + b"\n"))
+        fields = line.rstrip(b"\n").split(b"\t" if b"\t" in line else b" ")
+        rng.shuffle(fields)
+        yield Mutant(f"line {at + 1} with its fields shuffled", put(b"\t".join(fields) + b"\n"))
+        value = str(rng.choice(VALUES[:15])).encode()
+        fields[rng.randrange(len(fields))] = value
+        yield Mutant(f"line {at + 1} with {value!r}", put(b"\t".join(fields) + b"\n"))
+
+
+def safetensors_mutants(data: bytes, seed: int, number: int = 3) -> Iterator[Mutant]:
+    """A safetensors file with other names, shapes, types and values, and damaged headers."""
+    import torch
+    from safetensors.torch import load, save
+
+    rng = random.Random(seed)
+    size = int.from_bytes(data[:8], "little")
+    for length in (0, 1, size - 1, size + 1, 2**27, 2**40, 2**63, 2**64 - 1):
+        yield Mutant(f"a header of {length} bytes", struct.pack("<Q", length) + data[8:])
+    header = json.loads(data[8 : 8 + size])
+    names = sorted(set(header) - {"__metadata__"})
+    for name in rng.sample(names, min(number, len(names))):
+        for key, value in (
+            ("dtype", "F64"),
+            ("dtype", "X9"),
+            ("shape", [2**40]),
+            ("shape", [-1]),
+            ("data_offsets", [0, 10**12]),
+            ("data_offsets", [5, 1]),
+        ):
+            changed = copy.deepcopy(header)
+            changed[name][key] = value
+            text = json.dumps(changed).encode()
+            whole = struct.pack("<Q", len(text)) + text + data[8 + size :]
+            yield Mutant(f"{key} of {name} is {value}", whole)
+    tensors = load(data)
+    metadata = header.get("__metadata__")
+
+    def saved(changed: dict[str, Any]) -> bytes:
+        return save({key: value.contiguous() for key, value in changed.items()}, metadata)
+
+    yield Mutant("no tensors", saved({}))
+    yield Mutant("another tensor", saved({**tensors, "another": torch.ones(2)}))
+    for name in rng.sample(names, min(number, len(names))):
+        whole = tensors[name]
+        others = {key: value for key, value in tensors.items() if key != name}
+        yield Mutant(f"{name} removed", saved(others))
+        yield Mutant(f"{name} renamed", saved({**others, f"{name}x": whole}))
+        yield Mutant(f"{name} shorter", saved({**others, name: whole[:-1].clone()}))
+        yield Mutant(f"{name} with another axis", saved({**others, name: whole[None].clone()}))
+        yield Mutant(f"{name} of integers", saved({**others, name: whole.to(torch.int32)}))
+        for value in (math.nan, math.inf, -math.inf):
+            wrong = whole.clone()
+            wrong.view(-1)[rng.randrange(wrong.numel())] = value
+            yield Mutant(f"{name} with {value}", saved({**others, name: wrong}))
+
+
+def sampled(mutants: Iterable[Mutant], number: int, seed: int) -> list[Mutant]:
+    """So many of the mutants, in their order; the same ones for the same seed."""
+    listed = list(mutants)
+    chosen = random.Random(seed).sample(range(len(listed)), min(number, len(listed)))
+    return [listed[i] for i in sorted(chosen)]
+
+
+def put(path: Path, mutant: Mutant) -> None:
+    """Write the mutant in place of the file, or remove the file."""
+    path.unlink(missing_ok=True)
+    if mutant.data is not None:
+        path.write_bytes(mutant.data)
+
+
+@contextmanager
+def restored(path: Path) -> Iterator[bytes]:
+    """The file's bytes; they are put back at the end."""
+    data = path.read_bytes()
+    try:
+        yield data
+    finally:
+        path.unlink(missing_ok=True)
+        path.write_bytes(data)
+
+
+def outcome(work: Callable[[], Any], seconds: int = 60) -> Any:
+    """What the work returns, or the InputError that it raises.
+
+    Raises:
+        AssertionError: it takes longer than so many seconds.
+        Exception: any other that the work raises, which is a defect.
+    """
+    try:
+        with _within(seconds):
+            return work()
+    except InputError as error:
+        text = str(error)
+        assert text, "an InputError without a sentence"
+        assert "\n" not in text, f"an InputError of several lines: {text!r}"
+        return error
+
+
+@contextmanager
+def _within(seconds: int) -> Iterator[None]:
+    def late(*_: Any) -> None:
+        raise AssertionError(f"it did not end within {seconds} seconds")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _dump(tree: Any) -> bytes:
+    return json.dumps(tree, indent=1).encode()
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 24 else f"{text[:20]}..."
+
+
+def _paths(tree: Any, depth: int, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths of nodes, a few of each long list or object."""
+    if not depth:
+        return
+    keys: Sequence[Any] = ()
+    if isinstance(tree, dict):
+        keys = list(tree)
+    elif isinstance(tree, list):
+        keys = range(len(tree))
+    if len(keys) > 50:  # a vocabulary
+        keys = [keys[0], keys[len(keys) // 2], keys[-1]]
+    for key in keys:
+        yield (*path, key)
+        yield from _paths(tree[key], depth - 1, (*path, key))
+
+
+def _at(tree: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _with(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
+    changed = copy.deepcopy(tree)
+    _at(changed, path[:-1])[path[-1]] = value
+    return changed
+
+
+def _without(tree: Any, path: tuple[Any, ...]) -> Any:
+    changed = copy.deepcopy(tree)
+    del _at(changed, path[:-1])[path[-1]]
+    return changed

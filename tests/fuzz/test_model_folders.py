@@ -1,0 +1,132 @@
+"""Damaged model folders: each loads with the numbers of its files, or is refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.fuzz.mutations import (
+    Mutant,
+    bytes_mutants,
+    json_mutants,
+    outcome,
+    put,
+    restored,
+    safetensors_mutants,
+    sampled,
+)
+from tests.released import save_base
+
+from caravan.api import Retriever
+from caravan.contract import Contract
+from caravan.errors import InputError
+from caravan.models import folder
+from caravan.models.adapters import LoRA
+from caravan.models.backbone import Pretrained
+from caravan.models.biencoder import BiEncoder
+
+FILES = {
+    "whole": (
+        *("config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("caravan.json", "model.safetensors"),
+    ),
+    "adapter": ("adapter_config.json", "adapter_model.safetensors", "caravan.json"),
+}
+CASES = [(kind, file) for kind, files in FILES.items() for file in files]
+QUICK, FULL = 19, 1000
+"""Mutants of each file, of about 1,500 in all."""
+TEXTS = ["camel caravan", "salt route 7", ""]
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model folder of whole weights, and one of an adapter on a base beside it."""
+    to = tmp_path_factory.mktemp("fuzzed")
+    base = save_base(to / "base", tokenizer)
+    contract = Contract(query_length=16, passage_length=24)
+    whole = BiEncoder(Pretrained(str(base)).model(tokenizer), contract)
+    folder.save(to / "whole", whole, tokenizer, contract, {})
+    adapted = LoRA(rank=2, alpha=4).apply(Pretrained(str(base)).model(tokenizer))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(generator=torch.Generator().manual_seed(0))
+    folder.save(to / "adapter", BiEncoder(adapted, contract), tokenizer, contract, {})
+    return {kind: to / kind for kind in FILES}
+
+
+def _embedded(path: Path) -> np.ndarray:
+    return Retriever(path, precision="float32").encode_queries(TEXTS)
+
+
+def _mutants(path: Path, data: bytes) -> Iterator[Mutant]:
+    yield from bytes_mutants(data, seed=0)
+    if path.suffix == ".json":
+        yield from json_mutants(data, seed=0)
+    else:
+        yield from safetensors_mutants(data, seed=0, number=8)
+    for other in sorted(path.parent.iterdir()):
+        if other.name != path.name:
+            yield Mutant(f"{other.name} in its place", other.read_bytes())
+
+
+def _means_the_same(path: Path, data: bytes, mutant: Mutant) -> bool:
+    """Whether a mutant that loads must give the numbers of the undamaged file."""
+    if mutant.data is None:
+        return False
+    if path.suffix != ".json":
+        return mutant.data == data
+    try:
+        return bool(json.loads(mutant.data) == json.loads(data))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _tried(kind: str, file: str, folders: dict[str, Path], number: int) -> None:
+    path = folders[kind] / file
+    expected = _embedded(folders[kind])
+    with restored(path) as data:
+        for mutant in sampled(_mutants(path, data), number, seed=1):
+            put(path, mutant)
+            try:
+                found = outcome(lambda: _embedded(folders[kind]))
+            except BaseException as error:
+                error.add_note(f"{kind}/{file}: {mutant.name}")
+                raise
+            if isinstance(found, InputError):
+                named = (str(path), path.name, str(folders[kind]), "contract.")
+                assert any(name in str(found) for name in named), f"{mutant.name}: {found}"
+                continue
+            assert np.isfinite(found).all(), mutant.name
+            if _means_the_same(path, data, mutant):
+                np.testing.assert_array_equal(found, expected, err_msg=mutant.name)
+    np.testing.assert_array_equal(_embedded(folders[kind]), expected)
+
+
+@pytest.mark.parametrize(("kind", "file"), CASES)
+def test_a_damaged_folder_loads_or_is_refused_in_a_sentence(
+    kind: str, file: str, folders: dict[str, Path]
+) -> None:
+    _tried(kind, file, folders, QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "file"), CASES)
+def test_every_damaged_folder_loads_or_is_refused_in_a_sentence(
+    kind: str, file: str, folders: dict[str, Path]
+) -> None:
+    _tried(kind, file, folders, FULL)
+
+
+def test_a_folder_whose_files_are_those_of_another_is_refused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    mixed = shutil.copytree(folders["adapter"], tmp_path / "mixed")
+    shutil.copy(folders["whole"] / "caravan.json", mixed / "caravan.json")
+    assert isinstance(outcome(lambda: _embedded(mixed)), InputError)
