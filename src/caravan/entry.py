@@ -17,6 +17,7 @@ import inspect
 import logging
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -27,16 +28,12 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import (
-    ConfigCompositionException,
-    InstantiationException,
-    OverrideParseException,
-    SearchPathException,
-)
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import InterpolationResolutionError
 
-from caravan import config, jobs
+from caravan import config, jobs, usage
 from caravan.compose import report
 from caravan.errors import (
     FAILED,
@@ -44,6 +41,7 @@ from caravan.errors import (
     TERMINATED,
     USER,
     InputError,
+    first_line,
     is_termination,
     sentence,
 )
@@ -55,12 +53,15 @@ _code = INTERRUPTED  # with which an interrupted run ends
 Task = Callable[[DictConfig], Any]
 
 
-def entry(name: str, configs: Path | None = None) -> Callable[[Task], Callable[[], None]]:
+def entry(
+    name: str, configs: Path | None = None, program_name: str | None = None
+) -> Callable[[Task], Callable[[], None]]:
     """Make a function of a config the program of a file.
 
     Args:
         name: the primary config, and the root of `caravan.config.ROOTS` that it is checked with.
         configs: the folder of the configs; None: `conf/` beside the file.
+        program_name: what is typed after `python`; None: the name of the file.
     """
 
     # Read by OpenMP when torch loads. By default a thread that waits for its siblings keeps its
@@ -82,11 +83,14 @@ def entry(name: str, configs: Path | None = None) -> Callable[[Task], Callable[[
             # Lightning would end a terminated run with exit code 0; it leaves our handler alone.
             signal.signal(signal.SIGTERM, _terminate)
             try:
-                program_name = Path(inspect.getfile(task)).name
-                os.environ[config.COMMAND] = shlex.join(["python", program_name, *sys.argv[1:]])
+                typed = program_name or Path(inspect.getfile(task)).name
+                os.environ[config.COMMAND] = f"python {typed} {shlex.join(sys.argv[1:])}".rstrip()
                 if not conf.is_dir():
                     raise InputError(f"{conf} is not there; run this in a checkout of Caravan")
-                sys.argv[1:] = preflight(sys.argv[1:], conf, name, root)
+                if not sys.argv[1:]:
+                    sys.stdout.write(usage.bare(conf, name, typed))
+                    raise SystemExit(USER)
+                sys.argv[1:] = preflight(sys.argv[1:], conf, name, root, f"python {typed}")
                 sweep = sweep_folder(sys.argv[1:])
                 with contextlib.suppress(_Failed):  # by then every other job has had its turn
                     program(_job(task, root))()
@@ -103,9 +107,7 @@ def entry(name: str, configs: Path | None = None) -> Callable[[Task], Callable[[
                 if told is None:
                     raise
                 _leave(told, USER)
-            except (ConfigCompositionException, OverrideParseException, SearchPathException) as e:
-                _leave(" ".join(str(e.__cause__ or e).split()), USER)
-            except (InputError, InstantiationException) as error:
+            except (InputError, HydraException, InterpolationResolutionError) as error:
                 mistake = _input_error(error)
                 if mistake is None:
                     raise
@@ -130,7 +132,7 @@ def _job(task: Task, root: type) -> Task:
             return _job_of_sweep(checked, cfg, list(settings.overrides.task))
         try:
             return checked(cfg)
-        except (InputError, InstantiationException) as error:
+        except (InputError, InstantiationException, InterpolationResolutionError) as error:
             mistake = _input_error(error)
             if mistake is None:
                 raise
@@ -198,9 +200,34 @@ def _end_of_sweep(folder: Path) -> None:
 
 def _input_error(error: BaseException | None) -> InputError | None:
     """The user's mistake that an exception is, or that Hydra has wrapped into one of its own."""
+    if isinstance(error, InterpolationResolutionError):
+        return InputError(f"{error.full_key}: its value cannot be found: {first_line(error)}")
+    if isinstance(error, HydraException) and not isinstance(error, InstantiationException):
+        return InputError(" ".join(str(error.__cause__ or error).split()))
     while isinstance(error, InstantiationException):
+        text, place = " ".join(str(error).partition("full_key:")[0].split()), _full_key(error)
+        if error.__cause__ is None:  # refused by Hydra itself, such as subprocess.run
+            return InputError(f"{place}_target_: {text}")
+        lost = re.match(r"Error locating target '([^']*)'", text)
+        if lost and _is_not_there(error.__cause__, lost[1]):
+            return InputError(f"{place}_target_: there is no {lost[1]}")
         error = error.__cause__
     return error if isinstance(error, InputError) else None
+
+
+def _full_key(error: InstantiationException) -> str:
+    """The key in the config of what Hydra could not make, with a dot after it."""
+    key = str(error).partition("full_key:")[2].strip()
+    return f"{key}." if key else ""
+
+
+def _is_not_there(error: BaseException | None, target: str) -> bool:
+    """Whether a target was not found; a module of the user's that fails keeps its traceback."""
+    while error is not None and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, ModuleNotFoundError):
+        return f"{target}.".startswith(f"{error.name}.")
+    return isinstance(error, AttributeError) or type(error) is ImportError
 
 
 class _Terminated(KeyboardInterrupt):
