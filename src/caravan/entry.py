@@ -201,7 +201,8 @@ def _end_of_sweep(folder: Path) -> None:
 def _input_error(error: BaseException | None) -> InputError | None:
     """The user's mistake that an exception is, or that Hydra has wrapped into one of its own."""
     if isinstance(error, InterpolationResolutionError):
-        return InputError(f"{error.full_key}: its value cannot be found: {first_line(error)}")
+        where = f"{error.full_key}: its" if error.full_key else "a"
+        return InputError(f"{where} value cannot be found: {first_line(error)}")
     if isinstance(error, HydraException) and not isinstance(error, InstantiationException):
         return InputError(" ".join(str(error.__cause__ or error).split()))
     while isinstance(error, InstantiationException):

@@ -120,6 +120,9 @@ class Vet:
     def _choice(self, text: str, key: str, value: Any) -> tuple[str | None, str | None]:
         """Are the chosen options of a group there?"""
         options = self.options(key)
+        if isinstance(value, dict):
+            plain = f"{key} is a group; choose {key}=<option>, and set {key}.<setting>=<value>"
+            return f"{text} (command line): {plain}", None
         for name in map(str, value if isinstance(value, list) else [value]):
             if name in options:
                 continue
