@@ -221,13 +221,13 @@ def check(composer: Composer, overrides: list[str]) -> None:
 @pytest.mark.parametrize("root", ["train", "evaluate"])
 def test_mutated_overrides_compose_or_are_answered(conf: Path, root: str) -> None:
     with Composer(conf, root, config.ROOTS[root]) as composer:
-        for seed in range(20):
+        for seed in range(16):
             check(composer, mutated_overrides(root, seed))
 
 
 def test_mutated_experiments_compose_or_are_answered(conf: Path) -> None:
     with Composer(conf, "train", config.Train) as composer:
-        for seed in range(20):
+        for seed in range(16):
             (conf / "experiment/mutant.yaml").write_bytes(mutated_yaml(seed))
             check(composer, ["experiment=mutant"])
 
