@@ -39,7 +39,7 @@ class Checkpoint:
     def __init__(self, monitor: str | None = None): ...
 '''
 FILES = {
-    "stage": "{_target_: parts.Part}",
+    "stage": "{_target_: parts.Part, _partial_: true}",
     "backbone": "{_target_: parts.Part, size: 3}",
     "peft": "{_target_: parts.Part}",
     "loss": "{_target_: parts.Part}",
@@ -48,7 +48,7 @@ FILES = {
     "index": "{_target_: parts.Index, k: 1000}",
     "fuse": "{_target_: parts.Part}",
     "strategy": "{_target_: parts.Part}",
-    "trainer": "{_target_: parts.Trainer, max_steps: 10}",
+    "trainer": "{_target_: parts.Trainer, _partial_: true, max_steps: 10}",
     "optimizer": "{_target_: parts.Part, rate: 1.0e-4}",
     "logger": "{board: {_target_: parts.Part}}",
     "callbacks": """

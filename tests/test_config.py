@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def test_a_right_config_has_no_mistakes(told: Callable[..., list[str]]) -> None:
         ("+trainr.max_steps=5", "no setting 'trainr'; did you mean trainer.max_steps?"),
         ("trainr.max_steps=5", "no setting 'trainr'; did you mean trainer.max_steps?"),
         ("backbone=tiny_lama", "did you mean backbone=tiny_llama?"),
-        ("backbone=mistral", "no backbone is called mistral; there are tiny_llama"),
+        ("backbone=mistral", "no backbone is called mistral; there is only tiny_llama"),
         ("stage=retreiver", "did you mean stage=retriever?"),
         ("trainer.max_steps=abc", "trainer.max_steps (command line): it must be an int, not 'abc'"),
         ("trainer.max_steps=1e3", "it must be an int, not 1000.0; write 1000"),
@@ -375,10 +376,17 @@ class TestSweeps:
         )
         assert argv[-2].endswith("exclude_keys=[run_dir,name,backbone]")
         assert argv[-1] == "hydra.sweep.dir='runs/n'"
-        assert config.folder_name("data.path=/a/b c,seed=1") == "data.path=_a_b_c,seed=1"
-        long = [config.folder_name("x" * 300 + end) for end in "ab"]
-        assert len(set(long)) == 2
-        assert max(map(len, long)) <= 120
+        assert config.folder_name("optimizer.lr=1e-3,seed=1") == "optimizer.lr=1e-3,seed=1"
+        assert config.folder_name("data.path=/a/b c").startswith("data.path=_a_b_c~")
+
+    def test_unequal_overrides_have_unequal_folders(self) -> None:
+        texts = ["in/a/b", "in/a_b", "in:a;b", "in a b", "IN/A_B", "'in/a_b'", "é", "e\u0301", "日"]
+        texts += ["x" * 300 + end for end in "ab"] + ["日" * 100 + end for end in "ab"]
+        names = [config.folder_name(f"data.path={text}") for text in texts]
+        on_a_mac = {unicodedata.normalize("NFC", name).casefold() for name in names}
+        assert len(on_a_mac) == len(texts)
+        assert max(len(name.encode()) for name in names) <= 120
+        assert not any(set("/:;' ") & set(name) for name in names)
 
 
 def test_a_recorded_config_opens_with_the_command_that_was_typed(

@@ -34,6 +34,10 @@ def main(cfg):
 
     if cfg.name == "refuses":
         raise InputError("the corpus is empty: corpus.jsonl:1; give another folder")
+    if cfg.name == "resolves":
+        str(cfg.loss.name)
+    if cfg.name == "instantiates":
+        instantiate(cfg.loss)
     if cfg.name == "refuses_twice":
         raise InputError("2 mistakes:\\n  the first\\n  the second")
     if cfg.name == "refuses_inside":
@@ -117,7 +121,11 @@ def test_jobs_of_a_sweep_write_into_folders_of_their_own(app: Program, home: Pat
     )
     done = app("-m", "sweep=seeds", "loss.name=a/b,c", "batching.num_workers=0")
     assert done.returncode == 0, done.stderr
-    jobs = [f"loss.name={name},seed={seed}" for name in ("a_b", "c") for seed in (1, 2)]
+    jobs = [
+        config.folder_name(f"loss.name={name},seed={seed}")
+        for name in ("a/b", "c")
+        for seed in (1, 2)
+    ]
     written = ("out.json", "metrics.json", "job.json", "log.txt")
     expected = {f"runs/many/{job}/{file}" for job in jobs for file in written}
     table = {f"sweep.{kind}" for kind in ("txt", "csv", "png", "svg")}
@@ -248,6 +256,59 @@ def test_an_own_folder_of_configs_is_checked_and_run(app: Program, home: Path) -
     assert app("--config-dir", "more", "experiment=mine").returncode == 0
     assert "runs/mine/out.json" in files(home)
     assert app("--config-dir", "moer").returncode == 2
+
+
+def test_a_program_without_arguments_shows_commands_and_starts_nothing(
+    app: Program, home: Path
+) -> None:
+    done = app()
+    assert done.returncode == 2
+    commands = [line for line in done.stdout.splitlines() if line.startswith("  python ")]
+    assert len(commands) == 4
+    assert commands[-1].split()[:3] == ["python", "app.py", "--help"]
+    assert not (home / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (["name=resolves", "loss.name=${oc.env:CARAVAN_NO_SUCH}"], "loss.name"),
+        (["name=instantiates", "loss._target_=subprocess.getoutput", "loss.cmd=ls"], "loss"),
+        (["name=instantiates", "loss._target_=transformers.NoSuchModel"], "loss._target_"),
+        (["--cfg", "job", "loss=wandb"], "loss=wandb"),
+        (["--cfg", "job", "--resolve", "loss.name=${oc.env:CARAVAN_NO_SUCH}"], "CARAVAN_NO_SUCH"),
+        (["-m", "seed=interval(1,3)"], "seed=interval(1,3)"),
+        (["hydra.run.dir=elsewhere"], "hydra.run.dir"),
+        (["hydra.job.chdir=true"], "hydra.job.chdir"),
+    ],
+)
+def test_what_hydra_refuses_is_one_line_with_the_key(
+    arguments: list[str], place: str, app: Program, home: Path
+) -> None:
+    done = app(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert any(place in line for line in done.stderr.splitlines()), done.stderr
+    assert not {name for name in files(home) if not name.endswith("log.txt")}
+
+
+def test_jobs_whose_values_differ_in_separators_keep_their_results_apart(
+    app: Program, home: Path
+) -> None:
+    done = app("-m", "loss.name=a/b,a_b,a:b,A/B", "name=2024_1")
+    assert done.returncode == 0, done.stderr
+    folders = sorted((home / "runs/2024_1").glob("*/metrics.json"))
+    names = [json.loads(path.read_text())["loss"] for path in folders]
+    assert sorted(names) == ["A/B", "a/b", "a:b", "a_b"]
+
+
+def test_a_text_in_a_sweep_is_the_text_that_was_typed(app: Program, home: Path) -> None:
+    done = app("-m", "loss.name=1_1,11,1e3", "run_dir=runs/texts")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(path.read_text()) for path in home.glob("runs/texts/*/metrics.json")]
+    assert sorted(record["loss"] for record in records) == ["11", "1_1", "1e3"]
+    jobs = [json.loads(path.read_text()) for path in home.glob("runs/texts/*/job.json")]
+    assert sorted(job["overrides"]["loss.name"] for job in jobs) == ["11", "1_1", "1e3"]
 
 
 # --- the real programs ------------------------------------------------------------------------

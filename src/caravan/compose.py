@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,8 +23,6 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -33,17 +30,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 from caravan import config
 from caravan.checking.definitions import did_you_mean
+from caravan.checking.walk import Mistake, dotted
 from caravan.checking.walk import Path as KeyPath
-from caravan.checking.walk import dotted
-from caravan.errors import InputError
+from caravan.config_files import LOADER, Repository, shown
+from caravan.errors import InputError, first_line
+from caravan.overrides import WHOLE, Vet, key_of
+from caravan.rules import asking
 
-FAILURES = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError)
+FAILURES = (
+    *(HydraException, OmegaConfBaseException, yaml.YAMLError),
+    *(OSError, ValueError, TypeError, AttributeError, AssertionError, RecursionError),
+)
 """What composing raises for a mistake in a file or in an override."""
-WHOLE = ("experiment", "sweep")
-"""The groups that may set anything anywhere; null unless chosen."""
 PLUGINS = ("hydra/sweeper", "hydra/launcher")
 """Groups whose further options come with packages of their own."""
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def compose(conf: Path, name: str, overrides: list[str], more: Path | None = None) -> DictConfig:
@@ -62,8 +62,9 @@ def compose(conf: Path, name: str, overrides: list[str], more: Path | None = Non
         _, lines = composer.collect(overrides)
     if lines:
         raise InputError(report(lines))
+    typed = [composer.quoted.get(text, text) for text in overrides]
     with Composer(conf, name, config.ROOTS[name], more, typed=True) as composer:
-        return without_hydra(composer.compose(overrides))
+        return without_hydra(composer.compose(typed))
 
 
 def report(lines: list[str]) -> str:
@@ -74,7 +75,7 @@ def report(lines: list[str]) -> str:
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
     """The config as the job sees it."""
-    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
 
 
 class Composer:
@@ -107,9 +108,11 @@ class Composer:
         self._before = HydraConfig.instance().cfg
         config.register(typed=typed)
         self.hydra = Hydra.create_main_hydra2(job or name, search)
-        self.loader: Any = self.hydra.config_loader
-        self.parser = OverridesParser.create(config_loader=self.loader)
-        self._known: dict[str, list[str]] = {}  # options of the groups that were looked at
+        loader: Any = self.hydra.config_loader
+        loader.repository = Repository(search)
+        self.loader = loader
+        self.vet = Vet(loader, name, root)
+        self.quoted: dict[str, str] = {}  # overrides by the text that was typed
 
     def __enter__(self) -> Composer:
         return self
@@ -146,84 +149,53 @@ class Composer:
             mistake, instead = self.vet(text)
             if mistake:
                 lines.append(mistake)
-                lost.add(_key(text).partition(".")[0])
+                lost.add(key_of(text).partition(".")[0])
             if instead:
                 kept.append(instead)
         cfg, kept, failed = self._compose_what_works(kept)
         lines += [line for line, _ in failed]
-        lost |= {_key(text) for _, text in failed}
+        lost |= {key_of(text) for _, text in failed}
         if cfg is None or lost & set(WHOLE):
             return None, lines  # the rest would be told about a config that nobody asked for
+        found = config.mistakes(without_hydra(cfg), self.root)
+        again = self._as_typed(kept, found)
+        if again != kept:
+            kept, cfg = again, self.compose(again)
+            found = config.mistakes(without_hydra(cfg), self.root)
         place = Places(self, kept)
-        for mistake_ in config.mistakes(without_hydra(cfg), self.root):
-            if mistake_.path and mistake_.path[0] in lost:
-                continue
-            lines.append(f"{dotted(mistake_.path)} ({place(mistake_.path)}): {mistake_.text}")
-        return cfg, [*lines, *self._left_aside(cfg, kept, place)]
+        for one in found:
+            if not one.path or one.path[0] not in lost:
+                lines.append(f"{dotted(one.path)} ({place(one.path)}): {one.text}")
+        return cfg, [*lines, *_of_hydra(cfg), *self._left_aside(cfg, kept, place)]
+
+    def _as_typed(self, overrides: list[str], found: list[Mistake]) -> list[str]:
+        """Put what Hydra reads as a number into quotes where a text is wanted.
+
+        The name 2024_11_29 would be 20241129, and 1e3 1000.0.
+        """
+        texts = {dotted(one.path) for one in found if one.kind == "unquoted"}
+        result = []
+        for text in overrides:
+            key, _, given = text.partition("=")
+            is_text = key.lstrip("+") in texts and isinstance(
+                self.vet.parse(text).value(), int | float
+            )
+            quoted = self.vet.quoted(key, given) if is_text else None
+            if quoted is not None:
+                self.quoted[text] = quoted
+            result.append(quoted or text)
+        return result
 
     def _left_aside(self, cfg: DictConfig, overrides: list[str], place: Places) -> Iterator[str]:
         """Choices that came to nothing, since a file that is read later sets the group to null."""
-        for text in filter(self.is_group, overrides):
+        for text in filter(self.vet.is_group, overrides):
             if text.startswith("~"):  # just what it asks for
                 continue
-            group = _key(text)
+            group = key_of(text)
             if group in cfg and cfg[group] is None:
                 where = place((group,))
                 if f"/{group}/" not in where and where != "command line":
                     yield f"{text} (command line): {where} sets {group} to null; leave it out"
-
-    def vet(self, text: str) -> tuple[str | None, str | None]:
-        """Look at one override by itself.
-
-        Returns:
-            What is wrong with it, and the override to go on with (None: without it).
-        """
-        try:
-            override = self.parser.parse_override(text)
-        except HydraException as error:
-            reason = str(error).splitlines()[0]
-            if "=" not in text:
-                return f"{text} (command line): no setting; write key=value", None
-            name, _, given = text.partition("=")
-            if "=" in given:  # such as the folder of a sweep's job
-                reason = "a value has another =; put each such value into quotes"
-                if not set("[{,'\"") & set(given):
-                    reason = f"its value has another =; put it into quotes: \"{name}='{given}'\""
-            return f"{text} (command line): cannot be read: {reason}", None
-        key, value = override.key_or_group, override.value()
-        if key.startswith(("hydra.", "hydra/")) or override.is_delete():
-            return None, text
-        root = re.split(r"[.@/]", key)[0]
-        known = [field.name for field in fields(self.root)]
-        if not self.is_group(text):
-            # Added by force even where it is unknown: the walk over all keys tells what was meant.
-            return None, text if root in known else f"++{text.lstrip('+')}"
-        if root not in known and root not in WHOLE:
-            return f"{text} (command line): {self.name} has no group {key!r}", None
-        return self._vet_choice(text, key, value)
-
-    def _vet_choice(self, text: str, key: str, value: Any) -> tuple[str | None, str | None]:
-        """Are the chosen options of a group there?"""
-        if key not in self._known:
-            self._known[key] = list(self._options(key))
-        options = self._known[key]
-        for name in map(str, value if isinstance(value, list) else [value]):
-            if name in options:
-                continue
-            inside = [option for option in options if option.startswith(f"{name}/")]
-            near = None if inside else did_you_mean(name, options)
-            there = f"there are {', '.join(inside or options)}"
-            hint = f"did you mean {key}={near}?" if near else there
-            instead = f"{key}={near}" if near and key not in WHOLE else None
-            name = "null" if value is None else name
-            return f"{text} (command line): no {key} is called {name}; {hint}", instead
-        return None, text
-
-    def _options(self, group: str) -> Iterator[str]:
-        """The options of a group and, as "folder/option", of the folders in it."""
-        yield from self.loader.get_group_options(group, config_name=self.name)
-        for folder in self.loader.get_group_options(group, ObjectType.GROUP, self.name):
-            yield from (f"{folder}/{option}" for option in self._options(f"{group}/{folder}"))
 
     def _compose_what_works(
         self, overrides: list[str]
@@ -243,7 +215,7 @@ class Composer:
             cfg = self.compose(kept)
         except FAILURES as error:
             return None, kept, [(self._explain(error, self.name), "")]
-        for text in sorted(overrides, key=lambda one: not self.is_group(one)):
+        for text in sorted(overrides, key=lambda one: not self.vet.is_group(one)):
             try:
                 cfg = self.compose([*kept, text])
                 kept.append(text)
@@ -252,14 +224,10 @@ class Composer:
                 failed.append((f"{text} (command line): {why}", text))
         return cfg, kept, failed
 
-    def is_group(self, text: str) -> bool:
-        """Whether an override chooses an option of a group."""
-        return bool(self.loader.repository.group_exists(_key(text)))
-
     def _no_mapping(self, cfg: DictConfig, text: str) -> str | None:
         """Why an override cannot set a key inside of what is no mapping, if that is so."""
-        above = _key(text).partition(".")[0]
-        if text.startswith("~") or "." not in _key(text) or above not in cfg:
+        above = key_of(text).partition(".")[0]
+        if text.startswith("~") or "." not in key_of(text) or above not in cfg:
             return None
         if isinstance(cfg[above], DictConfig):
             return None
@@ -279,11 +247,14 @@ class Composer:
                 plugin = f"hydra-{wanted.name.partition('_')[0]}-{wanted.parent.name}"
                 hint += f"; others are plugins: pip install {plugin}"
             return f"{self._mention(file, wanted)}there is no {wanted}; {hint}"
+        if isinstance(error, RecursionError):
+            named = f"the defaults of {file} include {file} again, itself or through another file"
+            return f"{named}; leave that entry out"
         text = " ".join(str(error).partition("Config search path:")[0].split())
         if text.startswith("Could not append to config"):
             return "it is set already; leave the + out"
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
-        return f"{text} {str(cause).splitlines()[0]}" if cause else text
+        return f"{text} {first_line(cause)}" if cause else text or repr(error)
 
     def _mention(self, file: str, wanted: Path) -> str:
         """The file and line that ask for an option of a group, "" where none is found."""
@@ -303,7 +274,7 @@ class Places:
 
     def __init__(self, composer: Composer, overrides: list[str]) -> None:
         self.composer, self.overrides = composer, overrides
-        self.keys = [_key(text) for text in overrides if not composer.is_group(text)]
+        self.keys = [key_of(text) for text in overrides if not composer.vet.is_group(text)]
         self.trees: list[tuple[Path, KeyPath, yaml.Node | None]] | None = None
 
     def __call__(self, path: KeyPath) -> str:
@@ -333,24 +304,25 @@ class Places:
                 file = folder / f"{default.config_path}.yaml"
                 if file.is_file():
                     parts = tuple(package.split(".")) if package else ()
-                    yield file, parts, yaml.compose(file.read_text("utf-8"), Loader=_LOADER)
+                    yield file, parts, yaml.compose(file.read_text("utf-8"), Loader=LOADER)
                     break
 
 
-def shown(file: Path) -> str:
-    """A path from here if it lies below, else in full."""
-    near = os.path.relpath(file)
-    return str(file) if near.startswith("..") else near
-
-
-def _key(text: str) -> str:
-    """The key or group of an override."""
-    return re.split("[=@]", text.lstrip("+~"), maxsplit=1)[0]
+def _of_hydra(cfg: DictConfig) -> Iterator[str]:
+    """Settings of Hydra's that would tear a run apart."""
+    run_dir, log_dir = asking.value(cfg, "run_dir"), asking.value(cfg, "hydra.run.dir")
+    if isinstance(run_dir, str) and log_dir is not None and log_dir != run_dir:
+        yield f"hydra.run.dir: it moves the log alone; write run_dir={log_dir} instead"
+    if asking.value(cfg, "hydra.job.chdir") is True:
+        yield (
+            "hydra.job.chdir: paths are relative to the folder in which the command was started,"
+            " so the working directory does not change; leave it out"
+        )
 
 
 def _file(text: str) -> str:
     """The file in conf/ that an override chooses, if it is one of a group."""
-    return f"{_key(text)}/{text.partition('=')[2]}"
+    return f"{key_of(text)}/{text.partition('=')[2]}"
 
 
 def _line(tree: yaml.Node | None, path: KeyPath) -> int | None:

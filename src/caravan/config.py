@@ -19,7 +19,9 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from caravan import usage
 from caravan.checking import walk
 from caravan.checking.walk import Mistake, dotted
 from caravan.contract import Contract, read_contract
@@ -34,6 +36,8 @@ NamedNode = Any
 """A Node or a name that the receiver knows, such as strategy "auto"."""
 Nodes = Any
 """A mapping of names to Nodes, null where one is switched off."""
+Names = Any
+"""A name or a list of names."""
 
 
 @dataclass
@@ -117,7 +121,7 @@ class Pipeline:
     run_dir: str = MISSING
     cache_dir: str = MISSING
     store: str = MISSING
-    retriever: Any = MISSING  # a name, or a list of names
+    retriever: Names = MISSING
     reranker: str | None = MISSING
     rerank: Rerank = field(default_factory=Rerank)
     query_length: int | None = MISSING
@@ -167,6 +171,7 @@ def register(typed: bool = True) -> None:
     """
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("begun_with", begun_with, replace=True)
+    OmegaConf.register_new_resolver("groups", groups, replace=True)
     for name, root in ROOTS.items():
         schema = OmegaConf.structured(root)
         if not typed:
@@ -181,12 +186,28 @@ def register(typed: bool = True) -> None:
         ConfigStore.instance().store(f"{name}_schema", schema)
 
 
+def groups(name: str, _root_: Any) -> str:
+    """The groups of a program and their options, for its --help."""
+    sources = [
+        Path(one.path) for one in _root_.hydra.runtime.config_sources if one.schema == "file"
+    ]
+    known = [key.name for key in fields(ROOTS[name])]
+    return usage.groups(sources, name, [*known, "experiment", *["sweep"] * (name != "search")])
+
+
 def folder_name(text: str) -> str:
-    """A text as the name of one folder: no separators, at most 120 characters, still unique."""
-    name = re.sub(r"[^\w.,=+@-]+", "_", text)
-    if len(name) <= 120:
+    """A text as the name of one folder: no separators, at most 120 bytes, other for other texts.
+
+    A digest tells apart what would be one name otherwise: without the characters that are replaced,
+    cut, or on a file system that ignores case or composes accents.
+    """
+    plain = re.sub(r"(?<==)(['\"])([^'\"]*)\1(?=,|$)", r"\2", text)
+    name = re.sub(r"[^\w.,=+@-]+", "_", plain)
+    if name == text.lower() and name.isascii() and len(name) <= 120:
         return name
-    return f"{name[:110]}~{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    start = name.encode()[:110].decode(errors="ignore")
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{start}~{digest}"
 
 
 def begun_with(setting: str, otherwise: Any, _root_: Any) -> Any:
@@ -228,7 +249,11 @@ def mistakes(cfg: DictConfig, root: type = Train) -> list[Mistake]:
     found = walk.mistakes(cfg, root)
     wrong = {mistake.path for mistake in found}
     for rule in RULES:
-        found += [mistake for mistake in rule(cfg) if mistake.path not in wrong]
+        try:
+            found += [mistake for mistake in rule(cfg) if mistake.path not in wrong]
+        except OmegaConfBaseException:
+            if not found:  # else the rule met a value that is broken, which is told already
+                raise
     return found
 
 

@@ -17,6 +17,7 @@ import inspect
 import logging
 import os
 import platform
+import re
 import resource
 import shlex
 import signal
@@ -28,15 +29,12 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import (
-    ConfigCompositionException,
-    OverrideParseException,
-    SearchPathException,
-)
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import InterpolationResolutionError
 
-from caravan import config, jobs
+from caravan import config, jobs, usage
 from caravan.atomic import claimed
 from caravan.compose import report
 from caravan.errors import (
@@ -45,6 +43,7 @@ from caravan.errors import (
     TERMINATED,
     USER,
     InputError,
+    first_line,
     is_termination,
     sentence,
 )
@@ -56,12 +55,15 @@ _code = INTERRUPTED  # with which an interrupted run ends
 Task = Callable[[DictConfig], Any]
 
 
-def entry(name: str, configs: Path | None = None) -> Callable[[Task], Callable[[], None]]:
+def entry(
+    name: str, configs: Path | None = None, program_name: str | None = None
+) -> Callable[[Task], Callable[[], None]]:
     """Make a function of a config the program of a file.
 
     Args:
         name: the primary config, and the root of `caravan.config.ROOTS` that it is checked with.
         configs: the folder of the configs; None: `conf/` beside the file.
+        program_name: what is typed after `python`; None: the name of the file.
     """
 
     # Read by OpenMP when torch loads. By default a thread that waits for its siblings keeps its
@@ -86,11 +88,14 @@ def entry(name: str, configs: Path | None = None) -> Callable[[Task], Callable[[
             # Lightning would end a terminated run with exit code 0; it leaves our handler alone.
             signal.signal(signal.SIGTERM, _terminate)
             try:
-                program_name = Path(inspect.getfile(task)).name
-                os.environ[config.COMMAND] = shlex.join(["python", program_name, *sys.argv[1:]])
+                typed = program_name or Path(inspect.getfile(task)).name
+                os.environ[config.COMMAND] = f"python {typed} {shlex.join(sys.argv[1:])}".rstrip()
                 if not conf.is_dir():
                     raise InputError(f"{conf} is not there; run this in a checkout of Caravan")
-                sys.argv[1:] = preflight(sys.argv[1:], conf, name, root)
+                if not sys.argv[1:]:
+                    sys.stdout.write(usage.bare(conf, name, typed))
+                    raise SystemExit(USER)
+                sys.argv[1:] = preflight(sys.argv[1:], conf, name, root, f"python {typed}")
                 sweep = sweep_folder(sys.argv[1:])
                 with contextlib.suppress(_Failed):  # by then every other job has had its turn
                     program(_job(task, root))()
@@ -102,10 +107,8 @@ def entry(name: str, configs: Path | None = None) -> Callable[[Task], Callable[[
                 if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning has caught it
                     _interrupted(root)
                 raise
-            except (ConfigCompositionException, OverrideParseException, SearchPathException) as e:
-                _leave(" ".join(str(e.__cause__ or e).split()), USER)
             except Exception as error:
-                told = sentence(error)
+                told = _sentence(error)
                 if told is None:
                     raise
                 _leave(told, USER)
@@ -136,7 +139,7 @@ def _job(task: Task, root: type) -> Task:
         except _Failed:
             raise
         except Exception as error:
-            told = sentence(error)
+            told = _sentence(error)
             if told is None:
                 raise
             log.error(told)
@@ -150,13 +153,10 @@ def _job(task: Task, root: type) -> Task:
             raise InputError(report(lines))
         try:
             return task(cfg)
-        except (RuntimeError, MemoryError) as error:
+        except RuntimeError as error:
             if is_termination(error):
                 _terminate(signal.SIGTERM, None)
-            message = sentence(error)
-            if message is None:
-                raise
-            raise InputError(message) from None
+            raise
 
     return job
 
@@ -175,7 +175,7 @@ def _job_of_sweep(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
     try:
         result = task(cfg)
     except Exception as error:
-        mistake = sentence(error)
+        mistake = _sentence(error)
         if leads():
             lines = (mistake or str(error)).strip().splitlines()
             told = f"{type(error).__name__}: {''.join(lines[:1])}"
@@ -204,6 +204,39 @@ def _end_of_sweep(folder: Path) -> None:
     show_page(folder)
     if failed:
         raise SystemExit(FAILED)
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What an exception reports to the user, Hydra's own included; None where it is a defect."""
+    if isinstance(error, InterpolationResolutionError):
+        where = f"{error.full_key}: its" if error.full_key else "a"
+        return f"{where} value cannot be found: {first_line(error)}"
+    if isinstance(error, HydraException) and not isinstance(error, InstantiationException):
+        return " ".join(str(error.__cause__ or error).split())
+    while isinstance(error, InstantiationException):
+        text, place = " ".join(str(error).partition("full_key:")[0].split()), _full_key(error)
+        if error.__cause__ is None:  # refused by Hydra itself, such as subprocess.run
+            return f"{place}_target_: {text}"
+        lost = re.match(r"Error locating target '([^']*)'", text)
+        if lost and _is_not_there(error.__cause__, lost[1]):
+            return f"{place}_target_: there is no {lost[1]}"
+        error = error.__cause__
+    return sentence(error)
+
+
+def _full_key(error: InstantiationException) -> str:
+    """The key in the config of what Hydra could not make, with a dot after it."""
+    key = str(error).partition("full_key:")[2].strip()
+    return f"{key}." if key else ""
+
+
+def _is_not_there(error: BaseException | None, target: str) -> bool:
+    """Whether a target was not found; a module of the user's that fails keeps its traceback."""
+    while error is not None and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, ModuleNotFoundError):
+        return f"{target}.".startswith(f"{error.name}.")
+    return isinstance(error, AttributeError) or type(error) is ImportError
 
 
 class _Terminated(KeyboardInterrupt):

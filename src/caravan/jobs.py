@@ -8,6 +8,7 @@ learns from files alone which job failed and why; `caravan.report.sweep` joins t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def write(run_dir: Path, overrides: Sequence[str], state: str, error: str | None
     settings = {}
     for text in overrides:
         key, _, value = text.partition("=")
-        settings[key.lstrip("+")] = value
+        quoted = re.fullmatch(r"(['\"])([^'\"]*)\1", value)
+        settings[key.lstrip("+")] = quoted[2] if quoted else value
     write_json(run_dir / FILE, {"overrides": settings, "state": state, "error": error})
 
 

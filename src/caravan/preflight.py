@@ -8,54 +8,69 @@ Nothing heavy is imported by then, and every mistake is told at once.
 from __future__ import annotations
 
 import importlib.util
+import math
+import re
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override, ValueType
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from caravan.compose import FAILURES, Composer, report
 from caravan.errors import InputError
+from caravan.overrides import listed
 from caravan.ranks import world
 
 SWEEP_DIR = "hydra.sweep.dir="
 MOST_JOBS = 24
 """Jobs of a sweep that are checked before it starts; each is checked again when its turn comes."""
+MOST_VALUES = 10_000
+"""Values of one key in a sweep."""
 
 
-def preflight(argv: list[str], conf: Path, name: str, root: type) -> list[str]:
+def preflight(
+    argv: list[str], conf: Path, name: str, root: type, program: str | None = None
+) -> list[str]:
     """Check what the arguments ask for, without importing anything heavy.
 
     Args:
         argv: the command line, without the program.
         conf, name, root: the folder of configs, the primary one, its root dataclass.
+        program: what messages about the arguments call it; None: its file.
 
     Returns:
-        The arguments to run Hydra with: of a sweep, they name the jobs' folders by what differs.
+        The arguments to run Hydra with: texts that Hydra would read as numbers are in quotes. Of a
+        sweep, they name the jobs' folders by what differs.
         What a sweep file varies is among them: Hydra itself would resolve references in it, such
         as a folder of the job's seed, before there is a job.
 
     Raises:
         InputError: with a line for each mistake.
     """
-    args = get_args_parser().parse_args(argv)
-    if any((args.help, args.hydra_help, args.cfg, args.info, args.shell_completion)):
-        return argv
-    if args.experimental_rerun:
+    parser = get_args_parser()
+    parser.prog = program or parser.prog
+    args = parser.parse_args(argv)
+    if any((args.help, args.hydra_help, args.shell_completion, args.experimental_rerun)):
         return argv
     with _composer(args, conf, name, root) as composer:
+        if args.cfg or args.info:
+            return _shows(composer, args, argv)
         lines, swept, params = _check_jobs(composer, args)
         if lines:
             raise InputError(report(lines))
+        replaced = composer.quoted
         if swept is None:
-            return argv
+            return [replaced.get(text, text) for text in argv]
+        argv = [_replaced(composer, text) if text in args.overrides else text for text in argv]
+        params = [_replaced(composer, text) for text in params]
         fixed = [one for one in _parsed(composer, args.overrides) if not _sweeps(one)]
-        whole = composer.compose([str(one.input_line) for one in fixed])
+        texts = [str(one.input_line) for one in fixed]
+        whole = composer.compose([replaced.get(text, text) for text in texts])
         # One folder for the sweep, whatever its jobs are called, so that its end finds them all.
         folder = f"{SWEEP_DIR}'{whole.hydra.sweep.dir}'"
     keys = [one.key_or_group for one in fixed if not one.key_or_group.startswith("hydra")]
@@ -66,6 +81,30 @@ def preflight(argv: list[str], conf: Path, name: str, root: type) -> list[str]:
         f"hydra.job.config.override_dirname.exclude_keys={_listed(left_out)}",
         folder,
     ]
+
+
+def _shows(composer: Composer, args: Namespace, argv: list[str]) -> list[str]:
+    """--cfg and --info show a config that is not complete, but not one that cannot be composed."""
+    lines = composer.collect(args.overrides)[1]
+    try:
+        composer.compose(args.overrides)
+    except FAILURES:
+        if lines:
+            raise InputError(report(lines)) from None
+    return [composer.quoted.get(text, text) for text in argv]
+
+
+def _replaced(composer: Composer, text: str) -> str:
+    """An override of a sweep as Hydra gets it: texts in quotes, options in place of a pattern."""
+    try:
+        override = composer.vet.parse(text)
+    except HydraException:
+        return text  # a flag's value
+    if not override.is_choice_sweep():
+        return composer.quoted.get(text, text)
+    key, given = override.get_key_element(), _values(composer, override)
+    now = [composer.quoted.get(f"{key}={one}", f"{key}={one}").partition("=")[2] for one in given]
+    return text if now == given and not composer.vet.globbed(override) else f"{key}={','.join(now)}"
 
 
 def sweep_folder(argv: list[str]) -> Path | None:
@@ -95,7 +134,7 @@ def _parsed(composer: Composer, overrides: list[str]) -> list[Override]:
     parsed = []
     for text in overrides:
         try:
-            parsed.append(composer.parser.parse_override(text))
+            parsed.append(composer.vet.parse(text))
         except HydraException:
             continue  # told when the jobs are checked
     return parsed
@@ -117,26 +156,31 @@ def _check_jobs(
     swept = [one for one in _parsed(composer, args.overrides) if _sweeps(one)]
     single = [text for text in args.overrides if text not in {one.input_line for one in swept}]
     cfg, lines = composer.collect(single) if not swept else (None, [])
-    params, multirun = _sweep_file(composer, single, cfg)
+    params, multirun, sweeper = _sweep_file(composer, single, cfg)
     multirun = multirun or args.multirun
     if not multirun:
         for one in swept:
             given = str(one.input_line).partition("=")[2]
-            lines.append(
-                f"{one.input_line} (command line): several values; add -m to run them all, or "
-                f"write {one.get_key_element()}=[{given}] for a list"
-            )
+            line = f"{one.input_line} (command line): several values; add -m to run them all"
+            if one.value_type == ValueType.SIMPLE_CHOICE_SWEEP:
+                key = one.get_key_element()
+                line += f", or write {key}=[{given}] for a list, \"{key}='{given}'\" for a text"
+            lines.append(line)
         if params and not swept:
             lines.append("sweep (command line): it names several jobs; add -m to run them")
         if swept:
             lines = [*composer.collect(single)[1], *lines]
         return lines, None, []
-    values = {one.get_key_element(): _values(one) for one in _parsed(composer, params) + swept}
+    varied = _parsed(composer, params) + swept
+    lines = [line for one in varied for line in _cannot_be_run(composer, one, sweeper)]
+    if lines:
+        return lines, None, []
+    values = {one.get_key_element(): _values(composer, one) for one in varied}
     named = {one.get_key_element() for one in swept}
     for one in _parsed(composer, single):  # Hydra puts the command line before the sweep's file
         named.add(one.get_key_element())
         if one.get_key_element() in values:
-            values[one.get_key_element()] = _values(one)
+            values[one.get_key_element()] = _values(composer, one)
     of_file = [text for text in params if text.partition("=")[0] not in named]
     return _check_each(composer, single, values), list(values), of_file
 
@@ -179,22 +223,61 @@ def _items(number: Any) -> list[Any]:
 
 def _sweep_file(
     composer: Composer, overrides: list[str], cfg: DictConfig | None
-) -> tuple[list[str], bool]:
-    """What `hydra.sweeper.params` of a sweep file asks for, and whether it asks for a sweep."""
+) -> tuple[list[str], bool, str]:
+    """What `hydra.sweeper.params` of a sweep file varies, whether it asks for a sweep, and the
+    sweeper."""
     try:
         cfg = composer.compose(overrides) if cfg is None else cfg
     except FAILURES:
-        return [], False  # told when the jobs are checked
+        return [], False, ""  # told when the jobs are checked
     params = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
     asked = cfg.hydra.mode == RunMode.MULTIRUN
-    return [f"{key}={value}" for key, value in params.items()], asked
+    sweeper = str(OmegaConf.select(cfg, "hydra.sweeper._target_"))
+    return [f"{key}={value}" for key, value in params.items()], asked, sweeper
 
 
-def _values(override: Override) -> list[str]:
-    """The values that one key takes; none if a sweeper has to choose them (an interval)."""
+def _cannot_be_run(composer: Composer, override: Override, sweeper: str) -> Iterator[str]:
+    """Values that no job can be made of."""
+    text = f"{override.input_line} (command line)"
+    if override.is_interval_sweep() and sweeper.endswith(".BasicSweeper"):
+        yield (
+            f"{text}: Hydra's own sweeper tries single values, not intervals; write"
+            f" {override.get_key_element()}=<value>,<value>, or choose a sweeper that searches:"
+            " hydra/sweeper=optuna, as in sweep=search"
+        )
+    elif override.value_type == ValueType.GLOB_CHOICE_SWEEP and not composer.vet.globbed(override):
+        yield f"{text}: no option matches; {listed(composer.vet.options(override.key_or_group))}"
+    elif override.is_range_sweep():
+        given: Any = override.value()
+        if not given.step or not math.isfinite(given.start + given.stop + given.step):
+            yield f"{text}: a range has a finite start and stop, and a step other than 0"
+        elif abs((given.stop - given.start) / given.step) > MOST_VALUES:
+            yield f"{text}: these are more than {MOST_VALUES:,} jobs"
+
+
+def _values(composer: Composer, override: Override) -> list[str]:
+    """The values that one key takes; none if a sweeper has to choose them (an interval).
+
+    They are as they were typed, where that can be told: a text is not the number that Hydra reads.
+    """
+    text = override.get_value_string() if "=" in str(override.input_line) else ""
     if not _sweeps(override):
-        return [override.get_value_element_as_str()]
-    return list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+        return [
+            text
+            if isinstance(override.value(), int | float)
+            else override.get_value_element_as_str()
+        ]
+    if override.value_type == ValueType.GLOB_CHOICE_SWEEP:
+        return composer.vet.globbed(override)
+    if not override.is_discrete_sweep():
+        return []
+    given, inside = override.value(), re.fullmatch(r"choice\((.*)\)|(.*)", text.strip())
+    if isinstance(given, ChoiceSweep) and not given.shuffle and inside:
+        typed = [part.strip() for part in (inside[1] or inside[2] or "").split(",")]
+        plain = not any(isinstance(one, list | dict) for one in given.list)
+        if plain and len(typed) == len(given.list):
+            return typed
+    return list(override.sweep_string_iterator())
 
 
 def _check_each(composer: Composer, fixed: list[str], values: dict[str, list[str]]) -> list[str]:

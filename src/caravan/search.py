@@ -50,7 +50,7 @@ def main() -> None:
         parser.error("-m: a search has no jobs; leave it out, and see evaluate.py for sweeps")
     sys.argv[1:] = settings
 
-    @entry("search", CONF)
+    @entry("search", CONF, "-m caravan.search")
     def search(cfg: DictConfig) -> None:
         from caravan.retrieval.ask import asker
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from caravan.data.files import listed
 
@@ -84,7 +85,10 @@ def asked(cfg: DictConfig) -> tuple[Path, list[str]]:
     For a config that may be wrong: what is broken there is told elsewhere.
     """
     entries = cfg.get("collections")
-    path = OmegaConf.select(cfg, "data.path", throw_on_missing=False)
+    try:
+        path = OmegaConf.select(cfg, "data.path", throw_on_missing=False)
+    except OmegaConfBaseException:
+        path = None
     if not isinstance(entries, ListConfig) or not isinstance(path, str):
         return Path(), []
     return Path(path), [entry for entry in entries if isinstance(entry, str)]

@@ -98,7 +98,7 @@ def test_values_that_do_not(annotation: str, value: Any, wanted: str) -> None:
 
 def test_typed_fields_read_texts() -> None:
     assert mismatch("5", alternatives("int"), written=True) is None
-    assert mismatch(5, alternatives("str"), written=True) is None
+    assert mismatch(5, alternatives("str"), written=True) == "a text"  # 1_0 is 10 by then
     assert mismatch("x", alternatives("int"), written=True) == "an int"
 
 
@@ -115,7 +115,6 @@ def test_a_mapping_is_no_instance_of_a_class() -> None:
         ("int", 10000.0, "write 10000"),
         ("list[str]", "a", "write [a]"),
         ("float", "5", "write 5 without quotes"),
-        ("str", 5, "write '5' in quotes"),
         ("int", "abc", ""),
     ],
 )

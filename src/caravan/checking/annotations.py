@@ -160,8 +160,8 @@ def mismatch(value: Any, alternatives: tuple[Kind, ...], written: bool = False) 
 
     Args:
         value: None, bool, int, float, str, or a list of such; an element that is a mapping passes.
-        written: the value goes through OmegaConf's typed fields, which take "5" for 5 and 5 for
-            "5", instead of straight to a function.
+        written: the value goes through OmegaConf's typed fields, which take "5" for 5, instead of
+            straight to a function. They take 5 for "5" too, but 1_0 would become "10".
     """
     if any(_fits(value, kind, written) for kind in alternatives):
         return None
@@ -194,7 +194,7 @@ def _fits(value: Any, kind: Kind, written: bool) -> bool:
     if kind.name == "float":
         return is_int(value) or isinstance(value, float) or (written and _reads_as(value, "float"))
     if kind.name == "str":
-        return isinstance(value, str) or written
+        return isinstance(value, str)
     return False
 
 
@@ -244,6 +244,4 @@ def remedy(value: Any, alternatives: tuple[Kind, ...]) -> str:
         return f"write [{value}]"
     if isinstance(value, str) and {"int", "float"} & names and _reads_as(value, "float"):
         return f"write {value} without quotes"
-    if isinstance(value, int | float) and "str" in names:
-        return f"write '{value}' in quotes"
     return ""

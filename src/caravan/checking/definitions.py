@@ -86,13 +86,26 @@ def locate(target: str) -> Found:
         if not found.known:
             return found
         inner = _member(found, part)
-        if inner is None:
+        more = i < len(parts) - 1
+        if inner is None or (more and not inner.known and _is_no_module(found, part)):
             where = ".".join(parts[:i])
             meant = did_you_mean(part, _names_in(found))
             hint = f"; did you mean {where}.{meant}?" if meant else ""
             raise LookupError(f"there is no {part!r} in {where}{hint}")
         found = inner
     return found
+
+
+def _is_no_module(found: Found, name: str) -> bool:
+    """Whether `name`, with more after it, has to be a submodule of a package and is none.
+
+    A lazy package (caravan, transformers) may define any class at run time, but its submodules are
+    files, and submodules are what names in lower case before the last one are.
+    """
+    module = _module(found.module) if found.node is None else None
+    if module is None or not module.package or not name.islower() or name in module.bindings:
+        return False
+    return _source(f"{found.module}.{name}") is None
 
 
 def resolve(scope: str, expression: ast.expr) -> Found | None:

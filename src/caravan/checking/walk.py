@@ -42,6 +42,8 @@ MARKERS = {
     "NamedNode": (Kind("node"), Kind("str")),
     "Nodes": (Kind("nodes"),),
 }
+NAMES = (Kind("str"), Kind("sequence", inner=ast.Name("str"), scope="builtins"), Kind("none"))
+"""What the annotation `Names` allows: a name, a list of names, or null, which a rule looks at."""
 Path = tuple[str | int, ...]
 
 
@@ -49,8 +51,9 @@ Path = tuple[str | int, ...]
 class Mistake:
     """What is wrong at a place in the config, with its remedy.
 
-    `kind` tells apart what depends on the user or the machine: "missing" (a `???` left to fill in)
-    and "folder" (a path that is not there); all else is "wrong".
+    `kind` tells apart what is treated differently: "missing" (a `???` left to fill in),
+    "folder" (a path that is not there) and "unquoted" (a number where a text is wanted, such as the
+    name 2024); all else is "wrong".
     """
 
     path: Path
@@ -103,6 +106,11 @@ class _Walk:
                 what = "setting" if schema else "argument"
                 hint = self.meant(node, str(key), path, takes)
                 self.add(inner, f"{owner} has no {what} {key!r}{hint}")
+        there = set(map(str, node.keys()))
+        for name in takes.parameters if schema else ():
+            if name not in there:
+                inner = (*path, name)
+                self.add(inner, f"it is removed, but needed; leave ~{dotted(inner)} out")
 
     def meant(self, node: DictConfig, key: str, path: Path, takes: Signature) -> str:
         """A hint at the key that was meant: a neighbour, or one of that name elsewhere."""
@@ -223,9 +231,18 @@ class _Walk:
             return
         names = [str(choice) for kind in alternatives for choice in kind.values]
         near = did_you_mean(str(value), names)
-        hint = f"did you mean {near}?" if near else remedy(value, alternatives)
         given = "null" if value is None else repr(value)
-        self.add(path, f"it must be {wanted}, not {given}" + (f"; {hint}" if hint else ""))
+        text = f"it must be {wanted}, not {given}"
+        if near:
+            self.add(path, f"{text}; did you mean {near}?")
+        elif not isinstance(value, str) and any(kind.name == "str" for kind in alternatives):
+            of_list = isinstance(path[-1], int)
+            example = f"{dotted(path[:-1])}=['...']" if of_list else f"{dotted(path)}='...'"
+            hint = f'for a text put it into quotes: "{example}"'
+            self.add(path, f"{text}; {hint}", "wrong" if value is None else "unquoted")
+        else:
+            hint = remedy(value, alternatives)
+            self.add(path, text + (f"; {hint}" if hint else ""))
 
     def target(self, node: DictConfig, path: Path) -> None:
         """A node with `_target_`: its keys are the arguments of what it names."""
@@ -254,6 +271,8 @@ def _alternatives(parameter: Parameter, schema: bool) -> tuple[Kind, ...]:
     if schema and isinstance(annotation, ast.Name):
         if annotation.id in MARKERS:
             return MARKERS[annotation.id]
+        if annotation.id == "Names":
+            return NAMES
         found = resolve(parameter.scope, annotation)
         if found is not None and is_dataclass(found.node):
             name = ast.Name(getattr(found.node, "name", annotation.id), ast.Load())

@@ -324,6 +324,8 @@ def _same(paths: list[list[str]]) -> int:
 
 def _number(text: Any) -> Any:
     """A number where the text is one."""
+    if "_" in str(text):
+        return text  # Python would read 1_1 as 11
     for kind in (int, float):
         try:
             return kind(text)

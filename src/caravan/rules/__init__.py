@@ -13,6 +13,7 @@ from caravan.rules.asking import Rule
 RULES: list[Rule] = [
     values.contract_holds,
     values.numbers_are_in_range,
+    values.needed_keys_are_there,
     values.heads_divide_the_width,
     values.optimizer_can_step,
     values.trainer_can_count,
@@ -23,6 +24,7 @@ RULES: list[Rule] = [
     training.monitored_is_logged,
     training.best_checkpoints_have_names,
     training.run_has_a_name,
+    training.loggers_are_installed,
     training.training_ends,
     training.trainer_leaves_the_rest_to_the_run,
     training.stage_suits_the_contract,

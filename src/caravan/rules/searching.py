@@ -37,7 +37,7 @@ def retrievers_are_names(cfg: DictConfig) -> Iterator[Mistake]:
     if given is None and "model" in cfg:
         text = "nothing says what searches; give a model folder, or retriever=bm25"
         yield Mistake(("model",), text)
-    elif not names or not all(isinstance(name, str) for name in names):
+    elif not names or given is None:
         text = f"it must be bm25, a model folder, a run file, or a list of these, not {given}"
         yield Mistake(("retriever",), text)
 

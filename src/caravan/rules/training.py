@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from caravan.checking.annotations import is_int
 from caravan.checking.definitions import did_you_mean
@@ -35,6 +36,8 @@ LOGGED = (
     *("train/tokens_per_second", "train/padding", "epoch", "step"),
 )
 """What can be monitored beside the measures of a validation."""
+LOGGERS = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow", "TensorBoardLogger": "tensorboard"}
+"""Lightning's loggers and the packages that they import."""
 GIVEN_BY_RUN = (
     *("precision", "strategy", "logger", "callbacks", "plugins", "default_root_dir"),
     *("use_distributed_sampler", "num_sanity_val_steps"),
@@ -92,9 +95,24 @@ def best_checkpoints_have_names(cfg: DictConfig) -> Iterator[Mistake]:
 
 def run_has_a_name(cfg: DictConfig) -> Iterator[Mistake]:
     """An empty name would put a run into the folder of all runs."""
-    name = value(cfg, "name")
-    if isinstance(name, str) and not name.strip("/ ."):
-        yield Mistake(("name",), "it is empty; give the run a name of its own")
+    for key in ("name", "run_dir", "cache_dir", "store"):
+        text = value(cfg, key) if key in cfg else None
+        if not isinstance(text, str):
+            continue
+        if not text.strip("/ .") if key == "name" else not text.strip():
+            yield Mistake((key,), f"it is empty; give the run a {key} of its own")
+        elif not OmegaConf.is_interpolation(cfg, key) and re.search(r"[\x00-\x1f\x7f]", text):
+            yield Mistake((key,), f"it holds a control character: {text!r}; leave that out")
+
+
+def loggers_are_installed(cfg: DictConfig) -> Iterator[Mistake]:
+    """Some of Lightning's loggers need a package of their own."""
+    loggers = value(cfg, "logger")
+    for path, node in mappings(loggers, ("logger",)):
+        package = LOGGERS.get(str(value(node, "_target_")).rpartition(".")[2])
+        if package is not None and importlib.util.find_spec(package) is None:
+            text = f"the package {package} is not installed; pip install {package}"
+            yield Mistake((*path, "_target_"), text, "folder")
 
 
 def training_ends(cfg: DictConfig) -> Iterator[Mistake]:

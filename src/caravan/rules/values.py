@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caravan.checking.annotations import is_int
@@ -69,6 +69,8 @@ AT_LEAST = {
     "trainer.max_steps": -1,
     "trainer.max_epochs": -1,
 }
+NEEDED = ("index.k", "trainer.max_steps", "trainer._partial_", "stage._partial_")
+"""Keys that a run reads itself, although what `_target_` names has a default for them."""
 
 AT_MOST = {"seed": 2**32 - 1}  # of numpy's generators
 
@@ -105,6 +107,20 @@ def numbers_are_in_range(cfg: DictConfig) -> Iterator[Mistake]:
         given = value(cfg, place)
         if is_number(given) and given > most:
             yield Mistake(tuple(place.split(".")), f"it must be at most {most}, not {given}")
+
+
+def needed_keys_are_there(cfg: DictConfig) -> Iterator[Mistake]:
+    """`~index.k` takes away what the run reads, and `_partial_` is how it completes an object."""
+    for place in NEEDED:
+        group, _, key = place.partition(".")
+        node = value(cfg, group)
+        if not isinstance(node, DictConfig) or OmegaConf.is_missing(node, key):
+            continue
+        if key not in node.keys():  # noqa: SIM118  `in` denies what is ???
+            text = f"it is removed, but needed; leave ~{place} out, or give {place}=<value>"
+            yield Mistake((group, key), text)
+        elif key == "_partial_" and value(node, key) is not True:
+            yield Mistake((group, key), "it must be true: the run gives further arguments")
 
 
 def heads_divide_the_width(cfg: DictConfig) -> Iterator[Mistake]:
