@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from caravan.errors import InputError
 from caravan.manifest import write_json
 
 FILE = "job.json"
@@ -36,9 +37,25 @@ def write(run_dir: Path, overrides: Sequence[str], state: str, error: str | None
 
 
 def read(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(run_dir, record) of every job below a folder, by name."""
+    """(run_dir, record) of every job below a folder, by name.
+
+    Raises:
+        InputError: a file is not what `write` writes.
+    """
     for path in sorted(folder.rglob(FILE)):
-        yield path.parent, json.loads(path.read_text("utf-8"))
+        yield path.parent, _record(path)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        overrides, state, error = record["overrides"], record["state"], record.get("error")
+        texts = [*overrides.values(), state, "" if error is None else error]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        texts = [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{path} is damaged; remove it, or run its job again")
+    return record
 
 
 def by_sweep(folder: Path) -> dict[Path, list[Path]]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caravan.entry import entry
+from caravan.errors import CONTROLS, printable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -141,7 +142,9 @@ def answer(question: str, ask: Asker, show: int) -> dict[str, Any]:
 
 def told(question: str, ask: Asker, show: int) -> str:
     """An answer for a script, a line of JSON."""
-    return json.dumps(answer(question, ask, show), ensure_ascii=False) + "\n"
+    line = json.dumps(answer(question, ask, show), ensure_ascii=False)
+    # A terminal may show it too: the same data, with such characters escaped as JSON has it.
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n"
 
 
 def shown(question: str, ask: Asker, show: int) -> str:
@@ -155,7 +158,7 @@ def shown(question: str, ask: Asker, show: int) -> str:
     with console.capture() as captured:
         console.print()
         for hit in found["hits"]:
-            head = " ".join(part for part in (hit["id"], hit["title"]) if part)
+            head = printable(" ".join(part for part in (hit["id"], hit["title"]) if part))
             console.print(Text(f"{hit['rank']:>2}  ").append(head, style="bold"))
             scores = [
                 f"{stage} -" if rank is None else f"{stage} {hit['scores'][stage]:.4g} ({rank})"
@@ -163,7 +166,7 @@ def shown(question: str, ask: Asker, show: int) -> str:
             ]
             console.print(Text(f"    {'   '.join(scores)}", style="cyan"))
             lines = textwrap.wrap(
-                " ".join(hit["text"].split()), width, max_lines=LINES, placeholder=" ..."
+                printable(" ".join(hit["text"].split())), width, max_lines=LINES, placeholder=" ..."
             )
             console.print(Text("\n".join(f"    {line}" for line in lines)))
         if not found["hits"]:
