@@ -365,7 +365,7 @@ def _tests(
     corrected: bool,
 ) -> Table:
     by = "paired t-test" if comparison.test == "t" else f"randomisation test, {RESAMPLES:,} samples"
-    held = f", p corrected after Holm over {len(found)} pairs" if corrected else ""
+    held = f", p corrected after Holm over {_pairs(len(found))}" if corrected else ""
     columns = labels.split(", ")
     rows = []
     for cells, pair in found:
@@ -415,6 +415,10 @@ def shown(p: float) -> str:
     ('.018', '<.001', '1.000')
     """
     return "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+def _pairs(count: int) -> str:
+    return f"{count} pair{'s' * (count != 1)}"
 
 
 def where(comparison: Comparison) -> str:

@@ -81,13 +81,17 @@ class Table:
             ]
         )
 
-    def rich(self, width: int) -> Any:
+    def rich(self, width: int, wrap: bool = False) -> Any:
         """For a terminal of a width. `*` marks cells that stand out, since not all show bold.
 
         Names and scores stay whole: where a row is too long, its labels get a line of their own.
+
+        Args:
+            wrap: the caption too; in a file it is one line, for those who search in it.
         """
         from rich.box import SIMPLE_HEAD
         from rich.cells import cell_len
+        from rich.console import Group
         from rich.table import Table as Drawn
         from rich.text import Text
 
@@ -105,10 +109,11 @@ class Table:
         ]
         lengths = [max(map(cell_len, column)) for column in zip(heads, *cells, strict=True)]
         caption = printable(self.caption).replace("in bold", "marked *").replace(NONE, "-")
+        title = Text(textwrap.fill(caption, max(width, 20)) if wrap else caption, "italic")
         if sum(lengths) + 2 * len(lengths) + 1 > width:
-            return self._stacked(caption, heads, cells, lengths, width)
+            return Group(title, self._stacked(heads, cells, lengths))
         # A Text is shown as it is; of a plain string rich would take [...] for markup.
-        drawn = Drawn(title=Text(caption), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        drawn = Drawn(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for j, name in enumerate(heads):
             justify: Any = "left" if j < self.labels else "right"
             drawn.add_column(Text(name), justify=justify, no_wrap=True)
@@ -116,16 +121,9 @@ class Table:
             drawn.add_row(
                 *(Text(cell, "bold" if (i, j) in self.strong else "") for j, cell in enumerate(row))
             )
-        return drawn
+        return Group(title, drawn)
 
-    def _stacked(
-        self,
-        caption: str,
-        heads: list[str],
-        cells: list[list[str]],
-        lengths: list[int],
-        width: int,
-    ) -> Any:
+    def _stacked(self, heads: list[str], cells: list[list[str]], lengths: list[int]) -> Any:
         """Each row as two lines: labels, and below them the numbers."""
         from rich.cells import cell_len
         from rich.text import Text
@@ -142,7 +140,6 @@ class Table:
         rule = 2 + sum(length + 2 for length in lengths[self.labels :])
         return Text("\n").join(
             [
-                Text(textwrap.fill(caption, max(width, 20)), "italic"),
                 *lines(heads, None),
                 Text(" " + "\u2500" * (rule - 1)),
                 *(line for i, row in enumerate(cells) for line in lines(row, i)),
@@ -160,7 +157,7 @@ class Screen:
         self._console = Console(soft_wrap=True, markup=False, highlight=False)
 
     def table(self, table: Table) -> None:
-        self._console.print(table.rich(self._console.width))
+        self._console.print(table.rich(self._console.width, wrap=self._console.is_terminal))
 
     def line(self, text: str, style: str = "") -> None:
         self._console.print(printable(text), style=style)
@@ -178,7 +175,7 @@ def depth_note(scored: Mapping[str, Mapping[str, Any]]) -> str:
     short = [f"{name} is {of['depth']:,} deep" for name, of in scored.items() if of.get("too_deep")]
     if not short:
         return ""
-    return f" {NONE}: not scored, as the measure looks deeper than the run ({', '.join(short)})."
+    return f" Not scored ({NONE}): the measure looks deeper than the run ({', '.join(short)})."
 
 
 def best(rows: Sequence[Sequence[float | None]], labels: int = 1) -> frozenset[tuple[int, int]]:
