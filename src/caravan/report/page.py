@@ -333,6 +333,7 @@ def _rows_of_stage(folder: Path, stage: str, homes: dict[str, tuple[str, str]]) 
 def _facts(records: list[dict[str, Any]]) -> list[Section]:
     """What runs have been made on and with; no section where they say nothing of it."""
     found: dict[str, list[str]] = {}
+    collections = {one["digest"] for r in records if isinstance(one := r.get("collection"), dict)}
 
     def add(name: str, value: Any) -> None:
         if value is not None and str(value) not in found.setdefault(name, []):
@@ -345,7 +346,7 @@ def _facts(records: list[dict[str, Any]]) -> list[Section]:
         else:
             add("collection", of)
         add("split", record.get("split"))
-        for name in ("queries", "passages"):
+        for name in ("queries", "passages") if len(collections) < 2 else ():  # else in its section
             add(name, f"{record[name]:,}" if isinstance(record.get(name), int) else None)
         facts = record.get("facts", {})
         add("device", facts.get("device"))
