@@ -4,8 +4,8 @@
     python -m caravan.search experiment=quickstart/pipeline
     python -m caravan.search retriever=bm25 --ask "Which function splits a path?" --json
 
-Questions are typed, come a line each from standard input, or stand after --ask. What is made of the
-corpus is kept, and what an evaluation has made of it is taken, so that a second start is immediate.
+Questions are typed, come a line each from standard input, or stand after --ask. The corpus is
+embedded once: a second start, or one after an evaluation, loads the model and what is on disk.
 """
 
 from __future__ import annotations

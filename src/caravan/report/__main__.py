@@ -21,7 +21,9 @@ def _shown(given: argparse.Namespace) -> None:
     folders = getattr(given, "folder", [])
     for folder in folders if isinstance(folders, list) else [folders]:
         if not folder.is_dir():
-            raise InputError(f"there is no folder {folder}; give a run directory, or one of several")
+            raise InputError(
+                f"there is no folder {folder}; give a run directory, or one of several"
+            )
     if given.command == "table":
         from caravan.report.table import show as show_table
 
