@@ -74,6 +74,9 @@ def collect(folders: list[Path]) -> tuple[list[str], Figures, list[str]]:
             told.append(f"{name}: not in the mean, as they failed: {missing}")
     if note := depth_note({name or "the run": of for name, of in short.items()}):
         told.append(note.strip().replace(NONE, "-"))
+    if not columns:
+        why = " ".join(told) or "their stages are empty; evaluate them again"
+        raise InputError(f"no collection of {', '.join(map(str, folders))} has scores: {why}")
     measures = list(dict.fromkeys(measure for _, measure in columns))
     labels = list(dict.fromkeys(label for label, _ in columns))
     columns = {(label, m): columns.get((label, m), {}) for m in measures for label in labels}
