@@ -26,6 +26,7 @@ quickstart: .venv/.installed
 	@$(PY) -m caravan.report table $(Q)
 	@$(PY) -m caravan.report page $(Q)
 	@echo 'ask it:            $(PY) -m caravan.search experiment=quickstart/pipeline'
+	@echo 'next:              source .venv/bin/activate, then python train.py, python evaluate.py, ...'
 
 test: .venv/.tested-with
 	$(PY) -m pytest -q -n 2

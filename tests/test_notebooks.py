@@ -61,6 +61,18 @@ def test_a_notebook_runs_and_prints(
         assert any(wanted in text for text in printed), wanted
 
 
+@pytest.mark.parametrize("name", ["compare", "embed", "inspect_run"])
+def test_a_notebook_without_the_quickstart_names_the_command(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CARAVAN_HOME", str(tmp_path))
+    notebook = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    with pytest.raises(SystemExit, match=r"run `make quickstart`, or name"):
+        exec(compile(first.source, name, "exec"), {})
+
+
 def _text(output: Any) -> str:
     return str(output.get("text") or output.get("data", {}).get("text/plain", ""))
 

@@ -19,7 +19,7 @@ from caravan.data.collection import Collection
 from caravan.data.runs import read_run
 from caravan.errors import InputError
 from caravan.retrieval import ask, shards
-from caravan.search import answer, questions, shown
+from caravan.search import answer, questions, shown, told
 
 FLOAT = "precision=float32"
 FUSED = ("fuse=weighted", "fuse.normalise=zscore")
@@ -167,6 +167,20 @@ def test_an_answer_for_a_person_has_scores_ranks_and_times(beir: Path, tmp_path:
     assert f"    bm25 {best[1]['scores']['bm25']:.4g} (2)" in lines
     assert re.search(r"score \(rank\) by stage; bm25 [\d.]+ ms$", "\n".join(lines).strip())
     assert "nothing found" in shown("unheard", asked, show=2)
+
+
+def test_a_passage_does_not_control_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurt = "\x1b[2J\x1b]0;title\x07{} \x9b31m\u202eand more"
+    hit = {"rank": 1, "id": "p1\x1b[8m", "title": hurt.format("Salt"), "text": hurt.format("Gold")}
+    found = {"hits": [{**hit, "ranks": {"bm25": 1}, "scores": {"bm25": 2.0}}], "seconds": {}}
+    monkeypatch.setattr("caravan.search.answer", lambda *_: found)
+    printed = shown("salt", None, show=1)  # type: ignore[arg-type]
+    assert "p1 Salt and more" in printed
+    assert "Gold and more" in printed
+    line = told("salt", None, show=1)  # type: ignore[arg-type]
+    assert json.loads(line) == found  # for a script, the data as they are
+    for text in (printed, line):
+        assert not set(text) & {*"\x1b\x07\x9b\u202e"}
 
 
 @pytest.mark.parametrize(

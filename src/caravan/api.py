@@ -7,7 +7,8 @@
     for hit in model.search(["what was salt worth?"], embeddings, k=1)[0]:
         print(hit.row, hit.score)
 
-The folder brings prompts, EOS, pooling and lengths; numbers are those that `evaluate.py` computes.
+The folder brings prompts, EOS, pooling and lengths; numbers are those that `evaluate.py` computes
+in the same precision.
 """
 
 from __future__ import annotations
@@ -174,7 +175,8 @@ def load(
 
     Args:
         folder: that a training left, or a released model that was adopted.
-        precision: "auto", "bf16" or "float32".
+        precision: "bf16", "float32", or "auto": bf16 where the processor computes in it. Compare
+            with other libraries in float32.
         token_budget: padded tokens that are computed at a time; None leaves them to the machine.
         trust_remote_code: run code that the model brings along; read it first.
 

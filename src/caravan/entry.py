@@ -45,6 +45,7 @@ from caravan.errors import (
     InputError,
     first_line,
     is_termination,
+    printable,
     sentence,
 )
 from caravan.preflight import preflight, sweep_folder
@@ -290,5 +291,5 @@ def _interrupted(root: Any) -> None:
 
 def _leave(message: str, code: int) -> None:
     if leads():
-        sys.stderr.write(f"{message}\n")
+        sys.stderr.write(f"{printable(message)}\n")
     raise SystemExit(code) from None

@@ -166,6 +166,36 @@ def _of_disk(number: int, name: str | bytes | None) -> str:
     )
 
 
+SEQUENCES = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor, clear
+    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"  # OSC, DCS, ...
+    r"|\x1b[ -/]*[0-~]"
+)
+"""Escape sequences of terminals (ECMA-48), whole."""
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters except tab and newline, and those that change the direction of writing."""
+
+
+def printable(text: str) -> str:
+    r"""A text without what would control a terminal: escape sequences, bidi overrides.
+
+    Titles, texts, ids and queries are data of others. Half of a surrogate pair, as in names of
+    files that are not UTF-8, becomes a question mark, since no stream could write it.
+
+    >>> printable("\x1b[2Jsalt \x1b]0;title\x07and \u202egold")
+    'salt and gold'
+    """
+    text = CONTROLS.sub("", SEQUENCES.sub("", text))
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats log records without what would control the terminal that shows them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a library's message, to be quoted within a sentence."""
     return (str(error).strip().splitlines() or [repr(error)])[0].rstrip(".")
@@ -222,6 +252,6 @@ def answering(work: Callable[[], object]) -> int:
         told = sentence(error)
         if told is None:
             raise
-        sys.stderr.write(f"{told}\n")
+        sys.stderr.write(f"{printable(told)}\n")
         return USER
     return 0

@@ -4,8 +4,8 @@
     python -m caravan.search experiment=quickstart/pipeline
     python -m caravan.search retriever=bm25 --ask "Which function splits a path?" --json
 
-Questions are typed, come a line each from standard input, or stand after --ask. What is made of the
-corpus is kept, and what an evaluation has made of it is taken, so that a second start is immediate.
+Questions are typed, come a line each from standard input, or stand after --ask. The corpus is
+embedded once: a second start, or one after an evaluation, loads the model and what is on disk.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caravan.entry import entry
+from caravan.errors import CONTROLS, printable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -144,7 +145,9 @@ def answer(question: str, ask: Asker, show: int) -> dict[str, Any]:
 
 def told(question: str, ask: Asker, show: int) -> str:
     """An answer for a script, a line of JSON."""
-    return json.dumps(answer(question, ask, show), ensure_ascii=False) + "\n"
+    line = json.dumps(answer(question, ask, show), ensure_ascii=False)
+    # A terminal may show it too: the same data, with such characters escaped as JSON has it.
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n"
 
 
 def shown(question: str, ask: Asker, show: int) -> str:
@@ -158,7 +161,7 @@ def shown(question: str, ask: Asker, show: int) -> str:
     with console.capture() as captured:
         console.print()
         for hit in found["hits"]:
-            head = " ".join(part for part in (hit["id"], hit["title"]) if part)
+            head = printable(" ".join(part for part in (hit["id"], hit["title"]) if part))
             console.print(Text(f"{hit['rank']:>2}  ").append(head, style="bold"))
             scores = [
                 f"{stage} -" if rank is None else f"{stage} {hit['scores'][stage]:.4g} ({rank})"
@@ -166,7 +169,7 @@ def shown(question: str, ask: Asker, show: int) -> str:
             ]
             console.print(Text(f"    {'   '.join(scores)}", style="cyan"))
             lines = textwrap.wrap(
-                " ".join(hit["text"].split()), width, max_lines=LINES, placeholder=" ..."
+                printable(" ".join(hit["text"].split())), width, max_lines=LINES, placeholder=" ..."
             )
             console.print(Text("\n".join(f"    {line}" for line in lines)))
         if not found["hits"]:

@@ -38,6 +38,9 @@ onload = () => {
     ground: style.backgroundColor,
     images: [...page.images].map(one => one.complete && one.naturalWidth > 0),
     shown: [...page.images].map(one => one.getBoundingClientRect().width),
+    p: Math.max(...[...page.querySelectorAll("thead th")]
+      .filter(one => one.textContent.trim() == "p")
+      .map(one => one.getBoundingClientRect().right)),
     fetched: inside.performance.getEntriesByType("resource").map(one => one.name)
       .filter(name => !name.startsWith("data:")),
     text: Math.min(...[...page.querySelectorAll("p,td,th,dd,dt")]
@@ -83,6 +86,7 @@ def test_the_page_opens_on_a_desktop_in_light_and_on_a_phone_in_the_dark(
     seen: dict[str, Any] = json.loads(unescape(found[1]))
     assert seen["title"] == "runs · Caravan"  # a script in a passage would have set another
     assert seen["wide"] <= width  # nothing but tables is pushed aside
+    assert 0 < seen["p"] <= width  # a test's result is in view without scrolling
     assert seen["ground"] == ("rgb(21, 24, 28)" if dark else "rgb(255, 255, 255)")
     assert len(seen["images"]) >= 3
     assert all(seen["images"])

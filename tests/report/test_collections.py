@@ -176,3 +176,9 @@ def test_a_folder_that_is_no_suite_is_told_in_a_sentence(
     monkeypatch.setattr("sys.argv", ["report", "collections", str(tmp_path)])
     assert command.main() == 2
     assert "holds no evaluation of several" in capsys.readouterr().err
+
+
+def test_collections_without_a_score_are_told_in_a_sentence(tmp_path: Path) -> None:
+    _suite(tmp_path / "one", {"a": {}})
+    with pytest.raises(InputError, match=r"no collection of .*one has scores"):
+        collect([tmp_path / "one"])

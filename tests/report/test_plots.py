@@ -7,7 +7,19 @@ from pathlib import Path
 import pytest
 
 from caravan.report import page
-from caravan.report.plots import DARK, LIGHT, STEPS, Line, Plot, Theme, bars, changes, lines, write
+from caravan.report.plots import (
+    DARK,
+    LIGHT,
+    STEPS,
+    Line,
+    Plot,
+    Theme,
+    bars,
+    changes,
+    lines,
+    panels,
+    write,
+)
 
 CSS = (Path(page.__file__).parent / "templates/page.css").read_text()
 
@@ -74,3 +86,15 @@ def test_a_plot_of_all_queries_does_not_grow_with_them() -> None:
         return len(Plot("x", "", "", changes(differences, "MRR@10")).svg(LIGHT, small=True))
 
     assert size(20 * STEPS) < 1.2 * size(STEPS)
+
+
+def test_updates_are_counted_in_whole_numbers() -> None:
+    from matplotlib.figure import Figure
+
+    drawn = [Line("", [3, 6], [0.1, 0.2])]
+    for draw in (panels([("loss", drawn)], "updates"), lines(drawn, "updates", "y", ticks=False)):
+        figure = Figure()
+        draw(figure, LIGHT)
+        ticks = figure.axes[0].get_xticks()
+        assert {3, 6} <= set(ticks)
+        assert all(tick == round(tick) for tick in ticks)

@@ -41,7 +41,11 @@ def test_the_table_is_every_evaluation_below_the_folder(
     assert list(summary) == ["untrained", "bm25"]
     printed = capsys.readouterr().out
     assert "0.3200" in printed
-    assert f"tensorboard --logdir {tmp_path}" in printed
+    assert "tensorboard" not in printed
+    (tmp_path / "train/tensorboard").mkdir()
+    (tmp_path / "train/tensorboard/events.out.tfevents.1").touch()
+    show(tmp_path)
+    assert f"tensorboard --logdir {tmp_path}" in capsys.readouterr().out
 
 
 def test_figures_stand_under_their_measure_whatever_each_system_was_asked_for(

@@ -57,3 +57,26 @@ def test_figures_are_whole_on_a_terminal_of_any_width(width: int) -> None:
     assert interval in file.getvalue()
     assert ".018" in file.getvalue()
     assert file.getvalue().count("z") == 40
+
+
+def test_names_stay_whole_at_80_columns_and_what_stands_out_is_marked() -> None:
+    names = ["runs/bm25/six/cranfield", "runs/mine/six/cranfield"]
+    heads = ["A", "B", "B \u2212 A", "p", "p (Holm)", "95 % interval (t)", "gain"]
+    row = [*names, "+0.1000", ".011", ".033", "\u22120.0014 to +0.0451", "53"]
+    table = Table("t", "Below .05 in bold.", heads, [row], labels=2, strong=frozenset({(0, 4)}))
+    file = io.StringIO()
+    Console(file=file, width=80, soft_wrap=True).print(table.rich(80))
+    lines = file.getvalue().splitlines()
+    assert lines[0] == "Below .05 marked *."
+    assert any(all(name in line for name in names) for line in lines)
+    assert any(".033*" in line for line in lines)
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_a_cell_does_not_control_the_terminal() -> None:
+    hurt = "\x1b[2Jsalt\u202e"
+    file = io.StringIO()
+    table = Table("t", hurt, ["system", hurt], [[hurt, "0.1"]])
+    Console(file=file, width=80).print(table.rich(80))
+    assert file.getvalue().count("salt") == 3
+    assert not set(file.getvalue()) & {*"\x1b\u202e"}

@@ -102,6 +102,7 @@ def test_every_stage_of_the_pipeline_leaves_its_run_and_its_figures(
             assert stage["gain"] == pytest.approx(figures["MRR@10"] - best)
         best = max(best, figures["MRR@10"])
     assert metrics["overall"] == metrics["stages"][-1]["overall"]
+    assert [stage["depth"] for stage in metrics["stages"]] == [20, 20, 20, 8]
     reranked = read_run(tmp_path / "run/runs/reranked.test.trec", *texts)
     fused = read_run(tmp_path / "run/runs/fused.test.trec", *texts)
     for row in fused.query_rows:

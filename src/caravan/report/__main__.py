@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from caravan.errors import answering
+from caravan.errors import InputError, answering
 
 
 def main() -> int:
@@ -18,6 +18,12 @@ def main() -> int:
 
 def _shown(given: argparse.Namespace) -> None:
     """Do what the command line asks for; each command imports its own."""
+    folders = getattr(given, "folder", [])
+    for folder in folders if isinstance(folders, list) else [folders]:
+        if not folder.is_dir():
+            raise InputError(
+                f"there is no folder {folder}; give a run directory, or one of several"
+            )
     if given.command == "table":
         from caravan.report.table import show as show_table
 

@@ -20,7 +20,7 @@ from typing import Any
 from caravan.atomic import replacing
 from caravan.errors import InputError
 from caravan.report.records import read_metrics
-from caravan.report.tables import Table
+from caravan.report.tables import NONE, Screen, Table, depth_note
 
 MEAN = "mean"
 COMMON, OWN = " that all have", " of its own"
@@ -47,6 +47,7 @@ def collect(folders: list[Path]) -> tuple[list[str], Figures, list[str]]:
     rows: dict[str, str] = {}  # collection: its group
     measured: dict[str, tuple[Path, Any, Any]] = {}
     columns: Figures = {}
+    short: dict[str, dict[str, Any]] = {}  # stages whose runs some measures look deeper than
     told = []
     for folder, system in zip(folders, _told_apart(folders), strict=True):
         record = _read(folder)
@@ -63,11 +64,19 @@ def collect(folders: list[Path]) -> tuple[list[str], Figures, list[str]]:
             for stage, overall in own["stages"].items():
                 one = len(own["stages"]) == 1
                 label = system if system and one else " ".join(filter(None, (system, stage)))
+                if stage in own["too_deep"]:
+                    short[label] = {"depth": own["depths"][stage], "too_deep": own["too_deep"]}
                 for measure, figure in overall.items():
                     columns.setdefault((label, measure), {})[name] = figure
         if record["failed"]:
             missing = ", ".join(record["failed"])
-            told.append(f"{system or record['system']}: not in the mean, as they failed: {missing}")
+            name = system or record.get("system", folder)
+            told.append(f"{name}: not in the mean, as they failed: {missing}")
+    if note := depth_note({name or "the run": of for name, of in short.items()}):
+        told.append(note.strip().replace(NONE, "-"))
+    if not columns:
+        why = " ".join(told) or "their stages are empty; evaluate them again"
+        raise InputError(f"no collection of {', '.join(map(str, folders))} has scores: {why}")
     measures = list(dict.fromkeys(measure for _, measure in columns))
     labels = list(dict.fromkeys(label for label, _ in columns))
     columns = {(label, m): columns.get((label, m), {}) for m in measures for label in labels}
@@ -95,7 +104,7 @@ def _read(folder: Path) -> dict[str, Any]:
             " data.path=<folder> 'collections=[...]'"
         )
     if not record["collections"]:
-        name, reason = next(iter(record["failed"].items()))
+        name, reason = next(iter(record["failed"].items()), ("", "none was evaluated"))
         raise InputError(
             f"no collection of {folder} is finished: {name}: {reason}; mend what failed, and start"
             " its evaluate.py again"
@@ -156,8 +165,6 @@ def _mean_of(there: list[str], every: list[str], whose: str) -> str:
 
 def show(folders: list[Path]) -> None:
     """Print the table; of one folder, write collections.csv."""
-    from rich.console import Console
-
     rows, columns, told = collect(folders)
     labels = list(dict.fromkeys(label for label, _ in columns))
     measures = list(dict.fromkeys(measure for _, measure in columns))
@@ -169,10 +176,10 @@ def show(folders: list[Path]) -> None:
         ["collection", *(label if several else measure for label, measure in shown)],
         [[row, *(_cell(columns[one].get(row)) for one in shown)] for row in rows],
     )
-    console = Console(soft_wrap=True, markup=False)
-    console.print(table.rich(console.width))
+    screen = Screen()
+    screen.table(table)
     for line in told:
-        console.print(line, highlight=False)
+        screen.line(line)
     if len(folders) == 1:
         path = folders[0] / "collections.csv"
         with replacing(path) as scratch, scratch.open("w", encoding="utf-8", newline="") as file:
@@ -180,8 +187,8 @@ def show(folders: list[Path]) -> None:
             writer.writerow(["collection", *(" ".join(one) for one in columns)])
             for row in rows:
                 writer.writerow([row, *(columns[one].get(row, "") for one in columns)])
-        console.print(f"table {path}", highlight=False)
+        screen.line(f"table {path}")
 
 
 def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return NONE if value is None else f"{value:.4f}"

@@ -3,12 +3,14 @@
     python -m caravan.report compare runs/quickstart/pipeline their.trec
     python -m caravan.report compare a.trec b.trec --qrels qrels.txt
 
-Figures are those of ir_measures (`caravan.retrieval.metrics.score_run`), a query that a run lacks
-counts 0. A pair is tested over the queries by scipy: the two-sided paired t-test, which keeps its
-level on figures like these (Urbano et al. 2019, SIGIR), or the randomisation test (Smucker et
-al. 2007, CIKM). Several pairs are corrected after Holm (1979), a measure at a time: the tests share
-systems and so depend on each other, and Holm holds whatever the dependence, where the false
-discovery rate after Benjamini and Hochberg asks for a kind of it.
+Scores are those of ir_measures (`caravan.retrieval.metrics.score_run`); a query that a run lacks
+counts 0. A run is not scored by a measure that looks deeper than the run, and not tested in it:
+R@1000 of the first 100 passages of a ranking is lower than that of the ranking itself. A pair is
+tested over the queries by scipy: the two-sided paired t-test, which keeps its level on scores like
+these (Urbano et al. 2019, SIGIR), or the randomisation test (Smucker et al. 2007, CIKM). Several
+pairs are corrected after Holm (1979), a measure at a time: the tests share systems and so depend on
+each other, and Holm holds whatever the dependence, where the false discovery rate after Benjamini
+and Hochberg asks for a kind of it.
 """
 
 from __future__ import annotations
@@ -24,8 +26,14 @@ import numpy as np
 from caravan.data.runs import Run, read_run
 from caravan.progress import track
 from caravan.report.systems import Judged, System
-from caravan.report.tables import MINUS, Table, best
-from caravan.retrieval.metrics import deepest, score_run, spelled
+from caravan.report.tables import MINUS, NONE, Table, best, depth_note
+from caravan.retrieval.metrics import (
+    deepest,
+    depth_of,
+    score_run,
+    spelled,
+    too_deep,
+)
 
 DEFAULT_MEASURES = ("MRR@10", "nDCG@10", "R@100")
 TESTS = ("t", "randomisation")
@@ -70,7 +78,10 @@ class Comparison:
     systems: list[System]
     runs: list[Run]  # cut to what measures and ranks need
     query_rows: np.ndarray  # [Q] that the collection has
-    values: dict[str, np.ndarray]  # by measure: [S, Q + judged queries without a text (all 0)]
+    # By measure: [S, Q + judged queries without a text (all 0)]; NaN where it looks deeper than
+    # the run.
+    values: dict[str, np.ndarray]
+    depths: list[int]  # of the runs
     missing: list[int]  # judged queries that a run lacks
     pairs: dict[str, list[Pair]]
     overlaps: list[Overlap]
@@ -87,8 +98,25 @@ class Comparison:
 
     @property
     def measure(self) -> str:
-        """The measure that queries are ordered by: the first."""
-        return next(iter(self.values))
+        """The measure that queries are ordered by: the first that all systems are scored by."""
+        whole = (name for name, rows in self.values.items() if not np.isnan(rows).any())
+        return next(whole, next(iter(self.values)))
+
+    def scored(self, system: int, measure: str) -> bool:
+        """Whether a system's run is deep enough for a measure."""
+        return not np.isnan(self.values[measure][system]).any()
+
+    def depth_note(self, measures: Sequence[str]) -> str:
+        """Which runs some of the measures look deeper than; empty if none."""
+        return depth_note(
+            {
+                name: {
+                    "depth": self.depths[i],
+                    "too_deep": not all(self.scored(i, m) for m in measures),
+                }
+                for i, name in enumerate(self.names)
+            }
+        )
 
 
 def compared(
@@ -112,14 +140,17 @@ def compared(
     asked = list(measures) or next((list(s.measures) for s in systems if s.measures), [])
     asked = spelled(asked or list(DEFAULT_MEASURES), judged.relevant_from)
     asked = list(dict.fromkeys(name.strip() for name in asked))
-    depth = max(DEPTH, deepest(asked))
-    runs, missing = [], []
+    depth = min(max(DEPTH, deepest(asked)), len(judged.corpus))
+    runs, missing, depths = [], [], []
     values: dict[str, list[np.ndarray]] = {name: [] for name in asked}
     for system in track(list(systems), "score", total=len(systems), unit="runs"):
         run = read_run(system.run, judged.queries, judged.corpus, depth=depth)
         scored = score_run(run, judged.qrels, judged.queries, judged.corpus, asked)
+        depths.append(depth_of(run, system.depth))
+        beyond = too_deep(asked, depths[-1], len(judged.corpus))
         for name in asked:
-            values[name].append(np.array(list(scored["per_query"][name].values())))
+            of_queries = np.array(list(scored["per_query"][name].values()))
+            values[name].append(np.full_like(of_queries, np.nan) if name in beyond else of_queries)
         runs.append(run)
         missing.append(scored["missing"])
     stacked = {name: np.stack(rows) for name, rows in values.items()}
@@ -134,6 +165,7 @@ def compared(
         runs,
         judged.qrels.queries,
         stacked,
+        depths,
         missing,
         {name: paired(rows, couples, test) for name, rows in stacked.items()},
         [_overlap(runs, a, b, judged.qrels.queries) for a, b in couples],
@@ -146,7 +178,11 @@ def paired(
     couples: Sequence[tuple[int, int]],
     test: str = "t",
 ) -> list[Pair]:
-    """Each couple (a, b) tested over the queries, corrected for their number."""
+    """Each couple (a, b) tested over the queries, corrected for their number.
+
+    A couple is left out if one of the systems has no scores (NaN).
+    """
+    couples = [couple for couple in couples if not np.isnan(values[list(couple)]).any()]
     found = [_tested(values[b] - values[a], test) for a, b in couples]
     corrected = holm([p for _, _, p in found])
     return [
@@ -250,19 +286,23 @@ def _by_query(query_rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """Figures, tests, overlap."""
+    """Scores, tests, overlap."""
     overall = [
-        [float(np.mean(rows[i])) for rows in comparison.values.values()]
+        [
+            float(np.mean(rows[i])) if comparison.scored(i, measure) else None
+            for measure, rows in comparison.values.items()
+        ]
         for i in range(len(comparison.systems))
     ]
     found = [
         Table(
             "figures",
             f"{where(comparison)}: mean over {comparison.queries:,} queries, best in bold."
-            + _missing(comparison),
+            + _missing(comparison)
+            + comparison.depth_note(list(comparison.values)),
             ["system", *comparison.values],
             [
-                [name, *(f"{value:.4f}" for value in row)]
+                [name, *(NONE if value is None else f"{value:.4f}" for value in row)]
                 for name, row in zip(comparison.names, overall, strict=True)
             ],
             strong=best(overall),
@@ -289,9 +329,12 @@ def tables(comparison: Comparison) -> list[Table]:
 
 
 def significance(comparison: Comparison) -> list[Table]:
-    """The tests; a table for each measure, one for all measures of a single pair."""
-    if all(len(pairs) == 1 for pairs in comparison.pairs.values()):
-        ((a, b),) = {(pair.a, pair.b) for (pair,) in comparison.pairs.values()}
+    """The tests: a table for each measure with a pair to test, or one for the only pair."""
+    tested = {measure: pairs for measure, pairs in comparison.pairs.items() if pairs}
+    if not tested:
+        return []
+    if len(comparison.overlaps) == 1:
+        ((a, b),) = {(pair.a, pair.b) for (pair,) in tested.values()}
         names = comparison.names
         return [
             _tests(
@@ -299,7 +342,8 @@ def significance(comparison: Comparison) -> list[Table]:
                 "significance",
                 f"{names[b]} (B) against {names[a]} (A)",
                 "measure",
-                [([measure], pair) for measure, (pair,) in comparison.pairs.items()],
+                [([measure], pair) for measure, (pair,) in tested.items()],
+                list(comparison.values),
                 corrected=False,
             )
         ]
@@ -310,9 +354,10 @@ def significance(comparison: Comparison) -> list[Table]:
             measure,
             "A, B",
             [([comparison.names[i] for i in (pair.a, pair.b)], pair) for pair in pairs],
+            [measure],
             corrected=True,
         )
-        for measure, pairs in comparison.pairs.items()
+        for measure, pairs in tested.items()
     ]
 
 
@@ -322,26 +367,27 @@ def _tests(
     of: str,
     labels: str,
     found: list[tuple[list[str], Pair]],
+    measures: Sequence[str],
     corrected: bool,
 ) -> Table:
     by = "paired t-test" if comparison.test == "t" else f"randomisation test, {RESAMPLES:,} samples"
-    held = f", p corrected after Holm over {len(found)} pairs" if corrected else ""
+    held = f", p corrected after Holm over {_pairs(len(found))}" if corrected else ""
     columns = labels.split(", ")
     rows = []
     for cells, pair in found:
         ps = [shown(pair.p), shown(pair.corrected)] if corrected else [shown(pair.p)]
         counts = [f"{count:,}" for count in (pair.gained, pair.equal, pair.lost)]
         reach = f"{signed(pair.low)} to {signed(pair.high)}"
-        rows.append([*cells, signed(pair.difference), reach, *ps, *counts])
-    decides = len(columns) + (3 if corrected else 2)
+        rows.append([*cells, signed(pair.difference), *ps, reach, *counts])
+    decides = len(columns) + (2 if corrected else 1)
     return Table(
         name,
         f"{where(comparison)}, {of}: {by}, two-sided{held}; below .05 in bold. Queries that gain,"
-        " keep and lose from A to B.",
+        f" keep and lose from A to B.{comparison.depth_note(measures)}",
         [
-            *(*columns, f"B {MINUS} A", "95 % interval (t)", "p"),
+            *(*columns, f"B {MINUS} A", "p"),
             *(["p (Holm)"] if corrected else []),
-            *("gain", "keep", "lose"),
+            *("95 % interval (t)", "gain", "keep", "lose"),
         ],
         rows,
         labels=len(columns),
@@ -375,6 +421,10 @@ def shown(p: float) -> str:
     ('.018', '<.001', '1.000')
     """
     return "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+def _pairs(count: int) -> str:
+    return f"{count} pair{'s' * (count != 1)}"
 
 
 def where(comparison: Comparison) -> str:

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+EVENT_FILES = "events.out.tfevents.*"
 POINTS = 300
 """Of a curve that are drawn: more do not show."""
 
@@ -25,7 +26,7 @@ def read(run_dir: Path) -> dict[str, Curve]:
     A step that was logged again, because the run went back to a checkpoint, counts as it was last.
     """
     folder = run_dir / "tensorboard"
-    if not any(folder.glob("events.out.tfevents.*")):
+    if not any(folder.glob(EVENT_FILES)):
         return {}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

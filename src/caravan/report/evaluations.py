@@ -21,8 +21,9 @@ from caravan.report.compare import Comparison, compared, interval, signed, slug
 from caravan.report.examples import examples
 from caravan.report.plots import Line, Plot, bars, changes, stage_lines
 from caravan.report.systems import System
+from caravan.report.table import measures_of
 from caravan.report.table import rows as rows_of
-from caravan.report.tables import NONE, Table, best
+from caravan.report.tables import NONE, Table, best, depth_note
 from caravan.retrieval.metrics import parse_measure
 
 Records = dict[str, dict[str, Any]]
@@ -69,8 +70,9 @@ def gathered(
         names: what systems are called, by folder; by default as in the table.
     """
     rows = rows_of(records, names)
-    measures = list(dict.fromkeys(name for row in rows.values() for name in row["overall"]))
-    order = sorted(rows, key=lambda name: rows[name]["overall"].get(measures[0], 0.0))
+    measures = measures_of(rows.values())
+    (first, *_) = measures or [""]
+    order = sorted(rows, key=lambda name: rows[name]["overall"].get(first, 0.0))
     comparison, left_out = _comparison(folder, order, rows, measures)
     return Evaluated(folder, records, rows, order, measures, comparison, left_out, prefix)
 
@@ -102,8 +104,10 @@ def made_from(home: Path) -> str | None:
 
     None where that is not known: nothing beside metrics.json says it, or a stage is a run file.
     """
-    record = manifest.read(home / "metrics.json")
-    stages = (record or {}).get("inputs", {}).get("stages")
+    inputs = (manifest.read(home / "metrics.json") or {}).get("inputs")
+    stages = inputs.get("stages") if isinstance(inputs, dict) else None
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        return None
     if not stages or any("given" in stage for stage in stages):
         return None
     return manifest.digest(
@@ -115,7 +119,7 @@ def by_query(of: Evaluated) -> list[Block]:
     """What figures of queries add to the table: intervals, and whether the files still give it."""
     blocks: list[Block] = [Note(of.left_out)] if of.left_out else []
     if of.comparison is not None:
-        blocks += [means(of.comparison, of.prefix), Note(_recomputed(of.comparison, of.rows))]
+        blocks += [*means(of.comparison, of.prefix), Note(_recomputed(of.comparison, of.rows))]
     return blocks
 
 
@@ -126,7 +130,8 @@ def _results(of: Evaluated) -> Table:
         f"{of.prefix}results",
         f"{of.where}: {first['queries']:,} queries, {first['passages']:,} passages"
         f"{'; best in bold' if len(of.order) > 1 else ''}."
-        " Seconds: embed or index the corpus, and search; or rerank.",
+        " Seconds: embed or index the corpus, and search; or rerank."
+        f"{depth_note({name: of.rows[name] for name in of.order})}",
         ["system", *of.measures, "seconds"],
         [
             [name, *map(_figure, row), f"{of.rows[name]['seconds']:,.1f}"]
@@ -160,6 +165,8 @@ def comparisons(
     if not comparison.judged.has_texts:
         blocks.append(Note("The judgements came from a file without texts: ids alone are shown."))
     for a, b in couples:
+        if not all(comparison.scored(i, comparison.measure) for i in (a, b)):
+            continue
         before, after = comparison.names[a], comparison.names[b]
         blocks.append(_changes(comparison, a, b, prefix))
         gained, lost = examples(comparison, a, b, count)
@@ -180,6 +187,8 @@ def _comparison(
     folder: Path, order: list[str], rows: Records, measures: list[str]
 ) -> tuple[Comparison | None, str]:
     """The systems query by query, or why there is none of it, or what it leaves out."""
+    if not measures:
+        return None, "No run is deep enough for one of the measures."
     shallow = [name for name in measures if parse_measure(name).cutoff <= DEEP] or measures[:1]
     wanted = order[-MOST_SYSTEMS:]
     chosen = []
@@ -188,7 +197,14 @@ def _comparison(
         home = folder / row["folder"]
         of = row["collection"]
         chosen.append(
-            System(name, home / row["run"], home, (of["name"], of["digest"]), row["split"])
+            System(
+                name,
+                home / row["run"],
+                home,
+                (of["name"], of["digest"]),
+                row["split"],
+                depth=row.get("depth"),
+            )
         )
     try:
         judged = systems.judged(chosen)
@@ -207,6 +223,7 @@ def _recomputed(comparison: Comparison, rows: Records) -> str:
         for measure, values in comparison.values.items()
         for i, name in enumerate(comparison.names)
         if measure in rows[name]["overall"]
+        and comparison.scored(i, measure)
         and abs(float(np.mean(values[i])) - rows[name]["overall"][measure]) > 1e-6
     ]
     told = f"{', '.join(comparison.values)}, scored again from the run files by ir_measures:"
@@ -236,22 +253,27 @@ def _worth_showing(of: Evaluated) -> list[tuple[int, int]]:
     return [(last - 1, last)]
 
 
-def means(comparison: Comparison, prefix: str = "") -> Plot:
-    """The systems with the confidence intervals of their means."""
+def means(comparison: Comparison, prefix: str = "") -> list[Plot]:
+    """The systems with the confidence intervals of their means; nothing where none is scored."""
     measure = comparison.measure
-    found = [interval(values) for values in comparison.values[measure]][::-1]
-    names = comparison.names[::-1]
+    scored = [i for i in range(len(comparison.systems)) if comparison.scored(i, measure)][::-1]
+    found = [interval(comparison.values[measure][i]) for i in scored]
+    names = [comparison.names[i] for i in scored]
+    if not names:
+        return []
     told = "; ".join(
         f"{n}: {mean:.4f} ± {half:.4f}" for n, (mean, half) in zip(names, found, strict=True)
     )
-    return Plot(
-        f"{prefix}means-{slug(measure)}",
-        f"{compare.where(comparison)}: mean {measure} over {comparison.queries:,} queries,"
-        " with its 95 % confidence interval (t).",
-        f"Mean {measure} of each system. {told}.",
-        bars(names, [mean for mean, _ in found], [half for _, half in found], measure),
-        height=0.8 + 0.3 * len(names),
-    )
+    return [
+        Plot(
+            f"{prefix}means-{slug(measure)}",
+            f"{compare.where(comparison)}: mean {measure} over {comparison.queries:,}"
+            " queries, with its 95 % confidence interval (t).",
+            f"Mean {measure} of each system. {told}.",
+            bars(names, [mean for mean, _ in found], [half for _, half in found], measure),
+            height=0.8 + 0.3 * len(names),
+        )
+    ]
 
 
 def _changes(comparison: Comparison, a: int, b: int, prefix: str) -> Plot:
@@ -272,8 +294,10 @@ def _changes(comparison: Comparison, a: int, b: int, prefix: str) -> Plot:
 
 def _stages(name: str, record: dict[str, Any], prefix: str, named: bool) -> list[Block]:
     """The stages of one evaluation: figures, speed, and gain over the best stage before."""
-    measures = list(record["overall"])
     stages = record["stages"]
+    measures = measures_of(stages)
+    if not measures:
+        return []  # no run is deep enough for any of them
     where = f"{record['collection']['name']} {record['split']}"
     stem = f"{prefix}stages{'-' + slug(name) if named else ''}"
     figures = [[stage["overall"].get(m) for m in measures] for stage in stages]
@@ -281,15 +305,16 @@ def _stages(name: str, record: dict[str, Any], prefix: str, named: bool) -> list
     made = Table(
         stem,
         f"{of}the stages on {where}. Gain: in {measures[0]}, over the best stage before; queries/s:"
-        " without what is done once for a collection.",
+        " without what is done once for a collection."
+        f"{depth_note({stage['stage']: stage for stage in stages})}",
         ["stage", *measures, "gain", "queries/s"],
         [
             [
                 stage["stage"],
                 *map(_figure, row),
-                NONE if stage["gain"] is None else signed(stage["gain"]),
+                NONE if stage.get("gain") is None else signed(stage["gain"]),
                 NONE
-                if stage["queries_per_second"] is None
+                if stage.get("queries_per_second") is None
                 else f"{stage['queries_per_second']:,.1f}",
             ]
             for stage, row in zip(stages, figures, strict=True)
@@ -297,11 +322,16 @@ def _stages(name: str, record: dict[str, Any], prefix: str, named: bool) -> list
         strong=best(figures),
     )
     drawn = [
-        Line(m, list(range(len(stages))), [stage["overall"][m] for stage in stages])
+        Line(
+            m,
+            [i for i, stage in enumerate(stages) if m in stage["overall"]],
+            [stage["overall"][m] for stage in stages if m in stage["overall"]],
+        )
         for m in measures[:4]
     ]
     told = "; ".join(
-        f"{stage['stage']}: " + ", ".join(f"{m} {stage['overall'][m]:.4f}" for m in measures[:4])
+        f"{stage['stage']}: "
+        + ", ".join(f"{m} {stage['overall'][m]:.4f}" for m in measures[:4] if m in stage["overall"])
         for stage in stages
     )
     return [

@@ -36,7 +36,7 @@ from caravan.report.blocks import Block, Facts, Note, Section
 from caravan.report.compare import Comparison
 from caravan.report.compare import tables as tables_of
 from caravan.report.plots import DARK, LIGHT, Plot
-from caravan.report.records import read_metrics
+from caravan.report.records import has_scores, read_metrics, refuse_partial
 
 FILE = "report.html"
 MOST_MEASURES = 6
@@ -56,12 +56,8 @@ class Page:
 
 def show(folder: Path) -> None:
     """Write the page and say where it lies."""
-    from rich.console import Console
-
     path = write(folder)
-    Console(soft_wrap=True).print(
-        f"page {path}, plots and tables {path.with_suffix('')}", markup=False, highlight=False
-    )
+    tables.Screen().line(f"page {path}, plots and tables {path.with_suffix('')}")
 
 
 def write(folder: Path) -> Path:
@@ -115,7 +111,7 @@ def of_runs(folder: Path) -> Page:
     """The page of one run directory, or of all those below a folder."""
     homes = [path.parent for path in sorted(folder.rglob("metrics.json"))]
     records = {home: read_metrics(home) or {} for home in homes}
-    evaluated = {h: r for h, r in records.items() if r.get("overall") and r.get("run")}
+    evaluated = _evaluated(records)
     suites = [home for home, record in records.items() if "collections" in record]
     trained = [home for home, record in records.items() if "updates" in record]
     if not evaluated and not trained:
@@ -153,9 +149,17 @@ def of_runs(folder: Path) -> Page:
     return Page(_title(folder), line, [*first, *found], _command(folder))
 
 
+def _evaluated(records: dict[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:
+    """Those of the records that are of an evaluation of one collection."""
+    found = {h: r for h, r in records.items() if has_scores(r) and r["run"]}
+    for home, record in found.items():
+        refuse_partial(home, record)
+    return found
+
+
 def _system(home: Path, folder: Path, record: dict[str, Any]) -> str:
     """What the system of a suite is called on a page of `folder`."""
-    return str(record["system"]) if home == folder else str(home.relative_to(folder))
+    return record.get("system", ".") if home == folder else str(home.relative_to(folder))
 
 
 def of_sweep(folder: Path) -> Page:
@@ -169,7 +173,7 @@ def of_sweep(folder: Path) -> Page:
     for job, reason in failed:
         results.append(Note(f"Not finished: {job}: {reason}"))
     found = [Section("Results", "results", results)]
-    evaluated = {h: r for h, r in records.items() if r.get("overall") and r.get("run")}
+    evaluated = _evaluated(records)
     asked = {(r["collection"]["digest"], r["split"]) for r in evaluated.values()}
     if len(asked) == 1:
         # Each job is one system: its last stage.
@@ -205,7 +209,7 @@ def of_comparison(comparison: Comparison, command: str, count: int) -> Page:
     last = len(comparison.systems) - 1
     (results, *_) = tables_of(comparison)
     found = [
-        Section("Results", "results", [results, evaluations.means(comparison)]),
+        Section("Results", "results", [results, *evaluations.means(comparison)]),
         *evaluations.comparisons(comparison, [(i, last) for i in range(last)][:4], count=count),
     ]
     line = f"{' · '.join(comparison.names)}, on {comparison.queries:,} queries"
@@ -253,7 +257,7 @@ def _overview(folder: Path, groups: dict[tuple[str, str], evaluations.Records]) 
     by_system: dict[str, dict[str, float]] = {}
     for where, records in zip(wheres, groups.values(), strict=True):
         for home, record in records.items():
-            measure = measure or next(iter(record["overall"]))
+            measure = measure or next(iter(record["overall"]), "")
             if measure in record["overall"]:
                 by_system.setdefault(called[home], {})[where] = record["overall"][measure]
     rows = [[of.get(where) for where in wheres] for of in by_system.values()]
@@ -291,7 +295,7 @@ def _called(folder: Path, groups: dict[tuple[str, str], evaluations.Records]) ->
     of_stage: dict[str, dict[str, tuple[str, str]]] = {}
     for where, records in groups.items():
         for home, record in records.items():
-            of_stage.setdefault(str(record["system"]), {})[home] = where
+            of_stage.setdefault(record.get("system", home), {})[home] = where
     rows = {
         (stage, home): name
         for stage, homes in of_stage.items()
@@ -329,6 +333,7 @@ def _rows_of_stage(folder: Path, stage: str, homes: dict[str, tuple[str, str]]) 
 def _facts(records: list[dict[str, Any]]) -> list[Section]:
     """What runs have been made on and with; no section where they say nothing of it."""
     found: dict[str, list[str]] = {}
+    collections = {one["digest"] for r in records if isinstance(one := r.get("collection"), dict)}
 
     def add(name: str, value: Any) -> None:
         if value is not None and str(value) not in found.setdefault(name, []):
@@ -341,9 +346,9 @@ def _facts(records: list[dict[str, Any]]) -> list[Section]:
         else:
             add("collection", of)
         add("split", record.get("split"))
-        for name in ("queries", "passages"):
+        for name in ("queries", "passages") if len(collections) < 2 else ():  # else in its section
             add(name, f"{record[name]:,}" if isinstance(record.get(name), int) else None)
-        facts = record.get("facts") or {}
+        facts = record.get("facts", {})
         add("device", facts.get("device"))
         add("precision", facts.get("precision"))
         add("base model", record.get("base_model"))

@@ -124,6 +124,7 @@ def lines(
 
     Args:
         ticks: the values of x are few, and each has its tick; a logarithmic axis where they double.
+            Else x are whole numbers, such as updates.
     """
 
     def draw(figure: Any, theme: Theme) -> None:
@@ -136,12 +137,14 @@ def lines(
                 axes.set_xscale("log")
                 axes.minorticks_off()
             axes.set_xticks(x, [f"{value:g}" for value in x])
+        elif not ticks:
+            axes.xaxis.get_major_locator().set_params(integer=True)
 
     return draw
 
 
 def panels(groups: Sequence[tuple[str, Sequence[Line]]], x_label: str) -> Callable[..., None]:
-    """Plots side by side over the same x, such as loss and validation over updates."""
+    """Plots side by side over the same whole numbers, such as loss and validation over updates."""
 
     def draw(figure: Any, theme: Theme) -> None:
         for axes, (name, drawn) in zip(
@@ -150,6 +153,7 @@ def panels(groups: Sequence[tuple[str, Sequence[Line]]], x_label: str) -> Callab
             few = max(len(line.x) for line in drawn) <= FEW
             _lines(axes, theme, drawn, x_label, "", marks=few)
             axes.set_title(name)
+            axes.xaxis.get_major_locator().set_params(integer=True)
 
     return draw
 

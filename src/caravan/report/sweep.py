@@ -22,7 +22,7 @@ from caravan.atomic import replacing
 from caravan.errors import InputError
 from caravan.report.plots import LIGHT, Line, Plot, bars, lines
 from caravan.report.records import read_metrics
-from caravan.report.tables import Table, best
+from caravan.report.tables import NONE, Screen, Table, best, depth_note
 
 SEED = "seed"
 READ = "read at"
@@ -120,7 +120,7 @@ def _figures(run_dir: Path) -> Iterator[Row]:
         yield {}
         return
     seconds = record.get("train_seconds", record.get("seconds"))
-    watched = {record["monitored"]: record["best"]} if record.get("best") is not None else {}
+    watched = {record["monitored"]: record["best"]} if {"monitored", "best"} <= set(record) else {}
     of_train = {f"{TRAIN}{name}": value for name, value in record.get("train", {}).items()}
     size = {SIZES[name]: record[name] for name in SIZES if name in record}
     figures = record.get("overall") or record.get("validation") or watched
@@ -160,9 +160,12 @@ def tables(folder: Path) -> list[Table]:
     strong = frozenset(
         (i, j) for i, j in best(figures, len(varied)) if _is_figure(measures[j - len(varied)])
     )
-    made = [
-        _table("sweep", f"{folder.name}, a row for each job", varied, measures, rows, _cell, strong)
-    ]
+    title = f"{folder.name}, a row for each job"
+    note = depth_note(
+        {label: record for run, label in labelled(folder).items() if (record := read_metrics(run))}
+    )
+    title += f".{note}" if note else ""
+    made = [_table("sweep", title, varied, measures, rows, _cell, strong)]
     if SEED in varied:
         means = averaged(varied, measures, rows)
         title = f"{folder.name}, mean and standard deviation over seeds"
@@ -184,13 +187,11 @@ def plots(folder: Path) -> list[Plot]:
 
 def show(folder: Path) -> list[tuple[str, str]]:
     """Print the table, write it beside the jobs as text, csv and plot; returns the failed jobs."""
-    from rich.console import Console
-
     varied, measures, rows, failed = _collected(folder)
     made = tables(folder)
-    console = Console(soft_wrap=True)
+    screen = Screen()
     for table in made:
-        console.print(table.rich(console.width))
+        screen.table(table)
     with replacing(folder / "sweep.txt") as path:
         _write_text(path, made)
     with replacing(folder / "sweep.csv") as path:
@@ -202,9 +203,9 @@ def show(folder: Path) -> list[tuple[str, str]]:
         with replacing(folder / "sweep.svg") as path:
             path.write_text(drawn.svg(LIGHT), "utf-8")
         written += ["sweep.png", "sweep.svg"]
-    console.print(f"table {', '.join(str(folder / name) for name in written)}", markup=False)
+    screen.line(f"table {', '.join(str(folder / name) for name in written)}")
     for job, reason in failed:
-        console.print(f"failed: {job}: {reason}", highlight=False, markup=False)
+        screen.line(f"failed: {job}: {reason}")
     return failed
 
 
@@ -278,7 +279,7 @@ def _table(
 ) -> Table:
     cells = [
         [
-            *(str(row.get(name, "-")) for name in settings),
+            *(str(row.get(name, NONE)) for name in settings),
             *(cell(name, row.get(name)) for name in measures),
         ]
         for row in rows
@@ -341,7 +342,7 @@ def _order(value: Any) -> tuple[bool, float, str]:
 
 def _cell(measure: str, value: float | None) -> str:
     if value is None:
-        return "-"
+        return NONE
     if measure == SIZES["trained_parameters"]:
         return f"{value:,.0f}"
     return f"{value:.1f}" if measure in ("seconds", SIZES["memory_gib"]) else f"{value:.4f}"
@@ -349,5 +350,5 @@ def _cell(measure: str, value: float | None) -> str:
 
 def _mean_cell(measure: str, value: tuple[float, float, int] | None) -> str:
     if value is None:
-        return "-"
+        return NONE
     return f"{_cell(measure, value[0])} ± {_cell(measure, value[1])}"

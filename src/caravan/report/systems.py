@@ -18,7 +18,7 @@ import numpy as np
 
 from caravan.data.collection import Collection, Qrels
 from caravan.errors import InputError
-from caravan.report.records import listed, read_metrics
+from caravan.report.records import has_scores, listed, read_metrics, refuse_partial
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class System:
     collection: tuple[str, str] | None = None  # name and digest
     split: str | None = None
     measures: tuple[str, ...] = ()
+    depth: int | None = None  # of the search that made the run; None if unknown
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,9 @@ def system(path: Path) -> System:
                 f"{path} is an evaluation of several collections; compare one of them, such as"
                 f" {path / inside}, or see them all with python -m caravan.report collections"
             )
-        if "run" not in own:
+        if not has_scores(own):
             raise InputError(
-                f"{path} is not the run directory of an evaluation (no run in metrics.json);"
+                f"{path} is not the run directory of an evaluation (no scores in metrics.json);"
                 " give one, or a run file"
             )
         return _of(path.resolve().name, path / own["run"], path, own)
@@ -97,15 +98,19 @@ def system(path: Path) -> System:
         raise InputError(f"there is no run directory and no run file {path}; check the path")
     home = path.parent.parent
     record = read_metrics(home) if path.parent.name == "runs" else None
-    if record is None or "overall" not in record:
+    if record is None or not has_scores(record) or "collections" in record:
         return System(_stem(path), path)
     return _of(_stem(path).removesuffix(f".{record['split']}"), path, home, record)
 
 
 def _of(name: str, run: Path, home: Path, record: dict[str, Any]) -> System:
+    refuse_partial(home, record)
     of = record["collection"]
-    measures = tuple(record["overall"])
-    return System(name, run, home, (of["name"], of["digest"]), record["split"], measures)
+    stages = {stage["run"]: stage for stage in record.get("stages", ())}
+    # The measures that were asked for, if the run is as deep as they look or not.
+    measures = (*record["overall"], *record["too_deep"])
+    depth = stages.get(f"runs/{run.name}", {}).get("depth")
+    return System(name, run, home, (of["name"], of["digest"]), record["split"], measures, depth)
 
 
 def told_apart(systems: Sequence[System]) -> list[System]:
@@ -192,10 +197,10 @@ def find(digest: str, home: Path) -> Collection:
     for place in places:
         for path in sorted(place.glob("*/collection.json")):
             try:
-                found = json.loads(path.read_text("utf-8")).get("digest")
+                found = json.loads(path.read_text("utf-8"))
             except (OSError, ValueError, RecursionError):
                 continue
-            if found == digest:
+            if isinstance(found, dict) and found.get("digest") == digest:
                 return Collection.open(path.parent)
     raise InputError(
         f"the collection of {home} (digest {digest[:12]}) is no longer in {cache}/collections; run"
@@ -211,7 +216,7 @@ def config(home: Path) -> dict[str, Any]:
 
     try:
         loaded: Any = OmegaConf.to_container(OmegaConf.load(home / "config.yaml"))
-    except (OSError, YAMLError, OmegaConfBaseException):
+    except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException):
         return {}
     return loaded if isinstance(loaded, dict) else {}
 

@@ -7,13 +7,15 @@ A row is a `metrics.json` with overall figures; its name is the folder it lies i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from caravan.errors import InputError
 from caravan.manifest import write_json
-from caravan.report.records import listed, read_metrics
-from caravan.report.tables import Table
+from caravan.report.curves import EVENT_FILES
+from caravan.report.records import listed, read_metrics, refuse_partial
+from caravan.report.tables import NONE, Screen, Table, depth_note
 
 Summary = dict[str, dict[str, float]]
 
@@ -35,7 +37,7 @@ def collect(folder: Path) -> tuple[Summary, dict[str, dict[str, Any]]]:
     for path in sorted(folder.rglob("metrics.json")):
         record = read_metrics(path.parent) or {}
         if "overall" in record:
-            if not record["overall"]:
+            if not record["overall"] and not record["too_deep"]:
                 why, remedy = "its evaluation was asked for no measures", " with measures=[MRR@10]"
                 if record.get("failed"):
                     why, remedy = "each of its collections failed", ""
@@ -52,6 +54,8 @@ def collect(folder: Path) -> tuple[Summary, dict[str, dict[str, Any]]]:
             for other, record in records.items()
             if other == name or not Path(folder, other).is_relative_to(folder / name)
         }
+    for name, record in records.items():
+        refuse_partial(folder / name, record)
     if not records:
         raise InputError(f"{folder} holds no evaluation (metrics.json); make one with evaluate.py")
     asked = {name: (r["collection"]["digest"], r["split"]) for name, r in records.items()}
@@ -67,12 +71,18 @@ def collect(folder: Path) -> tuple[Summary, dict[str, dict[str, Any]]]:
             f" python -m caravan.report page {folder}"
         )
     systems = rows(records)
-    order = sorted(systems, key=lambda name: next(iter(systems[name]["overall"].values())))
+    (first, *_) = measures_of(systems.values()) or [""]
+    order = sorted(systems, key=lambda name: systems[name]["overall"].get(first, 0.0))
     summary = {
         name: {**systems[name]["overall"], "seconds": round(systems[name]["seconds"], 1)}
         for name in order
     }
     return summary, systems
+
+
+def measures_of(scored: Iterable[dict[str, Any]]) -> list[str]:
+    """The measures of several systems or stages, each once, in the order met."""
+    return list(dict.fromkeys(measure for one in scored for measure in one["overall"]))
 
 
 def rows(
@@ -124,22 +134,28 @@ def _told_apart(called: list[list[str]]) -> list[str]:
 
 
 def show_stages(metrics: dict[str, Any]) -> None:
-    """Print the stages of one evaluation: figures, queries a second, gain over the best before."""
-    measures = list(metrics["overall"])
-    _print(
+    """Print the stages of one evaluation: scores, queries a second, gain over the best before.
+
+    Args:
+        metrics: of `caravan.report.records.to_depth`.
+    """
+    measures = measures_of(metrics["stages"])
+    if not measures:
+        return  # no run is deep enough for any of them
+    Screen().table(
         Table(
             "stages",
             f"{metrics['collection']['name']} {metrics['split']}: {metrics['queries']:,} queries."
             f" Gain: in {measures[0]}, over the best stage before; queries/s: without what is done"
-            " once for a collection.",
+            f" once for a collection.{depth_note({s['stage']: s for s in metrics['stages']})}",
             ["stage", *measures, "gain", "queries/s"],
             [
                 [
                     one["stage"],
-                    *(f"{one['overall'][measure]:.4f}" for measure in measures),
-                    "-" if one["gain"] is None else f"{one['gain']:+.4f}",
-                    "-"
-                    if one["queries_per_second"] is None
+                    *(_cell(measure, one["overall"].get(measure)) for measure in measures),
+                    NONE if one.get("gain") is None else f"{one['gain']:+.4f}",
+                    NONE
+                    if one.get("queries_per_second") is None
                     else f"{one['queries_per_second']:,.1f}",
                 ]
                 for one in metrics["stages"]
@@ -153,15 +169,14 @@ def show(folder: Path) -> None:
     summary, records = collect(folder)
     write_json(folder / "summary.json", summary)
     first = next(iter(records.values()))
-    # Evaluations may have been asked for different measures: all of them, in the order met.
-    measures = list(dict.fromkeys(name for row in summary.values() for name in row))
-    measures.append(measures.pop(measures.index("seconds")))
-    console = _print(
+    measures = [*measures_of(records.values()), "seconds"]
+    screen = Screen()
+    screen.table(
         Table(
             "results",
             f"{first['collection']['name']} {first['split']}: {first['queries']:,} queries,"
             f" {first['passages']:,} passages. Seconds: embed or index the corpus, and search; or"
-            " rerank.",
+            f" rerank.{depth_note(records)}",
             ["system", *measures],
             [
                 [system, *(_cell(measure, figures.get(measure)) for measure in measures)]
@@ -171,23 +186,15 @@ def show(folder: Path) -> None:
     )
     for system in summary:
         record = records[system]
-        console.print(f"run   {system:<12} {folder / record['folder'] / record['run']}")
+        screen.line(f"run   {system:<12} {folder / record['folder'] / record['run']}")
     for model in sorted(folder.rglob("model/caravan.json")):
-        console.print(f"model {model.parent.parent.name:<12} {model.parent}")
-    console.print(f"table              {folder / 'summary.json'}")
-    console.print(f"curves             tensorboard --logdir {folder}")
-
-
-def _print(table: Table) -> Any:
-    """Print a table; returns the console."""
-    from rich.console import Console
-
-    console = Console(soft_wrap=True, markup=False)
-    console.print(table.rich(console.width))
-    return console
+        screen.line(f"model {model.parent.parent.name:<12} {model.parent}")
+    screen.line(f"table              {folder / 'summary.json'}")
+    if any(folder.rglob(EVENT_FILES)):
+        screen.line(f"curves             tensorboard --logdir {folder}")
 
 
 def _cell(measure: str, value: float | None) -> str:
     if value is None:
-        return "-"
+        return NONE
     return f"{value:.1f}" if measure == "seconds" else f"{value:.4f}"

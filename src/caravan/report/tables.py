@@ -6,17 +6,17 @@ Cells are text: whoever makes the table decides how many digits a figure has.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from caravan.atomic import replacing
+from caravan.errors import printable
 
 MINUS, NONE = "\u2212", "\u2013"
-"""A minus that is as wide as a plus, and what stands where there is no figure."""
-LABEL = 5
-"""Characters of a label that stay beside one another on a terminal."""
+"""A minus that is as wide as a plus, and what stands where there is no score (`-` in terminals)."""
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -81,36 +81,101 @@ class Table:
             ]
         )
 
-    def rich(self, width: int) -> Any:
-        """For a terminal of a width; where it is narrow labels give way, and never a figure."""
+    def rich(self, width: int, wrap: bool = False) -> Any:
+        """For a terminal of a width. `*` marks cells that stand out, since not all show bold.
+
+        Names and scores stay whole: where a row is too long, its labels get a line of their own.
+
+        Args:
+            wrap: the caption too; in a file it is one line, for those who search in it.
+        """
         from rich.box import SIMPLE_HEAD
+        from rich.cells import cell_len
+        from rich.console import Group
         from rich.table import Table as Drawn
         from rich.text import Text
 
+        marked = {j for _, j in self.strong}
+        cells = [
+            [
+                ("-" if cell == NONE else printable(cell))
+                + ("*" if (i, j) in self.strong else " " if j in marked else "")
+                for j, cell in enumerate(row)
+            ]
+            for i, row in enumerate(self.rows)
+        ]
+        heads = [
+            printable(name) + (" " if j in marked else "") for j, name in enumerate(self.columns)
+        ]
+        lengths = [max(map(cell_len, column)) for column in zip(heads, *cells, strict=True)]
+        caption = printable(self.caption).replace("in bold", "marked *").replace(NONE, "-")
+        title = Text(textwrap.fill(caption, max(width, 20)) if wrap else caption, "italic")
+        if sum(lengths) + 2 * len(lengths) + 1 > width:
+            return Group(title, self._stacked(heads, cells, lengths))
         # A Text is shown as it is; of a plain string rich would take [...] for markup.
-        longest = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
-        least = [min(n, LABEL) if j < self.labels else n for j, n in enumerate(longest)]
-        needed = sum(least) + 2 * len(least) + 1  # with what stands between columns
-        drawn = Drawn(
-            title=Text(self.caption),
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            width=needed if needed > width else None,
-        )
-        for j, name in enumerate(self.columns):
+        drawn = Drawn(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for j, name in enumerate(heads):
             justify: Any = "left" if j < self.labels else "right"
-            drawn.add_column(
-                Text(name),
-                justify=justify,
-                overflow="fold",
-                no_wrap=j >= self.labels,
-                min_width=least[j],
-            )
-        for i, row in enumerate(self.rows):
+            drawn.add_column(Text(name), justify=justify, no_wrap=True)
+        for i, row in enumerate(cells):
             drawn.add_row(
                 *(Text(cell, "bold" if (i, j) in self.strong else "") for j, cell in enumerate(row))
             )
-        return drawn
+        return Group(title, drawn)
+
+    def _stacked(self, heads: list[str], cells: list[list[str]], lengths: list[int]) -> Any:
+        """Each row as two lines: labels, and below them the numbers."""
+        from rich.cells import cell_len
+        from rich.text import Text
+
+        def lines(row: list[str], i: int | None) -> Iterator[Text]:
+            yield Text(" " + " | ".join(row[: self.labels]), "bold" if i is None else "")
+            numbers = Text("  ")
+            for j in range(self.labels, len(row)):
+                strong = i is None or (i, j) in self.strong
+                space = " " * (2 + lengths[j] - cell_len(row[j]))
+                numbers.append(space).append(row[j], "bold" if strong else "")
+            yield numbers
+
+        rule = 2 + sum(length + 2 for length in lengths[self.labels :])
+        return Text("\n").join(
+            [
+                *lines(heads, None),
+                Text(" " + "\u2500" * (rule - 1)),
+                *(line for i, row in enumerate(cells) for line in lines(row, i)),
+                Text(""),
+            ]
+        )
+
+
+class Screen:
+    """Prints reports: tables that fit the terminal, and lines without what would control it."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(soft_wrap=True, markup=False, highlight=False)
+
+    def table(self, table: Table) -> None:
+        self._console.print(table.rich(self._console.width, wrap=self._console.is_terminal))
+
+    def line(self, text: str, style: str = "") -> None:
+        self._console.print(printable(text), style=style)
+
+    def rule(self, title: str) -> None:
+        self._console.rule(printable(title), align="left")
+
+
+def depth_note(scored: Mapping[str, Mapping[str, Any]]) -> str:
+    """Why a table has NONE for some systems or stages: a sentence; empty if it has for none.
+
+    Args:
+        scored: by name, with `depth` and `too_deep` of `caravan.report.records.to_depth`.
+    """
+    short = [f"{name} is {of['depth']:,} deep" for name, of in scored.items() if of.get("too_deep")]
+    if not short:
+        return ""
+    return f" Not scored ({NONE}): the measure looks deeper than the run ({', '.join(short)})."
 
 
 def best(rows: Sequence[Sequence[float | None]], labels: int = 1) -> frozenset[tuple[int, int]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from caravan.errors import InputError
 from caravan.report import compare as comparing
 from caravan.report import systems
 from caravan.report.examples import DEPTH, Example, examples
+from caravan.report.tables import Screen
 
 WIDTH = 160
 """Characters of a passage."""
@@ -29,8 +29,6 @@ def compare(
     Raises:
         InputError: a run, a measure or the qrels are wrong; says which and what to do.
     """
-    from rich.console import Console
-
     if len(paths) < 2:
         raise InputError("compare needs two runs or more; name another one")
     if count < 0:
@@ -40,17 +38,17 @@ def compare(
     found = systems.told_apart([systems.system(path) for path in paths])
     judged = systems.judged(found, qrels)
     comparison = comparing.compared(found, judged, measures, test)
-    console = Console(soft_wrap=True)
+    screen = Screen()
     for table in comparing.tables(comparison):
-        console.print(table.rich(console.width))
+        screen.table(table)
     last = len(found) - 1
     gained, lost = examples(comparison, 0, last, count)
     names = comparison.names
     for what, some in (("gain", gained), ("lose", lost)):
         if some:
-            console.rule(f"{names[0]} → {names[last]}: queries that {what} most", align="left")
+            screen.rule(f"{names[0]} → {names[last]}: queries that {what} most")
             for one in some:
-                _print(console, one, comparison.measure)
+                _print(screen, one, comparison.measure)
     if html is not None:
         from caravan.report.page import of_comparison, save
 
@@ -62,13 +60,11 @@ def compare(
         page = of_comparison(comparison, shlex.join(said), count)
         save(page, html)
         beside = html.with_suffix("")
-        console.print(f"page {html}, plots and tables {beside}", markup=False, highlight=False)
+        screen.line(f"page {html}, plots and tables {beside}")
 
 
-def _print(console: Any, one: Example, measure: str) -> None:
-    def line(text: str, style: str = "") -> None:
-        console.print(text, style=style, markup=False, highlight=False)
-
+def _print(screen: Screen, one: Example, measure: str) -> None:
+    line = screen.line
     line(f"{one.text or one.id}   {measure} {one.before:.3f} → {one.after:.3f}", "bold")
     for passage in one.passages:
         ranks = " → ".join(str(rank or f">{DEPTH}") for rank in passage.ranks)

@@ -46,8 +46,8 @@ def training_facts(home: Path, record: dict[str, Any]) -> list[tuple[str, str]]:
         ("loss", _class(config.get("loss"))),
         ("adapter", _class(config.get("peft"))),
         ("updates", _number(record.get("updates"))),
-        ("queries an update", _number((config.get("batching") or {}).get("queries_per_batch"))),
-        ("learning rate", _number((config.get("optimizer") or {}).get("lr"))),
+        ("queries an update", _number(_within(config, "batching", "queries_per_batch"))),
+        ("learning rate", _number(_within(config, "optimizer", "lr"))),
         ("seed", config.get("seed")),
         ("trained weights", _number(record.get("trained_parameters"))),
         ("memory", f"{record['memory_gib']:.1f} GiB" if record.get("memory_gib") else None),
@@ -108,12 +108,14 @@ def _points(curve: curves.Curve) -> tuple[list[int], list[float]]:
     return curve.steps, curve.values
 
 
+def _within(config: dict[str, Any], group: str, key: str) -> Any:
+    node = config.get(group)
+    return node.get(key) if isinstance(node, dict) else None
+
+
 def _class(node: Any) -> str | None:
-    return (
-        node["_target_"].rsplit(".", 1)[-1]
-        if isinstance(node, dict) and "_target_" in node
-        else None
-    )
+    target = node.get("_target_") if isinstance(node, dict) else None
+    return target.rsplit(".", 1)[-1] if isinstance(target, str) else None
 
 
 def _number(value: Any) -> str | None:

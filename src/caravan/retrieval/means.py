@@ -29,6 +29,7 @@ def means(records: dict[Member, dict[str, Any]]) -> dict[str, Any]:
             "passages": record["passages"],
             "overall": record["overall"],
             "stages": {stage["stage"]: stage["overall"] for stage in record["stages"]},
+            "depths": {stage["stage"]: stage.get("depth") for stage in record["stages"]},
             "seconds": record["seconds"],
         }
         for member, record in records.items()
@@ -42,6 +43,7 @@ def means(records: dict[Member, dict[str, Any]]) -> dict[str, Any]:
             "stage": stage["stage"],
             "run": "",
             "run_xxh3": _digest([run[i] for run in runs]),
+            "depth": _depth(records.values(), i),
             "overall": _mean(
                 (member.group, record["stages"][i]["overall"]) for member, record in records.items()
             ),
@@ -80,6 +82,18 @@ def _mean(figures: Iterable[tuple[str, dict[str, float]]]) -> dict[str, float]:
         name: fmean(fmean(one[name] for one in members) for members in groups.values())
         for name in names
     }
+
+
+def _depth(records: Iterable[dict[str, Any]], stage: int) -> int | None:
+    """The depth of a stage's shallowest run; None where each ranks all passages of its collection.
+
+    Evaluations of earlier versions have no depth.
+    """
+    found = [(record["stages"][stage].get("depth"), record["passages"]) for record in records]
+    return min(
+        (depth for depth, passages in found if depth is not None and depth < passages),
+        default=None,
+    )
 
 
 def _digest(data: Any) -> str:

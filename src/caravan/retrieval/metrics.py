@@ -95,6 +95,29 @@ def deepest(measures: Sequence[str]) -> int:
     return max((parse_measure(text).cutoff for text in measures), default=0)
 
 
+def depth_of(run: Run, searched: int | None = None) -> int:
+    """How many passages a query can have in a run: its longest list, or the depth of the search.
+
+    Args:
+        searched: the depth that the search was asked for, if known. A query may have fewer hits,
+            so lists alone would understate it.
+    """
+    return max(int(run.counts.max(initial=0)), searched or 0)
+
+
+def too_deep(measures: Sequence[str], depth: int, passages: int) -> list[str]:
+    """The measures that a run cannot be scored by: R@1000 of 100 passages is R@100.
+
+    Args:
+        depth: of the run, see `depth_of`.
+        passages: of the collection; a run that ranks all of them suits every measure.
+
+    >>> too_deep(["MRR@10", "R@1000"], depth=100, passages=5_000)
+    ['R@1000']
+    """
+    return [text for text in measures if min(parse_measure(text).cutoff, passages) > depth]
+
+
 def per_query(run: Run, qrels: Qrels, measures: Sequence[str]) -> dict[str, np.ndarray]:
     """Each measure for each judged query that the collection has.
 

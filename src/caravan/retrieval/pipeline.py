@@ -148,11 +148,19 @@ class _Evaluation:
             return {}
         measures = _measures(self.stages, self.settings["measures"])
         metrics = _scored(self.stages, self.made, measures)
+        from caravan.report.records import to_depth
+
+        shown = to_depth(metrics)
         if len(self.made) > 1:
             from caravan.report.table import show_stages
 
-            show_stages(metrics)
-        overall = "  ".join(f"{name} {value:.4f}" for name, value in metrics["overall"].items())
+            show_stages(shown)
+        overall = "  ".join(f"{name} {value:.4f}" for name, value in shown["overall"].items())
+        if shown["too_deep"]:
+            log.info(
+                "%s is %d deep, so it is not scored by %s",
+                *(shown["system"], shown["depth"], ", ".join(shown["too_deep"])),
+            )
         log.info(
             "%s on %s %s: %s",
             *(metrics["system"], metrics["collection"]["name"], metrics["split"], overall),
@@ -282,7 +290,7 @@ def _scored(stages: Stages, made: list[Stage], measures: list[str]) -> dict[str,
 
 
 def _figures(stages: Stages, made: list[Stage], measures: list[str]) -> dict[str, Any]:
-    from caravan.retrieval.metrics import deepest, score_run
+    from caravan.retrieval.metrics import deepest, depth_of, score_run
 
     collection, rows = stages.collection, []
     scored: dict[str, Any] = {}
@@ -297,6 +305,7 @@ def _figures(stages: Stages, made: list[Stage], measures: list[str]) -> dict[str
                 "stage": stage.name,
                 "run": f"runs/{stage.path.name}",
                 "run_xxh3": stage.digest,
+                "depth": depth_of(run, stage.depth),
                 "overall": scored["overall"],
                 "seconds": stage.seconds,
                 "queries_per_second": queries / stage.query_seconds

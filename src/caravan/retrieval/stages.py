@@ -42,6 +42,7 @@ class Stage:
     inputs: dict[str, Any]  # what it was made from
     facts: Facts
     digest: str  # of the run's bytes
+    depth: int | None  # of the search; None: as deep as its lists are
 
     @property
     def seconds(self) -> float:
@@ -115,7 +116,8 @@ class Stages:
             run = self._cut(bm25.search(texts, queries, self._depth))
             return run, {"index_s": built - started, "search_query_s": time.monotonic() - built}
 
-        return self._stage("bm25", {**built_from, "k": self.k, **self._ignoring}, search)
+        made_from = {**built_from, "k": self.k, **self._ignoring}
+        return self._stage("bm25", made_from, search, self.k)
 
     def dense(self, model: Path, index: Any, index_settings: dict[str, Any]) -> Stage:
         """Embed corpus and queries with a model folder, index, and search.
@@ -171,7 +173,7 @@ class Stages:
         made_from = {**encoded_from, **lengths, "index": index_settings, "k": self.k}
         made_from |= self._ignoring
         made_from["versions"] = manifest.versions((*manifest.LIBRARIES, "faiss-cpu"))
-        return self._stage("retriever", made_from, search, together=True)
+        return self._stage("retriever", made_from, search, self.k, together=True)
 
     def given(self, path: Path) -> Stage:
         """A run of any system, TREC or MS MARCO, over the queries of the split."""
@@ -199,7 +201,7 @@ class Stages:
                 )
             return own, {}
 
-        return self._stage("run", made_from, search)
+        return self._stage("run", made_from, search, depth=None)
 
     def fused(self, fuse: Any, settings: dict[str, Any], stages: list[Stage]) -> Stage:
         """The runs of several stages as one."""
@@ -215,7 +217,8 @@ class Stages:
             started = time.monotonic()
             return fuse(runs).top(self.k), {"fuse_query_s": time.monotonic() - started}
 
-        return self._stage("fused", made_from, search)
+        known = any(stage.depth is not None for stage in stages)
+        return self._stage("fused", made_from, search, self.k if known else None)
 
     def reranked(self, model: Path, settings: dict[str, Any], candidates: Stage) -> Stage:
         """The candidates in the order of a reranker.
@@ -257,7 +260,10 @@ class Stages:
             }
             return found, facts
 
-        return self._stage("reranked", made_from, search, together=True)
+        depth = candidates.depth
+        if depth is not None and scorer.settings.rest == "drop":
+            depth = min(depth, scorer.settings.depth)
+        return self._stage("reranked", made_from, search, depth, together=True)
 
     def read(self, stage: Stage, depth: int | None = None) -> Run:
         """The run of a stage, as it lies on disk."""
@@ -282,11 +288,13 @@ class Stages:
         name: str,
         made_from: dict[str, Any],
         search: Callable[[], tuple[Run, Facts] | None],
+        depth: int | None,
         together: bool = False,
     ) -> Stage:
         """Write the run, unless it is there from the same inputs.
 
         Args:
+            depth: of the search; None where the lists of a run are all that is known.
             together: several processes take part in the search; else the one that leads does it.
         """
         number = self._names[name] = self._names.get(name, 0) + 1
@@ -316,7 +324,7 @@ class Stages:
             digest = manifest.content_digest(path)
             manifest.write(path, inputs, {**facts, "run_xxh3": digest})
         facts = (manifest.read(path) or {}).get("facts", {})
-        return Stage(name, path, inputs, facts, digest)
+        return Stage(name, path, inputs, facts, digest, depth)
 
 
 def _made_before(path: Path, inputs: dict[str, Any], warn: bool = True) -> str | None:
