@@ -119,6 +119,17 @@ def test_an_error_that_a_library_raises_over_that_of_the_disk_names_the_file_all
     assert str(sentence(error)).startswith("/tmp/a/b.npy: No space left on device (")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: Connection reset",
+        "NCCL error: remote process exited or there was a network error",
+    ],
+)
+def test_a_rank_that_was_killed_is_reported_by_the_others(text: str) -> None:
+    assert "another process (rank) of this run has ended" in str(sentence(RuntimeError(text)))
+
+
 def test_a_log_file_that_cannot_be_opened_is_named() -> None:
     error = ValueError("Unable to configure handler 'file'")
     error.__cause__ = PermissionError(13, "Permission denied", "/x/log.txt")

@@ -98,10 +98,13 @@ def entry(
                     raise SystemExit(USER)
                 sys.argv[1:] = preflight(sys.argv[1:], conf, name, root, f"python {typed}")
                 sweep = sweep_folder(sys.argv[1:])
-                with contextlib.suppress(_Failed):  # by then every other job has had its turn
+                failed = False
+                try:
                     program(_job(task, root))()
+                except _Failed:  # by then every other job has had its turn
+                    failed = True
                 if sweep is not None:
-                    _end_of_sweep(sweep)
+                    _end_of_sweep(sweep, failed)
             except KeyboardInterrupt:
                 _interrupted(root)
             except SystemExit as stop:
@@ -194,16 +197,20 @@ class _Failed(Exception):  # noqa: N818
     """A job of a sweep has failed, and that is told and recorded."""
 
 
-def _end_of_sweep(folder: Path) -> None:
-    """The table of the jobs and their page; exit code 1 where one of them failed."""
+def _end_of_sweep(folder: Path, failed: bool) -> None:
+    """The table of the jobs and their page; exit code 1 where one of them failed.
+
+    Args:
+        failed: whether a job failed in this process; one whose run_dir is in use has no record.
+    """
     from caravan.report.page import show as show_page
     from caravan.report.sweep import show
 
     if not leads():
         return
-    failed = show(folder)
+    recorded = show(folder)
     show_page(folder)
-    if failed:
+    if failed or recorded:
         raise SystemExit(FAILED)
 
 

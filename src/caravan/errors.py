@@ -47,6 +47,9 @@ _CUT_SHORT = re.compile(
 )
 """How torch and numpy report a write that was cut short, without an errno."""
 
+_LOST_RANK = re.compile(r"gloo/transport/|ncclRemoteError|remote process exited")
+"""How gloo and NCCL report that a process at the other end is gone."""
+
 
 def disk_error(error: BaseException) -> int | None:
     """The errno of a write that the disk did not take, whatever library reports it; else None.
@@ -87,6 +90,12 @@ def sentence(error: BaseException) -> str | None:
     if number is not None:
         named = (one.filename for one in _chain(error) if isinstance(one, OSError))
         return _of_disk(number, next(filter(None, named), None))
+    if isinstance(error, RuntimeError) and _LOST_RANK.search(str(error)):
+        return (
+            "another process (rank) of this run has ended or cannot be reached; its own output says"
+            " why (without any, the system has killed it, as it does when memory runs out); the"
+            " same command with resume=true continues the run"
+        )
     if str(error).startswith("Unable to configure handler"):  # logging's, around the file's error
         error = error.__cause__ or error
     if isinstance(error, OSError) and error.filename is not None:
