@@ -245,3 +245,8 @@ def _exchange(one: Path, other: Path) -> bool:
     if rename is None:
         return False
     return not rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+
+
+def listed(folder: Path) -> list[Path]:
+    """The entries of a folder in order, without hidden ones: `._x` and `.DS_Store` are no data."""
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))

@@ -75,7 +75,7 @@ def report(lines: list[str]) -> str:
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
     """The config as the job sees it."""
-    return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
 class Composer:

@@ -17,7 +17,7 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from caravan.data.files import listed
+from caravan.atomic import listed
 
 CORPUS = ("corpus.jsonl", "corpus.jsonl.gz")
 

@@ -30,6 +30,7 @@ from tests.export.exported import (
 
 from caravan.cards import __main__ as command
 from caravan.cards import page
+from caravan.cards.figures import evaluated
 from caravan.cards.folder import write
 from caravan.contract import read_contract
 from caravan.data.plain import HubTexts
@@ -263,3 +264,9 @@ def test_the_command_writes_a_card_and_tells_a_mistake_in_a_sentence(
     assert metadata(path).license == "mit"
     assert call(str(tmp_path / "none")) == 2
     assert capsys.readouterr().err == f"{tmp_path / 'none'}: no such model folder\n"
+
+
+def test_a_damaged_evaluation_is_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text('{"stages": [{"stage": 1}]}')
+    with pytest.raises(InputError, match=r"metrics\.json is damaged: stages\[0\]\.stage is not a"):
+        evaluated(tmp_path, tmp_path)

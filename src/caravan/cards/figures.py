@@ -7,7 +7,6 @@ the figures of another model, or of this one before it was trained on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from caravan import manifest
 from caravan.cards.page import cell
 from caravan.contract import Contract, folder_digest
 from caravan.errors import InputError
+from caravan.report.records import read_metrics, refuse_partial
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,15 @@ def evaluated(folder: Path, evaluation: Path) -> list[Figures]:
     """
     path = evaluation / "metrics.json"
     try:
-        metrics = json.loads(path.read_text("utf-8"))
+        metrics = read_metrics(evaluation) or {}
         stages, parts = metrics["stages"], metrics.get("collections")
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, KeyError) as error:
         raise InputError(
             f"{path}: no figures of an evaluation ({type(error).__name__}); give the folder of a"
             " run of evaluate.py"
         ) from None
+    if not parts:
+        refuse_partial(evaluation, metrics)
     if parts:
         return [one for name in parts for one in evaluated(folder, evaluation / name)]
     digest, found = folder_digest(folder), []

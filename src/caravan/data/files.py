@@ -20,6 +20,7 @@ from typing import IO
 
 import xxhash
 
+from caravan.atomic import listed
 from caravan.cache import cache_folder
 from caravan.errors import InputError
 from caravan.manifest import write_json
@@ -109,11 +110,6 @@ def opened(file: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
                 yield unpacked
         else:
             yield raw
-
-
-def listed(folder: Path) -> list[Path]:
-    """The entries of a folder in order, without hidden ones: `._x` and `.DS_Store` are no data."""
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 def lines(file: Path, blank: bool = False) -> Iterator[tuple[int, bytes]]:

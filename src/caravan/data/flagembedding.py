@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from caravan.atomic import listed
 from caravan.data import hub
 from caravan.data.collection import Collection, cache_key, cached_collection
-from caravan.data.files import listed
 from caravan.data.held_out import check_held_out
 from caravan.data.hub import SAVED
 from caravan.data.rows import (

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from caravan.atomic import listed
 from caravan.data import tsv
-from caravan.data.files import columns, lines, listed, one_of, text_of
+from caravan.data.files import columns, lines, one_of, text_of
 from caravan.data.ids import ASCII_SPACE
 from caravan.data.jsonl import records
 from caravan.data.labelled import Folder, Labelled, Reader

@@ -12,9 +12,10 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
+from caravan.atomic import listed
 from caravan.data import hub
 from caravan.data.collection import Collection, cache_key, cached_collection, write_collection
-from caravan.data.files import digests, lines, listed, text_of
+from caravan.data.files import digests, lines, text_of
 from caravan.data.jsonl import objects
 from caravan.data.texts import Record
 from caravan.errors import InputError
