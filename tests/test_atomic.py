@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from caravan.atomic import replacing
+from caravan import atomic
+from caravan.atomic import claimed, replacing, replacing_folder
+from caravan.errors import InputError
 
 
 def _names(folder: Path) -> list[str]:
@@ -43,3 +48,100 @@ def test_what_a_kill_left_is_written_over_by_the_only_writer(tmp_path: Path) -> 
     with replacing(path, alone=True) as scratch:
         scratch.write_text("new")
     assert _names(tmp_path) == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_is_replaced_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    folder = tmp_path / "model"
+    for name in ("one", "two"):
+        with replacing_folder(folder) as scratch:
+            (scratch / name).write_text(name)
+            assert _names(folder) == (["one"] if name == "two" else []) if folder.exists() else True
+    assert _names(folder) == ["two"]
+    assert _names(tmp_path) == ["model"]
+
+
+def test_a_folder_never_vanishes_while_it_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    monkeypatch.setattr(atomic.os, "replace", lambda *_: pytest.fail("two renames"))
+    with replacing_folder(folder) as scratch:
+        (scratch / "new").touch()
+    assert _names(folder) == ["new"]
+
+
+def test_a_folder_that_fails_leaves_the_old_one_and_what_a_kill_left_is_deleted(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "model"
+    (tmp_path / ".model.part").mkdir()
+    (tmp_path / ".model.part" / "left").touch()
+    folder.mkdir()
+
+    def cut_short() -> None:
+        with replacing_folder(folder) as scratch:
+            assert _names(scratch) == []
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_short()
+    assert _names(tmp_path) == ["model"]
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from caravan.atomic import claimed
+with claimed(Path(sys.argv[1])):
+    if os.fork() == 0:  # such as a loader's worker, which outlives a killed parent for a while
+        time.sleep(60)
+    print(flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_dir_is_held_until_its_process_dies_and_then_free(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with (
+            pytest.raises(InputError, match=f"in use by .*process {holder.pid} on"),
+            claimed(tmp_path),
+        ):
+            pass
+        holder.send_signal(signal.SIGKILL)  # its child lives on
+        holder.wait()
+        with claimed(tmp_path):
+            pass
+        atomic.os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_what_a_killed_run_left_half_is_deleted_when_the_next_begins(tmp_path: Path) -> None:
+    for name in ("checkpoints/.last.ckpt.part", "runs/.validation.trec.77.part"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    (tmp_path / ".model.part").mkdir()
+    (tmp_path / "runs" / "validation.trec").touch()
+    with claimed(tmp_path):
+        pass
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {".lock", "checkpoints", "runs", "runs/validation.trec"}
+
+
+def test_a_file_system_without_locks_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(atomic.errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuses)
+    with claimed(tmp_path):
+        assert "this file system has no locks" in caplog.text
+    assert atomic.LOCK in _names(tmp_path)

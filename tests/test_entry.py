@@ -13,6 +13,7 @@ import pytest
 from tests.small_conf import HOME, small_conf
 
 from caravan import config, entry
+from caravan.atomic import LOCK
 
 APP = """
 import json
@@ -49,6 +50,11 @@ def main(cfg):
             raise KeyboardInterrupt
         except KeyboardInterrupt:
             raise SystemExit(1)
+    if cfg.name == "waits":
+        print("waits", flush=True)
+        input()
+    if cfg.name == "disk":
+        raise OSError(28, "No space left on device")
     logging.getLogger("caravan.some.module").info("hello from %s", cfg.name)
     with open(os.path.join(cfg.run_dir, "out.json"), "w") as file:
         json.dump({"cwd": os.getcwd(), "run_dir": cfg.run_dir, "seed": cfg.seed}, file)
@@ -87,10 +93,12 @@ def app(home: Path) -> Program:
 
 
 def files(home: Path) -> set[str]:
-    """What a run has written below a folder."""
+    """What a run has written below a folder, beside locks."""
     known = ("conf", "__pycache__")
     paths = (path.relative_to(home) for path in home.rglob("*") if path.is_file())
-    return {str(p) for p in paths if p.parts[0] not in known and p.suffix != ".py"}
+    return {
+        str(p) for p in paths if p.parts[0] not in known and p.suffix != ".py" and p.name != LOCK
+    }
 
 
 def program(*arguments: str, cwd: Path = HOME) -> subprocess.CompletedProcess[str]:
@@ -107,6 +115,47 @@ def test_a_run_writes_into_run_dir_alone(app: Program, home: Path) -> None:
     assert out == f'{{"cwd": "{home}", "run_dir": "runs/one", "seed": 0}}'
     assert done.stderr.splitlines()[-1].endswith(" I hello from one")
     assert "INFO caravan.some.module: hello from one" in (home / "runs/one/log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("second", "code"),
+    [(["run_dir='runs/waits/seed=0'"], 2), (["-m", "run_dir=runs/waits", "seed=0,1"], 1)],
+    ids=["alone", "in a sweep"],
+)
+def test_a_second_process_in_a_run_dir_is_refused_at_once(
+    app: Program, home: Path, second: list[str], code: int
+) -> None:
+    first = subprocess.Popen(
+        [sys.executable, "app.py", "name=waits", "run_dir='runs/waits/seed=0'"],
+        cwd=home,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdout is not None
+    assert first.stdout.readline() == "waits\n"
+    done = app(*second)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert f"run_dir is in use by app.py, process {first.pid} on " in done.stderr
+    assert not (home / "runs/waits/seed=0/job.json").exists()
+    first.communicate("\n")
+    assert first.returncode == 0
+    assert (home / "runs/waits/seed=0/out.json").exists()
+
+
+def test_a_full_disk_is_one_sentence(app: Program) -> None:
+    done = app("name=disk")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "No space left on device; make room" in line
+
+
+def test_a_run_dir_that_cannot_be_written_is_one_sentence(app: Program, home: Path) -> None:
+    (home / "runs" / "one" / "log.txt").mkdir(parents=True)  # as root may write read-only folders
+    done = app("name=one")
+    assert done.returncode == 2
+    assert done.stderr == f"{home}/runs/one/log.txt: Is a directory; give another place\n"
 
 
 def test_jobs_of_a_sweep_write_into_folders_of_their_own(app: Program, home: Path) -> None:

@@ -29,7 +29,6 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     ConfigCompositionException,
-    InstantiationException,
     OverrideParseException,
     SearchPathException,
 )
@@ -37,6 +36,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from caravan import config, jobs
+from caravan.atomic import claimed
 from caravan.compose import report
 from caravan.errors import (
     FAILED,
@@ -79,6 +79,8 @@ def entry(name: str, configs: Path | None = None) -> Callable[[Task], Callable[[
             _bound_kernels()
             # Exceptions come through Hydra whole, to be told apart here.
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            # A log file on a full disk would print a traceback for each line.
+            logging.raiseExceptions = False
             # Lightning would end a terminated run with exit code 0; it leaves our handler alone.
             signal.signal(signal.SIGTERM, _terminate)
             try:
@@ -88,28 +90,26 @@ def entry(name: str, configs: Path | None = None) -> Callable[[Task], Callable[[
                     raise InputError(f"{conf} is not there; run this in a checkout of Caravan")
                 sys.argv[1:] = preflight(sys.argv[1:], conf, name, root)
                 sweep = sweep_folder(sys.argv[1:])
-                with contextlib.suppress(_Failed):  # by then every other job has had its turn
+                failed = False
+                try:
                     program(_job(task, root))()
+                except _Failed:  # by then every other job has had its turn
+                    failed = True
                 if sweep is not None:
-                    _end_of_sweep(sweep)
+                    _end_of_sweep(sweep, failed)
             except KeyboardInterrupt:
                 _interrupted(root)
             except SystemExit as stop:
                 if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning has caught it
                     _interrupted(root)
                 raise
-            except OSError as error:
+            except (ConfigCompositionException, OverrideParseException, SearchPathException) as e:
+                _leave(" ".join(str(e.__cause__ or e).split()), USER)
+            except Exception as error:
                 told = sentence(error)
                 if told is None:
                     raise
                 _leave(told, USER)
-            except (ConfigCompositionException, OverrideParseException, SearchPathException) as e:
-                _leave(" ".join(str(e.__cause__ or e).split()), USER)
-            except (InputError, InstantiationException) as error:
-                mistake = _input_error(error)
-                if mistake is None:
-                    raise
-                _leave(str(mistake), USER)
 
         return run
 
@@ -127,14 +127,22 @@ def _job(task: Task, root: type) -> Task:
             logging.getLogger().setLevel(logging.WARNING)
         if sweep:
             cfg.run_dir = os.path.join(settings.sweep.dir, settings.sweep.subdir).rstrip("/")
-            return _job_of_sweep(checked, cfg, list(settings.overrides.task))
         try:
-            return checked(cfg)
-        except (InputError, InstantiationException) as error:
-            mistake = _input_error(error)
-            if mistake is None:
+            # Other ranks write nothing; a search writes nothing that another would miss.
+            alone = leads() and root is not config.Search
+            with claimed(Path(cfg.run_dir)) if alone else contextlib.nullcontext():
+                if sweep:
+                    return _job_of_sweep(checked, cfg, list(settings.overrides.task))
+                return checked(cfg)
+        except _Failed:
+            raise
+        except Exception as error:
+            told = sentence(error)
+            if told is None:
                 raise
-            log.error(mistake)
+            log.error(told)
+            if sweep:  # the record in its folder may be that of the process that holds it
+                raise _Failed from error
             raise SystemExit(USER) from None
 
     def checked(cfg: DictConfig) -> Any:
@@ -165,9 +173,9 @@ def _job_of_sweep(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
     try:
         result = task(cfg)
     except Exception as error:
-        mistake = _input_error(error)
+        mistake = sentence(error)
         if leads():
-            lines = str(mistake or error).strip().splitlines()
+            lines = (mistake or str(error)).strip().splitlines()
             told = f"{type(error).__name__}: {''.join(lines[:1])}"
             if mistake:  # a heading says less than what stands below it
                 told = " ".join(line.strip() for line in lines[:2])
@@ -183,24 +191,21 @@ class _Failed(Exception):  # noqa: N818
     """A job of a sweep has failed, and that is told and recorded."""
 
 
-def _end_of_sweep(folder: Path) -> None:
-    """The table of the jobs and their page; exit code 1 where one of them failed."""
+def _end_of_sweep(folder: Path, failed: bool) -> None:
+    """The table of the jobs and their page; exit code 1 where one of them failed.
+
+    Args:
+        failed: whether a job failed in this process; one whose run_dir is in use has no record.
+    """
     from caravan.report.page import show as show_page
     from caravan.report.sweep import show
 
     if not leads():
         return
-    failed = show(folder)
+    recorded = show(folder)
     show_page(folder)
-    if failed:
+    if failed or recorded:
         raise SystemExit(FAILED)
-
-
-def _input_error(error: BaseException | None) -> InputError | None:
-    """The user's mistake that an exception is, or that Hydra has wrapped into one of its own."""
-    while isinstance(error, InstantiationException):
-        error = error.__cause__
-    return error if isinstance(error, InputError) else None
 
 
 class _Terminated(KeyboardInterrupt):

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from caravan.atomic import locked, writing
 from caravan.data.byid import ById, Judgement, Scored
 from caravan.data.runs import write_run
 from caravan.data.texts import Place, Record, Texts, write_texts
@@ -267,14 +268,12 @@ def cached_collection(
     One process builds while the others (ranks, a sweep's jobs) wait for it; a lock that dies with
     its process guards this, so a killed build blocks nobody and its remains are swept away.
     """
-    from filelock import FileLock
-
     plain = re.sub(r"[^\w.-]+", "-", name)
     folder = Path(cache_dir) / "collections" / f"{plain}-{key}"
     if folder.exists():
         return Collection.open(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    with locked(folder.parent / f".{folder.name}.lock"):
         if folder.exists():
             return Collection.open(folder)
         for remains in folder.parent.glob(f".{folder.name}.*"):
@@ -282,7 +281,8 @@ def cached_collection(
                 shutil.rmtree(remains, ignore_errors=True)
         started = time.monotonic()
         log.info("building collection %s in %s", name, folder)
-        collection = build(folder)
+        with writing(folder):
+            collection = build(folder)
         log.info(
             "built collection %s: %d passages, %d queries, %.1f s",
             name, len(collection.corpus), len(collection.queries), time.monotonic() - started,

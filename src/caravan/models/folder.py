@@ -9,15 +9,12 @@
       tokenizer.json ...
       README.md           the card (`caravan.cards`), which nothing reads
 
-It is written beside its final place and renamed, so there is a whole folder or none.
+It is written beside its final place and renamed, so there is a whole folder, the old or the new.
 """
 
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from caravan.atomic import replacing_folder
 from caravan.contract import Contract, adapter_base, read_contract, write_contract
 from caravan.errors import InputError
 from caravan.models.adapters import load_adapter, merged
@@ -70,9 +68,7 @@ def save(
     facts = {**facts, "weights": "adapter" if adapter else "full", FACT: own_code}
     if isinstance(model, SlotEncoder) and transformer is model.transformer and not adapter:
         facts["language_model"] = type(transformer).__name__
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with replacing_folder(folder) as scratch:
         if isinstance(transformer, Headed):
             transformer.backbone.save_pretrained(scratch)
             head = {"score.weight": transformer.score.weight.detach().contiguous()}
@@ -83,11 +79,6 @@ def save(
             transformer.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         write_contract(scratch, contract, facts)
-        scratch.chmod(0o755)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def load(

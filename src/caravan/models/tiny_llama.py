@@ -8,8 +8,6 @@ are float32; the precision of the arithmetic is the trainer's or the encoder's a
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from caravan.atomic import replacing
 from caravan.errors import InputError
 from caravan.models.loading import set_attention
 from caravan.models.preparing import Checkpointing, new_head, prepared
@@ -91,9 +90,8 @@ class TinyLlama:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             bpe = train_bpe(_texts(collection), self.vocab_size)
-            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-                bpe.save(f"{scratch}/bpe.json")
-                os.replace(f"{scratch}/bpe.json", path)
+            with replacing(path) as scratch:
+                bpe.save(str(scratch))
         return PreTrainedTokenizerFast(
             tokenizer_file=str(path), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
         )

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from caravan import manifest, suite
+from caravan.atomic import replacing
 from caravan.config import build, recorded
 from caravan.contract import FILE
-from caravan.errors import InputError, is_termination
+from caravan.errors import InputError, is_termination, sentence
 from caravan.ranks import leads, world
 from caravan.retrieval.folders import Folders
 from caravan.retrieval.means import means
@@ -103,9 +104,9 @@ def _going_on(name: str, failed: dict[str, str]) -> Iterator[None]:
     except Exception as error:
         if world() > 1 or is_termination(error):
             raise
-        mistake = isinstance(error, InputError)
-        log.error("%s: %s", name, error if mistake else "it failed", exc_info=not mistake)
-        reason = str(error).strip() if mistake else f"{type(error).__name__}: {error}".strip()
+        mistake = sentence(error)
+        log.error("%s: %s", name, mistake or "it failed", exc_info=mistake is None)
+        reason = (mistake or f"{type(error).__name__}: {error}").strip()
         failed[name] = " ".join(reason.split())
 
 
@@ -207,9 +208,8 @@ class _Steps:
 
 def _write_config(cfg: Any) -> None:
     if leads():
-        run_dir = Path(cfg.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(recorded(cfg), "utf-8")
+        with replacing(Path(cfg.run_dir) / "config.yaml") as scratch:
+            scratch.write_text(recorded(cfg), "utf-8")
 
 
 def _measures(stages: Stages, asked: list[str]) -> list[str]:
