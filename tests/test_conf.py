@@ -162,6 +162,10 @@ def test_a_plugin_that_is_not_installed_is_named() -> None:
         ("optimizer._target_=caravan.training.optim.AdamV", "caravan.training.optim.AdamW"),
         ("callbacks.best.moniter=val/MRR@10", "callbacks.best.monitor"),
         ("index.facotry=Flat", "index.factory"),
+        ("callbacks.best.monitor=val/nope", "nothing logs val/nope; "),
+        ("callbacks.best.monitor=nope", "there are val/MRR@10, val/nDCG@10, val/R@100, train/loss"),
+        ("callbacks=early_stopping callbacks.early_stopping.monitor=val/loss", "nothing logs"),
+        ("callbacks.best.monitor=train/ebae", "nothing logs train/ebae"),
     ],
 )
 def test_mistakes_over_the_real_conf(overrides: str, wanted: str) -> None:
@@ -170,6 +174,21 @@ def test_mistakes_over_the_real_conf(overrides: str, wanted: str) -> None:
     lines = str(caught.value).splitlines()
     assert len(lines) == 2, lines
     assert wanted in lines[1]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "callbacks.best.monitor=train/loss callbacks.best.mode=min",
+        "callbacks=early_stopping callbacks.early_stopping.monitor=train/accuracy",
+        "stage=adaptation backbone.max_length=512 callbacks.best.monitor=train/ebae",
+        "callbacks.best.monitor=mine/score +callbacks.mine._target_=tests.fitting.Losses",
+    ],
+)
+def test_what_the_stage_logs_can_be_monitored(overrides: str) -> None:
+    with Composer(CONF, "train", config.Train) as composer:
+        told = composer.collect(overrides.split())[1]
+    assert not [line for line in told if "monitor" in line]
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,8 @@ def test_a_right_config_has_no_mistakes(told: Callable[..., list[str]]) -> None:
         ("callbacks.mine.patience=3", "callbacks.mine (command line): it has no _target_"),
         ("callbacks.bset.monitor=x", "did you mean callbacks.best?"),
         ("callbacks.best.monitor=val/MRR@100", "nothing logs val/MRR@100; did you mean val/MRR@10"),
+        ("seed=99999999999999", "it must be at most 4294967295, not 99999999999999"),
+        ("seed=-1", "it must be at least 0, not -1"),
         ("callbacks.evaluation.measures=[MRR]", "is none of MRR@k"),
         ("callbacks.evaluation.measures=MRR@10", "a list of texts, not 'MRR@10'; write [MRR@10]"),
         ("index.k=5", "they ask for depth 10 but search keeps k=5; set index.k=10"),

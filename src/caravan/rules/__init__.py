@@ -12,7 +12,7 @@ from caravan.rules.asking import Rule
 
 RULES: list[Rule] = [
     values.contract_holds,
-    values.numbers_are_large_enough,
+    values.numbers_are_in_range,
     values.heads_divide_the_width,
     values.optimizer_can_step,
     values.trainer_can_count,

@@ -30,6 +30,11 @@ ENCODERS = (
     *("deberta", "deberta-v2", "deberta-v3", "all-minilm"),
 )
 """What encoders are called: types of transformers' models, and beginnings of names on the hub."""
+LOGGED = (
+    *("train/loss", "train/accuracy", "train/negatives", "train/gradient_norm"),
+    *("train/tokens_per_second", "train/padding", "epoch", "step"),
+)
+"""What can be monitored beside the measures of a validation."""
 GIVEN_BY_RUN = (
     *("precision", "strategy", "logger", "callbacks", "plugins", "default_root_dir"),
     *("use_distributed_sampler", "num_sanity_val_steps"),
@@ -38,18 +43,37 @@ GIVEN_BY_RUN = (
 
 
 def monitored_is_logged(cfg: DictConfig) -> Iterator[Mistake]:
-    """Checkpoints and early stopping go by a measure that the validation computes."""
+    """Checkpoints and early stopping go by what the stage or the validation logs."""
     callbacks = value(cfg, "callbacks")
     measures = [name for _, node in mappings(callbacks, ()) for name in listed(node, "measures")]
     if not measures or not all(map(MEASURE.fullmatch, measures)):
         return
     logged = [f"val/{name}" for name in measures]
+    if value(cfg, "contract.kind") == "reranker":
+        logged += [f"val/first_stage/{name}" for name in measures]
+    known = _logs_only_known(cfg)
     for path, node in mappings(callbacks, ("callbacks",)):
         watched = value(node, "monitor")
-        if isinstance(watched, str) and "@" in watched and watched not in logged:
-            near = did_you_mean(watched, logged)
-            hint = f"did you mean {near}?" if near else f"there are {', '.join(logged)}"
+        if not isinstance(watched, str) or watched in logged:
+            continue
+        if "@" in watched or (known and watched not in (*LOGGED, *_of_tasks(cfg))):
+            there = [*logged, *LOGGED[:1]]
+            near = did_you_mean(watched, there)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(there)}"
             yield Mistake((*path, "monitor"), f"nothing logs {watched}; {hint}")
+
+
+def _of_tasks(cfg: DictConfig) -> list[str]:
+    """What adaptation logs of each of its tasks."""
+    tasks = str(value(cfg, "stage.tasks") or "").split("+")
+    return [f"train/{task}{end}" for task in tasks for end in ("", "_above_floor", "_hits")]
+
+
+def _logs_only_known(cfg: DictConfig) -> bool:
+    """Whether all that may log comes from Caravan or Lightning; other code logs what it likes."""
+    nodes = [node for name in ("callbacks", "stage") for _, node in mappings(value(cfg, name), ())]
+    targets = [str(value(node, "_target_") or "caravan.") for node in nodes]
+    return all(target.startswith(("caravan.", "pytorch_lightning.")) for target in targets)
 
 
 def best_checkpoints_have_names(cfg: DictConfig) -> Iterator[Mistake]:

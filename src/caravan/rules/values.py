@@ -69,6 +69,8 @@ AT_LEAST = {
     "trainer.max_epochs": -1,
 }
 
+AT_MOST = {"seed": 2**32 - 1}  # of numpy's generators
+
 
 def contract_holds(cfg: DictConfig) -> Iterator[Mistake]:
     """Pooling, temperature, lengths and templates, as `Contract` wants them."""
@@ -87,12 +89,16 @@ def contract_holds(cfg: DictConfig) -> Iterator[Mistake]:
         return  # the walk tells those
 
 
-def numbers_are_large_enough(cfg: DictConfig) -> Iterator[Mistake]:
-    """Lengths, counts and budgets."""
+def numbers_are_in_range(cfg: DictConfig) -> Iterator[Mistake]:
+    """Lengths, counts, budgets and seeds."""
     for place, least in AT_LEAST.items():
         given = value(cfg, place)
         if is_number(given) and given < least:
             yield Mistake(tuple(place.split(".")), f"it must be at least {least}, not {given}")
+    for place, most in AT_MOST.items():
+        given = value(cfg, place)
+        if is_number(given) and given > most:
+            yield Mistake(tuple(place.split(".")), f"it must be at most {most}, not {given}")
 
 
 def heads_divide_the_width(cfg: DictConfig) -> Iterator[Mistake]:
