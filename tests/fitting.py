@@ -20,7 +20,8 @@ from caravan.data.negatives import Negatives
 from caravan.data.runs import Run, write_run
 from caravan.retrieval.index import Faiss
 from caravan.training.adaptation import Adaptation
-from caravan.training.callbacks import AtomicCheckpoints, ResumePoint, Throughput
+from caravan.training.callbacks import ResumePoint, Throughput
+from caravan.training.checkpoints import AtomicCheckpoints
 from caravan.training.evaluation import RerankingEvaluation, RetrievalEvaluation
 from caravan.training.gradcache import GradCache
 from caravan.training.losses import InfoNCE

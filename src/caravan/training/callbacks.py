@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.loggers import TensorBoardLogger
 
-from caravan.atomic import replacing
 from caravan.batches import RerankBatch, TrainBatch
+from caravan.training.checkpoints import LAST, absolute, relative
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +72,16 @@ def named(metrics: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in found.items())
 
 
+class TensorBoard(TensorBoardLogger):
+    """Lightning's logger, with the number of finished updates as the step of each value.
+
+    Lightning counts from 0: without this, a validation after update 40 would be at step 39.
+    """
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        super().log_metrics(metrics, None if step is None else step + 1)
+
+
 class Throughput(pl.Callback):
     """Logs tokens a second and the share of padding, over the steps since the last log."""
 
@@ -122,7 +131,8 @@ class ResumePoint(Checkpoint):
     validation follows: a run that is killed during the validation must do it again. (A `Checkpoint`
     is called after the other callbacks, and after the best checkpoint, whose state it must hold.)
     Nor is it written between the batches of one update, for gradients are in no checkpoint. That
-    the run was told to stop is kept, since what told it (early stopping) has had its say.
+    the run was told to stop is kept, since what told it (early stopping) has had its say. Paths of
+    callbacks, such as that of the best checkpoint, are relative to run_dir, which may be moved.
 
     Args:
         folder: where the checkpoints lie.
@@ -130,7 +140,7 @@ class ResumePoint(Checkpoint):
     """
 
     def __init__(self, folder: str, every_n_steps: int = 100) -> None:
-        self.path = Path(folder) / "last.ckpt"
+        self.path = Path(folder) / LAST
         self.every_n_steps = every_n_steps
         self._saved_at = 0
 
@@ -157,11 +167,13 @@ class ResumePoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["should_stop"] = trainer.should_stop
+        checkpoint["callbacks"] = relative(checkpoint["callbacks"], Path(trainer.default_root_dir))
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         trainer.should_stop = checkpoint.get("should_stop", False)
+        checkpoint["callbacks"] = absolute(checkpoint["callbacks"], Path(trainer.default_root_dir))
 
     def _save(self, trainer: pl.Trainer) -> None:
         self._saved_at = trainer.global_step
@@ -188,13 +200,3 @@ def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
         return batch_idx + 1 >= trainer.num_training_batches
     counted = trainer.fit_loop.total_batch_idx if epochs is None else batch_idx
     return (counted + 1) % int(every) == 0
-
-
-class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it: a kill leaves the old or the new."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
-        with replacing(Path(path), alone=True) as scratch, scratch.open("wb") as file:
-            torch.save(checkpoint, file)

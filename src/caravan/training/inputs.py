@@ -94,6 +94,59 @@ def _without(tree: Any, run_dir: str) -> Any:
     return tree.replace(run_dir, "<run_dir>") if isinstance(tree, str) else tree
 
 
+def file_digests(folder: Path) -> dict[str, str]:
+    """The digest of each file of a model folder but its card, which may be written again."""
+    return {
+        path.relative_to(folder).as_posix(): manifest.content_digest(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "README.md"
+    }
+
+
+def finished(model_dir: Path, inputs: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    """The facts of a finished training from these inputs; None if there is none.
+
+    Raises:
+        InputError: files of its model folder are missing or have changed, and `resume`, which
+            writes them again, is off.
+    """
+    if not manifest.matches(model_dir, inputs):
+        return None
+    facts = _section(manifest.read(model_dir), "facts")
+    if "best" not in facts:
+        return None
+    there, recorded = file_digests(model_dir), _section(facts, "files")
+    damaged = [name for name, digest in recorded.items() if there.get(name) != digest]
+    if damaged:
+        told = f"{model_dir}: {damaged[0]} is missing or has changed since the training wrote it"
+        if not resume:
+            raise InputError(
+                f"{told}; write the folder again with resume=true, or put back a copy of the file"
+            )
+        log.warning("%s; the folder is written again", told)
+        return None
+    changed = _other_versions(facts)
+    if changed:
+        log.info("%s was trained under other versions: %s", model_dir, changed)
+    return facts
+
+
+def _section(record: dict[str, Any] | None, name: str) -> dict[str, Any]:
+    """A mapping within a manifest; empty where it is missing or something else."""
+    found = (record or {}).get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _other_versions(facts: dict[str, Any]) -> str:
+    """How the versions in a manifest's facts differ from those of now: `torch 2.9.0 -> 2.13.0`."""
+    before, now = _section(facts, "versions"), manifest.versions()
+    return ", ".join(
+        f"{name} {before.get(name, 'unknown')} -> {version}"
+        for name, version in now.items()
+        if before.get(name) != version
+    )
+
+
 def refuse_other_run(run_dir: Path, begun: Path, inputs: dict[str, Any], resume: bool) -> None:
     """Neither overwrite a run nor continue one that is another."""
     kept = ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "model")
@@ -116,6 +169,13 @@ def refuse_other_run(run_dir: Path, begun: Path, inputs: dict[str, Any], resume:
     for line in changed:
         if not _is_of(line, _NO_INPUTS):
             log.warning("resumed with another setting: %s", line)
+    versions = _other_versions(_section(manifest.read(begun), "facts"))
+    if versions:
+        log.warning(
+            "resumed under other versions, so the weights may differ from those of an uninterrupted"
+            " run: %s",
+            versions,
+        )
 
 
 def _is_of(difference: str, places: Sequence[str]) -> bool:

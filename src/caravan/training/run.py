@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from caravan import manifest
+from caravan.atomic import replacing, writing
 from caravan.config import build, recorded
 from caravan.contract import Contract
 from caravan.data.collection import Collection
-from caravan.errors import InputError
+from caravan.errors import InputError, first_line
 from caravan.ranks import leads, world
-from caravan.training.inputs import inputs_of, refuse_other_run
+from caravan.training.inputs import file_digests, finished, inputs_of, refuse_other_run
 from caravan.trust import SETTING
 
 log = logging.getLogger(__name__)
@@ -53,27 +54,28 @@ def train(cfg: Any) -> float | None:
         collection.qrels(source.dev_split)  # a missing one is told before a model is made
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     inputs = inputs_of(settings, collection)
-    model_dir, checkpoint = run_dir / "model", run_dir / "checkpoints" / "last.ckpt"
-    if manifest.matches(model_dir, inputs):
-        facts = (manifest.read(model_dir) or {})["facts"]
+    model_dir = run_dir / "model"
+    facts = finished(model_dir, inputs, cfg.resume)
+    if facts is not None:
         log.info("%s is there already, from the same settings and data", model_dir)
         return facts["best"]
     begun = run_dir / "config.yaml"
     if leads():
         refuse_other_run(run_dir, begun, inputs, cfg.resume)
         # A kill between any two of these lines leaves nothing that claims to be what it is not.
-        manifest.write(begun, inputs)
-        begun.write_text(recorded(cfg), "utf-8")
+        manifest.write(begun, inputs, {"versions": manifest.versions()})
+        with replacing(begun) as scratch:
+            scratch.write_text(recorded(cfg), "utf-8")
         manifest.remove(model_dir)
     if cfg.trainer.max_steps == 0:
         _adopt(cfg, collection, run_dir)
         best = None
     else:
-        last = checkpoint if cfg.resume and checkpoint.exists() else None
-        best = _fit(cfg, source, collection, run_dir, last)
+        best = _fit(cfg, source, collection, run_dir)
         log.info("curves: tensorboard --logdir %s", run_dir / "tensorboard")
     if leads():
-        manifest.write(model_dir, inputs, {"best": best})
+        record = {"best": best, "versions": manifest.versions(), "files": file_digests(model_dir)}
+        manifest.write(model_dir, inputs, record)
         log.info("model folder %s", model_dir)
     return best
 
@@ -151,19 +153,19 @@ def _adopt(cfg: Any, collection: Collection | None, run_dir: Path) -> None:
     write(run_dir / "model", tokenizer=module.tokenizer)
 
 
-def _fit(
-    cfg: Any, source: Any, collection: Any, run_dir: Path, checkpoint: Path | None
-) -> float | None:
+def _fit(cfg: Any, source: Any, collection: Any, run_dir: Path) -> float | None:
     import torch
-    from pytorch_lightning.callbacks import LambdaCallback
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+    from pytorch_lightning.callbacks import LambdaCallback, LearningRateMonitor
 
     from caravan.models import hardware
     from caravan.models.backbone import parameter_counts
-    from caravan.training.callbacks import AtomicCheckpoints
+    from caravan.training.checkpoints import AtomicCheckpoints, refused, resumable
     from caravan.training.facts import first_lines, memory_needed, memory_used
     from caravan.training.optim import updates
     from caravan.training.sharding import FullySharded
 
+    checkpoint = resumable(run_dir / "checkpoints") if cfg.resume else None
     module = _module(cfg, collection)
     precision = hardware.resolve(cfg.precision)
     module.bf16 = precision == "bf16"
@@ -177,11 +179,14 @@ def _fit(
         parts["callbacks"]["progress"] = None
         parts["trainer"].keywords["enable_progress_bar"] = False
     callbacks = [callback for callback in parts["callbacks"].values() if callback is not None]
+    loggers = [logger for logger in (parts["logger"] or {}).values() if logger is not None]
+    if not loggers:  # which Lightning would refuse
+        callbacks = [one for one in callbacks if not isinstance(one, LearningRateMonitor)]
     trainer = _trainer(
         parts["trainer"],
         precision=hardware.trainer_precision(precision),
         strategy=parts["strategy"],
-        logger=[logger for logger in parts["logger"].values() if logger is not None],
+        logger=loggers,
         callbacks=callbacks,
         plugins=[AtomicCheckpoints()],
         default_root_dir=run_dir,
@@ -219,9 +224,17 @@ def _fit(
         _validate_at_least_once(trainer, batches)
     started = time.monotonic()
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        with writing(run_dir / "tensorboard"):  # other files are named where they are written
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except InputError as error:
         raise _without_traceback(error) from None
+    except MisconfigurationException as error:
+        raise InputError(f"trainer, callbacks: {first_line(error)}; change that setting") from None
+    except Exception as error:
+        mistake = refused(error, checkpoint)
+        if mistake is None:
+            raise
+        raise mistake from None
     seconds = time.monotonic() - started
     return _leave(cfg, module, data, trainer, run_dir, seconds, memory_used(trainer, needed))
 
@@ -256,21 +269,19 @@ def _leave(
     memory: float | None,
 ) -> float | None:
     """The model folder of the best weights, and figures; returns the best of what is monitored."""
-    import torch
-
     from caravan.cards.folder import write
     from caravan.models import folder
     from caravan.models.backbone import parameter_counts
+    from caravan.training.checkpoints import best_weights
     from caravan.training.facts import of_data, recipe
 
     told = {**of_data(build(cfg, "data")["data"], data), "recipe": recipe(cfg)}
     watched = trainer.checkpoint_callback
-    best_path = Path(getattr(watched, "best_model_path", "") or "")
+    best_path = getattr(watched, "best_model_path", "")
     best = None
-    if best_path.is_file():
-        state = torch.load(best_path, map_location="cpu", weights_only=True, mmap=True)
-        module.load_weights(state["state_dict"])
-        best = float(watched.best_model_score)
+    if best_path:
+        module.load_weights(best_weights(Path(best_path)))
+        best = None if watched.monitor is None else float(watched.best_model_score)
     read = {
         length: _read_at(length, trainer, module, data)
         for length in (cfg.validation.read_lengths if data.dev_split is not None else ())

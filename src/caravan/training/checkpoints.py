@@ -1,0 +1,169 @@
+"""Checkpoints on disk: written whole, verified before a resume, independent of where run_dir lies.
+
+A checkpoint is a zip archive with a checksum of each part. A resume reads `last.ckpt`, or if that
+is damaged `best.ckpt`, which holds the whole state of training too, as of an earlier update.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+from torch import Tensor
+
+from caravan.atomic import replacing
+from caravan.errors import InputError, first_line
+from caravan.ranks import leads
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+_PARTS = {
+    "state_dict": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": dict,
+    "callbacks": dict,
+    "epoch": int,
+    "global_step": int,
+}
+_RUN_DIR = "<run_dir>"
+
+log = logging.getLogger(__name__)
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it: a kill leaves the old or the new."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        with replacing(Path(path), alone=True) as scratch, scratch.open("wb") as file:
+            torch.save(checkpoint, file)
+
+
+def resumable(folder: Path) -> Path | None:
+    """The checkpoint to resume from: `last.ckpt`, or `best.ckpt` if that one is damaged.
+
+    Returns:
+        None if there is no checkpoint.
+
+    Raises:
+        InputError: neither can be used.
+    """
+    last, best = folder / LAST, folder / BEST
+    if not last.exists():
+        return None
+    reason = damage(last)
+    if reason is None:
+        return last
+    if best.exists() and damage(best) is None:
+        if leads():
+            log.warning("%s is damaged (%s); resuming from %s", last, reason, best)
+        return best
+    raise InputError(
+        f"{last} is damaged ({reason}), and there is no other checkpoint to resume from; put back a"
+        f" copy of the file, or remove {folder} to train from the start"
+    )
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole. Reads all of the file."""
+    if not path.is_file():
+        return "it is missing"
+    if not path.stat().st_size:
+        return "it is empty"
+    if not zipfile.is_zipfile(path):
+        return "it is cut short, or no checkpoint"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:
+                return f"the checksum of its part {part} is wrong"
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return _lacking(state)
+    except PermissionError:
+        raise
+    except Exception as error:  # noqa: BLE001 - damaged bytes raise anything
+        # torch would recommend to load whatever is in it, code included.
+        told = "it holds objects that no checkpoint has" if "weights_only" in str(error) else ""
+        return told or first_line(error)
+
+
+def _lacking(state: Any) -> str | None:
+    """What a checkpoint that can be read does not have."""
+    if not isinstance(state, dict):
+        return "it holds no state of training"
+    for name, kind in _PARTS.items():
+        if not isinstance(state.get(name), kind):
+            return f"it has no {name}"
+    weights, optimizers = state["state_dict"], state["optimizer_states"]
+    if not weights or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        return "it has no weights"
+    shapes: Counter[tuple[int, ...]] = Counter()
+    for optimizer in optimizers:
+        if not isinstance(optimizer, dict) or not {"state", "param_groups"} <= optimizer.keys():
+            return "it has no state of the optimizer"
+        shapes.update(
+            tuple(moments["exp_avg"].shape)
+            for moments in optimizer["state"].values()
+            if "exp_avg" in moments
+        )
+    if not optimizers:
+        return "it has no state of the optimizer"
+    if not shapes <= Counter(tuple(weight.shape) for weight in weights.values()):
+        return "its weights and its optimizer have different shapes"
+    return None
+
+
+def best_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of the best checkpoint, at the end of training.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    reason = damage(path)
+    if reason is not None:
+        raise InputError(
+            f"{path}, the best checkpoint, is damaged ({reason}); put back a copy of the file and"
+            f" repeat the command with resume=true, or remove {path.parent} to train from the start"
+        )
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return state["state_dict"]
+
+
+def refused(error: Exception, path: Path | None) -> InputError | None:
+    """The sentence for an error of restoring a checkpoint; None if it has another origin."""
+    restoring = any(
+        frame.f_code.co_filename.endswith("checkpoint_connector.py")
+        and frame.f_code.co_name.startswith(("restore", "resume"))
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+    if path is None or not restoring or isinstance(error, torch.OutOfMemoryError | InputError):
+        return None
+    return InputError(
+        f"{path} cannot be restored ({first_line(error)}); remove it to resume from an earlier"
+        f" checkpoint or to train from the start"
+    )
+
+
+def relative(state: Any, run_dir: Path) -> Any:
+    """A copy of callbacks' state in which paths below run_dir name it as `<run_dir>`."""
+    return _mapped(state, os.path.realpath(run_dir), _RUN_DIR)
+
+
+def absolute(state: Any, run_dir: Path) -> Any:
+    """A copy of what `relative` returned, for where run_dir is now."""
+    return _mapped(state, _RUN_DIR, os.path.realpath(run_dir))
+
+
+def _mapped(tree: Any, old: str, new: str) -> Any:
+    if isinstance(tree, dict):
+        return {_mapped(key, old, new): _mapped(value, old, new) for key, value in tree.items()}
+    if isinstance(tree, str) and (tree == old or tree.startswith(old + os.sep)):
+        return new + tree[len(old) :]
+    return tree
