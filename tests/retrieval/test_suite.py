@@ -219,7 +219,7 @@ def test_one_index_is_held_at_a_time(
 
 
 def test_a_wrong_setting_is_told_before_any_collection(home: Path, tmp_path: Path) -> None:
-    with pytest.raises((InputError, InstantiationException), match="k1=-1") as caught:
+    with pytest.raises((InputError, InstantiationException), match="k1 is -1") as caught:
         evaluate(home, tmp_path / "run", "bm25", NAMES, "bm25.k1=-1")
     assert "failed" not in str(caught.value)
     assert not (tmp_path / "run").exists()
