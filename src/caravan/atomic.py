@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, and locks: what a kill or a full disk cannot break.
+"""Atomic writes of files and folders, and locks, which survive a kill or a full disk.
 
 A file is written as `.<name>.<8 hex digits>.part` beside its path and renamed at the end, so a kill
 leaves the old content or the new. The process holds a lock on the scratch while it writes; the next
@@ -204,7 +204,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 @contextmanager
 def claimed(run_dir: Path) -> Iterator[None]:
-    """Hold a run_dir for one training or evaluation, and delete what a killed one left half.
+    """Hold a run_dir for one training or evaluation; delete unfinished files of a killed one.
 
     Raises:
         InputError: another process holds it.

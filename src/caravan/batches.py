@@ -225,7 +225,7 @@ class TrainBatch:
     passages: Packed  # Q * G texts, group by group
     passage_rows: Tensor  # [Q, G] int64; column 0 is the positive
     passage_keys: Tensor  # [Q, G] int64, a digest of each passage's title and text
-    # [Q, M] int64, digests of what is never a negative of the query: its positives and the passage
+    # [Q, M] int64, digests of what is never a negative: the positives of a query and the passage
     # with its id; filled up by repeating the first
     excluded_keys: Tensor
     teacher: Tensor | None = None  # [Q, G] float32, a teacher's scores; NaN where it has none

@@ -188,7 +188,7 @@ class Composer:
         return result
 
     def _left_aside(self, cfg: DictConfig, overrides: list[str], place: Places) -> Iterator[str]:
-        """Choices that came to nothing, since a file that is read later sets the group to null."""
+        """Choices without effect, since a file that is read later sets the group to null."""
         for text in filter(self.vet.is_group, overrides):
             if text.startswith("~"):  # just what it asks for
                 continue
@@ -310,7 +310,7 @@ class Places:
 
 
 def _of_hydra(cfg: DictConfig) -> Iterator[str]:
-    """Settings of Hydra's that would tear a run apart."""
+    """Hydra settings that would split a run over two folders."""
     run_dir, log_dir = asking.value(cfg, "run_dir"), asking.value(cfg, "hydra.run.dir")
     if isinstance(run_dir, str) and log_dir is not None and log_dir != run_dir:
         yield f"hydra.run.dir: it moves the log alone; write run_dir={log_dir} instead"

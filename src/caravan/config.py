@@ -252,7 +252,7 @@ def mistakes(cfg: DictConfig, root: type = Train) -> list[Mistake]:
         try:
             found += [mistake for mistake in rule(cfg) if mistake.path not in wrong]
         except OmegaConfBaseException:
-            if not found:  # else the rule met a value that is broken, which is told already
+            if not found:  # else the rule met a broken value, which is reported already
                 raise
     return found
 

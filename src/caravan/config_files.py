@@ -1,4 +1,4 @@
-"""Hydra's access to config files, which refuses a file that would take for ever to compose.
+"""Hydra's access to config files; refuses a file that would take forever to compose.
 
 A few lines of YAML with aliases of aliases stand for millions of values, and Hydra and OmegaConf
 copy each of them several times.
@@ -37,7 +37,7 @@ class Repository(ConfigRepository):
 
 
 def _refuse_too_large(file: Path) -> None:
-    """Refuse a file that nests deeper, or whose aliases stand for more, than any config does.
+    """Refuse a file that is nested deeper, or expands to more values, than any config does.
 
     Raises:
         InputError: with the file and the line.

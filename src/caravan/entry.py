@@ -1,7 +1,7 @@
 """The command line of `train.py`, `evaluate.py` and search: check everything, then run the job.
 
-Before Hydra starts, the config is composed and every mistake in it told at once, for a sweep those
-of all its jobs; nothing heavy has been imported by then. A mistake of the user's ends with exit
+Before Hydra starts, the config is composed and all its mistakes are reported together, for a sweep
+those of all its jobs, before anything heavy is imported. A mistake of the user's ends with exit
 code 2 and no traceback, Ctrl-C with 130; any other exception keeps its traceback.
 
     @entry("train")
@@ -86,7 +86,7 @@ def entry(
             _keep_freed_memory()
             _bound_kernels()
             _raise_file_limit()
-            # Exceptions come through Hydra whole, to be told apart here.
+            # Hydra passes exceptions on unchanged, and they are classified here.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             # A log file on a full disk would print a traceback for each line.
             logging.raiseExceptions = False
@@ -128,7 +128,7 @@ def entry(
 
 
 def _job(task: Task, root: type) -> Task:
-    """One job: its run_dir, its check, and a mistake of the user's as one sentence."""
+    """One job: set its run_dir, check it, and report a mistake of the user's in one sentence."""
 
     @functools.wraps(task)
     def job(cfg: DictConfig) -> Any:
@@ -171,7 +171,7 @@ def _job(task: Task, root: type) -> Task:
 
 
 def _job_of_sweep(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
-    """One job of a sweep: what became of it stays in its folder, and the next job follows.
+    """One job of a sweep: record its outcome in its folder, then continue with the next job.
 
     A sweep that is started again goes on: what is finished is not done again, what was interrupted
     is resumed.
@@ -188,7 +188,7 @@ def _job_of_sweep(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
         if leads():
             lines = (mistake or str(error)).strip().splitlines()
             told = f"{type(error).__name__}: {''.join(lines[:1])}"
-            if mistake:  # a heading says less than what stands below it
+            if mistake:  # the line after a heading has the mistake
                 told = " ".join(line.strip() for line in lines[:2])
             jobs.write(run_dir, overrides, jobs.FAILED, told)
             log.error(mistake if mistake else "the job failed", exc_info=mistake is None)
@@ -199,7 +199,7 @@ def _job_of_sweep(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
 
 
 class _Failed(Exception):  # noqa: N818
-    """A job of a sweep has failed, and that is told and recorded."""
+    """A job of a sweep has failed, and that is logged and recorded."""
 
 
 def _end_of_sweep(folder: Path, failed: bool) -> None:
@@ -220,7 +220,7 @@ def _end_of_sweep(folder: Path, failed: bool) -> None:
 
 
 def _sentence(error: BaseException) -> str | None:
-    """What an exception reports to the user, Hydra's own included; None where it is a defect."""
+    """The message of an exception for the user, Hydra's own included; None if it is a defect."""
     if isinstance(error, InterpolationResolutionError):
         where = f"{error.full_key}: its" if error.full_key else "a"
         return f"{where} value cannot be found: {first_line(error)}"

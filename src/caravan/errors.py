@@ -1,4 +1,4 @@
-"""The one exception that speaks to the user, how commands answer it, and what ends a run early.
+"""`InputError`, how commands report it, and exceptions that end a run early.
 
 Whatever a user can get wrong (a file, a setting, a folder) is raised as `InputError` with one
 sentence: what is wrong, where (file and line), and the remedy. The entry files and commands print
@@ -24,13 +24,13 @@ FAILED, USER, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave, told in one sentence with its place and its remedy."""
+    """A mistake in what the user gave, reported in one sentence with its place and its remedy."""
 
 
 LONGEST = 400
 """Characters of a library's message that are quoted: some contain the whole value of a file."""
 WORKER_TERMINATED = "is killed by signal: Terminated"
-"""What a loader says of a worker that was terminated first: schedulers terminate all processes."""
+"""A loader's message about a terminated worker: schedulers terminate all processes."""
 
 
 def is_termination(error: BaseException) -> bool:
@@ -69,7 +69,7 @@ def disk_error(error: BaseException) -> int | None:
 
 
 def sentence(error: BaseException) -> str | None:
-    """What an exception reports to the user; None where it is a defect.
+    """The message of an exception for the user; None if it is a defect.
 
     A file that the system does not let one read or write is the user's to look after, and so is
     memory, or a process that the system has killed.
@@ -244,7 +244,7 @@ def reason(error: BaseException) -> str:
 
 
 def answering(work: Callable[[], object]) -> int:
-    """Do the work of a command; returns its exit code, with a mistake told on standard error."""
+    """Do the work of a command; returns its exit code, with a mistake printed on standard error."""
     try:
         work()
     except KeyboardInterrupt:

@@ -70,7 +70,7 @@ class Vet:
             if meant:
                 what = f"{self.name} has no setting {key!r}; did you mean {meant}?"
                 return f"{text} (command line): {what}", None
-            # Added by force even where it is unknown: the walk over all keys tells what was meant.
+            # Force-added even if unknown: the walk over all keys suggests what was meant.
             return None, text if root in self.known else f"++{text.lstrip('+')}"
         if root not in self.known and root not in WHOLE:
             return f"{text} (command line): {self.name} has no group {key!r}", None

@@ -1,8 +1,8 @@
-"""What is looked at before Hydra starts: the config of a run, or those of a sweep's jobs.
+"""Checks before Hydra starts: the config of a run, or those of a sweep's jobs.
 
     argv = preflight(sys.argv[1:], Path("conf"), "train", Train)
 
-Nothing heavy is imported by then, and every mistake is told at once.
+They import nothing heavy and report all mistakes together.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from caravan.ranks import world
 
 SWEEP_DIR = "hydra.sweep.dir="
 MOST_JOBS = 24
-"""Jobs of a sweep that are checked before it starts; each is checked again when its turn comes."""
+"""Jobs of a sweep that are checked before it starts; each is checked again when it starts."""
 MOST_VALUES = 10_000
 """Values of one key in a sweep."""
 
@@ -136,7 +136,7 @@ def _parsed(composer: Composer, overrides: list[str]) -> list[Override]:
         try:
             parsed.append(composer.vet.parse(text))
         except HydraException:
-            continue  # told when the jobs are checked
+            continue  # reported when the jobs are checked
     return parsed
 
 
@@ -229,7 +229,7 @@ def _sweep_file(
     try:
         cfg = composer.compose(overrides) if cfg is None else cfg
     except FAILURES:
-        return [], False, ""  # told when the jobs are checked
+        return [], False, ""  # reported when the jobs are checked
     params = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
     asked = cfg.hydra.mode == RunMode.MULTIRUN
     sweeper = str(OmegaConf.select(cfg, "hydra.sweeper._target_"))
@@ -258,7 +258,7 @@ def _cannot_be_run(composer: Composer, override: Override, sweeper: str) -> Iter
 def _values(composer: Composer, override: Override) -> list[str]:
     """The values that one key takes; none if a sweeper has to choose them (an interval).
 
-    They are as they were typed, where that can be told: a text is not the number that Hydra reads.
+    They stay as typed where possible: a text is not the number that Hydra parses.
     """
     text = override.get_value_string() if "=" in str(override.input_line) else ""
     if not _sweeps(override):

@@ -1,4 +1,4 @@
-"""What a program prints about itself: its groups and options for --help, and a short usage."""
+"""Help texts of a program: groups and options for --help, and a short usage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COMMAND = re.compile(r"^# python (\w+)\.py\b.*?\b(?:experiment|sweep)=([\w/-]+)"
 
 
 def bare(conf: Path, name: str, program: str) -> str:
-    """What a program prints that is started without arguments: what it does, and first commands.
+    """The text for a program that is started without arguments: its purpose and first commands.
 
     Args:
         conf: the folder of the configs.

@@ -43,7 +43,7 @@ MARKERS = {
     "Nodes": (Kind("nodes"),),
 }
 NAMES = (Kind("str"), Kind("sequence", inner=ast.Name("str"), scope="builtins"), Kind("none"))
-"""What the annotation `Names` allows: a name, a list of names, or null, which a rule looks at."""
+"""What the annotation `Names` allows: a name, a list of names, or null, which a rule checks."""
 Path = tuple[str | int, ...]
 
 

@@ -151,7 +151,7 @@ class Groups(Dataset[Any]):
         return Unpacked(TrainBatch, fields, *how)
 
     def _excluded(self, query_rows: np.ndarray) -> np.ndarray:
-        """Digests of what is never a negative of each query, [Q, M] int64."""
+        """Digests of passages that are never negatives of each query, [Q, M] int64."""
         rows = [self.negatives.excluded(int(row)) for row in query_rows]
         keys = text_keys(self.collection.corpus.get(np.concatenate(rows)))
         each = np.split(keys, np.cumsum([len(of) for of in rows])[:-1])

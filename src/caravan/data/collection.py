@@ -49,7 +49,7 @@ class Qrels:
     passage_rows: np.ndarray  # [N] int64
     grades: np.ndarray  # [N] int32; relevant from 1 on, negative grades are allowed
     unknown: Unknown = field(default_factory=Unknown)
-    """Judgements of ids that the collection lacks: measures count them, nothing else does."""
+    """Judgements of ids that are not in the collection: only measures count them."""
 
     def __post_init__(self) -> None:
         queries = np.asarray(self.query_rows, dtype=np.int64)

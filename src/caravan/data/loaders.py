@@ -127,7 +127,7 @@ def text_loader(
 
 
 def release_free_memory() -> None:
-    """Give back to the system what the allocator keeps for later (glibc; elsewhere nothing).
+    """Return free memory of the allocator to the system (glibc only).
 
     A process that forks with gigabytes of it keeps them twice: the parent writes to its copy, and
     the worker holds the other.
@@ -144,7 +144,7 @@ def _start_worker(_: int) -> None:
     # torch's handler would blame shared memory, which is not in use, before the worker dies.
     signal.signal(signal.SIGBUS, signal.SIG_DFL)
     # By default a failure of the thread that sends the batches is printed, and the main process
-    # waits for the batch for ever. The death of a worker is noticed.
+    # waits for the batch forever. The death of a worker is noticed.
     Queue._on_queue_feeder_error = staticmethod(_cannot_send)  # type: ignore[attr-defined]
 
 

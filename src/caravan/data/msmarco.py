@@ -128,7 +128,7 @@ def trec_documents(file: Path) -> Iterator[tuple[int, tuple[str, str]]]:
     """(line number of <DOC>, (id, what stands between <TEXT> and </TEXT>)) of each document.
 
     Raises:
-        InputError: a document lacks a tag, has an id or a text twice, or has text beside the tags.
+        InputError: a document has no such tag, two ids or texts, or text beside the tags.
     """
     start = 0  # line of the <DOC>
     name, text, state = "", list[str](), "before"  # the text

@@ -24,7 +24,7 @@ class BiEncoder(nn.Module):
         contract: gives pooling and normalisation.
 
     Raises:
-        InputError: the backbone looks another way than the contract says, or has fewer positions
+        InputError: the backbone's attention differs from the contract's, or has fewer positions
             than a text may have tokens.
     """
 

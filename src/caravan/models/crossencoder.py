@@ -60,8 +60,8 @@ class CrossEncoder(nn.Module):
         contract: says which state the head reads.
 
     Raises:
-        InputError: the head would read a state that says nothing, the model looks another way
-            than the contract says, or has fewer positions than a pair may have tokens.
+        InputError: the head would read a state of no use, the model's attention differs from the
+            contract's, or has fewer positions than a pair may have tokens.
     """
 
     def __init__(self, scorer: nn.Module, contract: Contract) -> None:

@@ -107,7 +107,7 @@ def _of(name: str, run: Path, home: Path, record: dict[str, Any]) -> System:
     refuse_partial(home, record)
     of = record["collection"]
     stages = {stage["run"]: stage for stage in record.get("stages", ())}
-    # The measures that were asked for, if the run is as deep as they look or not.
+    # The requested measures, whether or not the run is deep enough for them.
     measures = (*record["overall"], *record["too_deep"])
     depth = stages.get(f"runs/{run.name}", {}).get("depth")
     return System(name, run, home, (of["name"], of["digest"]), record["split"], measures, depth)

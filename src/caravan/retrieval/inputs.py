@@ -105,7 +105,7 @@ def record_of(run_dir: Path) -> Path:
 
 
 def _failed(metrics: Path) -> bool:
-    """Whether the mean that is there lacks collections that failed."""
+    """Whether collections that failed are missing from the existing mean."""
     try:
         return bool(manifest.read_json(metrics).get("failed"))
     except InputError:

@@ -294,7 +294,7 @@ class BM25:
         }
 
 
-def _mapped(path: Path, kind: type, size: tuple[int]) -> np.ndarray:
+def _mapped(path: Path, kind: type, size: tuple[int]) -> np.memmap:
     """A new array that is written through a memory map."""
     array = np.lib.format.open_memmap(path, "w+", kind, size)
     reserve(path)

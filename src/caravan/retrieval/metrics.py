@@ -137,7 +137,7 @@ def per_query(run: Run, qrels: Qrels, measures: Sequence[str]) -> dict[str, np.n
 
     judged = _positions(qrels.query_rows, queries)
     grades = _grades(query, passage_rows, judged, qrels.passage_rows, qrels.grades)
-    # what the corpus lacks is in the ideal ranking and among the relevant passages
+    # passages that are not in the corpus count in the ideal ranking and as relevant passages
     judged = np.concatenate([judged, _positions(qrels.unknown.query_rows, queries)])
     judged_grades = np.concatenate([qrels.grades, qrels.unknown.grades])
     return {

@@ -47,7 +47,7 @@ GIVEN_BY_RUN = (
 
 
 def monitored_is_logged(cfg: DictConfig) -> Iterator[Mistake]:
-    """Checkpoints and early stopping go by what the stage or the validation logs."""
+    """Checkpoints and early stopping monitor a value that the stage or the validation logs."""
     callbacks = value(cfg, "callbacks")
     measures = [name for _, node in mappings(callbacks, ()) for name in listed(node, "measures")]
     if not measures or not all(map(MEASURE.fullmatch, measures)):
@@ -74,7 +74,7 @@ def _of_tasks(cfg: DictConfig) -> list[str]:
 
 
 def _logs_only_known(cfg: DictConfig) -> bool:
-    """Whether all that may log comes from Caravan or Lightning; other code logs what it likes."""
+    """Whether only Caravan and Lightning log values; other code may log any name."""
     nodes = [node for name in ("callbacks", "stage") for _, node in mappings(value(cfg, name), ())]
     targets = [str(value(node, "_target_") or "caravan.") for node in nodes]
     return all(target.startswith(("caravan.", "pytorch_lightning.")) for target in targets)

@@ -113,7 +113,7 @@ def numbers_are_in_range(cfg: DictConfig) -> Iterator[Mistake]:
 
 
 def needed_keys_are_there(cfg: DictConfig) -> Iterator[Mistake]:
-    """`~index.k` takes away what the run reads, and `_partial_` is how it completes an object."""
+    """`~index.k` removes a key that the run reads; the run needs `_partial_` to add arguments."""
     for place in NEEDED:
         group, _, key = place.partition(".")
         node = value(cfg, group)

@@ -89,13 +89,13 @@ def damage(path: Path) -> str | None:
     except PermissionError:
         raise
     except Exception as error:  # noqa: BLE001 - damaged bytes raise anything
-        # torch would recommend to load whatever is in it, code included.
+        # torch would recommend loading the file unsafely, with any code in it.
         told = "it holds objects that no checkpoint has" if "weights_only" in str(error) else ""
         return told or first_line(error)
 
 
 def _lacking(state: Any) -> str | None:
-    """What a checkpoint that can be read does not have."""
+    """The entries that are missing from a readable checkpoint."""
     if not isinstance(state, dict):
         return "it holds no state of training"
     for name, kind in _PARTS.items():

@@ -163,7 +163,7 @@ class RerankingEvaluation(pl.Callback):
 def own_figures(
     run: Run, query_rows: np.ndarray, data: DataModule, measures: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Metrics [n] of this rank's share of the queries; one that the run lacks has 0."""
+    """Metrics [n] of this rank's share of the queries; a query without results has 0."""
     share = data.dev_qrels.only(query_rows)
     names = spelled(measures, data.relevant_from)
     figures = per_query(canonical(run, data.collection.corpus), share, names)
