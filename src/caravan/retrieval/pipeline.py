@@ -24,11 +24,10 @@ from caravan import manifest, suite
 from caravan.atomic import replacing
 from caravan.config import build, recorded
 from caravan.contract import FILE
-from caravan.errors import InputError, is_termination, sentence
+from caravan.errors import InputError, OccupiedError, is_termination, sentence
 from caravan.ranks import leads, world
 from caravan.retrieval.folders import Folders
 from caravan.retrieval.inputs import (
-    AnotherEvaluationError,
     inputs_of,
     record_of,
     refuse_another,
@@ -107,7 +106,7 @@ def _going_on(name: str, failed: dict[str, str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if world() > 1 or is_termination(error) or isinstance(error, AnotherEvaluationError):
+        if world() > 1 or is_termination(error) or isinstance(error, OccupiedError):
             raise
         message = sentence(error)
         log.error("%s: %s", name, message or "it failed", exc_info=message is None)
