@@ -15,6 +15,7 @@ from tests.commands import evaluate
 from tests.files import put
 from tests.tiny import write_beir
 
+from caravan.atomic import claimed
 from caravan.errors import InputError
 from caravan.report.collections import collect
 from caravan.retrieval import folders as folders_module
@@ -219,7 +220,7 @@ def test_one_index_is_held_at_a_time(
 
 
 def test_a_wrong_setting_is_told_before_any_collection(home: Path, tmp_path: Path) -> None:
-    with pytest.raises((InputError, InstantiationException), match="k1=-1") as caught:
+    with pytest.raises((InputError, InstantiationException), match="k1 is -1") as caught:
         evaluate(home, tmp_path / "run", "bm25", NAMES, "bm25.k1=-1")
     assert "failed" not in str(caught.value)
     assert not (tmp_path / "run").exists()
@@ -252,3 +253,15 @@ def test_splits_whose_measures_differ_have_means_that_say_over_how_many(
         "nDCG@10": (pytest.approx(mean), None),
         "MRR(rel=2)@10": (None, figures["marco.dl19"]["MRR(rel=2)@10"]),
     }
+
+
+def test_a_collection_whose_folder_another_evaluation_holds_is_refused(
+    home: Path, tmp_path: Path
+) -> None:
+    with (
+        claimed(tmp_path / "all/two"),
+        pytest.raises(InputError, match=r"1 of 2 collections failed.*\n  two: run_dir is in use by"),
+    ):
+        evaluate(home, tmp_path / "all", "bm25", "collections=[one,two]", SHORT)
+    assert (tmp_path / "all/one/metrics.json").exists()
+    assert not (tmp_path / "all/two/config.yaml").exists()

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from caravan import manifest, suite
-from caravan.atomic import replacing
+from caravan.atomic import claimed, replacing
 from caravan.config import build, recorded
 from caravan.contract import FILE
 from caravan.errors import InputError, OccupiedError, is_termination, sentence
@@ -53,13 +53,17 @@ def evaluate(cfg: Any) -> dict[str, Any]:
         for step in steps:
             evaluation.do(step)
         return evaluation.scored()
-    return _of_suite(cfg, steps)
+    with ExitStack() as held:
+        return _of_suite(cfg, steps, held)
 
 
-def _of_suite(cfg: Any, steps: _Steps) -> dict[str, Any]:
+def _of_suite(cfg: Any, steps: _Steps, held: ExitStack) -> dict[str, Any]:
     """Stage by stage, each over all collections, so that each model loads once.
 
     A collection that fails is told of at the end.
+
+    Args:
+        held: of the locks of the collections' folders.
     """
     run_dir = Path(cfg.run_dir)
     members = suite.each(cfg)
@@ -69,6 +73,8 @@ def _of_suite(cfg: Any, steps: _Steps) -> dict[str, Any]:
     failed: dict[str, str] = {}
     for member, one in members.items():
         with _going_on(member.folder, failed):
+            if leads():
+                held.enter_context(claimed(Path(one.run_dir)))
             evaluations[member] = _Evaluation(one, steps.folders)
     _write_config(cfg, inputs)
     records = {}
