@@ -260,7 +260,9 @@ def test_a_collection_whose_folder_another_evaluation_holds_is_refused(
 ) -> None:
     with (
         claimed(tmp_path / "all/two"),
-        pytest.raises(InputError, match=r"1 of 2 collections failed.*\n  two: run_dir is in use by"),
+        pytest.raises(
+            InputError, match=r"1 of 2 collections failed.*\n  two: run_dir is in use by"
+        ),
     ):
         evaluate(home, tmp_path / "all", "bm25", "collections=[one,two]", SHORT)
     assert (tmp_path / "all/one/metrics.json").exists()
