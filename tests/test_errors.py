@@ -127,7 +127,7 @@ def test_an_error_that_a_library_raises_over_that_of_the_disk_names_the_file_all
     ],
 )
 def test_a_rank_that_was_killed_is_reported_by_the_others(text: str) -> None:
-    assert "another process (rank) of this run has ended" in str(sentence(RuntimeError(text)))
+    assert "another process of this run has ended" in str(sentence(RuntimeError(text)))
 
 
 def test_a_log_file_that_cannot_be_opened_is_named() -> None:

@@ -75,7 +75,8 @@ def report(lines: list[str]) -> str:
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
     """The config as the job sees it."""
-    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    keys: Any = [key for key in cfg if key != "hydra"]  # a file may have numbers among its keys
+    return OmegaConf.masked_copy(cfg, keys)
 
 
 class Composer:

@@ -51,9 +51,6 @@ _CUT_SHORT = re.compile(
 )
 """How torch and numpy report a write that was cut short, without an errno."""
 
-_LOST_RANK = re.compile(r"gloo/transport/|ncclRemoteError|remote process exited")
-"""How gloo and NCCL report that a process at the other end is gone."""
-
 
 def disk_error(error: BaseException) -> int | None:
     """The errno of a write that the disk did not take, whatever library reports it; else None.
@@ -94,12 +91,6 @@ def sentence(error: BaseException) -> str | None:
     if number is not None:
         named = (one.filename for one in _chain(error) if isinstance(one, OSError))
         return _of_disk(number, next(filter(None, named), None))
-    if isinstance(error, RuntimeError) and _LOST_RANK.search(str(error)):
-        return (
-            "another process (rank) of this run has ended or cannot be reached; its own output says"
-            " why (without any, the system has killed it, as it does when memory runs out); the"
-            " same command with resume=true continues the run"
-        )
     if str(error).startswith("Unable to configure handler"):  # logging's, around the file's error
         error = error.__cause__ or error
     if isinstance(error, OSError) and error.filename is not None:
@@ -120,7 +111,9 @@ def _messages(error: RuntimeError) -> list[str]:
 
 
 _WORKER = "DataLoader worker (pid"
-_PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+_PEER_LOST = re.compile(
+    r"gloo/transport/|Connection (closed|reset) by peer|ncclRemoteError|remote process exited"
+)
 """In messages of gloo and NCCL."""
 
 
@@ -144,11 +137,11 @@ def _of_another_process(message: str) -> str | None:
                 f"a DataLoader worker {reason}; the lines above may say why, else memory may have"
                 " run out: lower num_workers, and start the same command again"
             )
-    if any(lost in message for lost in _PEER_LOST):
+    if _PEER_LOST.search(message):
         return (
-            "another process of this run has ended, and this one cannot continue without it; its"
-            " own output says why, else the system has killed it, most likely for lack of memory:"
-            " start all processes again"
+            "another process of this run has ended or cannot be reached; its own output says why,"
+            " else the system has killed it, most likely for lack of memory: start all processes"
+            " again (a training continues with resume=true)"
         )
     return None
 

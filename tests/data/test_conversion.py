@@ -99,6 +99,7 @@ def test_the_digest_of_a_large_file_is_kept_until_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "KEPT_FROM_BYTES", 4)
+    monkeypatch.setattr(files, "SETTLED_S", -1)
     file = tmp_path / "a.tsv"
     file.write_text("camel")
     os.utime(file, ns=(10**18, 10**18))
@@ -113,6 +114,7 @@ def test_the_digest_of_a_large_file_is_kept_until_it_changes(
     assert digests([file], tmp_path) == first
     kept[0].write_text("{")
     assert digests([file], tmp_path) == first
+    monkeypatch.setattr(files, "SETTLED_S", 60)
     file.write_text("salty")  # just now: it may change again within the clock's tick
     assert digests([file], tmp_path) != first
     assert json.loads(kept[0].read_text())["xxh3"] == first[0]

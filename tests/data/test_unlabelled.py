@@ -88,7 +88,7 @@ def test_the_next_chunk_of_the_same_document_is_the_target(
     data = _unlabelled(templates)
     assert len(data) == 4  # camel caravan desert | dune water oasis | salt ; route night
     order = data.permutation(0).tolist()
-    found = dict(zip(order, _sets(data[0, np.arange(4)]), strict=True))
+    found = dict(zip(order, _sets(data[0, np.arange(4)].packed()), strict=True))
 
     def ids(text: str) -> list[int]:
         return sorted(set(tokenizer(text, add_special_tokens=False)["input_ids"]))
@@ -102,7 +102,7 @@ def test_the_next_chunk_of_the_same_document_is_the_target(
 def test_a_batch_is_a_function_of_seed_epoch_and_place(templates: JointTemplates) -> None:
     data, again = _unlabelled(templates), _unlabelled(templates)
     some = (2, np.array([1, 3]))
-    assert _sets(data[some]) == _sets(again[some])
+    assert _sets(data[some].packed()) == _sets(again[some].packed())
     assert sorted(data.permutation(2).tolist()) == [0, 1, 2, 3]
     orders = {tuple(_unlabelled(templates, seed=seed).permutation(0)) for seed in range(9)}
     assert len(orders) > 1
@@ -128,7 +128,7 @@ def test_an_opening_that_ends_with_a_space_is_not_counted_twice(tokenizer: Any) 
 def test_a_task_that_is_not_trained_has_no_targets(tokenizer: Any) -> None:
     templates = JointTemplates(tokenizer, CONTRACT, PROMPTS[1:])
     data = _unlabelled(templates, tasks=("ebar",))
-    batch = data[0, np.arange(4)]
+    batch = data[0, np.arange(4)].packed()
     assert batch.counts.shape == (4, 1)
     assert int((batch.counts == 0).sum()) == 2
 

@@ -110,7 +110,7 @@ def test_embeddings_equal_plain_transformers_under_a_mask_that_hides_nothing(nam
 @pytest.mark.parametrize("name", [*DECODERS, "mixtral", "gpt2"])
 def test_the_last_token_moves_the_first_tokens_state(name: str, both: bool) -> None:
     model = _model(name)
-    contract = Contract(pooling="cls", bidirectional=both)
+    contract = Contract(pooling="cls", bidirectional=both, query_length=8, passage_length=8)
     encoder = BiEncoder(look_both_ways(model) if both else model, contract)
     with torch.no_grad():
         rows = encoder.embed(pack([[5, 6, 7, 8], [5, 6, 7, 9]], 100))

@@ -89,7 +89,7 @@ def test_a_folder_without_evaluations_is_told_in_a_sentence(
 def test_a_broken_file_is_told_in_a_sentence(tmp_path: Path) -> None:
     _evaluation(tmp_path / "a", 0.1)
     (tmp_path / "a/metrics.json").write_text('{"overall":')
-    with pytest.raises(InputError, match=r"metrics\.json is damaged"):
+    with pytest.raises(InputError, match=r"metrics\.json is not JSON"):
         collect(tmp_path)
 
 

@@ -164,7 +164,9 @@ def test_trainings_of_other_versions_are_reported(
     assert record["facts"]["versions"] == manifest.versions()
     train(beir, short, *STEPS, "trainer.max_steps=2")
     assert "versions" not in caplog.text
-    monkeypatch.setattr(manifest, "versions", lambda: {**record["facts"]["versions"], "torch": "9"})
+    monkeypatch.setattr(
+        manifest, "versions", lambda *_: {**record["facts"]["versions"], "torch": "9"}
+    )
     train(beir, short, *STEPS, "trainer.max_steps=2")
     assert "was trained under other versions: torch " in caplog.text
     train(beir, killed, *STEPS, "trainer.max_steps=2", "resume=true")
