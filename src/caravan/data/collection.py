@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -35,10 +36,19 @@ from caravan.errors import InputError
 FORMAT = 2
 """Version of the folder's layout; a folder of another version is built anew."""
 
+_FILE = re.compile(
+    r"collection\.json|(corpus|queries)\.(arrow|ids\.npy)|qrels/[^/]+\.npz|runs/[^/]+\.trec"
+)
+"""The files of a collection's folder."""
+
 OWN = "data:"
 """What the name of a run begins with that came with the collection: `data:negatives`."""
 
 log = logging.getLogger(__name__)
+
+
+class DamagedError(InputError):
+    """A collection's folder is incomplete, or not as it was written."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,8 @@ class Collection:
         it since (`caravan.manifest.is_as_written`).
 
         Raises:
-            InputError: the folder is not a collection, is broken, or is of another version.
+            DamagedError: the folder is not a collection, or is broken.
+            InputError: it is of another version.
         """
         folder = Path(folder)
         remedy = "delete the folder and start again to build it anew"
@@ -140,7 +151,7 @@ class Collection:
                 relevant_from=record["relevant_from"],
             )
         except FileNotFoundError as error:
-            raise InputError(
+            raise DamagedError(
                 f"{folder} is not a complete collection, {error.filename or error} is missing: "
                 f"{remedy}"
             ) from None
@@ -148,7 +159,9 @@ class Collection:
             raise
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
             # of JSON, Arrow and numpy alike
-            raise InputError(f"the collection in {folder} is broken ({error}): {remedy}") from None
+            raise DamagedError(
+                f"the collection in {folder} is broken ({error}): {remedy}"
+            ) from None
 
     def __reduce__(self) -> tuple[Callable[[Path], Collection], tuple[Path]]:
         return Collection.open, (self.folder,)
@@ -284,19 +297,28 @@ def cached_collection(
 ) -> Collection:
     """`cache_dir/collections/<name>-<key>`: opened if it is there, else built by `build(folder)`.
 
+    One that is damaged is built again, unless its folder has files that Caravan did not write.
     One process builds while the others (ranks, a sweep's jobs) wait for it; a lock that dies with
     its process guards this, so a killed build blocks nobody.
 
     Raises:
         InputError: the cache or the folder belongs to another user, or everybody may write to it.
+        DamagedError: the folder is damaged, and has files of somebody else or is a link.
     """
     plain = re.sub(r"[^\w.-]+", "-", name)
     folder = cache_folder(cache_dir, "collections") / f"{plain}-{key}"
-    if folder.exists():
-        return _open_cached(folder)
-    with locked(folder.parent / f".{folder.name}.lock"):
+    try:
         if folder.exists():
             return _open_cached(folder)
+    except DamagedError:
+        if not os.access(folder.parent, os.W_OK):
+            raise
+    with locked(folder.parent / f".{folder.name}.lock"):
+        try:
+            if folder.exists():
+                return _open_cached(folder)
+        except DamagedError as error:
+            _remove(folder, error)
         started = time.monotonic()
         log.info("building collection %s in %s", name, folder)
         with writing(folder):
@@ -311,6 +333,20 @@ def cached_collection(
 def _open_cached(folder: Path) -> Collection:
     refuse_foreign(folder)
     return Collection.open(folder)
+
+
+def _remove(folder: Path, damage: DamagedError) -> None:
+    """Remove a damaged collection.
+
+    Raises:
+        DamagedError: the folder is a link, or has files that no collection has.
+    """
+    files = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
+    names = (path.relative_to(folder).as_posix() for path in files)
+    if folder.is_symlink() or not folder.is_dir() or not all(map(_FILE.fullmatch, names)):
+        raise damage
+    log.warning("%s is damaged; it is built again", folder)
+    shutil.rmtree(folder)
 
 
 def _write_manifest(folder: Path, *, digests: dict[str, str], **facts: Any) -> None:
