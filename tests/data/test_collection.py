@@ -16,13 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from caravan.data.collection import (
-    Collection,
-    DamagedError,
-    Qrels,
-    cached_collection,
-    write_collection,
-)
+from caravan.data.cached import cached_collection
+from caravan.data.collection import Collection, DamagedError, Qrels, write_collection
 from caravan.data.texts import Record
 from caravan.errors import InputError
 
@@ -232,7 +227,8 @@ def test_a_damaged_collection_is_not_removed_with_files_of_somebody_else(
 SLOW_BUILD = """
 import sys, time
 from pathlib import Path
-from caravan.data.collection import cached_collection, write_collection
+from caravan.data.cached import cached_collection
+from caravan.data.collection import write_collection
 def corpus():
     for n in range(40_000):
         yield str(n), "", "x" * 100
