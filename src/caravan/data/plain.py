@@ -14,7 +14,8 @@ from pathlib import Path
 
 from caravan.atomic import listed
 from caravan.data import hub
-from caravan.data.collection import Collection, cache_key, cached_collection, write_collection
+from caravan.data.cached import cache_key, cached_collection
+from caravan.data.collection import Collection, write_collection
 from caravan.data.files import digests, lines, text_of
 from caravan.data.jsonl import objects
 from caravan.data.texts import Record

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from caravan.data import hub
-from caravan.data.collection import Collection, cache_key, cached_collection
+from caravan.data.cached import cache_key, cached_collection
+from caravan.data.collection import Collection
 from caravan.data.files import by_stem
 from caravan.data.held_out import check_held_out
 from caravan.data.jsonl import id_of, record_of

@@ -15,7 +15,7 @@ from typing import Any
 from caravan import manifest
 from caravan.contract import files_digest, folder_digest
 from caravan.data.collection import Collection
-from caravan.errors import InputError
+from caravan.errors import InputError, OccupiedError
 
 log = logging.getLogger(__name__)
 
@@ -148,20 +148,28 @@ def _other_versions(facts: dict[str, Any]) -> str:
 
 
 def refuse_other_run(run_dir: Path, begun: Path, inputs: dict[str, Any], resume: bool) -> None:
-    """Neither overwrite a run nor continue one that is another."""
+    """Neither overwrite a run or an evaluation, nor continue a run that is another.
+
+    Raises:
+        OccupiedError: run_dir is not this run's.
+    """
     kept = ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "model")
     if not any((run_dir / name).exists() for name in kept):
+        if _is_of_evaluation(run_dir, begun):
+            raise OccupiedError(
+                f"{run_dir} holds an evaluation; choose another name= for the training"
+            )
         return  # it failed before there was anything to lose
     changed = manifest.differences(begun, inputs)
     if not resume:
-        raise InputError(
+        raise OccupiedError(
             f"{run_dir} holds a run already"
             + (f" (it differs in {'; '.join(changed[:3])})" if changed else ", not finished")
             + "; continue it with resume=true, choose another name=, or remove the folder"
         )
     another = [line for line in changed if not _is_of(line, _MAY_CHANGE + _NO_INPUTS)]
     if another:
-        raise InputError(
+        raise OccupiedError(
             f"{run_dir} cannot be resumed, for it holds another run: {'; '.join(another[:3])}"
             + (f" and {len(another) - 3} more" if len(another) > 3 else "")
             + "; give the settings and data of that one, choose another name=, or remove the folder"
@@ -176,6 +184,15 @@ def refuse_other_run(run_dir: Path, begun: Path, inputs: dict[str, Any], resume:
             " run: %s",
             versions,
         )
+
+
+def _is_of_evaluation(run_dir: Path, begun: Path) -> bool:
+    """Whether a run_dir without weights has the record or, without a record, metrics of one."""
+    record = manifest.read(begun)
+    if record is None:
+        return (run_dir / "metrics.json").exists()
+    inputs = _section(record, "inputs")
+    return "retriever" in inputs or "collections" in inputs  # see `caravan.retrieval.inputs`
 
 
 def _is_of(difference: str, places: Sequence[str]) -> bool:
