@@ -178,7 +178,7 @@ def _document(place: str, fields: dict[str, object]) -> tuple[str, str]:
     """Title and text of a line of jsonl."""
     if not isinstance(text := fields.get("text"), str):
         raise InputError(f"{place}: no text: {REMEDY}")
-    title = fields.get("title") or ""
+    title = "" if fields.get("title") is None else fields["title"]
     if not isinstance(title, str):
         raise InputError(f"{place}: title is not a string: {REMEDY}")
     return title, text

@@ -185,7 +185,7 @@ def row_of(place: str, fields: dict[str, Any], has_corpus: bool) -> Row:
 def _inline(place: str, key: str, one: Any) -> Passage:
     if not isinstance(one, dict):
         raise InputError(f"{place}: an entry of {key} is no object: {REMEDY}")
-    text, title = one.get("text"), one.get("title") or ""
+    text, title = one.get("text"), "" if one.get("title") is None else one["title"]
     if not isinstance(text, str) or not isinstance(title, str):
         raise InputError(f"{place}: text or title in {key} is not a string: {REMEDY}")
     name = id_of(one.get("docid", id_of_text(f"{title}\n{text}" if title else text)))

@@ -8,6 +8,7 @@ run, which must neither overwrite the first nor take its name.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,16 @@ def _without(tree: Any, run_dir: str) -> Any:
     return tree.replace(run_dir, "<run_dir>") if isinstance(tree, str) else tree
 
 
-def file_digests(folder: Path) -> dict[str, str]:
-    """The digest of each file of a model folder but its card, which may be written again."""
+def file_digests(model_dir: Path) -> dict[str, str]:
+    """Digests of `metrics.json` and of the model's files, by path relative to the model folder.
+
+    The model card is left out, since it may be written again.
+    """
+    files = [path for path in sorted(model_dir.rglob("*")) if path.name != "README.md"]
     return {
-        path.relative_to(folder).as_posix(): manifest.content_digest(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "README.md"
+        os.path.relpath(path, model_dir): manifest.content_digest(path)
+        for path in (model_dir.with_name("metrics.json"), *files)
+        if path.is_file()
     }
 
 
@@ -107,8 +112,8 @@ def finished(model_dir: Path, inputs: dict[str, Any], resume: bool) -> dict[str,
     """The facts of a finished training from these inputs; None if there is none.
 
     Raises:
-        InputError: files of its model folder are missing or have changed, and `resume`, which
-            writes them again, is off.
+        InputError: its metrics or files of its model folder are missing or have changed, and
+            `resume`, which writes them again, is off.
     """
     if not manifest.matches(model_dir, inputs):
         return None
@@ -118,12 +123,13 @@ def finished(model_dir: Path, inputs: dict[str, Any], resume: bool) -> dict[str,
     there, recorded = file_digests(model_dir), _section(facts, "files")
     damaged = [name for name, digest in recorded.items() if there.get(name) != digest]
     if damaged:
-        told = f"{model_dir}: {damaged[0]} is missing or has changed since the training wrote it"
+        path = os.path.normpath(model_dir / damaged[0])
+        told = f"{path} is missing or has changed since the training wrote it"
         if not resume:
             raise InputError(
-                f"{told}; write the folder again with resume=true, or put back a copy of the file"
+                f"{told}; write it again with resume=true, or put back a copy of the file"
             )
-        log.warning("%s; the folder is written again", told)
+        log.warning("%s; it is written again", told)
         return None
     changed = _other_versions(facts)
     if changed:
