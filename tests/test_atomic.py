@@ -174,6 +174,23 @@ def test_what_a_killed_run_left_half_is_deleted_when_the_next_begins(tmp_path: P
     assert left == {".lock", ".model.backup", "checkpoints", "runs", "runs/validation.trec"}
 
 
+def test_space_for_a_memory_map_is_allocated(tmp_path: Path) -> None:
+    path = tmp_path / "array"
+    with path.open("wb") as file:
+        file.truncate(1 << 20)
+    atomic.reserve(path)
+    assert path.stat().st_blocks * 512 >= 1 << 20
+
+
+def test_a_disk_that_is_full_while_a_folder_is_written_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match="No space left") as raised,
+        scratch_folder(tmp_path / "index"),
+    ):
+        raise OSError(atomic.errno.ENOSPC, "No space left on device")
+    assert raised.value.filename == str(tmp_path / "index")
+
+
 def test_a_file_system_without_locks_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

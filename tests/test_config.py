@@ -127,7 +127,7 @@ def test_a_right_config_has_no_mistakes(told: Callable[..., list[str]]) -> None:
         ("loss._partail_=true", "did you mean loss._partial_?"),
         ("data=beir", "data.path (conf/data/beir.yaml:2): it is not set (???); give data.path="),
         ("seed=???", "seed (command line): it is not set (???)"),
-        ("name=${nme}", "name (command line): ${nme} leads nowhere"),
+        ("name=${nme}", "name (command line): ${nme} refers to no setting"),
         ("seed=${oc.env:CARAVAN_NO_SUCH}", "'CARAVAN_NO_SUCH' not found"),
         ("contract.poling=cls", "contract has no setting 'poling'; did you mean contract.pooling?"),
         ("contract.pooling=max", "it is 'max'; it must be one of last, mean, cls"),

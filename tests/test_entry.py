@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from tests.small_conf import HOME, small_conf
 
 from caravan import config, entry
@@ -497,3 +500,22 @@ def test_a_place_that_cannot_be_written_is_one_sentence(app: Program) -> None:
     assert done.stderr.splitlines() == [
         "/proc/nowhere: No such file or directory; give another place"
     ]
+
+
+def test_a_setting_that_a_library_refuses_is_named_with_its_key() -> None:
+    for target, sentence in (
+        ("torch.nn.Dropout", "a: dropout probability has to be between 0 and 1, but got 7"),
+        ("fractions.Fraction", None),  # any other code keeps its traceback
+    ):
+        argument = "p" if sentence else "numerator"
+        with pytest.raises(InstantiationException) as raised:
+            instantiate({"a": {"_target_": target, argument: 7 if sentence else "x"}})
+        assert entry._sentence(raised.value) == sentence
+
+
+def test_a_thread_that_fails_on_a_full_disk_prints_no_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for error in (OSError(28, "No space left on device"), ValueError("a defect")):
+        entry._thread_failed(threading.ExceptHookArgs((type(error), error, None, None)))
+        assert ("a defect" in capsys.readouterr().err) == isinstance(error, ValueError)

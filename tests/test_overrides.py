@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.small_conf import small_conf
+from tests.small_conf import HOME, small_conf
 
 from caravan import config
 from caravan.compose import compose
@@ -137,6 +138,32 @@ def test_a_seed_out_of_range_is_refused(told: Tell, seed: str) -> None:
     assert line.startswith("seed (command line)")
 
 
+def test_a_remedy_is_a_number_that_can_be_typed(told: Tell) -> None:
+    assert told("seed=1e9")[0].endswith("write 1000000000")
+    assert "write" not in told("seed=1e99")[0]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("optimizer.eps=-1", "optimizer.weight_decay=-0.1", "trainer.gradient_clip_val=-1"),
+        "callbacks.best.filename='{x'",
+    ],
+)
+def test_what_torch_or_lightning_would_refuse_hours_later_is_refused(override: str) -> None:
+    with pytest.raises(InputError, match=override.partition("=")[0]):
+        compose(HOME / "conf", "train", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [("~data", "data=<option>"), ("~backbone._target_", "backbone=<option>")],
+)
+def test_a_group_without_a_class_is_answered_with_the_choice(override: str, remedy: str) -> None:
+    with pytest.raises(InputError, match=re.escape(remedy)):
+        compose(HOME / "conf", "train", [override, "data.path=x"])
+
+
 @pytest.mark.parametrize("target", ["caravan.nope.X", "transformers.nope.X", "caravan.data.nope.X"])
 def test_a_target_in_no_module_is_told(conf: Path, told: Tell, target: str) -> None:
     (line,) = told(f"loss._target_={target}")
@@ -178,6 +205,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("hydra: {job: {chdir: true}}", "hydra.job.chdir"),
         ("hydra: {run: {dir: x}}", "hydra.run.dir"),
         ('name: "a\\0b"', "name ("),
+        ("- name", ":2: "),
+        ("name", ":2: "),
     ],
 )
 def test_a_file_that_cannot_be_composed_is_refused_quickly(

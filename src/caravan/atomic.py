@@ -89,7 +89,8 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
     try:
         with suppress(OSError):
             fcntl.flock(held, fcntl.LOCK_EX)
-        yield scratch
+        with writing(folder):
+            yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         os.close(held)
@@ -236,6 +237,19 @@ def claimed(run_dir: Path) -> Iterator[None]:
         for leftover in _leftovers(run_dir / "model"):
             shutil.rmtree(leftover, ignore_errors=True)
         yield
+
+
+def reserve(path: Path) -> None:
+    """Allocate the disk space of a file, before it is written through a memory map.
+
+    Without this, a full disk would end the process with SIGBUS at the first page that does not fit.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if hasattr(os, "posix_fallocate"):  # macOS has none
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _sync(path: Path) -> None:

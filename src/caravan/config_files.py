@@ -20,6 +20,8 @@ from caravan.errors import InputError
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MOST_VALUES, MOST_LEVELS = 10_000, 50
 """Of a YAML file, with aliases expanded: each value is composed, checked and recorded."""
+EMPTY = ("", "~", "null")
+"""A document without settings."""
 
 
 class Repository(ConfigRepository):
@@ -46,6 +48,11 @@ def _refuse_too_large(file: Path) -> None:
     count = 0
     for event in _events(file):
         line = f"{shown(file)}:{event.start_mark.line + 1}"
+        if not count and (
+            isinstance(event, yaml.SequenceStartEvent)
+            or (isinstance(event, yaml.ScalarEvent) and event.value not in EMPTY)
+        ):
+            raise InputError(f"{line}: a config file is a mapping; write key: value")
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in {anchor for anchor, _ in unfinished}:
                 raise InputError(f"{line}: *{event.anchor} refers to a value that contains it")

@@ -22,6 +22,7 @@ import resource
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -44,6 +45,7 @@ from caravan.errors import (
     USER,
     InputError,
     OccupiedError,
+    disk_error,
     first_line,
     is_termination,
     printable,
@@ -54,6 +56,8 @@ from caravan.ranks import leads
 
 log = logging.getLogger("caravan")
 _code = INTERRUPTED  # with which an interrupted run ends
+LIBRARIES = tuple(f"Error in call to target '{name}." for name in ("pytorch_lightning", "torch"))
+"""What Hydra reports of an exception in the constructor of a library: a setting is wrong."""
 Task = Callable[[DictConfig], Any]
 
 
@@ -87,6 +91,7 @@ def entry(
             os.environ["HYDRA_FULL_ERROR"] = "1"
             # A log file on a full disk would print a traceback for each line.
             logging.raiseExceptions = False
+            threading.excepthook = _thread_failed
             # Lightning would end a terminated run with exit code 0; it leaves our handler alone.
             signal.signal(signal.SIGTERM, _terminate)
             try:
@@ -232,6 +237,8 @@ def _sentence(error: BaseException) -> str | None:
         lost = re.match(r"Error locating target '([^']*)'", text)
         if lost and _is_not_there(error.__cause__, lost[1]):
             return f"{place}_target_: there is no {lost[1]}"
+        if text.startswith(LIBRARIES) and sentence(error.__cause__) is None:
+            return f"{place.rstrip('.')}: {first_line(error.__cause__)}"
         error = error.__cause__
     return sentence(error)
 
@@ -278,6 +285,15 @@ def _raise_file_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS has no limit, and refuses that number
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _thread_failed(args: Any) -> None:
+    """Print the traceback of a thread, unless its disk is full.
+
+    TensorBoard's writer raises the exception again in the main thread, which reports it.
+    """
+    if args.exc_value is None or disk_error(args.exc_value) is None:
+        threading.__excepthook__(args)
 
 
 def _bound_kernels() -> None:

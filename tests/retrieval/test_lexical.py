@@ -1,5 +1,6 @@
 """BM25 against bm25s used plainly, and what its index folder promises."""
 
+import errno
 import json
 import unicodedata
 from pathlib import Path
@@ -155,6 +156,22 @@ def test_a_build_that_fails_leaves_the_old_index_and_nothing_else(
         BM25().build(words.corpus, tmp_path / "index")
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
     BM25().open(words.corpus, tmp_path / "index")
+
+
+def test_a_full_disk_is_an_error_and_no_signal(
+    tmp_path: Path, words: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        BM25().build(words.corpus, tmp_path / "index")
+    assert raised.value.filename == str(tmp_path / "index")
+    with pytest.raises(OSError, match="No space left") as raised:
+        write_collection(tmp_path / "words", "words", [("a", "", "b")], [], {})
+    assert raised.value.filename == str(tmp_path / "words")
+    assert not list(tmp_path.iterdir())
 
 
 def test_settings_that_do_not_exist_are_refused(tmp_path: Path, words: Collection) -> None:

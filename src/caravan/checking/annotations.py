@@ -238,7 +238,7 @@ def describe(alternatives: tuple[Kind, ...]) -> str:
 def remedy(value: Any, alternatives: tuple[Kind, ...]) -> str:
     """How the value would have to be written to fit, or ""."""
     names = {kind.name for kind in alternatives}
-    if isinstance(value, float) and value.is_integer() and "int" in names:
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 and "int" in names:
         return f"write {int(value)}"
     if isinstance(value, str) and "sequence" in names:
         return f"write [{value}]"

@@ -171,7 +171,7 @@ class _Walk:
         elif lost[1] in _raw(node, key):
             near = did_you_mean(lost[1], _leaves(self.cfg, without=dotted(path)))
             hint = f"; did you mean ${{{near}}}?" if near else ""
-            self.add(path, f"${{{lost[1]}}} leads nowhere{hint}")
+            self.add(path, f"${{{lost[1]}}} refers to no setting{hint}")
         # else it refers to a value that is broken, which is reported where it stands
 
     def inside(
@@ -210,7 +210,11 @@ class _Walk:
             above = above[part]
         others = [str(key) for key in above if key != path[-1]] if _is_mapping(above) else []
         near = did_you_mean(str(path[-1]), others)
-        return f"; did you mean {dotted((*path[:-1], near))}?" if near else " that says what it is"
+        if near:
+            return f"; did you mean {dotted((*path[:-1], near))}?"
+        if len(path) == 1:
+            return f", so no class is chosen; give {path[0]}=<option>"
+        return f", so no class is chosen; give {dotted(path)}._target_=<class>"
 
     def elements(
         self, value: ListConfig, path: Path, alternatives: tuple[Kind, ...], refers: bool

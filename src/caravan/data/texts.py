@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from caravan.atomic import reserve
 from caravan.data.ids import check_id, has_other_space, is_id
 from caravan.errors import InputError
 from caravan.progress import track
@@ -220,6 +221,7 @@ def _write_index(path: Path, hashes: array[int]) -> None:
     values = np.frombuffer(hashes, dtype=np.uint64) if hashes else np.empty(0, np.uint64)
     order = np.argsort(values, kind="stable")
     index = np.lib.format.open_memmap(path, "w+", np.dtype(np.uint64), (2, len(values)))
+    reserve(path)
     for start in range(0, len(order), INDEX_ROWS):
         span = slice(start, start + INDEX_ROWS)
         index[0, span], index[1, span] = values[order[span]], order[span]

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from caravan.atomic import writing
 from caravan.contract import read_contract
 from caravan.errors import InputError
 from caravan.trust import FACT, SETTING
@@ -49,7 +50,8 @@ def export(folder: Path, form: str, out: Path) -> None:
     place = next(parent for parent in out.absolute().parents if parent.is_dir())
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=place))
     try:
-        write(folder, scratch)
+        with writing(out):
+            write(folder, scratch)
         scratch.chmod(0o755)
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.exists():

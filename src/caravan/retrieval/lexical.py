@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import regex
 
-from caravan.atomic import scratch_folder
+from caravan.atomic import reserve, scratch_folder
 from caravan.data.runs import Run, canonical
 from caravan.errors import InputError
 from caravan.progress import track
@@ -249,7 +249,7 @@ class BM25:
         np.save(folder / "indptr.csc.index.npy", ends)
         size = (int(ends[-1]),)
         data, indices = (
-            np.lib.format.open_memmap(folder / f"{name}.csc.index.npy", "w+", kind, size)
+            _mapped(folder / f"{name}.csc.index.npy", kind, size)
             for name, kind in (("data", np.float32), ("indices", np.int32))
         )
         idf = self._idf(frequencies, len(lengths)).astype(np.float32)
@@ -292,6 +292,13 @@ class BM25:
             "version": bm25s.__version__,
             "backend": "numpy",
         }
+
+
+def _mapped(path: Path, kind: type, size: tuple[int]) -> np.ndarray:
+    """A new array that is written through a memory map."""
+    array = np.lib.format.open_memmap(path, "w+", kind, size)
+    reserve(path)
+    return array
 
 
 def tokens(text: str) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -85,6 +86,10 @@ def best_checkpoints_have_names(cfg: DictConfig) -> Iterator[Mistake]:
     if not isinstance(best, DictConfig):
         return
     kept, name = value(best, "save_top_k"), value(best, "filename")
+    try:
+        list(Formatter().parse(str(name)))
+    except ValueError as error:
+        yield Mistake(("callbacks", "best", "filename"), f"{name!r} has no name in braces: {error}")
     if is_int(kept) and kept not in (0, 1) and isinstance(name, str) and "{" not in name:
         text = (
             "the checkpoints would overwrite each other; set"

@@ -72,7 +72,8 @@ def train(cfg: Any) -> float | None:
         best = None
     else:
         best = _fit(cfg, source, collection, run_dir)
-        log.info("curves: tensorboard --logdir %s", run_dir / "tensorboard")
+        if (curves := run_dir / "tensorboard").is_dir():
+            log.info("curves: tensorboard --logdir %s", curves)
     if leads():
         record = {"best": best, "versions": manifest.versions(), "files": file_digests(model_dir)}
         manifest.write(model_dir, inputs, record)
@@ -379,9 +380,10 @@ def _trainer(make: Any, **settings: Any) -> Any:
 
     try:
         return make(**settings)
-    except (MisconfigurationException, ValueError) as error:
-        told = str(error).strip().splitlines()[0]
-        raise InputError(f"trainer: {told}; change the settings of trainer or strategy") from None
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise InputError(
+            f"trainer: {first_line(error)}; change the settings of trainer or strategy"
+        ) from None
 
 
 def _validate_at_least_once(trainer: Any, batches: int) -> None:
