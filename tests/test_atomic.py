@@ -165,12 +165,13 @@ def test_what_a_killed_run_left_half_is_deleted_when_the_next_begins(tmp_path: P
     for name in ("checkpoints/.last.ckpt.part", "runs/.validation.trec.77.part"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
-    (tmp_path / ".model.part").mkdir()
+    for name in (".model.part", ".model.old", ".model.backup"):  # the last is the user's
+        (tmp_path / name).mkdir()
     (tmp_path / "runs" / "validation.trec").touch()
     with claimed(tmp_path):
         pass
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
-    assert left == {".lock", "checkpoints", "runs", "runs/validation.trec"}
+    assert left == {".lock", ".model.backup", "checkpoints", "runs", "runs/validation.trec"}
 
 
 def test_space_for_a_memory_map_is_allocated(tmp_path: Path) -> None:

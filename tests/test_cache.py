@@ -8,7 +8,8 @@ import pytest
 from tests.tiny import tiny_backbone
 
 from caravan.cache import TRUST, cache_folder
-from caravan.data.collection import Collection, cached_collection
+from caravan.data.cached import cached_collection
+from caravan.data.collection import Collection
 from caravan.errors import InputError
 
 

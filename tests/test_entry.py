@@ -24,7 +24,7 @@ import logging
 import os
 
 from caravan.entry import entry
-from caravan.errors import InputError
+from caravan.errors import InputError, OccupiedError
 
 
 class Refuses:
@@ -65,6 +65,8 @@ def main(cfg):
     if cfg.name == "disk":
         raise OSError(28, "No space left on device")
     logging.getLogger("caravan.some.module").info("hello from %s", cfg.name)
+    if os.path.exists(os.path.join(cfg.run_dir, "out.json")) and "OTHER_DATA" in os.environ:
+        raise OccupiedError(f"{cfg.run_dir} holds another run; choose another name=")
     with open(os.path.join(cfg.run_dir, "out.json"), "w") as file:
         json.dump({"cwd": os.getcwd(), "run_dir": cfg.run_dir, "seed": cfg.seed}, file)
     with open(os.path.join(cfg.run_dir, "metrics.json"), "w") as file:
@@ -440,6 +442,17 @@ def test_a_sweep_that_is_started_again_resumes_its_jobs(app: Program, home: Path
     assert done.returncode == 0, done.stderr
     assert json.loads((home / "runs/many/seed=1/metrics.json").read_text())["resume"] is True
     assert "0.2500" in (home / "runs/many/sweep.txt").read_text()
+
+
+def test_a_sweep_that_is_refused_a_folder_leaves_the_record_of_the_finished_job(
+    app: Program, home: Path
+) -> None:
+    app("-m", "seed=1,2", "name=many")
+    record = (home / "runs/many/seed=1/job.json").read_bytes()
+    done = app("-m", "seed=1,2", "name=many", OTHER_DATA="1")
+    assert done.returncode == 1
+    assert "holds another run" in done.stdout + done.stderr
+    assert (home / "runs/many/seed=1/job.json").read_bytes() == record
 
 
 @pytest.mark.parametrize("sweep", [(), ("-m", "seed=1,2")])

@@ -148,7 +148,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     Where there was a folder there always is one, except for an instant on file systems that cannot
     exchange two names.
     """
-    scratch, aside = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
+    scratch, aside = _leftovers(folder)
     for leftover in (scratch, aside):
         shutil.rmtree(leftover, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -166,6 +166,11 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     finally:
         for leftover in (scratch, aside):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _leftovers(folder: Path) -> tuple[Path, Path]:
+    """What a kill leaves of `replacing_folder`: the new folder, and the old one moved aside."""
+    return folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
 
 
 @contextmanager
@@ -229,7 +234,7 @@ def claimed(run_dir: Path) -> Iterator[None]:
         for folder in (run_dir / "checkpoints", run_dir / "runs"):
             for leftover in folder.glob(".*.part"):
                 leftover.unlink(missing_ok=True)
-        for leftover in run_dir.glob(".model.*"):
+        for leftover in _leftovers(run_dir / "model"):
             shutil.rmtree(leftover, ignore_errors=True)
         yield
 

@@ -44,6 +44,7 @@ from caravan.errors import (
     TERMINATED,
     USER,
     InputError,
+    OccupiedError,
     disk_error,
     first_line,
     is_termination,
@@ -179,13 +180,16 @@ def _job_of_sweep(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
     run_dir = Path(cfg.run_dir)
     if "resume" in cfg:
         cfg.resume = True
-    if leads():
+    finished = jobs.is_finished(run_dir)
+    if leads() and not finished:
         jobs.write(run_dir, overrides, jobs.RUNNING)
     try:
         result = task(cfg)
     except Exception as error:
         mistake = _sentence(error)
-        if leads():
+        if finished and isinstance(error, OccupiedError):  # the finished job is as it was
+            log.error(mistake)
+        elif leads():
             lines = (mistake or str(error)).strip().splitlines()
             told = f"{type(error).__name__}: {''.join(lines[:1])}"
             if mistake:  # the line after a heading has the mistake

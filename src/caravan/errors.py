@@ -27,6 +27,10 @@ class InputError(ValueError):
     """A mistake in what the user gave, reported in one sentence with its place and its remedy."""
 
 
+class OccupiedError(InputError):
+    """A run_dir holds another training or evaluation; nothing in it was changed."""
+
+
 LONGEST = 400
 """Characters of a library's message that are quoted: some contain the whole value of a file."""
 WORKER_TERMINATED = "is killed by signal: Terminated"

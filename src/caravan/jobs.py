@@ -55,6 +55,16 @@ def read(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield path.parent, {"error": None, **record}
 
 
+def is_finished(run_dir: Path) -> bool:
+    """Whether a job has ended there without a failure.
+
+    Raises:
+        InputError: its record is damaged.
+    """
+    path = run_dir / FILE
+    return path.is_file() and read_json(path).get("state") == FINISHED
+
+
 def by_sweep(folder: Path) -> dict[Path, list[Path]]:
     """The run_dirs of the jobs below a folder, by the folder of their sweep.
 

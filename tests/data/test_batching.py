@@ -85,7 +85,9 @@ def test_a_batch_holds_each_query_with_its_own_group(
     for row, group, excluded in zip(rows, batch.passage_rows, batch.excluded_keys, strict=True):
         positives = groups.qrels.positives(int(row))
         assert group[0] in positives
-        assert set(excluded.tolist()) == set(keys[positives].tolist())
+        ((_, asked),) = collection.queries.get([int(row)])
+        own_text = text_keys([("", asked)]).tolist()
+        assert set(excluded.tolist()) == {*keys[positives].tolist(), *own_text}
 
 
 def test_groups_do_not_shift_in_a_short_last_batch(groups: Groups) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from caravan.data.collection import Collection, Qrels, cached_collection, write_collection
+from caravan.data.cached import cached_collection
+from caravan.data.collection import Collection, DamagedError, Qrels, write_collection
 from caravan.data.texts import Record
 from caravan.errors import InputError
 
@@ -187,10 +188,47 @@ def test_a_cache_builds_once_however_many_ask(tmp_path: Path) -> None:
     assert {collection.folder for collection in found} == {tmp_path / "collections" / "a-b-c-key"}
 
 
+@pytest.mark.parametrize("part", ["collection.json", "corpus.arrow", "qrels/test.npz"])
+@pytest.mark.parametrize("damage", ["missing", "changed", "empty"])
+def test_a_damaged_collection_of_the_cache_is_built_again(
+    tmp_path: Path, part: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = cached_collection(tmp_path, "c", "key", write).folder
+    right = {path: path.read_bytes() for path in folder.rglob("*.npy")}
+    file = folder / part
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(b"" if damage == "empty" else content)
+    if damage == "missing":
+        file.unlink()
+    found = cached_collection(tmp_path, "c", "key", write)
+    assert "is damaged; it is built again" in caplog.text
+    assert found.digest == Collection.open(folder).digest
+    assert {path: path.read_bytes() for path in folder.rglob("*.npy")} == right
+
+
+@pytest.mark.parametrize("owner", ["a file", "a link"])
+def test_a_damaged_collection_is_not_removed_with_files_of_somebody_else(
+    tmp_path: Path, owner: str
+) -> None:
+    folder = cached_collection(tmp_path, "c", "key", write).folder
+    (folder / "corpus.arrow").write_bytes(b"")
+    if owner == "a link":
+        folder = folder.rename(tmp_path / "elsewhere")
+        (tmp_path / "collections/c-key").symlink_to(folder)
+    else:
+        (folder / "notes.txt").touch()
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(DamagedError, match="delete the folder"):
+        cached_collection(tmp_path, "c", "key", write)
+    assert sorted(folder.rglob("*")) == before
+
+
 SLOW_BUILD = """
 import sys, time
 from pathlib import Path
-from caravan.data.collection import cached_collection, write_collection
+from caravan.data.cached import cached_collection
+from caravan.data.collection import write_collection
 def corpus():
     for n in range(40_000):
         yield str(n), "", "x" * 100

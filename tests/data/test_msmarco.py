@@ -178,6 +178,10 @@ def test_a_mistake_is_one_sentence_with_file_and_line(
         ),
         (TREC[:-7], r"docs\.trec:19: the document has no </DOC> before the end of the file"),
         (TREC.replace("<DOCNO>D2</DOCNO>\n", ""), r"docs\.trec:11: the document has no <DOCNO>"),
+        (
+            TREC.replace("D2</DOCNO>", "D2</D"),
+            r"docs\.trec:11: the document has no </DOCNO> at line",
+        ),
         ("stray\n" + TREC, r"docs\.trec:1: 'stray' stands outside of a document"),
         (TREC.replace("D2", "D1"), r"docs\.trec:11: the id 'D1' was used .*docs\.trec:1: make"),
     ],
@@ -186,6 +190,13 @@ def test_a_broken_trec_file_is_told_with_its_line(tmp_path: Path, trec: str, mes
     files = without(DOCUMENTS, "msmarco-docs.tsv", **{"msmarco-docs.trec": trec})
     with pytest.raises(InputError, match=message):
         documents(put(tmp_path / "d", files))
+
+
+def test_carriage_returns_are_no_part_of_a_trec_document(tmp_path: Path) -> None:
+    files = without(DOCUMENTS, "msmarco-docs.tsv", **{"msmarco-docs.trec": TREC})
+    plain = documents(put(tmp_path / "lf", files))
+    files["msmarco-docs.trec"] = TREC.replace("\n", "\r\n")
+    assert records(documents(put(tmp_path / "crlf", files)).corpus) == records(plain.corpus)
 
 
 def test_what_is_still_packed_is_told(tmp_path: Path) -> None:

@@ -154,12 +154,13 @@ def _small(folder: Path, texts: dict[str, str], queries: dict[str, str]) -> Coll
 def test_neither_the_querys_own_passage_nor_copies_of_the_positive_are_negatives(
     tmp_path: Path, choose: str | None
 ) -> None:
-    """`own` has the query's id, and `twin` the text of `own`."""
-    texts = {"right": "salt", "copy": "salt", "own": "gold?", "twin": "gold?", "copy2": "salt"}
+    """`own` has the query's id, `twin` the text of `own`, and `asked` that of the query."""
+    texts = {"right": "salt road", "copy": "salt road", "own": "gold!", "twin": "gold!"}
+    texts |= {"asked": "gold?", "copy2": " salt  road\u00a0"}
     texts |= {f"p{i}": f"sand {i}" for i in range(6)}
     small = _small(tmp_path, texts, {"own": "gold?"})
     qrels = small.qrels("train")
-    run = Run.from_topk(np.array([0]), np.arange(9, 0, -1)[None], np.arange(9)[None])
+    run = Run.from_topk(np.array([0]), np.arange(10, 0, -1)[None], np.arange(10)[None])
     write_run(tmp_path / "run.trec", run, small.queries, small.corpus)
     settings = {"runs": [str(tmp_path / "run.trec")], "choose": choose} if choose else {}
     for number in (1, 3, 6):  # 6: more than the run's four, and all that there are

@@ -54,6 +54,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
         ('{"body": "salt"}', r"a\.jsonl:2: no text"),
         ('["salt"]', r"a\.jsonl:2: JSON, but not an object: every line"),
         ('{"text": "salt", "title": 3}', r"a\.jsonl:2: title is not a string"),
+        ('{"text": "salt", "title": []}', r"a\.jsonl:2: title is not a string"),
     ],
 )
 def test_a_wrong_line_is_named(line: str, told: str, tmp_path: Path) -> None:

@@ -90,6 +90,10 @@ LINE = b'{"_id": "z", "text": "x"}\n'
         ({"qrels_test": QRELS + b"1\tb\thigh"}, r"test\.tsv:5: the grade 'high' is not an integer"),
         ({"qrels_test": QRELS + b"1\tb\t1.0"}, r"test\.tsv:5: the grade '1\.0' is not an integer"),
         ({"qrels_test": b"1\ta\tx\n"}, r"test\.tsv:1: the grade 'x'"),  # not taken for a header
+        (
+            {"qrels_test": b"query-id\tscore\tcorpus-id\n1\t1\t0\n"},
+            r"test\.tsv:1: 'corpus-id' names column 3 of 3; reorder the columns",
+        ),
         ({"qrels_test": QRELS + b"1\tnone\t1"}, r"test\.tsv:5: the passage id 'none' is unknown"),
         ({"qrels_test": QRELS + b"\n9\ta\t1"}, r"test\.tsv:6: the query id '9' is unknown .*count"),
         ({"qrels_test": QRELS + b"1\ta\t0"}, r"test\.tsv:5: .* grade 0, but 1 at .*test\.tsv:2"),

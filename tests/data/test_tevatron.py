@@ -244,6 +244,10 @@ def changed(row: int, **fields: Any) -> list[dict[str, Any]]:
         ),
         (changed(1, positive_passages=[{"docid": "p"}]), r":2: text or title in positive_passages"),
         (
+            changed(1, positive_passages=[{"docid": "p", "text": "x", "title": 0}]),
+            r":2: text or title in positive_passages is not a string",
+        ),
+        (
             changed(2, negative_passages=[{**passage(1), "text": "x"}]),
             r":3: the passage 'p1' has a",
         ),

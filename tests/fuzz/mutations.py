@@ -11,6 +11,7 @@ test prints is enough to repeat it. `data` is None where the file is to be remov
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 import math
 import random
@@ -135,6 +136,25 @@ def line_mutants(data: bytes, seed: int, number: int = 4) -> Iterator[Mutant]:
         value = str(rng.choice(VALUES[:15])).encode()
         fields[rng.randrange(len(fields))] = value
         yield Mutant(f"line {at + 1} with {value!r}", put(b"\t".join(fields) + b"\n"))
+
+
+def text_mutants(name: str, data: bytes, seed: int) -> Iterator[Mutant]:
+    """Of bytes, of lines, of the objects on two lines of .jsonl, and of what gzip unpacks."""
+    yield from bytes_mutants(data, seed)
+    zipped = data.startswith(b"\x1f\x8b")
+    text = gzip.decompress(data) if zipped else data
+    for mutant in (*line_mutants(text, seed), *(_row_mutants(text) if ".jsonl" in name else ())):
+        assert mutant.data is not None
+        yield mutant._replace(data=gzip.compress(mutant.data, mtime=0)) if zipped else mutant
+
+
+def _row_mutants(data: bytes) -> Iterator[Mutant]:
+    lines = data.splitlines(keepends=True)
+    for at in (0, len(lines) // 2):
+        for name, row in json_mutants(lines[at], seed=at):
+            new = b" ".join((row or b"").split(b"\n")) + b"\n"
+            whole = b"".join([*lines[:at], new, *lines[at + 1 :]])
+            yield Mutant(f"{name} in line {at + 1}", whole)
 
 
 def safetensors_mutants(data: bytes, seed: int, number: int = 3) -> Iterator[Mutant]:

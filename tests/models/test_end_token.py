@@ -20,6 +20,7 @@ from caravan.compose import compose
 from caravan.contract import Contract, read_contract
 from caravan.data.pairs import PairTemplates, without_second_end
 from caravan.data.templates import Templates
+from caravan.errors import InputError
 from caravan.training.run import train
 
 
@@ -96,3 +97,15 @@ def test_a_rerankers_input_gets_no_second_end_either(
     texts = ["query: salt passage: road"] if pair == "joined" else ["query: salt", "passage: road"]
     assert read.ids == tokenizer(*texts)["input_ids"]
     assert read.ids[-1] == tokenizer.convert_tokens_to_ids("<pad>")
+
+
+@pytest.mark.parametrize("setting", ["query_template", "passage_template"])
+def test_a_template_that_ends_with_the_appended_eos_is_refused(
+    tokenizer: Any, setting: str
+) -> None:
+    template = f"{{text}}{tokenizer.eos_token}"
+    ended = replace(Contract(), **{setting: template})
+    with pytest.raises(InputError, match=f"contract.{setting} ends with"):
+        without_second_end(tokenizer, ended)
+    alone = replace(ended, append_eos=False)
+    assert without_second_end(tokenizer, alone) is alone

@@ -65,6 +65,25 @@ def test_a_run_file_is_as_deep_as_its_longest_list(
     assert found.measure == "R@5"
 
 
+def test_run_files_of_one_depth_are_scored_and_their_depth_is_reported(
+    evaluations: Evaluations, tmp_path: Path
+) -> None:
+    lines = (evaluations.folder / "bm25/runs/bm25.train.trec").read_text().splitlines(True)
+    short = "".join(line for line in lines if int(line.split()[3]) <= 5)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.trec").write_text(short)
+    found = _compared(
+        evaluations.folder / "bm25", tmp_path / "a.trec", tmp_path / "b.trec", measures=["MRR@5"]
+    )
+    assert found.depth_note(["MRR@5"]) == ""
+    alone = compare.compared(found.systems[1:], found.judged, ["MRR@10"])
+    figures, _, _ = compare.tables(alone)
+    assert float(_cells(figures)["a"][0]) == pytest.approx(
+        found.values["MRR@5"][1].mean(), abs=1e-4
+    )
+    assert "a is 5 deep (MRR@10), b is 5 deep (MRR@10)" in figures.caption
+
+
 def test_a_search_that_found_fewer_than_it_was_asked_for_is_as_deep_as_it_was_asked() -> None:
     run = Run.from_flat(np.array([0, 0, 1]), np.array([4, 5, 6]), np.array([3.0, 2.0, 1.0]))
     assert depth_of(run) == 2

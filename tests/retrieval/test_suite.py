@@ -15,6 +15,7 @@ from tests.commands import evaluate
 from tests.files import put
 from tests.tiny import write_beir
 
+from caravan.atomic import claimed
 from caravan.errors import InputError
 from caravan.report.collections import collect
 from caravan.retrieval import folders as folders_module
@@ -252,3 +253,17 @@ def test_splits_whose_measures_differ_have_means_that_say_over_how_many(
         "nDCG@10": (pytest.approx(mean), None),
         "MRR(rel=2)@10": (None, figures["marco.dl19"]["MRR(rel=2)@10"]),
     }
+
+
+def test_a_collection_whose_folder_another_evaluation_holds_is_refused(
+    home: Path, tmp_path: Path
+) -> None:
+    with (
+        claimed(tmp_path / "all/two"),
+        pytest.raises(
+            InputError, match=r"1 of 2 collections failed.*\n  two: run_dir is in use by"
+        ),
+    ):
+        evaluate(home, tmp_path / "all", "bm25", "collections=[one,two]", SHORT)
+    assert (tmp_path / "all/one/metrics.json").exists()
+    assert not (tmp_path / "all/two/config.yaml").exists()

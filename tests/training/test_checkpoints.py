@@ -32,6 +32,20 @@ def _other_shape(state: dict[str, Any]) -> None:
     state["state_dict"][name] = torch.zeros(3, 5)
 
 
+def _weight(state: dict[str, Any]) -> torch.Tensor:
+    weight: torch.Tensor = next(iter(state["state_dict"].values()))
+    return weight
+
+
+def _other_type(state: dict[str, Any]) -> None:
+    name = next(iter(state["state_dict"]))
+    state["state_dict"][name] = state["state_dict"][name].int()
+
+
+def _without_callback_state(state: dict[str, Any]) -> None:
+    state["callbacks"] = {name: {} for name in state["callbacks"]}
+
+
 def _flipped(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -49,6 +63,9 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "no optimizer": lambda path: _state(path, lambda state: state.pop("optimizer_states")),
     "no weights": lambda path: _state(path, lambda state: state["state_dict"].clear()),
     "a list": lambda path: torch.save([1], path),
+    "NaN": lambda path: _state(path, lambda state: _weight(state).fill_(torch.nan)),
+    "other types": lambda path: _state(path, _other_type),
+    "no state of a callback": lambda path: _state(path, _without_callback_state),
 }
 
 
@@ -153,6 +170,19 @@ def test_a_finished_model_folder_is_verified(
         train(beir, run_dir, *STEPS, "trainer.max_steps=2")
     train(beir, run_dir, *STEPS, "trainer.max_steps=2", "resume=true")
     assert path.read_bytes() == (short / "model" / file).read_bytes()
+
+
+def test_the_metrics_of_a_finished_training_are_verified(
+    short: Path, beir: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(short, run_dir)
+    metrics = run_dir / "metrics.json"
+    _flipped(metrics)
+    with pytest.raises(InputError, match=r"run/metrics\.json is missing or has changed"):
+        train(beir, run_dir, *STEPS, "trainer.max_steps=2")
+    best = train(beir, run_dir, *STEPS, "trainer.max_steps=2", "resume=true")
+    assert json.loads(metrics.read_text())["best"] == best is not None
 
 
 def test_trainings_of_other_versions_are_reported(

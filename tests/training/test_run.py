@@ -16,17 +16,17 @@ import pytorch_lightning.demos.boring_classes
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.commands import ROOT, train, train_arguments
+from tests.commands import ROOT, evaluate, train, train_arguments
 from tests.tiny import write_beir
 
 from caravan import manifest
 from caravan.compose import compose
 from caravan.contract import folder_digest, read_contract
 from caravan.data.batching import limited
-from caravan.errors import InputError
+from caravan.errors import InputError, OccupiedError
 from caravan.models import folder, hardware
 from caravan.training import facts, run
-from caravan.training.inputs import inputs_of
+from caravan.training.inputs import file_digests, inputs_of
 from caravan.training.run import _batches
 from caravan.training.run import train as train_config
 
@@ -111,6 +111,21 @@ def test_another_run_in_the_same_place_is_refused(
     with pytest.raises(InputError, match=r"optimizer\.lr: 0\.01 -> 0\.5.*choose another name="):
         train(beir, finished[0], "optimizer.lr=0.5")
     assert folder_digest(finished[0] / "model") == before
+
+
+@pytest.mark.parametrize(
+    "lost", [(), ("metrics.json",), ("config.yaml.manifest.json",)], ids=["whole", "early", "old"]
+)
+def test_a_training_does_not_replace_an_evaluation(
+    lost: tuple[str, ...], beir: Path, tmp_path: Path
+) -> None:
+    evaluate(beir, tmp_path / "run", "bm25")
+    for name in lost:
+        (tmp_path / "run" / name).unlink()
+    before = file_digests(tmp_path / "run")
+    with pytest.raises(OccupiedError, match="holds an evaluation; choose another name="):
+        train(beir, tmp_path / "run")
+    assert file_digests(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize(

@@ -152,9 +152,7 @@ class Groups(Dataset[Any]):
 
     def _excluded(self, query_rows: np.ndarray) -> np.ndarray:
         """Digests of passages that are never negatives of each query, [Q, M] int64."""
-        rows = [self.negatives.excluded(int(row)) for row in query_rows]
-        keys = text_keys(self.collection.corpus.get(np.concatenate(rows)))
-        each = np.split(keys, np.cumsum([len(of) for of in rows])[:-1])
+        each = [self.negatives.excluded_keys(int(row)) for row in query_rows]
         most = max(map(len, each))
         filled = [np.append(of, np.full(most - len(of), of[0])) for of in each]
         return np.stack(filled)

@@ -14,8 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import re
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,8 +23,7 @@ from typing import Any
 import numpy as np
 
 from caravan import manifest
-from caravan.atomic import locked, scratch_folder, writing
-from caravan.cache import cache_folder, refuse_foreign
+from caravan.atomic import scratch_folder
 from caravan.data.byid import ById, Judgement, Scored, Unknown
 from caravan.data.runs import write_run
 from caravan.data.texts import Place, Record, Texts, write_texts
@@ -39,6 +36,10 @@ OWN = "data:"
 """What the name of a run begins with that came with the collection: `data:negatives`."""
 
 log = logging.getLogger(__name__)
+
+
+class DamagedError(InputError):
+    """A collection's folder is incomplete, or not as it was written."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ class Collection:
         it since (`caravan.manifest.is_as_written`).
 
         Raises:
-            InputError: the folder is not a collection, is broken, or is of another version.
+            DamagedError: the folder is not a collection, or is broken.
+            InputError: it is of another version.
         """
         folder = Path(folder)
         remedy = "delete the folder and start again to build it anew"
@@ -140,7 +142,7 @@ class Collection:
                 relevant_from=record["relevant_from"],
             )
         except FileNotFoundError as error:
-            raise InputError(
+            raise DamagedError(
                 f"{folder} is not a complete collection, {error.filename or error} is missing: "
                 f"{remedy}"
             ) from None
@@ -148,7 +150,9 @@ class Collection:
             raise
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
             # of JSON, Arrow and numpy alike
-            raise InputError(f"the collection in {folder} is broken ({error}): {remedy}") from None
+            raise DamagedError(
+                f"the collection in {folder} is broken ({error}): {remedy}"
+            ) from None
 
     def __reduce__(self) -> tuple[Callable[[Path], Collection], tuple[Path]]:
         return Collection.open, (self.folder,)
@@ -270,46 +274,6 @@ def write_collection(
             facts={**known, **rows.skipped, **(facts or {})},
         )
         draft.rename(folder)
-    return Collection.open(folder)
-
-
-def cache_key(*parts: object) -> str:
-    """A short hex key of everything that shapes a collection; JSON-able parts, format included."""
-    content = json.dumps([FORMAT, *parts], sort_keys=True).encode()
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
-
-
-def cached_collection(
-    cache_dir: str | Path, name: str, key: str, build: Callable[[Path], Collection]
-) -> Collection:
-    """`cache_dir/collections/<name>-<key>`: opened if it is there, else built by `build(folder)`.
-
-    One process builds while the others (ranks, a sweep's jobs) wait for it; a lock that dies with
-    its process guards this, so a killed build blocks nobody.
-
-    Raises:
-        InputError: the cache or the folder belongs to another user, or everybody may write to it.
-    """
-    plain = re.sub(r"[^\w.-]+", "-", name)
-    folder = cache_folder(cache_dir, "collections") / f"{plain}-{key}"
-    if folder.exists():
-        return _open_cached(folder)
-    with locked(folder.parent / f".{folder.name}.lock"):
-        if folder.exists():
-            return _open_cached(folder)
-        started = time.monotonic()
-        log.info("building collection %s in %s", name, folder)
-        with writing(folder):
-            collection = build(folder)
-        log.info(
-            "built collection %s: %d passages, %d queries, %.1f s",
-            name, len(collection.corpus), len(collection.queries), time.monotonic() - started,
-        )  # fmt: skip
-        return collection
-
-
-def _open_cached(folder: Path) -> Collection:
-    refuse_foreign(folder)
     return Collection.open(folder)
 
 

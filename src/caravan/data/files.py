@@ -20,10 +20,10 @@ from typing import IO
 
 import xxhash
 
+from caravan import manifest
 from caravan.atomic import listed
 from caravan.cache import cache_folder
 from caravan.errors import InputError
-from caravan.manifest import write_json
 from caravan.progress import track
 
 BLOCK_BYTES = 1 << 22
@@ -66,7 +66,7 @@ def _digest(file: Path, cache_dir: Path) -> str:
         large = facts.st_size >= KEPT_FROM_BYTES
         name = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
         kept = cache_dir / "digests" / f"{name}.json"
-        if large and (found := _kept(kept)).items() >= known.items():
+        if large and (found := _kept(kept)) == _sealed(known, found.get("xxh3")):
             return str(found["xxh3"])
         hasher = xxhash.xxh3_128()
         with open(file, "rb") as opened:
@@ -81,7 +81,9 @@ def _digest(file: Path, cache_dir: Path) -> str:
     digest = hasher.hexdigest()
     if large and time.time() - facts.st_ctime > SETTLED_S:
         with suppress(OSError):  # a cache that is read-only keeps nothing
-            write_json(cache_folder(cache_dir, "digests") / kept.name, {**known, "xxh3": digest})
+            manifest.write_json(
+                cache_folder(cache_dir, "digests") / kept.name, _sealed(known, digest)
+            )
     return digest
 
 
@@ -90,7 +92,13 @@ def _kept(path: Path) -> dict[str, object]:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("xxh3"), str) else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _sealed(known: dict[str, object], digest: object) -> dict[str, object]:
+    """A record of a digest, with a digest of the record itself, which shows damage."""
+    record = {**known, "xxh3": digest}
+    return {**record, "seal": manifest.digest(record)}
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from typing import Any
 
 from caravan.atomic import listed
 from caravan.data import hub
-from caravan.data.collection import Collection, cache_key, cached_collection
+from caravan.data.cached import cache_key, cached_collection
+from caravan.data.collection import Collection
 from caravan.data.held_out import check_held_out
 from caravan.data.hub import SAVED
 from caravan.data.rows import (

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from caravan.data.byid import Judgement
-from caravan.data.collection import Collection, cache_key, cached_collection, write_collection
+from caravan.data.cached import cache_key, cached_collection
+from caravan.data.collection import Collection, write_collection
 from caravan.data.seen import Seen
 from caravan.data.texts import Record
 from caravan.errors import InputError

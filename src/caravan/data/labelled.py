@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from caravan.data.collection import Collection, cache_key, cached_collection, write_collection
+from caravan.data.cached import cache_key, cached_collection
+from caravan.data.collection import Collection, write_collection
 from caravan.data.files import digests
 from caravan.data.held_out import check_held_out, is_held_out
 from caravan.data.qrels import Judgement, judgements

@@ -152,11 +152,13 @@ def trec_documents(file: Path) -> Iterator[tuple[int, tuple[str, str]]]:
                 )
             if state != "after":
                 raise _lacking(file, start, "</TEXT>" if state == "inside" else "<TEXT>", "")
-            yield start, (name, "".join(text).removesuffix("\n"))
+            yield start, (name, "\n".join(text))
             start = 0
         elif tag.startswith("<DOCNO>"):
             if name or state != "before":
                 raise _lacking(file, start, "</DOC>", f"before the <DOCNO> at line {number}")
+            if not tag.endswith("</DOCNO>"):
+                raise _lacking(file, start, "</DOCNO>", f"at line {number}")
             name = tag.removeprefix("<DOCNO>").removesuffix("</DOCNO>").strip(ASCII_SPACE)
         elif tag in ("<TEXT>", "</TEXT>"):
             if state != ("before" if tag == "<TEXT>" else "inside"):
@@ -166,7 +168,7 @@ def trec_documents(file: Path) -> Iterator[tuple[int, tuple[str, str]]]:
                 )
             state = "inside" if tag == "<TEXT>" else "after"
         elif state == "inside":
-            text.append(line)
+            text.append(line.rstrip("\r\n"))
         elif tag and not tag.startswith("<"):
             raise InputError(
                 f"{file}:{number}: {tag[:40]!r} stands outside of <TEXT> and </TEXT> in the "

@@ -5,8 +5,8 @@ blends two retrievers' top 200 (arXiv 2310.08319, section 3.1). Any run will do:
 retriever's (`evaluate.py` writes it), another system's TREC file; several are blended.
 A group is a pure function of (seed, epoch, position): fresh negatives every epoch, the same ones
 after a resume and on any number of ranks. Excluded are the query's positives, the passage with the
-query's own id (a query of ArguAna or Quora is a passage itself), and copies of the text of any of
-these under other ids.
+query's own id (a query of ArguAna or Quora is a passage itself), and passages under other ids with
+the text of any of these or of the query.
 """
 
 from __future__ import annotations
@@ -126,6 +126,12 @@ class Negatives:
         own = self._own[np.searchsorted(self._qrels.queries, query_row)]
         return positives if own < 0 or own in positives else np.append(positives, own)
 
+    def excluded_keys(self, query_row: int) -> np.ndarray:
+        """`text_keys` that no negative of a query has: those of `excluded`, and the query's own."""
+        texts = self._collection.corpus.get(self.excluded(query_row))
+        ((_, asked),) = self._collection.queries.get([query_row])
+        return text_keys([*texts, ("", asked)])
+
     def _most_excluded(self) -> int:
         """The number of passages that are excluded for the query with most of them."""
         queries, relevant = self._qrels.queries, self._qrels.grades >= 1
@@ -144,7 +150,7 @@ class Negatives:
         positives = self._qrels.positives(query_row)
         positive = int(positives[rng.integers(len(positives))])
         taken = self.excluded(query_row)
-        keys = self._keys(taken)
+        keys = self.excluded_keys(query_row)
         pool = self.candidates(query_row, positive, taken)
         chosen = np.empty(0, dtype=np.int64)
         # Only what is drawn is read: comparing the texts of all candidates would cost a hundred

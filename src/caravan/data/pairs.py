@@ -206,10 +206,20 @@ def without_second_end(tokenizer: Any, contract: Contract) -> Contract:
 
     Qwen3-Embedding's tokenizer ends each text with <|endoftext|> and calls another token its EOS.
     With both, the state that is read would be one that the model was never trained to read.
+
+    Raises:
+        InputError: a template ends with the EOS, which would be there twice.
     """
     eos = tokenizer.eos_token_id
     if not contract.append_eos or eos is None:
         return contract
+    last = ["passage_template", *["query_template"] * (contract.kind == "retriever")]
+    for setting in last:
+        if getattr(contract, setting).rstrip().endswith(tokenizer.eos_token):
+            raise InputError(
+                f"contract.{setting} ends with {tokenizer.eos_token}, which contract.append_eos"
+                " appends; leave it out of the template"
+            )
     paired = contract.kind == "reranker" and contract.pair == "pair"
     after = pair_tokens(tokenizer)[2] if paired else special_tokens(tokenizer)[1]
     if not after or after[-1] == eos:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from caravan.atomic import listed
 from caravan.data import hub
-from caravan.data.collection import Collection, cache_key, cached_collection, write_collection
+from caravan.data.cached import cache_key, cached_collection
+from caravan.data.collection import Collection, write_collection
 from caravan.data.files import digests, lines, text_of
 from caravan.data.jsonl import objects
 from caravan.data.texts import Record
@@ -177,7 +178,7 @@ def _document(place: str, fields: dict[str, object]) -> tuple[str, str]:
     """Title and text of a line of jsonl."""
     if not isinstance(text := fields.get("text"), str):
         raise InputError(f"{place}: no text: {REMEDY}")
-    title = fields.get("title") or ""
+    title = "" if fields.get("title") is None else fields["title"]
     if not isinstance(title, str):
         raise InputError(f"{place}: title is not a string: {REMEDY}")
     return title, text

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from caravan.data.collection import Collection, cache_key, cached_collection, write_collection
+from caravan.data.cached import cache_key, cached_collection
+from caravan.data.collection import Collection, write_collection
 from caravan.data.docstrings import STDLIB, installed_sources, read, required_by
 from caravan.errors import InputError
 from caravan.progress import track

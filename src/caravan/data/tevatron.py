@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from caravan.data import hub
-from caravan.data.collection import Collection, cache_key, cached_collection
+from caravan.data.cached import cache_key, cached_collection
+from caravan.data.collection import Collection
 from caravan.data.files import by_stem
 from caravan.data.held_out import check_held_out
 from caravan.data.jsonl import id_of, record_of
@@ -184,7 +185,7 @@ def row_of(place: str, fields: dict[str, Any], has_corpus: bool) -> Row:
 def _inline(place: str, key: str, one: Any) -> Passage:
     if not isinstance(one, dict):
         raise InputError(f"{place}: an entry of {key} is no object: {REMEDY}")
-    text, title = one.get("text"), one.get("title") or ""
+    text, title = one.get("text"), "" if one.get("title") is None else one["title"]
     if not isinstance(text, str) or not isinstance(title, str):
         raise InputError(f"{place}: text or title in {key} is not a string: {REMEDY}")
     name = id_of(one.get("docid", id_of_text(f"{title}\n{text}" if title else text)))

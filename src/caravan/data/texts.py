@@ -234,8 +234,14 @@ def id_hash(name: bytes) -> int:
 
 
 def text_keys(texts: Sequence[tuple[str, str]]) -> np.ndarray:
-    """A 64-bit digest of each (title, text), int64 [n]: equal for copies under other ids."""
-    digests = (xxhash.xxh3_64_intdigest(f"{title}\0{text}".encode()) for title, text in texts)
+    """A 64-bit digest of each (title, text), int64 [n]: equal for copies under other ids.
+
+    White space does not count, nor whether the title is the beginning of the text.
+    """
+    digests = (
+        xxhash.xxh3_64_intdigest(" ".join(f"{title} {text}".split()).encode())
+        for title, text in texts
+    )
     return np.fromiter(digests, dtype=np.uint64, count=len(texts)).view(np.int64)
 
 

@@ -240,11 +240,19 @@ def _parse(
             f"{path} has '0' in the second of four columns, as qrels have (query, 0, passage, "
             "grade): give a run"
         )
+    places = _places(query_ids.combine_chunks(), ranked)
+    if (numbers == places).all():
+        told = (
+            "the place of its line although the scores are 1, 2, 3, ...: the columns may be query, "
+            "passage, score, rank; write TREC's six columns (query Q0 passage rank score tag)"
+        )
+        refuse(ranks != places, layout.rank, "rank", told)
     codes = query_ids.combine_chunks().indices.to_numpy()
     order = np.lexsort((ranks, codes))
-    rises = (np.diff(codes[order]) == 0) & (np.diff(numbers[order]) > 0)
+    further, rise = np.diff(ranks[order]) > 0, np.diff(numbers[order])
     wrong = np.zeros(len(ranks), dtype=bool)
-    wrong[order[1:][rises & (np.diff(ranks[order]) > 0)]] = True
+    contradicts = np.where(further, rise > 0, rise != 0)  # of one rank: any other score
+    wrong[order[1:][(np.diff(codes[order]) == 0) & contradicts]] = True
     told = (
         "at most the score of the rank before: four columns are query, passage, rank, and a score "
         "that is higher for better passages; correct them, or write TREC's six columns"

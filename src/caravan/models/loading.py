@@ -292,10 +292,18 @@ def _loading(place: str, problem: str, trusted: bool) -> Iterator[None]:
 
 
 @torch.no_grad()
+def is_finite(weight: Tensor) -> bool:
+    """Whether a weight has no NaN and no infinity; its extremes show it without a copy."""
+    if weight.is_meta or not weight.is_floating_point() or not weight.numel():
+        return True
+    if weight.dtype.itemsize < 2:  # float8, which has no extremes
+        weight = weight.to(torch.bfloat16)
+    low, high = weight.aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
 def refuse_not_finite(name: str, weights: Mapping[str, Tensor]) -> None:
     """A single NaN in a weight can give embeddings that are finite and wrong.
-
-    The extremes of a tensor show it in one pass and without a copy.
 
     Args:
         name: the folder, file or hub id that the weights are from.
@@ -304,12 +312,7 @@ def refuse_not_finite(name: str, weights: Mapping[str, Tensor]) -> None:
         InputError: with the first weight that holds NaN or infinity, and its file.
     """
     for key, weight in weights.items():
-        if weight.is_meta or not weight.is_floating_point() or not weight.numel():
-            continue
-        if weight.dtype.itemsize < 2:  # float8, which has no extremes
-            weight = weight.to(torch.bfloat16)
-        low, high = weight.aminmax()
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        if not is_finite(weight):
             raise InputError(
                 f"{_file_of(name, key)}: {key} holds values that are NaN or infinite; the file is"
                 " damaged, or its training has diverged: save or download it again"

@@ -108,15 +108,15 @@ class Comparison:
 
     def depth_note(self, measures: Sequence[str]) -> str:
         """Which runs some of the measures look deeper than; empty if none."""
-        return depth_note(
-            {
-                name: {
-                    "depth": self.depths[i],
-                    "too_deep": not all(self.scored(i, m) for m in measures),
-                }
-                for i, name in enumerate(self.names)
-            }
-        )
+        passages = len(self.judged.corpus)
+        cut, kept = {}, []
+        for i, (name, depth) in enumerate(zip(self.names, self.depths, strict=True)):
+            cut[name] = {"depth": depth, "too_deep": not all(self.scored(i, m) for m in measures)}
+            beyond = too_deep([m for m in measures if self.scored(i, m)], depth, passages)
+            if beyond:
+                kept.append(f"{name} is {depth:,} deep ({', '.join(beyond)})")
+        note = f" Scored to the end of the run: {', '.join(kept)}." if kept else ""
+        return depth_note(cut) + note
 
 
 def compared(
@@ -147,13 +147,17 @@ def compared(
         run = read_run(system.run, judged.queries, judged.corpus, depth=depth)
         scored = score_run(run, judged.qrels, judged.queries, judged.corpus, asked)
         depths.append(depth_of(run, system.depth))
-        beyond = too_deep(asked, depths[-1], len(judged.corpus))
         for name in asked:
-            of_queries = np.array(list(scored["per_query"][name].values()))
-            values[name].append(np.full_like(of_queries, np.nan) if name in beyond else of_queries)
+            values[name].append(np.array(list(scored["per_query"][name].values())))
         runs.append(run)
         missing.append(scored["missing"])
     stacked = {name: np.stack(rows) for name, rows in values.items()}
+    for row, (system, reached) in enumerate(zip(systems, depths, strict=True)):
+        # A run file may be short because there were few hits: its scores are unfair beside a deeper
+        # run alone.
+        if system.depth is not None or reached < max(depths):
+            for name in too_deep(asked, reached, len(judged.corpus)):
+                stacked[name][row] = np.nan
     couples = [
         (a, b)
         for a, b in combinations(range(len(systems)), 2)

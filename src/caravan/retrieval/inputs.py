@@ -12,13 +12,9 @@ from typing import Any
 from caravan import manifest
 from caravan.contract import FILE
 from caravan.data.collection import Collection
-from caravan.errors import InputError
+from caravan.errors import InputError, OccupiedError
 from caravan.retrieval.folders import Folders
 from caravan.suite import Member
-
-
-class AnotherEvaluationError(InputError):
-    """A run_dir holds the results of another evaluation."""
 
 
 def inputs_of(
@@ -78,11 +74,12 @@ def refuse_another(run_dir: Path, inputs: dict[str, Any]) -> None:
     other settings: its embeddings and scores stay in the store.
 
     Raises:
-        InputError: it holds a training.
-        AnotherEvaluationError: it holds the metrics of other data, systems or settings.
+        OccupiedError: it holds a training, or the metrics of other data, systems or settings.
     """
     if (run_dir / "checkpoints").exists() or (run_dir / "model").exists():
-        raise InputError(f"{run_dir} holds a training run; choose another name= for the evaluation")
+        raise OccupiedError(
+            f"{run_dir} holds a training run; choose another name= for the evaluation"
+        )
     metrics = run_dir / "metrics.json"
     if not metrics.exists() or manifest.matches(record_of(run_dir), inputs):
         return
@@ -93,7 +90,7 @@ def refuse_another(run_dir: Path, inputs: dict[str, Any]) -> None:
     differs = f"it differs in {'; '.join(lines[:3])}"
     if manifest.read(record_of(run_dir)) is None:
         differs = "no record there says of which data, systems and settings"
-    raise AnotherEvaluationError(
+    raise OccupiedError(
         f"{run_dir} holds another evaluation already ({differs});"
         " choose another name=, or remove the folder"
     )

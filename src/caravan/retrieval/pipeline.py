@@ -15,20 +15,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from caravan import manifest, suite
-from caravan.atomic import replacing
+from caravan.atomic import claimed, replacing
 from caravan.config import build, recorded
 from caravan.contract import FILE
-from caravan.errors import InputError, is_termination, sentence
+from caravan.errors import InputError, OccupiedError, is_termination, sentence
 from caravan.ranks import leads, world
 from caravan.retrieval.folders import Folders
 from caravan.retrieval.inputs import (
-    AnotherEvaluationError,
     inputs_of,
     record_of,
     refuse_another,
@@ -54,13 +53,17 @@ def evaluate(cfg: Any) -> dict[str, Any]:
         for step in steps:
             evaluation.do(step)
         return evaluation.scored()
-    return _of_suite(cfg, steps)
+    with ExitStack() as held:
+        return _of_suite(cfg, steps, held)
 
 
-def _of_suite(cfg: Any, steps: _Steps) -> dict[str, Any]:
+def _of_suite(cfg: Any, steps: _Steps, held: ExitStack) -> dict[str, Any]:
     """Stage by stage, each over all collections, so that each model loads once.
 
     A collection that fails is told of at the end.
+
+    Args:
+        held: of the locks of the collections' folders.
     """
     run_dir = Path(cfg.run_dir)
     members = suite.each(cfg)
@@ -70,6 +73,8 @@ def _of_suite(cfg: Any, steps: _Steps) -> dict[str, Any]:
     failed: dict[str, str] = {}
     for member, one in members.items():
         with _going_on(member.folder, failed):
+            if leads():
+                held.enter_context(claimed(Path(one.run_dir)))
             evaluations[member] = _Evaluation(one, steps.folders)
     _write_config(cfg, inputs)
     records = {}
@@ -107,7 +112,7 @@ def _going_on(name: str, failed: dict[str, str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if world() > 1 or is_termination(error) or isinstance(error, AnotherEvaluationError):
+        if world() > 1 or is_termination(error) or isinstance(error, OccupiedError):
             raise
         message = sentence(error)
         log.error("%s: %s", name, message or "it failed", exc_info=message is None)

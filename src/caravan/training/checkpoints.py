@@ -20,6 +20,7 @@ from torch import Tensor
 
 from caravan.atomic import replacing
 from caravan.errors import InputError, first_line
+from caravan.models.loading import is_finite
 from caravan.ranks import leads
 
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -101,22 +102,29 @@ def _lacking(state: Any) -> str | None:
     for name, kind in _PARTS.items():
         if not isinstance(state.get(name), kind):
             return f"it has no {name}"
+    for name in ("loops", "callbacks"):
+        if not all(isinstance(part, dict) and part for part in state[name].values()):
+            return f"a part of its {name} has no state"
     weights, optimizers = state["state_dict"], state["optimizer_states"]
     if not weights or not all(isinstance(weight, Tensor) for weight in weights.values()):
         return "it has no weights"
-    shapes: Counter[tuple[int, ...]] = Counter()
+    if (
+        wrong := next((name for name in weights if not is_finite(weights[name])), None)
+    ) is not None:
+        return f"{wrong} is NaN or infinite, as after a training that has diverged"
+    shapes: Counter[tuple[Any, ...]] = Counter()
     for optimizer in optimizers:
         if not isinstance(optimizer, dict) or not {"state", "param_groups"} <= optimizer.keys():
             return "it has no state of the optimizer"
         shapes.update(
-            tuple(moments["exp_avg"].shape)
+            (moments["exp_avg"].dtype, *moments["exp_avg"].shape)
             for moments in optimizer["state"].values()
             if "exp_avg" in moments
         )
     if not optimizers:
         return "it has no state of the optimizer"
-    if not shapes <= Counter(tuple(weight.shape) for weight in weights.values()):
-        return "its weights and its optimizer have different shapes"
+    if not shapes <= Counter((weight.dtype, *weight.shape) for weight in weights.values()):
+        return "its weights and its optimizer have different shapes or types"
     return None
 
 

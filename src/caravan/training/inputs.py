@@ -8,6 +8,7 @@ run, which must neither overwrite the first nor take its name.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from caravan import manifest
 from caravan.contract import files_digest, folder_digest
 from caravan.data.collection import Collection
-from caravan.errors import InputError
+from caravan.errors import InputError, OccupiedError
 
 log = logging.getLogger(__name__)
 
@@ -94,12 +95,16 @@ def _without(tree: Any, run_dir: str) -> Any:
     return tree.replace(run_dir, "<run_dir>") if isinstance(tree, str) else tree
 
 
-def file_digests(folder: Path) -> dict[str, str]:
-    """The digest of each file of a model folder but its card, which may be written again."""
+def file_digests(model_dir: Path) -> dict[str, str]:
+    """Digests of `metrics.json` and of the model's files, by path relative to the model folder.
+
+    The model card is left out, since it may be written again.
+    """
+    files = [path for path in sorted(model_dir.rglob("*")) if path.name != "README.md"]
     return {
-        path.relative_to(folder).as_posix(): manifest.content_digest(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "README.md"
+        os.path.relpath(path, model_dir): manifest.content_digest(path)
+        for path in (model_dir.with_name("metrics.json"), *files)
+        if path.is_file()
     }
 
 
@@ -107,8 +112,8 @@ def finished(model_dir: Path, inputs: dict[str, Any], resume: bool) -> dict[str,
     """The facts of a finished training from these inputs; None if there is none.
 
     Raises:
-        InputError: files of its model folder are missing or have changed, and `resume`, which
-            writes them again, is off.
+        InputError: its metrics or files of its model folder are missing or have changed, and
+            `resume`, which writes them again, is off.
     """
     if not manifest.matches(model_dir, inputs):
         return None
@@ -118,12 +123,13 @@ def finished(model_dir: Path, inputs: dict[str, Any], resume: bool) -> dict[str,
     there, recorded = file_digests(model_dir), _section(facts, "files")
     damaged = [name for name, digest in recorded.items() if there.get(name) != digest]
     if damaged:
-        told = f"{model_dir}: {damaged[0]} is missing or has changed since the training wrote it"
+        path = os.path.normpath(model_dir / damaged[0])
+        told = f"{path} is missing or has changed since the training wrote it"
         if not resume:
             raise InputError(
-                f"{told}; write the folder again with resume=true, or put back a copy of the file"
+                f"{told}; write it again with resume=true, or put back a copy of the file"
             )
-        log.warning("%s; the folder is written again", told)
+        log.warning("%s; it is written again", told)
         return None
     changed = _other_versions(facts)
     if changed:
@@ -148,20 +154,28 @@ def _other_versions(facts: dict[str, Any]) -> str:
 
 
 def refuse_other_run(run_dir: Path, begun: Path, inputs: dict[str, Any], resume: bool) -> None:
-    """Neither overwrite a run nor continue one that is another."""
+    """Neither overwrite a run or an evaluation, nor continue a run that is another.
+
+    Raises:
+        OccupiedError: run_dir is not this run's.
+    """
     kept = ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "model")
     if not any((run_dir / name).exists() for name in kept):
+        if _is_of_evaluation(run_dir, begun):
+            raise OccupiedError(
+                f"{run_dir} holds an evaluation; choose another name= for the training"
+            )
         return  # it failed before there was anything to lose
     changed = manifest.differences(begun, inputs)
     if not resume:
-        raise InputError(
+        raise OccupiedError(
             f"{run_dir} holds a run already"
             + (f" (it differs in {'; '.join(changed[:3])})" if changed else ", not finished")
             + "; continue it with resume=true, choose another name=, or remove the folder"
         )
     another = [line for line in changed if not _is_of(line, _MAY_CHANGE + _NO_INPUTS)]
     if another:
-        raise InputError(
+        raise OccupiedError(
             f"{run_dir} cannot be resumed, for it holds another run: {'; '.join(another[:3])}"
             + (f" and {len(another) - 3} more" if len(another) > 3 else "")
             + "; give the settings and data of that one, choose another name=, or remove the folder"
@@ -176,6 +190,15 @@ def refuse_other_run(run_dir: Path, begun: Path, inputs: dict[str, Any], resume:
             " run: %s",
             versions,
         )
+
+
+def _is_of_evaluation(run_dir: Path, begun: Path) -> bool:
+    """Whether a run_dir without weights has the record or, without a record, metrics of one."""
+    record = manifest.read(begun)
+    if record is None:
+        return (run_dir / "metrics.json").exists()
+    inputs = _section(record, "inputs")
+    return "retriever" in inputs or "collections" in inputs  # see `caravan.retrieval.inputs`
 
 
 def _is_of(difference: str, places: Sequence[str]) -> bool:

@@ -1,0 +1,189 @@
+"""Damaged files of a training: a resume ends with the same weights, or in a sentence.
+
+Nothing in a file is executed: a pickle that would write a file is among the mutants.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from tests.commands import ROOT, train, train_arguments
+from tests.fuzz.mutations import (
+    Mutant,
+    bytes_mutants,
+    json_mutants,
+    outcome,
+    put,
+    safetensors_mutants,
+    sampled,
+)
+
+from caravan.compose import compose
+from caravan.errors import InputError
+from caravan.training.run import train as train_config
+
+QUICK, FULL = 3, 40
+"""Mutants of each file, of 30 and more."""
+SECONDS = 60
+STEPS = (
+    *("trainer.val_check_interval=1", "callbacks.resume_point.every_n_steps=1"),
+    *("optimizer.schedule=constant", "logger.tensorboard=null", "trainer.max_steps=2"),
+)
+WEIGHTS = "model/model.safetensors"
+STATES = ("checkpoints/last.ckpt", "checkpoints/best.ckpt")
+RECORDS = ("config.yaml", "config.yaml.manifest.json", "metrics.json", "model.manifest.json")
+MODEL = (WEIGHTS, "model/caravan.json", "model/config.json", "model/tokenizer.json")
+
+
+class Run(NamedTuple):
+    """A finished training of two updates: its config, its folder, and all files as written."""
+
+    cfg: Any
+    folder: Path
+    files: dict[Path, bytes]
+
+    def restore(self) -> None:
+        """Put all files back as they were; no others remain."""
+        for path in [path for path in self.folder.rglob("*") if path.is_file()]:
+            if self.files.get(path) != path.read_bytes():
+                path.unlink()
+        for path, data in self.files.items():
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def run(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("training") / "run"
+    train(beir, folder, *STEPS)
+    given = train_arguments(beir, folder, *STEPS, "resume=true")
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return Run(compose(ROOT / "conf", "train", given), folder, files)
+
+
+class _Writes:
+    """What writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+def _pickles(data: bytes, marker: Path) -> Iterator[Mutant]:
+    """A pickle with code: on its own, in torch's archive, and in place of this one's."""
+    attack = pickle.dumps(_Writes(marker), protocol=2)
+    yield Mutant("a pickle with code", attack)
+    saved = io.BytesIO()
+    torch.save({"state_dict": _Writes(marker)}, saved)
+    yield Mutant("code in torch's archive", saved.getvalue())
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        changed = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(changed, "w") as new:
+            for name in old.namelist():
+                new.writestr(name, attack if name.endswith("data.pkl") else old.read(name))
+        yield Mutant("code in place of data.pkl", changed.getvalue())
+
+
+def _state_mutants(data: bytes) -> Iterator[Mutant]:
+    """A checkpoint whose values were removed or replaced, saved as torch does."""
+    state = torch.load(io.BytesIO(data), weights_only=True)
+    values: tuple[Any, ...] = (None, 0, -1, [], {}, "x", [None], {"x": torch.ones(2)})
+    for at, key in enumerate(state):
+        others = {name: value for name, value in state.items() if name != key}
+        for change in ({}, {key: values[at % 8]}, {key: values[(at + 3) % 8]}):
+            yield Mutant(f"{key} {change or 'removed'}", _saved({**others, **change}))
+    weights = state["state_dict"]
+    for name in (next(iter(weights)), next(reversed(weights))):
+        others = {key: value for key, value in weights.items() if key != name}
+        for what, new in (
+            *(("removed", None), ("of another shape", torch.zeros(3, 5)), ("text", "x")),
+            *(("of integers", weights[name].int()), ("NaN", weights[name] * torch.nan)),
+        ):
+            changed = others if new is None else {**others, name: new}
+            yield Mutant(f"{name} {what}", _saved({**state, "state_dict": changed}))
+    for section in ("optimizer_states", "lr_schedulers", "loops", "callbacks"):
+        inner = state[section][0] if isinstance(state[section], list) else state[section]
+        for key in inner:
+            for value in (None, {}, "x"):
+                changed = {**inner, key: value}
+                whole = [changed] if isinstance(state[section], list) else changed
+                yield Mutant(f"{section}.{key} is {value!r}", _saved({**state, section: whole}))
+
+
+def _saved(state: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def _mutants(path: Path, data: bytes, marker: Path) -> Iterator[Mutant]:
+    yield from bytes_mutants(data, seed=0)
+    yield from _pickles(data, marker)
+    if path.suffix == ".json":
+        yield from json_mutants(data, seed=0, depth=2)
+    elif path.suffix == ".safetensors":
+        yield from safetensors_mutants(data, seed=0)
+    elif path.suffix == ".ckpt":
+        yield from _state_mutants(data)
+
+
+def _tried(run: Run, file: str, finished: bool, marker: Path, number: int) -> None:
+    """Resume over mutants of a file.
+
+    Args:
+        finished: leave the model folder and its record as they are; else the training was killed
+            before it wrote them.
+    """
+    path, weights = run.folder / file, run.folder / WEIGHTS
+    for mutant in sampled(_mutants(path, run.files[path], marker), number, seed=1):
+        put(path, mutant)
+        if not finished:
+            (run.folder / "model.manifest.json").unlink(missing_ok=True)
+            shutil.rmtree(run.folder / "model", ignore_errors=True)
+        try:
+            found = outcome(lambda: train_config(run.cfg), SECONDS)
+            assert not marker.exists(), "a pickle was executed"
+            if isinstance(found, InputError):
+                assert any(name in str(found) for name in (path.name, str(run.folder))), found
+            else:
+                assert weights.read_bytes() == run.files[weights]
+                best = json.loads((run.folder / "metrics.json").read_text())["best"]
+                assert found == best
+        except BaseException as error:
+            error.add_note(f"{file}: {mutant.name}")
+            raise
+        finally:
+            run.restore()
+
+
+CASES = [
+    *((file, False) for file in (*STATES, *RECORDS[:2])),
+    *((file, True) for file in (*MODEL, *RECORDS, *STATES)),
+]
+
+
+@pytest.mark.parametrize(("file", "finished"), CASES)
+def test_a_resume_over_damaged_files_ends_with_the_same_weights(
+    run: Run, file: str, finished: bool, tmp_path: Path
+) -> None:
+    _tried(run, file, finished, tmp_path / "marker", QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "finished"), CASES)
+def test_a_resume_over_any_damaged_file_ends_with_the_same_weights(
+    run: Run, file: str, finished: bool, tmp_path: Path
+) -> None:
+    _tried(run, file, finished, tmp_path / "marker", FULL)

@@ -1,0 +1,200 @@
+"""Damaged products of an evaluation: the next start gives the same results, or a sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from tests.commands import ROOT, evaluate_arguments
+from tests.fuzz.mutations import (
+    Mutant,
+    bytes_mutants,
+    json_mutants,
+    outcome,
+    put,
+    restored,
+    sampled,
+)
+from tests.tiny import tiny_backbone
+
+from caravan.compose import compose
+from caravan.data import files
+from caravan.data.collection import Collection
+from caravan.errors import InputError
+from caravan.retrieval.pipeline import evaluate
+
+QUICK, FULL = 2, 40
+"""Mutants of each file, of 33 and more."""
+SECONDS = 60
+TIMED = ("seconds", "queries_per_second", "index_s", "search_query_s", "encode_s")
+RUNS = ("bm25", "retriever", "fused", "reranked")
+MADE_FROM = {"bm25": RUNS[0], "passages": RUNS[1], "queries": RUNS[1], "scores": RUNS[3]}
+"""The run that a product of the store is searched for; it is removed, so that it is made anew."""
+
+
+class Done(NamedTuple):
+    """A finished evaluation: its config, its folder, and all files as they were written."""
+
+    cfg: Any
+    home: Path
+    files: dict[Path, bytes]
+    results: dict[str, Any]
+
+
+def _written(home: Path) -> dict[Path, bytes]:
+    found = (path for part in ("run", "cache") for path in (home / part).rglob("*"))
+    return {path: path.read_bytes() for path in found if path.is_file()}
+
+
+def _results(home: Path) -> dict[str, Any]:
+    """The bytes of the runs, and the metrics without what depends on time."""
+    runs = {path.name: path.read_bytes() for path in (home / "run/runs").glob("*.trec")}
+    return {**runs, "metrics": _untimed(json.loads((home / "run/metrics.json").read_text()))}
+
+
+def _untimed(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        timed = (*TIMED, "facts")
+        return {key: _untimed(value) for key, value in tree.items() if key not in timed}
+    return [_untimed(value) for value in tree] if isinstance(tree, list) else tree
+
+
+@pytest.fixture(scope="module")
+def done(beir: Path, folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Done:
+    home = tmp_path_factory.mktemp("store")
+    given = evaluate_arguments(
+        *(beir, home / "run", f"[bm25,{folders['retriever']}]"),
+        *(f"reranker={folders['reranker']}", "rerank.depth=3", "measures=[MRR@10,nDCG@10]"),
+    )
+    cfg = compose(ROOT / "conf", "evaluate", given)
+    evaluate(cfg)
+    return Done(cfg, home, _written(home), _results(home))
+
+
+def _restored(done: Done) -> None:
+    """Put all files back as they were; no others remain."""
+    for path, data in _written(done.home).items():
+        if done.files.get(path) != data:
+            path.unlink()
+    for path, data in done.files.items():
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+
+def _mutants(path: Path, data: bytes) -> Iterator[Mutant]:
+    yield from bytes_mutants(data, seed=0)
+    if path.suffix == ".json":
+        yield from json_mutants(data, seed=0, depth=2)
+    for other in sorted(path.parent.iterdir()):
+        if other.suffix == path.suffix and other != path and other.is_file():
+            yield Mutant(f"{other.name} in its place", other.read_bytes())
+
+
+def _is_made_anew(done: Done, path: Path) -> None:
+    """Remove the results that were made from a product of the store."""
+    parts = path.relative_to(done.home / "run").parts
+    if parts[0] == "store":
+        run = MADE_FROM[parts[1].partition(".")[0]]
+        (done.home / f"run/runs/{run}.test.trec.manifest.json").unlink()
+    if parts[0] != "metrics.json":
+        (done.home / "run/metrics.json.manifest.json").unlink(missing_ok=True)
+
+
+def _tried(done: Done, paths: list[Path], number: int) -> None:
+    for path in paths:
+        for mutant in sampled(_mutants(path, done.files[path]), number, seed=1):
+            put(path, mutant)
+            if (done.home / "run") in path.parents:
+                _is_made_anew(done, path)
+            case = f"{path.relative_to(done.home)}: {mutant.name}"
+            try:
+                found = outcome(lambda: evaluate(done.cfg), SECONDS)
+                if isinstance(found, InputError):
+                    named = (path.name, path.parent.name, "run_dir")
+                    assert any(name in str(found) for name in named), found
+                else:
+                    assert _results(done.home) == done.results
+            except BaseException as error:
+                error.add_note(case)
+                raise
+            finally:
+                _restored(done)
+
+
+def _products(done: Done, part: str) -> list[Path]:
+    return sorted(
+        path for path in done.files if path.relative_to(done.home).as_posix().startswith(part)
+    )
+
+
+PARTS = ("run/store", "run/runs", "run/metrics.json", "run/config.yaml", "cache/collections")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_evaluation_over_damaged_products_ends_with_the_same_results(
+    done: Done, part: str
+) -> None:
+    _tried(done, _products(done, part), QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+def test_an_evaluation_over_any_damaged_product_ends_with_the_same_results(
+    done: Done, part: str
+) -> None:
+    _tried(done, _products(done, part), FULL)
+
+
+def _cached(folder: Path, name: str, made: Callable[[], Any], number: int) -> None:
+    """Damage a file of a cache, which is used again or made anew: the result is the same."""
+    expected = made()
+    for path in sorted((folder / name).iterdir()):
+        with restored(path) as data:
+            for mutant in sampled(_mutants(path, data), number, seed=1):
+                put(path, mutant)
+                try:
+                    found = outcome(made, SECONDS)
+                    assert isinstance(found, InputError) or found == expected
+                except BaseException as error:
+                    error.add_note(f"{path.name}: {mutant.name}")
+                    raise
+
+
+def _tokenizers(collection: Collection, folder: Path, number: int) -> None:
+    def made() -> str:
+        tokenizer = tiny_backbone().tokenizer(collection, folder)
+        return str(tokenizer.backend_tokenizer.to_str())
+
+    _cached(folder, "tokenizers", made, number)
+
+
+def _digests(beir: Path, folder: Path, number: int) -> None:
+    def made() -> list[str]:
+        return files.digests([beir / "corpus.jsonl"], folder)
+
+    _cached(folder, "digests", made, number)
+
+
+def test_damaged_tokenizers_of_the_cache_are_trained_again(
+    collection: Collection, tmp_path: Path
+) -> None:
+    _tokenizers(collection, tmp_path, 4 * QUICK)
+
+
+def test_damaged_digests_of_the_cache_are_computed_again(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "KEPT_FROM_BYTES", 0)
+    monkeypatch.setattr(files, "SETTLED_S", -1)
+    _digests(beir, tmp_path, FULL)
+
+
+@pytest.mark.slow
+def test_all_damaged_tokenizers_of_the_cache_are_trained_again(
+    collection: Collection, tmp_path: Path
+) -> None:
+    _tokenizers(collection, tmp_path, 2 * FULL)
