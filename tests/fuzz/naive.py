@@ -85,7 +85,6 @@ def rows(path: Path, blank: bool = False) -> list[str]:
 
 
 def words(line: str) -> list[str]:
-    """What is between ASCII white space."""
     return re.findall(f"[^{SPACE}]+", line)
 
 
@@ -106,7 +105,7 @@ def objects(path: Path) -> Iterator[dict[str, Any]]:
 
 def jsonl(path: Path, name: str) -> list[Record]:
     """Objects with an id under `name`, a text, and perhaps a title."""
-    found = []
+    found: list[Record] = []
     for row in objects(path):
         need(name in row and "text" in row, "a missing key")
         found.append((as_id(row[name]), as_title(row.get("title")), as_text(row["text"])))
@@ -182,8 +181,8 @@ def documents_trec(path: Path) -> list[Record]:
 
 def qrels(path: Path) -> list[tuple[str, str, int]]:
     """Three columns (query, passage, grade) or TREC's four; a header may name them."""
-    cells = [row.split("\t") if "\t" in row else words(row) for row in rows(path)]
-    cells = [[cell.strip(SPACE) for cell in row] for row in cells]
+    listed = (row.split("\t") if "\t" in row else words(row) for row in rows(path))
+    cells = [[cell.strip(SPACE) for cell in row] for row in listed]
     if cells and cells[0][0].casefold().startswith("query"):
         need("corpus-id" not in cells[0] or cells[0][-2] == "corpus-id", "columns out of order")
         cells = cells[1:]
