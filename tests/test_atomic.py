@@ -138,8 +138,7 @@ from pathlib import Path
 from caravan.atomic import claimed
 with claimed(Path(sys.argv[1])):
     if os.fork() == 0:  # such as a loader's worker, which outlives a killed parent for a while
-        time.sleep(60)
-    print(flush=True)
+        print(flush=True)  # by now it has closed what it has of the lock
     time.sleep(60)
 """
 
