@@ -57,10 +57,11 @@ def test_a_cache_that_others_may_have_filled_is_refused(
 def test_the_cache_is_never_made_writable_by_everybody(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        for _ in range(2):
-            cache_folder(tmp_path / "cache", "tokenizers")
+        folder = cache_folder(tmp_path / "cache", "tokenizers")
     finally:
         os.umask(before)
+    for made in (folder, folder.parent):
+        assert not made.stat().st_mode & 0o002
 
 
 @pytest.mark.parametrize("damage", ["other merges", "empty", "cut"])
