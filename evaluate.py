@@ -6,7 +6,7 @@ python evaluate.py --help
 
 from typing import TYPE_CHECKING, Any
 
-from caravan.entry import entry
+from caravan.cli.main import entry
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -6,7 +6,7 @@ python train.py --help
 
 from typing import TYPE_CHECKING
 
-from caravan.entry import entry
+from caravan.cli.main import entry
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @entry("train")
 def main(cfg: "DictConfig") -> float | None:
     """Train as the (checked) config says; the monitored figure is what sweepers optimise."""
-    from caravan.training.run import train
+    from caravan.training.fit import train
 
     return train(cfg)
 

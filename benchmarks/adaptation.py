@@ -18,9 +18,9 @@ import torch
 from common import apart, highest, paired, report, table
 from torch import Tensor
 
-from caravan.batches import Packed, pack
-from caravan.contract import Contract
-from caravan.models.slots import Layout, SlotEncoder, set_losses
+from caravan.data.batch import Packed, pack
+from caravan.encoding import Encoding
+from caravan.models.llara import Layout, SlotEncoder, set_losses
 
 PROMPT, SLOTS = 12, 8
 LAYOUT = Layout(1, (PROMPT, PROMPT), SLOTS)
@@ -68,7 +68,7 @@ def ours(encoder: SlotEncoder, packed: Packed, targets: Tensor, counts: Tensor) 
 
 def naive(encoder: SlotEncoder, packed: Packed, targets: Tensor, counts: Tensor) -> Tensor:
     """Logits of the whole sequence, and a loop over texts."""
-    from caravan.models.slots import joint
+    from caravan.models.llara import joint
 
     chunk = packed.chunks[0]
     positions, mask = joint(chunk.attention_mask, LAYOUT)
@@ -88,7 +88,7 @@ def measured(kind: str, number: int, words: int, vocabulary: int) -> tuple[float
     """Seconds a step, peak memory above that before, in MB, and the loss."""
     step: Callable[..., Tensor] = {"ours": ours, "naive": naive}[kind]
     model = language_model(vocabulary)
-    encoder = SlotEncoder(model, model.base_model, Contract(), LAYOUT)
+    encoder = SlotEncoder(model, model.base_model, Encoding(), LAYOUT)
     batch = texts(number, words, vocabulary)
     warm = texts(1, 16, vocabulary)
     step(encoder, *warm).backward()
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     model = language_model(1000)
-    encoder = SlotEncoder(model, model.base_model, Contract(), LAYOUT)
+    encoder = SlotEncoder(model, model.base_model, Encoding(), LAYOUT)
     packed = texts(options.texts, options.words, 1000)[0]
     passes = paired(
         lambda: one_pass(encoder, packed), lambda: two_passes(encoder, packed), options.repeats

@@ -16,14 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from caravan.compose import compose
-from caravan.contract import Contract
+from caravan.cli.compose import compose
 from caravan.data.collection import Collection
-from caravan.data.pydocs import PyDocs
-from caravan.data.sources import Beir
+from caravan.data.readers.beir import Beir
+from caravan.encoding import Encoding
 from caravan.models import folder
 from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
+from caravan.quickstart.pydocs import PyDocs
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,18 +49,18 @@ def collection(data: Path | None) -> Collection:
     return source.collection(ROOT / ".cache")
 
 
-def contract() -> Contract:
+def encoding() -> Encoding:
     """MiniLM's settings, from conf/backbone/minilm.yaml."""
     cfg = compose(ROOT / "conf", "train", ["backbone=minilm"])
-    return Contract(**cfg.contract)
+    return Encoding(**cfg.encoding)
 
 
 def model_folder(weights: Path, to: Path) -> Path:
     """MiniLM as a Caravan model folder."""
     backbone = Pretrained(str(weights))
     tokenizer = backbone.tokenizer(None, to)
-    model = BiEncoder(backbone.model(tokenizer), contract())
-    folder.save(to / "minilm", model, tokenizer, contract(), {"name": "minilm"})
+    model = BiEncoder(backbone.model(tokenizer), encoding())
+    folder.save(to / "minilm", model, tokenizer, encoding(), {"name": "minilm"})
     return to / "minilm"
 
 

@@ -21,7 +21,7 @@ from common import arguments, collection, model_folder, paired, report, texts_of
 from sentence_transformers import SentenceTransformer
 
 from caravan.data.collection import Collection
-from caravan.retrieval.encode import Encoder, Shards
+from caravan.retrieval.inference import Encoder, Shards
 
 SETTINGS: dict[str, Any] = {"lengths": {}, "token_budget": 2048, "block": 4096, "num_workers": 1}
 

@@ -24,8 +24,8 @@ import torch
 from common import collection, report, table, texts_of
 from torch import Tensor, nn
 
-from caravan.batches import Packed, pack
-from caravan.contract import Contract
+from caravan.data.batch import Packed, pack
+from caravan.encoding import Encoding
 from caravan.models.adapters import LoRA, settle_precisions
 from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
@@ -118,12 +118,12 @@ def built(folder: Path, system: str, kind: str, recompute: Any, device: torch.de
     backbone = Pretrained(str(folder), attention=attention, checkpointing=recompute)
     if kind == "encode":
         backbone.dtype = torch.bfloat16
-        return BiEncoder(backbone.model(None), Contract()).to(device).eval()
+        return BiEncoder(backbone.model(None), Encoding()).to(device).eval()
     peft = LoRA(rank=32, dropout=0.0, quant_type="nf4" if kind == "qlora" else None)
     backbone.quantization = peft.quantization()
     # Ours as a run has them, embeddings and norms in float32; the loop as one would load it.
     backbone.dtype = torch.bfloat16 if system == "plain loop" or kind == "lora" else torch.float32
-    network = BiEncoder(peft.apply(backbone.model(None)), Contract())
+    network = BiEncoder(peft.apply(backbone.model(None)), Encoding())
     if system != "plain loop":
         settle_precisions(network, bf16=True)
     return network.to(device).train()
@@ -140,7 +140,7 @@ def batches(ids: list[list[int]], system: str) -> Iterator[Packed]:
 
 
 def as_they_come(ids: list[list[int]]) -> Packed:
-    from caravan.batches import Chunk
+    from caravan.data.batch import Chunk
 
     width = max(map(len, ids))
     rows = torch.zeros(len(ids), width, dtype=torch.int64)

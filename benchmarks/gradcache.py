@@ -15,8 +15,8 @@ import torch
 from common import apart, highest, report
 from torch import Tensor
 
-from caravan.batches import Packed, pack
-from caravan.contract import Contract
+from caravan.data.batch import Packed, pack
+from caravan.encoding import Encoding
 from caravan.models.biencoder import BiEncoder
 from caravan.training.gradcache import GradCache
 
@@ -40,7 +40,7 @@ def measured(queries: int, chunk: int | None) -> tuple[float, float, float]:
     torch.manual_seed(0)
     shape = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=VOCABULARY, intermediate_size=688, use_cache=False, **shape)
-    model = BiEncoder(LlamaModel(config), Contract())
+    model = BiEncoder(LlamaModel(config), Encoding())
     batch = texts(queries, 16), texts(2 * queries, 48)
     started = time.perf_counter()
     if chunk is None:

@@ -19,19 +19,19 @@ from common import ROOT, arguments, collection, paired, report, texts_of
 from sentence_transformers import CrossEncoder as Peer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from caravan.compose import compose
-from caravan.contract import Contract
+from caravan.cli.compose import compose
+from caravan.encoding import Encoding
 from caravan.models import folder
 from caravan.models.backbone import Pretrained
 from caravan.models.crossencoder import CrossEncoder
 from caravan.retrieval.rerank import Reranking, Scorer
 
 
-def contract() -> Contract:
+def encoding() -> Encoding:
     """A pair of 256 tokens, as the peer reads it."""
     cfg = compose(ROOT / "conf", "train", ["stage=reranker_encoder", "validation.run=x"])
-    settings = {**cfg.contract, "query_length": 32, "passage_length": 224}
-    return Contract(**settings)
+    settings = {**cfg.encoding, "query_length": 32, "passage_length": 224}
+    return Encoding(**settings)
 
 
 def saved(weights: Path, to: Path) -> tuple[Path, Path]:
@@ -41,8 +41,8 @@ def saved(weights: Path, to: Path) -> tuple[Path, Path]:
     plain.save_pretrained(to / "peer")
     tokenizer = AutoTokenizer.from_pretrained(weights)
     tokenizer.save_pretrained(to / "peer")
-    model = CrossEncoder(Pretrained(str(to / "peer")).scorer(tokenizer), contract())
-    folder.save(to / "ours", model, tokenizer, contract(), {"name": "minilm"})
+    model = CrossEncoder(Pretrained(str(to / "peer")).scorer(tokenizer), encoding())
+    folder.save(to / "ours", model, tokenizer, encoding(), {"name": "minilm"})
     return to / "peer", to / "ours"
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from common import apart, highest, paired, report
 
-from caravan.batches import pack
-from caravan.contract import Contract
+from caravan.data.batch import pack
+from caravan.encoding import Encoding
 from caravan.models import hardware
 from caravan.models.biencoder import BiEncoder
 from caravan.models.loading import set_attention
@@ -59,7 +59,7 @@ class Step:
         model = set_attention(LlamaModel(config), chosen["attention"])
         model = prepared(model, chosen["checkpointing"], False, chosen["compile"])
         self.device = hardware.device()
-        self.encoder = BiEncoder(model, Contract()).to(self.device).train()
+        self.encoder = BiEncoder(model, Encoding()).to(self.device).train()
         optimizer = AdamW(lr=1e-4, fused=chosen["fused"])
         self.optimizer = optimizer.build(self.encoder, 100)["optimizer"]
         rng = torch.Generator().manual_seed(0)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-from common import ROOT, arguments, collection, contract, report, texts_of
+from common import ROOT, arguments, collection, encoding, report, texts_of
 from datasets import Dataset
 from sentence_transformers import (
     SentenceTransformer,
@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 
 from caravan.data.datamodule import DataModule
 from caravan.data.negatives import Negatives
-from caravan.data.templates import Templates
+from caravan.data.tokenization import Templates
 from caravan.models.backbone import Pretrained
 from caravan.training.losses import InfoNCE
 from caravan.training.optim import AdamW
@@ -62,7 +62,7 @@ def ours(options: Any, corpus: Any, precision: str) -> float:
     tokenizer = backbone.tokenizer(None, ROOT / ".cache")
     data = DataModule(
         corpus,
-        Templates(tokenizer, contract()),
+        Templates(tokenizer, encoding()),
         Negatives(number=0),
         "train",
         "dev",
@@ -74,7 +74,7 @@ def ours(options: Any, corpus: Any, precision: str) -> float:
         queries=1,
     )
     module = Retriever(
-        backbone, None, tokenizer, contract(), InfoNCE(), AdamW(lr=2e-5, warmup_steps=1), seed=0
+        backbone, None, tokenizer, encoding(), InfoNCE(), AdamW(lr=2e-5, warmup_steps=1), seed=0
     )
     clock = Clock()
     pl.Trainer(

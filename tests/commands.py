@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from caravan.compose import compose
+from caravan.cli.compose import compose
 from caravan.retrieval.pipeline import evaluate as evaluate_config
-from caravan.training.run import train as train_config
+from caravan.training.fit import train as train_config
 
 ROOT = Path(__file__).parents[1]
 TINY = (
     *("backbone.vocab_size=400", "backbone.hidden_size=32", "backbone.heads=2"),
     *("backbone.intermediate_size=48", "backbone.max_length=64"),
-    *("contract.query_length=16", "contract.passage_length=24", "contract.temperature=0.05"),
+    *("encoding.query_length=16", "encoding.passage_length=24", "encoding.temperature=0.05"),
     *("sampler.number=2", "batching.queries_per_batch=6", "batching.num_workers=0"),
     *("optimizer.lr=1e-2", "optimizer.warmup_steps=2", "precision=float32"),
     *("trainer.max_steps=8", "trainer.max_epochs=100", "trainer.val_check_interval=4"),

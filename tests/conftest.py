@@ -12,9 +12,9 @@ from tests.commands import train
 from tests.tiny import WORDS, tiny_backbone, write_beir, write_counterarguments
 from tests.two_ranks import TwoRanks
 
-from caravan.contract import Contract
 from caravan.data.collection import Collection
-from caravan.data.sources import Beir
+from caravan.data.readers.beir import Beir
+from caravan.encoding import Encoding
 from caravan.models.biencoder import BiEncoder
 from caravan.models.tiny_llama import train_bpe
 
@@ -81,11 +81,11 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
-def contract() -> Contract:
-    return Contract(query_length=16, passage_length=24, temperature=0.05)
+def encoding() -> Encoding:
+    return Encoding(query_length=16, passage_length=24, temperature=0.05)
 
 
 @pytest.fixture
-def encoder(tokenizer: Any, contract: Contract) -> BiEncoder:
+def encoder(tokenizer: Any, encoding: Encoding) -> BiEncoder:
     torch.manual_seed(0)
-    return BiEncoder(tiny_backbone().model(tokenizer), contract).eval()
+    return BiEncoder(tiny_backbone().model(tokenizer), encoding).eval()

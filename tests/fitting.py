@@ -13,22 +13,22 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from tests.tiny import tiny_backbone
 from torch import Tensor
 
-from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.data.datamodule import DataModule
 from caravan.data.negatives import Negatives
 from caravan.data.runs import Run, write_run
+from caravan.encoding import Encoding
 from caravan.retrieval.index import Faiss
 from caravan.training.adaptation import Adaptation
 from caravan.training.callbacks import ResumePoint, Throughput
 from caravan.training.checkpoints import AtomicCheckpoints
 from caravan.training.evaluation import RerankingEvaluation, RetrievalEvaluation
+from caravan.training.fsdp import FullySharded
 from caravan.training.gradcache import GradCache
 from caravan.training.losses import InfoNCE
 from caravan.training.optim import AdamW
 from caravan.training.reranker import Reranker
 from caravan.training.retriever import Retriever
-from caravan.training.sharding import FullySharded
 
 MEASURES = ["MRR@10", "nDCG@10", "R@100"]
 TASKS = "ebae+ebar+lm"
@@ -77,10 +77,10 @@ class Fit:
     """A small training run over the tiny collection, with all that `train.py` puts around one."""
 
     def __init__(
-        self, collection: Collection, tokenizer: Any, contract: Contract, folder: Path
+        self, collection: Collection, tokenizer: Any, encoding: Encoding, folder: Path
     ) -> None:
         self.collection, self.tokenizer = collection, tokenizer
-        self.contract, self.folder = contract, folder
+        self.encoding, self.folder = encoding, folder
 
     def __call__(
         self,
@@ -108,22 +108,22 @@ class Fit:
         module: Any
         if adapts:
             prompts = {"self_prompt": " camel:", "next_prompt": " caravan:", "tasks": TASKS}
-            contract = replace(
-                self.contract,
+            encoding = replace(
+                self.encoding,
                 query_template="{text} caravan:",
                 passage_template="{title} {text} camel:",
             )
-            settings = (contract, optimizer, 0)
+            settings = (encoding, optimizer, 0)
             module = Adaptation(
                 tiny_backbone(), peft, self.tokenizer, *settings, **prompts, words=6
             )
         else:
-            contract = replace(self.contract, kind="reranker") if reranks else self.contract
+            encoding = replace(self.encoding, kind="reranker") if reranks else self.encoding
             module = (Reranker if reranks else Retriever)(
                 backbone or tiny_backbone(),
                 peft,
                 self.tokenizer,
-                contract,
+                encoding,
                 InfoNCE(),
                 optimizer,
                 seed=0,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from caravan import atomic
-from caravan.atomic import claimed, replacing, replacing_folder, scratch_folder
+from caravan import files
 from caravan.errors import InputError
+from caravan.files import claimed, replacing, replacing_folder, scratch_folder
 
 
 def _names(folder: Path) -> list[str]:
@@ -45,7 +45,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_scratch(tmp_path: Path, a
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from caravan.atomic import replacing, scratch_folder
+from caravan.files import replacing, scratch_folder
 with replacing(Path(sys.argv[1])) as scratch, scratch_folder(Path(sys.argv[2])) as folder:
     scratch.write_text("half"), (folder / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -93,7 +93,7 @@ def test_a_folder_is_replaced_as_a_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
 ) -> None:
     if not exchanges:
-        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
     folder = tmp_path / "model"
     for name in ("one", "two"):
         with replacing_folder(folder) as scratch:
@@ -108,7 +108,7 @@ def test_a_folder_never_vanishes_while_it_is_replaced(
 ) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    monkeypatch.setattr(atomic.os, "replace", lambda *_: pytest.fail("two renames"))
+    monkeypatch.setattr(files.os, "replace", lambda *_: pytest.fail("two renames"))
     with replacing_folder(folder) as scratch:
         (scratch / "new").touch()
     assert _names(folder) == ["new"]
@@ -135,7 +135,7 @@ def test_a_folder_that_fails_leaves_the_old_one_and_what_a_kill_left_is_deleted(
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from caravan.atomic import claimed
+from caravan.files import claimed
 with claimed(Path(sys.argv[1])):
     if os.fork() == 0:  # such as a loader's worker, which outlives a killed parent for a while
         print(flush=True)  # by now it has closed what it has of the lock
@@ -157,7 +157,7 @@ def test_a_run_dir_is_held_until_its_process_dies_and_then_free(tmp_path: Path) 
         holder.wait()
         with claimed(tmp_path):
             pass
-        atomic.os.killpg(holder.pid, signal.SIGKILL)
+        files.os.killpg(holder.pid, signal.SIGKILL)
 
 
 def test_what_a_killed_run_left_half_is_deleted_when_the_next_begins(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_space_for_a_memory_map_is_allocated(tmp_path: Path) -> None:
     path = tmp_path / "array"
     with path.open("wb") as file:
         file.truncate(1 << 20)
-    atomic.reserve(path)
+    files.reserve(path)
     assert path.stat().st_blocks * 512 >= 1 << 20
 
 
@@ -186,7 +186,7 @@ def test_a_disk_that_is_full_while_a_folder_is_written_is_named(tmp_path: Path) 
         pytest.raises(OSError, match="No space left") as raised,
         scratch_folder(tmp_path / "index"),
     ):
-        raise OSError(atomic.errno.ENOSPC, "No space left on device")
+        raise OSError(files.errno.ENOSPC, "No space left on device")
     assert raised.value.filename == str(tmp_path / "index")
 
 
@@ -194,9 +194,9 @@ def test_a_file_system_without_locks_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuses(*_: object) -> None:
-        raise OSError(atomic.errno.ENOSYS, "Function not implemented")
+        raise OSError(files.errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", refuses)
     with claimed(tmp_path):
         assert "this file system has no locks" in caplog.text
-    assert atomic.LOCK in _names(tmp_path)
+    assert files.LOCK in _names(tmp_path)

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 from tests.small_conf import CONF
 
-from caravan import config
-from caravan.checking.walk import Mistake
-from caravan.compose import Composer, compose, without_hydra
+from caravan.cli import schema
+from caravan.cli.checking.walk import Mistake
+from caravan.cli.compose import Composer, compose, without_hydra
+from caravan.cli.preflight import preflight
 from caravan.errors import InputError
-from caravan.preflight import preflight
 
 
 def real_mistakes(composer: Composer, overrides: list[str]) -> list[Mistake]:
     """What is wrong, but for what is the user's to give: `???` and folders of their own."""
-    found = config.mistakes(without_hydra(composer.compose(overrides)), composer.root)
+    found = schema.mistakes(without_hydra(composer.compose(overrides)), composer.root)
     return [mistake for mistake in found if mistake.kind == "wrong"]
 
 
@@ -84,13 +84,13 @@ def command_for(path: Path) -> tuple[str, list[str]]:
 
 
 def test_every_yaml_under_conf_composes_and_checks() -> None:
-    by_root: dict[str, list[tuple[Path, list[str]]]] = {root: [] for root in config.ROOTS}
+    by_root: dict[str, list[tuple[Path, list[str]]]] = {root: [] for root in schema.ROOTS}
     for path in sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml")):
         root, overrides = command_for(path)
         by_root[root].append((path, [text for text in overrides if text != "-m"]))
     seen, wrong = 0, []
     for root, files in by_root.items():
-        with Composer(CONF, root, config.ROOTS[root]) as composer:
+        with Composer(CONF, root, schema.ROOTS[root]) as composer:
             for path, overrides in files:
                 wrong += [(str(path), mistake) for mistake in real_mistakes(composer, overrides)]
                 seen += 1
@@ -102,8 +102,8 @@ def test_every_yaml_under_conf_composes_and_checks() -> None:
 @pytest.mark.slow
 def test_the_commands_that_files_ask_for_before_them_compose_and_check() -> None:
     wrong, told = [], later_commands() + shared_commands()
-    for root in config.ROOTS:
-        with Composer(CONF, root, config.ROOTS[root]) as composer:
+    for root in schema.ROOTS:
+        with Composer(CONF, root, schema.ROOTS[root]) as composer:
             for name, program, overrides in told:
                 if program == root and "-m" not in overrides:
                     wrong += [(name, mistake) for mistake in real_mistakes(composer, overrides)]
@@ -136,7 +136,7 @@ def test_the_sweeps_on_real_data_that_heads_tell_of_start() -> None:
 def _starts(root: str, given: list[str]) -> None:
     """All jobs compose and check, but for runs, models and data that are not here."""
     try:
-        assert preflight(given, CONF, root, config.ROOTS[root])[: len(given)] == given
+        assert preflight(given, CONF, root, schema.ROOTS[root])[: len(given)] == given
     except InputError as error:
         lines = str(error).splitlines()[1:]
         assert lines
@@ -145,7 +145,7 @@ def _starts(root: str, given: list[str]) -> None:
 
 def test_a_plugin_that_is_not_installed_is_named() -> None:
     with pytest.raises(InputError, match=r"no hydra/sweeper/ax; .*hydra-ax-sweeper"):
-        preflight(["-m", "seed=1,2", "hydra/sweeper=ax"], CONF, "train", config.Train)
+        preflight(["-m", "seed=1,2", "hydra/sweeper=ax"], CONF, "train", schema.Train)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_plugin_that_is_not_installed_is_named() -> None:
 )
 def test_mistakes_over_the_real_conf(overrides: str, wanted: str) -> None:
     with pytest.raises(InputError) as caught:
-        preflight(overrides.split(), CONF, "train", config.Train)
+        preflight(overrides.split(), CONF, "train", schema.Train)
     lines = str(caught.value).splitlines()
     assert len(lines) == 2, lines
     assert wanted in lines[1]
@@ -186,7 +186,7 @@ def test_mistakes_over_the_real_conf(overrides: str, wanted: str) -> None:
     ],
 )
 def test_what_the_stage_logs_can_be_monitored(overrides: str) -> None:
-    with Composer(CONF, "train", config.Train) as composer:
+    with Composer(CONF, "train", schema.Train) as composer:
         told = composer.collect(overrides.split())[1]
     assert not [line for line in told if "monitor" in line]
 
@@ -205,17 +205,17 @@ def test_what_the_stage_logs_can_be_monitored(overrides: str) -> None:
 )
 def test_experiments_on_ms_marco_read_its_own_files(experiment: str, reader: str) -> None:
     root = "evaluate" if experiment.startswith("eval") else "train"
-    with Composer(CONF, root, config.ROOTS[root]) as composer:
+    with Composer(CONF, root, schema.ROOTS[root]) as composer:
         cfg = composer.compose([f"experiment={experiment}"])
     assert cfg.data._target_.rpartition(".")[2] == reader
     assert cfg.data.split == ("test" if reader == "Beir" else "dev")
 
 
-def test_a_backbone_brings_its_own_contract() -> None:
+def test_a_backbone_brings_its_own_encoding() -> None:
     cfg = compose(CONF, "train", ["backbone=minilm"])
-    assert (cfg.contract.pooling, cfg.contract.append_eos) == ("mean", False)
-    given = compose(CONF, "train", ["backbone=minilm", "contract.pooling=cls"])
-    assert given.contract.pooling == "cls"
+    assert (cfg.encoding.pooling, cfg.encoding.append_eos) == ("mean", False)
+    given = compose(CONF, "train", ["backbone=minilm", "encoding.pooling=cls"])
+    assert given.encoding.pooling == "cls"
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_backbone_brings_its_own_contract() -> None:
     [
         ("stage=adaptation stage.words=0", "stage.words (command line): it must be at least 1"),
         ("validation.read_lengths=[64,2]", "validation.read_lengths[1] (command line): it must be"),
-        ("contract.temperature=inf", "contract.temperature (command line): it is inf"),
+        ("encoding.temperature=inf", "encoding.temperature (command line): it is inf"),
         ("seed=-1", "seed (command line): it must be at least 0, not -1"),
         ("optimizer.lr=0", "optimizer.lr (command line): it must be a finite number above 0"),
         ("optimizer.lr=-1e-4", "it must be a finite number above 0, not -0.0001"),
@@ -257,8 +257,8 @@ def test_a_backbone_brings_its_own_contract() -> None:
         ("loss=likelihood", "wants scores that are log probabilities"),
         ("stage=reranker loss=likelihood validation.run=x.trec", "stage=reranker_likelihood"),
         ("stage=reranker sampler.number=0", "sampler.number (command line): a reranker compares"),
-        ("stage=reranker_likelihood contract.pair=pair", "leave it joined"),
-        ("contract.bidirectional=true", "it is what backbone.bidirectional is; set that"),
+        ("stage=reranker_likelihood encoding.pair=pair", "leave it joined"),
+        ("encoding.bidirectional=true", "it is what backbone.bidirectional is; set that"),
         ("stage=adaptation backbone.bidirectional=true", "a decoder that looks to the left; set"),
         ("stage=reranker_likelihood backbone.bidirectional=true", "set backbone.bidirectional=fal"),
         ("index=exact index.query_chunk=0", "it must be at least 1, not 0"),
@@ -267,20 +267,20 @@ def test_a_backbone_brings_its_own_contract() -> None:
 )
 def test_values_that_would_end_in_a_traceback_are_told_before(override: str, wanted: str) -> None:
     with pytest.raises(InputError, match=re.escape(wanted)):
-        preflight(override.split(), CONF, "train", config.ROOTS["train"])
+        preflight(override.split(), CONF, "train", schema.ROOTS["train"])
 
 
-def test_what_looks_both_ways_says_so_in_its_contract() -> None:
+def test_what_looks_both_ways_says_so_in_its_encoding() -> None:
     for backbone in ("tiny_llama", "smollm2_135m", "minilm"):
         for both in (False, True):
             given = ["backbone.bidirectional=true"] if both else []
             cfg = compose(CONF, "train", [f"backbone={backbone}", *given])
-            assert cfg.contract.bidirectional is cfg.backbone.bidirectional is both
+            assert cfg.encoding.bidirectional is cfg.backbone.bidirectional is both
 
 
 def test_an_evaluation_without_measures_is_refused() -> None:
     with pytest.raises(InputError, match=r"measures .*it is empty; write \[MRR@10\]"):
-        preflight(["retriever=bm25", "measures=[]"], CONF, "evaluate", config.ROOTS["evaluate"])
+        preflight(["retriever=bm25", "measures=[]"], CONF, "evaluate", schema.ROOTS["evaluate"])
 
 
 @pytest.mark.parametrize(
@@ -295,12 +295,12 @@ def test_an_evaluation_without_measures_is_refused() -> None:
 )
 def test_values_at_the_edge_are_right(override: str) -> None:
     given = override.split()
-    assert preflight(given, CONF, "train", config.ROOTS["train"]) == given
+    assert preflight(given, CONF, "train", schema.ROOTS["train"]) == given
 
 
 def test_the_names_that_a_check_knows_are_those_that_are_computed() -> None:
+    from caravan.cli.rules import values
     from caravan.retrieval import metrics
-    from caravan.rules import values
 
     assert values.MEASURES == metrics.NAMES
     for name in values.MEASURES:
@@ -314,19 +314,19 @@ def test_the_names_that_a_check_knows_are_those_that_are_computed() -> None:
 
 
 def test_a_dataset_of_the_hub_is_no_folder() -> None:
-    preflight(["experiment=llara/adapt_llama2_7b"], CONF, "train", config.ROOTS["train"])
+    preflight(["experiment=llara/adapt_llama2_7b"], CONF, "train", schema.ROOTS["train"])
     for path in ("/no/such", "no/such/texts"):  # an id has an owner and a name
         with pytest.raises(InputError, match=f"there is no file or folder {path}"):
             preflight(
                 ["stage=adaptation", "data=hub_texts", f"data.path={path}"],
-                *(CONF, "train", config.ROOTS["train"]),
+                *(CONF, "train", schema.ROOTS["train"]),
             )
     for reader in ("tevatron", "flagembedding"):
         given = [f"data={reader}", "data.path=org/rows"]
-        assert preflight(given, CONF, "train", config.ROOTS["train"]) == given
+        assert preflight(given, CONF, "train", schema.ROOTS["train"]) == given
         with pytest.raises(InputError, match=r"there is no file or folder rows\.jsonl"):
             preflight(
-                [f"data={reader}", "data.path=rows.jsonl"], CONF, "train", config.ROOTS["train"]
+                [f"data={reader}", "data.path=rows.jsonl"], CONF, "train", schema.ROOTS["train"]
             )
 
 
@@ -343,30 +343,30 @@ def test_a_dataset_of_the_hub_is_no_folder() -> None:
 def test_a_sweep_in_one_process_has_one_device(overrides: str, told: str | None) -> None:
     given = overrides.split()
     if told is None:
-        preflight(given, CONF, "train", config.ROOTS["train"])
+        preflight(given, CONF, "train", schema.ROOTS["train"])
         return
     with pytest.raises(InputError, match=f"(?s){told}"):
-        preflight(given, CONF, "train", config.ROOTS["train"])
+        preflight(given, CONF, "train", schema.ROOTS["train"])
 
 
 def test_a_launcher_whose_package_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     given = ["-m", "seed=1,2", "hydra/launcher=slurm"]
     with pytest.raises(InputError, match="pip install hydra-submitit-launcher"):
-        preflight(given, CONF, "train", config.ROOTS["train"])
+        preflight(given, CONF, "train", schema.ROOTS["train"])
 
 
 def test_a_choice_that_another_file_sets_to_null_is_told() -> None:
     with pytest.raises(InputError, match=r"(?s)loss=kl .*adaptation\.yaml:\d+ sets loss to null"):
-        preflight(["stage=adaptation", "loss=kl"], CONF, "train", config.ROOTS["train"])
-    preflight(["stage=adaptation", "~loss"], CONF, "train", config.ROOTS["train"])
-    preflight(["stage=adaptation", "peft=none"], CONF, "train", config.ROOTS["train"])
+        preflight(["stage=adaptation", "loss=kl"], CONF, "train", schema.ROOTS["train"])
+    preflight(["stage=adaptation", "~loss"], CONF, "train", schema.ROOTS["train"])
+    preflight(["stage=adaptation", "peft=none"], CONF, "train", schema.ROOTS["train"])
 
 
 def test_a_sweep_is_not_started_by_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="2 processes were started together, and a sweep is one"):
-        preflight(["-m", "seed=1,2"], CONF, "train", config.ROOTS["train"])
+        preflight(["-m", "seed=1,2"], CONF, "train", schema.ROOTS["train"])
 
 
 @pytest.mark.parametrize(
@@ -402,7 +402,7 @@ def test_a_sweep_is_not_started_by_several_processes(monkeypatch: pytest.MonkeyP
 def test_what_cannot_work_together_is_told_with_the_remedy(
     overrides: str, told: str | None
 ) -> None:
-    with Composer(CONF, "train", config.ROOTS["train"]) as composer:
+    with Composer(CONF, "train", schema.ROOTS["train"]) as composer:
         found = [mistake.text for mistake in real_mistakes(composer, shlex.split(overrides))]
     if told is None:
         assert not found
@@ -415,6 +415,6 @@ def test_what_cannot_work_together_is_told_with_the_remedy(
 def test_an_encoder_in_a_folder_is_not_adapted(kind: str, decodes: bool, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "is_decoder": decodes}))
     given = ["stage=adaptation", "backbone=hf", f"backbone.name={tmp_path}"]
-    with Composer(CONF, "train", config.ROOTS["train"]) as composer:
+    with Composer(CONF, "train", schema.ROOTS["train"]) as composer:
         told = [str(mistake) for mistake in real_mistakes(composer, given)]
     assert any("is an encoder, and LLaRA adapts decoders" in text for text in told) != decodes

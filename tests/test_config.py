@@ -12,11 +12,11 @@ import pytest
 from omegaconf import OmegaConf
 from tests.small_conf import small_conf
 
-from caravan import config
-from caravan.compose import compose
-from caravan.contract import Contract, write_contract
+from caravan.cli import schema
+from caravan.cli.compose import compose
+from caravan.cli.preflight import preflight
+from caravan.encoding import Encoding, write_encoding
 from caravan.errors import InputError
-from caravan.preflight import preflight
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def told(conf: Path) -> Callable[..., list[str]]:
 
     def tell(*overrides: str, root: str = "train") -> list[str]:
         try:
-            preflight(list(overrides), conf, root, config.ROOTS[root])
+            preflight(list(overrides), conf, root, schema.ROOTS[root])
         except InputError as error:
             return str(error).splitlines()[1:]
         return []
@@ -53,9 +53,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("folders")
     for kind in ("retriever", "reranker"):
         (home / kind).mkdir()
-        write_contract(home / kind, Contract(kind=kind), {"weights": "full"})
+        write_encoding(home / kind, Encoding(kind=kind), {"weights": "full"})
     (home / "run/model").mkdir(parents=True)
-    write_contract(home / "run/model", Contract(kind="retriever"), {"weights": "full"})
+    write_encoding(home / "run/model", Encoding(kind="retriever"), {"weights": "full"})
     (home / "empty").mkdir()
     (home / "some.trec").touch()
     return home
@@ -84,7 +84,7 @@ def test_a_stage_that_cannot_run_is_told_before_the_first_one(
 @pytest.mark.parametrize("template", ["{text}{self}{self}", "{self} {text} {self}", "{text}{x}"])
 def test_slots_stand_once_and_last(template: str) -> None:
     with pytest.raises(InputError, match="passage_template"):
-        Contract(passage_template=template, slots=1, append_eos=False)
+        Encoding(passage_template=template, slots=1, append_eos=False)
 
 
 def test_models_and_runs_that_suit_are_not_told(
@@ -113,7 +113,7 @@ def test_a_right_config_has_no_mistakes(told: Callable[..., list[str]]) -> None:
         ("seed=x", "seed (command line): it must be an int, not 'x'"),
         ("resume=maybe", "it must be true or false, not 'maybe'"),
         ("loss.rat=0.1", "no argument 'rat'; did you mean loss.rate?"),
-        ("loss.temprature=0.1", "did you mean contract.temperature?"),
+        ("loss.temprature=0.1", "did you mean encoding.temperature?"),
         ("max_steps=5", "did you mean trainer.max_steps?"),
         ("loss.on=3", "it must be true or false, not 3"),
         ("loss.kind=dep", "it must be one of flat, deep, not 'dep'; did you mean deep?"),
@@ -129,13 +129,13 @@ def test_a_right_config_has_no_mistakes(told: Callable[..., list[str]]) -> None:
         ("seed=???", "seed (command line): it is not set (???)"),
         ("name=${nme}", "name (command line): ${nme} refers to no setting"),
         ("seed=${oc.env:CARAVAN_NO_SUCH}", "'CARAVAN_NO_SUCH' not found"),
-        ("contract.poling=cls", "contract has no setting 'poling'; did you mean contract.pooling?"),
-        ("contract.pooling=max", "it is 'max'; it must be one of last, mean, cls"),
+        ("encoding.poling=cls", "encoding has no setting 'poling'; did you mean encoding.pooling?"),
+        ("encoding.pooling=max", "it is 'max'; it must be one of last, mean, cls"),
         (
-            "contract.temperature=0",
-            "contract.temperature (command line): it is 0; it must be above",
+            "encoding.temperature=0",
+            "encoding.temperature (command line): it is 0; it must be above",
         ),
-        ("contract.query_length=-1", "it must be at least 4"),
+        ("encoding.query_length=-1", "it must be at least 4"),
         ("batching.token_budget=0", "it must be at least 1, not 0"),
         ("batching=3", "batching (command line): it must be a mapping, not 3"),
         ("precision=bf61", "did you mean bf16?"),
@@ -223,7 +223,7 @@ def test_all_mistakes_are_told_at_once(told: Callable[..., list[str]]) -> None:
             "+trainr.x=1",
             "backbone=tiny_lama",
             "seed=x",
-            "contract.pooling=a",
+            "encoding.pooling=a",
         ),
         *("stage=retreiver", "nonsense", "loss.kind=dep", "data=beir", "peft._target_=parts.Prt"),
     )
@@ -242,7 +242,7 @@ def test_a_typo_in_an_experiment_file_is_told_with_file_and_line(
           max_steps: 3
         trainer:
           max_step: 4
-        contract:
+        encoding:
           poling: mean
           temperature: -1
         callbacks:
@@ -263,8 +263,8 @@ def test_a_typo_in_an_experiment_file_is_told_with_file_and_line(
         for key, line in {
             "trainr": 2,
             "trainer.max_step": 5,
-            "contract.poling": 7,
-            "contract.temperature": 8,
+            "encoding.poling": 7,
+            "encoding.temperature": 8,
             "callbacks.best.moniter": 11,
             "callbacks.early_stoping": 12,
             "callbacks.other._target_": 14,
@@ -324,8 +324,8 @@ def test_keys_that_the_file_leaves_out_need_no_plus(conf: Path) -> None:
 
 
 def test_the_composed_config_is_typed(conf: Path) -> None:
-    cfg = compose(conf, "train", ["name=2024", "contract.temperature=1", "validation.run=null"])
-    assert (cfg.name, cfg.contract.temperature, cfg.run_dir) == ("2024", 1.0, "runs/2024")
+    cfg = compose(conf, "train", ["name=2024", "encoding.temperature=1", "validation.run=null"])
+    assert (cfg.name, cfg.encoding.temperature, cfg.run_dir) == ("2024", 1.0, "runs/2024")
     with pytest.raises(InputError, match=r"did you mean trainer\.max_steps"):
         compose(conf, "train", ["trainer.max_step=3"])
 
@@ -341,9 +341,9 @@ def test_own_configs_come_from_a_folder_of_ones_own(conf: Path, tmp_path: Path) 
 
 def test_check_tells_lines_for_a_config_made_by_hand(conf: Path) -> None:
     cfg = compose(conf, "train", [])
-    assert config.check(cfg) == []
+    assert schema.check(cfg) == []
     OmegaConf.update(cfg, "trainer.max_step", 3, force_add=True)
-    (line,) = config.check(cfg)
+    (line,) = schema.check(cfg)
     assert line.startswith("trainer.max_step: parts.Trainer has no argument 'max_step'")
 
 
@@ -372,17 +372,17 @@ class TestSweeps:
 
     def test_folders_of_jobs_are_named_by_what_differs(self, conf: Path) -> None:
         argv = preflight(
-            ["-m", "seed=1,2", "name=n", "backbone=tiny_llama"], conf, "train", config.Train
+            ["-m", "seed=1,2", "name=n", "backbone=tiny_llama"], conf, "train", schema.Train
         )
         assert argv[-2].endswith("exclude_keys=[run_dir,name,backbone]")
         assert argv[-1] == "hydra.sweep.dir='runs/n'"
-        assert config.folder_name("optimizer.lr=1e-3,seed=1") == "optimizer.lr=1e-3,seed=1"
-        assert config.folder_name("data.path=/a/b c").startswith("data.path=_a_b_c~")
+        assert schema.folder_name("optimizer.lr=1e-3,seed=1") == "optimizer.lr=1e-3,seed=1"
+        assert schema.folder_name("data.path=/a/b c").startswith("data.path=_a_b_c~")
 
     def test_unequal_overrides_have_unequal_folders(self) -> None:
         texts = ["in/a/b", "in/a_b", "in:a;b", "in a b", "IN/A_B", "'in/a_b'", "é", "e\u0301", "日"]
         texts += ["x" * 300 + end for end in "ab"] + ["日" * 100 + end for end in "ab"]
-        names = [config.folder_name(f"data.path={text}") for text in texts]
+        names = [schema.folder_name(f"data.path={text}") for text in texts]
         on_a_mac = {unicodedata.normalize("NFC", name).casefold() for name in names}
         assert len(on_a_mac) == len(texts)
         assert max(len(name.encode()) for name in names) <= 120
@@ -393,9 +393,9 @@ def test_a_recorded_config_opens_with_the_command_that_was_typed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cfg = OmegaConf.create({"name": "x", "run_dir": "runs/${name}"})
-    monkeypatch.delenv(config.COMMAND, raising=False)
-    assert config.recorded(cfg) == "name: x\nrun_dir: runs/x\n"
-    monkeypatch.setenv(config.COMMAND, "python train.py 'a=[1,\n2]'")
-    head, rest = config.recorded(cfg).split("\n", 1)
+    monkeypatch.delenv(schema.COMMAND, raising=False)
+    assert schema.recorded(cfg) == "name: x\nrun_dir: runs/x\n"
+    monkeypatch.setenv(schema.COMMAND, "python train.py 'a=[1,\n2]'")
+    head, rest = schema.recorded(cfg).split("\n", 1)
     assert head == "# python train.py 'a=[1, 2]'"
     assert rest == "name: x\nrun_dir: runs/x\n"

@@ -15,15 +15,15 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from tests.small_conf import HOME, small_conf
 
-from caravan import config, entry
-from caravan.atomic import LOCK
+from caravan.cli import main, schema
+from caravan.files import LOCK
 
 APP = """
 import json
 import logging
 import os
 
-from caravan.entry import entry
+from caravan.cli.main import entry
 from caravan.errors import InputError, OccupiedError
 
 
@@ -176,7 +176,7 @@ def test_jobs_of_a_sweep_write_into_folders_of_their_own(app: Program, home: Pat
     done = app("-m", "sweep=seeds", "loss.name=a/b,c", "batching.num_workers=0")
     assert done.returncode == 0, done.stderr
     jobs = [
-        config.folder_name(f"loss.name={name},seed={seed}")
+        schema.folder_name(f"loss.name={name},seed={seed}")
         for name in ("a/b", "c")
         for seed in (1, 2)
     ]
@@ -263,15 +263,15 @@ def test_an_interrupted_run_says_how_to_go_on(name: str, app: Program) -> None:
 @pytest.mark.parametrize(
     ("root", "told"),
     [
-        (config.Train, "the same command with resume=true goes on"),
-        (config.Evaluate, "the same command goes on"),
+        (schema.Train, "the same command with resume=true goes on"),
+        (schema.Evaluate, "the same command goes on"),
     ],
 )
 def test_how_to_go_on_is_what_the_program_takes(
     root: type, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        entry._interrupted(root)
+        main._interrupted(root)
     assert capsys.readouterr().err == f"interrupted; {told}\n"
 
 
@@ -283,7 +283,7 @@ def test_other_ranks_are_silent(app: Program) -> None:
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["--cfg", "job", "--resolve", "--package", "contract"], "pooling: last"),
+        (["--cfg", "job", "--resolve", "--package", "encoding"], "pooling: last"),
         (["--info", "defaults-tree"], "train_schema"),
         (["--hydra-help"], "Hydra"),
         (["--config-dir", "more", "--config-name", "other", "--cfg", "job"], "seed: 99"),
@@ -510,12 +510,12 @@ def test_a_setting_that_a_library_refuses_is_named_with_its_key() -> None:
         argument = "p" if sentence else "numerator"
         with pytest.raises(InstantiationException) as raised:
             instantiate({"a": {"_target_": target, argument: 7 if sentence else "x"}})
-        assert entry._sentence(raised.value) == sentence
+        assert main._sentence(raised.value) == sentence
 
 
 def test_a_thread_that_fails_on_a_full_disk_prints_no_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for error in (OSError(28, "No space left on device"), ValueError("a defect")):
-        entry._thread_failed(threading.ExceptHookArgs((type(error), error, None, None)))
+        main._thread_failed(threading.ExceptHookArgs((type(error), error, None, None)))
         assert ("a defect" in capsys.readouterr().err) == isinstance(error, ValueError)

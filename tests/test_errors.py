@@ -9,7 +9,6 @@ from pydoc import locate
 import pytest
 import yaml
 
-from caravan.atomic import writing
 from caravan.errors import (
     CONTROLS,
     INTERRUPTED,
@@ -19,6 +18,7 @@ from caravan.errors import (
     printable,
     sentence,
 )
+from caravan.files import writing
 
 ROOT = Path(__file__).parents[1]
 

@@ -22,11 +22,11 @@ from tests.commands import ROOT, TINY, evaluate
 from tests.released import release, save_base
 from tests.tiny import write_beir
 
-from caravan import manifest
-from caravan.compose import compose
-from caravan.contract import read_contract
+from caravan import manifests
+from caravan.cli.compose import compose
+from caravan.encoding import read_encoding
 from caravan.retrieval.pipeline import evaluate as evaluate_config
-from caravan.training.run import train as train_config
+from caravan.training.fit import train as train_config
 
 CONF = ROOT / "conf" / "experiment"
 NAMES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))
@@ -113,7 +113,7 @@ def _training(name: str, stand: Stand, run_dir: Path, group: str = "experiment")
         given.append("stage.words=20")
     else:
         given += ["data=beir", f"data.path={stand.beir}", f"sampler.runs=[{stand.runs['train']}]"]
-    if cfg.validation.run is not None or cfg.contract.kind == "reranker":
+    if cfg.validation.run is not None or cfg.encoding.kind == "reranker":
         given.append(f"validation.run={stand.runs['dev']}")
     if cfg.init_from is not None:
         given.append(f"init_from={stand.models['adapted']}")
@@ -148,10 +148,10 @@ def _evaluation(name: str, stand: Stand, group: str = "experiment") -> list[str]
 
 def compose_loosely(root: str, name: str, group: str = "experiment", hydra: bool = False) -> Any:
     """The config of an experiment or a sweep without a look at what lies on this machine."""
-    from caravan import config
-    from caravan.compose import Composer, without_hydra
+    from caravan.cli import schema
+    from caravan.cli.compose import Composer, without_hydra
 
-    with Composer(ROOT / "conf", root, config.ROOTS[root]) as composer:
+    with Composer(ROOT / "conf", root, schema.ROOTS[root]) as composer:
         own = ["retriever=here"] if name == "eval/beir" else []
         cfg = composer.compose([f"{group}={name}", *own])
         return cfg if hydra else without_hydra(cfg)
@@ -179,13 +179,13 @@ def test_an_experiment_runs_with_a_tiny_backbone_in_its_place(
         assert all(0 <= value <= 1 for value in metrics["overall"].values())
         return
     train_config(cfg)
-    contract, facts = read_contract(run_dir / "model")
-    assert contract.kind == cfg.contract.kind
+    encoding, facts = read_encoding(run_dir / "model")
+    assert encoding.kind == cfg.encoding.kind
     assert facts["weights"] == ("adapter" if cfg.peft or name.startswith("released/") else "full")
     if cfg.trainer.max_steps:
         record = json.loads((run_dir / "metrics.json").read_text())
         assert record["updates"] == cfg.trainer.max_steps == 1
-    assert manifest.read(run_dir / "model") is not None
+    assert manifests.read(run_dir / "model") is not None
 
 
 SWEEPS = sorted(path.stem for path in (ROOT / "conf" / "sweep").glob("*.yaml"))

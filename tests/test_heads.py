@@ -15,13 +15,13 @@ from tests.small_conf import CONF
 from tests.test_conf import commands, launch_command
 from transformers import LlamaConfig, Qwen3Config
 
-from caravan import config
-from caravan.compose import Composer, without_hydra
-from caravan.contract import Contract
+from caravan.cli import schema
+from caravan.cli.compose import Composer, without_hydra
+from caravan.encoding import Encoding
 from caravan.models.memory import GIB
 from caravan.training import facts
 from caravan.training.gradcache import GradCache
-from caravan.training.module import Stage
+from caravan.training.stage import Stage
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,7 @@ def told() -> list[Told]:
 
 def _told() -> Iterator[Told]:
     for root in ("train", "evaluate"):
-        with Composer(CONF, root, config.ROOTS[root]) as composer:
+        with Composer(CONF, root, schema.ROOTS[root]) as composer:
             for path in FILES:
                 for i, (program, given) in enumerate(commands(path.read_text())):
                     if program == root and ("-m" not in given or i == 0):
@@ -173,12 +173,12 @@ def _launches(one: Told) -> bool:
 
 def _of_training(cfg: Any) -> float:
     weights = WEIGHTS[cfg.backbone.name]
-    query, passage = cfg.contract.query_length, cfg.contract.passage_length
+    query, passage = cfg.encoding.query_length, cfg.encoding.passage_length
     if cfg.stage._target_.endswith("Adaptation"):
         chunks = cfg.batching.queries_per_batch * cfg.trainer.accumulate_grad_batches
         return float(cfg.trainer.max_steps * chunks * passage * weights * 4)
     group = 1 + cfg.sampler.number
-    reranks = cfg.contract.kind == "reranker"
+    reranks = cfg.encoding.kind == "reranker"
     tokens = group * (query + passage) if reranks else query + group * passage
     queries = 367_013 if cfg.data._target_.endswith("MsMarcoDocument") else 502_939
     return float(queries * tokens * weights * (3 + (cfg.gradcache.chunk is not None)))
@@ -228,9 +228,9 @@ class _Module:
     outline = Stage.outline
 
     def __init__(self, cfg: Any) -> None:
-        settings = OmegaConf.to_container(cfg.contract, resolve=True)
-        self.contract = Contract(**settings)  # type: ignore[arg-type]
-        self.peft = config.build(cfg, "peft")["peft"]
+        settings = OmegaConf.to_container(cfg.encoding, resolve=True)
+        self.encoding = Encoding(**settings)  # type: ignore[arg-type]
+        self.peft = schema.build(cfg, "peft")["peft"]
         self.bf16, self.tokenizer = True, None
         self.tells_tokens = cfg.stage._target_.endswith("Adaptation")
         chunk = cfg.gradcache.chunk
@@ -257,7 +257,7 @@ def test_the_memory_that_a_head_tells_is_the_estimate(
         if figure is None or "own estimate" not in text or launched is None:
             continue
         cfg = next(one.cfg for one in told if (one.root, one.given) == launched)
-        longest = cfg.contract.passage_length  # of a chunk to adapt on
+        longest = cfg.encoding.passage_length  # of a chunk to adapt on
         texts = SimpleNamespace(padded=cfg.batching.queries_per_batch * longest, chunks=1)
         data = SimpleNamespace(
             setup=lambda: None,

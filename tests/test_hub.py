@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from caravan.data.plain import HubTexts
+from caravan.data.readers.texts import HubTexts
 from caravan.errors import InputError
 from caravan.hub import refuse_unreachable
 from caravan.models.backbone import Pretrained

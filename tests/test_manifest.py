@@ -8,21 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from caravan import jobs, manifest
+from caravan import manifests
 from caravan.errors import InputError
+from caravan.report import jobs
 
 INPUTS = {"model": "a", "bm25": {"k1": 0.9}}
 
 
 def test_a_product_matches_the_inputs_it_was_made_from(tmp_path: Path) -> None:
     product = tmp_path / "run.trec"
-    manifest.write(product, INPUTS, {"seconds": 1.5})
-    assert not manifest.matches(product, INPUTS)  # the product itself is missing
+    manifests.write(product, INPUTS, {"seconds": 1.5})
+    assert not manifests.matches(product, INPUTS)  # the product itself is missing
     product.touch()
-    assert manifest.matches(product, INPUTS)
-    assert manifest.read(product) == {"inputs": INPUTS, "facts": {"seconds": 1.5}}
-    assert not manifest.matches(product, {**INPUTS, "model": "b"})
-    assert manifest.differences(product, {**INPUTS, "model": "b"}) == ["model: a -> b"]
+    assert manifests.matches(product, INPUTS)
+    assert manifests.read(product) == {"inputs": INPUTS, "facts": {"seconds": 1.5}}
+    assert not manifests.matches(product, {**INPUTS, "model": "b"})
+    assert manifests.differences(product, {**INPUTS, "model": "b"}) == ["model: a -> b"]
 
 
 @pytest.mark.parametrize(
@@ -43,24 +44,24 @@ def test_a_product_matches_the_inputs_it_was_made_from(tmp_path: Path) -> None:
 def test_a_damaged_manifest_counts_as_missing(damage: Callable[[str], str], tmp_path: Path) -> None:
     product = tmp_path / "run.trec"
     product.touch()
-    manifest.write(product, INPUTS, {"seconds": 1.5})
-    path = manifest.path_of(product)
+    manifests.write(product, INPUTS, {"seconds": 1.5})
+    path = manifests.path_of(product)
     path.write_text(damage(path.read_text()))
-    assert manifest.read(product) is None
-    assert not manifest.matches(product, INPUTS)
-    assert manifest.differences(product, INPUTS)
+    assert manifests.read(product) is None
+    assert not manifests.matches(product, INPUTS)
+    assert manifests.differences(product, INPUTS)
 
 
 def test_versions_are_those_of_the_code_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     import tokenizers
     import torch
 
-    found = manifest.versions()
+    found = manifests.versions()
     assert set(found) == {"caravan", "torch", "transformers", "tokenizers"}
     assert (found["torch"], found["tokenizers"]) == (torch.__version__, tokenizers.__version__)
     monkeypatch.setattr(sys.modules["caravan"], "__version__", "99.0")
-    assert manifest.versions()["caravan"] == "99.0"
-    assert manifest.versions(("nowhere",))["nowhere"] == "not installed"
+    assert manifests.versions()["caravan"] == "99.0"
+    assert manifests.versions(("nowhere",))["nowhere"] == "not installed"
 
 
 def test_a_file_is_read_again_only_if_its_size_or_times_changed(
@@ -68,19 +69,19 @@ def test_a_file_is_read_again_only_if_its_size_or_times_changed(
 ) -> None:
     path = tmp_path / "corpus.arrow"
     path.write_bytes(b"passages")
-    record, times = manifest.content(path), path.stat()
-    digest, read = manifest.content_digest, list[Path]()
-    monkeypatch.setattr(manifest, "content_digest", lambda p: (read.append(p), digest(p))[1])
-    assert manifest.is_as_written(path, record)
+    record, times = manifests.content(path), path.stat()
+    digest, read = manifests.content_digest, list[Path]()
+    monkeypatch.setattr(manifests, "content_digest", lambda p: (read.append(p), digest(p))[1])
+    assert manifests.is_as_written(path, record)
     assert not read
     path.touch()
-    assert manifest.is_as_written(path, record)
+    assert manifests.is_as_written(path, record)
     assert len(read) == 1
     path.write_bytes(b"PASSAGES")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as cp -p and rsync -t do
-    assert not manifest.is_as_written(path, record)
+    assert not manifests.is_as_written(path, record)
     path.unlink()
-    assert not manifest.is_as_written(path, record)
+    assert not manifests.is_as_written(path, record)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import pytest
 from tests.commands import evaluate
 
 import caravan
-from caravan.contract import folder_digest
 from caravan.data.collection import Collection
 from caravan.data.runs import read_run
+from caravan.encoding import folder_digest
 from caravan.errors import InputError
 
 FLOAT = ("precision=float32", "measures=[MRR@10,nDCG@10,R@20,MAP@20]")

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from tests.small_conf import HOME, small_conf
 
-from caravan import config
-from caravan.compose import compose
+from caravan.cli import schema
+from caravan.cli.compose import compose
+from caravan.cli.preflight import preflight
 from caravan.errors import InputError
-from caravan.preflight import preflight
 
 Tell = Callable[..., list[str]]
 
@@ -34,7 +34,7 @@ def told(conf: Path) -> Tell:
 
     def tell(*overrides: str, root: str = "train") -> list[str]:
         try:
-            preflight(list(overrides), conf, root, config.ROOTS[root])
+            preflight(list(overrides), conf, root, schema.ROOTS[root])
         except InputError as error:
             return [line.strip() for line in str(error).splitlines()[1:]]
         return []
@@ -47,7 +47,7 @@ def test_a_text_that_looks_like_a_number_stays_as_it_was_typed(conf: Path, text:
     overrides = [f"name={text}", "data=beir", f"data.path={text}", f"data.split={text}"]
     cfg = compose(conf, "train", [*overrides[:2], "data.path=.", overrides[3]])
     assert (cfg.name, cfg.run_dir, cfg.data.split) == (text, f"runs/{text}", text)
-    given = preflight([*overrides[:2], "data.path=."], conf, "train", config.Train)
+    given = preflight([*overrides[:2], "data.path=."], conf, "train", schema.Train)
     assert given[0] in (f"name={text}", f"name='{text}'")
 
 
@@ -122,7 +122,7 @@ def test_an_idiom_from_elsewhere_is_answered_with_what_to_type(
 @pytest.mark.parametrize(
     ("root", "key"),
     [
-        *[("train", key) for key in ("seed", "contract", "contract.pooling", "name")],
+        *[("train", key) for key in ("seed", "encoding", "encoding.pooling", "name")],
         *[("train", key) for key in ("trainer.max_steps", "trainer._partial_", "stage._partial_")],
         *[("evaluate", key) for key in ("measures", "rerank.depth", "index.k", "bm25")],
     ],
@@ -232,14 +232,14 @@ class TestSweeps:
         for name in ("a", "b"):
             (conf / f"experiment/some/{name}.yaml").parent.mkdir(exist_ok=True)
             (conf / f"experiment/some/{name}.yaml").write_text("# @package _global_\nseed: 1\n")
-        argv = preflight(["-m", "experiment=glob(some/*)"], conf, "train", config.Train)
+        argv = preflight(["-m", "experiment=glob(some/*)"], conf, "train", schema.Train)
         assert argv[1] == "experiment=some/a,some/b"
 
     @pytest.mark.parametrize(
         "override",
         [
             "experiment=glob(nothing/*)",
-            "contract.temperature=interval(0.01,0.1)",
+            "encoding.temperature=interval(0.01,0.1)",
             "seed=range(1,1e12)",
             "loss.rate=range(0,1,0.0)",
         ],
@@ -250,5 +250,5 @@ class TestSweeps:
 
     def test_texts_are_put_into_quotes(self, conf: Path) -> None:
         for values, quoted in (("1_1,a,true", "'1_1',a,'true'"), ("choice(1_1,2)", "'1_1','2'")):
-            argv = preflight(["-m", f"loss.name={values}"], conf, "train", config.Train)
+            argv = preflight(["-m", f"loss.name={values}"], conf, "train", schema.Train)
             assert argv[1] == f"loss.name={quoted}"

@@ -1,10 +1,10 @@
-"""Which process leads, as each launcher's environment tells it."""
+"""Which process is_main_process, as each launcher's environment tells it."""
 
 from __future__ import annotations
 
 import pytest
 
-from caravan.ranks import leads, rank
+from caravan.distributed import is_main_process, rank
 
 VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 
@@ -42,5 +42,5 @@ def test_one_process_leads_whoever_starts_it(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert leads() is expected
+    assert is_main_process() is expected
     assert (rank() == 0) is expected

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from tests.commands import ROOT, evaluate
 
-from caravan.compose import compose
+from caravan.cli.compose import compose
 from caravan.data.collection import Collection
 from caravan.data.runs import read_run
 from caravan.errors import InputError
-from caravan.retrieval import ask, shards
+from caravan.retrieval import interactive, shards
 from caravan.search import answer, questions, shown, told
 
 FLOAT = "precision=float32"
@@ -34,11 +34,11 @@ def arguments(beir: Path, home: Path, *overrides: str) -> list[str]:
     ]
 
 
-def asker(beir: Path, home: Path, *overrides: str) -> ask.Asker:
-    return ask.asker(compose(ROOT / "conf", "search", arguments(beir, home, *overrides)))
+def asker(beir: Path, home: Path, *overrides: str) -> interactive.Asker:
+    return interactive.asker(compose(ROOT / "conf", "search", arguments(beir, home, *overrides)))
 
 
-def same_as_evaluated(asked: ask.Asker, runs: Path, collection: Collection) -> int:
+def same_as_evaluated(asked: interactive.Asker, runs: Path, collection: Collection) -> int:
     """Compare what each stage finds with its run; the number of passages that were compared."""
     rows = collection.qrels("test").queries
     seen = 0

@@ -7,10 +7,10 @@ from omegaconf import OmegaConf
 from tests.commands import ROOT
 from tests.tiny import write_beir
 
-from caravan import config
+from caravan.cli import schema
+from caravan.cli.preflight import preflight
+from caravan.cli.suite import Member, each, members
 from caravan.errors import InputError
-from caravan.preflight import preflight
-from caravan.suite import Member, each, members
 
 
 @pytest.fixture
@@ -87,4 +87,4 @@ def test_what_is_not_there_is_told_before_anything_starts(
 ) -> None:
     overrides = ["retriever=bm25", *given.format(home=home).split()]
     with pytest.raises(InputError, match=wanted):
-        preflight(overrides, ROOT / "conf", "evaluate", config.Evaluate)
+        preflight(overrides, ROOT / "conf", "evaluate", schema.Evaluate)

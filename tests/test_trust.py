@@ -20,11 +20,11 @@ from tests.own_code import MODELING, write_own
 from tests.tiny import tiny_backbone
 
 import caravan
-from caravan.batches import pack
-from caravan.compose import compose
-from caravan.contract import Contract, files_digest, read_contract, write_contract
+from caravan.cli.compose import compose
+from caravan.data.batch import pack
 from caravan.data.collection import Collection
 from caravan.data.runs import read_run
+from caravan.encoding import Encoding, files_digest, read_encoding, write_encoding
 from caravan.errors import InputError
 from caravan.export.write import FORMATS, export
 from caravan.models import folder
@@ -32,11 +32,11 @@ from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder
 from caravan.models.loading import load_tokenizer
-from caravan.training.run import train as train_config
-from caravan.trust import OwnCodeError
+from caravan.models.remote_code import OwnCodeError
+from caravan.training.fit import train as train_config
 
 ALLOW = "backbone.trust_remote_code=true"
-SHORT = ("trainer.max_steps=2", "callbacks.best=null", "contract.pooling=mean")
+SHORT = ("trainer.max_steps=2", "callbacks.best=null", "encoding.pooling=mean")
 TEXTS = [[5, 6, 7], [8, 9, 10, 11], [12]]
 
 
@@ -131,7 +131,7 @@ def test_a_tokenizers_code_is_refused_too(base: Path, mark: Path) -> None:
 
 
 def test_a_trained_folder_carries_its_code_and_says_so(trained: Path) -> None:
-    _, facts = read_contract(trained)
+    _, facts = read_encoding(trained)
     assert facts["own_code"] is True
     code = {path.name for path in trained.glob("*.py")}
     whole = facts["weights"] == "full"
@@ -149,7 +149,7 @@ def test_a_trained_folder_is_refused_without_the_setting(
         caravan.load(copied)
     assert not mark.exists()
     caravan.load(copied, trust_remote_code=True)
-    if read_contract(copied)[1]["weights"] == "full":
+    if read_encoding(copied)[1]["weights"] == "full":
         assert mark.exists()  # the code is what it is taken for
 
 
@@ -164,7 +164,7 @@ def test_a_folder_with_code_is_told_by_the_check_before_anything_loads(
     program: str, given: str, setting: str, tmp_path: Path
 ) -> None:
     kind = "reranker" if "reranker" in given else "retriever"
-    write_contract(tmp_path, Contract(kind=kind), {"weights": "full", "own_code": True})
+    write_encoding(tmp_path, Encoding(kind=kind), {"weights": "full", "own_code": True})
     overrides = ["data=beir", *f"{given}={tmp_path}".split()]
     told = rf"{re.escape(setting)} \(.+\): {tmp_path} wants code of its own: .* set "
     with pytest.raises(InputError, match=f"^1 mistake.*\\s+{told}{re.escape(setting)}=true$"):
@@ -206,7 +206,7 @@ def test_a_trained_folder_computes_what_its_training_did(
 def test_a_training_goes_on_from_a_folder_with_code(
     trained: Path, beir: Path, tmp_path: Path
 ) -> None:
-    begun = (f"init_from={trained}", ALLOW, "trainer.max_steps=0", "contract.pooling=mean")
+    begun = (f"init_from={trained}", ALLOW, "trainer.max_steps=0", "encoding.pooling=mean")
     commands.train(beir, tmp_path / "run", *begun)
     one, other = (
         folder.load(path, trust_remote_code=True)[0].embed(pack(TEXTS, 99))
@@ -217,9 +217,9 @@ def test_a_training_goes_on_from_a_folder_with_code(
 
 
 def test_a_reranker_of_a_model_with_code_scores_from_its_folder(
-    base: Path, tokenizer: Any, contract: Contract, tmp_path: Path
+    base: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
-    own = replace(contract, kind="reranker", pooling="cls", append_eos=False)
+    own = replace(encoding, kind="reranker", pooling="cls", append_eos=False)
     scorer = Pretrained(str(base), trust_remote_code=True).scorer(tokenizer)
     model = CrossEncoder(scorer, own).eval()
     folder.save(tmp_path / "m", model, tokenizer, own, {})
@@ -244,7 +244,7 @@ def test_a_model_with_code_is_not_exported_and_its_card_says_how_it_is_used(
 
 
 def test_what_was_trained_by_transformers_own_classes_is_read_by_them(
-    tokenizer: Any, contract: Contract, mark: Path, tmp_path: Path
+    tokenizer: Any, encoding: Encoding, mark: Path, tmp_path: Path
 ) -> None:
     mark.unlink(missing_ok=True)
     for name in ("base", "model"):
@@ -252,8 +252,8 @@ def test_what_was_trained_by_transformers_own_classes_is_read_by_them(
         if name == "base":
             tiny_backbone().model(tokenizer).save_pretrained(path)
         else:
-            model = BiEncoder(Pretrained(str(tmp_path / "base")).model(tokenizer), contract)
-            folder.save(path, model, tokenizer, contract, {})
+            model = BiEncoder(Pretrained(str(tmp_path / "base")).model(tokenizer), encoding)
+            folder.save(path, model, tokenizer, encoding, {})
         config = json.loads((path / "config.json").read_text())
         config["auto_map"] = {"AutoModel": "modeling_own.OwnModel"}
         (path / "config.json").write_text(json.dumps(config))

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from caravan.batches import Packed, pack
-from caravan.contract import read_contract
+from caravan.data.batch import Packed, pack
 from caravan.data.batching import pair_ids
 from caravan.data.pairs import PairTemplates
-from caravan.data.templates import Templates
+from caravan.data.tokenization import Templates
+from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
 from caravan.models import hardware
@@ -62,13 +62,13 @@ class _Loaded:
         self.device = hardware.device()
         self.token_budget = hardware.chunk(token_budget)
         dtype = hardware.dtype(self.precision)
-        model, self.tokenizer, self.contract, self.facts = model_folder.load(
+        model, self.tokenizer, self.encoding, self.facts = model_folder.load(
             self.folder, dtype, trust_remote_code=trust_remote_code
         )
         if self.device.type == "cpu":
             pack_linears(model)
         self.model: Any = model.to(self.device)
-        self._templates: Any = self.reads(self.tokenizer, self.contract)
+        self._templates: Any = self.reads(self.tokenizer, self.encoding)
 
     def _rows(self, packed: Packed) -> np.ndarray:
         with torch.inference_mode():
@@ -184,7 +184,7 @@ def load(
         InputError: it is no model folder, something in it is missing or broken, or it wants code
             of its own that may not run.
     """
-    kind = Retriever if read_contract(Path(folder))[0].kind == "retriever" else Reranker
+    kind = Retriever if read_encoding(Path(folder))[0].kind == "retriever" else Reranker
     return kind(folder, precision, token_budget, trust_remote_code)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from caravan import api
-from caravan.contract import adapter_base, folder_digest, read_contract
+from caravan.encoding import adapter_base, folder_digest, read_encoding
 from caravan.errors import InputError
 
 try:
@@ -64,12 +64,12 @@ class _Wrapped:
         self.mteb_model_meta = self._meta()
 
     def _meta(self) -> ModelMeta:
-        contract, facts = self.model.contract, self.model.facts
-        retrieves = contract.kind == "retriever"
-        longest = (contract.query_length, contract.passage_length)
+        encoding, facts = self.model.encoding, self.model.facts
+        retrieves = encoding.kind == "retriever"
+        longest = (encoding.query_length, encoding.passage_length)
         plain = {"{text}", "{title} {text}"}
         name = re.sub(r"[^\w.-]+", "-", str(facts.get("name") or self.model.folder.name))
-        similarity = (ScoringFunction.DOT_PRODUCT, ScoringFunction.COSINE)[contract.normalize]
+        similarity = (ScoringFunction.DOT_PRODUCT, ScoringFunction.COSINE)[encoding.normalize]
         base = facts.get("base_model")
         if facts["weights"] == "adapter":
             base = adapter_base(self.model.folder)[0]
@@ -89,7 +89,7 @@ class _Wrapped:
             public_training_data=None,
             framework=["PyTorch", "Transformers"],
             similarity_fn_name=similarity if retrieves else None,
-            use_instructions=not {contract.query_template, contract.passage_template} <= plain,
+            use_instructions=not {encoding.query_template, encoding.passage_template} <= plain,
             training_datasets=None,
             adapted_from=None if base is None else str(base),
             model_type=["dense" if retrieves else "cross-encoder"],
@@ -147,8 +147,8 @@ def load(
     trust_remote_code: bool = False,
 ) -> Encoder | CrossEncoder:
     """A model folder for `mteb.evaluate`; arguments and errors are those of `caravan.load`."""
-    contract = read_contract(Path(folder))[0]
-    wrapped = Encoder if contract.kind == "retriever" else CrossEncoder
+    encoding = read_encoding(Path(folder))[0]
+    wrapped = Encoder if encoding.kind == "retriever" else CrossEncoder
     return wrapped(folder, None, None, precision, token_budget, trust_remote_code)
 
 

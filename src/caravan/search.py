@@ -21,13 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caravan.entry import entry
+from caravan.cli.main import entry
 from caravan.errors import CONTROLS, printable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from caravan.retrieval.ask import Asker, Found
+    from caravan.retrieval.interactive import Asker, Found
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 PROMPT = "question> "
@@ -53,7 +53,7 @@ def main() -> None:
 
     @entry("search", CONF, "-m caravan.search")
     def search(cfg: DictConfig) -> None:
-        from caravan.retrieval.ask import asker
+        from caravan.retrieval.interactive import asker
 
         ask = asker(cfg)
         log.info("%d passages of %s", len(ask.collection.corpus), ask.collection.name)

@@ -28,15 +28,15 @@ from tests.export.exported import (
     close,
 )
 
-from caravan.cards import __main__ as command
-from caravan.cards import page
-from caravan.cards.figures import evaluated
-from caravan.cards.folder import write
-from caravan.contract import read_contract
-from caravan.data.plain import HubTexts
-from caravan.data.pydocs import PyDocs
+from caravan.data.readers.texts import HubTexts
+from caravan.encoding import read_encoding
 from caravan.errors import InputError
+from caravan.export import card_command as command
+from caravan.export import card_page
+from caravan.export.card_figures import evaluated
+from caravan.export.model_card import write
 from caravan.export.write import export
+from caravan.quickstart.pydocs import PyDocs
 from caravan.training.facts import of_data
 
 FLOAT = "precision=float32"
@@ -62,7 +62,7 @@ def blocks(folder: Path, heading: str) -> str:
     text = (folder / "README.md").read_text("utf-8")
     found = re.search(rf"^## {heading}.*?```python\n(.*?)```", text, re.DOTALL | re.MULTILINE)
     assert found is not None
-    return found[1].replace(page.HERE, str(folder))
+    return found[1].replace(card_page.HERE, str(folder))
 
 
 def run(folder: Path, heading: str) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def test_a_trained_folder_has_the_validations_figure_and_the_recipe(
     assert result.metric_value == best
     assert (result.dataset_type, result.dataset_split) == ("tiny", "dev")
     assert "4 queries over 30 passages; while training" in result.dataset_name
-    assert metadata(folder).model_name == read_contract(folder)[1]["name"]
+    assert metadata(folder).model_name == read_encoding(folder)[1]["name"]
     text = (folder / "README.md").read_text()
     for row in ("updates | 8", "loss | InfoNCE", "negatives a query | 2", "learning rate | 0.01"):
         assert f"| {row} |" in text
@@ -256,7 +256,7 @@ def test_the_command_writes_a_card_and_tells_a_mistake_in_a_sentence(
     path = exported.retriever(tmp_path / "model", "decoder")
 
     def call(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["caravan.cards", *arguments])
+        monkeypatch.setattr(sys, "argv", ["caravan.export.card_command", *arguments])
         return command.main()
 
     assert call(str(path), "--license", "mit", "--language", "en") == 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from caravan.checking.annotations import kinds, mismatch, remedy, takes_mapping
+from caravan.cli.checking.annotations import kinds, mismatch, remedy, takes_mapping
 
 ALIASES = """
 from typing import Literal, Optional, TypedDict, Union

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from caravan.checking.signatures import signature
+from caravan.cli.checking.signatures import signature
 
 PACKAGE = {
     "pack_a/__init__.py": """
@@ -152,7 +152,7 @@ def test_an_edited_file_is_read_again(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_libraries_are_read_without_being_imported() -> None:
     code = """
 import sys
-from caravan.checking.signatures import signature
+from caravan.cli.checking.signatures import signature
 assert "max_steps" in signature("pytorch_lightning.Trainer").parameters
 assert "patience" in signature("pytorch_lightning.callbacks.EarlyStopping").parameters
 assert signature("torch.optim.AdamW").parameters["lr"].default is not None

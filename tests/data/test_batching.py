@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from caravan.batches import pack
-from caravan.contract import Contract
+from caravan.data.batch import pack
 from caravan.data.batching import Groups, QueryOrder, TextBlocks
 from caravan.data.collection import Collection
 from caravan.data.negatives import Negatives
-from caravan.data.templates import Templates
 from caravan.data.texts import text_keys
+from caravan.data.tokenization import Templates
+from caravan.encoding import Encoding
 
 
 @pytest.fixture
-def groups(collection: Collection, tokenizer: Any, contract: Contract) -> Groups:
+def groups(collection: Collection, tokenizer: Any, encoding: Encoding) -> Groups:
     qrels, negatives = collection.qrels("train"), Negatives(number=2)
     negatives.open(collection, qrels, seed=0)
-    return Groups(collection, qrels, negatives, Templates(tokenizer, contract), 128, seed=0)
+    return Groups(collection, qrels, negatives, Templates(tokenizer, encoding), 128, seed=0)
 
 
 def test_texts_without_a_token_are_padded_to_one() -> None:
@@ -119,9 +119,9 @@ def test_every_epoch_has_its_own_order_and_all_queries(groups: Groups) -> None:
 
 
 def test_text_blocks_cover_their_rows(
-    collection: Collection, tokenizer: Any, contract: Contract
+    collection: Collection, tokenizer: Any, encoding: Encoding
 ) -> None:
-    templates, rows = Templates(tokenizer, contract), np.arange(3, 50)
+    templates, rows = Templates(tokenizer, encoding), np.arange(3, 50)
     blocks = TextBlocks(collection.corpus, rows, templates, "passage", 20, 256)
     batches = [blocks[i].packed() for i in range(len(blocks))]
     assert [len(batch.rows) for batch in batches] == [20, 20, 7]

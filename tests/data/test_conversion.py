@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from caravan.data import files
-from caravan.data.files import digests
-from caravan.data.msmarco import MsMarcoPassage
+from caravan.data.readers import lines
+from caravan.data.readers.lines import digests
+from caravan.data.readers.msmarco import MsMarcoPassage
 
 CONVERT = """
 import resource, sys
 from caravan.data import texts
-from caravan.data.msmarco import MsMarcoPassage
-from caravan.data.tevatron import Tevatron
+from caravan.data.readers.msmarco import MsMarcoPassage
+from caravan.data.readers.tevatron import Tevatron
 reader, cache, *sources = sys.argv[1:]
 texts.BATCH_BYTES = 2**20  # growth shows in files of some megabytes
 for source in sources:
@@ -98,16 +98,16 @@ def test_a_conversion_that_is_killed_starts_again_and_ends_the_same(tmp_path: Pa
 def test_the_digest_of_a_large_file_is_kept_until_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "KEPT_FROM_BYTES", 4)
+    monkeypatch.setattr(lines, "KEPT_FROM_BYTES", 4)
     file = tmp_path / "a.tsv"
     file.write_text("camel")
     first = digests([file], tmp_path)
     assert not (tmp_path / "digests").exists()  # written just now: it may change again in one tick
-    monkeypatch.setattr(files, "SETTLED_S", -1)
+    monkeypatch.setattr(lines, "SETTLED_S", -1)
     assert digests([file], tmp_path) == first
     (kept,) = (tmp_path / "digests").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(files, "track", lambda *_: pytest.fail("read again"))
+        patch.setattr(lines, "track", lambda *_: pytest.fail("read again"))
         assert digests([file], tmp_path) == first
     stored = json.loads(kept.read_text())
     assert first == [stored["xxh3"]]

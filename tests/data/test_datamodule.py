@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from tests.commands import train
 
-from caravan.contract import Contract
 from caravan.data.batching import Groups
 from caravan.data.collection import Collection, Qrels
 from caravan.data.datamodule import DataModule
 from caravan.data.negatives import Negatives
-from caravan.data.templates import Templates
+from caravan.data.tokenization import Templates
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 
 
@@ -45,8 +45,8 @@ def _data(collection: Any, templates: Templates, **validation: Any) -> DataModul
 
 
 @pytest.fixture
-def templates(tokenizer: Any, contract: Contract) -> Templates:
-    return Templates(tokenizer, contract)
+def templates(tokenizer: Any, encoding: Encoding) -> Templates:
+    return Templates(tokenizer, encoding)
 
 
 def _dev(grades: list[int]) -> Qrels:

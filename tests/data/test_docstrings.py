@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from tests.installed import install
 
-from caravan.data.docstrings import docstrings, installed_sources, read, required_by
-from caravan.data.pydocs import REQUIREMENTS
+from caravan.quickstart.docstrings import docstrings, installed_sources, read, required_by
+from caravan.quickstart.pydocs import REQUIREMENTS
 
 SOURCE = b'''
 """Of the module."""

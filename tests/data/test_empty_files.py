@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from tests.files import put
 
-from caravan.data.flagembedding import FlagEmbedding
-from caravan.data.msmarco import MsMarcoDocument, MsMarcoPassage
-from caravan.data.sources import Beir
-from caravan.data.tevatron import Tevatron
-from caravan.data.tsv import Tsv
+from caravan.data.readers.beir import Beir
+from caravan.data.readers.flagembedding import FlagEmbedding
+from caravan.data.readers.msmarco import MsMarcoDocument, MsMarcoPassage
+from caravan.data.readers.tevatron import Tevatron
+from caravan.data.readers.tsv import Tsv
 from caravan.errors import InputError
 
 ROW = '{"query_id": "1", "query_text": "camel", "positive_document_ids": ["a"]}\n'

@@ -11,7 +11,7 @@ import xxhash
 from tests.files import judged, put, records
 
 from caravan.data.collection import Collection
-from caravan.data.flagembedding import FlagEmbedding
+from caravan.data.readers.flagembedding import FlagEmbedding
 from caravan.data.runs import read_run
 from caravan.errors import InputError
 

@@ -8,7 +8,7 @@ import pytest
 from tests.tiny import write_beir
 
 from caravan.data.collection import Collection
-from caravan.data.sources import Beir
+from caravan.data.readers.beir import Beir
 from caravan.errors import InputError
 
 

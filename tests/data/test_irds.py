@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.files import judged, put, records
 
-from caravan.data.irds import IrDatasets
+from caravan.data.readers.ir_datasets import IrDatasets
 from caravan.errors import InputError
 
 FILES = {
@@ -63,7 +63,7 @@ def test_splits_may_be_chosen_and_named(tiny: str, tmp_path: Path) -> None:
 
 
 def test_titles_and_official_grades_are_taken_over(irds: Any, tmp_path: Path) -> None:
-    from caravan.data.irds import _official_from_2, _passages
+    from caravan.data.readers.ir_datasets import _official_from_2, _passages
 
     class Doc:
         doc_id, title, text = "1", "Camels", "Store fat."

@@ -16,23 +16,23 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from caravan.batches import EncodeBatch, TokenIds, Unpacked
-from caravan.contract import Contract
+from caravan.data.batch import EncodeBatch, TokenIds, Unpacked
 from caravan.data.batching import Groups, PairBlocks, QueryOrder, TextBlocks
 from caravan.data.collection import Collection
 from caravan.data.loaders import BatchLoader, TrainLoader, text_loader
 from caravan.data.negatives import Negatives
 from caravan.data.pairs import PairTemplates
-from caravan.data.templates import JointTemplates, Templates
+from caravan.data.tokenization import JointTemplates, Templates
 from caravan.data.unlabelled import Unlabelled
+from caravan.encoding import Encoding
 from caravan.errors import InputError, is_termination, sentence
 
 
 @pytest.fixture
-def groups(collection: Collection, tokenizer: Any, contract: Contract) -> Groups:
+def groups(collection: Collection, tokenizer: Any, encoding: Encoding) -> Groups:
     qrels, negatives = collection.qrels("train"), Negatives(number=2)
     negatives.open(collection, qrels, seed=0)
-    return Groups(collection, qrels, negatives, Templates(tokenizer, contract), 128, seed=0)
+    return Groups(collection, qrels, negatives, Templates(tokenizer, encoding), 128, seed=0)
 
 
 @pytest.fixture(autouse=True)
@@ -131,8 +131,8 @@ def test_tensors_between_processes_are_noticed_by_these_tests(no_tensors: None) 
 def test_workers_send_no_tensor_and_the_batches_are_those_without_workers(
     kind: str, groups: Groups, collection: Collection, tokenizer: Any, no_tensors: None
 ) -> None:
-    short = Contract(query_length=32, passage_length=64)
-    pairs = PairTemplates(tokenizer, Contract(kind="reranker", query_length=32, passage_length=64))
+    short = Encoding(query_length=32, passage_length=64)
+    pairs = PairTemplates(tokenizer, Encoding(kind="reranker", query_length=32, passage_length=64))
     joint = JointTemplates(tokenizer, short, (" Self:", " Next:"))
     rows = np.arange(12)
     datasets: dict[str, Any] = {

@@ -9,7 +9,7 @@ import pytest
 from tests.files import judged, put, records
 
 from caravan.data.collection import Collection
-from caravan.data.msmarco import MsMarcoDocument, MsMarcoPassage
+from caravan.data.readers.msmarco import MsMarcoDocument, MsMarcoPassage
 from caravan.errors import InputError
 
 PASSAGES = {

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from tests.tiny import WORDS
 
-from caravan.batches import pack
-from caravan.contract import Contract
+from caravan.data.batch import pack
 from caravan.data.pairs import LEAST, PairTemplates
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 
-JOINED = Contract(
+JOINED = Encoding(
     kind="reranker",
     passage_template="document: {title} {text}",
     query_length=16,
@@ -77,7 +77,7 @@ def test_a_query_that_fills_the_input_leaves_the_document_its_least(
         assert sum(token == oasis for token in pair.ids[-LEAST - 1 :]) >= 6
     assert [record.message for record in caplog.records if "is cut" in record.message] == [
         "a query takes more than the"
-        f" {templates.room - LEAST} tokens that contract.query_length + contract.passage_length"
+        f" {templates.room - LEAST} tokens that encoding.query_length + encoding.passage_length"
         " leave it, and is cut; raise one of them"
     ]
 
@@ -102,7 +102,7 @@ def test_beside_a_long_query_only_the_beginning_of_a_document_is_tokenised(
 
 
 def test_the_pair_form_is_the_tokenizers_own_with_its_token_types(bert: Any) -> None:
-    contract = replace(
+    encoding = replace(
         JOINED,
         pair="pair",
         append_eos=False,
@@ -111,12 +111,12 @@ def test_the_pair_form_is_the_tokenizers_own_with_its_token_types(bert: Any) -> 
         passage_template="{title} {text}",
     )
     query, passage = _texts(5), _texts(9, 1)
-    (found,) = PairTemplates(bert, contract).pairs([query], [passage])
+    (found,) = PairTemplates(bert, encoding).pairs([query], [passage])
     plain = bert(query[1], passage[1])
     assert found.ids == plain["input_ids"]
     types = [int(i >= found.second) for i in range(len(found.ids))]
     assert types == plain["token_type_ids"]
-    (long,) = PairTemplates(bert, contract).pairs([query], [_texts(500, 2)])
+    (long,) = PairTemplates(bert, encoding).pairs([query], [_texts(500, 2)])
     expected = bert(query[1], _texts(500, 2)[1], truncation="only_second", max_length=64)
     assert long.ids == expected["input_ids"]
 
@@ -135,8 +135,8 @@ def test_the_released_pair_form_has_two_bos_and_no_eos(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
-    contract = replace(JOINED, pair="pair", append_eos=False)
-    (found,) = PairTemplates(tokenizer, contract).pairs([("", "salt")], [("", "silk road")])
+    encoding = replace(JOINED, pair="pair", append_eos=False)
+    (found,) = PairTemplates(tokenizer, encoding).pairs([("", "salt")], [("", "silk road")])
     assert found.ids == tokenizer("query: salt", "document: silk road")["input_ids"]
     assert found.ids.count(tokenizer.bos_token_id) == 2
     assert tokenizer.eos_token_id not in found.ids
@@ -210,8 +210,8 @@ def test_a_query_that_nothing_stands_before_is_scored_from_its_first_token(token
 
     bare = copy.deepcopy(tokenizer)
     bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
-    contract = replace(LIKELIHOOD, query_template="{text}", passage_template="{text}")
-    (found,) = PairTemplates(bare, contract).pairs([("", "camel water")], [("", "")])
+    encoding = replace(LIKELIHOOD, query_template="{text}", passage_template="{text}")
+    (found,) = PairTemplates(bare, encoding).pairs([("", "camel water")], [("", "")])
     assert found.second == 1
     assert tokenizer.decode(found.ids[1:]).strip() == "camel water"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from caravan.data.plain import HubTexts, TextFiles
+from caravan.data.readers.texts import HubTexts, TextFiles
 from caravan.errors import InputError
 
 

@@ -9,8 +9,8 @@ import pytest
 from tests.installed import install
 
 from caravan.data.collection import Collection
-from caravan.data.pydocs import REQUIREMENTS, PyDocs, cut, split_of
 from caravan.errors import InputError
+from caravan.quickstart.pydocs import REQUIREMENTS, PyDocs, cut, split_of
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = [a + b + c for a in "bdfgklm" for b in "aeiou" for c in "nrstz"]

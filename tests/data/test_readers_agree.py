@@ -16,12 +16,12 @@ import pytest
 from tests.files import judged, records
 
 from caravan.data.collection import Collection
-from caravan.data.flagembedding import FlagEmbedding
-from caravan.data.irds import IrDatasets
-from caravan.data.msmarco import MsMarcoDocument, MsMarcoPassage
-from caravan.data.sources import Beir
-from caravan.data.tevatron import Tevatron
-from caravan.data.tsv import Tsv
+from caravan.data.readers.beir import Beir
+from caravan.data.readers.flagembedding import FlagEmbedding
+from caravan.data.readers.ir_datasets import IrDatasets
+from caravan.data.readers.msmarco import MsMarcoDocument, MsMarcoPassage
+from caravan.data.readers.tevatron import Tevatron
+from caravan.data.readers.tsv import Tsv
 
 REAL = sorted(Path(os.environ.get("CARAVAN_COLLECTIONS", "/nonexistent")).glob("*/corpus.jsonl"))
 

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from tests.files import judged, put, records
 
+from caravan.cli.suite import members
 from caravan.data.collection import Collection
-from caravan.data.flagembedding import FlagEmbedding
-from caravan.data.msmarco import MsMarcoDocument, MsMarcoPassage
-from caravan.data.plain import TextFiles
+from caravan.data.readers.beir import Beir
+from caravan.data.readers.flagembedding import FlagEmbedding
+from caravan.data.readers.msmarco import MsMarcoDocument, MsMarcoPassage
+from caravan.data.readers.tevatron import Tevatron
+from caravan.data.readers.texts import TextFiles
+from caravan.data.readers.tsv import Tsv
 from caravan.data.runs import Run, read_run, write_run
-from caravan.data.sources import Beir
-from caravan.data.tevatron import Tevatron
-from caravan.data.tsv import Tsv
 from caravan.errors import InputError
-from caravan.suite import members
 
 DOC = "<DOC>\n<DOCNO>{p}</DOCNO>\n<TEXT>\nurl\ntitle\nfat\n</TEXT>\n</DOC>\n"
 READERS: dict[str, tuple[Callable[[str], Any], dict[str, str]]] = {

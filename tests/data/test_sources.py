@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from caravan.data.collection import Collection
-from caravan.data.sources import Beir
+from caravan.data.readers.beir import Beir
 from caravan.errors import InputError
 
 CORPUS = (

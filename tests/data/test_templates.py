@@ -6,45 +6,45 @@ from typing import Any
 import numpy as np
 import pytest
 
-from caravan.contract import Contract
-from caravan.data import templates as module
-from caravan.data.templates import Template, Templates, special_tokens
+from caravan.data import tokenization as module
+from caravan.data.tokenization import Template, Templates, special_tokens
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 
 LONG = "camel caravan desert dune " * 50
 
 
-def test_eos_is_never_cut_off(tokenizer: Any, contract: Contract) -> None:
-    for ids in Templates(tokenizer, contract).passages([("", LONG), ("Title", "camel")]):
+def test_eos_is_never_cut_off(tokenizer: Any, encoding: Encoding) -> None:
+    for ids in Templates(tokenizer, encoding).passages([("", LONG), ("Title", "camel")]):
         assert ids[-1] == tokenizer.eos_token_id
         assert ids[0] == tokenizer.bos_token_id
         assert ids.count(tokenizer.eos_token_id) == 1
 
 
-def test_lengths_count_prompt_and_special_tokens(tokenizer: Any, contract: Contract) -> None:
-    templates = Templates(tokenizer, contract)
-    assert len(templates.passages([("", LONG)])[0]) == contract.passage_length
-    assert len(templates.queries([("", LONG)])[0]) == contract.query_length
+def test_lengths_count_prompt_and_special_tokens(tokenizer: Any, encoding: Encoding) -> None:
+    templates = Templates(tokenizer, encoding)
+    assert len(templates.passages([("", LONG)])[0]) == encoding.passage_length
+    assert len(templates.queries([("", LONG)])[0]) == encoding.query_length
 
 
 def test_ids_are_those_of_encoding_to_one_less_and_appending_eos(
-    tokenizer: Any, contract: Contract
+    tokenizer: Any, encoding: Encoding
 ) -> None:
-    ids = Templates(tokenizer, contract).passages([("Title", LONG)])[0]
+    ids = Templates(tokenizer, encoding).passages([("Title", LONG)])[0]
     plain = tokenizer(
-        f"passage: Title {LONG}", truncation=True, max_length=contract.passage_length - 1
+        f"passage: Title {LONG}", truncation=True, max_length=encoding.passage_length - 1
     )["input_ids"]
     assert ids == [*plain, tokenizer.eos_token_id]
 
 
 def test_what_follows_the_text_in_a_template_is_never_truncated(
-    tokenizer: Any, contract: Contract
+    tokenizer: Any, encoding: Encoding
 ) -> None:
-    adapted = replace(contract, passage_template="{text} The original sentence: ")
+    adapted = replace(encoding, passage_template="{text} The original sentence: ")
     ids = Templates(tokenizer, adapted).passages([("", LONG)])[0]
     suffix = tokenizer(" The original sentence: ", add_special_tokens=False)["input_ids"]
     assert ids[-1 - len(suffix) : -1] == suffix
-    assert len(ids) == contract.passage_length
+    assert len(ids) == encoding.passage_length
 
 
 def test_an_empty_title_leaves_no_double_space() -> None:
@@ -57,27 +57,27 @@ def test_braces_in_a_text_are_text() -> None:
     assert Template("passage: {title} {text}").render("{text}", "{x}") == "passage: {text} {x}"
 
 
-def test_an_eos_that_the_tokenizer_lacks_is_refused(tokenizer: Any, contract: Contract) -> None:
+def test_an_eos_that_the_tokenizer_lacks_is_refused(tokenizer: Any, encoding: Encoding) -> None:
     from transformers import PreTrainedTokenizerFast
 
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(InputError, match="append_eos=false"):
-        Templates(bare, contract)
+        Templates(bare, encoding)
 
 
-def test_a_length_without_room_for_text_is_refused(tokenizer: Any, contract: Contract) -> None:
-    suffixed = replace(contract, query_length=4, query_template="{text} camel caravan desert dune")
-    with pytest.raises(InputError, match=r"contract\.query_length=4"):
+def test_a_length_without_room_for_text_is_refused(tokenizer: Any, encoding: Encoding) -> None:
+    suffixed = replace(encoding, query_length=4, query_template="{text} camel caravan desert dune")
+    with pytest.raises(InputError, match=r"encoding\.query_length=4"):
         Templates(tokenizer, suffixed)
-    suffixed = replace(contract, passage_length=4, passage_template="{text} camel caravan desert")
-    with pytest.raises(InputError, match=r"contract\.passage_length=4"):
+    suffixed = replace(encoding, passage_length=4, passage_template="{text} camel caravan desert")
+    with pytest.raises(InputError, match=r"encoding\.passage_length=4"):
         Templates(tokenizer, suffixed)
 
 
 @pytest.mark.parametrize("field", ["{text:%d}", "{text!x}", "{text!r}", "{text:>9}"])
 def test_a_template_with_a_format_is_refused(field: str) -> None:
-    with pytest.raises(InputError, match=r"contract\.passage_template .* write \{text\} alone"):
-        Contract(passage_template=f"{{title}} {field}")
+    with pytest.raises(InputError, match=r"encoding\.passage_template .* write \{text\} alone"):
+        Encoding(passage_template=f"{{title}} {field}")
 
 
 TEXTS = {
@@ -95,25 +95,25 @@ TEXTS = {
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_long_texts_give_the_ids_that_whole_texts_give(
-    kind: str, tokenizer: Any, contract: Contract, monkeypatch: pytest.MonkeyPatch
+    kind: str, tokenizer: Any, encoding: Encoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(0)
     texts = [("", TEXTS[kind]), ("Title", TEXTS[kind][3:])]
     texts += [("", TEXTS[kind][int(start) :]) for start in rng.integers(0, 700, 20)]
-    found = Templates(tokenizer, contract).passages(texts)
+    found = Templates(tokenizer, encoding).passages(texts)
     monkeypatch.setattr(module, "beginning", lambda text, room: text)
-    assert found == Templates(tokenizer, contract).passages(texts)
+    assert found == Templates(tokenizer, encoding).passages(texts)
 
 
 def test_only_the_beginning_of_a_long_text_is_tokenised(
-    tokenizer: Any, contract: Contract, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Any, encoding: Encoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    templates, sizes = Templates(tokenizer, contract), []
+    templates, sizes = Templates(tokenizer, encoding), []
     monkeypatch.setattr(
         module, "_ids", lambda _, texts: sizes.extend(map(len, texts)) or [[5] * 99] * len(texts)
     )
     templates.passages([("", "camel caravan " * 30_000)])
-    assert max(sizes) < 16 * (contract.passage_length + 17)
+    assert max(sizes) < 16 * (encoding.passage_length + 17)
 
 
 def test_special_tokens_of_a_bert_tokenizer_surround_the_text() -> None:
@@ -128,5 +128,5 @@ def test_special_tokens_of_a_bert_tokenizer_surround_the_text() -> None:
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bert, pad_token="[PAD]")
     assert special_tokens(tokenizer) == ([2], [3])
-    contract = Contract(append_eos=False, query_template="{text}", query_length=4)
-    assert Templates(tokenizer, contract).queries([("", "a a a a a")]) == [[2, 4, 4, 3]]
+    encoding = Encoding(append_eos=False, query_template="{text}", query_length=4)
+    assert Templates(tokenizer, encoding).queries([("", "a a a a a")]) == [[2, 4, 4, 3]]

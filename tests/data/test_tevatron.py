@@ -15,8 +15,8 @@ from tests.files import judged, put, records
 from caravan import progress
 from caravan.data.collection import Collection
 from caravan.data.negatives import Negatives
+from caravan.data.readers.tevatron import Tevatron
 from caravan.data.runs import Run, read_run
-from caravan.data.tevatron import Tevatron
 from caravan.errors import InputError
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.files import judged, put, records
 
 from caravan.data.collection import Collection
-from caravan.data.tsv import Tsv
+from caravan.data.readers.tsv import Tsv
 from caravan.errors import InputError
 
 FILES = {

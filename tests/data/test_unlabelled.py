@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from caravan.contract import Contract
-from caravan.data.templates import JointTemplates, Templates
+from caravan.data.tokenization import JointTemplates, Templates
 from caravan.data.unlabelled import Targets, Unlabelled
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 
 PROMPTS = (" the original:", " the next:")
-CONTRACT = Contract(
+CONTRACT = Encoding(
     query_template="{text} the next:", passage_template="{title} {text} the original:"
 )
 DOCUMENTS = [("", "camel caravan desert dune water oasis salt"), ("Trade", "route night")]
@@ -67,19 +67,19 @@ def test_a_length_that_prompts_take_most_of_is_told(
     tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     ends = len(tokenizer(" the next:", add_special_tokens=False)["input_ids"]) + 2  # BOS and EOS
-    Templates(tokenizer, Contract(**{**CONTRACT.__dict__, "query_length": ends + 3}))
+    Templates(tokenizer, Encoding(**{**CONTRACT.__dict__, "query_length": ends + 3}))
     assert "leaves no more than 3 tokens for text" in caplog.text
 
 
 def test_the_text_gives_way_to_the_prompts(tokenizer: Any) -> None:
-    short = Contract(**{**CONTRACT.__dict__, "passage_length": 32})
+    short = Encoding(**{**CONTRACT.__dict__, "passage_length": 32})
     templates = JointTemplates(tokenizer, short, PROMPTS)
     ((ids,), (own,)) = templates.encode([("", "camel " * 100)])
     assert len(ids) == 32
     assert ids[-len(templates.end) :] == templates.end
     assert len(own) == templates.room
     with pytest.raises(InputError, match=r"passage_length=8 leaves no room.*raise it"):
-        JointTemplates(tokenizer, Contract(**{**CONTRACT.__dict__, "passage_length": 8}), PROMPTS)
+        JointTemplates(tokenizer, Encoding(**{**CONTRACT.__dict__, "passage_length": 8}), PROMPTS)
 
 
 def test_the_next_chunk_of_the_same_document_is_the_target(
@@ -110,7 +110,7 @@ def test_a_batch_is_a_function_of_seed_epoch_and_place(templates: JointTemplates
 
 def test_what_was_not_read_is_no_target(tokenizer: Any) -> None:
     templates = JointTemplates(
-        tokenizer, Contract(**{**CONTRACT.__dict__, "passage_length": 40}), PROMPTS
+        tokenizer, Encoding(**{**CONTRACT.__dict__, "passage_length": 40}), PROMPTS
     )
     text = "the and of " * 40 + "camel"
     ((_,), (own,)) = templates.encode([("", text)])
@@ -119,8 +119,8 @@ def test_what_was_not_read_is_no_target(tokenizer: Any) -> None:
 
 
 def test_an_opening_that_ends_with_a_space_is_not_counted_twice(tokenizer: Any) -> None:
-    contract = Contract(passage_template="passage: {title} {text} the original:")
-    templates = JointTemplates(tokenizer, contract, PROMPTS)
+    encoding = Encoding(passage_template="passage: {title} {text} the original:")
+    templates = JointTemplates(tokenizer, encoding, PROMPTS)
     _, (own,) = templates.encode([("", "salt trade")])
     assert tokenizer.decode(own).strip() == "salt trade"
 

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from tests.tiny import WORDS, tiny_backbone
 
-from caravan.batches import pack
-from caravan.contract import Contract, read_contract
+from caravan.data.batch import pack
 from caravan.data.pairs import PairTemplates
-from caravan.data.templates import Templates
+from caravan.data.tokenization import Templates
+from caravan.encoding import Encoding, read_encoding
 from caravan.models import folder
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, with_head
-from caravan.models.likelihood import QueryLikelihood
 from caravan.models.loading import add_slots, fit_vocabulary
+from caravan.models.query_likelihood import QueryLikelihood
 from caravan.models.tiny_llama import train_bpe
 
 TEXTS = [
@@ -69,8 +69,8 @@ ODD: list[dict[str, Any]] = [
 PAIRS = list(itertools.product(["camels", "", "What is a dune?"], TITLED))
 
 
-def contract(**settings: Any) -> Contract:
-    return Contract(**{"query_length": 30, "passage_length": 44, **settings})
+def encoding(**settings: Any) -> Encoding:
+    return Encoding(**{"query_length": 30, "passage_length": 44, **settings})
 
 
 @cache
@@ -136,9 +136,9 @@ def bert(scores: bool = False) -> Any:
 
 
 def retriever(path: Path, on: str, lora: bool = False, **settings: Any) -> Path:
-    """A retriever's folder on a "decoder" or an "encoder"; `settings` are the contract's."""
+    """A retriever's folder on a "decoder" or an "encoder"; `settings` are the encoding's."""
     torch.manual_seed(0)
-    own, side = contract(**settings), "left" if on == "decoder" else "right"
+    own, side = encoding(**settings), "left" if on == "decoder" else "right"
     given = copy.deepcopy(tokenizer(on, side))
     rows = add_slots(given, own)
     model = tiny_backbone().model(given) if on == "decoder" else bert()
@@ -162,14 +162,14 @@ def reranker(
     tokens: str | None = None,
     **settings: Any,
 ) -> Path:
-    """A reranker's folder; `settings` are the contract's.
+    """A reranker's folder; `settings` are the encoding's.
 
     Args:
         released: with the head of its architecture.
         tokens: one of `tokenizers`, in place of the usual one.
     """
     torch.manual_seed(0)
-    own, given = contract(**settings), copy.deepcopy(tokenizer(on, "right", pad))
+    own, given = encoding(**settings), copy.deepcopy(tokenizer(on, "right", pad))
     given = given if tokens is None else tokenizers()[tokens]
     if own.scoring == "likelihood":
         likelihood = QueryLikelihood(tiny_backbone().language_model(given), own)
@@ -238,7 +238,7 @@ def close(found: Any, wanted: torch.Tensor) -> None:
 def close_by_card(path: Path, out: Path) -> None:
     """Compare what the code of an exported folder's card computes with the model folder."""
     names = run_card(out)
-    if read_contract(path)[0].kind == "retriever":
+    if read_encoding(path)[0].kind == "retriever":
         queries, passages = embeddings(path)
         close([names["embed_query"](text) for text in TEXTS], queries)
         close([names["embed_passage"](text, title) for title, text in TITLED], passages)

@@ -26,8 +26,8 @@ from tests.export.exported import (
     run_card,
 )
 
-from caravan.contract import read_contract
-from caravan.data.templates import Templates
+from caravan.data.tokenization import Templates
+from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.export import tokens
 from caravan.export.pairing import Pairing
@@ -99,7 +99,7 @@ def test_sentence_transformers_embeds_queries_and_passages_as_the_model_folder_d
     model, wording = names["model"], "about {title}: {text}"
     queries, passages = exported.embeddings(retriever)
     close(model.encode_query(TEXTS, batch_size=4), queries)
-    if read_contract(retriever)[0].passage_template == wording:  # the title has words of its own
+    if read_encoding(retriever)[0].passage_template == wording:  # the title has words of its own
         bare = [i for i, (title, _) in enumerate(TITLED) if not title]
         close(model.encode_document([TITLED[i][1] for i in bare]), passages[bare])
         titled = [i for i, (title, _) in enumerate(TITLED) if title]
@@ -170,7 +170,7 @@ def test_tokenizers_of_many_kinds_read_the_same_when_exported(pair: str, tmp_pat
 
     for name, tokenizer in exported.tokenizers().items():
         eos = tokenizer.eos_token is not None
-        own = exported.contract(append_eos=eos, query_template="{text} so:")
+        own = exported.encoding(append_eos=eos, query_template="{text} so:")
         templates, length = Templates(tokenizer, own), own.query_length
         framed = tokens.framed(tokenizer, length, templates.before, templates.tails["query"])
         framed.save_pretrained(tmp_path / name)
@@ -179,7 +179,7 @@ def test_tokenizers_of_many_kinds_read_the_same_when_exported(pair: str, tmp_pat
         read = loaded([text for _, text in texts], truncation=True)["input_ids"]
         assert read == templates.queries(texts), name
         templated = {"joined": JOINED, "pair": PAIR}[pair]
-        pairing = Pairing(tokenizer, exported.contract(**{**templated, "append_eos": eos}), name)
+        pairing = Pairing(tokenizer, exported.encoding(**{**templated, "append_eos": eos}), name)
         pairing.tokenizer().save_pretrained(tmp_path / f"{name}-pair")
         pairs = pairing.probes()
         read = pairing.read(AutoTokenizer.from_pretrained(tmp_path / f"{name}-pair"), pairs)
@@ -255,9 +255,9 @@ def test_a_likelihood_is_a_language_model_and_nothing_else(tmp_path: Path) -> No
 
 
 def test_an_adapted_language_model_keeps_its_output_layer(tmp_path: Path) -> None:
-    from caravan.models.slots import Layout, SlotEncoder
+    from caravan.models.llara import Layout, SlotEncoder
 
-    own, given = exported.contract(**LLARA), exported.tokenizer("decoder")
+    own, given = exported.encoding(**LLARA), exported.tokenizer("decoder")
     backbone = exported.tiny_backbone().language_model(given)
     model = SlotEncoder(backbone, backbone.base_model, own, Layout(1, (4, 4), 1))
     folder.save(tmp_path / "model", model, given, own, {})

@@ -15,7 +15,7 @@ from tests.export.exported import JOINED, ODD, OWN_HEAD, PAIR
 
 from caravan.errors import InputError
 from caravan.export import __main__ as command
-from caravan.export import tokens, weights
+from caravan.export import tokens, verify
 from caravan.export.pairing import Pairing
 from caravan.export.write import export
 
@@ -87,7 +87,7 @@ def test_other_numbers_are_refused_and_nothing_left(
 ) -> None:
     (tmp_path / "models").mkdir()
     path = exported.retriever(tmp_path / "models" / "model", "decoder", lora=True)
-    monkeypatch.setattr(weights, "CLOSE", -1.0)
+    monkeypatch.setattr(verify, "CLOSE", -1.0)
     with pytest.raises(InputError, match="embeddings differ from the model folder's"):
         export(path, form, tmp_path / "out")
     assert [child.name for child in tmp_path.iterdir()] == ["models"]

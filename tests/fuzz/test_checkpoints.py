@@ -27,9 +27,9 @@ from tests.fuzz.mutations import (
     sampled,
 )
 
-from caravan.compose import compose
+from caravan.cli.compose import compose
 from caravan.errors import InputError
-from caravan.training.run import train as train_config
+from caravan.training.fit import train as train_config
 
 QUICK, FULL = 3, 40
 """Mutants of each file, of 30 and more."""

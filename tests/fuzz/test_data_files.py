@@ -14,11 +14,11 @@ from tests.fuzz.mutations import put as put_mutant
 from tests.fuzz.mutations import sampled, text_mutants
 
 from caravan.data.collection import Collection
-from caravan.data.flagembedding import FlagEmbedding
-from caravan.data.msmarco import MsMarcoDocument, MsMarcoPassage
-from caravan.data.sources import Beir
-from caravan.data.tevatron import Tevatron
-from caravan.data.tsv import Tsv
+from caravan.data.readers.beir import Beir
+from caravan.data.readers.flagembedding import FlagEmbedding
+from caravan.data.readers.msmarco import MsMarcoDocument, MsMarcoPassage
+from caravan.data.readers.tevatron import Tevatron
+from caravan.data.readers.tsv import Tsv
 
 TREC_COLUMNS = ("qid", "Q0", "pid", "rank", "score", "tag")
 QUICK, FULL = 2, 80

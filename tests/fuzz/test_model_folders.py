@@ -24,7 +24,7 @@ from tests.fuzz.mutations import (
 from tests.released import save_base
 
 from caravan.api import Retriever
-from caravan.contract import Contract
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapters import LoRA
@@ -49,15 +49,15 @@ def folders(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """A model folder of whole weights, and one of an adapter on a base beside it."""
     to = tmp_path_factory.mktemp("fuzzed")
     base = save_base(to / "base", tokenizer)
-    contract = Contract(query_length=16, passage_length=24)
-    whole = BiEncoder(Pretrained(str(base)).model(tokenizer), contract)
-    folder.save(to / "whole", whole, tokenizer, contract, {})
+    encoding = Encoding(query_length=16, passage_length=24)
+    whole = BiEncoder(Pretrained(str(base)).model(tokenizer), encoding)
+    folder.save(to / "whole", whole, tokenizer, encoding, {})
     adapted = LoRA(rank=2, alpha=4).apply(Pretrained(str(base)).model(tokenizer))
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
                 weight.normal_(generator=torch.Generator().manual_seed(0))
-    folder.save(to / "adapter", BiEncoder(adapted, contract), tokenizer, contract, {})
+    folder.save(to / "adapter", BiEncoder(adapted, encoding), tokenizer, encoding, {})
     return {kind: to / kind for kind in FILES}
 
 
@@ -100,7 +100,7 @@ def _tried(kind: str, file: str, folders: dict[str, Path], number: int) -> None:
                 error.add_note(f"{kind}/{file}: {mutant.name}")
                 raise
             if isinstance(found, InputError):
-                named = (str(path), path.name, str(folders[kind]), "contract.")
+                named = (str(path), path.name, str(folders[kind]), "encoding.")
                 assert any(name in str(found) for name in named), f"{mutant.name}: {found}"
                 continue
             assert np.isfinite(found).all(), mutant.name

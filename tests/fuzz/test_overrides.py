@@ -13,17 +13,17 @@ import pytest
 from omegaconf import OmegaConf
 from tests.small_conf import small_conf
 
-from caravan import config
-from caravan.compose import Composer
+from caravan.cli import schema
+from caravan.cli.compose import Composer
+from caravan.cli.preflight import preflight
 from caravan.errors import InputError
-from caravan.preflight import preflight
 
 SECONDS = 10
 """The longest that a mutant may take."""
 OVERRIDES = {
     "train": (
         *("name=some/run", "seed=3", "data=beir", "data.path=.", "data.split=dev", "resume=true"),
-        *("contract.pooling=mean", "contract.query_template='query: {text}'", "loss.rate=1e-3"),
+        *("encoding.pooling=mean", "encoding.query_template='query: {text}'", "loss.rate=1e-3"),
         *("trainer.max_steps=5", "loss.options={a:3}", "loss.betas=[0.9,0.99]", "init_from=null"),
         *("backbone=tiny_llama", "+callbacks.mine={_target_:parts.Part}", "~callbacks.best"),
         *("run_dir=runs/${name}", "validation.read_lengths=[64,128]", "cache_dir=.cache"),
@@ -95,7 +95,7 @@ KEYS = (
         "experiment",
         "x.y.z",
     ),
-    *("experiment@a", "backbone@loss", "contract", "callbacks", "callbacks.best", "0", "é", "a[0]"),
+    *("experiment@a", "backbone@loss", "encoding", "callbacks", "callbacks.best", "0", "é", "a[0]"),
 )
 YAML = """\
 # @package _global_
@@ -103,7 +103,7 @@ defaults:
   - override /data: beir
 name: some/run
 data: {path: .}
-contract: &c
+encoding: &c
   pooling: mean
   temperature: 0.05
 trainer:
@@ -220,13 +220,13 @@ def check(composer: Composer, overrides: list[str]) -> None:
 
 @pytest.mark.parametrize("root", ["train", "evaluate"])
 def test_mutated_overrides_compose_or_are_answered(conf: Path, root: str) -> None:
-    with Composer(conf, root, config.ROOTS[root]) as composer:
+    with Composer(conf, root, schema.ROOTS[root]) as composer:
         for seed in range(16):
             check(composer, mutated_overrides(root, seed))
 
 
 def test_mutated_experiments_compose_or_are_answered(conf: Path) -> None:
-    with Composer(conf, "train", config.Train) as composer:
+    with Composer(conf, "train", schema.Train) as composer:
         for seed in range(16):
             (conf / "experiment/mutant.yaml").write_bytes(mutated_yaml(seed))
             check(composer, ["experiment=mutant"])
@@ -241,14 +241,14 @@ def test_many_mutated_overrides_are_run_or_answered(conf: Path, root: str, start
         for flags in ([], ["-m"]):
             started = time.monotonic()
             with contextlib.suppress(InputError):
-                preflight([*flags, "--", *overrides], conf, root, config.ROOTS[root])
+                preflight([*flags, "--", *overrides], conf, root, schema.ROOTS[root])
             assert time.monotonic() - started < SECONDS, overrides
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", range(20, 420, 40))
 def test_many_mutated_experiments_compose_or_are_answered(conf: Path, start: int) -> None:
-    with Composer(conf, "train", config.Train) as composer:
+    with Composer(conf, "train", schema.Train) as composer:
         for seed in range(start, start + 40):
             (conf / "experiment/mutant.yaml").write_bytes(mutated_yaml(seed))
             check(composer, ["experiment=mutant"])

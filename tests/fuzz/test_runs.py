@@ -12,8 +12,8 @@ from tests.fuzz import naive
 from tests.fuzz.mutations import put as put_mutant
 from tests.fuzz.mutations import sampled, text_mutants
 
+from caravan.data.readers.beir import Beir
 from caravan.data.runs import Run, read_run
-from caravan.data.sources import Beir
 
 QUICK, FULL = 2, 80
 """Mutants of each file, of about 80."""

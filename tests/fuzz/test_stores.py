@@ -20,9 +20,9 @@ from tests.fuzz.mutations import (
 )
 from tests.tiny import tiny_backbone
 
-from caravan.compose import compose
-from caravan.data import files
+from caravan.cli.compose import compose
 from caravan.data.collection import Collection
+from caravan.data.readers import lines
 from caravan.errors import InputError
 from caravan.retrieval.pipeline import evaluate
 
@@ -174,7 +174,7 @@ def _tokenizers(collection: Collection, folder: Path, number: int) -> None:
 
 def _digests(beir: Path, folder: Path, number: int) -> None:
     def made() -> list[str]:
-        return files.digests([beir / "corpus.jsonl"], folder)
+        return lines.digests([beir / "corpus.jsonl"], folder)
 
     _cached(folder, "digests", made, number)
 
@@ -188,8 +188,8 @@ def test_damaged_tokenizers_of_the_cache_are_trained_again(
 def test_damaged_digests_of_the_cache_are_computed_again(
     beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "KEPT_FROM_BYTES", 0)
-    monkeypatch.setattr(files, "SETTLED_S", -1)
+    monkeypatch.setattr(lines, "KEPT_FROM_BYTES", 0)
+    monkeypatch.setattr(lines, "SETTLED_S", -1)
     _digests(beir, tmp_path, FULL)
 
 

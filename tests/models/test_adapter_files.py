@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from tests.released import save_base
 from torch import Tensor
 
-from caravan.batches import pack
-from caravan.contract import Contract, adapter_base, read_contract
+from caravan.data.batch import pack
+from caravan.encoding import Encoding, adapter_base, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapters import LoRA
@@ -25,7 +25,7 @@ from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder
 
 TEXTS = [[5, 6, 7], [8, 9, 10, 11], [12]]
-RESCORED = Contract(kind="reranker", query_length=16, passage_length=24)
+RESCORED = Encoding(kind="reranker", query_length=16, passage_length=24)
 
 
 @pytest.fixture
@@ -33,9 +33,9 @@ def base(tokenizer: Any, tmp_path: Path) -> Path:
     return save_base(tmp_path / "project" / "bases" / "llama", tokenizer)
 
 
-def _adapter(name: str, to: Path, tokenizer: Any, contract: Contract) -> Path:
+def _adapter(name: str, to: Path, tokenizer: Any, encoding: Encoding) -> Path:
     transformer = LoRA(rank=2, alpha=4).apply(Pretrained(name).model(tokenizer))
-    folder.save(to, BiEncoder(transformer, contract), tokenizer, contract, {})
+    folder.save(to, BiEncoder(transformer, encoding), tokenizer, encoding, {})
     return to
 
 
@@ -52,9 +52,9 @@ def _change(base: Path) -> None:
 
 
 def test_an_adapter_on_other_weights_of_its_base_is_refused(
-    base: Path, tokenizer: Any, contract: Contract, tmp_path: Path
+    base: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
-    saved = _adapter(str(base), tmp_path / "adapter", tokenizer, contract)
+    saved = _adapter(str(base), tmp_path / "adapter", tokenizer, encoding)
     _embedded(saved)
     _change(base)
     with pytest.raises(InputError, match="are not those that the adapter was trained on"):
@@ -66,11 +66,11 @@ def test_an_adapter_on_other_weights_of_its_base_is_refused(
 def test_an_adapter_that_records_no_base_weights_loads_and_the_log_says_so(
     base: Path,
     tokenizer: Any,
-    contract: Contract,
+    encoding: Encoding,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    saved = _adapter(str(base), tmp_path / "adapter", tokenizer, contract)
+    saved = _adapter(str(base), tmp_path / "adapter", tokenizer, encoding)
     record = json.loads((saved / "caravan.json").read_text())
     del record["facts"]["base_weights"]
     (saved / "caravan.json").write_text(json.dumps(record))
@@ -80,13 +80,13 @@ def test_an_adapter_that_records_no_base_weights_loads_and_the_log_says_so(
 
 
 def test_whole_weights_record_no_base(
-    base: Path, tokenizer: Any, contract: Contract, tmp_path: Path
+    base: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
-    saved = _adapter(str(base), tmp_path / "adapter", tokenizer, contract)
+    saved = _adapter(str(base), tmp_path / "adapter", tokenizer, encoding)
     model, _, _, facts = folder.load(saved)
     assert facts["base_weights"]
-    folder.save(tmp_path / "whole", model, tokenizer, contract, facts)
-    assert "base_weights" not in read_contract(tmp_path / "whole")[1]
+    folder.save(tmp_path / "whole", model, tokenizer, encoding, facts)
+    assert "base_weights" not in read_encoding(tmp_path / "whole")[1]
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -94,7 +94,7 @@ def test_a_relative_base_is_found_from_another_working_directory(
     inside: bool,
     base: Path,
     tokenizer: Any,
-    contract: Contract,
+    encoding: Encoding,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -102,7 +102,7 @@ def test_a_relative_base_is_found_from_another_working_directory(
     project = tmp_path / "project"
     monkeypatch.chdir(project)
     to = project / "runs" / "adapter" if inside else tmp_path / "elsewhere" / "adapter"
-    saved = _adapter("bases/llama", to, tokenizer, contract)
+    saved = _adapter("bases/llama", to, tokenizer, encoding)
     expected = _embedded(saved)
     if inside:
         project.rename(tmp_path / "moved")
@@ -112,10 +112,10 @@ def test_a_relative_base_is_found_from_another_working_directory(
 
 
 def test_another_model_at_a_relative_base_is_refused(
-    base: Path, tokenizer: Any, contract: Contract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path / "project")
-    saved = _adapter("bases/llama", tmp_path / "project" / "runs" / "a", tokenizer, contract)
+    saved = _adapter("bases/llama", tmp_path / "project" / "runs" / "a", tokenizer, encoding)
     shutil.copytree(base, tmp_path / "other" / "bases" / "llama")
     _change(tmp_path / "other" / "bases" / "llama")
     monkeypatch.chdir(tmp_path / "other")
@@ -142,19 +142,19 @@ def _foreign(base: Path, to: Path, resized: int = 0, **settings: Any) -> tuple[P
 
 @pytest.mark.parametrize("task", ["CAUSAL_LM", None])
 def test_an_adapter_of_a_language_model_embeds_as_its_transformer(
-    task: str | None, base: Path, tokenizer: Any, contract: Contract, tmp_path: Path
+    task: str | None, base: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
     foreign, adapted = _foreign(base, tmp_path / "foreign", task_type=task)
-    model = BiEncoder(Pretrained(str(foreign)).model(tokenizer), contract).eval()
+    model = BiEncoder(Pretrained(str(foreign)).model(tokenizer), encoding).eval()
     with torch.no_grad():
         found = model.embed(pack(TEXTS, 99))
-        expected = BiEncoder(adapted.get_base_model().model, contract).embed(pack(TEXTS, 99))
+        expected = BiEncoder(adapted.get_base_model().model, encoding).embed(pack(TEXTS, 99))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    folder.save(tmp_path / "adopted", model, tokenizer, contract, {})
+    folder.save(tmp_path / "adopted", model, tokenizer, encoding, {})
     torch.testing.assert_close(_embedded(tmp_path / "adopted"), expected, atol=1e-5, rtol=0)
     plain = PeftModel.from_pretrained(Pretrained(str(base)).model(tokenizer), tmp_path / "adopted")
     with torch.no_grad():
-        again = BiEncoder(plain.merge_and_unload(), contract).embed(pack(TEXTS, 99))
+        again = BiEncoder(plain.merge_and_unload(), encoding).embed(pack(TEXTS, 99))
     torch.testing.assert_close(again, expected, atol=1e-5, rtol=0)
 
 
@@ -167,14 +167,14 @@ def test_a_reranker_of_an_adapter_without_a_head_is_refused(
 
 
 def test_an_adapter_with_the_embedding_of_a_resized_vocabulary_is_loaded_with_it(
-    base: Path, tokenizer: Any, contract: Contract, tmp_path: Path
+    base: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
     foreign, adapted = _foreign(base, tmp_path / "foreign", resized=404, task_type="CAUSAL_LM")
-    model = BiEncoder(Pretrained(str(foreign)).model(tokenizer), contract).eval()
-    folder.save(tmp_path / "adopted", model, tokenizer, contract, {})
+    model = BiEncoder(Pretrained(str(foreign)).model(tokenizer), encoding).eval()
+    folder.save(tmp_path / "adopted", model, tokenizer, encoding, {})
     loaded = folder.load(tmp_path / "adopted")[0]
     ids = [[5, 403, 401], [402, 6]]
     with torch.no_grad():
-        expected = BiEncoder(adapted.get_base_model().model, contract).embed(pack(ids, 99))
+        expected = BiEncoder(adapted.get_base_model().model, encoding).embed(pack(ids, 99))
         torch.testing.assert_close(model.embed(pack(ids, 99)), expected, atol=1e-6, rtol=0)
         torch.testing.assert_close(loaded.embed(pack(ids, 99)), expected, atol=1e-5, rtol=0)

@@ -7,10 +7,10 @@ import torch
 from tests.models.test_biencoder import ARCHITECTURES, TEXTS, _architecture
 from torch import Tensor
 
-from caravan.batches import pack
-from caravan.contract import Contract
-from caravan.models.attention import LONGEST, attention
+from caravan.data.batch import pack
+from caravan.encoding import Encoding
 from caravan.models.biencoder import BiEncoder
+from caravan.models.cpu import LONGEST, attention
 from caravan.models.loading import set_attention
 
 
@@ -54,7 +54,7 @@ def test_models_embed_alike_with_it_and_with_sdpa(name: str, dtype: torch.dtype)
     for implementation in ("auto", "sdpa"):
         backbone = set_attention(_architecture(name), implementation).to(dtype)
         with torch.no_grad():
-            embeddings.append(BiEncoder(backbone, Contract()).embed(pack(TEXTS, 40)))
+            embeddings.append(BiEncoder(backbone, Encoding()).embed(pack(TEXTS, 40)))
     cosines = (embeddings[0] * embeddings[1]).sum(dim=1)
     assert cosines.min() > (0.999999 if dtype == torch.float32 else 0.998)
 
@@ -65,7 +65,7 @@ def test_gradients_flow_through_it_under_autocast(tokenizer: Any) -> None:
         torch.manual_seed(0)
         backbone = set_attention(_architecture("qwen3"), implementation)
         with torch.autocast("cpu", torch.bfloat16):
-            embedded = BiEncoder(backbone, Contract()).embed(pack(TEXTS, 40))
+            embedded = BiEncoder(backbone, Encoding()).embed(pack(TEXTS, 40))
         (embedded[0] @ embedded[1]).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in backbone.parameters()]))
     cosine = torch.nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0)
@@ -121,7 +121,7 @@ def test_models_with_an_attention_of_their_own_keep_it(name: str) -> None:
     for implementation in ("auto", "eager"):
         backbone = set_attention(_own_attention(name), implementation)
         with torch.no_grad():
-            embeddings.append(BiEncoder(backbone, Contract()).embed(pack(TEXTS, 40)))
+            embeddings.append(BiEncoder(backbone, Encoding()).embed(pack(TEXTS, 40)))
     torch.testing.assert_close(embeddings[0], embeddings[1], atol=1e-4, rtol=0)
 
 

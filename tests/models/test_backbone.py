@@ -12,9 +12,9 @@ from tests.commands import train
 from tests.tiny import tiny_backbone
 from torch.utils.flop_counter import FlopCounterMode
 
-from caravan.batches import pack
-from caravan.contract import Contract
+from caravan.data.batch import pack
 from caravan.data.collection import Collection
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import folder, tiny_llama
 from caravan.models.adapters import LoRA, frozen_linears, settle_precisions
@@ -103,7 +103,7 @@ def test_a_group_that_a_model_lacks_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["rslora", "dora"])
 def test_variants_of_lora_are_in_the_folder(
-    kind: str, tokenizer: Any, contract: Contract, tmp_path: Path
+    kind: str, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
     tiny_backbone().model(tokenizer).save_pretrained(tmp_path / "base")
     base = Pretrained(str(tmp_path / "base"))
@@ -111,12 +111,12 @@ def test_variants_of_lora_are_in_the_folder(
     for settings in ({}, {kind: True}):
         torch.manual_seed(0)
         adapters = LoRA(rank=4, alpha=8, dropout=0.0, **settings)
-        model = BiEncoder(adapters.apply(base.model(tokenizer)), contract).eval()
+        model = BiEncoder(adapters.apply(base.model(tokenizer)), encoding).eval()
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.1)
         to = tmp_path / f"model{len(embedded)}"
-        folder.save(to, model, tokenizer, contract, {"name": kind})
+        folder.save(to, model, tokenizer, encoding, {"name": kind})
         with torch.no_grad():
             own = model.embed(pack([[5, 6, 7], [8, 9]], 99))
             torch.testing.assert_close(folder.load(to)[0].embed(pack([[5, 6, 7], [8, 9]], 99)), own)
@@ -133,7 +133,7 @@ def test_recomputed_activations_give_the_same_gradient(tokenizer: object, bf16: 
         backbone = tiny_backbone()
         backbone.checkpointing = checkpointing
         torch.manual_seed(0)
-        model = BiEncoder(backbone.model(tokenizer), Contract()).train()
+        model = BiEncoder(backbone.model(tokenizer), Encoding()).train()
         texts = pack([[5, 6, 7], [8, 9, 10, 11, 12, 13, 14]], 8)
         assert len(texts.chunks) == 2
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -153,7 +153,7 @@ def test_selective_recomputation_repeats_no_product_with_weights(tokenizer: obje
     for checkpointing in choices:
         backbone = tiny_backbone()
         backbone.checkpointing = checkpointing
-        model = BiEncoder(backbone.model(tokenizer), Contract()).train()
+        model = BiEncoder(backbone.model(tokenizer), Encoding()).train()
         ids = torch.arange(5, 15).reshape(2, 5)
         with FlopCounterMode(display=False) as counter:
             model(ids, torch.ones_like(ids), True).sum().backward()
@@ -204,7 +204,7 @@ def test_layers_are_compiled_one_by_one(tokenizer: object, monkeypatch: pytest.M
         backbone = tiny_backbone()
         backbone.compile = compile
         torch.manual_seed(0)
-        model = BiEncoder(LoRA(rank=4).apply(backbone.model(tokenizer)), Contract()).train()
+        model = BiEncoder(LoRA(rank=4).apply(backbone.model(tokenizer)), Encoding()).train()
         for length in (5, 3):
             ids = torch.arange(5, 5 + 2 * length).reshape(2, length)
             model(ids, torch.ones_like(ids), True).sum().backward()

@@ -13,17 +13,17 @@ from tests.models.test_presets import GROUPED
 from tests.tiny import tiny_backbone
 from torch import Tensor
 
-from caravan.batches import pack
-from caravan.contract import Contract
+from caravan.data.batch import pack
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models.bidirectional import hold_to, look_both_ways
 from caravan.models.biencoder import BiEncoder
-from caravan.models.likelihood import QueryLikelihood
+from caravan.models.llara import Layout, SlotEncoder
 from caravan.models.loading import set_attention
 from caravan.models.pooling import is_causal
-from caravan.models.slots import Layout, SlotEncoder
+from caravan.models.query_likelihood import QueryLikelihood
 
-BOTH = Contract(bidirectional=True, query_length=16, passage_length=24)
+BOTH = Encoding(bidirectional=True, query_length=16, passage_length=24)
 WINDOW = 4
 MIXED = {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}
 DECODERS: dict[str, Any] = {
@@ -110,8 +110,8 @@ def test_embeddings_equal_plain_transformers_under_a_mask_that_hides_nothing(nam
 @pytest.mark.parametrize("name", [*DECODERS, "mixtral", "gpt2"])
 def test_the_last_token_moves_the_first_tokens_state(name: str, both: bool) -> None:
     model = _model(name)
-    contract = Contract(pooling="cls", bidirectional=both, query_length=8, passage_length=8)
-    encoder = BiEncoder(look_both_ways(model) if both else model, contract)
+    encoding = Encoding(pooling="cls", bidirectional=both, query_length=8, passage_length=8)
+    encoder = BiEncoder(look_both_ways(model) if both else model, encoding)
     with torch.no_grad():
         rows = encoder.embed(pack([[5, 6, 7, 8], [5, 6, 7, 9]], 100))
     assert bool((rows[0] - rows[1]).abs().max() > 1e-3) == both
@@ -170,19 +170,19 @@ def test_one_layer_that_goes_its_own_way_is_found(
         BiEncoder(look_both_ways(model), BOTH)
 
 
-def test_a_model_and_its_contract_look_the_same_way() -> None:
+def test_a_model_and_its_encoding_look_the_same_way() -> None:
     with pytest.raises(InputError, match=r"looks both ways .* set backbone\.bidirectional=true"):
-        BiEncoder(look_both_ways(_model("qwen3")), Contract())
-    with pytest.raises(InputError, match="looks to the left alone, but its contract says"):
+        BiEncoder(look_both_ways(_model("qwen3")), Encoding())
+    with pytest.raises(InputError, match="looks to the left alone, but its encoding says"):
         BiEncoder(_model("qwen3"), BOTH)
 
 
 def test_neither_likelihood_nor_adaptation_looks_both_ways(tokenizer: Any) -> None:
     language_model = look_both_ways(tiny_backbone().language_model(tokenizer))
-    likelihood = Contract(kind="reranker", scoring="likelihood", append_eos=False)
+    likelihood = Encoding(kind="reranker", scoring="likelihood", append_eos=False)
     with pytest.raises(InputError, match="is no causal language model"):
         QueryLikelihood(language_model, likelihood)
-    with pytest.raises(InputError, match=r"contract\.bidirectional is set, but a likelihood"):
+    with pytest.raises(InputError, match=r"encoding\.bidirectional is set, but a likelihood"):
         replace(likelihood, bidirectional=True)
     with pytest.raises(InputError, match="does not look to the left alone"):
         SlotEncoder(language_model, language_model.base_model, BOTH, Layout(1, (3, 3), 1))

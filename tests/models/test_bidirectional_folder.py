@@ -15,9 +15,9 @@ from tests.models.test_bidirectional import BOTH, DECODERS, _model
 from tests.models.test_biencoder import TEXTS, _padded
 from tests.training.test_adaptation import adapt
 
-from caravan.batches import pack
-from caravan.compose import compose
-from caravan.contract import Contract, read_contract
+from caravan.cli.compose import compose
+from caravan.data.batch import pack
+from caravan.encoding import Encoding, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapters import LoRA
@@ -53,7 +53,7 @@ def test_it_trains_is_remembered_and_loads_as_plain_transformers_does(
     given += ["trainer.max_steps=2", "trainer.val_check_interval=2"]
     _train(beir, run_dir, *given)
     saved = run_dir / "model"
-    assert read_contract(saved)[0].bidirectional
+    assert read_encoding(saved)[0].bidirectional
     assert "config.is_causal=False" in (saved / "README.md").read_text()
     plain: Any
     if peft == "none":
@@ -92,14 +92,14 @@ def test_what_begins_with_it_looks_both_ways_too(
     _train(beir, tmp_path / "first", *given, *steps, *peft)
     first = tmp_path / "first" / "model"
     _train(beir, tmp_path / "second", f"init_from={first}", *steps, *peft)
-    assert read_contract(tmp_path / "second" / "model")[0].bidirectional
+    assert read_encoding(tmp_path / "second" / "model")[0].bidirectional
     evaluated = evaluate(beir, tmp_path / "eval", tmp_path / "second" / "model")
     run = tmp_path / "eval" / evaluated["run"]
     reranks = ["stage=reranker", "loss=listwise", f"validation.run={run}", "data.dev_split=test"]
     _train(beir, tmp_path / "third", f"init_from={first}", *reranks, *steps, *peft)
     _train(beir, tmp_path / "fourth", f"init_from={tmp_path / 'third' / 'model'}", *steps, *peft)
     for name in ("third", "fourth"):
-        assert read_contract(tmp_path / name / "model")[0].bidirectional
+        assert read_encoding(tmp_path / name / "model")[0].bidirectional
         folder.load(tmp_path / name / "model")
     with pytest.raises(InputError, match="was trained to look both ways"):
         _train(beir, tmp_path / "x", f"init_from={first}", "backbone.bidirectional=false", *peft)
@@ -143,8 +143,8 @@ def test_an_adapters_folder_never_looks_to_the_left_in_silence(
 def test_a_folder_from_before_the_setting_looks_to_the_left(
     base: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
-    contract = Contract()
-    folder.save(tmp_path / "m", BiEncoder(_model("llama"), contract), tokenizer, contract, {})
+    encoding = Encoding()
+    folder.save(tmp_path / "m", BiEncoder(_model("llama"), encoding), tokenizer, encoding, {})
     path = tmp_path / "m" / "caravan.json"
     record = json.loads(path.read_text())
     del record["bidirectional"]
@@ -156,9 +156,9 @@ def test_a_folder_from_before_the_setting_looks_to_the_left(
 def test_a_reranker_that_looks_both_ways_scores_as_plain_transformers_does(
     name: str, tokenizer: Any, tmp_path: Path
 ) -> None:
-    contract = Contract(kind="reranker", bidirectional=True)
-    model = CrossEncoder(with_head(look_both_ways(_model(name)), 0), contract).eval()
-    folder.save(tmp_path / "m", model, tokenizer, contract, {})
+    encoding = Encoding(kind="reranker", bidirectional=True)
+    model = CrossEncoder(with_head(look_both_ways(_model(name)), 0), encoding).eval()
+    folder.save(tmp_path / "m", model, tokenizer, encoding, {})
     auto = transformers.AutoModelForSequenceClassification
     plain = auto.from_pretrained(tmp_path / "m").eval()
     loaded = folder.load(tmp_path / "m")[0]
@@ -195,10 +195,10 @@ def test_a_retriever_that_begins_with_an_adapted_model_may_look_both_ways(
 ) -> None:
     adapt(beir, tmp_path / "adapted", "stage=adaptation_released", "trainer.max_steps=0")
     begun = [f"init_from={tmp_path / 'adapted' / 'model'}", "backbone.bidirectional=true"]
-    lengths = ["contract.query_length=80", "contract.passage_length=90"]
+    lengths = ["encoding.query_length=80", "encoding.passage_length=90"]
     train(beir, tmp_path / "run", *begun, *lengths, "trainer.max_steps=2")
-    model, _, contract, _ = folder.load(tmp_path / "run" / "model")
-    assert (contract.pooling, contract.bidirectional) == ("slots", True)
+    model, _, encoding, _ = folder.load(tmp_path / "run" / "model")
+    assert (encoding.pooling, encoding.bidirectional) == ("slots", True)
     with torch.no_grad():
         alone = torch.cat([model.embed(pack([text], 99)) for text in TEXTS if len(text) > 8])
         found = model(*_padded([text for text in TEXTS if len(text) > 8], "left", width=40))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from caravan.batches import pack
-from caravan.contract import Contract
+from caravan.data.batch import pack
+from caravan.encoding import Encoding
 from caravan.models.biencoder import BiEncoder
 from caravan.models.pooling import is_causal, pool
 
@@ -61,7 +61,7 @@ def _padded(texts: list[list[int]], side: str, width: int = 24) -> tuple[Tensor,
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_embedding_depends_on_neither_batch_nor_padding_side(name: str, pooling: str) -> None:
-    model = BiEncoder(_architecture(name), Contract(pooling=pooling))
+    model = BiEncoder(_architecture(name), Encoding(pooling=pooling))
     with torch.no_grad():
         alone = torch.cat([model(*_padded([text], "right", len(text)), True) for text in TEXTS])
         left = model(*_padded(TEXTS, "left"))
@@ -74,7 +74,7 @@ def test_an_embedding_depends_on_neither_batch_nor_padding_side(name: str, pooli
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_embeddings_equal_plain_transformers_code(name: str) -> None:
     backbone = _architecture(name)
-    model = BiEncoder(backbone, Contract(pooling="last"))
+    model = BiEncoder(backbone, Encoding(pooling="last"))
     with torch.no_grad():
         for text in TEXTS:
             states = backbone(input_ids=torch.tensor([text])).last_hidden_state
@@ -101,9 +101,9 @@ def test_pooling_is_float32_in_a_bf16_model() -> None:
 
 
 def test_unnormalised_embeddings_are_left_as_they_come(
-    encoder: BiEncoder, contract: Contract
+    encoder: BiEncoder, encoding: Encoding
 ) -> None:
-    raw = BiEncoder(encoder.backbone, replace(contract, normalize=False))
+    raw = BiEncoder(encoder.backbone, replace(encoding, normalize=False))
     packed = pack(TEXTS, 100)
     with torch.no_grad():
         torch.testing.assert_close(

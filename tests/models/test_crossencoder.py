@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tests.models.test_biencoder import ARCHITECTURES, TEXTS, _architecture
 from tests.tiny import tiny_backbone
 
-from caravan.batches import pack
-from caravan.contract import Contract
+from caravan.data.batch import pack
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapter_files import is_adapter
@@ -24,8 +24,8 @@ from caravan.models.crossencoder import CrossEncoder, head_of, with_head
 from caravan.models.packed import pack_linears
 from caravan.models.pooling import is_causal
 
-DECODER = Contract(kind="reranker", query_length=16, passage_length=48)
-ENCODER = Contract(
+DECODER = Encoding(kind="reranker", query_length=16, passage_length=48)
+ENCODER = Encoding(
     kind="reranker",
     pooling="cls",
     pair="pair",
@@ -73,14 +73,14 @@ def test_a_decoders_folder_scores_as_plain_transformers_does(
     model = CrossEncoder(tiny_backbone().scorer(tokenizer), DECODER).eval()
     folder.save(tmp_path / "m", model, tokenizer, DECODER, {})
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval()
-    loaded, _, contract, _ = folder.load(tmp_path / "m", kind="reranker")
+    loaded, _, encoding, _ = folder.load(tmp_path / "m", kind="reranker")
     ids = [[1, 7, 9, 2], [1, 8, 2]]
     with torch.no_grad():
         for text in ids:
             expected = plain(torch.tensor([text])).logits[0, 0]
             torch.testing.assert_close(_alone(loaded, text), expected, atol=1e-5, rtol=0)
             torch.testing.assert_close(_alone(model, text), expected, atol=1e-5, rtol=0)
-    assert contract == DECODER
+    assert encoding == DECODER
 
 
 def test_an_adapters_folder_scores_as_plain_transformers_with_peft_does(
@@ -191,15 +191,15 @@ def test_pooling_that_the_architecture_cannot_be_scored_by_is_refused() -> None:
 
 
 def test_a_retriever_is_no_reranker(tokenizer: Any, tmp_path: Path) -> None:
-    retriever = BiEncoder(tiny_backbone().model(tokenizer), Contract())
-    folder.save(tmp_path / "m", retriever, tokenizer, Contract(), {})
+    retriever = BiEncoder(tiny_backbone().model(tokenizer), Encoding())
+    folder.save(tmp_path / "m", retriever, tokenizer, Encoding(), {})
     with pytest.raises(InputError, match="is a retriever; give the folder of a reranker"):
         folder.load(tmp_path / "m", kind="reranker")
 
 
 def test_a_reranker_starts_from_a_retriever_with_a_new_head(tokenizer: Any, tmp_path: Path) -> None:
-    retriever = BiEncoder(tiny_backbone().model(tokenizer), Contract())
-    folder.save(tmp_path / "m", retriever, tokenizer, Contract(), {})
+    retriever = BiEncoder(tiny_backbone().model(tokenizer), Encoding())
+    folder.save(tmp_path / "m", retriever, tokenizer, Encoding(), {})
     spec = Trained(str(tmp_path / "m"), adapter=False)
     scorer: Any = spec.scorer(tokenizer)
     taken = sum(1 for _ in retriever.backbone.parameters())
@@ -213,13 +213,13 @@ def test_a_reranker_starts_from_a_retriever_with_a_new_head(tokenizer: Any, tmp_
 def test_a_merged_adapter_is_trained_on_in_full(kind: str, tokenizer: Any, tmp_path: Path) -> None:
     spec = Pretrained(str(_saved_base(tokenizer, tmp_path / "base")))
     lora = LoRA(rank=4, alpha=8)
-    contract = Contract(kind=kind)
+    encoding = Encoding(kind=kind)
     model: Any
     if kind == "retriever":
-        model = BiEncoder(lora.apply(spec.model(tokenizer)), contract)
+        model = BiEncoder(lora.apply(spec.model(tokenizer)), encoding)
     else:
-        model = CrossEncoder(lora.apply(spec.scorer(tokenizer)), contract)
-    folder.save(tmp_path / "m", model, tokenizer, contract, {})
+        model = CrossEncoder(lora.apply(spec.scorer(tokenizer)), encoding)
+    folder.save(tmp_path / "m", model, tokenizer, encoding, {})
     merged = Trained(str(tmp_path / "m"), adapter=False)
     for begun in (merged.model(tokenizer), merged.scorer(tokenizer)):
         assert all(weight.requires_grad for weight in begun.parameters())
@@ -230,8 +230,8 @@ def test_a_retrievers_adapter_goes_on_as_a_rerankers(tokenizer: Any, tmp_path: P
     lora = LoRA(rank=4, alpha=8)
     adapted = lora.apply(Pretrained(str(base)).model(tokenizer))
     _shake(adapted)
-    retriever = BiEncoder(adapted, Contract()).eval()
-    folder.save(tmp_path / "m", retriever, tokenizer, Contract(), {})
+    retriever = BiEncoder(adapted, Encoding()).eval()
+    folder.save(tmp_path / "m", retriever, tokenizer, Encoding(), {})
     spec = Trained(str(tmp_path / "m"), adapter=True)
     scorer = spec.adapted(lora, spec.scorer(tokenizer))
     model = CrossEncoder(scorer, DECODER).eval()
@@ -302,8 +302,8 @@ def test_the_head_stays_float32_in_bf16_and_when_linears_are_packed(
         saved = CrossEncoder(scorer, ENCODER)
     else:
         saved = _crossencoder(name)
-    contract = DECODER if saved.causal else ENCODER
-    folder.save(tmp_path / "m", saved, tokenizer, contract, {})
+    encoding = DECODER if saved.causal else ENCODER
+    folder.save(tmp_path / "m", saved, tokenizer, encoding, {})
     model, *_ = folder.load(tmp_path / "m", torch.bfloat16)
     (_, head), (_, wanted) = head_of(model.plain), head_of(saved.plain)
     assert torch.equal(head.weight, wanted.weight)  # and not rounded to bf16
@@ -325,8 +325,8 @@ def test_a_retriever_starts_from_a_reranker_without_its_head(
 ) -> None:
     scorer = Pretrained(str(_own_head(tmp_path / "released"))).scorer(tokenizer)
     folder.save(tmp_path / "m", CrossEncoder(scorer, ENCODER), tokenizer, ENCODER, {})
-    contract = Contract(pooling="mean")
-    model = BiEncoder(Trained(str(tmp_path / "m"), adapter=False).model(tokenizer), contract)
+    encoding = Encoding(pooling="mean")
+    model = BiEncoder(Trained(str(tmp_path / "m"), adapter=False).model(tokenizer), encoding)
     with torch.no_grad():
         assert model.embed(pack(TEXTS, 40)).shape == (len(TEXTS), scorer.config.hidden_size)
     assert not any("pooler" in name or "classifier" in name for name, _ in model.named_parameters())

@@ -16,12 +16,12 @@ from tests.commands import ROOT
 from tests.released import save_base
 from tokenizers import processors
 
-from caravan.compose import compose
-from caravan.contract import Contract, read_contract
+from caravan.cli.compose import compose
 from caravan.data.pairs import PairTemplates, without_second_end
-from caravan.data.templates import Templates
+from caravan.data.tokenization import Templates
+from caravan.encoding import Encoding, read_encoding
 from caravan.errors import InputError
-from caravan.training.run import train
+from caravan.training.fit import train
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,11 @@ def test_no_second_end_is_appended_and_the_folder_records_it(
 
     with caplog.at_level(logging.INFO):
         model = _adopt(released, tmp_path)
-    assert "contract.append_eos=false" in caplog.text
-    contract, _ = read_contract(model)
-    templates = Templates(AutoTokenizer.from_pretrained(model), contract)
+    assert "encoding.append_eos=false" in caplog.text
+    encoding, _ = read_encoding(model)
+    templates = Templates(AutoTokenizer.from_pretrained(model), encoding)
     assert templates.passages([("", "salt road")]) == [_plain(released, "passage: salt road")]
-    assert not contract.append_eos
+    assert not encoding.append_eos
 
 
 def test_a_folder_that_was_saved_with_two_ends_keeps_them(released: Path, tmp_path: Path) -> None:
@@ -74,13 +74,13 @@ def test_a_folder_that_was_saved_with_two_ends_keeps_them(released: Path, tmp_pa
     train(compose(ROOT / "conf", "train", [*begun, "precision=float32"]))
     for model in (older, tmp_path / "begun" / "model"):
         tokenizer = AutoTokenizer.from_pretrained(model)
-        (ids,) = Templates(tokenizer, read_contract(model)[0]).passages([("", "salt road")])
+        (ids,) = Templates(tokenizer, read_encoding(model)[0]).passages([("", "salt road")])
         assert ids == [*_plain(released, "passage: salt road"), tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("pair", ["joined", "pair"])
 def test_a_rerankers_input_gets_no_second_end_either(
-    released: Path, contract: Contract, pair: str
+    released: Path, encoding: Encoding, pair: str
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -91,7 +91,7 @@ def test_a_rerankers_input_gets_no_second_end_either(
             pair="$A <pad> $B <pad>",
             special_tokens=[("<pad>", tokenizer.convert_tokens_to_ids("<pad>"))],
         )
-    asked = replace(contract, kind="reranker", pair=pair, query_length=64)
+    asked = replace(encoding, kind="reranker", pair=pair, query_length=64)
     settled = without_second_end(tokenizer, asked)
     (read,) = PairTemplates(tokenizer, settled).pairs([("", "salt")], [("", "road")])
     texts = ["query: salt passage: road"] if pair == "joined" else ["query: salt", "passage: road"]
@@ -104,8 +104,8 @@ def test_a_template_that_ends_with_the_appended_eos_is_refused(
     tokenizer: Any, setting: str
 ) -> None:
     template = f"{{text}}{tokenizer.eos_token}"
-    ended = replace(Contract(), **{setting: template})
-    with pytest.raises(InputError, match=f"contract.{setting} ends with"):
+    ended = replace(Encoding(), **{setting: template})
+    with pytest.raises(InputError, match=f"encoding.{setting} ends with"):
         without_second_end(tokenizer, ended)
     alone = replace(ended, append_eos=False)
     assert without_second_end(tokenizer, alone) is alone

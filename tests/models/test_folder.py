@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from caravan.batches import pack
-from caravan.contract import Contract, adapter_base, files_digest, folder_digest
+from caravan.data.batch import pack
 from caravan.data.collection import Collection
-from caravan.data.templates import Templates
+from caravan.data.tokenization import Templates
+from caravan.encoding import Encoding, adapter_base, files_digest, folder_digest
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapters import LoRA
@@ -24,23 +24,23 @@ TEXTS = [[5, 6, 7], [8, 9, 10, 11], [12]]
 
 
 @pytest.fixture
-def saved(encoder: BiEncoder, tokenizer: Any, contract: Contract, tmp_path: Path) -> Path:
-    folder.save(tmp_path / "model", encoder, tokenizer, contract, {"name": "tiny", "best": 0.5})
+def saved(encoder: BiEncoder, tokenizer: Any, encoding: Encoding, tmp_path: Path) -> Path:
+    folder.save(tmp_path / "model", encoder, tokenizer, encoding, {"name": "tiny", "best": 0.5})
     return tmp_path / "model"
 
 
-def test_a_saved_model_loads_with_the_same_embeddings_and_contract(
-    saved: Path, encoder: BiEncoder, tokenizer: Any, contract: Contract
+def test_a_saved_model_loads_with_the_same_embeddings_and_encoding(
+    saved: Path, encoder: BiEncoder, tokenizer: Any, encoding: Encoding
 ) -> None:
-    model, loaded_tokenizer, loaded_contract, facts = folder.load(saved)
-    assert loaded_contract == contract
+    model, loaded_tokenizer, loaded_encoding, facts = folder.load(saved)
+    assert loaded_encoding == encoding
     assert facts == {"name": "tiny", "best": 0.5, "weights": "full", "own_code": False}
     assert loaded_tokenizer("camel caravan")["input_ids"] == tokenizer("camel caravan")["input_ids"]
     with torch.no_grad():
         assert torch.equal(model.embed(pack(TEXTS, 99)), encoder.embed(pack(TEXTS, 99)))
 
 
-def test_a_folder_is_safetensors_tokenizer_and_contract(saved: Path) -> None:
+def test_a_folder_is_safetensors_tokenizer_and_encoding(saved: Path) -> None:
     names = {path.name for path in saved.iterdir()}
     assert {"caravan.json", "model.safetensors", "tokenizer.json"} <= names
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
@@ -48,23 +48,23 @@ def test_a_folder_is_safetensors_tokenizer_and_contract(saved: Path) -> None:
 
 
 def test_saving_again_replaces_the_folder(
-    saved: Path, encoder: BiEncoder, tokenizer: Any, contract: Contract
+    saved: Path, encoder: BiEncoder, tokenizer: Any, encoding: Encoding
 ) -> None:
     (saved / "stale.txt").touch()
-    folder.save(saved, encoder, tokenizer, contract, {})
+    folder.save(saved, encoder, tokenizer, encoding, {})
     assert not (saved / "stale.txt").exists()
 
 
 def test_an_adapter_folder_loads_onto_its_base(
-    tokenizer: Any, contract: Contract, saved: Path, tmp_path: Path
+    tokenizer: Any, encoding: Encoding, saved: Path, tmp_path: Path
 ) -> None:
     base = Pretrained(str(saved)).model(tokenizer)
-    model = BiEncoder(LoRA(rank=2, alpha=4).apply(base), contract).eval()
+    model = BiEncoder(LoRA(rank=2, alpha=4).apply(base), encoding).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(0))
-    folder.save(tmp_path / "adapter", model, tokenizer, contract, {})
+    folder.save(tmp_path / "adapter", model, tokenizer, encoding, {})
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert "adapter_model.safetensors" in names
     assert "model.safetensors" not in names
@@ -74,11 +74,11 @@ def test_an_adapter_folder_loads_onto_its_base(
 
 
 def test_an_adapter_with_missing_weights_is_refused(
-    tokenizer: Any, contract: Contract, saved: Path, tmp_path: Path
+    tokenizer: Any, encoding: Encoding, saved: Path, tmp_path: Path
 ) -> None:
     base = Pretrained(str(saved)).model(tokenizer)
-    model = BiEncoder(LoRA(rank=2, alpha=4).apply(base), contract)
-    folder.save(tmp_path / "adapter", model, tokenizer, contract, {})
+    model = BiEncoder(LoRA(rank=2, alpha=4).apply(base), encoding)
+    folder.save(tmp_path / "adapter", model, tokenizer, encoding, {})
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     tensors.pop(sorted(tensors)[0])
@@ -131,7 +131,7 @@ def test_a_folder_from_before_a_setting_was_there_has_its_default(saved: Path) -
         (lambda c: c["facts"].pop("weights"), "lacks 'weights'"),
     ],
 )
-def test_a_broken_contract_is_refused(saved: Path, change: Any, told: str) -> None:
+def test_a_broken_encoding_is_refused(saved: Path, change: Any, told: str) -> None:
     record = json.loads((saved / "caravan.json").read_text())
     change(record)
     (saved / "caravan.json").write_text(json.dumps(record))
@@ -139,27 +139,27 @@ def test_a_broken_contract_is_refused(saved: Path, change: Any, told: str) -> No
         folder.load(saved)
 
 
-def test_a_contract_that_is_no_json_is_refused(saved: Path) -> None:
+def test_a_encoding_that_is_no_json_is_refused(saved: Path) -> None:
     (saved / "caravan.json").write_text("{")
-    with pytest.raises(InputError, match="not a contract"):
+    with pytest.raises(InputError, match="not a encoding"):
         folder.load(saved)
 
 
-def test_a_folder_without_contract_says_how_to_adopt_it(saved: Path) -> None:
+def test_a_folder_without_encoding_says_how_to_adopt_it(saved: Path) -> None:
     (saved / "caravan.json").unlink()
     with pytest.raises(InputError, match=r"python train.py backbone=hf backbone.name="):
         folder.load(saved)
 
 
-def test_the_digest_follows_weights_and_contract(
-    saved: Path, encoder: BiEncoder, tokenizer: Any, contract: Contract
+def test_the_digest_follows_weights_and_encoding(
+    saved: Path, encoder: BiEncoder, tokenizer: Any, encoding: Encoding
 ) -> None:
     before = folder_digest(saved)
-    folder.save(saved, encoder, tokenizer, contract, {"name": "another card"})
+    folder.save(saved, encoder, tokenizer, encoding, {"name": "another card"})
     assert folder_digest(saved) == before
     with torch.no_grad():
         next(encoder.parameters())[0, 0] += 1
-    folder.save(saved, encoder, tokenizer, contract, {})
+    folder.save(saved, encoder, tokenizer, encoding, {})
     assert folder_digest(saved) != before
 
 
@@ -170,22 +170,22 @@ def test_a_model_that_is_not_to_be_had_is_told_in_a_sentence(tmp_path: Path) -> 
         Pretrained(str(tmp_path)).model(None)
 
 
-def _adapter(base: Path, tokenizer: Any, contract: Contract, path: Path) -> BiEncoder:
+def _adapter(base: Path, tokenizer: Any, encoding: Encoding, path: Path) -> BiEncoder:
     """A model folder with an adapter that changes the embeddings; the model as it was saved."""
-    model = BiEncoder(LoRA(rank=2, alpha=4).apply(Pretrained(str(base)).model(tokenizer)), contract)
+    model = BiEncoder(LoRA(rank=2, alpha=4).apply(Pretrained(str(base)).model(tokenizer)), encoding)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(generator=generator)
-    folder.save(path, model, tokenizer, contract, {})
+    folder.save(path, model, tokenizer, encoding, {})
     return model.eval()
 
 
 def test_the_digest_of_an_adapter_follows_its_base(
-    saved: Path, tokenizer: Any, contract: Contract, tmp_path: Path
+    saved: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
-    _adapter(saved, tokenizer, contract, tmp_path / "adapter")
+    _adapter(saved, tokenizer, encoding, tmp_path / "adapter")
     before = folder_digest(tmp_path / "adapter")
     assert folder_digest(tmp_path / "adapter") == before
     tensors = load_file(saved / "model.safetensors")
@@ -194,7 +194,7 @@ def test_the_digest_of_an_adapter_follows_its_base(
     assert folder_digest(tmp_path / "adapter") != before
 
 
-def test_the_digest_of_files_leaves_the_contract_and_the_card_out(saved: Path) -> None:
+def test_the_digest_of_files_leaves_the_encoding_and_the_card_out(saved: Path) -> None:
     before = files_digest(saved)
     (saved / "caravan.json").write_text("{}")
     (saved / "README.md").write_text("another card")
@@ -204,17 +204,17 @@ def test_the_digest_of_files_leaves_the_contract_and_the_card_out(saved: Path) -
 
 
 def test_an_adapter_folder_encodes_as_the_model_that_was_saved(
-    saved: Path, tokenizer: Any, contract: Contract, collection: Collection, tmp_path: Path
+    saved: Path, tokenizer: Any, encoding: Encoding, collection: Collection, tmp_path: Path
 ) -> None:
-    from caravan.retrieval.encode import Encoder
+    from caravan.retrieval.inference import Encoder
 
-    model = _adapter(saved, tokenizer, contract, tmp_path / "adapter")
+    model = _adapter(saved, tokenizer, encoding, tmp_path / "adapter")
     encoder = Encoder(tmp_path / "adapter", "float32", {}, 256, 16, 0)
     shards = encoder.encode(
         collection.corpus, np.arange(20), "passage", tmp_path / "passages", {"model": "a"}
     )
     assert shards.rows == 20
-    ids = Templates(tokenizer, contract).passages(collection.corpus.get(np.arange(20)))
+    ids = Templates(tokenizer, encoding).passages(collection.corpus.get(np.arange(20)))
     with torch.no_grad():
         expected = model.embed(pack(ids, 99))
         found = encoder.loaded[0].embed(pack(ids, 99).to(encoder.device)).cpu()
@@ -224,11 +224,11 @@ def test_an_adapter_folder_encodes_as_the_model_that_was_saved(
 
 
 def test_a_merged_adapter_is_saved_as_a_whole_model(
-    saved: Path, tokenizer: Any, contract: Contract, tmp_path: Path
+    saved: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
-    model = _adapter(saved, tokenizer, contract, tmp_path / "adapter")
+    model = _adapter(saved, tokenizer, encoding, tmp_path / "adapter")
     merged, *_ = folder.load(tmp_path / "adapter")
-    folder.save(tmp_path / "whole", merged, tokenizer, contract, {})
+    folder.save(tmp_path / "whole", merged, tokenizer, encoding, {})
     assert (tmp_path / "whole" / "model.safetensors").exists()
     with torch.no_grad():
         found = folder.load(tmp_path / "whole")[0].embed(pack(TEXTS, 99))
@@ -238,13 +238,13 @@ def test_a_merged_adapter_is_saved_as_a_whole_model(
 def test_an_adapter_keeps_the_revision_of_its_base(
     saved: Path,
     tokenizer: Any,
-    contract: Contract,
+    encoding: Encoding,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base = Pretrained(str(saved), revision="0123abc").model(tokenizer)
-    model = BiEncoder(LoRA(rank=2, alpha=4).apply(base), contract)
-    folder.save(tmp_path / "adapter", model, tokenizer, contract, {})
+    model = BiEncoder(LoRA(rank=2, alpha=4).apply(base), encoding)
+    folder.save(tmp_path / "adapter", model, tokenizer, encoding, {})
     assert adapter_base(tmp_path / "adapter") == (str(saved), "0123abc")
     asked, load_weights = [], folder.load_weights
     monkeypatch.setattr(
@@ -295,9 +295,9 @@ def test_a_weight_that_is_not_finite_is_refused_by_its_name_and_file(
 
 
 def test_a_weight_of_an_adapter_that_is_not_finite_is_refused(
-    saved: Path, tokenizer: Any, contract: Contract, tmp_path: Path
+    saved: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
-    _adapter(saved, tokenizer, contract, tmp_path / "adapter")
+    _adapter(saved, tokenizer, encoding, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     next(iter(tensors.values()))[0, 0] = float("nan")
@@ -309,13 +309,13 @@ def test_a_weight_of_an_adapter_that_is_not_finite_is_refused(
 def test_a_head_that_is_not_finite_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
-    contract = Contract(kind="reranker", pooling="cls", query_length=16, passage_length=24)
+    encoding = Encoding(kind="reranker", pooling="cls", query_length=16, passage_length=24)
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     bert = BertModel(BertConfig(vocab_size=400, intermediate_size=48, **shape))
     scorer: Any = with_head(bert)
     with torch.no_grad():
         scorer.score.weight[0, 0] = float("nan")
-    folder.save(tmp_path / "model", CrossEncoder(scorer, contract), tokenizer, contract, {})
+    folder.save(tmp_path / "model", CrossEncoder(scorer, encoding), tokenizer, encoding, {})
     with pytest.raises(InputError, match=r"score\.safetensors: score\.weight holds values"):
         folder.load(tmp_path / "model")
 

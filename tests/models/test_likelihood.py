@@ -11,20 +11,20 @@ import torch
 from tests.models.test_biencoder import TEXTS
 from tests.tiny import tiny_backbone
 
-from caravan.batches import pack
-from caravan.contract import Contract
+from caravan.data.batch import pack
+from caravan.encoding import Encoding
 from caravan.errors import InputError
-from caravan.models import folder, vocabulary
+from caravan.models import folder, output_layer
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained, Trained
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, with_head
-from caravan.models.likelihood import QueryLikelihood
+from caravan.models.output_layer import log_probabilities
 from caravan.models.packed import pack_linears
 from caravan.models.pooling import is_causal
-from caravan.models.vocabulary import log_probabilities
+from caravan.models.query_likelihood import QueryLikelihood
 
-CONTRACT = Contract(
+CONTRACT = Encoding(
     kind="reranker",
     scoring="likelihood",
     append_eos=False,
@@ -86,7 +86,7 @@ def test_a_score_is_the_mean_log_probability_that_plain_transformers_gives(
             [_expected(plain, *pair) for pair in zip(PAIRS, SECONDS, strict=True)]
         )
         for piece in (1 << 25, 64 * 3):  # three tokens' logits at a time
-            monkeypatch.setattr(vocabulary, "PIECE", piece)
+            monkeypatch.setattr(output_layer, "PIECE", piece)
             for budget in (8, 30, 10_000):
                 found = model.score(pack(PAIRS, budget, seconds=SECONDS))
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -111,7 +111,7 @@ def test_padding_on_the_left_changes_no_score() -> None:
 def test_the_gradient_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = []
     for piece in (1 << 25, 64 * 3):
-        monkeypatch.setattr(vocabulary, "PIECE", piece)
+        monkeypatch.setattr(output_layer, "PIECE", piece)
         model = QueryLikelihood(_language_model("gemma2"), CONTRACT).train()
         model.score(pack(PAIRS, 10_000, seconds=SECONDS)).sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
@@ -129,8 +129,8 @@ def test_a_folder_scores_as_before_and_is_a_language_model_of_transformers(
     model = QueryLikelihood(tiny_backbone().language_model(tokenizer), CONTRACT).eval()
     folder.save(tmp_path / "m", model, tokenizer, CONTRACT, {})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
-    loaded, _, contract, _ = folder.load(tmp_path / "m", kind="reranker")
-    assert contract == CONTRACT
+    loaded, _, encoding, _ = folder.load(tmp_path / "m", kind="reranker")
+    assert encoding == CONTRACT
     pairs = pack(PAIRS, 64, seconds=SECONDS)
     with torch.no_grad():
         expected = torch.stack(
@@ -187,9 +187,9 @@ def test_an_adapter_of_another_kind_starts_a_likelihood_with_its_bases_output_la
         for name, parameter in made.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.1)
-    contract = Contract(kind=kind)
-    model = BiEncoder(made, contract) if kind == "retriever" else CrossEncoder(made, contract)
-    folder.save(tmp_path / "m", model, tokenizer, contract, {})
+    encoding = Encoding(kind=kind)
+    model = BiEncoder(made, encoding) if kind == "retriever" else CrossEncoder(made, encoding)
+    folder.save(tmp_path / "m", model, tokenizer, encoding, {})
     trained = Trained(str(tmp_path / "m"), adapter=adapter)
     started: Any = trained.language_model(tokenizer)
     started = trained.adapted(lora, started) if adapter else started
@@ -204,9 +204,9 @@ def test_an_adapter_of_another_kind_starts_a_likelihood_with_its_bases_output_la
 def test_a_retriever_with_tied_embeddings_starts_a_likelihood(
     tokenizer: Any, tmp_path: Path
 ) -> None:
-    contract = Contract()
-    model = BiEncoder(tiny_backbone().model(tokenizer), contract)
-    folder.save(tmp_path / "r", model, tokenizer, contract, {})
+    encoding = Encoding()
+    model = BiEncoder(tiny_backbone().model(tokenizer), encoding)
+    folder.save(tmp_path / "r", model, tokenizer, encoding, {})
     spec = Trained(str(tmp_path / "r"), adapter=False)
     started: Any = spec.language_model(tokenizer)
     taken = model.transformer.get_input_embeddings().weight
@@ -233,7 +233,7 @@ def test_a_base_without_its_output_layer_is_refused_by_name(tokenizer: Any, tmp_
 def test_a_scorer_that_is_no_language_model_is_refused_by_name(tokenizer: Any) -> None:
     headed = with_head(tiny_backbone().model(tokenizer), 0)
     assert is_causal(headed)
-    with pytest.raises(InputError, match=r"contract\.scoring=likelihood: LlamaFor.* is no causal"):
+    with pytest.raises(InputError, match=r"encoding\.scoring=likelihood: LlamaFor.* is no causal"):
         QueryLikelihood(headed, CONTRACT)
 
 
@@ -247,7 +247,7 @@ def test_a_scorer_that_is_no_language_model_is_refused_by_name(tokenizer: Any) -
         ({"scoring": "mean"}, "must be one of head, likelihood"),
     ],
 )
-def test_a_contract_that_cannot_be_scored_is_refused(change: dict[str, Any], told: str) -> None:
+def test_a_encoding_that_cannot_be_scored_is_refused(change: dict[str, Any], told: str) -> None:
     with pytest.raises(InputError, match=told):
         replace(CONTRACT, **change)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tests.models.test_biencoder import ARCHITECTURES, TEXTS, _architecture
 
-from caravan.batches import pack
-from caravan.contract import Contract
+from caravan.data.batch import pack
+from caravan.encoding import Encoding
 from caravan.models import packed
 from caravan.models.biencoder import BiEncoder
 from caravan.models.packed import pack_linears
@@ -15,7 +15,7 @@ from caravan.models.packed import pack_linears
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_linears_change_no_embedding(name: str, dtype: torch.dtype) -> None:
     computed = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    model = BiEncoder(_architecture(name).to(dtype), Contract())
+    model = BiEncoder(_architecture(name).to(dtype), Encoding())
     linears = 2 * {"bert": 6, "modernbert": 4}.get(name, 7)
     with torch.no_grad():
         plain = model.embed(pack(TEXTS, 40))

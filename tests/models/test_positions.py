@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 
-from caravan.contract import Contract
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import folder, positions
 from caravan.models.biencoder import BiEncoder
@@ -47,11 +47,11 @@ def _made(name: str, settings: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_length_is_refused_exactly_where_the_model_would_fail(name: str) -> None:
     model = _made(name, CONFIGS[name])
-    refuse_too_long(model, Contract(passage_length=64))
+    refuse_too_long(model, Encoding(passage_length=64))
     with torch.no_grad():
         model(input_ids=torch.full((1, 64), 5))
     with pytest.raises(InputError, match=r"passage_length is 65, .* 64 tokens; set it to 64"):
-        refuse_too_long(model, Contract(passage_length=65))
+        refuse_too_long(model, Encoding(passage_length=65))
     with pytest.raises((IndexError, RuntimeError)), torch.no_grad():
         model(input_ids=torch.full((1, 65), 5))
 
@@ -63,7 +63,7 @@ def test_rotary_positions_have_no_limit_but_a_warning(
     positions._warn_once.cache_clear()
     model = _made(name, ROTARY[name])
     with caplog.at_level(logging.WARNING):
-        refuse_too_long(model, Contract(passage_length=65))
+        refuse_too_long(model, Encoding(passage_length=65))
     assert "was trained on texts of at most 64 tokens" in caplog.text
     with torch.no_grad():
         model(input_ids=torch.full((1, 65), 5))
@@ -71,17 +71,17 @@ def test_rotary_positions_have_no_limit_but_a_warning(
 
 def test_a_reranker_reads_query_and_passage_together() -> None:
     settings: dict[str, Any] = {"kind": "reranker", "pooling": "cls", "append_eos": False}
-    with pytest.raises(InputError, match=r"is 65, .* set contract\.passage_length to 44 or less"):
+    with pytest.raises(InputError, match=r"is 65, .* set encoding\.passage_length to 44 or less"):
         CrossEncoder(
             with_head(_made("Bert", CONFIGS["Bert"])),
-            Contract(query_length=20, passage_length=45, **settings),
+            Encoding(query_length=20, passage_length=45, **settings),
         )
 
 
 def test_a_query_may_be_too_long_too() -> None:
     with pytest.raises(InputError, match="query_length is 65"):
         BiEncoder(
-            _made("Bert", CONFIGS["Bert"]), Contract(query_length=65, pooling="mean", **PLAIN)
+            _made("Bert", CONFIGS["Bert"]), Encoding(query_length=65, pooling="mean", **PLAIN)
         )
 
 
@@ -90,8 +90,8 @@ def models(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """Model folders of a retriever and a reranker with 64 positions."""
     to = tmp_path_factory.mktemp("encoders")
     short = {"query_length": 16, "passage_length": 32}
-    retriever = Contract(pooling="mean", **short, **PLAIN)
-    reranker = Contract(kind="reranker", pooling="cls", **short, **PLAIN)
+    retriever = Encoding(pooling="mean", **short, **PLAIN)
+    reranker = Encoding(kind="reranker", pooling="cls", **short, **PLAIN)
     torch.manual_seed(0)
     embeds = BiEncoder(_made("Bert", CONFIGS["Bert"]), retriever)
     scores = CrossEncoder(with_head(_made("Bert", CONFIGS["Bert"])), reranker)
@@ -122,5 +122,5 @@ def test_a_folder_that_promises_longer_texts_is_refused_when_it_loads(
     copied = shutil.copytree(models["retriever"], tmp_path / "copied")
     record = json.loads((copied / "caravan.json").read_text())
     (copied / "caravan.json").write_text(json.dumps({**record, "passage_length": 65}))
-    with pytest.raises(InputError, match=r"contract\.passage_length is 65"):
+    with pytest.raises(InputError, match=r"encoding\.passage_length is 65"):
         folder.load(copied)

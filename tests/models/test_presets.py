@@ -11,13 +11,13 @@ import transformers
 from safetensors.torch import load_file
 from tests.commands import ROOT, TINY
 
-from caravan.batches import pack
-from caravan.compose import compose
+from caravan.cli.compose import compose
+from caravan.data.batch import pack
 from caravan.data.collection import Collection
 from caravan.data.pairs import PairTemplates
-from caravan.data.templates import Templates
+from caravan.data.tokenization import Templates
 from caravan.models import folder
-from caravan.training.run import train
+from caravan.training.fit import train
 
 SHAPE = {
     "vocab_size": 400,
@@ -91,7 +91,7 @@ def test_a_preset_trains_saves_and_embeds_as_plain_transformers_does(
 ) -> None:
     base = _saved_base(preset, tokenizer, tmp_path / "base")
     saved = _train(preset, base, peft, beir, tmp_path / "run")
-    model, own, contract, facts = folder.load(saved)
+    model, own, encoding, facts = folder.load(saved)
     assert facts["weights"] == ("full" if peft == "none" else "adapter")
     plain = transformers.AutoModel.from_pretrained(saved if peft == "none" else base)
     before = transformers.AutoModel.from_pretrained(base).eval()
@@ -99,13 +99,13 @@ def test_a_preset_trains_saves_and_embeds_as_plain_transformers_does(
         from peft import PeftModel
 
         plain = PeftModel.from_pretrained(plain, str(saved))
-    ids = Templates(own, contract).passages(collection.corpus.get(range(6)))
+    ids = Templates(own, encoding).passages(collection.corpus.get(range(6)))
     found = model.embed(pack(ids, 999)).detach()
     place = {"last": lambda h: h[-1], "cls": lambda h: h[0], "mean": lambda h: h.mean(dim=0)}
     for read, equal in ((plain.eval(), True), (before, False)):
         with torch.no_grad():
             states = [read(input_ids=torch.tensor([text])).last_hidden_state[0] for text in ids]
-        rows = torch.stack([place[contract.pooling](state) for state in states])
+        rows = torch.stack([place[encoding.pooling](state) for state in states])
         expected = torch.nn.functional.normalize(rows, dim=1)
         assert bool((found - expected).abs().max() < 1e-5) == equal
 
@@ -130,11 +130,11 @@ def test_a_reranker_of_each_family_trains_saves_and_scores_as_plain_transformers
     run.write_text("".join(lines))
     stage = "reranker_encoder" if preset in ENCODERS else "reranker"
     reranks = [f"stage={stage}", "loss=listwise", f"validation.run={run}"]
-    reranks += ["contract.query_length=16", "contract.passage_length=32"]
+    reranks += ["encoding.query_length=16", "encoding.passage_length=32"]
     saved = _train(preset, base, peft, beir, tmp_path / "run", *reranks)
-    model, own, contract, _ = folder.load(saved, kind="reranker")
+    model, own, encoding, _ = folder.load(saved, kind="reranker")
     queries, passages = collection.queries.get(range(6)), collection.corpus.get(range(6))
-    pairs = PairTemplates(own, contract).pairs(queries, passages)
+    pairs = PairTemplates(own, encoding).pairs(queries, passages)
     with torch.no_grad():
         ids, seconds = [pair.ids for pair in pairs], [pair.second for pair in pairs]
         found = model.score(pack(ids, 999, seconds=seconds))

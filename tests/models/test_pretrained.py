@@ -9,10 +9,10 @@ import pytest
 import torch
 from tests.commands import ROOT
 
-from caravan.batches import pack
-from caravan.compose import compose
-from caravan.contract import Contract
-from caravan.data.templates import Templates
+from caravan.cli.compose import compose
+from caravan.data.batch import pack
+from caravan.data.tokenization import Templates
+from caravan.encoding import Encoding
 from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
 
@@ -34,19 +34,19 @@ def minilm() -> Path:
 
 
 @pytest.fixture(scope="module")
-def contract() -> Contract:
-    return Contract(**compose(ROOT / "conf", "train", ["backbone=minilm"]).contract)
+def encoding() -> Encoding:
+    return Encoding(**compose(ROOT / "conf", "train", ["backbone=minilm"]).encoding)
 
 
-def test_minilm_embeds_as_plain_transformers_code_does(minilm: Path, contract: Contract) -> None:
+def test_minilm_embeds_as_plain_transformers_code_does(minilm: Path, encoding: Encoding) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     backbone = Pretrained(str(minilm))
     tokenizer = backbone.tokenizer(None, minilm)
-    model = BiEncoder(backbone.model(tokenizer), contract).eval()
+    model = BiEncoder(backbone.model(tokenizer), encoding).eval()
     plain, tokens = AutoModel.from_pretrained(minilm).eval(), AutoTokenizer.from_pretrained(minilm)
     with torch.no_grad():
-        found = model.embed(pack(Templates(tokenizer, contract).passages(TEXTS), 512))
+        found = model.embed(pack(Templates(tokenizer, encoding).passages(TEXTS), 512))
         for row, (title, text) in enumerate(TEXTS):
             given = tokens(
                 f"{title} {text}".strip(), truncation=True, max_length=256, return_tensors="pt"
@@ -56,14 +56,14 @@ def test_minilm_embeds_as_plain_transformers_code_does(minilm: Path, contract: C
             torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=0)
 
 
-def test_minilm_embeds_as_sentence_transformers_does(minilm: Path, contract: Contract) -> None:
+def test_minilm_embeds_as_sentence_transformers_does(minilm: Path, encoding: Encoding) -> None:
     from sentence_transformers import SentenceTransformer
 
     backbone = Pretrained(str(minilm))
     tokenizer = backbone.tokenizer(None, minilm)
-    model = BiEncoder(backbone.model(tokenizer), contract).eval()
+    model = BiEncoder(backbone.model(tokenizer), encoding).eval()
     texts = [f"{title} {text}".strip() for title, text in TEXTS]
     expected = SentenceTransformer(str(minilm), device="cpu").encode(texts, convert_to_tensor=True)
     with torch.no_grad():
-        found = model.embed(pack(Templates(tokenizer, contract).passages(TEXTS), 512))
+        found = model.embed(pack(Templates(tokenizer, encoding).passages(TEXTS), 512))
     torch.testing.assert_close(found, expected.cpu(), atol=1e-5, rtol=0)

@@ -22,15 +22,15 @@ from tests.released import (
 )
 from torch import Tensor
 
-from caravan.batches import pack
-from caravan.compose import compose
+from caravan.cli.compose import compose
+from caravan.data.batch import pack
 from caravan.data.pairs import PairTemplates
-from caravan.data.templates import Templates
+from caravan.data.tokenization import Templates
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapter_files import load_adapter
 from caravan.models.backbone import Pretrained
-from caravan.training.run import train
+from caravan.training.fit import train
 
 QUERY = "which camel has water"
 PASSAGES = [
@@ -91,16 +91,16 @@ def _scored_by_the_card(released: Path, base: Path) -> Tensor:
 
 
 def _embedded(loaded: tuple[Any, Any, Any, Any]) -> Tensor:
-    model, tokenizer, contract, _ = loaded
-    templates = Templates(tokenizer, contract)
+    model, tokenizer, encoding, _ = loaded
+    templates = Templates(tokenizer, encoding)
     ids = [*templates.queries([("", QUERY)]), *templates.passages(PASSAGES)]
     with torch.no_grad():
         return model.embed(pack(ids, 64))
 
 
 def _scored(loaded: tuple[Any, Any, Any, Any]) -> Tensor:
-    model, tokenizer, contract, _ = loaded
-    pairs = PairTemplates(tokenizer, contract).pairs([("", QUERY)] * len(PASSAGES), PASSAGES)
+    model, tokenizer, encoding, _ = loaded
+    pairs = PairTemplates(tokenizer, encoding).pairs([("", QUERY)] * len(PASSAGES), PASSAGES)
     with torch.no_grad():
         return model.score(pack([pair.ids for pair in pairs], 64))
 

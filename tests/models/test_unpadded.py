@@ -15,22 +15,22 @@ from tests.models.test_biencoder import ARCHITECTURES, TEXTS, _architecture
 from tests.tiny import tiny_backbone
 from torch import Tensor
 
-from caravan.batches import Packed, pack
-from caravan.contract import Contract
+from caravan.data.batch import Packed, pack
+from caravan.encoding import Encoding
 from caravan.errors import InputError
-from caravan.models import unpadded
+from caravan.models import varlen
 from caravan.models.backbone import Pretrained
 from caravan.models.bidirectional import look_both_ways
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, with_head
+from caravan.models.llara import MASKED_BY
 from caravan.models.loading import set_attention
 from caravan.models.preparing import prepared
-from caravan.models.slots import MASKED_BY
 
 
 def _embedded(backbone: Any, texts: Packed, pooling: str = "last") -> Tensor:
     with torch.no_grad():
-        return BiEncoder(backbone, Contract(pooling=pooling)).embed(texts)
+        return BiEncoder(backbone, Encoding(pooling=pooling)).embed(texts)
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
@@ -48,11 +48,11 @@ def test_texts_end_to_end_get_the_embeddings_that_they_get_alone(name: str, pool
 @pytest.mark.parametrize("name", ["qwen3", "mistral"])
 def test_a_decoder_that_looks_both_ways_does_so_within_its_text(name: str) -> None:
     backbone = look_both_ways(_architecture(name))
-    contract = Contract(bidirectional=True)
+    encoding = Encoding(bidirectional=True)
     with torch.no_grad():
-        alone = torch.cat([BiEncoder(backbone, contract).embed(pack([t], 99)) for t in TEXTS])
+        alone = torch.cat([BiEncoder(backbone, encoding).embed(pack([t], 99)) for t in TEXTS])
         set_attention(backbone, "unpadded")
-        together = BiEncoder(backbone, contract).embed(pack(TEXTS, 1000))
+        together = BiEncoder(backbone, encoding).embed(pack(TEXTS, 1000))
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
@@ -64,7 +64,7 @@ def test_padding_on_either_side_is_left_out(side: str) -> None:
     expected = _embedded(backbone, pack(TEXTS, 1000))
     set_attention(backbone, "unpadded")
     with torch.no_grad():
-        found = BiEncoder(backbone, Contract())(*_padded(TEXTS, side))
+        found = BiEncoder(backbone, Encoding())(*_padded(TEXTS, side))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
@@ -84,7 +84,7 @@ def test_gradients_equal_those_of_padded_texts(tmp_path: Path) -> None:
     for attention in ("sdpa", "unpadded"):
         for checkpointing in (False, True):
             spec = Pretrained(str(tmp_path), attention=attention, checkpointing=checkpointing)
-            model = BiEncoder(spec.model(None), Contract()).train()
+            model = BiEncoder(spec.model(None), Encoding()).train()
             weights = torch.arange(32.0)
             (model.embed(pack(tokens, 1000)) @ weights).square().sum().backward()
             gradients.append([p.grad for p in model.parameters() if p.grad is not None])
@@ -100,11 +100,11 @@ def test_pairs_get_the_scores_that_they_get_alone(name: str) -> None:
     texts = pack(TEXTS, 1000, seconds=[1] * len(TEXTS) if name == "bert" else None)
     scorer = with_head(_architecture(name), 0)
     with torch.no_grad():
-        expected = CrossEncoder(scorer, Contract(kind="reranker", pooling=pooling)).score(texts)
+        expected = CrossEncoder(scorer, Encoding(kind="reranker", pooling=pooling)).score(texts)
         set_attention(scorer, "unpadded")
-        model = CrossEncoder(scorer, Contract(kind="reranker", pooling=pooling))
+        model = CrossEncoder(scorer, Encoding(kind="reranker", pooling=pooling))
         torch.testing.assert_close(model.score(texts), expected, atol=1e-5, rtol=0)
-    assert unpadded.reads(getattr(scorer, scorer.base_model_prefix))
+    assert varlen.reads(getattr(scorer, scorer.base_model_prefix))
 
 
 def test_a_text_without_tokens_disturbs_no_other() -> None:
@@ -169,8 +169,8 @@ def test_a_gpu_asks_the_kernel_for_the_same_states(
     expected = _embedded(backbone, pack(TEXTS, 1000), "mean")
     set_attention(backbone, "unpadded")
     asked = []
-    monkeypatch.setattr(unpadded, "has_kernel", lambda states: asked.append(1) or True)
-    monkeypatch.setattr(unpadded, "_by_kernel", stand_in)
+    monkeypatch.setattr(varlen, "has_kernel", lambda states: asked.append(1) or True)
+    monkeypatch.setattr(varlen, "_by_kernel", stand_in)
     with torch.autocast("cpu", torch.bfloat16):
         found = _embedded(backbone, pack(TEXTS, 1000), "mean")
     assert len(asked) == 2 * len(pack(TEXTS, 1000).chunks)
@@ -195,7 +195,7 @@ def test_the_trial_allows_what_rounding_does_and_no_more(
 ) -> None:
     """Every layer's states a little off: by less, and by more than those of padded texts."""
     torch.manual_seed(0)
-    of = unpadded._of_one_length
+    of = varlen._of_one_length
 
     def off(by: float) -> Any:
         def shifted(flat: Any, bounds: Tensor) -> Any:
@@ -205,9 +205,9 @@ def test_the_trial_allows_what_rounding_does_and_no_more(
         return shifted
 
     small, large = (1e-6, 3e-3) if dtype == torch.float32 else (1e-3, 0.3)
-    monkeypatch.setattr(unpadded, "_of_one_length", off(small))
+    monkeypatch.setattr(varlen, "_of_one_length", off(small))
     set_attention(_architecture("qwen3").to(dtype), "unpadded")
-    monkeypatch.setattr(unpadded, "_of_one_length", off(large))
+    monkeypatch.setattr(varlen, "_of_one_length", off(large))
     with pytest.raises(InputError, match="mixes texts"):
         set_attention(_architecture("qwen3").to(dtype), "unpadded")
 
@@ -223,7 +223,7 @@ def test_a_model_that_drops_attention_weights_is_not_trained_so_on_a_gpu(
 
 
 def test_a_text_that_is_read_under_a_mask_of_its_own_is_padded() -> None:
-    assert unpadded.NAME in MASKED_BY
+    assert varlen.NAME in MASKED_BY
     backbone: Any = set_attention(_architecture("qwen3"), "sdpa")
     ids = torch.arange(5, 11)[None]
     mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
@@ -236,13 +236,13 @@ def test_a_text_that_is_read_under_a_mask_of_its_own_is_padded() -> None:
 
 
 def test_without_a_kernel_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    unpadded.kernel.cache_clear()
+    varlen.kernel.cache_clear()
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(InputError, match=r"needs torch 2\.11 or flash-attn"):
         set_attention(_architecture("qwen3"), "unpadded")
-    unpadded.kernel.cache_clear()
+    varlen.kernel.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["torch", "torch 2.11", "flash_attn"])
@@ -310,7 +310,7 @@ def test_a_kernel_for_variable_lengths_is_asked_for_what_sdpa_computes(
         left, right = window_size
         return exact(left, 0 if causal else right, softmax_scale)
 
-    unpadded.kernel.cache_clear()
+    varlen.kernel.cache_clear()
     ours = types.ModuleType("torch.nn.attention.varlen")
     ours.varlen_attn = of_torch if name == "torch" else of_torch_2_11  # type: ignore[attr-defined]
     theirs = types.ModuleType("flash_attn")
@@ -318,16 +318,16 @@ def test_a_kernel_for_variable_lengths_is_asked_for_what_sdpa_computes(
     here = ours if name.startswith("torch") else None
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", here)
     monkeypatch.setitem(sys.modules, "flash_attn", theirs)
-    assert unpadded.kernel()[0] == name
-    found = unpadded._by_kernel([query, key, value], bounds, 6, 0.3, window)
-    unpadded.kernel.cache_clear()
+    assert varlen.kernel()[0] == name
+    found = varlen._by_kernel([query, key, value], bounds, 6, 0.3, window)
+    varlen.kernel.cache_clear()
 
     module = torch.nn.Module()
     module.is_causal = window[1] == 0
     module.num_key_value_groups = 2
     reach = None if window[0] < 0 else window[0] + 1
     heads = [states.transpose(0, 1)[None] for states in (query, key, value)]
-    expected = unpadded.attention(
+    expected = varlen.attention(
         module, *heads, None, scaling=0.3, sliding_window=reach, cu_seq_lens_q=bounds
     )[0][0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -341,11 +341,11 @@ def test_keys_that_no_heads_share_are_handed_on_as_they_are(
     for whose in ("torch", "torch 2.11", "flash_attn"):
         seen: list[Any] = []
         monkeypatch.setattr(
-            unpadded,
+            varlen,
             "kernel",
             lambda whose=whose, seen=seen: (whose, lambda *all, **_: seen.extend(all)),
         )
-        unpadded._by_kernel(given, torch.tensor([0, 9]), 9, None, (-1, 0))
+        varlen._by_kernel(given, torch.tensor([0, 9]), 9, None, (-1, 0))
         assert all(one is other for one, other in zip(seen, given, strict=False))
         assert len(seen) == 7
 
@@ -353,7 +353,7 @@ def test_keys_that_no_heads_share_are_handed_on_as_they_are(
 def test_a_tiny_llama_reads_without_padding(tmp_path: Path) -> None:
     spec = tiny_backbone()
     spec.attention = "unpadded"
-    assert unpadded.reads(spec.model(_Tokenizer()))
+    assert varlen.reads(spec.model(_Tokenizer()))
 
 
 def test_a_run_without_padding_ends_with_the_same_weights_and_figures(

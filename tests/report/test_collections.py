@@ -9,7 +9,7 @@ import pytest
 from caravan.errors import InputError
 from caravan.report import __main__ as command
 from caravan.report.collections import collect, show
-from caravan.report.table import collect as table
+from caravan.report.summary import collect as table
 
 
 def _suite(

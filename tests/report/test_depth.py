@@ -11,10 +11,9 @@ import pytest
 from tests.commands import evaluate
 from tests.report.conftest import Evaluations
 
-from caravan import jobs
 from caravan.data.runs import Run
 from caravan.report import __main__ as command
-from caravan.report import compare, page, systems
+from caravan.report import compare, jobs, page, systems
 from caravan.report.records import to_depth
 from caravan.retrieval.metrics import depth_of, too_deep
 

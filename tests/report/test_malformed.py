@@ -14,9 +14,9 @@ import pytest
 from tests.report.conftest import Evaluations
 from torch.utils.tensorboard import SummaryWriter
 
-from caravan import jobs
 from caravan.errors import CONTROLS
 from caravan.report import __main__ as command
+from caravan.report import jobs
 
 VALUES: tuple[Any, ...] = (
     *(None, True, -1, 0, 10**400, 1e308, float("nan"), "", "x", "\x1b[2J", "../..", "\udcff"),

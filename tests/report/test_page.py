@@ -13,10 +13,10 @@ from tests.report.conftest import HARMFUL, Evaluations
 from tests.tiny import write_beir
 from torch.utils.tensorboard import SummaryWriter
 
-from caravan import jobs, manifest
+from caravan import manifests
 from caravan.errors import InputError
 from caravan.report import __main__ as command
-from caravan.report import page
+from caravan.report import jobs, page
 
 
 class Parsed(HTMLParser):
@@ -207,10 +207,10 @@ def _on(folder: Path, evaluated: Path, digit: str, figure: float, **settings: ob
     record["collection"] = {"name": f"c{digit}", "digest": digit * 32}
     record["overall"]["MRR@10"] = figure
     (folder / "metrics.json").write_text(json.dumps(record))
-    kept = manifest.read(folder / "metrics.json") or {}
+    kept = manifests.read(folder / "metrics.json") or {}
     for stage in kept["inputs"]["stages"]:
         stage |= {"collection": digit * 32, **settings}
-    manifest.write(folder / "metrics.json", kept["inputs"])
+    manifests.write(folder / "metrics.json", kept["inputs"])
 
 
 def _overview(folder: Path) -> list[list[str]]:

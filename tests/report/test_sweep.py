@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from caravan import jobs
 from caravan.errors import InputError
+from caravan.report import jobs
 from caravan.report.sweep import averaged, collect, labelled, show
 
 
@@ -62,10 +62,10 @@ def test_a_sweep_ends_in_text_csv_and_a_plot(
 def test_a_model_that_is_read_at_several_lengths_has_a_row_for_each(tmp_path: Path) -> None:
     for trained in (64, 128):
         read = {str(length): {"MRR@10": trained / length / 10} for length in (64, 128)}
-        _job(tmp_path, [f"contract.passage_length={trained}"], {"read": read})
+        _job(tmp_path, [f"encoding.passage_length={trained}"], {"read": read})
     varied, _, rows, _ = collect(tmp_path)
-    assert varied == ["contract.passage_length", "read at"]
-    assert {"contract.passage_length": 128, "read at": 64, "MRR@10": 0.2} in rows
+    assert varied == ["encoding.passage_length", "read at"]
+    assert {"encoding.passage_length": 128, "read at": 64, "MRR@10": 0.2} in rows
     assert show(tmp_path) == []
     assert (tmp_path / "sweep.png").exists()
 

@@ -8,7 +8,7 @@ import pytest
 
 from caravan.errors import InputError
 from caravan.report import __main__ as command
-from caravan.report.table import collect, rows, show, show_stages
+from caravan.report.summary import collect, rows, show, show_stages
 
 
 def _evaluation(folder: Path, mrr: float, split: str = "test", **overall: float) -> None:

@@ -19,28 +19,28 @@ import torch
 from tests.commands import ROOT, evaluate_arguments
 from tests.tiny import WORDS, write_beir
 
-from caravan import manifest, progress
-from caravan.contract import Contract
+from caravan import manifests, progress
 from caravan.data.collection import Collection
-from caravan.data.templates import Templates
+from caravan.data.tokenization import Templates
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
 from caravan.models.biencoder import BiEncoder
 from caravan.retrieval import shards as shards_module
-from caravan.retrieval.encode import Encoder, Shards
+from caravan.retrieval.inference import Encoder, Shards
 from caravan.retrieval.shards import shard
 
 INPUTS = {"model": "a", "collection": "b"}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, contract: Contract) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, encoding: Encoding) -> Path:
     from tests.tiny import tiny_backbone
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("encode") / "model"
-    encoder = BiEncoder(tiny_backbone().model(tokenizer), contract)
-    model_folder.save(folder, encoder, tokenizer, contract, {})
+    encoder = BiEncoder(tiny_backbone().model(tokenizer), encoding)
+    model_folder.save(folder, encoder, tokenizer, encoding, {})
     return folder
 
 
@@ -71,8 +71,8 @@ def test_shards_are_the_models_embeddings_in_row_order(
     assert (shards.rows, shards.dim) == (60, 32)
     assert [start for start, _ in shards] == [0, 16, 32, 48]
     assert all(vectors.dtype == np.float16 for _, vectors in shards)
-    loaded, tokenizer, contract, _ = model_folder.load(model)
-    ids = Templates(tokenizer, contract).passages(collection.corpus.get(np.arange(60)))
+    loaded, tokenizer, encoding, _ = model_folder.load(model)
+    ids = Templates(tokenizer, encoding).passages(collection.corpus.get(np.arange(60)))
     for row, (vector, text) in enumerate(zip(shards.read(), ids, strict=True)):
         with torch.no_grad():
             alone = loaded(torch.tensor([text]), torch.ones(1, len(text)), True)[0]
@@ -167,13 +167,13 @@ def test_only_shards_that_are_read_are_verified(
     model: Path, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _encode(model, collection, tmp_path / "passages")
-    digest, verified = manifest.content_digest, list[str]()
+    digest, verified = manifests.content_digest, list[str]()
 
     def counted(path: Path, *size: int) -> str:
         verified.append(path.name)
         return digest(path, *size)
 
-    monkeypatch.setattr(manifest, "content_digest", counted)
+    monkeypatch.setattr(manifests, "content_digest", counted)
     shards = _encode(model, collection, tmp_path / "passages")
     assert verified == ["00000000.npy"]  # for the dimension
     for _ in range(2):

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from caravan import manifest
+from caravan import manifests
 from caravan.data.collection import Collection
 from caravan.errors import InputError
-from caravan.retrieval import kept
-from caravan.retrieval.kept import place
-from caravan.retrieval.lexical import BM25, FILES
+from caravan.retrieval import store
+from caravan.retrieval.bm25 import BM25, FILES
+from caravan.retrieval.store import place
 
 
 def test_what_lies_beside_a_new_product_is_told_as_it_takes_disk(
@@ -22,7 +22,7 @@ def test_what_lies_beside_a_new_product_is_told_as_it_takes_disk(
     first = place(tmp_path, None, "passages", old)
     assert not caplog.records
     first.mkdir()
-    manifest.write(first, old)
+    manifests.write(first, old)
     assert place(tmp_path, None, "passages", old) == first
     assert not caplog.records
     assert place(tmp_path, None, "passages", new) != first
@@ -30,7 +30,7 @@ def test_what_lies_beside_a_new_product_is_told_as_it_takes_disk(
 
 
 def _opened(collection: Collection, folder: Path) -> dict[str, bytes]:
-    kept.open_bm25(BM25(), collection, folder, kept.bm25_inputs(collection, {}))
+    store.open_bm25(BM25(), collection, folder, store.bm25_inputs(collection, {}))
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
@@ -78,8 +78,8 @@ def test_an_index_leaves_files_of_others_alone(collection: Collection, tmp_path:
     assert (folder / "thesis.tex").read_text() == "precious"
     link = tmp_path / "bm25.1"
     link.symlink_to(folder)
-    manifest.write(link, kept.bm25_inputs(collection, {}))
-    assert place(tmp_path, None, "bm25", kept.bm25_inputs(collection, {})) == folder
+    manifests.write(link, store.bm25_inputs(collection, {}))
+    assert place(tmp_path, None, "bm25", store.bm25_inputs(collection, {})) == folder
     with pytest.raises(InputError, match=r"bm25\.1 is a symbolic link"):
         _opened(collection, link)
 
@@ -87,8 +87,8 @@ def test_an_index_leaves_files_of_others_alone(collection: Collection, tmp_path:
 def test_a_name_may_hold_what_a_pattern_would_read(tmp_path: Path) -> None:
     first = place(tmp_path, None, "queries.te[s]t*", {"split": 1})
     first.mkdir()
-    manifest.write(first, {"split": 1})
+    manifests.write(first, {"split": 1})
     moved = tmp_path / "queries.te[s]t*"
     first.rename(moved)
-    manifest.path_of(first).rename(manifest.path_of(moved))
+    manifests.path_of(first).rename(manifests.path_of(moved))
     assert place(tmp_path, None, "queries.te[s]t*", {"split": 1}) == moved

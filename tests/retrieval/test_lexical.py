@@ -12,8 +12,8 @@ import Stemmer
 
 from caravan.data.collection import Collection, write_collection
 from caravan.errors import InputError
-from caravan.retrieval import lexical
-from caravan.retrieval.lexical import BM25, tokens
+from caravan.retrieval import bm25
+from caravan.retrieval.bm25 import BM25, tokens
 
 TEXT = "the camels camel walking walks desert Wüste über salt salty of a b roads road x1 ١٢٣"
 WORDS = TEXT.split()
@@ -58,13 +58,13 @@ def test_scores_are_those_of_bm25s(
     language: str | None,
     block: int,
 ) -> None:
-    monkeypatch.setattr(lexical, "BLOCK_ROWS", block)
-    bm25 = BM25(method=method, stopwords=language, stemmer=language)
-    bm25.build(words.corpus, tmp_path / "index")
+    monkeypatch.setattr(bm25, "BLOCK_ROWS", block)
+    lexical = BM25(method=method, stopwords=language, stemmer=language)
+    lexical.build(words.corpus, tmp_path / "index")
     rng = np.random.default_rng(1)
     queries = [" ".join(rng.choice(WORDS, 4)) for _ in range(20)] + ["", "zebra"]
     expected, _ = plain(words, queries, method, language)
-    run = bm25.search(queries, np.arange(len(queries)))
+    run = lexical.search(queries, np.arange(len(queries)))
     assert run.query_rows.tolist() == list(range(len(queries)))
     for query, scores in enumerate(expected):
         rows, found = run.of(query)

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from caravan.cli.suite import Member
 from caravan.retrieval.means import means
-from caravan.suite import Member
 
 
 def _record(figure: float, queries: int = 4) -> dict:

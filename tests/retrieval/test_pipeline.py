@@ -16,8 +16,8 @@ from tests.commands import ROOT, evaluate, evaluate_arguments, train
 from tests.files import put
 from tests.tiny import write_beir
 
-from caravan import manifest
-from caravan.compose import compose
+from caravan import manifests
+from caravan.cli.compose import compose
 from caravan.errors import InputError
 from caravan.report import compare, systems
 from caravan.retrieval import shards, stages
@@ -184,7 +184,7 @@ def test_an_evaluation_is_scored_by_other_measures_and_computed_in_other_portion
     assert first["collection"]["digest"] == again["collection"]["digest"]
 
 
-@pytest.mark.parametrize("library", ["caravan", *manifest.LIBRARIES])
+@pytest.mark.parametrize("library", ["caravan", *manifests.LIBRARIES])
 def test_embeddings_scores_and_runs_of_another_version_are_made_anew(
     library: str,
     beir: Path,
@@ -195,9 +195,9 @@ def test_embeddings_scores_and_runs_of_another_version_are_made_anew(
 ) -> None:
     asked = (beir, tmp_path / "run", folders["retriever"], f"reranker={folders['reranker']}")
     evaluate(*asked, "rerank.depth=3")
-    versions = manifest.versions
+    versions = manifests.versions
     other = lambda *a: {**versions(*a), library: "99.0"}  # noqa: E731
-    monkeypatch.setattr(manifest, "versions", other)
+    monkeypatch.setattr(manifests, "versions", other)
     caplog.set_level(logging.INFO)
     written = _written(monkeypatch)
     evaluate(*asked, "rerank.depth=3")
@@ -351,9 +351,9 @@ def test_figures_are_those_of_the_run_that_lies_there(beir: Path, tmp_path: Path
     first = evaluate(beir, tmp_path / "run", "bm25")
     path = tmp_path / "run" / first["run"]
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[::2]))
-    record = manifest.read(path) or {}
-    digest = manifest.content_digest(path)
-    manifest.write(path, record["inputs"], {**record["facts"], "run_xxh3": digest})
+    record = manifests.read(path) or {}
+    digest = manifests.content_digest(path)
+    manifests.write(path, record["inputs"], {**record["facts"], "run_xxh3": digest})
     again = evaluate(beir, tmp_path / "run", "bm25")
     assert again["overall"] != first["overall"]
     assert again["overall"]["MRR@10"] == pytest.approx(_by_trec_tools(beir, path)["MRR@10"])

@@ -19,22 +19,22 @@ from tests.commands import ROOT, evaluate, evaluate_arguments
 from tests.tiny import tiny_backbone, write_beir
 
 from caravan import progress
-from caravan.contract import Contract
 from caravan.data.collection import Collection
+from caravan.data.readers.beir import Beir
 from caravan.data.runs import Run, read_run, write_run
 from caravan.data.segments import Segments
-from caravan.data.sources import Beir
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder
 from caravan.models.tiny_llama import TinyLlama
 from caravan.retrieval import shards
-from caravan.retrieval.fuse import ReciprocalRank, Weighted
+from caravan.retrieval.fusion import ReciprocalRank, Weighted
 from caravan.retrieval.metrics import score_run
 from caravan.retrieval.rerank import Reranking, Scorer
 
-CONTRACT = Contract(kind="reranker", query_length=16, passage_length=48)
+CONTRACT = Encoding(kind="reranker", query_length=16, passage_length=48)
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +49,11 @@ def reranker(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def retriever(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    contract = Contract(query_length=16, passage_length=24)
+    encoding = Encoding(query_length=16, passage_length=24)
     path = tmp_path_factory.mktemp("models") / "retriever"
     torch.manual_seed(4)
     folder.save(
-        path, BiEncoder(tiny_backbone().model(tokenizer), contract), tokenizer, contract, {}
+        path, BiEncoder(tiny_backbone().model(tokenizer), encoding), tokenizer, encoding, {}
     )
     return path
 
@@ -348,12 +348,12 @@ def test_memory_of_the_pipeline_is_flat_in_queries_and_pairs(
 ) -> None:
     beir = write_beir(tmp_path / "data", passages=4000, queries=1100, longest=160)
     texts = Beir(beir).collection(tmp_path / "cache")
-    contract = Contract(kind="reranker", query_length=16, passage_length=176)
+    encoding = Encoding(kind="reranker", query_length=16, passage_length=176)
     model = CrossEncoder(
-        TinyLlama(vocab_size=400, hidden_size=64, layers=2, heads=2).scorer(tokenizer), contract
+        TinyLlama(vocab_size=400, hidden_size=64, layers=2, heads=2).scorer(tokenizer), encoding
     )
     torch.nn.init.normal_(model.plain.score.weight)
-    folder.save(tmp_path / "model", model, tokenizer, contract, {})
+    folder.save(tmp_path / "model", model, tokenizer, encoding, {})
     rng = np.random.default_rng(0)
     peaks = {}
     for queries in (10, 100, 1000):

@@ -15,8 +15,8 @@ from tests.commands import evaluate
 from tests.files import put
 from tests.tiny import write_beir
 
-from caravan.atomic import claimed
 from caravan.errors import InputError
+from caravan.files import claimed
 from caravan.report.collections import collect
 from caravan.retrieval import folders as folders_module
 from caravan.retrieval import stages

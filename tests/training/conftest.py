@@ -8,13 +8,13 @@ import torch
 from tests.fitting import Fit
 from tests.tiny import tiny_backbone
 
-from caravan.contract import Contract
 from caravan.data.collection import Collection
+from caravan.encoding import Encoding
 
 
 @pytest.fixture
-def fit(collection: Collection, tokenizer: Any, contract: Contract, tmp_path: Path) -> Fit:
-    return Fit(collection, tokenizer, contract, tmp_path)
+def fit(collection: Collection, tokenizer: Any, encoding: Encoding, tmp_path: Path) -> Fit:
+    return Fit(collection, tokenizer, encoding, tmp_path)
 
 
 @pytest.fixture

@@ -13,20 +13,20 @@ import torch
 from tests.commands import ROOT, train
 from tests.tiny import tiny_backbone
 
-from caravan.batches import AdaptationBatch, pack
-from caravan.compose import compose
-from caravan.contract import Contract, read_contract
+from caravan.cli.compose import compose
+from caravan.data.batch import AdaptationBatch, pack
 from caravan.data.collection import Collection
-from caravan.data.templates import Templates
+from caravan.data.tokenization import Templates
+from caravan.encoding import Encoding, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained, Trained
-from caravan.models.likelihood import QueryLikelihood
 from caravan.models.loading import add_slots
+from caravan.models.query_likelihood import QueryLikelihood
 from caravan.training.adaptation import Adaptation
+from caravan.training.fit import train as train_config
 from caravan.training.optim import AdamW
-from caravan.training.run import train as train_config
 
 PAPER = {"self_prompt": " The original sentence:", "next_prompt": " The next sentence:"}
 RELEASED = {
@@ -37,13 +37,13 @@ RELEASED = {
     "ebae": 0.05,
     "ebar": 0.05,
 }
-PAPER_CONTRACT = Contract(
+PAPER_CONTRACT = Encoding(
     query_template="{text}" + str(PAPER["next_prompt"]),
     passage_template="{title} {text}" + str(PAPER["self_prompt"]),
     query_length=48,
     passage_length=64,
 )
-RELEASED_CONTRACT = Contract(
+RELEASED_CONTRACT = Encoding(
     query_template='"{text}' + str(RELEASED["next_prompt"]),
     passage_template='"{title} {text}' + str(RELEASED["self_prompt"]),
     append_eos=False,
@@ -53,7 +53,7 @@ RELEASED_CONTRACT = Contract(
     passage_length=96,
 )
 SMALL = [
-    *("stage.words=6", "contract.query_length=96", "contract.passage_length=128"),
+    *("stage.words=6", "encoding.query_length=96", "encoding.passage_length=128"),
     *("backbone.hidden_size=32", "backbone.heads=2", "backbone.intermediate_size=48"),
     *("backbone.vocab_size=400", "backbone.layers=1", "backbone.max_length=128"),
     *("batching.queries_per_batch=6", "batching.num_workers=0", "optimizer.lr=1e-2"),
@@ -85,11 +85,11 @@ def adapt(beir: Path, run_dir: Path, *overrides: str) -> Any:
 
 
 def _module(tokenizer: Any, released: bool, peft: Any = None) -> Adaptation:
-    contract = RELEASED_CONTRACT if released else PAPER_CONTRACT
+    encoding = RELEASED_CONTRACT if released else PAPER_CONTRACT
     settings: dict[str, Any] = RELEASED if released else PAPER
-    add_slots(tokenizer, contract)
+    add_slots(tokenizer, encoding)
     module = Adaptation(
-        tiny_backbone(), peft, tokenizer, contract, AdamW(), seed=0, words=6, **settings
+        tiny_backbone(), peft, tokenizer, encoding, AdamW(), seed=0, words=6, **settings
     )
     module.configure_model()
     module.log = lambda *_, **__: None  # type: ignore[method-assign, misc, assignment]
@@ -204,10 +204,10 @@ def test_a_trained_slot_is_in_the_folder(
     optimizer.step()
     to = tmp_path / "adapted"
     folder.save(to, module.model, own_tokenizer, RELEASED_CONTRACT, {"name": "adapted"})
-    loaded, tokenizer, contract, facts = folder.load(to)
-    assert contract == RELEASED_CONTRACT
+    loaded, tokenizer, encoding, facts = folder.load(to)
+    assert encoding == RELEASED_CONTRACT
     assert facts["weights"] == ("full" if peft is None else "adapter")
-    texts = pack(Templates(tokenizer, contract).passages(collection.corpus.get(range(5))), 99)
+    texts = pack(Templates(tokenizer, encoding).passages(collection.corpus.get(range(5))), 99)
     with torch.no_grad():
         module.eval()
         expected = module.model.embed(texts)
@@ -222,16 +222,16 @@ def test_a_retriever_begins_with_the_prompts_of_the_adapted_model(
     stage: str, peft: tuple[str, ...], beir: Path, tmp_path: Path
 ) -> None:
     adapt(beir, tmp_path / "adapted", f"stage={stage}", *peft)
-    adapted = read_contract(tmp_path / "adapted" / "model")[0]
+    adapted = read_encoding(tmp_path / "adapted" / "model")[0]
     train(
         beir,
         tmp_path / "tuned",
         f"init_from={tmp_path / 'adapted' / 'model'}",
-        "contract.query_length=80",
-        "contract.passage_length=90",
+        "encoding.query_length=80",
+        "encoding.passage_length=90",
         *peft,
     )
-    tuned = read_contract(tmp_path / "tuned" / "model")[0]
+    tuned = read_encoding(tmp_path / "tuned" / "model")[0]
     lengths = {"query_length": 80, "passage_length": 90, "temperature": tuned.temperature}
     assert tuned == replace(adapted, **lengths)
     assert "original" in tuned.passage_template or tuned.slots == 8
@@ -255,13 +255,13 @@ def test_a_merged_adapter_with_slots_is_trained_on(
     folder.save(tmp_path / "m", module.model, own_tokenizer, RELEASED_CONTRACT, {})
     begun = Trained(str(tmp_path / "m"), adapter=False)
     model: Any = begun.language_model(own_tokenizer)
-    contract = RELEASED_CONTRACT
+    encoding = RELEASED_CONTRACT
     if stage == "reranker_likelihood":
-        contract = Contract(
+        encoding = Encoding(
             kind="reranker", scoring="likelihood", append_eos=False, query_length=16
         )
-        scorer = QueryLikelihood(model, contract)
-        folder.save(tmp_path / "s", scorer, own_tokenizer, contract, {})
+        scorer = QueryLikelihood(model, encoding)
+        folder.save(tmp_path / "s", scorer, own_tokenizer, encoding, {})
         pairs = pack([[5, 6, 7, 8, 9], [5, 6, 7]], 99, 0, [2, 1])
         with torch.no_grad():
             found = folder.load(tmp_path / "s")[0].score(pairs)
@@ -276,11 +276,11 @@ def test_prompts_are_chosen_by_setting(beir: Path, tmp_path: Path) -> None:
         "train",
         [
             f"init_from={tmp_path / 'adapted' / 'model'}",
-            "contract.query_template='{text} The original sentence:'",
+            "encoding.query_template='{text} The original sentence:'",
         ],
     )
-    assert cfg.contract.query_template == "{text} The original sentence:"
-    assert cfg.contract.passage_template == "{title} {text} The original sentence:"
+    assert cfg.encoding.query_template == "{text} The original sentence:"
+    assert cfg.encoding.passage_template == "{title} {text} The original sentence:"
 
 
 def test_text_alone_will_do(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_a_resumed_run_gives_the_same_weights(beir: Path, tmp_path: Path) -> Non
                 tmp_path / name,
                 *("peft=lora", "peft.rank=2", "peft.alpha=4", "stage=adaptation_released"),
                 *(f"trainer.max_steps={step}", "resume=true", "optimizer.schedule=constant"),
-                "contract.slots=2",
+                "encoding.slots=2",
             )
         path = tmp_path / name / "model" / "model.safetensors"
         weights.append(path.read_bytes())
@@ -334,9 +334,9 @@ def test_it_learns_to_tell_what_a_text_is_about(beir: Path, tmp_path: Path) -> N
         ("stage.ebar=inf", r"stage\.ebar is inf.*finite"),
         ("stage.tasks=ebae+mlm", "some of ebae, ebar and lm"),
         ("stage.targets=some", "must be one of all, content"),
-        ("contract.passage_length=12", "leaves no room for text"),
-        ("contract.pooling=mean", "read at its slots: set it to last"),
-        ("contract.passage_template='{text} in short:'", "ends with neither stage.self_prompt"),
+        ("encoding.passage_length=12", "leaves no room for text"),
+        ("encoding.pooling=mean", "read at its slots: set it to last"),
+        ("encoding.passage_template='{text} in short:'", "ends with neither stage.self_prompt"),
     ],
 )
 def test_what_cannot_be_adapted_is_told(

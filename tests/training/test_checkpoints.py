@@ -13,7 +13,7 @@ import pytest
 import torch
 from tests.commands import train
 
-from caravan import manifest
+from caravan import manifests
 from caravan.errors import InputError
 from caravan.training.checkpoints import damage
 
@@ -189,13 +189,13 @@ def test_trainings_of_other_versions_are_reported(
     short: Path, killed: Path, beir: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     caplog.set_level("INFO")
-    record = manifest.read(short / "model")
+    record = manifests.read(short / "model")
     assert record is not None
-    assert record["facts"]["versions"] == manifest.versions()
+    assert record["facts"]["versions"] == manifests.versions()
     train(beir, short, *STEPS, "trainer.max_steps=2")
     assert "versions" not in caplog.text
     monkeypatch.setattr(
-        manifest, "versions", lambda *_: {**record["facts"]["versions"], "torch": "9"}
+        manifests, "versions", lambda *_: {**record["facts"]["versions"], "torch": "9"}
     )
     train(beir, short, *STEPS, "trainer.max_steps=2")
     assert "was trained under other versions: torch " in caplog.text

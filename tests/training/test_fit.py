@@ -12,9 +12,9 @@ from pytorch_lightning.callbacks import EarlyStopping
 from tests.fitting import MEASURES, Fit, Fitted, KillAt, Sgd, random_candidates, same_weights, told
 from tests.two_ranks import TwoRanks
 
-from caravan.contract import Contract
 from caravan.data.collection import Collection
 from caravan.data.runs import read_run
+from caravan.encoding import Encoding
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained
 from caravan.retrieval.metrics import score_run
@@ -24,10 +24,10 @@ from caravan.retrieval.metrics import score_run
 def whole(
     collection: Collection,
     tokenizer: Any,
-    contract: Contract,
+    encoding: Encoding,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Fitted:
-    return Fit(collection, tokenizer, contract, tmp_path_factory.mktemp("whole"))()
+    return Fit(collection, tokenizer, encoding, tmp_path_factory.mktemp("whole"))()
 
 
 # An epoch is 3 batches, the last one short; a validation follows batches 4 and 8.

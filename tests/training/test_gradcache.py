@@ -9,7 +9,7 @@ from tests.fitting import Fit, Sgd, random_candidates, told
 from tests.two_ranks import TwoRanks
 from torch import Tensor
 
-from caravan.batches import Chunk, pack
+from caravan.data.batch import Chunk, pack
 from caravan.models.adapters import LoRA
 from caravan.training import gradcache as module
 from caravan.training.gradcache import GradCache

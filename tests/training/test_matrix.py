@@ -13,9 +13,9 @@ import transformers
 from tests.commands import ROOT, train_arguments
 from tests.two_ranks import TwoRanks
 
-from caravan.compose import compose
+from caravan.cli.compose import compose
 from caravan.errors import InputError
-from caravan.training.run import train
+from caravan.training.fit import train
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHAPE |= {"intermediate_size": 48, "vocab_size": 400, "max_position_embeddings": 64}
@@ -61,7 +61,7 @@ def _told(folder: Path, beir: Path, strategy: str, choice: Choice) -> str:
     if backbone != "tiny_llama":
         arguments = [text for text in arguments if not text.startswith("backbone.")]
         arguments += ["backbone=hf", f"backbone.name={folder / backbone}"]
-        arguments += ["contract.pooling=mean"] if backbone == "bert" else []
+        arguments += ["encoding.pooling=mean"] if backbone == "bert" else []
     try:
         train(compose(ROOT / "conf", "train", arguments))
     except InputError as error:

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from tests.commands import evaluate, train
 from tests.tiny import write_beir
 
-from caravan.batches import RerankBatch
-from caravan.contract import read_contract
+from caravan.data.batch import RerankBatch
 from caravan.data.collection import Collection
 from caravan.data.pairs import PairTemplates
+from caravan.data.readers.beir import Beir
 from caravan.data.runs import read_run
-from caravan.data.sources import Beir
+from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.retrieval.metrics import score_run
@@ -37,7 +37,7 @@ def runs(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
 def _settings(runs: dict[str, str], *more: str) -> list[str]:
     return [
         *("stage=reranker", f"sampler.runs=[{runs['train']}]", f"validation.run={runs['dev']}"),
-        *("contract.query_length=16", "contract.passage_length=32", "trainer.max_steps=12"),
+        *("encoding.query_length=16", "encoding.passage_length=32", "trainer.max_steps=12"),
         *("trainer.val_check_interval=6", *more),
     ]
 
@@ -81,9 +81,9 @@ def test_a_reranker_learns_to_tell_the_positive(finished: Path) -> None:
     assert np.mean(losses[half:]) < np.mean(losses[:half])
 
 
-def test_the_folder_holds_the_trained_head_and_its_contract(finished: Path) -> None:
-    contract, _ = read_contract(finished / "model")
-    assert (contract.kind, contract.pooling, contract.passage_length) == ("reranker", "last", 32)
+def test_the_folder_holds_the_trained_head_and_its_encoding(finished: Path) -> None:
+    encoding, _ = read_encoding(finished / "model")
+    assert (encoding.kind, encoding.pooling, encoding.passage_length) == ("reranker", "last", 32)
     model, *_ = folder.load(finished / "model", kind="reranker")
     assert model.plain.score.weight.abs().sum() > 0
 
@@ -91,9 +91,9 @@ def test_the_folder_holds_the_trained_head_and_its_contract(finished: Path) -> N
 def test_the_validations_scores_are_those_of_the_saved_folder(
     finished: Path, runs: dict[str, str], collection: Collection
 ) -> None:
-    model, tokenizer, contract, _ = folder.load(finished / "model")
+    model, tokenizer, encoding, _ = folder.load(finished / "model")
     run = read_run(finished / "runs" / "validation.trec", collection.queries, collection.corpus)
-    templates = PairTemplates(tokenizer, contract)
+    templates = PairTemplates(tokenizer, encoding)
     for row in run.query_rows[:2]:
         rows, scores = run.of(row)
         query = collection.queries.get([int(row)]) * len(rows)
@@ -155,16 +155,16 @@ def test_a_reranker_without_a_trained_head_is_not_adopted(
 def test_a_last_short_batch_keeps_its_groups(tmp_path: Path, runs: dict[str, str]) -> None:
     from tests.tiny import tiny_backbone
 
-    from caravan.contract import Contract
     from caravan.data.batching import Groups
     from caravan.data.negatives import Negatives
+    from caravan.encoding import Encoding
 
     collection = Beir(str(write_beir(tmp_path / "b"))).collection(tmp_path / "cache")
     tokenizer = tiny_backbone().tokenizer(collection, tmp_path / "cache")
     qrels, negatives = collection.qrels("train"), Negatives(number=3)
     negatives.open(collection, qrels, seed=0)
-    contract = Contract(kind="reranker", query_length=16, passage_length=32)
-    groups = Groups(collection, qrels, negatives, PairTemplates(tokenizer, contract), 64, seed=0)
+    encoding = Encoding(kind="reranker", query_length=16, passage_length=32)
+    groups = Groups(collection, qrels, negatives, PairTemplates(tokenizer, encoding), 64, seed=0)
     whole = groups[0, np.arange(len(groups))].packed()
     short = groups[0, np.arange(len(groups) - 2, len(groups))].packed()
     assert short.passage_rows.tolist() == whole.passage_rows[-2:].tolist()
@@ -194,8 +194,8 @@ def test_a_likelihood_learns_the_order_of_what_it_has_seen_without_negatives(
         *("stage=reranker_likelihood", "loss=likelihood", "sampler.number=0"),
         *(
             f"validation.run={runs['dev']}",
-            "contract.query_length=16",
-            "contract.passage_length=32",
+            "encoding.query_length=16",
+            "encoding.passage_length=32",
         ),
         *("trainer.max_steps=30", "trainer.val_check_interval=10", "optimizer.lr=1e-2"),
         *("optimizer.warmup_steps=1", "trainer.log_every_n_steps=1"),
@@ -204,8 +204,8 @@ def test_a_likelihood_learns_the_order_of_what_it_has_seen_without_negatives(
     curves = _scalars(tmp_path / "run")
     assert curves["train/loss"][-1] < curves["train/loss"][0] - 0.5
     assert "train/accuracy" not in curves  # one passage a query: nothing to be told apart
-    contract, _ = read_contract(tmp_path / "run" / "model")
-    assert (contract.scoring, contract.append_eos) == ("likelihood", False)
+    encoding, _ = read_encoding(tmp_path / "run" / "model")
+    assert (encoding.scoring, encoding.append_eos) == ("likelihood", False)
     train(beir, tmp_path / "untrained", *settings, "trainer.max_steps=0")
     figures = [
         evaluate(

@@ -11,12 +11,12 @@ from tests.tiny import tiny_backbone
 from torch import Tensor
 from torch.nn import functional
 
-from caravan.batches import TrainBatch, pack
-from caravan.contract import Contract
+from caravan.data.batch import TrainBatch, pack
 from caravan.data.batching import Groups
 from caravan.data.collection import write_collection
 from caravan.data.negatives import Negatives
-from caravan.data.templates import Templates
+from caravan.data.tokenization import Templates
+from caravan.encoding import Encoding
 from caravan.models.adapters import LoRA, settle_precisions
 from caravan.models.backbone import Pretrained
 from caravan.training.losses import InfoNCE
@@ -42,9 +42,9 @@ def _batch(passage_rows: list[list[int]], positives: list[list[int]]) -> TrainBa
     )
 
 
-def _module(tokenizer: Any, contract: Contract, **settings: Any) -> Retriever:
+def _module(tokenizer: Any, encoding: Encoding, **settings: Any) -> Retriever:
     module = Retriever(
-        tiny_backbone(), None, tokenizer, contract, InfoNCE(), AdamW(), seed=0, **settings
+        tiny_backbone(), None, tokenizer, encoding, InfoNCE(), AdamW(), seed=0, **settings
     )
     module.configure_model()
     return module
@@ -59,7 +59,7 @@ def _naive_loss(module: Retriever, batch: TrainBatch) -> Tensor:
     for i, query in enumerate(queries):
         positives = set(batch.excluded_keys[i].tolist())
         kept = [j for j, row in enumerate(rows) if j == i * group or row not in positives]
-        scores = torch.stack([query @ passages[j] for j in kept]) / module.contract.temperature
+        scores = torch.stack([query @ passages[j] for j in kept]) / module.encoding.temperature
         losses.append(torch.logsumexp(scores, 0) - scores[kept.index(i * group)])
     return torch.stack(losses).mean()
 
@@ -70,11 +70,11 @@ def _gradients(module: Retriever, loss: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
-def test_loss_and_gradient_equal_a_naive_reference(tokenizer: Any, contract: Contract) -> None:
+def test_loss_and_gradient_equal_a_naive_reference(tokenizer: Any, encoding: Encoding) -> None:
     # Query 0 has two positives (1, 8), 8 stands in query 1's group; 2 is positive of query 2 and
     # a negative of query 0; the group of query 2 repeats query 1's positive.
     batch = _batch([[1, 2, 3], [4, 8, 6], [2, 4, 9]], [[1, 8], [4], [2]])
-    module = _module(tokenizer, contract)
+    module = _module(tokenizer, encoding)
     scores, targets, _ = module.scores(
         module.model.embed(batch.queries), module.model.embed(batch.passages), batch
     )
@@ -89,10 +89,10 @@ def test_loss_and_gradient_equal_a_naive_reference(tokenizer: Any, contract: Con
 
 
 def test_other_positives_and_duplicates_of_the_positive_are_no_negatives(
-    tokenizer: Any, contract: Contract
+    tokenizer: Any, encoding: Encoding
 ) -> None:
     batch = _batch([[1, 2], [8, 1]], [[1, 8], [8]])
-    module = _module(tokenizer, contract)
+    module = _module(tokenizer, encoding)
     with torch.no_grad():
         scores, targets, _ = module.scores(
             module.model.embed(batch.queries), module.model.embed(batch.passages), batch
@@ -102,7 +102,7 @@ def test_other_positives_and_duplicates_of_the_positive_are_no_negatives(
 
 
 def test_copies_of_a_positive_and_the_querys_own_passage_are_no_negatives_in_the_batch(
-    tokenizer: Any, contract: Contract, tmp_path: Path
+    tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
     """`copy` has the text of q0's positive, and passage q1 the id of query q1."""
     texts = {"right": "salt", "copy": "salt", "q1": "gold", "other": "sand"}
@@ -111,14 +111,14 @@ def test_copies_of_a_positive_and_the_querys_own_passage_are_no_negatives_in_the
     queries = [(query, "", "camel") for query, _, _ in judged]
     found = write_collection(tmp_path / "own", "own", corpus, queries, {"train": judged})
     groups = Groups(
-        *(found, found.qrels("train"), Negatives(number=0), Templates(tokenizer, contract)),
+        *(found, found.qrels("train"), Negatives(number=0), Templates(tokenizer, encoding)),
         token_budget=64,
         seed=0,
     )
     groups.open()
     batch = groups[(0, np.arange(4))].packed()
     order = groups.permutation(0).tolist()
-    module = _module(tokenizer, contract)
+    module = _module(tokenizer, encoding)
     with torch.no_grad():
         embedded = module.model.embed(batch.queries), module.model.embed(batch.passages)
         scores, targets, _ = module.scores(*embedded, batch)
@@ -139,21 +139,21 @@ def test_a_target_is_never_masked() -> None:
 
 
 def test_without_in_batch_negatives_a_query_sees_its_own_group(
-    tokenizer: Any, contract: Contract
+    tokenizer: Any, encoding: Encoding
 ) -> None:
     batch = _batch([[1, 2, 3], [4, 5, 6]], [[1], [4]])
-    module = _module(tokenizer, contract, in_batch=False)
+    module = _module(tokenizer, encoding, in_batch=False)
     with torch.no_grad():
         queries, passages = module.model.embed(batch.queries), module.model.embed(batch.passages)
         scores, targets, _ = module.scores(queries, passages, batch)
     assert scores.shape == (2, 3)
     assert targets.tolist() == [0, 0]
-    expected = queries[1] @ passages[3:].T / contract.temperature
+    expected = queries[1] @ passages[3:].T / encoding.temperature
     torch.testing.assert_close(scores[1], expected)
 
 
-def test_scores_stay_float32_under_bf16_autocast(tokenizer: Any, contract: Contract) -> None:
-    module = _module(tokenizer, replace(contract, temperature=0.01))
+def test_scores_stay_float32_under_bf16_autocast(tokenizer: Any, encoding: Encoding) -> None:
+    module = _module(tokenizer, replace(encoding, temperature=0.01))
     batch = _batch([[1, 2, 3], [4, 8, 6]], [[1], [4]])
     with torch.autocast("cpu", torch.bfloat16):
         queries, passages = module.model.embed(batch.queries), module.model.embed(batch.passages)
@@ -164,11 +164,11 @@ def test_scores_stay_float32_under_bf16_autocast(tokenizer: Any, contract: Contr
     torch.testing.assert_close(scores, exact, atol=1e-3, rtol=1e-5)
 
 
-def test_temperature_scales_the_scores(tokenizer: Any, contract: Contract) -> None:
+def test_temperature_scales_the_scores(tokenizer: Any, encoding: Encoding) -> None:
     batch = _batch([[1, 2], [3, 4]], [[1], [3]])
     embeddings = []
     for temperature in (0.05, 0.1):
-        module = _module(tokenizer, replace(contract, temperature=temperature))
+        module = _module(tokenizer, replace(encoding, temperature=temperature))
         with torch.no_grad():
             embeddings.append(
                 module.scores(
@@ -188,14 +188,14 @@ def test_infonce_is_the_mean_cross_entropy_of_the_target(shape: tuple[int, int])
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
 def test_a_frozen_base_is_loaded_as_its_file_has_it_and_trained_as_ever(
-    stored: torch.dtype, tokenizer: Any, contract: Contract, tmp_path: Path
+    stored: torch.dtype, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
     """Four bytes a weight would not fit where two of each linear layer do."""
     tiny_backbone().model(tokenizer).to(stored).save_pretrained(tmp_path)
     built = []
     for bf16 in (True, False):
         backbone, adapters = Pretrained(str(tmp_path)), LoRA(rank=2, alpha=4)
-        module = Retriever(backbone, adapters, tokenizer, contract, InfoNCE(), AdamW(), seed=0)
+        module = Retriever(backbone, adapters, tokenizer, encoding, InfoNCE(), AdamW(), seed=0)
         module.bf16 = bf16
         module.configure_model()
         assert backbone.dtype == ("auto" if bf16 else torch.float32)

@@ -19,16 +19,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.commands import ROOT, evaluate, train, train_arguments
 from tests.tiny import write_beir
 
-from caravan import manifest
-from caravan.compose import compose
-from caravan.contract import folder_digest, read_contract
+from caravan import manifests
+from caravan.cli.compose import compose
 from caravan.data.batching import limited
+from caravan.encoding import folder_digest, read_encoding
 from caravan.errors import InputError, OccupiedError
 from caravan.models import folder, hardware
-from caravan.training import facts, run
-from caravan.training.inputs import file_digests, inputs_of
-from caravan.training.run import _batches
-from caravan.training.run import train as train_config
+from caravan.training import facts, fit
+from caravan.training.fit import _batches
+from caravan.training.fit import train as train_config
+from caravan.training.provenance import file_digests, inputs_of
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def test_a_run_leaves_model_figures_curves_and_checkpoints(
     assert figures["best"] == best is not None
     assert figures["updates"] == 8
     assert list((run_dir / "tensorboard").glob("events*"))
-    contract, facts = read_contract(run_dir / "model")
-    assert (contract.query_length, contract.temperature) == (16, 0.05)
+    encoding, facts = read_encoding(run_dir / "model")
+    assert (encoding.query_length, encoding.temperature) == (16, 0.05)
     assert facts["base_model"] == "tiny_llama"
     folder.load(run_dir / "model")
 
@@ -76,7 +76,7 @@ def test_rows_of_other_toolkits_train_with_their_own_negatives_and_teacher(
     ]
     best = train(beir, tmp_path / "run", *own)
     assert best is not None
-    record = manifest.read(tmp_path / "run" / "model")
+    record = manifests.read(tmp_path / "run" / "model")
     assert record is not None
     assert list(record["inputs"]["runs"]) == ["data:negatives", "data:teacher"]
     with pytest.raises(InputError, match="has no run data:bm25: there are data:negatives"):
@@ -99,7 +99,7 @@ def test_a_finished_run_is_not_done_again(
     finished: tuple[Path, float | None], beir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir, best = finished
-    monkeypatch.setattr("caravan.training.run._fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("caravan.training.fit._fit", lambda *_: pytest.fail("trained again"))
     assert train(beir, run_dir) == best
     assert train(beir, run_dir, "resume=true") == best
 
@@ -134,7 +134,7 @@ def test_a_training_does_not_replace_an_evaluation(
         ("optimizer.lr=0.5", r"optimizer\.lr: 0\.01 -> 0\.5"),
         ("seed=3", r"seed: 0 -> 3"),
         ("batching.queries_per_batch=4", r"batching\.queries_per_batch: 6 -> 4"),
-        ("contract.temperature=0.1", r"contract\.temperature: 0\.05 -> 0\.1"),
+        ("encoding.temperature=0.1", r"encoding\.temperature: 0\.05 -> 0\.1"),
         ("sampler.number=1", r"sampler\.number: 2 -> 1"),
     ],
 )
@@ -169,7 +169,7 @@ def test_a_longer_run_goes_on_from_the_shorter_one(
 def test_how_a_run_is_done_and_watched_is_no_input(
     finished: tuple[Path, float | None], beir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("caravan.training.run._fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("caravan.training.fit._fit", lambda *_: pytest.fail("trained again"))
     overrides = [
         "batching.num_workers=1",
         "trainer.enable_progress_bar=true",
@@ -183,14 +183,14 @@ def test_a_kill_before_the_manifest_leaves_no_model_that_looks_finished(
 ) -> None:
     run_dir = tmp_path / "run"
     train(beir, run_dir, "trainer.max_steps=0")
-    write = manifest.write
+    write = manifests.write
 
     def killed(product: Path, *rest: Any) -> None:
         if product.name == "model":
             raise KeyboardInterrupt
         write(product, *rest)
 
-    monkeypatch.setattr(manifest, "write", killed)
+    monkeypatch.setattr(manifests, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         train(beir, run_dir, "trainer.max_steps=2", "resume=true")
     assert (run_dir / "model").exists()
@@ -253,7 +253,7 @@ def test_the_best_weights_are_asked_training_queries_too(beir: Path, tmp_path: P
 def test_a_reading_length_without_room_is_refused_before_training(
     beir: Path, tmp_path: Path
 ) -> None:
-    prompt = "contract.passage_template='{text} camel caravan desert dune'"
+    prompt = "encoding.passage_template='{text} camel caravan desert dune'"
     with pytest.raises(InputError, match=r"validation\.read_lengths=5: .* no room"):
         train(beir, tmp_path / "r", "validation.read_lengths=[5]", prompt)
     assert not (tmp_path / "r" / "checkpoints").exists()
@@ -290,7 +290,7 @@ def test_flash_attention_without_a_gpu_is_told_before_anything_loads(
 def test_an_untrained_model_is_a_folder_too(beir: Path, tmp_path: Path) -> None:
     assert train(beir, tmp_path / "untrained", "trainer.max_steps=0") is None
     assert not (tmp_path / "untrained" / "checkpoints").exists()
-    assert read_contract(tmp_path / "untrained" / "model")[1]["updates"] == 0
+    assert read_encoding(tmp_path / "untrained" / "model")[1]["updates"] == 0
 
 
 def test_a_released_model_is_adopted_without_a_collection(
@@ -318,7 +318,7 @@ def test_a_run_of_negatives_that_is_not_there_is_told_with_the_remedy(
 def test_a_split_to_validate_on_is_missed_before_a_model_is_made(
     beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_module", lambda *_: pytest.fail("a model is made"))
+    monkeypatch.setattr(fit, "_module", lambda *_: pytest.fail("a model is made"))
     with pytest.raises(InputError, match=r"has no split 'other': .* name one of them"):
         train(beir, tmp_path / "run", "data.dev_split=other")
     assert not (tmp_path / "run").exists()

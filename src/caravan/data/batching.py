@@ -3,7 +3,7 @@
 The order of an epoch is a permutation drawn from (seed, epoch) alone, and a batch is the same set
 of queries on one process or on many, each rank taking its consecutive share. What was consumed is
 two integers, so a checkpoint in mid-epoch continues with the very next batch.
-Items are numpy arrays (`caravan.batches.Unpacked`), of which `caravan.data.loaders` makes tensors.
+Items are numpy arrays (`caravan.data.batch.Unpacked`), made tensors in `caravan.data.loaders`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from caravan.batches import (
+from caravan.data.batch import (
     EncodeBatch,
     Fields,
     PairBatch,
@@ -26,8 +26,8 @@ from caravan.batches import (
 from caravan.data.collection import Collection, Qrels, Texts
 from caravan.data.negatives import Negatives
 from caravan.data.pairs import PairTemplates
-from caravan.data.templates import Templates
 from caravan.data.texts import text_keys
+from caravan.data.tokenization import Templates
 
 
 class Permutation:

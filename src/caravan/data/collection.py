@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from caravan import manifest
-from caravan.atomic import scratch_folder
+from caravan import manifests
 from caravan.data.byid import ById, Judgement, Scored, Unknown
 from caravan.data.runs import write_run
 from caravan.data.texts import Place, Record, Texts, write_texts
 from caravan.errors import InputError
+from caravan.files import scratch_folder
 
 FORMAT = 2
 """Version of the folder's layout; a folder of another version is built anew."""
@@ -107,7 +107,7 @@ class Collection:
         """Open a folder that `write_collection` wrote.
 
         Every file is compared with its digest, unless size and times show that nobody has written
-        it since (`caravan.manifest.is_as_written`).
+        it since (`caravan.manifests.is_as_written`).
 
         Raises:
             DamagedError: the folder is not a collection, or is broken.
@@ -122,12 +122,12 @@ class Collection:
                     f"the collection in {folder} has format version {record['version']}, "
                     f"this Caravan reads version {FORMAT}: {remedy}"
                 )
-            if record.pop("seal") != manifest.digest(record):
+            if record.pop("seal") != manifests.digest(record):
                 raise ValueError("collection.json is not as it was written")
             for name, written in record["files"].items():
                 if not (folder / name).exists():
                     raise FileNotFoundError(2, "no such file", name)
-                if not manifest.is_as_written(folder / name, written):
+                if not manifests.is_as_written(folder / name, written):
                     raise ValueError(f"{name} is not as it was written")
             digests = record["digests"]
             return cls(
@@ -287,9 +287,9 @@ def _write_manifest(folder: Path, *, digests: dict[str, str], **facts: Any) -> N
         "digest": whole.hexdigest(),
         "digests": digests,
         **json.loads(json.dumps(facts)),
-        "files": {str(path.relative_to(folder)): manifest.content(path) for path in files},
+        "files": {str(path.relative_to(folder)): manifests.content(path) for path in files},
     }
-    record["seal"] = manifest.digest(record)
+    record["seal"] = manifests.digest(record)
     with open(folder / "collection.json", "w", encoding="utf-8") as file:
         json.dump(record, file, indent=2, ensure_ascii=False)
         file.flush()

@@ -27,10 +27,10 @@ from caravan.data.identical import own_passages, tell_if_queries_are_passages, w
 from caravan.data.loaders import TrainLoader, text_loader
 from caravan.data.pairs import PairTemplates
 from caravan.data.runs import Run, read_run
-from caravan.data.templates import Templates
+from caravan.data.tokenization import Templates
 from caravan.data.unlabelled import Unlabelled
+from caravan.distributed import is_main_process
 from caravan.errors import InputError
-from caravan.ranks import leads
 
 BLOCK = 1024  # texts a validation batch: enough to sort by length, few enough to be balanced
 FEW_BLOCKS = 8  # tokenised in seconds
@@ -44,10 +44,10 @@ class DataModule(pl.LightningDataModule):
 
     Args:
         templates: how queries and passages are read in the validation.
-        training: what is trained on (`caravan.training.module.Stage.training_set`).
+        training: what is trained on (`caravan.training.stage.Stage.training_set`).
         dev_split: whose queries are asked in the validation; None goes without one.
         queries_per_batch: queries (or chunks of text) a forward pass, over all ranks together.
-        token_budget: padded tokens a chunk (see `caravan.batches.pack`).
+        token_budget: padded tokens a chunk (see `caravan.data.batch.pack`).
         num_workers: processes that tokenise ahead.
         passages: how many passages validation searches; None is the whole corpus.
         queries: how many development queries validation asks; None is all of them.
@@ -106,7 +106,7 @@ class DataModule(pl.LightningDataModule):
                 f"{self.collection.name}: split {split!r} has no query with a relevant passage, so"
                 " nothing can be validated; choose another with data.dev_split"
             )
-        if not self.ignore_identical_ids and leads():
+        if not self.ignore_identical_ids and is_main_process():
             tell_if_queries_are_passages(self.collection, self.dev_qrels.queries)
         if isinstance(self.templates, PairTemplates):
             self.candidates = self._candidates(run, run_depth)

@@ -1,6 +1,6 @@
 """DataLoaders of batches, and the worker processes behind them.
 
-Workers tokenize and send numpy arrays (`caravan.batches.Unpacked`); the main process cuts chunks
+Workers tokenize and send numpy arrays (`caravan.data.batch.Unpacked`); the main process cuts chunks
 and makes tensors of them. A worker that fails ends the run: no failure leaves the main process
 waiting.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from caravan.batches import Unpacked
+from caravan.data.batch import Unpacked
 from caravan.data.batching import PairBlocks, QueryOrder, TextBlocks
 from caravan.errors import InputError
 

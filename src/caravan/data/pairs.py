@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from caravan.contract import Contract
-from caravan.data.templates import Template, beginning, special_tokens, token_ids
+from caravan.data.tokenization import Template, beginning, special_tokens, token_ids
+from caravan.distributed import is_main_process
+from caravan.encoding import Encoding
 from caravan.errors import InputError
-from caravan.ranks import leads
 
 log = logging.getLogger(__name__)
 
@@ -32,41 +32,41 @@ class Pair(NamedTuple):
 
 
 class PairTemplates:
-    """Turns queries with passages into token ids as the contract says.
+    """Turns queries with passages into token ids as the encoding says.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
-        contract: of a reranker.
+        encoding: of a reranker.
         section: of the config, where the lengths are set; for messages.
 
     Attributes:
         cut: pairs so far whose query had to give way; the first is told in a warning.
 
     Raises:
-        InputError: the contract wants an EOS that the tokenizer lacks, or leaves no room.
+        InputError: the encoding wants an EOS that the tokenizer lacks, or leaves no room.
     """
 
-    def __init__(self, tokenizer: Any, contract: Contract, section: str = "contract") -> None:
+    def __init__(self, tokenizer: Any, encoding: Encoding, section: str = "encoding") -> None:
         self.tokenizer = tokenizer
-        self.contract = contract
-        likelihood = contract.scoring == "likelihood"
+        self.encoding = encoding
+        likelihood = encoding.scoring == "likelihood"
         self.typed = likelihood or "token_type_ids" in tokenizer.model_input_names
-        self.length = contract.query_length + contract.passage_length
-        if contract.pair == "pair":
+        self.length = encoding.query_length + encoding.passage_length
+        if encoding.pair == "pair":
             self.before, self.between, self.after = pair_tokens(tokenizer)
         else:
             self.before, self.after = special_tokens(tokenizer)
             self.between = []
         eos = tokenizer.eos_token_id
-        if contract.append_eos and eos is None:
+        if encoding.append_eos and eos is None:
             raise InputError(
-                f"contract.append_eos is set, but {tokenizer.name_or_path or 'the tokenizer'} has"
-                " no EOS token; set contract.append_eos=false"
+                f"encoding.append_eos is set, but {tokenizer.name_or_path or 'the tokenizer'} has"
+                " no EOS token; set encoding.append_eos=false"
             )
-        if contract.append_eos and self.after[-1:] != [eos]:
+        if encoding.append_eos and self.after[-1:] != [eos]:
             self.after = [*self.after, eos]
-        self._query = Template(contract.query_template)
-        self._passage = Template(contract.passage_template)
+        self._query = Template(encoding.query_template)
+        self._passage = Template(encoding.passage_template)
         prompt: list[int] = []
         if likelihood:
             self.after = []  # what is not of the query has no part in its likelihood
@@ -78,7 +78,7 @@ class PairTemplates:
             self._start = next((token for token in ends if token is not None), None)
         if self._passage.suffix:
             raise InputError(
-                f"contract.passage_template {contract.passage_template!r} goes on after its last"
+                f"encoding.passage_template {encoding.passage_template!r} goes on after its last"
                 " field, which a reranker's may not; end it with {text}"
             )
         self.room = self.length - len(self.before) - len(self.between) - len(self.after)
@@ -103,9 +103,9 @@ class PairTemplates:
         seconds = [self._passage.render(title, text) for title, text in passages]
         if not firsts:
             return []
-        if self.contract.scoring == "likelihood":
+        if self.encoding.scoring == "likelihood":
             return self._conditioned(firsts, seconds)
-        if self.contract.pair == "pair":
+        if self.encoding.pair == "pair":
             return self._paired(firsts, seconds)
         return self._joined(firsts, seconds)
 
@@ -195,14 +195,14 @@ class PairTemplates:
         self.cut += 1
         if self.cut == 1:
             log.warning(
-                "a query takes more than the %d tokens that contract.query_length +"
-                " contract.passage_length leave it, and is cut; raise one of them",
+                "a query takes more than the %d tokens that encoding.query_length +"
+                " encoding.passage_length leave it, and is cut; raise one of them",
                 self.room - LEAST,
             )
 
 
-def without_second_end(tokenizer: Any, contract: Contract) -> Contract:
-    """The contract for a new model: `append_eos` is off if the tokenizer ends texts by itself.
+def without_second_end(tokenizer: Any, encoding: Encoding) -> Encoding:
+    """The encoding for a new model: `append_eos` is off if the tokenizer ends texts by itself.
 
     Qwen3-Embedding's tokenizer ends each text with <|endoftext|> and calls another token its EOS.
     With both, the state that is read would be one that the model was never trained to read.
@@ -211,26 +211,26 @@ def without_second_end(tokenizer: Any, contract: Contract) -> Contract:
         InputError: a template ends with the EOS, which would be there twice.
     """
     eos = tokenizer.eos_token_id
-    if not contract.append_eos or eos is None:
-        return contract
-    last = ["passage_template", *["query_template"] * (contract.kind == "retriever")]
+    if not encoding.append_eos or eos is None:
+        return encoding
+    last = ["passage_template", *["query_template"] * (encoding.kind == "retriever")]
     for setting in last:
-        if getattr(contract, setting).rstrip().endswith(tokenizer.eos_token):
+        if getattr(encoding, setting).rstrip().endswith(tokenizer.eos_token):
             raise InputError(
-                f"contract.{setting} ends with {tokenizer.eos_token}, which contract.append_eos"
+                f"encoding.{setting} ends with {tokenizer.eos_token}, which encoding.append_eos"
                 " appends; leave it out of the template"
             )
-    paired = contract.kind == "reranker" and contract.pair == "pair"
+    paired = encoding.kind == "reranker" and encoding.pair == "pair"
     after = pair_tokens(tokenizer)[2] if paired else special_tokens(tokenizer)[1]
     if not after or after[-1] == eos:
-        return contract
-    if leads():
+        return encoding
+    if is_main_process():
         log.info(
             "the tokenizer ends each text with %s, so its EOS %s is not appended:"
-            " contract.append_eos=false",
+            " encoding.append_eos=false",
             *(tokenizer.convert_ids_to_tokens(after[-1]), tokenizer.eos_token),
         )
-    return replace(contract, append_eos=False)
+    return replace(encoding, append_eos=False)
 
 
 def pair_tokens(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
@@ -246,5 +246,5 @@ def pair_tokens(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
                 return whole[:first], whole[rest:second], whole[second + len(plain[1]) :]
     raise InputError(
         f"{tokenizer.name_or_path}: the special tokens of its pairs change the texts' own tokens;"
-        " set contract.pair=joined"
+        " set encoding.pair=joined"
     )

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from caravan.data.files import PASSAGE_IDS, QUERY_IDS, column_name
+from caravan.data.readers.lines import PASSAGE_IDS, QUERY_IDS, column_name
 from caravan.errors import InputError
 
 LOOK = 1000

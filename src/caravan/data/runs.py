@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from caravan.atomic import replacing
 from caravan.errors import InputError
+from caravan.files import replacing
 
 if TYPE_CHECKING:
     from caravan.data.collection import Texts

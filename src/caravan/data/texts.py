@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from caravan.atomic import reserve
 from caravan.data.ids import check_id, has_other_space, is_id
 from caravan.errors import InputError
+from caravan.files import reserve
 from caravan.progress import track
 
 BATCH_ROWS = 16_384

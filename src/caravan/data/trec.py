@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
-from caravan.data.files import opened
 from caravan.data.ids import REFUSED, check_id
+from caravan.data.readers.lines import opened
 from caravan.data.run_layouts import LOOK, TEXTS, TREC, Layout, header, recognized
 from caravan.errors import InputError
 

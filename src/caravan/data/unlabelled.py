@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from caravan.batches import AdaptationBatch, Fields, TokenIds, Unpacked
+from caravan.data.batch import AdaptationBatch, Fields, TokenIds, Unpacked
 from caravan.data.batching import Permutation
 from caravan.data.segments import Segments
-from caravan.data.templates import JointTemplates
+from caravan.data.tokenization import JointTemplates
 from caravan.errors import InputError
 
 TARGETS = ("all", "content")

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 import transformers
 
-from caravan.cards import page, recipes
-from caravan.cards.folder import auto_class
-from caravan.cards.wording import quoted
-from caravan.contract import Contract, adapter_base, read_contract, write_contract
+from caravan.encoding import Encoding, adapter_base, read_encoding, write_encoding
 from caravan.errors import InputError
-from caravan.export import plain, weights
-from caravan.export.merged import set_padding
+from caravan.export import card_page, card_recipes, plain, verify
+from caravan.export.card_wording import quoted
+from caravan.export.model_card import auto_class
+from caravan.export.transformers import set_padding
 from caravan.models import folder as model_folder
 from caravan.models.loading import fit_vocabulary
 
@@ -29,50 +28,50 @@ def write(folder: Path, out: Path) -> None:
         InputError: the folder has no adapter, the reranker's head is none that transformers has,
             or base and adapter compute other numbers.
     """
-    if read_contract(folder)[1]["weights"] != "adapter":
+    if read_encoding(folder)[1]["weights"] != "adapter":
         raise InputError(f"{folder} holds whole weights and no adapter; export it as merged")
-    model, tokenizer, contract, facts = model_folder.load(folder)
+    model, tokenizer, encoding, facts = model_folder.load(folder)
     plain.refuse_foreign_head(folder, model)
-    sample = plain.Sample.of(model, tokenizer, contract)
+    sample = plain.Sample.of(model, tokenizer, encoding)
     del model  # there may not be room for two
     for name in FILES:
         shutil.copyfile(folder / name, out / name)
-    write_contract(out, contract, facts)
-    loads, found = _load(folder, out, tokenizer, contract, facts)
+    write_encoding(out, encoding, facts)
+    loads, found = _load(folder, out, tokenizer, encoding, facts)
     tokenizer.save_pretrained(out)
-    what = "embeddings" if contract.kind == "retriever" else "scores"
-    weights.refuse_other_numbers(str(folder), what, sample.wanted, sample.by(found))
-    text = page.exported_plain(
-        folder, facts, contract, "peft", loads + recipes.recipe(tokenizer, contract)
+    what = "embeddings" if encoding.kind == "retriever" else "scores"
+    verify.refuse_other_numbers(str(folder), what, sample.wanted, sample.by(found))
+    text = card_page.exported_plain(
+        folder, facts, encoding, "peft", loads + card_recipes.recipe(tokenizer, encoding)
     )
     (out / "README.md").write_text(text, "utf-8")
 
 
 def _load(
-    folder: Path, out: Path, tokenizer: Any, contract: Contract, facts: dict[str, Any]
+    folder: Path, out: Path, tokenizer: Any, encoding: Encoding, facts: dict[str, Any]
 ) -> tuple[str, Any]:
     """Code that loads the exported adapter on its base, and what it loads."""
     from peft import PeftModel
 
     base, revision = adapter_base(folder)
-    name = auto_class(contract, facts)
+    name = auto_class(encoding, facts)
     hub: dict[str, Any] = {} if revision is None else {"revision": revision}
     if name == "AutoModelForSequenceClassification":
         hub["num_labels"] = 1
     told = "".join(f", {key}={value!r}" for key, value in hub.items())
-    with weights.quiet():
+    with verify.quiet():
         model = getattr(transformers, name).from_pretrained(
             base, dtype=torch.float32, trust_remote_code=False, **hub
         )
     lines = ""
-    if contract.bidirectional:
+    if encoding.bidirectional:
         lines += "base.config.is_causal = False  # it was trained to look both ways\n"
         model.config.is_causal = False
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         lines += "base.resize_token_embeddings(len(tokenizer))\n"
         fit_vocabulary(model, tokenizer)
     if hasattr(model, "score"):
-        set_padding(model.config, tokenizer, contract)
+        set_padding(model.config, tokenizer, encoding)
         padding = model.config.get_text_config().pad_token_id
         lines += f"base.config.pad_token_id = {padding}  # by which a pair's last token is found\n"
     return (
@@ -80,9 +79,9 @@ def _load(
 from peft import PeftModel
 from transformers import {name}, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{page.HERE}")
+tokenizer = AutoTokenizer.from_pretrained("{card_page.HERE}")
 base = {name}.from_pretrained({quoted(base)}, dtype=torch.float32{told})
-{lines}model = PeftModel.from_pretrained(base, "{page.HERE}").eval()
+{lines}model = PeftModel.from_pretrained(base, "{card_page.HERE}").eval()
 """,
         PeftModel.from_pretrained(model, out).eval(),
     )

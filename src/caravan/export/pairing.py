@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from caravan.cards.wording import TEXT, Wording, quoted, wording
-from caravan.contract import Contract
 from caravan.data.pairs import LEAST, PairTemplates
-from caravan.data.templates import Template
+from caravan.data.tokenization import Template
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.export import tokens
+from caravan.export.card_wording import TEXT, Wording, quoted, wording
 
 QUERIES = ("camels", "Which animals cross the desert?", "naïve 北 🐪", "  spaces ", "")
 _FILLERS = (("0", "0"), ("1 2 3 4", "1 2 3 4"))
@@ -24,7 +24,7 @@ _FILLERS = (("0", "0"), ("1 2 3 4", "1 2 3 4"))
 
 
 class Pairing:
-    """A contract's pairs, as both libraries read them.
+    """A encoding's pairs, as both libraries read them.
 
     Args:
         folder: of the model, for messages.
@@ -39,16 +39,16 @@ class Pairing:
         longest: tokens of a query, with its prompt, from which on the two cut differently.
     """
 
-    def __init__(self, tokenizer: Any, contract: Contract, folder: str) -> None:
-        self.templates = PairTemplates(tokenizer, contract)
-        self.contract = contract
+    def __init__(self, tokenizer: Any, encoding: Encoding, folder: str) -> None:
+        self.templates = PairTemplates(tokenizer, encoding)
+        self.encoding = encoding
         self.folder = folder
         self.length = self.templates.length
         self.longest = self.templates.room - LEAST
-        self.passage = _passage(contract)
-        worded = self.passage.prompt or Template(contract.query_template).suffix
+        self.passage = _passage(encoding)
+        worded = self.passage.prompt or Template(encoding.query_template).suffix
         # A chat template gives no token types.
-        self.chat = contract.pair == "joined" or (bool(worded) and not self.templates.typed)
+        self.chat = encoding.pair == "joined" or (bool(worded) and not self.templates.typed)
         if worded and not self.chat:
             raise InputError(
                 f"{folder} reads pairs with token types and with words of its own between them"
@@ -57,7 +57,7 @@ class Pairing:
             )
         self.prompt = ""
         if not self.chat:
-            self.prompt = wording("query_template", contract.query_template).prompt
+            self.prompt = wording("query_template", encoding.query_template).prompt
 
     def settings(self) -> dict[str, Any]:
         """How sentence-transformers calls the tokenizer."""
@@ -69,7 +69,7 @@ class Pairing:
     def probes(self) -> list[tuple[str, tuple[str, str]]]:
         """Queries, and passages as (title, text), whose ids are compared."""
         known = self.templates.tokenizer(list(QUERIES), add_special_tokens=False)["input_ids"]
-        prompt = self.templates.tokenizer(self.contract.query_template, add_special_tokens=False)[
+        prompt = self.templates.tokenizer(self.encoding.query_template, add_special_tokens=False)[
             "input_ids"
         ]
         queries = [
@@ -150,10 +150,10 @@ class Pairing:
         def special(ids: list[int]) -> str:
             return "".join(tokenizer.convert_ids_to_tokens(ids))
 
-        own, query = self.templates, Template(self.contract.query_template)
+        own, query = self.templates, Template(self.encoding.query_template)
         before = special(own.before) + gap * bool(own.before)
         between = special(own.between) + gap * bool(own.between)
-        if self.contract.pair == "joined":
+        if self.encoding.pair == "joined":
             between = " "
         opening, *rest = (query.render("", TEXT) + query.suffix).split(TEXT)
         parts = [quoted(before + opening)]
@@ -166,11 +166,11 @@ class Pairing:
         return f"{{% if {roles} %}}{{{{ {refused} }}}}{{% endif %}}{{{{ {' ~ '.join(parts)} }}}}"
 
 
-def _passage(contract: Contract) -> Wording:
-    found = wording("passage_template", contract.passage_template)
+def _passage(encoding: Encoding) -> Wording:
+    found = wording("passage_template", encoding.passage_template)
     if found.titled and found.titled_prompt != found.prompt:
         raise InputError(
-            f"contract.passage_template {contract.passage_template!r} begins"
+            f"encoding.passage_template {encoding.passage_template!r} begins"
             " differently with a title and without, and sentence-transformers cannot tell which"
             " passages have one; export it as merged"
         )

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caravan.batches import pack
-from caravan.contract import Contract
+from caravan.data.batch import pack
 from caravan.data.pairs import PairTemplates
-from caravan.data.templates import Templates
+from caravan.data.tokenization import Templates
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.export import tokens
 from caravan.models.crossencoder import Headed
-from caravan.models.likelihood import QueryLikelihood
 from caravan.models.pooling import pool
+from caravan.models.query_likelihood import QueryLikelihood
 
 QUERY = ("", "Which animals cross the desert?")
 
@@ -37,35 +37,35 @@ def refuse_foreign_head(folder: Path, model: Any) -> None:
 class Sample:
     """Token ids, and what the model folder makes of them."""
 
-    contract: Contract
+    encoding: Encoding
     ids: list[list[int]]
     seconds: list[int] | None  # where a pair's second text begins, for models with token types
     wanted: Tensor  # [N, d] embeddings or [N] scores
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, tokenizer: Any, contract: Contract) -> Sample:
-        if contract.kind == "retriever":
-            templates = Templates(tokenizer, contract)
+    def of(cls, model: Any, tokenizer: Any, encoding: Encoding) -> Sample:
+        if encoding.kind == "retriever":
+            templates = Templates(tokenizer, encoding)
             texts = list(tokens.SHORT)
             ids = [row for row in templates.queries(texts) + templates.passages(texts) if row]
-            return cls(contract, ids, None, model.embed(pack(ids, 4096)))
-        pairing = PairTemplates(tokenizer, contract)
+            return cls(encoding, ids, None, model.embed(pack(ids, 4096)))
+        pairing = PairTemplates(tokenizer, encoding)
         pairs = pairing.pairs([QUERY] * len(tokens.SHORT), tokens.SHORT)
         ids = [pair.ids for pair in pairs]
         seconds = [pair.second for pair in pairs] if pairing.typed else None
-        return cls(contract, ids, seconds, model.score(pack(ids, 4096, seconds=seconds)))
+        return cls(encoding, ids, seconds, model.score(pack(ids, 4096, seconds=seconds)))
 
     @torch.no_grad()
     def by(self, model: Any) -> Tensor:
         """The same by a model of transformers, or of PEFT on one."""
-        if self.contract.scoring == "likelihood":
-            likelihood = QueryLikelihood(model, self.contract)
+        if self.encoding.scoring == "likelihood":
+            likelihood = QueryLikelihood(model, self.encoding)
             return likelihood.score(pack(self.ids, 4096, seconds=self.seconds))
         rows = []
         for i, ids in enumerate(self.ids):
             given = {"input_ids": torch.tensor([ids])}
-            if self.contract.kind == "reranker":
+            if self.encoding.kind == "reranker":
                 if self.seconds is not None:
                     second = self.seconds[i]
                     types = [0] * second + [1] * (len(ids) - second)
@@ -74,8 +74,8 @@ class Sample:
                 continue
             states = model(**given).last_hidden_state
             whole = torch.ones_like(given["input_ids"])
-            rows.append(pool(states, whole, self.contract.pooling, self.contract.slots))
+            rows.append(pool(states, whole, self.encoding.pooling, self.encoding.slots))
         found = torch.cat(rows).float()
-        if self.contract.kind == "retriever" and self.contract.normalize:
+        if self.encoding.kind == "retriever" and self.encoding.normalize:
             return torch.nn.functional.normalize(found, dim=-1)
         return found

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from caravan.batches import pack
-from caravan.cards import page
-from caravan.cards.wording import quoted
-from caravan.contract import Contract
+from caravan.data.batch import pack
+from caravan.encoding import Encoding
 from caravan.errors import InputError
-from caravan.export import sbert, weights
+from caravan.export import card_page, sentence_transformers, verify
+from caravan.export.card_wording import quoted
 from caravan.export.pairing import Pairing
 from caravan.models import folder as model_folder
 from caravan.models.pooling import pool
@@ -35,13 +34,13 @@ def write(folder: Path, out: Path) -> None:
         InputError: it scores by likelihood, a template is more than sentence-transformers can
             express, or the exported model would read or score a pair differently.
     """
-    model, tokenizer, contract, facts = model_folder.load(folder, kind="reranker")
-    if contract.scoring == "likelihood":
+    model, tokenizer, encoding, facts = model_folder.load(folder, kind="reranker")
+    if encoding.scoring == "likelihood":
         raise InputError(
             f"{folder} scores by the query's likelihood, which no module of sentence-transformers"
             " computes; export it as merged"
         )
-    pairing = Pairing(tokenizer, contract, str(folder))
+    pairing = Pairing(tokenizer, encoding, str(folder))
     some = pairing.probes()[-SCORED:]
     with torch.no_grad():
         pairs = pairing.wanted(some)
@@ -51,9 +50,9 @@ def write(folder: Path, out: Path) -> None:
     # As in `CrossEncoder`: what has no such layer is scored by its own forward.
     head: nn.Linear | None = getattr(scorer, "score", None)
     trunk = scorer if head is None else getattr(scorer, scorer.base_model_prefix)
-    weights.save_transformer(trunk, out)
+    verify.save_transformer(trunk, out)
     pairing.tokenizer().save_pretrained(out)
-    sbert.write_feeding(
+    sentence_transformers.write_feeding(
         out,
         "scores" if head is None else "token_embeddings",
         {"processing_kwargs": pairing.settings()},
@@ -65,15 +64,15 @@ def write(folder: Path, out: Path) -> None:
         "default_prompt_name": "query" if prompts else None,
         "activation_fn": IDENTITY,
     }
-    modules = [] if head is None else _modules(head, contract)
-    sbert.write_modules(out, "CrossEncoder", settings, "Transformer", modules)
+    modules = [] if head is None else _modules(head, encoding)
+    sentence_transformers.write_modules(out, "CrossEncoder", settings, "Transformer", modules)
     del model, scorer, trunk  # there may not be room for two
-    found = _scores(out, pairing, some, head, contract)
-    weights.refuse_other_numbers(str(folder), "scores", wanted, found)
-    (out / "README.md").write_text(_readme(folder, contract, facts, pairing), "utf-8")
+    found = _scores(out, pairing, some, head, encoding)
+    verify.refuse_other_numbers(str(folder), "scores", wanted, found)
+    (out / "README.md").write_text(_readme(folder, encoding, facts, pairing), "utf-8")
 
 
-def _modules(head: nn.Linear, contract: Contract) -> list[sbert.Module]:
+def _modules(head: nn.Linear, encoding: Encoding) -> list[sentence_transformers.Module]:
     dense = {
         "in_features": head.in_features,
         "out_features": 1,
@@ -84,13 +83,13 @@ def _modules(head: nn.Linear, contract: Contract) -> list[sbert.Module]:
     }
     named = {f"linear.{name}": weight.detach() for name, weight in head.named_parameters()}
     return [
-        sbert.pooling(head.in_features, contract.pooling),
-        sbert.Module("Dense", dense, named),
+        sentence_transformers.pooling(head.in_features, encoding.pooling),
+        sentence_transformers.Module("Dense", dense, named),
     ]
 
 
 def _scores(
-    out: Path, pairing: Pairing, some: Any, head: nn.Linear | None, contract: Contract
+    out: Path, pairing: Pairing, some: Any, head: nn.Linear | None, encoding: Encoding
 ) -> Tensor:
     """Scores of the exported files by plain transformers, once their ids are as they should be."""
     from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
@@ -98,21 +97,21 @@ def _scores(
     tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
     pairing.check(tokenizer)
     auto = AutoModelForSequenceClassification if head is None else AutoModel
-    model = weights.load_plain(auto, out)
+    model = verify.load_plain(auto, out)
     given = tokenizer.pad(pairing.read(tokenizer, some), return_tensors="pt")
     with torch.no_grad():
         if head is None:
             own: Tensor = model(**given).logits[:, 0]
             return own
         states = model(**given).last_hidden_state
-        found: Tensor = head(pool(states, given["attention_mask"], contract.pooling))[:, 0]
+        found: Tensor = head(pool(states, given["attention_mask"], encoding.pooling))[:, 0]
         return found
 
 
-def _readme(folder: Path, contract: Contract, facts: dict[str, Any], pairing: Pairing) -> str:
+def _readme(folder: Path, encoding: Encoding, facts: dict[str, Any], pairing: Pairing) -> str:
     example = f"""from sentence_transformers import CrossEncoder
 
-model = CrossEncoder("{page.HERE}")
+model = CrossEncoder("{card_page.HERE}")
 query, passage = "Which animals cross the desert?", "Camels cross it, by night."
 scores = model.predict([(query, passage)])
 """
@@ -133,7 +132,7 @@ ranked = model.rank(query, [passage, f{quoted(titled)}])
         else "of queries that are a little longer the model folder cuts the end instead, and much"
         " longer ones are an error"
     )
-    return page.exported(
+    return card_page.exported(
         folder,
         facts,
         library="sentence-transformers",
@@ -142,9 +141,9 @@ ranked = model.rank(query, [passage, f{quoted(titled)}])
         about="scores a query and a passage that it reads together",
         example=example,
         rows={
-            "query": f"`{contract.query_template}`",
-            "passage": f"`{contract.passage_template}`",
-            "score": f"a linear head on the {contract.pooling} token, as it comes",
+            "query": f"`{encoding.query_template}`",
+            "passage": f"`{encoding.passage_template}`",
+            "score": f"a linear head on the {encoding.pooling} token, as it comes",
         },
         notes=[
             f"{how}; the whole is at most {pairing.length} tokens, and the passage is cut. Scores"

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caravan.batches import pack
-from caravan.cards import page
-from caravan.cards.wording import Wording, quoted, wording
-from caravan.contract import SLOTS, Contract, slot_tokens
-from caravan.data.templates import Templates
-from caravan.export import sbert, tokens, weights
+from caravan.data.batch import pack
+from caravan.data.tokenization import Templates
+from caravan.encoding import SLOTS, Encoding, slot_tokens
+from caravan.export import card_page, sentence_transformers, tokens, verify
+from caravan.export.card_wording import Wording, quoted, wording
 from caravan.models import folder as model_folder
 from caravan.models.pooling import pool
 
@@ -53,8 +52,8 @@ def write(folder: Path, out: Path) -> None:
         InputError: a template is more than a prompt before a text and what follows it, or the
             exported model would read or embed a text differently.
     """
-    model, tokenizer, contract, facts = model_folder.load(folder, kind="retriever")
-    sides = _sides(Templates(tokenizer, contract), contract)
+    model, tokenizer, encoding, facts = model_folder.load(folder, kind="retriever")
+    sides = _sides(Templates(tokenizer, encoding), encoding)
     texts = [[text for text in tokens.SHORT if side.encode([text])[0]] for side in sides]
     with torch.no_grad():
         wanted = [
@@ -68,31 +67,31 @@ def write(folder: Path, out: Path) -> None:
         "prompts": prompts,
         # Without a task a text is read as a passage; a Router asks for the task.
         "default_prompt_name": "document" if prompts["document"] and not routed else None,
-        "similarity_fn_name": "cosine" if contract.normalize else "dot",
+        "similarity_fn_name": "cosine" if encoding.normalize else "dot",
     }
-    sbert.write_modules(
+    sentence_transformers.write_modules(
         out,
         "SentenceTransformer",
         settings,
         "Router" if routed else "Transformer",
-        _modules(model.backbone, tokenizer, contract),
+        _modules(model.backbone, tokenizer, encoding),
     )
     if routed:
-        sbert.write_router(out, routed)
+        sentence_transformers.write_router(out, routed)
     del model  # there may not be room for two
-    _check(folder, out, sides, contract, texts, wanted)
-    (out / "README.md").write_text(_readme(folder, contract, facts, sides), "utf-8")
+    _check(folder, out, sides, encoding, texts, wanted)
+    (out / "README.md").write_text(_readme(folder, encoding, facts, sides), "utf-8")
 
 
-def _sides(templates: Templates, contract: Contract) -> list[Side]:
+def _sides(templates: Templates, encoding: Encoding) -> list[Side]:
     tails = templates.tails
     routed = tails["query"] != tails["passage"]
     return [
         Side(
             task=task,
             path=task if routed else "",
-            wording=wording(f"{name}_template", getattr(contract, f"{name}_template")),
-            length=getattr(contract, f"{name}_length"),
+            wording=wording(f"{name}_template", getattr(encoding, f"{name}_template")),
+            length=getattr(encoding, f"{name}_length"),
             before=templates.before,
             after=tails[name],
             encode=encode,
@@ -106,24 +105,26 @@ def _sides(templates: Templates, contract: Contract) -> list[Side]:
 
 def _write_transformers(backbone: Any, tokenizer: Any, sides: list[Side], out: Path) -> None:
     lengths = {f"{side.task}_length": side.length for side in sides}
-    weights.save_transformer(backbone, out / sides[0].path)
+    verify.save_transformer(backbone, out / sides[0].path)
     files = list((out / sides[0].path).iterdir())
     for side in {side.path: side for side in sides}.values():  # of one folder, the passages
         here = out / side.path
         here.mkdir(exist_ok=True)
         if here != files[0].parent:
             for file in files:
-                sbert.link(file, here / file.name)
+                sentence_transformers.link(file, here / file.name)
         framed = tokens.framed(tokenizer, side.length, side.before, side.after)
         framed.save_pretrained(here)
-        sbert.write_feeding(here, "token_embeddings", lengths)
+        sentence_transformers.write_feeding(here, "token_embeddings", lengths)
 
 
-def _modules(backbone: Any, tokenizer: Any, contract: Contract) -> list[sbert.Module]:
+def _modules(
+    backbone: Any, tokenizer: Any, encoding: Encoding
+) -> list[sentence_transformers.Module]:
     config = backbone.config.get_text_config()
-    modules = [sbert.pooling(config.hidden_size, contract.pooling)]
-    if contract.pooling == "slots":
-        slots = [token for name in SLOTS for token in slot_tokens(contract, name)]
+    modules = [sentence_transformers.pooling(config.hidden_size, encoding.pooling)]
+    if encoding.pooling == "slots":
+        slots = [token for name in SLOTS for token in slot_tokens(encoding, name)]
         names = {row: token for token, row in tokenizer.get_vocab().items()}
         rows = range(max(config.vocab_size, max(names) + 1))
         shares = torch.tensor([[float(names.get(row) in slots)] for row in rows])
@@ -132,9 +133,13 @@ def _modules(backbone: Any, tokenizer: Any, contract: Contract) -> list[sbert.Mo
             "word_weights": dict.fromkeys(slots, 1.0),
             "unknown_word_weight": 0.0,
         }
-        modules.insert(0, sbert.Module("WordWeights", weighted, {"emb_layer.weight": shares}))
-    if contract.normalize:
-        modules.append(sbert.Module("Normalize", {"module_input_name": "sentence_embedding"}))
+        modules.insert(
+            0, sentence_transformers.Module("WordWeights", weighted, {"emb_layer.weight": shares})
+        )
+    if encoding.normalize:
+        modules.append(
+            sentence_transformers.Module("Normalize", {"module_input_name": "sentence_embedding"})
+        )
     return modules
 
 
@@ -142,7 +147,7 @@ def _check(
     folder: Path,
     out: Path,
     sides: list[Side],
-    contract: Contract,
+    encoding: Encoding,
     texts: list[list[tuple[str, str]]],
     wanted: list[Tensor],
 ) -> None:
@@ -157,27 +162,27 @@ def _check(
         tokens.refuse_other_tokens(f"{folder} ({side.task})", probes, ours, theirs)
         if place != side.path:
             model = None  # there may not be room for two
-            model, place = weights.load_plain(AutoModel, out / side.path), side.path
+            model, place = verify.load_plain(AutoModel, out / side.path), side.path
         ids = {"input_ids": side.tokenized(tokenizer, some)}
-        found = _embedded(model, tokenizer.pad(ids, return_tensors="pt"), contract)
-        weights.refuse_other_numbers(str(folder), "embeddings", rows, found)
+        found = _embedded(model, tokenizer.pad(ids, return_tensors="pt"), encoding)
+        verify.refuse_other_numbers(str(folder), "embeddings", rows, found)
 
 
 @torch.no_grad()
-def _embedded(model: Any, given: Any, contract: Contract) -> Tensor:
+def _embedded(model: Any, given: Any, encoding: Encoding) -> Tensor:
     states = model(**given).last_hidden_state
-    found = pool(states, given["attention_mask"], contract.pooling, contract.slots)
-    return torch.nn.functional.normalize(found, dim=-1) if contract.normalize else found
+    found = pool(states, given["attention_mask"], encoding.pooling, encoding.slots)
+    return torch.nn.functional.normalize(found, dim=-1) if encoding.normalize else found
 
 
-def _readme(folder: Path, contract: Contract, facts: dict[str, Any], sides: list[Side]) -> str:
+def _readme(folder: Path, encoding: Encoding, facts: dict[str, Any], sides: list[Side]) -> str:
     query, passage = sides
     titled, alone = passage.wording.titled, ""
     if passage.wording.titled_prompt != passage.wording.prompt:
         alone = f", prompt={quoted(passage.wording.titled_prompt)}"
     example = f"""from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{page.HERE}")
+model = SentenceTransformer("{card_page.HERE}")
 queries = model.encode_query(["Which animals cross the desert?"])
 passages = model.encode_document(["Camels cross it, by night."])
 """
@@ -204,12 +209,12 @@ titled = model.encode_document([f{quoted(titled)}]{alone})
             "`encode`, which is told no task, reads a text as a passage; with"
             " `prompt_name=\"query\"` it has a query's prompt, and a passage's length."
         )
-    if contract.pooling == "slots":
+    if encoding.pooling == "slots":
         notes.append(
             "An embedding is the mean over the slots, tokens that the tokenizer adds; a text must"
-            f" not have them itself (`{slot_tokens(contract, SLOTS[0])[0]}`, ...)."
+            f" not have them itself (`{slot_tokens(encoding, SLOTS[0])[0]}`, ...)."
         )
-    return page.exported(
+    return card_page.exported(
         folder,
         facts,
         library="sentence-transformers",
@@ -218,10 +223,10 @@ titled = model.encode_document([f{quoted(titled)}]{alone})
         about="embeds queries and passages",
         example=example,
         rows={
-            "query": f"`{contract.query_template}`, {contract.query_length} tokens",
-            "passage": f"`{contract.passage_template}`, {contract.passage_length} tokens",
-            "embedding": f"{contract.pooling} pooling"
-            + (", unit length" if contract.normalize else ""),
+            "query": f"`{encoding.query_template}`, {encoding.query_length} tokens",
+            "passage": f"`{encoding.passage_template}`, {encoding.passage_length} tokens",
+            "embedding": f"{encoding.pooling} pooling"
+            + (", unit length" if encoding.normalize else ""),
         },
         notes=notes,
     )

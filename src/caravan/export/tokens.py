@@ -1,4 +1,4 @@
-"""A tokenizer that adds by itself what the contract puts around a text, and leaves room for it.
+"""A tokenizer that adds by itself what the encoding puts around a text, and leaves room for it.
 
 What stands before, between and after texts goes into the tokenizer's post-processor, and truncation
 counts it in. Whether the ids are those of the model folder is not taken for granted: they are

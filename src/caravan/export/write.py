@@ -13,10 +13,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from caravan.atomic import writing
-from caravan.contract import read_contract
+from caravan.encoding import read_encoding
 from caravan.errors import InputError
-from caravan.trust import FACT, SETTING
+from caravan.files import writing
+from caravan.models.remote_code import FACT, SETTING
 
 FORMATS = {
     "sentence-transformers": "SentenceTransformer(...) or CrossEncoder(...), prompts included",
@@ -39,7 +39,7 @@ def export(folder: Path, form: str, out: Path) -> None:
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out} is there already; give a folder that is new or empty")
-    if read_contract(folder)[1].get(FACT):
+    if read_encoding(folder)[1].get(FACT):
         raise InputError(
             f"{folder} has code of its own, of which nothing says that it reads and saves as the"
             " models of transformers do, so it is not exported; use the model folder itself, with"
@@ -62,8 +62,10 @@ def export(folder: Path, form: str, out: Path) -> None:
 
 
 def _writer(form: str) -> Callable[[Path, Path], None]:
-    from caravan.export import adapter, merged, sbert
+    from caravan.export import adapter, sentence_transformers, transformers
 
-    return {"sentence-transformers": sbert.write, "merged": merged.write, "adapter": adapter.write}[
-        form
-    ]
+    return {
+        "sentence-transformers": sentence_transformers.write,
+        "merged": transformers.write,
+        "adapter": adapter.write,
+    }[form]

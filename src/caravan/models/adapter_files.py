@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from caravan.contract import adapter_base, read_contract
+from caravan.distributed import is_main_process
+from caravan.encoding import adapter_base, read_encoding
 from caravan.errors import InputError, reading
 from caravan.hub import refuse_unreachable
-from caravan.manifest import content_digest, digest
+from caravan.manifests import content_digest, digest
 from caravan.models.loading import refuse_not_finite
-from caravan.ranks import leads
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +235,7 @@ def copy_adapter(peft: Any, name: str) -> int:
         raise InputError(
             f"init_from={name} has an adapter of another rank or alpha, of another kind, on other"
             " layers or with other slots than is asked for; set peft.rank, peft.alpha,"
-            " peft.targets, peft.rslora, peft.dora and contract.slots to its own, or peft=none to"
+            " peft.targets, peft.rslora, peft.dora and encoding.slots to its own, or peft=none to"
             " merge it"
         )
     taken = {key: stored[short(key)] for key in new if short(key) in stored}
@@ -270,7 +270,7 @@ def load_base(folder: Path, load: Callable[..., _Loaded]) -> _Loaded:
         InputError: its weights are not those that the adapter was trained on.
     """
     base, revision = adapter_base(folder)
-    recorded = read_contract(folder)[1].get(BASE_WEIGHTS)
+    recorded = read_encoding(folder)[1].get(BASE_WEIGHTS)
     here = Path(base).is_dir()
     if here:
         _refuse_other_weights(folder, base, revision, recorded)
@@ -284,7 +284,7 @@ def _refuse_other_weights(
     folder: Path, base: str, revision: str | None, recorded: str | None
 ) -> None:
     if recorded is None:
-        if leads():
+        if is_main_process():
             log.info(
                 "%s does not record the weights of its base %s, so they are not compared",
                 *(folder, base),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from caravan.contract import FILE, adapter_base, read_contract
+from caravan.encoding import FILE, adapter_base, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapter_files import (
@@ -39,7 +39,7 @@ from caravan.models.loading import (
     set_attention,
 )
 from caravan.models.preparing import Checkpointing, new_head, prepared
-from caravan.trust import allowed
+from caravan.models.remote_code import allowed
 
 
 class Pretrained:
@@ -48,8 +48,8 @@ class Pretrained:
     Args:
         name: hub id or folder.
         revision: a branch, tag or commit of the hub.
-        attention: transformers' attention implementation; "auto" is `caravan.models.attention`.
-        trust_remote_code: run the repository's own code (`caravan.trust`). Off unless you mean it.
+        attention: transformers' attention implementation; "auto" is `caravan.models.cpu`.
+        trust_remote_code: run the repository's own code (`caravan.models.remote_code`).
         checkpointing: recompute activations in the backward pass (`caravan.models.preparing`).
         bidirectional: each token sees the whole text (`caravan.models.bidirectional`); False of an
             encoder, which is made so.
@@ -151,7 +151,7 @@ class Trained:
         adapter: keep an adapter apart, for `LoRA` to go on with; else it is merged.
         attention, checkpointing, compile: as in the other backbones.
         bidirectional: likewise; a model that looks both ways cannot begin one that does not.
-        trust_remote_code: run code that the model brings along (`caravan.trust`).
+        trust_remote_code: run code that the model brings along (`caravan.models.remote_code`).
 
     Raises:
         InputError: it would; or the model wants code of its own that may not run.
@@ -173,9 +173,9 @@ class Trained:
         self.bidirectional = bidirectional
         if not bidirectional:
             refuse_to_turn(folder)
-        contract, facts = read_contract(Path(folder))
+        encoding, facts = read_encoding(Path(folder))
         self.trusted = allowed(Path(folder), facts, trust_remote_code)
-        self.scores = contract.kind == "reranker" and contract.scoring == "head"
+        self.scores = encoding.kind == "reranker" and encoding.scoring == "head"
         self.adapter = folder if adapter and facts["weights"] == "adapter" else None
         self.attention = attention
         self.checkpointing = checkpointing
@@ -191,7 +191,7 @@ class Trained:
 
     def config(self, tokenizer: Any) -> Any:
         """transformers' config of the model, or of an adapter's base."""
-        if read_contract(Path(self.name))[1]["weights"] == "adapter":
+        if read_encoding(Path(self.name))[1]["weights"] == "adapter":
             base, revision = adapter_base(Path(self.name))
             return load_config(base, self.trusted, revision=revision)
         return load_config(self.name, self.trusted)
@@ -208,7 +208,7 @@ class Trained:
             )
             model: Any = load_base(Path(self.adapter), fetch)
         elif self.quantization is not None:
-            if self.scores or read_contract(Path(self.name))[1]["weights"] == "adapter":
+            if self.scores or read_encoding(Path(self.name))[1]["weights"] == "adapter":
                 raise self._not_quantised()
             model = load_weights(
                 *(self.name, self.dtype, self.attention),
@@ -252,8 +252,8 @@ class Trained:
             return self._prepared(load_base(Path(self.adapter), quantised))
         if self.quantization is not None:
             raise self._not_quantised()
-        contract, facts = read_contract(Path(self.name))
-        if contract.scoring == "likelihood":
+        encoding, facts = read_encoding(Path(self.name))
+        if encoding.scoring == "likelihood":
             return self._prepared(self._whole())
         if facts["weights"] == "full":
             return self._prepared(fetch(self.name))
@@ -292,7 +292,7 @@ class Trained:
         )
 
     def _whole(self) -> Any:
-        whole = read_contract(Path(self.name))[1]["weights"] == "full"
+        whole = read_encoding(Path(self.name))[1]["weights"] == "full"
         dtype = self.dtype if whole else torch.float32  # an adapter is merged
         loaded = folder.load(Path(self.name), dtype, trust_remote_code=self.trusted)
         transformer = loaded[0].transformer
@@ -307,7 +307,7 @@ class Trained:
 
 def refuse_to_turn(folder: str) -> None:
     """A model that was trained to look both ways computes nothing of use when it looks one way."""
-    if read_contract(Path(folder))[0].bidirectional:
+    if read_encoding(Path(folder))[0].bidirectional:
         raise InputError(
             f"{folder} was trained to look both ways, so what begins with it does too; set"
             " backbone.bidirectional=true"

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caravan.contract import Contract
+from caravan.encoding import Encoding
 from caravan.errors import InputError
-from caravan.models.attention import LAYERS
+from caravan.models.cpu import LAYERS
 from caravan.models.pooling import attention_layers, is_decoder, looks_both_ways, plain
 
 CLOSE = 1e-3  # what a layer may owe to padding, beside what it owes to the last token
@@ -48,7 +48,7 @@ def look_both_ways(model: Any) -> Any:
     return model
 
 
-def hold_to(contract: Contract, model: Any) -> None:
+def hold_to(encoding: Encoding, model: Any) -> None:
     """Refuse a model that looks another way than its folder promises, in any of its layers.
 
     Args:
@@ -59,14 +59,14 @@ def hold_to(contract: Contract, model: Any) -> None:
     """
     name = type(plain(model)).__name__
     both = is_decoder(model) and looks_both_ways(model)
-    if both and not contract.bidirectional:
+    if both and not encoding.bidirectional:
         raise InputError(
-            f"{name} looks both ways (config.is_causal is false), but its contract does not say so;"
+            f"{name} looks both ways (config.is_causal is false), but its encoding does not say so;"
             " set backbone.bidirectional=true"
         )
-    if contract.bidirectional and not both:
+    if encoding.bidirectional and not both:
         raise InputError(
-            f"{name} looks to the left alone, but its contract says that it looks both ways; set"
+            f"{name} looks to the left alone, but its encoding says that it looks both ways; set"
             " backbone.bidirectional=true"
         )
     if both:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from caravan.batches import Chunk, Packed
-from caravan.contract import Contract
-from caravan.models import attention as _registered  # noqa: F401
+from caravan.data.batch import Chunk, Packed
+from caravan.encoding import Encoding
+from caravan.models import cpu as _registered  # noqa: F401
 from caravan.models.bidirectional import hold_to
 from caravan.models.pooling import is_causal, pooled_states
 from caravan.models.positions import refuse_too_long
@@ -21,22 +21,22 @@ class BiEncoder(nn.Module):
 
     Args:
         backbone: a transformers model without a head; its output has `last_hidden_state`.
-        contract: gives pooling and normalisation.
+        encoding: gives pooling and normalisation.
 
     Raises:
-        InputError: the backbone's attention differs from the contract's, or has fewer positions
+        InputError: the backbone's attention differs from the encoding's, or has fewer positions
             than a text may have tokens.
     """
 
-    def __init__(self, backbone: nn.Module, contract: Contract) -> None:
+    def __init__(self, backbone: nn.Module, encoding: Encoding) -> None:
         super().__init__()
         self.backbone = backbone
-        self.pooling = contract.pooling
-        self.slots = contract.slots
-        self.normalize = contract.normalize
+        self.pooling = encoding.pooling
+        self.slots = encoding.slots
+        self.normalize = encoding.normalize
         self.causal = is_causal(backbone)
-        hold_to(contract, backbone)
-        refuse_too_long(backbone, contract)
+        hold_to(encoding, backbone)
+        refuse_too_long(backbone, encoding)
 
     @property
     def transformer(self) -> nn.Module:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from caravan.batches import Chunk, Packed
-from caravan.contract import Contract
+from caravan.data.batch import Chunk, Packed
+from caravan.encoding import Encoding
 from caravan.errors import InputError
-from caravan.models import attention as _registered  # noqa: F401
+from caravan.models import cpu as _registered  # noqa: F401
 from caravan.models.bidirectional import hold_to
 from caravan.models.pooling import is_causal, is_decoder, plain, pooled_states, to_the_left
 from caravan.models.positions import refuse_too_long
@@ -57,29 +57,29 @@ class CrossEncoder(nn.Module):
 
     Args:
         scorer: as `with_head` or `load_scorer` makes it; with or without an adapter.
-        contract: says which state the head reads.
+        encoding: says which state the head reads.
 
     Raises:
         InputError: the head would read a state of no use, the model's attention differs from the
-            contract's, or has fewer positions than a pair may have tokens.
+            encoding's, or has fewer positions than a pair may have tokens.
     """
 
-    def __init__(self, scorer: nn.Module, contract: Contract) -> None:
+    def __init__(self, scorer: nn.Module, encoding: Encoding) -> None:
         super().__init__()
         self.scorer = scorer
-        self.pooling = contract.pooling
+        self.pooling = encoding.pooling
         self.causal = is_causal(scorer)
         decodes = is_decoder(scorer)
         wanted = "last" if decodes else "cls"
         if self.pooling != wanted:
             kind, stage = ("decoder", "") if decodes else ("encoder", "_encoder")
             raise InputError(
-                f"contract.pooling={self.pooling}: a reranker on {kind}s such as"
+                f"encoding.pooling={self.pooling}: a reranker on {kind}s such as"
                 f" {type(self.plain).__name__} reads the {wanted} token; set"
-                f" contract.pooling={wanted}, or choose stage=reranker{stage}"
+                f" encoding.pooling={wanted}, or choose stage=reranker{stage}"
             )
-        hold_to(contract, scorer)
-        refuse_too_long(scorer, contract)
+        hold_to(encoding, scorer)
+        refuse_too_long(scorer, encoding)
 
     @property
     def transformer(self) -> nn.Module:

@@ -1,13 +1,13 @@
-"""The model folder: weights, tokenizer and contract; nothing else is needed to embed or to score.
+"""The model folder: weights, tokenizer and encoding; nothing else is needed to embed or to score.
 
     model/
-      caravan.json        the contract (prompts, EOS, pooling, lengths, ...) and facts of training
+      caravan.json        the encoding (prompts, EOS, pooling, lengths, ...) and facts of training
       config.json  model.safetensors             full weights, as transformers reads them
       adapter_config.json  adapter_model.safetensors   or an adapter, as PEFT reads it, where the
                                                  weights that it was trained on have a name
       score.safetensors   an encoder's head; a decoder's is in its weights, or in its adapter
       tokenizer.json ...
-      README.md           the card (`caravan.cards`), which nothing reads
+      README.md           the card (`caravan.export.card_command`), which nothing reads
 
 It is written beside its final place and renamed, so there is a whole folder, the old or the new.
 """
@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from caravan.atomic import replacing_folder
-from caravan.contract import Contract, adapter_base, read_contract, write_contract
+from caravan.encoding import Encoding, adapter_base, read_encoding, write_encoding
 from caravan.errors import InputError, reading
+from caravan.files import replacing_folder
 from caravan.models.adapter_files import BASE_WEIGHTS, load_adapter, load_base, weights_digest
 from caravan.models.adapters import merged
 from caravan.models.bidirectional import look_both_ways
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, Headed, head_of, with_head
-from caravan.models.likelihood import QueryLikelihood
+from caravan.models.llara import SlotEncoder
 from caravan.models.loading import (
     fit_vocabulary,
     load_config,
@@ -42,8 +42,8 @@ from caravan.models.loading import (
     set_attention,
 )
 from caravan.models.positions import refuse_too_long
-from caravan.models.slots import SlotEncoder
-from caravan.trust import FACT, allowed, is_own_code
+from caravan.models.query_likelihood import QueryLikelihood
+from caravan.models.remote_code import FACT, allowed, is_own_code
 
 ADAPTER = "adapter_model.safetensors"
 HEAD = "score.safetensors"
@@ -52,12 +52,12 @@ Model = BiEncoder | CrossEncoder
 
 
 def save(
-    folder: Path, model: Model, tokenizer: Any, contract: Contract, facts: dict[str, Any]
+    folder: Path, model: Model, tokenizer: Any, encoding: Encoding, facts: dict[str, Any]
 ) -> None:
     """Write a model folder, whole or not at all; one that is there already is replaced.
 
     Args:
-        facts: JSON data, kept in the contract's file for the card: base model, collection, figures.
+        facts: JSON data, kept in the encoding's file for the card: base model, collection, figures.
     """
     from safetensors.torch import save_file
     from transformers.utils import logging
@@ -85,7 +85,7 @@ def save(
         else:
             transformer.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        write_contract(scratch, contract, facts)
+        write_encoding(scratch, encoding, facts)
 
 
 def _settle_base(config: Any, folder: Path) -> str | None:
@@ -103,28 +103,28 @@ def load(
     kind: str | None = None,
     attention: str = "auto",
     trust_remote_code: bool = False,
-) -> tuple[Any, Any, Contract, dict[str, Any]]:
-    """Load a model folder: (model in eval mode, tokenizer, contract, facts); adapters are merged.
+) -> tuple[Any, Any, Encoding, dict[str, Any]]:
+    """Load a model folder: (model in eval mode, tokenizer, encoding, facts); adapters are merged.
 
     Args:
         dtype: of the transformer's weights; a reranker's head is float32.
         kind: what it must be, "retriever" or "reranker"; None takes both.
-        attention: transformers' implementation, or "unpadded" (`caravan.models.unpadded`).
+        attention: transformers' implementation, or "unpadded" (`caravan.models.varlen`).
         trust_remote_code: run code that the model brings along, or its adapter's base
-            (`caravan.trust`); nothing in the folder can.
+            (`caravan.models.remote_code`); nothing in the folder can.
 
     Returns:
         The model is a BiEncoder or a CrossEncoder.
 
     Raises:
-        InputError: the contract is missing or broken, a weight (a reranker's head among them) is
+        InputError: the encoding is missing or broken, a weight (a reranker's head among them) is
             missing, unknown, misshapen, NaN or infinite, the base of an adapter is another, the
-            contract's lengths exceed the model's positions, the folder is of another kind, or wants
+            encoding's lengths exceed the model's positions, the folder is of another kind, or wants
             code of its own that may not run.
     """
-    contract, facts = read_contract(folder)
-    if kind is not None and contract.kind != kind:
-        raise InputError(f"{folder} is a {contract.kind}; give the folder of a {kind}")
+    encoding, facts = read_encoding(folder)
+    if kind is not None and encoding.kind != kind:
+        raise InputError(f"{folder} is a {encoding.kind}; give the folder of a {kind}")
     adapter = facts["weights"] == "adapter"
     if adapter and not (folder / ADAPTER).is_file():
         raise InputError(f"{folder} has no {ADAPTER}; save the model again")
@@ -140,22 +140,22 @@ def load(
     trusted = allowed(folder, facts, trust_remote_code)
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trusted)
     model: Model
-    if contract.kind == "reranker":
-        if contract.scoring == "likelihood":
+    if encoding.kind == "reranker":
+        if encoding.scoring == "likelihood":
             language_model = _language_model(folder, dtype, adapter, trusted)
-            model = QueryLikelihood(_as_asked(language_model, contract, attention), contract)
+            model = QueryLikelihood(_as_asked(language_model, encoding, attention), encoding)
         else:
             scorer = _scorer(folder, dtype, adapter, trusted)
-            model = CrossEncoder(_as_asked(scorer, contract, attention), contract)
+            model = CrossEncoder(_as_asked(scorer, encoding, attention), encoding)
     else:
         backbone = _backbone(folder, dtype, facts, tokenizer, trusted)
-        model = BiEncoder(_as_asked(backbone, contract, attention), contract)
-    return model.eval(), tokenizer, contract, facts
+        model = BiEncoder(_as_asked(backbone, encoding, attention), encoding)
+    return model.eval(), tokenizer, encoding, facts
 
 
-def _as_asked(transformer: nn.Module, contract: Contract, attention: str) -> nn.Module:
-    """Which way an adapter's base looks stands in the contract alone."""
-    if contract.bidirectional:
+def _as_asked(transformer: nn.Module, encoding: Encoding, attention: str) -> nn.Module:
+    """Which way an adapter's base looks stands in the encoding alone."""
+    if encoding.bidirectional:
         look_both_ways(transformer)
     return transformer if attention == "auto" else set_attention(transformer, attention)
 
@@ -234,12 +234,12 @@ def _read_head(scorer: Any, folder: Path) -> None:
 
 
 def refuse_lengths(
-    folder: Path, contract: Contract, section: str = "contract.", trust_remote_code: bool = False
+    folder: Path, encoding: Encoding, section: str = "encoding.", trust_remote_code: bool = False
 ) -> None:
     """Compare lengths with the positions of a folder's model, whose weights are not read.
 
     Args:
-        contract: the folder's, with the lengths of an evaluation in place of its own.
+        encoding: the folder's, with the lengths of an evaluation in place of its own.
         section: of the config, where these are set, with its dot.
 
     Raises:
@@ -247,7 +247,7 @@ def refuse_lengths(
     """
     from transformers import AutoModel
 
-    name, hub, facts = str(folder), {}, read_contract(folder)[1]
+    name, hub, facts = str(folder), {}, read_encoding(folder)[1]
     if facts["weights"] == "adapter":
         name, hub["revision"] = adapter_base(folder)
     config = load_config(name, allowed(folder, facts, trust_remote_code), **hub)
@@ -255,4 +255,4 @@ def refuse_lengths(
         return  # its classes are known when it is loaded, which checks the folder's own lengths
     with reading(name, "no model could be loaded"), torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=False)
-    refuse_too_long(model, contract, section)
+    refuse_too_long(model, encoding, section)

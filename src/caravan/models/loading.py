@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from caravan.contract import SLOTS, Contract, slot_tokens
+from caravan.encoding import SLOTS, Encoding, slot_tokens
 from caravan.errors import InputError, first_line, reading
 from caravan.hub import refuse_unreachable
-from caravan.models import attention as cpu_attention
-from caravan.models import unpadded
+from caravan.models import cpu as cpu_attention
+from caravan.models import varlen
 from caravan.models.crossencoder import Head, head_of, with_head
-from caravan.trust import SETTING, OwnCodeError, is_own_code
+from caravan.models.remote_code import SETTING, OwnCodeError, is_own_code
 
 CLASSIFIER = "ForSequenceClassification"
 MOST_LAYERS = 4096
@@ -33,7 +33,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, **hub: Any) -> An
     """A tokenizer of the hub or of a folder.
 
     Args:
-        trust_remote_code: run code that comes with it (`caravan.trust`); so below, too.
+        trust_remote_code: run code that comes with it (`caravan.models.remote_code`).
 
     Raises:
         InputError: it is not to be had.
@@ -204,9 +204,9 @@ def fit_vocabulary(model: Any, tokenizer: Any) -> Any:
     return model
 
 
-def add_slots(tokenizer: Any, contract: Contract) -> list[int]:
-    """Make sure of the contract's slots as special tokens; their ids."""
-    tokens = [token for name in SLOTS for token in slot_tokens(contract, name)]
+def add_slots(tokenizer: Any, encoding: Encoding) -> list[int]:
+    """Make sure of the encoding's slots as special tokens; their ids."""
+    tokens = [token for name in SLOTS for token in slot_tokens(encoding, name)]
     if tokens:
         tokenizer.add_tokens(tokens, special_tokens=True)
     return [int(token) for token in tokenizer.convert_tokens_to_ids(tokens)]
@@ -228,8 +228,8 @@ def set_attention(model: Any, attention: str) -> nn.Module:
                 f"attention={attention} is not to be had for {type(model).__name__}"
                 f" ({first_line(error)})"
             ) from None
-    if attention == unpadded.NAME:
-        unpadded.refuse_what_mixes_texts(model)
+    if attention == varlen.NAME:
+        varlen.refuse_what_mixes_texts(model)
     return model
 
 

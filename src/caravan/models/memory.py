@@ -17,9 +17,9 @@ from torch import nn
 
 from caravan.errors import InputError
 from caravan.models.adapters import frozen_linears
+from caravan.models.output_layer import PIECE
 from caravan.models.pooling import blocks
 from caravan.models.preparing import Checkpointing
-from caravan.models.vocabulary import PIECE
 
 FLOAT = 4  # bytes; of all but frozen linear layers (`caravan.models.adapters.precisions`)
 FOUR_BITS = 0.5 + 1 / 64 + 4 / 64 / 256
@@ -179,8 +179,8 @@ def refuse_too_large(needed: Need, there: float, device: str) -> None:
     largest = max(fields(needed), key=lambda field: getattr(needed, field.name)).name
     remedy = {
         "activations": "set backbone.checkpointing=true or gradcache.chunk, or lower"
-        " batching.queries_per_batch or contract.passage_length",
-        "logits": "lower batching.queries_per_batch or contract.passage_length",
+        " batching.queries_per_batch or encoding.passage_length",
+        "logits": "lower batching.queries_per_batch or encoding.passage_length",
     }.get(largest, "train adapters (peft=lora), or take a smaller backbone or a larger device")
     raise InputError(
         f"training needs about {needed} and {device} has {there / GIB:.1f} GiB; {remedy}"

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, arange, nn, segment_reduce
 
-from caravan.models import unpadded
-from caravan.trust import is_own_code
+from caravan.models import varlen
+from caravan.models.remote_code import is_own_code
 
 
 def pooled_states(
@@ -33,8 +33,8 @@ def pooled_states(
         full: no text is padded (the caller knows; looking would wait for the device).
         slots: tokens at the end that pooling "slots" takes the mean of.
     """
-    if unpadded.reads(backbone):
-        states, lengths = unpadded.states(backbone, input_ids, attention_mask, token_types)
+    if varlen.reads(backbone):
+        states, lengths = varlen.states(backbone, input_ids, attention_mask, token_types)
         if pooling == "mean":
             return segment_reduce(states.float(), "mean", lengths=lengths, initial=0)
         return _at(states, lengths.cumsum(0) - lengths, lengths, pooling, slots)

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from caravan.contract import Contract
+from caravan.distributed import is_main_process
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models.pooling import plain
-from caravan.ranks import leads
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ _NAMES = re.compile(r"wpe|(\w+_)?pos(ition|itions)?(_\w+)?")
 """Tables of positions: `position_embeddings`, `embed_positions`, `positions_embed`, `wpe`, ..."""
 
 
-def refuse_too_long(model: Any, contract: Contract, section: str = "contract.") -> None:
-    """Compare the contract's lengths with the model's positions.
+def refuse_too_long(model: Any, encoding: Encoding, section: str = "encoding.") -> None:
+    """Compare the encoding's lengths with the model's positions.
 
     Args:
         model: a transformer with or without head and adapter; it may be on the meta device.
@@ -35,11 +35,11 @@ def refuse_too_long(model: Any, contract: Contract, section: str = "contract.") 
     Raises:
         InputError: a text could be longer than the positions that the model has learned.
     """
-    query, passage = contract.query_length, contract.passage_length
+    query, passage = encoding.query_length, encoding.passage_length
     remedies = {"query_length": "set it to {}", "passage_length": "set it to {}"}
     lengths = {"query_length": query, "passage_length": passage}
     spare = 0
-    if contract.kind == "reranker":  # reads both as one text
+    if encoding.kind == "reranker":  # reads both as one text
         both = f"query_length + {section}passage_length"
         lengths, spare = {both: query + passage}, query
         remedies = {both: f"set {section}passage_length to {{}}"}
@@ -90,5 +90,5 @@ def _holds_positions(name: str) -> bool:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    if leads():
+    if is_main_process():
         log.warning(message)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from caravan.errors import InputError
-from caravan.models import unpadded
+from caravan.models import varlen
 from caravan.models.bidirectional import look_both_ways
 from caravan.models.crossencoder import with_head
 from caravan.models.pooling import blocks
@@ -53,8 +53,8 @@ def prepared(
         look_both_ways(model)
     if checkpointing:
         _recompute(model.base_model, checkpointing)  # inside of a head
-    if unpadded.reads(model):
-        unpadded.refuse_dropout(model)
+    if varlen.reads(model):
+        varlen.refuse_dropout(model)
     if compile:
         # A layer's versions, for all lengths; past dynamo's own limit it would not be compiled.
         limits: Any = torch._dynamo.config

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from caravan import manifest
-from caravan.atomic import replacing
+from caravan import manifests
 from caravan.cache import cache_folder
 from caravan.errors import InputError, reading
+from caravan.files import replacing
 from caravan.models.loading import set_attention
 from caravan.models.preparing import Checkpointing, new_head, prepared
 
@@ -40,7 +40,7 @@ class TinyLlama:
             identity. A state then begins as the mean of the tokens before it, and a word that is
             repeated need not be learned to be seen (after mimetic initialisation, arXiv
             2305.09828). 0 is Llama's own start.
-        attention: transformers' attention implementation; "auto" is `caravan.models.attention`.
+        attention: transformers' attention implementation; "auto" is `caravan.models.cpu`.
         checkpointing: recompute activations in the backward pass (`caravan.models.preparing`).
         bidirectional: each token sees the whole text (`caravan.models.bidirectional`).
         compile: the layers, by torch.compile.
@@ -96,16 +96,16 @@ class TinyLlama:
         inputs = {
             "collection": collection.digest,
             "vocab_size": self.vocab_size,
-            "versions": manifest.versions(("tokenizers",)),
+            "versions": manifests.versions(("tokenizers",)),
         }
-        known = (manifest.read(path) or {}).get("facts", {}).get("content")
-        if not manifest.matches(path, inputs) or not manifest.is_as_written(path, known):
+        known = (manifests.read(path) or {}).get("facts", {}).get("content")
+        if not manifests.matches(path, inputs) or not manifests.is_as_written(path, known):
             if path.exists():
                 log.info("%s is of other versions, or damaged; it is trained again", path)
             bpe = train_bpe(_texts(collection), self.vocab_size)
             with replacing(path) as scratch:
                 bpe.save(str(scratch))
-            manifest.write(path, inputs, {"content": manifest.content(path)})
+            manifests.write(path, inputs, {"content": manifests.content(path)})
         with reading(path, "no tokenizer; delete the file, and it is trained again"):
             return PreTrainedTokenizerFast(
                 tokenizer_file=str(path), pad_token="<pad>", bos_token="<s>", eos_token="</s>"

@@ -25,7 +25,7 @@ def _shown(given: argparse.Namespace) -> None:
                 f"there is no folder {folder}; give a run directory, or one of several"
             )
     if given.command == "table":
-        from caravan.report.table import show as show_table
+        from caravan.report.summary import show as show_table
 
         show_table(given.folder)
     elif given.command == "sweep":

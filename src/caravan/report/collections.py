@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from caravan.atomic import replacing
 from caravan.errors import InputError
+from caravan.files import replacing
 from caravan.report.records import read_metrics
 from caravan.report.tables import NONE, Screen, Table, depth_note
 

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from caravan import manifest
+from caravan import manifests
 from caravan.errors import InputError
 from caravan.report import compare, systems
 from caravan.report.blocks import Block, Note, Queries, Section
 from caravan.report.compare import Comparison, compared, interval, signed, slug
 from caravan.report.examples import examples
 from caravan.report.plots import Line, Plot, bars, changes, stage_lines
+from caravan.report.summary import measures_of
+from caravan.report.summary import rows as rows_of
 from caravan.report.systems import System
-from caravan.report.table import measures_of
-from caravan.report.table import rows as rows_of
 from caravan.report.tables import NONE, Table, best, depth_note
 from caravan.retrieval.metrics import parse_measure
 
@@ -104,13 +104,13 @@ def made_from(home: Path) -> str | None:
 
     None where that is not known: nothing beside metrics.json says it, or a stage is a run file.
     """
-    inputs = (manifest.read(home / "metrics.json") or {}).get("inputs")
+    inputs = (manifests.read(home / "metrics.json") or {}).get("inputs")
     stages = inputs.get("stages") if isinstance(inputs, dict) else None
     if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
         return None
     if not stages or any("given" in stage for stage in stages):
         return None
-    return manifest.digest(
+    return manifests.digest(
         [{key: stage[key] for key in stage if key not in OF_COLLECTION} for stage in stages]
     )
 

@@ -19,14 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from caravan import jobs
-from caravan.atomic import replacing
 from caravan.errors import InputError
+from caravan.files import replacing
 from caravan.report import (
     blocks,
     collections,
     curves,
     evaluations,
+    jobs,
     plots,
     sweep,
     tables,

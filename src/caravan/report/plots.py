@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from caravan.atomic import replacing
+from caravan.files import replacing
 
 WIDTH, HEIGHT = 4.2, 2.8
 """Inches. Letters of 8 and 9 points fit a paper as they are, and can be read on a phone."""

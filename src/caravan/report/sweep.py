@@ -17,9 +17,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from caravan import jobs
-from caravan.atomic import replacing
 from caravan.errors import InputError
+from caravan.files import replacing
+from caravan.report import jobs
 from caravan.report.plots import LIGHT, Line, Plot, bars, lines
 from caravan.report.records import read_metrics
 from caravan.report.tables import NONE, Screen, Table, best, depth_note

@@ -223,7 +223,7 @@ def config(home: Path) -> dict[str, Any]:
 
 def _by_file(path: Path) -> Judged:
     from caravan.data.byid import ById
-    from caravan.data.qrels import judgements
+    from caravan.data.readers.qrels import judgements
 
     queries: Any = Ids()
     corpus: Any = Ids()

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from caravan.atomic import replacing
 from caravan.errors import printable
+from caravan.files import replacing
 
 MINUS, NONE = "\u2212", "\u2013"
 """A minus that is as wide as a plus, and what stands where there is no score (`-` in terminals)."""

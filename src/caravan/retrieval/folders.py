@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caravan import manifest
-from caravan.contract import folder_digest, read_contract
-from caravan.trust import FACT
+from caravan import manifests
+from caravan.encoding import folder_digest, read_encoding
+from caravan.models.remote_code import FACT
 
 if TYPE_CHECKING:
-    from caravan.retrieval.encode import Encoder
+    from caravan.retrieval.inference import Encoder
     from caravan.retrieval.rerank import Scorer
 
 
@@ -59,14 +59,14 @@ class Folders:
     def determines(self, model: Path) -> dict[str, Any]:
         """What determines a model's vectors or scores, for a manifest."""
         attention, trust_remote_code = self.how
-        remote_code = read_contract(model)[1].get(FACT)  # unknown in folders of older versions
+        remote_code = read_encoding(model)[1].get(FACT)  # unknown in folders of older versions
         return {
             "model": self.digest(model),
             "precision": self.precision,
             "token_budget": self.token_budget,
             "attention": attention,
             "remote_code": trust_remote_code if remote_code is None else remote_code,
-            "versions": manifest.versions(),
+            "versions": manifests.versions(),
         }
 
     def refuse_lengths(self, models: list[str], reranker: str | None, settings: Any) -> None:
@@ -87,13 +87,13 @@ class Folders:
             asked.append((reranker, Reranking(**settings).lengths, "rerank."))
         for name, lengths, section in asked:
             if Path(name).is_dir():
-                own: Any = read_contract(Path(name))[0]
-                where = section if lengths else "contract."
+                own: Any = read_encoding(Path(name))[0]
+                where = section if lengths else "encoding."
                 folder.refuse_lengths(Path(name), replace(own, **lengths), where, self.how[1])
 
     def encoder(self, model: Path) -> Encoder:
         """The folder of a retriever."""
-        from caravan.retrieval.encode import Encoder
+        from caravan.retrieval.inference import Encoder
 
         if not self._holds(model, Encoder):
             settings = (self.precision, self.lengths, self.token_budget, self.block)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from caravan import manifest
-from caravan.contract import FILE
+from caravan import manifests
+from caravan.cli.suite import Member
 from caravan.data.collection import Collection
+from caravan.encoding import FILE
 from caravan.errors import InputError, OccupiedError
 from caravan.retrieval.folders import Folders
-from caravan.suite import Member
 
 
 def inputs_of(
@@ -64,7 +64,7 @@ def _system(name: str, folders: Folders) -> str:
     path = Path(name)
     if name == "bm25" or not path.exists():  # the stage reports what is missing
         return name
-    return folders.digest(path) if _is_model(path) else manifest.content_digest(path)
+    return folders.digest(path) if _is_model(path) else manifests.content_digest(path)
 
 
 def refuse_another(run_dir: Path, inputs: dict[str, Any]) -> None:
@@ -81,14 +81,14 @@ def refuse_another(run_dir: Path, inputs: dict[str, Any]) -> None:
             f"{run_dir} holds a training run; choose another name= for the evaluation"
         )
     metrics = run_dir / "metrics.json"
-    if not metrics.exists() or manifest.matches(record_of(run_dir), inputs):
+    if not metrics.exists() or manifests.matches(record_of(run_dir), inputs):
         return
     if "collections" in inputs and _failed(metrics):
         return
-    lines = manifest.differences(record_of(run_dir), inputs)
+    lines = manifests.differences(record_of(run_dir), inputs)
     lines.sort(key=lambda line: "unset" in line)
     differs = f"it differs in {'; '.join(lines[:3])}"
-    if manifest.read(record_of(run_dir)) is None:
+    if manifests.read(record_of(run_dir)) is None:
         differs = "no record there says of which data, systems and settings"
     raise OccupiedError(
         f"{run_dir} holds another evaluation already ({differs});"
@@ -104,6 +104,6 @@ def record_of(run_dir: Path) -> Path:
 def _failed(metrics: Path) -> bool:
     """Whether collections that failed are missing from the existing mean."""
     try:
-        return bool(manifest.read_json(metrics).get("failed"))
+        return bool(manifests.read_json(metrics).get("failed"))
     except InputError:
         return True

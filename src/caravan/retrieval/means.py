@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from statistics import fmean
 from typing import Any
 
-from caravan.suite import Member
+from caravan.cli.suite import Member
 
 LISTED = 4
 """Collections that a mean is named by; of more it is named by their number."""

@@ -7,7 +7,7 @@
     run_dir/runs/       <stage>.<split>.trec, the run of each stage
     run_dir/metrics.json  figures of the last stage, and of all stages side by side
 
-Of a suite (`caravan.suite`), each collection has such a folder in run_dir, and run_dir the means.
+Of a suite (`caravan.cli.suite`), each collection has such a folder in run_dir.
 Mining hard negatives is this over the training queries (`data.split=train`).
 """
 
@@ -20,12 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from caravan import manifest, suite
-from caravan.atomic import claimed, replacing
-from caravan.config import build, recorded
-from caravan.contract import FILE
+from caravan import manifests
+from caravan.cli import suite
+from caravan.cli.schema import build, recorded
+from caravan.distributed import is_main_process, world
+from caravan.encoding import FILE
 from caravan.errors import InputError, OccupiedError, is_termination, sentence
-from caravan.ranks import leads, world
+from caravan.files import claimed, replacing
 from caravan.retrieval.folders import Folders
 from caravan.retrieval.inputs import (
     inputs_of,
@@ -73,7 +74,7 @@ def _of_suite(cfg: Any, steps: _Steps, held: ExitStack) -> dict[str, Any]:
     failed: dict[str, str] = {}
     for member, one in members.items():
         with _going_on(member.folder, failed):
-            if leads():
+            if is_main_process():
                 held.enter_context(claimed(Path(one.run_dir)))
             evaluations[member] = _Evaluation(one, steps.folders)
     _write_config(cfg, inputs)
@@ -86,7 +87,7 @@ def _of_suite(cfg: Any, steps: _Steps, held: ExitStack) -> dict[str, Any]:
                 evaluation.do(step)
                 if number == len(steps):
                     records[member] = evaluation.scored()
-    if not leads():
+    if not is_main_process():
         return {}
     metrics = {**means(records), "failed": failed}
     _write_metrics(run_dir / "metrics.json", metrics, metrics["collection"])
@@ -149,7 +150,7 @@ class _Evaluation:
 
     def scored(self) -> dict[str, Any]:
         """Figures of all stages, told and in metrics.json."""
-        if not leads():
+        if not is_main_process():
             return {}
         measures = _measures(self.stages, self.settings["measures"])
         metrics = _scored(self.stages, self.made, measures)
@@ -157,7 +158,7 @@ class _Evaluation:
 
         shown = to_depth(metrics)
         if len(self.made) > 1:
-            from caravan.report.table import show_stages
+            from caravan.report.summary import show_stages
 
             show_stages(shown)
         overall = "  ".join(f"{name} {value:.4f}" for name, value in shown["overall"].items())
@@ -232,17 +233,17 @@ class _Steps:
 
 
 def _write_config(cfg: Any, inputs: dict[str, Any]) -> None:
-    if leads():
+    if is_main_process():
         config = record_of(Path(cfg.run_dir))
-        manifest.write(config, inputs)
+        manifests.write(config, inputs)
         with replacing(config) as scratch:
             scratch.write_text(recorded(cfg), "utf-8")
 
 
 def _write_metrics(path: Path, metrics: dict[str, Any], scored_from: dict[str, Any]) -> None:
-    manifest.remove(path)
-    manifest.write_json(path, metrics)
-    manifest.write(path, scored_from, {"xxh3": manifest.content_digest(path)})
+    manifests.remove(path)
+    manifests.write_json(path, metrics)
+    manifests.write(path, scored_from, {"xxh3": manifests.content_digest(path)})
 
 
 def _measures(stages: Stages, asked: list[str]) -> list[str]:
@@ -282,16 +283,16 @@ def _scored(stages: Stages, made: list[Stage], measures: list[str]) -> dict[str,
         "stages": [{**stage.inputs, "stage": stage.name} for stage in made],
         "runs": [stage.digest for stage in made],
         "measures": measures,
-        "versions": manifest.versions(("ir_measures",)),
+        "versions": manifests.versions(("ir_measures",)),
         "mean": "all judged queries",  # metrics.json of versions that left some out is made anew
     }
-    if manifest.matches(path, scored_from):
-        written = (manifest.read(path) or {}).get("facts", {}).get("xxh3")
-        if written == manifest.content_digest(path):
-            return manifest.read_json(path)
+    if manifests.matches(path, scored_from):
+        written = (manifests.read(path) or {}).get("facts", {}).get("xxh3")
+        if written == manifests.content_digest(path):
+            return manifests.read_json(path)
         log.warning("%s is not as it was written; the runs are scored again", path)
     _write_metrics(path, _figures(stages, made, measures), scored_from)
-    return manifest.read_json(path)
+    return manifests.read_json(path)
 
 
 def _figures(stages: Stages, made: list[Stage], measures: list[str]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from caravan.contract import read_contract
 from caravan.data.batching import PairBlocks
 from caravan.data.collection import Qrels
 from caravan.data.loaders import text_loader
@@ -25,6 +24,7 @@ from caravan.data.pairs import PairTemplates
 from caravan.data.runs import Run
 from caravan.data.segments import Segments
 from caravan.data.texts import Texts
+from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
 from caravan.models import hardware
@@ -32,7 +32,7 @@ from caravan.models.crossencoder import CrossEncoder
 from caravan.models.packed import pack_linears
 from caravan.models.positions import refuse_too_long
 from caravan.progress import progress
-from caravan.retrieval.fuse import Weighted
+from caravan.retrieval.fusion import Weighted
 from caravan.retrieval.shards import fill
 
 log = logging.getLogger(__name__)
@@ -110,10 +110,10 @@ class Scorer:
             "trust_remote_code": trust_remote_code,
         }
         self.device = hardware.device()
-        contract = read_contract(folder)[0]
-        if contract.kind != "reranker":
-            raise InputError(f"{folder} is a {contract.kind}; give the folder of a reranker")
-        self.contract = replace(contract, **settings.lengths)  # type: ignore[arg-type]
+        encoding = read_encoding(folder)[0]
+        if encoding.kind != "reranker":
+            raise InputError(f"{folder} is a {encoding.kind}; give the folder of a reranker")
+        self.encoding = replace(encoding, **settings.lengths)  # type: ignore[arg-type]
 
     @cached_property
     def loaded(self) -> tuple[CrossEncoder, PairTemplates]:
@@ -121,9 +121,9 @@ class Scorer:
         model, tokenizer, _, _ = model_folder.load(self.folder, dtype, "reranker", **self.how)
         if self.device.type == "cpu":
             pack_linears(model)
-        section = "rerank" if self.settings.lengths else "contract"
-        refuse_too_long(model.transformer, self.contract, f"{section}.")
-        return model.to(self.device), PairTemplates(tokenizer, self.contract, section)
+        section = "rerank" if self.settings.lengths else "encoding"
+        refuse_too_long(model.transformer, self.encoding, f"{section}.")
+        return model.to(self.device), PairTemplates(tokenizer, self.encoding, section)
 
     def inputs(self, given: dict[str, Any]) -> dict[str, Any]:
         """The inputs in the manifest of scores, of those that `scores` is given."""

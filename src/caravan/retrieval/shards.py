@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from caravan import manifest
-from caravan.atomic import replacing
+from caravan import manifests
+from caravan.distributed import is_main_process, rank, wait_until, world
 from caravan.errors import InputError
-from caravan.ranks import leads, rank, wait_until, world
+from caravan.files import replacing
 
 RECORD_BYTES = 256
 """At the end of each file: the record as JSON, padded with spaces."""
@@ -55,7 +55,7 @@ class ShardFiles:
     def __init__(self, folder: Path, inputs: dict[str, Any], count: int, compute: Compute) -> None:
         self.folder = folder
         self.count = count
-        self._inputs = manifest.digest(inputs)
+        self._inputs = manifests.digest(inputs)
         self._compute = compute
         self._verified: set[int] = set()
 
@@ -75,7 +75,7 @@ class ShardFiles:
         path = shard(self.folder, number)
         if number not in self._verified:
             record = self._record(number)
-            if record is None or manifest.content_digest(path, record["bytes"]) != record["xxh3"]:
+            if record is None or manifests.content_digest(path, record["bytes"]) != record["xxh3"]:
                 log.warning("%s is damaged; it is computed again", path)
                 self.write([number])
             self._verified.add(number)
@@ -111,7 +111,7 @@ def fill(folder: Path, inputs: dict[str, Any], count: int, compute: Compute) -> 
     refuse_link(folder)
     files = ShardFiles(folder, inputs, count, compute)
     missing = files.missing()
-    if not missing and manifest.matches(folder, inputs):
+    if not missing and manifests.matches(folder, inputs):
         return files
     folder.mkdir(parents=True, exist_ok=True)
     files.write([number for number in missing if number % world() == rank()])
@@ -121,9 +121,9 @@ def fill(folder: Path, inputs: dict[str, Any], count: int, compute: Compute) -> 
         return not missing
 
     wait_until(whole)
-    if leads():
-        manifest.write(folder, inputs)
-    wait_until(lambda: manifest.matches(folder, inputs))
+    if is_main_process():
+        manifests.write(folder, inputs)
+    wait_until(lambda: manifests.matches(folder, inputs))
     return files
 
 
@@ -149,7 +149,7 @@ def _write(path: Path, array: np.ndarray, of: dict[str, Any]) -> None:
             "shape": list(array.shape),
             "dtype": str(array.dtype),
             "bytes": scratch.stat().st_size,
-            "xxh3": manifest.content_digest(scratch),
+            "xxh3": manifests.content_digest(scratch),
         }
         with scratch.open("ab") as file:
             file.write(json.dumps(record).ljust(RECORD_BYTES).encode())

@@ -1,6 +1,6 @@
 """The stages of retrieval, each a run on disk with a manifest: retrieve, fuse, rerank.
 
-    run_dir/store/      embeddings, BM25's index, a reranker's scores (caravan.retrieval.kept)
+    run_dir/store/      embeddings, BM25's index, a reranker's scores (caravan.retrieval.store)
     run_dir/runs/       <stage>.<split>.trec
 
 A stage is skipped only if its run was made from the same model, collection, candidates, settings
@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from caravan import manifest
+from caravan import manifests
 from caravan.data.collection import Collection, Qrels
 from caravan.data.identical import own_passages, tell_if_queries_are_passages, without
 from caravan.data.runs import Run, canonical, read_run, write_run
+from caravan.distributed import is_main_process, wait_until
 from caravan.errors import InputError
-from caravan.ranks import leads, wait_until
-from caravan.retrieval import kept
+from caravan.retrieval import store
 from caravan.retrieval.folders import Folders
 
 log = logging.getLogger(__name__)
@@ -94,22 +94,22 @@ class Stages:
         if ignore_identical_ids:
             self._ignoring = {"ignore_identical_ids": True}
             self._own = own_passages(collection, self.qrels.queries)
-        elif leads():
+        elif is_main_process():
             tell_if_queries_are_passages(collection, self.qrels.queries)
 
     def bm25(self, bm25: Any, settings: dict[str, Any]) -> Stage:
         """Search with BM25.
 
         Args:
-            bm25: `caravan.retrieval.lexical.BM25`.
+            bm25: `caravan.retrieval.bm25.BM25`.
             settings: what it was made with, for the manifest.
         """
-        built_from = kept.bm25_inputs(self.collection, settings)
+        built_from = store.bm25_inputs(self.collection, settings)
 
         def search() -> tuple[Run, Facts]:
             started = time.monotonic()
-            folder = kept.place(self.store, None, "bm25", built_from)
-            kept.open_bm25(bm25, self.collection, folder, built_from)
+            folder = store.place(self.store, None, "bm25", built_from)
+            store.open_bm25(bm25, self.collection, folder, built_from)
             built = time.monotonic()
             queries = self.qrels.queries
             texts = [text for _, text in self.collection.queries.get(queries)]
@@ -126,7 +126,7 @@ class Stages:
             index: `caravan.retrieval.index.Faiss` or `Exact`, of `index_settings`.
         """
         lengths = self.folders.lengths
-        encoded_from = kept.embedding_inputs(self.collection, self.folders, model)
+        encoded_from = store.embedding_inputs(self.collection, self.folders, model)
 
         of_passages = {**encoded_from, "length": lengths.get("passage_length")}
         of_queries = {**encoded_from, "length": lengths.get("query_length"), "split": self.split}
@@ -138,7 +138,7 @@ class Stages:
                 self.collection.corpus,
                 np.arange(len(self.collection.corpus)),
                 "passage",
-                kept.place(self.store, None, "passages", encoder.inputs(of_passages)),
+                store.place(self.store, None, "passages", encoder.inputs(of_passages)),
                 of_passages,
             )
             encoded = time.monotonic()
@@ -146,11 +146,11 @@ class Stages:
                 self.collection.queries,
                 self.qrels.queries,
                 "query",
-                kept.place(self.store, None, f"queries.{self.split}", encoder.inputs(of_queries)),
+                store.place(self.store, None, f"queries.{self.split}", encoder.inputs(of_queries)),
                 of_queries,
             ).read()
             asked = time.monotonic()
-            if not leads():
+            if not is_main_process():
                 return None
             index.build(passages)
             built = time.monotonic()
@@ -172,16 +172,16 @@ class Stages:
 
         made_from = {**encoded_from, **lengths, "index": index_settings, "k": self.k}
         made_from |= self._ignoring
-        made_from["versions"] = manifest.versions((*manifest.LIBRARIES, "faiss-cpu"))
+        made_from["versions"] = manifests.versions((*manifests.LIBRARIES, "faiss-cpu"))
         return self._stage("retriever", made_from, search, self.k, together=True)
 
     def given(self, path: Path) -> Stage:
         """A run of any system, TREC or MS MARCO, over the queries of the split."""
         made_from = {
             "collection": self.collection.digest,
-            "given": manifest.content_digest(path),
+            "given": manifests.content_digest(path),
             "k": self.k,
-            "versions": manifest.versions(()),
+            "versions": manifests.versions(()),
             **self._ignoring,
         }
 
@@ -209,7 +209,7 @@ class Stages:
             "fuse": settings,
             "runs": [stage.digest for stage in stages],
             "k": self.k,
-            "versions": manifest.versions(()),
+            "versions": manifests.versions(()),
         }
 
         def search() -> tuple[Run, Facts]:
@@ -249,7 +249,7 @@ class Stages:
                 run,
                 self.collection.queries,
                 self.collection.corpus,
-                kept.place(self.store, None, f"scores.{self.split}", scorer.inputs(of_scores)),
+                store.place(self.store, None, f"scores.{self.split}", scorer.inputs(of_scores)),
                 of_scores,
                 self.qrels,
             )
@@ -295,7 +295,7 @@ class Stages:
 
         Args:
             depth: of the search; None where the lists of a run are all that is known.
-            together: several processes take part in the search; else the one that leads does it.
+            together: several processes take part in the search; else rank 0 alone.
         """
         number = self._names[name] = self._names.get(name, 0) + 1
         name = name if number == 1 else f"{name}-{number}"
@@ -306,33 +306,33 @@ class Stages:
             log.info(
                 "%s is there already, from the same model, collection, settings and versions", path
             )
-        elif not leads():
+        elif not is_main_process():
             if together:
                 search()
             wait_until(lambda: _made_before(path, inputs, warn=False) is not None)
             digest = _made_before(path, inputs)
             assert digest is not None  # just waited for
         else:
-            if manifest.read(path) is not None and (lines := manifest.differences(path, inputs)):
+            if manifests.read(path) is not None and (lines := manifests.differences(path, inputs)):
                 log.info("%s is made again; it differs in %s", path, "; ".join(lines[:3]))
-            manifest.remove(path)
+            manifests.remove(path)
             found = search()
             assert found is not None
             run, facts = found
             run = canonical(run, self.collection.corpus)
             write_run(path, run, self.collection.queries, self.collection.corpus)
-            digest = manifest.content_digest(path)
-            manifest.write(path, inputs, {**facts, "run_xxh3": digest})
-        facts = (manifest.read(path) or {}).get("facts", {})
+            digest = manifests.content_digest(path)
+            manifests.write(path, inputs, {**facts, "run_xxh3": digest})
+        facts = (manifests.read(path) or {}).get("facts", {})
         return Stage(name, path, inputs, facts, digest, depth)
 
 
 def _made_before(path: Path, inputs: dict[str, Any], warn: bool = True) -> str | None:
     """The digest of a run that is there from these inputs, as it was written, else None."""
-    if not manifest.matches(path, inputs):
+    if not manifests.matches(path, inputs):
         return None
-    digest = manifest.content_digest(path)
-    if (manifest.read(path) or {}).get("facts", {}).get("run_xxh3") == digest:
+    digest = manifests.content_digest(path)
+    if (manifests.read(path) or {}).get("facts", {}).get("run_xxh3") == digest:
         return digest
     if warn:
         log.warning("%s is not as it was written; it is made again", path)

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caravan.batches import AdaptationBatch, EncodeBatch
-from caravan.contract import Contract, template_parts
+from caravan.data.batch import AdaptationBatch, EncodeBatch
 from caravan.data.collection import Collection
-from caravan.data.templates import JointTemplates
+from caravan.data.tokenization import JointTemplates
 from caravan.data.unlabelled import TASKS, Unlabelled
+from caravan.encoding import Encoding, template_parts
 from caravan.errors import InputError
+from caravan.models.llara import Layout, SlotEncoder, set_losses, token_losses
 from caravan.models.loading import fit_vocabulary
-from caravan.models.slots import Layout, SlotEncoder, set_losses, token_losses
 from caravan.training import parallel
-from caravan.training.module import Stage
 from caravan.training.optim import AdamW
+from caravan.training.stage import Stage
 
 
 class Adaptation(Stage):
@@ -46,7 +46,7 @@ class Adaptation(Stage):
         backbone: Any,
         peft: Any,
         tokenizer: Any,
-        contract: Contract,
+        encoding: Encoding,
         optimizer: AdamW,
         seed: int,
         self_prompt: str,
@@ -59,7 +59,7 @@ class Adaptation(Stage):
         words: int = 500,
         loss: None = None,
     ) -> None:
-        super().__init__(backbone, peft, tokenizer, contract, loss, optimizer, seed)
+        super().__init__(backbone, peft, tokenizer, encoding, loss, optimizer, seed)
         asked = tasks.split("+")
         weights = {"ebae": ebae, "ebar": ebar, "lm": lm}
         if not set(asked) <= set(weights):
@@ -80,9 +80,9 @@ class Adaptation(Stage):
                 "stage.self_prompt and stage.next_prompt must both end with slots, {self} and"
                 " {next}, or neither"
             )
-        _refuse_other_prompts(contract, [self_prompt, next_prompt], True in slots)
-        self.templates = JointTemplates(tokenizer, contract, prompts)
-        of_a_prompt = contract.slots if True in slots else 1
+        _refuse_other_prompts(encoding, [self_prompt, next_prompt], True in slots)
+        self.templates = JointTemplates(tokenizer, encoding, prompts)
+        of_a_prompt = encoding.slots if True in slots else 1
         self.layout = Layout(self.templates.skipped, self.templates.prompts, of_a_prompt)
 
     @property
@@ -91,13 +91,13 @@ class Adaptation(Stage):
 
     def build(self) -> SlotEncoder:
         language_model = self.backbone.language_model(self.tokenizer)
-        if self.contract.slots:
+        if self.encoding.slots:
             fit_vocabulary(language_model, self.tokenizer)
         trunk = language_model.base_model
         if self.peft is not None:
             trunk = self.adapted(trunk)
             language_model.get_output_embeddings().requires_grad_(False)
-        return SlotEncoder(language_model, trunk, self.contract, self.layout)
+        return SlotEncoder(language_model, trunk, self.encoding, self.layout)
 
     def training_set(
         self, collection: Collection, split: str, sampler: Any, token_budget: int
@@ -153,18 +153,18 @@ class Adaptation(Stage):
         return {"rows": batch.rows, "vectors": self.rows_of(batch.texts)}
 
 
-def _refuse_other_prompts(contract: Contract, prompts: list[str], slots: bool) -> None:
+def _refuse_other_prompts(encoding: Encoding, prompts: list[str], slots: bool) -> None:
     """The folder must promise what was adapted: these prompts, read at their slots."""
     for name in ("query_template", "passage_template"):
-        if not getattr(contract, name).endswith(tuple(prompts)):
+        if not getattr(encoding, name).endswith(tuple(prompts)):
             raise InputError(
-                f"contract.{name} is {getattr(contract, name)!r}, which ends with neither"
+                f"encoding.{name} is {getattr(encoding, name)!r}, which ends with neither"
                 " stage.self_prompt nor stage.next_prompt; end it with one of them"
             )
     wanted = ("slots", "last") if slots else ("last",)
-    if contract.pooling not in wanted:
+    if encoding.pooling not in wanted:
         raise InputError(
-            f"contract.pooling is {contract.pooling!r}; what is adapted is read at its slots: set"
+            f"encoding.pooling is {encoding.pooling!r}; what is adapted is read at its slots: set"
             f" it to {' or '.join(wanted)}"
         )
 

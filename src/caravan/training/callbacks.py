@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from caravan.batches import RerankBatch, TrainBatch
+from caravan.data.batch import RerankBatch, TrainBatch
 from caravan.training.checkpoints import LAST, absolute, relative
 
 log = logging.getLogger(__name__)

@@ -18,10 +18,10 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from caravan.atomic import replacing
+from caravan.distributed import is_main_process
 from caravan.errors import InputError, first_line
+from caravan.files import replacing
 from caravan.models.loading import is_finite
-from caravan.ranks import leads
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 _PARTS = {
@@ -64,7 +64,7 @@ def resumable(folder: Path) -> Path | None:
     if reason is None:
         return last
     if best.exists() and damage(best) is None:
-        if leads():
+        if is_main_process():
             log.warning("%s is damaged (%s); resuming from %s", last, reason, best)
         return best
     raise InputError(

@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from caravan.batches import EncodeBatch, PairBatch
+from caravan.data.batch import EncodeBatch, PairBatch
 from caravan.data.datamodule import DataModule
 from caravan.data.runs import Run, canonical, write_run
 from caravan.retrieval.index import ArrayBlocks

@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from caravan.models import hardware
 from caravan.models.adapters import quantization
 from caravan.models.memory import device_memory, need, refuse_too_large
+from caravan.training.fsdp import FullySharded
 from caravan.training.optim import updates
-from caravan.training.sharding import FullySharded
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def recipe(cfg: Any) -> dict[str, Any]:
     rows = {
         "stage": target(cfg.stage),
         "loss": target(cfg.loss),
-        "temperature": given("contract.temperature") if cfg.loss is not None else None,
+        "temperature": given("encoding.temperature") if cfg.loss is not None else None,
         "queries an update": cfg.batching.queries_per_batch * accumulated,
         "negatives a query": given("sampler.number"),
         "negatives from": runs,
@@ -129,10 +129,10 @@ def memory_needed(module: Any, outline: Any, data: Any, trainer: Any) -> Any:
     tokens, chunks = first.padded, first.chunks
     vocabulary = outline.config.get_text_config().vocab_size if module.tells_tokens else 0
     if module.gradcache is not None:  # the activations of one piece wait for the backward pass
-        contract = module.contract
-        longest = max(contract.query_length, contract.passage_length)
-        if contract.kind == "reranker":
-            longest = contract.query_length + contract.passage_length
+        encoding = module.encoding
+        longest = max(encoding.query_length, encoding.passage_length)
+        if encoding.kind == "reranker":
+            longest = encoding.query_length + encoding.passage_length
         tokens, chunks = min(tokens, module.gradcache.chunk * longest), 1
     quantised = quantization(module.peft) is not None
     shares = ranks if isinstance(trainer.strategy, FullySharded) else 1

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caravan.batches import Chunk, Packed
+from caravan.data.batch import Chunk, Packed
 
 Compute = Callable[[Chunk], Tensor]
 
@@ -30,7 +30,7 @@ class GradCache:
     """Computes a loss and its gradient piece by piece.
 
     Args:
-        chunk: texts a piece, at most; a chunk that `caravan.batches.pack` made may have fewer.
+        chunk: texts a piece, at most; a chunk that `caravan.data.batch.pack` made may have fewer.
     """
 
     def __init__(self, chunk: int) -> None:

@@ -11,21 +11,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from caravan.batches import PairBatch, RerankBatch
+from caravan.data.batch import PairBatch, RerankBatch
 from caravan.models.crossencoder import CrossEncoder
-from caravan.models.likelihood import QueryLikelihood
+from caravan.models.query_likelihood import QueryLikelihood
 from caravan.training import losses, parallel
-from caravan.training.module import Stage
+from caravan.training.stage import Stage
 
 
 class Reranker(Stage):
     """A cross-encoder with its loss and optimiser; a temperature plays no part."""
 
     def build(self) -> CrossEncoder:
-        if self.contract.scoring == "likelihood":
+        if self.encoding.scoring == "likelihood":
             language_model = self.backbone.language_model(self.tokenizer)
-            return QueryLikelihood(self.adapted(language_model), self.contract)
-        return CrossEncoder(self.adapted(self.backbone.scorer(self.tokenizer)), self.contract)
+            return QueryLikelihood(self.adapted(language_model), self.encoding)
+        return CrossEncoder(self.adapted(self.backbone.scorer(self.tokenizer)), self.encoding)
 
     def training_step(self, batch: RerankBatch, batch_idx: int) -> Tensor:
         return self.loss_of(lambda scores: self._loss(scores, batch), batch_idx, batch.pairs)

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caravan.batches import EncodeBatch, TrainBatch
-from caravan.contract import Contract
+from caravan.data.batch import EncodeBatch, TrainBatch
+from caravan.encoding import Encoding
 from caravan.models.biencoder import BiEncoder
 from caravan.training import losses, parallel
 from caravan.training.gradcache import GradCache
-from caravan.training.module import Loss, Stage
 from caravan.training.optim import AdamW
+from caravan.training.stage import Loss, Stage
 
 
 class Retriever(Stage):
@@ -38,7 +38,7 @@ class Retriever(Stage):
         backbone: Any,
         peft: Any,
         tokenizer: Any,
-        contract: Contract,
+        encoding: Encoding,
         loss: Loss,
         optimizer: AdamW,
         seed: int,
@@ -46,11 +46,11 @@ class Retriever(Stage):
         in_batch: bool = True,
         cross_device: bool = True,
     ) -> None:
-        super().__init__(backbone, peft, tokenizer, contract, loss, optimizer, seed, gradcache)
+        super().__init__(backbone, peft, tokenizer, encoding, loss, optimizer, seed, gradcache)
         self.in_batch, self.cross_device = in_batch, cross_device
 
     def build(self) -> BiEncoder:
-        return BiEncoder(self.adapted(self.backbone.model(self.tokenizer)), self.contract)
+        return BiEncoder(self.adapted(self.backbone.model(self.tokenizer)), self.encoding)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         return self.loss_of(
@@ -105,11 +105,11 @@ class Retriever(Stage):
                 keys = parallel.gather(keys, [n * group for n in counts])
                 first = sum(counts[: parallel.rank()])
             targets = (first + torch.arange(len(queries), device=queries.device)) * group
-            scores = queries @ passages.T / self.contract.temperature
+            scores = queries @ passages.T / self.encoding.temperature
             columns = keys.expand(len(queries), -1)  # [Q, N]
         else:
             scores = torch.einsum("qd,qgd->qg", queries, passages.view(len(queries), group, -1))
-            scores = scores / self.contract.temperature
+            scores = scores / self.encoding.temperature
             targets = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
             columns = batch.passage_keys  # [Q, G]
         return (

@@ -1,1 +1,0 @@
-"""Model cards: what a folder's README.md tells people and the Hub."""

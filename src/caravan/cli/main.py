@@ -1,0 +1,323 @@
+"""The command line of `train.py`, `evaluate.py` and search: check everything, then run the job.
+
+Before Hydra starts, the config is composed and all its mistakes are reported together, for a sweep
+those of all its jobs, before anything heavy is imported. A mistake of the user's ends with exit
+code 2 and no traceback, Ctrl-C with 130; any other exception keeps its traceback.
+
+    @entry("train")
+    def main(cfg): ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import inspect
+import logging
+import os
+import platform
+import re
+import resource
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import InterpolationResolutionError
+
+from caravan.cli import schema, usage
+from caravan.cli.compose import report
+from caravan.cli.preflight import preflight, sweep_folder
+from caravan.distributed import is_main_process
+from caravan.errors import (
+    FAILED,
+    INTERRUPTED,
+    TERMINATED,
+    USER,
+    InputError,
+    OccupiedError,
+    disk_error,
+    first_line,
+    is_termination,
+    printable,
+    sentence,
+)
+from caravan.files import claimed
+from caravan.report import jobs
+
+log = logging.getLogger("caravan")
+_code = INTERRUPTED  # with which an interrupted run ends
+LIBRARIES = tuple(f"Error in call to target '{name}." for name in ("pytorch_lightning", "torch"))
+"""What Hydra reports of an exception in the constructor of a library: a setting is wrong."""
+Task = Callable[[DictConfig], Any]
+
+
+def entry(
+    name: str, configs: Path | None = None, program_name: str | None = None
+) -> Callable[[Task], Callable[[], None]]:
+    """Make a function of a config the program of a file.
+
+    Args:
+        name: the primary config, and the root of `caravan.cli.schema.ROOTS` for its checks.
+        configs: the folder of the configs; None: `conf/` beside the file.
+        program_name: what is typed after `python`; None: the name of the file.
+    """
+
+    # Read by OpenMP when torch loads. By default a thread that waits for its siblings keeps its
+    # core for milliseconds; with more processes than cores, the siblings wait for just that core.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+    def decorate(task: Task) -> Callable[[], None]:
+        conf = configs or Path(inspect.getfile(task)).resolve().parent / "conf"
+        root = schema.ROOTS[name]
+        schema.register()
+        program = hydra.main(version_base="1.3", config_path=str(conf), config_name=name)
+
+        @functools.wraps(task)
+        def run() -> None:
+            _keep_freed_memory()
+            _bound_kernels()
+            _raise_file_limit()
+            # Hydra passes exceptions on unchanged, and they are classified here.
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+            # A log file on a full disk would print a traceback for each line.
+            logging.raiseExceptions = False
+            threading.excepthook = _thread_failed
+            # Lightning would end a terminated run with exit code 0; it leaves our handler alone.
+            signal.signal(signal.SIGTERM, _terminate)
+            try:
+                typed = program_name or Path(inspect.getfile(task)).name
+                os.environ[schema.COMMAND] = f"python {typed} {shlex.join(sys.argv[1:])}".rstrip()
+                if not conf.is_dir():
+                    raise InputError(f"{conf} is not there; run this in a checkout of Caravan")
+                if not sys.argv[1:]:
+                    sys.stdout.write(usage.bare(conf, name, typed))
+                    raise SystemExit(USER)
+                sys.argv[1:] = preflight(sys.argv[1:], conf, name, root, f"python {typed}")
+                sweep = sweep_folder(sys.argv[1:])
+                failed = False
+                try:
+                    program(_job(task, root))()
+                except _Failed:  # by then every other job has had its turn
+                    failed = True
+                if sweep is not None:
+                    _end_of_sweep(sweep, failed)
+            except KeyboardInterrupt:
+                _interrupted(root)
+            except SystemExit as stop:
+                if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning has caught it
+                    _interrupted(root)
+                raise
+            except Exception as error:
+                told = _sentence(error)
+                if told is None:
+                    raise
+                _leave(told, USER)
+
+        return run
+
+    return decorate
+
+
+def _job(task: Task, root: type) -> Task:
+    """One job: set its run_dir, check it, and report a mistake of the user's in one sentence."""
+
+    @functools.wraps(task)
+    def job(cfg: DictConfig) -> Any:
+        settings = HydraConfig.get()
+        sweep = settings.mode == RunMode.MULTIRUN
+        if not is_main_process():
+            logging.getLogger().setLevel(logging.WARNING)
+        if sweep:
+            cfg.run_dir = os.path.join(settings.sweep.dir, settings.sweep.subdir).rstrip("/")
+        try:
+            # Other ranks write nothing; a search writes nothing that another would miss.
+            alone = is_main_process() and root is not schema.Search
+            with claimed(Path(cfg.run_dir)) if alone else contextlib.nullcontext():
+                if sweep:
+                    return _job_of_sweep(checked, cfg, list(settings.overrides.task))
+                return checked(cfg)
+        except _Failed:
+            raise
+        except Exception as error:
+            told = _sentence(error)
+            if told is None:
+                raise
+            log.error(told)
+            if sweep:  # the record in its folder may be that of the process that holds it
+                raise _Failed from error
+            raise SystemExit(USER) from None
+
+    def checked(cfg: DictConfig) -> Any:
+        lines = schema.check(cfg, root)
+        if lines:
+            raise InputError(report(lines))
+        try:
+            return task(cfg)
+        except RuntimeError as error:
+            if is_termination(error):
+                _terminate(signal.SIGTERM, None)
+            raise
+
+    return job
+
+
+def _job_of_sweep(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
+    """One job of a sweep: record its outcome in its folder, then continue with the next job.
+
+    A sweep that is started again goes on: what is finished is not done again, what was interrupted
+    is resumed.
+    """
+    run_dir = Path(cfg.run_dir)
+    if "resume" in cfg:
+        cfg.resume = True
+    finished = jobs.is_finished(run_dir)
+    if is_main_process() and not finished:
+        jobs.write(run_dir, overrides, jobs.RUNNING)
+    try:
+        result = task(cfg)
+    except Exception as error:
+        mistake = _sentence(error)
+        if finished and isinstance(error, OccupiedError):  # the finished job is as it was
+            log.error(mistake)
+        elif is_main_process():
+            lines = (mistake or str(error)).strip().splitlines()
+            told = f"{type(error).__name__}: {''.join(lines[:1])}"
+            if mistake:  # the line after a heading has the mistake
+                told = " ".join(line.strip() for line in lines[:2])
+            jobs.write(run_dir, overrides, jobs.FAILED, told)
+            log.error(mistake if mistake else "the job failed", exc_info=mistake is None)
+        raise _Failed from error
+    if is_main_process():
+        jobs.write(run_dir, overrides, jobs.FINISHED)
+    return result
+
+
+class _Failed(Exception):  # noqa: N818
+    """A job of a sweep has failed, and that is logged and recorded."""
+
+
+def _end_of_sweep(folder: Path, failed: bool) -> None:
+    """The table of the jobs and their page; exit code 1 where one of them failed.
+
+    Args:
+        failed: whether a job failed in this process; one whose run_dir is in use has no record.
+    """
+    from caravan.report.page import show as show_page
+    from caravan.report.sweep import show
+
+    if not is_main_process():
+        return
+    recorded = show(folder)
+    show_page(folder)
+    if failed or recorded:
+        raise SystemExit(FAILED)
+
+
+def _sentence(error: BaseException) -> str | None:
+    """The message of an exception for the user, Hydra's own included; None if it is a defect."""
+    if isinstance(error, InterpolationResolutionError):
+        where = f"{error.full_key}: its" if error.full_key else "a"
+        return f"{where} value cannot be found: {first_line(error)}"
+    if isinstance(error, HydraException) and not isinstance(error, InstantiationException):
+        return " ".join(str(error.__cause__ or error).split())
+    while isinstance(error, InstantiationException):
+        text, place = " ".join(str(error).partition("full_key:")[0].split()), _full_key(error)
+        if error.__cause__ is None:  # refused by Hydra itself, such as subprocess.run
+            return f"{place}_target_: {text}"
+        lost = re.match(r"Error locating target '([^']*)'", text)
+        if lost and _is_not_there(error.__cause__, lost[1]):
+            return f"{place}_target_: there is no {lost[1]}"
+        if text.startswith(LIBRARIES) and sentence(error.__cause__) is None:
+            return f"{place.rstrip('.')}: {first_line(error.__cause__)}"
+        error = error.__cause__
+    return sentence(error)
+
+
+def _full_key(error: InstantiationException) -> str:
+    """The key in the config of what Hydra could not make, with a dot after it."""
+    key = str(error).partition("full_key:")[2].strip()
+    return f"{key}." if key else ""
+
+
+def _is_not_there(error: BaseException | None, target: str) -> bool:
+    """Whether a target was not found; a module of the user's that fails keeps its traceback."""
+    while error is not None and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, ModuleNotFoundError):
+        return f"{target}.".startswith(f"{error.name}.")
+    return isinstance(error, AttributeError) or type(error) is ImportError
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, to be treated as Ctrl-C is."""
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next allocation, up to 32 MiB a block.
+
+    By default smaller blocks too come from the system and go back to it, and each step pays for
+    its pages again: a small model's training step took 1.2 times as long on two cores (median of
+    six alternating pairs). The price is memory that stays with the process after it was freed.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mmap_threshold, trim_threshold = -3, -1  # of malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_threshold, 1 << 25)  # the most that glibc takes
+    libc.mallopt(trim_threshold, 1 << 30)
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open files as the system lets a process ask for.
+
+    The usual limit is 1,024, and each memory-mapped shard of embeddings is an open file.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS has no limit, and refuses that number
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _thread_failed(args: Any) -> None:
+    """Print the traceback of a thread, unless its disk is full.
+
+    TensorBoard's writer raises the exception again in the main thread, which reports it.
+    """
+    if args.exc_value is None or disk_error(args.exc_value) is None:
+        threading.__excepthook__(args)
+
+
+def _bound_kernels() -> None:
+    """Keep at most 256 compiled kernels of a CPU, where oneDNN and PyTorch would keep 1,024 each.
+
+    They are compiled for a shape, half a megabyte each, and texts come in very many shapes.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "256")
+
+
+def _terminate(number: int, frame: Any) -> None:
+    global _code
+    _code = TERMINATED
+    raise _Terminated
+
+
+def _interrupted(root: Any) -> None:
+    resumes = any(key.name == "resume" for key in fields(root))
+    _leave(f"interrupted; the same command{' with resume=true' * resumes} goes on", _code)
+
+
+def _leave(message: str, code: int) -> None:
+    if is_main_process():
+        sys.stderr.write(f"{printable(message)}\n")
+    raise SystemExit(code) from None

@@ -1,0 +1,165 @@
+"""Manifests: a stage is skipped only if its product was made from the same inputs.
+
+Beside every product (a file or a folder) lies `<name>.manifest.json` with the digests, settings and
+versions that it was made from, written last. Without a manifest, or with one that differs in a
+single value, the product is made again; a folder that merely exists proves nothing. A manifest
+carries its own digest, so that one that was damaged or edited counts as missing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from caravan.errors import InputError
+from caravan.files import replacing
+
+LIBRARIES = ("torch", "transformers", "tokenizers")
+"""Libraries whose version can change embeddings, scores and weights."""
+
+
+def path_of(product: Path) -> Path:
+    return product.with_name(f"{product.name}.manifest.json")
+
+
+def read(product: Path) -> dict[str, Any] | None:
+    """The inputs and facts in a product's manifest; None if there is none as it was written."""
+    try:
+        manifest = json.loads(path_of(product).read_text("utf-8"))
+        inputs, facts = manifest["inputs"], manifest["facts"]
+        if manifest["digest"] != digest([inputs, facts]):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return {"inputs": inputs, "facts": facts}
+
+
+def matches(product: Path, inputs: dict[str, Any]) -> bool:
+    """Whether the product is there and was made from just these inputs."""
+    manifest = read(product)
+    plain = json.loads(json.dumps(inputs))
+    return product.exists() and manifest is not None and manifest.get("inputs") == plain
+
+
+def differences(product: Path, inputs: dict[str, Any]) -> list[str]:
+    """What differs between the manifest's inputs and these, as `key: old -> new`."""
+    before = (read(product) or {}).get("inputs", {})
+    now = json.loads(json.dumps(inputs))
+    return [
+        f"{key}: {old.get(key, 'unset')} -> {new.get(key, 'unset')}"
+        for old, new in [(_flat(before), _flat(now))]
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, "unset") != new.get(key, "unset")
+    ]
+
+
+def write(product: Path, inputs: dict[str, Any], facts: dict[str, Any] | None = None) -> None:
+    """Record that the product is finished, with its inputs and facts about how it was made."""
+    plain = json.loads(json.dumps([inputs, facts or {}]))
+    record = {"inputs": plain[0], "facts": plain[1], "digest": digest(plain)}
+    write_json(path_of(product), record)
+
+
+def remove(product: Path) -> None:
+    """Take the record away before the product is made again."""
+    path_of(product).unlink(missing_ok=True)
+
+
+def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
+    """The versions of Caravan and of libraries that it computes with; imports none of them."""
+    # An import of the package would, to import-linter, be one of torch, which it imports lazily.
+    found = {"caravan": sys.modules["caravan"].__version__}
+    for name in libraries:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def digest(inputs: Any) -> str:
+    """xxh3 (128 bits, hex) of inputs: a name for what is made from them."""
+    import xxhash
+
+    return xxhash.xxh3_128(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def content_digest(path: Path, size: int | None = None) -> str:
+    """xxh3 (128 bits, hex) of a file's bytes, read in blocks; of the first `size` if given."""
+    import xxhash
+
+    hasher = xxhash.xxh3_128()
+    left = path.stat().st_size if size is None else size
+    with path.open("rb") as file:
+        while block := file.read(min(left, 1 << 22)):
+            hasher.update(block)
+            left -= len(block)
+    return hasher.hexdigest()
+
+
+def content(path: Path) -> dict[str, Any]:
+    """A file's digest, and the size and times by which `is_as_written` knows it unread."""
+    state = _state(path)
+    return {"xxh3": content_digest(path), "state": list(state)}
+
+
+def is_as_written(path: Path, record: Any) -> bool:
+    """Whether a file has the content of a record that `content` gave.
+
+    It is read only if its size or its times differ from the record's (it was copied, or touched),
+    and then once in a process.
+    """
+    if not isinstance(record, dict) or not path.is_file():
+        return False
+    state = _state(path)
+    if record.get("state") == list(state):
+        return True
+    return record.get("xxh3") == _digest_of(path, state)
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """Size and times; no program can set the second time (ctime) to what it was."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+@lru_cache(maxsize=256)
+def _digest_of(path: Path, state: tuple[int, int, int]) -> str:
+    return content_digest(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that Caravan wrote.
+
+    Raises:
+        InputError: it holds anything else.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}); delete it, and run the command that wrote it again"
+        ) from None
+    return found
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with replacing(path) as scratch:
+        scratch.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

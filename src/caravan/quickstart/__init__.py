@@ -1,0 +1,1 @@
+"""The embedded collection: documentation of Python and of the installed packages."""
