@@ -24,7 +24,22 @@ FAILED, USER, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave, reported in one sentence with its place and its remedy."""
+    """A mistake in what the user gave, reported in one sentence with its place and its remedy.
+
+    Args:
+        code: a stable slug that names the kind of mistake, such as "unknown-split". Tests and
+            programs match the code; the prose may change.
+        message: what is wrong, where (key, or file and line), and what to do.
+    """
+
+    def __init__(self, code: str, message: str | None = None) -> None:
+        if message is None:  # until every module gives a code
+            code, message = "invalid-input", code
+        super().__init__(code, message)
+        self.code = code
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class OccupiedError(InputError):

@@ -1,0 +1,25 @@
+"""How tests assert that an input is refused: by the code of the error and by the place it names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from caravan.errors import InputError
+
+
+@contextmanager
+def refused(code: str, *places: str) -> Iterator[pytest.ExceptionInfo[InputError]]:
+    """Expect an InputError with this code, whose message names each of the places.
+
+    Args:
+        places: what the message must contain for the user to find the mistake: a config key, a
+            file and line, an offending value.
+    """
+    with pytest.raises(InputError) as caught:
+        yield caught
+    assert caught.value.code == code, f"{caught.value.code}: {caught.value}"
+    for place in places:
+        assert place in str(caught.value)
