@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).parent / "golden.json"
 UPDATE = os.environ.get("CARAVAN_UPDATE_GOLDENS") == "1"
 
 # Settings of how texts are read, and the name of their group.
-READING = "contract"
+READING = "encoding"
 ADAPTED = (f"{READING}.query_length=24", f"{READING}.passage_length=40")
 RETRIEVED = (*ADAPTED, f"{READING}.temperature=0.05")
 RERANKED = (f"{READING}.query_length=24", f"{READING}.passage_length=48")
