@@ -19,7 +19,7 @@ quickstart: .venv/.installed
 	$(PY) train.py experiment=quickstart/unadapted resume=true
 	$(PY) evaluate.py experiment=quickstart/pipeline reranker=null data.split=dev index.k=100 'measures=[MRR@10,R@100]' name=candidates/pydocs
 	$(PY) train.py experiment=quickstart/reranker resume=true
-	$(PY) train.py experiment=quickstart/untrained resume=true
+	$(PY) train.py experiment=quickstart/unadapted trainer.max_steps=0 name=quickstart/train/untrained resume=true
 	$(PY) evaluate.py retriever=$(Q)/train/untrained/model name=quickstart/untrained
 	$(PY) evaluate.py retriever=$(Q)/train/unadapted/model name=quickstart/unadapted
 	$(PY) evaluate.py experiment=quickstart/pipeline
