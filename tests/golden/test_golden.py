@@ -25,7 +25,7 @@ UPDATE = os.environ.get("CARAVAN_UPDATE_GOLDENS") == "1"
 # Settings of how texts are read, and the name of their group.
 READING = "encoding"
 ADAPTED = (f"{READING}.query_length=24", f"{READING}.passage_length=40")
-RETRIEVED = (*ADAPTED, f"{READING}.temperature=0.05")
+RETRIEVED = (*ADAPTED, "loss.temperature=0.05")
 RERANKED = (f"{READING}.query_length=24", f"{READING}.passage_length=48")
 
 DATA = ("data=beir", "data.path=collection", "cache_dir=cache", "precision=float32")
