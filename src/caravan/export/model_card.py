@@ -69,6 +69,7 @@ def write(
         "transformers": not facts.get(FACT),
         "auto_class": None if (folder / HEAD).is_file() else auto_class(encoding, facts),
         "adapter": base_arguments(folder) if adapter else None,
+        "padding": None,
         **usage(tokenizer, encoding),
     }
     return _write(

@@ -184,22 +184,23 @@ def _write_reranker(folder: Path, out: Path) -> dict[str, Any]:
     pairs = pairing.read(probes)
     expected = verify.scores(model, pairs[-SCORED:], tokenizer, encoding)
     scorer = model.transformer
-    name, head = head_of(scorer) or ("", None)
+    head = head_of(scorer)
     modules = []
     text = {"method": "forward", "method_output_name": "logits"}
-    if name == "score":
+    if head is not None and head[0] == "score":
+        linear = head[1]
         # The head reads a token's state, found by the attention mask; transformers' own code looks
         # for the padding's id, which can be the EOS. Encoders released with a head keep that.
         text = FORWARD
         modules = [
-            library.Pooling(head.in_features, POOLINGS[encoding.pooling]),
+            library.Pooling(linear.in_features, POOLINGS[encoding.pooling]),
             library.Dense(
-                head.in_features,
+                linear.in_features,
                 1,
-                bias=head.bias is not None,
+                bias=linear.bias is not None,
                 activation_function=torch.nn.Identity(),
-                init_weight=head.weight.detach(),
-                init_bias=None if head.bias is None else head.bias.detach(),
+                init_weight=linear.weight.detach(),
+                init_bias=None if linear.bias is None else linear.bias.detach(),
                 module_output_name="scores",
             ),
         ]
