@@ -37,7 +37,7 @@ from caravan.export.card_figures import evaluated
 from caravan.export.model_card import write
 from caravan.export.write import export
 from caravan.quickstart.pydocs import PyDocs
-from caravan.training.facts import of_data
+from caravan.training.fit import data_facts
 
 FLOAT = "precision=float32"
 RETRIEVERS: dict[str, dict[str, Any]] = {
@@ -238,12 +238,12 @@ def test_the_base_is_that_of_the_first_training_and_of_the_hub(tmp_path: Path) -
 
 def test_what_is_known_of_the_data_is_told(tmp_path: Path) -> None:
     data = SimpleNamespace(dev_split=None)
-    hub = of_data(HubTexts("wikimedia/wikipedia"), data)
+    hub = data_facts(HubTexts("wikimedia/wikipedia"), data)
     assert hub == {"datasets": ["wikimedia/wikipedia"]}
-    assert of_data(HubTexts(str(tmp_path)), data) == {}
+    assert data_facts(HubTexts(str(tmp_path)), data) == {}
     path = exported.retriever(tmp_path / "model", "decoder")
     record = json.loads((path / "caravan.json").read_text())
-    record["facts"] |= hub | of_data(PyDocs(), data)
+    record["facts"] |= hub | data_facts(PyDocs(), data)
     (path / "caravan.json").write_text(json.dumps(record))
     write(path)
     assert metadata(path).datasets == ["wikimedia/wikipedia"]

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 # Settings that change how a run is done, not what comes out of it.
 _NO_INPUTS = (
     *("resume", "cache_dir", "run_dir", "name", "logger"),
-    *("batching.num_workers", "callbacks.progress", "callbacks.lines"),
+    *("batching.num_workers", "callbacks.progress", "callbacks.progress_log"),
     "trainer.enable_progress_bar",
 )
 # What a resumed run may change: how long it trains, where, and how it is watched. Anything else
