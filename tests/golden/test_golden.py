@@ -105,7 +105,7 @@ def evaluate(name: str, *overrides: str) -> list[str]:
 def commands() -> list[dict[str, Any]]:
     """In order; the last but one is a training that is stopped, and the last goes on with it."""
     retriever = (*RETRIEVED, *RETRIEVER)
-    export = ("-m", "caravan.export", "runs/retriever/model", "sentence-transformers")
+    export = ("-m", "caravan.export", "sentence-transformers", "runs/retriever/model")
     whole = [
         evaluate("bm25", "retriever=bm25", "data.split=train"),
         evaluate("candidates", "retriever=bm25", "data.split=dev"),
