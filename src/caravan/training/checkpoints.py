@@ -85,8 +85,8 @@ def best_weights(path: Path) -> dict[str, Tensor]:
     if reason is not None:
         raise InputError(
             "damaged-checkpoint",
-            f"{path}, the best checkpoint, is damaged ({reason}); put back a copy of the file and"
-            f" repeat the command with resume=true, or remove {path.parent} to train from the start",
+            f"{path}, the best checkpoint, is damaged ({reason}); put back a copy and repeat the"
+            f" command with resume=true, or remove {path.parent} to train from the start",
         )
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return state["state_dict"]
