@@ -22,6 +22,7 @@ from tests.tiny import tiny_backbone
 
 import caravan
 from caravan.cli.compose import compose
+from caravan.cli.train import train as train_config
 from caravan.data.batch import pack
 from caravan.data.collection import Collection
 from caravan.data.runs import read_run
@@ -34,7 +35,6 @@ from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder
 from caravan.models.loading import load_tokenizer
 from caravan.models.remote_code import OwnCodeError
-from caravan.training.fit import train as train_config
 
 ALLOW = "backbone.trust_remote_code=true"
 SHORT = ("trainer.max_steps=2", "callbacks.best=null", "encoding.pooling=mean")

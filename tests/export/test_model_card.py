@@ -35,7 +35,7 @@ from caravan.errors import InputError
 from caravan.export import sentence_transformers
 from caravan.export.model_card import evaluated, write
 from caravan.quickstart.pydocs import PyDocs
-from caravan.training.facts import of_data
+from caravan.training.fit import data_facts
 
 FLOAT = "precision=float32"
 slow = pytest.mark.slow
@@ -230,11 +230,11 @@ def test_the_base_model_is_that_of_the_first_training_and_of_the_hub(tmp_path: P
 
 def test_dataset_and_language_of_the_training_are_listed(tmp_path: Path) -> None:
     data = SimpleNamespace(dev_split=None)
-    hub = of_data(HubTexts("wikimedia/wikipedia"), data)
+    hub = data_facts(HubTexts("wikimedia/wikipedia"), data)
     assert hub == {"datasets": ["wikimedia/wikipedia"]}
-    assert of_data(HubTexts(str(tmp_path)), data) == {}
+    assert data_facts(HubTexts(str(tmp_path)), data) == {}
     path = make(tmp_path / "model")
-    set_facts(path, **hub, **of_data(PyDocs(), data))
+    set_facts(path, **hub, **data_facts(PyDocs(), data))
     write(path)
     assert metadata(path).datasets == ["wikimedia/wikipedia"]
     assert metadata(path).language == ["en"]
