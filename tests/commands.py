@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from caravan.cli.compose import compose
-from caravan.retrieval.pipeline import evaluate as evaluate_config
+from caravan.cli.evaluate import evaluate as evaluate_config
 from caravan.training.fit import train as train_config
 
 ROOT = Path(__file__).parents[1]

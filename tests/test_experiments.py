@@ -24,8 +24,8 @@ from tests.tiny import write_beir
 
 from caravan import manifests
 from caravan.cli.compose import compose
+from caravan.cli.evaluate import evaluate as evaluate_config
 from caravan.encoding import read_encoding
-from caravan.retrieval.pipeline import evaluate as evaluate_config
 from caravan.training.fit import train as train_config
 
 CONF = ROOT / "conf" / "experiment"

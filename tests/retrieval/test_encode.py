@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from caravan.retrieval.shards import shard
 from tests.commands import ROOT, evaluate_arguments
 from tests.tiny import WORDS, write_beir
 
@@ -28,7 +29,6 @@ from caravan.models import folder as model_folder
 from caravan.models.biencoder import BiEncoder
 from caravan.retrieval import shards as shards_module
 from caravan.retrieval.inference import Encoder, Shards
-from caravan.retrieval.shards import shard
 
 INPUTS = {"model": "a", "collection": "b"}
 

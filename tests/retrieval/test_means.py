@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from caravan.retrieval.means import means
 
 from caravan.cli.suite import Member
-from caravan.retrieval.means import means
 
 
 def _record(figure: float, queries: int = 4) -> dict:

@@ -20,7 +20,7 @@ from caravan import manifests
 from caravan.cli.compose import compose
 from caravan.errors import InputError
 from caravan.report import compare, systems
-from caravan.retrieval import shards, stages
+from caravan.retrieval import store, stages
 from caravan.retrieval.pipeline import evaluate as evaluate_config
 
 
@@ -227,8 +227,10 @@ def test_an_approximate_index_reports_its_recall(beir: Path, model: Path, tmp_pa
 def _written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders of the blocks that are written from now on, as they are."""
     written: list[str] = []
-    write = shards._write
-    monkeypatch.setattr(shards, "_write", lambda *a: (written.append(a[0].parent.name), write(*a)))
+    write = store.write_shard
+    monkeypatch.setattr(
+        store, "write_shard", lambda *a: (written.append(a[0].parent.name), write(*a))
+    )
     return written
 
 
@@ -276,7 +278,7 @@ def test_a_killed_evaluation_goes_on_in_its_half_after_another_one_had_the_store
 ) -> None:
     asked = (beir, tmp_path / "run", model, f"store={tmp_path / 'store'}", "block=8")
     with monkeypatch.context() as patch:
-        write, done = shards._write, list[Path]()
+        write, done = store.write_shard, list[Path]()
 
         def write_three_and_die(path: Path, *written: Any) -> None:
             if len(done) == 3:
@@ -284,7 +286,7 @@ def test_a_killed_evaluation_goes_on_in_its_half_after_another_one_had_the_store
             done.append(path)
             write(path, *written)
 
-        patch.setattr(shards, "_write", write_three_and_die)
+        patch.setattr(store, "write_shard", write_three_and_die)
         with pytest.raises(KeyboardInterrupt):
             evaluate(*asked)
     evaluate(beir, tmp_path / "other", model, *asked[3:], "passage_length=8")

@@ -18,7 +18,7 @@ from tests.tiny import write_beir
 from caravan.errors import InputError
 from caravan.files import claimed
 from caravan.report.collections import collect
-from caravan.retrieval import folders as folders_module
+from caravan.retrieval.inference import Models
 from caravan.retrieval import stages
 from caravan.retrieval.index import Faiss
 
