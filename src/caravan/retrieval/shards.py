@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from caravan import manifests
-from caravan.distributed import is_main_process, rank, wait_until, world
+from caravan.distributed import is_main_process, rank, wait_until, world_size
 from caravan.errors import InputError
 from caravan.files import replacing
 
@@ -114,7 +114,7 @@ def fill(folder: Path, inputs: dict[str, Any], count: int, compute: Compute) -> 
     if not missing and manifests.matches(folder, inputs):
         return files
     folder.mkdir(parents=True, exist_ok=True)
-    files.write([number for number in missing if number % world() == rank()])
+    files.write([number for number in missing if number % world_size() == rank()])
 
     def whole() -> bool:
         missing[:] = files.missing(missing)
