@@ -1,0 +1,266 @@
+"""Atomic writes, locks and the cache folder, across kills, full disks and other users."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.refusals import refused
+
+from caravan import files
+from caravan.data.cached import cached_collection
+from caravan.data.collection import Collection
+from caravan.files import (
+    TRUST,
+    cache_folder,
+    claimed,
+    replacing,
+    replacing_folder,
+    scratch_folder,
+)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "figures.json"
+    with replacing(path) as scratch:
+        scratch.write_text("half")
+        assert not path.exists()
+        scratch.write_text("whole")
+    assert path.read_text() == "whole"
+    assert _names(path.parent) == ["figures.json"]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_write_that_fails_leaves_the_old_file_and_no_scratch(tmp_path: Path, alone: bool) -> None:
+    path = tmp_path / "run.trec"
+    path.write_text("old")
+
+    def cut_short() -> None:
+        with replacing(path, alone) as scratch:
+            scratch.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_short()
+    assert path.read_text() == "old"
+    assert _names(tmp_path) == ["run.trec"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from caravan.files import replacing, scratch_folder
+with replacing(Path(sys.argv[1])) as scratch, scratch_folder(Path(sys.argv[2])) as folder:
+    scratch.write_text("half"), (folder / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_next_writer_removes_what_a_kill_left_and_nothing_else(tmp_path: Path) -> None:
+    path, folder = tmp_path / "run.trec", tmp_path / "index"
+    subprocess.run([sys.executable, "-c", KILLED, str(path), str(folder)], check=False)
+    assert len(_names(tmp_path)) == 2
+    others = [".run.trec.swp", ".run.trec.0123abcd.part.mine", ".run.trec.0123abcd.part"]
+    for name in others[:2]:
+        (tmp_path / name).write_text("of an editor")
+    (tmp_path / others[2]).symlink_to(others[0])
+    with replacing(path) as scratch, scratch_folder(folder) as draft:
+        scratch.write_text("whole")
+        draft.rename(folder)
+    assert _names(tmp_path) == sorted([*others, "index", "run.trec"])
+
+
+def test_writers_at_work_leave_each_others_scratch_alone(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    with replacing(path) as first, scratch_folder(tmp_path / "index") as one:
+        first.write_text("first")
+        with replacing(path) as second, scratch_folder(tmp_path / "index") as other:
+            assert first != second
+            assert one != other
+            second.write_text("second")
+        assert path.read_text() == "second"
+        assert one.is_dir()
+    assert path.read_text() == "first"
+    assert _names(tmp_path) == ["metrics.json"]
+
+
+def test_what_a_kill_left_is_written_over_by_the_only_writer(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    (tmp_path / ".last.ckpt.part").write_text("left by a kill")
+    with replacing(path, alone=True) as scratch:
+        scratch.write_text("new")
+    assert _names(tmp_path) == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_is_replaced_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    folder = tmp_path / "model"
+    for name in ("one", "two"):
+        with replacing_folder(folder) as scratch:
+            (scratch / name).write_text(name)
+            assert _names(folder) == (["one"] if name == "two" else []) if folder.exists() else True
+    assert _names(folder) == ["two"]
+    assert _names(tmp_path) == ["model"]
+
+
+def test_a_folder_never_vanishes_while_it_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    monkeypatch.setattr(files.os, "replace", lambda *_: pytest.fail("two renames"))
+    with replacing_folder(folder) as scratch:
+        (scratch / "new").touch()
+    assert _names(folder) == ["new"]
+
+
+def test_a_folder_that_fails_leaves_the_old_one_and_what_a_kill_left_is_deleted(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "model"
+    (tmp_path / ".model.part").mkdir()
+    (tmp_path / ".model.part" / "left").touch()
+    folder.mkdir()
+
+    def cut_short() -> None:
+        with replacing_folder(folder) as scratch:
+            assert _names(scratch) == []
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_short()
+    assert _names(tmp_path) == ["model"]
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from caravan.files import claimed
+with claimed(Path(sys.argv[1])):
+    if os.fork() == 0:  # such as a loader's worker, which outlives a killed parent for a while
+        print(flush=True)  # by now it has closed what it has of the lock
+    time.sleep(60)
+"""
+
+
+def test_a_run_dir_is_held_until_its_process_dies_and_then_free(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with (
+            refused("run-dir-in-use", f"process {holder.pid} on", str(tmp_path)),
+            claimed(tmp_path),
+        ):
+            pass
+        holder.send_signal(signal.SIGKILL)  # its child lives on
+        holder.wait()
+        with claimed(tmp_path):
+            pass
+        files.os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_what_a_killed_run_left_half_is_deleted_when_the_next_begins(tmp_path: Path) -> None:
+    for name in ("checkpoints/.last.ckpt.part", "runs/.validation.trec.77.part"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    for name in (".model.part", ".model.old", ".model.backup"):  # the last is the user's
+        (tmp_path / name).mkdir()
+    (tmp_path / "runs" / "validation.trec").touch()
+    with claimed(tmp_path):
+        pass
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {".lock", ".model.backup", "checkpoints", "runs", "runs/validation.trec"}
+
+
+def test_space_for_a_memory_map_is_allocated(tmp_path: Path) -> None:
+    path = tmp_path / "array"
+    with path.open("wb") as file:
+        file.truncate(1 << 20)
+    files.reserve(path)
+    assert path.stat().st_blocks * 512 >= 1 << 20
+
+
+def test_a_disk_that_is_full_while_a_folder_is_written_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match="No space left") as raised,
+        scratch_folder(tmp_path / "index"),
+    ):
+        raise OSError(files.errno.ENOSPC, "No space left on device")
+    assert raised.value.filename == str(tmp_path / "index")
+
+
+def test_a_file_system_without_locks_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(files.errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuses)
+    with claimed(tmp_path):
+        assert "this file system has no locks" in caplog.text
+    assert files.LOCK in _names(tmp_path)
+
+
+def _give_to(monkeypatch: pytest.MonkeyPatch, path: Path, uid: int) -> None:
+    """Let a folder seem to belong to another user; only root could give it away."""
+    stat = Path.stat
+
+    def changed(self: Path, **given: Any) -> os.stat_result:
+        found = stat(self, **given)
+        if self != path:
+            return found
+        return os.stat_result([*found[:4], uid, *found[5:]])
+
+    monkeypatch.setattr(Path, "stat", changed)
+
+
+@pytest.mark.parametrize("part", [".", "collections", "collections/tiny-key"])
+def test_a_cache_that_others_may_have_filled_is_refused(
+    part: str, tmp_path: Path, collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    (cache_folder(cache, "collections") / "tiny-key").symlink_to(collection.folder)
+
+    def opened() -> Collection:
+        return cached_collection(cache, "tiny", "key", lambda _: pytest.fail("built"))
+
+    assert opened().digest == collection.digest
+    place = cache / part
+    mode = place.stat().st_mode
+    place.chmod(mode | 0o002)
+    with refused("foreign-cache", f"chmod o-w {place}", "CARAVAN_CACHE"):
+        opened()
+    place.chmod(mode)
+    with monkeypatch.context() as patch:
+        _give_to(patch, place, os.geteuid() + 12345)
+        with refused("foreign-cache", "another user", "CARAVAN_CACHE"):
+            opened()
+        patch.setenv(TRUST, "1")
+        assert opened().digest == collection.digest
+    with monkeypatch.context() as patch:
+        _give_to(patch, place, 0)
+        assert opened().digest == collection.digest
+
+
+def test_the_cache_is_never_made_writable_by_everybody(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        folder = cache_folder(tmp_path / "cache", "tokenizers")
+    finally:
+        os.umask(before)
+    for made in (folder, folder.parent):
+        assert not made.stat().st_mode & 0o002

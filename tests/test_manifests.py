@@ -1,0 +1,92 @@
+"""Manifests: a product matches only the inputs it was made from, as long as nothing is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.refusals import refused
+
+from caravan import manifests
+
+INPUTS = {"model": "a", "bm25": {"k1": 0.9}}
+
+
+def test_a_product_matches_the_inputs_it_was_made_from(tmp_path: Path) -> None:
+    product = tmp_path / "run.trec"
+    manifests.write(product, INPUTS, {"seconds": 1.5})
+    assert not manifests.matches(product, INPUTS)  # the product itself is missing
+    product.touch()
+    assert manifests.matches(product, INPUTS)
+    assert manifests.read(product) == {"inputs": INPUTS, "facts": {"seconds": 1.5}}
+    other = {"model": "b", "bm25": {"k1": 0.9, "b": 1}}
+    assert not manifests.matches(product, other)
+    assert manifests.differences(product, other) == ["bm25.b: unset -> 1", "model: a -> b"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-5],
+        lambda text: "null",
+        lambda text: "[" * 100_000,
+        lambda text: text.replace("1.5", "2.5"),
+        lambda text: text.replace('"facts"', '"fact"'),
+        lambda text: json.dumps({**json.loads(text), "inputs": []}),
+        lambda text: text.replace("{", "\x00"),
+    ],
+)
+def test_a_damaged_manifest_counts_as_missing(damage: Callable[[str], str], tmp_path: Path) -> None:
+    product = tmp_path / "run.trec"
+    product.touch()
+    manifests.write(product, INPUTS, {"seconds": 1.5})
+    path = manifests.path_of(product)
+    path.write_text(damage(path.read_text()))
+    assert manifests.read(product) is None
+    assert not manifests.matches(product, INPUTS)
+    assert manifests.differences(product, INPUTS)
+
+
+def test_versions_are_those_of_the_installed_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tokenizers
+    import torch
+
+    found = manifests.versions()
+    assert set(found) == {"caravan", "torch", "transformers", "tokenizers"}
+    # a wheel's version may lack the local part (+cu130) that torch itself reports
+    assert torch.__version__.split("+")[0] == found["torch"].split("+")[0]
+    assert found["tokenizers"] == tokenizers.__version__
+    monkeypatch.setattr(sys.modules["caravan"], "__version__", "99.0")
+    assert manifests.versions(("nowhere",)) == {"caravan": "99.0", "nowhere": "not installed"}
+
+
+def test_a_file_is_read_again_only_if_its_size_or_times_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "corpus.arrow"
+    path.write_bytes(b"passages")
+    record, times = manifests.content(path), path.stat()
+    digest, read = manifests.content_digest, list[Path]()
+    monkeypatch.setattr(manifests, "content_digest", lambda p: (read.append(p), digest(p))[1])
+    assert manifests.is_as_written(path, record)
+    assert not read
+    path.touch()
+    assert manifests.is_as_written(path, record)
+    assert len(read) == 1
+    path.write_bytes(b"PASSAGES")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as cp -p and rsync -t do
+    assert not manifests.is_as_written(path, record)
+    path.unlink()
+    assert not manifests.is_as_written(path, record)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000])
+def test_a_damaged_json_file_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    path.write_text(text)
+    with refused("damaged-file", str(path)):
+        manifests.read_json(path)
