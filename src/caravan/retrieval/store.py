@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 
 from caravan import manifests
-from caravan.distributed import is_main_process, rank, wait_until, world
+from caravan.distributed import is_main_process, rank, wait_until, world_size
 from caravan.errors import InputError
 from caravan.files import replacing
 
@@ -96,7 +96,7 @@ class Store:
         if not missing and manifests.matches(folder, inputs):
             return shards
         folder.mkdir(parents=True, exist_ok=True)
-        shards.write([number for number in missing if number % world() == rank()])
+        shards.write([number for number in missing if number % world_size() == rank()])
 
         def complete() -> bool:
             missing[:] = shards.missing(missing)
@@ -144,11 +144,9 @@ class Store:
         if others:
             nearest = min((manifests.differences(other, inputs) for other in others), key=len)
             log.info(
-                "%s has %s from other models, collections, settings or versions (the nearest"
-                " differs in %s); delete what you no longer need",
-                self.folder,
-                ", ".join(other.name for other in others),
-                "; ".join(nearest[:3]),
+                f"{self.folder} has {', '.join(other.name for other in others)} from other models,"
+                " collections, settings or versions (the nearest differs in"
+                f" {'; '.join(nearest[:3])}); delete what you no longer need"
             )
 
 
