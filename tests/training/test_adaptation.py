@@ -232,7 +232,7 @@ def test_a_retriever_begins_with_the_prompts_of_the_adapted_model(
         *peft,
     )
     tuned = read_encoding(tmp_path / "tuned" / "model")[0]
-    lengths = {"query_length": 80, "passage_length": 90, "temperature": tuned.temperature}
+    lengths = {"query_length": 80, "passage_length": 90}
     assert tuned == replace(adapted, **lengths)
     assert "original" in tuned.passage_template or tuned.slots == 8
     folder.load(tmp_path / "tuned" / "model")

@@ -73,7 +73,7 @@ def loss_has_its_scores(config: Checker) -> Iterator[Mistake]:
             text = "it needs the scores of a run; set sampler.teacher"
             yield Mistake(("sampler", "teacher_margin"), text)
         for path in losses(config, (KL, MarginMSE, RankNet)):
-            if config.get(dotted((*path, "distils"))) is not False:
+            if config.get(dotted((*path, "needs_teacher"))) is not False:
                 text = "it learns from the scores of a teacher; give a run with them:"
                 yield Mistake((*path, "_target_"), f"{text} sampler.teacher", "folder")
     if config.get("encoding.scoring") != "likelihood":

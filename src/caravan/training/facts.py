@@ -101,7 +101,7 @@ def recipe(cfg: Any) -> dict[str, Any]:
     rows = {
         "stage": target(cfg.stage),
         "loss": target(cfg.loss),
-        "temperature": given("encoding.temperature") if cfg.loss is not None else None,
+        "temperature": given("loss.temperature"),
         "queries an update": cfg.batching.queries_per_batch * accumulated,
         "negatives a query": given("sampler.number"),
         "negatives from": runs,

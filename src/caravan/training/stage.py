@@ -33,8 +33,6 @@ from caravan.training.optim import AdamW, updates
 
 log = logging.getLogger(__name__)
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-
 
 class Stage(pl.LightningModule, ABC):
     """A network with its loss and optimiser.
