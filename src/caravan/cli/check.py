@@ -27,6 +27,7 @@ import pydantic
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic_core import SchemaError
 
 from caravan.cli.schema import As, Node
 from caravan.errors import InputError, first_line
@@ -38,7 +39,14 @@ RESERVED = {
     "_convert_": Literal["none", "partial", "object", "all"],
     "_args_": list[Any],
 }
-UNRESOLVABLE = (NameError, AttributeError, TypeError, SyntaxError, pydantic.PydanticUserError)
+UNRESOLVABLE = (
+    NameError,
+    AttributeError,
+    TypeError,
+    SyntaxError,
+    SchemaError,
+    pydantic.PydanticUserError,
+)
 """What an annotation raises that only a type checker can read; its argument may be anything."""
 CIRCULAR = "it refers to itself"
 UNKNOWN = Node(None)
@@ -169,9 +177,7 @@ def _resolved(annotation: Any, scope: dict[str, Any], config: ConfigDict) -> Any
     try:
         holder = types.SimpleNamespace(__annotations__={"it": annotation})
         hint = _of_yaml(get_type_hints(holder, scope, include_extras=True)["it"])
-        pydantic.TypeAdapter(
-            Annotated[hint, Field()], config=None if is_dataclass(hint) else config
-        )
+        pydantic.create_model("Probe", __config__=config, field=(hint, ...))
     except UNRESOLVABLE:
         return Any
     return hint
@@ -433,9 +439,8 @@ def _wanted(error: Any) -> str:
 def _place(path: KeyPath, loc: tuple[Any, ...], given: Any) -> KeyPath:
     """The path of an error, without the types of a union that pydantic names in it."""
     for part in loc:
-        if isinstance(given, dict) and part in given:
-            given, path = given[part], (*path, part)
-        elif isinstance(given, list) and isinstance(part, int) and part < len(given):
+        inside = isinstance(given, dict) and part in given
+        if inside or (isinstance(given, list) and part in range(len(given))):
             given, path = given[part], (*path, part)
     return path
 

@@ -20,16 +20,19 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from caravan.cli import schema
 from caravan.cli.check import Checker, KeyPath, Mistake, did_you_mean, dotted
-from caravan.cli.origins import Origins, refuse_too_many_values, shown
+from caravan.cli.origins import Origins, shown, too_many_values
 from caravan.cli.overrides import WHOLE, Overrides, key_of
 from caravan.cli.rules import rules_of
 from caravan.cli.sweeps import Sweep
@@ -158,6 +161,17 @@ def preflight(argv: list[str], conf: Path, name: str) -> list[str]:
         return sweep.arguments(argv) if several else [composer.quoted.get(x, x) for x in argv]
 
 
+class _FurtherFolder(SearchPathPlugin):
+    """Adds the folder of `--config-dir`: `initialize_config_dir` takes one folder only."""
+
+    folder: Path | None = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if self.folder is not None:
+            before = SearchPathQuery(provider="schema")
+            search_path.prepend("command-line", f"file://{self.folder}", before)
+
+
 class Composer(AbstractContextManager["Composer"]):
     """Composes one primary config, any number of times; leaves Hydra as it was.
 
@@ -179,16 +193,19 @@ class Composer(AbstractContextManager["Composer"]):
     ) -> None:
         self.name, self.root = name, schema.ROOTS[job or name]
         self.folders = [folder.absolute() for folder in (conf, more) if folder is not None]
-        for file in (file for folder in self.folders for file in folder.rglob("*.yaml")):
-            refuse_too_many_values(file)
-        self._search = [f"hydra.searchpath=['file://{one}']" for one in self.folders[1:]]
+        files = (file for folder in self.folders for file in folder.rglob("*.yaml"))
+        if lines := [line for file in files if (line := too_many_values(file))]:
+            raise mistaken(lines)
         self._before = HydraConfig.instance().cfg
         schema.register(typed=typed)
+        Plugins.instance().register(_FurtherFolder)
+        _FurtherFolder.folder = more.absolute() if more else None
         self._hydra = hydra.initialize_config_dir(
             str(self.folders[0]), job_name=job or name, version_base="1.3"
         )
+        _FurtherFolder.folder = None
         self.loader = GlobalHydra.instance().config_loader()
-        self.overrides = Overrides(self.loader, name, self.root, self._search)
+        self.overrides = Overrides(self.loader, name, self.root)
         self.quoted: dict[str, str] = {}  # overrides by the text that was typed
 
     def __exit__(self, *error: object) -> None:
@@ -198,7 +215,7 @@ class Composer(AbstractContextManager["Composer"]):
 
     def compose(self, overrides: list[str]) -> DictConfig:
         """The config with Hydra's node in it, as one job would get it."""
-        cfg = hydra.compose(self.name, [*self._search, *overrides], return_hydra_config=True)
+        cfg = hydra.compose(self.name, overrides, return_hydra_config=True)
         with open_dict(cfg.hydra.runtime):
             cfg.hydra.runtime.output_dir = os.getcwd()
         HydraConfig.instance().set_config(cfg)
@@ -238,8 +255,7 @@ class Composer(AbstractContextManager["Composer"]):
 
     def files(self, overrides: list[str]) -> Iterator[tuple[Path, KeyPath]]:
         """The files that a config is composed of, the last first, each with its package."""
-        given = [*self._search, *overrides]
-        composed = self.loader.compute_defaults_list(self.name, given, RunMode.RUN)
+        composed = self.loader.compute_defaults_list(self.name, overrides, RunMode.RUN)
         for default in reversed(composed.defaults):
             package = (default.package or "").replace("_global_", "")
             for folder in self.folders:
@@ -294,7 +310,8 @@ class Composer(AbstractContextManager["Composer"]):
                 kept.append(text)
             except FAILURES as error:
                 above = key_of(text).partition(".")[0]
-                if text[0] != "~" and not isinstance(cfg.get(above, cfg), DictConfig):
+                inside = text[0] != "~" and above != key_of(text)
+                if inside and not isinstance(cfg.get(above, cfg), DictConfig):
                     given = "null" if cfg[above] is None else cfg[above]
                     why = f"{above} is {given} and has no settings; choose {above}=<option>"
                 else:
@@ -339,9 +356,8 @@ class Composer(AbstractContextManager["Composer"]):
 
 def _of_hydra(cfg: DictConfig) -> Iterator[str]:
     """Hydra settings that would split a run over two folders."""
-    log_dir = OmegaConf.select(cfg, "hydra.run.dir")
     try:
-        run_dir = OmegaConf.select(cfg, "run_dir")
+        run_dir, log_dir = cfg.get("run_dir"), cfg.hydra.run.dir
     except OmegaConfBaseException:
         return  # reported already
     if isinstance(run_dir, str) and log_dir != run_dir:

@@ -9,7 +9,6 @@ from pathlib import Path
 import yaml
 
 from caravan.cli.check import KeyPath, dotted
-from caravan.errors import InputError
 
 MOST_VALUES = 10_000
 """Of a YAML file, with aliases expanded: each value is composed, checked and recorded."""
@@ -65,35 +64,28 @@ def shown(file: Path) -> str:
     return str(file) if near.startswith("..") else near
 
 
-def refuse_too_many_values(file: Path) -> None:
-    """Refuse a YAML file whose aliases of aliases stand for millions of values.
-
-    Raises:
-        InputError: with the file and the line.
-    """
+def too_many_values(file: Path) -> str | None:
+    """The mistake in a YAML file whose aliases of aliases stand for millions of values."""
     text = file.read_bytes()
     if b"*" not in text or b"&" not in text:
-        return
-    sizes: dict[str, int] = {}  # values that an anchor stands for
+        return None
+    sizes: dict[str | None, int] = {}  # values that an anchor stands for
     unfinished: list[tuple[str | None, int]] = []  # collections: anchor, values before it
     count = 0
     try:
         for event in yaml.parse(text.decode(), Loader=yaml.SafeLoader):
-            line = f"{shown(file)}:{event.start_mark.line + 1}"
             if isinstance(event, yaml.AliasEvent):
-                if event.anchor in {anchor for anchor, _ in unfinished}:
-                    problem = f"{line}: *{event.anchor} refers to a value that contains it"
-                    raise InputError("alias-of-itself", problem)
-                count += sizes.get(event.anchor, 1)
+                count += sizes.get(event.anchor, MOST_VALUES)  # inside of itself, without end
             elif isinstance(event, yaml.CollectionStartEvent):
                 unfinished.append((event.anchor, count))
             elif isinstance(event, yaml.CollectionEndEvent):
                 anchor, before = unfinished.pop()
-                sizes[anchor or ""] = count - before
+                sizes[anchor] = count - before
             elif isinstance(event, yaml.ScalarEvent):
-                count += 1
-            if count > MOST_VALUES:
-                problem = f"{line}: more than {MOST_VALUES:,} values with aliases expanded"
-                raise InputError("too-many-values", problem)
+                count, sizes[event.anchor] = count + 1, 1
+            if count >= MOST_VALUES:
+                line = f"{shown(file)}:{event.start_mark.line + 1}"
+                return f"{line}: more than {MOST_VALUES:,} values with aliases expanded"
     except (yaml.YAMLError, UnicodeDecodeError):
-        return  # reported if the file is used
+        pass  # reported where the file is used
+    return None

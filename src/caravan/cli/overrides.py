@@ -42,11 +42,10 @@ class Overrides:
         loader: Hydra's, of the config folders.
         name: the primary config, without .yaml.
         root: the dataclass of its root.
-        search: overrides that name further config folders.
     """
 
-    def __init__(self, loader: ConfigLoader, name: str, root: type, search: list[str]) -> None:
-        self.loader, self.name, self.search = loader, name, search
+    def __init__(self, loader: ConfigLoader, name: str, root: type) -> None:
+        self.loader, self.name = loader, name
         self.known = [field.name for field in fields(root)]
         self.parser = OverridesParser.create(config_loader=loader)
         self._options: dict[str, list[str]] = {}
@@ -91,14 +90,14 @@ class Overrides:
 
     def is_group(self, text: str) -> bool:
         """Whether an override chooses an option of a group."""
-        return bool(self.options(key_of(text)))
+        return key_of(text) in WHOLE or bool(self.options(key_of(text)))
 
     def options(self, group: str) -> list[str]:
         """The options of a group and, as "folder/option", of the folders in it."""
 
         def below(path: str) -> Iterator[str]:
             for kind in (ObjectType.CONFIG, ObjectType.GROUP):
-                for name in self.loader.get_group_options(path, kind, self.name, self.search):
+                for name in self.loader.get_group_options(path, kind, self.name):
                     if kind is ObjectType.CONFIG:
                         yield name
                     else:

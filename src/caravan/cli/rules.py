@@ -24,7 +24,7 @@ Rule = Callable[[Checker], Iterator[Mistake]]
 
 
 def measures_are_computed(config: Checker) -> Iterator[Mistake]:
-    """Each measure is known, and the search beside it is as deep: R@1000 of 100 results is R@100."""
+    """Each measure is known, and the search is as deep: R@1000 of 100 results is R@100."""
     for path, node in [((), config.cfg), *((path, node) for path, _, node in config.nodes())]:
         measures = config.get(dotted((*path, "measures")))
         depths = [0]
@@ -55,10 +55,10 @@ def retrievers_can_search(config: Checker) -> Iterator[Mistake]:
         elif model is not None and not OmegaConf.is_interpolation(config.cfg, "retriever"):
             yield Mistake(("model",), "retriever is given too; leave one of them out")
     weights = config.get("fuse.weights")
-    if isinstance(given, ListConfig) and isinstance(weights, ListConfig):
-        if 1 < len(given) != len(weights):
-            text = f"there are {len(weights)} weights for {len(given)} runs; give one for each"
-            yield Mistake(("fuse", "weights"), text)
+    several = isinstance(given, ListConfig) and len(given) > 1
+    if several and isinstance(weights, ListConfig) and len(given) != len(weights):
+        text = f"there are {len(weights)} weights for {len(given)} runs; give one for each"
+        yield Mistake(("fuse", "weights"), text)
 
 
 def folders_suit_their_stage(config: Checker) -> Iterator[Mistake]:
@@ -138,7 +138,7 @@ def _neighbour(path: Path) -> str | None:
     """The existing path that is most like one that does not exist."""
     while not path.parent.is_dir():
         path = path.parent
-    near = did_you_mean(path.name, [one.name for one in path.parent.iterdir()], cutoff=0.7)
+    near = did_you_mean(path.name, [one.name for one in path.parent.iterdir()])
     return str(path.parent / near) if near else None
 
 

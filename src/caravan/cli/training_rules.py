@@ -15,7 +15,7 @@ from caravan.cli.check import Checker, Mistake, did_you_mean, dotted, is_class
 from caravan.models.tiny_llama import TinyLlama
 from caravan.training.adaptation import Adaptation
 from caravan.training.fsdp import FullySharded
-from caravan.training.losses import KL, Likelihood, MarginMSE, RankNet
+from caravan.training.losses import Likelihood, Loss
 from caravan.training.reranker import Reranker
 from caravan.training.retriever import Retriever
 
@@ -31,6 +31,16 @@ OF_RUN = (
     "num_sanity_val_steps",
 )
 """Arguments of the Trainer that a run passes itself."""
+
+AT_LEAST = {
+    "max_steps": -1,
+    "max_epochs": -1,
+    "gradient_clip_val": 0,
+    "accumulate_grad_batches": 1,
+    "log_every_n_steps": 1,
+    "val_check_interval": 0.0001,
+}
+"""What Lightning refuses late, or not at all."""
 
 
 def stage_suits_the_encoding(config: Checker) -> Iterator[Mistake]:
@@ -72,8 +82,12 @@ def loss_has_its_scores(config: Checker) -> Iterator[Mistake]:
         if config.get("sampler.teacher_margin") is not None:
             text = "it needs the scores of a run; set sampler.teacher"
             yield Mistake(("sampler", "teacher_margin"), text)
-        for path in losses(config, (KL, MarginMSE, RankNet)):
-            if config.get(dotted((*path, "needs_teacher"))) is not False:
+        for path, target, node in config.nodes("loss"):
+            teaches = node.get("needs_teacher")
+            if teaches is None and isinstance(target, type) and Loss in target.__mro__:
+                loss: type[Loss] = target
+                teaches = loss.needs_teacher is True  # a property where it depends on arguments
+            if teaches:
                 text = "it learns from the scores of a teacher; give a run with them:"
                 yield Mistake((*path, "_target_"), f"{text} sampler.teacher", "folder")
     if config.get("encoding.scoring") != "likelihood":
@@ -124,6 +138,11 @@ def trainer_suits_the_run(config: Checker) -> Iterator[Mistake]:
         if name in config.cfg.trainer:
             hint = f"set {name} at the root" if name in config.cfg else "leave it out"
             yield Mistake(("trainer", name), f"the run passes it to the Trainer itself; {hint}")
+    for name, least in AT_LEAST.items():
+        given = config.get(f"trainer.{name}")
+        if isinstance(given, int | float) and not given >= least:  # NaN is not
+            text = f"it must be greater than or equal to {least}, not {given}"
+            yield Mistake(("trainer", name), text)
     limits = [config.get(f"trainer.{name}") for name in ("max_steps", "max_epochs", "max_time")]
     if limits[:2] == [-1, -1] and limits[2] is None:
         yield Mistake(("trainer",), "it would never end; set trainer.max_steps or .max_epochs")
@@ -176,7 +195,7 @@ def loggers_are_installed(config: Checker) -> Iterator[Mistake]:
 
 
 def trains(config: Checker) -> bool:
-    """Whether the run updates weights, instead of making a model folder of the backbone as it is."""
+    """Whether the run updates weights; else it makes a model folder of the backbone as it is."""
     return config.get("trainer.max_steps") != 0
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from pydantic import PositiveInt
 
 from caravan.errors import InputError
 from caravan.progress import track
@@ -71,7 +72,7 @@ class Faiss:
     def __init__(
         self,
         factory: str = "Flat",
-        k: int = 1000,
+        k: PositiveInt = 1000,
         train_rows: int = 100_000,
         nprobe: int | None = None,
         ef_search: int | None = None,
@@ -188,9 +189,9 @@ class Exact:
 
     def __init__(
         self,
-        k: int = 1000,
-        query_chunk: int = 1024,
-        passage_chunk: int = 16_384,
+        k: PositiveInt = 1000,
+        query_chunk: PositiveInt = 1024,
+        passage_chunk: PositiveInt = 16_384,
         device: str = "auto",
     ) -> None:
         self.k, self.query_chunk, self.passage_chunk = k, query_chunk, passage_chunk

@@ -14,6 +14,7 @@ import math
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from caravan.data.batch import AdaptationBatch, EncodeBatch
@@ -56,7 +57,7 @@ class Adaptation(Stage):
         ebar: float = 1.0,
         lm: float = 1.0,
         targets: str = "all",
-        words: int = 500,
+        words: PositiveInt = 500,
         loss: None = None,
     ) -> None:
         super().__init__(backbone, peft, tokenizer, encoding, loss, optimizer, seed)

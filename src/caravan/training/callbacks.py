@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pydantic import PositiveInt
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 
@@ -139,7 +140,7 @@ class ResumePoint(Checkpoint):
         every_n_steps: updates between two writes.
     """
 
-    def __init__(self, folder: str, every_n_steps: int = 100) -> None:
+    def __init__(self, folder: str, every_n_steps: PositiveInt = 100) -> None:
         self.path = Path(folder) / LAST
         self.every_n_steps = every_n_steps
         self._saved_at = 0

@@ -148,10 +148,9 @@ def _evaluation(name: str, stand: Stand, group: str = "experiment") -> list[str]
 
 def compose_loosely(root: str, name: str, group: str = "experiment", hydra: bool = False) -> Any:
     """The config of an experiment or a sweep without a look at what lies on this machine."""
-    from caravan.cli import schema
     from caravan.cli.compose import Composer, without_hydra
 
-    with Composer(ROOT / "conf", root, schema.ROOTS[root]) as composer:
+    with Composer(ROOT / "conf", root) as composer:
         own = ["retriever=here"] if name == "eval/beir" else []
         cfg = composer.compose([f"{group}={name}", *own])
         return cfg if hydra else without_hydra(cfg)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-HOME = Path(__file__).parents[1]
+HOME = Path(__file__).parents[2]
 CONF = HOME / "conf"
 
 PARTS = '''
