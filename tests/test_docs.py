@@ -89,7 +89,7 @@ def first_and_last(composer: Composer, arguments: list[str]) -> list[list[str]]:
     """Two jobs of a sweep; the arguments themselves where they are no sweep."""
     jobs: tuple[list[str], list[str]] = ([], [])
     for text in arguments:
-        override = composer.vet.parse(text)
+        override = composer.overrides.parse(text)
         values = [text]
         if override.is_sweep_override():
             values = [f"{override.get_key_element()}={one}" for one in _values(override)]
