@@ -62,7 +62,7 @@ def test_a_tilde_that_the_shell_leaves_is_answered_with_the_home(lines: Lines) -
     [
         ("train", "+backbone=minilm", "backbone=minilm"),
         ("train", "++backbone=minilm", "backbone=minilm"),
-        ("train", "+experiment=nothing", "no experiment is called nothing"),
+        ("train", "+experiment=nothing", "write experiment=nothing, without +"),
         ("train", "model=mini", "backbone=minilm"),
         ("train", "network=minilm", "backbone=minilm"),
         ("train", "dataset=beir", "data=beir"),
