@@ -164,7 +164,7 @@ def test_parts_that_no_run_can_have(lines: Lines, overrides: str, wanted: str) -
         "callbacks.best.monitor=mine/score +callbacks.mine._target_=tests.fitting.Losses",
         "stage=adaptation peft=none ~loss",
         "peft=qlora backbone=qwen3_0_6b strategy=ddp",
-        "experiment=llara/adapt_llama2_7b",
+        "experiment=llara/adapt",
         "logger=csv",
     ],
 )
@@ -175,17 +175,18 @@ def test_parts_that_work_together(lines: Lines, overrides: str) -> None:
 @pytest.mark.parametrize(
     ("experiment", "reader"),
     [
-        ("papers/repllama_passage_7b", "MsMarcoPassage"),
-        ("papers/rankllama_document_7b", "MsMarcoDocument"),
-        ("llara/finetune_beir", "MsMarcoPassage"),
-        ("eval/repllama_msmarco_passage", "MsMarcoPassage"),
-        ("eval/rankllama_beir", "Beir"),
+        ("papers/repllama_passage", "MsMarcoPassage"),
+        ("papers/rankllama_document", "MsMarcoDocument"),
+        ("llara/finetune_document", "MsMarcoDocument"),
+        ("eval/msmarco_passage", "MsMarcoPassage"),
+        ("eval/beir", "Beir"),
     ],
 )
 def test_experiments_on_ms_marco_read_its_own_files(experiment: str, reader: str) -> None:
     root = "evaluate" if experiment.startswith("eval") else "train"
+    own = ["retriever=bm25"] if root == "evaluate" else []
     with Composer(CONF, root) as composer:
-        cfg = composer.compose([f"experiment={experiment}"])
+        cfg = composer.compose([f"experiment={experiment}", *own])
     assert cfg.data._target_.rpartition(".")[2] == reader
     assert cfg.data.split == ("test" if reader == "Beir" else "dev")
 

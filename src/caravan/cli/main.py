@@ -325,7 +325,7 @@ def _interrupted(root: Any) -> None:
 
 def _usage(conf: Path, name: str, program: str) -> str:
     """The text for a program that is started without arguments."""
-    texts = yaml.safe_load((conf / f"hydra/help/{name}.yaml").read_text("utf-8"))
+    texts = yaml.safe_load((conf / f"{name}.yaml").read_text("utf-8"))["hydra"]["help"]
     return (
         f"usage: python {program} key=value ...\n\n{texts['header'].rstrip()}\n\n"
         f"  python {program} --help            all groups and options\n"
