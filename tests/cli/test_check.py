@@ -19,8 +19,9 @@ from tests.cli.conftest import Lines
 from tests.cli.small_conf import CONF
 
 from caravan.cli import schema
-from caravan.cli.check import Checker, locate, takes
+from caravan.cli.check import Checker
 from caravan.cli.compose import check, compose
+from caravan.cli.signatures import locate, takes
 from caravan.encoding import Encoding, write_encoding
 from caravan.errors import InputError
 from caravan.models.remote_code import FACT

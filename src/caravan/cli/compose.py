@@ -31,10 +31,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from caravan.cli import schema
-from caravan.cli.check import Checker, KeyPath, Mistake, did_you_mean, dotted
+from caravan.cli.check import Checker, KeyPath, Mistake, dotted
 from caravan.cli.origins import Origins, shown, too_many_values
 from caravan.cli.overrides import WHOLE, Overrides, key_of
 from caravan.cli.rules import rules_of
+from caravan.cli.signatures import did_you_mean
 from caravan.cli.sweeps import Sweep
 from caravan.errors import InputError, first_line
 

@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
-from caravan.cli.check import did_you_mean
+from caravan.cli.signatures import did_you_mean
 
 WHOLE = ("experiment", "sweep")
 """Groups whose options may set anything; null unless chosen."""

@@ -14,7 +14,8 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from caravan.cli import schema, suite
-from caravan.cli.check import Checker, KeyPath, Mistake, did_you_mean, dotted
+from caravan.cli.check import Checker, KeyPath, Mistake, dotted
+from caravan.cli.signatures import did_you_mean
 from caravan.encoding import adoption, read_encoding
 from caravan.errors import InputError
 from caravan.models.remote_code import FACT, SETTING

@@ -11,7 +11,8 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from caravan.cli.check import Checker, Mistake, did_you_mean, dotted, is_class
+from caravan.cli.check import Checker, Mistake, dotted, is_class
+from caravan.cli.signatures import did_you_mean
 from caravan.models.tiny_llama import TinyLlama
 from caravan.training.adaptation import Adaptation
 from caravan.training.fsdp import FullySharded
