@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from caravan.cli.overrides import listed
-from caravan.distributed import world
+from caravan.distributed import world_size
 
 if TYPE_CHECKING:
     from caravan.cli.compose import Composer
@@ -206,8 +206,8 @@ def _of_launcher(cfg: DictConfig) -> Iterator[str]:
     if not target.endswith(".BasicLauncher"):
         return
     instead = "start the jobs one by one, or choose hydra/launcher=slurm"
-    if world() > 1:
-        yield f"-m: a sweep is one process, and {world()} were started together; {instead}"
+    if world_size() > 1:
+        yield f"-m: a sweep is one process, and {world_size()} were started together; {instead}"
     for name in ("devices", "num_nodes"):
         number = OmegaConf.select(cfg, f"trainer.{name}")
         if number not in (None, 1, "1") and not (
