@@ -12,14 +12,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 
 from caravan.encoding import Encoding, read_encoding
 from caravan.errors import InputError
@@ -30,6 +30,13 @@ class As:
     """Check a root key as another type than OmegaConf's, which has no Literal and no Union."""
 
     type: Any
+
+
+@dataclass(frozen=True)
+class Valid:
+    """A check of a root key, which raises ValueError."""
+
+    check: Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -63,19 +70,21 @@ def _named(text: str) -> str:
 
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-NODE = Annotated[Any, AfterValidator(_chosen)]
+NODE = Annotated[Any, Valid(_chosen)]
 OPTIONAL_NODE = Annotated[Any, As(NODE | None)]
 NAMED_NODE = Annotated[Any, As(str | NODE)]
 """A node, or a name that the receiver knows, such as strategy "auto"."""
 NODES = Annotated[Any, As(dict[str, NODE | None])]
 """Nodes by name; null switches one off."""
-NAMES = Annotated[Any, As(str | Annotated[list[str], Field(min_length=1)])]
+NAMES = Annotated[Any, As(str | Annotated[list[str], MinLen(1)])]
 PRECISION = Annotated[str, As(Literal["auto", "bf16", "float32"])]
-LENGTH = Annotated[int, Field(ge=4)]
-SEED = Annotated[int, Field(ge=0, lt=2**32)]
-PATH = Annotated[str, AfterValidator(_printable)]
-NAME = Annotated[PATH, AfterValidator(_named)]
-MEASURES = Annotated[list[str], Field(min_length=1)]
+PositiveInt = Annotated[int, Gt(0)]
+NonNegativeInt = Annotated[int, Ge(0)]
+LENGTH = Annotated[int, Ge(4)]
+SEED = Annotated[int, Ge(0), Lt(2**32)]
+PATH = Annotated[str, Valid(_printable)]
+NAME = Annotated[PATH, Valid(_named)]
+MEASURES = Annotated[list[str], MinLen(1)]
 
 
 @dataclass
@@ -141,7 +150,7 @@ class Rerank:
     """How candidates are reranked (`caravan.retrieval.rerank.Reranking`)."""
 
     depth: PositiveInt = MISSING
-    weight: Annotated[float, Field(gt=0, le=1)] = MISSING
+    weight: Annotated[float, Gt(0), Le(1)] = MISSING
     rest: Annotated[str, As(Literal["drop", "keep"])] = MISSING
     judged: bool = MISSING
     block: PositiveInt = MISSING
@@ -181,7 +190,7 @@ class Evaluate(Pipeline):
     """The root of conf/evaluate.yaml."""
 
     measures: MEASURES = MISSING
-    collections: Annotated[list[str], Field(min_length=1)] | None = MISSING
+    collections: Annotated[list[str], MinLen(1)] | None = MISSING
     ignore_identical_ids: bool = MISSING
 
 

@@ -16,10 +16,10 @@ from pathlib import PurePath
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 from pydantic_core import SchemaError
 
-from caravan.cli.schema import As
+from caravan.cli.schema import As, Valid
 from caravan.errors import first_line
 
 RESERVED = {
@@ -157,7 +157,11 @@ def _of_yaml(hint: Any) -> Any:
         marker = next((one for one in hint.__metadata__ if isinstance(one, As)), None)
         if marker is not None:
             return _of_yaml(marker.type)
-        return Annotated[_of_yaml(arguments[0]), *hint.__metadata__]
+        checks = (
+            AfterValidator(one.check) if isinstance(one, Valid) else one
+            for one in hint.__metadata__
+        )
+        return Annotated[_of_yaml(arguments[0]), *checks]
     if origin in (Union, types.UnionType):
         return Union[tuple(map(_of_yaml, arguments))]  # noqa: UP007
     if origin in (collections.abc.Iterable, collections.abc.Collection):
