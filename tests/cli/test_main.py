@@ -373,6 +373,22 @@ def test_a_text_in_a_sweep_is_the_text_that_was_typed(app: Program, home: Path) 
     assert sorted(job["overrides"]["loss.name"] for job in jobs) == ["11", "1_1", "1e3"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "package"),
+    [("joblib", "hydra_joblib_launcher"), ("submitit_local", "hydra_submitit_launcher")],
+)
+def test_a_launcher_runs_the_jobs_in_other_processes(
+    launcher: str, package: str, app: Program, home: Path
+) -> None:
+    pytest.importorskip(f"hydra_plugins.{package}")
+    done = app("-m", "seed=1,2", f"hydra/launcher={launcher}", "name=many")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads((home / f"runs/many/seed={i}/out.json").read_text()) for i in (1, 2)]
+    assert [record["seed"] for record in records] == [1, 2]
+    assert (home / "runs/many/sweep.txt").exists()
+
+
 # --- the real programs ------------------------------------------------------------------------
 
 
