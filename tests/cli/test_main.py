@@ -406,7 +406,7 @@ def test_help_imports_nothing_heavy_and_opens_with_three_commands(name: str) -> 
     opened = f"python {' '.join(command)} "
     examples = [line for line in done.stdout.splitlines()[:6] if opened in line]
     assert len(examples) == 3
-    for group in ("data: ", "index: ", *(("backbone: ", "sampler: ") if name == "train" else ())):
+    for group in ("data: ", "index: ", *(("backbone: ", "loss: ") if name == "train" else ())):
         assert f"\n{group}" in done.stdout
 
 
