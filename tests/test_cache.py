@@ -8,8 +8,8 @@ import pytest
 from tests.tiny import tiny_backbone
 
 from caravan.cache import TRUST, cache_folder
-from caravan.data.cached import cached_collection
 from caravan.data.collection import Collection
+from caravan.data.source import cached_collection
 from caravan.errors import InputError
 
 

@@ -23,8 +23,7 @@ import torch
 
 from caravan.data.batch import Packed, pack
 from caravan.data.batching import pair_ids
-from caravan.data.pairs import PairTemplates
-from caravan.data.tokenization import Templates
+from caravan.data.tokenization import PairTemplates, Templates
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder

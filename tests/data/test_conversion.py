@@ -21,7 +21,7 @@ CONVERT = """
 import resource, sys
 from caravan.data import texts
 from caravan.data.readers.msmarco import MsMarcoPassage
-from caravan.data.readers.tevatron import Tevatron
+from caravan.data.readers.training_rows import Tevatron
 reader, cache, *sources = sys.argv[1:]
 texts.BATCH_BYTES = 2**20  # growth shows in files of some megabytes
 for source in sources:

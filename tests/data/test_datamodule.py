@@ -57,7 +57,7 @@ def _dev(grades: list[int]) -> Qrels:
 def test_a_split_without_relevant_passages_cannot_be_validated(
     collection: Collection, templates: Templates
 ) -> None:
-    with pytest.raises(InputError, match=r"'dev' has no query with a relevant .*data\.dev_split"):
+    with pytest.raises(InputError):
         _data(Judged(collection, _dev([0, 0, 0])), templates)
 
 

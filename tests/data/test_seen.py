@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-
-from caravan.data.seen import Seen
+from caravan.data.texts import IdDeduplicator as Seen
 
 
 def test_batches_are_told_as_a_dict_tells_them() -> None:

@@ -14,8 +14,7 @@ from tests.commands import ROOT, TINY
 from caravan.cli.compose import compose
 from caravan.data.batch import pack
 from caravan.data.collection import Collection
-from caravan.data.pairs import PairTemplates
-from caravan.data.tokenization import Templates
+from caravan.data.tokenization import PairTemplates, Templates
 from caravan.models import folder
 from caravan.training.fit import train
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from tests.commands import evaluate
 
-from caravan.data.identical import without
 from caravan.data.runs import Run
 
 
@@ -72,9 +71,9 @@ def test_a_collection_whose_queries_are_passages_is_told_of(
 def test_one_passage_of_each_query_is_left_out() -> None:
     queries = np.array([2, 5, 9])
     run = Run.from_flat([2, 2, 5, 9, 9], [0, 1, 1, 4, 3], [3.0, 2.0, 5.0, 2.0, 1.0])
-    left = without(run, queries, np.array([0, 1, -1]))
+    left = run.without(queries, np.array([0, 1, -1]))
     assert left.query_rows.tolist() == [2, 5, 9]
     assert left.counts.tolist() == [1, 0, 2]
     assert left.passage_rows.tolist() == [1, 4, 3]
-    part = without(run.only(np.array([9])), queries, np.array([0, 1, 3]))
+    part = run.only(np.array([9])).without(queries, np.array([0, 1, 3]))
     assert part.passage_rows.tolist() == [4]

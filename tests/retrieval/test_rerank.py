@@ -20,7 +20,7 @@ from tests.tiny import tiny_backbone, write_beir
 
 from caravan import progress
 from caravan.data.collection import Collection
-from caravan.data.readers.beir import Beir
+from caravan.data.readers.labelled import Beir
 from caravan.data.runs import Run, read_run, write_run
 from caravan.data.segments import Segments
 from caravan.encoding import Encoding

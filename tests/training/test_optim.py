@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import pytorch_lightning.demos.boring_classes
 import torch
 
-from caravan.data.batching import limited
+from caravan.data.loaders import limited
 from caravan.errors import InputError
 from caravan.training.optim import AdamW, updates
 

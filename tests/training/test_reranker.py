@@ -14,9 +14,9 @@ from tests.tiny import write_beir
 
 from caravan.data.batch import RerankBatch
 from caravan.data.collection import Collection
-from caravan.data.pairs import PairTemplates
-from caravan.data.readers.beir import Beir
+from caravan.data.readers.labelled import Beir
 from caravan.data.runs import read_run
+from caravan.data.tokenization import PairTemplates
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.models import folder

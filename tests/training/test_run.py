@@ -21,7 +21,7 @@ from tests.tiny import write_beir
 
 from caravan import manifests
 from caravan.cli.compose import compose
-from caravan.data.batching import limited
+from caravan.data.loaders import limited
 from caravan.encoding import folder_digest, read_encoding
 from caravan.errors import InputError, OccupiedError
 from caravan.models import folder, hardware

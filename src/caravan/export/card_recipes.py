@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from caravan.data.pairs import PairTemplates
-from caravan.data.tokenization import Template, Templates
+from caravan.data.tokenization import PairTemplates, Template, Templates
 from caravan.encoding import Encoding
 from caravan.export.card_wording import TEXT, TITLE, fields, quoted
 

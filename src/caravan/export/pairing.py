@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from caravan.data.pairs import LEAST, PairTemplates
-from caravan.data.tokenization import Template
+from caravan.data.tokenization import LEAST, PairTemplates, Template
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.export import tokens

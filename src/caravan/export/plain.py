@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from caravan.data.batch import pack
-from caravan.data.pairs import PairTemplates
-from caravan.data.tokenization import Templates
+from caravan.data.tokenization import PairTemplates, Templates
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.export import tokens

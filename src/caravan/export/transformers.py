@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 
-from caravan.data.pairs import PairTemplates
+from caravan.data.tokenization import PairTemplates
 from caravan.encoding import Encoding, write_encoding
 from caravan.export import card_page, card_recipes, plain, tokens, verify
 from caravan.export.model_card import auto_class

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from caravan.data.batch import Packed, pack
-from caravan.data.batching import TextBlocks
-from caravan.data.loaders import text_loader
+from caravan.data.batching import TextBatches
+from caravan.data.loaders import TextLoader
 from caravan.data.texts import Texts
 from caravan.data.tokenization import Templates
 from caravan.encoding import read_encoding
@@ -134,9 +134,9 @@ class Encoder:
                 *(self.folder, hardware.named(self.device), self.precision),
             )
             _, templates = self.loaded
-            blocks = TextBlocks(texts, rows, templates, side, self.block, self.token_budget)
+            blocks = TextBatches(texts, rows, templates, side, self.block, self.token_budget)
             with progress(f"encode {folder.name}", left, "texts") as done, torch.inference_mode():
-                for batch in text_loader(blocks, missing, self.num_workers):
+                for batch in TextLoader(blocks, missing, self.num_workers):
                     yield self._vectors(batch.texts, done)
 
         return Shards(fill(folder, inputs, count, compute), len(rows), self.block)

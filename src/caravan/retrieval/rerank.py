@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from caravan.data.batching import PairBlocks
+from caravan.data.batching import PairBatches
 from caravan.data.collection import Qrels
-from caravan.data.loaders import text_loader
-from caravan.data.pairs import PairTemplates
+from caravan.data.loaders import TextLoader
 from caravan.data.runs import Run
 from caravan.data.segments import Segments
 from caravan.data.texts import Texts
+from caravan.data.tokenization import PairTemplates
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
@@ -185,13 +185,13 @@ class Scorer:
                 *(f"{left:,}", self.folder, hardware.named(self.device), self.precision),
             )
             model, templates = self.loaded
-            pairs = PairBlocks(
+            pairs = PairBatches(
                 *(queries, corpus, query_rows, passage_rows, templates),
                 block,
                 self.token_budget,
             )
             with progress("rerank", left, "pairs") as done, torch.inference_mode():
-                for batch in text_loader(pairs, missing, self.num_workers):
+                for batch in TextLoader(pairs, missing, self.num_workers):
                     packed = batch.pairs.to(self.device, non_blocking=True)
                     yield packed.rows_of(model.of, done).cpu().numpy()
 

@@ -45,7 +45,7 @@ def first_lines(
     if told:
         yield told
     yield (
-        f"{data.training.told(data.collection.name, batch, accumulated)};"
+        f"{data.training.summary(data.collection.name, batch, accumulated)};"
         f" {steps:,} updates, {per_epoch:,} batches an epoch"
     )
     if steps < cfg.trainer.max_steps:
@@ -68,10 +68,10 @@ def first_lines(
 def of_data(source: Any, data: Any) -> dict[str, Any]:
     """What the model card tells of the data: where it is known, and what the validation asks."""
     told: dict[str, Any] = {}
-    if (dataset := getattr(source, "hub_id", None)) is not None:
-        told["datasets"] = [dataset]
-    if (language := getattr(source, "language", None)) is not None:
-        told["language"] = [language]
+    if source.hub_id is not None:
+        told["datasets"] = [source.hub_id]
+    if source.language is not None:
+        told["language"] = [source.language]
     if data.dev_split is not None:
         told["validation"] = {
             "collection": data.collection.name,

@@ -92,7 +92,7 @@ def _module(cfg: Any, collection: Collection | None) -> Any:
     """The LightningModule with its tokenizer; weights come with `configure_model`."""
     import pytorch_lightning as pl
 
-    from caravan.data.pairs import without_second_end
+    from caravan.data.tokenization import without_second_end
     from caravan.models.adapters import quantization
     from caravan.models.loading import add_slots
     from caravan.training.gradcache import GradCache
@@ -329,7 +329,7 @@ def _of_training(cfg: Any, trainer: Any, module: Any, data: Any, queries: int) -
     """The validation's figures of the best weights for training queries, over as many passages."""
     from caravan.training.callbacks import named
 
-    data.ask(build(cfg, "data")["data"].train_split, queries, cfg.validation.passages)
+    data.set_validation(build(cfg, "data")["data"].train_split, queries, cfg.validation.passages)
     last = _asked("train_queries", trainer, module, data)
     log.info("training queries: %s", named(last))
     return {name.removeprefix("val/"): value for name, value in last.items() if "val/" in name}
