@@ -14,17 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from caravan.data.tokenization import PairTemplates
 from torch.utils.data import Dataset
 
 from caravan.data.batch import EncodeBatch, TokenIds, Unpacked
 from caravan.data.batching import Groups, PairBatches, TextBatches
 from caravan.data.collection import Collection
-from caravan.data.loaders import BatchLoader, QueryOrder, TrainLoader, TextLoader as text_loader
+from caravan.data.loaders import BatchLoader, QueryOrder, TextLoader, TrainLoader
 from caravan.data.negatives import Negatives
-from caravan.data.tokenization import Templates
-from caravan.data.unlabelled import JointTemplates
-from caravan.data.unlabelled import Unlabelled
+from caravan.data.tokenization import PairTemplates, Templates
+from caravan.data.unlabelled import JointTemplates, Unlabelled
 from caravan.encoding import Encoding
 from caravan.errors import InputError, is_termination, sentence
 
@@ -104,8 +102,10 @@ def test_loading_leaves_torchs_random_state_alone(groups: Groups) -> None:
 
 def test_workers_end_with_the_last_batch_though_the_iterator_is_kept(groups: Groups) -> None:
     before = set(multiprocessing.active_children())
-    blocks = TextBatches(groups.collection.corpus, np.arange(20), groups.templates, "passage", 8, 64)
-    batches = iter(text_loader(blocks, range(len(blocks)), num_workers=1))
+    blocks = TextBatches(
+        groups.collection.corpus, np.arange(20), groups.templates, "passage", 8, 64
+    )
+    batches = iter(TextLoader(blocks, range(len(blocks)), num_workers=1))
     rows = [row for _ in range(len(blocks)) for row in next(batches).rows.tolist()]
     assert rows == list(range(20))
     assert set(multiprocessing.active_children()) == before

@@ -17,10 +17,10 @@ from tests.released import save_base
 from tokenizers import processors
 
 from caravan.cli.compose import compose
+from caravan.cli.train import train
 from caravan.data.tokenization import PairTemplates, Templates, without_second_end
 from caravan.encoding import Encoding, read_encoding
 from caravan.errors import InputError
-from caravan.training.fit import train
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,7 @@ def test_a_folder_from_before_a_setting_was_there_has_its_default(saved: Path) -
         (lambda c: c.update(pooling="max"), "pooling is 'max'"),
         (lambda c: c.update(query_length="32"), "'query_length' is '32'"),
         (lambda c: c.update(format=99), "format is not 1"),
-        (lambda c: c.update(temperature=0), "temperature is 0"),
+        (lambda c: c.update(query_length=3), "query_length is 3"),
         (lambda c: c.update(passage_template="{body}"), r"lacks \{text\}"),
         (lambda c: c["facts"].pop("weights"), "lacks 'weights'"),
     ],

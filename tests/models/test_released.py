@@ -23,13 +23,13 @@ from tests.released import (
 from torch import Tensor
 
 from caravan.cli.compose import compose
+from caravan.cli.train import train
 from caravan.data.batch import pack
 from caravan.data.tokenization import PairTemplates, Templates
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapter_files import load_adapter
 from caravan.models.backbone import Pretrained
-from caravan.training.fit import train
 
 QUERY = "which camel has water"
 PASSAGES = [

@@ -138,7 +138,7 @@ def without_second_end(tokenizer: Any, encoding: Encoding) -> Encoding:
         return encoding
     if is_main_process():
         end = tokenizer.convert_ids_to_tokens(after[-1])
-        log.info("texts end with %s, so EOS %s is not appended: append_eos=false", end, token)
+        log.info("encoding.append_eos=false: texts end with %s, %s is not appended", end, token)
     return replace(encoding, append_eos=False)
 
 

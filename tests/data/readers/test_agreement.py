@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from caravan.data.readers.labelled import Beir
-from caravan.data.readers.training_rows import FlagEmbedding
-from caravan.data.readers.training_rows import Tevatron
-from caravan.data.readers.labelled import Tsv
 from tests.files import judged, records
 
 from caravan.data.collection import Collection
 from caravan.data.readers.ir_datasets import IrDatasets
+from caravan.data.readers.labelled import Beir, Tsv
 from caravan.data.readers.msmarco import MsMarcoDocument, MsMarcoPassage
+from caravan.data.readers.training_rows import FlagEmbedding, Tevatron
 
 REAL = sorted(Path(os.environ.get("CARAVAN_COLLECTIONS", "/nonexistent")).glob("*/corpus.jsonl"))
 
