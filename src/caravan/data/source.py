@@ -13,9 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from caravan.cache import cache_folder, refuse_foreign
 from caravan.data.collection import FILES, FORMAT, Collection, DamagedError
-from caravan.files import locked, writing
+from caravan.files import cache_folder, locked, refuse_foreign, writing
 
 log = logging.getLogger(__name__)
 

@@ -20,12 +20,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from caravan.cache import cache_folder
 from caravan.data.collection import Collection
 from caravan.data.readers.labelled import Beir
 from caravan.data.source import Source, cache_key
 from caravan.errors import InputError
-from caravan.files import locked, scratch_folder
+from caravan.files import cache_folder, locked, scratch_folder
 from caravan.progress import track
 from caravan.quickstart.docstrings import STDLIB, installed_sources, read, required_by
 

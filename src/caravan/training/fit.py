@@ -32,7 +32,7 @@ from caravan.data.datamodule import DataModule
 from caravan.data.source import Source
 from caravan.data.tokenization import without_second_end
 from caravan.data.unlabelled import Unlabelled
-from caravan.distributed import is_main_process, world
+from caravan.distributed import is_main_process, world_size
 from caravan.encoding import Encoding, read_encoding
 from caravan.errors import InputError, first_line
 from caravan.export import model_card
@@ -293,11 +293,12 @@ def _trainer(run: Training, precision: str, validates: bool) -> Any:
             "invalid-trainer-setting",
             f"trainer: {first_line(error)}; change the settings of trainer or strategy",
         ) from None
-    if world() not in (1, trainer.world_size):
+    if world_size() not in (1, trainer.world_size):
         raise InputError(
             "wrong-world-size",
-            f"{world()} processes were started together, and the trainer has {trainer.world_size};"
-            " set trainer.devices to the processes of a node, and trainer.num_nodes",
+            f"{world_size()} processes were started together, and the trainer has"
+            f" {trainer.world_size}; set trainer.devices to the"
+            " processes of a node, and trainer.num_nodes",
         )
     return trainer
 

@@ -89,7 +89,7 @@ def test_a_dataset_streams_into_a_collection(tmp_path: Path) -> None:
     assert _texts(source, tmp_path) == [("", "salt")]
     with refused("unknown-column", "text"):
         HubTexts(str(folder)).collection(tmp_path)
-    with refused("invalid-input"):
+    with refused("folder-not-found", "absent"):
         HubTexts(str(tmp_path / "absent")).collection(tmp_path)
 
 

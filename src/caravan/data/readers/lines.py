@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from caravan import manifests
-from caravan.cache import cache_folder
 from caravan.data.texts import Record
 from caravan.errors import InputError, first_line
-from caravan.files import listed
+from caravan.files import cache_folder, listed
 from caravan.hub import refuse_unreachable
 
 KEPT_FROM_BYTES = 1 << 26  # smaller files are hashed in some milliseconds
