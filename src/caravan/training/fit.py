@@ -29,7 +29,6 @@ from rich import get_console
 from caravan import manifests
 from caravan.data.collection import Collection
 from caravan.data.datamodule import DataModule
-from caravan.data.source import Source
 from caravan.data.tokenization import without_second_end
 from caravan.data.unlabelled import Unlabelled
 from caravan.distributed import is_main_process, world_size
@@ -77,7 +76,7 @@ class Training:
         init_from: the model folder that the backbone was initialized from, if any.
         settings: the resolved config as plain data: what the run's inputs are.
         config: the same as text, for config.yaml.
-        recipe: hyperparameters that the model card shows.
+        facts: for the model card: dataset, language, hyperparameters.
     """
 
     name: str
@@ -107,7 +106,7 @@ class Training:
     seed: int = 0
     resume: bool = False
     precision: str = "auto"
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def train(run: Training) -> float | None:
@@ -312,7 +311,7 @@ def _finish(
     needed: Need | None,
 ) -> float | None:
     """Save the best weights as the model folder, and metrics.json; returns the best metric."""
-    facts, used = data_facts(run.source, data), None if needed is None else needed.total
+    used = None if needed is None else needed.total
     if trainer.strategy.root_device.type == "cuda":  # a CPU has no count: the estimate stands
         used = torch.cuda.max_memory_allocated(trainer.strategy.root_device)
     best, monitor, watched = None, None, trainer.checkpoint_callback
@@ -343,7 +342,14 @@ def _finish(
             "monitored": monitor,
             "best": best,
         }
-        facts = {**summary, **facts, "recipe": dict(run.recipe)}
+        facts = {**summary, **run.facts}
+        if data.dev_split is not None:
+            facts["validation"] = {
+                "collection": data.collection.name,
+                "split": data.dev_split,
+                "queries": len(data.dev_qrels.queries),
+                "passages": None if data.candidates is not None else len(data.dev_passages),
+            }
         folder.save(run.run_dir / "model", network, module.tokenizer, module.encoding, facts)
         model_card.write(run.run_dir / "model", tokenizer=module.tokenizer)
         trained, total = parameter_counts(network)
@@ -354,20 +360,3 @@ def _finish(
         if (curves := run.run_dir / "tensorboard").is_dir():
             log.info("curves: tensorboard --logdir %s", curves)
     return best
-
-
-def data_facts(source: Source, data: DataModule) -> dict[str, Any]:
-    """What the model card says about the data: dataset, language, and the validation."""
-    facts: dict[str, Any] = {}
-    if source.hub_id is not None:
-        facts["datasets"] = [source.hub_id]
-    if source.language is not None:
-        facts["language"] = [source.language]
-    if data.dev_split is not None:
-        facts["validation"] = {
-            "collection": data.collection.name,
-            "split": data.dev_split,
-            "queries": len(data.dev_qrels.queries),
-            "passages": None if data.candidates is not None else len(data.dev_passages),
-        }
-    return facts
