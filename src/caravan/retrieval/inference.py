@@ -244,7 +244,7 @@ class Inference:
         self, blocks: TextBatches | PairBatches, missing: list[int], size: int, task: str
     ) -> Iterator[Tensor]:
         """The rows of the missing blocks, with a log line and a progress bar."""
-        left = sum(min(blocks.block, size - i * blocks.block) for i in missing)
+        left = sum(min(blocks.batch_size, size - i * blocks.batch_size) for i in missing)
         device = hardware.named(self.device)
         log.info(f"{task.format(f'{left:,}')} with {self.folder} on {device}, {self.precision}")
         unit = "texts" if isinstance(blocks, TextBatches) else "pairs"
