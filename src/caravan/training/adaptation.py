@@ -19,8 +19,7 @@ from torch import Tensor
 
 from caravan.data.batch import AdaptationBatch
 from caravan.data.collection import Collection
-from caravan.data.tokenization import JointTemplates
-from caravan.data.unlabelled import TASKS, Unlabelled
+from caravan.data.unlabelled import TASKS, JointTemplates, Unlabelled
 from caravan.encoding import Encoding, template_parts
 from caravan.errors import InputError
 from caravan.models.llara import Layout, SlotEncoder, set_losses, token_losses

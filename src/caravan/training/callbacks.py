@@ -58,7 +58,7 @@ class FitSummary(pl.Callback):
         if loaded := getattr(pl_module.backbone, "told", ""):
             log.info(loaded)
         accumulated = trainer.accumulate_grad_batches
-        trains_on = data.training.told(data.collection.name, data.queries_per_batch, accumulated)
+        trains_on = data.training.summary(data.collection.name, data.queries_per_batch, accumulated)
         batches = data.batches_per_epoch(trainer)
         log.info(f"{trains_on}; {trainer.max_steps:,} updates, {batches:,} batches an epoch")
         queries = len(data.dev_qrels.queries)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 from tests.files import put
+from tests.refusals import refused
 
-from caravan.data import trec
+from caravan.data import run_files as trec
 from caravan.data.collection import Collection, write_collection
 from caravan.data.runs import read_run
-from caravan.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -45,29 +45,29 @@ def test_other_layouts_are_recognized(
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "code", "place"),
     [
-        ("q1 p1 9\nq1 p2 5\nq1 p3 2\n", "x.trec:1 has the rank '9'"),  # whole scores
-        ("q1 p1 3\nq1 p2 2\nq1 p3 1\n", "x.trec:1 has the rank '3'"),
-        ("q1 p1 1\nq2 p1 1\nq1 p2 2\nq1 p3 2\n", "x.trec:4 has the rank '2'"),
-        ("q1 p1 0\nq1 p2 1\nq1 p3 2\n", "x.trec:1 has the rank '0'"),
-        ("q1 p1 1\nq1 p2 2\nq1 p3 2.5\nq1 p4 4\n", "x.trec:3 has the rank '2.5'"),
-        ("q1\tp1\t2.5\t1\nq1\tp2\t1.5\t2\n", "x.trec:1 has the rank '2.5'"),
-        ("q1\tp1\t7\t1\nq1\tp2\t9\t2\n", "has the rank '7', which is not the place"),
-        ("q1\tp1\t1\t5\nq1\tp2\t2\t3\nq1\tp3\t3\tbad\n", "x.trec:3 has the score 'bad'"),
-        ("q1 0 11 1\nq2 0 12 1\n", "as qrels have"),
-        ("q1 p1 1 x\n", "x.trec:1 has 4 columns"),
-        ("q1 p1 1 2.5 x\n", "x.trec:1 has 5 columns"),
-        ("q1 p1 1 1\nq2 p1 30 1\nq2 p2 20 2\n", "x.trec:2 has the rank '30'"),
-        ("q1\tp1\t42\t7\nq1\tp2\t42\t9\n", "x.trec:2 has the score '9'"),
-        ("qid\tpid\tlabel\nq1\tp1\t1\n", "x.trec:1 has the rank 'label'"),
-        ("qid\tpid\trank\n", "x.trec is empty"),
+        ("q1 p1 9\nq1 p2 5\nq1 p3 2\n", "invalid-rank", "x.trec:1"),  # whole scores
+        ("q1 p1 3\nq1 p2 2\nq1 p3 1\n", "invalid-rank", "x.trec:1"),
+        ("q1 p1 1\nq2 p1 1\nq1 p2 2\nq1 p3 2\n", "invalid-rank", "x.trec:4"),
+        ("q1 p1 0\nq1 p2 1\nq1 p3 2\n", "invalid-rank", "x.trec:1"),
+        ("q1 p1 1\nq1 p2 2\nq1 p3 2.5\nq1 p4 4\n", "invalid-rank", "x.trec:3"),
+        ("q1\tp1\t2.5\t1\nq1\tp2\t1.5\t2\n", "invalid-rank", "x.trec:1"),
+        ("q1\tp1\t7\t1\nq1\tp2\t9\t2\n", "invalid-rank", "x.trec:1"),
+        ("q1\tp1\t1\t5\nq1\tp2\t2\t3\nq1\tp3\t3\tbad\n", "invalid-score", "x.trec:3"),
+        ("q1 0 11 1\nq2 0 12 1\n", "qrels-not-run", "x.trec"),
+        ("q1 p1 1 x\n", "malformed-line", "x.trec:1"),
+        ("q1 p1 1 2.5 x\n", "malformed-line", "x.trec:1"),
+        ("q1 p1 1 1\nq2 p1 30 1\nq2 p2 20 2\n", "invalid-rank", "x.trec:2"),
+        ("q1\tp1\t42\t7\nq1\tp2\t42\t9\n", "invalid-score", "x.trec:2"),
+        ("qid\tpid\tlabel\nq1\tp1\t1\n", "invalid-rank", "x.trec:1"),
+        ("qid\tpid\trank\n", "empty-file", "x.trec"),
     ],
 )
 def test_columns_that_may_be_either_ranks_or_scores_are_refused(
-    tmp_path: Path, names: Collection, text: str, complaint: str
+    tmp_path: Path, names: Collection, text: str, code: str, place: str
 ) -> None:
-    with pytest.raises(InputError, match=complaint):
+    with refused(code, place):
         read_run(put(tmp_path, {"x.trec": text}) / "x.trec", names.queries, names.corpus)
 
 
@@ -83,7 +83,7 @@ def test_ranks_are_checked_over_blocks_of_a_file(
     )
     assert names.corpus.ids(run.of(3)[0]) == known
     lines[12] = lines[12].replace(" 7", " 8")
-    with pytest.raises(InputError, match=r"x\.trec:13 has the rank '8'"):
+    with refused("invalid-rank", "x.trec:13"):
         read_run(
             put(tmp_path, {"x.trec": "".join(lines)}) / "x.trec",
             names.queries,

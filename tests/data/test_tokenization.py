@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.refusals import refused
 
 from caravan.data import tokenization as module
 from caravan.data.tokenization import Template, Templates, special_tokens
 from caravan.encoding import Encoding
-from caravan.errors import InputError
 
 LONG = "camel caravan desert dune " * 50
 
@@ -61,22 +61,22 @@ def test_an_eos_that_the_tokenizer_lacks_is_refused(tokenizer: Any, encoding: En
     from transformers import PreTrainedTokenizerFast
 
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(InputError, match="append_eos=false"):
+    with refused("missing-eos", "encoding.append_eos"):
         Templates(bare, encoding)
 
 
 def test_a_length_without_room_for_text_is_refused(tokenizer: Any, encoding: Encoding) -> None:
     suffixed = replace(encoding, query_length=4, query_template="{text} camel caravan desert dune")
-    with pytest.raises(InputError, match=r"encoding\.query_length=4"):
+    with refused("no-room-for-text", "encoding.query_length"):
         Templates(tokenizer, suffixed)
     suffixed = replace(encoding, passage_length=4, passage_template="{text} camel caravan desert")
-    with pytest.raises(InputError, match=r"encoding\.passage_length=4"):
+    with refused("no-room-for-text", "encoding.passage_length"):
         Templates(tokenizer, suffixed)
 
 
 @pytest.mark.parametrize("field", ["{text:%d}", "{text!x}", "{text!r}", "{text:>9}"])
 def test_a_template_with_a_format_is_refused(field: str) -> None:
-    with pytest.raises(InputError, match=r"encoding\.passage_template .* write \{text\} alone"):
+    with refused("invalid-input", "encoding.passage_template"):
         Encoding(passage_template=f"{{title}} {field}")
 
 
@@ -101,7 +101,7 @@ def test_long_texts_give_the_ids_that_whole_texts_give(
     texts = [("", TEXTS[kind]), ("Title", TEXTS[kind][3:])]
     texts += [("", TEXTS[kind][int(start) :]) for start in rng.integers(0, 700, 20)]
     found = Templates(tokenizer, encoding).passages(texts)
-    monkeypatch.setattr(module, "beginning", lambda text, room: text)
+    monkeypatch.setattr(module, "beginning", lambda text, room, start=0: text)
     assert found == Templates(tokenizer, encoding).passages(texts)
 
 
@@ -109,9 +109,12 @@ def test_only_the_beginning_of_a_long_text_is_tokenised(
     tokenizer: Any, encoding: Encoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     templates, sizes = Templates(tokenizer, encoding), []
-    monkeypatch.setattr(
-        module, "_ids", lambda _, texts: sizes.extend(map(len, texts)) or [[5] * 99] * len(texts)
-    )
+
+    def ids(_: Any, texts: list[str]) -> list[list[int]]:
+        sizes.extend(map(len, texts))
+        return [[5] * 99] * len(texts)
+
+    monkeypatch.setattr(module, "plain_ids", ids)
     templates.passages([("", "camel caravan " * 30_000)])
     assert max(sizes) < 16 * (encoding.passage_length + 17)
 
@@ -127,6 +130,6 @@ def test_special_tokens_of_a_bert_tokenizer_surround_the_text() -> None:
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bert, pad_token="[PAD]")
-    assert special_tokens(tokenizer) == ([2], [3])
+    assert special_tokens(tokenizer) == ([2], [], [3])
     encoding = Encoding(append_eos=False, query_template="{text}", query_length=4)
     assert Templates(tokenizer, encoding).queries([("", "a a a a a")]) == [[2, 4, 4, 3]]

@@ -16,12 +16,10 @@ import pytest
 from tests.files import judged, records
 
 from caravan.data.collection import Collection
-from caravan.data.readers.beir import Beir
-from caravan.data.readers.flagembedding import FlagEmbedding
 from caravan.data.readers.ir_datasets import IrDatasets
+from caravan.data.readers.labelled import Beir, Tsv
 from caravan.data.readers.msmarco import MsMarcoDocument, MsMarcoPassage
-from caravan.data.readers.tevatron import Tevatron
-from caravan.data.readers.tsv import Tsv
+from caravan.data.readers.training_rows import FlagEmbedding, Tevatron
 
 REAL = sorted(Path(os.environ.get("CARAVAN_COLLECTIONS", "/nonexistent")).glob("*/corpus.jsonl"))
 

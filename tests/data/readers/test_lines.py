@@ -21,7 +21,7 @@ CONVERT = """
 import resource, sys
 from caravan.data import texts
 from caravan.data.readers.msmarco import MsMarcoPassage
-from caravan.data.readers.tevatron import Tevatron
+from caravan.data.readers.training_rows import Tevatron
 reader, cache, *sources = sys.argv[1:]
 texts.BATCH_BYTES = 2**20  # growth shows in files of some megabytes
 for source in sources:
@@ -107,11 +107,11 @@ def test_the_digest_of_a_large_file_is_kept_until_it_changes(
     assert digests([file], tmp_path) == first
     (kept,) = (tmp_path / "digests").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(lines, "track", lambda *_: pytest.fail("read again"))
+        patch.setattr(lines.manifests, "content", lambda _: pytest.fail("read again"))
         assert digests([file], tmp_path) == first
-    stored = json.loads(kept.read_text())
-    assert first == [stored["xxh3"]]
-    for damaged in ("{", json.dumps({**stored, "xxh3": "another"})):
+    record, seal = json.loads(kept.read_text())
+    assert first == [record["xxh3"]]
+    for damaged in ("{", json.dumps([{**record, "xxh3": "another"}, seal])):
         kept.write_text(damaged)
         assert digests([file], tmp_path) == first
     times = file.stat()

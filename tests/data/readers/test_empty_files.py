@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.files import put
+from tests.refusals import refused
 
-from caravan.data.readers.beir import Beir
-from caravan.data.readers.flagembedding import FlagEmbedding
+from caravan.data.readers.labelled import Beir, Tsv
 from caravan.data.readers.msmarco import MsMarcoDocument, MsMarcoPassage
-from caravan.data.readers.tevatron import Tevatron
-from caravan.data.readers.tsv import Tsv
+from caravan.data.readers.training_rows import FlagEmbedding, Tevatron
 from caravan.errors import InputError
 
 ROW = '{"query_id": "1", "query_text": "camel", "positive_document_ids": ["a"]}\n'
@@ -84,21 +82,13 @@ def test_an_empty_file_is_named_and_no_other_is_blamed(
     put(folder, {name: content})
     with pytest.raises(InputError) as caught:
         make(str(folder)).collection(tmp_path / "cache")
-    told = str(caught.value)
-    assert "\n" not in told
-    named = re.escape(str(folder / name))
-    wanted = (
-        rf"^{named} holds no judgement: put those of the split \S+ there, or remove the file$",
-        rf"^there is no row in {named}: every line is one object ",
-        rf"^{named} holds no query, and \S+ judges some: put .* into \S+$",
-        rf"^the corpus of set is empty \({named}\): add passages$",
-    )
-    assert any(re.search(one, told) for one in wanted), told
+    assert caught.value.code in ("empty-file", "empty-split", "empty-corpus")
+    assert str(folder / name) in str(caught.value)
 
 
 def test_a_header_alone_is_no_judgement(tmp_path: Path) -> None:
     files = READERS["beir"][1] | {"qrels/test.tsv": "query-id\tcorpus-id\tscore\n"}
-    with pytest.raises(InputError, match=r"test\.tsv holds no judgement: put those of"):
+    with refused("empty-split", "test.tsv"):
         Beir(str(put(tmp_path / "set", files))).collection(tmp_path / "cache")
 
 
@@ -112,5 +102,5 @@ def test_one_of_several_files_of_rows_may_be_empty(tmp_path: Path) -> None:
     folder = put(tmp_path / "set", {"a.jsonl": "", "b.jsonl": TEXTS})
     assert len(FlagEmbedding(str(folder)).collection(tmp_path / "cache").corpus) == 2
     put(folder, {"b.jsonl": ""})
-    with pytest.raises(InputError, match=r"^there is no row in \S+/a\.jsonl and \S+/b\.jsonl: ev"):
+    with refused("empty-file", "a.jsonl"):
         FlagEmbedding(str(folder)).collection(tmp_path / "cache")
