@@ -245,7 +245,7 @@ def reading(place: str | Path, problem: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         log.debug("%s: %s", place, problem, exc_info=error)
-        raise InputError(f"{place}: {problem} ({reason(error)})") from error
+        raise InputError("unreadable", f"{place}: {problem} ({reason(error)})") from error
 
 
 def reason(error: BaseException) -> str:

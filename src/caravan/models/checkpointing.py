@@ -1,0 +1,83 @@
+"""Activation checkpointing of a transformer's layers.
+
+`backbone.checkpointing=true` keeps a layer's input alone for the backward pass and recomputes the
+layer; `selective` also keeps the results of linear layers and fused attention, and recomputes the
+rest, which is cheap.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from caravan.errors import InputError
+
+Checkpointing = bool | Literal["selective"]
+SAVED = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "torch_attn::_varlen_attn",
+)
+"""What `selective` saves: products with weights, and fused attention, but no scores of every token
+with every other."""
+
+
+def checkpoint_activations(model: Any, checkpointing: Checkpointing) -> None:
+    """Switch checkpointing on, in place.
+
+    Raises:
+        InputError: If the model cannot recompute activations.
+    """
+    # transformers 5.20 has the older name alone.
+    older = model.gradient_checkpointing_enable
+    if "gradient_checkpointing_kwargs" not in inspect.signature(older).parameters:
+        text = f"{type(model).__name__} cannot recompute activations; set backbone.checkpointing=false"
+        raise InputError("no-checkpointing", text)
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if checkpointing == "selective":
+        settings["context_fn"] = _contexts
+    getattr(model, "activation_checkpointing_enable", older)(settings)
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The contexts of a layer's computation and of its recomputation."""
+    first, again = create_selective_checkpoint_contexts(_policy)
+    return _uncached(first), _uncached(again)
+
+
+@contextmanager
+def _uncached(mode: AbstractContextManager[Any]) -> Iterator[None]:
+    """Without autocast's cache: a recomputation would not find the weights that a chunk cast.
+
+    It would then run more operations than were counted the first time.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with mode:
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """For `torch.utils.checkpoint`: whether to save an operation's result.
+
+    Random operations are recomputed, so that the generator stays in step during recomputation.
+    """
+    saved = operation.name().partition(".")[0] in SAVED
+    dropout = None
+    for place, argument in enumerate(operation._schema.arguments):
+        if argument.name == "dropout_p":
+            default = kwargs.get(argument.name, argument.default_value)
+            dropout = args[place] if place < len(args) else default
+    return CheckpointPolicy.MUST_SAVE if saved and not dropout else CheckpointPolicy.PREFER_RECOMPUTE
