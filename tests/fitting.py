@@ -124,7 +124,7 @@ class Fit:
                 peft,
                 self.tokenizer,
                 encoding,
-                InfoNCE(),
+                InfoNCE(1.0 if reranks else 0.05),
                 optimizer,
                 seed=0,
                 gradcache=gradcache,

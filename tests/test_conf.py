@@ -223,7 +223,7 @@ def test_a_backbone_brings_its_own_encoding() -> None:
     [
         ("stage=adaptation stage.words=0", "stage.words (command line): it must be at least 1"),
         ("validation.read_lengths=[64,2]", "validation.read_lengths[1] (command line): it must be"),
-        ("encoding.temperature=inf", "encoding.temperature (command line): it is inf"),
+        ("loss.temperature=inf", "loss.temperature (command line): it is inf"),
         ("seed=-1", "seed (command line): it must be at least 0, not -1"),
         ("optimizer.lr=0", "optimizer.lr (command line): it must be a finite number above 0"),
         ("optimizer.lr=-1e-4", "it must be a finite number above 0, not -0.0001"),

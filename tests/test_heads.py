@@ -18,9 +18,9 @@ from transformers import LlamaConfig, Qwen3Config
 from caravan.cli import schema
 from caravan.cli.compose import Composer, without_hydra
 from caravan.encoding import Encoding
-from caravan.models.memory import GIB
 from caravan.training import facts
 from caravan.training.gradcache import GradCache
+from caravan.training.memory import GIB
 from caravan.training.stage import Stage
 
 pytestmark = pytest.mark.slow

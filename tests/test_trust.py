@@ -24,15 +24,16 @@ from caravan.cli.compose import compose
 from caravan.data.batch import pack
 from caravan.data.collection import Collection
 from caravan.data.runs import read_run
-from caravan.encoding import Encoding, files_digest, read_encoding, write_encoding
+from caravan.encoding import Encoding, read_encoding, write_encoding
 from caravan.errors import InputError
 from caravan.export.write import FORMATS, export
 from caravan.models import folder
 from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder
+from caravan.models.digests import files_digest
 from caravan.models.loading import load_tokenizer
-from caravan.models.remote_code import OwnCodeError
+from caravan.models.remote_code import RemoteCodeError
 from caravan.training.fit import train as train_config
 
 ALLOW = "backbone.trust_remote_code=true"
@@ -114,7 +115,7 @@ def test_no_part_of_a_model_is_loaded_by_code_that_nobody_allowed(
 ) -> None:
     backbone = Pretrained(str(base))
     given = (None, tmp_path) if asked == "tokenizer" else (tokenizer,)
-    with pytest.raises(OwnCodeError, match=rf"^{base} wants code of its own"):
+    with pytest.raises(RemoteCodeError, match=rf"^{base} wants code of its own"):
         getattr(backbone, asked)(*given)
     assert not mark.exists()
 
@@ -125,7 +126,7 @@ def test_a_tokenizers_code_is_refused_too(base: Path, mark: Path) -> None:
     settings = {**json.loads(path.read_text()), "tokenizer_class": "OwnTokenizer"}
     settings["auto_map"] = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
     path.write_text(json.dumps(settings))
-    with pytest.raises(OwnCodeError, match=rf"^{base} wants code of its own"):
+    with pytest.raises(RemoteCodeError, match=rf"^{base} wants code of its own"):
         load_tokenizer(str(base))
     assert not mark.exists()
 
@@ -144,7 +145,7 @@ def test_a_trained_folder_is_refused_without_the_setting(
     copied = shutil.copytree(trained, tmp_path / "fresh")
     mark.unlink(missing_ok=True)
     with pytest.raises(
-        OwnCodeError, match=r"fresh wants code of its own, .*trust_remote_code=true"
+        RemoteCodeError, match=r"fresh wants code of its own, .*trust_remote_code=true"
     ):
         caravan.load(copied)
     assert not mark.exists()
@@ -180,7 +181,7 @@ def test_a_folder_that_hides_its_code_is_refused(
     record["facts"] = {**record["facts"], "own_code": says}
     (copied / "caravan.json").write_text(json.dumps(record))
     mark.unlink(missing_ok=True)
-    with pytest.raises(OwnCodeError):
+    with pytest.raises(RemoteCodeError):
         caravan.load(copied)
     assert not mark.exists()
 
@@ -223,7 +224,7 @@ def test_a_reranker_of_a_model_with_code_scores_from_its_folder(
     scorer = Pretrained(str(base), trust_remote_code=True).scorer(tokenizer)
     model = CrossEncoder(scorer, own).eval()
     folder.save(tmp_path / "m", model, tokenizer, own, {})
-    with pytest.raises(OwnCodeError):
+    with pytest.raises(RemoteCodeError):
         folder.load(tmp_path / "m")
     loaded = folder.load(tmp_path / "m", trust_remote_code=True)[0]
     with torch.no_grad():

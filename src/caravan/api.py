@@ -29,7 +29,7 @@ from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
 from caravan.models import hardware
-from caravan.models.packed import pack_linears
+from caravan.models.cpu import pack_linears
 from caravan.retrieval.index import ArrayBlocks, Exact
 
 Text = str | tuple[str, str]

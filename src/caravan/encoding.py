@@ -9,7 +9,6 @@ Defaults are RepLLaMA's (arXiv 2310.08319, section 2).
 from __future__ import annotations
 
 import json
-import math
 import reprlib
 import string
 from collections.abc import Iterator
@@ -53,7 +52,6 @@ class Encoding:
         normalize: scale embeddings to unit length.
         query_length, passage_length: tokens, including prompts and special tokens. A reranker's
             input has their sum as its limit, and the passage is truncated.
-        temperature: divides a retriever's scores in training.
         pair: how a reranker reads two texts: "joined" by a space into one (RankLLaMA), or as the
             tokenizer's "pair" (encoders, and the released checkpoints).
         scoring: a reranker's score: a linear "head" on one state (RankLLaMA), or the query's
@@ -73,7 +71,6 @@ class Encoding:
     normalize: bool = True
     query_length: int = 32
     passage_length: int = 196
-    temperature: float = 0.01
     pair: str = "joined"
     scoring: str = "head"
     bidirectional: bool = False
@@ -103,13 +100,12 @@ class Encoding:
                 "a reranker reads the last token of a decoder (stage=reranker) or cls of an encoder"
                 " (stage=reranker_encoder)",
             )
-        if not 0 < self.temperature < math.inf:
-            yield "temperature", "it must be above 0 and finite"
         for name in ("query_length", "passage_length"):
             if not 4 <= getattr(self, name) <= LONGEST:
                 yield name, f"it must be at least 4 and at most {LONGEST}"
-        for name, allowed in (("query_template", ("text",)), ("passage_template", ("title", "text"))):
-            if text := _template_problem(getattr(self, name), allowed):
+        fields_of = {"query_template": ("text",), "passage_template": ("text", "title")}
+        for name, known in fields_of.items():
+            if text := _template_problem(getattr(self, name), known):
                 yield name, text
         if self.scoring == "likelihood":
             yield from self._likelihood_problems()
@@ -222,6 +218,7 @@ def read_encoding(folder: Path) -> tuple[Encoding, dict[str, Any]]:
     if not isinstance(facts, dict) or facts.get("weights") not in ("full", "adapter"):
         text = f"{path}: 'facts' lacks 'weights' (full or adapter); save the model again"
         raise InputError("invalid-encoding", text)
+    record.pop("temperature", None)  # older folders have it here; it is the loss's
     kinds = {field.name: type(field.default) for field in fields(Encoding)}
     problems = [f"unknown {reprlib.repr(name)}" for name in sorted(record.keys() - kinds.keys())]
     problems += [f"missing {name!r}" for name in sorted(kinds.keys() - record.keys() - LATER)]
@@ -229,9 +226,7 @@ def read_encoding(folder: Path) -> tuple[Encoding, dict[str, Any]]:
     known = {name: facts[name] for name in ("name", "base_model", "collection") if name in facts}
     values += [(name, str, value) for name, value in known.items() if value is not None]
     for name, kind, value in values:
-        if kind is float and type(value) is int:
-            record[name] = float(value)
-        elif type(value) is not kind:
+        if type(value) is not kind:
             problems.append(f"{name!r} is {reprlib.repr(value)}, not of type {kind.__name__}")
     if problems:
         raise InputError("invalid-encoding", f"{path}: {', '.join(problems)}")

@@ -16,13 +16,14 @@ from tests.released import save_base
 from torch import Tensor
 
 from caravan.data.batch import pack
-from caravan.encoding import Encoding, adapter_base, read_encoding
+from caravan.encoding import Encoding, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapters import LoRA
-from caravan.models.backbone import Pretrained, Trained
+from caravan.models.backbone import FromFolder, Pretrained
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder
+from caravan.models.digests import adapter_base
 
 TEXTS = [[5, 6, 7], [8, 9, 10, 11], [12]]
 RESCORED = Encoding(kind="reranker", query_length=16, passage_length=24)
@@ -60,7 +61,7 @@ def test_an_adapter_on_other_weights_of_its_base_is_refused(
     with pytest.raises(InputError, match="are not those that the adapter was trained on"):
         folder.load(saved)
     with pytest.raises(InputError, match="are not those that the adapter was trained on"):
-        Trained(str(saved), adapter=True).model(tokenizer)
+        FromFolder(str(saved)).model(tokenizer)
 
 
 def test_an_adapter_that_records_no_base_weights_loads_and_the_log_says_so(

@@ -17,11 +17,12 @@ from caravan.data.collection import Collection
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import folder, tiny_llama
-from caravan.models.adapters import LoRA, frozen_linears, settle_precisions
-from caravan.models.backbone import Pretrained, parameter_counts
+from caravan.models.adapters import LoRA
+from caravan.models.backbone import Pretrained, parameter_counts, prepared
 from caravan.models.biencoder import BiEncoder
+from caravan.models.checkpointing import Checkpointing, _policy
+from caravan.models.hardware import frozen_linears, settle_precisions
 from caravan.models.loading import load_weights
-from caravan.models.preparing import Checkpointing, _policy, prepared
 from caravan.models.tiny_llama import TinyLlama
 
 PRODUCTS = ("aten.mm", "aten.addmm")

@@ -16,11 +16,10 @@ from torch import Tensor
 from caravan.data.batch import pack
 from caravan.encoding import Encoding
 from caravan.errors import InputError
-from caravan.models.bidirectional import hold_to, look_both_ways
+from caravan.models.bidirectional import check_direction, is_causal, make_bidirectional
 from caravan.models.biencoder import BiEncoder
 from caravan.models.llara import Layout, SlotEncoder
 from caravan.models.loading import set_attention
-from caravan.models.pooling import is_causal
 from caravan.models.query_likelihood import QueryLikelihood
 
 BOTH = Encoding(bidirectional=True, query_length=16, passage_length=24)
@@ -62,7 +61,7 @@ def _model(name: str, attention: str = "auto") -> Any:
 
 
 def _encoder(name: str, attention: str = "auto", pooling: str = "last") -> BiEncoder:
-    model = look_both_ways(_model(name, attention))
+    model = make_bidirectional(_model(name, attention))
     return BiEncoder(model, replace(BOTH, pooling=pooling)).eval()
 
 
@@ -111,7 +110,7 @@ def test_embeddings_equal_plain_transformers_under_a_mask_that_hides_nothing(nam
 def test_the_last_token_moves_the_first_tokens_state(name: str, both: bool) -> None:
     model = _model(name)
     encoding = Encoding(pooling="cls", bidirectional=both, query_length=8, passage_length=8)
-    encoder = BiEncoder(look_both_ways(model) if both else model, encoding)
+    encoder = BiEncoder(make_bidirectional(model) if both else model, encoding)
     with torch.no_grad():
         rows = encoder.embed(pack([[5, 6, 7, 8], [5, 6, 7, 9]], 100))
     assert bool((rows[0] - rows[1]).abs().max() > 1e-3) == both
@@ -124,7 +123,7 @@ def test_a_processors_own_attention_in_bf16_looks_both_ways() -> None:
     with torch.no_grad():
         cosines = (exact.embed(pack(TEXTS, 99)) * rounded.embed(pack(TEXTS, 99))).sum(dim=1)
     assert cosines.min() > 0.998
-    hold_to(BOTH, rounded.backbone)
+    check_direction(BOTH, rounded.backbone)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +137,7 @@ def test_a_processors_own_attention_in_bf16_looks_both_ways() -> None:
         ("stablelm", "sdpa", "StableLmModel does not heed .*=sdpa .* in layers 0, 1; set it"),
     ],
 )
-def test_an_architecture_that_cannot_look_both_ways_is_refused_by_name(
+def test_an_architecture_that_cannot_make_bidirectional_is_refused_by_name(
     name: str, attention: str, told: str
 ) -> None:
     with pytest.raises(InputError, match=rf"backbone\.bidirectional.* {told}"):
@@ -167,18 +166,18 @@ def test_one_layer_that_goes_its_own_way_is_found(
 
     monkeypatch.setattr(attention, "forward", other)
     with pytest.raises(InputError, match=r"LlamaModel does not heed .* in layers 1; set it to"):
-        BiEncoder(look_both_ways(model), BOTH)
+        BiEncoder(make_bidirectional(model), BOTH)
 
 
 def test_a_model_and_its_encoding_look_the_same_way() -> None:
     with pytest.raises(InputError, match=r"looks both ways .* set backbone\.bidirectional=true"):
-        BiEncoder(look_both_ways(_model("qwen3")), Encoding())
+        BiEncoder(make_bidirectional(_model("qwen3")), Encoding())
     with pytest.raises(InputError, match="looks to the left alone, but its encoding says"):
         BiEncoder(_model("qwen3"), BOTH)
 
 
 def test_neither_likelihood_nor_adaptation_looks_both_ways(tokenizer: Any) -> None:
-    language_model = look_both_ways(tiny_backbone().language_model(tokenizer))
+    language_model = make_bidirectional(tiny_backbone().language_model(tokenizer))
     likelihood = Encoding(kind="reranker", scoring="likelihood", append_eos=False)
     with pytest.raises(InputError, match="is no causal language model"):
         QueryLikelihood(language_model, likelihood)

@@ -21,11 +21,10 @@ from caravan.encoding import Encoding, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapters import LoRA
-from caravan.models.backbone import Pretrained, Trained
-from caravan.models.bidirectional import look_both_ways
+from caravan.models.backbone import FromFolder, Pretrained
+from caravan.models.bidirectional import is_causal, make_bidirectional
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, with_head
-from caravan.models.pooling import is_causal
 
 
 @pytest.fixture
@@ -121,7 +120,7 @@ def test_an_adapters_folder_never_looks_to_the_left_in_silence(
     saved = _adapted(base, tokenizer, tmp_path / "m")
     assert "is_causal" not in json.loads((base / "config.json").read_text())
     model = folder.load(saved)[0]
-    begun = Trained(str(saved), adapter=False, bidirectional=True).model(tokenizer)
+    begun = FromFolder(str(saved), bidirectional=True).model(tokenizer)
     again = BiEncoder(begun, BOTH).eval()
     with torch.no_grad():
         expected = model.embed(pack(TEXTS, 99))
@@ -130,7 +129,7 @@ def test_an_adapters_folder_never_looks_to_the_left_in_silence(
     assert not is_causal(model.backbone)
     assert not torch.equal(moved[0], moved[1])
     for begin in (
-        lambda: Trained(str(saved), adapter=True),
+        lambda: FromFolder(str(saved)),
         lambda: Pretrained(str(saved)).model(tokenizer),
         lambda: Pretrained(str(saved)).scorer(tokenizer),
     ):
@@ -157,7 +156,7 @@ def test_a_reranker_that_looks_both_ways_scores_as_plain_transformers_does(
     name: str, tokenizer: Any, tmp_path: Path
 ) -> None:
     encoding = Encoding(kind="reranker", bidirectional=True)
-    model = CrossEncoder(with_head(look_both_ways(_model(name)), 0), encoding).eval()
+    model = CrossEncoder(with_head(make_bidirectional(_model(name)), 0), encoding).eval()
     folder.save(tmp_path / "m", model, tokenizer, encoding, {})
     auto = transformers.AutoModelForSequenceClassification
     plain = auto.from_pretrained(tmp_path / "m").eval()
@@ -190,7 +189,7 @@ def test_a_trial_leaves_a_quantised_base_trainable(base: Path, tokenizer: Any) -
     assert all(grad is not None and bool(grad.any()) for grad in grads)
 
 
-def test_a_retriever_that_begins_with_an_adapted_model_may_look_both_ways(
+def test_a_retriever_that_begins_with_an_adapted_model_may_make_bidirectional(
     beir: Path, tmp_path: Path
 ) -> None:
     adapt(beir, tmp_path / "adapted", "stage=adaptation_released", "trainer.max_steps=0")

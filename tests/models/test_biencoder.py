@@ -9,8 +9,8 @@ from torch import Tensor
 
 from caravan.data.batch import pack
 from caravan.encoding import Encoding
+from caravan.models.bidirectional import is_causal
 from caravan.models.biencoder import BiEncoder
-from caravan.models.pooling import is_causal, pool
 
 
 def _architecture(name: str) -> torch.nn.Module:

@@ -16,13 +16,12 @@ from caravan.data.batch import pack
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import folder
-from caravan.models.adapter_files import is_adapter
-from caravan.models.adapters import LoRA
-from caravan.models.backbone import Pretrained, Trained
+from caravan.models.adapters import LoRA, is_adapter
+from caravan.models.backbone import FromFolder, Pretrained
+from caravan.models.bidirectional import is_causal
 from caravan.models.biencoder import BiEncoder
+from caravan.models.cpu import pack_linears
 from caravan.models.crossencoder import CrossEncoder, head_of, with_head
-from caravan.models.packed import pack_linears
-from caravan.models.pooling import is_causal
 
 DECODER = Encoding(kind="reranker", query_length=16, passage_length=48)
 ENCODER = Encoding(
@@ -200,7 +199,7 @@ def test_a_retriever_is_no_reranker(tokenizer: Any, tmp_path: Path) -> None:
 def test_a_reranker_starts_from_a_retriever_with_a_new_head(tokenizer: Any, tmp_path: Path) -> None:
     retriever = BiEncoder(tiny_backbone().model(tokenizer), Encoding())
     folder.save(tmp_path / "m", retriever, tokenizer, Encoding(), {})
-    spec = Trained(str(tmp_path / "m"), adapter=False)
+    spec = FromFolder(str(tmp_path / "m"))
     scorer: Any = spec.scorer(tokenizer)
     taken = sum(1 for _ in retriever.backbone.parameters())
     assert spec.told == f"{taken} weights taken from {tmp_path / 'm'}, 1 new (score.weight)"
@@ -220,7 +219,7 @@ def test_a_merged_adapter_is_trained_on_in_full(kind: str, tokenizer: Any, tmp_p
     else:
         model = CrossEncoder(lora.apply(spec.scorer(tokenizer)), encoding)
     folder.save(tmp_path / "m", model, tokenizer, encoding, {})
-    merged = Trained(str(tmp_path / "m"), adapter=False)
+    merged = FromFolder(str(tmp_path / "m"))
     for begun in (merged.model(tokenizer), merged.scorer(tokenizer)):
         assert all(weight.requires_grad for weight in begun.parameters())
 
@@ -232,7 +231,7 @@ def test_a_retrievers_adapter_goes_on_as_a_rerankers(tokenizer: Any, tmp_path: P
     _shake(adapted)
     retriever = BiEncoder(adapted, Encoding()).eval()
     folder.save(tmp_path / "m", retriever, tokenizer, Encoding(), {})
-    spec = Trained(str(tmp_path / "m"), adapter=True)
+    spec = FromFolder(str(tmp_path / "m"))
     scorer = spec.adapted(lora, spec.scorer(tokenizer))
     model = CrossEncoder(scorer, DECODER).eval()
     ids = torch.tensor([[1, 7, 9, 2]])
@@ -251,7 +250,7 @@ def test_a_rerankers_adapter_goes_on_with_its_head(tokenizer: Any, tmp_path: Pat
     _shake(adapted)
     model = CrossEncoder(adapted, DECODER).eval()
     folder.save(tmp_path / "m", model, tokenizer, DECODER, {})
-    spec = Trained(str(tmp_path / "m"), adapter=True)
+    spec = FromFolder(str(tmp_path / "m"))
     again = CrossEncoder(spec.adapted(lora, spec.scorer(tokenizer)), DECODER).eval()
     with torch.no_grad():
         for text in TEXTS:
@@ -326,7 +325,7 @@ def test_a_retriever_starts_from_a_reranker_without_its_head(
     scorer = Pretrained(str(_own_head(tmp_path / "released"))).scorer(tokenizer)
     folder.save(tmp_path / "m", CrossEncoder(scorer, ENCODER), tokenizer, ENCODER, {})
     encoding = Encoding(pooling="mean")
-    model = BiEncoder(Trained(str(tmp_path / "m"), adapter=False).model(tokenizer), encoding)
+    model = BiEncoder(FromFolder(str(tmp_path / "m")).model(tokenizer), encoding)
     with torch.no_grad():
         assert model.embed(pack(TEXTS, 40)).shape == (len(TEXTS), scorer.config.hidden_size)
     assert not any("pooler" in name or "classifier" in name for name, _ in model.named_parameters())

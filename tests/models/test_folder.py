@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from caravan.data.batch import pack
 from caravan.data.collection import Collection
 from caravan.data.tokenization import Templates
-from caravan.encoding import Encoding, adapter_base, files_digest, folder_digest
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, with_head
+from caravan.models.digests import adapter_base, files_digest, folder_digest
 
 TEXTS = [[5, 6, 7], [8, 9, 10, 11], [12]]
 
@@ -126,7 +127,7 @@ def test_a_folder_from_before_a_setting_was_there_has_its_default(saved: Path) -
         (lambda c: c.update(pooling="max"), "pooling is 'max'"),
         (lambda c: c.update(query_length="32"), "'query_length' is '32'"),
         (lambda c: c.update(format=99), "format is not 1"),
-        (lambda c: c.update(temperature=0), "temperature is 0"),
+        (lambda c: c.update(query_length=3), "query_length is 3"),
         (lambda c: c.update(passage_template="{body}"), r"lacks \{text\}"),
         (lambda c: c["facts"].pop("weights"), "lacks 'weights'"),
     ],

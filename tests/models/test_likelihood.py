@@ -16,12 +16,12 @@ from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import folder, output_layer
 from caravan.models.adapters import LoRA
-from caravan.models.backbone import Pretrained, Trained
+from caravan.models.backbone import FromFolder, Pretrained
+from caravan.models.bidirectional import is_causal
 from caravan.models.biencoder import BiEncoder
+from caravan.models.cpu import pack_linears
 from caravan.models.crossencoder import CrossEncoder, with_head
 from caravan.models.output_layer import log_probabilities
-from caravan.models.packed import pack_linears
-from caravan.models.pooling import is_causal
 from caravan.models.query_likelihood import QueryLikelihood
 
 CONTRACT = Encoding(
@@ -86,7 +86,7 @@ def test_a_score_is_the_mean_log_probability_that_plain_transformers_gives(
             [_expected(plain, *pair) for pair in zip(PAIRS, SECONDS, strict=True)]
         )
         for piece in (1 << 25, 64 * 3):  # three tokens' logits at a time
-            monkeypatch.setattr(output_layer, "PIECE", piece)
+            monkeypatch.setattr(output_layer, "MOST_LOGITS", piece)
             for budget in (8, 30, 10_000):
                 found = model.score(pack(PAIRS, budget, seconds=SECONDS))
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -111,7 +111,7 @@ def test_padding_on_the_left_changes_no_score() -> None:
 def test_the_gradient_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = []
     for piece in (1 << 25, 64 * 3):
-        monkeypatch.setattr(output_layer, "PIECE", piece)
+        monkeypatch.setattr(output_layer, "MOST_LOGITS", piece)
         model = QueryLikelihood(_language_model("gemma2"), CONTRACT).train()
         model.score(pack(PAIRS, 10_000, seconds=SECONDS)).sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
@@ -157,9 +157,9 @@ def test_an_adapters_folder_scores_as_before_and_training_goes_on_from_it(
     folder.save(tmp_path / "m", model, tokenizer, CONTRACT, {})
     pairs = pack(PAIRS, 64, seconds=SECONDS)
     loaded, *_ = folder.load(tmp_path / "m")
-    spec = Trained(str(tmp_path / "m"), adapter=True)
+    spec = FromFolder(str(tmp_path / "m"))
     again = QueryLikelihood(spec.adapted(lora, spec.language_model(tokenizer)), CONTRACT).eval()
-    merged = Trained(str(tmp_path / "m"), adapter=False).language_model(tokenizer)
+    merged = FromFolder(str(tmp_path / "m")).language_model(tokenizer)
     with torch.no_grad():
         expected = model.score(pairs)
         torch.testing.assert_close(loaded.score(pairs), expected, atol=1e-5, rtol=0)
@@ -190,7 +190,7 @@ def test_an_adapter_of_another_kind_starts_a_likelihood_with_its_bases_output_la
     encoding = Encoding(kind=kind)
     model = BiEncoder(made, encoding) if kind == "retriever" else CrossEncoder(made, encoding)
     folder.save(tmp_path / "m", model, tokenizer, encoding, {})
-    trained = Trained(str(tmp_path / "m"), adapter=adapter)
+    trained = FromFolder(str(tmp_path / "m"), adapter=adapter)
     started: Any = trained.language_model(tokenizer)
     started = trained.adapted(lora, started) if adapter else started
     ids = torch.tensor([PAIRS[0]])
@@ -207,7 +207,7 @@ def test_a_retriever_with_tied_embeddings_starts_a_likelihood(
     encoding = Encoding()
     model = BiEncoder(tiny_backbone().model(tokenizer), encoding)
     folder.save(tmp_path / "r", model, tokenizer, encoding, {})
-    spec = Trained(str(tmp_path / "r"), adapter=False)
+    spec = FromFolder(str(tmp_path / "r"))
     started: Any = spec.language_model(tokenizer)
     taken = model.transformer.get_input_embeddings().weight
     torch.testing.assert_close(started.get_output_embeddings().weight, taken)

@@ -6,9 +6,9 @@ from tests.models.test_biencoder import ARCHITECTURES, TEXTS, _architecture
 
 from caravan.data.batch import pack
 from caravan.encoding import Encoding
-from caravan.models import packed
+from caravan.models import cpu as packed
 from caravan.models.biencoder import BiEncoder
-from caravan.models.packed import pack_linears
+from caravan.models.cpu import pack_linears
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

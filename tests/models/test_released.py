@@ -28,7 +28,7 @@ from caravan.data.pairs import PairTemplates
 from caravan.data.tokenization import Templates
 from caravan.errors import InputError
 from caravan.models import folder
-from caravan.models.adapter_files import load_adapter
+from caravan.models.adapters import load_adapter
 from caravan.models.backbone import Pretrained
 from caravan.training.fit import train
 

@@ -140,7 +140,7 @@ def _naive(model: Any, slots: torch.Tensor, sets: list[list[int]]) -> list[torch
 def test_loss_and_gradient_equal_a_naive_float64_reference(
     slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("caravan.models.llara.PIECE", V * slots * 2)  # two texts at a time
+    monkeypatch.setattr("caravan.models.llara.MOST_LOGITS", V * slots * 2)  # two texts at a time
     model = _language_model("llama")
     sets = [[3, 9, 3, 40], [], [7], list(range(V)), [1, 2]]
     states = torch.randn(5, slots, 16, generator=torch.Generator().manual_seed(1))
@@ -182,8 +182,8 @@ def test_hits_are_the_share_of_the_tokens_among_as_many_likeliest() -> None:
 
 def test_no_more_logits_than_a_piece_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _language_model("llama")
-    monkeypatch.setattr("caravan.models.llara.PIECE", V * 2 * 3)
-    monkeypatch.setattr(output_layer, "PIECE", V * 4)
+    monkeypatch.setattr("caravan.models.llara.MOST_LOGITS", V * 2 * 3)
+    monkeypatch.setattr(output_layer, "MOST_LOGITS", V * 4)
     sizes: list[int] = []
     model.get_output_embeddings().register_forward_hook(
         lambda module, given, out: sizes.append(out.numel())

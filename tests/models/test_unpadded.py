@@ -19,13 +19,12 @@ from caravan.data.batch import Packed, pack
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import varlen
-from caravan.models.backbone import Pretrained
-from caravan.models.bidirectional import look_both_ways
+from caravan.models.backbone import Pretrained, prepared
+from caravan.models.bidirectional import make_bidirectional
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, with_head
-from caravan.models.llara import MASKED_BY
+from caravan.models.llara import MASKED
 from caravan.models.loading import set_attention
-from caravan.models.preparing import prepared
 
 
 def _embedded(backbone: Any, texts: Packed, pooling: str = "last") -> Tensor:
@@ -47,7 +46,7 @@ def test_texts_end_to_end_get_the_embeddings_that_they_get_alone(name: str, pool
 
 @pytest.mark.parametrize("name", ["qwen3", "mistral"])
 def test_a_decoder_that_looks_both_ways_does_so_within_its_text(name: str) -> None:
-    backbone = look_both_ways(_architecture(name))
+    backbone = make_bidirectional(_architecture(name))
     encoding = Encoding(bidirectional=True)
     with torch.no_grad():
         alone = torch.cat([BiEncoder(backbone, encoding).embed(pack([t], 99)) for t in TEXTS])
@@ -104,7 +103,7 @@ def test_pairs_get_the_scores_that_they_get_alone(name: str) -> None:
         set_attention(scorer, "unpadded")
         model = CrossEncoder(scorer, Encoding(kind="reranker", pooling=pooling))
         torch.testing.assert_close(model.score(texts), expected, atol=1e-5, rtol=0)
-    assert varlen.reads(getattr(scorer, scorer.base_model_prefix))
+    assert varlen.is_enabled(getattr(scorer, scorer.base_model_prefix))
 
 
 def test_a_text_without_tokens_disturbs_no_other() -> None:
@@ -223,7 +222,7 @@ def test_a_model_that_drops_attention_weights_is_not_trained_so_on_a_gpu(
 
 
 def test_a_text_that_is_read_under_a_mask_of_its_own_is_padded() -> None:
-    assert varlen.NAME in MASKED_BY
+    assert varlen.NAME in MASKED
     backbone: Any = set_attention(_architecture("qwen3"), "sdpa")
     ids = torch.arange(5, 11)[None]
     mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
@@ -353,7 +352,7 @@ def test_keys_that_no_heads_share_are_handed_on_as_they_are(
 def test_a_tiny_llama_reads_without_padding(tmp_path: Path) -> None:
     spec = tiny_backbone()
     spec.attention = "unpadded"
-    assert varlen.reads(spec.model(_Tokenizer()))
+    assert varlen.is_enabled(spec.model(_Tokenizer()))
 
 
 def test_a_run_without_padding_ends_with_the_same_weights_and_figures(

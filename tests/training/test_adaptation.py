@@ -21,7 +21,7 @@ from caravan.encoding import Encoding, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapters import LoRA
-from caravan.models.backbone import Pretrained, Trained
+from caravan.models.backbone import FromFolder, Pretrained
 from caravan.models.loading import add_slots
 from caravan.models.query_likelihood import QueryLikelihood
 from caravan.training.adaptation import Adaptation
@@ -232,7 +232,7 @@ def test_a_retriever_begins_with_the_prompts_of_the_adapted_model(
         *peft,
     )
     tuned = read_encoding(tmp_path / "tuned" / "model")[0]
-    lengths = {"query_length": 80, "passage_length": 90, "temperature": tuned.temperature}
+    lengths = {"query_length": 80, "passage_length": 90}
     assert tuned == replace(adapted, **lengths)
     assert "original" in tuned.passage_template or tuned.slots == 8
     folder.load(tmp_path / "tuned" / "model")
@@ -253,7 +253,7 @@ def test_a_merged_adapter_with_slots_is_trained_on(
     )
     module.configure_model()
     folder.save(tmp_path / "m", module.model, own_tokenizer, RELEASED_CONTRACT, {})
-    begun = Trained(str(tmp_path / "m"), adapter=False)
+    begun = FromFolder(str(tmp_path / "m"))
     model: Any = begun.language_model(own_tokenizer)
     encoding = RELEASED_CONTRACT
     if stage == "reranker_likelihood":

@@ -22,9 +22,10 @@ from tests.tiny import write_beir
 from caravan import manifests
 from caravan.cli.compose import compose
 from caravan.data.batching import limited
-from caravan.encoding import folder_digest, read_encoding
+from caravan.encoding import read_encoding
 from caravan.errors import InputError, OccupiedError
 from caravan.models import folder, hardware
+from caravan.models.digests import folder_digest
 from caravan.training import facts, fit
 from caravan.training.fit import _batches
 from caravan.training.fit import train as train_config
@@ -48,7 +49,7 @@ def test_a_run_leaves_model_figures_curves_and_checkpoints(
     assert figures["updates"] == 8
     assert list((run_dir / "tensorboard").glob("events*"))
     encoding, facts = read_encoding(run_dir / "model")
-    assert (encoding.query_length, encoding.temperature) == (16, 0.05)
+    assert (encoding.query_length, encoding.passage_length) == (16, 24)
     assert facts["base_model"] == "tiny_llama"
     folder.load(run_dir / "model")
 
@@ -134,7 +135,7 @@ def test_a_training_does_not_replace_an_evaluation(
         ("optimizer.lr=0.5", r"optimizer\.lr: 0\.01 -> 0\.5"),
         ("seed=3", r"seed: 0 -> 3"),
         ("batching.queries_per_batch=4", r"batching\.queries_per_batch: 6 -> 4"),
-        ("encoding.temperature=0.1", r"encoding\.temperature: 0\.05 -> 0\.1"),
+        ("loss.temperature=0.1", r"loss\.temperature: 0\.05 -> 0\.1"),
         ("sampler.number=1", r"sampler\.number: 2 -> 1"),
     ],
 )

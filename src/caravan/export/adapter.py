@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import transformers
 
-from caravan.encoding import Encoding, adapter_base, read_encoding, write_encoding
+from caravan.encoding import Encoding, read_encoding, write_encoding
 from caravan.errors import InputError
 from caravan.export import card_page, card_recipes, plain, verify
 from caravan.export.card_wording import quoted
 from caravan.export.model_card import auto_class
 from caravan.export.transformers import set_padding
 from caravan.models import folder as model_folder
+from caravan.models.digests import adapter_base
 from caravan.models.loading import fit_vocabulary
 
 FILES = ("adapter_config.json", model_folder.ADAPTER)

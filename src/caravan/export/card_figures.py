@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from caravan import manifests
-from caravan.encoding import Encoding, folder_digest
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.export.card_page import cell
+from caravan.models.digests import folder_digest
 from caravan.report.records import read_metrics, refuse_partial
 
 

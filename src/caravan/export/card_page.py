@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from caravan.encoding import FILE, Encoding, adapter_base, read_encoding
+from caravan.encoding import FILE, Encoding, read_encoding
+from caravan.models.digests import adapter_base
 
 HERE = "path/to/this/folder"
 """Stands for the folder in a page's code."""

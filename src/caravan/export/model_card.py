@@ -11,11 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from caravan.encoding import Encoding, adapter_base, read_encoding
+from caravan.encoding import Encoding, read_encoding
 from caravan.export import card_page, card_recipes
 from caravan.export.card_figures import Figures, evaluated, results, table, validated
 from caravan.export.card_wording import quoted
 from caravan.files import replacing
+from caravan.models.digests import adapter_base
 from caravan.models.folder import HEAD
 from caravan.models.loading import load_tokenizer
 from caravan.models.remote_code import FACT, SETTING

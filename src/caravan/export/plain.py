@@ -16,7 +16,7 @@ from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.export import tokens
 from caravan.models.crossencoder import Headed
-from caravan.models.pooling import pool
+from caravan.models.pooling import pooling_of
 from caravan.models.query_likelihood import QueryLikelihood
 
 QUERY = ("", "Which animals cross the desert?")
@@ -74,7 +74,7 @@ class Sample:
                 continue
             states = model(**given).last_hidden_state
             whole = torch.ones_like(given["input_ids"])
-            rows.append(pool(states, whole, self.encoding.pooling, self.encoding.slots))
+            rows.append(pooling_of(self.encoding)(states, whole))
         found = torch.cat(rows).float()
         if self.encoding.kind == "retriever" and self.encoding.normalize:
             return torch.nn.functional.normalize(found, dim=-1)

@@ -20,7 +20,7 @@ from caravan.export import card_page, sentence_transformers, verify
 from caravan.export.card_wording import quoted
 from caravan.export.pairing import Pairing
 from caravan.models import folder as model_folder
-from caravan.models.pooling import pool
+from caravan.models.pooling import pooling_of
 
 SCORED = 16
 """Pairs whose scores are compared."""
@@ -104,7 +104,7 @@ def _scores(
             own: Tensor = model(**given).logits[:, 0]
             return own
         states = model(**given).last_hidden_state
-        found: Tensor = head(pool(states, given["attention_mask"], encoding.pooling))[:, 0]
+        found: Tensor = head(pooling_of(encoding)(states, given["attention_mask"]))[:, 0]
         return found
 
 

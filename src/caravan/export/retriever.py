@@ -21,7 +21,7 @@ from caravan.encoding import SLOTS, Encoding, slot_tokens
 from caravan.export import card_page, sentence_transformers, tokens, verify
 from caravan.export.card_wording import Wording, quoted, wording
 from caravan.models import folder as model_folder
-from caravan.models.pooling import pool
+from caravan.models.pooling import pooling_of
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _check(
 @torch.no_grad()
 def _embedded(model: Any, given: Any, encoding: Encoding) -> Tensor:
     states = model(**given).last_hidden_state
-    found = pool(states, given["attention_mask"], encoding.pooling, encoding.slots)
+    found = pooling_of(encoding)(states, given["attention_mask"])
     return torch.nn.functional.normalize(found, dim=-1) if encoding.normalize else found
 
 

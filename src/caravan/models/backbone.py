@@ -90,7 +90,7 @@ class Backbone(Protocol):
     def scorer(self, tokenizer: Any) -> nn.Module:
         """The transformer with the head that it has, else with a new one, for a reranker."""
 
-    def language_model(self, tokenizer: Any) -> nn.Module:
+    def language_model(self, tokenizer: Any) -> Any:
         """The transformer with its output layer."""
 
     def use_adapters(self, peft: Any) -> None:
@@ -139,7 +139,7 @@ class BaseBackbone(Backbone):
         self.head_is_new = True
         return with_head(self.model(tokenizer), tokenizer.pad_token_id)
 
-    def language_model(self, tokenizer: Any) -> nn.Module:
+    def language_model(self, tokenizer: Any) -> Any:
         raise InputError("no-language-model", f"backbone={self.name} has no language model")
 
     def use_adapters(self, peft: Any) -> None:
@@ -178,7 +178,7 @@ class Pretrained(BaseBackbone):
     ) -> None:
         super().__init__(name, attention, checkpointing, bidirectional, compile, trust_remote_code)
         self.revision = revision
-        self._hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self._hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
         """The model's own tokenizer, or that of an adapter's base."""
@@ -202,7 +202,7 @@ class Pretrained(BaseBackbone):
             return load_adapter(self._base(), self.name, self.revision, trainable=True)
         return self.prepared(self._load(load_weights, dtype=self.dtype))
 
-    def language_model(self, tokenizer: Any) -> nn.Module:
+    def language_model(self, tokenizer: Any) -> Any:
         if self._is_adapter():
             text = f"{self.name} is an adapter; a likelihood needs a language model: set its base"
             raise InputError("no-language-model", text)
@@ -307,7 +307,7 @@ class FromFolder(BaseBackbone):
         scorer = model_folder.load_base(self.folder, fetch)[0]
         return self.prepared(scorer)  # `adapted` copies its head with the adapter
 
-    def language_model(self, tokenizer: Any) -> nn.Module:
+    def language_model(self, tokenizer: Any) -> Any:
         """The transformer with its output layer, which the folder or its base must have."""
         fetch = self._fetch(load_language_model)
         if self.keeps_adapter:
@@ -337,7 +337,9 @@ class FromFolder(BaseBackbone):
         text = f"{loaded} weights initialized from {self.name}"
         if self.keeps_adapter:
             base = adapter_base(self.folder)[0]
-            text = f"{copied} weights initialized from {self.name} and {loaded} from its base {base}"
+            text = (
+                f"{copied} weights initialized from {self.name} and {loaded} from its base {base}"
+            )
         return [text + (", 1 new (score.weight)" if self.head_is_new else "")]
 
     def prepared(self, model: nn.Module) -> nn.Module:

@@ -43,7 +43,8 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         return []
-    return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())))
+    largest = max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
+    return list(largest)
 
 
 def is_decoder(model: nn.Module) -> bool:

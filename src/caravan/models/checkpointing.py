@@ -40,7 +40,9 @@ def checkpoint_activations(model: Any, checkpointing: Checkpointing) -> None:
     # transformers 5.20 has the older name alone.
     older = model.gradient_checkpointing_enable
     if "gradient_checkpointing_kwargs" not in inspect.signature(older).parameters:
-        text = f"{type(model).__name__} cannot recompute activations; set backbone.checkpointing=false"
+        text = (
+            f"{type(model).__name__} cannot recompute activations; set backbone.checkpointing=false"
+        )
         raise InputError("no-checkpointing", text)
     settings: dict[str, Any] = {"use_reentrant": False}
     if checkpointing == "selective":
@@ -80,4 +82,6 @@ def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
         if argument.name == "dropout_p":
             default = kwargs.get(argument.name, argument.default_value)
             dropout = args[place] if place < len(args) else default
-    return CheckpointPolicy.MUST_SAVE if saved and not dropout else CheckpointPolicy.PREFER_RECOMPUTE
+    return (
+        CheckpointPolicy.MUST_SAVE if saved and not dropout else CheckpointPolicy.PREFER_RECOMPUTE
+    )

@@ -105,9 +105,9 @@ def precisions(network: nn.Module, bf16: bool) -> Iterator[tuple[nn.Parameter, t
     adapted: Any = next(filter(has_adapter, network.modules()), None)
     config = None if adapted is None else adapted.active_peft_config
     halved: set[int] = set()
-    if bf16 and config is not None and config.base_model_name_or_path:
-        if not getattr(config, "use_dora", False):
-            halved = {id(layer.weight) for layer in frozen_linears(network)}
+    saved = config is not None and bool(config.base_model_name_or_path)
+    if bf16 and saved and not getattr(config, "use_dora", False):
+        halved = {id(layer.weight) for layer in frozen_linears(network)}
     for weight in network.parameters():
         if weight.is_floating_point():
             yield weight, torch.bfloat16 if id(weight) in halved else torch.float32

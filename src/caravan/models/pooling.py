@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, arange, nn
 
 from caravan.encoding import Encoding
@@ -93,7 +92,12 @@ def pooling_of(encoding: Encoding) -> Pooling:
     Raises:
         InputError: If the path does not lead to a pooling, or the pooling has weights.
     """
-    built_in = {"last": Last(), "cls": Cls(), "mean": Mean(), "slots": Slots(encoding.slots)}
+    built_in: dict[str, Pooling] = {
+        "last": Last(),
+        "cls": Cls(),
+        "mean": Mean(),
+        "slots": Slots(encoding.slots),
+    }
     if not encoding.has_custom_pooling:
         return built_in[encoding.pooling]
     module, _, name = encoding.pooling.rpartition(".")
@@ -139,9 +143,8 @@ def pooled_states(
         token_types = None if token_types is None else token_types.gather(1, order)
     # In a causal model no real token sees the padding on its right: no mask, a faster kernel.
     # Remote code may need a mask all the same (nomic-bert's does).
-    mask = attention_mask
-    if (full or causal) and not is_remote_code(unwrapped(backbone)):
-        mask = None
+    unmasked = (full or causal) and not is_remote_code(unwrapped(backbone))
+    mask = None if unmasked else attention_mask
     types = {} if token_types is None else {"token_type_ids": token_types}
     states = backbone(input_ids=input_ids, attention_mask=mask, **types).last_hidden_state
     return pooling(states, attention_mask)

@@ -26,11 +26,11 @@ from caravan.errors import InputError
 from caravan.models import cpu
 
 NAME = "unpadded"
-ARCHITECTURES = (
-    "arcee bert cohere2 distilbert electra eurobert exaone4 gemma gemma3_text gpt_neox granite"
+ARCHITECTURES = frozenset(
+    "arcee bert cohere2 distilbert electra eurobert exaone4 gemma gemma3_text gpt_neox granite"  # noqa: SIM905
     " llama ministral mistral mixtral modernbert olmo2 olmo3 phi3 qwen2 qwen3 qwen3_moe smollm3"
-    " starcoder2"
-).split()
+    " starcoder2".split()
+)
 """Model types (`config.model_type`) whose states without padding are tested equal to the padded
 ones. Others may ignore text boundaries, or count positions on their own (RoBERTa), in silence."""
 DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
@@ -93,12 +93,12 @@ def attention(
     for length, texts in groupby(bounds.diff().tolist()):
         count = len(list(texts))
         end = start + count * length
-        same = [
+        q, k, v = (
             states[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1)
             for states in (query, key, value)
-        ]
+        )
         mask = _window_mask(length, window, query.device)
-        found = cpu.attention(module, *same, mask, dropout, scaling, is_causal=causal)[0]
+        found = cpu.attention(module, q, k, v, mask, dropout, scaling, is_causal=causal)[0]
         parts.append(found.flatten(0, 1))
         start = end
     return torch.cat(parts)[None], None
@@ -158,7 +158,7 @@ def check_architecture(model: Any) -> None:
         raise InputError(
             "attention-not-supported",
             f"attention={NAME} is not supported by {type(model).__name__} ({kind}), only by"
-            f" {', '.join(ARCHITECTURES)}; set it to auto",
+            f" {', '.join(sorted(ARCHITECTURES))}; set it to auto",
         )
     if torch.cuda.is_available():
         kernel()

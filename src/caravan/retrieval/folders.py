@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caravan import manifests
-from caravan.encoding import folder_digest, read_encoding
+from caravan.encoding import read_encoding
+from caravan.models.digests import folder_digest
 from caravan.models.remote_code import FACT
 
 if TYPE_CHECKING:

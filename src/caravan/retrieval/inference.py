@@ -27,7 +27,7 @@ from caravan.encoding import read_encoding
 from caravan.models import folder as model_folder
 from caravan.models import hardware
 from caravan.models.biencoder import BiEncoder
-from caravan.models.packed import pack_linears
+from caravan.models.cpu import pack_linears
 from caravan.models.positions import refuse_too_long
 from caravan.progress import progress
 from caravan.retrieval.shards import ShardFiles, fill

@@ -28,8 +28,8 @@ from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
 from caravan.models import hardware
+from caravan.models.cpu import pack_linears
 from caravan.models.crossencoder import CrossEncoder
-from caravan.models.packed import pack_linears
 from caravan.models.positions import refuse_too_long
 from caravan.progress import progress
 from caravan.retrieval.fusion import Weighted

@@ -15,9 +15,8 @@ import torch
 from omegaconf import OmegaConf
 
 from caravan.models import hardware
-from caravan.models.adapters import quantization
-from caravan.models.memory import device_memory, need, refuse_too_large
 from caravan.training.fsdp import FullySharded
+from caravan.training.memory import device_memory, need, refuse_too_large
 from caravan.training.optim import updates
 
 log = logging.getLogger(__name__)
@@ -101,7 +100,7 @@ def recipe(cfg: Any) -> dict[str, Any]:
     rows = {
         "stage": target(cfg.stage),
         "loss": target(cfg.loss),
-        "temperature": given("encoding.temperature") if cfg.loss is not None else None,
+        "temperature": given("loss.temperature"),
         "queries an update": cfg.batching.queries_per_batch * accumulated,
         "negatives a query": given("sampler.number"),
         "negatives from": runs,
@@ -134,7 +133,7 @@ def memory_needed(module: Any, outline: Any, data: Any, trainer: Any) -> Any:
         if encoding.kind == "reranker":
             longest = encoding.query_length + encoding.passage_length
         tokens, chunks = min(tokens, module.gradcache.chunk * longest), 1
-    quantised = quantization(module.peft) is not None
+    quantised = module.backbone.quantization is not None
     shares = ranks if isinstance(trainer.strategy, FullySharded) else 1
     kept_again = module.backbone.checkpointing
     try:

@@ -27,7 +27,6 @@ from caravan.distributed import is_main_process, world
 from caravan.encoding import Encoding, read_encoding
 from caravan.errors import InputError, first_line
 from caravan.files import replacing, writing
-from caravan.models.remote_code import SETTING
 from caravan.training.provenance import file_digests, finished, inputs_of, refuse_other_run
 
 log = logging.getLogger(__name__)
@@ -93,7 +92,7 @@ def _module(cfg: Any, collection: Collection | None) -> Any:
     import pytorch_lightning as pl
 
     from caravan.data.pairs import without_second_end
-    from caravan.models.adapters import quantization
+    from caravan.models.backbone import FromFolder
     from caravan.models.loading import add_slots
     from caravan.training.gradcache import GradCache
 
@@ -105,15 +104,8 @@ def _module(cfg: Any, collection: Collection | None) -> Any:
     parts = build(cfg, "backbone", "peft", "loss", "optimizer", "stage", "encoding")
     backbone = parts["backbone"]
     if cfg.init_from is not None:
-        backbone = _trained(cfg.init_from, backbone, parts["peft"] is not None)
-    quantised = quantization(parts["peft"])
-    if quantised is not None:
-        if not hasattr(backbone, "quantization"):
-            raise InputError(
-                f"peft=qlora needs saved weights, and backbone={backbone.name} begins from random"
-                " ones; choose another backbone, or peft=lora"
-            )
-        backbone.quantization = quantised
+        names = ("attention", "checkpointing", "bidirectional", "compile", "trust_remote_code")
+        backbone = FromFolder(cfg.init_from, **{name: getattr(backbone, name) for name in names})
     encoding = Encoding(**parts["encoding"])
     tokenizer = backbone.tokenizer(collection, Path(cfg.cache_dir))
     if cfg.init_from is None or not read_encoding(Path(cfg.init_from))[0].append_eos:
@@ -131,15 +123,6 @@ def _module(cfg: Any, collection: Collection | None) -> Any:
     )
 
 
-def _trained(folder: str, backbone: Any, adapter: bool) -> Any:
-    """The transformer of a model folder in place of the backbone, with that one's settings."""
-    from caravan.models.backbone import Trained
-
-    both_ways = getattr(backbone, "bidirectional", False)
-    settings = (backbone.attention, backbone.checkpointing, both_ways, backbone.compile)
-    return Trained(folder, adapter, *settings, getattr(backbone, SETTING, False))
-
-
 def _adopt(cfg: Any, collection: Collection | None, run_dir: Path) -> None:
     """Make a model folder of a backbone as it is, released or random."""
     from caravan.export.model_card import write
@@ -147,7 +130,7 @@ def _adopt(cfg: Any, collection: Collection | None, run_dir: Path) -> None:
 
     module = _module(cfg, collection)
     module.configure_model()
-    if getattr(getattr(module.model, "plain", None), "head_is_new", False):
+    if module.backbone.head_is_new:
         raise InputError(
             f"{module.backbone.name} has no trained head to score with, so a reranker of it would"
             " score at random; train one (trainer.max_steps above 0)"
@@ -223,7 +206,7 @@ def _fit(cfg: Any, source: Any, collection: Any, run_dir: Path) -> float | None:
         if not counts[0]:
             raise InputError("nothing would be trained, all is frozen; set peft=none or peft=lora")
         if trainer.is_global_zero:
-            told = getattr(module.backbone, "told", "")
+            told = "; ".join(module.backbone.messages())
             for line in first_lines(cfg, trainer, data, batches, counts, checkpoint, told):
                 log.info(line)
             if needed is not None and needed.total >= 1e8:  # less is nowhere in question

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from caravan.errors import InputError
-from caravan.models.adapters import frozen_linears
-from caravan.models.output_layer import PIECE
-from caravan.models.pooling import blocks
-from caravan.models.preparing import Checkpointing
+from caravan.models.bidirectional import blocks
+from caravan.models.checkpointing import Checkpointing
+from caravan.models.hardware import frozen_linears
+from caravan.models.output_layer import MOST_LOGITS
 
-FLOAT = 4  # bytes; of all but frozen linear layers (`caravan.models.adapters.precisions`)
+FLOAT = 4  # bytes; of all but frozen linear layers (`caravan.models.hardware.precisions`)
 FOUR_BITS = 0.5 + 1 / 64 + 4 / 64 / 256
 """Bytes of a weight of four bits, a scale of eight for 64 of them, and of 32 for 256 scales."""
 GIB = 2**30
@@ -64,7 +64,7 @@ def need(
         model: the network, adapters included; may be on the meta device.
         tokens: padded tokens of one batch on one device; all of them wait for the backward pass.
         bf16: whether the arithmetic is bf16.
-        checkpointing: whether activations are computed again (`caravan.models.preparing`).
+        checkpointing: whether activations are computed again (`caravan.models.checkpointing`).
         vocabulary: entries of an output layer that is in use; 0 if there is none.
         quantised: whether frozen linear layers have four bits (QLoRA).
         shares: ranks that each hold a share of every weight (FSDP).
@@ -85,7 +85,9 @@ def need(
         whole = _whole_at_a_time(model)
         copies, gradients = unit * whole, gradients / shares + unit * min(whole, trained)
     kept = _activations(model, bf16, checkpointing) * tokens
-    pieces = 3 * FLOAT * min(PIECE, vocabulary * tokens)  # logits, their softmax, their gradient
+    pieces = (
+        3 * FLOAT * min(MOST_LOGITS, vocabulary * tokens)
+    )  # logits, their softmax, their gradient
     return Need(
         weights=stored / shares + copies,
         gradients=gradients,
@@ -135,7 +137,7 @@ def _activations(model: Any, bf16: bool, checkpointing: Checkpointing) -> float:
 
     A block keeps what goes into its norms and out of them in float32, keys, values and the gated
     MLP's factors in the precision of the arithmetic. The numbers are those of a Llama's block, read
-    off what autograd saves (`tests/models/test_memory.py`).
+    off what autograd saves (`tests/training/test_memory.py`).
     """
     config = model.config.get_text_config()
     width, layers = config.hidden_size, config.num_hidden_layers

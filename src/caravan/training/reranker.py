@@ -19,7 +19,7 @@ from caravan.training.stage import Stage
 
 
 class Reranker(Stage):
-    """A cross-encoder with its loss and optimiser; a temperature plays no part."""
+    """A cross-encoder with its loss and optimizer."""
 
     def build(self) -> CrossEncoder:
         if self.encoding.scoring == "likelihood":
@@ -36,7 +36,7 @@ class Reranker(Stage):
         scores = scores.view(queries, group)
         targets = torch.zeros(queries, dtype=torch.int64, device=scores.device)
         with torch.autocast(self.device.type, enabled=False):
-            loss = losses.value(self.loss, scores, targets, batch.teacher)
+            loss = losses.compute(self.loss, scores, targets, batch.teacher)
         # Weighted by its queries, a rank's mean makes the ranks' mean that of the union batch.
         weight = parallel.weight(parallel.sizes(queries, scores.device))
         loss = loss * weight

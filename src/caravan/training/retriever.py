@@ -19,8 +19,9 @@ from caravan.encoding import Encoding
 from caravan.models.biencoder import BiEncoder
 from caravan.training import losses, parallel
 from caravan.training.gradcache import GradCache
+from caravan.training.losses import Loss
 from caravan.training.optim import AdamW
-from caravan.training.stage import Loss, Stage
+from caravan.training.stage import Stage
 
 
 class Retriever(Stage):
@@ -68,7 +69,7 @@ class Retriever(Stage):
         with torch.autocast(self.device.type, enabled=False):
             scores, targets, counts = self.scores(queries, passages, batch)
             teacher = self._teacher(batch, scores, targets)
-            loss = losses.value(self.loss, scores, targets, teacher)
+            loss = losses.compute(self.loss, scores, targets, teacher)
         # Weighted by its queries, a rank's mean makes the ranks' mean that of the union batch.
         weight = parallel.weight(counts)
         loss = loss * weight
@@ -92,7 +93,7 @@ class Retriever(Stage):
             queries: [Q, d] float32. passages: [Q * G, d] float32, group by group.
 
         Returns:
-            scores [Q, N] float32 over the temperature, -inf where masked; targets [Q] int64; the
+            scores [Q, N] float32, -inf where masked; targets [Q] int64; the
             number of queries of each rank. N is all ranks' passages, this rank's without
             `cross_device`, or G without `in_batch`.
         """
@@ -105,11 +106,10 @@ class Retriever(Stage):
                 keys = parallel.gather(keys, [n * group for n in counts])
                 first = sum(counts[: parallel.rank()])
             targets = (first + torch.arange(len(queries), device=queries.device)) * group
-            scores = queries @ passages.T / self.encoding.temperature
+            scores = queries @ passages.T
             columns = keys.expand(len(queries), -1)  # [Q, N]
         else:
             scores = torch.einsum("qd,qgd->qg", queries, passages.view(len(queries), group, -1))
-            scores = scores / self.encoding.temperature
             targets = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
             columns = batch.passage_keys  # [Q, G]
         return (

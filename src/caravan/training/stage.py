@@ -24,16 +24,15 @@ from caravan.data.tokenization import Templates
 from caravan.data.unlabelled import Unlabelled
 from caravan.encoding import Encoding
 from caravan.errors import InputError
-from caravan.models.adapters import quantization, settle_precisions
+from caravan.models.backbone import Backbone
+from caravan.models.hardware import settle_precisions
 from caravan.models.loading import add_slots, fit_vocabulary
-from caravan.models.remote_code import is_own_code
+from caravan.models.remote_code import is_remote_code
 from caravan.training import fsdp, parallel
 from caravan.training.gradcache import GradCache, undisturbed
 from caravan.training.optim import AdamW, updates
 
 log = logging.getLogger(__name__)
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Stage(pl.LightningModule, ABC):
@@ -51,7 +50,7 @@ class Stage(pl.LightningModule, ABC):
 
     def __init__(
         self,
-        backbone: Any,
+        backbone: Backbone,
         peft: Any,
         tokenizer: Any,
         encoding: Encoding,
@@ -61,6 +60,7 @@ class Stage(pl.LightningModule, ABC):
         gradcache: GradCache | None = None,
     ) -> None:
         super().__init__()
+        backbone.use_adapters(peft)
         self.backbone = backbone
         self.peft = peft
         self.tokenizer = tokenizer
@@ -107,7 +107,7 @@ class Stage(pl.LightningModule, ABC):
         try:
             with torch.device("meta"):
                 config = self.backbone.config(self.tokenizer)
-                if is_own_code(config):
+                if is_remote_code(config):
                     return None  # its classes are known when it is loaded, at its own revision
                 model = auto.from_config(config, trust_remote_code=False)
                 return model if self.peft is None else self.peft.apply(model)
@@ -126,16 +126,14 @@ class Stage(pl.LightningModule, ABC):
         if self.peft is None:
             return transformer
         rows = add_slots(self.tokenizer, self.encoding)
-        if hasattr(self.backbone, "adapted"):  # goes on from the adapters of a model folder
-            return self.backbone.adapted(self.peft, transformer, rows)
-        return self.peft.apply(transformer, rows)
+        return self.backbone.adapted(self.peft, transformer, rows)
 
     def configure_model(self) -> None:
         if self.network is not None:
             return
         torch.manual_seed(self.seed)
         mesh = self.device_mesh
-        if self._as_stored(mesh is not None) and hasattr(self.backbone, "dtype"):
+        if self._as_stored(mesh is not None):
             self.backbone.dtype = "auto"
         if mesh is None:
             self.network = self.build()
@@ -156,7 +154,7 @@ class Stage(pl.LightningModule, ABC):
             return False
         if self.peft is None:
             return shared
-        frozen = self.bf16 and quantization(self.peft) is None
+        frozen = self.bf16 and self.backbone.quantization is None
         known = getattr(self.peft, "settings", None)  # adapters of one's own may do anything
         return known is not None and (shared or frozen) and not known.get("use_dora")
 
