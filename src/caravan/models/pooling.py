@@ -28,6 +28,7 @@ class Pooling(Protocol):
 
     A model folder with such a pooling needs `trust_remote_code=true` to load, and your package.
 
+    >>> import torch
     >>> class Max:
     ...     def __call__(self, states: Tensor, attention_mask: Tensor) -> Tensor:
     ...         hidden = attention_mask.unsqueeze(-1) == 0

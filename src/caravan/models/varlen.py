@@ -72,7 +72,7 @@ def attention(
     reach = -1 if sliding_window is None else sliding_window - (not turned)
     window = (reach, 0 if causal else reach)
     half = _half(query)
-    if query.is_cuda and half is not None:
+    if has_kernel(query) and half is not None:
         if dropout:
             raise ValueError(f"{type(module).__name__} drops attention weights ({dropout:g})")
         flat = [states[0].transpose(0, 1).to(half) for states in (query, key, value)]
@@ -184,6 +184,11 @@ def is_enabled(model: Any) -> bool:
     """Whether a transformer, with or without adapters, was given this attention."""
     config = getattr(model, "config", None)
     return getattr(config, "_attn_implementation", None) == NAME
+
+
+def has_kernel(states: Tensor) -> bool:
+    """Whether a kernel for variable lengths runs on the device of these states."""
+    return states.is_cuda
 
 
 @cache
