@@ -246,7 +246,7 @@ def test_a_backbone_brings_its_own_encoding() -> None:
         ("trainer.log_every_n_steps=0", "it must be at least 1, not 0"),
         ("trainer.accumulate_grad_batches=0", "it must be at least 1, not 0"),
         ("trainer.devices=0", "trainer.devices (command line): it must be at least 1, or -1"),
-        ("callbacks.resume_point.every_n_steps=0", "it must be at least 1, not 0"),
+        ("callbacks.last.every_n_steps=0", "it must be at least 1, not 0"),
         ("peft=lora peft.rank=0", "peft.rank (command line): it must be at least 1, not 0"),
         ("callbacks.evaluation.measures=[]", "callbacks.evaluation.measures"),
         ("trainer.max_steps=-5", "it must be at least -1, not -5"),

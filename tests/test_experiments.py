@@ -24,9 +24,9 @@ from tests.tiny import write_beir
 
 from caravan import manifests
 from caravan.cli.compose import compose
+from caravan.cli.train import train as train_config
 from caravan.encoding import read_encoding
 from caravan.retrieval.pipeline import evaluate as evaluate_config
-from caravan.training.fit import train as train_config
 
 CONF = ROOT / "conf" / "experiment"
 NAMES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))

@@ -18,10 +18,9 @@ from transformers import LlamaConfig, Qwen3Config
 from caravan.cli import schema
 from caravan.cli.compose import Composer, without_hydra
 from caravan.encoding import Encoding
-from caravan.training import facts
 from caravan.training.gradcache import GradCache
 from caravan.training.memory import GIB
-from caravan.training.stage import Stage
+from caravan.training.stage import Stage, memory_needed
 
 pytestmark = pytest.mark.slow
 
@@ -232,7 +231,7 @@ class _Module:
         self.encoding = Encoding(**settings)  # type: ignore[arg-type]
         self.peft = schema.build(cfg, "peft")["peft"]
         self.bf16, self.tokenizer = True, None
-        self.tells_tokens = cfg.stage._target_.endswith("Adaptation")
+        self.uses_output_layer = cfg.stage._target_.endswith("Adaptation")
         chunk = cfg.gradcache.chunk
         self.gradcache = None if chunk is None else GradCache(chunk)
         self.backbone = SimpleNamespace(
@@ -245,7 +244,7 @@ class _Module:
 def test_the_memory_that_a_head_tells_is_the_estimate(
     told: list[Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(facts, "device_memory", lambda device: math.inf)
+    monkeypatch.setattr("caravan.training.stage.device_memory", lambda device: math.inf)
     trainer = SimpleNamespace(
         num_devices=1, num_nodes=1, strategy=SimpleNamespace(root_device=torch.device("cuda"))
     )
@@ -266,6 +265,6 @@ def test_the_memory_that_a_head_tells_is_the_estimate(
         )
         wanted[path.stem] = float(figure[1])
         module = _Module(cfg)
-        found[path.stem] = facts.memory_needed(module, module.outline(), data, trainer).total / GIB
+        found[path.stem] = memory_needed(module, module.outline(), data, trainer).total / GIB
     assert len(wanted) >= 20
     assert found == pytest.approx(wanted, abs=0.1)

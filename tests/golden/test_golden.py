@@ -38,7 +38,7 @@ TRAINING = (
     *("optimizer.lr=5e-3", "optimizer.warmup_steps=2", "logger=tensorboard"),
     *("trainer.max_epochs=100", "trainer.max_steps=16", "trainer.val_check_interval=8"),
     *("trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "callbacks.progress=null"),
-    "callbacks.resume_point.every_n_steps=3",
+    "callbacks.last.every_n_steps=3",
 )
 STOPPED_AFTER = 10  # updates: one more than the latest point to resume from
 ADAPTATION = (
@@ -105,7 +105,7 @@ def evaluate(name: str, *overrides: str) -> list[str]:
 def commands() -> list[dict[str, Any]]:
     """In order; the last but one is a training that is stopped, and the last goes on with it."""
     retriever = (*RETRIEVED, *RETRIEVER)
-    export = ("-m", "caravan.export", "runs/retriever/model", "sentence-transformers")
+    export = ("-m", "caravan.export", "sentence-transformers", "runs/retriever/model")
     whole = [
         evaluate("bm25", "retriever=bm25", "data.split=train"),
         evaluate("candidates", "retriever=bm25", "data.split=dev"),

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from caravan.data.batch import pack
 from caravan.encoding import Encoding, read_encoding
-from caravan.errors import InputError
-from caravan.export.write import FORMATS, export
+from caravan.export import sentence_transformers, transformers
 from caravan.models import folder
 from caravan.models.bidirectional import is_causal
 from caravan.models.biencoder import BiEncoder
@@ -107,9 +106,9 @@ def test_a_users_pooling_is_used_and_its_folder_needs_the_command_to_trust_it(
         for text, found in zip(TEXTS, loaded.embed(pack(TEXTS, 40)), strict=True):
             states = backbone(input_ids=torch.tensor([text])).last_hidden_state[0]
             close(found, torch.nn.functional.normalize(states.amax(dim=0), dim=0))
-    for form in FORMATS:
-        with pytest.raises(InputError, match="trust_remote_code=true"):
-            export(tmp_path / "m", form, tmp_path / "out")
+    for exporter in (sentence_transformers, transformers):
+        with refused("remote-code", str(tmp_path / "m")):
+            exporter.export(tmp_path / "m", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

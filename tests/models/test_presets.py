@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from tests.commands import ROOT, TINY
 
 from caravan.cli.compose import compose
+from caravan.cli.train import train
 from caravan.data.batch import pack
 from caravan.data.collection import Collection
 from caravan.data.pairs import PairTemplates
 from caravan.data.tokenization import Templates
 from caravan.models import folder
-from caravan.training.fit import train
 
 SHAPE = {
     "vocab_size": 400,

@@ -14,6 +14,7 @@ from tests.commands import ROOT, train
 from tests.tiny import tiny_backbone
 
 from caravan.cli.compose import compose
+from caravan.cli.train import train as train_config
 from caravan.data.batch import AdaptationBatch, pack
 from caravan.data.collection import Collection
 from caravan.data.tokenization import Templates
@@ -25,7 +26,6 @@ from caravan.models.backbone import FromFolder, Pretrained
 from caravan.models.loading import add_slots
 from caravan.models.query_likelihood import QueryLikelihood
 from caravan.training.adaptation import Adaptation
-from caravan.training.fit import train as train_config
 from caravan.training.optim import AdamW
 
 PAPER = {"self_prompt": " The original sentence:", "next_prompt": " The next sentence:"}

@@ -7,7 +7,7 @@
                                                  is a folder or on the hub
       score.safetensors   an encoder's head; a decoder's is in its weights, or in its adapter
       tokenizer.json ...
-      README.md           the model card (`caravan.export.card_command`), which is never read
+      README.md           the model card (`caravan.export.model_card`), which is never read
 
 It is written beside its final place and renamed, so there is always a complete folder.
 """

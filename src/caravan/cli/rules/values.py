@@ -68,7 +68,7 @@ AT_LEAST = {
     "peft.rank": 1,
     "trainer.log_every_n_steps": 1,
     "trainer.accumulate_grad_batches": 1,
-    "callbacks.resume_point.every_n_steps": 1,
+    "callbacks.last.every_n_steps": 1,
     "trainer.max_steps": -1,
     "trainer.max_epochs": -1,
 }

@@ -1,4 +1,4 @@
-"""Tiny model folders of every kind that is exported, and the code of an exported folder's card."""
+"""Tiny model folders of every kind that is exported, and the code of their cards."""
 
 from __future__ import annotations
 
@@ -34,11 +34,14 @@ TEXTS = [
     "Größe 北京 🐪\nthe second line",
     "What is a dune?",
 ]
-TITLED = [("", text) for text in TEXTS] + [
+TITLED = [
+    *(("", text) for text in TEXTS),
     ("Salt", "is gold"),
     ("Rope", "tent " * 60),
     ("Wind", ""),
 ]
+PAIRS = list(itertools.product(["camels", "", "What is a dune?"], TITLED))
+
 LLARA = {
     "query_template": "{text} The next sentence:",
     "passage_template": "{title} {text} The original sentence:",
@@ -50,23 +53,22 @@ SLOTS = {
     "pooling": "slots",
     "slots": 3,
 }
-ALIKE = {**SLOTS, "query_template": "{text} {self}", "passage_template": "{title} {text} {self}"}
 PLAIN = {"query_template": "{text}", "passage_template": "{title} {text}", "append_eos": False}
 JOINED = {"kind": "reranker", "passage_template": "document: {title} {text}"}
 PAIR = {"kind": "reranker", "pair": "pair", **PLAIN}
-OWN_HEAD: list[dict[str, Any]] = [
-    {"on": "encoder", **PAIR, "pooling": "cls"},
-    {"on": "encoder", "lora": True, **PAIR, "pooling": "cls"},
-    {"on": "encoder", **JOINED, "append_eos": False, "pooling": "cls"},
-]
-"""Rerankers whose head is a linear layer on [CLS]."""
+LIKELIHOOD = {"kind": "reranker", "scoring": "likelihood", **PLAIN, "query_template": "ask: {text}"}
 ODD: list[dict[str, Any]] = [
     {"passage_template": "{text} ({title})"},
     {"passage_template": "{text} {text}"},
     {**JOINED, "passage_template": "title: {title} text: {text}"},
 ]
 """Templates that are more than a prompt before a text."""
-PAIRS = list(itertools.product(["camels", "", "What is a dune?"], TITLED))
+OWN_HEAD: list[dict[str, Any]] = [
+    {"on": "encoder", **PAIR, "pooling": "cls"},
+    {"on": "encoder", "lora": True, **PAIR, "pooling": "cls"},
+    {"on": "encoder", **JOINED, "append_eos": False, "pooling": "cls"},
+]
+"""Rerankers whose head is a linear layer on [CLS]."""
 
 
 def encoding(**settings: Any) -> Encoding:
@@ -95,7 +97,7 @@ def tokenizer(kind: str, side: str = "right", pad: str | None = "<pad>") -> Any:
 
 
 def tokenizers() -> dict[str, Any]:
-    """Tokenizers of the kinds that there are, each with a vocabulary of letters."""
+    """Tokenizers of several architectures, each with a vocabulary of letters."""
     import transformers
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -122,75 +124,70 @@ def tokenizers() -> dict[str, Any]:
 def bert(scores: bool = False) -> Any:
     from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = BertConfig(
         vocab_size=len(tokenizer("encoder")),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
         intermediate_size=48,
         max_position_embeddings=80,
         num_labels=1,
         pad_token_id=0,
         initializer_range=0.2,
-        **shape,
     )
     return BertForSequenceClassification(config) if scores else BertModel(config, False)
 
 
-def retriever(path: Path, on: str, lora: bool = False, **settings: Any) -> Path:
-    """A retriever's folder on a "decoder" or an "encoder"; `settings` are the encoding's."""
-    torch.manual_seed(0)
-    own, side = encoding(**settings), "left" if on == "decoder" else "right"
-    given = copy.deepcopy(tokenizer(on, side))
-    rows = add_slots(given, own)
-    model = tiny_backbone().model(given) if on == "decoder" else bert()
-    if lora:
-        model.save_pretrained(path.parent / "base")
-        given.save_pretrained(path.parent / "base")
-        model = Pretrained(str(path.parent / "base")).model(given)
-    model = fit_vocabulary(model, given)
-    if lora:
-        model = shaken(LoRA(rank=2, alpha=4).apply(model, rows))
-    folder.save(path, BiEncoder(model, own), given, own, {"name": "tiny"})
-    return path
-
-
-def reranker(
+def make(
     path: Path,
-    on: str,
+    on: str = "decoder",
     lora: bool = False,
     released: bool = False,
     pad: str | None = "<pad>",
     tokens: str | None = None,
     **settings: Any,
 ) -> Path:
-    """A reranker's folder; `settings` are the encoding's.
+    """Save a model folder of a random model.
 
     Args:
-        released: with the head of its architecture.
+        on: a "decoder" or an "encoder".
+        lora: as an adapter on a base beside `path`.
+        released: a reranker with the head of its architecture.
         tokens: one of `tokenizers`, in place of the usual one.
+        settings: of the encoding; `kind` makes it a retriever or a reranker.
     """
     torch.manual_seed(0)
-    own, given = encoding(**settings), copy.deepcopy(tokenizer(on, "right", pad))
-    given = given if tokens is None else tokenizers()[tokens]
+    own = encoding(**settings)
+    side = "left" if own.kind == "retriever" and on == "decoder" else "right"
+    given = tokenizers()[tokens] if tokens else copy.deepcopy(tokenizer(on, side, pad))
+    rows = add_slots(given, own)
     if own.scoring == "likelihood":
-        likelihood = QueryLikelihood(tiny_backbone().language_model(given), own)
-        folder.save(path, likelihood, given, own, {})
+        network: Any = QueryLikelihood(tiny_backbone().language_model(given), own)
+        folder.save(path, network, given, own, {})
         return path
+    base = tiny_backbone().model(given) if on == "decoder" else bert()
     if lora:
-        base = tiny_backbone().model(given) if on == "decoder" else bert()
         base.save_pretrained(path.parent / "base")
         given.save_pretrained(path.parent / "base")
-        scorer: Any = Pretrained(str(path.parent / "base")).scorer(given)
-        scorer = shaken(LoRA(rank=2, alpha=4).apply(scorer))
-    elif on == "decoder":
-        scorer = tiny_backbone().scorer(given)
+        base = Pretrained(str(path.parent / "base"))
+    if own.kind == "retriever":
+        model = fit_vocabulary(base.model(given) if lora else base, given)
+        model = _shaken(LoRA(rank=2, alpha=4).apply(model, rows)) if lora else model
+        network = BiEncoder(model, own)
     else:
-        scorer = bert(scores=True) if released else with_head(bert(), 0)
-    folder.save(path, CrossEncoder(scorer, own), given, own, {"name": "tiny"})
+        if lora:
+            scorer = _shaken(LoRA(rank=2, alpha=4).apply(base.scorer(given)))
+        elif on == "decoder":
+            scorer = tiny_backbone().scorer(given)
+        else:
+            scorer = bert(scores=True) if released else with_head(bert(), 0)
+        network = CrossEncoder(scorer, own)
+    folder.save(path, network, given, own, {"name": "tiny"})
     return path
 
 
-def shaken(peft: Any) -> Any:
-    """An adapter that changes what comes out."""
+def _shaken(peft: Any) -> Any:
+    """Random values for the adapter's matrices that start as zeros."""
     with torch.no_grad():
         for name, weight in peft.named_parameters():
             if "lora_B" in name or "trainable_tokens_delta" in name:
@@ -200,7 +197,7 @@ def shaken(peft: Any) -> Any:
 
 @torch.no_grad()
 def embeddings(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a model folder makes of `TEXTS` as queries and of `TITLED` as passages."""
+    """The model folder's embeddings of `TEXTS` as queries and of `TITLED` as passages."""
     model, tokens, own, _ = folder.load(path)
     templates = Templates(tokens, own)
     queries = templates.queries([("", text) for text in TEXTS])
@@ -210,7 +207,7 @@ def embeddings(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def scores(path: Path, pairs: list[tuple[str, tuple[str, str]]]) -> torch.Tensor:
-    """What a model folder makes of queries, each with the title and text of a passage."""
+    """The model folder's scores of queries, each with the title and text of a passage."""
     model, tokens, own, _ = folder.load(path)
     templates = PairTemplates(tokens, own)
     read = templates.pairs([("", query) for query, _ in pairs], [passage for _, passage in pairs])
@@ -219,29 +216,30 @@ def scores(path: Path, pairs: list[tuple[str, tuple[str, str]]]) -> torch.Tensor
     return found
 
 
-def run_card(out: Path) -> dict[str, Any]:
-    """Run the code of an exported folder's card; its names."""
-    code = re.search(r"```python\n(.*?)```", (out / "README.md").read_text("utf-8"), re.S)
+def run_card(out: Path, heading: str = "") -> dict[str, Any]:
+    """Run the first code of a card below a heading that starts so; returns its variables."""
+    text = (out / "README.md").read_text("utf-8")
+    code = re.search(rf"^## {heading}.*?```python\n(.*?)```", text, re.DOTALL | re.MULTILINE)
     assert code is not None
     names: dict[str, Any] = {}
     exec(code[1].replace("path/to/this/folder", str(out)), names)
     return names
 
 
-def close(found: Any, wanted: torch.Tensor) -> None:
-    """Whether numbers are the same, and not all of them one."""
+def assert_close(found: Any, expected: torch.Tensor) -> None:
+    """Assert that numbers are equal up to rounding, and that the expected ones are not constant."""
     found = torch.stack(list(found)) if isinstance(found, list) else torch.as_tensor(found)
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
-    assert float(wanted.std(dim=0).max()) > 1e-3
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert float(expected.std(dim=0).max()) > 1e-3
 
 
-def close_by_card(path: Path, out: Path) -> None:
-    """Compare what the code of an exported folder's card computes with the model folder."""
-    names = run_card(out)
+def assert_card_computes(path: Path, out: Path) -> None:
+    """Compare the card's code for transformers or PEFT in `out` with the model folder `path`."""
+    names = run_card(out, "Use it in (?:transformers|PEFT)")
     if read_encoding(path)[0].kind == "retriever":
         queries, passages = embeddings(path)
-        close([names["embed_query"](text) for text in TEXTS], queries)
-        close([names["embed_passage"](text, title) for title, text in TITLED], passages)
+        assert_close([names["embed_query"](text) for text in TEXTS], queries)
+        assert_close([names["embed_passage"](text, title) for title, text in TITLED], passages)
         return
     found = [names["score"](query, text, title) for query, (title, text) in PAIRS]
-    close(torch.tensor(found), scores(path, PAIRS))
+    assert_close(torch.tensor(found), scores(path, PAIRS))
