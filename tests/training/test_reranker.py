@@ -140,7 +140,7 @@ def test_a_reranker_starts_from_a_retrievers_folder(
             *_settings(runs, f"init_from={tmp_path / 'retriever' / 'model'}"),
             "trainer.max_steps=2",
         )
-    assert "weights taken from" in caplog.text
+    assert "weights initialized from" in caplog.text
     assert "1 new (score.weight)" in caplog.text
 
 
