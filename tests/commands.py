@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from caravan.cli.compose import compose
+from caravan.cli.evaluate import evaluate as evaluate_config
 from caravan.cli.train import train as train_config
-from caravan.retrieval.pipeline import evaluate as evaluate_config
 
 ROOT = Path(__file__).parents[1]
 TINY = (

@@ -212,7 +212,7 @@ def test_a_damaged_evaluation_is_refused(record: str, tmp_path: Path) -> None:
 def test_a_chat_template_stays_in_its_cell(tmp_path: Path) -> None:
     path = make(tmp_path / "model", query_template="<|user|>\n{text}")
     write(path)
-    row = r"| query | `<\|user\|>\n{text}`, "
+    row = r"| query_template | `<\|user\|>\n{text}`"
     assert any(line.startswith(row) for line in (path / "README.md").read_text().splitlines())
 
 

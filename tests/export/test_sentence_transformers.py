@@ -28,8 +28,8 @@ from tests.refusals import refused
 
 from caravan.data.tokenization import Templates
 from caravan.encoding import read_encoding
+from caravan.export import prompts, verify
 from caravan.export import sentence_transformers as exporter
-from caravan.export import verify
 from caravan.export.sentence_transformers import export
 
 slow = pytest.mark.slow
@@ -147,7 +147,7 @@ def test_tokenizers_of_many_architectures_read_the_same_when_exported(
     eos = tokenizer.eos_token is not None
     own = folders.encoding(append_eos=eos, query_template="{text} so:")
     templates, length = Templates(tokenizer, own), own.query_length
-    framed = exporter.framed(tokenizer, length, templates.before, templates.tails["query"])
+    framed = prompts.framed(tokenizer, length, templates.before, templates.tails["query"])
     framed.save_pretrained(tmp_path)
     texts = verify.probes(length)
     read = AutoTokenizer.from_pretrained(tmp_path)([text for _, text in texts], truncation=True)
@@ -184,7 +184,7 @@ def test_an_encoding_that_the_library_cannot_express_is_refused_and_nothing_is_l
 ) -> None:
     path = make(tmp_path / "model", **settings)
     with refused("not-expressible", place, "export it to transformers"):
-        export(path, tmp_path / "new" / "out")
+        export(path, tmp_path / "out")
     assert [child.name for child in tmp_path.iterdir()] == ["model"]
 
 
@@ -192,18 +192,19 @@ def test_an_encoding_that_the_library_cannot_express_is_refused_and_nothing_is_l
 def test_a_tokenizer_that_reads_otherwise_is_refused_and_nothing_is_left(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, framed = make(tmp_path / "model", **settings), exporter.framed
+    path, framed = make(tmp_path / "model", **settings), prompts.framed
 
     def without_end(tokenizer: Any, length: int, before: Any, after: Any, between: Any = ()) -> Any:
         return framed(tokenizer, length, before, [], between)
 
-    monkeypatch.setattr(exporter, "framed", without_end)
+    for module in (prompts, exporter):
+        monkeypatch.setattr(module, "framed", without_end)
     monkeypatch.setattr(
         exporter.Pairing,
         "_chat_template",
         lambda *_: "{{ messages[0].content ~ messages[1].content }}",
     )
-    with refused("export-differs", "camels"):
+    with refused("export-differs", str(path)):
         export(path, tmp_path / "out")
     assert [child.name for child in tmp_path.iterdir()] == ["model"]
 

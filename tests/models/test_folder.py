@@ -21,7 +21,8 @@ from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, with_head
 from caravan.models.digests import adapter_base, files_digest, folder_digest
-from caravan.retrieval.inference import Encoder
+from caravan.retrieval.inference import Inference
+from caravan.retrieval.store import Store
 
 TEXTS = [[5, 6, 7], [8, 9, 10, 11], [12]]
 
@@ -102,14 +103,14 @@ def test_an_adapter_folder_encodes_a_collection_as_the_model_that_was_saved(
     saved: Path, tokenizer: Any, encoding: Encoding, collection: Collection, tmp_path: Path
 ) -> None:
     model = _adapter(saved, tokenizer, encoding, tmp_path / "adapter")
-    encoder = Encoder(tmp_path / "adapter", "float32", {}, 256, 16, 0)
+    opened = Inference(tmp_path / "adapter", precision="float32", token_budget=256)
+    product = (Store(tmp_path / "store"), "passages", {"model": "a"})
     rows = np.arange(20)
-    to = tmp_path / "passages"
-    assert encoder.encode(collection.corpus, rows, "passage", to, {"model": "a"}).rows == 20
+    assert opened.encode_rows(collection.corpus, rows, "passage", 16, *product).rows == 20
     ids = Templates(tokenizer, encoding).passages(collection.corpus.get(rows))
     with torch.no_grad():
         expected = model.embed(pack(ids, 99))
-        found = encoder.loaded[0].embed(pack(ids, 99).to(encoder.device)).cpu()
+        found = opened.model.embed(pack(ids, 99).to(opened.device)).cpu()
         base = folder.load(saved)[0].embed(pack(ids, 99))
     close(found, expected, atol=1e-4)
     assert not torch.allclose(base, expected, atol=1e-2)

@@ -14,6 +14,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def _write(
         remote_code=bool(facts.get(FACT)),
         results=results,
         measures=list(dict.fromkeys(result.metric_name for result in results)),
-        reading=_cells(_reading(encoding)),
+        settings=_cells(asdict(encoding)),
         training=_cells(training),
         versions=", ".join(versions),
         **variables,
@@ -229,27 +230,6 @@ def _stage_results(folder: Path, evaluation: Path, record: dict[str, Any]) -> It
                 yield _result(encoding, collection, record["split"], how, name, float(value))
 
 
-def _reading(encoding: Encoding) -> dict[str, str]:
-    rows = {
-        "query": f"`{encoding.query_template}`, {encoding.query_length} tokens",
-        "passage": f"`{encoding.passage_template}`, {encoding.passage_length} tokens",
-    }
-    if encoding.kind == "retriever":
-        unit = ", unit length" if encoding.normalize else ""
-        rows["embedding"] = f"{encoding.pooling} pooling{unit}"
-    else:
-        length = encoding.query_length + encoding.passage_length
-        joined = "one text" if encoding.pair == "joined" else "a pair"
-        rows["input"] = f"{joined}, {length} tokens; the passage is truncated"
-        rows["score"] = f"a linear head on the {encoding.pooling} token"
-        if encoding.scoring == "likelihood":
-            rows["score"] = "the mean log probability of the query's tokens after the passage"
-    rows["EOS"] = "appended" if encoding.append_eos else "as the tokenizer adds it"
-    if encoding.bidirectional:
-        rows["attention"] = "bidirectional: `config.is_causal=False` in transformers"
-    return rows
-
-
 def _cells(rows: dict[str, Any]) -> dict[str, str]:
     """Escape what would end a table cell, such as the bars and line breaks of chat templates."""
     return {
@@ -260,31 +240,21 @@ def _cells(rows: dict[str, Any]) -> dict[str, str]:
 def usage(tokenizer: Any, encoding: Encoding) -> dict[str, Any]:
     """The template's variables for plain transformers: token ids, lengths, and f-strings."""
     query = Template(encoding.query_template)
+    pooled = _POOLED.get(encoding.pooling, f"states[-{encoding.slots}:].mean(dim=0)")
+    if encoding.normalize:
+        pooled = f"torch.nn.functional.normalize({pooled}, dim=0)"
+    variables = {"pooled": pooled, "passage": _passage(encoding)}
     if encoding.kind == "retriever":
-        templates = Templates(tokenizer, encoding)
-        pooled = _POOLED.get(encoding.pooling, f"states[-{encoding.slots}:].mean(dim=0)")
-        if encoding.normalize:
-            pooled = f"torch.nn.functional.normalize({pooled}, dim=0)"
-        return {
-            "before": templates.before,
-            "tails": templates.tails,
-            "pooled": pooled,
-            "query": _f_string(query.render("", TEXT)),
-            "passage": _passage(encoding),
-        }
-    pairs = PairTemplates(tokenizer, encoding)
-    asked = query.render("", TEXT) + query.suffix
-    prompt = f" {query.render('', '')}"
+        query_text = _f_string(query.render("", TEXT))
+        return {**variables, "tokens": Templates(tokenizer, encoding), "query": query_text}
+    rendered = query.render("", TEXT) + query.suffix
+    if encoding.scoring == "likelihood":
+        rendered = f" {rendered}"
     return {
-        "before": pairs.before,
-        "between": pairs.between,
-        "after": pairs.after,
-        "room": pairs.room,
-        "length": pairs.length,
-        "typed": pairs.typed,
-        "query": _f_string(f" {asked}" if encoding.scoring == "likelihood" else asked, "query"),
-        "prompt_length": len(prompt),
-        "passage": _passage(encoding),
+        **variables,
+        "tokens": PairTemplates(tokenizer, encoding),
+        "query": _f_string(rendered, "query"),
+        "prompt_length": rendered.index(TEXT),
     }
 
 

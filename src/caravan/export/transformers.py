@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from caravan.data.pairs import PairTemplates
+from caravan.data.tokenization import Templates
 from caravan.encoding import Encoding, read_encoding, write_encoding
 from caravan.errors import InputError
 from caravan.export import model_card, verify
@@ -52,8 +54,9 @@ def export(folder: Path, out: Path, adapter: bool = False) -> None:
                 f"{folder} scores with a linear layer on a token of an encoder, and transformers"
                 " has no class with such a head; export it to sentence-transformers instead",
             )
-        expected = verify.outputs(model, tokenizer, encoding)
+        expected = _outputs(model, tokenizer, encoding)
         name = model_card.auto_class(encoding, facts)
+        language_model = encoding.kind == "retriever" and name == "AutoModelForCausalLM"
         padding = _set_padding(tokenizer, encoding) if name == HEAD else None
         if adapter:
             del model  # there may not be enough memory for two
@@ -63,7 +66,7 @@ def export(folder: Path, out: Path, adapter: bool = False) -> None:
         else:
             weights = model.transformer
             del model
-            if encoding.kind == "retriever" and "language_model" in facts:
+            if language_model:
                 del weights  # the backbone of an embedding model, without the output layer
                 weights = load_language_model(str(folder))
             if name == HEAD:
@@ -74,8 +77,12 @@ def export(folder: Path, out: Path, adapter: bool = False) -> None:
             loaded = _load(scratch, name)
         tokenizer.save_pretrained(scratch)
         write_encoding(scratch, encoding, facts)
-        found = verify.outputs(_as_trained(loaded, encoding, facts), tokenizer, encoding)
-        verify.compare_outputs(str(folder), expected, found)
+        if encoding.kind == "retriever":
+            rebuilt: Any = BiEncoder(loaded.base_model if language_model else loaded, encoding)
+        else:
+            kind = QueryLikelihood if encoding.scoring == "likelihood" else CrossEncoder
+            rebuilt = kind(loaded, encoding)
+        verify.compare(folder, expected, _outputs(rebuilt, tokenizer, encoding))
         variables = {
             "exported": True,
             "transformers": True,
@@ -134,10 +141,11 @@ def _load_on_base(folder: Path, name: str, tokenizer: Any, encoding: Encoding) -
     return PeftModel.from_pretrained(model, folder).eval()
 
 
-def _as_trained(loaded: Any, encoding: Encoding, facts: dict[str, Any]) -> Any:
-    """The BiEncoder or CrossEncoder of a model that plain transformers or PEFT has loaded."""
-    if encoding.kind == "retriever":
-        return BiEncoder(loaded.base_model if "language_model" in facts else loaded, encoding)
-    if encoding.scoring == "likelihood":
-        return QueryLikelihood(loaded, encoding)
-    return CrossEncoder(loaded, encoding)
+def _outputs(model: Any, tokenizer: Any, encoding: Encoding) -> Tensor:
+    """Embeddings [N, d] of `verify.TEXTS` as queries and passages, or scores [N] of pairs."""
+    if encoding.kind == "reranker":
+        pairs = [(verify.QUERY, text) for text in verify.TEXTS]
+        return verify.score(model, PairTemplates(tokenizer, encoding), pairs)
+    templates = Templates(tokenizer, encoding)
+    ids = templates.queries(verify.TEXTS) + templates.passages(verify.TEXTS)
+    return verify.embed(model, [row for row in ids if row])

@@ -1,14 +1,12 @@
 """What all exports share: a folder written whole or not at all, and the comparison with the model.
 
-Token ids are compared over texts of many kinds (empty, spaces, other scripts, titles, those that
-just fit and just do not), embeddings or scores over a few, in float32.
+Both sides embed or score the same texts in float32: short and empty ones, other scripts, titles,
+and lengths around the limit. Other tokens would give other numbers.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +17,9 @@ from torch import Tensor
 
 from caravan.data.batch import pack
 from caravan.data.pairs import PairTemplates
-from caravan.data.tokenization import Templates
-from caravan.encoding import Encoding, read_encoding
+from caravan.encoding import read_encoding
 from caravan.errors import InputError
-from caravan.files import writing
+from caravan.files import scratch_folder
 from caravan.models.remote_code import FACT, SETTING
 
 TOLERANCE = 1e-4
@@ -40,35 +37,29 @@ TEXTS = (
 
 
 def probes(length: int) -> list[tuple[str, str]]:
-    """Titles and texts whose ids are compared, among them some around `length` tokens."""
+    """Titles and texts to compare, among them some around `length` tokens."""
     words = ("sand dunes " * length).split()
     fit = [" ".join(words[:number]) for number in range(max(length - 8, 1), length + 2)]
     return [*TEXTS, *(("", text) for text in fit), ("Dunes", " ".join(words)), ("", "a" * length)]
 
 
 @torch.no_grad()
-def outputs(model: Any, tokenizer: Any, encoding: Encoding) -> Tensor:
-    """Embeddings [N, d] of `TEXTS` as queries and passages, or scores [N] of a query with them.
-
-    Args:
-        model: a BiEncoder or a CrossEncoder.
-    """
-    if encoding.kind == "retriever":
-        templates = Templates(tokenizer, encoding)
-        ids = templates.queries(TEXTS) + templates.passages(TEXTS)
-        embeddings: Tensor = model.embed(pack([row for row in ids if row], 4096))
-        return embeddings
-    pairs = PairTemplates(tokenizer, encoding).pairs([("", QUERY)] * len(TEXTS), TEXTS)
-    return scores(model, pairs, tokenizer, encoding)
+def embed(model: Any, ids: Sequence[list[int]]) -> Tensor:
+    """Embeddings [N, d] of token ids by a BiEncoder."""
+    embeddings: Tensor = model.embed(pack(ids, 4096))
+    return embeddings
 
 
 @torch.no_grad()
-def scores(model: Any, pairs: Sequence[Any], tokenizer: Any, encoding: Encoding) -> Tensor:
-    """Scores [N] of pairs of `PairTemplates`."""
-    typed = PairTemplates(tokenizer, encoding).typed
-    seconds = [pair.second for pair in pairs] if typed else None
-    found: Tensor = model.score(pack([pair.ids for pair in pairs], 4096, seconds=seconds))
-    return found
+def score(
+    model: Any, templates: PairTemplates, pairs: Sequence[tuple[str, tuple[str, str]]]
+) -> Tensor:
+    """Scores [N] of queries, each with a passage (title, text), by a CrossEncoder."""
+    queries = [("", query) for query, _ in pairs]
+    read = templates.pairs(queries, [passage for _, passage in pairs])
+    seconds = [pair.second for pair in read] if templates.typed else None
+    scores: Tensor = model.score(pack([pair.ids for pair in read], 4096, seconds=seconds))
+    return scores
 
 
 @contextmanager
@@ -92,19 +83,11 @@ def new_folder(folder: Path, out: Path) -> Iterator[Path]:
             f"{folder} needs remote code, whose classes other libraries may read differently, so it"
             f" is not exported; use the model folder itself, with {SETTING}=true",
         )
-    # Beside the first parent that exists, so that a failure leaves no empty parents.
-    place = next(parent for parent in out.absolute().parents if parent.is_dir())
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=place))
-    try:
-        with writing(out), quiet():
-            yield scratch
-        scratch.chmod(0o755)
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(out) as scratch, quiet():
+        yield scratch
         if out.exists():
             out.rmdir()
         os.replace(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
@@ -121,29 +104,8 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def compare_ids(
-    place: str, texts: Sequence[Any], expected: Sequence[list[int]], found: Sequence[list[int]]
-) -> None:
-    """Compare token ids text by text.
-
-    Args:
-        place: what is exported, for the message.
-
-    Raises:
-        InputError: If they differ; it names the first text that does.
-    """
-    for text, ours, theirs in zip(texts, expected, found, strict=True):
-        if ours != theirs:
-            raise InputError(
-                "export-differs",
-                f"{place}: the exported tokenizer reads {_short(repr(text))} as"
-                f" {_short(str(theirs))} where the model reads {_short(str(ours))}, so nothing is"
-                " written; export it to transformers instead",
-            )
-
-
-def compare_outputs(place: str, expected: Tensor, found: Tensor) -> None:
-    """Compare embeddings or scores.
+def compare(folder: Path, expected: Tensor, found: Tensor) -> None:
+    """Compare embeddings or scores of the model folder and of its export.
 
     Raises:
         InputError: If they differ by more than rounding.
@@ -152,13 +114,10 @@ def compare_outputs(place: str, expected: Tensor, found: Tensor) -> None:
     if not difference <= TOLERANCE * max(float(expected.abs().max()), 1.0):
         raise InputError(
             "export-differs",
-            f"{place}: the outputs of the exported model differ from the model folder's by"
-            f" {difference:.2g}, so nothing is written; use the model folder itself",
+            f"{folder}: the outputs of the exported model differ from the model folder's by"
+            f" {difference:.2g}, so nothing is written; export it for another library, or use the"
+            " model folder itself",
         )
-
-
-def _short(text: str) -> str:
-    return text if len(text) < 80 else f"{text[:77]}..."
 
 
 def save_transformer(model: Any, out: Path) -> None:
