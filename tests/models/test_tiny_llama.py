@@ -75,3 +75,18 @@ def test_an_impossible_shape_is_refused(settings: dict[str, Any], code: str, pla
 def test_it_can_be_bidirectional(beir: Path, tmp_path: Path) -> None:
     train(beir, tmp_path / "run", "backbone.bidirectional=true", "trainer.max_steps=0")
     assert not is_causal(folder.load(tmp_path / "run" / "model")[0].backbone)
+
+
+@pytest.mark.parametrize("damage", ["other merges", "empty", "cut"])
+def test_a_tokenizer_that_is_not_as_it_was_written_is_trained_again(
+    damage: str, tmp_path: Path, collection: Collection
+) -> None:
+    backbone = tiny_backbone()
+    first = backbone.tokenizer(collection, tmp_path)
+    path = tmp_path / "tokenizers" / f"bpe-400-{collection.digest[:16]}.json"
+    written = path.read_text()
+    planted = {"empty": "", "cut": written[:99], "other merges": written.replace("Ġ", "G")}
+    path.write_text(planted[damage])
+    again = backbone.tokenizer(collection, tmp_path)
+    assert path.read_text() == written
+    assert again.get_vocab() == first.get_vocab()

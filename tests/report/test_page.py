@@ -419,5 +419,5 @@ def test_a_folder_that_cannot_be_written_is_told_in_a_sentence(
     monkeypatch.setattr("sys.argv", ["report", "page", str(tmp_path)])
     assert command.main() == 2
     told = capsys.readouterr().err.splitlines()
-    assert told == [f"{tmp_path / 'report'}: File exists; give another place"]
+    assert told == [f"{tmp_path / 'report'}: File exists; choose another path"]
     assert not (tmp_path / "report.html").exists()

@@ -16,9 +16,8 @@ import torch
 from torch import nn
 
 from caravan import manifests
-from caravan.cache import cache_folder
 from caravan.errors import InputError, reading
-from caravan.files import replacing
+from caravan.files import cache_folder, replacing
 from caravan.models.backbone import BaseBackbone
 from caravan.models.checkpointing import Checkpointing
 from caravan.models.loading import set_attention
