@@ -19,9 +19,9 @@ from common import apart, highest, paired, report
 from caravan.data.batch import pack
 from caravan.encoding import Encoding
 from caravan.models import hardware
-from caravan.models.backbone import prepared
 from caravan.models.biencoder import BiEncoder
 from caravan.models.loading import set_attention
+from caravan.models.preparing import prepared
 from caravan.training.optim import AdamW
 
 VOCABULARY = 8192

@@ -16,11 +16,12 @@ from torch import Tensor
 from caravan.data.batch import Packed, pack
 from caravan.encoding import Encoding
 from caravan.models import varlen
-from caravan.models.backbone import Pretrained, prepared
+from caravan.models.backbone import Pretrained
 from caravan.models.bidirectional import make_bidirectional
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, with_head
 from caravan.models.loading import set_attention
+from caravan.models.preparing import prepared
 
 
 def embedded(backbone: Any, texts: Packed, pooling: str = "last", **settings: Any) -> Tensor:

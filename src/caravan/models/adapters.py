@@ -33,8 +33,7 @@ class LoRA:
         rslora: scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732).
         dora: train the norm of each weight's columns separately (arXiv 2402.09353).
         quant_type: "nf4" or "fp4" quantizes the base's linear layers to four bits while loading
-            (QLoRA, arXiv 2305.14314); None does not. The model folder holds the adapter alone, on
-            the unquantized base.
+            (QLoRA, arXiv 2305.14314); None does not. It is saved on the unquantized base.
         double_quant: quantize the scales too.
 
     Raises:
@@ -170,8 +169,7 @@ def released_base(name: str, revision: str | None = None) -> tuple[str, str | No
     """
     config = _config(name, {"revision": revision})
     if not config.base_model_name_or_path:
-        text = f"{name}: its adapter_config.json names no base model; add it"
-        raise InputError("no-base-model", text)
+        raise InputError("no-base-model", f"{name}: its adapter_config.json names no base model")
     return str(config.base_model_name_or_path), config.revision
 
 
@@ -264,17 +262,15 @@ def _weights(name: str, hub: dict[str, Any]) -> dict[str, Tensor]:
             " and is not opened; take an adapter in safetensors, or from another source",
         ) from None
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
-        text = f"{name}: its adapter_model.bin holds no weights by name; save it again"
-        raise InputError("weights-mismatch", text)
+        raise InputError("weights-mismatch", f"{name}: its adapter_model.bin has no named weights")
     check_finite(name, weights)
     return weights
 
 
 def _of_trunk(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """The weights for the transformer of an adapter that sits on a whole language model.
+    """The weights without the language model around the transformer, and without its output layer.
 
-    Its keys are one level deeper (`base_model.model.model.layers...`), and its copy of the output
-    layer has no effect on embeddings or on a head's score.
+    An adapter on a language model has keys one level deeper (`base_model.model.model.layers...`).
     """
     prefix = f"base_model.model.{model.base_model_prefix}."
     on_trunk = model.base_model is model
@@ -303,9 +299,8 @@ def _own_embedding(model: Any, weights: dict[str, Tensor]) -> str | None:
 def _current_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights under the keys of the current PEFT version.
 
-    Older adapters may have a head's wrapper in its key (`score.modules_to_save.weight`), the
-    adapter's name (`lora_A.default.weight`), and beside a trained head the one that it replaced
-    (`score.original_module.weight`).
+    Older ones may contain a wrapper (`score.modules_to_save.weight`), the adapter's name
+    (`lora_A.default.weight`), or the head that was replaced (`score.original_module.weight`).
     """
     renamed: dict[str, Tensor] = {}
     for key, weight in weights.items():
@@ -320,8 +315,6 @@ def _current_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def copy_adapter(peft: Any, name: str) -> int:
     """Copy a saved adapter into a new one, with its head if the new one has that too.
 
-    A retriever's adapter sits on the transformer itself, a reranker's one level deeper.
-
     Returns:
         The number of weights copied.
 
@@ -332,7 +325,7 @@ def copy_adapter(peft: Any, name: str) -> int:
 
     prefix = getattr(peft.get_base_model(), "base_model_prefix", "")
 
-    def short(key: str) -> str:
+    def short(key: str) -> str:  # a reranker's transformer is one level deeper
         for outer in ("base_model.model.", "backbone.", f"{prefix}."):
             key = key.removeprefix(outer)
         return key

@@ -2,8 +2,6 @@
 
 `conf/backbone/*.yaml` names a backbone by `_target_`. Weights load only when a model is requested,
 in float32; the precision of the arithmetic is up to the trainer or the encoder.
-`backbone.compile=true` compiles each layer separately, and layers of one shape share what was
-compiled: a few versions (training or not, one text or several).
 """
 
 from __future__ import annotations
@@ -20,27 +18,12 @@ from torch import nn
 from caravan.encoding import FILE, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
-from caravan.models import varlen
+from caravan.models import loading
 from caravan.models.adapters import copy_adapter, is_adapter, load_adapter, released_base
-from caravan.models.bidirectional import blocks, make_bidirectional
-from caravan.models.checkpointing import Checkpointing, checkpoint_activations
 from caravan.models.crossencoder import with_head
 from caravan.models.digests import adapter_base
-from caravan.models.loading import (
-    drop_pooler,
-    fit_vocabulary,
-    has_tokenizer,
-    load_config,
-    load_language_model,
-    load_scorer,
-    load_tokenizer,
-    load_weights,
-    set_attention,
-)
+from caravan.models.preparing import Checkpointing, prepared
 from caravan.models.remote_code import is_allowed
-
-VERSIONS = 64
-"""Most compiled versions of a layer."""
 
 
 class Backbone(Protocol):
@@ -107,8 +90,8 @@ class BaseBackbone(Backbone):
     """Settings and defaults that backbones share.
 
     Args:
-        attention: transformers' attention implementation; "auto" is `caravan.models.cpu` where it
-            is suitable, "unpadded" is `caravan.models.varlen`.
+        attention: transformers' implementation; "auto" is `caravan.models.cpu` where suitable,
+            "unpadded" is `caravan.models.varlen`.
         compile: compile the layers by torch.compile.
         trust_remote_code: run remote code (`caravan.models.remote_code`).
         The others: see `Backbone`.
@@ -181,12 +164,11 @@ class Pretrained(BaseBackbone):
         self._hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
-        """The model's own tokenizer, or that of an adapter's base."""
-        if self._is_adapter() and not has_tokenizer(self.name, self.revision):
+        if self._is_adapter() and not loading.has_tokenizer(self.name, self.revision):
             base, revision = released_base(self.name, self.revision)
-            tokenizer = load_tokenizer(base, **{**self._hub, "revision": revision})
+            tokenizer = loading.load_tokenizer(base, **{**self._hub, "revision": revision})
         else:
-            tokenizer = load_tokenizer(self.name, **self._hub)
+            tokenizer = loading.load_tokenizer(self.name, **self._hub)
         if not self.trust_remote_code:
             self.config(tokenizer)  # refuses a model with remote code before data is read
         return tokenizer
@@ -194,31 +176,31 @@ class Pretrained(BaseBackbone):
     def config(self, tokenizer: Any) -> Any:
         if self._is_adapter():
             base, revision = released_base(self.name, self.revision)
-            return load_config(base, **{**self._hub, "revision": revision})
-        return load_config(self.name, **self._hub)
+            return loading.load_config(base, **{**self._hub, "revision": revision})
+        return loading.load_config(self.name, **self._hub)
 
     def model(self, tokenizer: Any) -> nn.Module:
         if self._is_adapter():
             return load_adapter(self._base(), self.name, self.revision, trainable=True)
-        return self.prepared(self._load(load_weights, dtype=self.dtype))
+        return self.prepared(self._load(loading.load_weights, dtype=self.dtype))
 
     def language_model(self, tokenizer: Any) -> Any:
         if self._is_adapter():
             text = f"{self.name} is an adapter; a likelihood needs a language model: set its base"
             raise InputError("no-language-model", text)
-        return self.prepared(self._load(load_language_model))
+        return self.prepared(self._load(loading.load_language_model))
 
     def scorer(self, tokenizer: Any) -> nn.Module:
         pad_id = tokenizer.pad_token_id
         if self._is_adapter():
             headed = with_head(self._base(), pad_id)
             return load_adapter(headed, self.name, self.revision, trainable=True)
-        scorer, self.head_is_new = self._load(load_scorer, dtype=self.dtype, pad_id=pad_id)
+        scorer, self.head_is_new = self._load(loading.load_scorer, dtype=self.dtype, pad_id=pad_id)
         return self.prepared(scorer)
 
     def prepared(self, model: nn.Module) -> nn.Module:
         if not self.bidirectional and (Path(self.name) / FILE).is_file():
-            refuse_causal(self.name)
+            model_folder.refuse_causal(self.name)
         return super().prepared(model)
 
     def _is_adapter(self) -> bool:
@@ -232,7 +214,7 @@ class Pretrained(BaseBackbone):
         """The base that a released adapter names."""
         base, revision = released_base(self.name, self.revision)
         hub: Any = {**self._hub, "revision": revision}
-        return self.prepared(load_weights(base, self.dtype, self.attention, **hub))
+        return self.prepared(loading.load_weights(base, self.dtype, self.attention, **hub))
 
 
 class FromFolder(BaseBackbone):
@@ -243,7 +225,7 @@ class FromFolder(BaseBackbone):
 
     Args:
         folder: of a retriever, a reranker or an adapted model.
-        bidirectional: as `BaseBackbone`; must be set if the folder's model is bidirectional.
+        bidirectional: must be set if the folder's model is bidirectional.
         The others: see `BaseBackbone`.
 
     Raises:
@@ -261,25 +243,23 @@ class FromFolder(BaseBackbone):
         trust_remote_code: bool = False,
     ) -> None:
         if not bidirectional:
-            refuse_causal(folder)
+            model_folder.refuse_causal(folder)
         encoding, facts = read_encoding(Path(folder))
         trusted = is_allowed(Path(folder), encoding, facts, trust_remote_code)
         super().__init__(folder, attention, checkpointing, bidirectional, compile, trusted)
-        self.folder = Path(folder)
-        self.encoding = encoding
+        self.folder, self.encoding = Path(folder), encoding
         self.full = facts["weights"] == "full"
         self.keeps_adapter = False
         self._counts = (0, 0)  # weights of the folder or of its adapter's base, and of the adapter
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
-        """The folder's own tokenizer."""
-        return load_tokenizer(self.name, trust_remote_code=self.trust_remote_code)
+        return loading.load_tokenizer(self.name, trust_remote_code=self.trust_remote_code)
 
     def config(self, tokenizer: Any) -> Any:
         name, hub = self.name, {}
         if not self.full:
             name, hub["revision"] = adapter_base(self.folder)
-        return load_config(name, self.trust_remote_code, **hub)
+        return loading.load_config(name, self.trust_remote_code, **hub)
 
     def use_adapters(self, peft: Any) -> None:
         super().use_adapters(peft)
@@ -289,12 +269,12 @@ class FromFolder(BaseBackbone):
         """The transformer without a head; a head that the folder has is left out."""
         scores = self.encoding.kind == "reranker" and self.encoding.scoring == "head"
         if self.keeps_adapter:
-            fetch = self._fetch(load_weights, dtype=self.dtype)
+            fetch = self._fetch(loading.load_weights, dtype=self.dtype)
             return self.prepared(model_folder.load_base(self.folder, fetch))
         if self.quantization is not None and not scores:
-            return self.prepared(self._fetch(load_weights, dtype=self.dtype)(self.name))
+            return self.prepared(self._fetch(loading.load_weights, dtype=self.dtype)(self.name))
         model = self._full_model().base_model
-        drop_pooler(model)
+        loading.drop_pooler(model)
         return self.prepared(model)
 
     def scorer(self, tokenizer: Any) -> nn.Module:
@@ -303,13 +283,13 @@ class FromFolder(BaseBackbone):
             return super().scorer(tokenizer)
         if not self.keeps_adapter:
             return self.prepared(self._full_model())
-        fetch = self._fetch(load_scorer, dtype=self.dtype, pad_id=tokenizer.pad_token_id)
+        fetch = self._fetch(loading.load_scorer, dtype=self.dtype, pad_id=tokenizer.pad_token_id)
         scorer = model_folder.load_base(self.folder, fetch)[0]
         return self.prepared(scorer)  # `adapted` copies its head with the adapter
 
     def language_model(self, tokenizer: Any) -> Any:
         """The transformer with its output layer, which the folder or its base must have."""
-        fetch = self._fetch(load_language_model)
+        fetch = self._fetch(loading.load_language_model)
         if self.keeps_adapter:
             return self.prepared(model_folder.load_base(self.folder, fetch))
         if self.full and self.encoding.scoring != "likelihood" and self.quantization is None:
@@ -319,7 +299,7 @@ class FromFolder(BaseBackbone):
             return self.prepared(full)
         # The adapter is of the trunk alone; the output layer is its base's.
         model: Any = model_folder.load_base(self.folder, fetch)
-        fit_vocabulary(model, tokenizer)
+        loading.fit_vocabulary(model, tokenizer)
         model.base_model.load_state_dict(full.base_model.state_dict())
         model.tie_weights()
         return self.prepared(model)
@@ -350,9 +330,8 @@ class FromFolder(BaseBackbone):
         return super().prepared(model)
 
     def _fetch(self, load: Any, **settings: Any) -> Any:
-        trusted = self.trust_remote_code
-        common = {"attention": self.attention, "quantization": self.quantization}
-        return partial(load, trust_remote_code=trusted, **common, **settings)
+        settings |= {"attention": self.attention, "quantization": self.quantization}
+        return partial(load, trust_remote_code=self.trust_remote_code, **settings)
 
     def _full_model(self) -> Any:
         """The folder's transformer with everything that it has; an adapter is merged."""
@@ -364,47 +343,11 @@ class FromFolder(BaseBackbone):
             )
         dtype = self.dtype if self.full else torch.float32  # merging in bf16 would round
         trusted = self.trust_remote_code
-        loaded = model_folder.load(self.folder, dtype, trust_remote_code=trusted)
-        transformer = loaded[0].transformer
+        transformer = model_folder.load(self.folder, dtype, trust_remote_code=trusted)[
+            0
+        ].transformer
         transformer.requires_grad_(True)  # a merged adapter leaves its base frozen
-        return set_attention(transformer, self.attention)
-
-
-def refuse_causal(folder: str) -> None:
-    """A model that was trained with bidirectional attention is of no use as a causal one.
-
-    Raises:
-        InputError: If the folder's model was.
-    """
-    if read_encoding(Path(folder))[0].bidirectional:
-        raise InputError(
-            "direction-mismatch",
-            f"{folder} was trained with bidirectional attention; set backbone.bidirectional=true",
-        )
-
-
-def prepared(
-    model: Any, checkpointing: Checkpointing, bidirectional: bool, compile: bool = False
-) -> nn.Module:
-    """Prepare a transformer, with or without a head, for training, in place.
-
-    Raises:
-        InputError: If it cannot be made bidirectional, or cannot recompute activations.
-    """
-    model.config.use_cache = False
-    if bidirectional:
-        make_bidirectional(model)
-    if checkpointing:
-        checkpoint_activations(model.base_model, checkpointing)  # without the head
-    if varlen.is_enabled(model):
-        varlen.check_dropout(model)
-    if compile:
-        # A layer's versions, for all lengths; beyond dynamo's own limit it would run uncompiled.
-        limits: Any = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, VERSIONS)
-        for block in blocks(model):
-            block.compile(dynamic=True)
-    return model
+        return loading.set_attention(transformer, self.attention)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

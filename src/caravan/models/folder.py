@@ -285,3 +285,16 @@ def refuse_lengths(
     with reading(name, "no model could be loaded"), torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=False)
     refuse_too_long(model, encoding, section)
+
+
+def refuse_causal(folder: str) -> None:
+    """A model that was trained with bidirectional attention is of no use as a causal one.
+
+    Raises:
+        InputError: If the folder's model was.
+    """
+    if read_encoding(Path(folder))[0].bidirectional:
+        raise InputError(
+            "direction-mismatch",
+            f"{folder} was trained with bidirectional attention; set backbone.bidirectional=true",
+        )

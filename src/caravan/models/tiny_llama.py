@@ -19,8 +19,8 @@ from caravan import manifests
 from caravan.errors import InputError, reading
 from caravan.files import cache_folder, replacing
 from caravan.models.backbone import BaseBackbone
-from caravan.models.checkpointing import Checkpointing
 from caravan.models.loading import set_attention
+from caravan.models.preparing import Checkpointing
 
 log = logging.getLogger(__name__)
 

@@ -151,7 +151,7 @@ def sharded(
 def _without_hooks(network: nn.Module) -> nn.Module:
     """Remove `make_inputs_require_grad` hooks of transformers and PEFT, which cannot be pickled.
 
-    They serve activation checkpointing; `caravan.models.checkpointing` needs none.
+    They serve activation checkpointing; `caravan.models.preparing` needs none.
     """
     for module in network.modules():
         for key, hook in list(module._forward_hooks.items()):

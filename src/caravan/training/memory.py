@@ -17,9 +17,9 @@ from torch import nn
 
 from caravan.errors import InputError
 from caravan.models.bidirectional import blocks
-from caravan.models.checkpointing import Checkpointing
 from caravan.models.hardware import frozen_linears
 from caravan.models.output_layer import MOST_LOGITS
+from caravan.models.preparing import Checkpointing
 
 FLOAT = 4  # bytes; of all but frozen linear layers (`caravan.models.hardware.precisions`)
 FOUR_BITS = 0.5 + 1 / 64 + 4 / 64 / 256
@@ -64,7 +64,7 @@ def need(
         model: the network, adapters included; may be on the meta device.
         tokens: padded tokens of one batch on one device; all of them wait for the backward pass.
         bf16: whether the arithmetic is bf16.
-        checkpointing: whether activations are computed again (`caravan.models.checkpointing`).
+        checkpointing: whether activations are computed again (`caravan.models.preparing`).
         vocabulary: entries of an output layer that is in use; 0 if there is none.
         quantised: whether frozen linear layers have four bits (QLoRA).
         shares: ranks that each hold a share of every weight (FSDP).

@@ -1,8 +1,9 @@
-"""Activation checkpointing of a transformer's layers.
+"""Preparation of a transformer for training: direction, activation checkpointing, compilation.
 
 `backbone.checkpointing=true` keeps a layer's input alone for the backward pass and recomputes the
 layer; `selective` also keeps the results of linear layers and fused attention, and recomputes the
-rest, which is cheap.
+rest, which is cheap. `backbone.compile=true` compiles each layer separately, and layers of one
+shape share what was compiled: a few versions (training or not, one text or several).
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from caravan.errors import InputError
+from caravan.models import varlen
+from caravan.models.bidirectional import blocks, make_bidirectional
 
 Checkpointing = bool | Literal["selective"]
+VERSIONS = 64
+"""Most compiled versions of a layer."""
 SAVED = (
     "aten::mm",
     "aten::addmm",
@@ -31,7 +37,31 @@ SAVED = (
 with every other."""
 
 
-def checkpoint_activations(model: Any, checkpointing: Checkpointing) -> None:
+def prepared(
+    model: Any, checkpointing: Checkpointing, bidirectional: bool, compile: bool = False
+) -> nn.Module:
+    """Prepare a transformer, with or without a head, for training, in place.
+
+    Raises:
+        InputError: If it cannot be made bidirectional, or cannot recompute activations.
+    """
+    model.config.use_cache = False
+    if bidirectional:
+        make_bidirectional(model)
+    if checkpointing:
+        _checkpoint_activations(model.base_model, checkpointing)  # without the head
+    if varlen.is_enabled(model):
+        varlen.check_dropout(model)
+    if compile:
+        # A layer's versions, for all lengths; beyond dynamo's own limit it would run uncompiled.
+        limits: Any = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, VERSIONS)
+        for block in blocks(model):
+            block.compile(dynamic=True)
+    return model
+
+
+def _checkpoint_activations(model: Any, checkpointing: Checkpointing) -> None:
     """Switch checkpointing on, in place.
 
     Raises:

@@ -10,9 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from caravan.data.batch import pack
 from caravan.encoding import Encoding
-from caravan.models.backbone import prepared
 from caravan.models.biencoder import BiEncoder
-from caravan.models.checkpointing import Checkpointing, _policy
+from caravan.models.preparing import Checkpointing, _policy, prepared
 
 CHOICES: tuple[Checkpointing, ...] = (False, True, "selective")
 PRODUCTS = ("aten.mm", "aten.addmm")
