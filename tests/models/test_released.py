@@ -26,8 +26,7 @@ from torch import Tensor
 from caravan.cli.compose import compose
 from caravan.cli.train import train
 from caravan.data.batch import pack
-from caravan.data.pairs import PairTemplates
-from caravan.data.tokenization import Templates
+from caravan.data.tokenization import PairTemplates, Templates
 from caravan.models import folder
 from caravan.models.adapters import load_adapter
 from caravan.models.backbone import Pretrained

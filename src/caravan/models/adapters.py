@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from caravan.errors import InputError, first_line, reading
@@ -42,7 +43,7 @@ class LoRA:
 
     def __init__(
         self,
-        rank: int = 32,
+        rank: PositiveInt = 32,
         alpha: int = 64,
         dropout: float = 0.1,
         targets: list[str] | str = "all-linear",
