@@ -19,7 +19,8 @@ from tests.tiny import write_beir
 from caravan import manifests
 from caravan.cli.compose import compose
 from caravan.errors import InputError
-from caravan.report import compare, systems
+from caravan.report.compare import compare
+from caravan.report.systems import read_judged, read_system
 from caravan.retrieval import shards, stages
 from caravan.retrieval.pipeline import evaluate as evaluate_config
 
@@ -113,9 +114,9 @@ def test_metrics_are_those_of_the_published_qrels_and_say_what_counts(
     assert "mean over 4 judged queries" in caplog.text
     assert "2 judgements of passages unknown to the corpus" in caplog.text
     files = [tmp_path / "run" / metrics["run"], folder / "qrels.test.tsv"]
-    inside, outside = (systems.system(path) for path in (tmp_path / "run", files[0]))
-    own = compare.compared([inside], systems.judged([inside]))
-    by_file = compare.compared([outside], systems.judged([], files[1]), list(own.values))
+    inside, outside = (read_system(path) for path in (tmp_path / "run", files[0]))
+    own = compare([inside], read_judged([inside]))
+    by_file = compare([outside], read_judged([], files[1]), list(own.values))
     for name, overall in metrics["overall"].items():
         assert own.values[name].mean() == pytest.approx(overall)
         assert by_file.values[name].mean() == pytest.approx(overall)
