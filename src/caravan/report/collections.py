@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from caravan.report.summary import collect_suites, read_suites, show_suites
+from caravan.report.suites import collect_suites, read_suites, show_suites
 
 
 def show(folders: Sequence[Path]) -> None:
@@ -15,4 +15,5 @@ def show(folders: Sequence[Path]) -> None:
 
 def collect(folders: Sequence[Path]) -> tuple[Any, Any, Any]:
     found = collect_suites(read_suites(folders))
-    return found.rows, found.columns, found.notes
+    columns = {column: of.dropna().to_dict() for column, of in found.scores.items()}
+    return list(found.scores.index), columns, found.notes

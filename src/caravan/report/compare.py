@@ -31,7 +31,8 @@ RESAMPLES = 9_999
 """Of the randomisation test: its smallest p is 1 in 10,000."""
 DEPTH = 100
 """How deep rankings are read for the ranks of example queries, whatever the measures."""
-OVERLAPS = (10, 100)
+OVERLAPS = (1, 10, 100)
+"""Depths of the overlap; at 1 it is the share of queries with the same passage on top."""
 CHARACTERS = 420
 """Shown of a text, so that a page stays small."""
 RELEVANT = 2
@@ -55,17 +56,6 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Overlap:
-    """What two rankings have in common."""
-
-    a: int
-    b: int
-    # By depth: passages of both over passages of either, mean over the queries. At depth 1 it is
-    # the share of the queries with the same passage at the top.
-    jaccard: dict[int, float]
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Systems over the same judged queries."""
 
@@ -77,8 +67,9 @@ class Comparison:
     values: dict[str, np.ndarray]
     depths: list[int]  # of the runs
     missing: list[int]  # judged queries that a run lacks
-    pairs: dict[str, list[Pair]]
-    overlaps: list[Overlap]
+    pairs: dict[str, list[Pair]]  # by measure
+    # Of two systems: {k: passages in the first k of both over those of either, mean}.
+    jaccard: dict[tuple[int, int], dict[int, float]]
     test: str
 
     @property
@@ -163,13 +154,17 @@ def compare(
         if against is None or against in (a, b)
     ]
     queries = judged.qrels.queries
-    pairs = {name: paired_tests(of, couples, test) for name, of in values.items()}
-    overlaps = []
-    for a, b in couples:
-        by_depth = {k: _jaccard(runs[a], runs[b], queries, k) for k in (1, *OVERLAPS)}
-        overlaps.append(Overlap(a, b, by_depth))
     return Comparison(
-        judged, list(systems), runs, queries, values, depths, missing, pairs, overlaps, test
+        judged,
+        list(systems),
+        runs,
+        queries,
+        values,
+        depths,
+        missing,
+        {name: paired_tests(of, couples, test) for name, of in values.items()},
+        {(a, b): {k: _jaccard(runs[a], runs[b], queries, k) for k in OVERLAPS} for a, b in couples},
+        test,
     )
 
 
@@ -183,22 +178,12 @@ def paired_tests(
     Couples with a system without scores (NaN) are left out.
     """
     couples = [couple for couple in couples if not np.isnan(values[list(couple)]).any()]
-    differences = [values[b] - values[a] for a, b in couples]
-    tested = [_test(one, test) for one in differences]
+    changes = [values[b] - values[a] for a, b in couples]
+    tested = [_test(change, test) for change in changes]
     corrected = holm([p for _, _, p in tested])
     return [
-        Pair(
-            *couple,
-            float(np.mean(one)),
-            *interval_and_p,
-            adjusted,
-            gained=int((one > 0).sum()),
-            equal=int((one == 0).sum()),
-            lost=int((one < 0).sum()),
-        )
-        for couple, one, interval_and_p, adjusted in zip(
-            couples, differences, tested, corrected, strict=True
-        )
+        Pair(a, b, float(np.mean(x)), *found, p, *(int(c.sum()) for c in (x > 0, x == 0, x < 0)))
+        for (a, b), x, found, p in zip(couples, changes, tested, corrected, strict=True)
     ]
 
 
@@ -211,13 +196,12 @@ def _test(differences: np.ndarray, test: str) -> tuple[float, float, float]:
         return 0.0, 0.0, 1.0
     if len(differences) < 2:
         return -np.inf, np.inf, 1.0
-    mean = float(np.mean(differences))
-    if np.ptp(differences) == 0:  # all alike: t is infinite
-        low, high, p = mean, mean, 0.0
-    else:
+    low = high = float(np.mean(differences))
+    p = 0.0
+    if np.ptp(differences) > 0:  # else t is infinite
         by_t = stats.ttest_1samp(differences, 0.0)
-        interval = by_t.confidence_interval(0.95)
-        low, high, p = float(interval.low), float(interval.high), float(by_t.pvalue)
+        low, high = map(float, by_t.confidence_interval(0.95))
+        p = float(by_t.pvalue)
     if test == "randomisation":
         found = stats.permutation_test(
             (differences,),
@@ -333,8 +317,7 @@ def examples(comparison: Comparison, a: int, b: int, count: int) -> list[Example
 
 
 def _query(comparison: Comparison, a: int, b: int, query: int) -> Query:
-    judged = comparison.judged
-    row = int(comparison.query_rows[query])
+    judged, row = comparison.judged, int(comparison.query_rows[query])
     grades = {int(p): int(g) for p, g in zip(*judged.qrels.of(row), strict=True)}
     ranks = [
         {p: rank for rank, p in enumerate(comparison.runs[i].of(row)[0][:DEPTH].tolist(), 1)}
@@ -348,6 +331,7 @@ def _query(comparison: Comparison, a: int, b: int, query: int) -> Query:
     if judged.has_texts:
         texts = judged.corpus.get(wanted)
         ((_, query_text),) = judged.queries.get([row])
+    names = judged.corpus.ids(np.array(wanted, np.int64))
     passages = [
         Passage(
             name,
@@ -356,13 +340,10 @@ def _query(comparison: Comparison, a: int, b: int, query: int) -> Query:
             grades.get(passage, 0),
             (ranks[0].get(passage), ranks[1].get(passage)),
         )
-        for passage, name, (title, text) in zip(
-            wanted, judged.corpus.ids(np.array(wanted, np.int64)), texts, strict=True
-        )
+        for passage, name, (title, text) in zip(wanted, names, texts, strict=True)
     ]
-    values = comparison.values[comparison.measure]
+    before, after = comparison.values[comparison.measure][[a, b], query].tolist()
     (name,) = judged.queries.ids(np.array([row], np.int64))
-    before, after = float(values[a][query]), float(values[b][query])
     return Query(name, _short(query_text, CHARACTERS), before, after, len(relevant), passages)
 
 

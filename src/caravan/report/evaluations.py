@@ -6,7 +6,7 @@ If those or their collection are gone, the page says so and has the rest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,16 @@ from typing import Any
 from caravan.errors import InputError
 from caravan.report.compare import OVERLAPS, RESAMPLES, Comparison, compare, examples, mean_interval
 from caravan.report.plots import Line, Plot, bars, changes, lines
-from caravan.report.records import judged_on
-from caravan.report.summary import Records, measures_of, results_table, rows, stages_table, where
+from caravan.report.records import Records, has_scores, judged_on, refuse_partial
+from caravan.report.summary import measures_of, results_table, rows, stages_table, where
 from caravan.report.systems import System, read_judged
 from caravan.report.tables import MINUS, Section, Table, best, score, signed, slug
 from caravan.retrieval.metrics import parse_measure
 
 SHOWN = 5
 """Most improved and most degraded queries shown of each pair."""
+FEW = 2
+"""The same on a page with several collections."""
 MOST_SYSTEMS = 12
 """Systems scored query by query; more would make a page slow to write and long to read."""
 ALL_PAIRS = 6
@@ -32,48 +34,63 @@ DEEP = 100
 
 def evaluation_sections(
     folder: Path,
-    records: Records,
-    names: dict[str, str],
-    prefix: str = "",
-    count: int = SHOWN,
+    records: Mapping[Path, dict[str, Any]],
+    names: Mapping[str, str],
     against: int = -2,
 ) -> list[Section]:
-    """All sections of evaluations on one collection and split.
+    """All sections of evaluations, by collection and split.
 
     Args:
-        records: by folder below `folder`.
-        names: names of systems by folder, if they are not those of the table.
-        prefix: of names on a page with several collections.
-        count: queries that gained, and lost, of each pair.
+        records: of runs below `folder`; those without scores are left out.
+        names: names of systems by folder below `folder`, if they are not those of the table.
         against: the system that the best is shown against query by query: -2 is the next best.
     """
+    groups: dict[tuple[str, str], Records] = {}
+    for home, record in records.items():
+        if has_scores(record) and record["run"]:
+            refuse_partial(home, record)
+            _, digest, split = judged_on(record)
+            groups.setdefault((digest, split), {})[str(home.relative_to(folder))] = record
+    several = len(groups) > 1
+    prefixes = [f"{number}-" if several else "" for number in range(1, len(groups) + 1)]
+    return [
+        section
+        for prefix, group in zip(prefixes, groups.values(), strict=True)
+        for section in _sections(folder, group, names, against, prefix)
+    ]
+
+
+def _sections(
+    folder: Path, records: Records, names: Mapping[str, str], against: int, prefix: str
+) -> Iterator[Section]:
+    """The sections of one collection and split; a prefix of names if a page has several."""
     systems = rows(records, names)
     title = f": {where(next(iter(records.values())))}" if prefix else ""
     results: list[Any] = [results_table(systems, f"{prefix}results")]
-    sections = [Section(f"Results{title}", f"{prefix}results", results)]
+    try:
+        comparison = _comparison(folder, systems)
+    except InputError as error:
+        comparison = None
+        results.append(f"Scores of single queries and texts are left out: {error}.")
+    if comparison is not None:
+        cut = len(systems) - len(comparison.systems)
+        results += [f"The {cut} weakest systems are not compared query by query."] if cut else []
+        results += [*means(comparison, prefix), _recomputed(comparison, systems)]
+    yield Section(f"Results{title}", f"{prefix}results", results)
+    several = len(records) > 1
     stages = [
         block
         for name, record in records.items()
         if len(record.get("stages", ())) > 1
-        for block in _stages(record, name if len(records) > 1 else "", prefix)
+        for block in _stages(record, name if several else "", prefix)
     ]
     if stages:
-        sections.append(Section(f"Stage by stage{title}", f"{prefix}stages", stages))
-    try:
-        comparison = _comparison(folder, systems)
-    except InputError as error:
-        results.append(f"Scores of single queries and texts are left out: {error}.")
-        return sections
-    if comparison is None:
-        return sections
-    cut = len(systems) - len(comparison.systems)
-    results += [f"The {cut} weakest systems are not compared query by query."] if cut else []
-    results += [*means(comparison, prefix), _recomputed(comparison, systems)]
-    places = range(len(comparison.systems))
-    if len(places) > 1:
+        yield Section(f"Stage by stage{title}", f"{prefix}stages", stages)
+    if comparison is not None and len(comparison.systems) > 1:
+        places = range(len(comparison.systems))
         couples = [(places[against], places[-1])]
-        sections += comparison_sections(comparison, couples, prefix, count)
-    return sections
+        count = FEW if prefix else SHOWN
+        yield from comparison_sections(comparison, couples, prefix, count)
 
 
 def comparison_sections(
@@ -193,10 +210,10 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         "overlap",
         f"{title}: what two rankings have in common, mean over the queries. Jaccard@k: passages in"
         " the first k of both over those in the first k of either.",
-        ["A", "B", "same first", *(f"Jaccard@{k}" for k in OVERLAPS)],
+        ["A", "B", "same first", *(f"Jaccard@{k}" for k in OVERLAPS[1:])],
         [
-            [names[of.a], names[of.b], *(f"{share:.3f}" for share in of.jaccard.values())]
-            for of in comparison.overlaps
+            [names[a], names[b], *(f"{share:.3f}" for share in shares.values())]
+            for (a, b), shares in comparison.jaccard.items()
         ],
         labels=2,
     )
@@ -208,7 +225,7 @@ def significance_table(comparison: Comparison) -> Table:
     """The tests: a row for each measure and pair; with several pairs, p is corrected too."""
     title, names = comparison.judged.title, comparison.names
     found = [(measure, pair) for measure, pairs in comparison.pairs.items() for pair in pairs]
-    several = len(comparison.overlaps) > 1
+    several = len(comparison.jaccard) > 1
     cells = []
     for measure, pair in found:
         ps = [p_value(pair.p), p_value(pair.corrected)] if several else [p_value(pair.p)]
@@ -220,8 +237,8 @@ def significance_table(comparison: Comparison) -> Table:
     labels, heads = ["measure", "A → B"], ["p", "p (Holm)"]
     after = ", p corrected after Holm over the pairs of a measure"
     if not several:
-        (overlap,) = comparison.overlaps
-        title += f", {names[overlap.b]} (B) against {names[overlap.a]} (A)"
+        ((a, b),) = comparison.jaccard
+        title += f", {names[b]} (B) against {names[a]} (A)"
         labels, heads, after = labels[:1], heads[:1], ""
     decides = len(labels) + len(heads)
     return Table(

@@ -19,6 +19,9 @@ from caravan.retrieval.metrics import parse_measure, too_deep
 JudgedOn = tuple[str, str, str]
 """A collection, its digest and a split."""
 
+Records = dict[str, dict[str, Any]]
+"""`metrics.json` of evaluations, or of the systems in them, by name."""
+
 
 def _measure(name: str) -> str:
     parse_measure(name)

@@ -1,28 +1,18 @@
-"""Tables of evaluations: those below a folder, the stages of one, the collections of suites.
+"""The tables of evaluations: all below a folder, and the stages of one.
 
-    python -m caravan.report table runs/quickstart
-    python -m caravan.report collections runs/beir/bm25 runs/beir/retriever
-
-A suite is the folder of an `evaluate.py` with `collections=[...]`. One system of one stage shows
-all of its measures; several systems or stages show the first measure of each. A mean is over the
-collections that all columns of its measure have, so that means are comparable, or over those of
-each column if there are none; its row names which, and how many they are.
+python -m caravan.report table runs/quickstart
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import pandas as pd
-
 from caravan.errors import InputError
-from caravan.files import replacing
 from caravan.manifests import write_json
 from caravan.report.records import (
+    Records,
     distinct,
     judged_on,
     read_metrics,
@@ -31,14 +21,6 @@ from caravan.report.records import (
     to_depth,
 )
 from caravan.report.tables import NONE, Screen, Table, best, depth_note, score, signed
-
-Records = dict[str, dict[str, Any]]
-"""`metrics.json` of evaluations, or of the systems in them, by name."""
-MEAN = "mean"
-COMMON, OWN = " that all have", " of its own"
-"""The collections of a mean, if they are not all of them."""
-Columns = dict[tuple[str, str], dict[str, float]]
-"""{collection or mean: score} of each system (or stage) and measure."""
 
 
 def collect(folder: Path) -> Records:
@@ -55,11 +37,8 @@ def collect(folder: Path) -> Records:
         record = read_metrics(path.parent) or {}
         if "overall" in record:
             if not record["overall"] and not record["too_deep"]:
-                why, remedy = "the measures were an empty list", " with measures=[MRR@10]"
-                if record.get("failed"):
-                    why, remedy = "each of its collections failed", ""
-                message = f"{path} has no scores, because {why}; run evaluate.py again{remedy}"
-                raise InputError("no-scores", f"{message}, or remove the file")
+                message = f"{path} has no scores; run evaluate.py again, or remove the file"
+                raise InputError("no-scores", message)
             records[str(path.parent.relative_to(folder))] = record
     for suite in [name for name, record in records.items() if "collections" in record]:
         inside = [name for name in records if folder / suite in (folder / name).parents]
@@ -179,175 +158,3 @@ def show_stages(metrics: dict[str, Any]) -> None:
     """Print the stages of one evaluation, from the contents of its `metrics.json`."""
     if table := stages_table(to_depth(metrics)):
         Screen().table(table)
-
-
-# --- suites ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Suites:
-    """The scores of one or more suites, side by side.
-
-    Args:
-        rows: the collections in order, those of a group followed by the group's mean, and last the
-            means over all.
-        columns: by system (or stage) and measure.
-        notes: what is missing, a sentence for each system.
-    """
-
-    rows: list[str]
-    columns: Columns
-    notes: list[str]
-
-    def table(self) -> Table:
-        """All measures of one system, or the first measure of several."""
-        labels = list(dict.fromkeys(label for label, _ in self.columns))
-        first = next(measure for _, measure in self.columns)
-        several = len(labels) > 1
-        shown = {
-            (n if several else m): of
-            for (n, m), of in self.columns.items()
-            if not several or m == first
-        }
-        cells = [[row, *(score(of.get(row)) for of in shown.values())] for row in self.rows]
-        title = first if several else labels[0]
-        caption = f"{title}: all collections weigh the same in a mean."
-        return Table("overview", caption, ["collection", *shown], cells)
-
-
-def collect_suites(suites: Mapping[str, dict[str, Any]]) -> Suites:
-    """Put the collections of suites into one table.
-
-    Args:
-        suites: of `records.to_depth`, by the name of the system; "" for one alone.
-
-    Raises:
-        InputError: If nothing has scores, or a collection differs between suites.
-    """
-    groups: dict[str, str] = {}
-    measured: dict[str, tuple[str, Any, Any]] = {}
-    scores: Columns = {}
-    short: Records = {}  # stages whose runs some measures look deeper than
-    notes = []
-    for system, record in suites.items():
-        name = system or record.get("system", "the suite")
-        for collection, own in record["collections"].items():
-            groups[collection] = own["group"]
-            content = (own.get("digest"), own.get("split"))
-            there, *before = measured.setdefault(collection, (name, *content))
-            if tuple(before) != content:
-                message = (
-                    f"{collection}: its content or split in {name} is not that in {there};"
-                    " evaluate one of them again, or leave it out"
-                )
-                raise InputError("mixed-collections", message)
-            for stage, overall in own["stages"].items():
-                alone = system and len(own["stages"]) == 1
-                label = system if alone else f"{system} {stage}".strip()
-                if stage in own["too_deep"]:
-                    short[label] = {"depth": own["depths"][stage], "too_deep": own["too_deep"]}
-                for measure, value in overall.items():
-                    scores.setdefault((label, measure), {})[collection] = value
-        if record["failed"]:
-            notes.append(f"{name}: not in the mean, as they failed: {', '.join(record['failed'])}")
-    if note := depth_note(short):
-        notes.append(note.strip().replace(NONE, "-"))
-    if not scores:
-        why = " ".join(notes) or "their stages are empty; evaluate them again"
-        raise InputError("no-scores", f"{', '.join(suites)}: no collection has scores: {why}")
-    measures = dict.fromkeys(measure for _, measure in scores)
-    labels = dict.fromkeys(label for label, _ in scores)
-    columns = {(label, m): scores.get((label, m), {}) for m in measures for label in labels}
-    return Suites(_with_means(groups, columns), columns, notes)
-
-
-def _with_means(groups: dict[str, str], columns: Columns) -> list[str]:
-    """Add the means of groups and of all to the columns; returns all rows in order.
-
-    Args:
-        groups: of each collection, the group that counts once.
-    """
-    members: dict[str, list[str]] = {}
-    for name, group in groups.items():
-        members.setdefault(group, []).append(name)
-    after: dict[str, dict[str, None]] = {name: {} for name in groups}  # rows after a collection's
-    last: dict[str, None] = {}
-    having = {column: set(values) for column, values in columns.items()}
-    for column, values in columns.items():
-        if not values:
-            continue
-        # Empty columns do not count: TREC DL's passages have MRR(rel=2)@10 in place of MRR@10.
-        beside = [of for other, of in having.items() if other[1] == column[1] and of]
-        common = set.intersection(*beside)
-        over = common or having[column]
-        whose = "" if len(beside) < 2 else COMMON if common else OWN
-        counted = []
-        for group, every in members.items():
-            shared = [name for name in every if name in over]
-            there = shared or [name for name in every if name in having[column]]
-            if shared:
-                counted.append(fmean(values[name] for name in shared))
-            if there and len(every) > 1:
-                which = (whose if shared else OWN) if len(there) < len(every) else ""
-                row = f"{group} ({MEAN} of {len(there)}{which})"
-                values[row] = fmean(values[name] for name in there)
-                after[every[-1]][row] = None
-        # If all have a part of a group, the row of the group names it.
-        whole = len(counted) == len(members) and (whose == COMMON or over >= groups.keys())
-        row = MEAN if whole else f"{MEAN} of {len(counted)}{whose}"
-        values[row] = fmean(counted)
-        last[row] = None
-    return [*(row for name in groups for row in (name, *after[name])), *last]
-
-
-def read_suites(folders: Sequence[Path]) -> Records:
-    """The records of suites, by the ends of the folders' paths; "" for one alone.
-
-    Raises:
-        InputError: If a folder is given twice, or holds no suite with a finished collection.
-    """
-    records = []
-    parts = [folder.resolve().parts for folder in folders]
-    for folder, own in zip(folders, parts, strict=True):
-        if parts.count(own) > 1:
-            raise InputError("given-twice", f"{folder} is given twice; name folders that differ")
-        record = read_metrics(folder) or {}
-        if not record.get("collections"):
-            command = "evaluate.py data.path=<folder> 'collections=[...]'"
-            failed = "; ".join(f"{n}: {reason}" for n, reason in record.get("failed", {}).items())
-            why = f" ({failed}); correct what failed, and start" if failed else "; run"
-            message = f"{folder} has no evaluation of several collections that is finished{why}"
-            raise InputError("no-evaluation", f"{message} {command}")
-        records.append(record)
-    names = distinct([["/".join(own[-n:]) for n in range(1, len(own) + 1)] for own in parts])
-    return dict(zip(names if len(names) > 1 else [""], records, strict=True))
-
-
-def show_suites(suites: Records, folder: Path | None = None) -> None:
-    """Print the collections of suites with their means.
-
-    Args:
-        suites: of `read_suites`.
-        folder: of one suite, where collections.csv is written.
-    """
-    found = collect_suites(suites)
-    screen = Screen()
-    screen.table(found.table())
-    for note in found.notes:
-        screen.line(note)
-    if folder is not None:
-        path = folder / "collections.csv"
-        columns = {" ".join(column): values for column, values in found.columns.items()}
-        with replacing(path) as scratch:
-            pd.DataFrame(columns, found.rows).to_csv(scratch, index_label="collection")
-        screen.line(f"table {path}")
-
-
-def show_suite(metrics: dict[str, Any], folder: Path) -> None:
-    """Print the collections of one suite, and write collections.csv into its folder.
-
-    Args:
-        metrics: the contents of its `metrics.json`.
-        folder: its run directory.
-    """
-    show_suites({"": to_depth(metrics)}, folder)

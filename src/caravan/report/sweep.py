@@ -41,24 +41,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sweep:
-    """The finished jobs of a sweep, in order, and the others.
-
-    Args:
-        varied: the settings that differ from job to job.
-        measures: the other columns.
-        rows: {setting or measure: value}, one or more for each job.
-        records: `metrics.json` of each job.
-        labels: what sets each job apart, such as `rerank.depth=5`.
-        failed: (job, reason).
-    """
+    """The jobs of a sweep."""
 
     name: str
-    varied: list[str]
-    measures: list[str]
-    rows: list[Row]
-    records: dict[Path, Row]
-    labels: dict[Path, str]
-    failed: list[tuple[str, str]]
+    varied: list[str]  # settings that differ from job to job
+    measures: list[str]  # the other columns
+    rows: list[Row]  # {setting or measure: value} of the finished jobs, in order
+    records: dict[Path, Row]  # their metrics.json
+    labels: dict[Path, str]  # what sets them apart, such as `rerank.depth=5`
+    failed: list[tuple[str, str]]  # (job, reason)
 
     @property
     def others(self) -> list[str]:
@@ -67,7 +58,7 @@ class Sweep:
 
     @property
     def scores(self) -> list[str]:
-        """The measures of retrieval, of which more is better."""
+        """The measures of which more is better."""
         return [name for name in self.measures if name not in (SECONDS, *SIZES.values())]
 
 
@@ -78,67 +69,50 @@ def collect(folder: Path) -> Sweep:
         InputError: If there is no job, or there are several sweeps.
     """
     found = _jobs(folder)
-    failed = [
-        (str(run_dir.relative_to(folder)), str(record["error"] or "not finished"))
-        for run_dir, record in found
-        if record["state"] != jobs.FINISHED
-    ]
-    varied, settings = _settings(found)
-    done = [run_dir for run_dir, record in found if record["state"] == jobs.FINISHED]
-    done.sort(key=lambda run_dir: [_order(settings[run_dir][name]) for name in varied])
-    labels = _labels(folder, done, settings, varied)
-    records = {run_dir: read_metrics(run_dir) or {} for run_dir in done}
-    rows = [{**settings[run_dir], **row} for run_dir in done for row in _metrics(records[run_dir])]
-    if any(READ in row for row in rows):
-        varied = [*varied, READ]
-    rows.sort(key=lambda row: [_order(row.get(name)) for name in varied])
-    measures = list(dict.fromkeys(name for row in rows for name in row if name not in varied))
-    measures.sort(key=lambda name: name == SECONDS or name in SIZES.values())
-    if len({row.get(SIZES["trained_parameters"]) for row in rows} - {None}) < 2:
-        measures = [name for name in measures if name not in SIZES.values()]
-        rows = [{key: row[key] for key in row if key not in SIZES.values()} for row in rows]
-    return Sweep(folder.name, varied, measures, rows, records, labels, failed)
-
-
-def _jobs(folder: Path) -> list[tuple[Path, Row]]:
-    """The jobs of the one sweep of a folder; two sweeps vary different settings."""
-    sweeps = jobs.by_sweep(folder)
-    if not sweeps:
-        raise InputError(
-            "no-jobs", f"{folder} holds no job of a sweep (job.json); start one with -m"
-        )
-    own = sweeps.get(folder, next(iter(sweeps.values())))
-    if len(sweeps) > 1 and not (folder in sweeps and jobs.is_sweep(folder)):
-        names = ", ".join(str(one.relative_to(folder)) for one in sweeps if one != folder)
-        raise InputError(
-            "several-sweeps",
-            f"{folder} holds several sweeps ({names}), which one table must not mix; give the"
-            " folder of one",
-        )
-    return [(place, one) for place, one in jobs.read(folder) if place in own]
-
-
-def _settings(found: list[tuple[Path, Row]]) -> tuple[list[str], dict[Path, Row]]:
-    """The settings that differ from job to job, and those of each job as they are shown."""
-    overrides = {run_dir: record["overrides"] for run_dir, record in found}
+    overrides = {run_dir: record["overrides"] for run_dir, record in found.items()}
     names = dict.fromkeys(key for of in overrides.values() for key in of)
     varied = [name for name in names if len({of.get(name) for of in overrides.values()}) > 1]
     short = {name: _shortened({of.get(name) for of in overrides.values()}) for name in varied}
-    return varied, {
+    settings = {
         run_dir: {name: short[name][of.get(name)] for name in varied}
         for run_dir, of in overrides.items()
     }
-
-
-def _labels(
-    folder: Path, done: list[Path], settings: dict[Path, Row], varied: list[str]
-) -> dict[Path, str]:
-    """Each job by its settings; jobs with equal settings by their folders."""
-    labels = [", ".join(f"{name}={settings[run][name]}" for name in varied) for run in done]
-    return {
-        run: label if label and labels.count(label) == 1 else str(run.relative_to(folder))
-        for run, label in zip(done, labels, strict=True)
+    places = {run_dir: str(run_dir.relative_to(folder)) for run_dir in found}
+    failed = [
+        (places[run_dir], str(record["error"] or "not finished"))
+        for run_dir, record in found.items()
+        if record["state"] != jobs.FINISHED
+    ]
+    done = [run_dir for run_dir, record in found.items() if record["state"] == jobs.FINISHED]
+    done.sort(key=lambda run_dir: [_order(settings[run_dir][name]) for name in varied])
+    texts = [", ".join(f"{name}={value}" for name, value in settings[run].items()) for run in done]
+    labels = {
+        run: text if text and texts.count(text) == 1 else places[run]
+        for run, text in zip(done, texts, strict=True)
     }
+    records = {run_dir: read_metrics(run_dir) or {} for run_dir in done}
+    rows = [{**settings[run], **row} for run in done for row in _metrics(records[run])]
+    varied += [READ] if any(READ in row for row in rows) else []
+    rows.sort(key=lambda row: [_order(row.get(name)) for name in varied])
+    if len({row.get(SIZES["trained_parameters"]) for row in rows} - {None}) < 2:
+        rows = [{key: row[key] for key in row if key not in SIZES.values()} for row in rows]
+    measures = list(dict.fromkeys(name for row in rows for name in row if name not in varied))
+    measures.sort(key=lambda name: name == SECONDS or name in SIZES.values())
+    return Sweep(folder.name, varied, measures, rows, records, labels, failed)
+
+
+def _jobs(folder: Path) -> dict[Path, Row]:
+    """The jobs of the one sweep of a folder; two sweeps vary different settings."""
+    sweeps = jobs.by_sweep(folder)
+    if not sweeps:
+        message = f"{folder} holds no job of a sweep (job.json); start one with -m"
+        raise InputError("no-jobs", message)
+    if len(sweeps) > 1 and not (folder in sweeps and jobs.is_sweep(folder)):
+        names = ", ".join(str(one.relative_to(folder)) for one in sweeps if one != folder)
+        message = f"{folder} holds several sweeps ({names}); give the folder of one"
+        raise InputError("several-sweeps", message)
+    own = sweeps.get(folder, next(iter(sweeps.values())))
+    return {run_dir: record for run_dir, record in jobs.read(folder) if run_dir in own}
 
 
 def _metrics(record: Row) -> Iterator[Row]:

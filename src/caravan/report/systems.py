@@ -92,15 +92,12 @@ def read_system(path: Path) -> System:
     """
     if path.is_dir():
         own = read_metrics(path) or {}
-        if "collections" in own:
-            inside = next(iter(own["collections"]), "<collection>")
+        if not has_scores(own) or "collections" in own:
+            such_as = path / next(iter(own.get("collections", ())), "<collection>")
             message = (
-                f"{path} is an evaluation of several collections; compare one of them, such as"
-                f" {path / inside}, or see them all with python -m caravan.report collections"
+                f"{path} is not the run directory of an evaluation of one collection; name one,"
+                f" such as {such_as}, or a run file"
             )
-            raise InputError("several-collections", message)
-        if not has_scores(own):
-            message = f"{path} has no evaluation; name the run directory of one, or a run file"
             raise InputError("no-evaluation", message)
         return _system(path.resolve().name, path / own["run"], path, own)
     if not path.is_file():

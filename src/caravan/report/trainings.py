@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from caravan.report.plots import Line, Plot, lines
-from caravan.report.systems import config
 from caravan.report.tables import Code, Facts, Section, slug
 
 MOST_TRAININGS = 12
@@ -65,7 +64,7 @@ def training_sections(
     shown = dict(list(trainings.items())[:MOST_TRAININGS])
     blocks: list[Any] = []
     if labels is None:
-        blocks += [_facts(names[home], config(home), record) for home, record in shown.items()]
+        blocks += [_facts(names[home], record) for home, record in shown.items()]
     if len(trainings) > len(shown):
         more = len(trainings) - len(shown)
         blocks.append(f"{more} more trainings are not shown; each folder can have a page.")
@@ -80,41 +79,31 @@ def training_sections(
     return [Section("Training", "training", blocks)] if blocks else []
 
 
-def _facts(name: str, settings: dict[str, Any], record: dict[str, Any]) -> Facts:
-    """What metrics.json and the config contain of a training."""
-
-    def target(key: str) -> str | None:
-        node = settings.get(key)
-        path = node.get("_target_") if isinstance(node, dict) else None
-        return path.rsplit(".", 1)[-1] if isinstance(path, str) else None
-
-    def within(group: str, key: str) -> Any:
-        node = settings.get(group)
-        return node.get(key) if isinstance(node, dict) else None
-
-    memory, seconds, best = (record.get(k) for k in ("memory_gib", "train_seconds", "best"))
-    facts = {
-        "base model": record.get("base_model"),
-        "collection": record.get("collection"),
-        "loss": target("loss"),
-        "adapter": target("peft"),
-        "updates": record.get("updates"),
-        "queries per update": within("batching", "queries_per_batch"),
-        "learning rate": within("optimizer", "lr"),
-        "seed": settings.get("seed"),
-        "trained weights": record.get("trained_parameters"),
-        "memory": f"{memory:.1f} GiB" if memory else None,
-        "seconds": f"{seconds:,.0f}" if seconds is not None else None,
-        f"best {record.get('monitored')}": f"{best:.4f}" if best is not None else None,
+def _facts(name: str, record: dict[str, Any]) -> Facts:
+    """What metrics.json contains of a training; its config is at the end of the page."""
+    kinds = {
+        "base_model": "{}",
+        "collection": "{}",
+        "updates": "{:,}",
+        "trained_parameters": "{:,}",
+        "memory_gib": "{:.1f} GiB",
+        "train_seconds": "{:,.0f}",
+        "best": "{:.4f}",
     }
-    items = [(key, _shown(value)) for key, value in facts.items() if value is not None]
-    return Facts(items, name)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    names = {
+        "trained_parameters": "trained weights",
+        "memory_gib": "memory",
+        "train_seconds": "seconds",
+        "best": f"best {record.get('monitored')}",
+    }
+    return Facts(
+        [
+            (names.get(key, key.replace("_", " ")), kind.format(record[key]))
+            for key, kind in kinds.items()
+            if record.get(key) is not None
+        ],
+        name,
+    )
 
 
 def command_sections(folder: Path, homes: Sequence[Path]) -> list[Section]:
