@@ -1,4 +1,4 @@
-# make quickstart | test | test-all | check | bench | docs; each sets up .venv by itself.
+# make quickstart | test | test-all | coverage | check | bench | docs | ledger; each sets up .venv.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PY := .venv/bin/python
@@ -6,7 +6,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --no-compile --quiet --disable-pip-version-check
 Q := runs/quickstart
 
-.PHONY: quickstart test test-all check bench docs clean
+.PHONY: quickstart test test-all coverage check bench docs ledger clean
 
 # BM25 over the training queries gives the hard negatives; adapt a language model, train a retriever
 # from it, and one for as long without; fuse it with BM25 over the dev queries, whose candidates the
@@ -19,7 +19,7 @@ quickstart: .venv/.installed
 	$(PY) train.py experiment=quickstart/unadapted resume=true
 	$(PY) evaluate.py experiment=quickstart/pipeline reranker=null data.split=dev index.k=100 'measures=[MRR@10,R@100]' name=candidates/pydocs
 	$(PY) train.py experiment=quickstart/reranker resume=true
-	$(PY) train.py experiment=quickstart/untrained resume=true
+	$(PY) train.py experiment=quickstart/unadapted trainer.max_steps=0 name=quickstart/train/untrained resume=true
 	$(PY) evaluate.py retriever=$(Q)/train/untrained/model name=quickstart/untrained
 	$(PY) evaluate.py retriever=$(Q)/train/unadapted/model name=quickstart/unadapted
 	$(PY) evaluate.py experiment=quickstart/pipeline
@@ -48,6 +48,10 @@ bench: .venv/.tested-with
 	$(PY) benchmarks/adaptation.py
 	$(PY) benchmarks/gradcache.py
 	$(PY) benchmarks/settings.py
+
+# The tables of docs/papers.md, from reproduce/*.yaml.
+ledger: .venv/.installed
+	$(PY) reproduce/tables.py
 
 docs: .venv/.tested-with
 	$(PY) -m sphinx --builder html --fail-on-warning --keep-going --quiet --conf-dir docs . docs/_build

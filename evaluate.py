@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @entry("evaluate")
 def main(cfg: "DictConfig") -> dict[str, Any]:
     """Evaluate as the (checked) config says."""
-    from caravan.retrieval.pipeline import evaluate
+    from caravan.cli.evaluate import evaluate
 
     return evaluate(cfg)
 

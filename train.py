@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @entry("train")
 def main(cfg: "DictConfig") -> float | None:
-    """Train as the (checked) config says; the monitored figure is what sweepers optimise."""
-    from caravan.training.fit import train
+    """Train as the (checked) config says; the monitored metric is what sweepers optimize."""
+    from caravan.cli.train import train
 
     return train(cfg)
 

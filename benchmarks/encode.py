@@ -21,18 +21,21 @@ from common import arguments, collection, model_folder, paired, report, texts_of
 from sentence_transformers import SentenceTransformer
 
 from caravan.data.collection import Collection
-from caravan.retrieval.inference import Encoder, Shards
+from caravan.retrieval.inference import Inference
+from caravan.retrieval.store import Embeddings, Store
 
-SETTINGS: dict[str, Any] = {"lengths": {}, "token_budget": 2048, "block": 4096, "num_workers": 1}
+SETTINGS: dict[str, Any] = {"token_budget": 2048, "num_workers": 1}
+BLOCK = 4096
 
 
 COLUMNS = {"passages": 0, "tokens": 0, "us": 1, "mb": 0}
 
 
-def ours(model: Path, precision: str, corpus: Collection, rows: np.ndarray, to: Path) -> Shards:
+def ours(model: Path, precision: str, corpus: Collection, rows: np.ndarray, to: Path) -> Embeddings:
     """Embed passages the way `evaluate.py` does, shards on disk included."""
-    encoder = Encoder(model, precision, **SETTINGS)
-    return encoder.encode(corpus.corpus, rows, "passage", to, {"at": time.monotonic_ns()})
+    opened = Inference(model, precision=precision, **SETTINGS)
+    product = (Store(to), "passages", {"at": time.monotonic_ns()})
+    return opened.encode_rows(corpus.corpus, rows, "passage", BLOCK, *product)
 
 
 def compare(options: Any) -> None:
@@ -96,11 +99,12 @@ def probe(options: Any) -> None:
     rows = np.arange(options.probe) % len(corpus.corpus)
     with tempfile.TemporaryDirectory() as scratch:
         model = model_folder(options.model, Path(scratch))
-        encoder = Encoder(model, "auto", **{**SETTINGS, "block": 256})
-        _, templates = encoder.loaded
-        tokens = sum(map(len, templates.passages(corpus.corpus.get(rows))))
+        opened = Inference(model, **SETTINGS)
+        opened.load()
+        tokens = sum(map(len, opened.templates.passages(corpus.corpus.get(rows))))
+        product = (Store(Path(scratch) / "out"), "passages", {})
         started = time.perf_counter()
-        encoder.encode(corpus.corpus, rows, "passage", Path(scratch) / "out", {})
+        opened.encode_rows(corpus.corpus, rows, "passage", 256, *product)
         seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     facts = {"passages": len(rows), "tokens": tokens, "us": seconds / tokens * 1e6, "mb": peak}

@@ -9,6 +9,7 @@ written in blocks, weights loaded anew each time.
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from caravan.encoding import Encoding
 from caravan.models import folder
 from caravan.models.backbone import Pretrained
 from caravan.models.crossencoder import CrossEncoder
-from caravan.retrieval.rerank import Reranking, Scorer
+from caravan.retrieval.inference import Inference
+from caravan.retrieval.rerank import Reranker, Reranking
+from caravan.retrieval.store import Store
 
 
 def encoding() -> Encoding:
@@ -69,9 +72,11 @@ def main() -> None:
             runs = iter(range(1000))
 
             def ours(precision: str = precision, runs: Any = runs) -> np.ndarray:
-                scorer = Scorer(our_folder, Reranking(), precision)
-                to = Path(scratch) / f"{precision}{next(runs)}"
-                return scorer.scores(query_rows, passage_rows, data.queries, data.corpus, to, {})
+                opened = Inference(our_folder, precision=precision, num_workers=1)
+                store = Store(Path(scratch) / f"{precision}{next(runs)}")
+                save = functools.partial(store.shards, "scores", {})
+                texts = (data.queries, data.corpus)
+                return Reranker(opened, Reranking()).scores(query_rows, passage_rows, *texts, save)
 
             def theirs(peer: Any = peer) -> np.ndarray:
                 return peer.predict(pairs, batch_size=32, activation_fn=torch.nn.Identity())

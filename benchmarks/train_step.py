@@ -74,7 +74,7 @@ def ours(options: Any, corpus: Any, precision: str) -> float:
         queries=1,
     )
     module = Retriever(
-        backbone, None, tokenizer, encoding(), InfoNCE(), AdamW(lr=2e-5, warmup_steps=1), seed=0
+        backbone, None, tokenizer, encoding(), InfoNCE(0.05), AdamW(lr=2e-5, warmup_steps=1), seed=0
     )
     clock = Clock()
     pl.Trainer(

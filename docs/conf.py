@@ -13,7 +13,7 @@ project = "Caravan"
 author = "the Caravan authors"
 release = version = __version__
 root_doc = "docs/index"
-include_patterns = ["README.md", "docs/**", "benchmarks/results/**"]
+include_patterns = ["README.md", "docs/**", "reproduce/README.md", "benchmarks/results/**"]
 exclude_patterns = ["docs/_build", ".*", "runs", "tests", "src", "conf", "multirun", "outputs"]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

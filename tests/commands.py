@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from caravan.cli.compose import compose
-from caravan.retrieval.pipeline import evaluate as evaluate_config
-from caravan.training.fit import train as train_config
+from caravan.cli.evaluate import evaluate as evaluate_config
+from caravan.cli.train import train as train_config
 
 ROOT = Path(__file__).parents[1]
 TINY = (
     *("backbone.vocab_size=400", "backbone.hidden_size=32", "backbone.heads=2"),
     *("backbone.intermediate_size=48", "backbone.max_length=64"),
-    *("encoding.query_length=16", "encoding.passage_length=24", "encoding.temperature=0.05"),
+    *("encoding.query_length=16", "encoding.passage_length=24"),
     *("sampler.number=2", "batching.queries_per_batch=6", "batching.num_workers=0"),
     *("optimizer.lr=1e-2", "optimizer.warmup_steps=2", "precision=float32"),
     *("trainer.max_steps=8", "trainer.max_epochs=100", "trainer.val_check_interval=4"),
@@ -24,7 +24,9 @@ TINY = (
 
 def train_arguments(beir: Path, run_dir: Path, *overrides: str) -> list[str]:
     data = ["data=beir", f"data.path={beir}", f"cache_dir={run_dir.parent / 'cache'}"]
-    return [*data, f"run_dir={run_dir}", *TINY, *overrides]
+    of_retriever = not any(text.startswith("stage=") for text in overrides)
+    loss = ["loss.temperature=0.05"] if of_retriever else []
+    return [*data, f"run_dir={run_dir}", *TINY, *loss, *overrides]
 
 
 def train(beir: Path, run_dir: Path, *overrides: str) -> float | None:

@@ -82,7 +82,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def encoding() -> Encoding:
-    return Encoding(query_length=16, passage_length=24, temperature=0.05)
+    return Encoding(query_length=16, passage_length=24)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from caravan.data.runs import Run, write_run
 from caravan.encoding import Encoding
 from caravan.retrieval.index import Faiss
 from caravan.training.adaptation import Adaptation
-from caravan.training.callbacks import ResumePoint, Throughput
+from caravan.training.callbacks import LastCheckpoint, Throughput
 from caravan.training.checkpoints import AtomicCheckpoints
 from caravan.training.evaluation import RerankingEvaluation, RetrievalEvaluation
 from caravan.training.fsdp import FullySharded
@@ -124,7 +124,7 @@ class Fit:
                 peft,
                 self.tokenizer,
                 encoding,
-                InfoNCE(),
+                InfoNCE(1.0 if reranks else 0.05),
                 optimizer,
                 seed=0,
                 gradcache=gradcache,
@@ -154,7 +154,7 @@ class Fit:
             if reranks
             else RetrievalEvaluation(Faiss(k=100), MEASURES, run_file),
             best,
-            ResumePoint(str(self.folder / "checkpoints"), every_n_steps=every_n_steps),
+            LastCheckpoint(str(self.folder / "checkpoints"), every_n_steps=every_n_steps),
             Throughput(),
             losses,
             *([early_stopping] if early_stopping else []),

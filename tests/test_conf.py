@@ -43,30 +43,6 @@ def launch_command(text: str) -> tuple[str, list[str]] | None:
     return next(iter(commands(text)), None)
 
 
-def later_commands() -> list[tuple[str, str, list[str]]]:
-    """File, program and overrides of what else the heads of conf/ tell to run."""
-    found = []
-    for path in sorted(CONF.rglob("*.yaml")):
-        found += [(path.stem, root, given) for root, given in commands(path.read_text())[1:]]
-    return found
-
-
-def shared_commands() -> list[tuple[str, str, list[str]]]:
-    """File, program and overrides of what the heads of conf/ start on several machines."""
-    found = []
-    for path in sorted(CONF.rglob("*.yaml")):
-        text = path.read_text()
-        for root, rest in re.findall(
-            r"^# torchrun .*?(train|evaluate)\.py (.+)$", text, re.MULTILINE
-        ):
-            launched = launch_command(text)
-            assert launched is not None
-            assert launched[0] == root
-            given = shlex.split(rest.replace("<the same>", shlex.join(launched[1])))
-            found.append((path.stem, root, given))
-    return found
-
-
 def command_for(path: Path) -> tuple[str, list[str]]:
     """The root and the overrides that bring a file of conf/ into a config."""
     group, option = "/".join(path.parts[:-1]), path.stem
@@ -99,19 +75,6 @@ def test_every_yaml_under_conf_composes_and_checks() -> None:
     assert seen >= 29
 
 
-@pytest.mark.slow
-def test_the_commands_that_files_ask_for_before_them_compose_and_check() -> None:
-    wrong, told = [], later_commands() + shared_commands()
-    for root in schema.ROOTS:
-        with Composer(CONF, root, schema.ROOTS[root]) as composer:
-            for name, program, overrides in told:
-                if program == root and "-m" not in overrides:
-                    wrong += [(name, mistake) for mistake in real_mistakes(composer, overrides)]
-    assert not wrong
-    assert len(told) >= 100
-    assert len(shared_commands()) >= 34
-
-
 @pytest.mark.parametrize(
     "path",
     [
@@ -123,14 +86,6 @@ def test_every_sweep_starts_with_the_command_it_opens_with(path: Path) -> None:
     root, overrides = command_for(path.relative_to(CONF))
     assert overrides[0] == "-m"
     _starts(root, [x for x in overrides if not x.startswith(("data.path=", "backbone.name="))])
-
-
-@pytest.mark.slow
-def test_the_sweeps_on_real_data_that_heads_tell_of_start() -> None:
-    told = [(root, given) for _, root, given in later_commands() if "-m" in given]
-    for root, given in told:
-        _starts(root, given)
-    assert len(told) >= 17
 
 
 def _starts(root: str, given: list[str]) -> None:
@@ -194,19 +149,19 @@ def test_what_the_stage_logs_can_be_monitored(overrides: str) -> None:
 @pytest.mark.parametrize(
     ("experiment", "reader"),
     [
-        ("papers/repllama_passage_7b", "MsMarcoPassage"),
-        ("papers/rankllama_document_7b", "MsMarcoDocument"),
+        ("papers/repllama_passage", "MsMarcoPassage"),
+        ("papers/rankllama_document", "MsMarcoDocument"),
         ("llara/finetune_document", "MsMarcoDocument"),
-        ("llara/finetune_beir", "MsMarcoPassage"),
-        ("eval/repllama_msmarco_passage", "MsMarcoPassage"),
-        ("eval/rankllama_msmarco_document", "MsMarcoDocument"),
-        ("eval/rankllama_beir", "Beir"),
+        ("eval/msmarco_passage", "MsMarcoPassage"),
+        ("eval/msmarco_document", "MsMarcoDocument"),
+        ("eval/beir", "Beir"),
     ],
 )
 def test_experiments_on_ms_marco_read_its_own_files(experiment: str, reader: str) -> None:
     root = "evaluate" if experiment.startswith("eval") else "train"
+    own = ["retriever=bm25"] if root == "evaluate" else []
     with Composer(CONF, root, schema.ROOTS[root]) as composer:
-        cfg = composer.compose([f"experiment={experiment}"])
+        cfg = composer.compose([f"experiment={experiment}", *own])
     assert cfg.data._target_.rpartition(".")[2] == reader
     assert cfg.data.split == ("test" if reader == "Beir" else "dev")
 
@@ -223,7 +178,7 @@ def test_a_backbone_brings_its_own_encoding() -> None:
     [
         ("stage=adaptation stage.words=0", "stage.words (command line): it must be at least 1"),
         ("validation.read_lengths=[64,2]", "validation.read_lengths[1] (command line): it must be"),
-        ("encoding.temperature=inf", "encoding.temperature (command line): it is inf"),
+        ("loss.temperature=inf", "loss.temperature (command line): it is inf"),
         ("seed=-1", "seed (command line): it must be at least 0, not -1"),
         ("optimizer.lr=0", "optimizer.lr (command line): it must be a finite number above 0"),
         ("optimizer.lr=-1e-4", "it must be a finite number above 0, not -0.0001"),
@@ -246,7 +201,7 @@ def test_a_backbone_brings_its_own_encoding() -> None:
         ("trainer.log_every_n_steps=0", "it must be at least 1, not 0"),
         ("trainer.accumulate_grad_batches=0", "it must be at least 1, not 0"),
         ("trainer.devices=0", "trainer.devices (command line): it must be at least 1, or -1"),
-        ("callbacks.resume_point.every_n_steps=0", "it must be at least 1, not 0"),
+        ("callbacks.last.every_n_steps=0", "it must be at least 1, not 0"),
         ("peft=lora peft.rank=0", "peft.rank (command line): it must be at least 1, not 0"),
         ("callbacks.evaluation.measures=[]", "callbacks.evaluation.measures"),
         ("trainer.max_steps=-5", "it must be at least -1, not -5"),
@@ -314,7 +269,7 @@ def test_the_names_that_a_check_knows_are_those_that_are_computed() -> None:
 
 
 def test_a_dataset_of_the_hub_is_no_folder() -> None:
-    preflight(["experiment=llara/adapt_llama2_7b"], CONF, "train", schema.ROOTS["train"])
+    preflight(["experiment=llara/adapt"], CONF, "train", schema.ROOTS["train"])
     for path in ("/no/such", "no/such/texts"):  # an id has an owner and a name
         with pytest.raises(InputError, match=f"there is no file or folder {path}"):
             preflight(

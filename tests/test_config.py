@@ -113,7 +113,6 @@ def test_a_right_config_has_no_mistakes(told: Callable[..., list[str]]) -> None:
         ("seed=x", "seed (command line): it must be an int, not 'x'"),
         ("resume=maybe", "it must be true or false, not 'maybe'"),
         ("loss.rat=0.1", "no argument 'rat'; did you mean loss.rate?"),
-        ("loss.temprature=0.1", "did you mean encoding.temperature?"),
         ("max_steps=5", "did you mean trainer.max_steps?"),
         ("loss.on=3", "it must be true or false, not 3"),
         ("loss.kind=dep", "it must be one of flat, deep, not 'dep'; did you mean deep?"),
@@ -132,8 +131,8 @@ def test_a_right_config_has_no_mistakes(told: Callable[..., list[str]]) -> None:
         ("encoding.poling=cls", "encoding has no setting 'poling'; did you mean encoding.pooling?"),
         ("encoding.pooling=max", "it is 'max'; it must be one of last, mean, cls"),
         (
-            "encoding.temperature=0",
-            "encoding.temperature (command line): it is 0; it must be above",
+            "encoding.query_length=3",
+            "encoding.query_length (command line): it is 3; it must be at least",
         ),
         ("encoding.query_length=-1", "it must be at least 4"),
         ("batching.token_budget=0", "it must be at least 1, not 0"),
@@ -244,7 +243,7 @@ def test_a_typo_in_an_experiment_file_is_told_with_file_and_line(
           max_step: 4
         encoding:
           poling: mean
-          temperature: -1
+          query_length: -1
         callbacks:
           best:
             moniter: x
@@ -264,7 +263,7 @@ def test_a_typo_in_an_experiment_file_is_told_with_file_and_line(
             "trainr": 2,
             "trainer.max_step": 5,
             "encoding.poling": 7,
-            "encoding.temperature": 8,
+            "encoding.query_length": 8,
             "callbacks.best.moniter": 11,
             "callbacks.early_stoping": 12,
             "callbacks.other._target_": 14,
@@ -324,8 +323,8 @@ def test_keys_that_the_file_leaves_out_need_no_plus(conf: Path) -> None:
 
 
 def test_the_composed_config_is_typed(conf: Path) -> None:
-    cfg = compose(conf, "train", ["name=2024", "encoding.temperature=1", "validation.run=null"])
-    assert (cfg.name, cfg.encoding.temperature, cfg.run_dir) == ("2024", 1.0, "runs/2024")
+    cfg = compose(conf, "train", ["name=2024", "validation.run=null"])
+    assert (cfg.name, cfg.run_dir) == ("2024", "runs/2024")
     with pytest.raises(InputError, match=r"did you mean trainer\.max_steps"):
         compose(conf, "train", ["trainer.max_step=3"])
 

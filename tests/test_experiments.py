@@ -24,13 +24,13 @@ from tests.tiny import write_beir
 
 from caravan import manifests
 from caravan.cli.compose import compose
+from caravan.cli.evaluate import evaluate as evaluate_config
+from caravan.cli.train import train as train_config
 from caravan.encoding import read_encoding
-from caravan.retrieval.pipeline import evaluate as evaluate_config
-from caravan.training.fit import train as train_config
 
 CONF = ROOT / "conf" / "experiment"
 NAMES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))
-QUICK = {"papers/rankllama_document_qwen3_4b", "llara/adapt_llama3_1_8b", "eval/rankllama_beir"}
+QUICK = {"papers/rankllama_document", "llara/adapt", "eval/msmarco_passage"}
 EVALUATED = {name for name in NAMES if name.startswith("eval/")} | {"quickstart/pipeline"}
 STEP = (
     *("trainer.max_steps=1", "trainer.max_epochs=1", "trainer.val_check_interval=1"),
@@ -85,7 +85,7 @@ def stand(
     evaluate(home / "suite", home / "beir", "bm25", "collections=[one,two]", "measures=[MRR@10]")
     runs["beir"] = home / "beir"
     stand = Stand(beir, decoder, encoder, texts, home / "suite", {**folders}, runs)
-    given = _training("llara/adapt_llama2_7b", stand, home / "adapted")
+    given = _training("llara/adapt", stand, home / "adapted")
     places = [f"run_dir={home / 'adapted'}", f"cache_dir={home / 'cache'}", "trainer.max_steps=0"]
     train_config(compose(ROOT / "conf", "train", [*given, *places]))
     stand.models["adapted"] = str(home / "adapted/model")
@@ -152,7 +152,7 @@ def compose_loosely(root: str, name: str, group: str = "experiment", hydra: bool
     from caravan.cli.compose import Composer, without_hydra
 
     with Composer(ROOT / "conf", root, schema.ROOTS[root]) as composer:
-        own = ["retriever=here"] if name == "eval/beir" else []
+        own = ["retriever=here"] if name.startswith("eval/") else []
         cfg = composer.compose([f"{group}={name}", *own])
         return cfg if hydra else without_hydra(cfg)
 
@@ -189,7 +189,7 @@ def test_an_experiment_runs_with_a_tiny_backbone_in_its_place(
 
 
 SWEEPS = sorted(path.stem for path in (ROOT / "conf" / "sweep").glob("*.yaml"))
-QUICK_SWEEPS = {"lora_rank", "llara_slots_adapt"}
+QUICK_SWEEPS = {"lora_vs_full", "llara_adapt"}
 
 
 @pytest.mark.parametrize(
@@ -250,6 +250,6 @@ def test_the_search_finds_the_best_of_its_trials_and_goes_on(stand: Stand, tmp_p
 
 def test_every_experiment_is_among_those_that_run() -> None:
     assert (
-        len(NAMES) == sum(1 for path in CONF.rglob("*") if path.suffix in (".yaml", ".yml")) >= 50
+        len(NAMES) == sum(1 for path in CONF.rglob("*") if path.suffix in (".yaml", ".yml")) >= 20
     )
     assert set(NAMES) >= QUICK

@@ -1,4 +1,4 @@
-"""MTEB's own evaluation of a model folder has the figures of `evaluate.py` on the same data."""
+"""MTEB's own evaluation of a model folder has the metrics of `evaluate.py` on the same data."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.commands import evaluate
+from tests.refusals import refused
 
 import caravan
 from caravan.data.collection import Collection
 from caravan.data.runs import read_run
 from caravan.encoding import folder_digest
-from caravan.errors import InputError
 
 FLOAT = ("precision=float32", "measures=[MRR@10,nDCG@10,R@20,MAP@20]")
-FIGURES = {"mrr_at_10": "MRR@10", "ndcg_at_10": "nDCG@10", "recall_at_20": "R@20"}
-FIGURES |= {"map_at_20": "MAP@20"}
+METRICS = {"mrr_at_10": "MRR@10", "ndcg_at_10": "nDCG@10", "recall_at_20": "R@20"}
+METRICS |= {"map_at_20": "MAP@20"}
 
 
 def local_task(beir: Path, kind: str, top_ranked: dict[str, list[str]] | None = None) -> Any:
@@ -64,17 +64,17 @@ def local_task(beir: Path, kind: str, top_ranked: dict[str, list[str]] | None = 
     return Task()
 
 
-def figures(model: Any, task: Any) -> dict[str, float]:
+def metrics_of(model: Any, task: Any) -> dict[str, float]:
     import mteb
 
     result = mteb.evaluate(
         model, task, cache=None, show_progress_bar=False, co2_tracker=False, raise_error=True
     )
     (scores,) = result.task_results[0].scores["test"]
-    return {ours: scores[theirs] for theirs, ours in FIGURES.items()}
+    return {ours: scores[theirs] for theirs, ours in METRICS.items()}
 
 
-def test_a_retriever_has_the_figures_of_evaluate(
+def test_a_retriever_has_the_metrics_of_evaluate(
     beir: Path, folders: dict[str, str], tmp_path: Path
 ) -> None:
     task = local_task(beir, "Retrieval")
@@ -86,11 +86,11 @@ def test_a_retriever_has_the_figures_of_evaluate(
     assert isinstance(model, EncoderProtocol)
     assert not isinstance(model, CrossEncoderProtocol)
     wanted = evaluate(beir, tmp_path / "run", folders["retriever"], *FLOAT)["overall"]
-    assert figures(model, task) == pytest.approx(wanted, abs=1e-5)
+    assert metrics_of(model, task) == pytest.approx(wanted, abs=1e-5)
     assert 0 < wanted["nDCG@10"] < 1
 
 
-def test_a_reranker_has_the_figures_of_evaluate(
+def test_a_reranker_has_the_metrics_of_evaluate(
     beir: Path, collection: Collection, folders: dict[str, str], tmp_path: Path
 ) -> None:
     settings = (f"reranker={folders['reranker']}", "rerank.depth=20", "index.k=20", *FLOAT)
@@ -111,7 +111,7 @@ def test_a_reranker_has_the_figures_of_evaluate(
     model = load(folders["reranker"], precision="float32")
     assert isinstance(model, CrossEncoderProtocol)
     assert not isinstance(model, EncoderProtocol)
-    assert figures(model, task) == pytest.approx(wanted, abs=1e-5)
+    assert metrics_of(model, task) == pytest.approx(wanted, abs=1e-5)
     assert 0 < wanted["nDCG@10"] < 1
 
 
@@ -153,15 +153,14 @@ def test_results_are_filed_under_the_folders_digest(folders: dict[str, str]) -> 
         assert meta.n_parameters > 1000
     assert (metas["retriever"].embed_dim, metas["retriever"].max_tokens) == (32, 24)
     assert metas["reranker"].is_cross_encoder
-    with pytest.raises(InputError, match="device=cuda: the model is loaded on cpu; leave it out"):
+    with refused("wrong-device", "device=cuda"):
         Encoder(folders["retriever"], device="cuda")
 
 
-def test_without_mteb_it_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_mteb_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "mteb"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "mteb", None)
     monkeypatch.delitem(sys.modules, "caravan.mteb", raising=False)
-    told = r"mteb is not installed; run: pip install 'caravan-retrieval\[mteb\]'"
-    with pytest.raises(InputError, match=told):
+    with refused("missing-extra", "caravan-retrieval[mteb]"):
         importlib.import_module("caravan.mteb")

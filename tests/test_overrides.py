@@ -239,7 +239,7 @@ class TestSweeps:
         "override",
         [
             "experiment=glob(nothing/*)",
-            "encoding.temperature=interval(0.01,0.1)",
+            "loss.rate=interval(0.01,0.1)",
             "seed=range(1,1e12)",
             "loss.rate=range(0,1,0.0)",
         ],

@@ -17,23 +17,24 @@ import torch
 from tests import commands
 from tests.commands import ROOT, evaluate, train_arguments
 from tests.own_code import MODELING, write_own
+from tests.refusals import refused
 from tests.tiny import tiny_backbone
 
 import caravan
 from caravan.cli.compose import compose
+from caravan.cli.train import train as train_config
 from caravan.data.batch import pack
 from caravan.data.collection import Collection
 from caravan.data.runs import read_run
 from caravan.encoding import Encoding, files_digest, read_encoding, write_encoding
 from caravan.errors import InputError
-from caravan.export.write import FORMATS, export
+from caravan.export import sentence_transformers, transformers
 from caravan.models import folder
 from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder
 from caravan.models.loading import load_tokenizer
 from caravan.models.remote_code import OwnCodeError
-from caravan.training.fit import train as train_config
 
 ALLOW = "backbone.trust_remote_code=true"
 SHORT = ("trainer.max_steps=2", "callbacks.best=null", "encoding.pooling=mean")
@@ -234,9 +235,9 @@ def test_a_model_with_code_is_not_exported_and_its_card_says_how_it_is_used(
     trained: Path, mark: Path, tmp_path: Path
 ) -> None:
     mark.unlink(missing_ok=True)
-    for form in FORMATS:
-        with pytest.raises(InputError, match=r"has code of its own, .* so it is not exported; use"):
-            export(trained, form, tmp_path / "out")
+    for exporter in (sentence_transformers, transformers):
+        with refused("remote-code", str(trained)):
+            exporter.export(trained, tmp_path / "out")
     assert not mark.exists()
     card = (trained / "README.md").read_text()
     assert 'caravan.load("path/to/this/folder", trust_remote_code=True)' in card

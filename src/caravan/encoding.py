@@ -1,4 +1,4 @@
-"""What a model folder promises: prompts, EOS, pooling, normalisation, lengths, temperature.
+"""What a model folder promises: prompts, EOS, pooling, normalisation, lengths.
 
 Encode settings that differ from the training settings are the mistake that costs users of other
 toolkits their results (a forgotten prefix: 39.7 instead of 41.2 MRR@10). So the settings travel
@@ -10,7 +10,6 @@ Defaults are RepLLaMA's (arXiv 2310.08319, section 2).
 from __future__ import annotations
 
 import json
-import math
 import reprlib
 import string
 from dataclasses import asdict, dataclass, fields
@@ -53,7 +52,6 @@ class Encoding:
         normalize: scale embeddings to unit length.
         query_length, passage_length: tokens, with prompts and special tokens counted in. Of a
             reranker their sum is the length of the whole input, and the passage gives way.
-        temperature: a retriever's scores are divided by it in training.
         pair: how a reranker's two texts become one: "joined" by a space into one string (the
             paper), or a "pair" as the tokenizer has it (encoders, and the released checkpoints).
         scoring: what a reranker's score is: a linear "head" over one state (the paper), or the
@@ -72,7 +70,6 @@ class Encoding:
     normalize: bool = True
     query_length: int = 32
     passage_length: int = 196
-    temperature: float = 0.01
     pair: str = "joined"
     scoring: str = "head"
     bidirectional: bool = False
@@ -108,10 +105,6 @@ class Encoding:
             )
         elif self.scoring == "likelihood":
             found += self._likelihood_problems()
-        if not 0 < self.temperature < math.inf:
-            found.append(
-                f"encoding.temperature is {self.temperature}; it must be above 0 and finite"
-            )
         for name in ("query_length", "passage_length"):
             length = getattr(self, name)
             if length < 4:
@@ -258,6 +251,7 @@ def read_encoding(folder: Path) -> tuple[Encoding, dict[str, Any]]:
         if not isinstance(facts.get(name), str | None):
             shown = reprlib.repr(facts[name])
             raise InputError(f"{path}: {name!r} of 'facts' is {shown}; it must be a text")
+    record.pop("temperature", None)  # older folders have it here; it is the loss's
     known = {field.name: type(field.default) for field in fields(Encoding)}
     unknown = sorted(record.keys() - known.keys())
     missing = sorted(known.keys() - record.keys() - LATER)

@@ -1,4 +1,4 @@
-"""A trained folder for MTEB, so that the leaderboard's own evaluation runs it.
+"""A trained folder as an MTEB model, for the leaderboard's own evaluation.
 
     import mteb
     from caravan.mteb import load
@@ -6,8 +6,8 @@
     tasks = mteb.get_tasks(["SciFact"])
     print(mteb.evaluate(load("runs/mine/retriever/model"), tasks))
 
-A retriever is MTEB's encoder, a reranker its cross-encoder. Prompts, EOS, lengths and pooling are
-the folder's; those that MTEB keeps for a task are for models without any. Needs the extra `mteb`.
+A retriever becomes an MTEB encoder, a reranker a cross-encoder. Prompts, EOS, lengths and pooling
+are the folder's; MTEB's own prompts are for models without any. Needs the extra `mteb`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ try:
     from mteb.models.model_meta import ModelMeta, ScoringFunction
     from mteb.types import PromptType
 except ImportError:
-    raise InputError("mteb is not installed; run: pip install 'caravan-retrieval[mteb]'") from None
+    raise InputError(
+        "missing-extra", "mteb is not installed; run: pip install 'caravan-retrieval[mteb]'"
+    ) from None
 
 Batches = Iterable[dict[str, Any]]
 """MTEB's DataLoader: of queries `text`, of passages `title` and `body` too, each a list."""
@@ -39,12 +41,10 @@ class _Wrapped:
 
     Args:
         folder: a model folder; MTEB calls it the model's name.
-        revision: taken for MTEB's sake; results are filed under the digest of the folder.
-        device: None, or the type of the one device that a folder is loaded on.
-        precision, token_budget, trust_remote_code: as `caravan.load` takes them.
+        revision: ignored; results are filed under the digest of the folder.
+        device: None, or the type of the device that folders are loaded on.
+        precision, token_budget, trust_remote_code: see `caravan.load`.
     """
-
-    kind: type[api.Retriever] | type[api.Reranker]
 
     def __init__(
         self,
@@ -55,11 +55,12 @@ class _Wrapped:
         token_budget: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self.model: Any = self.kind(folder, precision, token_budget, trust_remote_code)
+        self.model: Any = api.load(folder, precision, token_budget, trust_remote_code)
         if device is not None and torch.device(device).type != self.model.device.type:
             raise InputError(
+                "wrong-device",
                 f"device={device}: the model is loaded on {self.model.device}; leave it out, and"
-                " choose a GPU, or none, with CUDA_VISIBLE_DEVICES"
+                " choose a GPU, or none, with CUDA_VISIBLE_DEVICES",
             )
         self.mteb_model_meta = self._meta()
 
@@ -99,24 +100,22 @@ class _Wrapped:
 class Encoder(_Wrapped):
     """A retriever as MTEB's EncoderProtocol."""
 
-    kind = api.Retriever
-
     def encode(
         self, inputs: Batches, *, prompt_type: PromptType | None = None, **kwargs: Any
     ) -> np.ndarray:
         """Embeddings [N, dim] float32.
 
         Args:
-            prompt_type: queries or documents. Texts of a task that tells none apart, such as
-                classification, are read as passages.
-            kwargs: MTEB's facts of the task and wishes about batches, which change no embedding.
+            prompt_type: queries or documents; without one (classification, say) texts are
+                passages.
+            kwargs: of MTEB, about the task and batches; they change no embedding.
         """
         if prompt_type == PromptType.query:
             return self.model.encode_queries(_texts(inputs))
         return self.model.encode_passages(_passages(inputs))
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
-        """Dot products [N, M] float32, which is what `evaluate.py` ranks by."""
+        """Dot products [N, M] float32, as `evaluate.py` ranks."""
         first, second = (torch.as_tensor(e).float() for e in (embeddings1, embeddings2))
         return torch.atleast_2d(first) @ torch.atleast_2d(second).T
 
@@ -129,13 +128,11 @@ class Encoder(_Wrapped):
 class CrossEncoder(_Wrapped):
     """A reranker as MTEB's CrossEncoderProtocol."""
 
-    kind = api.Reranker
-
     def predict(self, inputs1: Batches, inputs2: Batches, **kwargs: Any) -> np.ndarray:
         """Scores [N] float32 of queries with passages, pair by pair; the higher the better.
 
         Args:
-            kwargs: MTEB's facts of the task and wishes about batches, which change no score.
+            kwargs: of MTEB, about the task and batches; they change no score.
         """
         return self.model.score(_texts(inputs1), _passages(inputs2))
 
@@ -153,12 +150,12 @@ def load(
 
 
 def _texts(inputs: Batches) -> list[str]:
-    """Queries with the instruction that a task may give to each."""
+    """Queries, each with the instruction of its task if there is one."""
     return [text for batch in inputs for text in batch["text"]]
 
 
 def _passages(inputs: Batches) -> list[api.Text]:
-    """Titles and texts apart where a task has them, as the folder's template wants them."""
+    """Titles and texts separately if a task has them, for the folder's template."""
     found: list[api.Text] = []
     for batch in inputs:
         if "title" in batch and "body" in batch:

@@ -28,14 +28,14 @@ from tests.fuzz.mutations import (
 )
 
 from caravan.cli.compose import compose
+from caravan.cli.train import train as train_config
 from caravan.errors import InputError
-from caravan.training.fit import train as train_config
 
 QUICK, FULL = 3, 40
 """Mutants of each file, of 30 and more."""
 SECONDS = 60
 STEPS = (
-    *("trainer.val_check_interval=1", "callbacks.resume_point.every_n_steps=1"),
+    *("trainer.val_check_interval=1", "callbacks.last.every_n_steps=1"),
     *("optimizer.schedule=constant", "logger.tensorboard=null", "trainer.max_steps=2"),
 )
 WEIGHTS = "model/model.safetensors"

@@ -105,7 +105,7 @@ name: some/run
 data: {path: .}
 encoding: &c
   pooling: mean
-  temperature: 0.05
+  normalize: true
 trainer:
   max_steps: 5
 callbacks:

@@ -21,10 +21,10 @@ from tests.fuzz.mutations import (
 from tests.tiny import tiny_backbone
 
 from caravan.cli.compose import compose
+from caravan.cli.evaluate import evaluate
 from caravan.data.collection import Collection
 from caravan.data.readers import lines
 from caravan.errors import InputError
-from caravan.retrieval.pipeline import evaluate
 
 QUICK, FULL = 2, 40
 """Mutants of each file, of 33 and more."""

@@ -17,11 +17,11 @@ from tests.released import save_base
 from tokenizers import processors
 
 from caravan.cli.compose import compose
+from caravan.cli.train import train
 from caravan.data.pairs import PairTemplates, without_second_end
 from caravan.data.tokenization import Templates
 from caravan.encoding import Encoding, read_encoding
 from caravan.errors import InputError
-from caravan.training.fit import train
 
 
 @pytest.fixture(scope="module")

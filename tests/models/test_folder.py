@@ -126,7 +126,7 @@ def test_a_folder_from_before_a_setting_was_there_has_its_default(saved: Path) -
         (lambda c: c.update(pooling="max"), "pooling is 'max'"),
         (lambda c: c.update(query_length="32"), "'query_length' is '32'"),
         (lambda c: c.update(format=99), "format is not 1"),
-        (lambda c: c.update(temperature=0), "temperature is 0"),
+        (lambda c: c.update(query_length=3), "query_length is 3"),
         (lambda c: c.update(passage_template="{body}"), r"lacks \{text\}"),
         (lambda c: c["facts"].pop("weights"), "lacks 'weights'"),
     ],
@@ -206,18 +206,18 @@ def test_the_digest_of_files_leaves_the_encoding_and_the_card_out(saved: Path) -
 def test_an_adapter_folder_encodes_as_the_model_that_was_saved(
     saved: Path, tokenizer: Any, encoding: Encoding, collection: Collection, tmp_path: Path
 ) -> None:
-    from caravan.retrieval.inference import Encoder
+    from caravan.retrieval.inference import Inference
+    from caravan.retrieval.store import Store
 
     model = _adapter(saved, tokenizer, encoding, tmp_path / "adapter")
-    encoder = Encoder(tmp_path / "adapter", "float32", {}, 256, 16, 0)
-    shards = encoder.encode(
-        collection.corpus, np.arange(20), "passage", tmp_path / "passages", {"model": "a"}
-    )
-    assert shards.rows == 20
+    opened = Inference(tmp_path / "adapter", precision="float32", token_budget=256)
+    product = (Store(tmp_path / "store"), "passages", {"model": "a"})
+    rows = np.arange(20)
+    assert opened.encode_rows(collection.corpus, rows, "passage", 16, *product).rows == 20
     ids = Templates(tokenizer, encoding).passages(collection.corpus.get(np.arange(20)))
     with torch.no_grad():
         expected = model.embed(pack(ids, 99))
-        found = encoder.loaded[0].embed(pack(ids, 99).to(encoder.device)).cpu()
+        found = opened.model.embed(pack(ids, 99).to(opened.device)).cpu()
         base = folder.load(saved)[0].embed(pack(ids, 99))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert not torch.allclose(base, expected, atol=1e-2)

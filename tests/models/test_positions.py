@@ -19,7 +19,7 @@ from caravan.models import folder, positions
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, with_head
 from caravan.models.positions import refuse_too_long
-from caravan.retrieval.folders import Folders
+from caravan.retrieval.inference import Inference
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 400}
 SIZE |= {"intermediate_size": 48}
@@ -108,12 +108,12 @@ def test_lengths_of_an_evaluation_are_compared_before_weights_are_read(
 
     monkeypatch.setattr(folder, "load_weights", read)
     retriever, reranker = map(str, models.values())
-    Folders(lengths={"passage_length": 64}).refuse_lengths([retriever], None, {})
+    Inference(retriever, lengths={"passage_length": 64}).check_lengths()
     with pytest.raises(InputError, match=r"^passage_length is 65"):
-        Folders(lengths={"passage_length": 65}).refuse_lengths(["bm25", retriever], None, {})
-    Folders().refuse_lengths(["bm25"], reranker, {"passage_length": 48})
+        Inference(retriever, lengths={"passage_length": 65}).check_lengths()
+    Inference(reranker, lengths={"passage_length": 48}).check_lengths()
     with pytest.raises(InputError, match=r"^rerank\.query_length \+ rerank\.passage_length is 65"):
-        Folders().refuse_lengths(["bm25"], reranker, {"passage_length": 49})
+        Inference(reranker, lengths={"passage_length": 49}).check_lengths()
 
 
 def test_a_folder_that_promises_longer_texts_is_refused_when_it_loads(

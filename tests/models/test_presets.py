@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from tests.commands import ROOT, TINY
 
 from caravan.cli.compose import compose
+from caravan.cli.train import train
 from caravan.data.batch import pack
 from caravan.data.collection import Collection
 from caravan.data.pairs import PairTemplates
 from caravan.data.tokenization import Templates
 from caravan.models import folder
-from caravan.training.fit import train
 
 SHAPE = {
     "vocab_size": 400,
@@ -44,7 +44,7 @@ ARCHITECTURES: dict[str, Any] = {
     "mistral_7b": lambda: transformers.MistralConfig(**GROUPED, sliding_window=None),
     "gemma3_1b": lambda: transformers.Gemma3TextConfig(**GROUPED, head_dim=16, sliding_window=8),
 }
-OWN = {"hf", "tiny_llama", "tiny_llama_128", "tiny_llama_512"}
+OWN = {"hf", "tiny_llama"}
 """No architecture, and one that has tests of its own."""
 FAMILIES = {"minilm", "modernbert_base", "smollm2_135m", "mistral_7b", "qwen3_0_6b", "gemma3_1b"}
 """A preset of each architecture among them."""

@@ -23,6 +23,7 @@ from tests.released import (
 from torch import Tensor
 
 from caravan.cli.compose import compose
+from caravan.cli.train import train
 from caravan.data.batch import pack
 from caravan.data.pairs import PairTemplates
 from caravan.data.tokenization import Templates
@@ -30,7 +31,6 @@ from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapter_files import load_adapter
 from caravan.models.backbone import Pretrained
-from caravan.training.fit import train
 
 QUERY = "which camel has water"
 PASSAGES = [

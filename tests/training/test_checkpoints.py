@@ -17,7 +17,7 @@ from caravan import manifests
 from caravan.errors import InputError
 from caravan.training.checkpoints import damage
 
-STEPS = ("trainer.val_check_interval=1", "callbacks.resume_point.every_n_steps=1")
+STEPS = ("trainer.val_check_interval=1", "callbacks.last.every_n_steps=1")
 WEIGHTS = "model/model.safetensors"
 
 

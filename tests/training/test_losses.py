@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.refusals import refused
 from torch import Tensor
 
-from caravan.errors import InputError
 from caravan.training.losses import (
     BCE,
     KL,
@@ -20,7 +20,7 @@ from caravan.training.losses import (
     MarginMSE,
     RankNet,
     Sum,
-    value,
+    compute,
 )
 
 SCORES = torch.tensor(
@@ -30,10 +30,11 @@ POSITIVE = torch.tensor([0, 1, 2])
 TEACHER = torch.tensor(
     [[4.0, 1.0, 2.0, torch.nan], [torch.nan, 5.0, 0.0, 1.0], [torch.nan] * 4], dtype=torch.float32
 )
+T = 0.5
 
 
-def _rows(*tensors: Tensor) -> list[tuple[list[float], ...]]:
-    return list(zip(*(tensor.detach().double().tolist() for tensor in tensors), strict=True))
+def _rows(scores: Tensor, targets: Tensor) -> Iterator[tuple[list[float], Any]]:
+    return zip((scores.detach().double() / T).tolist(), targets.tolist(), strict=True)
 
 
 def _softmax(row: list[float]) -> list[float]:
@@ -41,16 +42,21 @@ def _softmax(row: list[float]) -> list[float]:
     return [x / sum(exps) for x in exps]
 
 
+def _known(row: list[float], teacher: list[float]) -> list[int]:
+    return [i for i in range(len(row)) if math.isfinite(row[i]) and math.isfinite(teacher[i])]
+
+
 def _infonce(scores: Tensor, targets: Tensor) -> float:
-    rows = scores.detach().double().tolist()
-    return float(
-        np.mean([-math.log(_softmax(r)[t]) for r, t in zip(rows, targets.tolist(), strict=True)])
-    )
+    return float(np.mean([-math.log(_softmax(r)[t]) for r, t in _rows(scores, targets)]))
+
+
+def _likelihood(scores: Tensor, targets: Tensor) -> float:
+    return float(np.mean([-row[target] for row, target in _rows(scores, targets)]))
 
 
 def _bce(scores: Tensor, targets: Tensor) -> float:
     terms = []
-    for row, target in zip(scores.detach().double().tolist(), targets.tolist(), strict=True):
+    for row, target in _rows(scores, targets):
         for i, score in enumerate(row):
             if math.isfinite(score):
                 p = 1 / (1 + math.exp(-score))
@@ -68,42 +74,43 @@ def _ranknet(scores: Tensor, gains: Tensor) -> float:
     return float(np.mean(terms))
 
 
+def _ranknet_of_labels(scores: Tensor, targets: Tensor) -> float:
+    return _ranknet(scores, torch.nn.functional.one_hot(targets, scores.shape[1]).float())
+
+
 def _margin_mse(scores: Tensor, teacher: Tensor) -> float:
     terms = []
-    for row, told in _rows(scores, teacher):
-        known = [i for i in range(len(row)) if math.isfinite(row[i]) and math.isfinite(told[i])]
+    for row, wanted in _rows(scores, teacher):
+        known = _known(row, wanted)
         for i in known[1:]:
-            terms.append(((row[known[0]] - row[i]) - (told[known[0]] - told[i])) ** 2)
+            terms.append(((row[known[0]] - row[i]) - (wanted[known[0]] - wanted[i])) ** 2)
     return float(np.mean(terms))
 
 
 def _kl(scores: Tensor, teacher: Tensor) -> float:
     terms = []
-    for row, told in _rows(scores, teacher):
-        known = [i for i in range(len(row)) if math.isfinite(row[i]) and math.isfinite(told[i])]
+    for row, wanted in _rows(scores, teacher):
+        known = _known(row, wanted)
         if len(known) > 1:
-            q, p = _softmax([row[i] for i in known]), _softmax([told[i] for i in known])
+            q, p = _softmax([row[i] for i in known]), _softmax([wanted[i] for i in known])
             terms.append(sum(b * (math.log(b) - math.log(a)) for a, b in zip(q, p, strict=True)))
     return float(np.mean(terms))
-
-
-def _label_ranknet(scores: Tensor, targets: Tensor) -> float:
-    return _ranknet(scores, torch.nn.functional.one_hot(targets, scores.shape[1]).float())
 
 
 @pytest.mark.parametrize(
     ("loss", "reference", "targets"),
     [
-        (InfoNCE(), _infonce, POSITIVE),
-        (BCE(), _bce, torch.tensor([0, 1, 2])),
-        (RankNet(), _label_ranknet, POSITIVE),
-        (RankNet(distils=True), _ranknet, TEACHER),
-        (MarginMSE(), _margin_mse, TEACHER),
-        (KL(), _kl, TEACHER),
+        (InfoNCE(T), _infonce, POSITIVE),
+        (Likelihood(T), _likelihood, POSITIVE),
+        (BCE(temperature=T), _bce, POSITIVE),
+        (RankNet(temperature=T), _ranknet_of_labels, POSITIVE),
+        (RankNet(needs_teacher=True, temperature=T), _ranknet, TEACHER),
+        (MarginMSE(T), _margin_mse, TEACHER),
+        (KL(temperature=T), _kl, TEACHER),
     ],
-    ids=["infonce", "bce", "ranknet", "ranknet distilled", "margin_mse", "kl"],
+    ids=["infonce", "likelihood", "bce", "ranknet", "ranknet distilled", "margin_mse", "kl"],
 )
-def test_a_loss_equals_its_reference_and_masked_columns_play_no_part(
+def test_a_loss_equals_its_reference_and_masked_columns_have_no_gradient(
     loss: Any, reference: Callable[[Tensor, Tensor], float], targets: Tensor
 ) -> None:
     found = loss(SCORES, targets)
@@ -111,37 +118,35 @@ def test_a_loss_equals_its_reference_and_masked_columns_play_no_part(
     (gradient,) = torch.autograd.grad(found, SCORES)
     assert gradient.isfinite().all()
     assert gradient[0, 2] == 0
+    assert loss.needs_teacher == (targets is TEACHER)
     if targets is TEACHER:
         assert not gradient[targets.isnan()].any()
 
 
-def test_a_teacher_that_knows_nothing_gives_no_loss_and_no_gradient() -> None:
+def test_a_teacher_without_scores_gives_no_loss_and_no_gradient() -> None:
     unknown = torch.full_like(TEACHER, torch.nan)
-    for loss in (KL(), MarginMSE(), RankNet(distils=True)):
+    for loss in (KL(), MarginMSE(), RankNet(needs_teacher=True)):
         found = loss(SCORES, unknown)
         assert float(found) == 0
         assert not torch.autograd.grad(found, SCORES)[0].nan_to_num(1).any()
 
 
-def test_a_sum_gives_each_loss_its_own_targets() -> None:
-    both = Sum([InfoNCE(), KL(teacher_temperature=2.0)], [1.0, 0.5])
-    found = value(both, SCORES, POSITIVE, TEACHER)
-    wanted = InfoNCE()(SCORES, POSITIVE) + 0.5 * KL(2.0)(SCORES, TEACHER)
+def test_a_sum_gives_each_loss_its_own_targets_and_divides_the_scores_once() -> None:
+    both = Sum([InfoNCE(1.0), KL(2.0, 1.0)], [1.0, 0.5], temperature=T)
+    found = compute(both, SCORES, POSITIVE, TEACHER)
+    wanted = InfoNCE(T)(SCORES, POSITIVE) + 0.5 * KL(2.0, T)(SCORES, TEACHER)
     torch.testing.assert_close(found, wanted)
-    assert both.distils
-    with pytest.raises(InputError, match="2 losses and 1 weights"):
+    assert both.needs_teacher
+    with refused("mismatched-lengths", "2 losses and 1 weights"):
         Sum([InfoNCE(), KL()], [1.0])
 
 
-def test_a_loss_that_distils_without_a_teacher_is_refused() -> None:
-    with pytest.raises(InputError, match=r"KL learns from a teacher.*sampler\.teacher"):
-        value(KL(), SCORES, POSITIVE, None)
+def test_a_loss_without_its_teacher_is_refused() -> None:
+    with refused("teacher-missing", "sampler.teacher"):
+        compute(KL(), SCORES, POSITIVE, None)
 
 
-def test_a_likelihood_is_the_positives_score_whatever_the_negatives() -> None:
-    scores = torch.tensor([[-2.0, -torch.inf], [-1.0, -0.5]], requires_grad=True)
-    loss = Likelihood()(scores, torch.tensor([0, 1]))
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert loss.item() == pytest.approx((2.0 + 0.5) / 2)
-    assert scores.grad is not None
-    assert scores.grad.tolist() == [[-0.5, 0.0], [0.0, -0.5]]
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
+def test_a_temperature_is_positive_and_finite(temperature: float) -> None:
+    with refused("out-of-range", "loss.temperature"):
+        InfoNCE(temperature)

@@ -14,8 +14,8 @@ from tests.commands import ROOT, train_arguments
 from tests.two_ranks import TwoRanks
 
 from caravan.cli.compose import compose
+from caravan.cli.train import train
 from caravan.errors import InputError
-from caravan.training.fit import train
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHAPE |= {"intermediate_size": 48, "vocab_size": 400, "max_position_embeddings": 64}

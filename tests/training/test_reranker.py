@@ -109,7 +109,7 @@ def test_the_validations_scores_are_those_of_the_saved_folder(
 def test_a_killed_reranker_resumes_to_the_same_weights(
     beir: Path, runs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = _settings(runs, "callbacks.resume_point.every_n_steps=2")
+    settings = _settings(runs, "callbacks.last.every_n_steps=2")
     train(beir, tmp_path / "whole", *settings)
     step = Reranker.training_step
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def _batch(passage_rows: list[list[int]], positives: list[list[int]]) -> TrainBa
 
 def _module(tokenizer: Any, encoding: Encoding, **settings: Any) -> Retriever:
     module = Retriever(
-        tiny_backbone(), None, tokenizer, encoding, InfoNCE(), AdamW(), seed=0, **settings
+        tiny_backbone(), None, tokenizer, encoding, InfoNCE(0.05), AdamW(), seed=0, **settings
     )
     module.configure_model()
     return module
@@ -59,7 +58,7 @@ def _naive_loss(module: Retriever, batch: TrainBatch) -> Tensor:
     for i, query in enumerate(queries):
         positives = set(batch.excluded_keys[i].tolist())
         kept = [j for j, row in enumerate(rows) if j == i * group or row not in positives]
-        scores = torch.stack([query @ passages[j] for j in kept]) / module.encoding.temperature
+        scores = torch.stack([query @ passages[j] for j in kept]) / 0.05
         losses.append(torch.logsumexp(scores, 0) - scores[kept.index(i * group)])
     return torch.stack(losses).mean()
 
@@ -79,7 +78,7 @@ def test_loss_and_gradient_equal_a_naive_reference(tokenizer: Any, encoding: Enc
         module.model.embed(batch.queries), module.model.embed(batch.passages), batch
     )
     assert scores.dtype == torch.float32
-    loss = InfoNCE()(scores, targets)
+    loss = InfoNCE(0.05)(scores, targets)
     reference = _naive_loss(module, batch)
     torch.testing.assert_close(loss.double(), reference, atol=1e-5, rtol=1e-5)
     ours, theirs = _gradients(module, loss), _gradients(module, _naive_loss(module, batch))
@@ -148,34 +147,20 @@ def test_without_in_batch_negatives_a_query_sees_its_own_group(
         scores, targets, _ = module.scores(queries, passages, batch)
     assert scores.shape == (2, 3)
     assert targets.tolist() == [0, 0]
-    expected = queries[1] @ passages[3:].T / encoding.temperature
+    expected = queries[1] @ passages[3:].T
     torch.testing.assert_close(scores[1], expected)
 
 
 def test_scores_stay_float32_under_bf16_autocast(tokenizer: Any, encoding: Encoding) -> None:
-    module = _module(tokenizer, replace(encoding, temperature=0.01))
+    module = _module(tokenizer, encoding)
     batch = _batch([[1, 2, 3], [4, 8, 6]], [[1], [4]])
     with torch.autocast("cpu", torch.bfloat16):
         queries, passages = module.model.embed(batch.queries), module.model.embed(batch.passages)
         assert queries.dtype == torch.float32
         with torch.autocast("cpu", enabled=False):
             scores, _, _ = module.scores(queries, passages, batch)
-    exact = (queries.double() @ passages.double().T / 0.01).float()
-    torch.testing.assert_close(scores, exact, atol=1e-3, rtol=1e-5)
-
-
-def test_temperature_scales_the_scores(tokenizer: Any, encoding: Encoding) -> None:
-    batch = _batch([[1, 2], [3, 4]], [[1], [3]])
-    embeddings = []
-    for temperature in (0.05, 0.1):
-        module = _module(tokenizer, replace(encoding, temperature=temperature))
-        with torch.no_grad():
-            embeddings.append(
-                module.scores(
-                    module.model.embed(batch.queries), module.model.embed(batch.passages), batch
-                )[0]
-            )
-    torch.testing.assert_close(embeddings[0], 2 * embeddings[1])
+    exact = (queries.double() @ passages.double().T).float()
+    torch.testing.assert_close(scores, exact, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(4, 8), (1, 1)])
@@ -183,7 +168,7 @@ def test_infonce_is_the_mean_cross_entropy_of_the_target(shape: tuple[int, int])
     scores = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     targets = torch.zeros(shape[0], dtype=torch.int64)
     expected = -functional.log_softmax(scores.double(), dim=1)[:, 0].mean()
-    torch.testing.assert_close(InfoNCE()(scores, targets).double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(InfoNCE(1.0)(scores, targets).double(), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])

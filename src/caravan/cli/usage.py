@@ -20,7 +20,7 @@ def bare(conf: Path, name: str, program: str) -> str:
         name: the primary config.
         program: what is typed after `python`.
     """
-    texts = yaml.safe_load((conf / f"hydra/help/{name}.yaml").read_text("utf-8"))
+    texts = yaml.safe_load((conf / f"{name}.yaml").read_text("utf-8"))["hydra"]["help"]
     return (
         f"usage: python {program} key=value ...\n\n{texts['header'].rstrip()}\n\n"
         f"  python {program} --help{' ' * 12}all groups and options\n"

@@ -1,4 +1,7 @@
-"""`python -m caravan.export`: a model folder as a folder that other libraries load."""
+"""`python -m caravan.export`: export a model folder for another library, or write its model card.
+
+An export computes the model folder's numbers in float32, or is refused.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,64 @@ import sys
 from pathlib import Path
 
 from caravan.errors import answering
-from caravan.export.write import FORMATS, export
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m caravan.export",
-        description=f"{__doc__} What it cannot express exactly it refuses.",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="formats:\n" + "\n".join(f"  {name:<23}{told}" for name, told in FORMATS.items()),
     )
-    parser.add_argument("model", type=Path, help="a model folder, such as runs/mine/model")
-    parser.add_argument("format", choices=FORMATS, help="what to write, see below")
-    parser.add_argument("out", type=Path, help="a folder that is not there yet, or empty")
-    given = parser.parse_args()
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    helps = {
+        "sentence-transformers": "SentenceTransformer(...) or CrossEncoder(...), prompts included",
+        "transformers": "full weights for transformers' Auto classes, or an adapter for PEFT",
+        "card": "write README.md again, with the metrics of evaluations",
+    }
+    parsers = {name: commands.add_parser(name, help=text) for name, text in helps.items()}
+    for name, command in parsers.items():
+        command.add_argument("model", type=Path, help="a model folder, such as runs/mine/model")
+        if name != "card":
+            command.add_argument("out", type=Path, help="a folder that is new or empty")
+    parsers["transformers"].add_argument(
+        "--adapter", action="store_true", help="write the LoRA adapter alone, for PEFT on its base"
+    )
+    card = parsers["card"]
+    card.epilog = "then: hf upload <user>/<name> <model folder>"
+    card.add_argument(
+        "evaluations", type=Path, nargs="*", help="folders of evaluate.py, such as runs/mine/test"
+    )
+    card.add_argument("--license", help="an identifier of the Hub, such as apache-2.0")
+    card.add_argument("--language", action="append", help="a code such as en; may be repeated")
+    card.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that the tokenizer brings along"
+    )
+    options = parser.parse_args()
+    return answering(lambda: _run(options))
 
-    def work() -> None:
-        export(given.model, given.format, given.out)
-        sys.stdout.write(f"{given.out} holds it; its README.md has code that loads it\n")
 
-    return answering(work)
+def _run(options: argparse.Namespace) -> None:
+    if options.command == "card":
+        from caravan.export import model_card
+
+        path = model_card.write(
+            options.model,
+            options.evaluations,
+            options.license,
+            options.language,
+            options.trust_remote_code,
+        )
+        sys.stdout.write(f"wrote {path}; push it: hf upload <user>/<name> {options.model}\n")
+        return
+    if options.command == "transformers":
+        from caravan.export import transformers
+
+        transformers.export(options.model, options.out, options.adapter)
+    else:
+        from caravan.export import sentence_transformers
+
+        sentence_transformers.export(options.model, options.out)
+    sys.stdout.write(f"wrote {options.out}; its README.md has code that loads it\n")
 
 
 if __name__ == "__main__":

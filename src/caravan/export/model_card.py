@@ -1,35 +1,47 @@
-"""The model card of a model folder: figures, how to load it anywhere, how it reads, its training.
+"""The model card (README.md) of a model folder and of exported folders.
 
-    python -m caravan.export.card_command <model folder> runs/test --license apache-2.0
-    hf upload me/my-retriever runs/mine/retriever/model
+    python -m caravan.export card runs/mine/model runs/test --license apache-2.0
+    hf upload me/my-retriever runs/mine/model
 
-A training writes it; the command writes it anew, with what evaluations have measured since.
+Training writes the card of its model folder; the command writes it again with the metrics of
+evaluations. The text is in `model_card.md.jinja`; its code for plain transformers computes the
+numbers of the model folder.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from caravan.encoding import Encoding, adapter_base, read_encoding
-from caravan.export import card_page, card_recipes
-from caravan.export.card_figures import Figures, evaluated, results, table, validated
-from caravan.export.card_wording import quoted
+from caravan import manifests
+from caravan.data.pairs import PairTemplates
+from caravan.data.tokenization import Template, Templates
+from caravan.encoding import FILE, Encoding, adapter_base, folder_digest, read_encoding
+from caravan.errors import InputError, reading
 from caravan.files import replacing
 from caravan.models.folder import HEAD
 from caravan.models.loading import load_tokenizer
-from caravan.models.remote_code import FACT, SETTING
+from caravan.models.remote_code import FACT
+from caravan.retrieval.metrics import too_deep
 
 README = "README.md"
-_OWN_CODE = (
-    f"The model has code of its own, which comes with its weights or with its base; `{SETTING}`"
-    " runs it. Read it first."
-)
+HERE = "path/to/this/folder"
+"""Stands for the folder in the card's code."""
+MAX_BASES = 8
+"""Model folders, each initialized from the one before, that are followed to the first base."""
+TITLE, TEXT = "\1", "\2"
+"""Stand for title and text in a rendered template."""
+_POOLED = {"last": "states[-1]", "mean": "states.mean(dim=0)", "cls": "states[0]"}
 
 
 def write(
     folder: Path,
-    evaluations: list[Path] | None = None,
+    evaluations: Sequence[Path] = (),
     license: str | None = None,
     language: list[str] | None = None,
     trust_remote_code: bool = False,
@@ -38,141 +50,239 @@ def write(
     """Write a model folder's README.md; returns its path.
 
     Args:
-        evaluations: folders of `evaluate.py`, whose figures of this model go into the card.
-        license: of the Hub's list, such as apache-2.0; None: nothing is said.
-        language: codes such as en; None: those of the collection, where they are known.
+        evaluations: folders written by `evaluate.py`, whose metrics of this model the card lists.
+        license: an identifier of the Hub, such as apache-2.0.
+        language: codes such as en; None: those of the training collection, if known.
         trust_remote_code: run the code of the folder's tokenizer (`caravan.models.remote_code`).
-        tokenizer: the folder's, where it is loaded already.
+        tokenizer: the folder's, if already loaded.
 
     Raises:
-        InputError: the folder is no model folder, or an evaluation is not of this model.
+        InputError: If the folder is not a model folder, or an evaluation is not of this model.
     """
     encoding, facts = read_encoding(folder)
-    figures = [*validated(facts)]
-    for evaluation in evaluations or ():
-        figures += evaluated(folder, evaluation)
-    if tokenizer is None:
-        tokenizer = load_tokenizer(str(folder), trust_remote_code)
-    text = card_page.page(
+    results = _validated(encoding, facts)
+    for evaluation in evaluations:
+        results += evaluated(folder, evaluation)
+    tokenizer = tokenizer or load_tokenizer(str(folder), trust_remote_code)
+    adapter = facts["weights"] == "adapter"
+    variables = {
+        "sentence_transformers": not facts.get(FACT),
+        "transformers": not facts.get(FACT),
+        "auto_class": None if (folder / HEAD).is_file() else auto_class(encoding, facts),
+        "adapter": base_arguments(folder) if adapter else None,
+        "padding": None,
+        **usage(tokenizer, encoding),
+    }
+    return _write(
+        folder / README,
         folder,
-        facts,
-        library="caravan",
-        pipeline=card_page.pipeline_tag(encoding),
-        tags=["retrieval", encoding.kind, *(["peft", "lora"] * (facts["weights"] == "adapter"))],
-        sections=_sections(folder, tokenizer, encoding, facts, figures),
+        results,
+        variables,
+        library_name="caravan",
+        tags=["caravan", "retrieval", encoding.kind, *(["peft", "lora"] if adapter else [])],
         license=license,
         language=language or facts.get("language"),
         datasets=facts.get("datasets"),
-        eval_results=results(encoding, figures) or None,
     )
-    path = folder / README
+
+
+def write_export(
+    folder: Path, out: Path, library: str, tags: list[str], variables: dict[str, Any]
+) -> None:
+    """Write the README.md of an exported folder, with the validation metric of its model folder.
+
+    Args:
+        folder: the model folder.
+        out: the exported folder.
+        library: the Hub's name of the library that loads it.
+        variables: of the template, in addition to those of every card.
+    """
+    results = _validated(*read_encoding(folder))
+    tags = ["caravan", *tags]
+    _write(out / README, folder, results, variables, library_name=library, tags=tags)
+
+
+def _write(
+    path: Path, folder: Path, results: list[Any], variables: dict[str, Any], **metadata: Any
+) -> Path:
+    """Fill the template; `metadata` are fields of ModelCardData, None for unknown ones."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    encoding, facts = read_encoding(folder)
+    adapter = facts["weights"] == "adapter"
+    base = hub_base(folder, facts)
+    name = facts.get("name") or "model"
+    data = ModelCardData(
+        pipeline_tag="feature-extraction" if encoding.kind == "retriever" else "text-ranking",
+        base_model=base,
+        base_model_relation=("adapter" if adapter else "finetune") if base else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+        **metadata,
+    )
+    training = {
+        "base model": base or facts.get("base_model") or "random weights",
+        "weights": "a LoRA adapter" if adapter else "all",
+        **{key: facts[key] for key in ("collection", "updates") if key in facts},
+        **facts.get("recipe", {}),
+    }
+    versions = [f"{library} {version}" for library, version in manifests.versions().items()]
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("model_card.md.jinja")),
+        here=HERE,
+        name=name,
+        encoding=encoding,
+        remote_code=bool(facts.get(FACT)),
+        results=results,
+        measures=list(dict.fromkeys(result.metric_name for result in results)),
+        settings=_cells(asdict(encoding)),
+        training=_cells(training),
+        versions=", ".join(versions),
+        **variables,
+    )
     with replacing(path) as scratch:
-        scratch.write_text(text, "utf-8")
+        scratch.write_text(str(card), "utf-8")
     return path
 
 
-def _sections(
-    folder: Path,
-    tokenizer: Any,
-    encoding: Encoding,
-    facts: dict[str, Any],
-    figures: list[Figures],
-) -> list[str]:
-    told = f"A {encoding.kind} trained with Caravan: it {card_page.does(encoding)}."
-    base = card_page.hub_base(folder, facts)
-    began = "from random weights" if base is None else f"with [{base}](https://hf.co/{base})"
-    if base is None and facts.get("base_model"):
-        began = f"with `{facts['base_model']}`"
-    training = {
-        "began": began,
-        "weights": "a LoRA adapter" if facts["weights"] == "adapter" else "all of them",
-        **{name: facts[name] for name in ("collection", "updates") if name in facts},
-        **facts.get("recipe", {}),
-    }
-    sections = [told]
-    if figures:
-        sections += ["## Figures", table(figures)]
-    sections += [
-        "## Use it in Caravan",
-        "`caravan.json` holds all that its use needs: prompts, EOS, pooling, lengths.",
-        card_page.code(_caravan(encoding, facts)),
-        _evaluate(encoding, facts),
-        *([_OWN_CODE] if facts.get(FACT) else _elsewhere(folder, tokenizer, encoding, facts)),
-        "## How it reads",
-        card_page.table(card_page.reads(encoding)),
-        "## Training",
-        card_page.table(training),
-    ]
-    return sections
+def _result(
+    encoding: Encoding, collection: str, split: str, how: str, name: str, value: float
+) -> Any:
+    from huggingface_hub import EvalResult
+
+    retriever = encoding.kind == "retriever"
+    return EvalResult(
+        task_type="information-retrieval" if retriever else "text-ranking",
+        task_name="Information Retrieval" if retriever else "Reranking",
+        dataset_type=collection,
+        dataset_name=f"{collection} {split} ({how})",
+        dataset_split=split,
+        metric_type=name.lower().replace("@", "_at_"),
+        metric_name=name,
+        metric_value=value,
+    )
 
 
-def _elsewhere(
-    folder: Path, tokenizer: Any, encoding: Encoding, facts: dict[str, Any]
-) -> list[str]:
-    """The model in other libraries."""
-    return [
-        "## Use it in sentence-transformers",
-        *_sbert(encoding),
-        f"## Use it in {'PEFT' if facts['weights'] == 'adapter' else 'transformers'}",
-        *_plain(folder, tokenizer, encoding, facts),
-    ]
+def _validated(encoding: Encoding, facts: dict[str, Any]) -> list[Any]:
+    """The validation metric by which the best checkpoint was chosen, if there is one."""
+    measure, best, over = (facts.get(name) for name in ("monitored", "best", "validation"))
+    if not (isinstance(measure, str) and isinstance(best, float) and isinstance(over, dict)):
+        return []
+    what = f"{over['queries']:,} queries, candidates of a run reranked"
+    if over.get("passages") is not None:
+        what = f"{over['queries']:,} queries over {over['passages']:,} passages"
+    how = f"{what}; during training, to choose the checkpoint"
+    name = measure.removeprefix("val/")
+    return [_result(encoding, over["collection"], over["split"], how, name, best)]
 
 
-def _caravan(encoding: Encoding, facts: dict[str, Any]) -> str:
-    allowed = f", {SETTING}=True" if facts.get(FACT) else ""
-    return f"""import caravan
+def evaluated(folder: Path, evaluation: Path) -> list[Any]:
+    """EvalResults of the stages of an evaluation that this model has computed.
 
-model = caravan.load("{card_page.HERE}"{allowed})
-query, passages = "Which animals cross the desert?", ["Camels cross it, by night.", "Salt is gold."]
-for hit in model.search([query], passages, k=2)[0]:
-    print(hit.score, passages[hit.row])
-"""
+    A stage counts if its manifest names the digest of the model folder, so that a card never lists
+    metrics of another model, or of this one before it was trained again. Of an evaluation of
+    several collections, those of each collection that has finished.
 
-
-def _evaluate(encoding: Encoding, facts: dict[str, Any]) -> str:
-    first = "" if encoding.kind == "retriever" else "retriever=bm25 "
-    given = f"{first}{encoding.kind}={card_page.HERE}"
-    given += f" {SETTING}=true" if facts.get(FACT) else ""
-    return f"On a BEIR folder: `python evaluate.py {given} data=beir data.path=<collection>`."
-
-
-def _sbert(encoding: Encoding) -> list[str]:
-    if encoding.scoring == "likelihood":
-        return ["sentence-transformers has no score by likelihood; use it in transformers, below."]
-    export = f"python -m caravan.export {card_page.HERE} sentence-transformers exported"
-    name, use = "CrossEncoder", 'print(model.predict([(query, "Camels cross it, by night.")]))'
-    if encoding.kind == "retriever":
-        name = "SentenceTransformer"
-        use = """passages = model.encode_document(["Camels cross it, by night."])
-print(model.similarity(model.encode_query([query]), passages))"""
-    return [
-        f"Caravan writes it as a folder that adds prompts and EOS by itself: `{export}`. What it"
-        " cannot express exactly it refuses.",
-        card_page.code(f"""from sentence_transformers import {name}
-
-model = {name}("exported")
-query = "Which animals cross the desert?"
-{use}
-"""),
-    ]
-
-
-def _plain(folder: Path, tokenizer: Any, encoding: Encoding, facts: dict[str, Any]) -> list[str]:
-    if (folder / HEAD).is_file():
-        return ["transformers has no class with its head; use it in sentence-transformers, above."]
-    name = auto_class(encoding, facts)
-    loads = _adapter(folder, encoding, name) if facts["weights"] == "adapter" else _whole(name)
-    if name == "AutoModelForSequenceClassification":
-        loads += (
-            "# a pair is read alone, up to its last token\n"
-            "model.config.get_text_config().pad_token_id = None\n"
+    Raises:
+        InputError: If there is no evaluation, or none of its stages is of this model.
+    """
+    path = evaluation / "metrics.json"
+    with reading(path, "not the metrics of an evaluation; give the folder of a run of evaluate.py"):
+        record = json.loads(path.read_text("utf-8"))
+        if record.get("collections"):
+            parts = (evaluated(folder, evaluation / name) for name in record["collections"])
+            return [result for part in parts for result in part]
+        results = list(_stage_results(folder, evaluation, record))
+    if not results:
+        raise InputError(
+            "metrics-of-another-model",
+            f"{path}: none of its stages was computed by {folder} as it is now; evaluate it again",
         )
-    elif encoding.kind == "retriever" and name == "AutoModelForCausalLM":
-        loads += "model = model.base_model  # embeddings are made without the output layer\n"
-    return [
-        "Prompts, lengths and EOS are in the code, since nothing adds them there by itself.",
-        card_page.code(loads + card_recipes.recipe(tokenizer, encoding)),
-    ]
+    return results
+
+
+def _stage_results(folder: Path, evaluation: Path, record: dict[str, Any]) -> Iterator[Any]:
+    encoding, digest = read_encoding(folder)[0], folder_digest(folder)
+    before = ""
+    for stage in record["stages"]:
+        manifest = manifests.read(evaluation / stage["run"]) or {"inputs": {}, "facts": {}}
+        inputs = manifest["inputs"]
+        how = f"{record['queries']:,} queries over {record['passages']:,} passages"
+        if "depth" in inputs:
+            how += f"; the top {inputs['depth']} of {before} reranked"
+            if inputs.get("weight", 1) != 1:
+                how += f" with a weight of {inputs['weight']}"
+        for length in ("query_length", "passage_length"):
+            if inputs.get(length) is not None:
+                how += f"; {length}={inputs[length]}"
+        before = stage["stage"]
+        if inputs.get("model") != digest or manifest["facts"].get("run_xxh3") != stage["run_xxh3"]:
+            continue
+        depth = stage.get("depth") or record["passages"]
+        dropped = too_deep(list(stage["overall"]), depth, record["passages"])
+        for name, value in stage["overall"].items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} of {stage['stage']} is not finite")
+            if name not in dropped:
+                collection = record["collection"]["name"]
+                yield _result(encoding, collection, record["split"], how, name, float(value))
+
+
+def _cells(rows: dict[str, Any]) -> dict[str, str]:
+    """Escape what would end a table cell, such as the bars and line breaks of chat templates."""
+    return {
+        name: str(value).replace("|", "\\|").replace("\n", "\\n") for name, value in rows.items()
+    }
+
+
+def usage(tokenizer: Any, encoding: Encoding) -> dict[str, Any]:
+    """The template's variables for plain transformers: token ids, lengths, and f-strings."""
+    query = Template(encoding.query_template)
+    pooled = _POOLED.get(encoding.pooling, f"states[-{encoding.slots}:].mean(dim=0)")
+    if encoding.normalize:
+        pooled = f"torch.nn.functional.normalize({pooled}, dim=0)"
+    variables = {"pooled": pooled, "passage": _passage(encoding)}
+    if encoding.kind == "retriever":
+        query_text = _f_string(query.render("", TEXT))
+        return {**variables, "tokens": Templates(tokenizer, encoding), "query": query_text}
+    rendered = query.render("", TEXT) + query.suffix
+    if encoding.scoring == "likelihood":
+        rendered = f" {rendered}"
+    return {
+        **variables,
+        "tokens": PairTemplates(tokenizer, encoding),
+        "query": _f_string(rendered, "query"),
+        "prompt_length": rendered.index(TEXT),
+    }
+
+
+def _passage(encoding: Encoding) -> str:
+    """A passage with a `title` and a `text`, as a Python expression."""
+    template = Template(encoding.passage_template)
+    untitled, titled = template.render("", TEXT), template.render(TITLE, TEXT)
+    if TITLE not in titled:
+        return _f_string(untitled)
+    return f"{_f_string(titled)} if title else {_f_string(untitled)}"
+
+
+def _f_string(rendered: str, text: str = "text") -> str:
+    return f"f{quoted(fields(rendered, text))}"
+
+
+def fields(rendered: str, text: str = "text") -> str:
+    """A rendered template with `{title}` and `{text}`, as str.format and f-strings take it.
+
+    Args:
+        text: the name of the field for the text.
+    """
+    escaped = rendered.replace("{", "{{").replace("}", "}}")
+    return escaped.replace(TITLE, "{title}").replace(TEXT, f"{{{text}}}")
+
+
+def quoted(text: str) -> str:
+    """A string literal of Python and Jinja."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def auto_class(encoding: Encoding, facts: dict[str, Any]) -> str:
@@ -184,31 +294,28 @@ def auto_class(encoding: Encoding, facts: dict[str, Any]) -> str:
     return "AutoModel"
 
 
-def _whole(name: str) -> str:
-    return f"""import torch
-from transformers import {name}, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{card_page.HERE}")
-model = {name}.from_pretrained("{card_page.HERE}", dtype=torch.float32).eval()
-"""
-
-
-def _adapter(folder: Path, encoding: Encoding, name: str) -> str:
+def base_arguments(folder: Path) -> str:
+    """The arguments of `from_pretrained` for an adapter's base."""
     base, revision = adapter_base(folder)
-    more = "" if revision is None else f", revision={quoted(revision)}"
-    more += ", num_labels=1" if name == "AutoModelForSequenceClassification" else ""
-    lines = ""
-    if encoding.bidirectional:
-        lines += "base.config.is_causal = False  # it was trained to look both ways\n"
-    if encoding.slots:
-        lines += """if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
-    base.resize_token_embeddings(len(tokenizer))
-"""
-    return f"""import torch
-from peft import PeftModel
-from transformers import {name}, AutoTokenizer
+    return quoted(base) if revision is None else f"{quoted(base)}, revision={quoted(revision)}"
 
-tokenizer = AutoTokenizer.from_pretrained("{card_page.HERE}")
-base = {name}.from_pretrained({quoted(base)}, dtype=torch.float32{more})
-{lines}model = PeftModel.from_pretrained(base, "{card_page.HERE}").eval()
-"""
+
+def hub_base(folder: Path, facts: dict[str, Any]) -> str | None:
+    """The Hub id of the first base model, through all model folders that were trained in between.
+
+    None if the first training started from random weights or from a folder without a Hub id.
+    """
+    base = _base(folder, facts)
+    for _ in range(MAX_BASES):
+        if base is None or not (Path(base) / FILE).is_file():
+            break
+        base = _base(Path(base), read_encoding(Path(base))[1])
+    known = re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) and not Path(str(base)).exists()
+    return base if known else None
+
+
+def _base(folder: Path, facts: dict[str, Any]) -> str | None:
+    if facts["weights"] == "adapter":
+        return adapter_base(folder)[0]
+    base = facts.get("base_model")
+    return base if isinstance(base, str) else None

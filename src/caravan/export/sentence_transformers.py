@@ -1,144 +1,202 @@
-"""The folder that sentence-transformers (6.2) loads, without importing it.
+"""A model folder as a SentenceTransformer or a CrossEncoder, built and saved by that library.
 
-    out/
-      modules.json                  the modules, one after another, each with its folder
-      config_sentence_transformers.json   prompts, similarity or activation, the version it needs
-      sentence_bert_config.json     how the transformer is fed: lengths of queries and passages
-      config.json  model.safetensors  tokenizer.json   the transformer
-      1_Pooling/  2_Normalize/  ...
-
-A query's and a passage's tails may differ (LLaRA's prompts); then a Router has a transformer for
-each, with a tokenizer of its own, and the weights are two files, or one file with two names.
+Prompts become sentence-transformers' prompts. Tokens after a text (EOS, the end of a prompt, slots)
+are added by the tokenizer's post-processor, and truncation leaves room for them. Where they differ
+between queries and passages, a Router has a Transformer for each side. The mean over slots is a
+mean over tokens of which only the slots have a weight (WordWeights). For a reranker's pairs see
+`caravan.export.prompts`. Encodings that need more are refused.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import shutil
-from dataclasses import dataclass, field
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from caravan.encoding import read_encoding
-from caravan.manifests import write_json
+import torch
 
-VERSION = ">=6.2"
-"""Older ones know neither a length for each side nor the names of the modules."""
-_MODULES = {
-    "Transformer": "sentence_transformers.base.modules.transformer",
-    "Router": "sentence_transformers.base.modules.router",
-    "Normalize": "sentence_transformers.base.modules.normalize",
-    "Dense": "sentence_transformers.base.modules.dense",
-    "Pooling": "sentence_transformers.sentence_transformer.modules.pooling",
-    "WordWeights": "sentence_transformers.sentence_transformer.modules.word_weights",
-}
+from caravan.data.tokenization import Templates
+from caravan.encoding import SLOTS, Encoding, read_encoding, slot_tokens
+from caravan.errors import InputError
+from caravan.export import model_card, verify
+from caravan.export.prompts import REMEDY, Pairing, Prompt, framed
+from caravan.models import folder as model_folder
+from caravan.models.crossencoder import head_of
+
 POOLINGS = {"last": "lasttoken", "mean": "mean", "cls": "cls", "slots": "mean"}
+FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 
-@dataclass(frozen=True)
-class Module:
-    """A module after the transformer: its class, its config and its weights."""
-
-    name: str
-    config: dict[str, Any]
-    weights: dict[str, Any] = field(default_factory=dict)
-
-
-def write(folder: Path, out: Path) -> None:
-    """Write a retriever as a SentenceTransformer, a reranker as a CrossEncoder."""
-    from caravan.export import reranker, retriever
-
-    kinds = {"retriever": retriever.write, "reranker": reranker.write}
-    kinds[read_encoding(folder)[0].kind](folder, out)
-
-
-def write_modules(
-    out: Path, kind: str, settings: dict[str, Any], first: str, modules: list[Module]
-) -> None:
-    """Write what names and configures the modules.
+def export(folder: Path, out: Path) -> None:
+    """Export a retriever as a SentenceTransformer, or a reranker as a CrossEncoder.
 
     Args:
-        kind: SentenceTransformer or CrossEncoder.
-        settings: of the whole, beside its kind and the version.
-        first: Transformer or Router, whose files are in `out` itself.
+        folder: the model folder.
+        out: the new folder; it must not exist, or be empty.
+
+    Raises:
+        InputError: If sentence-transformers is not installed or cannot express the encoding, the
+            folder cannot be loaded or needs remote code, the exported model computes other numbers,
+            or `out` is not empty.
     """
-    from safetensors.torch import save_file
-
-    names = [first, *(module.name for module in modules)]
-    paths = ["", *(f"{i}_{name}" for i, name in enumerate(names[1:], 1))]
-    for path, module in zip(paths[1:], modules, strict=True):
-        (out / path).mkdir()
-        write_json(out / path / "config.json", module.config)
-        if module.weights:
-            save_file(module.weights, out / path / "model.safetensors", {"format": "pt"})
-    listed = [
-        {"idx": i, "name": str(i), "path": path, "type": class_of(name)}
-        for i, (name, path) in enumerate(zip(names, paths, strict=True))
-    ]
-    write_json(out / "modules.json", listed)
-    needed = {"requirements": {"sentence-transformers": VERSION}}
-    write_json(
-        out / "config_sentence_transformers.json", {"model_type": kind, **settings, **needed}
-    )
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise InputError(
+            "missing-package",
+            "sentence-transformers is not installed; run: pip install 'sentence-transformers>=6.2'",
+        )
+    with verify.new_folder(folder, out) as scratch:
+        kind = read_encoding(folder)[0].kind
+        write = _write_retriever if kind == "retriever" else _write_reranker
+        variables = {"exported": True, "sentence_transformers": True, **write(folder, scratch)}
+        tags = ["sentence-transformers", kind]
+        model_card.write_export(folder, scratch, tags[0], tags, variables)
 
 
-def class_of(name: str) -> str:
-    """A module's class as modules.json has it."""
-    return f"{_MODULES[name]}.{name}"
+def _write_retriever(folder: Path, out: Path) -> dict[str, Any]:
+    """Write and compare a SentenceTransformer; returns variables of the card."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules as library
 
-
-def write_router(out: Path, routes: dict[str, Path]) -> None:
-    """Write a Router that has a transformer, in a folder of its own, for each task.
-
-    Without a task it refuses to guess.
-    """
-    types = {path.name: class_of("Transformer") for path in routes.values()}
-    structure = {task: [path.name] for task, path in routes.items()}
-    parameters: dict[str, Any] = {
-        "default_route": None,
-        "allow_empty_key": False,
-        "route_mappings": {},
+    model, tokenizer, encoding, _ = model_folder.load(folder, kind="retriever")
+    templates = Templates(tokenizer, encoding)
+    prompts = {
+        "query": Prompt.of("query_template", encoding.query_template),
+        "document": Prompt.of("passage_template", encoding.passage_template),
     }
-    write_json(
-        out / "router_config.json",
-        {"types": types, "structure": structure, "parameters": parameters},
-    )
-
-
-def write_feeding(folder: Path, output: str, settings: dict[str, Any], chat: bool = False) -> None:
-    """Write how a transformer is fed, beside its weights.
-
-    Args:
-        output: what it gives, "token_embeddings" or "scores".
-        settings: lengths, truncation.
-        chat: the tokenizer has a chat template, which makes one text of a pair; else the tokenizer
-            takes texts and pairs as they are, whatever template it has.
-    """
-    task, output_name = {
-        "token_embeddings": ("feature-extraction", "last_hidden_state"),
-        "scores": ("sequence-classification", "logits"),
-    }[output]
-    text = {"method": "forward", "method_output_name": output_name}
-    config = {
-        "transformer_task": task,
-        "modality_config": {
-            "text": text,
-            **({"message": {**text, "format": "flat"}} if chat else {}),
-        },
-        "module_output_name": output,
+    lengths = {"query": encoding.query_length, "document": encoding.passage_length}
+    tails = {"query": templates.tails["query"], "document": templates.tails["passage"]}
+    encode = {"query": templates.queries, "document": templates.passages}
+    texts = {
+        task: [
+            text
+            for text in verify.probes(lengths[task])
+            if encode[task]([text])[0] and prompt.prompt_of(text[0]) == prompt.before
+        ]
+        for task, prompt in prompts.items()
     }
-    write_json(folder / "sentence_bert_config.json", {**config, **settings})
+    expected = {task: verify.embed(model, encode[task](texts[task])) for task in prompts}
+    modules = _modules_after(model.backbone.config.get_text_config(), tokenizer, encoding)
+    transformers = {}
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+        verify.save_transformer(model.backbone, Path(scratch))
+        del model  # there may not be enough memory for two
+        for task in prompts if tails["query"] != tails["document"] else ["document"]:
+            own = framed(tokenizer, lengths[task], templates.before, tails[task])
+            own.save_pretrained(scratch)
+            transformers[task] = library.Transformer(
+                scratch,
+                modality_config={"text": FORWARD},
+                module_output_name="token_embeddings",
+                query_length=encoding.query_length,
+                document_length=encoding.passage_length,
+            )
+    first = transformers["document"]
+    routed = len(transformers) > 1
+    if routed:
+        first.model = transformers["query"].model
+        first = library.Router({task: [one] for task, one in transformers.items()}, None, False)
+    exported = SentenceTransformer(
+        modules=[first, *modules],
+        prompts={task: prompt.before for task, prompt in prompts.items()},
+        # A text without a task is read as a passage; a Router needs the task.
+        default_prompt_name="document" if prompts["document"].before and not routed else None,
+        similarity_fn_name="cosine" if encoding.normalize else "dot",
+        device="cpu",
+    )
+    exported.save_pretrained(str(out), create_model_card=False)
+    del exported, first, transformers
+    for file in out.glob("query_*/*.safetensors"):  # equal on both sides: one file, two names
+        with suppress(OSError):
+            os.link(file, out / file.name)
+            os.replace(out / file.name, next(out.glob("document_*")) / file.name)
+    saved = SentenceTransformer(str(out), device="cpu", local_files_only=True)
+    for task, prompt in prompts.items():
+        given = [prompt.given(*text) for text in texts[task]]
+        encode_side = saved.encode_query if task == "query" else saved.encode_document
+        verify.compare(folder, expected[task], encode_side(given, convert_to_tensor=True))
+    return {"routed": routed, **prompts["document"].card()}
 
 
-def pooling(size: int, how: str) -> Module:
-    """The module that pools states of `size` numbers as the encoding's pooling says."""
-    config = {"embedding_dimension": size, "pooling_mode": POOLINGS[how], "include_prompt": True}
-    return Module("Pooling", config)
+def _modules_after(config: Any, tokenizer: Any, encoding: Encoding) -> list[Any]:
+    """The modules after the Transformer: WordWeights for slots, Pooling, Normalize."""
+    from sentence_transformers.sentence_transformer import modules as library
+
+    modules = [library.Pooling(config.hidden_size, POOLINGS[encoding.pooling])]
+    if encoding.pooling == "slots":
+        slots = [token for name in SLOTS for token in slot_tokens(encoding, name)]
+        ids = dict(zip(tokenizer.convert_tokens_to_ids(slots), slots, strict=True))
+        vocabulary = [ids.get(row, "") for row in range(max(config.vocab_size, len(tokenizer)))]
+        modules.insert(0, library.WordWeights(vocabulary, dict.fromkeys(slots, 1.0), 0))
+    if encoding.normalize:
+        modules.append(library.Normalize())
+    return modules
 
 
-def link(source: Path, target: Path) -> None:
-    """A second name for a file, or a second file where the file system has no such thing."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _write_reranker(folder: Path, out: Path) -> dict[str, Any]:
+    """Write and compare a CrossEncoder; returns variables of the card."""
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.sentence_transformer import modules as library
+
+    model, tokenizer, encoding, _ = model_folder.load(folder, kind="reranker")
+    if encoding.scoring == "likelihood":
+        raise InputError(
+            "not-expressible",
+            f"{folder} scores by the query's likelihood, which no module of sentence-transformers"
+            f" computes; {REMEDY}",
+        )
+    pairing = Pairing(tokenizer, encoding, folder)
+    probes = pairing.probes()
+    expected = verify.score(model, pairing.templates, probes)
+    scorer, head = model.transformer, head_of(model.transformer)
+    modules = []
+    text = {"method": "forward", "method_output_name": "logits"}
+    if head is not None and head[0] == "score":
+        # The head reads a token's state, found by the attention mask; transformers' own code looks
+        # for the padding's id, which can be the EOS. Encoders released with a head keep that.
+        linear, text = head[1], FORWARD
+        modules = [
+            library.Pooling(linear.in_features, POOLINGS[encoding.pooling]),
+            library.Dense(
+                linear.in_features,
+                1,
+                bias=linear.bias is not None,
+                activation_function=torch.nn.Identity(),
+                init_weight=linear.weight.detach(),
+                init_bias=None if linear.bias is None else linear.bias.detach(),
+                module_output_name="scores",
+            ),
+        ]
+        scorer = getattr(scorer, scorer.base_model_prefix)
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+        verify.save_transformer(scorer, Path(scratch))
+        del model, scorer  # there may not be enough memory for two
+        pairing.tokenizer().save_pretrained(scratch)
+        message = {"message": {**text, "format": "flat"}} if pairing.chat else {}
+        first = library.Transformer(
+            scratch,
+            transformer_task="feature-extraction" if modules else "sequence-classification",
+            processing_kwargs=pairing.settings(),
+            modality_config={"text": text, **message},
+            module_output_name="token_embeddings" if modules else "scores",
+        )
+    exported = CrossEncoder(
+        modules=[first, *modules],
+        prompts={"query": pairing.prompt} if pairing.prompt else None,
+        default_prompt_name="query" if pairing.prompt else None,
+        activation_fn=torch.nn.Identity(),
+        device="cpu",
+    )
+    exported.save_pretrained(str(out), create_model_card=False)
+    del exported, first, modules
+    saved = CrossEncoder(str(out), device="cpu", local_files_only=True)
+    given = [(query, pairing.passage.given(*passage)) for query, passage in probes]
+    verify.compare(folder, expected, saved.predict(given, convert_to_tensor=True))
+    return {
+        "chat": pairing.chat,
+        "tokens": pairing.templates,
+        "longest": pairing.longest,
+        **pairing.passage.card(),
+    }

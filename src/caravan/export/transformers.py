@@ -1,70 +1,150 @@
-"""Whole weights for transformers' Auto classes, an adapter merged into its base.
+"""A model folder for transformers' Auto classes, or its LoRA adapter for PEFT.
 
-The folder stays a model folder (`caravan.json` comes along), so that Caravan can go on with it.
+The exported folder stays a model folder: `caravan.json` comes along. Its README.md has code that
+applies prompts, EOS and lengths, which transformers and PEFT do not.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from torch import Tensor
 
 from caravan.data.pairs import PairTemplates
-from caravan.encoding import Encoding, write_encoding
-from caravan.export import card_page, card_recipes, plain, tokens, verify
-from caravan.export.model_card import auto_class
+from caravan.data.tokenization import Templates
+from caravan.encoding import Encoding, adapter_base, read_encoding, write_encoding
+from caravan.errors import InputError
+from caravan.export import model_card, verify
 from caravan.models import folder as model_folder
-from caravan.models.loading import load_language_model
+from caravan.models.biencoder import BiEncoder
+from caravan.models.crossencoder import CrossEncoder, Headed
+from caravan.models.loading import fit_vocabulary, load_language_model
+from caravan.models.query_likelihood import QueryLikelihood
+
+HEAD = "AutoModelForSequenceClassification"
 
 
-def write(folder: Path, out: Path) -> None:
-    """Write the weights and check them.
+def export(folder: Path, out: Path, adapter: bool = False) -> None:
+    """Export full weights for transformers (an adapter is merged), or the adapter alone for PEFT.
+
+    Args:
+        folder: the model folder.
+        out: the new folder; it must not exist, or be empty.
+        adapter: write the adapter, which PEFT loads on its base.
 
     Raises:
-        InputError: the reranker's head is none that transformers has, or the exported folder does
-            not load whole, or computes other numbers.
+        InputError: If the folder cannot be loaded or needs remote code, has no adapter to export,
+            its head has no class in transformers, the exported model computes other numbers, or
+            `out` is not empty.
     """
-    model, tokenizer, encoding, facts = model_folder.load(folder)
-    plain.refuse_foreign_head(folder, model)
-    sample = plain.Sample.of(model, tokenizer, encoding)
-    name = auto_class(encoding, facts)
-    transformer = model.backbone if encoding.kind == "retriever" else model.plain
-    if encoding.kind == "retriever" and name == "AutoModelForCausalLM":
-        del model, transformer  # there may not be room for two
-        transformer = load_language_model(str(folder))
-    if hasattr(transformer, "score"):
-        set_padding(transformer.config, tokenizer, encoding)
-    verify.save_transformer(transformer, out)
-    model = transformer = None
-    tokenizer.save_pretrained(out)
-    write_encoding(out, encoding, {**facts, "weights": "full"})
-    loaded = verify.load_plain(getattr(transformers, name), out)
-    trunk = loaded.base_model if encoding.kind == "retriever" else loaded
-    what = "embeddings" if encoding.kind == "retriever" else "scores"
-    verify.refuse_other_numbers(str(folder), what, sample.wanted, sample.by(trunk))
-    loads = f"""import torch
-from transformers import {name}, AutoTokenizer
+    if adapter and read_encoding(folder)[1]["weights"] != "adapter":
+        raise InputError(
+            "no-adapter", f"{folder} holds full weights and no adapter; leave out --adapter"
+        )
+    with verify.new_folder(folder, out) as scratch:
+        model, tokenizer, encoding, facts = model_folder.load(folder)
+        if isinstance(model.transformer, Headed):
+            raise InputError(
+                "head-not-in-transformers",
+                f"{folder} scores with a linear layer on a token of an encoder, and transformers"
+                " has no class with such a head; export it to sentence-transformers instead",
+            )
+        expected = _outputs(model, tokenizer, encoding)
+        name = model_card.auto_class(encoding, facts)
+        language_model = encoding.kind == "retriever" and name == "AutoModelForCausalLM"
+        padding = _set_padding(tokenizer, encoding) if name == HEAD else None
+        if adapter:
+            del model  # there may not be enough memory for two
+            for file in ("adapter_config.json", model_folder.ADAPTER):
+                shutil.copyfile(folder / file, scratch / file)
+            loaded = _load_on_base(scratch, name, tokenizer, encoding)
+        else:
+            weights = model.transformer
+            del model
+            if language_model:
+                del weights  # the backbone of an embedding model, without the output layer
+                weights = load_language_model(str(folder))
+            if name == HEAD:
+                weights.config.get_text_config().pad_token_id = padding
+            verify.save_transformer(weights, scratch)
+            del weights
+            facts = {**facts, "weights": "full"}
+            loaded = _load(scratch, name)
+        tokenizer.save_pretrained(scratch)
+        write_encoding(scratch, encoding, facts)
+        if encoding.kind == "retriever":
+            rebuilt: Any = BiEncoder(loaded.base_model if language_model else loaded, encoding)
+        else:
+            kind = QueryLikelihood if encoding.scoring == "likelihood" else CrossEncoder
+            rebuilt = kind(loaded, encoding)
+        verify.compare(folder, expected, _outputs(rebuilt, tokenizer, encoding))
+        variables = {
+            "exported": True,
+            "transformers": True,
+            "auto_class": name,
+            "adapter": adapter and model_card.base_arguments(folder),
+            "padding": padding if adapter else "saved",
+            **model_card.usage(tokenizer, encoding),
+        }
+        library = "peft" if adapter else "transformers"
+        model_card.write_export(folder, scratch, library, [encoding.kind], variables)
 
-tokenizer = AutoTokenizer.from_pretrained("{card_page.HERE}")
-model = {name}.from_pretrained("{card_page.HERE}").eval()
-"""
-    if trunk is not loaded:
-        loads += "model = model.base_model  # embeddings are made without the output layer\n"
-    text = card_page.exported_plain(
-        folder, facts, encoding, "transformers", loads + card_recipes.recipe(tokenizer, encoding)
+
+def _set_padding(tokenizer: Any, encoding: Encoding) -> int | None:
+    """Choose a padding that no pair ends with, and return its id; None if there is none.
+
+    A decoder's head in transformers reads the last token that is not padding, by its id. If the EOS
+    is the padding as well, that would be the token before the EOS. Without padding, transformers
+    refuses to score batches.
+    """
+    token = verify.pad_token(tokenizer, PairTemplates(tokenizer, encoding).after[-1:])
+    if token is None:
+        return None
+    tokenizer.pad_token = token
+    return int(tokenizer.pad_token_id)
+
+
+def _load(folder: Path, name: str) -> Any:
+    """Load a folder as a user of transformers does, with every weight in its place."""
+    model, report = getattr(transformers, name).from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
-    (out / "README.md").write_text(text, "utf-8")
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = sorted(str(key) for kind in kinds for key in report.get(kind, ()))
+    if wrong:
+        raise InputError(
+            "export-differs",
+            f"{type(model).__name__} does not load in plain transformers as it was saved"
+            f" ({', '.join(wrong)[:300]}), so nothing is written; use the model folder",
+        )
+    return model.eval()
 
 
-def set_padding(config: Any, tokenizer: Any, encoding: Encoding) -> None:
-    """Pad with a token that no pair ends with; without one, transformers refuses to pad.
+def _load_on_base(folder: Path, name: str, tokenizer: Any, encoding: Encoding) -> Any:
+    """Load an adapter on its base as the card's code does."""
+    from peft import PeftModel
 
-    It has a decoder's head read the last token that is not padding, by its id: where the EOS is the
-    padding too, as for many a decoder, that would be the token before the EOS.
-    """
-    padding = tokens.pad_token(tokenizer, PairTemplates(tokenizer, encoding).after[-1:])
-    if padding is not None:
-        tokenizer.pad_token = padding
-    known = None if padding is None else tokenizer.pad_token_id
-    config.get_text_config().pad_token_id = known
+    base, revision = adapter_base(folder)
+    labels = {"num_labels": 1} if name == HEAD else {}
+    model = getattr(transformers, name).from_pretrained(
+        base, dtype=torch.float32, revision=revision or "main", trust_remote_code=False, **labels
+    )
+    if encoding.bidirectional:
+        model.config.is_causal = False
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        fit_vocabulary(model, tokenizer)
+    return PeftModel.from_pretrained(model, folder).eval()
+
+
+def _outputs(model: Any, tokenizer: Any, encoding: Encoding) -> Tensor:
+    """Embeddings [N, d] of `verify.TEXTS` as queries and passages, or scores [N] of pairs."""
+    if encoding.kind == "reranker":
+        pairs = [(verify.QUERY, text) for text in verify.TEXTS]
+        return verify.score(model, PairTemplates(tokenizer, encoding), pairs)
+    templates = Templates(tokenizer, encoding)
+    ids = templates.queries(verify.TEXTS) + templates.passages(verify.TEXTS)
+    return verify.embed(model, [row for row in ids if row])

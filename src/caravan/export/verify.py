@@ -1,60 +1,98 @@
-"""A transformer's weights, written so that transformers' Auto classes find them all.
+"""What all exports share: a folder written whole or not at all, and the comparison with the model.
 
-BERT and its kin have a pooler, a head of their pre-training that plays no part in embeddings, and a
-model folder does without. Plain transformers would fill it with random numbers and warn at every
-load, so an export has one of zeros.
+Both sides embed or score the same texts in float32: short and empty ones, other scripts, titles,
+and lengths around the limit. Other tokens would give other numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from caravan.data.batch import pack
+from caravan.data.pairs import PairTemplates
+from caravan.encoding import read_encoding
 from caravan.errors import InputError
+from caravan.files import scratch_folder
+from caravan.models.remote_code import FACT, SETTING
 
-CLOSE = 1e-4
-"""How far numbers of float32 may be from the model folder's, where these are about 1 in size."""
+TOLERANCE = 1e-4
+"""Largest difference of embeddings and scores in float32, relative to their size if above 1."""
+QUERY = "Which animals cross the desert?"
+TEXTS = (
+    ("", "camels"),
+    ("", "How long does a caravan take through the desert? 40 days (or more)."),
+    ("Salt & gold", "Größe, naïve: 北京 🐪\n\tthe second line's end"),
+    ("", "  spaces around, (brackets) and  two inside "),
+    ("A title", ""),
+    ("", ""),
+)
+"""Titles and texts that are compared whatever the lengths."""
 
 
-def save_transformer(model: Any, out: Path) -> None:
-    """Save a transformer, with a pooler of zeros where its architecture has one."""
-    with torch.device("meta"):
-        pooler = getattr(type(model)(model.config), "pooler", None)
-    if pooler is not None and getattr(model, "pooler", None) is None:
-        model.pooler = pooler.to_empty(device="cpu")
-        for weight in model.pooler.parameters():
-            torch.nn.init.zeros_(weight)
-    with quiet():
-        model.save_pretrained(out)
+def probes(length: int) -> list[tuple[str, str]]:
+    """Titles and texts to compare, among them some around `length` tokens."""
+    words = ("sand dunes " * length).split()
+    fit = [" ".join(words[:number]) for number in range(max(length - 8, 1), length + 2)]
+    return [*TEXTS, *(("", text) for text in fit), ("Dunes", " ".join(words)), ("", "a" * length)]
 
 
-def load_plain(auto: Any, folder: Path) -> Any:
-    """Load a folder as a user of transformers does, with every weight in its place.
+@torch.no_grad()
+def embed(model: Any, ids: Sequence[list[int]]) -> Tensor:
+    """Embeddings [N, d] of token ids by a BiEncoder."""
+    embeddings: Tensor = model.embed(pack(ids, 4096))
+    return embeddings
+
+
+@torch.no_grad()
+def score(
+    model: Any, templates: PairTemplates, pairs: Sequence[tuple[str, tuple[str, str]]]
+) -> Tensor:
+    """Scores [N] of queries, each with a passage (title, text), by a CrossEncoder."""
+    queries = [("", query) for query, _ in pairs]
+    read = templates.pairs(queries, [passage for _, passage in pairs])
+    seconds = [pair.second for pair in read] if templates.typed else None
+    scores: Tensor = model.score(pack([pair.ids for pair in read], 4096, seconds=seconds))
+    return scores
+
+
+@contextmanager
+def new_folder(folder: Path, out: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `out` when the block ends without an error.
+
+    Args:
+        folder: the model folder to export.
+        out: must not exist, or be empty.
 
     Raises:
-        InputError: a weight is missing or left over.
+        InputError: If `out` is not empty, or the model needs remote code.
     """
-    with quiet():
-        model, report = auto.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-        )
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    wrong = [str(key) for kind in kinds for key in report.get(kind, ())]
-    if wrong:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(
-            f"{type(model).__name__} does not load in plain transformers as it was saved"
-            f" ({', '.join(sorted(wrong))[:300]}), so nothing is written; use the model folder"
+            "folder-not-empty", f"{out} exists already; choose a folder that is new or empty"
         )
-    return model.eval()
+    if read_encoding(folder)[1].get(FACT):
+        raise InputError(
+            "remote-code",
+            f"{folder} needs remote code, whose classes other libraries may read differently, so it"
+            f" is not exported; use the model folder itself, with {SETTING}=true",
+        )
+    with scratch_folder(out) as scratch, quiet():
+        yield scratch
+        if out.exists():
+            out.rmdir()
+        os.replace(scratch, out)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars and no reports of transformers."""
+    """Turn off the progress bars and load reports of transformers."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -66,15 +104,46 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def refuse_other_numbers(place: str, what: str, wanted: torch.Tensor, found: torch.Tensor) -> None:
-    """Compare embeddings or scores.
+def compare(folder: Path, expected: Tensor, found: Tensor) -> None:
+    """Compare embeddings or scores of the model folder and of its export.
 
     Raises:
-        InputError: they are not the same up to rounding.
+        InputError: If they differ by more than rounding.
     """
-    apart = float((wanted - found).abs().max())
-    if not apart <= CLOSE * max(float(wanted.abs().max()), 1.0):
+    difference = float((expected.cpu() - found.cpu()).abs().max())
+    if not difference <= TOLERANCE * max(float(expected.abs().max()), 1.0):
         raise InputError(
-            f"{place}: the exported model's {what} differ from the model folder's by {apart:.2g},"
-            " so nothing is written; use the model folder itself"
+            "export-differs",
+            f"{folder}: the outputs of the exported model differ from the model folder's by"
+            f" {difference:.2g}, so nothing is written; export it for another library, or use the"
+            " model folder itself",
         )
+
+
+def save_transformer(model: Any, out: Path) -> None:
+    """Save a transformer so that plain transformers finds all its weights.
+
+    BERT's pooler plays no part in embeddings, and a model folder does without it. transformers
+    would initialize it at random and warn at every load, so it is saved as zeros.
+    """
+    with torch.device("meta"):
+        pooler = getattr(type(model)(model.config), "pooler", None)
+    if pooler is not None and getattr(model, "pooler", None) is None:
+        model.pooler = pooler.to_empty(device="cpu")
+        for weight in model.pooler.parameters():
+            torch.nn.init.zeros_(weight)
+    model.save_pretrained(out)
+
+
+def pad_token(tokenizer: Any, last: Sequence[int] = ()) -> str | None:
+    """The tokenizer's padding, or another special token that can be it; None if there is none.
+
+    Args:
+        last: the id that every text ends with, which cannot be the padding.
+    """
+    own = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token)
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for token in (*own, *added):
+        if token is not None and tokenizer.convert_tokens_to_ids(token) not in last:
+            return str(token)
+    return None

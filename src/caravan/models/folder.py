@@ -7,7 +7,7 @@
                                                  weights that it was trained on have a name
       score.safetensors   an encoder's head; a decoder's is in its weights, or in its adapter
       tokenizer.json ...
-      README.md           the card (`caravan.export.card_command`), which nothing reads
+      README.md           the card (`caravan.export.model_card`), which nothing reads
 
 It is written beside its final place and renamed, so there is a whole folder, the old or the new.
 """

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from caravan.errors import InputError
+from caravan.errors import InputError, printable
 from caravan.files import replacing
 from caravan.report.records import Records, distinct, read_metrics, to_depth
 from caravan.report.tables import NONE, Screen, Table, depth_note, score
@@ -67,14 +67,15 @@ def collect_suites(suites: Mapping[str, dict[str, Any]]) -> Suites:
     for system, record in suites.items():
         name = system or record.get("system", "the suite")
         for collection, own in record["collections"].items():
-            groups[collection] = own["group"]
+            collection = printable(collection)  # pandas refuses half of a surrogate pair
+            groups[collection] = printable(own["group"])
             content = (own.get("digest"), own.get("split"))
             if contents.setdefault(collection, content) != content:
                 message = f"{name} has another content or split of {collection} than those before"
                 raise InputError("mixed-collections", f"{message}; evaluate it again")
             for stage, overall in own["stages"].items():
                 alone = system and len(own["stages"]) == 1
-                label = system if alone else f"{system} {stage}".strip()
+                label = printable(system if alone else f"{system} {stage}".strip())
                 if stage in own["too_deep"]:
                     short[label] = {"depth": own["depths"][stage], "too_deep": own["too_deep"]}
                 for measure, value in overall.items():

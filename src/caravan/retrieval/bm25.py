@@ -1,9 +1,9 @@
 """BM25: the lexical retriever, the baseline of every table and the first source of negatives.
 
 bm25s (Lù, arXiv 2407.03618) precomputes the score of every (term, passage) pair; a query adds up
-the columns of its terms. The index folder is bm25s' own, but it is built here in blocks, with
-intermediate counts on disk, so that memory follows the vocabulary and not the corpus; bm25s' stop
-words, stemming and scoring are used as they are. Search reads the folder memory-mapped.
+the columns of its terms. bm25s tokenizes, saves, loads and searches the index. The scores alone are
+computed here, in blocks with intermediate counts on disk, so that memory grows with the vocabulary
+and not with the corpus: bm25s holds all tokens of a corpus as Python lists.
 
     python evaluate.py retriever=bm25 data=beir data.path=<folder> data.split=test
 """
@@ -11,37 +11,41 @@ words, stemming and scoring are used as they are. Search reads the folder memory
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import os
 import re
-import shutil
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import bm25s
 import numpy as np
 import regex
+import Stemmer
 
+from caravan import manifests
+from caravan.data.collection import Collection
 from caravan.data.runs import Run, canonical
+from caravan.data.texts import Texts
 from caravan.errors import InputError
 from caravan.files import reserve, scratch_folder
 from caravan.progress import track
-
-if TYPE_CHECKING:
-    from caravan.data.collection import Texts
+from caravan.retrieval.store import Store
 
 log = logging.getLogger(__name__)
 
 BLOCK_ROWS = 16_384
 METHODS = ("lucene", "robertson", "atire")
 FILES = (
-    *("data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"),
-    *("vocab.index.json", "params.index.json"),
+    "data.csc.index.npy",
+    "indices.csc.index.npy",
+    "indptr.csc.index.npy",
+    "vocab.index.json",
+    "params.index.json",
 )
-"""The files of an index."""
+"""The files of an index, as bm25s saves them."""
 TOKENIZERS = ("unicode", "words")
 
 _WORD = re.compile(r"\b\w\w+\b")  # bm25s' tokens
@@ -49,7 +53,7 @@ _OTHER_SCRIPTS = re.compile(
     "[\u0300-\u036f\u0483-\u0489\u0590-\u1dff\u20d0-\u20ff\u2c80-\U0010ffff]"
 )
 """Blocks with all combining marks and all scripts without spaces. A text without these has bm25s'
-tokens, which `re` finds five times as fast as `regex` would."""
+tokens, which `re` finds five times as fast as `regex`."""
 _UNSPACED = (
     r"[[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Yi}\p{Hangul}\p{Line_Break=SA}\u30fc\uff70]"
     r"&&[\p{L}\p{N}\p{Mn}\p{Mc}]]"
@@ -57,7 +61,7 @@ _UNSPACED = (
 """Letters of scripts without spaces between words (Line_Break=SA: Thai, Lao, Khmer, Myanmar), and
 Hangul, whose words end with particles."""
 _MARK = r"[[\p{Mn}\p{Mc}]--[\ufe00-\ufe0f\U000e0100-\U000e01ef]]"  # without variation selectors
-_LETTER = rf"[[\p{{L}}\p{{N}}_]--{_UNSPACED}]"  # `\w` of `re`, but for those
+_LETTER = rf"[[\p{{L}}\p{{N}}_]--{_UNSPACED}]"  # `\w` of `re` without these
 _JOINER = rf"(?<={_MARK})[\u200c\u200d]"  # of Indic conjuncts
 _TOKEN = regex.compile(
     rf"({_UNSPACED}(?:{_UNSPACED}|{_MARK})*)|{_LETTER}(?:{_LETTER}|{_MARK}|{_JOINER})+",
@@ -70,16 +74,16 @@ class BM25:
     """BM25 over "title text" of each passage, English stop words and stems by default.
 
     Args:
-        k1, b: Saturation of term frequency and weight of length; 0.9 and 0.4 are Anserini's.
-        method: `lucene`, `robertson` or `atire`, as Kamphuis et al. (ECIR 2020) tell them apart.
-        stopwords: A language that bm25s has a list for, or None to keep all words.
-        stemmer: A language of the Snowball stemmer, or None to keep words as they are.
-        tokenizer: `unicode` (see `tokens`), or `words`: runs of two letters or digits or more, as
-            bm25s has it, which finds nothing in scripts without spaces. English has the same
-            tokens with both.
+        k1, b: saturation of term frequency and weight of length; 0.9 and 0.4 are Anserini's.
+        method: `lucene`, `robertson` or `atire`, see Kamphuis et al. (ECIR 2020).
+        stopwords: a language that bm25s has a list for, or None to keep all words.
+        stemmer: a language of the Snowball stemmer, or None to keep words as they are.
+        tokenizer: `unicode` (see `tokens`), or `words`: the tokenization of bm25s, runs of two or
+            more letters or digits, which finds nothing in scripts without spaces. English has the
+            same tokens with both.
 
     Raises:
-        InputError: A setting that does not exist.
+        InputError: If a setting is invalid.
     """
 
     def __init__(
@@ -91,16 +95,20 @@ class BM25:
         stemmer: str | None = "english",
         tokenizer: str = "unicode",
     ) -> None:
-        if tokenizer not in TOKENIZERS:
-            raise InputError(
-                f"bm25.tokenizer is {tokenizer!r}; it must be one of {', '.join(TOKENIZERS)}"
-            )
-        if method not in METHODS:
-            raise InputError(f"BM25's method '{method}' is none of {', '.join(METHODS)}")
+        for name, value, choices in (
+            ("tokenizer", tokenizer, TOKENIZERS),
+            ("method", method, METHODS),
+            ("stemmer", stemmer, (None, *Stemmer.algorithms())),
+        ):
+            if value not in choices:
+                raise InputError(
+                    "unknown-choice",
+                    f"bm25.{name} is {value!r}; it must be one of {', '.join(map(str, choices))}",
+                )
         if not 0 <= k1 < math.inf:
-            raise InputError(f"bm25.k1 is {k1}; it must be finite and at least 0")
+            raise InputError("out-of-range", f"bm25.k1 is {k1}; it must be finite and at least 0")
         if not 0 <= b <= 1:
-            raise InputError(f"bm25.b is {b}; it must be between 0 and 1")
+            raise InputError("out-of-range", f"bm25.b is {b}; it must be between 0 and 1")
         self.k1, self.b, self.method = k1, b, method
         self.stopwords, self.stemmer, self.tokenizer = stopwords, stemmer, tokenizer
         self._index: Any = None
@@ -109,50 +117,50 @@ class BM25:
     def build(self, corpus: Texts, folder: Path | str) -> None:
         """Index the corpus into `folder`, and open the index.
 
-        The index is built beside `folder`, then its files replace those in `folder` one by one.
-        Nothing else in there is touched, whoever wrote it. The same corpus and settings give the
-        same bytes, so that two processes may build into one folder.
+        The index is built beside `folder`, then its files replace those in `folder` one by one;
+        other files in there stay. The same corpus and settings give the same bytes, so two
+        processes may build into one folder.
         """
         folder = Path(folder)
         with scratch_folder(folder) as draft:
             counts = draft / "counts"
             counts.mkdir()
             vocabulary, frequencies, lengths = self._count(corpus, counts)
-            self._score(counts, draft, frequencies, lengths)
-            shutil.rmtree(counts)
-            names = {"vocab.index.json": vocabulary, "params.index.json": self._parameters(corpus)}
-            for name, content in names.items():
-                (draft / name).write_text(json.dumps(content, ensure_ascii=False), "utf-8")
+            index = bm25s.BM25(self.k1, self.b, method=self.method)
+            index.vocab_dict = vocabulary
+            index.nonoccurrence_array = None  # of other methods
+            index.scores = self._scores(counts, frequencies, lengths)
+            index.save(draft, show_progress=False)
             folder.mkdir(exist_ok=True)
             for name in FILES:
                 os.replace(draft / name, folder / name)
         self.open(corpus, folder)
 
     def open(self, corpus: Texts, folder: Path | str) -> None:
-        """Open an index that `build` wrote; scores stay on disk, only the vocabulary is read.
+        """Open an index memory-mapped; only the vocabulary is read.
 
         Raises:
-            InputError: The folder is not an index, or not one of this corpus or these settings.
+            InputError: If the folder is not an index of this corpus with these settings.
         """
-        import bm25s
-
         try:
             index = bm25s.BM25.load(folder, mmap=True)
         except (OSError, EOFError, ValueError, KeyError) as error:
             raise InputError(
-                f"{folder} holds no BM25 index that can be read ({error}); delete it to build anew"
+                "damaged-index",
+                f"{folder} contains no readable BM25 index ({error}); delete it to build a new one",
             ) from None
         found = (index.k1, index.b, index.method, index.scores["num_docs"])
         wanted = (self.k1, self.b, self.method, len(corpus))
         if found != wanted:
             raise InputError(
-                f"the BM25 index in {folder} has (k1, b, method, passages) = {found} where "
-                f"{wanted} are asked for; delete it to build anew"
+                "other-index",
+                f"the BM25 index in {folder} has (k1, b, method, passages) = {found}, not "
+                f"{wanted}; delete it to build a new one",
             )
         self._index, self._corpus = index, corpus
 
     def search(self, texts: Sequence[str], query_rows: np.ndarray, k: int = 1000) -> Run:
-        """The run of the queries: passages with a score above 0, at most `k` each, in canonical
+        """The run of the queries: at most `k` passages with a score above 0 each, in canonical
         order. Of passages that tie at the cut, those of lower row are kept.
         """
         if self._index is None or self._corpus is None:
@@ -160,10 +168,9 @@ class BM25:
         rows, scores, counts = [], [], []
         unknown: list[str] = []
         for text in track(texts, "BM25 search", len(texts), unit="queries"):
-            tokens = self._tokens([text])
-            terms = [name for of in tokens.ids for name in of]
-            by_id = {i: name for name, i in tokens.vocab.items()}
-            ids = self._index.get_tokens_ids([by_id[i] for i in terms])
+            tokenized = self._tokens([text])
+            by_id = {i: name for name, i in tokenized.vocab.items()}
+            ids = self._index.get_tokens_ids([by_id[i] for of in tokenized.ids for i in of])
             if not ids:
                 unknown.append(text)
             best, their_scores = _best(self._index.get_scores_from_ids(ids), k)
@@ -175,8 +182,12 @@ class BM25:
                 "BM25 finds nothing for %d of %d queries, of which no token is in the corpus (the"
                 " first: %r); check that both are in one language, and bm25.tokenizer=%s,"
                 " bm25.stopwords=%s and bm25.stemmer=%s",
-                *(len(unknown), len(texts), unknown[0][:80]),
-                *(self.tokenizer, self.stopwords, self.stemmer),
+                len(unknown),
+                len(texts),
+                unknown[0][:80],
+                self.tokenizer,
+                self.stopwords,
+                self.stemmer,
             )
         run = Run.from_flat(
             np.repeat(np.asarray(query_rows, dtype=np.int64), counts),
@@ -192,37 +203,28 @@ class BM25:
         pattern = _WORD.pattern
         if self.tokenizer == "unicode":
             texts, pattern = [" ".join(tokens(text)) for text in texts], r"\S+"
-        import bm25s
-        import Stemmer
-
-        try:
-            stemmer = Stemmer.Stemmer(self.stemmer) if self.stemmer else None
-        except KeyError:
-            raise InputError(
-                f"BM25's stemmer '{self.stemmer}' is none of {', '.join(Stemmer.algorithms())}"
-            ) from None
         try:
             return bm25s.tokenize(
                 texts,
                 token_pattern=pattern,
                 stopwords=self.stopwords,
-                stemmer=stemmer,
+                stemmer=Stemmer.Stemmer(self.stemmer) if self.stemmer else None,
                 show_progress=False,
             )
         except ValueError as error:
-            raise InputError(f"BM25's stop words: {error}") from None
+            raise InputError("unknown-choice", f"bm25.stopwords: {error}") from None
 
     def _count(self, corpus: Texts, folder: Path) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
-        """Count terms in each passage, a block to a file.
+        """Count the terms of each passage, a file per block.
 
-        Returns the vocabulary, in how many passages each term is [V] and lengths in terms [N].
+        Returns the vocabulary, document frequencies [V] and lengths in terms [N].
         """
         vocabulary: dict[str, int] = {}
         frequencies = np.zeros(0, dtype=np.int64)
         lengths = np.zeros(len(corpus), dtype=np.int32)
         for start, texts in _blocks(corpus):
             tokens = self._tokens(texts)
-            # bm25s numbers terms in the order of a set, which is another in every process
+            # bm25s numbers terms in the order of a set, which differs between processes
             local = np.empty(len(tokens.vocab), dtype=np.int64)
             for name in sorted(tokens.vocab):
                 local[tokens.vocab[name]] = vocabulary.setdefault(name, len(vocabulary))
@@ -230,7 +232,7 @@ class BM25:
             lengths[start : start + len(texts)] = sizes
             terms = local[np.fromiter(itertools.chain(*tokens.ids), np.int64, sizes.sum())]
             passages = np.repeat(np.arange(start, start + len(texts)), sizes)
-            # sorted by term, then passage: a block's part of each column of the index
+            # sorted by term, then passage: the block's part of each column of the index
             pairs, times = np.unique(terms << 32 | passages, return_counts=True)
             np.save(folder / f"{start:012}.pairs.npy", pairs)
             np.save(folder / f"{start:012}.times.npy", times.astype(np.int32))
@@ -239,19 +241,16 @@ class BM25:
             )
         return vocabulary, frequencies, lengths
 
-    def _score(
-        self, counts: Path, folder: Path, frequencies: np.ndarray, lengths: np.ndarray
-    ) -> None:
-        """Write the score of each term in each passage, term by term (CSC), from the counts."""
+    def _scores(self, counts: Path, frequencies: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
+        """The score of each term in each passage, term by term (CSC), memory-mapped in `counts`."""
         ends = np.concatenate(([0], np.cumsum(frequencies)))
         if not ends[-1]:
-            raise InputError("no passage of the corpus has a word that BM25 could index")
-        np.save(folder / "indptr.csc.index.npy", ends)
+            raise InputError(
+                "empty-corpus", "no passage of the corpus has a word that BM25 could index"
+            )
         size = (int(ends[-1]),)
-        data, indices = (
-            _mapped(folder / f"{name}.csc.index.npy", kind, size)
-            for name, kind in (("data", np.float32), ("indices", np.int32))
-        )
+        data = _mapped(counts / "data.npy", np.float32, size)
+        indices = _mapped(counts / "indices.npy", np.int32, size)
         idf = self._idf(frequencies, len(lengths)).astype(np.float32)
         average = lengths.mean()
         next_place = ends[:-1].copy()
@@ -267,8 +266,7 @@ class BM25:
             data[places] = idf[terms] * (gain * times / (saturation + times))
             indices[places] = passages
             next_place += np.bincount(terms, minlength=len(next_place))
-        data.flush()
-        indices.flush()
+        return {"data": data, "indices": indices, "indptr": ends, "num_docs": len(lengths)}
 
     def _idf(self, frequencies: np.ndarray, passages: int) -> np.ndarray:
         df = np.maximum(frequencies, 1).astype(np.float64)
@@ -277,25 +275,22 @@ class BM25:
         odds = (passages - df + 0.5) / (df + 0.5)
         return np.log(1 + odds) if self.method == "lucene" else np.log(np.maximum(odds, 1))
 
-    def _parameters(self, corpus: Texts) -> dict[str, Any]:
-        import bm25s
 
-        return {
-            "k1": self.k1,
-            "b": self.b,
-            "delta": 0.5,
-            "method": self.method,
-            "idf_method": self.method,
-            "dtype": "float32",
-            "int_dtype": "int32",
-            "num_docs": len(corpus),
-            "version": bm25s.__version__,
-            "backend": "numpy",
-        }
+def index_inputs(collection: Collection, settings: dict[str, Any]) -> dict[str, Any]:
+    """What determines an index; `settings` are the arguments of `BM25`."""
+    versions = manifests.versions(("bm25s", "PyStemmer"))
+    return {"collection": collection.digest, "bm25": settings, "versions": versions}
+
+
+def open_index(bm25: BM25, settings: dict[str, Any], collection: Collection, store: Store) -> None:
+    """Open the index of a collection in a store, or build it there first."""
+    inputs = index_inputs(collection, settings)
+    folder = store.files("bm25", inputs, FILES, lambda path: bm25.build(collection.corpus, path))
+    bm25.open(collection.corpus, folder)
 
 
 def _mapped(path: Path, kind: type, size: tuple[int]) -> np.memmap:
-    """A new array that is written through a memory map."""
+    """A new array on disk, written through a memory map."""
     array = np.lib.format.open_memmap(path, "w+", kind, size)
     reserve(path)
     return array
@@ -304,9 +299,9 @@ def _mapped(path: Path, kind: type, size: tuple[int]) -> np.memmap:
 def tokens(text: str) -> list[str]:
     """The tokens of a text in any script, before stop words and stems.
 
-    The text is lowercased and brought to Unicode's normal form C. A token is a run of two letters,
-    digits and combining marks or more. In scripts without spaces between words, and in Hangul, it
-    is a pair of neighbouring characters, as in Lucene's CJKAnalyzer, or one that stands alone.
+    The text is lowercased and normalized to Unicode's form C. A token is a run of two or more
+    letters, digits and combining marks. In scripts without spaces between words, and in Hangul, it
+    is a pair of neighbouring characters, as in Lucene's CJKAnalyzer, or a single isolated one.
 
     >>> tokens("A salt road, cafe\\u0301")
     ['salt', 'road', 'café']
@@ -328,7 +323,7 @@ def tokens(text: str) -> list[str]:
 
 
 def _blocks(corpus: Texts) -> Iterator[tuple[int, list[str]]]:
-    """`(start row, ["title text", ...])`; the bar counts passages."""
+    """`(start row, ["title text", ...])`; the progress bar counts passages."""
     rows = iter(track(range(len(corpus)), "BM25 index", len(corpus), unit="passages"))
     while block := list(itertools.islice(rows, BLOCK_ROWS)):
         texts = corpus.get(slice(block[0], block[-1] + 1))
@@ -336,7 +331,7 @@ def _blocks(corpus: Texts) -> Iterator[tuple[int, list[str]]]:
 
 
 def _best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and scores of the `k` greatest of scores [N] above 0, ties at the cut by lower row."""
+    """Rows and scores of the `k` greatest scores [N] above 0; of ties at the cut the lower rows."""
     rows = np.flatnonzero(scores > 0)
     found = scores[rows]
     if len(rows) > k:

@@ -1,7 +1,6 @@
-"""Several runs to one: reciprocal ranks, or scores made comparable and weighed.
+"""Fusion of runs: by reciprocal ranks, or by weighted normalized scores.
 
-A lexical and a dense retriever miss different passages; together they beat each of them. Ranks need
-no calibration (Cormack et al. 2009); scores, made comparable query by query, keep the distances.
+Ranks need no calibration (Cormack et al. 2009); scores, normalized query by query, keep distances.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ NORMALISATIONS = ("minmax", "zscore", "none")
 
 
 class ReciprocalRank:
-    """The sum over runs of 1 / (k + rank), the rank counted from 1.
+    """The sum over runs of 1 / (k + rank), with ranks from 1.
 
     Args:
-        k: the larger, the less the very top counts; 60 in the literature.
-        weights: of each run; None: all the same.
+        k: larger values give the top ranks less weight; 60 in the literature.
+        weights: one per run; None weighs all the same.
     """
 
     def __init__(self, k: float = 60, weights: Sequence[float] | None = None) -> None:
@@ -37,18 +36,19 @@ class ReciprocalRank:
 
 
 class Weighted:
-    """The weighted sum of scores that are made comparable for each query and run.
+    """The weighted sum of scores, normalized for each query and run.
 
     Args:
-        weights: of each run; None: all the same.
-        normalise: "minmax" to 0..1, "zscore" to deviation 1, or "none". A passage that a run does
-            not have gets the lowest score there ("none": 0).
+        weights: one per run; None weighs all the same.
+        normalise: "minmax" to 0..1, "zscore" to deviation 1, or "none". A passage that a run lacks
+            gets the run's lowest score ("none": 0).
     """
 
     def __init__(self, weights: Sequence[float] | None = None, normalise: str = "minmax") -> None:
         if normalise not in NORMALISATIONS:
             raise InputError(
-                f"fuse.normalise is {normalise!r}; it must be one of {', '.join(NORMALISATIONS)}"
+                "unknown-choice",
+                f"fuse.normalise is {normalise!r}; it must be one of {', '.join(NORMALISATIONS)}",
             )
         self.weights = weights
         self.normalise = normalise
@@ -69,8 +69,7 @@ class Weighted:
                     deviation = np.repeat(np.sqrt(squares), counts)
                     scores = (scores - mean) / np.where(deviation > 0, deviation, 1.0)
                 if self.normalise != "none":
-                    # Counted from the run's lowest, so that a missing passage, which adds nothing,
-                    # stands where the lowest stands.
+                    # A missing passage adds nothing, so the lowest score of a run must be 0.
                     scores = scores - np.repeat(np.minimum.reduceat(scores, starts), counts)
             parts.append(scores)
         return _added(runs, parts, _weights(self.weights, runs))
@@ -81,13 +80,14 @@ def _weights(weights: Sequence[float] | None, runs: Sequence[Run]) -> Sequence[f
         return [1.0] * len(runs)
     if len(weights) != len(runs):
         raise InputError(
-            f"fuse.weights has {len(weights)} numbers for {len(runs)} runs; give one for each"
+            "wrong-number-of-weights",
+            f"fuse.weights has {len(weights)} numbers for {len(runs)} runs; give one for each",
         )
     return weights
 
 
 def _added(runs: Sequence[Run], parts: Sequence[np.ndarray], weights: Sequence[float]) -> Run:
-    """The run of the weighted sums over (query, passage)."""
+    """The run of the weighted sums by (query, passage)."""
     query_rows = np.concatenate([np.repeat(run.query_rows, run.counts) for run in runs])
     passage_rows = np.concatenate([run.passage_rows for run in runs])
     scores = np.concatenate([weight * part for weight, part in zip(weights, parts, strict=True)])

@@ -1,15 +1,15 @@
-"""A corpus to embeddings on disk: float16 shards, written block by block, resumed after a kill.
+"""A model folder opened for inference: texts to embeddings, pairs to scores.
 
-A block of passages is sorted by length, embedded in chunks under a token budget, and written to
-`00000042.npy` beside its final name before it is renamed. The next start keeps whole blocks and
-computes the others; since a block is computed on its own, the files are the same bytes either way.
-Memory is that of one block and the model, whatever the corpus' size.
+`Inference` is the only place that opens a folder to compute with it: `caravan.load`, evaluations,
+search and MTEB use it, so all of them compute the same numbers. Work for the disk is done block by
+block: a block of texts is sorted by length, computed in chunks under a token budget, and is
+independent of the other blocks, so memory is that of one block and the model.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,135 +17,327 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from caravan.data.batch import Packed, pack
-from caravan.data.batching import TextBlocks
+from caravan import manifests
+from caravan.data.batch import Packed
+from caravan.data.batching import PairBlocks, TextBlocks
 from caravan.data.loaders import text_loader
-from caravan.data.texts import Texts
+from caravan.data.pairs import PairTemplates
 from caravan.data.tokenization import Templates
-from caravan.encoding import read_encoding
+from caravan.encoding import folder_digest, read_encoding
+from caravan.errors import InputError
 from caravan.models import folder as model_folder
 from caravan.models import hardware
 from caravan.models.biencoder import BiEncoder
+from caravan.models.crossencoder import CrossEncoder
 from caravan.models.packed import pack_linears
 from caravan.models.positions import refuse_too_long
+from caravan.models.remote_code import FACT
 from caravan.progress import progress
-from caravan.retrieval.shards import ShardFiles, fill
+from caravan.retrieval.store import Compute, Embeddings, Store
 
 log = logging.getLogger(__name__)
 
-
-class Shards:
-    """Embeddings on disk, in row order: block i holds the rows from i * block on.
-
-    `for start, vectors in shards` walks the blocks ([n, dim] float16, memory-mapped).
-    """
-
-    def __init__(self, files: ShardFiles, rows: int, block: int) -> None:
-        self.files = files
-        self.rows = rows
-        self.block = block
-        self.dim = int(files.read(0).shape[1])
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        for start in range(0, self.rows, self.block):
-            yield start, self.files.read(start // self.block)
-
-    def read(self) -> np.ndarray:
-        """All embeddings [rows, dim] float32; for queries, or a corpus that fits in memory."""
-        return np.concatenate([vectors for _, vectors in self]).astype(np.float32)
+BLOCK = 1024
+"""Texts in memory that are sorted by length together."""
+SECTIONS = {"retriever": "", "reranker": "rerank."}
+"""The section of an evaluation's config that overrides the lengths of a folder, with its dot."""
 
 
-class Encoder:
-    """A model folder that embeds; it brings its own prompts, EOS, pooling and lengths.
+class TextList:
+    """Texts in memory, read by row like those of a collection.
 
     Args:
-        folder: the model folder. Its weights load when the first text that is not on disk comes.
+        texts: (title, text) of each.
+    """
+
+    def __init__(self, texts: Sequence[tuple[str, str]]) -> None:
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def get(self, rows: Sequence[int] | np.ndarray) -> list[tuple[str, str]]:
+        return [self.texts[row] for row in rows]
+
+
+class Inference:
+    """A retriever that embeds texts, or a reranker that scores pairs.
+
+    The folder brings prompts, EOS, pooling, normalization and lengths. Its weights load at first
+    use, so an evaluation that finds its products on disk loads none.
+
+    Args:
+        folder: a model folder.
+        kind: "retriever" or "reranker"; None accepts both.
         precision: "auto", "bf16" or "float32".
-        lengths: `query_length` and `passage_length` that replace the encoding's.
-        token_budget: padded tokens a chunk; None leaves them to the machine.
-        block: texts a shard.
-        num_workers: processes that tokenise ahead.
-        attention, trust_remote_code: as in `caravan.models.folder.load`.
+        token_budget: padded tokens of a chunk; None chooses by device.
+        num_workers: processes that tokenize ahead.
+        attention, trust_remote_code: see `caravan.models.folder.load`.
+        lengths: `query_length` and `passage_length` that override those of the folder.
+
+    Attributes:
+        encoding: the folder's, with `lengths`.
+        facts: the folder's.
+        precision: "bf16" or "float32".
+
+    Raises:
+        InputError: If the folder is not a model folder, or of the other kind.
     """
 
     def __init__(
         self,
-        folder: Path,
-        precision: str,
-        lengths: dict[str, int],
-        token_budget: int | None,
-        block: int,
-        num_workers: int,
+        folder: str | Path,
+        kind: str | None = None,
+        precision: str = "auto",
+        token_budget: int | None = None,
+        num_workers: int = 0,
         attention: str = "auto",
         trust_remote_code: bool = False,
+        lengths: Mapping[str, int] | None = None,
     ) -> None:
-        self.folder = folder
+        self.folder = Path(folder)
+        encoding, self.facts = read_encoding(self.folder)
+        if kind is not None and encoding.kind != kind:
+            raise InputError(
+                "wrong-model-kind",
+                f"{folder} is a {encoding.kind}; give the folder of a {kind}",
+            )
+        self.lengths = dict(lengths or {})
+        self.encoding = replace(encoding, **self.lengths)  # type: ignore[arg-type]
         self.precision = hardware.resolve(precision)
-        self.token_budget = hardware.chunk(token_budget)
-        self.block = block
-        self.num_workers = num_workers
-        self.how: dict[str, Any] = {
-            "attention": attention,
-            "trust_remote_code": trust_remote_code,
-        }
         self.device = hardware.device()
-        self.encoding = replace(read_encoding(folder)[0], **lengths)  # type: ignore[arg-type]
+        self.token_budget = hardware.chunk(token_budget)
+        self.num_workers = num_workers
+        self.attention = attention
+        self.trust_remote_code = trust_remote_code
 
     @cached_property
-    def loaded(self) -> tuple[BiEncoder, Templates]:
+    def _loaded(self) -> tuple[BiEncoder | CrossEncoder, Any]:
         model, tokenizer, _, _ = model_folder.load(
-            self.folder, hardware.dtype(self.precision), "retriever", **self.how
+            self.folder,
+            hardware.dtype(self.precision),
+            attention=self.attention,
+            trust_remote_code=self.trust_remote_code,
         )
         if self.device.type == "cpu":
             pack_linears(model)
-        refuse_too_long(model.backbone, self.encoding, "")
-        return model.to(self.device), Templates(tokenizer, self.encoding)
+        if self.lengths:
+            refuse_too_long(model.transformer, self.encoding, self._section)
+        return model.to(self.device), tokenizer
 
-    def inputs(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The inputs in the manifest of embeddings, of those that `encode` is given."""
-        return {**given, "resolved_precision": self.precision}
+    @property
+    def model(self) -> BiEncoder | CrossEncoder:
+        """The network, on the device."""
+        return self._loaded[0]
 
-    def queries(self, questions: Sequence[str]) -> np.ndarray:
-        """Embeddings [Q, dim] float32 of queries that are in no collection, rounded as on disk."""
-        _, templates = self.loaded
-        ids = templates.queries([("", question) for question in questions])
-        with torch.inference_mode():
-            return self._vectors(pack(ids, self.token_budget, templates.pad_id)).astype(np.float32)
+    @cached_property
+    def templates(self) -> Any:
+        """Turns texts (`Templates`) or pairs (`PairTemplates`) into token ids."""
+        if self.encoding.kind == "retriever":
+            return Templates(self._loaded[1], self.encoding)
+        return PairTemplates(self._loaded[1], self.encoding, self._section.rstrip("."))
 
-    def encode(
-        self, texts: Texts, rows: np.ndarray, side: str, folder: Path, inputs: dict[str, Any]
-    ) -> Shards:
-        """Embed texts into `folder`, or what an interrupted start left to do.
+    @property
+    def _section(self) -> str:
+        return SECTIONS[self.encoding.kind] if self.lengths else "encoding."
+
+    def load(self) -> None:
+        """Load the weights now."""
+        _ = self.templates
+
+    def check_lengths(self) -> None:
+        """Compare the lengths with the model's positions; reads no weights.
+
+        Raises:
+            InputError: If a text could be longer than the model has positions for.
+        """
+        model_folder.refuse_lengths(
+            self.folder, self.encoding, self._section, self.trust_remote_code
+        )
+
+    def embed(self, texts: Sequence[tuple[str, str]], side: str) -> np.ndarray:
+        """Embeddings [N, d] float32 of (title, text) pairs in memory.
 
         Args:
-            rows: which texts, [N] int64; row i of the embeddings is the text at rows[i].
             side: "query" or "passage".
-            inputs: digests and settings that determine the embeddings.
         """
-        inputs = self.inputs(inputs)
-        count = -(-len(rows) // self.block)
+        blocks = self._texts(TextList(texts), np.arange(len(texts)), side, BLOCK)
+        parts = [self._rows(blocks[i].packed().texts) for i in range(len(blocks))]
+        return torch.cat(parts).float().cpu().numpy()
+
+    def score_pairs(
+        self, queries: Sequence[tuple[str, str]], passages: Sequence[tuple[str, str]]
+    ) -> np.ndarray:
+        """Scores [N] float32 of pairs in memory, (title, text) each."""
+        rows = np.arange(len(queries))
+        blocks = self._pairs(TextList(queries), TextList(passages), rows, rows, BLOCK)
+        parts = [self._rows(blocks[i].packed().pairs) for i in range(len(blocks))]
+        return torch.cat(parts).float().cpu().numpy()
+
+    def encode_rows(
+        self,
+        texts: Any,
+        rows: np.ndarray,
+        side: str,
+        block: int,
+        store: Store,
+        name: str,
+        inputs: dict[str, Any],
+    ) -> Embeddings:
+        """Embed the texts of a collection into a store, or what an interrupted start left to do.
+
+        Args:
+            texts: `caravan.data.texts.Texts`.
+            rows: of the texts, [N] int64; row i of the embeddings is the text at rows[i].
+            side: "query" or "passage".
+            block: texts per shard.
+            name, inputs: of the product, see `caravan.retrieval.store.Store`.
+        """
+        what = "queries" if side == "query" else "passages"
 
         def compute(missing: list[int]) -> Iterator[np.ndarray]:
-            left = sum(len(rows[i * self.block :][: self.block]) for i in missing)
-            log.info(
-                "encode %s %s with %s on %s, %s",
-                *(f"{left:,}", "queries" if side == "query" else "passages"),
-                *(self.folder, hardware.named(self.device), self.precision),
-            )
-            _, templates = self.loaded
-            blocks = TextBlocks(texts, rows, templates, side, self.block, self.token_budget)
-            with progress(f"encode {folder.name}", left, "texts") as done, torch.inference_mode():
+            blocks = self._texts(texts, rows, side, block)
+            left = sum(len(rows[i * block :][:block]) for i in missing)
+            with self._progress("encode", left, what, "texts") as done:
                 for batch in text_loader(blocks, missing, self.num_workers):
-                    yield self._vectors(batch.texts, done)
+                    yield self._rows(batch.texts, done).to(torch.float16).cpu().numpy()
 
-        return Shards(fill(folder, inputs, count, compute), len(rows), self.block)
+        inputs = {**inputs, "resolved_precision": self.precision}
+        shards = store.shards(name, inputs, -(-len(rows) // block), compute)
+        return Embeddings(shards, len(rows), block)
 
-    def _vectors(self, texts: Packed, done: Callable[[int], None] | None = None) -> np.ndarray:
-        """[N, dim] float16.
+    def score_rows(
+        self,
+        queries: Any,
+        corpus: Any,
+        query_rows: np.ndarray,
+        passage_rows: np.ndarray,
+        block: int,
+    ) -> Compute:
+        """A function that scores blocks of pairs: numbers of blocks to arrays [n] float32.
+
+        Args:
+            queries, corpus: `caravan.data.texts.Texts`.
+            query_rows, passage_rows: of the pairs, [N] int64.
+            block: pairs per block.
+        """
+
+        def compute(missing: list[int]) -> Iterator[np.ndarray]:
+            blocks = self._pairs(queries, corpus, query_rows, passage_rows, block)
+            left = sum(len(query_rows[i * block :][:block]) for i in missing)
+            with self._progress("rerank", left, "pairs", "pairs") as done:
+                for batch in text_loader(blocks, missing, self.num_workers):
+                    yield self._rows(batch.pairs, done).float().cpu().numpy()
+
+        return compute
+
+    def _progress(self, task: str, left: int, what: str, unit: str) -> Any:
+        log.info(
+            "%s %s %s with %s on %s, %s",
+            task,
+            f"{left:,}",
+            what,
+            self.folder,
+            hardware.named(self.device),
+            self.precision,
+        )
+        return progress(f"{task} {what}", left, unit)
+
+    def _texts(self, texts: Any, rows: np.ndarray, side: str, block: int) -> TextBlocks:
+        return TextBlocks(texts, rows, self.templates, side, block, self.token_budget)
+
+    def _pairs(
+        self,
+        queries: Any,
+        corpus: Any,
+        query_rows: np.ndarray,
+        passage_rows: np.ndarray,
+        block: int,
+    ) -> PairBlocks:
+        return PairBlocks(
+            queries, corpus, query_rows, passage_rows, self.templates, block, self.token_budget
+        )
+
+    def _rows(self, texts: Packed, done: Callable[[int], None] | None = None) -> Tensor:
+        """Embeddings [N, d] or scores [N] on the device.
 
         Args:
             done: called after each chunk with its number of texts.
         """
-        vectors = texts.to(self.device, non_blocking=True).rows_of(self.loaded[0].of, done)
-        return vectors.to(torch.float16).cpu().numpy()
+        with torch.inference_mode():
+            rows = texts.to(self.device, non_blocking=True).rows_of(self.model.of, done)
+            finite = bool(rows.isfinite().all())
+        if not finite:
+            raise InputError(
+                "diverged-model",
+                f"{self.folder} computes values that are NaN or infinite; its config.json or its"
+                " weights are damaged, or its training has diverged: train or download it again",
+            )
+        return rows
+
+
+class Models:
+    """Opens model folders with the settings of one evaluation, one in memory at a time.
+
+    A retriever and a reranker of seven billion weights need not share a device, and collections of
+    a suite share the model that is loaded.
+
+    Args: see `Inference`.
+    """
+
+    def __init__(
+        self,
+        precision: str = "auto",
+        token_budget: int | None = None,
+        num_workers: int = 1,
+        attention: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.precision = precision
+        self.token_budget = token_budget
+        self.num_workers = num_workers
+        self.attention = attention
+        self.trust_remote_code = trust_remote_code
+        self._digests: dict[Path, str] = {}
+        self._open: tuple[Any, Inference] | None = None
+
+    def digest(self, folder: Path) -> str:
+        """The digest of a model folder, computed once."""
+        if folder not in self._digests:
+            self._digests[folder] = folder_digest(folder)
+        return self._digests[folder]
+
+    def inputs(self, folder: Path) -> dict[str, Any]:
+        """What determines a model's embeddings and scores, for a manifest."""
+        remote_code = read_encoding(folder)[1].get(FACT)  # unknown in folders of older versions
+        return {
+            "model": self.digest(folder),
+            "precision": self.precision,
+            "token_budget": self.token_budget,
+            "attention": self.attention,
+            "remote_code": self.trust_remote_code if remote_code is None else remote_code,
+            "versions": manifests.versions(),
+        }
+
+    def new(self, folder: Path, kind: str, lengths: Mapping[str, int]) -> Inference:
+        """A model that stays loaded beside others."""
+        return Inference(
+            folder,
+            kind,
+            self.precision,
+            self.token_budget,
+            self.num_workers,
+            self.attention,
+            self.trust_remote_code,
+            lengths,
+        )
+
+    def open(self, folder: Path, kind: str, lengths: Mapping[str, int]) -> Inference:
+        """The model, loaded already or in place of the one before."""
+        key = (folder, kind, tuple(sorted(lengths.items())))
+        if self._open is None or self._open[0] != key:
+            self._open = None  # freed before the next one loads
+            self._open = key, self.new(folder, kind, lengths)
+        return self._open[1]

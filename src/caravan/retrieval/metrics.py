@@ -1,12 +1,11 @@
-"""Measures of a run: MRR, nDCG, recall, MAP and precision, by name ("nDCG@10").
+"""Metrics of a run by ir_measures: MRR, nDCG, recall, MAP and precision, by name ("nDCG@10").
 
-`per_query` computes the live metrics, in numpy over the whole run at once; `score_run` the final
-ones, by ir_measures (https://ir-measur.es). Both equal trec_eval's to 1e-6: nDCG has linear gains
-(`ndcg_cut`), a passage is relevant from grade 1 on (or from n on: `MRR(rel=2)@10`). The mean is
-over all judged queries, as in `trec_eval -c` and `ir_measures.calc_aggregate`: a query that the run
-lacks, or that has no relevant passage, counts 0. Relevant passages that the corpus lacks count as
-not found (`Qrels.unknown`). Relevance may begin at a higher grade (TREC DL's passages): `spelled`.
-Ties are broken before scoring, by `canonical`: providers of ir_measures break them differently.
+All values equal trec_eval's: nDCG has linear gains (`ndcg_cut`), a passage is relevant from grade 1
+on, or from grade n on where the name says so (`MRR(rel=2)@10`). The mean is over all judged
+queries, as in `trec_eval -c` and `ir_measures.calc_aggregate`: a query that the run lacks, or that
+has no relevant passage, counts 0. Relevant passages that the corpus lacks count as not found
+(`Qrels.unknown`). Ties are broken before scoring, by `canonical`, because the providers of
+ir_measures (https://ir-measur.es) break them differently.
 """
 
 from __future__ import annotations
@@ -14,12 +13,15 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import ir_measures
 import numpy as np
 
+from caravan import manifests
 from caravan.data.runs import Run, canonical
 from caravan.errors import InputError
 from caravan.progress import progress
@@ -34,10 +36,12 @@ OTHER_NAMES = {
     "rr": "MRR", "recall": "R", "ap": "MAP", "precision": "P", "prec": "P", "map_cut": "MAP",
     "ndcg_cut": "nDCG", "recip_rank": "MRR",
 }  # fmt: skip
-"""What other tools call them, for "did you mean"."""
+"""Names in other tools, for "did you mean"."""
 
 QUERIES_AT_ONCE = 500
-"""Scored in one call of ir_measures, which holds a run as dicts of strings."""
+"""Queries in one call of ir_measures, which holds a run as dicts of strings."""
+LISTED = 4
+"""A mean over up to this many collections is named after them, over more after their number."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,18 @@ class Measure:
 
     name: str
     cutoff: int
-    rel: int = 1  # the lowest grade that is relevant; nDCG takes grades as they are
+    rel: int = 1  # the lowest relevant grade; nDCG takes grades as they are
+
+    def __str__(self) -> str:
+        rel = f"(rel={self.rel})" if self.rel > 1 else ""
+        return f"{self.name}{rel}@{self.cutoff}"
 
 
 def parse_measure(text: str) -> Measure:
     """The measure behind a name such as "MRR@10", "nDCG@10", "R@1000", "MAP(rel=2)@1000".
 
     Raises:
-        InputError: It is none; says what was probably meant.
+        InputError: If the name is unknown; the message suggests the most similar one.
 
     >>> parse_measure("R(rel=2)@100")
     Measure(name='R', cutoff=100, rel=2)
@@ -62,15 +70,16 @@ def parse_measure(text: str) -> Measure:
     if match and match[1] in NAMES and not (match[1] == "nDCG" and match[2]):
         return Measure(match[1], int(match[3]), int(match[2] or 1))
     raise InputError(
-        f"'{text}' is not a measure; did you mean '{_suggestion(str(text))}'? There are "
-        f"{', '.join(f'{name}@k' for name in NAMES)}, and e.g. R(rel=2)@k for higher grades"
+        "unknown-measure",
+        f"'{text}' is not a measure; did you mean '{_suggestion(str(text))}'? Supported are "
+        f"{', '.join(f'{name}@k' for name in NAMES)}, and e.g. R(rel=2)@k for higher grades",
     )
 
 
 def spelled(measures: Sequence[str], relevant_from: int) -> list[str]:
-    """The measures with the grade that is relevant, where a split has another than 1.
+    """The measures with the lowest relevant grade of a split in their names, unless that is 1.
 
-    TREC DL's passages of grade 1 are related and do not answer; its binary measures count from
+    In TREC DL, passages of grade 1 are related and do not answer; its binary measures count from
     grade 2 on. A measure that names its own grade, and nDCG, stay as they are.
 
     >>> spelled(["MRR@10", "nDCG@10", "R(rel=1)@100"], relevant_from=2)
@@ -87,7 +96,7 @@ def spelled(measures: Sequence[str], relevant_from: int) -> list[str]:
 
 
 def deepest(measures: Sequence[str]) -> int:
-    """The deepest cutoff of the measures: a search must keep at least so many passages.
+    """The deepest cutoff of the measures; a search must return at least this many passages.
 
     >>> deepest(["MRR@10", "R@1000"])
     1000
@@ -96,17 +105,16 @@ def deepest(measures: Sequence[str]) -> int:
 
 
 def depth_of(run: Run, searched: int | None = None) -> int:
-    """How many passages a query can have in a run: its longest list, or the depth of the search.
+    """The depth of a run: its longest list, or the depth of the search that made it.
 
     Args:
-        searched: the depth that the search was asked for, if known. A query may have fewer hits,
-            so lists alone would understate it.
+        searched: depth of the search, if known. Queries may have fewer hits than that.
     """
     return max(int(run.counts.max(initial=0)), searched or 0)
 
 
 def too_deep(measures: Sequence[str], depth: int, passages: int) -> list[str]:
-    """The measures that a run cannot be scored by: R@1000 of 100 passages is R@100.
+    """The measures that look deeper than a run: R@1000 of 100 passages is R@100.
 
     Args:
         depth: of the run, see `depth_of`.
@@ -121,55 +129,62 @@ def too_deep(measures: Sequence[str], depth: int, passages: int) -> list[str]:
 def per_query(run: Run, qrels: Qrels, measures: Sequence[str]) -> dict[str, np.ndarray]:
     """Each measure for each judged query that the collection has.
 
-    The run is scored in the order it has; give `canonical(run, corpus)` where scores may tie.
+    The run is scored in its order; pass `canonical(run, corpus)` where scores may tie.
 
     Returns:
         For each measure float64 [Q], in the order of `qrels.queries`.
     """
     parsed = {text: parse_measure(text) for text in measures}
-    queries = qrels.queries
+    wanted = {ir_measures.parse_measure(str(one)): one for one in parsed.values()}
+    rows = qrels.queries
+    values = {one: np.zeros(len(rows)) for one in wanted.values()}
     best = run.top(deepest(measures))
-    counts = best.counts
-    rank = np.arange(len(best.passage_rows)) - np.repeat(best.offsets[:-1], counts)
-    query = _positions(np.repeat(best.query_rows, counts), queries)
-    scored = query >= 0
-    query, rank, passage_rows = query[scored], rank[scored], best.passage_rows[scored]
-
-    judged = _positions(qrels.query_rows, queries)
-    grades = _grades(query, passage_rows, judged, qrels.passage_rows, qrels.grades)
-    # passages that are not in the corpus count in the ideal ranking and as relevant passages
-    judged = np.concatenate([judged, _positions(qrels.unknown.query_rows, queries)])
-    judged_grades = np.concatenate([qrels.grades, qrels.unknown.grades])
-    return {
-        text: _measure(measure, len(queries), query, rank, grades, judged, judged_grades)
-        for text, measure in parsed.items()
-    }
+    unknown: dict[int, list[int]] = {}
+    for row, grade in zip(qrels.unknown.query_rows, qrels.unknown.grades, strict=True):
+        unknown.setdefault(int(row), []).append(int(grade))
+    with progress("score", len(rows), "queries") as done:
+        for start in range(0, len(rows), QUERIES_AT_ONCE):
+            some = rows[start : start + QUERIES_AT_ONCE].tolist()
+            judged, ranked = {}, {}
+            for place, row in enumerate(some, start):
+                passages, grades = qrels.of(row)
+                known = zip(map(str, passages.tolist()), grades.tolist(), strict=True)
+                gone = {f"-{i}": grade for i, grade in enumerate(unknown.get(row, []))}
+                judged[str(place)] = {**dict(known), **gone}
+                if len(found := best.of(row)[0]):
+                    # Strictly falling scores: the order is given, and no provider sees a tie.
+                    order = enumerate(found.tolist())
+                    ranked[str(place)] = {str(passage): -float(i) for i, passage in order}
+            for value in ir_measures.iter_calc(list(wanted), judged, ranked):
+                values[wanted[value.measure]][int(value.query_id)] = value.value
+            done(len(some))
+    return {text: values[one] for text, one in parsed.items()}
 
 
 def score_run(
     run: Run, qrels: Qrels, queries: Texts, corpus: Texts, measures: Sequence[str]
 ) -> dict[str, Any]:
-    """The final metrics of a run, by ir_measures over the run in canonical order.
+    """The metrics of a run in canonical order.
 
     Returns:
-        `overall`: {measure: mean}; `per_query`: {measure: {query id: value}}; over how many
-        `queries` the mean is, of which `missing` have no passage in the run and `without_relevant`
-        no relevant passage (all of these count 0); `unknown_passages`, judgements of passages that
-        the corpus lacks, and `unknown_queries`, judged queries without a text (among `queries` and
-        `missing`); and how many queries of the run are `unjudged` (not in the mean).
+        `overall`: {measure: mean}; `per_query`: {measure: {query id: value}}; `queries`, the number
+        of judged queries, of which `missing` have no passage in the run and `without_relevant` no
+        relevant passage (all of these count 0); `unknown_passages`, judgements of passages that the
+        corpus lacks, and `unknown_queries`, judged queries without a text (among `queries` and
+        `missing`); and `unjudged`, queries of the run that are not in the mean.
 
     Raises:
-        InputError: Unknown measure, or no judged query has a relevant passage.
+        InputError: If a measure is unknown, or no judged query has a relevant passage.
     """
-    parsed = {text: parse_measure(text) for text in measures}
     rows, unknown = qrels.queries, qrels.unknown
     relevant = np.union1d(
         qrels.query_rows[qrels.grades >= 1], unknown.query_rows[unknown.grades >= 1]
     )
     if not len(relevant):
         raise InputError(
+            "no-relevant-passage",
             f"none of the {len(rows)} judged queries has a relevant passage (grade 1 or more), so "
-            "there is nothing to average; check the qrels of this split"
+            "there is nothing to average; check the qrels of this split",
         )
     found = run.query_rows[run.counts > 0]
     missing = len(np.setdiff1d(rows, found, assume_unique=True))
@@ -178,25 +193,16 @@ def score_run(
     elif missing == len(rows):
         log.warning("the run has none of the %d queries to score: is it of this split?", missing)
     names = queries.ids(rows)
-    values: dict[Measure, dict[str, float]] = {measure: {} for measure in parsed.values()}
-    best = canonical(run, corpus).top(deepest(measures))
-    with progress("score", len(rows), "queries") as done:
-        for start in range(0, len(rows), QUERIES_AT_ONCE):
-            some = rows[start : start + QUERIES_AT_ONCE]
-            for measure, row, value in _ir_measures(best, qrels, some, list(values)):
-                values[measure][row] = value
-            done(len(some))
-    places = list(zip(rows.tolist(), names, strict=True))
-    ordered = {
+    scored = {
         text: {
-            **{name: values[measure][str(row)] for row, name in places},
+            **dict(zip(names, values.tolist(), strict=True)),
             **dict.fromkeys(unknown.queries, 0.0),
         }
-        for text, measure in parsed.items()
+        for text, values in per_query(canonical(run, corpus), qrels, measures).items()
     }
     return {
-        "overall": {text: float(np.mean(list(of.values()))) for text, of in ordered.items()},
-        "per_query": ordered,
+        "overall": {text: float(np.mean(list(of.values()))) for text, of in scored.items()},
+        "per_query": scored,
         "queries": len(rows) + len(unknown.queries),
         "without_relevant": len(rows) - len(relevant),
         "missing": missing + len(unknown.queries),
@@ -206,99 +212,99 @@ def score_run(
     }
 
 
-def _measure(
-    measure: Measure,
-    count: int,
-    query: np.ndarray,  # [N] position of the query among those scored, ascending
-    rank: np.ndarray,  # [N] from 0
-    grades: np.ndarray,  # [N] of the retrieved passages, 0 where unjudged
-    judged: np.ndarray,  # [J] position of the query of each judgement
-    judged_grades: np.ndarray,  # [J]
-) -> np.ndarray:
-    shallow = rank < measure.cutoff
-    if measure.name == "nDCG":
-        ideal_order = np.lexsort((-judged_grades, judged))
-        query_of, gains = judged[ideal_order], judged_grades[ideal_order]
-        place = np.arange(len(query_of)) - np.searchsorted(query_of, query_of)
-        ideal = _gain(query_of, place, gains, measure.cutoff, count)
-        gain = _gain(query, rank, grades, measure.cutoff, count)
-        return np.divide(gain, ideal, out=np.zeros(count), where=ideal > 0)
-    hit = shallow & (grades >= measure.rel)
-    query, rank = query[hit], rank[hit]
-    relevant = np.bincount(judged[judged_grades >= measure.rel], minlength=count)
-    if measure.name == "MRR":
-        values = np.zeros(count)
-        first, where = np.unique(query, return_index=True)
-        values[first] = 1.0 / (rank[where] + 1)
-        return values
-    if measure.name == "P":
-        return np.bincount(query, minlength=count) / measure.cutoff
-    hits_so_far = np.arange(len(query)) - np.searchsorted(query, query) + 1
-    weights = hits_so_far / (rank + 1) if measure.name == "MAP" else np.ones(len(query))
-    total = np.bincount(query, weights=weights, minlength=count)
-    return total / np.maximum(relevant, 1)
+def mean_over_collections(
+    records: Mapping[str, dict[str, Any]], groups: Mapping[str, str]
+) -> dict[str, Any]:
+    """The metrics.json of several collections, from the metrics of each finished one.
 
+    All collections weigh the same, however many queries they have. BEIR's average (Thakur et al.
+    2021, arXiv 2104.08663) counts CQADupStack's twelve forums as one collection, whose value is the
+    mean of theirs.
 
-def _gain(
-    query: np.ndarray, rank: np.ndarray, grades: np.ndarray, cutoff: int, count: int
-) -> np.ndarray:
-    """Discounted cumulative gain [count]: grade / log2(rank + 2), negative grades count 0."""
-    weights = np.where(rank < cutoff, np.maximum(grades, 0) / np.log2(rank + 2.0), 0.0)
-    return np.bincount(query, weights=weights, minlength=count)
-
-
-def _positions(rows: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """The place of each row in the sorted unique array `among`, -1 where it is not there."""
-    if not len(among):
-        return np.full(len(rows), -1)
-    place = np.minimum(np.searchsorted(among, rows), len(among) - 1)
-    return np.where(among[place] == rows, place, -1)
-
-
-def _grades(
-    query: np.ndarray,
-    passage_rows: np.ndarray,
-    judged: np.ndarray,
-    judged_rows: np.ndarray,
-    judged_grades: np.ndarray,
-) -> np.ndarray:
-    """The grade of each (query, passage), 0 where it is not judged; judgements are sorted."""
-    width = 1 + max(int(passage_rows.max(initial=0)), int(judged_rows.max(initial=0)))
-    place = _positions(query * width + passage_rows, judged * width + judged_rows)
-    grades = np.zeros(len(query), dtype=np.int64)
-    grades[place >= 0] = judged_grades[place[place >= 0]]
-    return grades
-
-
-def _ir_measures(
-    run: Run, qrels: Qrels, rows: np.ndarray, measures: list[Measure]
-) -> Iterator[tuple[Measure, str, float]]:
-    """(measure, query row as text, value) by ir_measures; rows serve as ids.
-
-    Scores are replaced by strictly falling ones: the order is given, and no provider sees a tie.
+    Args:
+        records: by folder, what `caravan.retrieval.pipeline.evaluate` returns.
+        groups: by folder, the group that counts once in the mean.
     """
-    import ir_measures
-
-    wanted = {
-        ir_measures.parse_measure(
-            f"{m.name}(rel={m.rel})@{m.cutoff}" if m.rel > 1 else f"{m.name}@{m.cutoff}"
-        ): m
-        for m in measures
+    own = {
+        folder: {
+            "group": groups[folder],
+            "digest": record["collection"]["digest"],
+            "split": record["split"],
+            "queries": record["queries"],
+            "passages": record["passages"],
+            "overall": record["overall"],
+            "stages": {stage["stage"]: stage["overall"] for stage in record["stages"]},
+            "depths": {stage["stage"]: stage.get("depth") for stage in record["stages"]},
+            "seconds": record["seconds"],
+        }
+        for folder, record in records.items()
     }
-    judged, ranked = {}, {}
-    for row in rows.tolist():
-        passage_rows, grades = qrels.of(row)
-        lost = qrels.unknown.grades[qrels.unknown.query_rows == row]
-        names = [*map(str, passage_rows.tolist()), *(f"unknown {i}" for i in range(len(lost)))]
-        judged[str(row)] = dict(zip(names, [*grades.tolist(), *lost.tolist()], strict=True))
-        if len(passages := run.of(row)[0]):
-            ranked[str(row)] = {str(p): float(-i) for i, p in enumerate(passages.tolist())}
-    for value in ir_measures.iter_calc(list(wanted), judged, ranked):
-        yield wanted[value.measure], value.query_id, float(value.value)
+    names = list(dict.fromkeys(groups[folder] for folder in records))
+    every = list(records.values())
+    first = every[0] if every else {"system": "", "stages": []}
+
+    def mean(overall: Mapping[str, dict[str, float]]) -> dict[str, float]:
+        return _mean((groups[folder], metrics) for folder, metrics in overall.items())
+
+    stages = [
+        {
+            "stage": stage["stage"],
+            "run": "",
+            "run_xxh3": manifests.digest(
+                [[one["run_xxh3"] for one in record["stages"]][i] for record in every]
+            ),
+            "depth": _shallowest(every, i),
+            "overall": mean({name: of["stages"][i]["overall"] for name, of in records.items()}),
+            "seconds": sum(record["stages"][i]["seconds"] for record in every),
+        }
+        for i, stage in enumerate(first["stages"])
+    ]
+    digests = {name: [of["collection"]["digest"], of["split"]] for name, of in records.items()}
+    return {
+        "system": first["system"],
+        "collection": {
+            "name": ", ".join(names) if len(names) <= LISTED else f"{len(names)} collections",
+            "digest": manifests.digest(digests),
+        },
+        "split": ", ".join(sorted({record["split"] for record in every})),
+        "queries": sum(record["queries"] for record in every),
+        "passages": sum(record["passages"] for record in every),
+        "run": "",  # each collection has its own
+        "seconds": sum(record["seconds"] for record in every),
+        "overall": mean({name: record["overall"] for name, record in records.items()}),
+        "stages": stages,
+        "collections": own,
+    }
+
+
+def _mean(metrics: Iterable[tuple[str, dict[str, float]]]) -> dict[str, float]:
+    """The mean, over groups, of each measure that all have; a group is the mean of its members.
+
+    Measures differ where splits do: TREC DL's passages have MRR(rel=2)@10 where others have MRR@10.
+    """
+    groups: dict[str, list[dict[str, float]]] = {}
+    for group, overall in metrics:
+        groups.setdefault(group, []).append(overall)
+    every = [overall for members in groups.values() for overall in members]
+    names = [name for name in every[0] if all(name in one for one in every)] if every else []
+    return {
+        name: fmean(fmean(one[name] for one in members) for members in groups.values())
+        for name in names
+    }
+
+
+def _shallowest(records: Sequence[dict[str, Any]], stage: int) -> int | None:
+    """The depth of a stage's shallowest run; None where each ranks all passages.
+
+    Evaluations of earlier versions have no depth.
+    """
+    found = [(record["stages"][stage].get("depth"), record["passages"]) for record in records]
+    depths = [depth for depth, passages in found if depth is not None and depth < passages]
+    return min(depths, default=None)
 
 
 def _suggestion(text: str) -> str:
-    """The name most like what was typed, whatever its case, its separator or its origin."""
+    """The most similar name, whatever its case, its separator or the tool that it comes from."""
     typed = re.match(r"\W*([A-Za-z_]*[A-Za-z])?", text)
     depth = re.search(r"([1-9]\d*)\W*$", text)
     known = {**OTHER_NAMES, **{name.lower(): name for name in NAMES}}

@@ -1,114 +1,247 @@
-"""An evaluation: retrieve, fuse, rerank, and score every stage; what `evaluate.py` does.
+"""An evaluation: retrieve, fuse, rerank, and score every stage.
 
-    python evaluate.py retriever=<model folder>|bm25|<run file> data=beir data.path=<folder>
-    python evaluate.py retriever=[bm25,<model folder>] fuse=rrf reranker=<model folder>
+    run_dir/config.yaml   the config; its manifest has the evaluation's inputs
+    run_dir/runs/         <stage>.<split>.trec, the run of each stage
+    run_dir/metrics.json  metrics of the last stage, and of all stages
 
-    run_dir/config.yaml the resolved config; its manifest has the evaluation's inputs
-    run_dir/runs/       <stage>.<split>.trec, the run of each stage
-    run_dir/metrics.json  figures of the last stage, and of all stages side by side
-
-Of a suite (`caravan.cli.suite`), each collection has such a folder in run_dir.
-Mining hard negatives is this over the training queries (`data.split=train`).
+The inputs of an evaluation are its data, systems and settings. Equal inputs give equal results:
+finished stages are reused, interrupted ones resume. Other inputs are refused in the same run_dir,
+so that no result is overwritten. Mining hard negatives is an evaluation of the training queries.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from caravan import manifests
-from caravan.cli import suite
-from caravan.cli.schema import build, recorded
+from caravan.data.collection import Collection
 from caravan.distributed import is_main_process, world
-from caravan.encoding import FILE
 from caravan.errors import InputError, OccupiedError, is_termination, sentence
 from caravan.files import claimed, replacing
-from caravan.retrieval.folders import Folders
-from caravan.retrieval.inputs import (
-    inputs_of,
-    record_of,
-    refuse_another,
-    suite_inputs,
+from caravan.retrieval.inference import Models
+from caravan.retrieval.metrics import (
+    deepest,
+    depth_of,
+    mean_over_collections,
+    score_run,
+    spelled,
 )
-from caravan.retrieval.means import means
-from caravan.retrieval.stages import Stage, Stages
+from caravan.retrieval.stages import Ranking, Stages
+from caravan.retrieval.store import Store
+from caravan.retrieval.systems import Systems, is_model
 
 log = logging.getLogger(__name__)
 
-_LENGTHS = ("query_length", "passage_length")
 
-
-def evaluate(cfg: Any) -> dict[str, Any]:
-    """Run `evaluate.py` for a composed and checked config; returns what metrics.json holds.
-
-    Raises:
-        InputError: what is wrong with the collection; of a suite, at the end, those that failed.
-    """
-    steps = _Steps(cfg)
-    if cfg.collections is None:
-        evaluation = _Evaluation(cfg, steps.folders)
-        for step in steps:
-            evaluation.do(step)
-        return evaluation.scored()
-    with ExitStack() as held:
-        return _of_suite(cfg, steps, held)
-
-
-def _of_suite(cfg: Any, steps: _Steps, held: ExitStack) -> dict[str, Any]:
-    """Stage by stage, each over all collections, so that each model loads once.
-
-    A collection that fails is told of at the end.
+class Evaluation:
+    """The evaluation of one collection.
 
     Args:
-        held: of the locks of the collections' folders.
-    """
-    run_dir = Path(cfg.run_dir)
-    members = suite.each(cfg)
-    inputs = suite_inputs(list(members))
-    refuse_another(run_dir, inputs)
-    evaluations: dict[suite.Member, _Evaluation] = {}
-    failed: dict[str, str] = {}
-    for member, one in members.items():
-        with _going_on(member.folder, failed):
-            if is_main_process():
-                held.enter_context(claimed(Path(one.run_dir)))
-            evaluations[member] = _Evaluation(one, steps.folders)
-    _write_config(cfg, inputs)
-    records = {}
-    for number, step in enumerate(steps, start=1):
-        for member, evaluation in evaluations.items():
-            if member.folder in failed:
-                continue
-            with _going_on(member.folder, failed):
-                evaluation.do(step)
-                if number == len(steps):
-                    records[member] = evaluation.scored()
-    if not is_main_process():
-        return {}
-    metrics = {**means(records), "failed": failed}
-    _write_metrics(run_dir / "metrics.json", metrics, metrics["collection"])
-    if records:
-        from caravan.report.collections import show
+        collection, split: the collection and its judged queries.
+        run_dir: where runs and metrics are written.
+        store: a folder for embeddings, BM25's index and a reranker's scores; evaluations may share
+            one.
+        models: opens the model folders; evaluations may share it.
+        measures: see `caravan.retrieval.metrics`.
+        ignore_identical_ids: drop the passage that has the query's id from each result.
+        config: text of run_dir/config.yaml.
 
-        show([run_dir])
-    if failed:
-        lines = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
-        raise InputError(
-            f"{len(failed)} of {len(members)} collections failed, and are not in the mean:\n"
-            f"{lines}\nwhat is finished stays; the same command goes on with these"
+    Raises:
+        OccupiedError: If run_dir holds a training or another evaluation.
+    """
+
+    def __init__(
+        self,
+        collection: Collection,
+        split: str,
+        run_dir: Path,
+        store: Path,
+        systems: Systems,
+        models: Models,
+        measures: Sequence[str] = ("MRR@10", "nDCG@10", "R@100", "R@1000"),
+        ignore_identical_ids: bool = False,
+        config: str = "",
+    ) -> None:
+        self.systems = systems
+        self.measures = list(measures)
+        inputs = {
+            "collection": collection.digest,
+            "split": split,
+            "ignore_identical_ids": ignore_identical_ids,
+            **systems.inputs(models),
+        }
+        refuse_another(run_dir, inputs)
+        _write_config(run_dir, config, inputs)
+        self.stages = Stages(
+            collection, split, run_dir, Store(store), systems.k, models, ignore_identical_ids
         )
+        self.rankings: list[Ranking] = []
+
+    def __iter__(self) -> Iterator[Ranking]:
+        """Run the stages one after the other."""
+        systems, stages = self.systems, self.stages
+        for name in systems.retrievers:
+            yield self._add(self._retrieved(name))
+        if len(systems.retrievers) > 1:
+            fuse = systems.fuse.make()
+            yield self._add(stages.fused(fuse, systems.fuse.settings, self.rankings))
+        if systems.reranker is not None:
+            candidates = self.rankings[-1]
+            yield self._add(stages.reranked(systems.reranker, systems.rerank, candidates))
+
+    def _add(self, ranking: Ranking) -> Ranking:
+        self.rankings.append(ranking)
+        return ranking
+
+    def _retrieved(self, name: str) -> Ranking:
+        systems, stages = self.systems, self.stages
+        if name == "bm25":
+            return stages.bm25(systems.bm25.make(), systems.bm25.settings)
+        path = Path(name)
+        if path.is_file() and not is_model(path):
+            return stages.given(path)
+        if not path.exists():
+            raise InputError(
+                "file-not-found", f"retriever={name}: there is no model folder and no run {name}"
+            )
+        lengths, index = systems.overridden_lengths, systems.index
+        return stages.dense(path, lengths, systems.block, index.make(), index.settings)
+
+    def score(self) -> dict[str, Any]:
+        """The metrics of all stages, as in metrics.json; read from there if the runs are the same.
+
+        Returns {} on other ranks than the main process.
+        """
+        if not is_main_process():
+            return {}
+        stages, path = self.stages, self.stages.run_dir / "metrics.json"
+        relevant_from = stages.collection.relevant_from.get(stages.split, 1)
+        measures = spelled(self.measures, relevant_from)
+        if measures != self.measures:
+            log.info(
+                "%s %s: relevant from grade %d on, so scored by %s",
+                stages.collection.name,
+                stages.split,
+                relevant_from,
+                ", ".join(measures),
+            )
+        inputs = {
+            "stages": [{**ranking.inputs, "stage": ranking.name} for ranking in self.rankings],
+            "runs": [ranking.digest for ranking in self.rankings],
+            "measures": measures,
+            "versions": manifests.versions(("ir_measures",)),
+            "mean": "all judged queries",  # earlier versions left some out
+        }
+        if manifests.matches(path, inputs):
+            written = (manifests.read(path) or {}).get("facts", {}).get("xxh3")
+            if written == manifests.content_digest(path):
+                return manifests.read_json(path)
+            log.warning("%s has changed since it was written; the runs are scored again", path)
+        _write_metrics(path, self._metrics(measures), inputs)
+        return manifests.read_json(path)
+
+    def _metrics(self, measures: list[str]) -> dict[str, Any]:
+        stages, collection, rows = self.stages, self.stages.collection, []
+        scored: dict[str, Any] = {}
+        queries = len(stages.qrels.queries)
+        best = None
+        for ranking in self.rankings:
+            run = stages.read(ranking, depth=max(1, deepest(measures)))
+            scored = score_run(run, stages.qrels, collection.queries, collection.corpus, measures)
+            first = next(iter(scored["overall"].values()))
+            seconds = ranking.query_seconds
+            rows.append(
+                {
+                    "stage": ranking.name,
+                    "run": f"runs/{ranking.path.name}",
+                    "run_xxh3": ranking.digest,
+                    "depth": depth_of(run, ranking.depth),
+                    "overall": scored["overall"],
+                    "seconds": ranking.seconds,
+                    "queries_per_second": queries / seconds if seconds else None,
+                    "gain": None if best is None else first - best,
+                }
+            )
+            best = first if best is None else max(best, first)
+        last = self.rankings[-1]
+        return {
+            "system": last.name,
+            "collection": {"name": collection.name, "digest": collection.digest},
+            "split": stages.split,
+            "passages": len(collection.corpus),
+            "run": f"runs/{last.path.name}",
+            "seconds": sum(ranking.seconds for ranking in self.rankings),
+            "facts": last.facts,
+            "stages": rows,
+            **scored,
+        }
+
+
+def evaluate(evaluation: Evaluation) -> dict[str, Any]:
+    """Run all stages; returns the content of metrics.json."""
+    for _ in evaluation:
+        pass
+    return evaluation.score()
+
+
+def evaluate_suite(
+    run_dir: Path,
+    collections: Mapping[str, Callable[[], Evaluation]],
+    groups: Mapping[str, str],
+    config: str = "",
+    scored: Callable[[Evaluation, dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate several collections stage by stage, so that each model loads once.
+
+    Args:
+        collections: by folder below run_dir, opens the evaluation there.
+        groups: by folder, the group that counts once in the mean.
+        config: text of run_dir/config.yaml.
+        scored: called with the metrics of each finished collection.
+
+    Returns:
+        The content of metrics.json: the mean (`caravan.retrieval.metrics`), and `failed`, the
+        reason by folder of each collection that failed; {} on other ranks than the main process.
+    """
+    inputs = {"collections": dict(groups)}
+    refuse_another(run_dir, inputs)
+    evaluations: dict[str, Evaluation] = {}
+    failed: dict[str, str] = {}
+    records = {}
+    with ExitStack() as held:
+        for folder, open_evaluation in collections.items():
+            with _noting_failure(folder, failed):
+                if is_main_process():
+                    held.enter_context(claimed(run_dir / folder))
+                evaluations[folder] = open_evaluation()
+        _write_config(run_dir, config, inputs)
+        stages = {folder: iter(evaluation) for folder, evaluation in evaluations.items()}
+        for _ in range(max((len(one.systems) for one in evaluations.values()), default=0)):
+            for folder, evaluation in evaluations.items():
+                if folder in failed:
+                    continue
+                with _noting_failure(folder, failed):
+                    next(stages[folder])
+                    if len(evaluation.rankings) == len(evaluation.systems):
+                        records[folder] = evaluation.score()
+                        if scored is not None and is_main_process():
+                            scored(evaluation, records[folder])
+        if not is_main_process():
+            return {}
+        metrics = {**mean_over_collections(records, groups), "failed": failed}
+        _write_metrics(run_dir / "metrics.json", metrics, metrics["collection"])
     return metrics
 
 
 @contextmanager
-def _going_on(name: str, failed: dict[str, str]) -> Iterator[None]:
-    """What fails here is told, and noted under its name.
+def _noting_failure(name: str, failed: dict[str, str]) -> Iterator[None]:
+    """Log a failure, and note its reason under the name.
 
-    Several processes wait for one another's blocks; where one of them has failed, all of them end.
+    Several processes wait for one another's shards; if one of them fails, all of them end.
     """
     try:
         yield
@@ -121,215 +254,57 @@ def _going_on(name: str, failed: dict[str, str]) -> Iterator[None]:
         failed[name] = " ".join(reason.split())
 
 
-class _Evaluation:
-    """One collection, and the stages that were made of it so far."""
+def refuse_another(run_dir: Path, inputs: dict[str, Any]) -> None:
+    """Refuse a run_dir with a training, or with the metrics of another evaluation.
 
-    def __init__(self, cfg: Any, folders: Folders) -> None:
-        from omegaconf import OmegaConf
+    An evaluation that failed, or was interrupted before it had metrics, may be started again with
+    other settings: its embeddings and scores stay in the store.
 
-        settings: Any = OmegaConf.to_container(cfg, resolve=True)
-        self.settings: dict[str, Any] = settings
-        data = build(cfg, "data")["data"]
-        collection = data.collection(Path(cfg.cache_dir))
-        inputs = inputs_of(settings, collection, data.split, folders)
-        refuse_another(Path(cfg.run_dir), inputs)
-        _write_config(cfg, inputs)
-        self.stages = Stages(
-            collection=collection,
-            split=data.split,
-            run_dir=Path(cfg.run_dir),
-            store=Path(cfg.store),
-            k=cfg.index.k,
-            folders=folders,
-            ignore_identical_ids=cfg.ignore_identical_ids,
+    Raises:
+        OccupiedError: If it holds a training, or metrics of other data, systems or settings.
+    """
+    if (run_dir / "checkpoints").exists() or (run_dir / "model").exists():
+        raise OccupiedError(
+            "occupied-run-dir",
+            f"{run_dir} holds a training run; choose another name= for the evaluation",
         )
-        self.made: list[Stage] = []
-
-    def do(self, step: Step) -> None:
-        self.made.append(step(self.stages, self.made, self.settings))
-
-    def scored(self) -> dict[str, Any]:
-        """Figures of all stages, told and in metrics.json."""
-        if not is_main_process():
-            return {}
-        measures = _measures(self.stages, self.settings["measures"])
-        metrics = _scored(self.stages, self.made, measures)
-        from caravan.report.records import to_depth
-
-        shown = to_depth(metrics)
-        if len(self.made) > 1:
-            from caravan.report.summary import show_stages
-
-            show_stages(shown)
-        overall = "  ".join(f"{name} {value:.4f}" for name, value in shown["overall"].items())
-        if shown["too_deep"]:
-            log.info(
-                "%s is %d deep, so it is not scored by %s",
-                *(shown["system"], shown["depth"], ", ".join(shown["too_deep"])),
-            )
-        log.info(
-            "%s on %s %s: %s",
-            *(metrics["system"], metrics["collection"]["name"], metrics["split"], overall),
-        )
-        log.info("%s", averaged(metrics))
-        run_dir = self.stages.run_dir
-        log.info("run %s, figures %s", run_dir / metrics["run"], run_dir / "metrics.json")
-        return metrics
+    metrics, record = run_dir / "metrics.json", _config(run_dir)
+    if not metrics.exists() or manifests.matches(record, inputs):
+        return
+    if "collections" in inputs and _is_incomplete(metrics):
+        return
+    lines = manifests.differences(record, inputs)
+    lines.sort(key=lambda line: "unset" in line)
+    differs = f"it differs in {'; '.join(lines[:3])}"
+    if manifests.read(record) is None:
+        differs = "its data, systems and settings are not on record there"
+    raise OccupiedError(
+        "occupied-run-dir",
+        f"{run_dir} holds another evaluation already ({differs}); choose another name=, or remove"
+        " the folder",
+    )
 
 
-Step = Callable[[Stages, list[Stage], dict[str, Any]], Stage]
-"""Makes the next stage of a collection, from those before and the collection's settings."""
+def _is_incomplete(metrics: Path) -> bool:
+    """Whether the existing mean lacks collections that failed."""
+    try:
+        return bool(manifests.read_json(metrics).get("failed"))
+    except InputError:
+        return True
 
 
-class _Steps:
-    """What an evaluation does with a collection, in order."""
-
-    def __init__(self, cfg: Any) -> None:
-        lengths = {key: cfg[key] for key in _LENGTHS if cfg[key] is not None}
-        self._fuse = build(cfg, "fuse")["fuse"]
-        build(cfg, "index", "bm25")  # a wrong setting is told before anything starts
-        self._cfg = cfg
-        settings = (cfg.precision, lengths, cfg.token_budget, cfg.block, cfg.num_workers)
-        self.folders = Folders(*settings, cfg.attention, cfg.trust_remote_code)
-        names = [cfg.retriever] if isinstance(cfg.retriever, str) else list(cfg.retriever)
-        self.folders.refuse_lengths(names, cfg.reranker, cfg.rerank)
-        number = len(names)
-        self._steps: list[Step] = [partial(self._retrieved, number=i) for i in range(number)]
-        if number > 1:
-            self._steps.append(self._fused)
-        if cfg.reranker is not None:
-            self._steps.append(self._reranked)
-
-    def __iter__(self) -> Iterator[Step]:
-        return iter(self._steps)
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def _retrieved(
-        self, stages: Stages, made: list[Stage], settings: dict[str, Any], number: int
-    ) -> Stage:
-        """The stage that a name stands for: bm25, a model folder, or a run file."""
-        asked = settings["retriever"]
-        name = str(asked[number] if isinstance(asked, list) else asked)
-        if name == "bm25":
-            return stages.bm25(self._fresh("bm25"), settings["bm25"])
-        path = Path(name)
-        if path.is_file() and path.name != FILE:
-            return stages.given(path)
-        if not path.exists():
-            raise InputError(f"retriever={name}: there is no model folder and no run file {name}")
-        return stages.dense(path, self._fresh("index"), settings["index"])
-
-    def _fresh(self, part: str) -> Any:
-        """An index of its own for each search: that of another collection is gone by then."""
-        return build(self._cfg, part)[part]
-
-    def _fused(self, stages: Stages, made: list[Stage], settings: dict[str, Any]) -> Stage:
-        return stages.fused(self._fuse, settings["fuse"], made)
-
-    def _reranked(self, stages: Stages, made: list[Stage], settings: dict[str, Any]) -> Stage:
-        return stages.reranked(Path(settings["reranker"]), settings["rerank"], made[-1])
+def _config(run_dir: Path) -> Path:
+    return run_dir / "config.yaml"
 
 
-def _write_config(cfg: Any, inputs: dict[str, Any]) -> None:
+def _write_config(run_dir: Path, text: str, inputs: dict[str, Any]) -> None:
     if is_main_process():
-        config = record_of(Path(cfg.run_dir))
-        manifests.write(config, inputs)
-        with replacing(config) as scratch:
-            scratch.write_text(recorded(cfg), "utf-8")
+        manifests.write(_config(run_dir), inputs)
+        with replacing(_config(run_dir)) as scratch:
+            scratch.write_text(text, "utf-8")
 
 
-def _write_metrics(path: Path, metrics: dict[str, Any], scored_from: dict[str, Any]) -> None:
+def _write_metrics(path: Path, metrics: dict[str, Any], inputs: dict[str, Any]) -> None:
     manifests.remove(path)
     manifests.write_json(path, metrics)
-    manifests.write(path, scored_from, {"xxh3": manifests.content_digest(path)})
-
-
-def _measures(stages: Stages, asked: list[str]) -> list[str]:
-    """The measures as the split's judgements want them."""
-    from caravan.retrieval.metrics import spelled
-
-    relevant_from = stages.collection.relevant_from.get(stages.split, 1)
-    measures = spelled(asked, relevant_from)
-    if measures != asked:
-        log.info(
-            "%s %s: relevant from grade %d on, so scored by %s",
-            *(stages.collection.name, stages.split, relevant_from, ", ".join(measures)),
-        )
-    return measures
-
-
-def averaged(metrics: dict[str, Any]) -> str:
-    """What the mean of an evaluation counts, in one line."""
-    zero = {
-        "without a relevant passage": metrics["without_relevant"],
-        "without a passage in the run": metrics["missing"] - metrics["unknown_queries"],
-        "unknown to the collection": metrics["unknown_queries"],
-    }
-    counted = ", ".join(f"{count:,} {what}" for what, count in zero.items() if count)
-    text = f"mean over {metrics['queries']:,} judged queries"
-    if counted:
-        text += f" ({counted}: these count 0)"
-    if lost := metrics["unknown_passages"]:
-        text += f"; {lost:,} judgements of passages unknown to the corpus count as not found"
-    return text
-
-
-def _scored(stages: Stages, made: list[Stage], measures: list[str]) -> dict[str, Any]:
-    """Figures of all stages in metrics.json, unless they are there from the same runs."""
-    path = stages.run_dir / "metrics.json"
-    scored_from = {
-        "stages": [{**stage.inputs, "stage": stage.name} for stage in made],
-        "runs": [stage.digest for stage in made],
-        "measures": measures,
-        "versions": manifests.versions(("ir_measures",)),
-        "mean": "all judged queries",  # metrics.json of versions that left some out is made anew
-    }
-    if manifests.matches(path, scored_from):
-        written = (manifests.read(path) or {}).get("facts", {}).get("xxh3")
-        if written == manifests.content_digest(path):
-            return manifests.read_json(path)
-        log.warning("%s is not as it was written; the runs are scored again", path)
-    _write_metrics(path, _figures(stages, made, measures), scored_from)
-    return manifests.read_json(path)
-
-
-def _figures(stages: Stages, made: list[Stage], measures: list[str]) -> dict[str, Any]:
-    from caravan.retrieval.metrics import deepest, depth_of, score_run
-
-    collection, rows = stages.collection, []
-    scored: dict[str, Any] = {}
-    queries = len(stages.qrels.queries)
-    best = None
-    for stage in made:
-        run = stages.read(stage, depth=max(1, deepest(measures)))
-        scored = score_run(run, stages.qrels, collection.queries, collection.corpus, measures)
-        first = next(iter(scored["overall"].values()))
-        rows.append(
-            {
-                "stage": stage.name,
-                "run": f"runs/{stage.path.name}",
-                "run_xxh3": stage.digest,
-                "depth": depth_of(run, stage.depth),
-                "overall": scored["overall"],
-                "seconds": stage.seconds,
-                "queries_per_second": queries / stage.query_seconds
-                if stage.query_seconds
-                else None,
-                "gain": None if best is None else first - best,
-            }
-        )
-        best = first if best is None else max(best, first)
-    last = made[-1]
-    return {
-        "system": last.name,
-        "collection": {"name": collection.name, "digest": collection.digest},
-        "split": stages.split,
-        "passages": len(collection.corpus),
-        "run": f"runs/{last.path.name}",
-        "seconds": sum(stage.seconds for stage in made),
-        "facts": last.facts,
-        "stages": rows,
-        **scored,
-    }
+    manifests.write(path, inputs, {"xxh3": manifests.content_digest(path)})

@@ -3,16 +3,17 @@
     run_dir/store/      embeddings, BM25's index, a reranker's scores (caravan.retrieval.store)
     run_dir/runs/       <stage>.<split>.trec
 
-A stage is skipped only if its run was made from the same model, collection, candidates, settings
-and versions, and the run is as it was written.
+A stage is skipped if its run was made from the same inputs (`caravan.retrieval.store`) and has not
+changed since it was written.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,21 @@ from caravan.data.identical import own_passages, tell_if_queries_are_passages, w
 from caravan.data.runs import Run, canonical, read_run, write_run
 from caravan.distributed import is_main_process, wait_until
 from caravan.errors import InputError
-from caravan.retrieval import store
-from caravan.retrieval.folders import Folders
+from caravan.retrieval.bm25 import BM25, index_inputs, open_index
+from caravan.retrieval.index import Index, measured_recall
+from caravan.retrieval.inference import Inference, Models
+from caravan.retrieval.rerank import Reranker, Reranking
+from caravan.retrieval.store import Embeddings, Store
 
 log = logging.getLogger(__name__)
 
 Facts = dict[str, Any]
-"""What making a run took: seconds end with `_s`, those that queries take with `_query_s`."""
+"""Facts about the making of a run: seconds end with `_s`, those per query with `_query_s`."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A run on disk."""
+class Ranking:
+    """The run of a stage, on disk."""
 
     name: str
     path: Path
@@ -50,21 +54,47 @@ class Stage:
 
     @property
     def query_seconds(self) -> float:
-        """What its queries took, with nothing that is done once for a collection."""
+        """Seconds for the queries, without work that is done once for a collection."""
         return float(sum(value for key, value in self.facts.items() if key.endswith("_query_s")))
 
 
-class Stages:
-    """Makes the runs of one split of a collection.
+def encode_passages(
+    model: Inference, inputs: dict[str, Any], block: int, collection: Collection, store: Store
+) -> Embeddings:
+    """The embeddings of a corpus, computed unless the store has them.
 
     Args:
-        collection, split: what is searched, and the judged queries that are asked.
-        run_dir: where runs go.
-        store: where embeddings, BM25's index and a reranker's scores lie; that of any other
-            evaluation may be given.
+        inputs: of the model, `Models.inputs`.
+        block: passages per shard.
+    """
+    return model.encode_rows(
+        collection.corpus,
+        np.arange(len(collection.corpus)),
+        "passage",
+        block,
+        store,
+        "passages",
+        {**_encoded_from(inputs, collection, block), "length": model.lengths.get("passage_length")},
+    )
+
+
+def _encoded_from(inputs: dict[str, Any], collection: Collection, block: int) -> dict[str, Any]:
+    return {**inputs, "collection": collection.digest, "block": block}
+
+
+class Stages:
+    """Makes the rankings of one split of a collection.
+
+    Args:
+        collection, split: the collection and its judged queries.
+        run_dir: where runs are written.
+        store: embeddings, BM25's index and a reranker's scores.
         k: depth of the runs.
-        folders: opens the models.
-        ignore_identical_ids: leave the passage that has a query's id out of what it finds.
+        models: opens the models.
+        ignore_identical_ids: drop the passage that has the query's id from each result.
+
+    Raises:
+        InputError: If the split judges no query.
     """
 
     def __init__(
@@ -72,9 +102,9 @@ class Stages:
         collection: Collection,
         split: str,
         run_dir: Path,
-        store: Path,
+        store: Store,
         k: int,
-        folders: Folders,
+        models: Models,
         ignore_identical_ids: bool = False,
     ) -> None:
         self.collection = collection
@@ -82,14 +112,15 @@ class Stages:
         self.qrels: Qrels = collection.qrels(split)
         if not len(self.qrels.queries):
             raise InputError(
-                f"{collection.name}: split {split!r} judges no query; choose another data.split"
+                "empty-split",
+                f"{collection.name}: split {split!r} judges no query; choose another data.split",
             )
         self.run_dir = run_dir
         self.store = store
         self.k = k
-        self.folders = folders
+        self.models = models
         self._names: dict[str, int] = {}
-        self._ignoring: dict[str, Any] = {}  # what stands in a manifest where it is set
+        self._ignoring: dict[str, Any] = {}  # in manifests only if it is set
         self._own: np.ndarray | None = None
         if ignore_identical_ids:
             self._ignoring = {"ignore_identical_ids": True}
@@ -97,59 +128,58 @@ class Stages:
         elif is_main_process():
             tell_if_queries_are_passages(collection, self.qrels.queries)
 
-    def bm25(self, bm25: Any, settings: dict[str, Any]) -> Stage:
+    def bm25(self, bm25: BM25, settings: dict[str, Any]) -> Ranking:
         """Search with BM25.
 
         Args:
-            bm25: `caravan.retrieval.bm25.BM25`.
-            settings: what it was made with, for the manifest.
+            settings: those of `bm25`, for the manifest.
         """
-        built_from = store.bm25_inputs(self.collection, settings)
 
         def search() -> tuple[Run, Facts]:
             started = time.monotonic()
-            folder = store.place(self.store, None, "bm25", built_from)
-            store.open_bm25(bm25, self.collection, folder, built_from)
+            open_index(bm25, settings, self.collection, self.store)
             built = time.monotonic()
             queries = self.qrels.queries
             texts = [text for _, text in self.collection.queries.get(queries)]
             run = self._cut(bm25.search(texts, queries, self._depth))
             return run, {"index_s": built - started, "search_query_s": time.monotonic() - built}
 
-        made_from = {**built_from, "k": self.k, **self._ignoring}
-        return self._stage("bm25", made_from, search, self.k)
+        inputs = {**index_inputs(self.collection, settings), "k": self.k, **self._ignoring}
+        return self._ranking("bm25", inputs, search, self.k)
 
-    def dense(self, model: Path, index: Any, index_settings: dict[str, Any]) -> Stage:
+    def dense(
+        self,
+        folder: Path,
+        lengths: dict[str, int],
+        block: int,
+        index: Index,
+        settings: dict[str, Any],
+    ) -> Ranking:
         """Embed corpus and queries with a model folder, index, and search.
 
         Args:
-            index: `caravan.retrieval.index.Faiss` or `Exact`, of `index_settings`.
+            lengths: that override those of the folder.
+            block: texts per shard.
+            settings: those of `index`, for the manifest.
         """
-        lengths = self.folders.lengths
-        encoded_from = store.embedding_inputs(self.collection, self.folders, model)
-
-        of_passages = {**encoded_from, "length": lengths.get("passage_length")}
-        of_queries = {**encoded_from, "length": lengths.get("query_length"), "split": self.split}
+        model_inputs = self.models.inputs(folder)
+        encoded_from = _encoded_from(model_inputs, self.collection, block)
 
         def search() -> tuple[Run, Facts] | None:
             started = time.monotonic()
-            encoder = self.folders.encoder(model)
-            passages = encoder.encode(
-                self.collection.corpus,
-                np.arange(len(self.collection.corpus)),
-                "passage",
-                store.place(self.store, None, "passages", encoder.inputs(of_passages)),
-                of_passages,
-            )
+            model = self.models.open(folder, "retriever", lengths)
+            passages = encode_passages(model, model_inputs, block, self.collection, self.store)
             encoded = time.monotonic()
-            queries = encoder.encode(
+            queries = model.encode_rows(
                 self.collection.queries,
                 self.qrels.queries,
                 "query",
-                store.place(self.store, None, f"queries.{self.split}", encoder.inputs(of_queries)),
-                of_queries,
+                block,
+                self.store,
+                f"queries.{self.split}",
+                {**encoded_from, "length": lengths.get("query_length"), "split": self.split},
             ).read()
-            asked = time.monotonic()
+            queries_encoded = time.monotonic()
             if not is_main_process():
                 return None
             index.build(passages)
@@ -157,27 +187,24 @@ class Stages:
             scores, rows = index.search(queries, min(self._depth, passages.rows))
             facts: Facts = {
                 "encode_s": encoded - started,
-                "encode_query_s": asked - encoded,
-                "index_s": built - asked,
+                "encode_query_s": queries_encoded - encoded,
+                "index_s": built - queries_encoded,
                 "search_query_s": time.monotonic() - built,
-                "device": str(encoder.device),
-                "precision": encoder.precision,
+                "device": str(model.device),
+                "precision": model.precision,
             }
             if index.approximate:
-                from caravan.retrieval.index import measured_recall
-
                 facts["recall_against_exact"] = measured_recall(rows, queries, passages)
                 log.info("recall against exact search: %.4f", facts["recall_against_exact"])
             return self._cut(Run.from_topk(self.qrels.queries, scores, rows)), facts
 
-        made_from = {**encoded_from, **lengths, "index": index_settings, "k": self.k}
-        made_from |= self._ignoring
-        made_from["versions"] = manifests.versions((*manifests.LIBRARIES, "faiss-cpu"))
-        return self._stage("retriever", made_from, search, self.k, together=True)
+        inputs = {**encoded_from, **lengths, "index": settings, "k": self.k, **self._ignoring}
+        inputs["versions"] = manifests.versions((*manifests.LIBRARIES, "faiss-cpu"))
+        return self._ranking("retriever", inputs, search, self.k, together=True)
 
-    def given(self, path: Path) -> Stage:
-        """A run of any system, TREC or MS MARCO, over the queries of the split."""
-        made_from = {
+    def given(self, path: Path) -> Ranking:
+        """The run of any system, TREC or MS MARCO, over the queries of the split."""
+        inputs = {
             "collection": self.collection.digest,
             "given": manifests.content_digest(path),
             "k": self.k,
@@ -187,90 +214,94 @@ class Stages:
 
         def search() -> tuple[Run, Facts]:
             texts = (self.collection.queries, self.collection.corpus)
-            own = self._cut(read_run(path, *texts, depth=self._depth).only(self.qrels.queries))
-            if not len(own):
+            run = self._cut(read_run(path, *texts, depth=self._depth).only(self.qrels.queries))
+            if not len(run):
                 raise InputError(
+                    "run-of-other-queries",
                     f"{path} ranks none of the {self.split} queries of {self.collection.name}; give"
-                    " a run over them, or choose another data.split"
+                    " a run over them, or choose another data.split",
                 )
-            missing = len(self.qrels.queries) - len(own)
+            missing = len(self.qrels.queries) - len(run)
             if missing:
-                log.warning(
-                    "%s has nothing for %d of %d queries; they count 0",
-                    *(path, missing, len(self.qrels.queries)),
-                )
-            return own, {}
+                number = len(self.qrels.queries)
+                log.warning("%s lacks %d of %d queries; they count 0", path, missing, number)
+            return run, {}
 
-        return self._stage("run", made_from, search, depth=None)
+        return self._ranking("run", inputs, search, depth=None)
 
-    def fused(self, fuse: Any, settings: dict[str, Any], stages: list[Stage]) -> Stage:
-        """The runs of several stages as one."""
-        made_from = {
+    def fused(
+        self,
+        fuse: Callable[[Sequence[Run]], Run],
+        settings: dict[str, Any],
+        rankings: Sequence[Ranking],
+    ) -> Ranking:
+        """Several rankings as one.
+
+        Args:
+            settings: those of `fuse`, for the manifest.
+        """
+        inputs = {
             "fuse": settings,
-            "runs": [stage.digest for stage in stages],
+            "runs": [ranking.digest for ranking in rankings],
             "k": self.k,
             "versions": manifests.versions(()),
         }
 
         def search() -> tuple[Run, Facts]:
-            runs = [self.read(stage) for stage in stages]
+            runs = [self.read(ranking) for ranking in rankings]
             started = time.monotonic()
             return fuse(runs).top(self.k), {"fuse_query_s": time.monotonic() - started}
 
-        known = any(stage.depth is not None for stage in stages)
-        return self._stage("fused", made_from, search, self.k if known else None)
+        known = any(ranking.depth is not None for ranking in rankings)
+        return self._ranking("fused", inputs, search, self.k if known else None)
 
-    def reranked(self, model: Path, settings: dict[str, Any], candidates: Stage) -> Stage:
-        """The candidates in the order of a reranker.
-
-        Args:
-            settings: of `caravan.retrieval.rerank.Reranking`.
-        """
-        scorer = self.folders.scorer(model, settings)
-        of_scores = {
-            **self.folders.determines(model),
+    def reranked(self, folder: Path, settings: Reranking, candidates: Ranking) -> Ranking:
+        """The candidates in the order of a reranker."""
+        values = asdict(settings)
+        scored_from = {
+            **self.models.inputs(folder),
             "collection": self.collection.digest,
             "candidates": candidates.digest,
             "split": self.split,  # rerank.judged adds pairs of its judgements
-            **{name: value for name, value in settings.items() if name not in ("weight", "rest")},
+            **{name: value for name, value in values.items() if name not in ("weight", "rest")},
         }
-        made_from = {**of_scores, **settings}
+        model = self.models.open(folder, "reranker", settings.lengths)
 
         def search() -> tuple[Run, Facts]:
             run = self.read(candidates)
             deepest = int(run.counts.max(initial=0))
-            if deepest < scorer.settings.depth:
-                log.warning(
-                    "rerank.depth=%d, but the candidates go down to %d",
-                    *(scorer.settings.depth, deepest),
-                )
+            if deepest < settings.depth:
+                log.warning("rerank.depth=%d, the candidates are %d deep", settings.depth, deepest)
             started = time.monotonic()
-            found = scorer.rerank(
+            reranked = Reranker(model, settings).rerank(
                 run,
                 self.collection.queries,
                 self.collection.corpus,
-                store.place(self.store, None, f"scores.{self.split}", scorer.inputs(of_scores)),
-                of_scores,
+                partial(
+                    self.store.shards,
+                    f"scores.{self.split}",
+                    {**scored_from, "resolved_precision": model.precision},
+                ),
                 self.qrels,
             )
             facts = {
                 "rerank_query_s": time.monotonic() - started,
-                "device": str(scorer.device),
-                "precision": scorer.precision,
+                "device": str(model.device),
+                "precision": model.precision,
             }
-            return found, facts
+            return reranked, facts
 
         depth = candidates.depth
-        if depth is not None and scorer.settings.rest == "drop":
-            depth = min(depth, scorer.settings.depth)
-        return self._stage("reranked", made_from, search, depth, together=True)
+        if depth is not None and settings.rest == "drop":
+            depth = min(depth, settings.depth)
+        return self._ranking("reranked", {**scored_from, **values}, search, depth, together=True)
 
-    def read(self, stage: Stage, depth: int | None = None) -> Run:
-        """The run of a stage, as it lies on disk."""
-        if not stage.path.stat().st_size:  # no query has a hit, which is a result and no mistake
+    def read(self, ranking: Ranking, depth: int | None = None) -> Run:
+        """The run of a ranking."""
+        if not ranking.path.stat().st_size:  # no query has a hit, which is a valid result
             nothing = np.full((2, len(self.qrels.queries), 1), -1, dtype=np.int64)
             return Run.from_topk(self.qrels.queries, *nothing)
-        return read_run(stage.path, self.collection.queries, self.collection.corpus, depth=depth)
+        return read_run(ranking.path, self.collection.queries, self.collection.corpus, depth=depth)
 
     @property
     def _depth(self) -> int:
@@ -278,40 +309,38 @@ class Stages:
         return self.k if self._own is None else self.k + 1
 
     def _cut(self, run: Run) -> Run:
-        """What was found at that depth, at depth k."""
+        """A run of depth `_depth`, cut to depth k."""
         if self._own is None:
             return run
         return without(run, self.qrels.queries, self._own).top(self.k)
 
-    def _stage(
+    def _ranking(
         self,
         name: str,
-        made_from: dict[str, Any],
+        inputs: dict[str, Any],
         search: Callable[[], tuple[Run, Facts] | None],
         depth: int | None,
         together: bool = False,
-    ) -> Stage:
+    ) -> Ranking:
         """Write the run, unless it is there from the same inputs.
 
         Args:
-            depth: of the search; None where the lists of a run are all that is known.
-            together: several processes take part in the search; else rank 0 alone.
+            depth: of the search; None if only the lists of a run are known.
+            together: all processes take part in the search; else rank 0 alone.
         """
         number = self._names[name] = self._names.get(name, 0) + 1
         name = name if number == 1 else f"{name}-{number}"
         path = self.run_dir / "runs" / f"{name}.{self.split}.trec"
-        inputs = {**made_from, "split": self.split}
-        digest = _made_before(path, inputs)
+        inputs = {**inputs, "split": self.split}
+        digest = _finished_digest(path, inputs)
         if digest is not None:
-            log.info(
-                "%s is there already, from the same model, collection, settings and versions", path
-            )
+            log.info("%s exists, from the same model, collection, settings and versions", path)
         elif not is_main_process():
             if together:
                 search()
-            wait_until(lambda: _made_before(path, inputs, warn=False) is not None)
-            digest = _made_before(path, inputs)
-            assert digest is not None  # just waited for
+            wait_until(lambda: _finished_digest(path, inputs, warn=False) is not None)
+            digest = _finished_digest(path, inputs)
+            assert digest is not None  # awaited above
         else:
             if manifests.read(path) is not None and (lines := manifests.differences(path, inputs)):
                 log.info("%s is made again; it differs in %s", path, "; ".join(lines[:3]))
@@ -324,16 +353,16 @@ class Stages:
             digest = manifests.content_digest(path)
             manifests.write(path, inputs, {**facts, "run_xxh3": digest})
         facts = (manifests.read(path) or {}).get("facts", {})
-        return Stage(name, path, inputs, facts, digest, depth)
+        return Ranking(name, path, inputs, facts, digest, depth)
 
 
-def _made_before(path: Path, inputs: dict[str, Any], warn: bool = True) -> str | None:
-    """The digest of a run that is there from these inputs, as it was written, else None."""
+def _finished_digest(path: Path, inputs: dict[str, Any], warn: bool = True) -> str | None:
+    """The digest of a run made from these inputs and unchanged since; else None."""
     if not manifests.matches(path, inputs):
         return None
     digest = manifests.content_digest(path)
     if (manifests.read(path) or {}).get("facts", {}).get("run_xxh3") == digest:
         return digest
     if warn:
-        log.warning("%s is not as it was written; it is made again", path)
+        log.warning("%s has changed since it was written; it is made again", path)
     return None

@@ -1,111 +1,276 @@
-"""What is made once and kept in a store: embeddings, BM25's index, a reranker's scores.
+"""Products on disk: made once, named after a digest of their inputs, verified when read.
 
-    store/passages.3f9c2a41d07b/                 named after the digest of what it is made from
-    store/passages.3f9c2a41d07b.manifest.json    says what that is, once it is whole
+    store/passages.3f9c2a41d07b/                 named after the digest of its inputs
+    store/passages.3f9c2a41d07b.manifest.json    the inputs; written when the product is complete
 
-Only a search of the same corpus with the same model, settings and versions reuses it. A product of
-other inputs has another name, so that evaluations which share a store never overwrite each other's
-products, and one that was killed finds its own half. A search also reuses the products of any
-evaluation.
+What makes a product stale: any difference in its inputs, and nothing else.
+
+- BM25's index: collection, settings of BM25, versions of Caravan, bm25s and PyStemmer.
+- Embeddings: model folder, collection, length, precision, attention, token budget, block, remote
+  code, versions of Caravan, torch, transformers and tokenizers; of queries also the split.
+- Scores: as embeddings, with the candidates and the settings of the reranker.
+- Runs: the inputs of their products, depth, index or fusion, `ignore_identical_ids`.
+
+Collections, model folders and runs stand in the inputs as digests of their content. Equal inputs
+reuse the product; different inputs get another name, so evaluations can share a store: none
+overwrites another's products, and an interrupted one resumes its own. Nothing is evicted. A search
+also reuses the products of any evaluation. A product whose content has changed since it was written
+is made again when it is read.
+
+`Shards` holds arrays, one file each. A shard's record follows the array in the same file, where
+numpy does not read: the digest of its inputs, its number, shape and dtype, and the digest of its
+bytes. (In a file of its own, it could belong to the shard of another process.) A shard with a wrong
+record or size counts as missing; its bytes are compared with the digest at its first read, so a
+start does not read all shards. Each shard is computed on its own: its bytes do not depend on
+interruptions. Of several processes (torchrun, srun) each computes its share of the shards; they
+communicate through the folder alone.
 """
 
 from __future__ import annotations
 
 import glob
+import json
 import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from caravan import manifests
-from caravan.data.collection import Collection
-from caravan.retrieval.bm25 import FILES
-from caravan.retrieval.folders import Folders
-from caravan.retrieval.shards import refuse_link
+import numpy as np
 
+from caravan import manifests
+from caravan.distributed import is_main_process, rank, wait_until, world
+from caravan.errors import InputError
+from caravan.files import replacing
+
+RECORD_BYTES = 256
+"""At the end of each shard: the record as JSON, padded with spaces."""
 SUFFIX = ".manifest.json"
+
+Compute = Callable[[list[int]], Iterable[np.ndarray]]
+"""Returns the arrays of the shards with these numbers, in their order."""
 
 log = logging.getLogger(__name__)
 
 
-def bm25_inputs(collection: Collection, settings: dict[str, Any]) -> dict[str, Any]:
-    """What BM25's index is made from; `settings` are those of `caravan.retrieval.bm25.BM25`."""
-    versions = manifests.versions(("bm25s", "PyStemmer"))
-    return {"collection": collection.digest, "bm25": settings, "versions": versions}
-
-
-def embedding_inputs(collection: Collection, folders: Folders, model: Path) -> dict[str, Any]:
-    """What embeddings of either side are made from, but for their length and the device's type."""
-    determines = folders.determines(model)
-    return {**determines, "collection": collection.digest, "block": folders.block}
-
-
-def open_bm25(bm25: Any, collection: Collection, folder: Path, inputs: dict[str, Any]) -> None:
-    """Open the index in `folder`, or build it there first.
-
-    Another process may build the same index meanwhile. Both write the same bytes file by file, so
-    that it does not matter whose files remain.
-    """
-    refuse_link(folder)
-    if manifests.matches(folder, inputs):
-        if not (damaged := _damaged(folder)):
-            bm25.open(collection.corpus, folder)
-            return
-        log.warning("%s is damaged; the index is built again", damaged)
-    manifests.remove(folder)
-    bm25.build(collection.corpus, folder)
-    written = {name: manifests.content(folder / name) for name in FILES}
-    manifests.write(folder, inputs, {"files": written})
-
-
-def _damaged(folder: Path) -> Path | None:
-    """The first file of an index whose content is not what its manifest recorded."""
-    written = (manifests.read(folder) or {}).get("facts", {}).get("files", {})
-    files = ((folder / name, written.get(name)) for name in FILES)
-    return next((path for path, record in files if not manifests.is_as_written(path, record)), None)
-
-
-def found(below: Path | None, name: str, inputs: dict[str, Any]) -> Path | None:
-    """The finished product of just these inputs, somewhere below a folder, if there is one.
+class Store:
+    """A folder of products.
 
     Args:
-        name: what it is called, or begins with.
+        folder: where new products are written.
+        reuse: a folder; finished products in any store below it are used as well.
     """
+
+    def __init__(self, folder: Path, reuse: Path | None = None) -> None:
+        self.folder = folder
+        self.reuse = reuse
+
+    def path(self, name: str, inputs: dict[str, Any]) -> Path:
+        """The path of a product, finished or not: its name and the digest of its inputs.
+
+        Args:
+            name: kind of the product, such as "passages".
+            inputs: everything that determines its content.
+        """
+        found = _finished(self.folder, name, inputs) or _finished(self.reuse, name, inputs)
+        if found is None:
+            path = self.folder / f"{name}.{manifests.digest(inputs)[:12]}"
+            self._log_other_versions(path, name, inputs)
+            return path
+        if found.parent != self.folder:
+            log.info("reusing %s, from the same model, collection, settings and versions", found)
+        return found
+
+    def shards(self, name: str, inputs: dict[str, Any], count: int, compute: Compute) -> Shards:
+        """A product of `count` arrays; returns when all of them are written, by any process.
+
+        Args:
+            compute: computes missing or damaged shards.
+
+        Raises:
+            InputError: If the product's folder is a symbolic link.
+        """
+        folder = self.path(name, inputs)
+        _refuse_link(folder)
+        shards = Shards(folder, inputs, count, compute)
+        missing = shards.missing()
+        if not missing and manifests.matches(folder, inputs):
+            return shards
+        folder.mkdir(parents=True, exist_ok=True)
+        shards.write([number for number in missing if number % world() == rank()])
+
+        def complete() -> bool:
+            missing[:] = shards.missing(missing)
+            return not missing
+
+        wait_until(complete)
+        if is_main_process():
+            manifests.write(folder, inputs)
+        wait_until(lambda: manifests.matches(folder, inputs))
+        return shards
+
+    def files(
+        self, name: str, inputs: dict[str, Any], names: Sequence[str], build: Callable[[Path], None]
+    ) -> Path:
+        """The folder of a product that consists of named files; `build` writes them into it.
+
+        Another process may build the same product at the same time. Both write the same bytes file
+        by file, so it does not matter whose files remain.
+
+        Raises:
+            InputError: If the product's folder is a symbolic link.
+        """
+        folder = self.path(name, inputs)
+        _refuse_link(folder)
+        if manifests.matches(folder, inputs):
+            written = (manifests.read(folder) or {}).get("facts", {}).get("files", {})
+            damaged = [
+                folder / file
+                for file in names
+                if not manifests.is_as_written(folder / file, written.get(file))
+            ]
+            if not damaged:
+                return folder
+            log.warning("%s is damaged; the product is built again", damaged[0])
+        manifests.remove(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        build(folder)
+        written = {file: manifests.content(folder / file) for file in names}
+        manifests.write(folder, inputs, {"files": written})
+        return folder
+
+    def _log_other_versions(self, path: Path, name: str, inputs: dict[str, Any]) -> None:
+        """Nothing is evicted, and embeddings of a large corpus fill a disk."""
+        others = _products(self.folder.glob(f"{glob.escape(name)}*{SUFFIX}"))
+        if others:
+            nearest = min((manifests.differences(other, inputs) for other in others), key=len)
+            log.info(
+                "%s has %s from other models, collections, settings or versions (the nearest"
+                " differs in %s); delete what you no longer need",
+                self.folder,
+                ", ".join(other.name for other in others),
+                "; ".join(nearest[:3]),
+            )
+
+
+class Shards:
+    """The arrays of a product, a file each; see the head of this module.
+
+    Args:
+        inputs: digests and settings that determine the shards.
+        count: number of shards.
+        compute: computes missing or damaged shards.
+    """
+
+    def __init__(self, folder: Path, inputs: dict[str, Any], count: int, compute: Compute) -> None:
+        self.folder = folder
+        self.count = count
+        self._inputs = manifests.digest(inputs)
+        self._compute = compute
+        self._verified: set[int] = set()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return map(self.read, range(self.count))
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{number:08d}.npy"
+
+    def missing(self, among: Iterable[int] | None = None) -> list[int]:
+        """Numbers of the shards that are absent or incomplete, by size and record alone."""
+        numbers = range(self.count) if among is None else among
+        return [number for number in numbers if self._record(number) is None]
+
+    def write(self, numbers: list[int]) -> None:
+        """Compute and write shards."""
+        for number, array in zip(numbers, self._compute(numbers) if numbers else (), strict=True):
+            record = {"shard": number, "inputs": self._inputs}
+            write_shard(self.path(number), array, record)
+            self._verified.add(number)
+
+    def read(self, number: int) -> np.ndarray:
+        """A shard's array, memory-mapped; a damaged shard is computed again."""
+        path = self.path(number)
+        if number not in self._verified:
+            record = self._record(number)
+            if record is None or manifests.content_digest(path, record["bytes"]) != record["xxh3"]:
+                log.warning("%s is damaged; it is computed again", path)
+                self.write([number])
+            self._verified.add(number)
+        array: np.ndarray = np.load(path, mmap_mode="r")
+        return array
+
+    def _record(self, number: int) -> dict[str, Any] | None:
+        """The record of a shard; None if the file is missing, incomplete, or of another shard."""
+        path = self.path(number)
+        if path.is_symlink():
+            return None
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, 2) - RECORD_BYTES
+                file.seek(max(size, 0))
+                record = json.loads(file.read())
+        except (OSError, ValueError, RecursionError):
+            return None
+        expected = {"shard": number, "inputs": self._inputs, "bytes": size}
+        if not isinstance(record, dict) or not record.items() >= expected.items():
+            return None
+        return record if isinstance(record.get("xxh3"), str) else None
+
+
+class Embeddings:
+    """Embeddings on disk, in row order: shard i holds the rows from i * block on.
+
+    Iterating yields `(start_row, vectors [n, dim] float16)`, memory-mapped
+    (`caravan.retrieval.index.Blocks`).
+    """
+
+    def __init__(self, shards: Shards, rows: int, block: int) -> None:
+        self.shards = shards
+        self.rows = rows
+        self.block = block
+        self.dim = int(shards.read(0).shape[1])
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        for start in range(0, self.rows, self.block):
+            yield start, self.shards.read(start // self.block)
+
+    def read(self) -> np.ndarray:
+        """All embeddings [rows, dim] float32; for queries, or a corpus that fits in memory."""
+        return np.concatenate(list(self.shards)).astype(np.float32)
+
+
+def write_shard(path: Path, array: np.ndarray, record: dict[str, Any]) -> None:
+    """Write an array and its record atomically."""
+    with replacing(path) as scratch:
+        with scratch.open("wb") as file:
+            np.save(file, array)
+        record = {
+            **record,
+            "shape": list(array.shape),
+            "dtype": str(array.dtype),
+            "bytes": scratch.stat().st_size,
+            "xxh3": manifests.content_digest(scratch),
+        }
+        with scratch.open("ab") as file:
+            file.write(json.dumps(record).ljust(RECORD_BYTES).encode())
+
+
+def _finished(below: Path | None, name: str, inputs: dict[str, Any]) -> Path | None:
+    """The finished product of these inputs anywhere below a folder, or None."""
     if below is None or not below.is_dir():
         return None
-    for path in sorted(below.rglob(f"{glob.escape(name)}*{SUFFIX}")):
-        product = path.with_name(path.name.removesuffix(SUFFIX))
-        if not product.is_symlink() and manifests.matches(product, inputs):
-            return product
-    return None
+    found = _products(below.rglob(f"{glob.escape(name)}*{SUFFIX}"))
+    matching = (one for one in found if not one.is_symlink() and manifests.matches(one, inputs))
+    return next(matching, None)
 
 
-def place(store: Path, reuse: Path | None, name: str, inputs: dict[str, Any]) -> Path:
-    """Where a product lies, or is to be made: under a name of its inputs, so that none gives way.
-
-    Args:
-        store: where it is made.
-        reuse: below which others may have made it.
-        inputs: all that determines it; what they leave out would be shared in silence.
-    """
-    there = found(store, name, inputs) or found(reuse, name, inputs)
-    if there is None:
-        own = store / f"{name}.{manifests.digest(inputs)[:12]}"
-        _report_others(own, name, inputs)
-        return own
-    if there.parent != store:
-        log.info("reusing %s, from the same model, collection, settings and versions", there)
-    return there
+def _products(manifest_files: Iterable[Path]) -> list[Path]:
+    return sorted(path.with_name(path.name.removesuffix(SUFFIX)) for path in manifest_files)
 
 
-def _report_others(own: Path, name: str, inputs: dict[str, Any]) -> None:
-    """Nothing in a store is overwritten, and embeddings of a large corpus fill a disk."""
-    beside = own.parent.glob(f"{glob.escape(name)}*{SUFFIX}")
-    others = sorted(path.with_name(path.name.removesuffix(SUFFIX)) for path in beside)
-    if not others:
-        return
-    nearest = min((manifests.differences(other, inputs) for other in others), key=len)
-    log.info(
-        "%s has %s from other models, collections, settings or versions (the nearest differs in"
-        " %s); delete what you no longer need",
-        *(own.parent, ", ".join(other.name for other in others), "; ".join(nearest[:3])),
-    )
+def _refuse_link(folder: Path) -> None:
+    if folder.is_symlink():
+        raise InputError(
+            "link-in-store",
+            f"{folder} is a symbolic link, which Caravan does not follow in a store; remove the"
+            " link, or choose another store=",
+        )

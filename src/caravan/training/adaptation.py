@@ -2,9 +2,9 @@
 
     python train.py stage=adaptation backbone=hf backbone.name=<model> data=texts data.path=<files>
 
-EBAE: a text's embedding is to tell the tokens of the text. EBAR: it is to tell those of the text
-that follows. One pass serves both, and the causal language model's own loss where it is asked for.
-What comes out is a model folder that retrieves as it is and that a retriever begins from
+EBAE: a text's embedding predicts the tokens of the text itself. EBAR: it predicts the tokens of the
+text that follows. One forward pass serves both, and the causal language model's own loss if it is
+among the tasks. The model folder retrieves as it is, and a retriever can start from it
 (`init_from`).
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caravan.data.batch import AdaptationBatch, EncodeBatch
+from caravan.data.batch import AdaptationBatch
 from caravan.data.collection import Collection
 from caravan.data.tokenization import JointTemplates
 from caravan.data.unlabelled import TASKS, Unlabelled
@@ -30,16 +30,18 @@ from caravan.training.stage import Stage
 
 
 class Adaptation(Stage):
-    """A language model with LLaRA's tasks and an optimiser.
+    """A language model with LLaRA's tasks and an optimizer.
 
     Args:
         self_prompt, next_prompt: what follows the text for EBAE and for EBAR.
-        tasks: which are trained, joined by +: ebae, ebar, and lm, the causal language model's own.
-        ebae, ebar, lm: weights of their losses, where they are trained.
-        targets: what of a text is to be told, "all" or "content" (`caravan.data.unlabelled`).
-        words: of a chunk.
-        The others: see `Stage`; there is no loss to choose.
+        tasks: joined by +: ebae, ebar, and lm, the causal language model's own loss.
+        ebae, ebar, lm: weights of their losses, of those in `tasks`.
+        targets: which tokens are predicted, "all" or "content" (`caravan.data.unlabelled`).
+        words: per segment of text.
+        The others: see `Stage`; `loss` and `gradcache` do not apply.
     """
+
+    forward_methods = ("read",)
 
     def __init__(
         self,
@@ -60,33 +62,36 @@ class Adaptation(Stage):
         loss: None = None,
     ) -> None:
         super().__init__(backbone, peft, tokenizer, encoding, loss, optimizer, seed)
-        asked = tasks.split("+")
-        weights = {"ebae": ebae, "ebar": ebar, "lm": lm}
-        if not set(asked) <= set(weights):
+        chosen, weights = tasks.split("+"), {"ebae": ebae, "ebar": ebar, "lm": lm}
+        if not set(chosen) <= set(weights):
             raise InputError(
-                f"stage.tasks is {tasks!r}; it must be some of ebae, ebar and lm, joined by +"
+                "unknown-task",
+                f"stage.tasks is {tasks!r}; it must be some of ebae, ebar and lm, joined by +",
             )
-        for task in asked:
+        for task in chosen:
             if not 0 < weights[task] < math.inf:
-                raise InputError(f"stage.{task} is {weights[task]}; it must be above 0 and finite")
-        self.weights = {task: weights[task] for task in TASKS if task in asked}
-        self.lm = lm if "lm" in asked else 0.0
-        self.targets = targets
-        self.words = words
+                raise InputError(
+                    "out-of-range",
+                    f"stage.{task} is {weights[task]}; it must be above 0 and finite",
+                )
+        self.weights = {task: weights[task] for task in TASKS if task in chosen}
+        self.lm = lm if "lm" in chosen else 0.0
+        self.targets, self.words = targets, words
         prompts = [{"ebae": self_prompt, "ebar": next_prompt}[task] for task in self.weights]
-        slots = {bool(template_parts(f"{{text}}{prompt}")[2]) for prompt in prompts}
-        if len(slots) > 1:
+        slotted = {bool(template_parts(f"{{text}}{prompt}")[2]) for prompt in prompts}
+        if len(slotted) > 1:
             raise InputError(
+                "mixed-slots",
                 "stage.self_prompt and stage.next_prompt must both end with slots, {self} and"
-                " {next}, or neither"
+                " {next}, or neither",
             )
-        _refuse_other_prompts(encoding, [self_prompt, next_prompt], True in slots)
+        _check_encoding(encoding, (self_prompt, next_prompt), slots=True in slotted)
         self.templates = JointTemplates(tokenizer, encoding, prompts)
-        of_a_prompt = encoding.slots if True in slots else 1
-        self.layout = Layout(self.templates.skipped, self.templates.prompts, of_a_prompt)
+        per_prompt = encoding.slots if True in slotted else 1
+        self.layout = Layout(self.templates.skipped, self.templates.prompts, per_prompt)
 
     @property
-    def tells_tokens(self) -> bool:
+    def uses_output_layer(self) -> bool:
         return True
 
     def build(self) -> SlotEncoder:
@@ -102,7 +107,7 @@ class Adaptation(Stage):
     def training_set(
         self, collection: Collection, split: str, sampler: Any, token_budget: int
     ) -> Unlabelled:
-        """What is trained on: the collection's passages as chunks; a split plays no part."""
+        """The collection's passages in segments; split and sampler do not apply."""
         return Unlabelled(
             collection.corpus,
             self.templates,
@@ -114,9 +119,8 @@ class Adaptation(Stage):
         )
 
     def training_step(self, batch: AdaptationBatch, batch_idx: int) -> Tensor:
-        read = self.model.read(self.evened(batch.texts), tokens=self.lm > 0)
-        texts = len(batch.counts)
-        told: dict[str, Any] = {"batch_size": texts, "sync_dist": True}
+        read = self.model.read(self.in_step(batch.texts), tokens=self.lm > 0)
+        settings: dict[str, Any] = {"batch_size": len(batch.counts), "sync_dist": True}
         total = read.slots.new_zeros(())
         language_model = self.model.language_model
         if self.weights:
@@ -134,43 +138,43 @@ class Adaptation(Stage):
                     counts > 0, losses[:, i], hits[:, i], counts.clamp(min=1).log()
                 )
                 total = total + weight * loss
-                self.log(f"train/{task}", loss, **told)
-                self.log(f"train/{task}_above_floor", loss - floor, **told)
-                self.log(f"train/{task}_hits", share, **told)
+                self.log(f"train/{task}", loss, **settings)
+                self.log(f"train/{task}_above_floor", loss - floor, **settings)
+                self.log(f"train/{task}_hits", share, **settings)
                 (empty,) = _means(None, (counts == 0).float())
-                self.log(f"train/{task}_empty", empty, **told)
+                self.log(f"train/{task}_empty", empty, **settings)
         if self.lm:
             (loss,) = _means(None, token_losses(language_model, read))
             total = total + self.lm * loss
-            self.log("train/lm", loss, **told)
-        self.log("train/loss", total, prog_bar=True, **told)
+            self.log("train/lm", loss, **settings)
+        self.log("train/loss", total, prog_bar=True, **settings)
         return total
 
-    def validation_step(
-        self, batch: EncodeBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> dict[str, Tensor]:
-        """Rows [N] and vectors [N, d]; `RetrievalEvaluation` collects and searches them."""
-        return {"rows": batch.rows, "vectors": self.rows_of(batch.texts)}
 
+def _check_encoding(encoding: Encoding, prompts: tuple[str, str], slots: bool) -> None:
+    """The saved encoding must use these prompts, and pool at their slots.
 
-def _refuse_other_prompts(encoding: Encoding, prompts: list[str], slots: bool) -> None:
-    """The folder must promise what was adapted: these prompts, read at their slots."""
+    Raises:
+        InputError: It does not.
+    """
     for name in ("query_template", "passage_template"):
-        if not getattr(encoding, name).endswith(tuple(prompts)):
+        if not getattr(encoding, name).endswith(prompts):
             raise InputError(
+                "other-prompt",
                 f"encoding.{name} is {getattr(encoding, name)!r}, which ends with neither"
-                " stage.self_prompt nor stage.next_prompt; end it with one of them"
+                " stage.self_prompt nor stage.next_prompt; end it with one of them",
             )
-    wanted = ("slots", "last") if slots else ("last",)
-    if encoding.pooling not in wanted:
+    allowed = ("slots", "last") if slots else ("last",)
+    if encoding.pooling not in allowed:
         raise InputError(
-            f"encoding.pooling is {encoding.pooling!r}; what is adapted is read at its slots: set"
-            f" it to {' or '.join(wanted)}"
+            "incompatible-settings",
+            f"encoding.pooling is {encoding.pooling!r}, but adaptation trains the states at the"
+            f" slots: set it to {' or '.join(allowed)}",
         )
 
 
 def _means(where: Tensor | None, *values: Tensor) -> list[Tensor]:
-    """The mean of each of `values` [N], of those rows that count, so that ranks average to it.
+    """Means of `values` [N] each, weighted so that their average over ranks is the overall mean.
 
     Args:
         where: [N] bool, the rows that count; None for all.

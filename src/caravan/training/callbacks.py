@@ -1,4 +1,4 @@
-"""What happens around the steps: throughput, lines in the log, the point to resume from."""
+"""Callbacks around the training loop: log lines, throughput, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -10,19 +10,72 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from caravan.data.batch import RerankBatch, TrainBatch
+from caravan.errors import InputError
+from caravan.models.backbone import parameter_counts
+from caravan.models.memory import Need
 from caravan.training.checkpoints import LAST, absolute, relative
+from caravan.training.fsdp import FullySharded
 
 log = logging.getLogger(__name__)
 
 
-class Lines(pl.Callback):
-    """Tells in the log how far the run is, and each validation's figures.
+class FitSummary(pl.Callback):
+    """Logs what is trained, on what, and how large an update is, when the weights are loaded.
 
-    The bar of a terminal is in no file, and a job that a scheduler runs has no terminal.
+    Args:
+        heading: the first line.
+        precision: resolved, "bf16" or "float32".
+        needed: the estimated memory of a step, if known.
+    """
+
+    def __init__(self, heading: str, precision: str, needed: Need | None) -> None:
+        self.heading, self.precision, self.needed = heading, precision, needed
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # exclude loading from the peak memory
+        trained, total = parameter_counts(pl_module)
+        if not trained:
+            raise InputError(
+                "nothing-to-train",
+                "nothing would be trained, all weights are frozen; set peft=none or peft=lora",
+            )
+        if not trainer.is_global_zero:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        sharded = ", sharded weights" if isinstance(trainer.strategy, FullySharded) else ""
+        log.info(self.heading)
+        log.info(
+            f"{trainer.world_size} x {device.type}, {self.precision}{sharded};"
+            f" {trained:,} trainable parameters of {total:,}"
+        )
+        if loaded := getattr(pl_module.backbone, "told", ""):
+            log.info(loaded)
+        accumulated = trainer.accumulate_grad_batches
+        trains_on = data.training.told(data.collection.name, data.queries_per_batch, accumulated)
+        batches = data.batches_per_epoch(trainer)
+        log.info(f"{trains_on}; {trainer.max_steps:,} updates, {batches:,} batches an epoch")
+        queries = len(data.dev_qrels.queries)
+        if data.candidates is not None:
+            candidates = len(data.candidates.passage_rows)
+            log.info(f"validation: {candidates:,} candidates of {queries:,} queries")
+        elif queries:
+            passages, corpus = len(data.dev_passages), len(data.collection.corpus)
+            log.info(f"validation: {queries:,} queries over {passages:,} of {corpus:,} passages")
+        if self.needed is not None and self.needed.total >= 1e8:  # less fits anywhere
+            log.info("memory at the peak of a step: about %s", self.needed)
+
+
+class ProgressLog(pl.Callback):
+    """Logs the progress of training and the metrics of each validation.
+
+    A progress bar is in no log file, and jobs of a scheduler have no terminal.
 
     Args:
         seconds: between two lines about updates.
@@ -30,11 +83,11 @@ class Lines(pl.Callback):
 
     def __init__(self, seconds: float = 60.0) -> None:
         self.seconds = seconds
-        self._told = self._begun = 0.0
+        self._logged_at = self._started_at = 0.0
         self._first = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._told = self._begun = time.monotonic()
+        self._logged_at = self._started_at = time.monotonic()
         self._first = trainer.global_step
 
     def on_train_batch_end(
@@ -46,28 +99,30 @@ class Lines(pl.Callback):
         batch_idx: int,
     ) -> None:
         now, done = time.monotonic(), trainer.global_step
-        if not trainer.is_global_zero or now - self._told < self.seconds or done <= self._first:
+        due = now - self._logged_at >= self.seconds
+        if not trainer.is_global_zero or not due or done <= self._first:
             return
-        self._told = now
-        last = trainer.fit_loop.epoch_loop.max_steps
-        left = (now - self._begun) / (done - self._first) * (last - done)
-        loss = trainer.callback_metrics.get("train/loss")
-        told = "" if loss is None else f", loss {float(loss):.4f}"
-        log.info(
-            "update %s of %s%s, about %s left",
-            *(f"{done:,}", f"{last:,}", told, timedelta(seconds=round(left))),
-        )
+        self._logged_at = now
+        last = trainer.max_steps
+        left = (now - self._started_at) / (done - self._first) * (last - done)
+        value = trainer.callback_metrics.get("train/loss")
+        loss = "" if value is None else f", loss {float(value):.4f}"
+        remaining = timedelta(seconds=round(left))
+        log.info(f"update {done:,} of {last:,}{loss}, about {remaining} left")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
-        figures = named(trainer.callback_metrics)
-        if figures:
-            log.info("validation after update %s: %s", f"{trainer.global_step:,}", figures)
+        if metrics := in_words(trainer.callback_metrics):
+            log.info("validation after update %s: %s", f"{trainer.global_step:,}", metrics)
 
 
-def named(metrics: Mapping[str, Any]) -> str:
-    """A validation's figures in words, such as `MRR@10 .2239, R@100 .5786`."""
+def in_words(metrics: Mapping[str, Any]) -> str:
+    """The metrics of a validation as one line.
+
+    >>> in_words({"train/loss": 1.5, "val/MRR@10": 0.2239, "val/R@100": 0.5786})
+    'MRR@10 0.2239, R@100 0.5786'
+    """
     found = {name: float(value) for name, value in metrics.items() if name.startswith("val/")}
     return ", ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in found.items())
 
@@ -83,13 +138,11 @@ class TensorBoard(TensorBoardLogger):
 
 
 class Throughput(pl.Callback):
-    """Logs tokens a second and the share of padding, over the steps since the last log."""
+    """Logs tokens per second and the share of padding, over the steps since the last log."""
 
     def __init__(self) -> None:
-        self._since = 0.0
-        self._seconds = 0.0
-        self._tokens = 0
-        self._padded = 0
+        self._since = self._seconds = 0.0
+        self._tokens = self._padded = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._since = time.monotonic()
@@ -114,28 +167,47 @@ class Throughput(pl.Callback):
         self._tokens += batch.tokens
         self._padded += batch.padded
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            # Every rank has about the same share; the sum over ranks is told from rank 0's.
-            pl_module.log(
-                "train/tokens_per_second",
-                self._tokens * trainer.world_size / max(self._seconds, 1e-9),
-                prog_bar=True,
-            )
+            # Ranks have about equal shares: rank 0's, times their number, stands for the sum.
+            tokens = self._tokens * trainer.world_size
+            speed = tokens / max(self._seconds, 1e-9)
+            pl_module.log("train/tokens_per_second", speed, prog_bar=True)
             pl_module.log("train/padding", 1 - self._tokens / max(self._padded, 1))
             self._seconds, self._tokens, self._padded = 0.0, 0, 0
 
 
-class ResumePoint(Checkpoint):
-    """Keeps `last.ckpt`, the state that `resume=true` goes on from.
+class LastCheckpoint(Checkpoint):
+    """Writes `last.ckpt`, from which `resume=true` continues at the very next batch.
 
-    It is written every so many updates and after every validation, but not in the update that a
-    validation follows: a run that is killed during the validation must do it again. (A `Checkpoint`
-    is called after the other callbacks, and after the best checkpoint, whose state it must hold.)
-    Nor is it written between the batches of one update, for gradients are in no checkpoint. That
-    the run was told to stop is kept, since what told it (early stopping) has had its say. Paths of
-    callbacks, such as that of the best checkpoint, are relative to run_dir, which may be moved.
+    What a checkpoint contains (best.ckpt has the same), and who puts it there:
+
+    ===================  ==========================================  ==============================
+    entry                content                                     from
+    ===================  ==========================================  ==============================
+    state_dict           trainable weights, full and on the CPU      `Stage.on_save_checkpoint`,
+                                                                     `FullySharded`
+    optimizer_states     Adam's moments, full and on the CPU         Lightning, `FullySharded`
+    lr_schedulers        position in the schedule                    Lightning
+    loops                updates, batches and validations done;      Lightning,
+                         epoch and position of the training loader   `caravan.data.loaders`
+    callbacks            best metric and path, patience, ...;        each callback; paths below
+                         paths relative to run_dir                   run_dir by `LastCheckpoint`
+    should_stop          whether early stopping has ended the run;   `LastCheckpoint`
+                         it does not raise it again after a resume
+    epoch, global_step,  counters                                    Lightning
+    ...version
+    ===================  ==========================================  ==============================
+
+    Not in it: frozen weights (the base model's digest is in the manifest of the run), and random
+    states. Dropout, negatives and batches are functions of the seed and of the position
+    (`Stage.on_train_batch_start`, `caravan.data.negatives`).
+
+    It is written every `every_n_steps` updates and after every validation, but not before the
+    validation that follows an update: a run that is killed during a validation repeats it. Nor is
+    it written between the batches of one update, since gradients are in no checkpoint. Lightning
+    calls a `Checkpoint` after the other callbacks, so that their state is up to date.
 
     Args:
-        folder: where the checkpoints lie.
+        folder: of the checkpoints.
         every_n_steps: updates between two writes.
     """
 
@@ -181,7 +253,7 @@ class ResumePoint(Checkpoint):
 
 
 def _accumulates(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether the gradients of this batch wait for those of the next; an epoch's last never do."""
+    """Whether this batch's gradients are kept for the next one; an epoch's last batch never."""
     if batch_idx + 1 >= trainer.num_training_batches:
         return False
     return (batch_idx + 1) % trainer.accumulate_grad_batches != 0

@@ -1,7 +1,8 @@
-"""Checkpoints on disk: written whole, verified before a resume, independent of where run_dir lies.
+"""Checkpoint files: written atomically, verified before a resume, independent of run_dir's place.
 
 A checkpoint is a zip archive with a checksum of each part. A resume reads `last.ckpt`, or if that
-is damaged `best.ckpt`, which holds the whole state of training too, as of an earlier update.
+is damaged `best.ckpt`, which also has the whole state of training, at an earlier update. For what
+they contain see `caravan.training.callbacks.LastCheckpoint`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it: a kill leaves the old or the new."""
+    """Writes beside the final place and renames: a kill leaves the old or the new checkpoint."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
@@ -55,7 +56,7 @@ def resumable(folder: Path) -> Path | None:
         None if there is no checkpoint.
 
     Raises:
-        InputError: neither can be used.
+        InputError: Neither can be used.
     """
     last, best = folder / LAST, folder / BEST
     if not last.exists():
@@ -68,35 +69,52 @@ def resumable(folder: Path) -> Path | None:
             log.warning("%s is damaged (%s); resuming from %s", last, reason, best)
         return best
     raise InputError(
+        "damaged-checkpoint",
         f"{last} is damaged ({reason}), and there is no other checkpoint to resume from; put back a"
-        f" copy of the file, or remove {folder} to train from the start"
+        f" copy of the file, or remove {folder} to train from the start",
     )
 
 
+def best_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of the best checkpoint, at the end of training.
+
+    Raises:
+        InputError: The file is missing or damaged.
+    """
+    reason = damage(path)
+    if reason is not None:
+        raise InputError(
+            "damaged-checkpoint",
+            f"{path}, the best checkpoint, is damaged ({reason}); put back a copy and repeat the"
+            f" command with resume=true, or remove {path.parent} to train from the start",
+        )
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return state["state_dict"]
+
+
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole. Reads all of the file."""
+    """What is wrong with a checkpoint; None if it is intact. Reads the whole file."""
     if not path.is_file():
         return "it is missing"
     if not path.stat().st_size:
         return "it is empty"
     if not zipfile.is_zipfile(path):
-        return "it is cut short, or no checkpoint"
+        return "it is truncated, or no checkpoint"
     try:
         with zipfile.ZipFile(path) as archive:
             if (part := archive.testzip()) is not None:
                 return f"the checksum of its part {part} is wrong"
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return _lacking(state)
+        return _defect(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except PermissionError:
         raise
     except Exception as error:  # noqa: BLE001 - damaged bytes raise anything
-        # torch would recommend loading the file unsafely, with any code in it.
-        told = "it holds objects that no checkpoint has" if "weights_only" in str(error) else ""
-        return told or first_line(error)
+        if "weights_only" in str(error):  # torch would recommend to load the file unsafely
+            return "it holds objects that no checkpoint has"
+        return first_line(error)
 
 
-def _lacking(state: Any) -> str | None:
-    """The entries that are missing from a readable checkpoint."""
+def _defect(state: Any) -> str | None:
+    """What is missing or impossible in a checkpoint that can be read."""
     if not isinstance(state, dict):
         return "it holds no state of training"
     for name, kind in _PARTS.items():
@@ -108,44 +126,22 @@ def _lacking(state: Any) -> str | None:
     weights, optimizers = state["state_dict"], state["optimizer_states"]
     if not weights or not all(isinstance(weight, Tensor) for weight in weights.values()):
         return "it has no weights"
-    if (
-        wrong := next((name for name in weights if not is_finite(weights[name])), None)
-    ) is not None:
-        return f"{wrong} is NaN or infinite, as after a training that has diverged"
-    shapes: Counter[tuple[Any, ...]] = Counter()
-    for optimizer in optimizers:
+    for name, weight in weights.items():
+        if not is_finite(weight):
+            return f"{name} is NaN or infinite, as after a training that has diverged"
+    moments: Counter[tuple[Any, ...]] = Counter()
+    for optimizer in optimizers or [None]:
         if not isinstance(optimizer, dict) or not {"state", "param_groups"} <= optimizer.keys():
             return "it has no state of the optimizer"
-        shapes.update(
-            (moments["exp_avg"].dtype, *moments["exp_avg"].shape)
-            for moments in optimizer["state"].values()
-            if "exp_avg" in moments
-        )
-    if not optimizers:
-        return "it has no state of the optimizer"
-    if not shapes <= Counter((weight.dtype, *weight.shape) for weight in weights.values()):
+        averages = [of["exp_avg"] for of in optimizer["state"].values() if "exp_avg" in of]
+        moments.update((average.dtype, *average.shape) for average in averages)
+    if not moments <= Counter((weight.dtype, *weight.shape) for weight in weights.values()):
         return "its weights and its optimizer have different shapes or types"
     return None
 
 
-def best_weights(path: Path) -> dict[str, Tensor]:
-    """The weights of the best checkpoint, at the end of training.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    reason = damage(path)
-    if reason is not None:
-        raise InputError(
-            f"{path}, the best checkpoint, is damaged ({reason}); put back a copy of the file and"
-            f" repeat the command with resume=true, or remove {path.parent} to train from the start"
-        )
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return state["state_dict"]
-
-
 def refused(error: Exception, path: Path | None) -> InputError | None:
-    """The sentence for an error of restoring a checkpoint; None if it has another origin."""
+    """The InputError for an exception of restoring a checkpoint; None if it has another origin."""
     restoring = any(
         frame.f_code.co_filename.endswith("checkpoint_connector.py")
         and frame.f_code.co_name.startswith(("restore", "resume"))
@@ -154,18 +150,19 @@ def refused(error: Exception, path: Path | None) -> InputError | None:
     if path is None or not restoring or isinstance(error, torch.OutOfMemoryError | InputError):
         return None
     return InputError(
+        "damaged-checkpoint",
         f"{path} cannot be restored ({first_line(error)}); remove it to resume from an earlier"
-        f" checkpoint or to train from the start"
+        " checkpoint or to train from the start",
     )
 
 
 def relative(state: Any, run_dir: Path) -> Any:
-    """A copy of callbacks' state in which paths below run_dir name it as `<run_dir>`."""
+    """A copy of callbacks' state in which paths below run_dir start with `<run_dir>`."""
     return _mapped(state, os.path.realpath(run_dir), _RUN_DIR)
 
 
 def absolute(state: Any, run_dir: Path) -> Any:
-    """A copy of what `relative` returned, for where run_dir is now."""
+    """The inverse of `relative`, for where run_dir is now."""
     return _mapped(state, _RUN_DIR, os.path.realpath(run_dir))
 
 

@@ -1,15 +1,14 @@
-"""Losses: f(scores, targets) -> scalar, nothing else.
+"""Losses: functions of a score matrix and its targets.
 
-Scores [Q, N] are float32, a row for each query, -inf where a column must not count. Targets are the
-positive's column [Q] int64 or, for a loss that distils, the scores [Q, N] of a teacher (a run),
-NaN where it has none. So a loss knows no model, no batch and no rank, serves retriever and reranker
-alike, and can be checked by hand.
+A loss knows no model, no batch and no rank, so that it serves retriever and reranker alike and can
+be checked by hand. `Loss` describes the interface and has an example of an own loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,38 +17,84 @@ from torch.nn import functional
 from caravan.errors import InputError
 
 
-class InfoNCE:
-    """Cross-entropy of the positive among all columns: -log softmax(scores)[target].
+class Loss(Protocol):
+    """A loss of the scores of each query: `loss(scores, targets)` returns a scalar.
 
-    Over a batch's passages it is RepLLaMA's loss (arXiv 2310.08319, section 2.1), over the query's
-    own group RankLLaMA's listwise softmax (section 2.2).
+    - scores: [Q, N] float32, a row for each query, -inf where a column does not count. For a
+      retriever N is all passages of the batch (or the query's own group), for a reranker the
+      query's own group.
+    - targets: the positive's column, [Q] int64. If `needs_teacher`, the scores of a teacher
+      (`sampler.teacher`), [Q, N] float32, NaN where it has none.
+
+    The value is the mean over queries (or over what the loss compares). A loss divides the scores
+    by its own temperature, if it has one.
+
+    Subclass it, and select the class by `loss._target_`:
+
+    >>> class Hinge(Loss):
+    ...     def __init__(self, margin: float = 0.1, temperature: float = 1.0) -> None:
+    ...         self.margin, self.temperature = margin, temperature
+    ...
+    ...     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
+    ...         scores = scores / self.temperature
+    ...         positive = scores.gather(1, targets.unsqueeze(1))  # [Q, 1]
+    ...         excess = (scores - positive + self.margin).clamp(min=0)  # [Q, N], 0 for -inf
+    ...         return excess.scatter(1, targets.unsqueeze(1), 0.0).sum(dim=1).mean()
+    >>> scores = torch.tensor([[0.9, 0.2, 0.85], [0.1, 0.4, -torch.inf]])
+    >>> round(Hinge()(scores, torch.tensor([0, 1])).item(), 4)
+    0.025
     """
 
+    needs_teacher: bool = False
+
+    def __call__(self, scores: Tensor, targets: Tensor) -> Tensor: ...
+
+
+class InfoNCE(Loss):
+    """Cross-entropy of the positive among all columns: -log softmax(scores / temperature)[target].
+
+    Over a batch's passages it is RepLLaMA's loss (arXiv 2310.08319, section 2.1), over the query's
+    own group, with temperature 1, RankLLaMA's listwise softmax (section 2.2).
+
+    >>> scores, targets = torch.tensor([[0.9, 0.8], [0.1, 0.2]]), torch.tensor([0, 1])
+    >>> round(InfoNCE(temperature=0.1)(scores, targets).item(), 4)
+    0.3133
+    """
+
+    def __init__(self, temperature: float = 0.01) -> None:
+        self.temperature = valid_temperature(temperature)
+
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
-        return functional.cross_entropy(scores, targets)
+        return functional.cross_entropy(scores / self.temperature, targets)
 
 
-class Likelihood:
-    """The positive's score itself, where the score is a log probability: -scores[target].
+class Likelihood(Loss):
+    """The negative score of the positive, where scores are log probabilities: -scores[target].
 
     Negatives play no part, so `sampler.number` may be 0 (UPR's language model, arXiv 2204.07496).
     """
 
+    def __init__(self, temperature: float = 1.0) -> None:
+        self.temperature = valid_temperature(temperature)
+
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
-        return -scores.gather(1, targets.unsqueeze(1)).mean()
+        return -(scores / self.temperature).gather(1, targets.unsqueeze(1)).mean()
 
 
-class BCE:
-    """Each column by itself, relevant or not: mean of the binary cross-entropy.
+class BCE(Loss):
+    """Binary cross-entropy of each column by itself, relevant or not; the mean over all columns.
 
-    With one positive to many negatives the positive is the rare class; `positive_weight` evens
-    that out.
+    Args:
+        positive_weight: of a positive's term. With one positive to many negatives a weight above 1
+            balances the classes.
     """
 
-    def __init__(self, positive_weight: float = 1.0) -> None:
+    def __init__(self, positive_weight: float = 1.0, temperature: float = 0.01) -> None:
         self.positive_weight = positive_weight
+        self.temperature = valid_temperature(temperature)
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
+        scores = scores / self.temperature
         real = scores.isfinite()
         labels = torch.zeros_like(scores).scatter(1, targets.unsqueeze(1), 1.0)
         terms = functional.binary_cross_entropy_with_logits(
@@ -62,19 +107,23 @@ class BCE:
         return terms / real.sum()
 
 
-class RankNet:
-    """Every pair of a better and a worse column: log(1 + exp(worse - better)) (Burges 2005).
+class RankNet(Loss):
+    """Logistic loss of each pair of a better and a worse column: log(1 + exp(worse - better)).
+
+    Burges et al. 2005, "Learning to Rank using Gradient Descent".
 
     Args:
-        distils: order the columns by a teacher instead of by which one is the positive.
+        needs_teacher: order the columns by the teacher's scores, not positive before negative.
     """
 
-    def __init__(self, distils: bool = False) -> None:
-        self.distils = distils
+    def __init__(self, needs_teacher: bool = False, temperature: float = 0.01) -> None:
+        self.needs_teacher = needs_teacher
+        self.temperature = valid_temperature(temperature)
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
+        scores = scores / self.temperature
         real = scores.isfinite()
-        if self.distils:
+        if self.needs_teacher:
             real = real & targets.isfinite()
             gains = targets
         else:
@@ -86,15 +135,21 @@ class RankNet:
         return (terms * pairs).sum() / pairs.sum().clamp(min=1)
 
 
-class MarginMSE:
-    """The positive's lead over each negative should be the teacher's (arXiv 2010.02666).
+class MarginMSE(Loss):
+    """Squared error between student's and teacher's margins of positive over negative.
 
-    The positive is the teacher's first known column, where a group has it.
+    Hofstätter et al. 2020 (arXiv 2010.02666).
+
+    The positive is the first column that the teacher has scored.
     """
 
-    distils = True
+    needs_teacher = True
+
+    def __init__(self, temperature: float = 0.01) -> None:
+        self.temperature = valid_temperature(temperature)
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
+        scores = scores / self.temperature
         known = targets.isfinite() & scores.isfinite()
         first = known.int().argmax(dim=1, keepdim=True)
         margins = scores.gather(1, first) - scores.masked_fill(~known, 0.0)
@@ -104,19 +159,21 @@ class MarginMSE:
         return squares.sum() / pairs.sum().clamp(min=1)
 
 
-class KL:
-    """Kullback-Leibler divergence from the teacher's softmax to the student's, over known columns.
+class KL(Loss):
+    """Kullback-Leibler divergence of the student's softmax from the teacher's, over known columns.
 
     Args:
-        teacher_temperature: the teacher's scores are divided by it; above 1 softens them.
+        teacher_temperature: divides the teacher's scores; above 1 softens them.
     """
 
-    distils = True
+    needs_teacher = True
 
-    def __init__(self, teacher_temperature: float = 1.0) -> None:
-        self.teacher_temperature = teacher_temperature
+    def __init__(self, teacher_temperature: float = 1.0, temperature: float = 0.01) -> None:
+        self.teacher_temperature = valid_temperature(teacher_temperature, "teacher_temperature")
+        self.temperature = valid_temperature(temperature)
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
+        scores = scores / self.temperature
         known = targets.isfinite() & scores.isfinite()
         # A query with fewer than two known columns has nothing to compare.
         rows = known.sum(dim=1) > 1
@@ -132,46 +189,70 @@ class KL:
 
 
 class Sum:
-    """A weighted sum of losses, each with the targets that it learns from."""
+    """A weighted sum of losses, each with its own kind of targets (see `compute`).
 
-    def __init__(self, losses: Sequence[Any], weights: Sequence[float] | None = None) -> None:
+    Args:
+        losses: with a temperature of 1, since the sum divides the scores.
+        weights: one for each loss; None is 1 for all.
+        temperature: divides the scores before any of the losses sees them.
+    """
+
+    def __init__(
+        self,
+        losses: Sequence[Loss | Sum],
+        weights: Sequence[float] | None = None,
+        temperature: float = 0.01,
+    ) -> None:
         self.losses = list(losses)
         self.weights = [1.0] * len(self.losses) if weights is None else list(weights)
+        self.temperature = valid_temperature(temperature)
         if not self.losses or len(self.losses) != len(self.weights):
             raise InputError(
-                f"loss: {len(self.losses)} losses and {len(self.weights)} weights; give as many"
+                "mismatched-lengths",
+                f"loss: {len(self.losses)} losses and {len(self.weights)} weights; give each loss"
+                " a weight",
             )
 
     @property
-    def distils(self) -> bool:
-        return any(getattr(loss, "distils", False) for loss in self.losses)
+    def needs_teacher(self) -> bool:
+        return any(loss.needs_teacher for loss in self.losses)
 
 
-def value(
-    loss: Callable[[Tensor, Tensor], Tensor] | Sum,
-    scores: Tensor,
-    positive: Tensor,
-    teacher: Tensor | None,
-) -> Tensor:
+def compute(loss: Loss | Sum, scores: Tensor, positive: Tensor, teacher: Tensor | None) -> Tensor:
     """The value of a loss, given the targets of its kind.
 
     Args:
         scores: [Q, N] float32. positive: [Q] int64. teacher: [Q, N] float32, or None.
 
     Raises:
-        InputError: the loss distils, and there is no teacher.
+        InputError: The loss needs a teacher, and there is none.
     """
     if isinstance(loss, Sum):
+        scores = scores / loss.temperature
         parts = zip(loss.losses, loss.weights, strict=True)
         total = torch.zeros((), device=scores.device)
         for part, weight in parts:
-            total = total + weight * value(part, scores, positive, teacher)
+            total = total + weight * compute(part, scores, positive, teacher)
         return total
-    if not getattr(loss, "distils", False):
+    if not loss.needs_teacher:
         return loss(scores, positive)
     if teacher is None:
         raise InputError(
-            f"loss {type(loss).__name__} learns from a teacher's scores: give a run with them as"
-            " sampler.teacher"
+            "teacher-missing",
+            f"loss {type(loss).__name__} learns from a teacher's scores; give a run of them as"
+            " sampler.teacher",
         )
     return loss(scores, teacher)
+
+
+def valid_temperature(temperature: float, name: str = "temperature") -> float:
+    """The temperature, if it is above 0 and finite.
+
+    Raises:
+        InputError: It is not.
+    """
+    if not 0 < temperature < math.inf:
+        raise InputError(
+            "out-of-range", f"loss.{name} is {temperature}; it must be above 0 and finite"
+        )
+    return temperature

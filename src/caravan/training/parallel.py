@@ -1,8 +1,8 @@
-"""Collectives that a loss needs, with gradient; no-ops on one process.
+"""Collectives for losses over all ranks, with gradient; no-ops on one process.
 
-Passages are gathered from every rank with their gradient and queries stay local. Each rank's loss
-is the mean over its own queries; DistributedDataParallel averages gradients over ranks, which then
-is the gradient of one process with the union batch (`weight` mends ranks with unequal shares).
+Passages are gathered from every rank with their gradient; queries stay local. A rank's loss is the
+mean over its own queries. DistributedDataParallel averages gradients over ranks, which gives the
+gradient of one process with the union batch; `weight` corrects for ranks with unequal shares.
 """
 
 from __future__ import annotations
@@ -24,32 +24,30 @@ def rank() -> int:
 
 
 def sizes(rows: int, device: torch.device) -> list[int]:
-    """How many rows each rank has."""
+    """The number of rows of each rank."""
     if world() == 1:
         return [rows]
     counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world())]
     dist.all_gather(counts, torch.tensor([rows], dtype=torch.int64, device=device))
-    return torch.cat(counts).tolist()  # which waits for the device once
+    return torch.cat(counts).tolist()  # one synchronization with the device
 
 
 def gather(rows: Tensor, counts: list[int]) -> Tensor:
-    """Lay the rows [n_r, ...] of all ranks end to end, in rank order, with gradient.
+    """Concatenate the rows [n_r, ...] of all ranks, in rank order, with gradient.
 
     Args:
-        counts: rows of each rank, as `sizes` tells.
+        counts: rows of each rank, from `sizes`.
     """
     if world() == 1:
         return rows
-    most = max(counts)
-    filler = rows.new_zeros(most - len(rows), *rows.shape[1:])
-    # Every rank must send the same shape; the filler is cut off again, so it carries no gradient.
-    sent = torch.cat((rows, filler))
-    received = _Gather.apply(sent)
+    # Every rank must send the same shape; the padding is cut off again and has no gradient.
+    padding = rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])
+    received = _Gather.apply(torch.cat((rows, padding)))
     return torch.cat([part[:count] for part, count in zip(received, counts, strict=True)])
 
 
 class _Gather(torch.autograd.Function):
-    """What all ranks have, [W, n, ...]; back comes the sum of the ranks' gradients of one's own."""
+    """All-gather with gradient: returns [W, n, ...]; backward sums the gradients over ranks."""
 
     @staticmethod
     def forward(context: Any, rows: Tensor) -> Tensor:
@@ -65,5 +63,5 @@ class _Gather(torch.autograd.Function):
 
 
 def weight(counts: list[int]) -> float:
-    """What a rank's mean must be scaled by so that the ranks' average is the mean over all rows."""
+    """The factor of a rank's mean for which the average over ranks is the mean over all rows."""
     return counts[rank()] * len(counts) / sum(counts)

@@ -1,8 +1,10 @@
-"""What a run's weights depend on, and whether a run_dir may be gone on with.
+"""Inputs that determine a run's weights, and whether a run_dir is finished, resumable or another's.
 
 Inputs are settings, the collection's digest, and the content of every run and model that is read.
-The same inputs mean the same weights: a finished run is not done again. Other inputs mean another
-run, which must neither overwrite the first nor take its name.
+They are recorded beside config.yaml when training starts and beside the model folder when it ends
+(`caravan.manifests`). Equal inputs mean equal weights: a finished run is not repeated. Other inputs
+mean another run, which must neither overwrite the first nor continue it. What a checkpoint adds to
+this is in `caravan.training.callbacks.LastCheckpoint`.
 """
 
 from __future__ import annotations
@@ -17,74 +19,78 @@ from caravan import manifests
 from caravan.data.collection import Collection
 from caravan.encoding import files_digest, folder_digest
 from caravan.errors import InputError, OccupiedError
+from caravan.models import hardware
 
 log = logging.getLogger(__name__)
 
-# Settings that change how a run is done, not what comes out of it.
-_NO_INPUTS = (
-    *("resume", "cache_dir", "run_dir", "name", "logger"),
-    *("batching.num_workers", "callbacks.progress", "callbacks.lines"),
+NOT_INPUTS = [
+    "resume",
+    "cache_dir",
+    "run_dir",
+    "name",
+    "logger",
+    "batching.num_workers",
+    "callbacks.progress",
+    "callbacks.progress_log",
     "trainer.enable_progress_bar",
-)
-# What a resumed run may change: how long it trains, where, and how it is watched. Anything else
-# would give the weights of one run the name of another.
-_MAY_CHANGE = (
-    *("trainer.max_steps", "trainer.max_epochs", "strategy"),
-    *("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "batching.token_budget"),
-    *("callbacks", "validation", "ignore_identical_ids", "index"),
-    *("trainer.log_every_n_steps", "trainer.enable_model_summary"),
-)
+]
+"""Settings that have no effect on the weights; not recorded."""
+MAY_CHANGE = [
+    "trainer.max_steps",
+    "trainer.max_epochs",
+    "strategy",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accelerator",
+    "batching.token_budget",
+    "callbacks",
+    "validation",
+    "ignore_identical_ids",
+    "index",
+    "trainer.log_every_n_steps",
+    "trainer.enable_model_summary",
+]
+"""Settings that a resumed run may change: how long it trains, where, and how it is monitored."""
 
 
 def inputs_of(settings: dict[str, Any], collection: Collection | None) -> dict[str, Any]:
-    """What determines the weights: settings, collection, and the content of all that is read."""
-    from caravan.models import hardware
+    """The inputs that determine the weights.
 
-    kept = _pruned(settings)
-    kept["precision"] = hardware.resolve(settings["precision"])
-    searched = settings["validation"]["run"]
-    kept["validation"] = {
-        **settings["validation"],
-        "run_digest": None if searched is None else _run_digest(searched, collection),
-    }
-    name = settings["backbone"].get("name")
-    weights = files_digest(Path(name)) if name and Path(name).is_dir() else None
-    begun_with = settings["init_from"]
-    inputs = {
-        "collection": collection.digest if collection else None,
-        "runs": {
-            str(path): _run_digest(path, collection) for path in _sampled(settings["sampler"] or {})
-        },
-        "backbone_digest": weights,
-        "init_from_digest": begun_with and folder_digest(Path(begun_with)),
-        **kept,
-    }
-    # Where things are written is no input either.
-    return _without(inputs, str(settings["run_dir"]))
-
-
-def _sampled(sampler: dict[str, Any]) -> list[str]:
-    """The runs that a sampler reads."""
-    return [*(sampler.get("runs") or ()), *filter(None, [sampler.get("teacher")])]
-
-
-def _pruned(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without `_NO_INPUTS`."""
-    kept = {key: value for key, value in settings.items() if key not in _NO_INPUTS}
-    for group, _, key in (name.partition(".") for name in _NO_INPUTS):
+    Args:
+        settings: the resolved config as plain data.
+    """
+    groups = [name.partition(".") for name in NOT_INPUTS]
+    kept = {key: value for key, value in settings.items() if key not in NOT_INPUTS}
+    for group, _, key in groups:
         if key and isinstance(kept.get(group), dict):
             kept[group] = {name: value for name, value in kept[group].items() if name != key}
-    return kept
+    sampler, candidates = settings["sampler"] or {}, settings["validation"]["run"]
+    runs = [*(sampler.get("runs") or ()), *filter(None, [sampler.get("teacher")])]
+    name, init_from = settings["backbone"].get("name"), settings["init_from"]
+    inputs = {
+        "collection": collection.digest if collection else None,
+        "runs": {str(run): _run_digest(run, collection) for run in runs},
+        "backbone_digest": files_digest(Path(name)) if name and Path(name).is_dir() else None,
+        "init_from_digest": init_from and folder_digest(Path(init_from)),
+        **kept,
+        "precision": hardware.resolve(settings["precision"]),
+        "validation": {
+            **settings["validation"],
+            "run_digest": None if candidates is None else _run_digest(candidates, collection),
+        },
+    }
+    return _without(inputs, str(settings["run_dir"]))  # nor is where it is written an input
 
 
 def _run_digest(name: str, collection: Collection | None) -> str:
-    path = name if collection is None else collection.run_path(name)
-    if not Path(path).is_file():
+    path = Path(name if collection is None else collection.run_path(name))
+    if not path.is_file():
         raise InputError(
-            f"{path}: no such run; write it with evaluate.py (retriever=bm25 or a model"
-            " folder) over the same collection"
+            "file-not-found",
+            f"{path}: no such run; write it with evaluate.py (retriever=bm25 or a model folder)"
+            " over the same collection",
         )
-    return manifests.content_digest(Path(path))
+    return manifests.content_digest(path)
 
 
 def _without(tree: Any, run_dir: str) -> Any:
@@ -96,9 +102,9 @@ def _without(tree: Any, run_dir: str) -> Any:
 
 
 def file_digests(model_dir: Path) -> dict[str, str]:
-    """Digests of `metrics.json` and of the model's files, by path relative to the model folder.
+    """Digests of `metrics.json` and the model's files, by path relative to the model folder.
 
-    The model card is left out, since it may be written again.
+    The model card is left out, since it may be rewritten.
     """
     files = [path for path in sorted(model_dir.rglob("*")) if path.name != "README.md"]
     return {
@@ -109,32 +115,85 @@ def file_digests(model_dir: Path) -> dict[str, str]:
 
 
 def finished(model_dir: Path, inputs: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-    """The facts of a finished training from these inputs; None if there is none.
+    """The facts of a finished training with these inputs; None if there is none.
 
     Raises:
-        InputError: its metrics or files of its model folder are missing or have changed, and
-            `resume`, which writes them again, is off.
+        InputError: Its metrics or model files are missing or have changed, and without `resume`
+            they are not written again.
     """
     if not manifests.matches(model_dir, inputs):
         return None
     facts = _section(manifests.read(model_dir), "facts")
     if "best" not in facts:
         return None
-    there, recorded = file_digests(model_dir), _section(facts, "files")
-    damaged = [name for name, digest in recorded.items() if there.get(name) != digest]
+    present, recorded = file_digests(model_dir), _section(facts, "files")
+    damaged = [name for name, digest in recorded.items() if present.get(name) != digest]
     if damaged:
         path = os.path.normpath(model_dir / damaged[0])
-        told = f"{path} is missing or has changed since the training wrote it"
+        problem = f"{path} is missing or has changed since the training wrote it"
         if not resume:
             raise InputError(
-                f"{told}; write it again with resume=true, or put back a copy of the file"
+                "changed-file",
+                f"{problem}; write it again with resume=true, or put back a copy of the file",
             )
-        log.warning("%s; it is written again", told)
+        log.warning("%s; writing it again", problem)
         return None
-    changed = _other_versions(facts)
-    if changed:
+    if changed := _other_versions(facts):
         log.info("%s was trained under other versions: %s", model_dir, changed)
     return facts
+
+
+def refuse_other_run(run_dir: Path, config: Path, inputs: dict[str, Any], resume: bool) -> None:
+    """Neither overwrite a run or an evaluation, nor resume another run.
+
+    Args:
+        config: the config.yaml, whose manifest has the inputs of the run that started here.
+
+    Raises:
+        OccupiedError: run_dir holds another run.
+    """
+    kept = ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "model")
+    if not any((run_dir / name).exists() for name in kept):
+        if _is_of_evaluation(run_dir, config):
+            raise OccupiedError(
+                "run-dir-occupied",
+                f"{run_dir} holds an evaluation; choose another name= for the training",
+            )
+        return  # it failed before there was anything to lose
+    changed = manifests.differences(config, inputs)
+    if not resume:
+        state = f"it differs in {'; '.join(changed[:3])}" if changed else "not finished"
+        raise OccupiedError(
+            "run-dir-occupied",
+            f"{run_dir} already holds a run ({state}); continue it with resume=true, choose another"
+            " name=, or remove the folder",
+        )
+    other = [line for line in changed if not _concerns(line, MAY_CHANGE + NOT_INPUTS)]
+    if other:
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+        raise OccupiedError(
+            "run-dir-occupied",
+            f"{run_dir} cannot be resumed, for it holds another run: {'; '.join(other[:3])}{more};"
+            " give the settings and data of that one, choose another name=, or remove the folder",
+        )
+    for line in changed:
+        if not _concerns(line, NOT_INPUTS):
+            log.warning("resumed with another setting: %s", line)
+    if versions := _other_versions(_section(manifests.read(config), "facts")):
+        log.warning(
+            "resumed under other versions, so the weights may differ from those of an uninterrupted"
+            " run: %s",
+            versions,
+        )
+
+
+def _is_of_evaluation(run_dir: Path, config: Path) -> bool:
+    """Whether a run_dir without weights has the record or, without a record, metrics of one."""
+    record = manifests.read(config)
+    if record is None:
+        return (run_dir / "metrics.json").exists()
+    inputs = _section(record, "inputs")
+    return "retriever" in inputs or "collections" in inputs  # see `caravan.retrieval.inputs`
 
 
 def _section(record: dict[str, Any] | None, name: str) -> dict[str, Any]:
@@ -144,7 +203,7 @@ def _section(record: dict[str, Any] | None, name: str) -> dict[str, Any]:
 
 
 def _other_versions(facts: dict[str, Any]) -> str:
-    """How the versions in a manifest's facts differ from those of now: `torch 2.9.0 -> 2.13.0`."""
+    """The versions that differ from a manifest's, such as `torch 2.9.0 -> 2.13.0`."""
     before, now = _section(facts, "versions"), manifests.versions()
     return ", ".join(
         f"{name} {before.get(name, 'unknown')} -> {version}"
@@ -153,55 +212,7 @@ def _other_versions(facts: dict[str, Any]) -> str:
     )
 
 
-def refuse_other_run(run_dir: Path, begun: Path, inputs: dict[str, Any], resume: bool) -> None:
-    """Neither overwrite a run or an evaluation, nor continue a run that is another.
-
-    Raises:
-        OccupiedError: run_dir is not this run's.
-    """
-    kept = ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "model")
-    if not any((run_dir / name).exists() for name in kept):
-        if _is_of_evaluation(run_dir, begun):
-            raise OccupiedError(
-                f"{run_dir} holds an evaluation; choose another name= for the training"
-            )
-        return  # it failed before there was anything to lose
-    changed = manifests.differences(begun, inputs)
-    if not resume:
-        raise OccupiedError(
-            f"{run_dir} holds a run already"
-            + (f" (it differs in {'; '.join(changed[:3])})" if changed else ", not finished")
-            + "; continue it with resume=true, choose another name=, or remove the folder"
-        )
-    another = [line for line in changed if not _is_of(line, _MAY_CHANGE + _NO_INPUTS)]
-    if another:
-        raise OccupiedError(
-            f"{run_dir} cannot be resumed, for it holds another run: {'; '.join(another[:3])}"
-            + (f" and {len(another) - 3} more" if len(another) > 3 else "")
-            + "; give the settings and data of that one, choose another name=, or remove the folder"
-        )
-    for line in changed:
-        if not _is_of(line, _NO_INPUTS):
-            log.warning("resumed with another setting: %s", line)
-    versions = _other_versions(_section(manifests.read(begun), "facts"))
-    if versions:
-        log.warning(
-            "resumed under other versions, so the weights may differ from those of an uninterrupted"
-            " run: %s",
-            versions,
-        )
-
-
-def _is_of_evaluation(run_dir: Path, begun: Path) -> bool:
-    """Whether a run_dir without weights has the record or, without a record, metrics of one."""
-    record = manifests.read(begun)
-    if record is None:
-        return (run_dir / "metrics.json").exists()
-    inputs = _section(record, "inputs")
-    return "retriever" in inputs or "collections" in inputs  # see `caravan.retrieval.inputs`
-
-
-def _is_of(difference: str, places: Sequence[str]) -> bool:
+def _concerns(difference: str, settings: Sequence[str]) -> bool:
     """Whether a line of `manifests.differences` is about one of these settings."""
     key = difference.partition(": ")[0]
-    return any(key == place or key.startswith(f"{place}.") for place in places)
+    return any(key == place or key.startswith(f"{place}.") for place in settings)

@@ -3,23 +3,25 @@
     python train.py stage=reranker init_from=<folder> sampler.runs=[<run>] validation.run=<run>
 
 A query's positive and its hard negatives are scored one by one, each read together with the query;
-the loss compares the scores of this group and of no other: there are no in-batch negatives.
+the loss compares the scores within this group. There are no in-batch negatives.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from caravan.data.batch import PairBatch, RerankBatch
+from caravan.data.batch import RerankBatch
 from caravan.models.crossencoder import CrossEncoder
 from caravan.models.query_likelihood import QueryLikelihood
-from caravan.training import losses, parallel
+from caravan.training import parallel
 from caravan.training.stage import Stage
 
 
 class Reranker(Stage):
-    """A cross-encoder with its loss and optimiser; a temperature plays no part."""
+    """A cross-encoder with its loss and optimizer."""
 
     def build(self) -> CrossEncoder:
         if self.encoding.scoring == "likelihood":
@@ -31,22 +33,20 @@ class Reranker(Stage):
         return self.loss_of(lambda scores: self._loss(scores, batch), batch_idx, batch.pairs)
 
     def _loss(self, scores: Tensor, batch: RerankBatch) -> Tensor:
-        """The loss from the scores [Q * G] of all pairs, group by group; logged on the way."""
+        """The loss of the scores [Q * G] of all pairs, group by group."""
         queries, group = batch.passage_rows.shape
-        scores = scores.view(queries, group)
         targets = torch.zeros(queries, dtype=torch.int64, device=scores.device)
-        with torch.autocast(self.device.type, enabled=False):
-            loss = losses.value(self.loss, scores, targets, batch.teacher)
-        # Weighted by its queries, a rank's mean makes the ranks' mean that of the union batch.
-        weight = parallel.weight(parallel.sizes(queries, scores.device))
-        loss = loss * weight
-        self.log_step(loss, scores, targets, weight)
-        return loss
+        counts = parallel.sizes(queries, scores.device)
+        return self.compute_loss(scores.view(queries, group), targets, batch.teacher, counts)
 
     def validation_step(
-        self, batch: PairBatch, batch_idx: int, dataloader_idx: int = 0
+        self, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
-        """Query rows, passage rows and scores [N]; `RerankingEvaluation` collects them."""
+        """Query rows, passage rows and scores [N]; `RerankingEvaluation` collects them.
+
+        Args:
+            batch: a `caravan.data.batch.PairBatch`.
+        """
         return {
             "query_rows": batch.query_rows,
             "passage_rows": batch.passage_rows,

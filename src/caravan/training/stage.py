@@ -1,53 +1,62 @@
-"""What the stages share: a model that is built late, dropout that resumes, clipping, checkpoints.
+"""`Stage`: what all stages share, a LightningModule that loads its model late.
 
-A stage (`Retriever`, `Reranker`, `Adaptation`) adds how its network is built and what a step
-computes.
+A stage (`Retriever`, `Reranker`, `Adaptation`) adds how its network is built and what a training
+step computes. Shared are precision and sharding, dropout that a resumed run repeats, gradient
+caching, clipping, logging, and checkpoints of the trainable weights alone.
 """
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM
 
-from caravan.data.batch import Packed
+from caravan.data.batch import EncodeBatch, Packed
 from caravan.data.batching import Groups
 from caravan.data.collection import Collection
+from caravan.data.datamodule import DataModule
 from caravan.data.negatives import Negatives
 from caravan.data.pairs import PairTemplates
 from caravan.data.tokenization import Templates
 from caravan.data.unlabelled import Unlabelled
 from caravan.encoding import Encoding
 from caravan.errors import InputError
-from caravan.models.adapters import quantization, settle_precisions
+from caravan.models.adapters import LoRA, quantization, settle_precisions
 from caravan.models.loading import add_slots, fit_vocabulary
+from caravan.models.memory import Need, device_memory, need, refuse_too_large
 from caravan.models.remote_code import is_own_code
-from caravan.training import fsdp, parallel
+from caravan.training import fsdp, losses, parallel
 from caravan.training.gradcache import GradCache, undisturbed
+from caravan.training.losses import Loss, Sum
 from caravan.training.optim import AdamW, updates
 
 log = logging.getLogger(__name__)
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-
 
 class Stage(pl.LightningModule, ABC):
-    """A network with its loss and optimiser.
+    """A network with its loss and optimizer.
 
     Args:
-        backbone: describes the transformer (`caravan.models.backbone`).
-        peft: adapters to put on it, or None for full fine-tuning.
-        tokenizer: the backbone's tokenizer.
-        encoding: what the model folder will promise.
-        loss: of `caravan.training.losses`.
-        seed: makes weights and dropout reproducible, from every step on.
-        gradcache: computes the gradient piece by piece; None keeps the activations of a batch.
+        backbone: the transformer and how it is loaded (`caravan.models.backbone`).
+        peft: adapters to train, or None for full fine-tuning.
+        tokenizer: the backbone's.
+        encoding: how texts are encoded; saved in the model folder.
+        loss: from `caravan.training.losses`; None for a stage with a loss of its own.
+        optimizer: from `caravan.training.optim`.
+        seed: of new weights and of dropout.
+        gradcache: computes the gradient chunk by chunk; None keeps the activations of a batch.
     """
+
+    forward_methods: Sequence[str] = ()
+    """Methods of the network that compute, beside `forward`: FSDP must gather weights for them."""
 
     def __init__(
         self,
@@ -55,7 +64,7 @@ class Stage(pl.LightningModule, ABC):
         peft: Any,
         tokenizer: Any,
         encoding: Encoding,
-        loss: Any,
+        loss: Loss | Sum | None,
         optimizer: AdamW,
         seed: int,
         gradcache: GradCache | None = None,
@@ -69,64 +78,73 @@ class Stage(pl.LightningModule, ABC):
         self.optimizer = optimizer
         self.seed = seed
         self.gradcache = gradcache
-        self.bf16 = False  # the arithmetic of training, which the trainer knows
+        self.bf16 = False  # whether training computes in bf16; set with the trainer's precision
         self.network: nn.Module | None = None
-        # Where ranks share weights: the network without any. In a list, to be no part of this one.
+        # With FSDP, rank 0's copy without weights. In a list, so as not to be a submodule.
         self._empty: list[nn.Module] = []
-        # Frozen weights are not in a checkpoint; `on_load_checkpoint` does the strict check.
+        # Frozen weights are not in a checkpoint; `on_load_checkpoint` checks strictly.
         self.strict_loading = False
 
-    def reading(self) -> Templates | PairTemplates:
-        """How the network reads texts: one at a time, or a query and a passage together."""
-        templates = PairTemplates if self.encoding.kind == "reranker" else Templates
-        return templates(self.tokenizer, self.encoding)
+    def reading(self, passage_length: int | None = None) -> Templates | PairTemplates:
+        """How texts are tokenized: one at a time, or for a reranker in pairs.
+
+        Args:
+            passage_length: in place of the encoding's.
+        """
+        kind = PairTemplates if self.encoding.kind == "reranker" else Templates
+        if passage_length is None:
+            return kind(self.tokenizer, self.encoding)
+        try:
+            return kind(self.tokenizer, replace(self.encoding, passage_length=passage_length))
+        except InputError as error:
+            place = f"validation.read_lengths={passage_length}"
+            raise InputError(error.code, f"{place}: {error}") from None
 
     def training_set(
         self, collection: Collection, split: str, sampler: Negatives, token_budget: int
     ) -> Groups | Unlabelled:
-        """What is trained on: the queries of a split, each with its group of passages."""
+        """The training data: the queries of a split, each with its group of passages."""
         qrels = collection.qrels(split)
         groups = Groups(collection, qrels, sampler, self.reading(), token_budget, self.seed)
         if not len(groups):
             raise InputError(
+                "no-relevant-passages",
                 f"{collection.name}: split {split!r} has no query with a relevant passage; choose"
-                " another with data.train_split"
+                " another with data.train_split",
             )
         return groups
 
     @property
-    def tells_tokens(self) -> bool:
-        """Whether the output layer is in use: its logits need memory too."""
+    def uses_output_layer(self) -> bool:
+        """Whether the language model's output layer computes logits, which need memory too."""
         return self.encoding.scoring == "likelihood"
 
     def outline(self) -> Any:
-        """The transformer without its weights, adapters included; None if it cannot be had so."""
-        from transformers import AutoModel, AutoModelForCausalLM
-
-        auto = AutoModelForCausalLM if self.tells_tokens else AutoModel
+        """The transformer on the meta device, with adapters; None if it cannot be built so."""
+        auto = AutoModelForCausalLM if self.uses_output_layer else AutoModel
         try:
             with torch.device("meta"):
                 config = self.backbone.config(self.tokenizer)
                 if is_own_code(config):
-                    return None  # its classes are known when it is loaded, at its own revision
+                    return None  # its classes are known once it is loaded, at its own revision
                 model = auto.from_config(config, trust_remote_code=False)
                 return model if self.peft is None else self.peft.apply(model)
         except (ValueError, RuntimeError) as error:
             log.debug("no outline of %s: %s", self.backbone.name, error)
-            return None  # what is wrong with it is told when it is loaded
+            return None  # loading reports what is wrong
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """The network, its weights loaded."""
+        """The network with its weights loaded."""
 
     def adapted(self, transformer: nn.Module) -> nn.Module:
-        """The transformer with the adapters that were asked for."""
+        """The transformer with the adapters of `peft`, if any."""
         if self.encoding.slots:
             fit_vocabulary(transformer, self.tokenizer)
         if self.peft is None:
             return transformer
         rows = add_slots(self.tokenizer, self.encoding)
-        if hasattr(self.backbone, "adapted"):  # goes on from the adapters of a model folder
+        if hasattr(self.backbone, "adapted"):  # starts from the adapters of a model folder
             return self.backbone.adapted(self.peft, transformer, rows)
         return self.peft.apply(transformer, rows)
 
@@ -135,47 +153,49 @@ class Stage(pl.LightningModule, ABC):
             return
         torch.manual_seed(self.seed)
         mesh = self.device_mesh
-        if self._as_stored(mesh is not None) and hasattr(self.backbone, "dtype"):
+        if self._loads_as_stored(mesh is not None) and hasattr(self.backbone, "dtype"):
             self.backbone.dtype = "auto"
         if mesh is None:
             self.network = self.build()
             settle_precisions(self.network, self.bf16)
             return
         device = self.trainer.strategy.root_device
-        self.network, empty = fsdp.sharded(self.build, mesh, device, self.bf16)
+        self.network, empty = fsdp.sharded(
+            self.build, mesh, device, self.bf16, self.forward_methods
+        )
         self._empty = [] if empty is None else [empty]
 
-    def _as_stored(self, shared: bool) -> bool:
-        """Whether weights are loaded in their files' precision, then brought to that of training.
+    def _loads_as_stored(self, sharded: bool) -> bool:
+        """Whether weights are loaded in the precision of their files and converted afterwards.
 
-        Where ranks share them, rank 0 maps them and reads none; where the base is frozen, a device
-        needs no room for four bytes of each weight. Not where something is computed with them
-        before: new rows, trials of masks, DoRA's norms.
+        With FSDP rank 0 then maps the files without reading them; with a frozen base no device
+        needs four bytes for each weight. Not where loading computes with the weights: new rows,
+        trials of masks, DoRA's norms.
         """
-        if self.encoding.slots or self.encoding.bidirectional or self.tells_tokens:
+        if self.encoding.slots or self.encoding.bidirectional or self.uses_output_layer:
             return False
         if self.peft is None:
-            return shared
-        frozen = self.bf16 and quantization(self.peft) is None
-        known = getattr(self.peft, "settings", None)  # adapters of one's own may do anything
-        return known is not None and (shared or frozen) and not known.get("use_dora")
+            return sharded
+        if not isinstance(self.peft, LoRA) or self.peft.settings["use_dora"]:
+            return False
+        return sharded or (self.bf16 and quantization(self.peft) is None)
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Go back to the weights of a checkpoint's `state_dict`."""
+        """Load the `state_dict` of a checkpoint."""
         if self.device_mesh is None:
             self.load_state_dict(weights, strict=False)
         else:
             fsdp.load_weights(self, weights)
 
     def whole(self) -> Any:
-        """The network as it is saved; where ranks share its weights on rank 0 alone, else None."""
+        """The full network for saving. With FSDP, only rank 0 gets it; other ranks get None."""
         if self.device_mesh is None:
             return self.model
         transformer = self.model.transformer
-        # An adapter is saved alone, unless its base is in no folder.
+        # An adapter is saved without its base, unless the base is in no folder.
         adapter = hasattr(transformer, "peft_config")
         alone = adapter and bool(transformer.active_peft_config.base_model_name_or_path)
-        weights = fsdp.whole_weights(self.model, trained_only=alone)
+        weights = fsdp.full_weights(self.model, trainable_only=alone)
         return fsdp.fill(self._empty[0], weights) if self._empty else None
 
     @property
@@ -191,19 +211,51 @@ class Stage(pl.LightningModule, ABC):
             + self.global_rank
         )
 
+    def validation_step(
+        self, batch: EncodeBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Rows [N] and vectors [N, d]; `RetrievalEvaluation` collects and searches them."""
+        return {"rows": batch.rows, "vectors": self.rows_of(batch.texts)}
+
     def loss_of(self, loss: Callable[..., Tensor], batch_idx: int, *texts: Packed) -> Tensor:
-        """The loss from what the network makes of `texts`, the rows of each in their order."""
+        """The loss as a function of the network's output for each of `texts`, in their order."""
         if self.gradcache is None:
             return loss(*map(self.rows_of, texts))
         accumulated = self.trainer.accumulate_grad_batches
         if batch_idx % accumulated == 0:
             self.optimizers().zero_grad()  # type: ignore[union-attr]
-        pieces = [self.evened(packed.split(self.gradcache.chunk)) for packed in texts]
-        return self.gradcache(self.model.of, pieces, loss, share=1 / accumulated)
+        chunks = [self.in_step(packed.split(self.gradcache.chunk)) for packed in texts]
+        return self.gradcache(self.model.of, chunks, loss, share=1 / accumulated)
+
+    def compute_loss(
+        self, scores: Tensor, targets: Tensor, teacher: Tensor | None, counts: list[int]
+    ) -> Tensor:
+        """The loss of scores, weighted by this rank's share of the queries, and logged.
+
+        Args:
+            scores: [Q, N] float32. targets: [Q] int64. teacher: [Q, N] float32, or None.
+            counts: the number of queries of each rank.
+        """
+        assert self.loss is not None
+        # In bf16 a similarity would have steps of 0.4 at temperature 0.01.
+        with torch.autocast(self.device.type, enabled=False):
+            loss = losses.compute(self.loss, scores, targets, teacher)
+        # A rank's mean, weighted by its queries: the average of ranks is the union batch's mean.
+        weight = parallel.weight(counts)
+        loss = loss * weight
+        queries = len(scores)
+        self.log("train/loss", loss, prog_bar=True, batch_size=queries, sync_dist=True)
+        if scores.shape[1] > 1:
+            with torch.no_grad():
+                hits = (scores.argmax(dim=1) == targets).float().mean() * weight
+                negatives = scores.isfinite().sum(dim=1).float().mean() - 1
+            self.log("train/accuracy", hits, batch_size=queries, sync_dist=True)
+            self.log("train/negatives", negatives * weight, batch_size=queries, sync_dist=True)
+        return loss
 
     def rows_of(self, texts: Packed) -> Tensor:
-        """What the network makes of texts [N, ...], in their order."""
-        texts = self.evened(texts)
+        """The network's output for texts [N, ...], in their order."""
+        texts = self.in_step(texts)
         own = len(texts.chunks) - texts.extra
         rows = [self.model.of(chunk) for chunk in texts.chunks[:own]]
         if texts.extra:
@@ -211,30 +263,16 @@ class Stage(pl.LightningModule, ABC):
                 rows += [self.model.of(chunk) for chunk in texts.chunks[own:]]
         return texts.restore(torch.cat(rows))
 
-    def evened(self, texts: Packed) -> Packed:
-        """Ranks that share weights compute in step: each as many chunks as the one with most."""
+    def in_step(self, texts: Packed) -> Packed:
+        """With FSDP, as many chunks as the rank with most: every forward pass is a collective."""
         if self.device_mesh is None:
             return texts
         return texts.lengthened(max(parallel.sizes(len(texts.chunks), self.device)))
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
-        """Lightning's turn comes after the step; by then gradients have been cached."""
+        """With gradient caching, `loss_of` resets gradients: here it would be too late."""
         if self.gradcache is None:
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
-
-    def log_step(self, loss: Tensor, scores: Tensor, targets: Tensor, weight: float) -> None:
-        """Log the loss, and how often the positive scores highest, and the number
-        of negatives of a query, as means over all ranks.
-        """
-        queries = len(scores)
-        self.log("train/loss", loss, prog_bar=True, batch_size=queries, sync_dist=True)
-        if scores.shape[1] < 2:
-            return
-        with torch.no_grad():
-            hit = (scores.argmax(dim=1) == targets).float().mean() * weight
-            negatives = scores.isfinite().sum(dim=1).float().mean() - 1
-        self.log("train/accuracy", hit, batch_size=queries, sync_dist=True)
-        self.log("train/negatives", negatives * weight, batch_size=queries, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -247,7 +285,7 @@ class Stage(pl.LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Log the norm of the gradient and limit it, or its values; no limit is None or 0."""
+        """Log the gradient's norm and limit it, or its values; None or 0 is no limit."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = fsdp.full(torch.nn.utils.get_total_norm(gradients))
         self.log("train/gradient_norm", norm)
@@ -264,14 +302,58 @@ class Stage(pl.LightningModule, ABC):
         return {name for name, p in self.named_parameters() if p.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = self._trainable()
+        trainable = self._trainable()
         weights = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: weights[name] for name in weights if name in kept}
+        checkpoint["state_dict"] = {name: weights[name] for name in weights if name in trainable}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         stored, wanted = set(checkpoint["state_dict"]), self._trainable()
         if stored != wanted:
             raise InputError(
+                "other-model",
                 f"the checkpoint is of another model: {len(wanted - stored)} trainable weights are"
-                f" missing in it and {len(stored - wanted)} are not used; choose another run_dir"
+                f" missing in it and {len(stored - wanted)} are not used; choose another run_dir",
             )
+
+
+def memory_needed(
+    module: Stage, outline: Any, data: DataModule, trainer: pl.Trainer
+) -> Need | None:
+    """The memory of a training step, estimated from the first batch; None without an outline.
+
+    Args:
+        outline: `Stage.outline`.
+
+    Raises:
+        InputError: the device has less.
+    """
+    if outline is None:
+        return None
+    data.setup()
+    ranks = trainer.num_devices * trainer.num_nodes
+    each = min(-(-data.queries_per_batch // ranks), len(data.training))
+    first = data.training[0, np.arange(each)].packed()
+    tokens, chunks = first.padded, first.chunks
+    if module.gradcache is not None:  # only one chunk has activations at a time
+        encoding = module.encoding
+        longest = max(encoding.query_length, encoding.passage_length)
+        if encoding.kind == "reranker":
+            longest = encoding.query_length + encoding.passage_length
+        tokens, chunks = min(tokens, module.gradcache.chunk * longest), 1
+    try:
+        needed = need(
+            outline,
+            tokens,
+            module.bf16,
+            module.backbone.checkpointing,
+            outline.config.get_text_config().vocab_size if module.uses_output_layer else 0,
+            quantization(module.peft) is not None,
+            ranks if isinstance(trainer.strategy, fsdp.FullySharded) else 1,
+            chunks,
+        )
+    except AttributeError as error:  # the shape is not that of a transformer
+        log.debug("no estimate of memory: %s", error)
+        return None
+    device = trainer.strategy.root_device
+    refuse_too_large(needed, device_memory(device), f"the {device.type}")
+    return needed

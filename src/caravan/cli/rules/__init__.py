@@ -16,6 +16,7 @@ RULES: list[Rule] = [
     values.needed_keys_are_there,
     values.heads_divide_the_width,
     values.optimizer_can_step,
+    values.temperatures_are_positive,
     values.trainer_can_count,
     values.precision_is_known,
     values.attention_is_known,

@@ -233,7 +233,7 @@ def teacher_is_there(cfg: DictConfig) -> Iterator[Mistake]:
         yield Mistake(("sampler", "teacher_margin"), text)
     for path, node in mappings(loss, ("loss",)):
         target = str(value(node, "_target_")).rpartition(".")[2]
-        if target in DISTILLING or (target == "RankNet" and value(node, "distils") is True):
+        if target in DISTILLING or (target == "RankNet" and value(node, "needs_teacher") is True):
             text = f"{target} learns from a teacher's scores; give a run with them: sampler.teacher"
             yield Mistake((*path, "_target_"), text, "folder")
 

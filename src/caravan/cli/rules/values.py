@@ -68,7 +68,7 @@ AT_LEAST = {
     "peft.rank": 1,
     "trainer.log_every_n_steps": 1,
     "trainer.accumulate_grad_batches": 1,
-    "callbacks.resume_point.every_n_steps": 1,
+    "callbacks.last.every_n_steps": 1,
     "trainer.max_steps": -1,
     "trainer.max_epochs": -1,
 }
@@ -79,7 +79,7 @@ AT_MOST = {"seed": 2**32 - 1}  # of numpy's generators
 
 
 def encoding_holds(cfg: DictConfig) -> Iterator[Mistake]:
-    """Pooling, temperature, lengths and templates, as `Encoding` wants them."""
+    """Pooling, lengths and templates, as `Encoding` wants them."""
     settings = value(cfg, "encoding")
     if not isinstance(settings, DictConfig):
         return
@@ -143,6 +143,16 @@ def optimizer_can_step(cfg: DictConfig) -> Iterator[Mistake]:
     if numbers and (len(betas) != 2 or not all(0 <= beta < 1 for beta in betas)):
         text = f"it must be two numbers from 0 to below 1, not {list(betas)}"
         yield Mistake(("optimizer", "betas"), text)
+
+
+def temperatures_are_positive(cfg: DictConfig) -> Iterator[Mistake]:
+    """A loss divides the scores by its temperature."""
+    for path, node in mappings(value(cfg, "loss"), ("loss",)):
+        for name in ("temperature", "teacher_temperature"):
+            given = value(node, name)
+            if is_number(given) and not 0 < given < math.inf:
+                text = f"it is {given}; it must be above 0 and finite"
+                yield Mistake((*path, name), text)
 
 
 def trainer_can_count(cfg: DictConfig) -> Iterator[Mistake]:

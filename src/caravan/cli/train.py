@@ -1,0 +1,116 @@
+"""`train.py`'s task: composes one training from the config and runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from caravan.cli.schema import build, recorded
+from caravan.encoding import Encoding
+from caravan.models import hardware
+from caravan.models.backbone import Trained
+from caravan.training import fit
+
+PARTS = (
+    "data",
+    "backbone",
+    "peft",
+    "stage",
+    "loss",
+    "optimizer",
+    "encoding",
+    "sampler",
+    "trainer",
+    "strategy",
+    "logger",
+    "callbacks",
+    "batching",
+    "validation",
+)
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Train as a composed and checked config says.
+
+    Returns:
+        The monitored metric of the best checkpoint, for sweepers; None if nothing was validated.
+    """
+    hardware.refuse_attention(cfg.backbone.get("attention", "auto"))
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    parts = build(cfg, *PARTS)
+    backbone = parts["backbone"]
+    if cfg.init_from is not None:  # its transformer, with the settings of the backbone
+        backbone = Trained(
+            cfg.init_from,
+            parts["peft"] is not None,
+            backbone.attention,
+            backbone.checkpointing,
+            backbone.bidirectional,
+            backbone.compile,
+            backbone.trust_remote_code,
+        )
+    validation = parts["validation"]
+    train_queries, read_lengths = (validation.pop(key) for key in ("train_queries", "read_lengths"))
+    run = fit.Training(
+        name=cfg.name,
+        run_dir=Path(cfg.run_dir),
+        cache_dir=Path(cfg.cache_dir),
+        source=parts["data"],
+        backbone=backbone,
+        peft=parts["peft"],
+        stage=parts["stage"],
+        loss=parts["loss"],
+        optimizer=parts["optimizer"],
+        encoding=Encoding(**parts["encoding"]),
+        sampler=parts["sampler"],
+        trainer=parts["trainer"],
+        max_steps=cfg.trainer.max_steps,
+        strategy=parts["strategy"],
+        loggers=[logger for logger in (parts["logger"] or {}).values() if logger is not None],
+        callbacks=[callback for callback in parts["callbacks"].values() if callback is not None],
+        batching=parts["batching"],
+        validation={**validation, "ignore_identical_ids": cfg.ignore_identical_ids},
+        train_queries=train_queries,
+        read_lengths=read_lengths,
+        gradcache=cfg.gradcache.chunk,
+        init_from=None if cfg.init_from is None else Path(cfg.init_from),
+        seed=cfg.seed,
+        resume=cfg.resume,
+        precision=cfg.precision,
+        settings=settings,
+        config=recorded(cfg),
+        recipe=recipe(cfg),
+    )
+    return fit.train(run)
+
+
+def recipe(cfg: DictConfig) -> dict[str, Any]:
+    """The hyperparameters that the model card shows; those that are not set are left out."""
+
+    def class_of(node: Any) -> str:
+        if node is None:
+            return ""
+        if node.get("losses") is not None:
+            return " + ".join(map(class_of, node.losses))
+        return str(node.get("_target_")).rpartition(".")[2]
+
+    def given(place: str) -> Any:
+        return OmegaConf.select(cfg, place)
+
+    accumulated = given("trainer.accumulate_grad_batches") or 1
+    rows = {
+        "stage": class_of(cfg.stage),
+        "loss": class_of(cfg.loss),
+        "temperature": given("loss.temperature"),
+        "queries an update": cfg.batching.queries_per_batch * accumulated,
+        "negatives a query": given("sampler.number"),
+        "negatives from": ", ".join(Path(run).name for run in given("sampler.runs") or ()),
+        "optimizer": class_of(cfg.optimizer),
+        "learning rate": given("optimizer.lr"),
+        "warm-up steps": given("optimizer.warmup_steps"),
+        "LoRA": None if given("peft.rank") is None else f"rank {given('peft.rank')}",
+        "seed": cfg.seed,
+    }
+    return {name: value for name, value in rows.items() if value not in (None, "")}

@@ -1,0 +1,241 @@
+"""Prompts and tokenizers that make sentence-transformers read what a model folder reads.
+
+A retriever's template is a prompt, the text, and ids that the tokenizer adds after it. A reranker's
+pair is the tokenizer's own, or one text written by a chat template: sentence-transformers has a
+prompt before the first text of a pair only, and tokenizes the two apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from caravan.data.pairs import LEAST, PairTemplates
+from caravan.data.tokenization import Template
+from caravan.encoding import Encoding
+from caravan.errors import InputError
+from caravan.export import verify
+from caravan.export.model_card import TEXT, TITLE, fields, quoted
+
+QUERIES = ("camels", verify.QUERY, "naïve 北 🐪", "  spaces ", "")
+SPARE = 8
+"""Tokens that a query's suffix and special tokens may take in addition."""
+REMEDY = "export it to transformers instead"
+
+
+class Prompt(NamedTuple):
+    """A template as a prompt and a text. A passage's title is part of the text.
+
+    Attributes:
+        before: the prompt of a text without a title.
+        titled: a title and a text as one text, for str.format; "" without titles.
+        titled_before: the prompt of that one.
+    """
+
+    before: str
+    titled: str = ""
+    titled_before: str = ""
+
+    @classmethod
+    def of(cls, name: str, template: str) -> Prompt:
+        """Split a template, up to what it has after its text.
+
+        Args:
+            name: of the setting, for the message.
+
+        Raises:
+            InputError: If more than a prompt is before a text.
+
+        >>> Prompt.of("passage_template", "passage: {title} {text}")
+        Prompt(before='passage: ', titled='{title} {text}', titled_before='passage: ')
+        """
+        parts = Template(template)
+        before, _, rest = parts.render("", TEXT).partition(TEXT)
+        if rest:
+            raise InputError(
+                "not-expressible",
+                f"encoding.{name} {template!r} repeats the text or has a title after it, where"
+                f" sentence-transformers has a prompt before the text and no more; {REMEDY}",
+            )
+        whole = parts.render(TITLE, TEXT)
+        if TITLE not in whole:
+            return cls(before)
+        start = min(whole.index(TITLE), whole.index(TEXT))
+        return cls(before, fields(whole[start:]), whole[:start])
+
+    def prompt_of(self, title: str) -> str:
+        """The prompt of a text with this title, which may be empty."""
+        return self.titled_before if title and self.titled else self.before
+
+    def given(self, title: str, text: str) -> str:
+        """The text that a user passes."""
+        return self.titled.format(title=title, text=text) if title and self.titled else text
+
+    def card(self) -> dict[str, str]:
+        """Variables of the card: how a title is given."""
+        differs = self.titled and self.titled_before != self.before
+        return {
+            "titled": f"f{quoted(self.titled)}" if self.titled else "",
+            "titled_prompt": f", prompt={quoted(self.titled_before)}" if differs else "",
+        }
+
+
+class Pairing:
+    """A reranker's pairs as a CrossEncoder reads them.
+
+    Args:
+        folder: the model folder, for messages.
+
+    Raises:
+        InputError: If a template needs more than sentence-transformers can express.
+
+    Attributes:
+        chat: whether a chat template writes the pair.
+        prompt: before the query, if the pair is the tokenizer's own.
+        passage: the prompt of a passage.
+        longest: tokens of a query, with its prompt, above which the two truncate differently.
+    """
+
+    def __init__(self, tokenizer: Any, encoding: Encoding, folder: Path) -> None:
+        self.templates = PairTemplates(tokenizer, encoding)
+        self.encoding = encoding
+        self.longest = self.templates.room - LEAST
+        self.passage = Prompt.of("passage_template", encoding.passage_template)
+        if self.passage.titled and self.passage.titled_before != self.passage.before:
+            raise InputError(
+                "not-expressible",
+                f"encoding.passage_template {encoding.passage_template!r} starts differently with a"
+                " title and without, and sentence-transformers does not know which passages have"
+                f" one; {REMEDY}",
+            )
+        between = self.passage.before or Template(encoding.query_template).suffix
+        # A chat template gives no token types.
+        self.chat = encoding.pair == "joined" or (bool(between) and not self.templates.typed)
+        if between and not self.chat:
+            raise InputError(
+                "not-expressible",
+                f"{folder} reads pairs with token types and with {between!r} between the texts,"
+                f" where sentence-transformers has only a prompt before the first text; {REMEDY}",
+            )
+        self.prompt = ""
+        if not self.chat:
+            self.prompt = Prompt.of("query_template", encoding.query_template).before
+
+    def settings(self) -> dict[str, Any]:
+        """The `processing_kwargs` of a Transformer: how its tokenizer is called."""
+        cut = {"truncation": True if self.chat else "only_second"}
+        settings: dict[str, Any] = {"text": {**cut, "max_length": self.templates.length}}
+        if self.chat:
+            settings["chat_template"] = {"restore_suffix": bool(self.templates.after)}
+        return settings
+
+    def probes(self) -> list[tuple[str, tuple[str, str]]]:
+        """Queries with passages (title, text), of which only the passage is truncated, if any."""
+        template = Template(self.encoding.query_template)
+        rendered = [template.render("", query) for query in QUERIES]
+        known = self.templates.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        first, *more = [
+            query
+            for query, ids in zip(QUERIES, known, strict=True)
+            if len(ids) + SPARE < self.longest or not query
+        ]
+        texts = verify.probes(self.templates.length)
+        few = (texts[0], max(texts, key=lambda text: len(text[1])))
+        return [(first, text) for text in texts] + [(one, text) for one in more for text in few]
+
+    def tokenizer(self) -> Any:
+        """The tokenizer to export."""
+        own = self.templates
+        result = framed(own.tokenizer, own.length, own.before, own.after, own.between)
+        if not self.chat:
+            return result
+        query, passage = QUERIES[0], ("", "camels")
+        messages = [
+            {"role": "query", "content": query},
+            {"role": "document", "content": self.passage.given(*passage)},
+        ]
+        # Some tokenizers mark a word at a text's start, and none after a special token.
+        for gap in ("", " "):
+            result.chat_template = self._chat_template(result, gap)
+            found = result.apply_chat_template(messages, tokenize=True, return_dict=True)
+            if found["input_ids"] == own.pairs([("", query)], [passage])[0].ids:
+                break
+        return result
+
+    def _chat_template(self, tokenizer: Any, gap: str) -> str:
+        """A Jinja template that writes what `PairTemplates` reads, with special tokens.
+
+        Args:
+            gap: after a special token.
+        """
+
+        def special(ids: list[int]) -> str:
+            return "".join(tokenizer.convert_ids_to_tokens(ids))
+
+        own, query = self.templates, Template(self.encoding.query_template)
+        before = special(own.before) + (gap if own.before else "")
+        between = special(own.between) + (gap if own.between else "")
+        if self.encoding.pair == "joined":
+            between = " "
+        opening, *rest = (query.render("", TEXT) + query.suffix).split(TEXT)
+        parts = [quoted(before + opening)]
+        for literal in rest:
+            parts += ["messages[0].content", quoted(literal)]
+        parts += [quoted(between + self.passage.before), "messages[1].content"]
+        parts += [quoted(special(own.after))]
+        roles = "messages|map(attribute='role')|list != ['query', 'document']"
+        error = "raise_exception('give pairs of a query and a passage')"
+        return f"{{% if {roles} %}}{{{{ {error} }}}}{{% endif %}}{{{{ {' ~ '.join(parts)} }}}}"
+
+
+def framed(
+    tokenizer: Any,
+    length: int,
+    before: Sequence[int],
+    after: Sequence[int],
+    between: Sequence[int] = (),
+) -> Any:
+    """A copy of a tokenizer that puts these ids around texts and pairs, and truncates to `length`.
+
+    Raises:
+        InputError: If it is not of the `tokenizers` library, or has no special token to pad with.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    padding = verify.pad_token(tokenizer)
+    if padding is None or not tokenizer.is_fast:
+        raise InputError(
+            "not-expressible",
+            f"{tokenizer.name_or_path or 'the tokenizer'} is not of the tokenizers library, which"
+            f" can add prompts, or has no special token to pad with; {REMEDY}",
+        )
+    frame = {"before": list(before), "between": list(between), "after": list(after)}
+
+    def put(name: str, kind: int) -> list[str]:
+        return [f"{name}:{kind}"] if frame[name] else []
+
+    # The generic class takes the post-processor from its file; those of some models make their own.
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.post_processor = TemplateProcessing(
+        single=[*put("before", 0), "$A:0", *put("after", 0)],
+        pair=[*put("before", 0), "$A:0", *put("between", 0), "$B:1", *put("after", 1)],
+        special_tokens=[
+            {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)}
+            for name, ids in frame.items()
+            if ids
+        ],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=length,
+        model_input_names=tokenizer.model_input_names,
+        padding_side="right",
+        truncation_side="right",
+        split_special_tokens=tokenizer.split_special_tokens,
+        **{**tokenizer.special_tokens_map, "pad_token": padding},
+    )

@@ -1,0 +1,112 @@
+"""What an evaluation or a search runs: retrievers, fusion, a reranker, and their settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from caravan import manifests
+from caravan.encoding import FILE
+from caravan.retrieval.inference import Models
+from caravan.retrieval.rerank import Reranking
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of the pipeline, such as an index.
+
+    Attributes:
+        make: returns a new object. Each collection gets its own, so that the memory of one index is
+            free before the next is built.
+        settings: the settings of `make`, for manifests.
+    """
+
+    make: Callable[[], Any]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Systems:
+    """What an evaluation runs: retrievers, fusion if there are several, a reranker if any.
+
+    Attributes:
+        retrievers: "bm25", model folders and run files.
+        bm25: `caravan.retrieval.bm25.BM25`.
+        index: `caravan.retrieval.index.Index`; its setting `k` is the depth of all runs.
+        fuse: `caravan.retrieval.fusion`.
+        reranker: a model folder or None.
+        lengths: `query_length` and `passage_length` of retrievers, None for a folder's own.
+        block: texts per shard of embeddings.
+    """
+
+    retrievers: Sequence[str]
+    bm25: Component
+    index: Component
+    fuse: Component
+    reranker: Path | None = None
+    rerank: Reranking = field(default_factory=Reranking)
+    lengths: Mapping[str, int | None] = field(default_factory=dict)
+    block: int = 16384
+
+    def __len__(self) -> int:
+        """The number of stages."""
+        return len(self.retrievers) + (len(self.retrievers) > 1) + (self.reranker is not None)
+
+    @property
+    def k(self) -> int:
+        """The depth of all runs."""
+        return int(self.index.settings["k"])
+
+    @property
+    def overridden_lengths(self) -> dict[str, int]:
+        return {name: length for name, length in self.lengths.items() if length is not None}
+
+    def check_lengths(self, models: Models) -> None:
+        """Compare all lengths with the models' positions, before the first stage takes hours.
+
+        Raises:
+            InputError: If a text could be longer than a model has positions for.
+        """
+        for name in self.retrievers:
+            if Path(name).is_dir():
+                models.new(Path(name), "retriever", self.overridden_lengths).check_lengths()
+        if self.reranker is not None and self.reranker.is_dir():
+            models.new(self.reranker, "reranker", self.rerank.lengths).check_lengths()
+
+    def inputs(self, models: Models) -> dict[str, Any]:
+        """The systems and settings that determine the results of an evaluation.
+
+        What changes nothing but the last digits is left out: chunk sizes and versions. Those are in
+        each stage's manifest.
+        """
+
+        def digest(name: str) -> str:
+            path = Path(name)
+            if name == "bm25" or not path.exists():  # the stage reports what is missing
+                return name
+            return models.digest(path) if is_model(path) else manifests.content_digest(path)
+
+        inputs: dict[str, Any] = {
+            "retriever": {str(i): digest(name) for i, name in enumerate(self.retrievers, start=1)},
+            "k": self.k,
+        }
+        dense = any(is_model(Path(name)) for name in self.retrievers)
+        if "bm25" in self.retrievers:
+            inputs["bm25"] = self.bm25.settings
+        if dense:
+            inputs |= {"index": self.index.settings, **self.lengths}
+        if len(self.retrievers) > 1:
+            inputs["fuse"] = self.fuse.settings
+        if self.reranker is not None:
+            inputs["reranker"] = digest(str(self.reranker))
+            inputs["rerank"] = {k: v for k, v in asdict(self.rerank).items() if k != "block"}
+        if dense or self.reranker is not None:
+            inputs |= {"precision": models.precision, "attention": models.attention}
+        return inputs
+
+
+def is_model(path: Path) -> bool:
+    """Whether a retriever is meant as a model folder and not as a run file."""
+    return path.is_dir() or path.name == FILE

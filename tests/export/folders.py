@@ -1,0 +1,245 @@
+"""Tiny model folders of every kind that is exported, and the code of their cards."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+import string
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.tiny import WORDS, tiny_backbone
+
+from caravan.data.batch import pack
+from caravan.data.pairs import PairTemplates
+from caravan.data.tokenization import Templates
+from caravan.encoding import Encoding, read_encoding
+from caravan.models import folder
+from caravan.models.adapters import LoRA
+from caravan.models.backbone import Pretrained
+from caravan.models.biencoder import BiEncoder
+from caravan.models.crossencoder import CrossEncoder, with_head
+from caravan.models.loading import add_slots, fit_vocabulary
+from caravan.models.query_likelihood import QueryLikelihood
+from caravan.models.tiny_llama import train_bpe
+
+TEXTS = [
+    "camels",
+    "",
+    "A caravan crosses the desert at night, from well to well. " * 8,
+    "  spaces  around ",
+    "Größe 北京 🐪\nthe second line",
+    "What is a dune?",
+]
+TITLED = [
+    *(("", text) for text in TEXTS),
+    ("Salt", "is gold"),
+    ("Rope", "tent " * 60),
+    ("Wind", ""),
+]
+PAIRS = list(itertools.product(["camels", "", "What is a dune?"], TITLED))
+
+LLARA = {
+    "query_template": "{text} The next sentence:",
+    "passage_template": "{title} {text} The original sentence:",
+}
+SLOTS = {
+    "query_template": '"{text}", what follows: {next}',
+    "passage_template": '"{title} {text}", in short: {self}',
+    "append_eos": False,
+    "pooling": "slots",
+    "slots": 3,
+}
+PLAIN = {"query_template": "{text}", "passage_template": "{title} {text}", "append_eos": False}
+JOINED = {"kind": "reranker", "passage_template": "document: {title} {text}"}
+PAIR = {"kind": "reranker", "pair": "pair", **PLAIN}
+LIKELIHOOD = {"kind": "reranker", "scoring": "likelihood", **PLAIN, "query_template": "ask: {text}"}
+ODD: list[dict[str, Any]] = [
+    {"passage_template": "{text} ({title})"},
+    {"passage_template": "{text} {text}"},
+    {**JOINED, "passage_template": "title: {title} text: {text}"},
+]
+"""Templates that are more than a prompt before a text."""
+OWN_HEAD: list[dict[str, Any]] = [
+    {"on": "encoder", **PAIR, "pooling": "cls"},
+    {"on": "encoder", "lora": True, **PAIR, "pooling": "cls"},
+    {"on": "encoder", **JOINED, "append_eos": False, "pooling": "cls"},
+]
+"""Rerankers whose head is a linear layer on [CLS]."""
+
+
+def encoding(**settings: Any) -> Encoding:
+    return Encoding(**{"query_length": 30, "passage_length": 44, **settings})
+
+
+@cache
+def tokenizer(kind: str, side: str = "right", pad: str | None = "<pad>") -> Any:
+    """A byte-level BPE ("decoder") or a WordPiece ("encoder")."""
+    from transformers import BertTokenizer, PreTrainedTokenizerFast
+
+    if kind == "encoder":
+        letters = [chr(code) for code in range(33, 127)]
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *letters]
+        words += [f"##{letter}" for letter in letters]
+        vocab = {word: row for row, word in enumerate(words)}
+        return BertTokenizer(vocab=vocab, padding_side=side)
+    bpe = train_bpe(iter([" ".join(WORDS), "query: passage: document: Title"] * 20), 400)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=pad,
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side=side,
+    )
+
+
+def tokenizers() -> dict[str, Any]:
+    """Tokenizers of several architectures, each with a vocabulary of letters."""
+    import transformers
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = ["\u2581", *(c for c in string.printable if c.isprintable() and c != " ")]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    special = ["<pad>", "<bos>", "<eos>", "<mask>"]
+    spm = {piece: row for row, piece in enumerate([*pieces, "\u2581a", *special])}
+    merges = [("\u2581", "a")]
+    level = [*sorted(ByteLevel.alphabet()), "<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    level = {piece: row for row, piece in enumerate([*level, "<|endoftext|>"])}
+    unigram = [(piece, -1.0) for piece in ("<s>", "<pad>", "</s>", "<unk>", *letters, "<mask>")]
+    return {
+        "llama": transformers.LlamaTokenizer(spm, merges, add_bos_token=True),
+        "llama2": transformers.LlamaTokenizer(spm, merges, legacy=True, add_bos_token=True),
+        "gemma": transformers.GemmaTokenizer(spm, merges),
+        "gpt2": transformers.GPT2Tokenizer(level, []),
+        "qwen": transformers.Qwen2Tokenizer(level, []),
+        "roberta": transformers.RobertaTokenizer(level, []),
+        "xlm_roberta": transformers.XLMRobertaTokenizer(unigram),
+        "bert": tokenizer("encoder", "left"),
+    }
+
+
+def bert(scores: bool = False) -> Any:
+    from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+    config = BertConfig(
+        vocab_size=len(tokenizer("encoder")),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=80,
+        num_labels=1,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    return BertForSequenceClassification(config) if scores else BertModel(config, False)
+
+
+def make(
+    path: Path,
+    on: str = "decoder",
+    lora: bool = False,
+    released: bool = False,
+    pad: str | None = "<pad>",
+    tokens: str | None = None,
+    **settings: Any,
+) -> Path:
+    """Save a model folder of a random model.
+
+    Args:
+        on: a "decoder" or an "encoder".
+        lora: as an adapter on a base beside `path`.
+        released: a reranker with the head of its architecture.
+        tokens: one of `tokenizers`, in place of the usual one.
+        settings: of the encoding; `kind` makes it a retriever or a reranker.
+    """
+    torch.manual_seed(0)
+    own = encoding(**settings)
+    side = "left" if own.kind == "retriever" and on == "decoder" else "right"
+    given = tokenizers()[tokens] if tokens else copy.deepcopy(tokenizer(on, side, pad))
+    rows = add_slots(given, own)
+    if own.scoring == "likelihood":
+        network: Any = QueryLikelihood(tiny_backbone().language_model(given), own)
+        folder.save(path, network, given, own, {})
+        return path
+    base = tiny_backbone().model(given) if on == "decoder" else bert()
+    if lora:
+        base.save_pretrained(path.parent / "base")
+        given.save_pretrained(path.parent / "base")
+        base = Pretrained(str(path.parent / "base"))
+    if own.kind == "retriever":
+        model = fit_vocabulary(base.model(given) if lora else base, given)
+        model = _shaken(LoRA(rank=2, alpha=4).apply(model, rows)) if lora else model
+        network = BiEncoder(model, own)
+    else:
+        if lora:
+            scorer = _shaken(LoRA(rank=2, alpha=4).apply(base.scorer(given)))
+        elif on == "decoder":
+            scorer = tiny_backbone().scorer(given)
+        else:
+            scorer = bert(scores=True) if released else with_head(bert(), 0)
+        network = CrossEncoder(scorer, own)
+    folder.save(path, network, given, own, {"name": "tiny"})
+    return path
+
+
+def _shaken(peft: Any) -> Any:
+    """Random values for the adapter's matrices that start as zeros."""
+    with torch.no_grad():
+        for name, weight in peft.named_parameters():
+            if "lora_B" in name or "trainable_tokens_delta" in name:
+                weight.normal_(std=0.5)
+    return peft
+
+
+@torch.no_grad()
+def embeddings(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model folder's embeddings of `TEXTS` as queries and of `TITLED` as passages."""
+    model, tokens, own, _ = folder.load(path)
+    templates = Templates(tokens, own)
+    queries = templates.queries([("", text) for text in TEXTS])
+    passages = templates.passages(TITLED)
+    return model.embed(pack(queries, 200)), model.embed(pack(passages, 200))
+
+
+@torch.no_grad()
+def scores(path: Path, pairs: list[tuple[str, tuple[str, str]]]) -> torch.Tensor:
+    """The model folder's scores of queries, each with the title and text of a passage."""
+    model, tokens, own, _ = folder.load(path)
+    templates = PairTemplates(tokens, own)
+    read = templates.pairs([("", query) for query, _ in pairs], [passage for _, passage in pairs])
+    seconds = [pair.second for pair in read] if templates.typed else None
+    found: torch.Tensor = model.score(pack([pair.ids for pair in read], 200, seconds=seconds))
+    return found
+
+
+def run_card(out: Path, heading: str = "") -> dict[str, Any]:
+    """Run the first code of a card below a heading that starts so; returns its variables."""
+    text = (out / "README.md").read_text("utf-8")
+    code = re.search(rf"^## {heading}.*?```python\n(.*?)```", text, re.DOTALL | re.MULTILINE)
+    assert code is not None
+    names: dict[str, Any] = {}
+    exec(code[1].replace("path/to/this/folder", str(out)), names)
+    return names
+
+
+def assert_close(found: Any, expected: torch.Tensor) -> None:
+    """Assert that numbers are equal up to rounding, and that the expected ones are not constant."""
+    found = torch.stack(list(found)) if isinstance(found, list) else torch.as_tensor(found)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert float(expected.std(dim=0).max()) > 1e-3
+
+
+def assert_card_computes(path: Path, out: Path) -> None:
+    """Compare the card's code for transformers or PEFT in `out` with the model folder `path`."""
+    names = run_card(out, "Use it in (?:transformers|PEFT)")
+    if read_encoding(path)[0].kind == "retriever":
+        queries, passages = embeddings(path)
+        assert_close([names["embed_query"](text) for text in TEXTS], queries)
+        assert_close([names["embed_passage"](text, title) for title, text in TITLED], passages)
+        return
+    found = [names["score"](query, text, title) for query, (title, text) in PAIRS]
+    assert_close(torch.tensor(found), scores(path, PAIRS))

@@ -1,0 +1,240 @@
+"""A model folder's card: metadata of the Hub, code that runs, metrics that were measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from tests.commands import evaluate, train
+from tests.export import folders
+from tests.export.folders import (
+    JOINED,
+    LIKELIHOOD,
+    OWN_HEAD,
+    PAIR,
+    PAIRS,
+    PLAIN,
+    SLOTS,
+    assert_card_computes,
+    assert_close,
+    make,
+    run_card,
+)
+from tests.refusals import refused
+
+from caravan.data.readers.texts import HubTexts
+from caravan.encoding import read_encoding
+from caravan.errors import InputError
+from caravan.export import sentence_transformers
+from caravan.export.model_card import evaluated, write
+from caravan.quickstart.pydocs import PyDocs
+from caravan.training.fit import data_facts
+
+FLOAT = "precision=float32"
+slow = pytest.mark.slow
+
+
+def metadata(folder: Path) -> Any:
+    """The card's metadata, as huggingface_hub reads and checks it."""
+    return ModelCard.load(folder / "README.md").data
+
+
+def set_facts(folder: Path, **facts: Any) -> None:
+    record = json.loads((folder / "caravan.json").read_text())
+    record["facts"] |= facts
+    (folder / "caravan.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="decoder", marks=slow),
+        pytest.param({"lora": True, **SLOTS}, id="slots, adapter"),
+        pytest.param({"on": "encoder", **PLAIN, "pooling": "mean"}, id="encoder"),
+        pytest.param({"lora": True, **JOINED}, id="reranker, adapter", marks=slow),
+        pytest.param({"pad": "</s>", **JOINED}, id="padding is EOS"),
+        pytest.param(
+            {"on": "encoder", "released": True, **PAIR, "pooling": "cls"}, id="released encoder"
+        ),
+    ],
+)
+def test_the_cards_code_computes_the_folders_numbers(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    path = make(tmp_path / "model", **settings)
+    write(path)
+    assert_card_computes(path, path)
+    reranks = settings.get("kind") == "reranker"
+    assert metadata(path).pipeline_tag == ("text-ranking" if reranks else "feature-extraction")
+    assert ("peft" in metadata(path).tags) == settings.get("lora", False)
+
+
+def test_a_card_says_which_library_cannot_load_the_model(tmp_path: Path) -> None:
+    own_head = make(tmp_path / "head", **OWN_HEAD[0])
+    write(own_head)
+    text = (own_head / "README.md").read_text()
+    assert "transformers has no class with this head" in text
+    assert "AutoModel" not in text
+    likely = make(tmp_path / "likely", **LIKELIHOOD)
+    write(likely)
+    assert "sentence-transformers cannot score by likelihood" in (likely / "README.md").read_text()
+    score = run_card(likely, "Use it in transformers")["score"]
+    found = [score(query, text, title) for query, (title, text) in PAIRS]
+    assert_close(torch.tensor(found), folders.scores(likely, PAIRS))
+
+
+@pytest.mark.parametrize("settings", [{}, JOINED])
+def test_the_code_for_caravan_and_sentence_transformers_runs(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = make(tmp_path / "model", **settings)
+    write(path)
+    assert len(run_card(path, "Use it in Caravan")["passages"]) == 2
+    printed = capsys.readouterr().out
+    assert "Camels cross it, by night." in printed
+    assert "Salt is gold." in printed
+    card = (path / "README.md").read_text()
+    ((command, out),) = re.findall(r"`python -m caravan.export (\S+) \S+ (\S+)`", card)
+    assert command == "sentence-transformers"
+    sentence_transformers.export(path, Path(out))
+    run_card(path, "Use it in sentence-transformers")
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("library", ["sentence-transformers", "transformers"])
+@pytest.mark.parametrize("base", ["Qwen/Qwen3-0.6B", "a/folder/of/this/machine"])
+def test_an_exported_card_has_the_hubs_metadata(library: str, base: str, tmp_path: Path) -> None:
+    from caravan.export import transformers
+
+    path, out = make(tmp_path / "model"), tmp_path / "out"
+    set_facts(path, base_model=base)
+    (transformers if library == "transformers" else sentence_transformers).export(path, out)
+    data = metadata(out)
+    assert (data.library_name, data.tags[0]) == (library, "caravan")
+    assert data.base_model == (base if base.startswith("Qwen") else None)
+
+
+def test_a_trained_folder_has_the_validation_metric_and_the_settings(
+    beir: Path, tmp_path: Path
+) -> None:
+    best = train(beir, tmp_path / "run", "validation.passages=30")
+    folder = tmp_path / "run" / "model"
+    (result,) = metadata(folder).eval_results
+    assert (result.metric_name, result.metric_type) == ("MRR@10", "mrr_at_10")
+    assert result.metric_value == best
+    assert (result.dataset_type, result.dataset_split) == ("tiny", "dev")
+    assert "4 queries over 30 passages; during training" in result.dataset_name
+    assert metadata(folder).model_name == read_encoding(folder)[1]["name"]
+    text = (folder / "README.md").read_text()
+    for row in ("updates | 8", "loss | InfoNCE", "negatives a query | 2", "learning rate | 0.01"):
+        assert f"| {row} |" in text
+    assert "transformers 5." in text
+    for unknown in ("license", "language", "datasets", "base_model"):
+        assert getattr(metadata(folder), unknown) is None
+
+
+def test_the_metrics_of_an_evaluation_are_those_of_this_model(
+    beir: Path, folders: dict[str, str], tmp_path: Path
+) -> None:
+    run_dir, folder, reranker = tmp_path / "run", tmp_path / "model", tmp_path / "reranker"
+    shutil.copytree(folders["retriever"], folder)
+    shutil.copytree(folders["reranker"], reranker)
+    stages = f"[bm25,{folder}]"
+    depth = (f"reranker={reranker}", "rerank.depth=7", "rerank.weight=0.4", "rerank.rest=keep")
+    metrics = evaluate(beir, run_dir, stages, *depth, FLOAT)
+    scores = {stage["stage"]: stage["overall"] for stage in metrics["stages"]}
+    write(folder, [run_dir], license="apache-2.0", language=["en"])
+    found = metadata(folder).eval_results
+    assert {one.metric_name: one.metric_value for one in found} == scores["retriever"]
+    assert {one.dataset_name for one in found} == {"tiny test (4 queries over 60 passages)"}
+    assert (metadata(folder).license, metadata(folder).language) == ("apache-2.0", ["en"])
+    write(reranker, [run_dir])
+    found = metadata(reranker).eval_results
+    assert {one.metric_name: one.metric_value for one in found} == scores["reranked"]
+    assert "; the top 7 of fused reranked with a weight of 0.4" in found[0].dataset_name
+    assert f"| {scores['reranked']['MRR@10']:.4f} |" in (reranker / "README.md").read_text()
+
+
+def test_metrics_of_several_collections_are_a_row_each(
+    beir: Path, folders: dict[str, str], tmp_path: Path
+) -> None:
+    folder, data = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(folders["retriever"], folder)
+    for name in ("one", "two"):
+        shutil.copytree(beir, data / name)
+    metrics = evaluate(data, tmp_path / "run", folder, "collections=[one,two]", FLOAT)
+    write(folder, [tmp_path / "run"])
+    text = (folder / "README.md").read_text()
+    results = metadata(folder).eval_results
+    for name, record in metrics["collections"].items():
+        found = {one.metric_name: one.metric_value for one in results if one.dataset_type == name}
+        assert found == record["overall"]
+        assert f"| {name} test (4 queries over 60 passages) |" in text
+    (data / "one/queries.jsonl").unlink()
+    with pytest.raises(InputError):
+        evaluate(data, tmp_path / "half", folder, "collections=[one,two]", FLOAT)
+    write(folder, [tmp_path / "half"])
+    assert {one.dataset_type for one in metadata(folder).eval_results} == {"two"}
+
+
+def test_metrics_of_another_model_are_refused(
+    beir: Path, folders: dict[str, str], tmp_path: Path
+) -> None:
+    evaluate(beir, tmp_path / "run", folders["retriever"], FLOAT)
+    train(beir, tmp_path / "other", "trainer.max_steps=0", "seed=1")
+    other = tmp_path / "other" / "model"
+    before = (other / "README.md").read_bytes()
+    with refused("metrics-of-another-model", str(other)):
+        write(other, [tmp_path / "run"])
+    with pytest.raises(InputError, match=r"metrics\.json"):
+        write(other, [tmp_path])
+    assert (other / "README.md").read_bytes() == before
+
+
+@pytest.mark.parametrize("record", ['{"stages": [{"stage": 1}]}', "[]", '{"stages'])
+def test_a_damaged_evaluation_is_refused(record: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(record)
+    with pytest.raises(InputError, match=r"metrics\.json"):
+        evaluated(make(tmp_path / "model"), tmp_path)
+
+
+def test_a_chat_template_stays_in_its_cell(tmp_path: Path) -> None:
+    path = make(tmp_path / "model", query_template="<|user|>\n{text}")
+    write(path)
+    row = r"| query_template | `<\|user\|>\n{text}`"
+    assert any(line.startswith(row) for line in (path / "README.md").read_text().splitlines())
+
+
+def test_the_base_model_is_that_of_the_first_training_and_of_the_hub(tmp_path: Path) -> None:
+    first, second = make(tmp_path / "first"), make(tmp_path / "second")
+    set_facts(first, base_model="Qwen/Qwen3-0.6B")
+    set_facts(second, base_model=str(first))
+    write(second)
+    data = metadata(second)
+    assert (data.base_model, data.base_model_relation) == ("Qwen/Qwen3-0.6B", "finetune")
+    set_facts(second, base_model=str(second))  # its own base: the search ends
+    write(second)
+    assert metadata(second).base_model is None
+
+
+def test_dataset_and_language_of_the_training_are_listed(tmp_path: Path) -> None:
+    data = SimpleNamespace(dev_split=None)
+    hub = data_facts(HubTexts("wikimedia/wikipedia"), data)
+    assert hub == {"datasets": ["wikimedia/wikipedia"]}
+    assert data_facts(HubTexts(str(tmp_path)), data) == {}
+    path = make(tmp_path / "model")
+    set_facts(path, **hub, **data_facts(PyDocs(), data))
+    write(path)
+    assert metadata(path).datasets == ["wikimedia/wikipedia"]
+    assert metadata(path).language == ["en"]

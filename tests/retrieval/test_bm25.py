@@ -1,0 +1,243 @@
+"""BM25 against bm25s used plainly, and what its index folder promises."""
+
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import bm25s
+import numpy as np
+import pytest
+import Stemmer
+from tests.refusals import refused
+
+from caravan.data.collection import Collection, write_collection
+from caravan.retrieval import bm25
+from caravan.retrieval.bm25 import BM25, tokens
+
+TEXT = "the camels camel walking walks desert Wüste über salt salty of a b roads road x1 ١٢٣"
+WORDS = TEXT.split()
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Collection:
+    """Short texts of few words, so that scores tie; one passage is empty, one has stop words."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, rng.integers(1, 9))) for _ in range(90)]
+    texts[3], texts[60] = "", "the of a"
+    return write_collection(
+        tmp_path_factory.mktemp("words") / "words",
+        "words",
+        [(f"p{i * 37 % 90}", "Salt-road" if i % 5 == 0 else "", t) for i, t in enumerate(texts)],
+        [("q0", "", "The camels' desert road, road"), ("q1", "", "the"), ("q2", "", "zebra salt")],
+        {},
+    )
+
+
+def plain(
+    words: Collection, queries: list[str], method: str, language: str | None
+) -> tuple[np.ndarray, bm25s.BM25]:
+    """Scores of every passage [Q, N] as bm25s gives them without us."""
+    stemmer = Stemmer.Stemmer(language) if language else None
+    corpus = [f"{title} {text}".strip() for title, text in words.corpus.get(slice(None))]
+    options = {"stopwords": language, "stemmer": stemmer, "show_progress": False}
+    index = bm25s.BM25(k1=0.9, b=0.4, method=method)
+    index.index(bm25s.tokenize(corpus, **options), show_progress=False)
+    asked = bm25s.tokenize(queries, return_ids=False, **options)
+    return np.array([index.get_scores(q) if q else np.zeros(90) for q in asked]), index
+
+
+@pytest.mark.parametrize("method", ["lucene", "robertson", "atire"])
+@pytest.mark.parametrize("language", ["english", None])
+@pytest.mark.parametrize("block", [7, 1000])
+def test_scores_are_those_of_bm25s(
+    tmp_path: Path,
+    words: Collection,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    language: str | None,
+    block: int,
+) -> None:
+    monkeypatch.setattr(bm25, "BLOCK_ROWS", block)
+    lexical = BM25(method=method, stopwords=language, stemmer=language)
+    lexical.build(words.corpus, tmp_path / "index")
+    rng = np.random.default_rng(1)
+    queries = [" ".join(rng.choice(WORDS, 4)) for _ in range(20)] + ["", "zebra"]
+    expected, _ = plain(words, queries, method, language)
+    run = lexical.search(queries, np.arange(len(queries)))
+    assert run.query_rows.tolist() == list(range(len(queries)))
+    for query, scores in enumerate(expected):
+        rows, found = run.of(query)
+        # equal to the last bit, so that ties are the same ties
+        np.testing.assert_array_equal(found, scores[rows].astype(np.float32))
+        assert sorted(rows.tolist()) == np.flatnonzero(scores > 0).tolist()
+        ids = words.corpus.ids(rows)
+        assert list(zip(found, ids, strict=True)) == sorted(
+            zip(found, ids, strict=True), reverse=True
+        )
+    assert run.counts[-2:].tolist() == [0, 0]
+
+
+def test_the_folder_is_an_index_of_bm25s(tmp_path: Path, words: Collection) -> None:
+    BM25().build(words.corpus, tmp_path / "index")
+    _, index = plain(words, ["salt"], "lucene", "english")
+    ours = bm25s.BM25.load(tmp_path / "index")
+    for term, number in index.vocab_dict.items():
+        if not term:
+            continue  # bm25s' empty term, which no passage has
+        columns = [
+            (loaded.scores["indices"][low:high].tolist(), loaded.scores["data"][low:high].tolist())
+            for loaded, place in ((index, number), (ours, ours.vocab_dict[term]))
+            for low, high in [loaded.scores["indptr"][place : place + 2]]
+        ]
+        assert columns[0] == columns[1]
+    assert len(ours.vocab_dict) == len(index.vocab_dict) - 1
+
+
+def test_the_same_corpus_gives_the_same_bytes(
+    tmp_path: Path, words: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    BM25().build(words.corpus, tmp_path / "one")
+    vocabulary = list(json.loads((tmp_path / "one" / "vocab.index.json").read_text()))
+    # bm25s alone would number terms by hash, differently in every process
+    assert vocabulary == sorted(vocabulary)
+    BM25().build(words.corpus, tmp_path / "two")
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(names) == 5
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_of_ties_at_the_cut_the_lower_rows_stay(tmp_path: Path, words: Collection) -> None:
+    bm25 = BM25()
+    bm25.build(words.corpus, tmp_path / "index")
+    scores, _ = plain(words, ["camel"], "lucene", "english")
+    best = np.lexsort((np.arange(90), -scores[0]))[:5]
+    assert np.sum(scores[0] == scores[0][best[-1]]) > np.sum(scores[0][best] == scores[0][best[-1]])
+    run = bm25.search(["camel"], np.array([7]), k=5)
+    assert run.query_rows.tolist() == [7]
+    assert sorted(run.of(7)[0].tolist()) == sorted(best.tolist())
+    assert len(bm25.search(["camel"], np.array([7]), k=2).scores) == 2
+
+
+def test_an_index_is_opened_again_without_building(
+    tmp_path: Path, words: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [text for _, text in words.queries.get(slice(None))]
+    built = BM25()
+    built.build(words.corpus, tmp_path / "index")
+    monkeypatch.setattr(BM25, "build", None)
+    opened = BM25()
+    opened.open(words.corpus, tmp_path / "index")
+    runs = [index.search(texts, np.arange(3)) for index in (built, opened)]
+    assert np.array_equal(runs[0].passage_rows, runs[1].passage_rows)
+    assert np.array_equal(runs[0].scores, runs[1].scores)
+    assert isinstance(opened._index.scores["data"], np.memmap)
+
+
+def test_an_index_of_other_settings_or_no_index_is_refused(
+    tmp_path: Path, words: Collection
+) -> None:
+    BM25().build(words.corpus, tmp_path / "index")
+    with refused("other-index", "(0.9, 0.4, 'lucene', 90), not (1.2, 0.4"):
+        BM25(k1=1.2).open(words.corpus, tmp_path / "index")
+    (tmp_path / "index" / "data.csc.index.npy").write_bytes(b"")
+    for folder in (tmp_path / "index", tmp_path / "none"):
+        with refused("damaged-index", str(folder)):
+            BM25().open(words.corpus, folder)
+
+
+def test_a_build_that_fails_leaves_the_old_index_and_nothing_else(
+    tmp_path: Path, words: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    BM25().build(words.corpus, tmp_path / "index")
+    monkeypatch.setattr(BM25, "_idf", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        BM25().build(words.corpus, tmp_path / "index")
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    BM25().open(words.corpus, tmp_path / "index")
+
+
+@pytest.mark.parametrize(
+    ("code", "key", "value"),
+    [
+        ("unknown-choice", "method", "bm25"),
+        ("unknown-choice", "tokenizer", "letters"),
+        ("unknown-choice", "stemmer", "klingon"),
+        ("unknown-choice", "stopwords", "klingon"),
+        ("out-of-range", "k1", -1),
+        ("out-of-range", "k1", float("inf")),
+        ("out-of-range", "b", 1.5),
+        ("out-of-range", "b", float("nan")),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused(
+    code: str, key: str, value: Any, tmp_path: Path, words: Collection
+) -> None:
+    with refused(code, f"bm25.{key}"):
+        BM25(**{key: value}).build(words.corpus, tmp_path / "index")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_corpus_without_a_word_is_refused(tmp_path: Path) -> None:
+    empty = write_collection(tmp_path / "e", "e", [("p", "", "the a")], [("q", "", "x")], {})
+    with refused("empty-corpus"):
+        BM25().build(empty.corpus, tmp_path / "index")
+
+
+SCRIPTS = {
+    "Chinese": ("盐和黄金等重", "在沙漠里盐和黄金等重"),
+    "Japanese": ("らくだは", "砂漠のらくだは水をのむ"),
+    "Katakana": ("キャラバンルート", "塩のキャラバンルートと星"),
+    "Korean": ("소금", "사막에서 소금은 금과 같았다"),
+    "Thai": ("ทองคำ", "เกลือมีค่าเท่ากับทองคำ"),
+    "Lao": ("ເກືອ", "ອູດແລະເກືອໃນທະເລຊາຍ"),
+    "Khmer": ("អំបិល", "ឧដ្ឋនិងអំបិលក្នុងវាលខ្សាច់"),
+    "Myanmar": ("ဆား", "ကုလားအုတ်နှင့်ဆား"),
+    "Hindi": ("की", "रेगिस्तान की रात"),
+    "Sinhala": ("ශ්‍රී", "ශ්‍රී ලංකා"),
+    "one letter": ("水", "水 と 星"),
+    "composed accents": ("café", "un cafe\u0301 noir"),
+    "accents that do not compose": ("m\u0300ba", "le m\u0300ba noir"),
+    "mixed scripts": ("手机", "iPhone手机壳"),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_query_finds_the_passage_with_its_words_in_any_script(
+    tmp_path: Path, script: str
+) -> None:
+    query, answer = SCRIPTS[script]
+    others = [text for name, (_, text) in SCRIPTS.items() if name != script]
+    texts = [*others, answer, "a salt road"]
+    corpus = [(f"p{i}", "", text) for i, text in enumerate(texts)]
+    collection = write_collection(tmp_path / "c", "scripts", corpus, [("q", "", query)], {})
+    bm25 = BM25()
+    bm25.build(collection.corpus, tmp_path / "index")
+    found, _ = bm25.search([query], np.array([0])).of(0)
+    assert found[0] == texts.index(answer)
+
+
+def test_english_has_the_tokens_of_bm25s_also_beside_other_scripts() -> None:
+    codes = [*range(0x300), *range(0x370, 0x483), *range(0x2000, 0x20D0), *range(0x2100, 0x2C80)]
+    # U+0130 has a small letter of two characters, and U+0374 another normal form.
+    assigned = [chr(code) for code in codes if unicodedata.category(chr(code)) != "Cn"]
+    signs = [sign for sign in assigned if sign not in "\u0130\u0374"]
+    texts = [f"Salt{sign}road A{sign} {sign}b {sign}{sign} the camel's" for sign in signs]
+    expected = bm25s.tokenize(texts, stopwords=None, return_ids=False, show_progress=False)
+    for text, plainly in zip(texts, expected, strict=True):
+        assert tokens(text) == plainly
+        assert tokens(f"{text} 水 1\ufe0f\u20e3") == [*plainly, "水"]  # and the emoji of a 1
+
+
+def test_queries_in_another_language_than_the_corpus_are_told_of(
+    tmp_path: Path, words: Collection, caplog: pytest.LogCaptureFixture
+) -> None:
+    bm25 = BM25(tokenizer="words")
+    bm25.build(words.corpus, tmp_path / "index")
+    bm25.search(["salt", "沙漠里盐", "駱駝"], np.arange(3))
+    assert "2 of 3 queries" in caplog.text
+    assert "bm25.tokenizer=words" in caplog.text
+    caplog.clear()
+    bm25.search(["salt", "camel", "駱駝"], np.arange(3))
+    assert not caplog.text

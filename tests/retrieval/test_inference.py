@@ -1,0 +1,147 @@
+"""Inference against plain PyTorch: embeddings in memory and on disk, lengths, precision."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.commands import ROOT, evaluate_arguments
+from tests.refusals import refused
+from tests.tiny import WORDS, write_beir
+
+from caravan import progress
+from caravan.data.collection import Collection
+from caravan.data.tokenization import Templates
+from caravan.encoding import Encoding
+from caravan.models import folder as model_folder
+from caravan.models.biencoder import BiEncoder
+from caravan.retrieval.inference import Inference, Models
+from caravan.retrieval.store import Embeddings, Store
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, encoding: Encoding) -> Path:
+    from tests.tiny import tiny_backbone
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encode") / "model"
+    encoder = BiEncoder(tiny_backbone().model(tokenizer), encoding)
+    model_folder.save(folder, encoder, tokenizer, encoding, {})
+    return folder
+
+
+def encode(
+    model: Path, collection: Collection, folder: Path, block: int = 16, **settings: Any
+) -> Embeddings:
+    settings = {"precision": "float32", "token_budget": 128, **settings}
+    rows, product = np.arange(len(collection.corpus)), (Store(folder), "passages", {"model": "a"})
+    opened = Inference(model, **settings)
+    return opened.encode_rows(collection.corpus, rows, "passage", block, *product)
+
+
+def test_embeddings_are_the_models_in_row_order_on_disk_and_in_memory(
+    model: Path, collection: Collection, tmp_path: Path
+) -> None:
+    embeddings = encode(model, collection, tmp_path)
+    assert (embeddings.rows, embeddings.dim) == (60, 32)
+    assert [start for start, _ in embeddings] == [0, 16, 32, 48]
+    assert all(vectors.dtype == np.float16 for _, vectors in embeddings)
+    texts = collection.corpus.get(np.arange(60))
+    in_memory = Inference(model, precision="float32").embed(texts, "passage")
+    np.testing.assert_allclose(in_memory, embeddings.read(), atol=1e-3)
+    loaded, tokenizer, encoding, _ = model_folder.load(model)
+    ids = Templates(tokenizer, encoding).passages(texts)
+    for row, text in enumerate(ids):
+        with torch.no_grad():
+            alone = loaded(torch.tensor([text]), torch.ones(1, len(text)), True)[0]
+        np.testing.assert_allclose(in_memory[row], alone.numpy(), atol=1e-5, err_msg=str(row))
+
+
+def test_workers_and_budget_change_nothing_but_rounding_and_lengths_do(
+    model: Path, collection: Collection, tmp_path: Path
+) -> None:
+    one = encode(model, collection, tmp_path / "one").read()
+    other = encode(model, collection, tmp_path / "two", token_budget=1000, num_workers=1).read()
+    np.testing.assert_allclose(one, other, atol=1e-3)
+    cut = encode(model, collection, tmp_path / "cut", lengths={"passage_length": 8}).read()
+    assert not np.allclose(one, cut, atol=1e-2)
+    rounded = encode(model, collection, tmp_path / "bf16", precision="bf16").read()
+    assert (one * rounded).sum(axis=1).min() > 0.999
+
+
+def test_encoding_logs_its_start_and_advances_by_chunk(
+    model: Path,
+    collection: Collection,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(progress.time, "monotonic", itertools.count(0, 5).__next__)
+    caplog.set_level(logging.INFO, "caravan")
+    encode(model, collection, tmp_path, block=1000)
+    assert caplog.messages[0] == f"encode 60 passages with {model} on cpu, float32"
+    assert sum(" of 60 texts, " in message for message in caplog.messages) >= 2  # in one block
+    again = len(caplog.messages)
+    encode(model, collection, tmp_path, block=1000)
+    assert len(caplog.messages) == again
+
+
+def test_one_model_is_in_memory_at_a_time(folders: dict[str, str]) -> None:
+    models = Models("float32", num_workers=0)
+    retriever, reranker = Path(folders["retriever"]), Path(folders["reranker"])
+    opened = models.open(retriever, "retriever", {})
+    assert models.open(retriever, "retriever", {}) is opened
+    assert models.open(retriever, "retriever", {"query_length": 8}) is not opened
+    models.open(reranker, "reranker", {})
+    assert models.open(retriever, "retriever", {}) is not opened
+    with refused("wrong-model-kind", str(retriever)):
+        models.open(retriever, "reranker", {})
+
+
+def test_a_model_that_has_diverged_is_refused(
+    model: Path, collection: Collection, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(model, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    for name in weights:
+        if name.endswith("norm.weight"):
+            weights[name] = torch.full_like(weights[name], 1e38)  # finite, but not its products
+    save_file(weights, broken / "model.safetensors")
+    with refused("diverged-model", str(broken)):
+        Inference(broken).embed(collection.corpus.get(np.arange(3)), "query")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("passages", "words"), [(16_384, 80), (1_500, 1_200)])
+def test_an_evaluation_needs_few_file_descriptors_and_no_shared_memory(
+    passages: int, words: int, model: Path, tmp_path: Path
+) -> None:
+    beir = write_beir(tmp_path / "data")
+    with (beir / "corpus.jsonl").open("a") as file:
+        for i in range(60, passages):
+            text = " ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(words // 2 + i % words))
+            file.write(json.dumps({"_id": f"more{i}", "title": "", "text": text}) + "\n")
+    settings = ("token_budget=1024", "num_workers=1", f"passage_length={min(4 * words, 1500)}")
+    given = evaluate_arguments(beir, tmp_path / "run", str(model), *settings)
+    command = shlex.join([sys.executable, str(ROOT / "evaluate.py"), *given])
+    limited = f"ulimit -Sn 256 && ulimit -Hn 256 && exec {command}"
+    # A mount of its own needs rights that not every machine gives.
+    own = ["unshare", "-m", "true"]
+    if shutil.which("unshare") and subprocess.run(own, capture_output=True).returncode == 0:
+        limited = f"mount -t tmpfs -o size=1m tmpfs /dev/shm && {limited}"
+        run = ["unshare", "-m", "bash", "-c", limited]
+    else:
+        run = ["bash", "-c", limited]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr

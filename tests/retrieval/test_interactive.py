@@ -1,0 +1,93 @@
+"""Search finds what evaluations find, reuses their products, and writes none of theirs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tests.commands import ROOT, evaluate
+
+from caravan.cli.compose import compose
+from caravan.cli.search import searcher_of
+from caravan.data.collection import Collection
+from caravan.data.runs import read_run
+from caravan.retrieval import store
+from caravan.retrieval.interactive import Searcher
+
+FLOAT = "precision=float32"
+
+
+def open_search(beir: Path, home: Path, *overrides: str) -> Searcher:
+    given = [
+        *("data=beir", f"data.path={beir}", f"cache_dir={home / 'cache'}", "num_workers=0"),
+        *(f"run_dir={home / 'search'}", f"reuse={home}", FLOAT),
+        *overrides,
+    ]
+    return searcher_of(compose(ROOT / "conf", "search", given))
+
+
+def compare_with_runs(search: Searcher, runs: Path, collection: Collection) -> int:
+    """Compare each stage with its run; returns the number of compared passages."""
+    rows = collection.qrels("test").queries
+    seen = 0
+    for row, (_, query) in zip(rows.tolist(), collection.queries.get(rows), strict=True):
+        for result in search(query):
+            path = runs / f"{result.stage}.test.trec"
+            wanted = read_run(path, collection.queries, collection.corpus).of(row)
+            found = result.run.of(0)
+            assert found[0].tolist() == wanted[0].tolist(), result.stage
+            assert found[1] == pytest.approx(wanted[1], abs=1e-5)
+            assert result.seconds > 0
+            seen += len(found[0])
+    return seen
+
+
+def test_every_stage_finds_what_an_evaluation_finds_with_its_products(
+    beir: Path,
+    collection: Collection,
+    folders: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    retrievers = f"[bm25,{folders['retriever']}]"
+    fused = ("fuse=weighted", "fuse.normalise=zscore")
+    rerank = ("rerank.depth=7", "rerank.weight=0.4", "rerank.rest=keep", "rerank.segment=best")
+    settings = (f"reranker={folders['reranker']}", *fused, *rerank, "rerank.segment_words=5", FLOAT)
+    evaluate(beir, tmp_path / "run", retrievers, *settings)
+    products = tmp_path / "run" / "store"
+    before = {path: path.stat().st_mtime_ns for path in products.rglob("*")}
+    monkeypatch.setattr(store, "write_shard", lambda *_: pytest.fail("encoded again"))
+    search = open_search(beir, tmp_path, f"retriever={retrievers}", *settings)
+    assert [one.stage for one in search("salt")] == ["bm25", "retriever", "fused", "reranked"]
+    assert compare_with_runs(search, tmp_path / "run" / "runs", collection) > 4 * 60
+    assert not (tmp_path / "search").exists()
+    assert before == {path: path.stat().st_mtime_ns for path in products.rglob("*")}
+
+
+def test_a_second_start_encodes_nothing_and_other_settings_get_their_own_embeddings(
+    beir: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = f"model={folders['retriever']}"
+    first = open_search(beir, tmp_path, model)("salt")[-1].ranks()
+    open_search(beir, tmp_path, model, "passage_length=8")("salt")
+    monkeypatch.setattr(store, "write_shard", lambda *_: pytest.fail("encoded again"))
+    assert open_search(beir, tmp_path, model)("salt")[-1].ranks() == first
+    assert len(list((tmp_path / "search" / "store").glob("passages.*.manifest.json"))) == 2
+
+
+@pytest.mark.parametrize("name", ["other", "tiny"])
+def test_a_collection_that_the_model_was_not_trained_on_is_reported(
+    beir: Path,
+    folders: dict[str, str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+) -> None:
+    model = shutil.copytree(folders["retriever"], tmp_path / "model")
+    record = json.loads((model / "caravan.json").read_text())
+    record["facts"]["collection"] = f"{name} (0123456789ab)"
+    (model / "caravan.json").write_text(json.dumps(record))
+    open_search(beir, tmp_path, f"retriever={model}")
+    assert (f"{model} was trained on other" in caplog.text) == (name == "other")
