@@ -24,14 +24,13 @@ from caravan.training.callbacks import LastCheckpoint, Throughput
 from caravan.training.checkpoints import AtomicCheckpoints
 from caravan.training.evaluation import RerankingEvaluation, RetrievalEvaluation
 from caravan.training.fsdp import FullySharded
-from caravan.training.gradcache import GradCache
 from caravan.training.losses import InfoNCE
 from caravan.training.optim import AdamW
 from caravan.training.reranker import Reranker
 from caravan.training.retriever import Retriever
 
 MEASURES = ["MRR@10", "nDCG@10", "R@100"]
-TASKS = "ebae+ebar+lm"
+PROMPTS = {"self_prompt": " camel:", "next_prompt": " caravan:", "tasks": "ebae+ebar+lm"}
 
 
 class KilledError(Exception):
@@ -39,22 +38,23 @@ class KilledError(Exception):
 
 
 class KillAt(pl.Callback):
-    """Stops the run dead at a moment: in a training step, or in a validation."""
+    """Kills the run after an update: in the next step, in the validation, or at the epoch's end."""
 
-    def __init__(self, step: int, moment: str) -> None:
+    def __init__(self, step: int, moment: str = "step") -> None:
         self.step, self.moment = step, moment
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.moment == "step" and trainer.global_step == self.step:
+    def _at(self, moment: str, trainer: pl.Trainer) -> None:
+        if self.moment == moment and trainer.global_step == self.step:
             raise KilledError
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._at("step", trainer)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.moment == "validation" and trainer.global_step == self.step:
-            raise KilledError
+        self._at("validation", trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.moment == "epoch end" and trainer.global_step == self.step:
-            raise KilledError
+        self._at("epoch end", trainer)
 
 
 class Losses(pl.Callback):
@@ -70,20 +70,33 @@ class Fitted:
     weights: dict[str, Tensor]
     losses: dict[int, float]
     metrics: dict[str, float]
-    trainer: pl.Trainer
+    trainer: Any
 
 
+@dataclass
 class Fit:
-    """A small training run over the tiny collection, with all that `train.py` puts around one."""
+    """A small training run over the tiny collection."""
 
-    def __init__(
-        self, collection: Collection, tokenizer: Any, encoding: Encoding, folder: Path
-    ) -> None:
-        self.collection, self.tokenizer = collection, tokenizer
-        self.encoding, self.folder = encoding, folder
+    collection: Collection
+    tokenizer: Any
+    encoding: Encoding
+    candidates: Path
+    folder: Path
+
+    def into(self, name: str) -> Fit:
+        """The same, in another folder below this one."""
+        (self.folder / name).mkdir(exist_ok=True)
+        return replace(self, folder=self.folder / name)
+
+    def state(self, file: str = "last.ckpt") -> dict[str, Any]:
+        """A checkpoint."""
+        path = self.folder / "checkpoints" / file
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        return state
 
     def __call__(
         self,
+        stage: str = "retriever",
         steps: int = 10,
         peft: Any = None,
         resume: bool = False,
@@ -94,41 +107,27 @@ class Fit:
         early_stopping: pl.Callback | None = None,
         every_n_steps: int = 1,
         queries_per_batch: int = 6,
-        candidates: Path | None = None,
-        adapts: bool = False,
-        gradcache: GradCache | None = None,
+        gradcache: Any = None,
         token_budget: int = 128,
         backbone: Any = None,
         shards_in_bf16: bool = False,
         **trainer_settings: Any,
     ) -> Fitted:
-        """Train the retriever, or adapt, or with candidates to put in order train a reranker."""
-        reranks = candidates is not None
+        parts = (backbone or tiny_backbone(), peft, self.tokenizer)
         optimizer = optimizer or AdamW(lr=1e-2, warmup_steps=2)
         module: Any
-        if adapts:
-            prompts = {"self_prompt": " camel:", "next_prompt": " caravan:", "tasks": TASKS}
+        if stage == "adaptation":
             encoding = replace(
                 self.encoding,
                 query_template="{text} caravan:",
                 passage_template="{title} {text} camel:",
             )
-            settings = (encoding, optimizer, 0)
-            module = Adaptation(
-                tiny_backbone(), peft, self.tokenizer, *settings, **prompts, words=6
-            )
+            module = Adaptation(*parts, encoding, optimizer, 0, **PROMPTS, words=6)
+        elif stage == "reranker":
+            encoding = replace(self.encoding, kind="reranker")
+            module = Reranker(*parts, encoding, InfoNCE(1.0), optimizer, 0, gradcache)
         else:
-            encoding = replace(self.encoding, kind="reranker") if reranks else self.encoding
-            module = (Reranker if reranks else Retriever)(
-                backbone or tiny_backbone(),
-                peft,
-                self.tokenizer,
-                encoding,
-                InfoNCE(1.0 if reranks else 0.05),
-                optimizer,
-                seed=0,
-                gradcache=gradcache,
-            )
+            module = Retriever(*parts, self.encoding, InfoNCE(0.05), optimizer, 0, gradcache)
         module.bf16 = shards_in_bf16
         data = DataModule(
             self.collection,
@@ -138,9 +137,12 @@ class Fit:
             queries_per_batch=queries_per_batch,
             token_budget=token_budget,
             num_workers=workers,
-            run=str(candidates) if candidates else None,
+            run=str(self.candidates) if stage == "reranker" else None,
         )
-        losses = Losses()
+        losses, run_file = Losses(), str(self.folder / "run.trec")
+        evaluation: pl.Callback = RetrievalEvaluation(Faiss(k=100), MEASURES, run_file)
+        if stage == "reranker":
+            evaluation = RerankingEvaluation(MEASURES, run_file)
         best = ModelCheckpoint(
             self.folder / "checkpoints",
             "best",
@@ -148,24 +150,16 @@ class Fit:
             mode="max",
             enable_version_counter=False,
         )
-        run_file = str(self.folder / "run.trec")
-        callbacks: list[pl.Callback] = [
-            RerankingEvaluation(MEASURES, run_file)
-            if reranks
-            else RetrievalEvaluation(Faiss(k=100), MEASURES, run_file),
-            best,
-            LastCheckpoint(str(self.folder / "checkpoints"), every_n_steps=every_n_steps),
-            Throughput(),
-            losses,
-            *([early_stopping] if early_stopping else []),
-        ]
+        last = LastCheckpoint(str(self.folder / "checkpoints"), every_n_steps=every_n_steps)
+        callbacks = [evaluation, best, last, Throughput(), losses, early_stopping, kill]
+        settings = {"devices": 1, "val_check_interval": 4, "gradient_clip_val": 1.0}
         trainer = pl.Trainer(
             accelerator="cpu",
             max_steps=steps,
             max_epochs=100,
             check_val_every_n_epoch=None,
             accumulate_grad_batches=accumulate,
-            callbacks=callbacks + ([kill] if kill else []),
+            callbacks=[callback for callback in callbacks if callback is not None],
             plugins=[AtomicCheckpoints()],
             logger=False,
             enable_progress_bar=False,
@@ -173,22 +167,15 @@ class Fit:
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
             log_every_n_steps=2,
-            **{
-                "devices": 1,
-                "val_check_interval": 4,
-                "gradient_clip_val": 1.0,
-                **trainer_settings,
-            },
+            **(settings | trainer_settings),
         )
-        last = self.folder / "checkpoints" / "last.ckpt"
+        path = last.path if resume and last.path.exists() else None
         try:
-            trainer.fit(
-                module, datamodule=data, ckpt_path=last if resume else None, weights_only=True
-            )
+            trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         except KilledError:
             pass
         else:
-            assert kill is None, "the run was to be killed and was not"
+            assert kill is None, "the run was not killed"
         weights = {name: p.detach().clone() for name, p in module.named_parameters()}
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         return Fitted(weights, losses.seen, metrics, trainer)
@@ -215,11 +202,21 @@ def same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def told(fit: Fit, strategy: str, **settings: Any) -> dict[str, Any]:
+def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], atol: float = 2e-5) -> None:
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(other[name], weight, atol=atol, rtol=1e-4, msg=name)
+
+
+def on_ranks(fit: Fit, strategy: str, bf16: bool = False, **settings: Any) -> dict[str, Any]:
     """Metrics and losses of a fit on several ranks ("ddp" or "fsdp"), which can be sent."""
-    of_ranks = FullySharded() if strategy == "fsdp" else "ddp"
-    bf16 = settings.get("bf16", False) and strategy == "fsdp"  # the shards, and no autocast
-    if settings.pop("bf16", False) and not bf16:
+    sharded = strategy == "fsdp"
+    if bf16 and not sharded:
         settings["precision"] = "bf16-mixed"
-    fitted = fit(**settings, devices=2, strategy=of_ranks, shards_in_bf16=bf16)
+    fitted = fit(
+        **settings,
+        devices=2,
+        strategy=FullySharded() if sharded else "ddp",
+        shards_in_bf16=bf16 and sharded,  # without autocast
+    )
     return {"metrics": fitted.metrics, "losses": fitted.losses}

@@ -166,7 +166,7 @@ def test_a_run_dir_that_cannot_be_written_is_one_sentence(app: Program, home: Pa
     (home / "runs" / "one" / "log.txt").mkdir(parents=True)  # as root may write read-only folders
     done = app("name=one")
     assert done.returncode == 2
-    assert done.stderr == f"{home}/runs/one/log.txt: Is a directory; give another place\n"
+    assert done.stderr == f"{home}/runs/one/log.txt: Is a directory; choose another path\n"
 
 
 def test_jobs_of_a_sweep_write_into_folders_of_their_own(app: Program, home: Path) -> None:
@@ -498,7 +498,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(app: Program) -> None:
     done = app("name=x", "run_dir=/proc/nowhere")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "/proc/nowhere: No such file or directory; give another place"
+        "/proc/nowhere: No such file or directory; choose another path"
     ]
 
 

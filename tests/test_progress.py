@@ -1,71 +1,47 @@
-"""Loops that a person waits for say so, and short ones keep quiet."""
+"""Progress: a log gets a line now and then, short loops show nothing."""
 
-import itertools
+from __future__ import annotations
+
 import logging
 
 import pytest
 
 from caravan import progress
-from caravan.progress import progress as shown
 from caravan.progress import track
 
 
-def test_a_short_loop_shows_nothing(
-    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO):
-        assert list(track(range(5), "counting")) == [0, 1, 2, 3, 4]
-    assert caplog.messages == []
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    caplog.set_level(logging.INFO)
+    return caplog.messages
+
+
+def test_a_short_loop_shows_nothing(messages: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert list(track(range(5), "counting")) == [0, 1, 2, 3, 4]
+    assert messages == []
     assert capfd.readouterr() == ("", "")
 
 
-def test_away_from_a_terminal_a_long_loop_logs_its_start_and_end(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
+def test_without_a_terminal_a_long_loop_logs_lines_and_its_end(
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(progress, "DELAY_S", -1.0)
-    monkeypatch.setattr(progress.time, "monotonic", itertools.count().__next__)
-    with caplog.at_level(logging.INFO):
-        assert len(list(track(range(5), "counting", total=5, unit="steps"))) == 5
-    assert caplog.messages[0] == "counting: running"
-    assert caplog.messages[1].startswith("counting: 5 steps in ")
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(progress, "DELAY_S", 0.0)
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
+    blocks = [range(1000), range(500)]
+    assert list(track(blocks, "encode", 1500, "texts", size=len)) == blocks
+    lines = caplog.messages
+    assert any(line.startswith("encode: 1,000 of 1,500 texts, ") for line in lines)
+    assert lines[-1].startswith("encode: 1,500 texts in ")
     assert capfd.readouterr() == ("", "")
 
 
-def test_items_may_count_for_several_units(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_on_a_terminal_a_bar_is_drawn(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "DELAY_S", -1.0)
-    monkeypatch.setattr(progress.time, "monotonic", itertools.count().__next__)
-    with caplog.at_level(logging.INFO):
-        assert list(track([[1, 2], [3]], "blocks", unit="passages", size=len)) == [[1, 2], [3]]
-    assert caplog.messages[1].startswith("blocks: 3 passages in ")
-
-
-def test_a_log_shows_how_far_a_long_job_is_at_growing_intervals(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    clock = itertools.count(0, 5)
-    monkeypatch.setattr(progress.time, "monotonic", clock.__next__)
-    with caplog.at_level(logging.INFO), shown("encode", 8_000, "texts") as done:
-        for _ in range(40):
-            done(200)
-    assert caplog.messages[:4] == [
-        "encode: running",
-        "encode: 400 of 8,000 texts, 40/s",
-        "encode: 800 of 8,000 texts, 40/s",
-        "encode: 1,600 of 8,000 texts, 40/s",
-    ]
-    assert len(caplog.messages) < 10
-    assert caplog.messages[-1] == "encode: 8000 texts in 205.0 s"
-
-
-def test_a_job_within_one_that_is_shown_stays_silent(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(progress, "DELAY_S", -1.0)
-    monkeypatch.setattr(progress.time, "monotonic", itertools.count().__next__)
-    with caplog.at_level(logging.INFO), shown("runs") as done:
-        done(1)
-        assert len(list(track(range(5), "queries"))) == 5
-    assert [message.partition(":")[0] for message in caplog.messages] == ["runs", "runs"]
-    assert len(list(track(range(5), "queries"))) == 5
+    monkeypatch.setattr(progress, "DELAY_S", 0.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    list(track(range(5), "counting", 5))
+    assert "counting" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""Two processes that stay: a fit on two ranks then costs what it computes, and not its imports."""
+"""Two processes that are kept: a fit on two ranks then costs what it computes, not its imports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-LONGEST = 600  # seconds; more than the slowest of machines takes for any of them
+LONGEST = 600  # seconds; more than any test takes on a slow machine
 
 
 class TwoRanks:
@@ -22,7 +22,8 @@ class TwoRanks:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.fitting"])  # imported once, for both
         self.ends, self.processes = [], []
         for rank in range(2):
             here, there = context.Pipe()
@@ -31,11 +32,11 @@ class TwoRanks:
             self.ends.append(here)
             self.processes.append(process)
 
-    def __call__(self, function: Callable[..., Any], *given: Any, **settings: Any) -> Any:
+    def __call__(self, function: Callable[..., Any], *given: Any, **settings: Any) -> list[Any]:
         """What each rank returns.
 
         Raises:
-            RuntimeError: a rank failed, or they wait for one another.
+            RuntimeError: a rank failed, or they wait for each other.
         """
         for end in self.ends:
             end.send((function, given, settings))
@@ -46,8 +47,8 @@ class TwoRanks:
             answers = {self.ends.index(end): end.recv() for end in ready}
             failed = [text for text, _ in answers.values() if text]
             if failed or not ready:
-                self.close()  # one that waits for the other would wait for ever
-                raise RuntimeError(failed[0] if failed else "the ranks wait for one another")
+                self.close()  # else the other rank would wait forever
+                raise RuntimeError(failed[0] if failed else "the ranks wait for each other")
             found |= {rank: value for rank, (_, value) in answers.items()}
         return [found[rank] for rank in sorted(found)]
 
@@ -66,7 +67,7 @@ def _serve(rank: int, port: int, end: Any) -> None:
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")  # for all of their work
+    torch.distributed.init_process_group("gloo")  # for everything that they run
     while True:
         try:
             function, given, settings = end.recv()
@@ -74,5 +75,5 @@ def _serve(rank: int, port: int, end: Any) -> None:
             return
         try:
             end.send(("", function(*given, **settings)))
-        except Exception:  # noqa: BLE001 - told where the test is
+        except Exception:  # noqa: BLE001 - raised where the test is
             end.send((traceback.format_exc(), None))

@@ -1,7 +1,7 @@
-"""Which of several processes this is, before any process group exists.
+"""The rank of this process, before any process group exists.
 
-Lightning, torchrun and SLURM start processes and tell each its rank in the environment; what only
-one of them may do (write a file, say something) asks here.
+Lightning, torchrun and SLURM start processes and set the rank of each in its environment. Whatever
+only one process may do (write a file, log) checks `is_main_process`.
 """
 
 from __future__ import annotations
@@ -11,51 +11,51 @@ import os
 import time
 from collections.abc import Callable
 
-PAUSE = 0.2  # seconds; what is waited for takes minutes
-LONG = 60  # seconds after which it is said once; a block takes about that
+PAUSE_S = 0.2
+WARN_AFTER_S = 60  # an encoded block takes about that
 
 log = logging.getLogger(__name__)
 
 
 def rank() -> int:
-    """A number that is 0 in the one process that is_main_process, and in one that is alone.
+    """The rank of this process; 0 if it is alone.
 
-    torchrun sets RANK; Lightning's own launcher LOCAL_RANK in the processes that it starts, with
-    NODE_RANK (or GROUP_RANK) set on every node by whoever starts the nodes; srun SLURM_PROCID.
+    torchrun sets RANK. Lightning's own launcher sets LOCAL_RANK in the processes that it starts,
+    and needs NODE_RANK (or GROUP_RANK) on every node. srun sets SLURM_PROCID.
     """
-    whole, local = _number("RANK"), _number("LOCAL_RANK")
-    if whole is not None:
-        return whole
+    found = _number("RANK"), _number("LOCAL_RANK")
+    if found[0] is not None:
+        return found[0]
     nodes = [_number(name) for name in ("NODE_RANK", "GROUP_RANK")]
     node = next((number for number in nodes if number is not None), None)
-    if local is not None:
-        return local or node or 0
+    if found[1] is not None:
+        return found[1] or node or 0
     return node or _number("SLURM_PROCID") or 0
 
 
 def is_main_process() -> bool:
-    """Whether this process writes and speaks for all."""
+    """Whether this is rank 0."""
     return rank() == 0
 
 
-def world() -> int:
-    """How many processes were started together, by torchrun or by srun; 1 if it is alone."""
+def world_size() -> int:
+    """The number of processes started together by torchrun or srun; 1 for one alone."""
     return max(_number("WORLD_SIZE") or _number("SLURM_STEP_NUM_TASKS") or 1, 1)
 
 
 def local_rank() -> int:
-    """Which of its machine's processes this is, and so which of its devices it has."""
+    """The rank among the processes of this machine, which selects the device."""
     return _number("LOCAL_RANK") or _number("SLURM_LOCALID") or 0
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    """Look again and again; whoever starts several processes ends all of them if one fails."""
-    since, told = time.monotonic(), False
+    """Poll until `holds()`. If another process fails, its launcher ends this one too."""
+    since, warned = time.monotonic(), False
     while not holds():
-        time.sleep(PAUSE)
-        if not told and time.monotonic() - since > LONG:
-            log.warning("waiting for the other processes: %d were started together", world())
-            told = True
+        time.sleep(PAUSE_S)
+        if not warned and time.monotonic() - since > WARN_AFTER_S:
+            log.warning("waiting for the other processes: %d were started", world_size())
+            warned = True
 
 
 def _number(variable: str) -> int | None:

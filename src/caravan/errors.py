@@ -1,8 +1,8 @@
 """`InputError`, how commands report it, and exceptions that end a run early.
 
-Whatever a user can get wrong (a file, a setting, a folder) is raised as `InputError` with one
-sentence: what is wrong, where (file and line), and the remedy. The entry files and commands print
-it and exit with code 2; every other exception is a defect of Caravan and keeps its traceback.
+A user's mistake (a file, a setting, a folder) is an `InputError`: one sentence with what is wrong,
+where (file and line), and the remedy. Entry files and commands print it and exit with code 2. Every
+other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -20,11 +20,31 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 FAILED, USER, INTERRUPTED, TERMINATED = 1, 2, 130, 143
-"""Exit codes: a job failed, a mistake of the user's, Ctrl-C, SIGTERM."""
+"""Exit codes: a job failed, a mistake of the user, Ctrl-C, SIGTERM."""
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors of a failed write: the disk is full, over a quota or a size limit, or read-only."""
+LONGEST = 400
+"""Characters of a library's message that are quoted: some contain the whole value of a file."""
+_WORKER = "DataLoader worker (pid"
+_CUT_SHORT = re.compile(
+    r"unexpected pos \d+ vs \d+|PytorchStreamWriter failed|^\d+ requested and \d+ written"
+)
+"""How torch and numpy report a write that was cut short, without an errno."""
+_PEER_LOST = re.compile(
+    r"gloo/transport/|Connection (closed|reset) by peer|ncclRemoteError|remote process exited"
+)
+SEQUENCES = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor, clear
+    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"  # OSC, DCS, ...
+    r"|\x1b[ -/]*[0-~]"
+)
+"""Escape sequences of terminals (ECMA-48), whole."""
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters except tab and newline, and those that change the direction of writing."""
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave, reported in one sentence with its place and its remedy.
+    """A mistake in the user's input, reported in one sentence with its place and its remedy.
 
     Args:
         code: a stable slug that names the kind of mistake, such as "unknown-split". Tests and
@@ -46,119 +66,65 @@ class OccupiedError(InputError):
     """A run_dir holds another training or evaluation; nothing in it was changed."""
 
 
-LONGEST = 400
-"""Characters of a library's message that are quoted: some contain the whole value of a file."""
-WORKER_TERMINATED = "is killed by signal: Terminated"
-"""A loader's message about a terminated worker: schedulers terminate all processes."""
-
-
 def is_termination(error: BaseException) -> bool:
-    """Whether an exception says that the run is being ended, by whoever terminated its workers."""
+    """Whether a DataLoader worker was terminated, as by a scheduler that ends the whole run."""
     return isinstance(error, RuntimeError) and any(
-        message.rstrip(" .").endswith(WORKER_TERMINATED) for message in _messages(error)
+        message.rstrip(" .").endswith("is killed by signal: Terminated")
+        for message in _messages(error)
     )
 
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Errors of a write that the disk did not take: full, over a quota or a size limit, read-only."""
-_CUT_SHORT = re.compile(
-    r"unexpected pos \d+ vs \d+|PytorchStreamWriter failed|^\d+ requested and \d+ written"
-)
-"""How torch and numpy report a write that was cut short, without an errno."""
-
-
 def disk_error(error: BaseException) -> int | None:
-    """The errno of a write that the disk did not take, whatever library reports it; else None.
+    """The errno of a write that the disk refused, whichever library reports it; else None.
 
     torch, numpy, pyarrow, safetensors and tokenizers raise exceptions of their own, with the errno
     in their text or in the exception that they were handling.
     """
-    chain = list(_chain(error))
-    for one in chain:
+    for one in _chain(error):
         if isinstance(one, OSError) and one.errno in DISK:
             return one.errno
-    for one in chain:
+    for one in _chain(error):
+        text = str(one)
         for number in DISK:
-            told = str(one)
-            if re.search(rf"\b(os error|errno) {number}\b", told) or os.strerror(number) in told:
+            if re.search(rf"\b(os error|errno) {number}\b", text) or os.strerror(number) in text:
                 return number
-        if isinstance(one, OSError | RuntimeError) and _CUT_SHORT.search(str(one)):
+        if isinstance(one, OSError | RuntimeError) and _CUT_SHORT.search(text):
             return errno.ENOSPC
     return None
 
 
 def sentence(error: BaseException) -> str | None:
-    """The message of an exception for the user; None if it is a defect.
+    """The message of an exception for the user; None if it is a bug.
 
-    A file that the system does not let one read or write is the user's to look after, and so is
-    memory, or a process that the system has killed.
+    The user can also mend files that the system refuses to read or write, a lack of memory, and a
+    process that the system has killed.
     """
-    caused: BaseException | None = error
-    while caused is not None:  # Hydra and data loaders wrap what they meet
-        if isinstance(caused, InputError):
-            return str(caused)
-        caused = caused.__cause__
+    cause: BaseException | None = error
+    while cause is not None:  # Hydra and data loaders wrap exceptions
+        if isinstance(cause, InputError):
+            return str(cause)
+        cause = cause.__cause__
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return f"{error.strerror}: more files than the system allows; raise the limit (ulimit -n)"
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return f"out of memory ({error}); free some, or lower num_workers and token_budget"
     number = disk_error(error)
     if number is not None:
-        named = (one.filename for one in _chain(error) if isinstance(one, OSError))
-        return _of_disk(number, next(filter(None, named), None))
+        names = (one.filename for one in _chain(error) if isinstance(one, OSError))
+        return _disk_sentence(number, next(filter(None, names), None))
     if str(error).startswith("Unable to configure handler"):  # logging's, around the file's error
         error = error.__cause__ or error
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; give another place"
+        return f"{error.filename}: {error.strerror}; choose another path"
     if isinstance(error, RuntimeError):
-        return next(filter(None, map(_of_another_process, _messages(error))), None)
+        return next(filter(None, map(_process_sentence, _messages(error))), None)
     return None
 
 
 def _messages(error: RuntimeError) -> list[str]:
-    """The messages of an exception, the more precise first.
-
-    A loader that waits for a worker reports that it "exited unexpectedly"; the signal is in the
-    cause of that exception.
-    """
+    """An exception's messages, the more precise first: a worker's signal is in its cause."""
     cause = error.__cause__
     return [str(cause), str(error)] if isinstance(cause, RuntimeError) else [str(error)]
-
-
-_WORKER = "DataLoader worker (pid"
-_PEER_LOST = re.compile(
-    r"gloo/transport/|Connection (closed|reset) by peer|ncclRemoteError|remote process exited"
-)
-"""In messages of gloo and NCCL."""
-
-
-def _of_another_process(message: str) -> str | None:
-    """The sentence for a message of torch about a worker or rank that has died."""
-    if message.startswith(_WORKER):
-        if "Bus error" in message:
-            return (
-                "a DataLoader worker died while it read a file (bus error): a file of the"
-                " collection, such as corpus.arrow, was truncated or is on a disk that fails;"
-                " delete the collection's folder in cache_dir, and start the same command again"
-            )
-        if "killed by signal: Killed" in message:
-            return (
-                "a DataLoader worker was killed, most likely by the system for lack of memory; free"
-                " memory or lower num_workers, and start the same command again"
-            )
-        if "exited unexpectedly" in message or "killed by signal" in message:
-            reason = re.sub(r".*?\d\) ", "", message).split(".")[0]
-            return (
-                f"a DataLoader worker {reason}; the lines above may say why, else memory may have"
-                " run out: lower num_workers, and start the same command again"
-            )
-    if _PEER_LOST.search(message):
-        return (
-            "another process of this run has ended or cannot be reached; its own output says why,"
-            " else the system has killed it, most likely for lack of memory: start all processes"
-            " again (a training continues with resume=true)"
-        )
-    return None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -168,39 +134,59 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _of_disk(number: int, name: str | bytes | None) -> str:
-    """The file that was written, its disk (mount point), what is free there, and the remedy."""
-    reason = os.strerror(number)
+def _process_sentence(message: str) -> str | None:
+    """The sentence for a message of torch about a worker or rank that has died."""
+    again = "and start the same command again"
+    if message.startswith(_WORKER) and "Bus error" in message:
+        return (
+            "a DataLoader worker died while it read a file (bus error): a file of the collection,"
+            " such as corpus.arrow, was truncated or is on a failing disk; delete the collection's"
+            f" folder in cache_dir, {again}"
+        )
+    if message.startswith(_WORKER) and "killed by signal: Killed" in message:
+        return (
+            "a DataLoader worker was killed, most likely by the system for lack of memory; free"
+            f" memory or lower num_workers, {again}"
+        )
+    if message.startswith(_WORKER) and re.search("exited unexpectedly|killed by signal", message):
+        ending = re.sub(r".*?\d\) ", "", message).split(".")[0]
+        return (
+            f"a DataLoader worker {ending}; the lines above may say why, else memory may have run"
+            f" out: lower num_workers, {again}"
+        )
+    if _PEER_LOST.search(message):
+        return (
+            "another process of this run has ended or cannot be reached; see its output, else the"
+            " system has killed it, most likely for lack of memory: start all processes again (a"
+            " training continues with resume=true)"
+        )
+    return None
+
+
+def _disk_sentence(number: int, name: str | bytes | None) -> str:
+    """The file that was written, its disk (mount point), the free space there, and the remedy."""
+    problem = os.strerror(number)
     if name is None:
-        return f"{reason}; make room on the disk that is written to, and repeat the command"
-    path = os.path.abspath(os.fsdecode(name))
+        return f"{problem}; make room on the disk that is written to, and repeat the command"
+    file = os.fsdecode(name)
+    path = os.path.abspath(file)
     while not os.path.exists(path):
         path = os.path.dirname(path)
     free = shutil.disk_usage(path).free
     while not os.path.ismount(path):
         path = os.path.dirname(path)
     if number == errno.EROFS:
-        return f"{os.fsdecode(name)}: {reason} ({path}); give another place"
+        return f"{file}: {problem} ({path}); choose another path"
     return (
-        f"{os.fsdecode(name)}: {reason} ({path} has {free / 2**20:,.1f} MiB free; a quota or a"
-        " limit of file sizes may be lower); make room there, or give another place"
+        f"{file}: {problem} ({path} has {free / 2**20:,.1f} MiB free; a quota or a limit of file"
+        " sizes may be lower); make room there, or choose another path"
     )
 
 
-SEQUENCES = re.compile(
-    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor, clear
-    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"  # OSC, DCS, ...
-    r"|\x1b[ -/]*[0-~]"
-)
-"""Escape sequences of terminals (ECMA-48), whole."""
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Control characters except tab and newline, and those that change the direction of writing."""
-
-
 def printable(text: str) -> str:
-    r"""A text without what would control a terminal: escape sequences, bidi overrides.
+    r"""Remove what would control a terminal from a text: escape sequences, bidi overrides.
 
-    Titles, texts, ids and queries are data of others. Half of a surrogate pair, as in names of
+    Titles, texts, ids and queries are other people's data. Half of a surrogate pair, as in names of
     files that are not UTF-8, becomes a question mark, since no stream could write it.
 
     >>> printable("\x1b[2Jsalt \x1b]0;title\x07and \u202egold")
@@ -211,27 +197,22 @@ def printable(text: str) -> str:
 
 
 class PrintableFormatter(logging.Formatter):
-    """Formats log records without what would control the terminal that shows them."""
+    """Formats log records as `printable` text."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of a library's message, to be quoted within a sentence."""
-    return (str(error).strip().splitlines() or [repr(error)])[0].rstrip(".")
-
-
 @contextmanager
-def reading(place: str | Path, problem: str) -> Iterator[None]:
-    """Read what Caravan did not write: any exception of a library becomes an InputError.
+def reading(place: str | Path, problem: str, code: str = "unreadable") -> Iterator[None]:
+    """Turn any exception of a library into an InputError while a foreign file is read.
 
     Parsers raise whatever their code runs into where a value has another type than expected: a bare
     Exception (tokenizers), TypeError, AttributeError, RecursionError, a panic of Rust. The original
     exception stays the cause, and is logged at level DEBUG.
 
     Args:
-        place: the file, folder or hub id that is read.
+        place: the file, folder or Hub id that is read.
         problem: what failed, such as "no model could be loaded".
 
     Raises:
@@ -245,10 +226,15 @@ def reading(place: str | Path, problem: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         log.debug("%s: %s", place, problem, exc_info=error)
-        raise InputError(f"{place}: {problem} ({reason(error)})") from error
+        raise InputError(code, f"{place}: {problem} ({_reason(error)})") from error
 
 
-def reason(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, to be quoted within a sentence."""
+    return (str(error).strip().splitlines() or [repr(error)])[0].rstrip(".")
+
+
+def _reason(error: BaseException) -> str:
     """The first line of an exception's message, with its type where the message needs it."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
@@ -263,16 +249,16 @@ def reason(error: BaseException) -> str:
 
 
 def answering(work: Callable[[], object]) -> int:
-    """Do the work of a command; returns its exit code, with a mistake printed on standard error."""
+    """Run a command's work; returns its exit code, after a mistake is printed on standard error."""
     try:
         work()
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
     except Exception as error:
-        told = sentence(error)
-        if told is None:
+        message = sentence(error)
+        if message is None:
             raise
-        sys.stderr.write(f"{printable(told)}\n")
+        sys.stderr.write(f"{printable(message)}\n")
         return USER
     return 0

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, and locks, which survive a kill or a full disk.
+"""Atomic writes of files and folders, locks, and the cache folder.
 
 A file is written as `.<name>.<8 hex digits>.part` beside its path and renamed at the end, so a kill
 leaves the old content or the new. The process holds a lock on the scratch while it writes; the next
@@ -18,6 +18,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -27,8 +28,10 @@ from pathlib import Path
 from caravan.errors import InputError, disk_error
 
 LOCK = ".lock"
+TRUST = "CARAVAN_TRUST_CACHE"
+"""Environment variable; 1 trusts a cache folder whoever owns it."""
 UNLOCKED_S = 24 * 3600
-"""Where the file system has no locks, a scratch is an orphan if it has not changed for so long."""
+"""Without locks, a scratch that has not changed for so long is an orphan."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' fcntl.h and fs.h
 
@@ -222,8 +225,9 @@ def claimed(run_dir: Path) -> Iterator[None]:
         except TimeoutError:
             holder = path.read_text("utf-8", errors="replace").strip() or "another process"
             raise InputError(
+                "run-dir-in-use",
                 f"run_dir is in use by {holder}: {run_dir}; wait until that ends, or choose another"
-                " name="
+                " name=",
             ) from None
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         with writing(path):
@@ -269,3 +273,43 @@ def _exchange(one: Path, other: Path) -> bool:
 def listed(folder: Path) -> list[Path]:
     """The entries of a folder in order, without hidden ones: `._x` and `.DS_Store` are no data."""
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def cache_folder(cache_dir: str | Path, part: str) -> Path:
+    """`cache_dir/part`, made if need be: collections, tokenizers and digests, shared by runs.
+
+    Raises:
+        InputError: If it, or `cache_dir`, belongs to another user or is writable by everybody.
+    """
+    folder = Path(cache_dir) / part
+    for path in (Path(cache_dir), folder):
+        path.mkdir(mode=0o775, parents=True, exist_ok=True)  # even if the umask is 0
+        refuse_foreign(path)
+    return folder
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse a folder of the cache that another user may have filled.
+
+    Files in the cache are used by their names, so whoever can write there decides what is searched
+    and trained on. Folders of root are trusted.
+
+    Raises:
+        InputError: If it belongs to another user, or is writable by everybody.
+    """
+    if os.environ.get(TRUST) == "1":
+        return
+    found = folder.stat()
+    remedy = (
+        "choose another cache_dir= (or CARAVAN_CACHE), or set"
+        f" {TRUST}=1 if you trust everybody who can write there"
+    )
+    if found.st_uid not in (0, os.geteuid()):
+        raise InputError(
+            "foreign-cache", f"{folder} belongs to another user (uid {found.st_uid}); {remedy}"
+        )
+    if found.st_mode & stat.S_IWOTH:
+        raise InputError(
+            "foreign-cache",
+            f"{folder} is writable by every user of this machine; run chmod o-w {folder}, {remedy}",
+        )

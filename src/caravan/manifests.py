@@ -1,9 +1,8 @@
-"""Manifests: a stage is skipped only if its product was made from the same inputs.
+"""Manifests: a product is reused only if it was made from the same inputs.
 
 Beside every product (a file or a folder) lies `<name>.manifest.json` with the digests, settings and
-versions that it was made from, written last. Without a manifest, or with one that differs in a
-single value, the product is made again; a folder that merely exists proves nothing. A manifest
-carries its own digest, so that one that was damaged or edited counts as missing.
+versions that it was made from, written last. Without a manifest, or if a single value differs, the
+product is made again. A manifest carries its own digest, so a damaged or edited one is ignored.
 """
 
 from __future__ import annotations
@@ -47,15 +46,11 @@ def matches(product: Path, inputs: dict[str, Any]) -> bool:
 
 
 def differences(product: Path, inputs: dict[str, Any]) -> list[str]:
-    """What differs between the manifest's inputs and these, as `key: old -> new`."""
-    before = (read(product) or {}).get("inputs", {})
-    now = json.loads(json.dumps(inputs))
-    return [
-        f"{key}: {old.get(key, 'unset')} -> {new.get(key, 'unset')}"
-        for old, new in [(_flat(before), _flat(now))]
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, "unset") != new.get(key, "unset")
-    ]
+    """The values that differ between the manifest's inputs and these, as `key: old -> new`."""
+    old = _flat((read(product) or {}).get("inputs", {}))
+    new = _flat(json.loads(json.dumps(inputs)))
+    pairs = [(key, old.get(key, "unset"), new.get(key, "unset")) for key in sorted({*old, *new})]
+    return [f"{key}: {before} -> {now}" for key, before, now in pairs if before != now]
 
 
 def write(product: Path, inputs: dict[str, Any], facts: dict[str, Any] | None = None) -> None:
@@ -109,10 +104,9 @@ def content(path: Path) -> dict[str, Any]:
 
 
 def is_as_written(path: Path, record: Any) -> bool:
-    """Whether a file has the content of a record that `content` gave.
+    """Whether a file has the content of a record of `content`.
 
-    It is read only if its size or its times differ from the record's (it was copied, or touched),
-    and then once in a process.
+    It is read only if its size or times differ (it was copied or touched), once in a process.
     """
     if not isinstance(record, dict) or not path.is_file():
         return False
@@ -145,7 +139,8 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError("it holds no JSON object")
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{path} is damaged ({error}); delete it, and run the command that wrote it again"
+            "damaged-file",
+            f"{path} is damaged ({error}); delete it, and run the command that wrote it again",
         ) from None
     return found
 

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,13 +28,13 @@ from tests.export.folders import (
 )
 from tests.refusals import refused
 
+from caravan.cli.train import source_facts
 from caravan.data.readers.texts import HubTexts
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.export import sentence_transformers
 from caravan.export.model_card import evaluated, write
 from caravan.quickstart.pydocs import PyDocs
-from caravan.training.fit import data_facts
 
 FLOAT = "precision=float32"
 slow = pytest.mark.slow
@@ -229,12 +228,11 @@ def test_the_base_model_is_that_of_the_first_training_and_of_the_hub(tmp_path: P
 
 
 def test_dataset_and_language_of_the_training_are_listed(tmp_path: Path) -> None:
-    data = SimpleNamespace(dev_split=None)
-    hub = data_facts(HubTexts("wikimedia/wikipedia"), data)
+    hub = source_facts(HubTexts("wikimedia/wikipedia"))
     assert hub == {"datasets": ["wikimedia/wikipedia"]}
-    assert data_facts(HubTexts(str(tmp_path)), data) == {}
+    assert source_facts(HubTexts(str(tmp_path))) == {}
     path = make(tmp_path / "model")
-    set_facts(path, **hub, **data_facts(PyDocs(), data))
+    set_facts(path, **hub, **source_facts(PyDocs()))
     write(path)
     assert metadata(path).datasets == ["wikimedia/wikipedia"]
     assert metadata(path).language == ["en"]

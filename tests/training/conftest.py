@@ -5,16 +5,35 @@ from typing import Any
 
 import pytest
 import torch
-from tests.fitting import Fit
+from tests.fitting import Fit, random_candidates
 from tests.tiny import tiny_backbone
 
 from caravan.data.collection import Collection
 from caravan.encoding import Encoding
 
 
+@pytest.fixture(scope="session")
+def candidates(collection: Collection, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_candidates(collection, tmp_path_factory.mktemp("candidates") / "random.trec")
+
+
 @pytest.fixture
-def fit(collection: Collection, tokenizer: Any, encoding: Encoding, tmp_path: Path) -> Fit:
-    return Fit(collection, tokenizer, encoding, tmp_path)
+def fit(
+    collection: Collection, tokenizer: Any, encoding: Encoding, candidates: Path, tmp_path: Path
+) -> Fit:
+    return Fit(collection, tokenizer, encoding, candidates, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_fit(
+    collection: Collection,
+    tokenizer: Any,
+    encoding: Encoding,
+    candidates: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Fit:
+    """For fits that several tests compare with."""
+    return Fit(collection, tokenizer, encoding, candidates, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture

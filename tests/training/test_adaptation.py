@@ -1,7 +1,8 @@
-"""Adaptation end to end: it learns, resumes, trains its slots, and hands its prompts on."""
+"""Adaptation end to end: it learns, resumes, trains its slots, and a retriever starts from it."""
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.commands import ROOT, train
 from tests.tiny import tiny_backbone
 
@@ -37,13 +39,13 @@ RELEASED = {
     "ebae": 0.05,
     "ebar": 0.05,
 }
-PAPER_CONTRACT = Encoding(
+PAPER_ENCODING = Encoding(
     query_template="{text}" + str(PAPER["next_prompt"]),
     passage_template="{title} {text}" + str(PAPER["self_prompt"]),
     query_length=48,
     passage_length=64,
 )
-RELEASED_CONTRACT = Encoding(
+RELEASED_ENCODING = Encoding(
     query_template='"{text}' + str(RELEASED["next_prompt"]),
     passage_template='"{title} {text}' + str(RELEASED["self_prompt"]),
     append_eos=False,
@@ -63,29 +65,14 @@ SMALL = [
 ]
 
 
-def adapt(beir: Path, run_dir: Path, *overrides: str) -> Any:
-    data = (
-        []
-        if any(text.startswith("data=") for text in overrides)
-        else ["data=beir", f"data.path={beir}"]
-    )
-    cfg = compose(
-        ROOT / "conf",
-        "train",
-        [
-            *([] if any(text.startswith("stage=") for text in overrides) else ["stage=adaptation"]),
-            *data,
-            f"run_dir={run_dir}",
-            f"cache_dir={run_dir.parent / 'cache'}",
-            *SMALL,
-            *overrides,
-        ],
-    )
-    return train_config(cfg)
+def adapt(beir: Path, run_dir: Path, *overrides: str) -> float | None:
+    places = [f"run_dir={run_dir}", f"cache_dir={run_dir.parent / 'cache'}"]
+    given = ["stage=adaptation", "data=beir", f"data.path={beir}", *places, *SMALL, *overrides]
+    return train_config(compose(ROOT / "conf", "train", given))
 
 
 def _module(tokenizer: Any, released: bool, peft: Any = None) -> Adaptation:
-    encoding = RELEASED_CONTRACT if released else PAPER_CONTRACT
+    encoding = RELEASED_ENCODING if released else PAPER_ENCODING
     settings: dict[str, Any] = RELEASED if released else PAPER
     add_slots(tokenizer, encoding)
     module = Adaptation(
@@ -98,8 +85,6 @@ def _module(tokenizer: Any, released: bool, peft: Any = None) -> Adaptation:
 
 @pytest.fixture
 def own_tokenizer(tokenizer: Any) -> Any:
-    import copy
-
     return copy.deepcopy(tokenizer)
 
 
@@ -108,7 +93,7 @@ def _published(model: Any, batch: AdaptationBatch, module: Adaptation) -> torch.
     first, second = module.layout.prompts
     slots = module.layout.slots
     sets = iter(batch.targets.split(batch.counts.flatten().tolist()))
-    told: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    losses: dict[int, list[torch.Tensor]] = {0: [], 1: []}
     language: list[torch.Tensor] = []
     order = batch.texts.order.tolist()
     by_text: dict[int, list[int]] = {}
@@ -127,14 +112,14 @@ def _published(model: Any, batch: AdaptationBatch, module: Adaptation) -> torch.
             tokens = next(sets)
             if len(tokens):
                 best = logits[-slots:].max(dim=0).values.log_softmax(dim=0)
-                told[task].append(-best[tokens.unique()].mean())
+                losses[task].append(-best[tokens.unique()].mean())
         if module.lm:
             logits = model(torch.tensor([whole[0]])).logits[0].log_softmax(dim=1)
             end = len(ids) - first - second
             language += [-logits[i - 1, ids[i]] for i in range(module.layout.skipped, end)]
     total = sum(
-        weight * torch.stack(losses).mean()
-        for weight, losses in zip(module.weights.values(), told.values(), strict=True)
+        weight * torch.stack(of_task).mean()
+        for weight, of_task in zip(module.weights.values(), losses.values(), strict=True)
     )
     if module.lm:
         total = total + module.lm * torch.stack(language).mean()
@@ -158,7 +143,7 @@ def test_loss_and_gradient_are_those_of_the_published_formula(
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=0)
 
 
-def test_a_batch_without_anything_to_tell_gives_no_gradient_of_nan(own_tokenizer: Any) -> None:
+def test_a_batch_without_targets_gives_zero_and_no_gradient_of_nan(own_tokenizer: Any) -> None:
     module = _module(own_tokenizer, released=False)
     ids, _ = module.templates.encode([("", "camel"), ("", "salt")])
     counts = torch.zeros(2, 2, dtype=torch.int64)
@@ -171,7 +156,7 @@ def test_a_batch_without_anything_to_tell_gives_no_gradient_of_nan(own_tokenizer
     assert all(not gradient.any() for gradient in gradients)
 
 
-def test_adapters_come_with_the_rows_of_the_slots_and_nothing_else(own_tokenizer: Any) -> None:
+def test_adapters_train_the_rows_of_the_slots_too_and_nothing_else(own_tokenizer: Any) -> None:
     module = _module(own_tokenizer, released=True, peft=LoRA(rank=2, alpha=4))
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     rows = [p for name, p in trained.items() if "lora_" not in name]
@@ -185,14 +170,14 @@ def test_a_trained_slot_is_in_the_folder(
 ) -> None:
     base = tmp_path / "base"
     module = _module(own_tokenizer, released=True)
-    folder.save(base, module.model, own_tokenizer, RELEASED_CONTRACT, {"name": "base"})
+    folder.save(base, module.model, own_tokenizer, RELEASED_ENCODING, {"name": "base"})
     if peft is not None:  # on a model of transformers that has never seen a slot
         plain = tmp_path / "plain"
         fresh = tiny_backbone().language_model(own_tokenizer)
         fresh.resize_token_embeddings(400)
         fresh.save_pretrained(plain)
         module = Adaptation(
-            *(Pretrained(str(plain)), peft, own_tokenizer, RELEASED_CONTRACT, AdamW(), 0),
+            *(Pretrained(str(plain)), peft, own_tokenizer, RELEASED_ENCODING, AdamW(), 0),
             words=6,
             **RELEASED,
         )
@@ -203,9 +188,9 @@ def test_a_trained_slot_is_in_the_folder(
     module.training_step(batch, 0).backward()
     optimizer.step()
     to = tmp_path / "adapted"
-    folder.save(to, module.model, own_tokenizer, RELEASED_CONTRACT, {"name": "adapted"})
+    folder.save(to, module.model, own_tokenizer, RELEASED_ENCODING, {"name": "adapted"})
     loaded, tokenizer, encoding, facts = folder.load(to)
-    assert encoding == RELEASED_CONTRACT
+    assert encoding == RELEASED_ENCODING
     assert facts["weights"] == ("full" if peft is None else "adapter")
     texts = pack(Templates(tokenizer, encoding).passages(collection.corpus.get(range(5))), 99)
     with torch.no_grad():
@@ -216,46 +201,49 @@ def test_a_trained_slot_is_in_the_folder(
     assert (before - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("peft", [(), ("peft=lora", "peft.rank=2", "peft.alpha=4")])
-@pytest.mark.parametrize("stage", ["adaptation", "adaptation_released"])
-def test_a_retriever_begins_with_the_prompts_of_the_adapted_model(
+@pytest.mark.parametrize(
+    ("stage", "peft"),
+    [
+        ("adaptation", ()),
+        ("adaptation", ("peft=lora", "peft.rank=2", "peft.alpha=4")),
+        ("adaptation_released", ("peft=lora", "peft.rank=2", "peft.alpha=4")),
+    ],
+)
+def test_a_retriever_inherits_the_prompts_of_the_adapted_model(
     stage: str, peft: tuple[str, ...], beir: Path, tmp_path: Path
 ) -> None:
-    adapt(beir, tmp_path / "adapted", f"stage={stage}", *peft)
-    adapted = read_encoding(tmp_path / "adapted" / "model")[0]
-    train(
-        beir,
-        tmp_path / "tuned",
-        f"init_from={tmp_path / 'adapted' / 'model'}",
-        "encoding.query_length=80",
-        "encoding.passage_length=90",
-        *peft,
-    )
-    tuned = read_encoding(tmp_path / "tuned" / "model")[0]
-    lengths = {"query_length": 80, "passage_length": 90}
-    assert tuned == replace(adapted, **lengths)
+    adapt(beir, tmp_path / "adapted", f"stage={stage}", *peft, "trainer.max_steps=2")
+    init = f"init_from={tmp_path / 'adapted' / 'model'}"
+    lengths = ("encoding.query_length=80", "encoding.passage_length=90")
+    train(beir, tmp_path / "tuned", init, *lengths, *peft, "trainer.max_steps=1")
+    adapted, tuned = (read_encoding(tmp_path / name / "model")[0] for name in ("adapted", "tuned"))
+    assert tuned == replace(adapted, query_length=80, passage_length=90)
     assert "original" in tuned.passage_template or tuned.slots == 8
     folder.load(tmp_path / "tuned" / "model")
+    prompt = "{text} {self}" if adapted.slots else "{text} The original sentence:"
+    cfg = compose(ROOT / "conf", "train", [init, f"encoding.query_template='{prompt}'"])
+    assert cfg.encoding.query_template == prompt
+    assert cfg.encoding.passage_template == adapted.passage_template
 
 
 @pytest.mark.parametrize("stage", ["adaptation_released", "reranker_likelihood"])
-def test_a_merged_adapter_with_slots_is_trained_on(
+def test_a_merged_adapter_with_slots_can_be_trained_further(
     stage: str, own_tokenizer: Any, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
     plain = tiny_backbone().language_model(own_tokenizer)  # has never seen a slot
     plain.save_pretrained(base)
-    add_slots(own_tokenizer, RELEASED_CONTRACT)
+    add_slots(own_tokenizer, RELEASED_ENCODING)
     module = Adaptation(
-        *(Pretrained(str(base)), LoRA(rank=2, alpha=4), own_tokenizer, RELEASED_CONTRACT),
+        *(Pretrained(str(base)), LoRA(rank=2, alpha=4), own_tokenizer, RELEASED_ENCODING),
         *(AdamW(), 0),
         **RELEASED,
     )
     module.configure_model()
-    folder.save(tmp_path / "m", module.model, own_tokenizer, RELEASED_CONTRACT, {})
+    folder.save(tmp_path / "m", module.model, own_tokenizer, RELEASED_ENCODING, {})
     begun = Trained(str(tmp_path / "m"), adapter=False)
     model: Any = begun.language_model(own_tokenizer)
-    encoding = RELEASED_CONTRACT
+    encoding = RELEASED_ENCODING
     if stage == "reranker_likelihood":
         encoding = Encoding(
             kind="reranker", scoring="likelihood", append_eos=False, query_length=16
@@ -269,21 +257,7 @@ def test_a_merged_adapter_with_slots_is_trained_on(
     assert model.get_input_embeddings().weight.shape[0] == len(own_tokenizer)
 
 
-def test_prompts_are_chosen_by_setting(beir: Path, tmp_path: Path) -> None:
-    adapt(beir, tmp_path / "adapted")
-    cfg = compose(
-        ROOT / "conf",
-        "train",
-        [
-            f"init_from={tmp_path / 'adapted' / 'model'}",
-            "encoding.query_template='{text} The original sentence:'",
-        ],
-    )
-    assert cfg.encoding.query_template == "{text} The original sentence:"
-    assert cfg.encoding.passage_template == "{title} {text} The original sentence:"
-
-
-def test_text_alone_will_do(tmp_path: Path) -> None:
+def test_unlabelled_text_is_enough(tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text(
         "".join(json.dumps({"text": "camel salt dune " * n}) + "\n" for n in range(1, 9))
@@ -293,33 +267,19 @@ def test_text_alone_will_do(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_gives_the_same_weights(beir: Path, tmp_path: Path) -> None:
-    weights = []
-    for name, steps in (("whole", (8,)), ("parts", (4, 8))):
-        for step in steps:
-            adapt(
-                beir,
-                tmp_path / name,
-                *("peft=lora", "peft.rank=2", "peft.alpha=4", "stage=adaptation_released"),
-                *(f"trainer.max_steps={step}", "resume=true", "optimizer.schedule=constant"),
-                "encoding.slots=2",
-            )
-        path = tmp_path / name / "model" / "model.safetensors"
-        weights.append(path.read_bytes())
-    assert weights[0] == weights[1]
+    released = ("stage=adaptation_released", "encoding.slots=2", "optimizer.schedule=constant")
+    settings = (*released, "peft=lora", "peft.rank=2", "peft.alpha=4", "resume=true")
+    for name, steps in (("whole", 8), ("parts", 4), ("parts", 8)):
+        adapt(beir, tmp_path / name, *settings, f"trainer.max_steps={steps}")
+    paths = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "parts")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_it_learns_to_tell_what_a_text_is_about(beir: Path, tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+def test_it_learns_to_predict_the_tokens_of_a_text(beir: Path, tmp_path: Path) -> None:
     steps = ("trainer.max_steps=60", "trainer.log_every_n_steps=1", "stage.words=12")
     adapt(beir, tmp_path / "run", *steps)
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    names = set(events.Tags()["scalars"])
-    wanted = {
-        f"train/{task}{what}" for task in ("ebae", "ebar") for what in ("", "_above_floor", "_hits")
-    }
-    assert names >= wanted | {"train/loss", "val/MRR@10"}
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) >= {"train/loss", "train/ebae", "train/ebar", "val/MRR@10"}
     for task in ("ebae", "ebar"):
         hits = [event.value for event in events.Scalars(f"train/{task}_hits")]
         assert np.mean(hits[-9:]) > np.mean(hits[:9]) + 0.04
@@ -328,19 +288,20 @@ def test_it_learns_to_tell_what_a_text_is_about(beir: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "place"),
     [
-        ("stage.ebae=-1", r"stage\.ebae is -1.*must be above 0"),
-        ("stage.ebar=inf", r"stage\.ebar is inf.*finite"),
-        ("stage.tasks=ebae+mlm", "some of ebae, ebar and lm"),
-        ("stage.targets=some", "must be one of all, content"),
-        ("encoding.passage_length=12", "leaves no room for text"),
-        ("encoding.pooling=mean", "read at its slots: set it to last"),
-        ("encoding.passage_template='{text} in short:'", "ends with neither stage.self_prompt"),
+        ("stage.ebae=-1", r"stage\.ebae is -1"),
+        ("stage.ebar=inf", r"stage\.ebar is inf"),
+        ("stage.tasks=ebae+mlm", r"stage\.tasks"),
+        ("stage.targets=some", "some"),
+        ("encoding.passage_length=12", "passage"),
+        ("encoding.pooling=mean", r"encoding\.pooling"),
+        ("encoding.passage_template='{text} in short:'", r"encoding\.passage_template"),
     ],
 )
-def test_what_cannot_be_adapted_is_told(
-    override: str, told: str, beir: Path, tmp_path: Path
+def test_settings_that_cannot_be_adapted_with_are_refused(
+    override: str, place: str, beir: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=place):
         adapt(beir, tmp_path / "run", override)
+    assert not (tmp_path / "run" / "checkpoints").exists()

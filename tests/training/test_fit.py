@@ -1,222 +1,291 @@
-"""Whole fits through Lightning: resumed, on two ranks, with the evaluation callback."""
+"""Runs of the command: what they write, log and refuse; kills; adopted and finished models."""
 
 from __future__ import annotations
 
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping
-from tests.fitting import MEASURES, Fit, Fitted, KillAt, Sgd, random_candidates, same_weights, told
-from tests.two_ranks import TwoRanks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tests.commands import ROOT, train, train_arguments
+from tests.refusals import refused
+from tests.tiny import write_beir
 
-from caravan.data.collection import Collection
-from caravan.data.runs import read_run
-from caravan.encoding import Encoding
-from caravan.models.adapters import LoRA
-from caravan.models.backbone import Pretrained
-from caravan.retrieval.metrics import score_run
+from caravan import manifests
+from caravan.cli.compose import compose
+from caravan.cli.train import train as train_config
+from caravan.encoding import read_encoding
+from caravan.errors import InputError
+from caravan.models import folder
+from caravan.training import fit
+
+WEIGHTS = "model/model.safetensors"
+
+
+def curve(run_dir: Path, name: str) -> list[int]:
+    """The steps of a curve; empty if there is none."""
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    return [e.step for e in events.Scalars(name)] if name in events.Tags()["scalars"] else []
+
+
+def metrics(run_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run_dir / "metrics.json").read_text())
+    return found
 
 
 @pytest.fixture(scope="module")
-def whole(
-    collection: Collection,
-    tokenizer: Any,
-    encoding: Encoding,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Fitted:
-    return Fit(collection, tokenizer, encoding, tmp_path_factory.mktemp("whole"))()
+def finished(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float | None]:
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    return run_dir, train(beir, run_dir)
 
 
-# An epoch is 3 batches, the last one short; a validation follows batches 4 and 8.
-@pytest.mark.parametrize(
-    ("step", "moment"),
-    [*((step, "step") for step in (2, 3, 4, 5, 6, 9)), (4, "validation"), (8, "validation")],
-)
-def test_a_killed_run_resumes_to_the_same_weights_and_figures(
-    whole: Fitted, fit: Fit, step: int, moment: str
+def test_a_run_writes_model_metrics_curves_and_checkpoints(
+    finished: tuple[Path, float | None],
 ) -> None:
-    fit(kill=KillAt(step, moment))
-    resumed = fit(resume=True)
-    assert same_weights(resumed.weights, whole.weights)
-    assert resumed.losses == {b: x for b, x in whole.losses.items() if b in resumed.losses}
-    assert max(resumed.losses) == max(whole.losses)
-    for name, value in resumed.metrics.items():
-        if name.startswith("val/"):
-            assert whole.metrics[name] == value
-    best, again = (x.trainer.checkpoint_callback for x in (whole, resumed))
-    assert best.best_model_score == again.best_model_score
+    run_dir, best = finished
+    names = {path.name for path in run_dir.iterdir()}
+    assert names >= {"config.yaml", "metrics.json", "model", "checkpoints", "tensorboard", "runs"}
+    found = metrics(run_dir)
+    assert found["best"] == best is not None
+    assert found["updates"] == 8
+    encoding, facts = read_encoding(run_dir / "model")
+    assert (encoding.query_length, encoding.passage_length) == (16, 24)
+    assert facts["base_model"] == "tiny_llama"
+    assert facts["recipe"]["temperature"] == 0.05
+    folder.load(run_dir / "model")
+    for name in ("train/loss", "train/gradient_norm", "lr-AdamW/pg1", "val/R@100"):
+        assert curve(run_dir, name), name
+    assert curve(run_dir, "val/MRR@10") == [4, 8]
 
 
-def test_kills_at_the_ends_of_two_epochs_in_a_row_resume_to_the_same_weights(
-    whole: Fitted, fit: Fit
+def test_a_finished_run_is_not_repeated_whatever_has_no_effect_on_it(
+    finished: tuple[Path, float | None], beir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit(kill=KillAt(3, "step"))
-    fit(kill=KillAt(6, "step"), resume=True)
-    resumed = fit(resume=True)
-    assert same_weights(resumed.weights, whole.weights)
-    assert resumed.losses == {b: x for b, x in whole.losses.items() if b in resumed.losses}
+    run_dir, best = finished
+    monkeypatch.setattr(fit, "_fit", lambda *_: pytest.fail("trained again"))
+    changed = ["batching.num_workers=1", "trainer.enable_progress_bar=true", "~logger.tensorboard"]
+    for overrides in ([], ["resume=true"], changed):
+        assert train(beir, run_dir, *overrides) == best
 
 
-def test_dropout_and_accumulation_repeat_after_a_resume(fit: Fit, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"peft": LoRA(rank=2, alpha=4, dropout=0.5), "accumulate": 2}
-    whole = fit(**settings)
-    fit.folder = tmp_path / "killed"
-    fit(kill=KillAt(3, "step"), **settings)
-    resumed = fit(resume=True, **settings)
-    assert same_weights(resumed.weights, whole.weights)
-
-
-def test_a_run_on_four_bits_resumes_to_the_same_weights(
-    fit: Fit, tmp_path: Path, saved: str
+def test_a_run_is_the_same_wherever_it_is_written(
+    finished: tuple[Path, float | None], beir: Path, tmp_path: Path
 ) -> None:
-    def settings() -> dict[str, Any]:
-        peft, backbone = LoRA(rank=2, alpha=4, quant_type="nf4"), Pretrained(saved)
-        backbone.quantization = peft.quantization()
-        return {"peft": peft, "backbone": backbone, "steps": 6}
-
-    whole = fit(**settings())
-    fit.folder = tmp_path / "killed"
-    fit(kill=KillAt(5, "step"), **settings())  # after the validation of the fourth update
-    resumed = fit(resume=True, **settings())
-    assert same_weights(resumed.weights, whole.weights)
-    state = torch.load(fit.folder / "checkpoints" / "last.ckpt", weights_only=True)
-    assert all("lora_" in name for name in state["state_dict"])
+    train(beir, tmp_path / "elsewhere", "logger.tensorboard=null")
+    assert not (tmp_path / "elsewhere" / "tensorboard").exists()
+    found = (tmp_path / "elsewhere" / WEIGHTS).read_bytes()
+    assert found == (finished[0] / WEIGHTS).read_bytes()
 
 
-# Validations after batches 3, 5 and 9 fall between the two batches of an update, or on an epoch's
-# last batch, which is an update of its own.
-@pytest.mark.parametrize(("interval", "step"), [(3, 3), (5, 3), (5, 5), (9, 4)])
-def test_a_validation_between_the_batches_of_an_update_loses_no_gradient(
-    fit: Fit, tmp_path: Path, interval: int, step: int
+def test_the_log_has_summary_progress_validations_and_warnings(
+    beir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings: dict[str, Any] = {
-        "accumulate": 2,
-        "val_check_interval": interval,
-        "steps": 8,
-        "queries_per_batch": 3,  # 6 batches an epoch
-        "every_n_steps": 100,
-    }
-    whole = fit(**settings)
-    fit.folder = tmp_path / "killed"
-    fit(kill=KillAt(step, "step"), **settings)
-    resumed = fit(resume=(fit.folder / "checkpoints" / "last.ckpt").exists(), **settings)
-    assert same_weights(resumed.weights, whole.weights)
-
-
-@pytest.mark.parametrize("limit", [2, 0.7])
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
-def test_a_limited_epoch_resumes_to_the_same_weights(
-    fit: Fit, tmp_path: Path, limit: float, step: int
-) -> None:
-    settings: dict[str, Any] = {"limit_train_batches": limit, "steps": 6}
-    whole = fit(**settings)
-    fit.folder = tmp_path / "killed"
-    fit(kill=KillAt(step, "step"), **settings)
-    resumed = fit(resume=True, **settings)
-    assert same_weights(resumed.weights, whole.weights)
-    assert resumed.losses == {b: x for b, x in whole.losses.items() if b in resumed.losses}
-
-
-def test_a_run_that_was_stopped_early_trains_no_further_when_resumed(
-    fit: Fit, tmp_path: Path
-) -> None:
-    def stopping() -> pl.Callback:  # any figure is good enough: it stops at the first validation
-        return EarlyStopping("val/MRR@10", mode="max", stopping_threshold=-1.0)
-
-    whole = fit(early_stopping=stopping())
-    assert whole.trainer.global_step == 4
-    fit.folder = tmp_path / "killed"
-    fit(early_stopping=stopping(), kill=KillAt(4, "epoch end"))
-    resumed = fit(early_stopping=stopping(), resume=True)
-    assert resumed.losses == {}
-    assert resumed.trainer.global_step == 4
-    assert same_weights(resumed.weights, whole.weights)
-
-
-def test_a_point_to_resume_from_is_written_in_an_epochs_last_batch(fit: Fit) -> None:
-    fit(kill=KillAt(3, "step"), every_n_steps=3)
-    state = torch.load(fit.folder / "checkpoints" / "last.ckpt", weights_only=True)
-    assert state["global_step"] == 3
-
-
-@pytest.mark.parametrize("none", [None, 0])
-def test_no_limit_leaves_the_gradient_as_it_is(fit: Fit, none: int | None) -> None:
-    free = fit(steps=2, optimizer=Sgd(), gradient_clip_val=none)
-    wide = fit(steps=2, optimizer=Sgd(), gradient_clip_val=1e9)
-    assert same_weights(free.weights, wide.weights)
-    assert not same_weights(free.weights, fit(steps=2, optimizer=Sgd()).weights)
-    assert free.metrics["train/gradient_norm"] > 1
-
-
-def test_gradients_are_limited_by_value_when_asked(fit: Fit) -> None:
-    before = fit(steps=1, optimizer=Sgd(), gradient_clip_val=1e9, limit_train_batches=0).weights
-    after = fit(
-        steps=1, optimizer=Sgd(), gradient_clip_val=1e-3, gradient_clip_algorithm="value"
-    ).weights
-    moved = max(float((after[name] - before[name]).abs().max()) for name in before)
-    assert moved == pytest.approx(0.5e-3, rel=1e-3)
-
-
-def test_a_checkpoint_of_adapters_holds_only_what_is_trained(fit: Fit) -> None:
-    fitted = fit(steps=2, peft=LoRA(rank=2, alpha=4))
-    state = torch.load(fit.folder / "checkpoints" / "last.ckpt", weights_only=True)
-    assert state["state_dict"].keys() == {n for n in fitted.weights if "lora_" in n}
-    assert len(state["state_dict"]) == 28  # A and B of 7 linear layers in 2 blocks
-
-
-def test_training_lowers_the_loss_and_the_figures_are_those_of_the_run(fit: Fit) -> None:
-    fitted = fit(steps=40, workers=1)
-    losses = list(fitted.losses.values())
-    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
-    collection = fit.collection
-    run = read_run(fit.folder / "run.trec", collection.queries, collection.corpus)
-    scored = score_run(
-        run, collection.qrels("dev"), collection.queries, collection.corpus, MEASURES
+    caplog.set_level("INFO", "caravan")
+    best = train(
+        beir,
+        tmp_path / "run",
+        "trainer.max_epochs=2",
+        "trainer.accumulate_grad_batches=2",  # 16 queries: batches of 6, 6, 4
+        "trainer.val_check_interval=3",
+        "callbacks.progress_log.seconds=0",
+        "optimizer.warmup_steps=4",
     )
-    for name, value in scored["overall"].items():
-        assert fitted.metrics[f"val/{name}"] == pytest.approx(value, abs=1e-6)
+    assert best is not None
+    assert metrics(tmp_path / "run")["updates"] == 4
+    for line in (
+        "4 updates, 3 batches an epoch",
+        "trainer.max_epochs ends the run after 4 updates",
+        "optimizer.warmup_steps=4 does not end within the 4 updates",
+    ):
+        assert line in caplog.text
+    updates = re.findall(r"update (\d) of 4, loss \d+\.\d{4}, about 0:00:\d\d left", caplog.text)
+    assert sorted(set(updates)) == ["1", "2", "3", "4"]
+    found = re.findall(r"validation after update (\d): MRR@10 (\d\.\d{4}), nDCG", caplog.text)
+    assert [step for step, _ in found] == ["2", "4"]
+    assert max(float(value) for _, value in found) == pytest.approx(best, abs=1e-4)
 
 
-def test_throughput_and_padding_are_logged(fit: Fit) -> None:
-    metrics = fit(steps=4).metrics
-    assert metrics["train/tokens_per_second"] > 0
-    assert 0 < metrics["train/padding"] < 0.5
-    assert metrics["train/gradient_norm"] > 0
+@pytest.mark.parametrize("end", ["trainer.max_steps=2", "trainer.max_epochs=1"])
+def test_a_run_shorter_than_its_validation_interval_validates_at_its_end(
+    beir: Path, tmp_path: Path, end: str
+) -> None:
+    assert train(beir, tmp_path / "run", "trainer.val_check_interval=500", end) is not None
+    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
 
 
-def test_a_checkpoint_of_another_model_is_refused(fit: Fit) -> None:
-    from caravan.errors import InputError
+def test_the_best_weights_are_evaluated_on_training_queries_and_at_other_lengths(
+    beir: Path, tmp_path: Path
+) -> None:
+    settings = ("validation.train_queries=10", "validation.read_lengths=[8]")
+    best = train(beir, tmp_path / "r", *settings, "trainer.max_steps=40")
+    found = metrics(tmp_path / "r")
+    assert set(found["train"]) == {"MRR@10", "nDCG@10", "R@100"}
+    assert found["train"]["MRR@10"] > found["best"] == best  # of queries that it was trained on
+    assert found["read"]["8"] != found["train"]
+    assert found["trained_parameters"] == found["parameters"] > 0
+    # The last validation's run and curves are not overwritten.
+    runs = tmp_path / "r" / "runs"
+    texts = [(runs / f"{name}.trec").read_text() for name in ("validation", "read_8")]
+    assert texts[0] != texts[1]
+    assert curve(tmp_path / "r", "val/MRR@10") == list(range(4, 44, 4))
 
-    fit(steps=2)
-    with pytest.raises(InputError, match="another model"):
-        fit(steps=4, peft=LoRA(rank=2, alpha=4), resume=True)
+
+def test_training_rows_bring_their_own_negatives_and_teacher(beir: Path, tmp_path: Path) -> None:
+    corpus = [json.loads(line) for line in (beir / "corpus.jsonl").read_text().splitlines()]
+    texts = [row["text"] for row in corpus]
+    rows = [
+        {
+            "query": " ".join(texts[i].split()[:3]),
+            "pos": [texts[i]],
+            "neg": [texts[(i + at) % 60] for at in (1, 2, 3)],
+            "pos_scores": [3.0],
+            "neg_scores": [1.0, -1.0, 0.5],
+        }
+        for i in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = [
+        *("data=flagembedding", f"data.path={tmp_path / 'rows.jsonl'}", "data.held_out=0.2"),
+        *("loss=infonce_kl", "sampler.runs=[data:negatives]", "sampler.teacher=data:teacher"),
+    ]
+    assert train(beir, tmp_path / "run", *own, "trainer.max_steps=4") is not None
+    record = manifests.read(tmp_path / "run" / "model")
+    assert record is not None
+    assert list(record["inputs"]["runs"]) == ["data:negatives", "data:teacher"]
+    with pytest.raises(InputError, match="data:bm25"):
+        train(beir, tmp_path / "other", *own, "sampler.runs=[data:bm25]")
 
 
-@pytest.mark.parametrize("stage", ["retriever", "reranker", "adaptation"])
-def test_two_ranks_equal_one(fit: Fit, two_ranks: TwoRanks, tmp_path: Path, stage: str) -> None:
-    # Batches of 7, 7 and 2 queries: one rank has 4 of 7, and its mean must weigh more.
-    settings: dict[str, Any] = {"steps": 5, "optimizer": Sgd(), "queries_per_batch": 7}
-    settings["adapts"] = stage == "adaptation"
-    if stage == "reranker":
-        settings["candidates"] = random_candidates(fit.collection, tmp_path / "candidates.trec")
-    one = fit(**settings)
-    fit.folder = tmp_path / "two"
-    two, _ = two_ranks(told, fit, "ddp", **settings)
-    logged = ["train/loss", *(name for name in one.metrics if name.endswith(("accuracy", "hits")))]
-    assert len(logged) == (3 if stage == "adaptation" else 2)
-    for name in logged:
-        assert two["metrics"][name] == pytest.approx(one.metrics[name], abs=1e-5)
-    state = torch.load(fit.folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    first = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    for name, weight in first.items():
-        torch.testing.assert_close(state[name], weight, atol=2e-5, rtol=1e-4, msg=name)
-    shown = [name for name in one.metrics if name.startswith("val/")]
-    assert len(shown) >= len(MEASURES)
-    for name in shown:
-        assert two["metrics"][name] == pytest.approx(one.metrics[name], abs=1e-6)
-    assert (fit.folder / "run.trec").read_text().split("\n")[0].split()[:3] == (
-        tmp_path / "run.trec"
-    ).read_text().split("\n")[0].split()[:3]
+def test_cached_gradients_fit_on_a_device_that_is_too_small_without(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = 4 * 30_208 * 4  # weights, gradients, moments
+    place = "caravan.training.stage.device_memory"
+    monkeypatch.setattr(place, lambda device: weights + 500_000)
+    with pytest.raises(InputError, match="GiB"):
+        train(beir, tmp_path / "whole")
+    cached = train(beir, tmp_path / "cached", "gradcache.chunk=1", "trainer.max_steps=1")
+    assert cached is not None
+
+
+def test_a_model_that_is_not_trained_is_a_folder_too_and_can_be_adopted_without_data(
+    beir: Path, tmp_path: Path
+) -> None:
+    untrained = tmp_path / "untrained"
+    assert train(beir, untrained, "trainer.max_steps=0") is None
+    assert not (untrained / "checkpoints").exists()
+    assert read_encoding(untrained / "model")[1]["updates"] == 0
+    overrides = [
+        *("backbone=hf", f"backbone.name={untrained / 'model'}", "trainer.max_steps=0"),
+        *("data=beir", f"data.path={tmp_path}", f"run_dir={tmp_path / 'adopted'}"),
+    ]
+    train_config(compose(ROOT / "conf", "train", overrides))
+    adopted = (tmp_path / "adopted" / WEIGHTS).read_bytes()
+    assert adopted == (untrained / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "place"),
+    [
+        (["sampler.runs=[none.trec]"], "file-not-found", "none.trec"),
+        (["data.dev_split=other"], None, "'other'"),
+        (["backbone.attention=flash_attention_2", "trainer.accelerator=auto"], None, "flash"),
+    ],
+    ids=["missing run", "missing split", "no GPU"],
+)
+def test_a_mistake_is_found_before_a_model_is_made_or_anything_is_written(
+    overrides: list[str],
+    code: str | None,
+    place: str,
+    beir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(fit, "_module", lambda *_: pytest.fail("a model is made"))
+    with pytest.raises(InputError, match=place) as caught:
+        train(beir, tmp_path / "run", *overrides)
+    assert code is None or caught.value.code == code
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_length_without_room_for_text_is_refused_before_training(
+    beir: Path, tmp_path: Path
+) -> None:
+    prompt = "encoding.passage_template='{text} camel caravan desert dune'"
+    with pytest.raises(InputError, match=r"validation\.read_lengths=5: "):
+        train(beir, tmp_path / "r", "validation.read_lengths=[5]", prompt)
+    assert not (tmp_path / "r" / "checkpoints").exists()
+
+
+def test_more_processes_than_the_trainer_has_are_refused(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with refused("wrong-world-size", "trainer.devices", "trainer.num_nodes"):
+        train(beir, tmp_path / "r")
+
+
+def test_a_mistake_found_in_a_worker_is_raised_as_it_is(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise InputError("damaged-collection", "the passage p1 cannot be read")
+
+    monkeypatch.setattr("caravan.data.batching.Groups.__getitem__", refuse)
+    with refused("damaged-collection") as caught:
+        train(beir, tmp_path / "run", "batching.num_workers=1")
+    assert str(caught.value) == "the passage p1 cannot be read"
+
+
+def test_a_kill_before_the_manifest_leaves_no_model_that_looks_finished(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, write = tmp_path / "run", manifests.write
+
+    def killed(product: Path, *rest: Any) -> None:
+        if product.name == "model":
+            raise KeyboardInterrupt
+        write(product, *rest)
+
+    train(beir, run_dir, "trainer.max_steps=0")
+    monkeypatch.setattr(manifests, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(beir, run_dir, "trainer.max_steps=2", "resume=true")
+    assert (run_dir / "model").exists()
+    assert not (run_dir / "model.manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    beir = write_beir(tmp_path / "data", passages=200, queries=60)
+    steps = ["trainer.max_steps=60", "trainer.val_check_interval=7"]
+    steps.append("callbacks.last.every_n_steps=2")
+
+    def command(name: str) -> list[str]:
+        given = train_arguments(beir, tmp_path / name, *steps, "resume=true")
+        return [sys.executable, str(ROOT / "train.py"), *given]
+
+    started = time.monotonic()
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    whole = time.monotonic() - started
+    kills = 0
+    for tenth in (4, 6, 7, 8, 9):
+        process = subprocess.Popen(command("killed"), stderr=subprocess.PIPE)
+        try:
+            process.wait(timeout=whole * tenth / 10)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    subprocess.run(command("killed"), check=True, capture_output=True)
+    assert kills >= 2
+    one, other = (tmp_path / name / WEIGHTS for name in ("whole", "killed"))
+    assert one.read_bytes() == other.read_bytes()

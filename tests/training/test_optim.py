@@ -1,3 +1,5 @@
+"""The schedule, and updates and batches counted as Lightning makes them."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -6,10 +8,10 @@ import pytest
 import pytorch_lightning as pl
 import pytorch_lightning.demos.boring_classes
 import torch
+from tests.refusals import refused
 
 from caravan.data.batching import limited
-from caravan.errors import InputError
-from caravan.training.optim import AdamW, updates
+from caravan.training.optim import AdamW, batches_in_run, updates
 
 
 @pytest.mark.parametrize(
@@ -22,10 +24,8 @@ def test_the_rate_warms_up_and_falls_to_its_end(schedule: str, middle: float, en
     assert factors[60] == pytest.approx(middle)
     assert factors[110] == pytest.approx(end)
     assert factors[10:] == sorted(factors[10:], reverse=True)
-
-
-def test_the_rate_ends_at_its_final_share() -> None:
-    assert AdamW(warmup_steps=0, final=0.1).factor(100, 100) == pytest.approx(0.1)
+    final = AdamW(warmup_steps=0, schedule=schedule, final=0.1).factor(100, 100)
+    assert final == pytest.approx(max(end, 0.1))
 
 
 def test_biases_and_norms_are_not_decayed() -> None:
@@ -38,28 +38,33 @@ def test_biases_and_norms_are_not_decayed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("settings", "batches", "steps"),
     [
-        ({"max_steps": 7}, 7),
-        ({"max_epochs": 3}, 15),
-        ({"max_epochs": 3, "accumulate_grad_batches": 2}, 9),
-        ({"max_epochs": 3, "max_steps": 4}, 4),
-        ({"max_epochs": 3, "limit_train_batches": 2}, 6),
-        ({"max_epochs": 3, "limit_train_batches": 0.5}, 6),
+        ({"max_steps": 7}, 7, 7),
+        ({"max_epochs": 3}, 15, 15),
+        ({"max_steps": 4, "max_epochs": 3}, 4, 4),
+        ({"max_epochs": 3, "accumulate_grad_batches": 2}, 15, 9),
+        ({"max_steps": 7, "accumulate_grad_batches": 2}, 12, 7),  # 2 + 2 + 1, the same again, 2
+        ({"max_steps": 6, "accumulate_grad_batches": 2}, 10, 6),
+        ({"max_steps": 1, "accumulate_grad_batches": 9}, 5, 1),
+        ({"max_epochs": 3, "limit_train_batches": 2}, 6, 6),
+        ({"max_epochs": 3, "limit_train_batches": 0.5}, 6, 6),
     ],
 )
-def test_updates_are_counted_as_lightning_makes_them(
-    settings: dict[str, Any], expected: int
+def test_updates_and_batches_are_counted_as_lightning_makes_them(
+    settings: dict[str, Any], batches: int, steps: int
 ) -> None:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     trainer = pl.Trainer(accelerator="cpu", enable_progress_bar=False, **quiet, **settings)
-    assert updates(trainer, limited(5, trainer.limit_train_batches)) == expected
+    epoch = limited(5, trainer.limit_train_batches)
+    assert (batches_in_run(trainer, epoch), updates(trainer, epoch)) == (batches, steps)
     model = pl.demos.boring_classes.BoringModel()
     model.val_dataloader = None
     trainer.fit(model, torch.utils.data.DataLoader(torch.randn(5, 32)))
-    assert trainer.global_step == expected
+    assert trainer.fit_loop.total_batch_idx + 1 == batches
+    assert trainer.global_step == steps
 
 
-def test_a_schedule_that_there_is_not_is_refused() -> None:
-    with pytest.raises(InputError, match="linear, cosine, constant"):
+def test_an_unknown_schedule_is_refused() -> None:
+    with refused("unknown-schedule", "optimizer.schedule", "steps"):
         AdamW(schedule="steps")

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from caravan.cli.compose import FAILURES, Composer, report
 from caravan.cli.overrides import listed
-from caravan.distributed import world
+from caravan.distributed import world_size
 from caravan.errors import InputError
 
 SWEEP_DIR = "hydra.sweep.dir="
@@ -201,10 +201,10 @@ def _launcher_is_there(cfg: DictConfig) -> Iterator[str]:
 def _several_devices(cfg: DictConfig) -> Iterator[str]:
     """A sweep in one process has one device: other ranks would be started by the same command."""
     basic = str(OmegaConf.select(cfg, "hydra.launcher._target_")).endswith(".BasicLauncher")
-    if basic and world() > 1:
+    if basic and world_size() > 1:
         yield (
-            f"-m: {world()} processes were started together, and a sweep is one process; start its"
-            " jobs one by one, or choose hydra/launcher=slurm"
+            f"-m: {world_size()} processes were started together, and a sweep is one process; start"
+            " its jobs one by one, or choose hydra/launcher=slurm"
         )
     ranks = [OmegaConf.select(cfg, f"trainer.{name}") for name in ("devices", "num_nodes")]
     one = [number in (None, 1, "1") or len(_items(number)) == 1 for number in ranks]

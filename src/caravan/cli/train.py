@@ -81,9 +81,16 @@ def train(cfg: DictConfig) -> float | None:
         precision=cfg.precision,
         settings=settings,
         config=recorded(cfg),
-        recipe=recipe(cfg),
+        facts={**source_facts(parts["data"]), "recipe": recipe(cfg)},
     )
     return fit.train(run)
+
+
+def source_facts(source: Any) -> dict[str, Any]:
+    """The dataset's id on the hub and its language, if the data source knows them."""
+    named = {"datasets": getattr(source, "hub_id", None)}
+    named["language"] = getattr(source, "language", None)
+    return {name: [value] for name, value in named.items() if value is not None}
 
 
 def recipe(cfg: DictConfig) -> dict[str, Any]:

@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from caravan.cache import cache_folder, refuse_foreign
 from caravan.data.collection import FORMAT, Collection, DamagedError
-from caravan.files import locked, writing
+from caravan.files import cache_folder, locked, refuse_foreign, writing
 
 _FILE = re.compile(
     r"collection\.json|(corpus|queries)\.(arrow|ids\.npy)|qrels/[^/]+\.npz|runs/[^/]+\.trec"

@@ -17,9 +17,8 @@ import torch
 from torch import nn
 
 from caravan import manifests
-from caravan.cache import cache_folder
 from caravan.errors import InputError, reading
-from caravan.files import replacing
+from caravan.files import cache_folder, replacing
 from caravan.models.loading import set_attention
 from caravan.models.preparing import Checkpointing, new_head, prepared
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from caravan import manifests
 from caravan.data.collection import Collection
-from caravan.distributed import is_main_process, world
+from caravan.distributed import is_main_process, world_size
 from caravan.errors import InputError, OccupiedError, is_termination, sentence
 from caravan.files import claimed, replacing
 from caravan.retrieval.inference import Models
@@ -246,7 +246,7 @@ def _noting_failure(name: str, failed: dict[str, str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if world() > 1 or is_termination(error) or isinstance(error, OccupiedError):
+        if world_size() > 1 or is_termination(error) or isinstance(error, OccupiedError):
             raise
         message = sentence(error)
         log.error("%s: %s", name, message or "it failed", exc_info=message is None)

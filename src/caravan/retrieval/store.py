@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 
 from caravan import manifests
-from caravan.distributed import is_main_process, rank, wait_until, world
+from caravan.distributed import is_main_process, rank, wait_until, world_size
 from caravan.errors import InputError
 from caravan.files import replacing
 
@@ -96,7 +96,7 @@ class Store:
         if not missing and manifests.matches(folder, inputs):
             return shards
         folder.mkdir(parents=True, exist_ok=True)
-        shards.write([number for number in missing if number % world() == rank()])
+        shards.write([number for number in missing if number % world_size() == rank()])
 
         def complete() -> bool:
             missing[:] = shards.missing(missing)

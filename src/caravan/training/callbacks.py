@@ -14,7 +14,6 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from caravan.data.batch import RerankBatch, TrainBatch
 from caravan.errors import InputError
 from caravan.models.backbone import parameter_counts
 from caravan.models.memory import Need
@@ -36,7 +35,7 @@ class FitSummary(pl.Callback):
     def __init__(self, heading: str, precision: str, needed: Need | None) -> None:
         self.heading, self.precision, self.needed = heading, precision, needed
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         device = trainer.strategy.root_device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # exclude loading from the peak memory
@@ -48,7 +47,7 @@ class FitSummary(pl.Callback):
             )
         if not trainer.is_global_zero:
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = trainer.datamodule
         sharded = ", sharded weights" if isinstance(trainer.strategy, FullySharded) else ""
         log.info(self.heading)
         log.info(
@@ -86,18 +85,11 @@ class ProgressLog(pl.Callback):
         self._logged_at = self._started_at = 0.0
         self._first = 0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._logged_at = self._started_at = time.monotonic()
         self._first = trainer.global_step
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: TrainBatch | RerankBatch,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
         now, done = time.monotonic(), trainer.global_step
         due = now - self._logged_at >= self.seconds
         if not trainer.is_global_zero or not due or done <= self._first:
@@ -110,7 +102,7 @@ class ProgressLog(pl.Callback):
         remaining = timedelta(seconds=round(left))
         log.info(f"update {done:,} of {last:,}{loss}, about {remaining} left")
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
         if metrics := in_words(trainer.callback_metrics):
@@ -144,29 +136,24 @@ class Throughput(pl.Callback):
         self._since = self._seconds = 0.0
         self._tokens = self._padded = 0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._since = time.monotonic()
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._seconds += time.monotonic() - self._since
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         self._since = time.monotonic()
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: TrainBatch | RerankBatch,
-        batch_idx: int,
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.monotonic()
         self._seconds += now - self._since
         self._since = now
         self._tokens += batch.tokens
         self._padded += batch.padded
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
             # Ranks have about equal shares: rank 0's, times their number, stands for the sum.
             tokens = self._tokens * trainer.world_size
             speed = tokens / max(self._seconds, 1e-9)
@@ -217,33 +204,24 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = 0
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: TrainBatch | RerankBatch,
-        batch_idx: int,
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
         due = step % self.every_n_steps == 0 and step != self._saved_at
         if due and not _accumulates(trainer, batch_idx) and not _validates_now(trainer, batch_idx):
             self._save(trainer)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if not _accumulates(trainer, trainer.fit_loop.batch_idx):
             self._save(trainer)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         checkpoint["should_stop"] = trainer.should_stop
         checkpoint["callbacks"] = relative(checkpoint["callbacks"], Path(trainer.default_root_dir))
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         trainer.should_stop = checkpoint.get("should_stop", False)
         checkpoint["callbacks"] = absolute(checkpoint["callbacks"], Path(trainer.default_root_dir))
 

@@ -9,6 +9,8 @@ order. The value is the same on every rank; checkpoints and early stopping monit
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,6 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from caravan.data.batch import EncodeBatch, PairBatch
 from caravan.data.datamodule import DataModule
 from caravan.data.runs import Run, canonical, write_run
 from caravan.distributed import is_main_process
@@ -34,75 +35,8 @@ log = logging.getLogger(__name__)
 QUERIES, PASSAGES = 0, 1  # a retriever's validation loaders, in this order
 
 
-class RetrievalEvaluation(pl.Callback):
-    """Searches the validation's passages for its queries and logs `val/<measure>`.
-
-    Args:
-        index: `caravan.retrieval.index.Faiss` or `Exact`; every rank builds it over all passages.
-        measures: which metrics are logged.
-        run_file: where the run of the latest validation is written.
-    """
-
-    def __init__(self, index: Any, measures: Sequence[str], run_file: str) -> None:
-        self.index = index
-        self.measures = list(measures)
-        self.run_file = Path(run_file)
-        self._parts: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
-
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._parts = ([], [])
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: EncodeBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        part = outputs["rows"].cpu(), outputs["vectors"].float().cpu()
-        self._parts[dataloader_idx].append(part)
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        data: DataModule = trainer.datamodule  # type: ignore[attr-defined]
-        query_rows, queries = self._gathered(QUERIES, pl_module.device)
-        passage_rows, passages = self._gathered(PASSAGES, pl_module.device)
-        self._parts = ([], [])
-        mine = slice(trainer.global_rank, None, trainer.world_size)  # this rank's queries
-        self.index.build(ArrayBlocks(passages))
-        depth = min(self.index.k + data.ignore_identical_ids, len(passages))
-        scores, found = self.index.search(queries[mine], depth)
-        found = np.where(found >= 0, passage_rows[found], -1)
-        run = data.without_own(Run.from_topk(query_rows[mine], scores, found), self.index.k)
-        _log_means(pl_module, "val", _per_query(run, query_rows[mine], data, self.measures))
-        columns = (torch.from_numpy(query_rows[mine]), *map(torch.from_numpy, (scores, found)))
-        rows, scores, found = (_all_ranks(column, pl_module.device) for column in columns)
-        if trainer.is_global_zero:
-            run = data.without_own(Run.from_topk(rows, scores, found), self.index.k)
-            _write(self.run_file, run, data)
-
-    def _gathered(self, loader: int, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-        """Rows [N] ascending and vectors [N, d] of all ranks, each row once."""
-        parts = self._parts[loader]
-        rows = _all_ranks(torch.cat([part[0] for part in parts]), device)
-        vectors = torch.cat([part[1] for part in parts])
-        # Over a whole corpus vectors are gigabytes: free each copy once the next one exists.
-        parts.clear()
-        gathered = _all_ranks(vectors, device)
-        del vectors
-        if (np.diff(rows) > 0).all():
-            return rows, gathered
-        unique, first = np.unique(rows, return_index=True)
-        return unique, gathered[first]
-
-
-class RerankingEvaluation(pl.Callback):
-    """Reorders fixed candidates by their scores and logs `val/<measure>`.
-
-    The metrics of the candidates' own order are logged as `val/first_stage/<measure>`.
+class Evaluation(pl.Callback, ABC):
+    """Collects the outputs of a validation; `evaluate` makes a run of them and logs its metrics.
 
     Args:
         measures: which metrics are logged.
@@ -112,32 +46,109 @@ class RerankingEvaluation(pl.Callback):
     def __init__(self, measures: Sequence[str], run_file: str) -> None:
         self.measures = list(measures)
         self.run_file = Path(run_file)
-        self._parts: list[tuple[Tensor, ...]] = []
+        self._outputs: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._parts = []
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._outputs.clear()
 
     def on_validation_batch_end(
         self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
+        trainer: Any,
+        pl_module: Any,
         outputs: Any,
-        batch: PairBatch,
+        batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        names = ("query_rows", "passage_rows", "scores")
-        self._parts.append(tuple(outputs[name].cpu() for name in names))
+        for name, rows in outputs.items():
+            rows = rows.float() if rows.is_floating_point() else rows
+            self._outputs[dataloader_idx, name].append(rows.cpu())
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        data: DataModule = trainer.datamodule  # type: ignore[attr-defined]
-        columns = [
-            _all_ranks(torch.cat(parts), pl_module.device)
-            for parts in zip(*self._parts, strict=True)
-        ]
-        self._parts = []
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.evaluate(trainer.datamodule, trainer, pl_module)
+
+    @abstractmethod
+    def evaluate(self, data: DataModule, trainer: Any, module: Any) -> None:
+        """Log the metrics and, on rank 0, write the run."""
+
+    def gathered(self, loader: int, name: str, device: torch.device) -> np.ndarray:
+        """The outputs of all ranks under one name [N, ...], once."""
+        # Over a whole corpus vectors are gigabytes: free each copy once the next one exists.
+        rows = torch.cat(self._outputs.pop((loader, name)))
+        return _all_ranks(rows, device)
+
+    def log_means(
+        self, name: str, run: Run, query_rows: np.ndarray, data: DataModule, module: Any
+    ) -> None:
+        """Log `<name>/<measure>`: the means over the queries of all ranks, the same on each rank.
+
+        Args:
+            query_rows: this rank's queries [n]; one without results has 0.
+        """
+        names = spelled(self.measures, data.relevant_from)
+        share = data.dev_qrels.only(query_rows)
+        values = per_query(canonical(run, data.collection.corpus), share, names)
+        metric = MeanMeasures(names).to(module.device)
+        metric.update(values)
+        means = metric.compute()
+        for i, (measure, spelling) in enumerate(zip(self.measures, names, strict=True)):
+            shown = name == "val" and i == 0
+            key, value = f"{name}/{measure}", means[spelling]
+            module.log(key, value, prog_bar=shown, rank_zero_only=False)
+
+    def write(self, run: Run, data: DataModule) -> None:
+        self.run_file.parent.mkdir(parents=True, exist_ok=True)
+        run = canonical(run, data.collection.corpus)
+        write_run(self.run_file, run, data.collection.queries, data.collection.corpus)
+
+
+class RetrievalEvaluation(Evaluation):
+    """Searches the validation's passages for its queries and logs `val/<measure>`.
+
+    Args:
+        index: `caravan.retrieval.index.Faiss` or `Exact`; every rank builds it over all passages.
+        The others: see `Evaluation`.
+    """
+
+    def __init__(self, index: Any, measures: Sequence[str], run_file: str) -> None:
+        super().__init__(measures, run_file)
+        self.index = index
+
+    def evaluate(self, data: DataModule, trainer: Any, module: Any) -> None:
+        query_rows, queries = self._vectors(QUERIES, module.device)
+        passage_rows, passages = self._vectors(PASSAGES, module.device)
+        mine = slice(trainer.global_rank, None, trainer.world_size)  # this rank's queries
+        self.index.build(ArrayBlocks(passages))
+        depth = min(self.index.k + data.ignore_identical_ids, len(passages))
+        scores, found = self.index.search(queries[mine], depth)
+        found = np.where(found >= 0, passage_rows[found], -1)
+        run = data.without_own(Run.from_topk(query_rows[mine], scores, found), self.index.k)
+        self.log_means("val", run, query_rows[mine], data, module)
+        columns = [torch.from_numpy(column) for column in (query_rows[mine], scores, found)]
+        rows, scores, found = (_all_ranks(column, module.device) for column in columns)
+        if trainer.is_global_zero:
+            self.write(data.without_own(Run.from_topk(rows, scores, found), self.index.k), data)
+
+    def _vectors(self, loader: int, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+        """Rows [N] ascending and vectors [N, d] of all ranks, each row once."""
+        rows = self.gathered(loader, "rows", device)
+        vectors = self.gathered(loader, "vectors", device)
+        if (np.diff(rows) > 0).all():
+            return rows, vectors
+        unique, first = np.unique(rows, return_index=True)
+        return unique, vectors[first]
+
+
+class RerankingEvaluation(Evaluation):
+    """Reorders fixed candidates by their scores and logs `val/<measure>`.
+
+    The metrics of the candidates' own order are logged as `val/first_stage/<measure>`.
+    """
+
+    def evaluate(self, data: DataModule, trainer: Any, module: Any) -> None:
+        names = ("query_rows", "passage_rows", "scores")
+        columns = [self.gathered(0, name, module.device) for name in names]
         pairs = columns[0] * len(data.collection.corpus) + columns[1]
         first = np.unique(pairs, return_index=True)[1]  # ranks repeat a batch to stay in step
         query_rows, passage_rows, scores = (column[first] for column in columns)
@@ -146,10 +157,9 @@ class RerankingEvaluation(pl.Callback):
         # Every rank has all pairs, and computes the metrics of its share of the queries.
         mine = data.dev_qrels.queries[trainer.global_rank :: trainer.world_size]
         for name, ranked in (("val", run), ("val/first_stage", data.candidates)):
-            values = _per_query(ranked.only(mine), mine, data, self.measures)
-            _log_means(pl_module, name, values)
+            self.log_means(name, ranked.only(mine), mine, data, module)
         if trainer.is_global_zero:
-            _write(self.run_file, run, data)
+            self.write(run, data)
 
 
 class MeanMeasures(Metric):
@@ -187,14 +197,13 @@ class MeanMeasures(Metric):
 
 
 def evaluate_again(
-    name: str, module: pl.LightningModule, data: DataModule, trainer: pl.Trainer
+    name: str, module: pl.LightningModule, data: DataModule, trainer: Any
 ) -> dict[str, float]:
     """Metrics of one more validation, {measure: value}.
 
     Its run is written as `<name>.trec`, and its values appear in no curve.
     """
-    both = (RetrievalEvaluation, RerankingEvaluation)
-    callbacks = [one for one in trainer.callbacks if isinstance(one, both)]  # type: ignore[attr-defined]
+    callbacks = [one for one in trainer.callbacks if isinstance(one, Evaluation)]
     files, loggers = [callback.run_file for callback in callbacks], trainer.loggers
     for callback, file in zip(callbacks, files, strict=True):
         callback.run_file = file.with_name(f"{name}.trec")
@@ -232,31 +241,6 @@ def validate_at_least_once(trainer: pl.Trainer, batches: int) -> None:
             f" validating after {last}"
         )
     trainer.val_check_interval = last
-
-
-def _per_query(
-    run: Run, query_rows: np.ndarray, data: DataModule, measures: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Values [n] of each measure for these queries; a query without results has 0."""
-    share = data.dev_qrels.only(query_rows)
-    names = spelled(measures, data.relevant_from)
-    values = per_query(canonical(run, data.collection.corpus), share, names)
-    return {measure: values[name] for measure, name in zip(measures, names, strict=True)}
-
-
-def _log_means(module: pl.LightningModule, name: str, values: dict[str, np.ndarray]) -> None:
-    """Log the means over the queries of all ranks as `<name>/<measure>`, the same on each rank."""
-    metric = MeanMeasures(list(values)).to(module.device)
-    metric.update(values)
-    for i, (measure, value) in enumerate(metric.compute().items()):
-        shown = name == "val" and i == 0
-        module.log(f"{name}/{measure}", value, prog_bar=shown, rank_zero_only=False)
-
-
-def _write(path: Path, run: Run, data: DataModule) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run = canonical(run, data.collection.corpus)
-    write_run(path, run, data.collection.queries, data.collection.corpus)
 
 
 def _all_ranks(rows: Tensor, device: torch.device) -> np.ndarray:

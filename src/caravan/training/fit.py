@@ -31,7 +31,7 @@ from caravan.data.collection import Collection
 from caravan.data.datamodule import DataModule
 from caravan.data.pairs import without_second_end
 from caravan.data.unlabelled import Unlabelled
-from caravan.distributed import is_main_process, world
+from caravan.distributed import is_main_process, world_size
 from caravan.encoding import Encoding, read_encoding
 from caravan.errors import InputError, first_line
 from caravan.export import model_card
@@ -76,7 +76,7 @@ class Training:
         init_from: the model folder that the backbone was initialized from, if any.
         settings: the resolved config as plain data: what the run's inputs are.
         config: the same as text, for config.yaml.
-        recipe: hyperparameters that the model card shows.
+        facts: for the model card: dataset, language, hyperparameters.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Training:
     seed: int = 0
     resume: bool = False
     precision: str = "auto"
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def train(run: Training) -> float | None:
@@ -292,11 +292,12 @@ def _trainer(run: Training, precision: str, validates: bool) -> Any:
             "invalid-trainer-setting",
             f"trainer: {first_line(error)}; change the settings of trainer or strategy",
         ) from None
-    if world() not in (1, trainer.world_size):
+    if world_size() not in (1, trainer.world_size):
         raise InputError(
             "wrong-world-size",
-            f"{world()} processes were started together, and the trainer has {trainer.world_size};"
-            " set trainer.devices to the processes of a node, and trainer.num_nodes",
+            f"{world_size()} processes were started together, and the trainer has"
+            f" {trainer.world_size}; set trainer.devices to the"
+            " processes of a node, and trainer.num_nodes",
         )
     return trainer
 
@@ -310,7 +311,7 @@ def _finish(
     needed: Need | None,
 ) -> float | None:
     """Save the best weights as the model folder, and metrics.json; returns the best metric."""
-    facts, used = data_facts(run.source, data), None if needed is None else needed.total
+    used = None if needed is None else needed.total
     if trainer.strategy.root_device.type == "cuda":  # a CPU has no count: the estimate stands
         used = torch.cuda.max_memory_allocated(trainer.strategy.root_device)
     best, monitor, watched = None, None, trainer.checkpoint_callback
@@ -339,7 +340,14 @@ def _finish(
             "monitored": monitor,
             "best": best,
         }
-        facts = {**summary, **facts, "recipe": dict(run.recipe)}
+        facts = {**summary, **run.facts}
+        if data.dev_split is not None:
+            facts["validation"] = {
+                "collection": data.collection.name,
+                "split": data.dev_split,
+                "queries": len(data.dev_qrels.queries),
+                "passages": None if data.candidates is not None else len(data.dev_passages),
+            }
         folder.save(run.run_dir / "model", network, module.tokenizer, module.encoding, facts)
         model_card.write(run.run_dir / "model", tokenizer=module.tokenizer)
         trained, total = parameter_counts(network)
@@ -350,20 +358,3 @@ def _finish(
         if (curves := run.run_dir / "tensorboard").is_dir():
             log.info("curves: tensorboard --logdir %s", curves)
     return best
-
-
-def data_facts(source: Any, data: DataModule) -> dict[str, Any]:
-    """What the model card says about the data: dataset, language, and the validation."""
-    facts: dict[str, Any] = {}
-    if (dataset := getattr(source, "hub_id", None)) is not None:
-        facts["datasets"] = [dataset]
-    if (language := getattr(source, "language", None)) is not None:
-        facts["language"] = [language]
-    if data.dev_split is not None:
-        facts["validation"] = {
-            "collection": data.collection.name,
-            "split": data.dev_split,
-            "queries": len(data.dev_qrels.queries),
-            "passages": None if data.candidates is not None else len(data.dev_passages),
-        }
-    return facts

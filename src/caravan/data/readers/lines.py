@@ -21,9 +21,8 @@ from typing import IO
 import xxhash
 
 from caravan import manifests
-from caravan.cache import cache_folder
 from caravan.errors import InputError
-from caravan.files import listed
+from caravan.files import cache_folder, listed
 from caravan.progress import track
 
 BLOCK_BYTES = 1 << 22

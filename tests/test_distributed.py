@@ -1,4 +1,4 @@
-"""Which process is_main_process, as each launcher's environment tells it."""
+"""The rank of a process, from the environment of each launcher."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
         ({"RANK": "", "SLURM_PROCID": "1"}, False),
     ],
 )
-def test_one_process_leads_whoever_starts_it(
+def test_each_launcher_starts_one_main_process(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: bool
 ) -> None:
     for name in VARIABLES:

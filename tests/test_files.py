@@ -1,15 +1,28 @@
+"""Atomic writes, locks and the cache folder, across kills, full disks and other users."""
+
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tests.refusals import refused
 
 from caravan import files
-from caravan.errors import InputError
-from caravan.files import claimed, replacing, replacing_folder, scratch_folder
+from caravan.data.cached import cached_collection
+from caravan.data.collection import Collection
+from caravan.files import (
+    TRUST,
+    cache_folder,
+    claimed,
+    replacing,
+    replacing_folder,
+    scratch_folder,
+)
 
 
 def _names(folder: Path) -> list[str]:
@@ -149,7 +162,7 @@ def test_a_run_dir_is_held_until_its_process_dies_and_then_free(tmp_path: Path) 
         assert holder.stdout is not None
         holder.stdout.readline()
         with (
-            pytest.raises(InputError, match=f"in use by .*process {holder.pid} on"),
+            refused("run-dir-in-use", f"process {holder.pid} on", str(tmp_path)),
             claimed(tmp_path),
         ):
             pass
@@ -200,3 +213,54 @@ def test_a_file_system_without_locks_is_reported(
     with claimed(tmp_path):
         assert "this file system has no locks" in caplog.text
     assert files.LOCK in _names(tmp_path)
+
+
+def _give_to(monkeypatch: pytest.MonkeyPatch, path: Path, uid: int) -> None:
+    """Let a folder seem to belong to another user; only root could give it away."""
+    stat = Path.stat
+
+    def changed(self: Path, **given: Any) -> os.stat_result:
+        found = stat(self, **given)
+        if self != path:
+            return found
+        return os.stat_result([*found[:4], uid, *found[5:]])
+
+    monkeypatch.setattr(Path, "stat", changed)
+
+
+@pytest.mark.parametrize("part", [".", "collections", "collections/tiny-key"])
+def test_a_cache_that_others_may_have_filled_is_refused(
+    part: str, tmp_path: Path, collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    (cache_folder(cache, "collections") / "tiny-key").symlink_to(collection.folder)
+
+    def opened() -> Collection:
+        return cached_collection(cache, "tiny", "key", lambda _: pytest.fail("built"))
+
+    assert opened().digest == collection.digest
+    place = cache / part
+    mode = place.stat().st_mode
+    place.chmod(mode | 0o002)
+    with refused("foreign-cache", f"chmod o-w {place}", "CARAVAN_CACHE"):
+        opened()
+    place.chmod(mode)
+    with monkeypatch.context() as patch:
+        _give_to(patch, place, os.geteuid() + 12345)
+        with refused("foreign-cache", "another user", "CARAVAN_CACHE"):
+            opened()
+        patch.setenv(TRUST, "1")
+        assert opened().digest == collection.digest
+    with monkeypatch.context() as patch:
+        _give_to(patch, place, 0)
+        assert opened().digest == collection.digest
+
+
+def test_the_cache_is_never_made_writable_by_everybody(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        folder = cache_folder(tmp_path / "cache", "tokenizers")
+    finally:
+        os.umask(before)
+    for made in (folder, folder.parent):
+        assert not made.stat().st_mode & 0o002

@@ -1,0 +1,154 @@
+"""Two ranks, with DDP, FSDP or cached gradients, give what one process gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.fitting import MEASURES, Fit, Fitted, KillAt, Sgd, assert_close, on_ranks
+from tests.two_ranks import TwoRanks
+from transformers import LlamaConfig, LlamaModel
+
+from caravan.models.adapters import LoRA
+from caravan.models.backbone import Pretrained
+from caravan.training.gradcache import GradCache
+
+# Batches of 7, 7 and 2 queries: one rank has 4 of 7, and its mean must weigh more.
+SETTINGS: dict[str, Any] = {"steps": 4, "optimizer": Sgd(), "queries_per_batch": 7}
+SETTINGS["every_n_steps"] = 100  # it validates after the last update, and saves
+
+
+@pytest.fixture(scope="module")
+def one_process(module_fit: Fit) -> dict[str, tuple[Fit, Fitted]]:
+    found = {}
+    for stage in ("retriever", "reranker", "adaptation"):
+        fit = module_fit.into(stage)
+        found[stage] = fit, fit(stage=stage, **SETTINGS)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("stage", "strategy", "cached"),
+    [
+        ("retriever", "ddp", False),
+        ("retriever", "ddp", True),
+        ("retriever", "fsdp", False),
+        ("reranker", "ddp", True),
+        ("reranker", "fsdp", False),
+        ("adaptation", "ddp", False),
+        ("adaptation", "fsdp", False),
+    ],
+)
+def test_two_ranks_equal_one_process(
+    one_process: dict[str, tuple[Fit, Fitted]],
+    fit: Fit,
+    two_ranks: TwoRanks,
+    stage: str,
+    strategy: str,
+    cached: bool,
+) -> None:
+    cache = {"gradcache": GradCache(2)} if cached else {}
+    two, _ = two_ranks(on_ranks, fit, strategy, stage=stage, **SETTINGS, **cache)
+    first, one = one_process[stage]
+    names = set(one.metrics) - {"train/tokens_per_second", "train/padding"}
+    assert {f"val/{measure}" for measure in MEASURES} < names
+    for name in names:
+        assert two["metrics"][name] == pytest.approx(one.metrics[name], abs=1e-5), name
+    assert_close(first.state()["state_dict"], fit.state()["state_dict"])
+    rows = [
+        [line.split()[:3] for line in (of.folder / "run.trec").read_text().splitlines()[:1]]
+        for of in (first, fit)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_adapters_with_dropout_and_cached_gradients_equal_those_of_ddp(
+    fit: Fit, two_ranks: TwoRanks, saved: str
+) -> None:
+    settings: dict[str, Any] = {"steps": 4, "optimizer": Sgd(), "token_budget": 40}
+    settings |= {"peft": LoRA(rank=2, alpha=4, dropout=0.5), "backbone": Pretrained(saved)}
+    ddp, fsdp = fit.into("ddp"), fit.into("fsdp")
+    plain, _ = two_ranks(on_ranks, ddp, "ddp", **settings)
+    shards, _ = two_ranks(on_ranks, fsdp, "fsdp", **settings, gradcache=GradCache(1000))
+    loss = plain["metrics"]["train/loss"]
+    assert shards["metrics"]["train/loss"] == pytest.approx(loss, rel=1e-5)
+    assert_close(ddp.state()["state_dict"], fsdp.state()["state_dict"])
+    assert len(fsdp.state()["state_dict"]) == 28  # A and B of 7 linear layers in 2 blocks
+
+
+@pytest.mark.parametrize("sharded_first", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_run_resumes_under_another_strategy_and_number_of_ranks(
+    fit: Fit, two_ranks: TwoRanks, sharded_first: bool
+) -> None:
+    # With Adam: its moments count, and vectors are in a parameter group of their own.
+    settings: dict[str, Any] = {"queries_per_batch": 7, "steps": 8, "every_n_steps": 4}
+    whole = fit.into("whole")
+    whole(**settings)
+    for resume in (False, True):
+        killed = None if resume else KillAt(5)
+        if resume != sharded_first:
+            two_ranks(on_ranks, fit, "fsdp", **settings, kill=killed, resume=resume)
+        else:
+            fit(**settings, kill=killed, resume=resume)
+    assert_close(whole.state()["state_dict"], fit.state()["state_dict"], atol=2e-4)
+    assert fit.state()["global_step"] == whole.state()["global_step"] == 8
+
+
+@pytest.mark.parametrize("peft", [None, LoRA(rank=2, alpha=4, dropout=0.0)])
+def test_weights_stored_in_bf16_are_trained_as_float32_with_activations_recomputed(
+    fit: Fit, two_ranks: TwoRanks, saved: str, peft: Any
+) -> None:
+    base = Path(saved)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    file = base / "model.safetensors"
+    save_file({name: w.bfloat16() for name, w in load_file(file).items()}, file, {"format": "pt"})
+    settings: dict[str, Any] = {"steps": 1, "optimizer": Sgd(), "peft": peft}
+    whole, two = fit.into("one"), fit.into("two")
+    one = whole(**settings, backbone=Pretrained(saved))
+    recomputed = Pretrained(saved, checkpointing=True)
+    found, _ = two_ranks(on_ranks, two, "fsdp", **settings, backbone=recomputed)
+    loss = one.metrics["train/loss"]
+    assert found["metrics"]["train/loss"] == pytest.approx(loss, rel=1e-5)
+    assert_close(whole.state()["state_dict"], two.state()["state_dict"])
+    assert {weight.dtype for weight in two.state()["state_dict"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("stage", ["retriever", pytest.param("adaptation", marks=pytest.mark.slow)])
+def test_shards_gathered_in_bf16_train_nearly_as_autocast_does(
+    fit: Fit, two_ranks: TwoRanks, stage: str
+) -> None:
+    settings: dict[str, Any] = {"steps": 3, "optimizer": Sgd(), "stage": stage, "bf16": True}
+    mixed, _ = two_ranks(on_ranks, fit.into("ddp"), "ddp", **settings)
+    fit = fit.into("fsdp")
+    shards, _ = two_ranks(on_ranks, fit, "fsdp", **settings)
+    for step, loss in mixed["losses"].items():
+        assert shards["losses"][step] == pytest.approx(loss, rel=0.05)
+    assert {weight.dtype for weight in fit.state()["state_dict"].values()} == {torch.float32}
+
+
+def test_stored_weights_are_mapped_and_not_read(tmp_path: Path, tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
+    config = LlamaConfig(**shape, intermediate_size=2048, vocab_size=len(tokenizer))
+    model = LlamaModel(config)
+    megabytes = sum(p.numel() for p in model.parameters()) * 4 >> 20
+    model.save_pretrained(tmp_path)
+    del model
+    before = _own_memory()
+    backbone = Pretrained(str(tmp_path))
+    backbone.dtype = "auto"
+    loaded: Any = backbone.model(tokenizer)
+    assert megabytes > 60
+    assert _own_memory() - before < megabytes / 3
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def _own_memory() -> int:
+    """MB of this process that are no file's."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) >> 10

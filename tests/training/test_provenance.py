@@ -1,0 +1,142 @@
+"""A run_dir belongs to one run: what is refused, what may change, what is recorded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.commands import ROOT, evaluate, train
+from tests.refusals import refused
+from tests.tiny import write_beir
+
+from caravan import manifests
+from caravan.cli.compose import compose
+from caravan.cli.train import train as train_config
+from caravan.models import hardware
+from caravan.training.provenance import file_digests, inputs_of
+
+STEPS = ("trainer.max_steps=2", "trainer.val_check_interval=1", "callbacks.last.every_n_steps=1")
+
+
+@pytest.fixture(scope="module")
+def finished(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    train(beir, run_dir, *STEPS)
+    return run_dir
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "change"),
+    [
+        (["optimizer.lr=0.5"], "optimizer.lr: 0.01 -> 0.5"),
+        (["resume=true", "optimizer.lr=0.5"], "optimizer.lr: 0.01 -> 0.5"),
+        (["resume=true", "seed=3"], "seed: 0 -> 3"),
+        (["resume=true", "loss.temperature=0.1"], "loss.temperature: 0.05 -> 0.1"),
+        (["resume=true", "sampler.number=1"], "sampler.number: 2 -> 1"),
+    ],
+)
+def test_another_run_in_the_same_run_dir_is_refused(
+    overrides: list[str], change: str, finished: Path, beir: Path
+) -> None:
+    before = file_digests(finished)
+    with refused("run-dir-occupied", change):
+        train(beir, finished, *STEPS, *overrides)
+    assert file_digests(finished) == before
+    assert (finished / "model.manifest.json").exists()
+
+
+def test_a_run_is_not_resumed_over_another_collection(finished: Path, tmp_path: Path) -> None:
+    other = write_beir(tmp_path / "tiny", seed=1)
+    with refused("run-dir-occupied", "collection: "):
+        train(other, finished, *STEPS, "resume=true")
+
+
+@pytest.mark.parametrize(
+    "lost", [(), ("metrics.json",), ("config.yaml.manifest.json",)], ids=["whole", "early", "old"]
+)
+def test_a_training_does_not_replace_an_evaluation(
+    lost: tuple[str, ...], beir: Path, tmp_path: Path
+) -> None:
+    evaluate(beir, tmp_path / "run", "bm25")
+    for name in lost:
+        (tmp_path / "run" / name).unlink()
+    before = file_digests(tmp_path / "run")
+    with refused("run-dir-occupied", "evaluation"):
+        train(beir, tmp_path / "run")
+    assert file_digests(tmp_path / "run") == before
+
+
+def test_a_run_can_be_made_longer(
+    copied: Path, beir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(beir, copied, *STEPS, "trainer.max_steps=4", "resume=true")
+    assert "trainer.max_steps: 2 -> 4" in caplog.text
+    assert json.loads((copied / "metrics.json").read_text())["updates"] == 4
+
+
+def test_other_weights_in_the_backbones_folder_are_another_run(copied: Path, beir: Path) -> None:
+    given = [
+        *("backbone=hf", f"backbone.name={copied / 'model'}", "trainer.max_steps=0"),
+        *("data=beir", f"data.path={beir}", f"run_dir={copied.parent / 'adopted'}"),
+    ]
+    train_config(compose(ROOT / "conf", "train", given))
+    weights = copied / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with refused("run-dir-occupied", "backbone_digest: "):
+        train_config(compose(ROOT / "conf", "train", [*given, "resume=true"]))
+
+
+def test_the_precision_that_the_machine_chooses_is_recorded(finished: Path) -> None:
+    settings = yaml.safe_load((finished / "config.yaml").read_text())
+    settings["precision"] = "auto"
+    assert inputs_of(settings, None)["precision"] == hardware.resolve("auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model/model.safetensors", Path.unlink),
+        ("model/caravan.json", lambda path: path.write_text(path.read_text() + " ")),
+        ("metrics.json", lambda path: path.write_text(path.read_text() + " ")),
+    ],
+    ids=["lost weights", "changed encoding", "changed metrics"],
+)
+def test_the_files_of_a_finished_run_are_verified(
+    name: str, damage: Any, copied: Path, beir: Path
+) -> None:
+    before = json.loads((copied / "metrics.json").read_text())
+    content = (copied / name).read_bytes()
+    damage(copied / name)
+    (copied / "model" / "README.md").write_text("another card")
+    with refused("changed-file", Path(name).name):
+        train(beir, copied, *STEPS)
+    assert train(beir, copied, *STEPS, "resume=true") == before["best"]
+    if name != "metrics.json":  # which has the seconds
+        assert (copied / name).read_bytes() == content
+
+
+def test_other_versions_are_reported(
+    copied: Path, beir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    versions = manifests.versions()
+    train(beir, copied, *STEPS)
+    assert "under other versions" not in caplog.text
+    monkeypatch.setattr(manifests, "versions", lambda *_: {**versions, "torch": "9"})
+    train(beir, copied, *STEPS)
+    assert f"torch {versions['torch']} -> 9" in caplog.text
+    caplog.clear()
+    shutil.rmtree(copied / "model")
+    (copied / "model.manifest.json").unlink()
+    train(beir, copied, *STEPS, "resume=true")
+    assert f"torch {versions['torch']} -> 9" in caplog.text
