@@ -191,10 +191,3 @@ def test_damaged_digests_of_the_cache_are_computed_again(
     monkeypatch.setattr(lines, "KEPT_FROM_BYTES", 0)
     monkeypatch.setattr(lines, "SETTLED_S", -1)
     _digests(beir, tmp_path, FULL)
-
-
-@pytest.mark.slow
-def test_all_damaged_tokenizers_of_the_cache_are_trained_again(
-    collection: Collection, tmp_path: Path
-) -> None:
-    _tokenizers(collection, tmp_path, 2 * FULL)

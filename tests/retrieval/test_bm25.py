@@ -78,22 +78,6 @@ def test_scores_are_those_of_bm25s(
     assert run.counts[-2:].tolist() == [0, 0]
 
 
-def test_the_folder_is_an_index_of_bm25s(tmp_path: Path, words: Collection) -> None:
-    BM25().build(words.corpus, tmp_path / "index")
-    _, index = plain(words, ["salt"], "lucene", "english")
-    ours = bm25s.BM25.load(tmp_path / "index")
-    for term, number in index.vocab_dict.items():
-        if not term:
-            continue  # bm25s' empty term, which no passage has
-        columns = [
-            (loaded.scores["indices"][low:high].tolist(), loaded.scores["data"][low:high].tolist())
-            for loaded, place in ((index, number), (ours, ours.vocab_dict[term]))
-            for low, high in [loaded.scores["indptr"][place : place + 2]]
-        ]
-        assert columns[0] == columns[1]
-    assert len(ours.vocab_dict) == len(index.vocab_dict) - 1
-
-
 def test_the_same_corpus_gives_the_same_bytes(
     tmp_path: Path, words: Collection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,21 +102,6 @@ def test_of_ties_at_the_cut_the_lower_rows_stay(tmp_path: Path, words: Collectio
     assert run.query_rows.tolist() == [7]
     assert sorted(run.of(7)[0].tolist()) == sorted(best.tolist())
     assert len(bm25.search(["camel"], np.array([7]), k=2).scores) == 2
-
-
-def test_an_index_is_opened_again_without_building(
-    tmp_path: Path, words: Collection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    texts = [text for _, text in words.queries.get(slice(None))]
-    built = BM25()
-    built.build(words.corpus, tmp_path / "index")
-    monkeypatch.setattr(BM25, "build", None)
-    opened = BM25()
-    opened.open(words.corpus, tmp_path / "index")
-    runs = [index.search(texts, np.arange(3)) for index in (built, opened)]
-    assert np.array_equal(runs[0].passage_rows, runs[1].passage_rows)
-    assert np.array_equal(runs[0].scores, runs[1].scores)
-    assert isinstance(opened._index.scores["data"], np.memmap)
 
 
 def test_an_index_of_other_settings_or_no_index_is_refused(

@@ -18,7 +18,6 @@ from tests.tiny import write_beir
 
 from caravan.errors import InputError
 from caravan.files import claimed
-from caravan.report.suites import collect_suites, read_suites
 from caravan.retrieval import stages
 from caravan.retrieval.index import Faiss
 
@@ -106,15 +105,6 @@ def test_a_mean_is_not_overwritten_by_that_of_other_collections_or_systems(
     assert evaluate(home, run_dir, "bm25", "collections=[one,two]", SHORT) == first
 
 
-def test_a_mean_that_lacks_a_collection_may_be_completed_with_another(
-    home: Path, tmp_path: Path
-) -> None:
-    with refused("collections-failed", "forums/x"):
-        evaluate(home, tmp_path / "all", "bm25", "collections=[one,forums/x:tset]", SHORT)
-    metrics = evaluate(home, tmp_path / "all", "bm25", "collections=[one,two]", SHORT)
-    assert set(metrics["collections"]) == {"one", "two"}
-
-
 def test_a_collection_that_fails_is_named_at_the_end_and_stops_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,29 +137,43 @@ def test_a_collection_that_fails_is_named_at_the_end_and_stops_no_other(
     assert metrics["failed"] == {}
 
 
-def test_an_interrupt_ends_all(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(*_: Any) -> None:
-        raise KeyboardInterrupt
+def test_splits_of_one_collection_have_their_own_folders_and_measures(tmp_path: Path) -> None:
+    files = {
+        "collection.tsv": "0\tcamel caravan\n1\tsalt trade\n2\tdune wind\n",
+        "queries.dev.small.tsv": "1\tcamel\n",
+        "qrels.dev.small.tsv": "1 0 0 1\n",
+        "msmarco-test2019-queries.tsv": "2\tsalt dune\n",
+        "2019qrels-pass.txt": "2 0 1 1\n2 0 2 3\n",
+    }
+    put(tmp_path / "data/marco", files)
+    names = ("data=msmarco_passage", "collections=[marco:dev,marco:dl19]")
+    metrics = evaluate(tmp_path / "data", tmp_path / "run", "bm25", *names, "measures=[MRR@10]")
+    measures = {name: list(one["overall"]) for name, one in metrics["collections"].items()}
+    assert measures == {"marco.dev": ["MRR@10"], "marco.dl19": ["MRR(rel=2)@10"]}
+    assert metrics["overall"] == {}
 
-    monkeypatch.setattr(stages.Stages, "bm25", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(home, tmp_path / "run", "bm25", NAMES)
-    worker = "DataLoader worker (pid 7) is killed by signal: Terminated. "
-    monkeypatch.setattr(
-        stages.Stages, "bm25", lambda *_: (_ for _ in ()).throw(RuntimeError(worker))
-    )
-    with pytest.raises(RuntimeError, match="Terminated"):
-        evaluate(home, tmp_path / "run", "bm25", NAMES)
 
-
-def test_of_several_processes_one_that_fails_ends_all(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("processes", "error"),
+    [
+        ("1", KeyboardInterrupt()),
+        ("1", RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")),
+        ("2", ZeroDivisionError("one of several processes")),
+    ],
+)
+def test_what_ends_all_collections(
+    processes: str,
+    error: BaseException,
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(
-        stages.Stages, "bm25", lambda *_: (_ for _ in ()).throw(ZeroDivisionError("a defect"))
-    )
-    with pytest.raises(ZeroDivisionError):
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setattr(stages.Stages, "bm25", fails)
+    with pytest.raises(type(error)):
         evaluate(home, tmp_path / "run", "bm25", NAMES)
 
 
@@ -208,36 +212,6 @@ def test_a_wrong_setting_is_refused_before_any_collection(home: Path, tmp_path: 
     with pytest.raises((InputError, InstantiationException), match="k1 is -1"):
         evaluate(home, tmp_path / "run", "bm25", NAMES, "bm25.k1=-1")
     assert not (tmp_path / "run").exists()
-
-
-def test_splits_whose_measures_differ_have_means_that_say_over_how_many(
-    tmp_path: Path,
-) -> None:
-    files = {
-        "collection.tsv": "0\tcamel caravan\n1\tsalt trade\n2\tdune wind\n",
-        "queries.dev.small.tsv": "1\tcamel\n",
-        "qrels.dev.small.tsv": "1 0 0 1\n",
-        "msmarco-test2019-queries.tsv": "2\tsalt dune\n",
-        "2019qrels-pass.txt": "2 0 1 1\n2 0 2 3\n",
-    }
-    put(tmp_path / "data/marco", files)
-    names = ("data=msmarco_passage", "collections=[marco:dev,marco:dl19]")
-    measures = "measures=[MRR@10,nDCG@10]"
-    metrics = evaluate(tmp_path / "data", tmp_path / "run", "bm25", *names, measures)
-    figures = {name: one["overall"] for name, one in metrics["collections"].items()}
-    assert list(figures["marco.dev"]) == ["MRR@10", "nDCG@10"]
-    assert list(figures["marco.dl19"]) == ["MRR(rel=2)@10", "nDCG@10"]
-    mean = fmean(one["nDCG@10"] for one in figures.values())
-    assert metrics["overall"] == {"nDCG@10": pytest.approx(mean)}
-    scores = collect_suites(read_suites([tmp_path / "run"])).scores["bm25"]
-    rows = scores.loc[["mean", "mean of 1"]].astype(object)
-    means = {name: tuple(of) for name, of in rows.where(rows.notna(), None).items()}
-    assert list(scores.index[-2:]) == ["mean of 1", "mean"]
-    assert means == {
-        "MRR@10": (None, figures["marco.dev"]["MRR@10"]),
-        "nDCG@10": (pytest.approx(mean), None),
-        "MRR(rel=2)@10": (None, figures["marco.dl19"]["MRR(rel=2)@10"]),
-    }
 
 
 def test_a_collection_whose_folder_another_evaluation_holds_is_refused(

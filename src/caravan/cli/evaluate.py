@@ -114,16 +114,12 @@ def _report(evaluation: Evaluation, metrics: dict[str, Any]) -> None:
     if len(metrics["stages"]) > 1:
         show_stages(metrics)
     if shown["too_deep"]:
-        log.info(
-            "%s is %d deep, so it is not scored by %s",
-            shown["system"],
-            shown["depth"],
-            ", ".join(shown["too_deep"]),
-        )
+        left_out = ", ".join(shown["too_deep"])
+        log.info(f"{shown['system']} is {shown['depth']} deep, so it is not scored by {left_out}")
     overall = "  ".join(f"{name} {value:.4f}" for name, value in shown["overall"].items())
     name = metrics["collection"]["name"]
-    log.info("%s on %s %s: %s", metrics["system"], name, metrics["split"], overall)
-    log.info("%s", averaged(metrics))
+    log.info(f"{metrics['system']} on {name} {metrics['split']}: {overall}")
+    log.info(averaged(metrics))
     run_dir = evaluation.stages.run_dir
     log.info("run %s, metrics %s", run_dir / metrics["run"], run_dir / "metrics.json")
 

@@ -1,1 +1,1 @@
-"""Vectors and scores to runs and figures: encoding, search, BM25, measures, the pipeline."""
+"""From embeddings and scores to runs and metrics: inference, search, BM25, the pipeline."""

@@ -5,13 +5,15 @@ Ranks need no calibration (Cormack et al. 2009); scores, normalized query by que
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from caravan.data.runs import Run
 from caravan.errors import InputError
 
+Fusion = Callable[[Sequence[Run]], Run]
+"""Makes one run of several."""
 NORMALISATIONS = ("minmax", "zscore", "none")
 
 

@@ -29,13 +29,12 @@ Found = tuple[np.ndarray, np.ndarray]
 
 
 class Blocks(Protocol):
-    """The vectors of a corpus as consecutive blocks; can be iterated repeatedly."""
+    """Vectors of a corpus in order, as `(start_row, vectors [n, dim])`; iterated repeatedly."""
 
     rows: int
     dim: int
 
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        """`(start_row, vectors [n, dim])`, float16 or float32, `start_row` ascending."""
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]: ...
 
 
 class Index(Protocol):
@@ -185,10 +184,8 @@ class Faiss:
             ) from None
 
     def _on_gpus(self, index: Any) -> Any:
-        # The CPU builds of faiss lack these names.
-        if not self.gpu or not hasattr(faiss, "GpuMultipleClonerOptions"):
-            return index
-        if not faiss.get_num_gpus():
+        # CPU builds of faiss lack these names.
+        if not (self.gpu and hasattr(faiss, "GpuMultipleClonerOptions") and faiss.get_num_gpus()):
             return index
         options = faiss.GpuMultipleClonerOptions()
         options.shard = True  # the corpus is divided over the GPUs, not copied to each
@@ -220,8 +217,8 @@ class Exact:
         passage_chunk: int = 16_384,
         device: str = "auto",
     ) -> None:
-        self.k, self.query_chunk, self.passage_chunk = k, query_chunk, passage_chunk
-        self.device = device
+        self.k, self.device = k, device
+        self.query_chunk, self.passage_chunk = query_chunk, passage_chunk
         self._blocks: Blocks | None = None
 
     def build(self, blocks: Blocks) -> None:
@@ -301,16 +298,15 @@ def _unpack(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def recall_against_exact(approx_rows: np.ndarray, exact_rows: np.ndarray) -> float:
-    """Share of the passages of exact search [Q, k] that the other rows [Q, k'] contain.
-
-    The mean of |both| / |exact| over the queries for which exact search found anything.
+    """Share of the passages of exact search [Q, k] that other rows [Q, k'] contain, the mean of
+    |both| / |exact| over queries for which exact search found anything.
     """
     width = int(max(approx_rows.max(initial=0), exact_rows.max(initial=0))) + 1
     base = np.arange(len(exact_rows))[:, None] * width
-    there = np.isin(exact_rows + base, (approx_rows + base)[approx_rows >= 0])
     valid = exact_rows >= 0
+    both = np.isin(exact_rows + base, (approx_rows + base)[approx_rows >= 0]) & valid
     counts = valid.sum(axis=1)
-    shares = (there & valid).sum(axis=1)[counts > 0] / counts[counts > 0]
+    shares = both.sum(axis=1)[counts > 0] / counts[counts > 0]
     return float(shares.mean()) if len(shares) else 1.0
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from caravan import manifests
-from caravan.data.batch import Packed
+from caravan.data.batch import EncodeBatch, PairBatch
 from caravan.data.batching import PairBlocks, TextBlocks
 from caravan.data.loaders import text_loader
 from caravan.data.pairs import PairTemplates
@@ -163,18 +163,16 @@ class Inference:
         Args:
             side: "query" or "passage".
         """
-        blocks = self._texts(TextList(texts), np.arange(len(texts)), side, BLOCK)
-        parts = [self._rows(blocks[i].packed().texts) for i in range(len(blocks))]
-        return torch.cat(parts).float().cpu().numpy()
+        return self._in_memory(self._texts(TextList(texts), np.arange(len(texts)), side, BLOCK))
 
     def score_pairs(
         self, queries: Sequence[tuple[str, str]], passages: Sequence[tuple[str, str]]
     ) -> np.ndarray:
         """Scores [N] float32 of pairs in memory, (title, text) each."""
         rows = np.arange(len(queries))
-        blocks = self._pairs(TextList(queries), TextList(passages), rows, rows, BLOCK)
-        parts = [self._rows(blocks[i].packed().pairs) for i in range(len(blocks))]
-        return torch.cat(parts).float().cpu().numpy()
+        return self._in_memory(
+            self._pairs(TextList(queries), TextList(passages), rows, rows, BLOCK)
+        )
 
     def encode_rows(
         self,
@@ -186,7 +184,7 @@ class Inference:
         name: str,
         inputs: dict[str, Any],
     ) -> Embeddings:
-        """Embed the texts of a collection into a store, or what an interrupted start left to do.
+        """Embed the texts of a collection into a store; an interrupted start resumes.
 
         Args:
             texts: `caravan.data.texts.Texts`.
@@ -199,10 +197,8 @@ class Inference:
 
         def compute(missing: list[int]) -> Iterator[np.ndarray]:
             blocks = self._texts(texts, rows, side, block)
-            left = sum(len(rows[i * block :][:block]) for i in missing)
-            with self._progress("encode", left, what, "texts") as done:
-                for batch in text_loader(blocks, missing, self.num_workers):
-                    yield self._rows(batch.texts, done).to(torch.float16).cpu().numpy()
+            for vectors in self._on_disk(blocks, missing, len(rows), f"encode {{}} {what}"):
+                yield vectors.to(torch.float16).cpu().numpy()
 
         inputs = {**inputs, "resolved_precision": self.precision}
         shards = store.shards(name, inputs, -(-len(rows) // block), compute)
@@ -226,48 +222,48 @@ class Inference:
 
         def compute(missing: list[int]) -> Iterator[np.ndarray]:
             blocks = self._pairs(queries, corpus, query_rows, passage_rows, block)
-            left = sum(len(query_rows[i * block :][:block]) for i in missing)
-            with self._progress("rerank", left, "pairs", "pairs") as done:
-                for batch in text_loader(blocks, missing, self.num_workers):
-                    yield self._rows(batch.pairs, done).float().cpu().numpy()
+            for scores in self._on_disk(blocks, missing, len(query_rows), "rerank {} pairs"):
+                yield scores.float().cpu().numpy()
 
         return compute
-
-    def _progress(self, task: str, left: int, what: str, unit: str) -> Any:
-        log.info(
-            "%s %s %s with %s on %s, %s",
-            task,
-            f"{left:,}",
-            what,
-            self.folder,
-            hardware.named(self.device),
-            self.precision,
-        )
-        return progress(f"{task} {what}", left, unit)
 
     def _texts(self, texts: Any, rows: np.ndarray, side: str, block: int) -> TextBlocks:
         return TextBlocks(texts, rows, self.templates, side, block, self.token_budget)
 
     def _pairs(
-        self,
-        queries: Any,
-        corpus: Any,
-        query_rows: np.ndarray,
-        passage_rows: np.ndarray,
-        block: int,
+        self, queries: Any, corpus: Any, query_rows: Any, passage_rows: Any, block: int
     ) -> PairBlocks:
         return PairBlocks(
             queries, corpus, query_rows, passage_rows, self.templates, block, self.token_budget
         )
 
-    def _rows(self, texts: Packed, done: Callable[[int], None] | None = None) -> Tensor:
+    def _in_memory(self, blocks: TextBlocks | PairBlocks) -> np.ndarray:
+        parts = [self._rows(blocks[i].packed()) for i in range(len(blocks))]
+        return torch.cat(parts).float().cpu().numpy()
+
+    def _on_disk(
+        self, blocks: TextBlocks | PairBlocks, missing: list[int], size: int, task: str
+    ) -> Iterator[Tensor]:
+        """The rows of the missing blocks, with a log line and a progress bar."""
+        left = sum(min(blocks.block, size - i * blocks.block) for i in missing)
+        device = hardware.named(self.device)
+        log.info(f"{task.format(f'{left:,}')} with {self.folder} on {device}, {self.precision}")
+        unit = "texts" if isinstance(blocks, TextBlocks) else "pairs"
+        with progress(task.replace("{} ", ""), left, unit) as done:
+            for batch in text_loader(blocks, missing, self.num_workers):
+                yield self._rows(batch, done)
+
+    def _rows(
+        self, batch: EncodeBatch | PairBatch, done: Callable[[int], None] | None = None
+    ) -> Tensor:
         """Embeddings [N, d] or scores [N] on the device.
 
         Args:
             done: called after each chunk with its number of texts.
         """
         with torch.inference_mode():
-            rows = texts.to(self.device, non_blocking=True).rows_of(self.model.of, done)
+            packed = batch.texts if isinstance(batch, EncodeBatch) else batch.pairs
+            rows = packed.to(self.device, non_blocking=True).rows_of(self.model.of, done)
             finite = bool(rows.isfinite().all())
         if not finite:
             raise InputError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,10 @@ from caravan.data.runs import Run, canonical
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.retrieval.bm25 import open_index
+from caravan.retrieval.fusion import Fusion
 from caravan.retrieval.inference import Models, TextList
 from caravan.retrieval.rerank import Reranker
-from caravan.retrieval.stages import encode_passages
+from caravan.retrieval.stages import encode
 from caravan.retrieval.store import Store
 from caravan.retrieval.systems import Systems
 
@@ -63,7 +64,7 @@ class Searcher:
         self,
         collection: Collection,
         retrievers: Mapping[str, Callable[[str], Run]],
-        fuse: Callable[[Sequence[Run]], Run],
+        fuse: Fusion,
         reranker: Reranker | None,
         k: int,
     ) -> None:
@@ -135,8 +136,7 @@ def _dense(
 ) -> Callable[[str], Run]:
     _warn_of_another_collection(folder, collection)
     model = models.new(folder, "retriever", systems.overridden_lengths)
-    inputs = models.inputs(folder)
-    passages = encode_passages(model, inputs, systems.block, collection, store)
+    passages = encode(model, models.inputs(folder), systems.block, collection, store)
     index = systems.index.make()
     index.build(passages)
     model.load()
@@ -155,8 +155,6 @@ def _warn_of_another_collection(folder: Path, collection: Collection) -> None:
     trained_on = str(facts.get("collection") or "").rpartition(" ")[0]
     if trained_on and trained_on != collection.name:
         log.warning(
-            "searching %s, but %s was trained on %s; data= chooses another collection",
-            collection.name,
-            folder,
-            trained_on,
+            f"searching {collection.name}, but {folder} was trained on {trained_on}; data= chooses"
+            " another collection"
         )

@@ -23,13 +23,7 @@ from caravan.distributed import is_main_process, world_size
 from caravan.errors import InputError, OccupiedError, is_termination, sentence
 from caravan.files import claimed, replacing
 from caravan.retrieval.inference import Models
-from caravan.retrieval.metrics import (
-    deepest,
-    depth_of,
-    mean_over_collections,
-    score_run,
-    spelled,
-)
+from caravan.retrieval.metrics import deepest, depth_of, mean_over_collections, score_run, spelled
 from caravan.retrieval.stages import Ranking, Stages
 from caravan.retrieval.store import Store
 from caravan.retrieval.systems import Systems, is_model
@@ -123,11 +117,8 @@ class Evaluation:
         measures = spelled(self.measures, relevant_from)
         if measures != self.measures:
             log.info(
-                "%s %s: relevant from grade %d on, so scored by %s",
-                stages.collection.name,
-                stages.split,
-                relevant_from,
-                ", ".join(measures),
+                f"{stages.collection.name} {stages.split}: relevant from grade {relevant_from} on,"
+                f" so scored by {', '.join(measures)}"
             )
         inputs = {
             "stages": [{**ranking.inputs, "stage": ranking.name} for ranking in self.rankings],

@@ -26,6 +26,7 @@ from caravan.data.runs import Run, canonical, read_run, write_run
 from caravan.distributed import is_main_process, wait_until
 from caravan.errors import InputError
 from caravan.retrieval.bm25 import BM25, index_inputs, open_index
+from caravan.retrieval.fusion import Fusion
 from caravan.retrieval.index import Index, measured_recall
 from caravan.retrieval.inference import Inference, Models
 from caravan.retrieval.rerank import Reranker, Reranking
@@ -58,28 +59,28 @@ class Ranking:
         return float(sum(value for key, value in self.facts.items() if key.endswith("_query_s")))
 
 
-def encode_passages(
-    model: Inference, inputs: dict[str, Any], block: int, collection: Collection, store: Store
+def encode(
+    model: Inference,
+    inputs: dict[str, Any],
+    block: int,
+    collection: Collection,
+    store: Store,
+    split: str | None = None,
 ) -> Embeddings:
-    """The embeddings of a corpus, computed unless the store has them.
+    """Embeddings of a corpus, or of the judged queries of a split, unless the store has them.
 
     Args:
         inputs: of the model, `Models.inputs`.
-        block: passages per shard.
+        block: texts per shard.
     """
-    return model.encode_rows(
-        collection.corpus,
-        np.arange(len(collection.corpus)),
-        "passage",
-        block,
-        store,
-        "passages",
-        {**_encoded_from(inputs, collection, block), "length": model.lengths.get("passage_length")},
-    )
-
-
-def _encoded_from(inputs: dict[str, Any], collection: Collection, block: int) -> dict[str, Any]:
-    return {**inputs, "collection": collection.digest, "block": block}
+    inputs = {**inputs, "collection": collection.digest, "block": block}
+    if split is None:
+        texts, rows = collection.corpus, np.arange(len(collection.corpus))
+        inputs["length"] = model.lengths.get("passage_length")
+        return model.encode_rows(texts, rows, "passage", block, store, "passages", inputs)
+    texts, rows = collection.queries, collection.qrels(split).queries
+    inputs |= {"length": model.lengths.get("query_length"), "split": split}
+    return model.encode_rows(texts, rows, "query", block, store, f"queries.{split}", inputs)
 
 
 class Stages:
@@ -163,22 +164,14 @@ class Stages:
             settings: those of `index`, for the manifest.
         """
         model_inputs = self.models.inputs(folder)
-        encoded_from = _encoded_from(model_inputs, self.collection, block)
 
         def search() -> tuple[Run, Facts] | None:
             started = time.monotonic()
             model = self.models.open(folder, "retriever", lengths)
-            passages = encode_passages(model, model_inputs, block, self.collection, self.store)
+            product = (model, model_inputs, block, self.collection, self.store)
+            passages = encode(*product)
             encoded = time.monotonic()
-            queries = model.encode_rows(
-                self.collection.queries,
-                self.qrels.queries,
-                "query",
-                block,
-                self.store,
-                f"queries.{self.split}",
-                {**encoded_from, "length": lengths.get("query_length"), "split": self.split},
-            ).read()
+            queries = encode(*product, self.split).read()
             queries_encoded = time.monotonic()
             if not is_main_process():
                 return None
@@ -198,8 +191,16 @@ class Stages:
                 log.info("recall against exact search: %.4f", facts["recall_against_exact"])
             return self._cut(Run.from_topk(self.qrels.queries, scores, rows)), facts
 
-        inputs = {**encoded_from, **lengths, "index": settings, "k": self.k, **self._ignoring}
-        inputs["versions"] = manifests.versions((*manifests.LIBRARIES, "faiss-cpu"))
+        inputs = {
+            **model_inputs,
+            **lengths,
+            "collection": self.collection.digest,
+            "block": block,
+            "index": settings,
+            "k": self.k,
+            "versions": manifests.versions((*manifests.LIBRARIES, "faiss-cpu")),
+            **self._ignoring,
+        }
         return self._ranking("retriever", inputs, search, self.k, together=True)
 
     def given(self, path: Path) -> Ranking:
@@ -221,20 +222,14 @@ class Stages:
                     f"{path} ranks none of the {self.split} queries of {self.collection.name}; give"
                     " a run over them, or choose another data.split",
                 )
-            missing = len(self.qrels.queries) - len(run)
-            if missing:
+            if missing := len(self.qrels.queries) - len(run):
                 number = len(self.qrels.queries)
-                log.warning("%s lacks %d of %d queries; they count 0", path, missing, number)
+                log.warning(f"{path} lacks {missing} of {number} queries; they count 0")
             return run, {}
 
         return self._ranking("run", inputs, search, depth=None)
 
-    def fused(
-        self,
-        fuse: Callable[[Sequence[Run]], Run],
-        settings: dict[str, Any],
-        rankings: Sequence[Ranking],
-    ) -> Ranking:
+    def fused(self, fuse: Fusion, settings: dict[str, Any], rankings: Sequence[Ranking]) -> Ranking:
         """Several rankings as one.
 
         Args:
@@ -273,17 +268,10 @@ class Stages:
             if deepest < settings.depth:
                 log.warning("rerank.depth=%d, the candidates are %d deep", settings.depth, deepest)
             started = time.monotonic()
-            reranked = Reranker(model, settings).rerank(
-                run,
-                self.collection.queries,
-                self.collection.corpus,
-                partial(
-                    self.store.shards,
-                    f"scores.{self.split}",
-                    {**scored_from, "resolved_precision": model.precision},
-                ),
-                self.qrels,
-            )
+            product = {**scored_from, "resolved_precision": model.precision}
+            save = partial(self.store.shards, f"scores.{self.split}", product)
+            texts = (self.collection.queries, self.collection.corpus)
+            reranked = Reranker(model, settings).rerank(run, *texts, save, self.qrels)
             facts = {
                 "rerank_query_s": time.monotonic() - started,
                 "device": str(model.device),

@@ -144,11 +144,9 @@ class Store:
         if others:
             nearest = min((manifests.differences(other, inputs) for other in others), key=len)
             log.info(
-                "%s has %s from other models, collections, settings or versions (the nearest"
-                " differs in %s); delete what you no longer need",
-                self.folder,
-                ", ".join(other.name for other in others),
-                "; ".join(nearest[:3]),
+                f"{self.folder} has {', '.join(other.name for other in others)} from other models,"
+                " collections, settings or versions (the nearest differs in"
+                f" {'; '.join(nearest[:3])}); delete what you no longer need"
             )
 
 
