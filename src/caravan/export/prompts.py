@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from caravan.data.pairs import LEAST, PairTemplates
-from caravan.data.tokenization import Template
+from caravan.data.tokenization import LEAST, PairTemplates, Template
 from caravan.errors import InputError
 from caravan.export import verify
 from caravan.export.model_card import TEXT, TITLE, fields, quoted

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from caravan.data.pairs import PairTemplates
+from caravan.data.tokenization import PairTemplates
 from caravan.encoding import Encoding, read_encoding, write_encoding
 from caravan.errors import InputError
 from caravan.export import model_card, verify

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from caravan.data.byid import ById
-from caravan.data.collection import Collection, Qrels
-from caravan.data.readers.qrels import judgements
+from caravan.data.collection import Collection
+from caravan.data.qrels import Qrels, RowLookup
+from caravan.data.readers.labelled import judgements
 from caravan.errors import InputError
 from caravan.report.records import (
     JudgedOn,
@@ -197,9 +197,9 @@ def _from_file(path: Path) -> Judged:
     numbered = list(judgements(path))
     if not numbered:
         raise InputError("no-judgements", f"{path} has no judgement; use a file that has one")
-    rows = ById(corpus, queries, lambda _, n: f"{path}:{numbered[n][0]}", "count")
-    found = rows.judgements("qrels", [judgement for _, judgement in numbered])
-    return Judged(path.name, "", queries, corpus, Qrels(*found))
+    lookup = RowLookup(corpus, queries, lambda _, n: f"{path}:{numbered[n][0]}", "count")
+    qrels = lookup.qrels("qrels", (judgement for _, judgement in numbered))
+    return Judged(path.name, "", queries, corpus, qrels)
 
 
 def config(home: Path) -> dict[str, Any]:
