@@ -177,7 +177,7 @@ class Faiss:
             ) from None
 
     def _on_gpus(self, index: Any) -> Any:
-        # CPU builds of faiss lack these names.
+        # hasattr: CPU builds of faiss lack these names.
         if not (self.gpu and hasattr(faiss, "GpuMultipleClonerOptions") and faiss.get_num_gpus()):
             return index
         options = faiss.GpuMultipleClonerOptions()
