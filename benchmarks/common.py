@@ -18,7 +18,7 @@ from typing import Any
 
 from caravan.cli.compose import compose
 from caravan.data.collection import Collection
-from caravan.data.readers.beir import Beir
+from caravan.data.readers.labelled import Beir
 from caravan.encoding import Encoding
 from caravan.models import folder
 from caravan.models.backbone import Pretrained

@@ -13,7 +13,7 @@ from tests.tiny import WORDS, tiny_backbone, write_beir, write_counterarguments
 from tests.two_ranks import TwoRanks
 
 from caravan.data.collection import Collection
-from caravan.data.readers.beir import Beir
+from caravan.data.readers.labelled import Beir
 from caravan.encoding import Encoding
 from caravan.models.biencoder import BiEncoder
 from caravan.models.tiny_llama import train_bpe

@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cli.small_conf import CONF
 from tests.commands import evaluate
-from tests.small_conf import CONF
 
-from caravan.cli import schema
-from caravan.cli.compose import Composer, without_hydra
-from caravan.cli.preflight import preflight
+from caravan.cli.compose import Composer, check, preflight, without_hydra
 from caravan.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +89,7 @@ def first_and_last(composer: Composer, arguments: list[str]) -> list[list[str]]:
     """Two jobs of a sweep; the arguments themselves where they are no sweep."""
     jobs: tuple[list[str], list[str]] = ([], [])
     for text in arguments:
-        override = composer.vet.parse(text)
+        override = composer.overrides.parse(text)
         values = [text]
         if override.is_sweep_override():
             values = [f"{override.get_key_element()}={one}" for one in _values(override)]
@@ -113,7 +111,7 @@ def _of_page(page: Path) -> Any:
 def test_every_command_composes_and_checks(page: Path, shown: Path) -> None:
     wrong, todo = [], list(commands(page))
     for root in ("train", "evaluate", "search"):
-        with Composer(CONF, root, schema.ROOTS[root], shown) as composer:
+        with Composer(CONF, root, shown) as composer:
             for given in [arguments for of, arguments in todo if of == root]:
                 # `...` and `experiment=...` are the reader's to fill in; without them a command may
                 # lack what it needs. So may what the reader's own folders hold: none is here.
@@ -123,9 +121,7 @@ def test_every_command_composes_and_checks(page: Path, shown: Path) -> None:
                 if any(text.startswith("--") for text in arguments):
                     continue  # --help, --cfg, --info: nothing is started
                 for job in first_and_last(composer, arguments):
-                    for mistake in schema.mistakes(
-                        without_hydra(composer.compose(job)), composer.root
-                    ):
+                    for mistake in check(without_hydra(composer.compose(job)), composer.root):
                         no_folder = mistake.kind == "folder" and "there is no" in mistake.text
                         left_out = mistake.kind != "wrong" and "..." in " ".join(given)
                         if not (no_folder or left_out):
@@ -149,7 +145,7 @@ def test_what_a_check_is_shown_to_say_is_what_it_says(
                 continue
             arguments = ["--config-dir", str(shown), *shlex.split(first)[3:]]
             with pytest.raises(InputError) as caught:
-                preflight(arguments, CONF, "train", schema.ROOTS["train"])
+                preflight(arguments, CONF, "train")
             assert str(caught.value).splitlines() == answer.rstrip().splitlines(), page
             seen += 1
     assert seen >= 2

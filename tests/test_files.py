@@ -13,8 +13,8 @@ import pytest
 from tests.refusals import refused
 
 from caravan import files
-from caravan.data.cached import cached_collection
 from caravan.data.collection import Collection
+from caravan.data.source import cached_collection
 from caravan.files import (
     TRUST,
     cache_folder,

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 from reproduce import tables
-from tests.small_conf import CONF
+from tests.cli.small_conf import CONF
 
-from caravan.cli import schema
-from caravan.cli.compose import Composer, without_hydra
+from caravan.cli.compose import Composer, check, without_hydra
 
 LEDGER = tables.ledger()
 
@@ -32,10 +31,10 @@ def composed() -> list[tuple[list[str], Any]]:
     """Every command of the ledger with its config."""
     found = []
     for root in ("train", "evaluate"):
-        with Composer(CONF, root, schema.ROOTS[root]) as composer:
+        with Composer(CONF, root) as composer:
             for overrides in _commands(root):
                 cfg = without_hydra(composer.compose(overrides))
-                wrong = [one for one in schema.mistakes(cfg, composer.root) if one.kind == "wrong"]
+                wrong = [one for one in check(cfg, composer.root) if one.kind == "wrong"]
                 assert not wrong, overrides
                 found.append((overrides, cfg))
     return found

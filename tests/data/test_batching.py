@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from caravan.data.batch import pack
-from caravan.data.batching import Groups, QueryOrder, TextBlocks
+from caravan.data.batching import Groups, TextBatches
 from caravan.data.collection import Collection
+from caravan.data.loaders import QueryOrder
 from caravan.data.negatives import Negatives
 from caravan.data.texts import text_keys
 from caravan.data.tokenization import Templates
@@ -122,7 +123,7 @@ def test_text_blocks_cover_their_rows(
     collection: Collection, tokenizer: Any, encoding: Encoding
 ) -> None:
     templates, rows = Templates(tokenizer, encoding), np.arange(3, 50)
-    blocks = TextBlocks(collection.corpus, rows, templates, "passage", 20, 256)
+    blocks = TextBatches(collection.corpus, rows, templates, "passage", 20, 256)
     batches = [blocks[i].packed() for i in range(len(blocks))]
     assert [len(batch.rows) for batch in batches] == [20, 20, 7]
     assert torch.cat([batch.rows for batch in batches]).tolist() == rows.tolist()

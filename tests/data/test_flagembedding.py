@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import xxhash
 from tests.files import judged, put, records
+from tests.refusals import refused
 
 from caravan.data.collection import Collection
-from caravan.data.readers.flagembedding import FlagEmbedding
+from caravan.data.readers.training_rows import FlagEmbedding
 from caravan.data.runs import read_run
-from caravan.errors import InputError
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -92,31 +92,33 @@ def test_rows_to_validate_on_are_given_or_held_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("row", "code", "place"),
     [
-        ({"pos": ["x"]}, r"a\.jsonl:2: no query: every line is one object such as"),
-        ({"query": "x", "pos": "y"}, r"a\.jsonl:2: pos is no list of strings"),
-        ({"query": "x", "pos": ["y"], "neg": [1]}, r"a\.jsonl:2: neg is no list of strings"),
-        ({"query": "x", "pos": ["y"], "pos_scores": [1, 2]}, r":2: pos_scores must be a list of 1"),
-        ({"query": "x", "pos": ["y"], "pos_scores": ["1"]}, r":2: the score '1' is not a finite"),
-        ({"query": "x", "pos": ["y"], "pos_scores": [float("nan")]}, r":2: the score nan is not"),
+        ({"pos": ["x"]}, "malformed-line", "a.jsonl:2"),
+        ({"query": "x", "pos": "y"}, "malformed-line", "a.jsonl:2"),
+        ({"query": "x", "pos": ["y"], "neg": [1]}, "malformed-line", "a.jsonl:2"),
+        ({"query": "x", "pos": ["y"], "pos_scores": [1, 2]}, "malformed-line", "a.jsonl:2"),
+        ({"query": "x", "pos": ["y"], "pos_scores": ["1"]}, "invalid-score", "a.jsonl:2"),
+        ({"query": "x", "pos": ["y"], "pos_scores": [float("nan")]}, "invalid-score", "a.jsonl:2"),
         (
             {"query": "x", "pos": ["y"], "pos_scores": [10**400]},
-            r":2: the score 10+ is not a finite",
+            "invalid-score",
+            "a.jsonl:2",
         ),
         (
             {"query": "x", "pos": ["y"], "pos_scores": [1e39]},
-            r":2: the score 1e\+39 is not a finite",
+            "invalid-score",
+            "a.jsonl:2",
         ),
     ],
 )
 def test_a_wrong_row_is_told_with_its_line(
-    tmp_path: Path, row: dict[str, Any], message: str
+    tmp_path: Path, row: dict[str, Any], code: str, place: str
 ) -> None:
     file = put(tmp_path, {"a.jsonl": jsonl([ROWS[0], row])}) / "a.jsonl"
-    with pytest.raises(InputError, match=message) as caught:
+    with refused(code, place) as caught:
         build(file, tmp_path)
     assert "\n" not in str(caught.value)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"empty holds no \.jsonl or \.json"):
+    with refused("file-not-found"):
         build(tmp_path / "empty", tmp_path)

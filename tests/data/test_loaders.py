@@ -17,13 +17,12 @@ import torch
 from torch.utils.data import Dataset
 
 from caravan.data.batch import EncodeBatch, TokenIds, Unpacked
-from caravan.data.batching import Groups, PairBlocks, QueryOrder, TextBlocks
+from caravan.data.batching import Groups, PairBatches, TextBatches
 from caravan.data.collection import Collection
-from caravan.data.loaders import BatchLoader, TrainLoader, text_loader
+from caravan.data.loaders import BatchLoader, QueryOrder, TextLoader, TrainLoader
 from caravan.data.negatives import Negatives
-from caravan.data.pairs import PairTemplates
-from caravan.data.tokenization import JointTemplates, Templates
-from caravan.data.unlabelled import Unlabelled
+from caravan.data.tokenization import PairTemplates, Templates
+from caravan.data.unlabelled import JointTemplates, Unlabelled
 from caravan.encoding import Encoding
 from caravan.errors import InputError, is_termination, sentence
 
@@ -103,8 +102,10 @@ def test_loading_leaves_torchs_random_state_alone(groups: Groups) -> None:
 
 def test_workers_end_with_the_last_batch_though_the_iterator_is_kept(groups: Groups) -> None:
     before = set(multiprocessing.active_children())
-    blocks = TextBlocks(groups.collection.corpus, np.arange(20), groups.templates, "passage", 8, 64)
-    batches = iter(text_loader(blocks, range(len(blocks)), num_workers=1))
+    blocks = TextBatches(
+        groups.collection.corpus, np.arange(20), groups.templates, "passage", 8, 64
+    )
+    batches = iter(TextLoader(blocks, range(len(blocks)), num_workers=1))
     rows = [row for _ in range(len(blocks)) for row in next(batches).rows.tolist()]
     assert rows == list(range(20))
     assert set(multiprocessing.active_children()) == before
@@ -138,8 +139,8 @@ def test_workers_send_no_tensor_and_the_batches_are_those_without_workers(
     datasets: dict[str, Any] = {
         "groups": groups,
         "pair groups": Groups(collection, groups.qrels, groups.negatives, pairs, 128, seed=0),
-        "texts": TextBlocks(collection.corpus, rows, groups.templates, "passage", 5, 64),
-        "pairs": PairBlocks(collection.queries, collection.corpus, rows, rows, pairs, 5, 200),
+        "texts": TextBatches(collection.corpus, rows, groups.templates, "passage", 5, 64),
+        "pairs": PairBatches(collection.queries, collection.corpus, rows, rows, pairs, 5, 200),
         "unlabelled": Unlabelled(collection.corpus, joint, "all", 4, ("ebae", "ebar"), 200, seed=0),
     }
     blocks = kind in ("texts", "pairs")

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.refusals import refused
 from tests.tiny import WORDS
 
 from caravan.data.batch import pack
-from caravan.data.pairs import LEAST, PairTemplates
+from caravan.data.tokenization import LEAST, PairTemplates
 from caravan.encoding import Encoding
-from caravan.errors import InputError
 
 JOINED = Encoding(
     kind="reranker",
@@ -75,10 +75,10 @@ def test_a_query_that_fills_the_input_leaves_the_document_its_least(
     for pair in pairs:
         assert len(pair.ids) == 64
         assert sum(token == oasis for token in pair.ids[-LEAST - 1 :]) >= 6
-    assert [record.message for record in caplog.records if "is cut" in record.message] == [
+    assert [record.message for record in caplog.records if "is truncated" in record.message] == [
         "a query takes more than the"
         f" {templates.room - LEAST} tokens that encoding.query_length + encoding.passage_length"
-        " leave it, and is cut; raise one of them"
+        " leave it, and is truncated; raise one of them"
     ]
 
 
@@ -144,7 +144,7 @@ def test_the_released_pair_form_has_two_bos_and_no_eos(tokenizer: Any) -> None:
 
 
 def test_a_length_that_leaves_no_room_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(InputError, match="leaves 18 tokens for query and document"):
+    with refused("no-room-for-text", "encoding.query_length"):
         PairTemplates(tokenizer, replace(JOINED, query_length=10, passage_length=10))
 
 
@@ -218,5 +218,5 @@ def test_a_query_that_nothing_stands_before_is_scored_from_its_first_token(token
 
 def test_a_prompt_that_leaves_no_room_for_the_query_is_refused(tokenizer: Any) -> None:
     long = " ".join(["Please write the question that the passage above answers."] * 3)
-    with pytest.raises(InputError, match=r"leaves \d+ tokens for query and document"):
+    with refused("no-room-for-text", "encoding.query_length"):
         PairTemplates(tokenizer, replace(LIKELIHOOD, query_template=f"{long} {{text}}"))

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from caravan.data.seen import Seen
+from caravan.data.texts import IdDeduplicator as Seen
 
 
 def test_batches_are_told_as_a_dict_tells_them() -> None:
@@ -22,6 +22,6 @@ def test_batches_are_told_as_a_dict_tells_them() -> None:
             assert is_other == (known.setdefault(name, text) != text)
             told += is_other
     assert told
-    sizes = [len(part) for part, _ in seen._parts]
+    sizes = [len(part) for part, _ in seen._levels]
     assert sum(sizes) == len(known)
     assert all(left >= 2 * right for left, right in itertools.pairwise(sizes))

@@ -14,8 +14,7 @@ import torch
 from tests.tiny import WORDS, tiny_backbone
 
 from caravan.data.batch import pack
-from caravan.data.pairs import PairTemplates
-from caravan.data.tokenization import Templates
+from caravan.data.tokenization import PairTemplates, Templates
 from caravan.encoding import Encoding, read_encoding
 from caravan.models import folder
 from caravan.models.adapters import LoRA

@@ -24,7 +24,7 @@ from tests.export.folders import (
 )
 from tests.refusals import refused
 
-from caravan.data.pairs import PairTemplates
+from caravan.data.tokenization import PairTemplates
 from caravan.export import sentence_transformers, verify
 from caravan.export.transformers import export
 from caravan.models import folder

@@ -14,11 +14,9 @@ from tests.fuzz.mutations import put as put_mutant
 from tests.fuzz.mutations import sampled, text_mutants
 
 from caravan.data.collection import Collection
-from caravan.data.readers.beir import Beir
-from caravan.data.readers.flagembedding import FlagEmbedding
+from caravan.data.readers.labelled import Beir, Tsv
 from caravan.data.readers.msmarco import MsMarcoDocument, MsMarcoPassage
-from caravan.data.readers.tevatron import Tevatron
-from caravan.data.readers.tsv import Tsv
+from caravan.data.readers.training_rows import FlagEmbedding, Tevatron
 
 TREC_COLUMNS = ("qid", "Q0", "pid", "rank", "score", "tag")
 QUICK, FULL = 2, 80

@@ -12,7 +12,7 @@ from tests.fuzz import naive
 from tests.fuzz.mutations import put as put_mutant
 from tests.fuzz.mutations import sampled, text_mutants
 
-from caravan.data.readers.beir import Beir
+from caravan.data.readers.labelled import Beir
 from caravan.data.runs import Run, read_run
 
 QUICK, FULL = 2, 80

@@ -18,8 +18,7 @@ from tokenizers import processors
 
 from caravan.cli.compose import compose
 from caravan.cli.train import train
-from caravan.data.pairs import PairTemplates, without_second_end
-from caravan.data.tokenization import Templates
+from caravan.data.tokenization import PairTemplates, Templates, without_second_end
 from caravan.encoding import Encoding, read_encoding
 from caravan.errors import InputError
 

@@ -25,8 +25,7 @@ from torch import Tensor
 from caravan.cli.compose import compose
 from caravan.cli.train import train
 from caravan.data.batch import pack
-from caravan.data.pairs import PairTemplates
-from caravan.data.tokenization import Templates
+from caravan.data.tokenization import PairTemplates, Templates
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapter_files import load_adapter

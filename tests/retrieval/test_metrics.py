@@ -9,8 +9,8 @@ import pytest
 import pytrec_eval
 from tests.refusals import refused
 
-from caravan.data.byid import ById, Unknown
 from caravan.data.collection import Collection, Qrels, write_collection
+from caravan.data.qrels import RowLookup, Unknown
 from caravan.data.runs import Run, canonical
 from caravan.retrieval.metrics import (
     mean_over_collections,
@@ -119,8 +119,8 @@ def test_metrics_equal_ir_measures_on_qrels_with_ids_that_the_collection_lacks(
             judged.setdefault(query, {})[f"gone {i}"] = int(rng.integers(-1, 4))
     judged["gone"] = {"p1": 2, "gone 1": 1}
     lines = [(q, p, grade) for q, of in judged.items() for p, grade in of.items()]
-    rows = ById(names.corpus, names.queries, lambda part, n: part, "count")
-    ours = Qrels(*rows.judgements("qrels/test", [*lines, *lines[::3]]))  # some of them twice
+    lookup = RowLookup(names.corpus, names.queries, lambda part, n: part, "count")
+    ours = lookup.qrels("qrels/test", [*lines, *lines[::3]])  # some of them twice
     texts = [*MEASURES, "MRR(rel=2)@10", "R(rel=3)@20", "MAP(rel=2)@50"]
     parsed = {ir_measures.parse_measure(text): text for text in texts}
     theirs = {parsed[m]: v for m, v in ir_measures.calc_aggregate(parsed, judged, ranked).items()}

@@ -17,7 +17,7 @@ from tests.refusals import refused
 from tests.tiny import tiny_backbone, write_beir
 
 from caravan.data.collection import Collection
-from caravan.data.readers.beir import Beir
+from caravan.data.readers.labelled import Beir
 from caravan.data.runs import Run, write_run
 from caravan.data.segments import Segments
 from caravan.encoding import Encoding

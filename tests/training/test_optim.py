@@ -10,7 +10,7 @@ import pytorch_lightning.demos.boring_classes
 import torch
 from tests.refusals import refused
 
-from caravan.data.batching import limited
+from caravan.data.loaders import limited
 from caravan.training.optim import AdamW, batches_in_run, updates
 
 

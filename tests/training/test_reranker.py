@@ -17,8 +17,8 @@ from caravan.data.batch import RerankBatch
 from caravan.data.batching import Groups
 from caravan.data.collection import Collection
 from caravan.data.negatives import Negatives
-from caravan.data.pairs import PairTemplates
 from caravan.data.runs import read_run
+from caravan.data.tokenization import PairTemplates
 from caravan.encoding import Encoding, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder

@@ -1,138 +1,222 @@
-"""Compose a config from `conf/` and the command line, and collect what is wrong with it.
+"""Compose a config from `conf/` and the command line, and check it before Hydra starts the job.
 
-Hydra stops at the first mistake, in its own words. So each override is looked at by itself before
-(does it parse, does the option exist), the config is composed without types, and where that still
-fails the overrides are tried one by one. What can be composed is checked (`caravan.cli.schema`).
+Hydra stops at the first mistake. So each override is checked by itself (`overrides`), the config is
+composed without types, and where that still fails the overrides are added one by one. What can be
+composed is checked (`check`).
 
-    with Composer(Path("conf"), "train", Train) as composer:
-        config, lines = composer.collect(["experiment=quickstart", "trainer.max_step=5"])
+    argv = preflight(sys.argv[1:], Path("conf"), "train")
+    cfg = compose(Path("conf"), "train", ["experiment=quickstart/retriever"])
 """
 
 from __future__ import annotations
 
 import os
 import re
+from argparse import ArgumentParser
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+import hydra
 import yaml
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from caravan.cli import schema
-from caravan.cli.checking.definitions import did_you_mean
-from caravan.cli.checking.walk import Mistake, dotted
-from caravan.cli.checking.walk import Path as KeyPath
-from caravan.cli.config_files import LOADER, Repository, shown
-from caravan.cli.overrides import WHOLE, Vet, key_of
-from caravan.cli.rules import asking
+from caravan.cli.check import Checker, KeyPath, Mistake, dotted
+from caravan.cli.origins import Origins, shown, too_many_values
+from caravan.cli.overrides import WHOLE, Overrides, key_of
+from caravan.cli.rules import rules_of
+from caravan.cli.signatures import did_you_mean
+from caravan.cli.sweeps import Sweep
 from caravan.errors import InputError, first_line
 
 FAILURES = (
-    *(HydraException, OmegaConfBaseException, yaml.YAMLError),
-    *(OSError, ValueError, TypeError, AttributeError, AssertionError, RecursionError),
+    HydraException,
+    OmegaConfBaseException,
+    yaml.YAMLError,
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    RecursionError,
 )
-"""What composing raises for a mistake in a file or in an override."""
-PLUGINS = ("hydra/sweeper", "hydra/launcher")
-"""Groups whose further options come with packages of their own."""
+"""Exceptions of composing for a mistake in a file or in an override."""
 
 
 def compose(conf: Path, name: str, overrides: list[str], more: Path | None = None) -> DictConfig:
-    """The checked config that `train.py` or `evaluate.py` would run with.
+    """The checked config of a command line, as `train.py` or `evaluate.py` would run it.
 
     Args:
         conf: the folder of the configs.
-        name: "train" or "evaluate".
-        overrides: as on the command line, such as "experiment=quickstart".
-        more: a further folder, as `--config-dir`.
+        name: "train", "evaluate" or "search".
+        overrides: as on the command line, such as "experiment=quickstart/retriever".
+        more: a further folder of configs, as `--config-dir`.
 
     Raises:
         InputError: with a line for each mistake.
     """
-    with Composer(conf, name, schema.ROOTS[name], more) as composer:
+    with Composer(conf, name, more) as composer:
         _, lines = composer.collect(overrides)
     if lines:
-        raise InputError(report(lines))
+        raise mistaken(lines)
     typed = [composer.quoted.get(text, text) for text in overrides]
-    with Composer(conf, name, schema.ROOTS[name], more, typed=True) as composer:
+    with Composer(conf, name, more, typed=True) as composer:
         return without_hydra(composer.compose(typed))
 
 
-def report(lines: list[str]) -> str:
-    """All mistakes in one message."""
-    count = f"{len(lines)} mistake{'s' * (len(lines) > 1)}"
-    return "\n".join([f"{count} in the config; nothing was started:", *(f"  {x}" for x in lines)])
+def check(cfg: DictConfig, root: type) -> list[Mistake]:
+    """Every mistake in a composed config: keys and values first, then rules between objects.
+
+    Args:
+        cfg: without Hydra's own node; its interpolations need not be resolved.
+        root: the dataclass of its root.
+    """
+    config = Checker(cfg, root)
+    found = config.mistakes()
+    wrong = {mistake.path for mistake in found}
+    for rule in rules_of(root):
+        try:
+            found += [mistake for mistake in rule(config) if mistake.path not in wrong]
+        except OmegaConfBaseException:
+            if not wrong:  # else the rule read a broken value, which is reported already
+                raise
+    return found
+
+
+def refuse(cfg: DictConfig, root: type) -> None:
+    """Raise an InputError for all mistakes in the config of a job."""
+    found = check(cfg, root)
+    if found:
+        raise mistaken([f"{dotted(one.path)}: {one.text}" for one in found])
+
+
+def mistaken(lines: list[str]) -> InputError:
+    """All mistakes as one error."""
+    count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+    head = f"{count} in the config; nothing was started:"
+    return InputError("config-mistakes", "\n".join([head, *(f"  {line}" for line in lines)]))
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
-    """The config as the job sees it."""
+    """The config as the job gets it."""
     keys: Any = [key for key in cfg if key != "hydra"]  # a file may have numbers among its keys
     return OmegaConf.masked_copy(cfg, keys)
 
 
-class Composer:
-    """Composes one primary config, again and again; a context that leaves Hydra as it was."""
+def preflight(argv: list[str], conf: Path, name: str) -> list[str]:
+    """Check the configs that a command line stands for: that of a run, or those of a sweep's jobs.
+
+    Args:
+        argv: the command line, without the program.
+        conf: the folder of the configs.
+        name: the primary config.
+
+    Returns:
+        The arguments to start Hydra with: texts that Hydra would read as numbers are in quotes, and
+        a sweep has the values of its file, and one folder with a subfolder for each job.
+
+    Raises:
+        InputError: with a line for each mistake.
+    """
+    parser = ArgumentParser(add_help=False)
+    parser.add_argument("overrides", nargs="*")
+    for flags in ("-h --help", "--hydra-help", "--version", "-sc --shell-completion"):
+        parser.add_argument(*flags.split(), dest="answer", action="store_true")
+    for flags in ("-m --multirun", "-r --run", "--resolve"):
+        parser.add_argument(*flags.split(), action="store_true")
+    for flags in ("-cp --config-path", "-cn --config-name", "-cd --config-dir", "-c --cfg"):
+        parser.add_argument(*flags.split())
+    for flags in ("-p --package", "--experimental-rerun"):
+        parser.add_argument(*flags.split())
+    parser.add_argument("-i", "--info", nargs="?", const="all")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown or args.answer or args.experimental_rerun:
+        return argv  # Hydra answers
+    more = Path(args.config_dir) if args.config_dir else None
+    if more is not None and not more.is_dir():
+        raise InputError("folder-not-found", f"--config-dir {more}: there is no such folder")
+    folder = conf if args.config_path is None else Path(conf.parent, args.config_path)
+    with Composer(folder, args.config_name or name, more, job=name) as composer:
+        if args.cfg or args.info:  # show a config that is not complete, if it can be composed
+            lines = composer.collect(args.overrides)[1]
+            try:
+                composer.compose(args.overrides)
+            except FAILURES:
+                if lines:
+                    raise mistaken(lines) from None
+            return [composer.quoted.get(text, text) for text in argv]
+        sweep = Sweep(composer, args.overrides)
+        several = args.multirun or sweep.multirun
+        if lines := sweep.check() if several else sweep.without_multirun():
+            raise mistaken(lines)
+        return sweep.arguments(argv) if several else [composer.quoted.get(x, x) for x in argv]
+
+
+class _FurtherFolder(SearchPathPlugin):
+    """Adds the folder of `--config-dir`: `initialize_config_dir` takes one folder only."""
+
+    folder: Path | None = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if self.folder is not None:
+            before = SearchPathQuery(provider="schema")
+            search_path.prepend("command-line", f"file://{self.folder}", before)
+
+
+class Composer(AbstractContextManager["Composer"]):
+    """Composes one primary config, any number of times; leaves Hydra as it was.
+
+    Args:
+        conf: the folder of the configs.
+        name: the primary config, without .yaml.
+        more: a further folder, searched after `conf`.
+        job: Hydra's name of the job, which is also that of the root; None: `name`.
+        typed: let Hydra check the types of the root, as it does in the job.
+    """
 
     def __init__(
         self,
         conf: Path,
         name: str,
-        root: type,
         more: Path | None = None,
-        job: str = "",
+        job: str | None = None,
         typed: bool = False,
     ) -> None:
-        """Set up.
-
-        Args:
-            conf: the folder of the configs.
-            name: the primary config, without .yaml.
-            root: the dataclass that says what its root may hold.
-            more: a further folder, searched after `conf`.
-            job: Hydra's name of the job; the primary config's if empty.
-            typed: let Hydra check the root's types, as it does in the job.
-        """
-        self.name, self.root = name, root
-        self.folders = [conf.absolute()] + ([more.absolute()] if more else [])
-        search = create_config_search_path(str(self.folders[0]))
-        for folder in self.folders[1:]:
-            search.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
+        self.name, self.root = name, schema.ROOTS[job or name]
+        self.folders = [folder.absolute() for folder in (conf, more) if folder is not None]
+        files = (file for folder in self.folders for file in folder.rglob("*.yaml"))
+        if lines := [line for file in files if (line := too_many_values(file))]:
+            raise mistaken(lines)
         self._before = HydraConfig.instance().cfg
         schema.register(typed=typed)
-        self.hydra = Hydra.create_main_hydra2(job or name, search)
-        loader: Any = self.hydra.config_loader
-        loader.repository = Repository(search)
-        self.loader = loader
-        self.vet = Vet(loader, name, root)
+        Plugins.instance().register(_FurtherFolder)
+        _FurtherFolder.folder = more.absolute() if more else None
+        self._hydra = hydra.initialize_config_dir(
+            str(self.folders[0]), job_name=job or name, version_base="1.3"
+        )
+        _FurtherFolder.folder = None
+        self.loader = GlobalHydra.instance().config_loader()
+        self.overrides = Overrides(self.loader, name, self.root)
         self.quoted: dict[str, str] = {}  # overrides by the text that was typed
 
-    def __enter__(self) -> Composer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
+        self._hydra.__exit__(None, None, None)
         schema.register()
-        GlobalHydra.instance().clear()
         HydraConfig.instance().cfg = self._before
 
     def compose(self, overrides: list[str]) -> DictConfig:
-        """The config with Hydra's node in it, as one job would see it."""
-        cfg = self.hydra.compose_config(
-            self.name, list(overrides), RunMode.RUN, with_log_configuration=False, from_shell=False
-        )
+        """The config with Hydra's node in it, as one job would get it."""
+        cfg = hydra.compose(self.name, overrides, return_hydra_config=True)
         with open_dict(cfg.hydra.runtime):
             cfg.hydra.runtime.output_dir = os.getcwd()
         HydraConfig.instance().set_config(cfg)
@@ -142,14 +226,14 @@ class Composer:
         """Compose and check.
 
         Returns:
-            The config with Hydra's node (None where a file of it cannot be read), and a line for
-            every mistake.
+            The config with Hydra's node (None where it cannot be composed as it was meant), and a
+            line for every mistake.
         """
         lines, kept, lost = [], [], set()
         for text in overrides:
-            mistake, instead = self.vet(text)
+            mistake, instead = self.overrides.check(text)
             if mistake:
-                lines.append(mistake)
+                lines.append(f"{text} (command line): {mistake}")
                 lost.add(key_of(text).partition(".")[0])
             if instead:
                 kept.append(instead)
@@ -157,44 +241,49 @@ class Composer:
         lines += [line for line, _ in failed]
         lost |= {key_of(text) for _, text in failed}
         if cfg is None or lost & set(WHOLE):
-            return None, lines  # the rest would be told about a config that nobody asked for
-        found = schema.mistakes(without_hydra(cfg), self.root)
+            return None, lines  # other mistakes would be those of another config
+        found = check(without_hydra(cfg), self.root)
         again = self._as_typed(kept, found)
         if again != kept:
             kept, cfg = again, self.compose(again)
-            found = schema.mistakes(without_hydra(cfg), self.root)
-        place = Places(self, kept)
+            found = check(without_hydra(cfg), self.root)
+        keys = [key_of(text) for text in kept if not self.overrides.is_group(text)]
+        origin = Origins(keys, self.files(kept))
         for one in found:
             if not one.path or one.path[0] not in lost:
-                lines.append(f"{dotted(one.path)} ({place(one.path)}): {one.text}")
-        return cfg, [*lines, *_of_hydra(cfg), *self._left_aside(cfg, kept, place)]
+                lines.append(f"{dotted(one.path)} ({origin(one.path)}): {one.text}")
+        return cfg, [*lines, *_of_hydra(cfg), *self._without_effect(cfg, kept, origin)]
+
+    def files(self, overrides: list[str]) -> Iterator[tuple[Path, KeyPath]]:
+        """The files that a config is composed of, the last first, each with its package."""
+        composed = self.loader.compute_defaults_list(self.name, overrides, RunMode.RUN)
+        for default in reversed(composed.defaults):
+            package = (default.package or "").replace("_global_", "")
+            for folder in self.folders:
+                if (file := folder / f"{default.config_path}.yaml").is_file():
+                    yield file, tuple(package.split(".")) if package else ()
+                    break
 
     def _as_typed(self, overrides: list[str], found: list[Mistake]) -> list[str]:
-        """Put what Hydra reads as a number into quotes where a text is wanted.
+        """Put what Hydra reads as a number into quotes where a text is expected.
 
         The name 2024_11_29 would be 20241129, and 1e3 1000.0.
         """
         texts = {dotted(one.path) for one in found if one.kind == "unquoted"}
-        result = []
         for text in overrides:
             key, _, given = text.partition("=")
-            is_text = key.lstrip("+") in texts and isinstance(
-                self.vet.parse(text).value(), int | float
-            )
-            quoted = self.vet.quoted(key, given) if is_text else None
-            if quoted is not None:
+            if key.lstrip("+") in texts and (quoted := self.overrides.quoted(key, given)):
                 self.quoted[text] = quoted
-            result.append(quoted or text)
-        return result
+        return [self.quoted.get(text, text) for text in overrides]
 
-    def _left_aside(self, cfg: DictConfig, overrides: list[str], place: Places) -> Iterator[str]:
-        """Choices without effect, since a file that is read later sets the group to null."""
-        for text in filter(self.vet.is_group, overrides):
-            if text.startswith("~"):  # just what it asks for
-                continue
+    def _without_effect(
+        self, cfg: DictConfig, overrides: list[str], origin: Origins
+    ) -> Iterator[str]:
+        """Choices that a file which is read later replaces by null."""
+        for text in overrides:
             group = key_of(text)
-            if group in cfg and cfg[group] is None:
-                where = place((group,))
+            if text[0] != "~" and self.overrides.is_group(text) and cfg.get(group, text) is None:
+                where = origin((group,))
                 if f"/{group}/" not in where and where != "command line":
                     yield f"{text} (command line): {where} sets {group} to null; leave it out"
 
@@ -216,41 +305,38 @@ class Composer:
             cfg = self.compose(kept)
         except FAILURES as error:
             return None, kept, [(self._explain(error, self.name), "")]
-        for text in sorted(overrides, key=lambda one: not self.vet.is_group(one)):
+        for text in sorted(overrides, key=lambda one: not self.overrides.is_group(one)):
             try:
                 cfg = self.compose([*kept, text])
                 kept.append(text)
             except FAILURES as error:
-                why = self._no_mapping(cfg, text) or self._explain(error, _file(text))
+                above = key_of(text).partition(".")[0]
+                inside = text[0] != "~" and above != key_of(text)
+                if inside and not isinstance(cfg.get(above, cfg), DictConfig):
+                    given = "null" if cfg[above] is None else cfg[above]
+                    why = f"{above} is {given} and has no settings; choose {above}=<option>"
+                else:
+                    why = self._explain(error, f"{key_of(text)}/{text.partition('=')[2]}")
                 failed.append((f"{text} (command line): {why}", text))
         return cfg, kept, failed
-
-    def _no_mapping(self, cfg: DictConfig, text: str) -> str | None:
-        """Why an override cannot set a key inside of what is no mapping, if that is so."""
-        above = key_of(text).partition(".")[0]
-        if text.startswith("~") or "." not in key_of(text) or above not in cfg:
-            return None
-        if isinstance(cfg[above], DictConfig):
-            return None
-        given = "null" if cfg[above] is None else cfg[above]
-        return f"{above} is {given} and has no settings; choose another {above}=<option>"
 
     def _explain(self, error: Exception, file: str) -> str:
         """One line for an exception of composing, where `file` was the last to be read."""
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
             mark = error.problem_mark
             return f"{shown(Path(mark.name))}:{mark.line + 1}: not YAML: {error.problem}"
+        if isinstance(error, UnicodeDecodeError):
+            return f"{file}.yaml: it is not UTF-8: {error.reason}"
         if isinstance(error, MissingConfigException) and error.options:
             wanted = Path(error.missing_cfg_file or "")
             near = did_you_mean(wanted.name, error.options)
             hint = f"did you mean {near}?" if near else f"there are {', '.join(error.options)}"
-            if wanted.parent.as_posix() in PLUGINS and not near:
+            if wanted.parent.as_posix() in ("hydra/sweeper", "hydra/launcher") and not near:
                 plugin = f"hydra-{wanted.name.partition('_')[0]}-{wanted.parent.name}"
                 hint += f"; others are plugins: pip install {plugin}"
             return f"{self._mention(file, wanted)}there is no {wanted}; {hint}"
         if isinstance(error, RecursionError):
-            named = f"the defaults of {file} include {file} again, itself or through another file"
-            return f"{named}; leave that entry out"
+            return f"{file} is nested too deeply, or its defaults include {file} again"
         text = " ".join(str(error).partition("Config search path:")[0].split())
         if text.startswith("Could not append to config"):
             return "it is set already; leave the + out"
@@ -258,87 +344,25 @@ class Composer:
         return f"{text} {first_line(cause)}" if cause else text or repr(error)
 
     def _mention(self, file: str, wanted: Path) -> str:
-        """The file and line that ask for an option of a group, "" where none is found."""
+        """The file and line that choose an option of a group, "" where none is found."""
         choice = re.compile(rf"\b{re.escape(wanted.parent.name)}\b.*:\s*{re.escape(wanted.name)}\b")
-        for path in (
-            folder / f"{one}.yaml" for folder in self.folders for one in (file, self.name)
-        ):
-            lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-            for number, line in enumerate(lines, start=1):
-                if choice.search(line):
-                    return f"{shown(path)}:{number}: "
+        for folder in self.folders:
+            for path in (folder / f"{file}.yaml", folder / f"{self.name}.yaml"):
+                lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+                for number, line in enumerate(lines, start=1):
+                    if choice.search(line):
+                        return f"{shown(path)}:{number}: "
         return ""
-
-
-class Places:
-    """Where a value of a composed config was set: on the command line, or a file and its line."""
-
-    def __init__(self, composer: Composer, overrides: list[str]) -> None:
-        self.composer, self.overrides = composer, overrides
-        self.keys = [key_of(text) for text in overrides if not composer.vet.is_group(text)]
-        self.trees: list[tuple[Path, KeyPath, yaml.Node | None]] | None = None
-
-    def __call__(self, path: KeyPath) -> str:
-        name = dotted(path)
-        if any(name == key or name.startswith((f"{key}.", f"{key}[")) for key in self.keys):
-            return "command line"
-        if self.trees is None:
-            self.trees = list(self._read())
-        for wanted in (path, (*path, "_target_"), path[:-1]):
-            for file, package, tree in self.trees:
-                if wanted[: len(package)] == package:
-                    line = _line(tree, wanted[len(package) :])
-                    if line is not None:
-                        return f"{shown(file)}:{line}"
-        return (
-            "command line" if any(key.startswith(name) for key in self.keys) else self.composer.name
-        )
-
-    def _read(self) -> Iterator[tuple[Path, KeyPath, yaml.Node | None]]:
-        """The files that the config was composed from, the last word first."""
-        composed = self.composer.loader.compute_defaults_list(
-            self.composer.name, self.overrides, RunMode.RUN
-        )
-        for default in reversed(composed.defaults):
-            package = (default.package or "").replace("_global_", "")
-            for folder in self.composer.folders:
-                file = folder / f"{default.config_path}.yaml"
-                if file.is_file():
-                    parts = tuple(package.split(".")) if package else ()
-                    yield file, parts, yaml.compose(file.read_text("utf-8"), Loader=LOADER)
-                    break
 
 
 def _of_hydra(cfg: DictConfig) -> Iterator[str]:
     """Hydra settings that would split a run over two folders."""
-    run_dir, log_dir = asking.value(cfg, "run_dir"), asking.value(cfg, "hydra.run.dir")
-    if isinstance(run_dir, str) and log_dir is not None and log_dir != run_dir:
-        yield f"hydra.run.dir: it moves the log alone; write run_dir={log_dir} instead"
-    if asking.value(cfg, "hydra.job.chdir") is True:
-        yield (
-            "hydra.job.chdir: paths are relative to the folder in which the command was started,"
-            " so the working directory does not change; leave it out"
-        )
-
-
-def _file(text: str) -> str:
-    """The file in conf/ that an override chooses, if it is one of a group."""
-    return f"{key_of(text)}/{text.partition('=')[2]}"
-
-
-def _line(tree: yaml.Node | None, path: KeyPath) -> int | None:
-    """The line, from 1, at which a YAML tree sets a path; None where it does not."""
-    if not path:
-        return None
-    if (
-        isinstance(tree, yaml.SequenceNode)
-        and isinstance(path[0], int)
-        and path[0] < len(tree.value)
-    ):
-        item = tree.value[path[0]]
-        return _line(item, path[1:]) or item.start_mark.line + 1
-    if isinstance(tree, yaml.MappingNode):
-        for key, value in tree.value:
-            if key.value == str(path[0]):
-                return key.start_mark.line + 1 if len(path) == 1 else _line(value, path[1:])
-    return None
+    try:
+        run_dir, log_dir = cfg.get("run_dir"), cfg.hydra.run.dir
+    except OmegaConfBaseException:
+        return  # reported already
+    if isinstance(run_dir, str) and log_dir != run_dir:
+        yield f"hydra.run.dir: it moves the log only; write run_dir={log_dir} instead"
+    if cfg.hydra.job.chdir is True:
+        text = "paths are relative to the folder of the command; leave it out"
+        yield f"hydra.job.chdir: {text}"

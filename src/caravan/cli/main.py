@@ -1,8 +1,8 @@
 """The command line of `train.py`, `evaluate.py` and search: check everything, then run the job.
 
 Before Hydra starts, the config is composed and all its mistakes are reported together, for a sweep
-those of all its jobs, before anything heavy is imported. A mistake of the user's ends with exit
-code 2 and no traceback, Ctrl-C with 130; any other exception keeps its traceback.
+those of all its jobs. A mistake of the user ends with exit code 2 and no traceback, Ctrl-C with
+130; any other exception keeps its traceback.
 
     @entry("train")
     def main(cfg): ...
@@ -29,15 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError
 
-from caravan.cli import schema, usage
-from caravan.cli.compose import report
-from caravan.cli.preflight import preflight, sweep_folder
+from caravan.cli import schema
 from caravan.distributed import is_main_process
 from caravan.errors import (
     FAILED,
@@ -57,6 +56,8 @@ from caravan.report import jobs
 
 log = logging.getLogger("caravan")
 _code = INTERRUPTED  # with which an interrupted run ends
+ASKED = {"--help", "-h", "--hydra-help", "--version", "-sc", "--shell-completion"}
+"""Flags that Hydra answers, without a job."""
 LIBRARIES = tuple(f"Error in call to target '{name}." for name in ("pytorch_lightning", "torch"))
 """What Hydra reports of an exception in the constructor of a library: a setting is wrong."""
 Task = Callable[[DictConfig], Any]
@@ -68,11 +69,10 @@ def entry(
     """Make a function of a config the program of a file.
 
     Args:
-        name: the primary config, and the root of `caravan.cli.schema.ROOTS` for its checks.
+        name: the primary config, and the name of its root in `caravan.cli.schema.ROOTS`.
         configs: the folder of the configs; None: `conf/` beside the file.
         program_name: what is typed after `python`; None: the name of the file.
     """
-
     # Read by OpenMP when torch loads. By default a thread that waits for its siblings keeps its
     # core for milliseconds; with more processes than cores, the siblings wait for just that core.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -99,12 +99,17 @@ def entry(
                 typed = program_name or Path(inspect.getfile(task)).name
                 os.environ[schema.COMMAND] = f"python {typed} {shlex.join(sys.argv[1:])}".rstrip()
                 if not conf.is_dir():
-                    raise InputError(f"{conf} is not there; run this in a checkout of Caravan")
+                    text = f"{conf} is not there; run this in a checkout of Caravan"
+                    raise InputError("folder-not-found", text)
                 if not sys.argv[1:]:
-                    sys.stdout.write(usage.bare(conf, name, typed))
+                    sys.stdout.write(_usage(conf, name, typed))
                     raise SystemExit(USER)
-                sys.argv[1:] = preflight(sys.argv[1:], conf, name, root, f"python {typed}")
-                sweep = sweep_folder(sys.argv[1:])
+                sweep = None
+                if not ASKED & set(sys.argv[1:]):
+                    from caravan.cli import compose, sweeps  # they import torch
+
+                    sys.argv[1:] = compose.preflight(sys.argv[1:], conf, name)
+                    sweep = sweeps.folder_of(sys.argv[1:])
                 failed = False
                 try:
                     program(_job(task, root))()
@@ -119,10 +124,10 @@ def entry(
                     _interrupted(root)
                 raise
             except Exception as error:
-                told = _sentence(error)
-                if told is None:
+                message = _sentence(error)
+                if message is None:
                     raise
-                _leave(told, USER)
+                _leave(message, USER)
 
         return run
 
@@ -150,18 +155,18 @@ def _job(task: Task, root: type) -> Task:
         except _Failed:
             raise
         except Exception as error:
-            told = _sentence(error)
-            if told is None:
+            message = _sentence(error)
+            if message is None:
                 raise
-            log.error(told)
+            log.error(message)
             if sweep:  # the record in its folder may be that of the process that holds it
                 raise _Failed from error
             raise SystemExit(USER) from None
 
     def checked(cfg: DictConfig) -> Any:
-        lines = schema.check(cfg, root)
-        if lines:
-            raise InputError(report(lines))
+        from caravan.cli import compose
+
+        compose.refuse(cfg, root)
         try:
             return task(cfg)
         except RuntimeError as error:
@@ -175,8 +180,7 @@ def _job(task: Task, root: type) -> Task:
 def _job_of_sweep(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
     """One job of a sweep: record its outcome in its folder, then continue with the next job.
 
-    A sweep that is started again goes on: what is finished is not done again, what was interrupted
-    is resumed.
+    A sweep that is started again skips finished jobs and resumes interrupted ones.
     """
     run_dir = Path(cfg.run_dir)
     if "resume" in cfg:
@@ -192,10 +196,10 @@ def _job_of_sweep(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
             log.error(mistake)
         elif is_main_process():
             lines = (mistake or str(error)).strip().splitlines()
-            told = f"{type(error).__name__}: {''.join(lines[:1])}"
+            reason = f"{type(error).__name__}: {''.join(lines[:1])}"
             if mistake:  # the line after a heading has the mistake
-                told = " ".join(line.strip() for line in lines[:2])
-            jobs.write(run_dir, overrides, jobs.FAILED, told)
+                reason = " ".join(line.strip() for line in lines[:2])
+            jobs.write(run_dir, overrides, jobs.FAILED, reason)
             log.error(mistake if mistake else "the job failed", exc_info=mistake is None)
         raise _Failed from error
     if is_main_process():
@@ -208,7 +212,7 @@ class _Failed(Exception):  # noqa: N818
 
 
 def _end_of_sweep(folder: Path, failed: bool) -> None:
-    """The table of the jobs and their page; exit code 1 where one of them failed.
+    """Write the table and the page of a sweep; exit with 1 where a job failed.
 
     Args:
         failed: whether a job failed in this process; one whose run_dir is in use has no record.
@@ -313,8 +317,19 @@ def _terminate(number: int, frame: Any) -> None:
 
 
 def _interrupted(root: Any) -> None:
-    resumes = any(key.name == "resume" for key in fields(root))
-    _leave(f"interrupted; the same command{' with resume=true' * resumes} goes on", _code)
+    command = "the same command"
+    if any(key.name == "resume" for key in fields(root)):
+        command += " with resume=true"
+    _leave(f"interrupted; {command} continues", _code)
+
+
+def _usage(conf: Path, name: str, program: str) -> str:
+    """The text for a program that is started without arguments."""
+    texts = yaml.safe_load((conf / f"{name}.yaml").read_text("utf-8"))["hydra"]["help"]
+    return (
+        f"usage: python {program} key=value ...\n\n{texts['header'].rstrip()}\n\n"
+        f"  python {program} --help            all groups and options\n"
+    )
 
 
 def _leave(message: str, code: int) -> None:

@@ -1,7 +1,7 @@
-"""Check one override of the command line by itself, before anything is composed.
+"""Check one override of the command line before anything is composed.
 
-Does it parse, does the group have the option, is the idiom one that Hydra takes. Where it does not,
-the answer is a line to type instead.
+Can Hydra parse it, does the group have the option, is the key one of this program? Where not, the
+answer is a line to type instead.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
-from caravan.cli.checking.definitions import did_you_mean
+from caravan.cli.signatures import did_you_mean
 
 WHOLE = ("experiment", "sweep")
-"""The groups that may set anything anywhere; null unless chosen."""
+"""Groups whose options may set anything; null unless chosen."""
 ALIASES = {
     **dict.fromkeys(("model", "encoder", "base_model", "network"), ("backbone", "retriever")),
     **dict.fromkeys(("dataset", "datamodule", "corpus", "collection"), ("data",)),
@@ -29,29 +30,27 @@ ALIASES = {
     **dict.fromkeys(("adapter", "lora"), ("peft",)),
     **dict.fromkeys(("exp", "recipe"), ("experiment",)),
 }
-"""What groups and settings are called elsewhere."""
+"""Names of other projects for groups and settings."""
 MOST_LISTED = 20
 """Options that a message names."""
-IN_SHELL = set('"$`\\!')
-"""Characters that a shell interprets inside double quotes."""
 
 
-class Vet:
-    """Checks overrides of one primary config.
+class Overrides:
+    """The overrides of one primary config.
 
     Args:
-        loader: Hydra's config loader.
+        loader: Hydra's, of the config folders.
         name: the primary config, without .yaml.
-        root: the dataclass that says what its root may hold.
+        root: the dataclass of its root.
     """
 
-    def __init__(self, loader: Any, name: str, root: type) -> None:
+    def __init__(self, loader: ConfigLoader, name: str, root: type) -> None:
         self.loader, self.name = loader, name
         self.known = [field.name for field in fields(root)]
         self.parser = OverridesParser.create(config_loader=loader)
         self._options: dict[str, list[str]] = {}
 
-    def __call__(self, text: str) -> tuple[str | None, str | None]:
+    def check(self, text: str) -> tuple[str | None, str | None]:
         """Check one override.
 
         Returns:
@@ -60,23 +59,21 @@ class Vet:
         try:
             override = self.parse(text)
         except HydraException as error:
-            return f"{text} (command line): {self._unreadable(text, str(error))}", None
+            return self._unreadable(text, str(error)), None
         key, value = override.key_or_group, override.value()
         if key.startswith(("hydra.", "hydra/")) or override.is_delete():
             return None, text
         root = re.split(r"[.@/]", key)[0]
         if not self.is_group(text):
-            meant = None if root in self.known else self._choice_meant(key, value)
+            meant = None if root in self.known else self._meant(key, value)
             if meant:
-                what = f"{self.name} has no setting {key!r}; did you mean {meant}?"
-                return f"{text} (command line): {what}", None
-            # Force-added even if unknown: the walk over all keys suggests what was meant.
+                return f"{self.name} has no setting {key!r}; did you mean {meant}?", None
+            # An unknown key is added, so that the check of all keys suggests what was meant.
             return None, text if root in self.known else f"++{text.lstrip('+')}"
         if root not in self.known and root not in WHOLE:
-            return f"{text} (command line): {self.name} has no group {key!r}", None
+            return f"{self.name} has no group {key!r}", None
         if text.startswith("+") and override.package is None and key == root:
-            plain = text.lstrip("+")
-            return f"{text} (command line): write {plain}, without +", plain
+            return f"write {text.lstrip('+')}, without +", text.lstrip("+")
         return self._choice(text, key, value)
 
     def parse(self, text: str) -> Override:
@@ -89,27 +86,29 @@ class Vet:
             return self.parser.parse_override(text)
         except (RecursionError, ValueError) as error:
             deep = isinstance(error, RecursionError)
-            reason = "its value is nested too deeply" if deep else str(error)
-            raise HydraException(reason) from error
+            raise HydraException("nested too deeply" if deep else str(error)) from error
 
     def is_group(self, text: str) -> bool:
         """Whether an override chooses an option of a group."""
-        return bool(self.loader.repository.group_exists(key_of(text)))
+        return key_of(text) in WHOLE or bool(self.options(key_of(text)))
 
     def options(self, group: str) -> list[str]:
         """The options of a group and, as "folder/option", of the folders in it."""
 
         def below(path: str) -> Iterator[str]:
-            yield from self.loader.get_group_options(path, config_name=self.name)
-            for folder in self.loader.get_group_options(path, ObjectType.GROUP, self.name):
-                yield from (f"{folder}/{option}" for option in below(f"{path}/{folder}"))
+            for kind in (ObjectType.CONFIG, ObjectType.GROUP):
+                for name in self.loader.get_group_options(path, kind, self.name):
+                    if kind is ObjectType.CONFIG:
+                        yield name
+                    else:
+                        yield from (f"{name}/{option}" for option in below(f"{path}/{name}"))
 
         if group not in self._options:
             self._options[group] = list(below(group))
         return self._options[group]
 
     def globbed(self, override: Override) -> list[str]:
-        """The options that `group=glob(pattern)` stands for; `*` does not match a slash."""
+        """The options that `group=glob(pattern)` matches; `*` does not match a slash."""
         value = override.value()
         if not isinstance(value, Glob):
             return []
@@ -117,12 +116,20 @@ class Vet:
         options = self.options(override.key_or_group)
         return [name for name in value.filter(options) if name.count("/") in depths]
 
+    def quoted(self, key: str, given: str) -> str | None:
+        """An override whose value is the text as it was given; None where quotes do not help."""
+        escaped = given.replace("'", "\\'")
+        try:
+            same = self.parse(f"{key}='{escaped}'").value() == given
+        except HydraException:
+            return None
+        return f"{key}='{escaped}'" if same else None
+
     def _choice(self, text: str, key: str, value: Any) -> tuple[str | None, str | None]:
-        """Are the chosen options of a group there?"""
+        """Whether the chosen options of a group are there."""
         options = self.options(key)
         if isinstance(value, dict):
-            plain = f"{key} is a group; choose {key}=<option>, and set {key}.<setting>=<value>"
-            return f"{text} (command line): {plain}", None
+            return f"{key} is a group; choose {key}=<option>, and set {key}.<setting>=<value>", None
         for name in map(str, value if isinstance(value, list) else [value]):
             if name in options:
                 continue
@@ -130,26 +137,22 @@ class Vet:
             near = None if inside else did_you_mean(name, options)
             hint = f"did you mean {key}={near}?" if near else listed(inside or options)
             instead = f"{key}={near}" if near and key not in WHOLE else None
-            name = "null" if value is None else name
-            return f"{text} (command line): no {key} is called {name}; {hint}", instead
+            return f"no {key} is called {'null' if value is None else name}; {hint}", instead
         return None, text
 
-    def _choice_meant(self, key: str, value: Any) -> str | None:
-        """The choice that a key means which does not exist: model=bert means backbone=bert_base."""
+    def _meant(self, key: str, value: Any) -> str | None:
+        """The choice that an unknown key stands for: model=bert means backbone=bert_base."""
         if not isinstance(value, str):
             return None
-        groups = [name for name in (*self.known, *WHOLE) if self.is_group(name)]
-        for group in groups:
-            if value in self.options(group):
+        groups = {name: self.options(name) for name in (*self.known, *WHOLE)}
+        for group, options in groups.items():
+            if value in options:
                 return f"{group}={value}"
-        alias = next((name for name in ALIASES.get(key, ()) if name in (*self.known, *WHOLE)), None)
-        if alias is None:
-            return None
-        if alias not in groups:
-            return f"{alias}={value}"
-        options = self.options(alias)
-        starts = [option for option in options if option.startswith(value)]
-        near = starts[0] if starts else did_you_mean(value, options, cutoff=0.5)
+        alias = next((name for name in ALIASES.get(key, ()) if name in groups), None)
+        if alias is None or not groups[alias]:
+            return alias and f"{alias}={value}"
+        starts = [option for option in groups[alias] if option.startswith(value)]
+        near = starts[0] if starts else did_you_mean(value, groups[alias], cutoff=0.5)
         return f"{alias}={near or '<option>'}"
 
     def _unreadable(self, text: str, reason: str) -> str:
@@ -157,32 +160,16 @@ class Vet:
         name, equals, given = text.partition("=")
         if not equals:
             return "no setting; write key=value"
-        reason = reason.splitlines()[0]
+        reason = f"cannot be read: {reason.splitlines()[0]}"
         if given.startswith("~"):
             reason = "the shell does not expand ~ there"
             given = given.replace("~", "$HOME", 1)
-        elif reason.startswith("Error while evaluating"):  # a function of Hydra's, used wrongly
-            return f"cannot be read: {reason}"
-        elif "=" in given:
-            reason = "its value has another ="
-        else:
-            reason = f"cannot be read: {reason}"
         instead = self.quoted(name, given)
-        if instead is not None and given[:1] not in "[{'\"":
-            return f"{reason}; put it into quotes: {in_shell(instead)}"
-        if "=" in given or "token recognition error" in reason:
-            return f"{reason}; put each text with special characters into quotes of its own"
-        return reason
-
-    def quoted(self, key: str, given: str) -> str | None:
-        """An override whose value is a text as it is given; None where quotes do not help."""
-        escaped = given.replace("'", "\\'")
-        text = f"{key}='{escaped}'"
-        try:
-            value = self.parse(text).value()
-        except HydraException:
-            return None
-        return text if value == given else None
+        if instead is None or given[:1] in "[{'\"" or "Error while evaluating" in reason:
+            return reason
+        special = set('"$`\\!') & set(instead.replace("$HOME", ""))
+        typed = shlex.quote(instead) if special else f'"{instead}"'
+        return f"{reason}; put it into quotes: {typed}"
 
 
 def key_of(text: str) -> str:
@@ -191,15 +178,10 @@ def key_of(text: str) -> str:
 
 
 def listed(options: list[str]) -> str:
-    """All options of a group, in words."""
+    """The options of a group, in words."""
     if not options:
         return "the group has no options"
     more = f" and {len(options) - MOST_LISTED} more" if len(options) > MOST_LISTED else ""
-    verb = "is only" if len(options) == 1 else "are"
-    return f"there {verb} {', '.join(options[:MOST_LISTED])}{more}"
-
-
-def in_shell(text: str) -> str:
-    """An argument as it is typed in a shell."""
-    home = text.replace("$HOME", "")
-    return shlex.quote(text) if IN_SHELL & set(home) else f'"{text}"'
+    return (
+        f"there {'are' if len(options) > 1 else 'is only'} {', '.join(options[:MOST_LISTED])}{more}"
+    )

@@ -1,10 +1,10 @@
-"""What `train.py`, `evaluate.py` and search can be told, and check(): every mistake at once.
+"""The settings of `train.py`, `evaluate.py` and search: names, types and ranges of the root keys.
 
-The root dataclasses give names and types; values stand in `conf/`. `check` compares a composed
-config with them and with the signatures behind every `_target_`, then asks the rules, which see
-what no single value shows. It reads source files and imports nothing heavy.
+Values are in `conf/`. `register` makes the roots known to Hydra; in a notebook, call it first:
 
-    python train.py trainer.max_step=5    ->  ... did you mean trainer.max_steps?   (exit code 2)
+    schema.register()
+    with hydra.initialize_config_dir("/path/to/caravan/conf", version_base="1.3"):
+        cfg = hydra.compose("train", ["experiment=quickstart/retriever"])
 """
 
 from __future__ import annotations
@@ -12,138 +12,185 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from caravan.cli import usage
-from caravan.cli.checking import walk
-from caravan.cli.checking.walk import Mistake, dotted
-from caravan.cli.rules import RULES
 from caravan.encoding import Encoding, read_encoding
 from caravan.errors import InputError
 
-Node = Any
-"""A mapping with a `_target_`, chosen from a group of conf/."""
-OptionalNode = Any
-"""A Node or null."""
-NamedNode = Any
-"""A Node or a name that the receiver knows, such as strategy "auto"."""
-Nodes = Any
-"""A mapping of names to Nodes, null where one is switched off."""
-Names = Any
-"""A name or a list of names."""
+
+@dataclass(frozen=True)
+class As:
+    """Check a root key as another type than OmegaConf's, which has no Literal and no Union."""
+
+    type: Any
+
+
+@dataclass(frozen=True)
+class Valid:
+    """A check of a root key, which raises ValueError."""
+
+    check: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A mapping with a `_target_`, chosen from a group of conf/, in the place that is checked."""
+
+    target: Any  # what `_target_` names; None where that is unknown
+
+
+def _chosen(value: Any) -> Any:
+    """The validator of what a group of conf/ chooses."""
+    if isinstance(value, Node):
+        return value
+    if isinstance(value, Mapping) and value:
+        raise ValueError("has no _target_, so no class is chosen")
+    raise ValueError("nothing is chosen")
+
+
+def _printable(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty")
+    if CONTROL.search(text):
+        raise ValueError("has a control character")
+    return text
+
+
+def _named(text: str) -> str:
+    if not text.strip("/ ."):
+        raise ValueError("is empty, so the run would have the folder of all runs")
+    return text
+
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+NODE = Annotated[Any, Valid(_chosen)]
+OPTIONAL_NODE = Annotated[Any, As(NODE | None)]
+NAMED_NODE = Annotated[Any, As(str | NODE)]
+"""A node, or a name that the receiver knows, such as strategy "auto"."""
+NODES = Annotated[Any, As(dict[str, NODE | None])]
+"""Nodes by name; null switches one off."""
+NAMES = Annotated[Any, As(str | Annotated[list[str], MinLen(1)])]
+PRECISION = Annotated[str, As(Literal["auto", "bf16", "float32"])]
+PositiveInt = Annotated[int, Gt(0)]
+NonNegativeInt = Annotated[int, Ge(0)]
+LENGTH = Annotated[int, Ge(4)]
+SEED = Annotated[int, Ge(0), Lt(2**32)]
+PATH = Annotated[str, Valid(_printable)]
+NAME = Annotated[PATH, Valid(_named)]
+MEASURES = Annotated[list[str], MinLen(1)]
 
 
 @dataclass
 class Batching:
     """How queries become batches (`caravan.data.datamodule.DataModule`)."""
 
-    queries_per_batch: int = MISSING
-    token_budget: int | None = MISSING
-    num_workers: int = MISSING
+    queries_per_batch: PositiveInt = MISSING
+    token_budget: PositiveInt | None = MISSING
+    num_workers: NonNegativeInt = MISSING
 
 
 @dataclass
 class Validation:
     """What the validation during training searches (`caravan.data.datamodule.DataModule`)."""
 
-    passages: int | None = MISSING
-    queries: int | None = MISSING
-    train_queries: int | None = MISSING
+    passages: PositiveInt | None = MISSING
+    queries: PositiveInt | None = MISSING
+    train_queries: PositiveInt | None = MISSING
     run: str | None = MISSING
-    run_depth: int = MISSING
-    read_lengths: list[int] = MISSING
+    run_depth: PositiveInt = MISSING
+    read_lengths: list[LENGTH] = MISSING
 
 
 @dataclass
 class GradCaching:
     """How many texts are computed at a time (`caravan.training.gradcache.GradCache`)."""
 
-    chunk: int | None = MISSING
+    chunk: PositiveInt | None = MISSING
 
 
 @dataclass
 class Train:
     """The root of conf/train.yaml."""
 
-    name: str = MISSING
-    run_dir: str = MISSING
-    cache_dir: str = MISSING
-    seed: int = MISSING
+    name: NAME = MISSING
+    run_dir: PATH = MISSING
+    cache_dir: PATH = MISSING
+    seed: SEED = MISSING
     resume: bool = MISSING
     init_from: str | None = MISSING
-    precision: str = MISSING
+    precision: PRECISION = MISSING
     ignore_identical_ids: bool = MISSING
     encoding: Encoding = field(default_factory=Encoding)
     batching: Batching = field(default_factory=Batching)
     gradcache: GradCaching = field(default_factory=GradCaching)
     validation: Validation = field(default_factory=Validation)
-    stage: Node = MISSING
-    backbone: Node = MISSING
-    peft: OptionalNode = MISSING
-    loss: OptionalNode = MISSING
-    sampler: OptionalNode = MISSING
-    data: Node = MISSING
-    index: Node = MISSING
-    strategy: NamedNode = MISSING
-    trainer: Node = MISSING
-    optimizer: Node = MISSING
-    logger: Nodes = MISSING
-    callbacks: Nodes = MISSING
+    stage: NODE = MISSING
+    backbone: NODE = MISSING
+    peft: OPTIONAL_NODE = MISSING
+    loss: OPTIONAL_NODE = MISSING
+    sampler: OPTIONAL_NODE = MISSING
+    data: NODE = MISSING
+    index: NODE = MISSING
+    strategy: NAMED_NODE = MISSING
+    trainer: NODE = MISSING
+    optimizer: NODE = MISSING
+    logger: NODES = MISSING
+    callbacks: NODES = MISSING
 
 
 @dataclass
 class Rerank:
     """How candidates are reranked (`caravan.retrieval.rerank.Reranking`)."""
 
-    depth: int = MISSING
-    weight: float = MISSING
-    rest: str = MISSING
+    depth: PositiveInt = MISSING
+    weight: Annotated[float, Gt(0), Le(1)] = MISSING
+    rest: Annotated[str, As(Literal["drop", "keep"])] = MISSING
     judged: bool = MISSING
-    block: int = MISSING
-    query_length: int | None = MISSING
-    passage_length: int | None = MISSING
-    segment: str | None = MISSING
-    segment_words: int = MISSING
+    block: PositiveInt = MISSING
+    query_length: LENGTH | None = MISSING
+    passage_length: LENGTH | None = MISSING
+    segment: Annotated[str | None, As(Literal["first", "best"] | None)] = MISSING
+    segment_words: PositiveInt = MISSING
 
 
 @dataclass
 class Pipeline:
     """Retrieve, fuse, rerank: what the roots of evaluate.yaml and search.yaml have in common."""
 
-    name: str = MISSING
-    run_dir: str = MISSING
-    cache_dir: str = MISSING
-    store: str = MISSING
-    retriever: Names = MISSING
+    name: NAME = MISSING
+    run_dir: PATH = MISSING
+    cache_dir: PATH = MISSING
+    store: PATH = MISSING
+    retriever: NAMES = MISSING
     reranker: str | None = MISSING
     rerank: Rerank = field(default_factory=Rerank)
-    query_length: int | None = MISSING
-    passage_length: int | None = MISSING
-    token_budget: int | None = MISSING
-    num_workers: int = MISSING
-    precision: str = MISSING
+    query_length: LENGTH | None = MISSING
+    passage_length: LENGTH | None = MISSING
+    token_budget: PositiveInt | None = MISSING
+    num_workers: NonNegativeInt = MISSING
+    precision: PRECISION = MISSING
     attention: str = MISSING
     trust_remote_code: bool = MISSING
-    block: int = MISSING
-    data: Node = MISSING
-    index: Node = MISSING
-    bm25: Node = MISSING
-    fuse: Node = MISSING
+    block: PositiveInt = MISSING
+    data: NODE = MISSING
+    index: NODE = MISSING
+    bm25: NODE = MISSING
+    fuse: NODE = MISSING
 
 
 @dataclass
 class Evaluate(Pipeline):
     """The root of conf/evaluate.yaml."""
 
-    measures: list[str] = MISSING
-    collections: list[str] | None = MISSING
+    measures: MEASURES = MISSING
+    collections: Annotated[list[str], MinLen(1)] | None = MISSING
     ignore_identical_ids: bool = MISSING
 
 
@@ -152,22 +199,21 @@ class Search(Pipeline):
     """The root of conf/search.yaml."""
 
     model: str | None = MISSING
-    show: int = MISSING
+    show: PositiveInt = MISSING
     reuse: str | None = MISSING
 
 
-COMMAND = "CARAVAN_COMMAND"
-"""The variable in which a program leaves how it was started, for its jobs in other processes."""
-
 ROOTS: dict[str, type] = {"train": Train, "evaluate": Evaluate, "search": Search}
+COMMAND = "CARAVAN_COMMAND"
+"""The environment variable with the command line, for jobs of a sweep in other processes."""
 
 
 def register(typed: bool = True) -> None:
     """Make the roots known to Hydra as `train_schema`, `evaluate_schema` and `search_schema`.
 
     Args:
-        typed: False leaves types and unknown keys to `check`, which tells all of them at once
-            where Hydra stops at the first.
+        typed: False leaves types and unknown keys to `caravan.cli.check`, which reports all
+            mistakes together where Hydra stops at the first.
     """
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("begun_with", begun_with, replace=True)
@@ -177,8 +223,8 @@ def register(typed: bool = True) -> None:
         if not typed:
             schema = OmegaConf.create(OmegaConf.to_container(schema))
         for key in fields(root):
-            if key.type in walk.MARKERS:
-                # Open: which keys a node takes is said by what its _target_ names, not by the file.
+            if key.type in ("NODE", "OPTIONAL_NODE", "NAMED_NODE", "NODES"):
+                # The signature of the `_target_` decides which keys the node may have.
                 schema[key.name] = DictConfig({}, flags={"struct": False})
             elif isinstance(section := schema.get(key.name), DictConfig):
                 OmegaConf.set_readonly(section, None)  # a frozen dataclass makes it so
@@ -187,19 +233,30 @@ def register(typed: bool = True) -> None:
 
 
 def groups(name: str, _root_: Any) -> str:
-    """The groups of a program and their options, for its --help."""
-    sources = [
-        Path(one.path) for one in _root_.hydra.runtime.config_sources if one.schema == "file"
-    ]
-    known = [key.name for key in fields(ROOTS[name])]
-    return usage.groups(sources, name, [*known, "experiment", *["sweep"] * (name != "search")])
+    """The groups of a program and their options, for its --help.
+
+    The experiments and sweeps are those whose first comment shows a command of the program; search
+    takes those of evaluate.py.
+    """
+    command = f"# python {'evaluate' if name == 'search' else name}.py"
+    options: dict[str, set[str]] = {}
+    for source in _root_.hydra.runtime.config_sources:
+        for group in [*(key.name for key in fields(ROOTS[name])), "experiment", "sweep"]:
+            for file in Path(source.path, group).rglob("*.yaml") if source.schema == "file" else ():
+                whole = group in ("experiment", "sweep")
+                if not whole or command in file.read_text("utf-8", errors="replace"):
+                    folder = file.parent.relative_to(source.path).as_posix()
+                    options.setdefault(folder, set()).add(file.stem)
+    if name == "search":
+        options.pop("sweep", None)
+    return "".join(f"{group}: {', '.join(sorted(options[group]))}\n" for group in sorted(options))
 
 
 def folder_name(text: str) -> str:
-    """A text as the name of one folder: no separators, at most 120 bytes, other for other texts.
+    """A text as a folder name: no separators, at most 120 bytes, different for different texts.
 
-    A digest tells apart what would be one name otherwise: without the characters that are replaced,
-    cut, or on a file system that ignores case or composes accents.
+    A digest separates texts that would have one name otherwise: by the characters that are
+    replaced or cut, or on a file system that ignores case or composes accents.
     """
     plain = re.sub(r"(?<==)(['\"])([^'\"]*)\1(?=,|$)", r"\2", text)
     name = re.sub(r"[^\w.,=+@-]+", "_", plain)
@@ -211,10 +268,9 @@ def folder_name(text: str) -> str:
 
 
 def begun_with(setting: str, otherwise: Any, _root_: Any) -> Any:
-    """A setting of the encoding as `init_from` has it, if that is a retriever or was adapted.
+    """A setting of the encoding of `init_from`, if that is a retriever or an adapted model.
 
-    A reranker's prompts are of no use to a retriever, but which way its layers look stays with the
-    weights.
+    A retriever cannot use the prompts of a reranker, but the attention of its layers stays.
     """
     folder = OmegaConf.select(_root_, "init_from")
     if not isinstance(folder, str):
@@ -222,53 +278,22 @@ def begun_with(setting: str, otherwise: Any, _root_: Any) -> Any:
     try:
         encoding, _ = read_encoding(Path(folder))
     except InputError:
-        return otherwise  # it is told where the folder is opened
-    comes_along = encoding.kind == "retriever" or setting == "bidirectional"
-    return getattr(encoding, setting) if comes_along else otherwise
-
-
-def check(
-    cfg: DictConfig, root: type = Train, place: Callable[[walk.Path], str] | None = None
-) -> list[str]:
-    """Every mistake in a composed config, a line each: where, what, and the remedy.
-
-    Args:
-        cfg: the composed config, without Hydra's own node; interpolations need not be resolved.
-        root: the dataclass that says what the root may hold.
-        place: tells for a path which file and line, or which override, its value comes from.
-    """
-    lines = []
-    for mistake in mistakes(cfg, root):
-        where = place(mistake.path) if place else ""
-        lines.append(f"{dotted(mistake.path)}{where and f' ({where})'}: {mistake.text}")
-    return lines
-
-
-def mistakes(cfg: DictConfig, root: type = Train) -> list[Mistake]:
-    """What `check` tells, as data."""
-    found = walk.mistakes(cfg, root)
-    wrong = {mistake.path for mistake in found}
-    for rule in RULES:
-        try:
-            found += [mistake for mistake in rule(cfg) if mistake.path not in wrong]
-        except OmegaConfBaseException:
-            if not found:  # else the rule met a broken value, which is reported already
-                raise
-    return found
+        return otherwise  # reported when the folder is opened
+    inherits = encoding.kind == "retriever" or setting == "bidirectional"
+    return getattr(encoding, setting) if inherits else otherwise
 
 
 def recorded(cfg: DictConfig) -> str:
-    """The resolved config as YAML, under the command that has asked for it where there was one."""
+    """The resolved config as YAML, with the command line as its first line where there was one."""
     text = OmegaConf.to_yaml(cfg, resolve=True)
     command = os.environ.get(COMMAND)
     return text if command is None else f"# {' '.join(command.split())}\n{text}"
 
 
 def build(cfg: DictConfig, *names: str) -> dict[str, Any]:
-    """The objects that nodes of the root describe; what has no `_target_` comes as plain data.
+    """The objects that nodes of the root describe; a value without `_target_` is plain data.
 
-    Lists and mappings arrive as Python's own: a ListConfig in an adapter's settings, say, could not
-    be saved with the adapter.
+    Lists and mappings become Python's own: an adapter could not save a ListConfig, for example.
     """
     from hydra.utils import instantiate
 

@@ -1,25 +1,49 @@
 """The typed batches that pass between data, models and training.
 
-Texts of unlike length waste work when they are padded to one another. A batch therefore holds its
-texts as chunks of similar length, each at most a token budget; the embeddings of the chunks are put
-back into the order of the texts (`Packed.order`), so neither a group nor a target ever shifts.
-Padding is on the right throughout.
+Padding texts of different lengths to one another wastes work. A batch therefore holds its texts as
+chunks of similar length, each within a token budget; the embeddings of the chunks are put back into
+the order of the texts (`Packed.order`), so groups and targets keep their places. Padding is always
+on the right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import chain
-from typing import Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+T = TypeVar("T", bound="Movable")
+B = TypeVar("B")
+
+
+class Movable:
+    """A frozen dataclass of tensors and of other movable dataclasses."""
+
+    stay: ClassVar[tuple[str, ...]] = ()  # fields that are used on the CPU only
+
+    def to(self: T, device: torch.device, non_blocking: bool = False) -> T:
+        """The same on a device; Lightning calls this for batches."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(moved, value))
+            if isinstance(value, Tensor | Movable):
+                return value.to(device, non_blocking=non_blocking)
+            return value
+
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        for name in values.keys() - set(self.stay):
+            values[name] = moved(values[name])
+        return type(self)(**values)
+
 
 @dataclass(frozen=True)
-class Chunk:
+class Chunk(Movable):
     """Texts of similar length, padded to the longest of them."""
 
     input_ids: Tensor  # [n, L] int64
@@ -27,48 +51,34 @@ class Chunk:
     full: bool  # no text is padded, so that no mask is needed
     token_types: Tensor | None = None  # [n, L] int64, 1 for a pair's second text
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Chunk:
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
-            attention_mask=self.attention_mask.to(device, non_blocking=non_blocking),
-            token_types=_moved(self.token_types, device, non_blocking),
-        )
-
     def split(self, texts: int) -> list[Chunk]:
         """The same texts as chunks of at most `texts` each."""
         ids, mask = self.input_ids.split(texts), self.attention_mask.split(texts)
         types = [None] * len(ids) if self.token_types is None else self.token_types.split(texts)
-        parts = zip(ids, mask, types, strict=True)
-        return [Chunk(ids, mask, self.full, kinds) for ids, mask, kinds in parts]
+        columns = zip(ids, mask, types, strict=True)
+        return [Chunk(ids, mask, self.full, kinds) for ids, mask, kinds in columns]
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(Movable):
     """N texts as chunks; row i of the chunks laid end to end is text `order[i]`."""
 
     chunks: tuple[Chunk, ...]
     order: Tensor  # [N] int64, a permutation
     tokens: int  # real tokens
     padded: int  # tokens with padding
-    extra: int = 0  # chunks at the end that are none of the texts
+    extra: int = 0  # repeated chunks at the end, see `lengthened`
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Packed:
-        return replace(
-            self,
-            chunks=tuple(chunk.to(device, non_blocking) for chunk in self.chunks),
-            order=self.order.to(device, non_blocking=non_blocking),
-        )
-
     def split(self, texts: int) -> Packed:
         """The same texts in chunks of at most `texts` each."""
-        return replace(self, chunks=tuple(p for chunk in self.chunks for p in chunk.split(texts)))
+        split = (chunk.split(texts) for chunk in self.chunks)
+        return replace(self, chunks=tuple(chain.from_iterable(split)))
 
     def lengthened(self, chunks: int) -> Packed:
-        """As many chunks as asked for: the last one again and again, to be computed for nothing."""
+        """Pad to `chunks` chunks by repeating the last one; keeps ranks in step."""
         extra = chunks - len(self.chunks)
         return replace(self, chunks=self.chunks + self.chunks[-1:] * extra, extra=extra)
 
@@ -101,8 +111,8 @@ PADDING = 0.1
 def rounded(width: int) -> int:
     """The next width that a padded chunk may have: sixteen in each octave.
 
-    A CPU's kernels are compiled for each shape. With widths as they come a small model's reranking
-    took 1.1 times as long on two cores, and 1.1 times the memory.
+    A CPU's kernels are compiled for each shape. Without rounding, reranking with a small model took
+    1.1 times as long on two cores, and 1.1 times the memory.
 
     >>> rounded(13), rounded(33), rounded(130)
     (13, 34, 136)
@@ -128,9 +138,8 @@ class TokenIds:
     def packed(self, token_budget: int, pad_id: int = 0) -> Packed:
         """Sort texts by length and cut them into chunks of at most `token_budget` padded tokens.
 
-        A chunk ends sooner where its padding would pass a tenth. A text that is longer than the
-        budget makes a chunk of its own. Where its texts differ in length, a chunk's width is then
-        `rounded`.
+        A chunk ends earlier if its padding would pass a tenth. A text longer than the budget makes
+        a chunk of its own. If its texts differ in length, the width of a chunk is `rounded`.
 
         Args:
             token_budget: the largest n * L of a chunk [n, L].
@@ -184,7 +193,6 @@ def pack(
     return TokenIds.of(texts, seconds).packed(token_budget, pad_id)
 
 
-B = TypeVar("B")
 Fields = Mapping[str, TokenIds | np.ndarray | None]
 
 
@@ -192,9 +200,8 @@ Fields = Mapping[str, TokenIds | np.ndarray | None]
 class Unpacked(Generic[B]):
     """A batch as a DataLoader worker sends it: plain numpy arrays.
 
-    A tensor would be sent as a file descriptor of shared memory, two of them for each chunk. The
-    chunks of 16,384 passages need more than the 1,024 descriptors that are the usual limit of a
-    process, or than the 64 MB that a container's /dev/shm has by default.
+    Tensors would be sent as file descriptors of shared memory, two a chunk. The chunks of 16,384
+    passages need more than the usual 1,024 descriptors of a process, or a container's /dev/shm.
 
     Attributes:
         kind: class of the batch, such as `EncodeBatch`.
@@ -217,123 +224,75 @@ class Unpacked(Generic[B]):
         return None if value is None else torch.from_numpy(value)
 
 
+class Batch(Movable):
+    """A batch whose texts are its `Packed` fields."""
+
+    @property
+    def packed(self) -> list[Packed]:
+        values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        return [value for value in values if isinstance(value, Packed)]
+
+    @property
+    def tokens(self) -> int:
+        return sum(texts.tokens for texts in self.packed)
+
+    @property
+    def padded(self) -> int:
+        return sum(texts.padded for texts in self.packed)
+
+    @property
+    def chunks(self) -> int:
+        return sum(len(texts.chunks) for texts in self.packed)
+
+
 @dataclass(frozen=True)
-class TrainBatch:
+class TrainBatch(Batch):
     """Q queries, each with its group of G passages: a positive, then G - 1 negatives."""
 
     queries: Packed  # Q texts
     passages: Packed  # Q * G texts, group by group
     passage_rows: Tensor  # [Q, G] int64; column 0 is the positive
     passage_keys: Tensor  # [Q, G] int64, a digest of each passage's title and text
-    # [Q, M] int64, digests of what is never a negative: the positives of a query and the passage
-    # with its id; filled up by repeating the first
+    # [Q, M] int64, digests that are never negatives of a query (`Negatives.excluded_keys`); filled
+    # up by repeating the first
     excluded_keys: Tensor
     teacher: Tensor | None = None  # [Q, G] float32, a teacher's scores; NaN where it has none
 
-    @property
-    def tokens(self) -> int:
-        return self.queries.tokens + self.passages.tokens
-
-    @property
-    def padded(self) -> int:
-        return self.queries.padded + self.passages.padded
-
-    @property
-    def chunks(self) -> int:
-        return len(self.queries.chunks) + len(self.passages.chunks)
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> TrainBatch:
-        return replace(
-            self,
-            queries=self.queries.to(device, non_blocking),
-            passages=self.passages.to(device, non_blocking),
-            passage_rows=self.passage_rows.to(device, non_blocking=non_blocking),
-            passage_keys=self.passage_keys.to(device, non_blocking=non_blocking),
-            excluded_keys=self.excluded_keys.to(device, non_blocking=non_blocking),
-            teacher=_moved(self.teacher, device, non_blocking),
-        )
-
 
 @dataclass(frozen=True)
-class RerankBatch:
+class RerankBatch(Batch):
     """Q queries, each read together with the G passages of its group, the positive first."""
 
     pairs: Packed  # Q * G texts, group by group
     passage_rows: Tensor  # [Q, G] int64
     teacher: Tensor | None = None  # [Q, G] float32, a teacher's scores; NaN where it has none
 
-    @property
-    def tokens(self) -> int:
-        return self.pairs.tokens
-
-    @property
-    def padded(self) -> int:
-        return self.pairs.padded
-
-    @property
-    def chunks(self) -> int:
-        return len(self.pairs.chunks)
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> RerankBatch:
-        return replace(
-            self,
-            pairs=self.pairs.to(device, non_blocking),
-            passage_rows=self.passage_rows.to(device, non_blocking=non_blocking),
-            teacher=_moved(self.teacher, device, non_blocking),
-        )
-
 
 @dataclass(frozen=True)
-class AdaptationBatch:
-    """Q texts that end with the prompts of T tasks, and the tokens that each task is to tell."""
+class AdaptationBatch(Batch):
+    """Q texts that end with the prompts of T tasks, and the tokens that each task predicts."""
 
     texts: Packed
     targets: Tensor  # [M] int64, the sets of text 0's tasks, then of text 1's, ...
-    counts: Tensor  # [Q, T] int64, tokens of each set; 0 where there is nothing to tell
-
-    @property
-    def tokens(self) -> int:
-        return self.texts.tokens
-
-    @property
-    def padded(self) -> int:
-        return self.texts.padded
-
-    @property
-    def chunks(self) -> int:
-        return len(self.texts.chunks)
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> AdaptationBatch:
-        return replace(
-            self,
-            texts=self.texts.to(device, non_blocking),
-            targets=self.targets.to(device, non_blocking=non_blocking),
-            counts=self.counts.to(device, non_blocking=non_blocking),
-        )
+    counts: Tensor  # [Q, T] int64, tokens of each set; 0 where there is nothing to predict
 
 
 @dataclass(frozen=True)
-class PairBatch:
+class PairBatch(Batch):
     """N pairs to score, with the rows of their query and passage in the collection."""
+
+    stay = ("query_rows", "passage_rows")
 
     query_rows: Tensor  # [N] int64
     passage_rows: Tensor  # [N] int64
     pairs: Packed
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> PairBatch:
-        return replace(self, pairs=self.pairs.to(device, non_blocking))
-
 
 @dataclass(frozen=True)
-class EncodeBatch:
+class EncodeBatch(Batch):
     """N texts to embed, with their integer rows in the collection."""
+
+    stay = ("rows",)
 
     rows: Tensor  # [N] int64
     texts: Packed
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> EncodeBatch:
-        return replace(self, texts=self.texts.to(device, non_blocking))
-
-
-def _moved(tensor: Tensor | None, device: torch.device, non_blocking: bool) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, non_blocking=non_blocking)

@@ -1,8 +1,11 @@
-"""DataLoaders of batches, and the worker processes behind them.
+"""The order of batches, and the DataLoaders with their worker processes.
+
+The order of an epoch is a permutation drawn from (seed, epoch) alone, and a batch is the same set
+of queries on one process or on many, each rank taking its consecutive share. What was consumed is
+two integers, so a checkpoint in mid-epoch continues with the very next batch.
 
 Workers tokenize and send numpy arrays (`caravan.data.batch.Unpacked`); the main process cuts chunks
-and makes tensors of them. A worker that fails ends the run: no failure leaves the main process
-waiting.
+and makes tensors of them. A failing worker ends the run: the main process never waits forever.
 """
 
 from __future__ import annotations
@@ -11,37 +14,79 @@ import ctypes
 import logging
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from multiprocessing.queues import Queue
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from caravan.data.batch import Unpacked
-from caravan.data.batching import PairBlocks, QueryOrder, TextBlocks
+from caravan.data.batching import TrainingSet
 from caravan.errors import InputError
 
 log = logging.getLogger(__name__)
 
 
+class QueryOrder(Sampler[tuple[int, np.ndarray]]):
+    """The batches of an epoch for one rank: (epoch, positions [n] in the epoch's permutation).
+
+    The last batch of an epoch may be short. It is divided among the ranks as evenly as the others;
+    with fewer queries than ranks it is left out, since every rank needs a query.
+    """
+
+    def __init__(self, queries: int, batch: int, rank: int = 0, world: int = 1) -> None:
+        bounds = [(start, min(start + batch, queries)) for start in range(0, queries, batch)]
+        self.bounds = [(start, end) for start, end in bounds if end - start >= world]
+        self.rank, self.world = rank, world
+        self.epoch, self.start = 0, 0
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        first, self.start = self.start, 0
+        for start, end in self.bounds[first:]:
+            yield self.epoch, np.array_split(np.arange(start, end), self.world)[self.rank]
+
+
+def limited(batches: int, limit: int | float) -> int:
+    """The batches of an epoch under Lightning's `limit_train_batches`, a number or a share.
+
+    >>> limited(10, 4), limited(10, 0.5), limited(10, 1.0)
+    (4, 5, 10)
+    """
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def rank_share(items: int, rank: int, world: int) -> list[int]:
+    """The items of one rank, the same number on each; the first ones are repeated to even it out.
+
+    >>> [rank_share(5, rank, 2) for rank in range(2)]
+    [[0, 2, 4], [1, 3, 0]]
+    """
+    each = -(-items // world)
+    return [(rank + i * world) % items for i in range(each)]
+
+
 class BatchLoader(DataLoader[Any]):
     """Loads the batches of a dataset of `Unpacked` items, and packs them in the main process.
 
-    What fails in a worker raises here: an `InputError` or `OSError` as it is, anything else with
-    the worker's traceback. A worker that dies raises torch's RuntimeError, which
+    An `InputError` or `OSError` in a worker is raised here unchanged, anything else with the
+    worker's traceback. If a worker dies, torch raises a RuntimeError, which
     `caravan.errors.sentence` explains.
 
     Args:
-        seed: of a generator of its own, which keeps the loader from drawing its base seed out of
-            torch's global state: a resumed run would differ from an uninterrupted one.
+        seed: of the loader's own generator; drawing its base seed from torch's global state would
+            make a resumed run differ from an uninterrupted one.
     """
 
     def __init__(
-        self, batches: Dataset[Any], sampler: Any, num_workers: int, seed: int, **settings: Any
+        self, batches: Any, sampler: Any, num_workers: int, seed: int = 0, **settings: Any
     ) -> None:
         super().__init__(
-            _Reported(batches),
+            _Caught(batches),
             sampler=sampler,
             batch_size=None,
             collate_fn=_unchanged,
@@ -63,21 +108,24 @@ class BatchLoader(DataLoader[Any]):
 
 
 class TrainLoader(BatchLoader):
-    """Loads training batches and knows which epoch it is in and how many it has handed out.
+    """Loads training batches; knows its epoch and how many batches it has handed out.
 
     It counts epochs itself: Lightning's counter lags by one after two resumes in a row from a
-    checkpoint at an epoch's end, and the order would be that of another epoch.
+    checkpoint at the end of an epoch, which would give the order of another epoch.
 
     Args:
-        training: `Groups`, or `caravan.data.unlabelled.Unlabelled`.
-        per_epoch: batches that are asked of it in an epoch; None means all of `order`.
+        per_epoch: batches that Lightning takes in an epoch; None for all of `order`.
     """
 
     def __init__(
-        self, training: Any, order: QueryOrder, num_workers: int, per_epoch: int | None = None
+        self,
+        training: TrainingSet,
+        order: QueryOrder,
+        num_workers: int,
+        per_epoch: int | None = None,
     ) -> None:
         # Its worker is forked before training has filled any memory, and kept: one that is forked
-        # in a later epoch would hold a copy of what the process has by then.
+        # in a later epoch would hold a copy of the memory that the process uses by then.
         super().__init__(
             training, order, num_workers, training.seed, persistent_workers=num_workers > 0
         )
@@ -103,11 +151,10 @@ class TrainLoader(BatchLoader):
 
 
 class TextLoader(BatchLoader):
-    """Loads texts to embed or pairs to score.
+    """Loads texts to embed or pairs to score; its workers end with the last batch.
 
-    Its workers start with the memory in use, and end with the last batch.
-    Lightning keeps the iterator of a validation until the next one, and never asks it for more than
-    there is: workers that waited for that would keep a copy of the training process all the time.
+    Lightning keeps the iterator of a validation until the next one and never exhausts it, so the
+    workers would keep a copy of the training process all the time.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -117,13 +164,6 @@ class TextLoader(BatchLoader):
             if not left:
                 del batches
             yield batch
-
-
-def text_loader(
-    blocks: TextBlocks | PairBlocks, indices: Sequence[int], num_workers: int, seed: int = 0
-) -> DataLoader[Any]:
-    """Load the blocks of `indices`, in this order."""
-    return TextLoader(blocks, list(indices), num_workers, seed)
 
 
 def release_free_memory() -> None:
@@ -139,7 +179,7 @@ def release_free_memory() -> None:
 def _start_worker(_: int) -> None:
     # The tokenizer's own threads do not survive the fork; each worker is one thread of its own.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Where there are few cores, a worker that takes one stalls the step's other threads.
+    # With few cores, a worker that occupies one stalls the other threads of the step.
     os.nice(10)
     # torch's handler would blame shared memory, which is not in use, before the worker dies.
     signal.signal(signal.SIGBUS, signal.SIG_DFL)
@@ -149,7 +189,7 @@ def _start_worker(_: int) -> None:
 
 
 def _cannot_send(error: Exception, _: Any) -> None:
-    if not isinstance(error, ConnectionError):  # raised where the main process has ended
+    if not isinstance(error, ConnectionError):  # raised if the main process has ended
         log.error("a DataLoader worker cannot send a batch: %s: %s", type(error).__name__, error)
     os._exit(1)
 
@@ -165,13 +205,13 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-class _Reported(Dataset[Any]):
+class _Caught(Dataset[Any]):
     """The items of a dataset, or the `InputError` or `OSError` that an item raises.
 
-    torch would wrap the exception into the text of a traceback.
+    torch would put the exception into the text of a traceback.
     """
 
-    def __init__(self, batches: Dataset[Any]) -> None:
+    def __init__(self, batches: Any) -> None:
         self.batches = batches
 
     def __getitem__(self, item: Any) -> Any:

@@ -1,12 +1,18 @@
-"""Which positive and which negatives a query gets this epoch, from runs.
+"""Decides the positive and the negatives of a query in an epoch.
 
-Hard negatives are passages that some retriever ranks high and nobody judged relevant; RepLLaMA
-blends two retrievers' top 200 (arXiv 2310.08319, section 3.1). Any run will do: BM25's, one's own
-retriever's (`evaluate.py` writes it), another system's TREC file; several are blended.
-A group is a pure function of (seed, epoch, position): fresh negatives every epoch, the same ones
-after a resume and on any number of ranks. Excluded are the query's positives, the passage with the
-query's own id (a query of ArguAna or Quora is a passage itself), and passages under other ids with
-the text of any of these or of the query.
+Drawn: hard negatives are passages that a retriever ranks high and nobody judged relevant; RepLLaMA
+blends the top 200 of two retrievers (arXiv 2310.08319, section 3.1). Any run will do: BM25, a run
+of a Caravan retriever (`evaluate.py` writes it), another system's TREC file; several are blended.
+Without runs, and where a query has too few candidates, passages are drawn from the whole corpus. A
+group is a pure function of (seed, epoch, position): new negatives every epoch, the same ones after
+a resume and on any number of ranks.
+
+Never drawn: the positives of the query, the passage with the id of the query (a query of ArguAna or
+Quora is itself a passage), and passages under other ids with the text of any of these or of the
+query.
+
+Masked: the passages of the other queries in a batch are negatives too (`caravan.training.
+retriever`), except those whose text is one of `excluded_keys`, by the same rule.
 """
 
 from __future__ import annotations
@@ -18,35 +24,64 @@ from pathlib import Path
 
 import numpy as np
 
-from caravan.data.collection import OWN, Collection, Qrels
-from caravan.data.identical import own_passages
+from caravan.data.collection import OWN, Collection
+from caravan.data.qrels import Qrels
 from caravan.data.runs import Run, read_run
 from caravan.data.texts import text_keys
 from caravan.errors import InputError
 
+SAMPLED_QUERIES = 64  # whose texts `warn_if_queries_are_passages` compares
+
 log = logging.getLogger(__name__)
 
 
+def own_passages(collection: Collection, queries: np.ndarray) -> np.ndarray:
+    """The row of the passage with each query's id, [Q] int64; -1 where there is none."""
+    return collection.corpus.rows(collection.queries.ids(queries))
+
+
+def warn_if_queries_are_passages(collection: Collection, queries: np.ndarray) -> None:
+    """Warn if queries have the id and the text of a passage, and so would retrieve themselves.
+
+    In BEIR's ArguAna each query is an argument of the corpus, and the task is to find its
+    counterargument. BEIR's code leaves out the passage with the query's id in every collection
+    (`ignore_identical_ids`, Thakur et al. 2021, arXiv 2104.08663). Elsewhere equal ids are often
+    just numbers and the passage may be a good answer, so it is a setting of evaluation and
+    validation.
+    """
+    own = own_passages(collection, queries)
+    both = np.flatnonzero(own >= 0)
+    sample = both[:: -(-len(both) // SAMPLED_QUERIES)] if len(both) else both
+    asked = [" ".join(text.split()) for _, text in collection.queries.get(queries[sample])]
+    passages = collection.corpus.get(own[sample])
+    same = sum(
+        query in (" ".join(text.split()), " ".join(f"{title} {text}".split()))
+        for query, (title, text) in zip(asked, passages, strict=True)
+    )
+    if same and 2 * same >= len(sample):
+        log.warning(
+            "%s: %d of %d queries are passages of the corpus themselves, under the same id; leave"
+            " these out, as BEIR does: ignore_identical_ids=true",
+            collection.name, len(both), len(queries),
+        )  # fmt: skip
+
+
 class Negatives:
-    """Chooses the group [positive, negative, ...] of a query.
+    """Chooses the group [positive, negative, ...] of a query, 1 + `number` passages.
 
     Args:
-        runs: run files over the training queries, or data:negatives where training rows came with
-            their own; none means passages drawn from the corpus.
-        number: negatives a query.
+        runs: run files over the training queries, or data:negatives for those of training rows;
+            none means passages drawn from the corpus.
+        number: negatives per query.
         depth: how many of each run's passages are candidates, from the top.
         skip: leave out this many at the top, where unjudged positives gather.
         choose: "random" among the candidates, or the "top" ones, rank by rank over the runs.
-        margin: keep a candidate only where its score is at most the positive's minus this, in the
+        margin: keep a candidate only if its score is at most the positive's minus this, in the
             run's own unit. A query whose positive the run lacks keeps all its candidates.
         teacher: a run whose scores a loss learns from; `evaluate.py` with a reranker and
-            rerank.judged=true writes one. It may also tell which candidates are likely positives
-            that nobody judged:
+            rerank.judged=true writes one.
         teacher_margin: leave out a candidate whose teacher score is above the positive's minus
-            this. What the teacher has not scored stays.
-
-    A query with fewer candidates than `number` is filled up with passages drawn from the corpus,
-    so every group has 1 + `number` passages.
+            this: it is probably an unjudged positive. Candidates without a score stay.
     """
 
     def __init__(
@@ -61,17 +96,25 @@ class Negatives:
         teacher_margin: float | None = None,
     ) -> None:
         if choose not in ("random", "top"):
-            raise InputError(f"sampler.choose is {choose!r}; it must be random or top")
+            raise InputError(
+                "invalid-setting", f"sampler.choose is {choose!r}; it must be random or top"
+            )
         if number < 0 or skip < 0 or depth <= skip:
             raise InputError(
+                "invalid-setting",
                 f"sampler: number={number} and skip={skip} must be 0 or more, and depth={depth}"
-                " above skip"
+                " above skip",
             )
         for name, value in (("margin", margin), ("teacher_margin", teacher_margin)):
             if value is not None and not math.isfinite(value):
-                raise InputError(f"sampler.{name} is {value}; it must be a finite number, or null")
+                raise InputError(
+                    "invalid-setting", f"sampler.{name} is {value}; it must be finite, or null"
+                )
         if teacher_margin is not None and teacher is None:
-            raise InputError("sampler.teacher_margin needs a run of scores: set sampler.teacher")
+            raise InputError(
+                "invalid-setting",
+                "sampler.teacher_margin needs a run of scores: set sampler.teacher",
+            )
         self.paths = [Path(path) for path in runs]
         self.teacher_path = teacher and Path(teacher)
         self.teacher_margin = teacher_margin
@@ -87,7 +130,8 @@ class Negatives:
         """Read the runs. Must be called once before `group`.
 
         Raises:
-            InputError: a run is of other queries, or a query leaves too few passages to draw from.
+            InputError: "other-queries", a run ranks none of the training queries;
+                "corpus-too-small", a query leaves too few passages to draw from.
         """
         self._qrels, self._collection, self._seed = qrels, collection, seed
         self._own = own_passages(collection, qrels.queries)
@@ -95,9 +139,10 @@ class Negatives:
         others = len(collection.corpus) - most
         if self.number > others:
             raise InputError(
+                "corpus-too-small",
                 f"sampler.number={self.number}: of the corpus of {len(collection.corpus)} passages"
                 f" {most} are positives of one query or have its id, which leaves too few; set it"
-                f" to {others} or less"
+                f" to {others} or less",
             )
         texts = collection.queries, collection.corpus
         self._runs = [
@@ -105,10 +150,10 @@ class Negatives:
         ]
         if not self.paths and self.number and "negatives" in collection.runs:
             log.warning(
-                "%s came with negatives of its own, which are not used: sampler.runs=[%snegatives]"
-                " takes them",
-                *(collection.name, OWN),
-            )
+                "%s has negatives of its own, which are not used; sampler.runs=[%snegatives] uses"
+                " them",
+                collection.name, OWN,
+            )  # fmt: skip
         checked = list(zip(self.paths, self._runs, strict=True))
         if self.teacher_path:
             self._teacher = read_run(collection.run_path(self.teacher_path), *texts)
@@ -116,8 +161,9 @@ class Negatives:
         for path, run in checked:
             if not np.isin(qrels.queries, run.query_rows).any():
                 raise InputError(
+                    "other-queries",
                     f"{path} ranks none of the training queries; write one with evaluate.py over"
-                    " the training split"
+                    " the training split",
                 )
 
     def excluded(self, query_row: int) -> np.ndarray:
@@ -144,7 +190,7 @@ class Negatives:
         """Passage rows [1 + number] of a query: its positive first, then its negatives.
 
         Raises:
-            InputError: the corpus has too few other texts.
+            InputError: "corpus-too-small", it has too few other texts.
         """
         rng = np.random.default_rng((self._seed, epoch, position))
         positives = self._qrels.positives(query_row)
@@ -153,8 +199,8 @@ class Negatives:
         keys = self.excluded_keys(query_row)
         pool = self.candidates(query_row, positive, taken)
         chosen = np.empty(0, dtype=np.int64)
-        # Only what is drawn is read: comparing the texts of all candidates would cost a hundred
-        # times as much, for copies are rare.
+        # Only the drawn passages are read: copies are rare, and comparing the texts of all
+        # candidates would cost a hundred times as much.
         while len(chosen) < self.number:
             drawn = self._drawn(self.number - len(chosen), query_row, pool, taken, rng)
             pool = pool[~np.isin(pool, drawn)]
@@ -163,10 +209,9 @@ class Negatives:
         return np.concatenate(([positive], chosen))
 
     def teacher_scores(self, query_row: int, rows: np.ndarray) -> np.ndarray | None:
-        """The teacher's scores [G] float32 of a group, NaN for what it has not scored.
+        """A group's teacher scores [G] float32, NaN where there is none; None without a teacher.
 
-        Without a score for the positive nothing of the group can be compared: all are NaN. None
-        without a teacher.
+        Without a score of the positive, the group cannot be compared and all scores are NaN.
         """
         if self._teacher is None:
             return None
@@ -183,7 +228,7 @@ class Negatives:
     def candidates(self, query_row: int, positive: int, excluded: np.ndarray) -> np.ndarray:
         """Every passage row that may serve as a hard negative, the runs' best ranks first.
 
-        Copies of the positives' texts may be among them; `group` leaves these out.
+        May include copies of the positives' texts, which `group` leaves out.
         """
         ranked = []
         for run in self._runs:
@@ -202,9 +247,9 @@ class Negatives:
         pool = blended[np.sort(first)]
         if self.teacher_margin is None:
             return pool
-        told = self.teacher_scores(query_row, np.concatenate(([positive], pool)))
-        assert told is not None  # a margin needs a teacher
-        return pool[~(told[1:] > told[0] - self.teacher_margin)]
+        scored = self.teacher_scores(query_row, np.concatenate(([positive], pool)))
+        assert scored is not None  # a margin needs a teacher
+        return pool[~(scored[1:] > scored[0] - self.teacher_margin)]
 
     def _keys(self, rows: np.ndarray) -> np.ndarray:
         return text_keys(self._collection.corpus.get(rows))
@@ -226,9 +271,10 @@ class Negatives:
         if size - len(known) < number - len(rows):
             (name,) = self._collection.queries.ids([query_row])
             raise InputError(
+                "corpus-too-small",
                 f"sampler.number={self.number} is too large for query {name!r}: without its"
                 f" positives and copies of their texts the corpus of {size} passages is too small;"
-                " lower it"
+                " lower it",
             )
         while len(rows) < number:
             row = int(rng.integers(size))

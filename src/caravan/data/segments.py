@@ -1,18 +1,19 @@
-"""Long documents cut into segments, each a text of its own: the baseline to reading them whole.
+"""Long documents cut into segments, the baseline to reading them whole.
 
-A model that reads short texts judges a document by its first segment, or by its best one (FirstP
-and MaxP, arXiv 1905.09217); LLaRA adapts a language model on segments. Segment i of document row r
-is again a row of a table, so whatever takes a corpus takes segments.
+A model of short texts scores a document by its first or its best segment (FirstP and MaxP, arXiv
+1905.09217); LLaRA adapts a language model on segments. Segments are rows of a table, so code that
+takes a corpus takes segments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-READ = 1024  # documents read at once
+from caravan.data.texts import Texts
+
+READ = 1024  # documents at once
 
 
 class Segments:
@@ -20,11 +21,11 @@ class Segments:
 
     Args:
         corpus: the documents.
-        rows: [n], those that are cut; any order, repeats allowed.
-        words: of a segment.
+        rows: [n], those to cut; any order, repeats allowed.
+        words: per segment.
     """
 
-    def __init__(self, corpus: Any, rows: np.ndarray, words: int) -> None:
+    def __init__(self, corpus: Texts, rows: np.ndarray, words: int) -> None:
         if words < 1:
             raise ValueError(f"a segment has at least one word, not {words}")
         self.corpus = corpus

@@ -1,9 +1,14 @@
 """Texts by row and rows by id: the two files behind a corpus and behind the queries.
 
-`<part>.arrow` holds id, title and text, an Arrow stream that `datasets` writes and can open too.
+`<part>.arrow` holds id, title and text as an Arrow stream, which `datasets` can open too.
 `<part>.ids.npy` is uint64 [2, N]: the 64-bit hashes of the ids, ascending, and the row of each. A
-look-up is a binary search in the mapped file, confirmed by the stored id. Opening reads no text,
-and a thousand rows take about a millisecond, for ten thousand passages as for millions.
+lookup is a binary search in the mapped file, confirmed by the stored id. Opening reads no text, and
+a thousand rows take about a millisecond, for ten thousand passages as for millions.
+
+An id may hold every character that runs and qrels can hold. ASCII white space ends a column for
+trec_eval (C's `isspace`), and control characters end a line for some tools (`str.splitlines` breaks
+at U+0085, U+2028 and U+001C), so these are refused. Other white space, such as U+00A0 and U+3000,
+is part of an id in TREC's formats; Python tools that use `str.split()` fail on it, hence a warning.
 """
 
 from __future__ import annotations
@@ -11,25 +16,33 @@ from __future__ import annotations
 import hashlib
 import itertools
 import mmap
+import re
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import xxhash
 
-from caravan.data.ids import check_id, has_other_space, is_id
 from caravan.errors import InputError
 from caravan.files import reserve
 from caravan.progress import track
 
 BATCH_ROWS = 16_384
-MAPPED_BYTES = 64 * 2**20  # about so much of the file is mapped at a time
-AROUND = 64 * 2**10  # what the kernel maps around a byte that is touched
-INDEX_ROWS = 1 << 20  # written at a time
-BATCH_BYTES = 64 * 2**20  # long texts: a record batch is closed early, whatever its rows
+BATCH_BYTES = 64 * 2**20  # closes a record batch of long texts early
+MAPPED_BYTES = 64 * 2**20  # about this much of the file stays mapped
+AROUND = 64 * 2**10  # bytes that the kernel maps around one that is touched
+INDEX_ROWS = 1 << 20  # written at once
+
+ASCII_SPACE = " \t\n\r\v\f"
+REFUSED = "\x00-\x20\x7f-\x9f\u2028\u2029"
+"""Character class: ASCII white space, control characters, U+2028 and U+2029."""
+_REFUSED = re.compile(f"[{REFUSED}]")
+_OTHER_SPACE = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+_SCHEMA = pa.schema([(column, pa.large_string()) for column in ("id", "title", "text")])
 
 Record = tuple[str, str, str]
 """(id, title, text) of a passage; a query has an empty title."""
@@ -37,19 +50,17 @@ Record = tuple[str, str, str]
 Rows = Sequence[int] | slice | np.ndarray
 
 Place = Callable[[str, int], str]
-"""Names the place of the n-th record of a part, such as `corpus.jsonl:12`, for messages."""
+"""The place of the n-th record of a part, such as `corpus.jsonl:12`, for error messages."""
 
 
 class Texts:
-    """Texts by row and rows by id, both read from memory-mapped files.
+    """Texts by row and rows by id, read from memory-mapped files.
 
-    Cheap to open, to fork and to pickle (only the path travels). `digest` is that of the records
-    in their order, so that what was computed from a corpus can be tied to it.
+    Cheap to open, to fork and to pickle (only the path is sent). `digest` is that of the records in
+    order.
     """
 
     def __init__(self, folder: Path, part: str, digest: str = "") -> None:
-        import pyarrow as pa
-
         self.folder, self.part, self.digest = Path(folder), part, digest
         with open(self.folder / f"{part}.arrow", "rb") as file:
             self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -67,7 +78,7 @@ class Texts:
         return Texts, (self.folder, self.part, self.digest)
 
     def get(self, rows: Rows) -> list[tuple[str, str]]:
-        """(title, text) of each row, in the order asked for; any order, repeats allowed."""
+        """(title, text) of each row, in the order of `rows`; any order, repeats allowed."""
         titles, texts = self._columns(rows, ("title", "text"))
         return list(zip(titles, texts, strict=True))
 
@@ -78,29 +89,25 @@ class Texts:
     def rows(self, ids: Sequence[str]) -> np.ndarray:
         """The row of each id, int64 [len(ids)]; -1 where the id is unknown.
 
-        A hash finds the row, the stored string confirms it: two ids with one hash stay apart.
+        A hash finds the row and the stored string confirms it, so ids with equal hashes stay apart.
         """
-        wanted = np.fromiter(
-            (id_hash(i.encode(errors="replace")) for i in ids), dtype=np.uint64, count=len(ids)
-        )
+        hashes = (_id_hash(name.encode(errors="replace")) for name in ids)
+        wanted = np.fromiter(hashes, dtype=np.uint64, count=len(ids))
         order = np.argsort(wanted, kind="stable")  # neighbours in the file are read together
         first = np.empty(len(ids), np.int64)
         first[order] = np.searchsorted(self.hashes, wanted[order], side="left")
         self._touched += AROUND * len(ids)
         found = np.full(len(ids), -1, np.int64)
-        open_ = np.arange(len(ids))
-        while len(open_):  # a second turn is needed only where hashes collide
-            open_ = open_[first[open_] < len(self)]
-            open_ = open_[self.hashes[first[open_]] == wanted[open_]]
-            rows = self.hash_rows[first[open_]].astype(np.int64)
-            same = np.fromiter(
-                (ids[at] == known for at, known in zip(open_, self.ids(rows), strict=True)),
-                dtype=bool,
-                count=len(open_),
-            )
-            found[open_[same]] = rows[same]
-            open_ = open_[~same]
-            first[open_] += 1
+        pending = np.arange(len(ids))
+        while len(pending):  # a second iteration only where hashes collide
+            pending = pending[first[pending] < len(self)]
+            pending = pending[self.hashes[first[pending]] == wanted[pending]]
+            rows = self.hash_rows[first[pending]].astype(np.int64)
+            known = zip(pending, self.ids(rows), strict=True)
+            same = np.fromiter((ids[at] == name for at, name in known), bool, len(pending))
+            found[pending[same]] = rows[same]
+            pending = pending[~same]
+            first[pending] += 1
         return found
 
     def _columns(self, rows: Rows, names: Sequence[str]) -> list[list[str]]:
@@ -122,37 +129,30 @@ class Texts:
             batch = self._batches[batch_of[low]]
             local = rows[low:high] - self._starts[batch_of[low]]
             contiguous = np.all(np.diff(local) == 1)
-            chosen = _arrow(local)
+            # `pa.array` would import pandas: 30 MiB and half a second
+            chosen = pa.Array.from_buffers(pa.int64(), len(local), [None, pa.py_buffer(local)])
             for column, name in zip(columns, names, strict=True):
                 texts = batch.column(name)
-                part = texts.slice(local[0], high - low) if contiguous else texts.take(chosen)
-                column.extend(part.to_pylist())
-            size, places = (high - low) * self._row_bytes, 1 if contiguous else high - low
-            self._touched += size + 2 * AROUND * len(names) * places
+                found = texts.slice(local[0], high - low) if contiguous else texts.take(chosen)
+                column.extend(found.to_pylist())
+            places = 1 if contiguous else high - low
+            self._touched += (high - low) * self._row_bytes + 2 * AROUND * len(names) * places
             if self._touched > MAPPED_BYTES:
                 self._release()
         if order is not None:
-            back = np.empty_like(order)
-            back[order] = np.arange(len(order))
+            back = np.argsort(order, kind="stable")
             columns = [[column[at] for at in back.tolist()] for column in columns]
         return columns
 
     def _release(self) -> None:
-        """Unmap what was read; it stays in the system's page cache, and is mapped when read again.
+        """Unmap what was read; it stays in the page cache of the system.
 
-        Without this the process would grow to the size of the file, soon when rows are random.
+        Without this, random reads would soon make the process as large as the file.
         """
         self._touched = 0.0
         for mapped in (self._file, self._index.base):
             if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def _arrow(rows: np.ndarray) -> Any:
-    """int64 numpy to Arrow; `pa.array` would import pandas for it, 30 MiB and half a second."""
-    import pyarrow as pa
-
-    return pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)])
 
 
 @dataclass(frozen=True)
@@ -171,30 +171,25 @@ def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place
     Held in memory: one record batch and the hashes of the ids (8 bytes each).
 
     Raises:
-        InputError: an id is none (see `caravan.data.ids`), or was used before.
+        InputError: "invalid-id", or "duplicate-id".
     """
-    import pyarrow as pa
-    from datasets import Features, Value
-    from datasets.arrow_writer import ArrowWriter
-
-    schema = pa.schema([(column, pa.large_string()) for column in ("id", "title", "text")])
-    features = Features({column: Value("large_string") for column in schema.names})
     content, hashes = hashlib.blake2b(digest_size=16), array("Q")
     batch: list[list[bytes]] = []
     size = repaired = spaced = 0
-    with ArrowWriter(features=features, path=str(folder / f"{part}.arrow")) as writer:
+    path = str(folder / f"{part}.arrow")
+    with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
 
         def flush() -> None:
             columns = zip(*batch, strict=True) if batch else [()] * 3
             arrays = [pa.array(column, pa.large_string()) for column in columns]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema), BATCH_ROWS)
+            writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
             batch.clear()
 
         for record in track(records, part, unit="passages" if part == "corpus" else part):
             name = record[0]
             if not is_id(name):
                 check_id(name, place(part, len(hashes)))
-            spaced += has_other_space(name)
+            spaced += not name.isascii() and _OTHER_SPACE.search(name) is not None
             try:
                 fields = [value.encode() for value in record]
             except UnicodeEncodeError:
@@ -202,7 +197,7 @@ def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place
                 repaired += 1
             content.update(b"%d,%d,%d;" % tuple(len(value) for value in fields))
             content.update(b"".join(fields))
-            hashes.append(id_hash(fields[0]))
+            hashes.append(_id_hash(fields[0]))
             batch.append(fields)
             size += sum(len(value) for value in fields)
             if len(batch) == BATCH_ROWS or size > BATCH_BYTES:
@@ -210,7 +205,6 @@ def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place
                 size = 0
         if batch or not hashes:
             flush()
-        writer.finalize()
     _write_index(folder / f"{part}.ids.npy", hashes)
     _refuse_duplicates(Texts(folder, part), place)
     return Written(content.hexdigest(), len(hashes), repaired, spaced)
@@ -228,9 +222,46 @@ def _write_index(path: Path, hashes: array[int]) -> None:
     index.flush()
 
 
-def id_hash(name: bytes) -> int:
-    """The 64-bit hash under which an id (UTF-8) is indexed."""
+def _refuse_duplicates(texts: Texts, place: Place) -> None:
+    """Equal hashes are neighbours in the index; equal strings among them are duplicates."""
+    again = np.flatnonzero(np.diff(texts.hashes) == 0)
+    rows = np.unique(texts.hash_rows[np.concatenate([again, again + 1])])
+    first: dict[str, int] = {}
+    for row, name in zip(rows.tolist(), texts.ids(rows), strict=True):
+        if name in first:
+            raise InputError(
+                "duplicate-id",
+                f"{place(texts.part, row)}: the id {name!r} is already used at"
+                f" {place(texts.part, first[name])}; make the ids unique",
+            )
+        first[name] = row
+
+
+def _id_hash(name: bytes) -> int:
     return xxhash.xxh3_64_intdigest(name)
+
+
+def _repaired(value: str) -> bytes:
+    return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()
+
+
+def is_id(name: str) -> bool:
+    """Whether a run file can hold the id.
+
+    >>> is_id("p7"), is_id("p 7"), is_id("p\\x857"), is_id("")
+    (True, False, False, False)
+    """
+    return bool(name) and _REFUSED.search(name) is None
+
+
+def check_id(name: str, place: str) -> None:
+    """Raise "invalid-id" unless `is_id`; `place`, such as `corpus.jsonl:12`, is for the message."""
+    if not is_id(name):
+        raise InputError(
+            "invalid-id",
+            f"{place}: the id {name!r} is empty or has white space or a control character, which a"
+            " TREC file cannot hold; rename it",
+        )
 
 
 def text_keys(texts: Sequence[tuple[str, str]]) -> np.ndarray:
@@ -245,19 +276,73 @@ def text_keys(texts: Sequence[tuple[str, str]]) -> np.ndarray:
     return np.fromiter(digests, dtype=np.uint64, count=len(texts)).view(np.int64)
 
 
-def _refuse_duplicates(texts: Texts, place: Place) -> None:
-    """Equal hashes are neighbours in the index; equal strings among them are duplicates."""
-    again = np.flatnonzero(np.diff(texts.hashes) == 0)
-    rows = np.unique(texts.hash_rows[np.concatenate([again, again + 1])])
-    seen: dict[str, int] = {}
-    for row, name in zip(rows.tolist(), texts.ids(rows), strict=True):
-        if name in seen:
-            raise InputError(
-                f"{place(texts.part, row)}: the id {name!r} was used before, at "
-                f"{place(texts.part, seen[name])}: make the ids unique"
-            )
-        seen[name] = row
+class IdDeduplicator:
+    """Remembers ids and the texts they had, in 16 bytes an id.
+
+    A set of ten million strings would take a gigabyte. Hashes are kept in a few sorted arrays, each
+    at least twice as long as the next, and looked up a batch at a time.
+    """
+
+    def __init__(self) -> None:
+        self._levels: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, texts), largest first
+
+    def add(self, ids: Sequence[str], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Add a batch.
+
+        Returns:
+            `(new, changed)`, bool [n]: ids that appear for the first time, and ids that appeared
+            before with another text.
+        """
+        keys, contents = _hashes(ids), _hashes(texts)
+        known, first = np.zeros(len(keys), dtype=bool), contents.copy()
+        for level, stored in self._levels:
+            at = np.minimum(np.searchsorted(level, keys), len(level) - 1)
+            here = level[at] == keys
+            known |= here
+            first[here] = stored[at[here]]
+        unique, where, back = np.unique(keys, return_index=True, return_inverse=True)
+        first[~known] = contents[where][back][~known]  # the first of this batch
+        new = np.zeros(len(keys), dtype=bool)
+        new[where] = True
+        new &= ~known
+        if new.any():
+            fresh = new[where]
+            self._levels.append((unique[fresh], contents[where[fresh]]))
+            self._merge()
+        return new, contents != first
+
+    def _merge(self) -> None:
+        while len(self._levels) > 1 and len(self._levels[-2][0]) < 2 * len(self._levels[-1][0]):
+            keys, contents = map(np.concatenate, zip(*self._levels[-2:], strict=True))
+            order = np.argsort(keys, kind="stable")
+            self._levels[-2:] = [(keys[order], contents[order])]
 
 
-def _repaired(value: str) -> bytes:
-    return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()
+def _hashes(texts: Sequence[str]) -> np.ndarray:
+    digest = xxhash.xxh3_64_intdigest
+    values = (digest(text.encode("utf-8", "surrogatepass")) for text in texts)
+    return np.fromiter(values, dtype=np.uint64, count=len(texts))
+
+
+def unique_records(
+    records: Iterable[tuple[str, Record]], part: str, counts: Counter[str]
+) -> Iterator[tuple[str, Record]]:
+    """(place, record) of each id once; repetitions are counted as `repeated_<part>`.
+
+    Raises:
+        InputError: "conflicting-texts", an id has two texts.
+    """
+    seen, records = IdDeduplicator(), iter(records)
+    while batch := list(itertools.islice(records, 4096)):
+        texts = [f"{title}\0{text}" for _, (_, title, text) in batch]
+        new, changed = seen.add([record[0] for _, record in batch], texts)
+        for (place, record), is_new, is_changed in zip(batch, new, changed, strict=True):
+            if is_changed:
+                raise InputError(
+                    "conflicting-texts",
+                    f"{place}: the id {record[0]!r} in {part} has another text than where it"
+                    " appeared before; correct one of the two, or leave it out",
+                )
+            counts[f"repeated_{part}"] += not is_new
+            if is_new:
+                yield place, record

@@ -1,8 +1,11 @@
 """Text to token ids: prompt, truncate, then EOS, in this order for every stage.
 
 RepLLaMA reads its embedding at the EOS (arXiv 2310.08319, section 2.1), so an EOS that truncation
-cuts off is a wrong embedding without an error. Here the text gives way, never what the template
-puts after it, nor a special token. BOS, [CLS] and [SEP] come as the tokenizer itself adds them.
+cuts off is a wrong embedding without an error. Here only the text is truncated, never what the
+template puts after it, nor a special token. BOS, [CLS] and [SEP] are added as the tokenizer itself
+adds them.
+
+`Templates` makes the inputs of a retriever, `PairTemplates` those of a reranker.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ import functools
 import logging
 import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from caravan.distributed import is_main_process
 from caravan.encoding import Encoding, slot_tokens, template_parts
@@ -19,14 +23,123 @@ from caravan.errors import InputError
 
 log = logging.getLogger(__name__)
 
+LEAST = 16
+"""Tokens that a document keeps however long its query is; beyond them the query is truncated."""
+
 CHARACTERS_A_TOKEN = 16
 SPARE_TOKENS = 16
-"""Only the beginning of a long text is tokenised, since the rest would be cut off (380,000
-characters: 123 ms, their first 4,000: 0.8 ms). Tokenizers divide texts where a space follows a word
-or near by; if the beginning does not give the spare tokens beyond the room, the text is tokenised
-whole, so that the ids are the same."""
 
 _WORD_END = re.compile(r"(?<=\S)(?=[ \t\n])")
+
+
+def _name(tokenizer: Any) -> str:
+    return str(tokenizer.name_or_path or "the tokenizer")
+
+
+def plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Ids of whole texts without special tokens."""
+    if not texts:
+        return []
+    settings = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, **settings)["input_ids"]
+    return encoded
+
+
+def beginning(text: str, room: int, start: int = 0) -> str:
+    """The first `start` characters of a text and enough for `room` tokens, up to a word's end."""
+    end = _WORD_END.search(text, start + CHARACTERS_A_TOKEN * (room + SPARE_TOKENS))
+    return text[: end.start()] if end else text
+
+
+def token_ids(
+    tokenizer: Any, texts: list[str], room: int, starts: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Ids of texts without special tokens, correct up to `room` tokens.
+
+    Only the beginning of a long text is tokenized (380,000 characters: 123 ms, their first 4,000:
+    0.8 ms). Tokenizers divide texts at or near a space after a word; if the beginning does not give
+    the spare tokens beyond the room, the whole text is tokenized, so that the ids are the same.
+
+    Args:
+        starts: characters of each text that are tokenized in any case.
+    """
+    starts = starts or [0] * len(texts)
+    cut = [beginning(text, room, start) for text, start in zip(texts, starts, strict=True)]
+    encoded = plain_ids(tokenizer, cut)
+    short = [
+        i
+        for i, ids in enumerate(encoded)
+        if len(cut[i]) < len(texts[i]) and len(ids) <= room + SPARE_TOKENS
+    ]
+    for i, ids in zip(short, plain_ids(tokenizer, [texts[i] for i in short]), strict=True):
+        encoded[i] = ids
+    return encoded
+
+
+def special_tokens(tokenizer: Any, pair: bool = False) -> tuple[list[int], list[int], list[int]]:
+    """The ids that the tokenizer puts before a text, between the texts of a pair, and after it."""
+    texts = ("a", "b") if pair else ("a",)
+    whole = tokenizer(*texts, add_special_tokens=True)["input_ids"]
+    gaps, end = [], 0
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        starts = range(end, len(whole) - len(ids) + 1)
+        start = next((i for i in starts if whole[i : i + len(ids)] == ids), None)
+        if start is None:
+            raise InputError(
+                "unsupported-tokenizer",
+                f"{_name(tokenizer)}: its special tokens change the tokens of the text itself; "
+                + ("set encoding.pair=joined" if pair else "this tokenizer is not supported"),
+            )
+        gaps.append(whole[end:start])
+        end = start + len(ids)
+    return gaps[0], gaps[1] if pair else [], whole[end:]
+
+
+def _around(
+    tokenizer: Any, encoding: Encoding, pair: bool = False
+) -> tuple[list[int], list[int], list[int]]:
+    """`special_tokens` with the EOS that the encoding appends."""
+    before, between, after = special_tokens(tokenizer, pair)
+    eos = tokenizer.eos_token_id
+    if encoding.append_eos and eos is None:
+        raise InputError(
+            "missing-eos",
+            f"encoding.append_eos is set, but {_name(tokenizer)} has no EOS token; set"
+            " encoding.append_eos=false",
+        )
+    if encoding.append_eos and after[-1:] != [eos]:
+        after = [*after, eos]
+    return before, between, after
+
+
+def without_second_end(tokenizer: Any, encoding: Encoding) -> Encoding:
+    """The encoding for a new model: `append_eos` is off if the tokenizer ends texts by itself.
+
+    Qwen3-Embedding's tokenizer ends each text with <|endoftext|> and has another token as its EOS.
+    With both, pooling would read a state that the model was never trained on.
+    """
+    eos, token = tokenizer.eos_token_id, tokenizer.eos_token
+    if not encoding.append_eos or eos is None:
+        return encoding
+    templates = {"passage": encoding.passage_template}
+    if encoding.kind == "retriever":
+        templates["query"] = encoding.query_template
+    for side, template in templates.items():
+        if template.rstrip().endswith(token):
+            raise InputError(
+                "repeated-eos",
+                f"encoding.{side}_template ends with {token}, which encoding.append_eos appends;"
+                " leave it out of the template",
+            )
+    paired = encoding.kind == "reranker" and encoding.pair == "pair"
+    after = special_tokens(tokenizer, paired)[2]
+    if not after or after[-1] == eos:
+        return encoding
+    if is_main_process():
+        end = tokenizer.convert_ids_to_tokens(after[-1])
+        log.info("encoding.append_eos=false: texts end with %s, %s is not appended", end, token)
+    return replace(encoding, append_eos=False)
 
 
 class Template:
@@ -44,80 +157,33 @@ class Template:
         """
         return (self.body if title else self.untitled).format(title=title, text=text)
 
-
-class Templates:
-    """Turns queries and passages into token ids as the encoding says.
-
-    Args:
-        tokenizer: a fast tokenizer of transformers.
-        encoding: templates, lengths and EOS.
-
-    Attributes:
-        before: ids that stand before every text.
-        tails: ids that stand after a "query" and after a "passage", however long it is.
-
-    Raises:
-        InputError: the encoding wants an EOS that the tokenizer lacks, or a length leaves no room.
-    """
-
-    def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
-        self.tokenizer = tokenizer
-        self.encoding = encoding
-        self.before, self.after = special_tokens(tokenizer)
-        eos = tokenizer.eos_token_id
-        if encoding.append_eos and eos is None:
+    def tail(self, tokenizer: Any, encoding: Encoding, after: list[int]) -> list[int]:
+        """Ids that follow the text: the suffix, then the slots, or else the special tokens."""
+        ids = plain_ids(tokenizer, [self.suffix])[0] if self.suffix else []
+        if not self.slots:
+            return [*ids, *after]
+        if after:
             raise InputError(
-                f"encoding.append_eos is set, but {tokenizer.name_or_path or 'the tokenizer'} has"
-                " no EOS token; set encoding.append_eos=false"
+                "unsupported-tokenizer",
+                f"{_name(tokenizer)} puts a special token after every text, where {{self}} or"
+                " {next} must be last; let the EOS be the slot: encoding.slots=0,"
+                " encoding.append_eos=true, and templates without {self} and {next}",
             )
-        if encoding.append_eos and self.after[-1:] != [eos]:
-            self.after = [*self.after, eos]
-        self._query = Template(encoding.query_template)
-        self._passage = Template(encoding.passage_template)
-        self.tails = {
-            side: prompt_end(tokenizer, encoding, template, self.after)
-            for side, template in (("query", self._query), ("passage", self._passage))
-        }
-        for side, tail in self.tails.items():
-            taken = len(self.before) + len(tail)
-            told = (
-                f"encoding.{side}_length={self._length(side)} leaves {{}} for text: the prompt's"
-                f" end and the special tokens take {taken} tokens; raise it"
-            )
-            if self._room(side) < 1:
-                raise InputError(told.format("no room"))
-            if self._room(side) < taken:
-                _warn_once(told.format(f"no more than {self._room(side)} tokens"))
+        known = tokenizer.get_vocab()
+        tokens = slot_tokens(encoding, self.slots)
+        missing = [token for token in tokens if token not in known]
+        if missing:
+            raise ValueError(f"the tokenizer lacks {missing[0]}: see `encoding.slot_tokens`")
+        return [*ids, *(known[token] for token in tokens)]
 
-    @property
-    def pad_id(self) -> int:
-        """Fills padding. Any id does, since the mask decides what is real."""
-        return int(self.tokenizer.pad_token_id or 0)
 
-    def queries(self, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """Token ids of queries, given as (title, text); a query's title is ignored."""
-        rendered = [self._query.render("", text) for _, text in texts]
-        return self._encode(rendered, "query")
-
-    def passages(self, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """Token ids of passages, given as (title, text)."""
-        rendered = [self._passage.render(title, text) for title, text in texts]
-        return self._encode(rendered, "passage")
-
-    def _length(self, side: str) -> int:
-        return self.encoding.query_length if side == "query" else self.encoding.passage_length
-
-    def _room(self, side: str) -> int:
-        """Tokens of text, at most."""
-        return self._length(side) - len(self.before) - len(self.tails[side])
-
-    def _encode(self, texts: list[str], side: str) -> list[list[int]]:
-        if not texts:
-            return []
-        room, tail = self._room(side), self.tails[side]
-        begun = [beginning(text, room) for text in texts]
-        encoded = token_ids(self.tokenizer, texts, begun, room)
-        return [[*self.before, *ids[:room], *tail] for ids in encoded]
+def check_room(setting: str, room: int, taken: int) -> None:
+    """Refuse a length without room for text; warn if the prompt takes more than the text."""
+    problem = f"{setting} leaves {{}} for text: prompts and special tokens take {taken}; raise it"
+    if room < 1:
+        raise InputError("no-room-for-text", problem.format("no room"))
+    if room < taken:
+        _warn_once(problem.format(f"only {room} tokens"))
 
 
 @functools.cache
@@ -126,138 +192,192 @@ def _warn_once(message: str) -> None:
         log.warning(message)
 
 
-class JointTemplates:
-    """Turns texts into token ids that end with several prompts, for one pass (`models.slots`).
+class Templates:
+    """Turns queries and passages into token ids as the encoding says.
 
-    Args:
-        encoding: its passage template gives what stands before the text, `passage_length` is the
-            length of the whole.
-        prompts: what follows the text for each task, such as `{self}`'s.
+    Attributes:
+        before: ids before every text.
+        tails: ids after a "query" and after a "passage", however long the text is.
+        pad_id: fills padding; any id will do, since the mask marks the real tokens.
 
     Raises:
-        InputError: the length leaves no room, or the prompts differ in their slots.
+        InputError: "missing-eos", "no-room-for-text", "unsupported-tokenizer".
     """
 
-    def __init__(self, tokenizer: Any, encoding: Encoding, prompts: Sequence[str]) -> None:
-        single = Templates(tokenizer, encoding)
-        self.tokenizer = tokenizer
-        self.before, self.pad_id = single.before, single.pad_id
-        self._text = Template(encoding.passage_template)
-        ends = [
-            prompt_end(tokenizer, encoding, Template(f"{{text}}{prompt}"), single.after)
-            for prompt in prompts
-        ]
-        self.prompts = tuple(map(len, ends))
-        self.end = [token for end in ends for token in end]
-        # A space before the text goes with its first word.
-        opening = self._text.untitled.partition("{text}")[0].rstrip()
-        self.skipped = len(self.before) + (len(_ids(tokenizer, [opening])[0]) if opening else 0)
-        self.room = encoding.passage_length - len(self.before) - len(self.end)
-        if self.room < 1:
+    def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
+        self.tokenizer, self.encoding = tokenizer, encoding
+        self.pad_id = int(tokenizer.pad_token_id or 0)
+        self.before, _, self.after = _around(tokenizer, encoding)
+        self._query = Template(encoding.query_template)
+        self._passage = Template(encoding.passage_template)
+        self.tails, self._room = {}, {}
+        for side, template, length in (
+            ("query", self._query, encoding.query_length),
+            ("passage", self._passage, encoding.passage_length),
+        ):
+            self.tails[side] = template.tail(tokenizer, encoding, self.after)
+            taken = len(self.before) + len(self.tails[side])
+            self._room[side] = length - taken
+            check_room(f"encoding.{side}_length={length}", length - taken, taken)
+
+    def queries(self, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Token ids of queries, given as (title, text); the title is ignored."""
+        return self._encode([self._query.render("", text) for _, text in texts], "query")
+
+    def passages(self, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Token ids of passages, given as (title, text)."""
+        return self._encode([self._passage.render(*text) for text in texts], "passage")
+
+    def _encode(self, texts: list[str], side: str) -> list[list[int]]:
+        room, tail = self._room[side], self.tails[side]
+        encoded = token_ids(self.tokenizer, texts, room)
+        return [[*self.before, *ids[:room], *tail] for ids in encoded]
+
+
+class Pair(NamedTuple):
+    """One input of a reranker."""
+
+    ids: list[int]
+    second: int  # start of the passage, for models with token types; of the query for a likelihood
+
+
+class PairTemplates:
+    """Turns a query and a passage into one input of a reranker: joined or paired.
+
+    RankLLaMA (arXiv 2310.08319, section 2.2) reads `query: {query} document: {title} {text}` and an
+    EOS as one text; its released checkpoints, and encoders, take a pair with the tokenizer's
+    special tokens. The document is truncated, never the EOS, and the query only where it leaves the
+    document fewer than `LEAST` tokens. For a likelihood the document comes first, and the prompt of
+    the query is part of the condition.
+
+    Args:
+        section: the config section that sets the lengths, for messages.
+
+    Attributes:
+        cut: pairs so far whose query was truncated; the first one is logged.
+
+    Raises:
+        InputError: "missing-eos", "no-room-for-text", "invalid-template", "unsupported-tokenizer".
+    """
+
+    def __init__(self, tokenizer: Any, encoding: Encoding, section: str = "encoding") -> None:
+        self.tokenizer, self.encoding = tokenizer, encoding
+        self.pad_id = int(tokenizer.pad_token_id or 0)
+        likelihood = encoding.scoring == "likelihood"
+        self.typed = likelihood or "token_type_ids" in tokenizer.model_input_names
+        self.length = encoding.query_length + encoding.passage_length
+        paired = encoding.pair == "pair"
+        self.before, self.between, self.after = _around(tokenizer, encoding, paired)
+        self._query = Template(encoding.query_template)
+        self._passage = Template(encoding.passage_template)
+        prompt: list[int] = []
+        if likelihood:
+            self.after = []  # only the query's own tokens are part of its likelihood
+            self._before_query = f" {self._query.render('', '')}"
+            prompt = plain_ids(tokenizer, [self._before_query])[0]
+            ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+            self._start = next((token for token in ends if token is not None), None)
+        if self._passage.suffix:
             raise InputError(
-                f"encoding.passage_length={encoding.passage_length} leaves no room for text: the"
-                f" prompts take {len(self.end)} tokens; raise it"
+                "invalid-template",
+                f"encoding.passage_template {encoding.passage_template!r} has text after its last"
+                " field, which a reranker does not support; end it with {text}",
             )
-        if self.room < len(self.end):
-            _warn_once(
-                f"encoding.passage_length={encoding.passage_length} leaves no more than"
-                f" {self.room} tokens for text: the prompts take {len(self.end)}; raise it"
+        self.room = self.length - len(self.before) - len(self.between) - len(self.after)
+        left = max(self.room - len(prompt), 0)
+        if left < 2 * LEAST:
+            raise InputError(
+                "no-room-for-text",
+                f"{section}.query_length + {section}.passage_length = {self.length} leaves {left}"
+                f" tokens for query and document, which need {2 * LEAST}; raise one of them",
             )
+        self.cut = 0
 
-    def encode(self, texts: Sequence[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids of (title, text) with the prompts, and those of the text alone."""
-        rendered = [self._text.render(title, text) for title, text in texts]
-        if not rendered:
-            return [], []
-        begun = [beginning(text, self.room) for text in rendered]
-        found = token_ids(self.tokenizer, rendered, begun, self.room)
-        read = [ids[: self.room] for ids in found]
-        opening = self.skipped - len(self.before)
-        return [[*self.before, *ids, *self.end] for ids in read], [ids[opening:] for ids in read]
+    def pairs(
+        self, queries: Sequence[tuple[str, str]], passages: Sequence[tuple[str, str]]
+    ) -> list[Pair]:
+        """Token ids of pairs; queries and passages are (title, text), a query's title ignored."""
+        firsts = [self._query.render("", text) + self._query.suffix for _, text in queries]
+        seconds = [self._passage.render(title, text) for title, text in passages]
+        if self.encoding.scoring == "likelihood":
+            return self._conditioned(firsts, seconds)
+        if self.encoding.pair == "pair":
+            return self._paired(firsts, seconds)
+        return self._joined(firsts, seconds)
 
-    def beginning_of(self, text: str, ids: Sequence[int]) -> str:
-        """The part of a text that its token ids stand for, if it was too long to be read."""
-        if len(ids) < self.room - (self.skipped - len(self.before)):
-            return text
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+    def _joined(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
+        texts = [f"{first} {second}" for first, second in zip(firsts, seconds, strict=True)]
+        most = self.room - LEAST
+        # A token has at least one byte, so only the tokens of long queries are counted.
+        suspects = [text for text in dict.fromkeys(firsts) if len(text.encode()) > most]
+        counted = token_ids(self.tokenizer, suspects, self.room)
+        long = {text for text, ids in zip(suspects, counted, strict=True) if len(ids) > most}
+        encoded = token_ids(self.tokenizer, texts, self.room, list(map(len, firsts)))
+        pairs = []
+        for first, text, ids in zip(firsts, texts, encoded, strict=True):
+            if first in long and len(ids) > self.room:
+                ids = self._without_end_of_query(first, text)
+            whole = [*self.before, *ids[: self.room], *self.after]
+            pairs.append(Pair(whole, len(whole)))
+        return pairs
 
-    def plain(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts without anything around them, as many as would be read."""
-        begun = [beginning(text, self.room) for text in texts]
-        return [
-            ids[: self.room] for ids in token_ids(self.tokenizer, list(texts), begun, self.room)
-        ]
+    def _without_end_of_query(self, first: str, text: str) -> list[int]:
+        text = beginning(text, self.room, start=len(first))  # includes LEAST tokens of the document
+        ids, of_query = self._with_offsets([text], len(first))[0]
+        self._count_cut()
+        document = ids[of_query : of_query + LEAST]
+        return [*ids[: self.room - len(document)], *document]
 
-
-def prompt_end(
-    tokenizer: Any, encoding: Encoding, template: Template, after: list[int]
-) -> list[int]:
-    """Ids of what follows the text: the prompt's end, then the slots, or what always follows."""
-    ids = _ids(tokenizer, [template.suffix])[0] if template.suffix else []
-    if not template.slots:
-        return [*ids, *after]
-    if after:
-        raise InputError(
-            f"{tokenizer.name_or_path or 'the tokenizer'} puts a token of its own after every text,"
-            " where {self} or {next} must be last; let the EOS be the slot: encoding.slots=0,"
-            " encoding.append_eos=true, and templates without {self} and {next}"
+    def _with_offsets(self, texts: list[str], end: int) -> list[tuple[list[int], int]]:
+        """Ids of texts, and how many of them lie within the first `end` characters."""
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-    known = tokenizer.get_vocab()
-    tokens = slot_tokens(encoding, template.slots)
-    missing = [token for token in tokens if token not in known]
-    if missing:
-        raise ValueError(f"the tokenizer lacks {missing[0]}: see `encoding.slot_tokens`")
-    return [*ids, *(known[token] for token in tokens)]
+        within = (sum(stop <= end for _, stop in of) for of in encoded["offset_mapping"])
+        return list(zip(encoded["input_ids"], within, strict=True))
 
+    def _paired(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
+        distinct = list(dict.fromkeys(firsts))  # a query stands beside many passages
+        known = dict(zip(distinct, plain_ids(self.tokenizer, distinct), strict=True))
+        pairs = []
+        encoded = token_ids(self.tokenizer, seconds, self.room)
+        for first, passage in zip(firsts, encoded, strict=True):
+            query = self._fitting(known[first], passage)
+            head = [*self.before, *query, *self.between]
+            ids = [*head, *passage[: self.room - len(query)], *self.after]
+            pairs.append(Pair(ids, len(head) if self.typed else len(ids)))
+        return pairs
 
-def beginning(text: str, room: int, start: int = 0) -> str:
-    """The part of a long text that is tokenised first, up to the end of a word.
+    def _conditioned(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
+        """The passage, the prompt of the query, and the query, whose likelihood is the score."""
+        texts = [f" {first}" for first in firsts]
+        distinct = list(dict.fromkeys(texts))
+        # Where the last token of the prompt extends into the text, it belongs to the query.
+        coded = self._with_offsets(distinct, len(self._before_query)) if distinct else []
+        known = dict(zip(distinct, coded, strict=True))
+        pairs = []
+        encoded = token_ids(self.tokenizer, seconds, self.room)
+        for text, passage in zip(texts, encoded, strict=True):
+            query, prompt = known[text]
+            query = self._fitting(query, passage)
+            head = [*self.before, *passage[: self.room - len(query)]]
+            if not head and not prompt and self._start is not None:
+                head, query = [self._start], query[: self.room - 1]  # scores the first token too
+            pairs.append(Pair([*head, *query], len(head) + prompt))
+        return pairs
 
-    Args:
-        start: characters that are kept in any case.
-    """
-    end = _WORD_END.search(text, start + CHARACTERS_A_TOKEN * (room + SPARE_TOKENS))
-    return text[: end.start()] if end else text
+    def _fitting(self, query: list[int], passage: list[int]) -> list[int]:
+        """The query, truncated if it would leave the passage fewer than `LEAST` tokens."""
+        most = self.room - min(LEAST, len(passage))
+        if len(query) > most:
+            self._count_cut()
+        return query[:most]
 
-
-def token_ids(tokenizer: Any, texts: list[str], begun: list[str], room: int) -> list[list[int]]:
-    """Ids of texts without special tokens, right up to `room`; each text's beginning may do.
-
-    Args:
-        begun: beginnings of the texts, as `beginning` gives them.
-    """
-    encoded = _ids(tokenizer, begun)
-    short = [
-        i
-        for i, ids in enumerate(encoded)
-        if len(begun[i]) < len(texts[i]) and len(ids) <= room + SPARE_TOKENS
-    ]
-    for i, ids in zip(short, _ids(tokenizer, [texts[i] for i in short]), strict=True):
-        encoded[i] = ids
-    return encoded
-
-
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    encoded: list[list[int]] = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
-    return encoded
-
-
-def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer itself puts before and after a single text."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return whole[:start], whole[start + len(plain) :]
-    raise InputError(
-        f"{tokenizer.name_or_path}: its special tokens change the text's own tokens; this tokenizer"
-        " is not supported"
-    )
+    def _count_cut(self) -> None:
+        self.cut += 1
+        if self.cut == 1:
+            log.warning(
+                "a query takes more than the %d tokens that encoding.query_length +"
+                " encoding.passage_length leave it, and is truncated; raise one of them",
+                self.room - LEAST,
+            )

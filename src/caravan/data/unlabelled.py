@@ -1,8 +1,9 @@
-"""Unlabelled text for LLaRA: chunks of documents, and the sets of tokens their slots are to tell.
+"""Unlabelled text for LLaRA: segments of documents, and the sets of tokens to predict from slots.
 
-A document is cut into consecutive chunks of so many words. EBAE's target is the chunk itself,
-EBAR's the chunk that follows; the last one of a document has none, which costs nothing and is
-counted (arXiv 2312.15503, section 3.2; "content" targets are those of the released code).
+A document is cut into consecutive segments of some words. EBAE's target is the segment itself,
+EBAR's the segment that follows; the last one of a document has no following segment, which costs
+nothing and is counted (arXiv 2312.15503, section 3.2; "content" targets are those of the released
+code).
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from bm25s.stopwords import STOPWORDS_EN_PLUS
 from torch.utils.data import Dataset
 
 from caravan.data.batch import AdaptationBatch, Fields, TokenIds, Unpacked
 from caravan.data.batching import Permutation
 from caravan.data.segments import Segments
-from caravan.data.tokenization import JointTemplates
+from caravan.data.texts import Texts
+from caravan.data.tokenization import Template, Templates, check_room, plain_ids, token_ids
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 
 TARGETS = ("all", "content")
@@ -26,34 +30,83 @@ TASKS = ("ebae", "ebar")
 _NO_WORD = re.compile(r"[\W_]+")
 
 
-class Targets:
-    """Texts to the sets of tokens that stand for them.
+class JointTemplates:
+    """Turns texts into token ids that end with several prompts, for one pass (`models.llara`).
 
     Args:
-        kind: "all" tokens, or of "content" words only: no punctuation and no English stop words
-            (NLTK's list, as bm25s carries it).
+        encoding: its passage template gives the opening before the text, `passage_length` the
+            length of the whole.
+        prompts: the end of the text for each task, such as that with `{self}`.
+
+    Attributes:
+        prompts: tokens of each prompt.
+        skipped: tokens before the text.
+
+    Raises:
+        InputError: "no-room-for-text"; see `Templates`.
+    """
+
+    def __init__(self, tokenizer: Any, encoding: Encoding, prompts: Sequence[str]) -> None:
+        single = Templates(tokenizer, encoding)
+        self.tokenizer = tokenizer
+        self.before, self.pad_id = single.before, single.pad_id
+        self._text = Template(encoding.passage_template)
+        ends = [
+            Template(f"{{text}}{prompt}").tail(tokenizer, encoding, single.after)
+            for prompt in prompts
+        ]
+        self.prompts = tuple(map(len, ends))
+        self.end = [token for end in ends for token in end]
+        # A space before the text belongs to its first word.
+        opening = self._text.untitled.partition("{text}")[0].rstrip()
+        self._opening = len(plain_ids(tokenizer, [opening])[0]) if opening else 0
+        self.skipped = len(self.before) + self._opening
+        self.room = encoding.passage_length - len(self.before) - len(self.end)
+        check_room(f"encoding.passage_length={encoding.passage_length}", self.room, len(self.end))
+
+    def encode(self, texts: Sequence[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of (title, text) with the prompts, and those of the text alone."""
+        read = self.plain([self._text.render(title, text) for title, text in texts])
+        with_prompts = [[*self.before, *ids, *self.end] for ids in read]
+        return with_prompts, [ids[self._opening :] for ids in read]
+
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts without anything around them, as many as there is room for."""
+        return [ids[: self.room] for ids in token_ids(self.tokenizer, list(texts), self.room)]
+
+    def covered(self, text: str, ids: Sequence[int]) -> str:
+        """The part of a text that its token ids cover, if the text was truncated."""
+        if len(ids) < self.room - self._opening:
+            return text
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class Targets:
+    """The sets of tokens that stand for texts.
+
+    Args:
+        kind: "all" tokens, or those of "content" words: no punctuation and no English stop words
+            (NLTK's list, as in bm25s).
     """
 
     def __init__(self, templates: JointTemplates, kind: str) -> None:
         if kind not in TARGETS:
-            raise InputError(f"stage.targets is {kind!r}; it must be one of {', '.join(TARGETS)}")
+            raise InputError(
+                "invalid-setting",
+                f"stage.targets is {kind!r}; it must be one of {', '.join(TARGETS)}",
+            )
         self.templates = templates
-        self.stop_words: frozenset[str] = frozenset()
-        if kind == "content":
-            from bm25s.stopwords import STOPWORDS_EN_PLUS
-
-            self.stop_words = frozenset(STOPWORDS_EN_PLUS)
+        self.stop_words = frozenset(STOPWORDS_EN_PLUS) if kind == "content" else frozenset()
 
     def __call__(self, texts: Sequence[str], read: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Distinct token ids of each text, ascending.
 
         Args:
-            read: the texts' token ids, as far as they are read.
+            read: the token ids of the texts, truncated.
         """
         if self.stop_words:
-            whole = zip(texts, read, strict=True)
-            seen = [self.templates.beginning_of(text, ids) for text, ids in whole]
-            read = self.templates.plain([self.content(text) for text in seen])
+            covered = map(self.templates.covered, texts, read)
+            read = self.templates.plain([self.content(text) for text in covered])
         return [np.unique(np.asarray(ids, dtype=np.int64)) for ids in read]
 
     def content(self, text: str) -> str:
@@ -63,22 +116,22 @@ class Targets:
 
 
 class Unlabelled(Dataset[Unpacked[AdaptationBatch]]):
-    """Batches of chunks: item (epoch, positions) is the batch at these places of the epoch.
+    """Batches of segments: item (epoch, positions) is the batch at these positions of the epoch.
 
     Args:
         corpus: documents.
         targets: "all" or "content", see `Targets`.
-        words: of a chunk.
-        tasks: of TASKS, those that are trained, in the order of the prompts.
+        words: of a segment.
+        tasks: those of TASKS to train, in the order of the prompts.
         seed: with the epoch gives the order.
 
     Raises:
-        InputError: EBAR is trained, and no chunk has one that follows.
+        InputError: "nothing-follows", EBAR is trained and no document has two segments.
     """
 
     def __init__(
         self,
-        corpus: Any,
+        corpus: Texts,
         templates: JointTemplates,
         targets: str,
         words: int,
@@ -86,55 +139,57 @@ class Unlabelled(Dataset[Unpacked[AdaptationBatch]]):
         token_budget: int,
         seed: int,
     ) -> None:
-        self.chunks = Segments(corpus, np.arange(len(corpus)), words)
+        self.segments = Segments(corpus, np.arange(len(corpus)), words)
         self.templates = templates
         self.targets = Targets(templates, targets)
         self.tasks = tuple(tasks)
         self.token_budget = token_budget
         self.seed = seed
-        self.permutation = Permutation(np.arange(len(self.chunks)), seed)
-        self.followed = len(self.chunks) - len(self.chunks.rows)
+        self.permutation = Permutation(np.arange(len(self.segments)), seed)
+        self.followed = len(self.segments) - len(self.segments.rows)
         if "ebar" in tasks and not self.followed:
             raise InputError(
-                f"no passage has more than {words} words, so that no chunk of them is followed by"
-                " another and EBAR has nothing to tell; lower stage.words, or leave ebar out of"
-                " stage.tasks"
+                "nothing-follows",
+                f"no passage has more than {words} words, so EBAR has no following segment to"
+                " predict; lower stage.words, or leave ebar out of stage.tasks",
             )
 
     def __len__(self) -> int:
-        return len(self.chunks)
+        return len(self.segments)
 
-    def told(self, name: str, batch: int, accumulated: int) -> str:
-        """What is trained on, in one line."""
+    def open(self) -> None:
+        """See `caravan.data.batching.TrainingSet`; there is nothing to read."""
+
+    def summary(self, name: str, batch: int, accumulated: int) -> str:
+        """See `caravan.data.batching.TrainingSet`."""
         return (
-            f"{len(self):,} chunks of {self.chunks.words} words from {len(self.chunks.rows):,}"
-            f" passages of {name}, {self.followed:,} of them followed by another;"
-            f" {batch * accumulated} chunks an update"
+            f"{len(self):,} segments of {self.segments.words} words from"
+            f" {len(self.segments.rows):,} passages of {name}, {self.followed:,} of them followed"
+            f" by another; {batch * accumulated} segments an update"
         )
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> Unpacked[AdaptationBatch]:
         epoch, positions = item
-        chunks = self.permutation(epoch)[positions]
-        read = self.chunks.get(chunks)
-        ids, own = self.templates.encode(read)
+        rows = self.permutation(epoch)[positions]
+        texts = self.segments.get(rows)
+        ids, own = self.templates.encode(texts)
         sets: dict[str, list[np.ndarray]] = {}
         if "ebae" in self.tasks:
-            sets["ebae"] = self.targets([f"{title} {text}".strip() for title, text in read], own)
+            sets["ebae"] = self.targets([f"{title} {text}".strip() for title, text in texts], own)
         if "ebar" in self.tasks:
-            following = self.following(chunks)
+            following = self.following(rows)
             sets["ebar"] = self.targets(following, self.templates.plain(following))
-        in_order = [sets[task][i] for i in range(len(chunks)) for task in self.tasks]
+        in_order = [sets[task][i] for i in range(len(rows)) for task in self.tasks]
         counts = np.array([len(tokens) for tokens in in_order], dtype=np.int64)
-        flat = np.concatenate(in_order) if in_order else np.zeros(0, dtype=np.int64)
         fields: Fields = {
             "texts": TokenIds.of(ids),
-            "targets": flat,
-            "counts": counts.reshape(len(chunks), len(self.tasks)),
+            "targets": np.concatenate([np.zeros(0, dtype=np.int64), *in_order]),
+            "counts": counts.reshape(len(rows), len(self.tasks)),
         }
         return Unpacked(AdaptationBatch, fields, self.token_budget, self.templates.pad_id)
 
-    def following(self, chunks: np.ndarray) -> list[str]:
-        """The text after each chunk in its document, empty where there is none."""
-        last = self.chunks.last(chunks)
-        texts = iter(self.chunks.get(chunks[~last] + 1))
+    def following(self, rows: np.ndarray) -> list[str]:
+        """The text after each segment in its document, empty at the end of the document."""
+        last = self.segments.last(rows)
+        texts = iter(self.segments.get(rows[~last] + 1))
         return ["" if end else next(texts)[1] for end in last]

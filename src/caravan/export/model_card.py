@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from caravan import manifests
-from caravan.data.pairs import PairTemplates
-from caravan.data.tokenization import Template, Templates
+from caravan.data.tokenization import PairTemplates, Template, Templates
 from caravan.encoding import FILE, Encoding, adapter_base, folder_digest, read_encoding
 from caravan.errors import InputError, reading
 from caravan.files import replacing

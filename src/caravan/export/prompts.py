@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from caravan.data.pairs import LEAST, PairTemplates
-from caravan.data.tokenization import Template
-from caravan.encoding import Encoding
+from caravan.data.tokenization import LEAST, PairTemplates, Template
 from caravan.errors import InputError
 from caravan.export import verify
 from caravan.export.model_card import TEXT, TITLE, fields, quoted
@@ -97,9 +95,16 @@ class Pairing:
         longest: tokens of a query, with its prompt, above which the two truncate differently.
     """
 
-    def __init__(self, tokenizer: Any, encoding: Encoding, folder: Path) -> None:
-        self.templates = PairTemplates(tokenizer, encoding)
+    def __init__(self, templates: PairTemplates, folder: Path) -> None:
+        encoding = templates.encoding
+        self.templates = templates
         self.encoding = encoding
+        if encoding.scoring == "likelihood":
+            raise InputError(
+                "not-expressible",
+                f"{folder} scores by the query's likelihood, which no module of"
+                f" sentence-transformers computes; {REMEDY}",
+            )
         self.longest = self.templates.room - LEAST
         self.passage = Prompt.of("passage_template", encoding.passage_template)
         if self.passage.titled and self.passage.titled_before != self.passage.before:

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from caravan.data.tokenization import Templates
 from caravan.encoding import SLOTS, Encoding, read_encoding, slot_tokens
 from caravan.errors import InputError
 from caravan.export import model_card, verify
-from caravan.export.prompts import REMEDY, Pairing, Prompt, framed
+from caravan.export.prompts import Pairing, Prompt, framed
 from caravan.models import folder as model_folder
 from caravan.models.crossencoder import head_of
+from caravan.retrieval.inference import Inference
 
 POOLINGS = {"last": "lasttoken", "mean": "mean", "cls": "cls", "slots": "mean"}
 FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
@@ -60,31 +60,37 @@ def _write_retriever(folder: Path, out: Path) -> dict[str, Any]:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules as library
 
-    model, tokenizer, encoding, _ = model_folder.load(folder, kind="retriever")
-    templates = Templates(tokenizer, encoding)
+    reference = Inference(folder, precision="float32")
+    encoding, templates = reference.encoding, reference.templates
+    tokenizer = templates.tokenizer
+    sides = {
+        "query": (encoding.query_length, templates.queries, "query"),
+        "document": (encoding.passage_length, templates.passages, "passage"),
+    }
     prompts = {
         "query": Prompt.of("query_template", encoding.query_template),
         "document": Prompt.of("passage_template", encoding.passage_template),
     }
-    lengths = {"query": encoding.query_length, "document": encoding.passage_length}
-    tails = {"query": templates.tails["query"], "document": templates.tails["passage"]}
-    encode = {"query": templates.queries, "document": templates.passages}
-    texts = {
-        task: [
+    texts, expected = {}, {}
+    for task, (length, encode, side) in sides.items():
+        prompt = prompts[task]
+        texts[task] = [
             text
-            for text in verify.probes(lengths[task])
-            if encode[task]([text])[0] and prompt.prompt_of(text[0]) == prompt.before
+            for text in verify.probes(length)
+            if encode([text])[0] and prompt.prompt_of(text[0]) == prompt.before
         ]
-        for task, prompt in prompts.items()
-    }
-    expected = {task: verify.embed(model, encode[task](texts[task])) for task in prompts}
+        expected[task] = reference.embed(texts[task], side)
+    del reference  # there may not be enough memory for two
+    model = model_folder.load(folder)[0]
     modules = _modules_after(model.backbone.config.get_text_config(), tokenizer, encoding)
+    routed = templates.tails["query"] != templates.tails["passage"]
     transformers = {}
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         verify.save_transformer(model.backbone, Path(scratch))
-        del model  # there may not be enough memory for two
-        for task in prompts if tails["query"] != tails["document"] else ["document"]:
-            own = framed(tokenizer, lengths[task], templates.before, tails[task])
+        del model
+        for task in sides if routed else ["document"]:
+            length, _, side = sides[task]
+            own = framed(tokenizer, length, templates.before, templates.tails[side])
             own.save_pretrained(scratch)
             transformers[task] = library.Transformer(
                 scratch,
@@ -94,7 +100,6 @@ def _write_retriever(folder: Path, out: Path) -> dict[str, Any]:
                 document_length=encoding.passage_length,
             )
     first = transformers["document"]
-    routed = len(transformers) > 1
     if routed:
         first.model = transformers["query"].model
         first = library.Router({task: [one] for task, one in transformers.items()}, None, False)
@@ -116,7 +121,7 @@ def _write_retriever(folder: Path, out: Path) -> dict[str, Any]:
     for task, prompt in prompts.items():
         given = [prompt.given(*text) for text in texts[task]]
         encode_side = saved.encode_query if task == "query" else saved.encode_document
-        verify.compare(folder, expected[task], encode_side(given, convert_to_tensor=True))
+        verify.compare(folder, expected[task], encode_side(given))
     return {"routed": routed, **prompts["document"].card()}
 
 
@@ -140,16 +145,13 @@ def _write_reranker(folder: Path, out: Path) -> dict[str, Any]:
     from sentence_transformers import CrossEncoder
     from sentence_transformers.sentence_transformer import modules as library
 
-    model, tokenizer, encoding, _ = model_folder.load(folder, kind="reranker")
-    if encoding.scoring == "likelihood":
-        raise InputError(
-            "not-expressible",
-            f"{folder} scores by the query's likelihood, which no module of sentence-transformers"
-            f" computes; {REMEDY}",
-        )
-    pairing = Pairing(tokenizer, encoding, folder)
+    reference = Inference(folder, precision="float32")
+    pairing = Pairing(reference.templates, folder)
     probes = pairing.probes()
-    expected = verify.score(model, pairing.templates, probes)
+    queries = [("", query) for query, _ in probes]
+    expected = reference.score_pairs(queries, [passage for _, passage in probes])
+    del reference  # there may not be enough memory for two
+    model = model_folder.load(folder)[0]
     scorer, head = model.transformer, head_of(model.transformer)
     modules = []
     text = {"method": "forward", "method_output_name": "logits"}
@@ -158,7 +160,7 @@ def _write_reranker(folder: Path, out: Path) -> dict[str, Any]:
         # for the padding's id, which can be the EOS. Encoders released with a head keep that.
         linear, text = head[1], FORWARD
         modules = [
-            library.Pooling(linear.in_features, POOLINGS[encoding.pooling]),
+            library.Pooling(linear.in_features, POOLINGS[pairing.encoding.pooling]),
             library.Dense(
                 linear.in_features,
                 1,
@@ -172,7 +174,7 @@ def _write_reranker(folder: Path, out: Path) -> dict[str, Any]:
         scorer = getattr(scorer, scorer.base_model_prefix)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         verify.save_transformer(scorer, Path(scratch))
-        del model, scorer  # there may not be enough memory for two
+        del model, scorer
         pairing.tokenizer().save_pretrained(scratch)
         message = {"message": {**text, "format": "flat"}} if pairing.chat else {}
         first = library.Transformer(
@@ -193,7 +195,7 @@ def _write_reranker(folder: Path, out: Path) -> dict[str, Any]:
     del exported, first, modules
     saved = CrossEncoder(str(out), device="cpu", local_files_only=True)
     given = [(query, pairing.passage.given(*passage)) for query, passage in probes]
-    verify.compare(folder, expected, saved.predict(given, convert_to_tensor=True))
+    verify.compare(folder, expected, saved.predict(given))
     return {
         "chat": pairing.chat,
         "tokens": pairing.templates,

@@ -1,7 +1,8 @@
 """A model folder for transformers' Auto classes, or its LoRA adapter for PEFT.
 
-The exported folder stays a model folder: `caravan.json` comes along. Its README.md has code that
-applies prompts, EOS and lengths, which transformers and PEFT do not.
+The exported folder stays a model folder: `caravan.json` comes along, and Caravan opens it by the
+same classes. Its README.md has code that applies prompts, EOS and lengths, which transformers and
+PEFT do not.
 """
 
 from __future__ import annotations
@@ -12,20 +13,14 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
-from caravan.data.pairs import PairTemplates
-from caravan.data.tokenization import Templates
-from caravan.encoding import Encoding, adapter_base, read_encoding, write_encoding
+from caravan.data.tokenization import PairTemplates
+from caravan.encoding import Encoding, read_encoding, write_encoding
 from caravan.errors import InputError
 from caravan.export import model_card, verify
 from caravan.models import folder as model_folder
-from caravan.models.biencoder import BiEncoder
-from caravan.models.crossencoder import CrossEncoder, Headed
-from caravan.models.loading import fit_vocabulary, load_language_model
-from caravan.models.query_likelihood import QueryLikelihood
-
-HEAD = "AutoModelForSequenceClassification"
+from caravan.models.crossencoder import Headed
+from caravan.models.loading import load_language_model
 
 
 def export(folder: Path, out: Path, adapter: bool = False) -> None:
@@ -53,35 +48,27 @@ def export(folder: Path, out: Path, adapter: bool = False) -> None:
                 f"{folder} scores with a linear layer on a token of an encoder, and transformers"
                 " has no class with such a head; export it to sentence-transformers instead",
             )
-        expected = _outputs(model, tokenizer, encoding)
         name = model_card.auto_class(encoding, facts)
-        language_model = encoding.kind == "retriever" and name == "AutoModelForCausalLM"
-        padding = _set_padding(tokenizer, encoding) if name == HEAD else None
+        has_head = name == "AutoModelForSequenceClassification"
+        padding = _set_padding(tokenizer, encoding) if has_head else None
+        weights = model.transformer
+        del model
         if adapter:
-            del model  # there may not be enough memory for two
             for file in ("adapter_config.json", model_folder.ADAPTER):
                 shutil.copyfile(folder / file, scratch / file)
-            loaded = _load_on_base(scratch, name, tokenizer, encoding)
         else:
-            weights = model.transformer
-            del model
-            if language_model:
+            if encoding.kind == "retriever" and "language_model" in facts:
                 del weights  # the backbone of an embedding model, without the output layer
                 weights = load_language_model(str(folder))
-            if name == HEAD:
+            if has_head:
                 weights.config.get_text_config().pad_token_id = padding
             verify.save_transformer(weights, scratch)
-            del weights
-            facts = {**facts, "weights": "full"}
-            loaded = _load(scratch, name)
+        del weights  # there may not be enough memory for two
         tokenizer.save_pretrained(scratch)
-        write_encoding(scratch, encoding, facts)
-        if encoding.kind == "retriever":
-            rebuilt: Any = BiEncoder(loaded.base_model if language_model else loaded, encoding)
-        else:
-            kind = QueryLikelihood if encoding.scoring == "likelihood" else CrossEncoder
-            rebuilt = kind(loaded, encoding)
-        verify.compare(folder, expected, _outputs(rebuilt, tokenizer, encoding))
+        write_encoding(scratch, encoding, facts if adapter else {**facts, "weights": "full"})
+        if not adapter:
+            _check_whole(scratch, name)
+        verify.compare(folder, verify.outputs(folder), verify.outputs(scratch))
         variables = {
             "exported": True,
             "transformers": True,
@@ -108,8 +95,8 @@ def _set_padding(tokenizer: Any, encoding: Encoding) -> int | None:
     return int(tokenizer.pad_token_id)
 
 
-def _load(folder: Path, name: str) -> Any:
-    """Load a folder as a user of transformers does, with every weight in its place."""
+def _check_whole(folder: Path, name: str) -> None:
+    """Load a folder as a user of transformers does, and check that every weight has its place."""
     model, report = getattr(transformers, name).from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
@@ -121,30 +108,3 @@ def _load(folder: Path, name: str) -> Any:
             f"{type(model).__name__} does not load in plain transformers as it was saved"
             f" ({', '.join(wrong)[:300]}), so nothing is written; use the model folder",
         )
-    return model.eval()
-
-
-def _load_on_base(folder: Path, name: str, tokenizer: Any, encoding: Encoding) -> Any:
-    """Load an adapter on its base as the card's code does."""
-    from peft import PeftModel
-
-    base, revision = adapter_base(folder)
-    labels = {"num_labels": 1} if name == HEAD else {}
-    model = getattr(transformers, name).from_pretrained(
-        base, dtype=torch.float32, revision=revision or "main", trust_remote_code=False, **labels
-    )
-    if encoding.bidirectional:
-        model.config.is_causal = False
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        fit_vocabulary(model, tokenizer)
-    return PeftModel.from_pretrained(model, folder).eval()
-
-
-def _outputs(model: Any, tokenizer: Any, encoding: Encoding) -> Tensor:
-    """Embeddings [N, d] of `verify.TEXTS` as queries and passages, or scores [N] of pairs."""
-    if encoding.kind == "reranker":
-        pairs = [(verify.QUERY, text) for text in verify.TEXTS]
-        return verify.score(model, PairTemplates(tokenizer, encoding), pairs)
-    templates = Templates(tokenizer, encoding)
-    ids = templates.queries(verify.TEXTS) + templates.passages(verify.TEXTS)
-    return verify.embed(model, [row for row in ids if row])

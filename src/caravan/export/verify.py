@@ -12,15 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from caravan.data.batch import pack
-from caravan.data.pairs import PairTemplates
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.files import scratch_folder
 from caravan.models.remote_code import FACT, SETTING
+from caravan.retrieval.inference import Inference
 
 TOLERANCE = 1e-4
 """Largest difference of embeddings and scores in float32, relative to their size if above 1."""
@@ -43,23 +42,13 @@ def probes(length: int) -> list[tuple[str, str]]:
     return [*TEXTS, *(("", text) for text in fit), ("Dunes", " ".join(words)), ("", "a" * length)]
 
 
-@torch.no_grad()
-def embed(model: Any, ids: Sequence[list[int]]) -> Tensor:
-    """Embeddings [N, d] of token ids by a BiEncoder."""
-    embeddings: Tensor = model.embed(pack(ids, 4096))
-    return embeddings
-
-
-@torch.no_grad()
-def score(
-    model: Any, templates: PairTemplates, pairs: Sequence[tuple[str, tuple[str, str]]]
-) -> Tensor:
-    """Scores [N] of queries, each with a passage (title, text), by a CrossEncoder."""
-    queries = [("", query) for query, _ in pairs]
-    read = templates.pairs(queries, [passage for _, passage in pairs])
-    seconds = [pair.second for pair in read] if templates.typed else None
-    scores: Tensor = model.score(pack([pair.ids for pair in read], 4096, seconds=seconds))
-    return scores
+def outputs(folder: Path) -> np.ndarray:
+    """Embeddings [N, d] of `TEXTS` as queries and passages, or scores [N] of a query with them."""
+    model = Inference(folder, precision="float32")
+    if model.encoding.kind == "reranker":
+        return model.score_pairs([("", QUERY)] * len(TEXTS), TEXTS)
+    texts = [text for text in TEXTS if model.templates.queries([text])[0]]
+    return np.concatenate([model.embed(texts, side) for side in ("query", "passage")])
 
 
 @contextmanager
@@ -104,14 +93,14 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def compare(folder: Path, expected: Tensor, found: Tensor) -> None:
+def compare(folder: Path, expected: np.ndarray, found: np.ndarray) -> None:
     """Compare embeddings or scores of the model folder and of its export.
 
     Raises:
         InputError: If they differ by more than rounding.
     """
-    difference = float((expected.cpu() - found.cpu()).abs().max())
-    if not difference <= TOLERANCE * max(float(expected.abs().max()), 1.0):
+    difference = float(np.abs(expected - found).max())
+    if not difference <= TOLERANCE * max(float(np.abs(expected).max()), 1.0):
         raise InputError(
             "export-differs",
             f"{folder}: the outputs of the exported model differ from the model folder's by"

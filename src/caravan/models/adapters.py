@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import nn
 
 from caravan.errors import InputError
@@ -33,7 +34,7 @@ class LoRA:
 
     def __init__(
         self,
-        rank: int = 32,
+        rank: PositiveInt = 32,
         alpha: int = 64,
         dropout: float = 0.1,
         targets: list[str] | str = "all-linear",

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from caravan.cli.rules.values import PRECISIONS
 from caravan.distributed import local_rank
 from caravan.errors import InputError
 
+PRECISIONS = ("auto", "bf16", "float32")
 CPU_CHUNK, GPU_CHUNK = 2048, 32_768
 """Padded tokens a chunk: few for a CPU's caches, more to keep a GPU busy (not measured)."""
 

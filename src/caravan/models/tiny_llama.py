@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import nn
 
 from caravan import manifests
@@ -48,12 +49,12 @@ class TinyLlama:
 
     def __init__(
         self,
-        vocab_size: int = 8192,
-        hidden_size: int = 256,
-        layers: int = 2,
-        heads: int = 4,
-        intermediate_size: int = 688,
-        max_length: int = 2048,
+        vocab_size: PositiveInt = 8192,
+        hidden_size: PositiveInt = 256,
+        layers: PositiveInt = 2,
+        heads: PositiveInt = 4,
+        intermediate_size: PositiveInt = 688,
+        max_length: PositiveInt = 2048,
         copying: float = 1.0,
         attention: str = "auto",
         checkpointing: Checkpointing = False,

@@ -10,18 +10,21 @@ no download. Names are no part of the passages: with them the task would be one 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from caravan.data.cached import cache_key, cached_collection
-from caravan.data.collection import Collection, write_collection
+from caravan.data.collection import Collection
+from caravan.data.readers.labelled import Beir
+from caravan.data.source import Source, cache_key
 from caravan.errors import InputError
+from caravan.files import cache_folder, locked, scratch_folder
 from caravan.progress import track
 from caravan.quickstart.docstrings import STDLIB, installed_sources, read, required_by
 
@@ -90,7 +93,7 @@ class Query:
     answers: list[int]
 
 
-class PyDocs:
+class PyDocs(Source):
     """Docstrings of `packages` as a collection with splits train, dev and test.
 
     The same packages in the same versions give the same collection (and digest), wherever and
@@ -98,14 +101,14 @@ class PyDocs:
 
     Args:
         name: what reports call the collection.
-        packages: distributions, "stdlib" for Python's own library, "installed" for all there is;
-            None: the standard library and everything that Caravan's requirements bring along.
+        packages: distributions, "stdlib" for Python's own library, "installed" for everything;
+            None: the standard library and everything that Caravan's requirements need.
         train_split, dev_split, split: qrels to train on, to validate on, and to score.
         min_words, min_query_words, max_query_words: shorter passages and shorter or longer queries
             are left out.
         held_out: share of the queries in dev, and again in test.
-        unit: what is one passage: a "docstring", or as a long document those of a "class" (of a
-            module, for functions) or "module" one after the other.
+        unit: one passage is a "docstring", or as a long document all those of a "class" (of a
+            module, for functions) or "module".
     """
 
     language = "en"
@@ -124,11 +127,12 @@ class PyDocs:
         unit: Literal["docstring", "class", "module"] = "docstring",
     ) -> None:
         if not 0 <= held_out <= 0.5:
-            raise InputError(f"data.held_out is {held_out}; it must be between 0 and 0.5")
+            raise InputError("invalid-setting", f"data.held_out={held_out} is not in [0, 0.5]")
         if min_query_words > max_query_words:
             raise InputError(
+                "invalid-setting",
                 f"data.min_query_words={min_query_words} is above"
-                f" data.max_query_words={max_query_words}, which leaves no query; lower it"
+                f" data.max_query_words={max_query_words}, which leaves no query; lower it",
             )
         self.name, self.packages, self.unit = name, packages, unit
         self.train_split, self.dev_split, self.split = train_split, dev_split, split
@@ -137,69 +141,69 @@ class PyDocs:
         self.held_out = held_out
 
     def collection(self, cache_dir: str | Path) -> Collection:
-        """Open the collection, or build it under `cache_dir` first (half a minute on two cores).
+        """Write the BEIR folder under `cache_dir` (half a minute on two cores), and read it.
 
         Raises:
-            InputError: a package is not installed, or nothing is left after the filters.
+            InputError: "not-installed", or "empty-corpus" after the filters.
         """
-        packages = self.packages
-        sources = installed_sources(
-            [STDLIB, *required_by(REQUIREMENTS)] if packages is None else packages
-        )
-        if packages is not None and sources.missing:
+        wanted = [STDLIB, *required_by(REQUIREMENTS)] if self.packages is None else self.packages
+        sources = installed_sources(wanted)
+        if self.packages is not None and sources.missing:
             raise InputError(
-                f"data.packages names {', '.join(sources.missing)}, not installed here: "
-                'install it or leave it out ("stdlib" and "installed" are allowed)'
+                "not-installed",
+                f"data.packages has {', '.join(sources.missing)}, not installed here: install it"
+                ' or leave it out ("stdlib" and "installed" are allowed)',
             )
-        settings: tuple[Any, ...] = (
-            *(self.min_words, self.min_query_words, self.max_query_words, self.held_out),
-            *(() if self.unit == "docstring" else (self.unit,)),
-        )
-        key = cache_key("pydocs", RECIPE, sources.versions, settings)
+        settings: list[Any] = [self.min_words, self.min_query_words, self.max_query_words]
+        key = cache_key("pydocs", RECIPE, sources.versions, *settings, self.held_out, self.unit)
+        folder = cache_folder(cache_dir, "quickstart") / f"pydocs-{key}"
+        with locked(folder.with_name(f".{folder.name}.lock")):
+            if not folder.exists():
+                files = list(sources.files.items())
+                found = list(track(read(files), "reading sources", len(files), "files"))
+                unparsed = sum(texts is None for _, texts in found)
+                facts = {"packages": sources.versions, "files": len(files), "unparsed": unparsed}
+                with scratch_folder(folder) as draft:
+                    self.write(draft, [one for _, texts in found for one in texts or ()], facts)
+                    draft.rename(folder)
+        return Beir(str(folder), name=self.name).collection(cache_dir)
 
-        def build(folder: Path) -> Collection:
-            facts: dict[str, Any] = {"files": len(sources.files), "unparsed_files": 0}
-            files = list(sources.files.items())
-            found: list[tuple[str, str]] = []
-            for _, texts in track(read(files), "reading sources", len(files), "files"):
-                facts["unparsed_files"] += texts is None
-                found += texts or ()
-            return self.build(folder, found, {**facts, "packages": sources.versions})
-
-        return cached_collection(cache_dir, self.name, key, build)
-
-    def build(
-        self, folder: Path, found: Sequence[tuple[str, str]], facts: dict[str, Any]
-    ) -> Collection:
-        """Write the collection of (name, docstring) into `folder`; see `collection`."""
+    def write(
+        self, folder: Path, found: Sequence[tuple[str, str]], facts: Mapping[str, Any]
+    ) -> None:
+        """Write (name, docstring) as a BEIR folder, with `about.json` about what was left out."""
         dropped: Counter[str] = Counter()
         families = Families()
         groups = merge(self._pairs(found, dropped), dropped)
         groups = distinct(groups, families, dropped)
         queries = ask(groups, families, dropped)
         kept = sorted({at for query in queries for at in query.answers})
+        if not kept:
+            raise InputError(
+                "empty-corpus",
+                "the chosen packages hold no usable docstring: add packages to data.packages",
+            )
         sizes = Counter(families.of(groups[at][0].name) for at in kept)
         texts: dict[str, list[str]] = defaultdict(list)
         for at in kept:
             texts[unit_of(groups[at][0].name, self.unit)].append(groups[at][0].text)
-        qrels: dict[str, list[tuple[str, str, int]]] = {"train": [], "dev": [], "test": []}
+        qrels: dict[str, list[str]] = defaultdict(list)
         for query in queries:
             family = families.of(groups[query.answers[0]][0].name)
             split = "train" if sizes[family] > MAX_FAMILY else split_of(family, self.held_out)
             answers = dict.fromkeys(unit_of(groups[at][0].name, self.unit) for at in query.answers)
-            qrels[split] += ((query.pair.name, name, 1) for name in answers)
-        if not kept:
-            raise InputError(
-                "the chosen packages hold no usable docstring: add packages to data.packages"
-            )
-        return write_collection(
-            folder,
-            self.name,
-            ((name, "", "\n\n".join(parts)) for name, parts in texts.items()),
-            ((query.pair.name, "", query.pair.query) for query in queries),
-            qrels,
-            facts={**facts, "docstrings": len(found), "dropped": dict(sorted(dropped.items()))},
-        )
+            qrels[split] += (f"{query.pair.name}\t{name}\t1\n" for name in answers)
+        corpus = ({"_id": name, "text": "\n\n".join(parts)} for name, parts in texts.items())
+        asked = ({"_id": query.pair.name, "text": query.pair.query} for query in queries)
+        for part, rows in (("corpus", corpus), ("queries", asked)):
+            with open(folder / f"{part}.jsonl", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        (folder / "qrels").mkdir()
+        for split, lines in qrels.items():
+            header = "query-id\tcorpus-id\tscore\n"
+            (folder / "qrels" / f"{split}.tsv").write_text(header + "".join(lines), "utf-8")
+        about = {**facts, "docstrings": len(found), "dropped": dict(sorted(dropped.items()))}
+        (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
 
     def _pairs(self, found: Iterable[tuple[str, str]], dropped: Counter[str]) -> Iterator[Pair]:
         for name, docstring in found:

@@ -222,8 +222,8 @@ def config(home: Path) -> dict[str, Any]:
 
 
 def _by_file(path: Path) -> Judged:
-    from caravan.data.byid import ById
-    from caravan.data.readers.qrels import judgements
+    from caravan.data.qrels import RowLookup
+    from caravan.data.readers.labelled import judgements
 
     queries: Any = Ids()
     corpus: Any = Ids()
@@ -233,8 +233,8 @@ def _by_file(path: Path) -> Judged:
         triples.append(judgement)
     if not triples:
         raise InputError(f"{path} has no judgement; give a file with at least one")
-    rows = ById(corpus, queries, lambda _, n: f"{path}:{numbers[n]}", "count")
-    return Judged(path.name, "", queries, corpus, Qrels(*rows.judgements("qrels", triples)))
+    lookup = RowLookup(corpus, queries, lambda _, n: f"{path}:{numbers[n]}", "count")
+    return Judged(path.name, "", queries, corpus, lookup.qrels("qrels", triples))
 
 
 def _stem(path: Path) -> str:

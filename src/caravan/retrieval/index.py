@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import faiss
 import numpy as np
 import torch
+from pydantic import PositiveInt
 
 from caravan.errors import InputError
 from caravan.progress import track
@@ -98,7 +99,7 @@ class Faiss:
     def __init__(
         self,
         factory: str = "Flat",
-        k: int = 1000,
+        k: PositiveInt = 1000,
         train_rows: int = 100_000,
         nprobe: int | None = None,
         ef_search: int | None = None,
@@ -205,9 +206,9 @@ class Exact:
 
     def __init__(
         self,
-        k: int = 1000,
-        query_chunk: int = 1024,
-        passage_chunk: int = 16_384,
+        k: PositiveInt = 1000,
+        query_chunk: PositiveInt = 1024,
+        passage_chunk: PositiveInt = 16_384,
         device: str = "auto",
     ) -> None:
         self.k, self.device = k, device

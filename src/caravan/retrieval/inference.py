@@ -21,10 +21,9 @@ from torch import Tensor
 
 from caravan import manifests
 from caravan.data.batch import EncodeBatch, PairBatch
-from caravan.data.batching import PairBlocks, TextBlocks
-from caravan.data.loaders import text_loader
-from caravan.data.pairs import PairTemplates
-from caravan.data.tokenization import Templates
+from caravan.data.batching import PairBatches, TextBatches
+from caravan.data.loaders import TextLoader
+from caravan.data.tokenization import PairTemplates, Templates
 from caravan.encoding import folder_digest, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
@@ -227,30 +226,30 @@ class Inference:
 
         return compute
 
-    def _texts(self, texts: Any, rows: np.ndarray, side: str, block: int) -> TextBlocks:
-        return TextBlocks(texts, rows, self.templates, side, block, self.token_budget)
+    def _texts(self, texts: Any, rows: np.ndarray, side: str, block: int) -> TextBatches:
+        return TextBatches(texts, rows, self.templates, side, block, self.token_budget)
 
     def _pairs(
         self, queries: Any, corpus: Any, query_rows: Any, passage_rows: Any, block: int
-    ) -> PairBlocks:
-        return PairBlocks(
+    ) -> PairBatches:
+        return PairBatches(
             queries, corpus, query_rows, passage_rows, self.templates, block, self.token_budget
         )
 
-    def _in_memory(self, blocks: TextBlocks | PairBlocks) -> np.ndarray:
+    def _in_memory(self, blocks: TextBatches | PairBatches) -> np.ndarray:
         parts = [self._rows(blocks[i].packed()) for i in range(len(blocks))]
         return torch.cat(parts).float().cpu().numpy()
 
     def _on_disk(
-        self, blocks: TextBlocks | PairBlocks, missing: list[int], size: int, task: str
+        self, blocks: TextBatches | PairBatches, missing: list[int], size: int, task: str
     ) -> Iterator[Tensor]:
         """The rows of the missing blocks, with a log line and a progress bar."""
-        left = sum(min(blocks.block, size - i * blocks.block) for i in missing)
+        left = sum(min(blocks.batch_size, size - i * blocks.batch_size) for i in missing)
         device = hardware.named(self.device)
         log.info(f"{task.format(f'{left:,}')} with {self.folder} on {device}, {self.precision}")
-        unit = "texts" if isinstance(blocks, TextBlocks) else "pairs"
+        unit = "texts" if isinstance(blocks, TextBatches) else "pairs"
         with progress(task.replace("{} ", ""), left, unit) as done:
-            for batch in text_loader(blocks, missing, self.num_workers):
+            for batch in TextLoader(blocks, missing, self.num_workers):
                 yield self._rows(batch, done)
 
     def _rows(

@@ -21,7 +21,7 @@ import numpy as np
 
 from caravan import manifests
 from caravan.data.collection import Collection, Qrels
-from caravan.data.identical import own_passages, tell_if_queries_are_passages, without
+from caravan.data.negatives import own_passages, warn_if_queries_are_passages
 from caravan.data.runs import Run, canonical, read_run, write_run
 from caravan.distributed import is_main_process, wait_until
 from caravan.errors import InputError
@@ -125,7 +125,7 @@ class Stages:
             self._ignoring = {"ignore_identical_ids": True}
             self._own = own_passages(collection, self.qrels.queries)
         elif is_main_process():
-            tell_if_queries_are_passages(collection, self.qrels.queries)
+            warn_if_queries_are_passages(collection, self.qrels.queries)
 
     def bm25(self, bm25: BM25, settings: dict[str, Any]) -> Ranking:
         """Search with BM25.
@@ -295,7 +295,7 @@ class Stages:
         """A run of depth `_depth`, cut to depth k."""
         if self._own is None:
             return run
-        return without(run, self.qrels.queries, self._own).top(self.k)
+        return run.without(self.qrels.queries, self._own).top(self.k)
 
     def _ranking(
         self,

@@ -14,12 +14,12 @@ import math
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from caravan.data.batch import AdaptationBatch
 from caravan.data.collection import Collection
-from caravan.data.tokenization import JointTemplates
-from caravan.data.unlabelled import TASKS, Unlabelled
+from caravan.data.unlabelled import TASKS, JointTemplates, Unlabelled
 from caravan.encoding import Encoding, template_parts
 from caravan.errors import InputError
 from caravan.models.llara import Layout, SlotEncoder, set_losses, token_losses
@@ -58,7 +58,7 @@ class Adaptation(Stage):
         ebar: float = 1.0,
         lm: float = 1.0,
         targets: str = "all",
-        words: int = 500,
+        words: PositiveInt = 500,
         loss: None = None,
     ) -> None:
         super().__init__(backbone, peft, tokenizer, encoding, loss, optimizer, seed)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pydantic import PositiveInt
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 
@@ -57,7 +58,7 @@ class FitSummary(pl.Callback):
         if loaded := getattr(pl_module.backbone, "told", ""):
             log.info(loaded)
         accumulated = trainer.accumulate_grad_batches
-        trains_on = data.training.told(data.collection.name, data.queries_per_batch, accumulated)
+        trains_on = data.training.summary(data.collection.name, data.queries_per_batch, accumulated)
         batches = data.batches_per_epoch(trainer)
         log.info(f"{trains_on}; {trainer.max_steps:,} updates, {batches:,} batches an epoch")
         queries = len(data.dev_qrels.queries)
@@ -198,7 +199,7 @@ class LastCheckpoint(Checkpoint):
         every_n_steps: updates between two writes.
     """
 
-    def __init__(self, folder: str, every_n_steps: int = 100) -> None:
+    def __init__(self, folder: str, every_n_steps: PositiveInt = 100) -> None:
         self.path = Path(folder) / LAST
         self.every_n_steps = every_n_steps
         self._saved_at = 0

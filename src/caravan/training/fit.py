@@ -29,7 +29,7 @@ from rich import get_console
 from caravan import manifests
 from caravan.data.collection import Collection
 from caravan.data.datamodule import DataModule
-from caravan.data.pairs import without_second_end
+from caravan.data.tokenization import without_second_end
 from caravan.data.unlabelled import Unlabelled
 from caravan.distributed import is_main_process, world_size
 from caravan.encoding import Encoding, read_encoding
@@ -328,7 +328,9 @@ def _finish(
             found.setdefault("read", {})[length] = read
         data.templates = module.reading()
         if run.train_queries is not None:
-            data.ask(run.source.train_split, run.train_queries, run.validation["passages"])
+            data.set_validation(
+                run.source.train_split, run.train_queries, run.validation["passages"]
+            )
             found["train"] = evaluate_again("train_queries", module, data, trainer)
     network = module.whole()
     if trainer.is_global_zero:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AllowInfNan, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import nn
 
 from caravan.distributed import is_main_process
 from caravan.errors import InputError
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 SCHEDULES = ("linear", "cosine", "constant")
 
 log = logging.getLogger(__name__)
@@ -69,13 +71,13 @@ class AdamW:
 
     def __init__(
         self,
-        lr: float = 1e-4,
-        weight_decay: float = 0.0,
-        warmup_steps: int = 100,
+        lr: Annotated[PositiveFloat, AllowInfNan(False)] = 1e-4,
+        weight_decay: NonNegativeFloat = 0.0,
+        warmup_steps: NonNegativeInt = 100,
         schedule: str = "linear",
         final: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        betas: tuple[Beta, Beta] = (0.9, 0.999),
+        eps: NonNegativeFloat = 1e-8,
         fused: bool = True,
     ) -> None:
         if schedule not in SCHEDULES:

@@ -24,8 +24,7 @@ from caravan.data.batching import Groups
 from caravan.data.collection import Collection
 from caravan.data.datamodule import DataModule
 from caravan.data.negatives import Negatives
-from caravan.data.pairs import PairTemplates
-from caravan.data.tokenization import Templates
+from caravan.data.tokenization import PairTemplates, Templates
 from caravan.data.unlabelled import Unlabelled
 from caravan.encoding import Encoding
 from caravan.errors import InputError

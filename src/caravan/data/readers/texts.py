@@ -1,23 +1,21 @@
 """Unlabelled text: files, or a dataset of the Hugging Face hub, as a collection without queries.
 
-LLaRA adapts on text alone. The texts become the corpus of a memory-mapped collection, so that a
-Wikipedia takes disk and no memory, and a run that is resumed finds the same ones in the same order.
+LLaRA adapts on unlabelled text. The texts become the corpus of a memory-mapped collection, so that
+a Wikipedia takes disk and no memory, and a resumed run finds the same texts in the same order.
 
     python train.py stage=adaptation data=texts data.path=/data/wikipedia.jsonl
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from caravan.data.cached import cache_key, cached_collection
 from caravan.data.collection import Collection, write_collection
-from caravan.data.readers import hub
-from caravan.data.readers.jsonl import objects
-from caravan.data.readers.lines import digests, lines, text_of
-from caravan.data.texts import Record
+from caravan.data.readers.lines import contents, digests, lines, malformed, objects, rows
+from caravan.data.source import Source, cache_key, cached_collection
 from caravan.errors import InputError
 from caravan.files import listed
 
@@ -26,159 +24,127 @@ DOCUMENTS = ("file", "line")
 REMEDY = 'every line is one object such as {"text": "..."}'
 
 
-class TextFiles:
+@dataclass
+class TextFiles(Source):
     """Text or jsonl files, each plain or .gz: one, or all in a folder.
 
     Args:
         path: a file or a folder.
-        name: what reports call the collection; the path's name by default.
-        documents: what a document of a text file is: the whole "file", or a "line". A line of
-            jsonl is one in any case: an object with "text", and "title" if it has one.
+        name: what reports call the collection; the name of the path by default.
+        documents: a document of a text file is the whole "file", or a "line". A line of jsonl is
+            always one: an object with "text", and "title" if it has one.
         train_split, dev_split, split: there are none.
     """
 
-    def __init__(
-        self,
-        path: str,
-        name: str | None = None,
-        documents: str = "file",
-        train_split: str = "",
-        dev_split: str = "",
-        split: str = "",
-    ) -> None:
-        if documents not in DOCUMENTS:
-            raise InputError(f"data.documents is {documents!r}; it must be file or line")
-        self.path = Path(path)
-        self.name = name or self.path.resolve().name
-        self.documents = documents
-        self.train_split, self.dev_split, self.split = train_split, dev_split, split
+    path: str
+    name: str | None = None
+    documents: str = "file"
+    train_split: str = ""
+    dev_split: str = ""
+    split: str = ""
+
+    def __post_init__(self) -> None:
+        if self.documents not in DOCUMENTS:
+            raise InputError(
+                "invalid-setting", f"data.documents is {self.documents!r}; it must be file or line"
+            )
 
     def collection(self, cache_dir: str | Path) -> Collection:
-        """Open the collection, or build it under `cache_dir` first.
-
-        Raises:
-            InputError: there is no text, or a file is wrong; says which, and at which line.
-        """
-        files = self._files()
-        key = cache_key("texts", list(map(_kind, files)), digests(files, cache_dir), self.documents)
-        return cached_collection(cache_dir, self.name, key, lambda to: self._build(to, files))
-
-    def _files(self) -> list[Path]:
-        if not self.path.exists():
-            raise InputError(f"there is no file or folder {self.path}: set data.path to one")
-        files = [self.path] if self.path.is_file() else listed(self.path)
-        found = [file for file in files if _kind(file) in SUFFIXES]
-        if not found:
+        path = Path(self.path)
+        if not path.exists():
+            raise InputError("file-not-found", f"there is no file or folder {path}: set data.path")
+        candidates = [path] if path.is_file() else listed(path)
+        files = [file for file in candidates if _kind(file) in SUFFIXES]
+        if not files:
             raise InputError(
-                f"{self.path} holds no .jsonl or .txt (nor such as .gz): give text files"
+                "file-not-found", f"{path} holds no .jsonl or .txt (nor .gz): give text files"
             )
-        return found
+        kinds = list(map(_kind, files))
+        key = cache_key("texts", kinds, digests(files, cache_dir), self.documents)
+        name = self.name or path.resolve().name
 
-    def _build(self, folder: Path, files: list[Path]) -> Collection:
-        def corpus() -> Iterator[Record]:
-            documents = itertools.chain.from_iterable(map(self._documents, files))
-            written = (document for document in documents if document[1].strip())
-            for number, (title, text) in enumerate(written):
-                yield str(number), title, text
+        def build(folder: Path) -> Collection:
+            found = (one for file in files for one in self._documents(file))
+            return _write(folder, name, found, self.path)
 
-        return write_collection(
-            folder, self.name, corpus(), (), {}, where=lambda *_: str(self.path)
-        )
+        return cached_collection(cache_dir, name, key, build)
 
     def _documents(self, file: Path) -> Iterator[tuple[str, str]]:
         """(title, text) of each."""
         if _kind(file) == ".jsonl":
             for number, fields in objects(file, REMEDY):
-                yield _document(f"{file}:{number}", fields)
+                yield _document(f"{file}:{number}", fields, "text", "title", REMEDY)
         elif self.documents == "line":
-            for number, line in lines(file):
-                yield "", text_of(file, number, line).strip()
+            for _, line in lines(file):
+                yield "", line.strip()
         else:
-            whole = [text_of(file, number, line) for number, line in lines(file)]
-            yield "", "".join(whole)
+            yield "", "".join(line for _, line in lines(file))
 
 
-class HubTexts:
-    """A dataset of the Hugging Face hub, or of a folder that `datasets` reads, as it streams in.
+@dataclass
+class HubTexts(Source):
+    """A dataset of the Hugging Face hub, or of a folder that `datasets` reads.
 
     Args:
         path: hub id, such as wikimedia/wikipedia, or a folder.
-        config: such as 20231101.en; None is the only one.
-        subset: the split of the dataset whose texts are read.
+        config: such as 20231101.en; None if there is only one.
+        subset: the split of the dataset to read.
         text, title: columns; None goes without titles.
         revision: a branch, tag or commit.
-        name: what reports call the collection.
+        name: what reports call the collection; the last part of the path by default.
         train_split, dev_split, split: there are none.
     """
 
-    def __init__(
-        self,
-        path: str,
-        config: str | None = None,
-        subset: str = "train",
-        text: str = "text",
-        title: str | None = None,
-        revision: str | None = None,
-        name: str | None = None,
-        train_split: str = "",
-        dev_split: str = "",
-        split: str = "",
-    ) -> None:
-        self.path, self.config, self.subset = path, config, subset
-        self.text, self.title, self.revision = text, title, revision
-        self.name = name or path.rstrip("/").rpartition("/")[2]
-        self.train_split, self.dev_split, self.split = train_split, dev_split, split
+    path: str
+    config: str | None = None
+    subset: str = "train"
+    text: str = "text"
+    title: str | None = None
+    revision: str | None = None
+    name: str | None = None
+    train_split: str = ""
+    dev_split: str = ""
+    split: str = ""
 
-    @property
-    def hub_id(self) -> str | None:
-        """The dataset's name on the Hub; None where it is a folder of this machine."""
-        return None if Path(self.path).exists() else self.path
+    def __post_init__(self) -> None:
+        self.hub_id = None if Path(self.path).exists() else self.path
 
     def collection(self, cache_dir: str | Path) -> Collection:
-        """Open the collection, or build it under `cache_dir` first.
-
-        Raises:
-            InputError: the dataset is not to be had, or lacks a column.
-        """
-        contents = hub.contents(self.path, cache_dir)
-        place = "" if contents else self.path  # what it holds says more than where it lies
+        found = contents(self.path, cache_dir)
+        place = "" if found else self.path  # a folder is found again by its content
         settings = [place, self.config, self.subset, self.text, self.title, self.revision]
-        key = cache_key("hub", settings, contents)
-        return cached_collection(cache_dir, self.name, key, self._build)
-
-    def _build(self, folder: Path) -> Collection:
-        def corpus() -> Iterator[Record]:
-            written = 0
-            for number, row in enumerate(self._rows()):
-                title, text = row.get(self.title) if self.title else "", row.get(self.text)
-                title = "" if title is None else title
-                if not isinstance(title, str) or not isinstance(text, str):
-                    raise InputError(
-                        f"{self.path}, row {number}: {self.text} or {self.title} is no text; set"
-                        " data.text and data.title to columns of texts"
-                    )
-                if text.strip():
-                    yield str(written), title, text
-                    written += 1
-
-        return write_collection(
-            folder, self.name, corpus(), (), {}, where=lambda part, n: f"{self.path}, row {n}"
+        name = self.name or self.path.rstrip("/").rpartition("/")[2]
+        key = cache_key("hub", settings, found)
+        return cached_collection(
+            cache_dir, name, key, lambda to: _write(to, name, self._documents(), self.path)
         )
 
-    def _rows(self) -> Iterator[dict[str, object]]:
+    def _documents(self) -> Iterator[tuple[str, str]]:
         columns = [column for column in (self.text, self.title) if column]
-        return hub.rows(self.path, self.config, self.subset, self.revision, columns)
+        remedy = "set data.text and data.title to columns of texts"
+        found = rows([self.path], self.config, self.subset, self.revision, remedy, columns)
+        for place, row in found:
+            yield _document(place, row, self.text, self.title, remedy)
+
+
+def _write(folder: Path, name: str, documents: Iterable[tuple[str, str]], path: str) -> Collection:
+    """A collection of the documents that are not blank, numbered."""
+    written = (document for document in documents if document[1].strip())
+    corpus = ((str(number), *document) for number, document in enumerate(written))
+    return write_collection(folder, name, corpus, (), {}, where=lambda *_: path)
+
+
+def _document(
+    place: str, fields: dict[str, Any], text: str, title: str | None, remedy: str
+) -> tuple[str, str]:
+    """Title and text of a row."""
+    found = fields.get(title) if title else None
+    pair: tuple[Any, Any] = "" if found is None else found, fields.get(text)
+    for key, value in zip((title, text), pair, strict=True):
+        if not isinstance(value, str):
+            raise malformed(place, f"{key} is not a string", remedy)
+    return pair
 
 
 def _kind(file: Path) -> str:
     return Path(file.name.removesuffix(".gz")).suffix if file.is_file() else ""
-
-
-def _document(place: str, fields: dict[str, object]) -> tuple[str, str]:
-    """Title and text of a line of jsonl."""
-    if not isinstance(text := fields.get("text"), str):
-        raise InputError(f"{place}: no text: {REMEDY}")
-    title = "" if fields.get("title") is None else fields["title"]
-    if not isinstance(title, str):
-        raise InputError(f"{place}: title is not a string: {REMEDY}")
-    return title, text

@@ -1,7 +1,15 @@
 """Training rows, a query with its own positives and negatives each: to a collection and its runs.
 
-Other toolkits train on files of such rows. The positives become judgements, and what else a row
-says becomes runs beside the collection, which take the place of any other run:
+    {"query_id": "q", "query": "...", "positive_passages": [{"docid": "p", "title": "...",
+     "text": "...", "score": 0.9}], "negative_passages": [...]}   Tevatron, texts inline
+    {"query_id": "q", "query_text": "...", "positive_document_ids": ["p"],
+     "negative_document_ids": ["n"]}                              Tevatron, beside a corpus
+    {"query": "...", "pos": ["..."], "neg": ["..."], "pos_scores": [0.9], "neg_scores": [0.1]}
+                                                                  FlagEmbedding
+
+Each as jsonl files or as a Hugging Face dataset. A text without an id has its hash as id, so that
+equal texts are one. The positives become judgements, and the rest of a row becomes runs beside the
+collection, which are used like any other run:
 
     data:negatives    the negatives in the order of the row    sampler.runs=[data:negatives]
     data:teacher      the scores of positives and negatives    sampler.teacher=data:teacher
@@ -12,39 +20,52 @@ it), the rest waits in a scratch folder on disk.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
-from caravan.data.byid import Judgement, Scored
 from caravan.data.collection import OWN, Collection, write_collection
-from caravan.data.readers.held_out import DEV, TRAIN, is_held_out
-from caravan.data.seen import Seen
-from caravan.data.texts import Place, Record
+from caravan.data.qrels import Judgement, Scored
+from caravan.data.readers import lines
+from caravan.data.readers.labelled import NOT_HELD_OUT, HeldOut
+from caravan.data.readers.lines import SAVED, by_stem, id_of, malformed, record_of
+from caravan.data.source import Source, cache_key, cached_collection
+from caravan.data.texts import Record, check_id, unique_records
 from caravan.errors import InputError
+from caravan.files import listed
 from caravan.progress import track
 
-BATCH = 4096  # passages whose ids are looked up at once
-LARGEST = float(np.finfo(np.float32).max)  # of a score, which a run holds in float32
+LARGEST = float(np.finfo(np.float32).max)  # a run holds scores in float32
 NEGATIVES, TEACHER = "negatives", "teacher"
+TRAIN, DEV = "train", "dev"
+SUFFIXES = (".jsonl", ".json")
 
-T = TypeVar("T")
+TEVATRON = (
+    'every line is one object with "query_id", "query", "positive_passages" and'
+    ' "negative_passages", or with "query_id", "query_text", "positive_document_ids" and'
+    ' "negative_document_ids"'
+)
+FLAGEMBEDDING = (
+    'every line is one object such as {"query": "...", "pos": ["..."], "neg": ["..."]}, with'
+    ' "pos_scores" and "neg_scores" or without'
+)
+PASSAGE = 'every line is one object such as {"docid": "7", "title": "...", "text": "..."}'
 
 log = logging.getLogger(__name__)
 
 
 class Passage(NamedTuple):
-    """A passage of a row; its text is None where it is in a corpus of its own."""
+    """A passage of a row; its text is None if it is in a separate corpus."""
 
     id: str
     title: str
@@ -53,260 +74,370 @@ class Passage(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One line of training data."""
+    """One row of training data."""
 
     place: str  # such as train.jsonl:12
     id: str
     query: str
     positives: list[Passage]
-    negatives: list[Passage]  # the hardest first, where the row has an order
+    negatives: list[Passage]  # the hardest first, if the row has an order
 
 
-Rows = Callable[[], Iterator[Row]]
+Rows = Callable[[], Iterable[Row]]
 
 
-@dataclass(frozen=True)
-class TrainingRows:
-    """What a collection is made of.
+@dataclass
+class Tevatron(Source):
+    """Training rows of Tevatron, https://github.com/texttron/tevatron.
 
     Args:
-        name: of the collection.
-        rows: of each split; read once.
-        corpus: (place, passage) of each, where the rows have only ids.
-        held_out: the share of the training queries, by a hash of their ids, that become the split
-            dev; then the rows may have no such split.
-        unknown_ids: "refuse" passages that the corpus lacks, or "count" them: training leaves them
-            out, measures count them as not found.
+        path: a file of rows, which is the split train; a folder of files named after their splits
+            (train.jsonl, dev.jsonl, and corpus.jsonl); or a Hugging Face dataset, by hub id or
+            folder.
+        corpus: file or dataset of all passages; None searches only those of the rows.
+        subsets: the name of each split in the dataset or folder: {train: train, dev: validation};
+            None takes the files of a folder by their names, of a dataset the split train.
+        config, revision: of a dataset of the hub, and of its corpus.
+        held_out: the share of the training queries that become the split dev.
+        name: what reports call the collection; the last part of the path by default.
+        train_split, dev_split, split: to train on, to validate on, and to score.
+        unknown_ids: "refuse" ids that the corpus lacks, or "count" them: training leaves them out,
+            metrics count them as not found.
     """
 
-    name: str
-    rows: Mapping[str, Rows]
-    corpus: Callable[[], Iterator[tuple[str, Record]]] | None = None
+    path: str
+    corpus: str | None = None
+    subsets: Mapping[str, str] | None = None
+    config: str | None = None
+    revision: str | None = None
     held_out: float = 0.0
+    name: str | None = None
+    train_split: str = TRAIN
+    dev_split: str = DEV
+    split: str = DEV
     unknown_ids: str = "refuse"
 
-    @property
-    def splits(self) -> list[str]:
-        """Those of the rows, and the one that is held out."""
-        return [*self.rows, *([DEV] if self.held_out else [])]
-
-    def build(self, folder: Path) -> Collection:
-        """Write the collection."""
-        scratch = folder.with_name(f".{folder.name}.rows")
-        shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
-        scratch.mkdir(parents=True)
-        try:
-            return self._build(folder, _Spool(scratch, self))
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-    def _build(self, folder: Path, spool: _Spool) -> Collection:
-        facts = spool.facts
-
-        def corpus() -> Iterator[Record]:
-            if self.corpus is None:
-                records = spool.passages()
-            else:
-                records = (record for _, record in self.corpus())
-            for record in records:
-                facts["empty_passages"] += not (record[1] or record[2]).strip()
-                yield record
-
-        def queries() -> Iterator[Record]:
-            if self.corpus is not None:
-                for _ in spool.passages():
-                    pass  # rows with a corpus have none: this reads them
-            for name, text in spool.queries():
-                yield name, "", text
-
-        found = write_collection(
-            folder,
-            self.name,
-            corpus(),
-            queries(),
-            {split: spool.judgements(split) for split in self.splits},
-            facts=facts,
-            where=self._where(spool),
-            unknown_ids=self.unknown_ids,
-            runs={run: spool.scored(run) for run in (NEGATIVES, TEACHER)},
+    def collection(self, cache_dir: str | Path) -> Collection:
+        sources, corpus = self._sources()
+        HeldOut(self.held_out).check(sources)
+        parts = [*sources.items(), *([("", (corpus, ""))] if corpus else [])]
+        read = []
+        for split, (path, subset) in parts:
+            contents = lines.contents(path, cache_dir)
+            # a folder is found again by its content, a hub id by its name
+            read.append([split, "" if contents else path, subset, contents])
+        settings = self.config, self.revision, self.held_out, self.unknown_ids
+        rows = TrainingRows(
+            self.name or _name(self.path),
+            {
+                split: functools.partial(self._rows, path, subset, corpus is not None)
+                for split, (path, subset) in sources.items()
+            },
+            None if corpus is None else functools.partial(self._passages, corpus),
+            HeldOut(self.held_out),
+            self.unknown_ids,
         )
-        for run in found.runs:
-            use = (
-                f"sampler.runs=[{OWN}{run}]" if run == NEGATIVES else f"sampler.teacher={OWN}{run}"
-            )
-            log.info("%s: the rows' own %s, for %s", self.name, run, use)
-        return found
-
-    def _where(self, spool: _Spool) -> Place:
-        def place(part: str, n: int) -> str:
-            if part != "corpus" or self.corpus is None:
-                return spool.place(part, n)
-            found = next(itertools.islice(self.corpus(), n, None), None)
-            return "the corpus" if found is None else found[0]
-
-        return place
-
-
-class _Spool:
-    """What rows say beside their passages' texts, as lines in files."""
-
-    def __init__(self, folder: Path, source: TrainingRows) -> None:
-        self.folder, self.source = folder, source
-        self.facts: Counter[str] = Counter(
-            rows=0, repeated_queries=0, without_positive=0, empty_passages=0
+        return cached_collection(
+            cache_dir, rows.name, cache_key("tevatron", read, *settings), rows.build
         )
 
-    def passages(self) -> Iterator[Record]:
-        """Read all rows, and give the passages that they bring along, each once."""
-        with ExitStack() as files:
-            self._files: dict[str, IO[str]] = {
-                part: files.enter_context(open(self._path(part), "w", encoding="utf-8"))
-                for part in ("rows", "passages")
-            }
-            seen = Seen()
-            waiting: list[tuple[str, Passage]] = []
-            for split, rows in self.source.rows.items():
-                for row in self._told(rows(), split):
-                    self._take(row, split)
-                    waiting += [(row.place, one) for one in (*row.positives, *row.negatives)]
-                    if len(waiting) >= BATCH:
-                        yield from self._new(waiting, seen)
-                        waiting = []
-            yield from self._new(waiting, seen)
-
-    def _told(self, rows: Iterator[Row], split: str) -> Iterator[Row]:
-        """The rows, with a progress bar where that of their passages shows none."""
-        return rows if self.source.corpus is None else track(rows, f"rows of {split}", unit="rows")
-
-    def _new(self, waiting: list[tuple[str, Passage]], seen: Seen) -> Iterator[Record]:
-        inline = [(place, one) for place, one in waiting if one.text is not None]
-        if self.source.corpus is not None or not inline:
-            return
-        ids = [one.id for _, one in inline]
-        new, other = seen.add(ids, [f"{one.title}\0{one.text}" for _, one in inline])
-        for at, (place, one) in enumerate(inline):
-            if other[at]:
+    def _sources(self) -> tuple[dict[str, tuple[str, str]], str | None]:
+        """Path and subset of each split, and the corpus."""
+        path, subsets = Path(self.path), dict(self.subsets or {})
+        if path.is_file():
+            if set(subsets or {TRAIN}) != {TRAIN}:
                 raise InputError(
-                    f"{place}: the passage {one.id!r} has another title or text than in a row "
-                    "before: one id is one passage, so correct it or give a corpus (data.corpus)"
+                    "unknown-split",
+                    f"data.subsets has {', '.join(subsets)}, but {path} is one file of rows: give"
+                    " the folder that holds a file for each, or data.held_out",
                 )
-            if new[at]:
-                self._write("passages", place)
-                yield one.id, one.title, str(one.text)
+            return {TRAIN: (self.path, TRAIN)}, self.corpus
+        files = by_stem(path, SUFFIXES)
+        if TRAIN not in files:  # a dataset
+            subsets = subsets or {TRAIN: TRAIN}
+            return {split: (self.path, name) for split, name in subsets.items()}, self.corpus
+        corpus = files.pop("corpus", None)
+        named = subsets or {name: name for name in files}
+        for split, name in named.items():
+            if name not in files:
+                raise InputError(
+                    "unknown-split",
+                    f"data.subsets.{split} is {name}, but {path} has no {name}.jsonl (or .gz): its"
+                    f" files of rows are {', '.join(files)}",
+                )
+        sources = {split: (str(files[name]), split) for split, name in named.items()}
+        return sources, self.corpus or (None if corpus is None else str(corpus))
 
-    def _take(self, row: Row, split: str) -> None:
-        self.facts["rows"] += 1
-        self.facts["without_positive"] += not row.positives
-        if split == TRAIN and self.source.held_out:
-            split = DEV if is_held_out(row.id, self.source.held_out) else TRAIN
-        sides = [[one.id for one in side] for side in (row.positives, row.negatives)]
-        scores = [one.score for one in (*row.positives, *row.negatives)]
-        self._write("rows", row.place, split, row.id, row.query, *sides, scores)
+    def _rows(self, path: str, subset: str, has_corpus: bool) -> Iterator[Row]:
+        found = lines.rows([path], self.config, subset, self.revision, TEVATRON)
+        return (tevatron_row(place, fields, has_corpus) for place, fields in found)
 
-    def queries(self) -> Iterator[tuple[str, str]]:
-        """Each query once."""
-        for name, text, _ in self._asked():
-            yield name, text
-
-    def _asked(self) -> Iterator[tuple[str, str, str]]:
-        seen = Seen()
-        lines = self._queries()
-        self.facts["repeated_queries"] = 0
-        while batch := list(itertools.islice(lines, BATCH)):
-            new, other = seen.add([one[0] for one in batch], [one[1] for one in batch])
-            for at, (name, text, place) in enumerate(batch):
-                if other[at]:
-                    first = next(one[2] for one in self._queries() if one[0] == name)
-                    raise InputError(
-                        f"{place}: the query {name!r} has another text than at {first}: one id is "
-                        "one query, so correct it"
-                    )
-                if new[at]:
-                    yield name, text, place
-                else:
-                    self.facts["repeated_queries"] += 1
-
-    def _queries(self) -> Iterator[tuple[str, str, str]]:
-        for place, _, name, query, *_ in self._read("rows"):
-            yield name, query, place
-
-    def judgements(self, split: str) -> Iterator[Judgement]:
-        """The positives of a split."""
-        for query, passage, _ in self._positives(split):
-            yield query, passage, 1
-
-    def _positives(self, split: str) -> Iterator[tuple[str, str, str]]:
-        for place, of, query, _, positives, *_ in self._read("rows"):
-            if of == split:
-                for passage in positives:
-                    yield query, passage, place
-
-    def scored(self, run: str) -> Iterator[Scored]:
-        """The lines of a run."""
-        for query, passage, score, _ in self._scored(run):
-            yield query, passage, score
-
-    def _scored(self, run: str) -> Iterator[tuple[str, str, float, str]]:
-        for place, _, query, _, positives, negatives, scores in self._read("rows"):
-            if run == NEGATIVES:
-                for rank, passage in enumerate(negatives, 1):
-                    yield query, passage, 1 / rank, place
-            else:
-                for passage, score in zip([*positives, *negatives], scores, strict=True):
-                    if score is not None:
-                        yield query, passage, score, place
-
-    def place(self, part: str, n: int) -> str:
-        """Where the n-th record of a part came from."""
-        for file in self._files.values():
-            if not file.closed:
-                file.flush()
-        kind, _, name = part.partition("/")
-        lines: dict[str, Callable[[], Iterator[Any]]] = {
-            "corpus": lambda: self._read("passages"),
-            "queries": self._asked,
-            "qrels": lambda: self._positives(name),
-            "runs": lambda: self._scored(name),
-        }
-        found = next(itertools.islice(lines[kind](), n, None), None)
-        return "the rows" if found is None else str(found[-1])
-
-    def _write(self, part: str, *fields: object) -> None:
-        self._files[part].write(json.dumps(fields) + "\n")
-
-    def _read(self, part: str) -> Iterator[Any]:
-        with open(self._path(part), encoding="utf-8") as file:
-            yield from map(json.loads, file)
-
-    def _path(self, part: str) -> Path:
-        return self.folder / f"{part}.jsonl"
+    def _passages(self, corpus: str) -> Iterator[tuple[str, Record]]:
+        found = lines.rows([corpus], self.config, TRAIN, None, PASSAGE)
+        return ((place, record_of(place, fields)) for place, fields in found)
 
 
-def some(rows: Iterator[T], source: str, remedy: str) -> Iterator[T]:
-    """The rows of a source, which must have one.
+def tevatron_row(place: str, fields: dict[str, Any], has_corpus: bool) -> Row:
+    """A row of either layout of Tevatron."""
+
+    def string(value: Any, what: str) -> str:
+        if not isinstance(value, str):
+            raise malformed(place, f"{what} is not a string", TEVATRON)
+        return value
+
+    def passage(one: Any) -> Passage:
+        if not inline:
+            return Passage(string(id_of(one), "a document id"), "", None, None)
+        if not isinstance(one, dict):
+            raise malformed(place, "a passage is not an object", TEVATRON)
+        title, text = one.get("title"), string(one.get("text"), "the text of a passage")
+        title = "" if title is None else string(title, "the title of a passage")
+        id_ = id_of(one.get("docid", id_of_text(f"{title}\n{text}" if title else text)))
+        return Passage(string(id_, "a docid"), title, text, _score(place, one.get("score")))
+
+    inline = "positive_passages" in fields
+    of = "{}_passages" if inline else "{}_document_ids"
+    sides = []
+    for side in ("positive", "negative"):
+        found = fields.get(of.format(side))
+        if found is None and side == "negative":
+            found = []
+        if not isinstance(found, list):
+            raise malformed(place, f"{of.format(side)} is not a list", TEVATRON)
+        sides.append(found)
+    if not inline and not has_corpus and any(sides):
+        raise InputError(
+            "missing-corpus",
+            f"{place}: the row names its passages by id, and there is no corpus: give the file or"
+            " dataset that has them as data.corpus",
+        )
+    query = string(fields.get("query", fields.get("query_text")), "query")
+    name = string(id_of(fields.get("query_id", id_of_text(query))), "query_id")
+    return Row(place, name, query, *([passage(one) for one in side] for side in sides))
+
+
+@dataclass
+class FlagEmbedding(Source):
+    """Training rows of FlagEmbedding, https://github.com/FlagOpen/FlagEmbedding.
+
+    "prompt" and "type" of a row are ignored: the encoding sets how a query is prompted.
 
     Args:
-        remedy: ends the message: what a row should be.
+        path: a file of rows, or a folder whose files are all read; or a Hugging Face dataset of
+            such rows, by hub id or folder.
+        dev: file, folder or dataset of the rows to validate on.
+        held_out: the share of the training queries that become the split dev if `dev` is None.
+        config, subset, revision: of a dataset: its configuration, split and version.
+        name: what reports call the collection; the last part of the path by default.
+        train_split, dev_split, split: to train on, to validate on, and to score.
     """
-    first = next(rows, None)
-    if first is None:
-        raise InputError(f"there is no row in {source}: {remedy}")
-    yield first
-    yield from rows
+
+    path: str
+    dev: str | None = None
+    held_out: float = 0.0
+    config: str | None = None
+    subset: str = "train"
+    revision: str | None = None
+    name: str | None = None
+    train_split: str = TRAIN
+    dev_split: str = DEV
+    split: str = DEV
+
+    def collection(self, cache_dir: str | Path) -> Collection:
+        paths = {TRAIN: self.path} | ({} if self.dev is None else {DEV: self.dev})
+        HeldOut(self.held_out).check(paths)
+        files = {split: _files(path) for split, path in paths.items()}
+        read = [
+            [split, [lines.contents(path, cache_dir) or path for path in found]]
+            for split, found in files.items()
+        ]
+        dataset = self.config, self.subset, self.revision
+        key = cache_key("flagembedding", read, dataset, self.held_out)
+        rows = TrainingRows(
+            self.name or _name(self.path),
+            {split: functools.partial(self._rows, found) for split, found in files.items()},
+            held_out=HeldOut(self.held_out),
+        )
+        return cached_collection(cache_dir, rows.name, key, rows.build)
+
+    def _rows(self, paths: list[str]) -> Iterator[Row]:
+        found = lines.rows(paths, self.config, self.subset, self.revision, FLAGEMBEDDING)
+        return (flagembedding_row(place, fields) for place, fields in found)
+
+
+def flagembedding_row(place: str, fields: dict[str, Any]) -> Row:
+    """A row of FlagEmbedding."""
+    query = fields.get("query")
+    if not isinstance(query, str):
+        raise malformed(place, "no query", FLAGEMBEDDING)
+    sides = []
+    for side in ("pos", "neg"):
+        texts, scores = fields.get(side), fields.get(f"{side}_scores")
+        if side == "neg" and texts is None:
+            texts = []
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise malformed(place, f"{side} is not a list of strings", FLAGEMBEDDING)
+        if scores is None:
+            scores = [None] * len(texts)
+        if not isinstance(scores, list) or len(scores) != len(texts):
+            problem = f"{side}_scores is not a list of {len(texts)} numbers, one for each of {side}"
+            raise malformed(place, problem, FLAGEMBEDDING)
+        pairs = zip(texts, scores, strict=True)
+        sides.append([Passage(id_of_text(t), "", t, _score(place, score)) for t, score in pairs])
+    return Row(place, id_of_text(query), query, *sides)
+
+
+def _files(path: str) -> list[str]:
+    """The files of a folder; a file or a dataset unchanged."""
+    folder = Path(path)
+    if not folder.is_dir() or any((folder / name).is_file() for name in SAVED):
+        return [path]
+    found = [file for file in listed(folder) if file.name.removesuffix(".gz").endswith(SUFFIXES)]
+    if not found and not any(folder.glob("**/*.parquet")):
+        raise InputError(
+            "file-not-found", f"{path} holds no .jsonl or .json (nor .gz): give training rows"
+        )
+    return list(map(str, found)) or [path]  # a dataset of parquet
+
+
+def _name(path: str) -> str:
+    return Path(path).resolve().name.removesuffix(".gz")
 
 
 def id_of_text(text: str) -> str:
-    """The id of what has none: a hash of the text, so that equal texts are one."""
+    """The id of a text without one: a hash, so that equal texts are one."""
     return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
 
 
-def score_of(place: str, value: Any, remedy: str) -> float | None:
-    """A teacher's score; None where there is none."""
+def _score(place: str, value: Any) -> float | None:
+    """A teacher's score; None if there is none."""
     if value is None:
         return None
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not abs(value) <= LARGEST:
         raise InputError(
-            f"{place}: the score {value!r} is not a finite number in float32: {remedy}"
+            "invalid-score", f"{place}: the score {value!r} is not a finite number in float32"
         )
     return float(value)
+
+
+@dataclass
+class TrainingRows:
+    """Builds a collection of rows.
+
+    Args:
+        name: of the collection.
+        rows: of each split; read once.
+        corpus: (place, passage) of each, if the rows have only ids.
+        held_out: the share of the training queries that become the split dev.
+        unknown_ids: "refuse" passages that the corpus lacks, or "count" them.
+    """
+
+    name: str
+    rows: Mapping[str, Rows]
+    corpus: Callable[[], Iterator[tuple[str, Record]]] | None = None
+    held_out: HeldOut = NOT_HELD_OUT
+    unknown_ids: str = "refuse"
+
+    def build(self, folder: Path) -> Collection:
+        """Write the collection."""
+        scratch = folder.with_name(f".{folder.name}.rows")
+        shutil.rmtree(scratch, ignore_errors=True)  # left by a killed build
+        scratch.mkdir(parents=True)
+        try:
+            return self._build(folder, scratch / "rows.jsonl")
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _build(self, folder: Path, spool: Path) -> Collection:
+        facts: Counter[str] = Counter(
+            rows=0, repeated_queries=0, without_positive=0, empty_passages=0
+        )
+        splits = [*self.rows, *([DEV] if self.held_out.share else [])]
+        queries, where = functools.partial(self._queries, spool), self._place
+
+        def corpus() -> Iterator[Record]:
+            found = unique_records(self._spooled(spool, facts), "passages", facts)
+            if self.corpus is not None:
+                for _ in found:
+                    pass  # rows beside a corpus have no passages; this reads them
+                found = self.corpus()
+            for _, record in found:
+                facts["empty_passages"] += not (record[1] or record[2]).strip()
+                yield record
+
+        found = write_collection(
+            folder,
+            self.name,
+            corpus(),
+            (record for _, record in queries(facts)),
+            {split: (one for _, one in self._positives(spool, split)) for split in splits},
+            facts=facts,
+            where=functools.partial(where, spool),
+            unknown_ids=self.unknown_ids,
+            runs={
+                run: (one for _, one in self._scored(spool, run)) for run in (NEGATIVES, TEACHER)
+            },
+        )
+        for run in found.runs:
+            setting = "sampler.runs=[{}]" if run == NEGATIVES else "sampler.teacher={}"
+            log.info("%s: %s of the rows, for %s", self.name, run, setting.format(OWN + run))
+        return found
+
+    def _spooled(self, spool: Path, facts: Counter[str]) -> Iterator[tuple[str, Record]]:
+        """Write all rows to the spool; yield (place, passage) of the texts in them."""
+        with open(spool, "w", encoding="utf-8") as file:
+            for split, read in self.rows.items():
+                rows = read()
+                if self.corpus is not None:  # else the progress of the passages is shown
+                    rows = track(rows, f"rows of {split}", unit="rows")
+                for row in rows:
+                    facts["rows"] += 1
+                    facts["without_positive"] += not row.positives
+                    passages = [*row.positives, *row.negatives]
+                    for name in (row.id, *(one.id for one in passages)):
+                        check_id(name, row.place)
+                    train = split == TRAIN and self.held_out.share
+                    own = self.held_out.split_of(row.id) if train else split
+                    sides = [[one.id for one in side] for side in (row.positives, row.negatives)]
+                    scores = [one.score for one in passages]
+                    file.write(json.dumps([row.place, own, row.id, row.query, *sides, scores]))
+                    file.write("\n")
+                    for one in passages:
+                        if one.text is not None and self.corpus is None:
+                            yield row.place, (one.id, one.title, one.text)
+
+    def _read(self, spool: Path) -> Iterator[Any]:
+        with open(spool, encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+    def _queries(self, spool: Path, facts: Counter[str]) -> Iterator[tuple[str, Record]]:
+        placed = ((place, (name, "", query)) for place, _, name, query, *_ in self._read(spool))
+        return unique_records(placed, "queries", facts)
+
+    def _positives(self, spool: Path, split: str) -> Iterator[tuple[str, Judgement]]:
+        for place, own, query, _, positives, *_ in self._read(spool):
+            if own == split:
+                for passage in positives:
+                    yield place, (query, passage, 1)
+
+    def _scored(self, spool: Path, run: str) -> Iterator[tuple[str, Scored]]:
+        for place, _, query, _, positives, negatives, scores in self._read(spool):
+            if run == NEGATIVES:
+                for rank, passage in enumerate(negatives, 1):
+                    yield place, (query, passage, 1 / rank)
+            else:
+                for passage, score in zip([*positives, *negatives], scores, strict=True):
+                    if score is not None:
+                        yield place, (query, passage, score)
+
+    def _place(self, spool: Path, part: str, n: int) -> str:
+        kind, _, name = part.partition("/")
+        placed: Iterator[tuple[str, Any]]
+        if kind == "corpus":
+            placed = iter(()) if self.corpus is None else self.corpus()
+        elif kind == "queries":
+            placed = self._queries(spool, Counter())
+        else:
+            placed = self._positives(spool, name) if kind == "qrels" else self._scored(spool, name)
+        return next(itertools.islice(placed, n, None), ("the rows", None))[0]

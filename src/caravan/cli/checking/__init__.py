@@ -1,1 +1,0 @@
-"""Every mistake in a config, found before anything heavy is imported."""

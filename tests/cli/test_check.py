@@ -1,0 +1,360 @@
+"""Every mistake in a config is reported, at once, with its place and its remedy."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
+from pydantic import PositiveInt
+from tests.cli.conftest import Lines
+from tests.cli.small_conf import CONF
+
+from caravan.cli import schema
+from caravan.cli.check import Checker
+from caravan.cli.compose import check, compose
+from caravan.cli.signatures import locate, takes
+from caravan.encoding import Encoding, write_encoding
+from caravan.errors import InputError
+from caravan.models.remote_code import FACT
+
+
+class Shape(Enum):
+    ROUND = "round"
+
+
+class Named(Protocol):
+    name: str
+
+
+@dataclass
+class Base:
+    size: PositiveInt
+    rate: float = 0.1
+
+
+@dataclass
+class Derived(Base):
+    flags: tuple[bool, ...] = ()
+
+
+class Wide(Derived):
+    """Inherits its arguments."""
+
+
+def typed(
+    whole: int = 1,
+    text: str = "a",
+    switch: bool = True,
+    choice: Literal["a", "b"] = "a",
+    pair: tuple[float, float] = (0.0, 1.0),
+    several: list[str] | str = "a",
+    numbers: dict[str, int] | None = None,
+    path: Path = Path(),
+    shape: Shape = Shape.ROUND,
+    ranged: PositiveInt = 1,
+    part: Base | None = None,
+    named: Named | None = None,
+    call: Callable[[int], int] | None = None,
+    lost: NoSuchType = None,  # type: ignore[name-defined]  # noqa: F821
+    old: int = None,  # type: ignore[assignment]  # noqa: RUF013
+    copy: Any = None,
+) -> None: ...
+
+
+def mistakes(**values: Any) -> list[str]:
+    """What is wrong with the arguments of `typed`, as the root `Train` has them in `loss`."""
+    cfg = OmegaConf.create({"loss": {"_target_": f"{__name__}.typed", **values}})
+    found = Checker(cfg, schema.Train).mistakes()
+    return [f"{one.path[-1]}: {one.text}" for one in found if one.path[0] == "loss"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"whole": 3, "text": "x", "switch": False, "choice": "b", "pair": [1, 0.5]},
+        {"several": "a", "numbers": {"a": 1}, "path": "runs/x", "shape": "round"},
+        {"several": ["a", "b"], "numbers": None, "old": None, "copy": [{"a": 1}], "lost": "x"},
+        {"part": {"_target_": f"{__name__}.Base", "size": 3}, "named": "anything"},
+        {"part": "${loss.call}", "call": {"_target_": f"{__name__}.typed", "_partial_": True}},
+        {"_convert_": "all", "_recursive_": False},
+    ],
+)
+def test_values_that_fit_their_annotations(values: dict[str, Any]) -> None:
+    assert mistakes(**values) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({"whole": "abc"}, r"whole: .*integer, not 'abc'"),
+        ({"whole": 1000.0}, r"whole: .*write 1000$"),
+        ({"whole": True}, r"whole: .*integer, not True"),
+        ({"whole": None}, r"whole: .*not null"),
+        ({"text": 3}, r"text: .*string, not 3; .*\"loss\.text='\.\.\.'\""),
+        ({"switch": 3}, r"switch: .*not 3"),
+        ({"choice": "aa"}, r"choice: .*'a' or 'b', not 'aa'; did you mean a\?"),
+        ({"pair": 0.9}, r"pair: .*not 0.9; write \[0.9\]"),
+        ({"pair": [1, "x"]}, r"1: .*number, not 'x'"),
+        ({"several": 3}, r"several: .* or .*not 3"),
+        ({"several": ["a", 3]}, r"1: .*not 3"),
+        ({"numbers": {"a": "x"}}, r"a: .*integer, not 'x'"),
+        ({"numbers": 3}, r"numbers: .*not 3"),
+        ({"shape": "square"}, r"shape: .*'round'"),
+        ({"ranged": 0}, r"ranged: .*greater than 0, not 0"),
+        ({"old": "x"}, r"old: .*integer, not 'x'"),
+        ({"part": {"size": 3}}, r"part: it has no _target_"),
+        (
+            {"part": {"_target_": f"{__name__}.Base"}},
+            r"part: .*needs 'size'; give loss\.part\.size",
+        ),
+        ({"part": {"_target_": f"{__name__}.Bse"}}, r"_target_: .*did you mean .*\.Base\?"),
+        ({"_partial_": "x"}, r"_partial_: .*not 'x'"),
+        ({"hole": 3}, r"hole: .*no setting 'hole'; did you mean loss\.whole\?"),
+    ],
+)
+def test_values_that_do_not_fit(values: dict[str, Any], wanted: str) -> None:
+    (line,) = mistakes(**values)
+    assert re.fullmatch(wanted + ".*", line), line
+
+
+def test_arguments_are_inherited_and_resolved_where_they_are_defined() -> None:
+    assert list(takes(Wide).hints) == ["size", "rate", "flags"]
+    assert list(takes(locate("torch.optim.AdamW")).hints)[:2] == ["params", "lr"]
+    assert takes(dict).model is None
+    assert takes(locate("transformers.AutoModel.from_pretrained")).model is not None
+
+
+@pytest.mark.parametrize(
+    ("target", "hint"),
+    [
+        ("parts.Prt", "did you mean parts.Part?"),
+        ("part.Part", "did you mean parts.Part?"),
+        ("parts", "parts is a module"),
+        ("parts Part", "not a dotted path"),
+        ("caravan.nope.X", "'nope' in caravan"),
+        ("transformers.nope.X", "'nope' in transformers"),
+        ("pytorch_lightning.Traner", "did you mean pytorch_lightning.Trainer?"),
+        ("broken_module.X", "broken_module cannot be imported: ZeroDivisionError"),
+        ("needs_module.X", "needs_module cannot be imported: No module named 'no_such_thing'"),
+    ],
+)
+def test_a_target_that_cannot_be_located(conf: Path, lines: Lines, target: str, hint: str) -> None:
+    (conf.parent / "broken_module.py").write_text("1 / 0\n")
+    (conf.parent / "needs_module.py").write_text("import no_such_thing\n")
+    (line,) = lines(f"loss._target_='{target}'")
+    assert line.startswith("loss._target_ (command line): ")
+    assert hint in line
+
+
+def test_a_right_config_has_no_mistakes(lines: Lines) -> None:
+    assert lines() == []
+    assert lines("retriever=bm25", root="evaluate") == []
+    assert lines("retriever=bm25", root="search") == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ("trainer.max_step=5", "no setting 'max_step'; did you mean trainer.max_steps?"),
+        ("+trainr.max_steps=5", "no setting 'trainr'; did you mean trainer.max_steps?"),
+        ("trainr.max_steps=5", "no setting 'trainr'; did you mean trainer.max_steps?"),
+        ("backbone=tiny_lama", "did you mean backbone=tiny_llama?"),
+        ("backbone=mistral", "no backbone is called mistral; there is only tiny_llama"),
+        ("seed=x", "seed (command line): it must be a valid integer, not 'x'"),
+        ("resume=maybe", "resume (command line)"),
+        ("max_steps=5", "did you mean trainer.max_steps?"),
+        ("loss.part={size:3}", "loss.part (command line): it has no _target_"),
+        ("loss._target_=???", "loss._target_ (command line): it is not set (???)"),
+        ("loss._partail_=true", "did you mean loss._partial_?"),
+        ("data=beir", "data.path (conf/data/beir.yaml:2): it is not set (???); give data.path="),
+        ("seed=???", "seed (command line): it is not set (???)"),
+        ("name=${nme}", "name (command line): ${nme} refers to no setting"),
+        ("name=${run_dir}", "it refers to itself"),
+        ("seed=${oc.env:CARAVAN_NO_SUCH}", "'CARAVAN_NO_SUCH' not found"),
+        ("encoding.poling=cls", "encoding has no setting 'poling'; did you mean encoding.pooling?"),
+        ("encoding.pooling=max", "encoding.pooling (command line): it"),
+        ("encoding.query_length=-1", "encoding.query_length (command line)"),
+        ("batching.token_budget=0", "greater than 0, not 0"),
+        ("validation.read_lengths=[64,2]", "validation.read_lengths[1] (command line)"),
+        ("batching=3", "batching (command line)"),
+        ("precision=bf61", "did you mean bf16?"),
+        ("seed=99999999999999", "seed (command line)"),
+        ("seed=-1", "seed (command line)"),
+        ("name=", "name (command line): it is empty"),
+        ("name=null", "name='...'"),
+        ("callbacks.mine.patience=3", "callbacks.mine (command line): it has no _target_"),
+        ("callbacks.bset.monitor=x", "did you mean callbacks.best?"),
+        ("callbacks.evaluation.measures=[MRR]", "callbacks.evaluation.measures[0] (command line)"),
+        ("callbacks.evaluation.measures=MRR@10", "write [MRR@10]"),
+        ("index.k=5", "set index.k=10"),
+        ("~index.k", "index.k (command line): it is removed, but needed; leave ~index.k out"),
+        ("~backbone", "nothing is chosen; give backbone=<option>"),
+        ("hydra.job.nam=x", "hydra.job.nam"),
+        ("hydra/launcher=jobli", "there is no hydra/launcher/jobli"),
+    ],
+)
+def test_one_mistake_is_reported_with_its_remedy(lines: Lines, overrides: str, wanted: str) -> None:
+    (line,) = lines(*overrides.split())
+    assert wanted in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ("retriever=bm52", "did you mean bm25?"),
+        ("retriever=sentence-transformers/all-MiniLM-L6-v2", "python train.py backbone=hf"),
+        ("retriever=bm25 reranker=BAAI/bge-reranker-base", "python train.py stage=reranker back"),
+        ("retriever=bm25 index.k=100", "set index.k=1000"),
+        ("retriever=bm25 measures=[nDCG10]", "did you mean 'nDCG@10'?"),
+        ("retriever=bm25 measures=[]", "measures (command line)"),
+        ("retriever=bm25 backbone=tiny_llama", "evaluate has no group 'backbone'"),
+        ("retriever=[]", "retriever (command line)"),
+        ("retriever=[2024_1,bm25]", "retriever[0] (command line)"),
+        ("retriever=[bm25,bm25] fuse.weights=[1]", "fuse.weights (command line)"),
+        ("", "retriever (conf/evaluate.yaml"),
+        ("retriever=bm25 reranker=HOME/retriever", "is a retriever; give the folder of"),
+        ("retriever=[bm25,HOME/reranker]", "is a reranker; give the folder of a retriever"),
+        ("retriever=bm25 reranker=HOME/some.trec", "some.trec is a file; give the model folder"),
+        ("retriever=bm25 reranker=HOME/empty", "empty has no caravan.json"),
+        (
+            "retriever=HOME/remote",
+            "needs remote code: review that code, then set trust_remote_code",
+        ),
+        ("retriever=bm25 rerank.weight=1.5", "rerank.weight (command line)"),
+    ],
+)
+def test_mistakes_in_an_evaluation(
+    lines: Lines, tmp_path: Path, overrides: str, wanted: str
+) -> None:
+    for name, kind in {
+        "retriever": "retriever",
+        "reranker": "reranker",
+        "remote": "retriever",
+    }.items():
+        (tmp_path / name).mkdir()
+        facts = {"weights": "full", FACT: name == "remote"}
+        write_encoding(tmp_path / name, Encoding(kind=kind), facts)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "some.trec").touch()
+    given = overrides.replace("HOME", str(tmp_path)).split()
+    (line,) = lines(*given, root="evaluate")
+    assert wanted in line
+    some = f"retriever=[bm25,{tmp_path}/retriever,{tmp_path}/some.trec]"
+    assert lines(some, f"reranker={tmp_path}/reranker", root="evaluate") == []
+
+
+def test_all_mistakes_are_reported_at_once(lines: Lines) -> None:
+    found = lines(
+        "trainer.max_step=5",
+        "+trainr.x=1",
+        "backbone=tiny_lama",
+        "seed=x",
+        "encoding.pooling=a",
+        "stage=retreiver",
+        "nonsense",
+        "loss.kind=dep",
+        "data=beir",
+        "peft._target_=parts.Prt",
+    )
+    assert len(found) == 10, found
+
+
+def test_mistakes_in_a_file_are_reported_with_file_and_line(conf: Path, lines: Lines) -> None:
+    text = """# @package _global_
+trainr:
+  max_steps: 3
+trainer:
+  max_step: 4
+encoding:
+  poling: mean
+callbacks:
+  best:
+    moniter: x
+  early_stoping:
+    patience: 3
+  other: {_target_: parts.Chekpoint}
+optimizer: {rate: fast}
+batching: {tokens: 3}
+name: 2024_11_29
+"""
+    (conf / "experiment/typos.yaml").write_text(text)
+    places = {line.partition("): ")[0] for line in lines("experiment=typos")}
+    wanted = {
+        "trainr": 2,
+        "trainer.max_step": 5,
+        "encoding.poling": 7,
+        "callbacks.best.moniter": 10,
+        "callbacks.early_stoping": 11,
+        "callbacks.other._target_": 13,
+        "optimizer.rate": 14,
+        "batching.tokens": 15,
+        "name": 16,
+    }
+    assert places == {f"{key} (conf/experiment/typos.yaml:{line}" for key, line in wanted.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (
+            "name: x\ntrainer:\n  max_steps: 3\n   max_epochs: 4",
+            "conf/experiment/x.yaml:5: not YAML",
+        ),
+        ("defaults:\n  - override /backbone: tiny_lama", "conf/experiment/x.yaml:3: there is no"),
+        ("name: ${nme}", "name (conf/experiment/x.yaml:2)"),
+    ],
+)
+def test_a_file_that_cannot_be_composed(conf: Path, lines: Lines, text: str, place: str) -> None:
+    (conf / "experiment/x.yaml").write_text(f"# @package _global_\n{text}\n")
+    (line,) = lines("experiment=x")
+    assert place in line
+
+
+def test_a_composed_config_is_typed(conf: Path) -> None:
+    cfg = compose(conf, "train", ["name=2024", "optimizer.rate=1", "trainer.val_check_interval=5"])
+    assert (cfg.name, cfg.run_dir, cfg.trainer.val_check_interval) == ("2024", "runs/2024", 5)
+
+
+def test_own_configs_come_from_a_further_folder(conf: Path, tmp_path: Path) -> None:
+    (tmp_path / "loss").mkdir()
+    (tmp_path / "loss" / "mine.yaml").write_text("{_target_: parts.Part, size: 7}")
+    assert compose(conf, "train", ["loss=mine"], more=tmp_path).loss.size == 7
+    with pytest.raises(InputError, match="did you mean loss=mine"):
+        compose(conf, "train", ["loss=min"], more=tmp_path)
+
+
+def test_a_notebook_composes_with_hydra_alone() -> None:
+    schema.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra_compose("train", ["experiment=quickstart/unadapted"])
+    assert check(cfg, schema.Train) == []
+    OmegaConf.update(cfg, "trainer.max_step", 3, force_add=True)
+    assert [one.path for one in check(cfg, schema.Train)] == [("trainer", "max_step")]
+
+
+def test_unequal_overrides_have_unequal_folders() -> None:
+    texts = ["in/a/b", "in/a_b", "in:a;b", "in a b", "IN/A_B", "'in/a_b'", "é", "e\u0301", "日"]
+    texts += ["x" * 300 + end for end in "ab"] + ["日" * 100 + end for end in "ab"]
+    names = [schema.folder_name(f"data.path={text}") for text in texts]
+    on_a_mac = {unicodedata.normalize("NFC", name).casefold() for name in names}
+    assert len(on_a_mac) == len(texts)
+    assert max(len(name.encode()) for name in names) <= 120
+    assert not any(set("/:;' ") & set(name) for name in names)
+    assert schema.folder_name("optimizer.lr=1e-3,seed=1") == "optimizer.lr=1e-3,seed=1"
+
+
+def test_a_recorded_config_starts_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = OmegaConf.create({"name": "x", "run_dir": "runs/${name}"})
+    monkeypatch.delenv(schema.COMMAND, raising=False)
+    assert schema.recorded(cfg) == "name: x\nrun_dir: runs/x\n"
+    monkeypatch.setenv(schema.COMMAND, "python train.py 'a=[1,\n2]'")
+    assert schema.recorded(cfg).startswith("# python train.py 'a=[1, 2]'\nname: x\n")

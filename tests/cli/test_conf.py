@@ -1,0 +1,201 @@
+"""The files of conf/ compose and pass the checks, as do the commands in their comments."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Lines
+from tests.cli.small_conf import CONF
+
+from caravan.cli import schema
+from caravan.cli.check import Mistake
+from caravan.cli.compose import Composer, check, compose, preflight, without_hydra
+from caravan.errors import InputError
+
+COMMAND = re.compile(r"^# *python (?:-m caravan\.)?(train|evaluate|search)(?:\.py)? (.+)$", re.M)
+FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """Program and overrides of the commands in a file's comments."""
+    found = []
+    for program, line in COMMAND.findall(text):
+        given = shlex.split(line)
+        if "--ask" in given:  # what search takes beside settings
+            given = given[: given.index("--ask")]
+        found.append((program, given))
+    return found
+
+
+def real_mistakes(composer: Composer, overrides: list[str]) -> list[Mistake]:
+    """Mistakes, except for `???` and for folders that the user has to give."""
+    found = check(without_hydra(composer.compose(overrides)), composer.root)
+    return [mistake for mistake in found if mistake.kind == "wrong"]
+
+
+def command_for(path: Path) -> tuple[str, list[str]]:
+    """The root and the overrides that bring a file of conf/ into a config."""
+    group, option = "/".join(path.parts[:-1]), path.stem
+    shown = commands((CONF / path).read_text())
+    if path.parts[0] in ("experiment", "sweep"):
+        name = "/".join((*path.parts[1:-1], option))
+        assert f"{path.parts[0]}={name}" in shown[0][1], f"{path} starts with another command"
+    if shown:
+        return shown[0]
+    root = "evaluate" if option in ("evaluate", "pipeline") or group == "fuse" else "train"
+    required = ["retriever=bm25"] if root == "evaluate" else []
+    return root, [f"{group}={option}", *required] if group else required
+
+
+@pytest.mark.parametrize("root", schema.ROOTS)
+def test_every_file_of_conf_composes_and_checks(root: str) -> None:
+    given = [
+        (path, overrides)
+        for path in FILES
+        for name, overrides in [command_for(path)]
+        if name == root
+    ]
+    assert given
+    with Composer(CONF, root) as composer:
+        wrong = {
+            str(path): found
+            for path, overrides in given
+            if (found := real_mistakes(composer, [one for one in overrides if one != "-m"]))
+        }
+    assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("root", schema.ROOTS)
+def test_the_other_commands_in_comments_compose_and_check(root: str) -> None:
+    wrong = []
+    with Composer(CONF, root) as composer:
+        for path in FILES:
+            for program, overrides in commands((CONF / path).read_text())[1:]:
+                if program == root and "-m" not in overrides:
+                    wrong += [(path, one) for one in real_mistakes(composer, overrides)]
+    assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_a_sweep_starts_with_its_command(path: Path) -> None:
+    root, overrides = command_for(path.relative_to(CONF))
+    assert overrides[0] == "-m"
+    try:
+        preflight(overrides, CONF, root)
+    except InputError as error:  # runs, models and data that are not here
+        found = str(error).splitlines()[1:]
+        assert all("there is no" in line or "remote code" in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ("optimizer._target_=caravan.training.optim.AdamV", "caravan.training.optim.AdamW"),
+        ("callbacks.best.moniter=val/MRR@10", "callbacks.best.monitor"),
+        ("callbacks.best.monitor=val/nope", "callbacks.best.monitor"),
+        ("callbacks=early_stopping callbacks.early_stopping.monitor=val/x", "early_stopping.monit"),
+        ("callbacks.best.save_top_k=3", "callbacks.best.filename="),
+        ("callbacks.last.every_n_steps=0", "callbacks.last.every_n_steps"),
+        ("optimizer.lr=0", "optimizer.lr"),
+        ("optimizer.lr=nan", "optimizer.lr"),
+        ("optimizer.betas=[0.9,1.0]", "optimizer.betas[1]"),
+        ("optimizer.warmup_steps=-1", "optimizer.warmup_steps"),
+        ("optimizer.eps=-1", "optimizer.eps"),
+        ("backbone.heads=0", "backbone.heads"),
+        ("backbone.checkpointing=selected", "backbone.checkpointing"),
+        ("trainer.max_steps=-5", "trainer.max_steps"),
+        ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val"),
+        ("trainer.val_check_interval=0", "trainer.val_check_interval"),
+        ("trainer.val_check_interval=0.5", "trainer.check_val_every_n_epoch=1"),
+        ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches"),
+        ("trainer.max_epochs=-1", "it would never end"),
+        ("trainer.precision=bf16", "set precision at the root"),
+        ("~trainer._partial_", "trainer._partial_"),
+        ("peft=lora peft.rank=0", "peft.rank"),
+        ("index=exact index.query_chunk=0", "index.query_chunk"),
+        ("stage=adaptation stage.words=0", "stage.words"),
+        ("logger=wandb", "pip install wandb"),
+        ("init_from=nowhere", "there is no folder nowhere"),
+        ("loss=kl", "sampler.teacher"),
+        ("sampler.teacher_margin=0", "sampler.teacher"),
+        ("loss=likelihood", "choose stage=reranker_likelihood"),
+        ("stage=reranker validation.run=src sampler.number=0", "sampler.number"),
+        ("stage=reranker", "validation.run"),
+        ("stage=reranker validation.run=src validation.train_queries=5", "train_queries"),
+        ("stage=reranker_likelihood validation.run=src encoding.pair=pair", "encoding.pair"),
+        ("stage=reranker validation.run=src encoding.kind=retriever", "encoding.kind"),
+        ("encoding.bidirectional=true", "backbone.bidirectional"),
+        ("stage=adaptation backbone.bidirectional=true", "backbone.bidirectional"),
+        ("stage=adaptation loss=kl", "sets loss to null"),
+        ("stage=adaptation gradcache.chunk=4", "gradcache.chunk"),
+        ("stage=adaptation backbone.attention=unpadded", "backbone.attention"),
+        ("backbone.attention=flash_attention_2 trainer.accelerator=cpu", "backbone.attention"),
+        ("trainer.devices=64", "set it to 64 or more"),
+        ("trainer.devices='64'", "set it to 64 or more"),
+        ("trainer.devices=8 trainer.num_nodes=8", "set it to 64 or more"),
+        ("peft=qlora backbone=qwen3_0_6b strategy=fsdp", "strategy=ddp"),
+        ("peft=qlora", "peft.quant_type"),
+        ("backbone.compile=true strategy=fsdp", "strategy=ddp"),
+        ("backbone.compile=true backbone.checkpointing=selective", "backbone.checkpointing"),
+    ],
+)
+def test_parts_that_no_run_can_have(lines: Lines, overrides: str, wanted: str) -> None:
+    (line,) = lines(*overrides.split(), conf=CONF)
+    assert wanted in line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "trainer.val_check_interval=0.5 trainer.check_val_every_n_epoch=1",
+        "trainer.devices=-1",
+        "trainer.devices=auto",
+        "trainer.devices=64 trainer.max_steps=0",
+        "optimizer.warmup_steps=0 optimizer.betas=[0,0.95]",
+        "backbone.attention=unpadded",
+        "callbacks.best.monitor=train/loss callbacks.best.mode=min",
+        "callbacks.best.monitor=mine/score +callbacks.mine._target_=tests.fitting.Losses",
+        "stage=adaptation peft=none ~loss",
+        "peft=qlora backbone=qwen3_0_6b strategy=ddp",
+        "experiment=llara/adapt",
+        "logger=csv",
+    ],
+)
+def test_parts_that_work_together(lines: Lines, overrides: str) -> None:
+    assert lines(*overrides.split(), conf=CONF) == []
+
+
+@pytest.mark.parametrize(
+    ("experiment", "reader"),
+    [
+        ("papers/repllama_passage", "MsMarcoPassage"),
+        ("papers/rankllama_document", "MsMarcoDocument"),
+        ("llara/finetune_document", "MsMarcoDocument"),
+        ("eval/msmarco_passage", "MsMarcoPassage"),
+        ("eval/beir", "Beir"),
+    ],
+)
+def test_experiments_on_ms_marco_read_its_own_files(experiment: str, reader: str) -> None:
+    root = "evaluate" if experiment.startswith("eval") else "train"
+    own = ["retriever=bm25"] if root == "evaluate" else []
+    with Composer(CONF, root) as composer:
+        cfg = composer.compose([f"experiment={experiment}", *own])
+    assert cfg.data._target_.rpartition(".")[2] == reader
+    assert cfg.data.split == ("test" if reader == "Beir" else "dev")
+
+
+def test_a_backbone_brings_its_encoding() -> None:
+    cfg = compose(CONF, "train", ["backbone=minilm"])
+    assert (cfg.encoding.pooling, cfg.encoding.append_eos) == ("mean", False)
+    cfg = compose(CONF, "train", ["backbone=minilm", "encoding.pooling=cls"])
+    assert cfg.encoding.pooling == "cls"
+    for backbone in ("tiny_llama", "smollm2_135m", "minilm"):
+        cfg = compose(CONF, "train", [f"backbone={backbone}", "backbone.bidirectional=true"])
+        assert cfg.encoding.bidirectional is True

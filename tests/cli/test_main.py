@@ -1,0 +1,524 @@
+"""The command line: exit codes, what is printed, where a run writes, and sweeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from tests.cli.small_conf import HOME, small_conf
+
+from caravan.cli import main, schema
+from caravan.files import LOCK
+
+APP = """
+import json
+import logging
+import os
+import sys
+import types
+
+# The rules of training import Lightning; none of them is about the small configs.
+sys.modules["caravan.cli.training_rules"] = types.SimpleNamespace(RULES=[])
+
+from caravan.cli.main import entry
+from caravan.errors import InputError, OccupiedError
+
+
+class Refuses:
+    def __init__(self):
+        raise InputError("empty-corpus", "the corpus is empty: corpus.jsonl:1; give another folder")
+
+
+@entry("train")
+def main(cfg):
+    from hydra.utils import instantiate
+
+    if cfg.name == "refuses":
+        raise InputError("empty-corpus", "the corpus is empty: corpus.jsonl:1; give another folder")
+    if cfg.name == "resolves":
+        str(cfg.loss.name)
+    if cfg.name == "instantiates":
+        instantiate(cfg.loss)
+    if cfg.name == "refuses_twice":
+        raise InputError("mistakes", "2 mistakes:\\n  the first\\n  the second")
+    if cfg.name == "refuses_inside":
+        instantiate({"_target_": "app.Refuses"})
+    if cfg.name == "worker_terminated":
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+    if cfg.name == "worker_killed":
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    if cfg.name == "fails":
+        raise ZeroDivisionError("a defect")
+    if cfg.name == "stopped":
+        raise KeyboardInterrupt
+    if cfg.name == "stopped_by_lightning":
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise SystemExit(1)
+    if cfg.name == "waits":
+        print("waits", flush=True)
+        input()
+    if cfg.name == "disk":
+        raise OSError(28, "No space left on device")
+    logging.getLogger("caravan.some.module").info("hello from %s", cfg.name)
+    if os.path.exists(os.path.join(cfg.run_dir, "out.json")) and "OTHER_DATA" in os.environ:
+        raise OccupiedError("run-dir-in-use", f"{cfg.run_dir} holds another run")
+    with open(os.path.join(cfg.run_dir, "out.json"), "w") as file:
+        json.dump({"cwd": os.getcwd(), "run_dir": cfg.run_dir, "seed": cfg.seed}, file)
+    with open(os.path.join(cfg.run_dir, "metrics.json"), "w") as file:
+        json.dump({"monitored": "val/MRR@10", "best": 0.25, "resume": cfg.resume,
+                   "loss": cfg.loss.get("name")}, file)
+
+
+if __name__ == "__main__":
+    main()
+"""
+HEAVY = {"torch", "transformers", "pytorch_lightning", "datasets", "faiss", "numpy"}
+Program = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    small_conf(tmp_path)
+    (tmp_path / "app.py").write_text(APP)
+    return tmp_path
+
+
+@pytest.fixture
+def app(home: Path) -> Program:
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "app.py", *arguments],
+            cwd=home,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    return run
+
+
+def files(home: Path) -> set[str]:
+    """What a run has written below a folder, beside locks."""
+    known = ("conf", "__pycache__")
+    paths = (path.relative_to(home) for path in home.rglob("*") if path.is_file())
+    return {
+        str(p) for p in paths if p.parts[0] not in known and p.suffix != ".py" and p.name != LOCK
+    }
+
+
+def program(*arguments: str, cwd: Path = HOME) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=600
+    )
+
+
+def test_a_run_writes_into_run_dir_alone(app: Program, home: Path) -> None:
+    done = app("name=one")
+    assert done.returncode == 0, done.stderr
+    assert files(home) == {f"runs/one/{name}" for name in ("out.json", "metrics.json", "log.txt")}
+    out = (home / "runs/one/out.json").read_text()
+    assert out == f'{{"cwd": "{home}", "run_dir": "runs/one", "seed": 0}}'
+    assert done.stderr.splitlines()[-1].endswith(" I hello from one")
+    assert "INFO caravan.some.module: hello from one" in (home / "runs/one/log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("second", "code"),
+    [(["run_dir='runs/waits/seed=0'"], 2), (["-m", "run_dir=runs/waits", "seed=0,1"], 1)],
+    ids=["alone", "in a sweep"],
+)
+def test_a_second_process_in_a_run_dir_is_refused_at_once(
+    app: Program, home: Path, second: list[str], code: int
+) -> None:
+    first = subprocess.Popen(
+        [sys.executable, "app.py", "name=waits", "run_dir='runs/waits/seed=0'"],
+        cwd=home,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdout is not None
+    assert first.stdout.readline() == "waits\n"
+    done = app(*second)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert f"run_dir is in use by app.py, process {first.pid} on " in done.stderr
+    assert not (home / "runs/waits/seed=0/job.json").exists()
+    first.communicate("\n")
+    assert first.returncode == 0
+    assert (home / "runs/waits/seed=0/out.json").exists()
+
+
+def test_a_full_disk_is_one_sentence(app: Program) -> None:
+    done = app("name=disk")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "No space left on device; make room" in line
+
+
+def test_a_run_dir_that_cannot_be_written_is_one_sentence(app: Program, home: Path) -> None:
+    (home / "runs" / "one" / "log.txt").mkdir(parents=True)  # as root may write read-only folders
+    done = app("name=one")
+    assert done.returncode == 2
+    assert done.stderr == f"{home}/runs/one/log.txt: Is a directory; choose another path\n"
+
+
+def test_jobs_of_a_sweep_write_into_folders_of_their_own(app: Program, home: Path) -> None:
+    (home / "conf/sweep/seeds.yaml").write_text(
+        "# @package _global_\nname: many\nhydra: {sweeper: {params: {seed: '1,2'}}}\n"
+    )
+    done = app("-m", "sweep=seeds", "loss.name=a/b,c", "batching.num_workers=0")
+    assert done.returncode == 0, done.stderr
+    jobs = [
+        schema.folder_name(f"loss.name={name},seed={seed}")
+        for name in ("a/b", "c")
+        for seed in (1, 2)
+    ]
+    written = ("out.json", "metrics.json", "job.json", "log.txt")
+    expected = {f"runs/many/{job}/{file}" for job in jobs for file in written}
+    table = {f"sweep.{kind}" for kind in ("txt", "csv", "png", "svg")}
+    page = {"report.html", "report/captions.md", "report/sweep.md", "report/sweep.tex"}
+    page |= {f"report/sweep-seeds.{kind}" for kind in ("md", "tex")}
+    page |= {f"report/sweep-val-MRR-10.{kind}" for kind in ("png", "svg")}
+    ends = {f"runs/many/{name}" for name in {"multirun.yaml"} | table | page}
+    assert files(home) == expected | ends
+    out = (home / "runs/many/loss.name=c,seed=2/out.json").read_text()
+    assert '"run_dir": "runs/many/loss.name=c,seed=2", "seed": 2' in out
+
+
+def test_the_command_line_goes_before_what_a_sweep_file_varies(app: Program, home: Path) -> None:
+    (home / "conf/sweep/seeds.yaml").write_text(
+        "# @package _global_\nname: many\nhydra: {sweeper: {params: {seed: '1,x'}}}\n"
+    )
+    done = app("-m", "sweep=seeds", "seed=3")
+    assert done.returncode == 0, done.stderr
+    assert [path.parent.name for path in home.rglob("job.json")] == ["seed=3"]
+
+
+def test_a_sweep_file_may_name_a_folder_by_the_jobs_seed(app: Program, home: Path) -> None:
+    (home / "conf/sweep/seeds.yaml").write_text(
+        "# @package _global_\nname: many\n"
+        "hydra: {sweeper: {params: {seed: '1,2', loss.name: 'none,here/\\${seed}/model'}}}\n"
+    )
+    done = app("-m", "sweep=seeds")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(path.read_text())["loss"] for path in home.rglob("metrics.json")]
+    assert sorted(found) == ["here/1/model", "here/2/model", "none", "none"]
+
+
+def test_a_wrong_config_ends_before_anything_is_written(app: Program, home: Path) -> None:
+    done = app("trainer.max_step=5", "seed=x", "backbone=tiny_lama")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert lines[0] == "3 mistakes in the config; nothing was started:"
+    assert len(lines) == 4
+    assert files(home) == set()
+
+
+def test_a_wrong_sweep_starts_no_job(app: Program, home: Path) -> None:
+    done = app("-m", "seed=1,x")
+    assert done.returncode == 2
+    assert (
+        "seed (command line): it must be a valid integer, not 'x' [in the job seed=x]"
+        in done.stderr
+    )
+    assert files(home) == set()
+
+
+@pytest.mark.parametrize("name", ["refuses", "refuses_inside"])
+def test_a_mistake_found_in_the_job_is_one_sentence(name: str, app: Program, home: Path) -> None:
+    done = app(f"name={name}")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("the corpus is empty: corpus.jsonl:1; give another folder")
+    assert "the corpus is empty" in (home / f"runs/{name}/log.txt").read_text()
+
+
+def test_a_mistake_found_in_a_job_of_a_sweep_names_the_job(app: Program) -> None:
+    done = app("-m", "name=refuses", "seed=1,2")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    for seed in (1, 2):
+        assert f"failed: seed={seed}: the corpus is empty: corpus.jsonl:1" in done.stdout
+
+
+def test_a_defect_keeps_its_traceback(app: Program) -> None:
+    done = app("name=fails")
+    assert done.returncode == 1
+    assert "ZeroDivisionError: a defect" in done.stderr
+    assert 'app.py", line' in done.stderr
+
+
+@pytest.mark.parametrize("name", ["stopped", "stopped_by_lightning"])
+def test_an_interrupted_run_names_the_command_that_continues(name: str, app: Program) -> None:
+    done = app(f"name={name}")
+    assert done.returncode == 130
+    assert done.stderr.splitlines() == ["interrupted; the same command with resume=true continues"]
+
+
+@pytest.mark.parametrize(
+    ("root", "message"),
+    [
+        (schema.Train, "the same command with resume=true continues"),
+        (schema.Evaluate, "the same command continues"),
+    ],
+)
+def test_only_a_training_takes_resume(
+    root: type, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main._interrupted(root)
+    assert capsys.readouterr().err == f"interrupted; {message}\n"
+
+
+def test_other_ranks_are_silent(app: Program) -> None:
+    done = app("seed=x", LOCAL_RANK="1")
+    assert (done.returncode, done.stderr) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--cfg", "job", "--resolve", "--package", "encoding"], "pooling: last"),
+        (["--info", "defaults-tree"], "train_schema"),
+        (["--hydra-help"], "Hydra"),
+        (["--config-dir", "more", "--config-name", "other", "--cfg", "job"], "seed: 99"),
+        (["-sc", "install=bash"], "hydra_bash_completion"),
+    ],
+)
+def test_flags_of_hydra_go_on_working(
+    arguments: list[str], wanted: str, app: Program, home: Path
+) -> None:
+    (home / "more").mkdir()
+    (home / "more/other.yaml").write_text("defaults: [train, _self_]\nseed: 99\n")
+    done = app(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert wanted in done.stdout
+
+
+def test_an_own_folder_of_configs_is_checked_and_run(app: Program, home: Path) -> None:
+    (home / "more/experiment").mkdir(parents=True)
+    (home / "more/experiment/mine.yaml").write_text("# @package _global_\nname: mine\nsed: 3\n")
+    done = app("--config-dir", "more", "experiment=mine")
+    assert done.returncode == 2
+    assert "sed (more/experiment/mine.yaml:3): the config has no setting 'sed'" in done.stderr
+    (home / "more/experiment/mine.yaml").write_text("# @package _global_\nname: mine\nseed: 3\n")
+    assert app("--config-dir", "more", "experiment=mine").returncode == 0
+    assert "runs/mine/out.json" in files(home)
+    assert app("--config-dir", "moer").returncode == 2
+
+
+def test_a_program_without_arguments_shows_commands_and_starts_nothing(
+    app: Program, home: Path
+) -> None:
+    done = app()
+    assert done.returncode == 2
+    commands = [line for line in done.stdout.splitlines() if line.startswith("  python ")]
+    assert len(commands) == 4
+    assert commands[-1].split()[:3] == ["python", "app.py", "--help"]
+    assert not (home / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (["name=resolves", "loss.name=${oc.env:CARAVAN_NO_SUCH}"], "loss.name"),
+        (["name=instantiates", "loss._target_=subprocess.getoutput", "loss.cmd=ls"], "loss"),
+        (["name=instantiates", "loss._target_=transformers.NoSuchModel"], "loss._target_"),
+        (["--cfg", "job", "loss=wandb"], "loss=wandb"),
+        (["--cfg", "job", "--resolve", "loss.name=${oc.env:CARAVAN_NO_SUCH}"], "CARAVAN_NO_SUCH"),
+        (["-m", "seed=interval(1,3)"], "seed=interval(1,3)"),
+        (["hydra.run.dir=elsewhere"], "hydra.run.dir"),
+        (["hydra.job.chdir=true"], "hydra.job.chdir"),
+    ],
+)
+def test_what_hydra_refuses_is_one_line_with_the_key(
+    arguments: list[str], place: str, app: Program, home: Path
+) -> None:
+    done = app(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert any(place in line for line in done.stderr.splitlines()), done.stderr
+    assert not {name for name in files(home) if not name.endswith("log.txt")}
+
+
+def test_jobs_whose_values_differ_in_separators_keep_their_results_apart(
+    app: Program, home: Path
+) -> None:
+    done = app("-m", "loss.name=a/b,a_b,a:b,A/B", "name=2024_1")
+    assert done.returncode == 0, done.stderr
+    folders = sorted((home / "runs/2024_1").glob("*/metrics.json"))
+    names = [json.loads(path.read_text())["loss"] for path in folders]
+    assert sorted(names) == ["A/B", "a/b", "a:b", "a_b"]
+
+
+def test_a_text_in_a_sweep_is_the_text_that_was_typed(app: Program, home: Path) -> None:
+    done = app("-m", "loss.name=1_1,11,1e3", "run_dir=runs/texts")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(path.read_text()) for path in home.glob("runs/texts/*/metrics.json")]
+    assert sorted(record["loss"] for record in records) == ["11", "1_1", "1e3"]
+    jobs = [json.loads(path.read_text()) for path in home.glob("runs/texts/*/job.json")]
+    assert sorted(job["overrides"]["loss.name"] for job in jobs) == ["11", "1_1", "1e3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "package"),
+    [("joblib", "hydra_joblib_launcher"), ("submitit_local", "hydra_submitit_launcher")],
+)
+def test_a_launcher_runs_the_jobs_in_other_processes(
+    launcher: str, package: str, app: Program, home: Path
+) -> None:
+    pytest.importorskip(f"hydra_plugins.{package}")
+    done = app("-m", "seed=1,2", f"hydra/launcher={launcher}", "name=many")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads((home / f"runs/many/seed={i}/out.json").read_text()) for i in (1, 2)]
+    assert [record["seed"] for record in records] == [1, 2]
+    assert (home / "runs/many/sweep.txt").exists()
+
+
+# --- the real programs ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["train", *(pytest.param(name, marks=pytest.mark.slow) for name in ("evaluate", "search"))],
+)
+def test_help_imports_nothing_heavy_and_opens_with_three_commands(name: str) -> None:
+    command = ["-m", "caravan.search"] if name == "search" else [f"{name}.py"]
+    done = program("-X", "importtime", *command, "--help")
+    assert done.returncode == 0, done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "hydra" in imported
+    assert not HEAVY & imported
+    opened = f"python {' '.join(command)} "
+    examples = [line for line in done.stdout.splitlines()[:6] if opened in line]
+    assert len(examples) == 3
+    for group in ("data: ", "index: ", *(("backbone: ", "loss: ") if name == "train" else ())):
+        assert f"\n{group}" in done.stdout
+
+
+def test_a_failing_job_does_not_stop_the_others_and_the_end_names_it(
+    app: Program, home: Path
+) -> None:
+    done = app("-m", "name=fails,refuses,fine", "run_dir=runs/mixed")
+    assert done.returncode == 1
+    jobs = {
+        name: json.loads((home / f"runs/mixed/name={name}/job.json").read_text())
+        for name in ("fails", "refuses", "fine")
+    }
+    assert {name: job["state"] for name, job in jobs.items()} == {
+        "fails": "failed",
+        "refuses": "failed",
+        "fine": "finished",
+    }
+    told = [line for line in done.stdout.splitlines() if line.startswith("failed: ")]
+    assert told == [
+        "failed: name=fails: ZeroDivisionError: a defect",
+        "failed: name=refuses: the corpus is empty: corpus.jsonl:1; give another folder",
+    ]
+    assert (home / "runs/mixed/name=fine/out.json").exists()
+
+
+def test_a_job_that_is_refused_for_several_mistakes_is_named_with_the_first(
+    app: Program, home: Path
+) -> None:
+    done = app("-m", "name=refuses_twice,fine", "run_dir=runs/mixed")
+    assert done.returncode == 1
+    assert "failed: name=refuses_twice: 2 mistakes: the first" in done.stdout.splitlines()
+
+
+def test_a_sweep_that_is_started_again_resumes_its_jobs(app: Program, home: Path) -> None:
+    done = app("-m", "seed=1,2", "name=many")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((home / "runs/many/seed=1/metrics.json").read_text())["resume"] is True
+    assert "0.2500" in (home / "runs/many/sweep.txt").read_text()
+
+
+def test_a_sweep_that_is_refused_a_folder_leaves_the_record_of_the_finished_job(
+    app: Program, home: Path
+) -> None:
+    app("-m", "seed=1,2", "name=many")
+    record = (home / "runs/many/seed=1/job.json").read_bytes()
+    done = app("-m", "seed=1,2", "name=many", OTHER_DATA="1")
+    assert done.returncode == 1
+    assert "holds another run" in done.stdout + done.stderr
+    assert (home / "runs/many/seed=1/job.json").read_bytes() == record
+
+
+@pytest.mark.parametrize("sweep", [(), ("-m", "seed=1,2")])
+def test_a_run_whose_worker_was_terminated_first_ends_like_one_that_was_terminated(
+    app: Program, sweep: tuple[str, ...]
+) -> None:
+    done = app(*sweep, "name=worker_terminated")
+    assert done.returncode == 143
+    told = done.stderr.splitlines()
+    assert told[-1] == "interrupted; the same command with resume=true continues"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_whose_worker_was_killed_ends_with_a_sentence(app: Program, home: Path) -> None:
+    done = app("name=worker_killed")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "for lack of memory" in line
+    assert "for lack of memory" in (home / "runs/worker_killed/log.txt").read_text()
+
+
+def test_a_run_may_open_as_many_files_as_the_system_allows(home: Path) -> None:
+    code = "import resource, sys; print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    text = APP.replace("    from hydra.utils", f"    {code}\n    from hydra.utils", 1)
+    (home / "app.py").write_text(text)
+    command = f"ulimit -Sn 256; ulimit -Hn 512; {sys.executable} app.py name=one"
+    done = subprocess.run(["bash", "-c", command], cwd=home, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["(512, 512)"]
+
+
+def test_a_terminated_run_ends_as_an_interrupted_one_with_its_own_code(
+    app: Program, home: Path
+) -> None:
+    text = (home / "app.py").read_text()
+    kill = "import signal; os.kill(os.getpid(), signal.SIGTERM)"
+    (home / "app.py").write_text(text.replace("raise KeyboardInterrupt\n", f"{kill}\n", 1))
+    done = app("name=stopped")
+    assert done.returncode == 143
+    assert done.stderr.endswith("interrupted; the same command with resume=true continues\n")
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(app: Program) -> None:
+    done = app("name=x", "run_dir=/proc/nowhere")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "/proc/nowhere: No such file or directory; choose another path"
+    ]
+
+
+def test_a_setting_that_a_library_refuses_is_named_with_its_key() -> None:
+    for target, sentence in (
+        ("torch.nn.Dropout", "a: dropout probability has to be between 0 and 1, but got 7"),
+        ("fractions.Fraction", None),  # any other code keeps its traceback
+    ):
+        argument = "p" if sentence else "numerator"
+        with pytest.raises(InstantiationException) as raised:
+            instantiate({"a": {"_target_": target, argument: 7 if sentence else "x"}})
+        assert main._sentence(raised.value) == sentence
+
+
+def test_a_thread_that_fails_on_a_full_disk_prints_no_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for error in (OSError(28, "No space left on device"), ValueError("a defect")):
+        main._thread_failed(threading.ExceptHookArgs((type(error), error, None, None)))
+        assert ("a defect" in capsys.readouterr().err) == isinstance(error, ValueError)

@@ -1,0 +1,234 @@
+"""Overrides and files that Hydra would take wrongly or not at all are kept, or refused."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Lines
+from tests.cli.small_conf import CONF
+
+from caravan.cli.compose import compose, preflight
+
+
+@pytest.mark.parametrize("text", ["2024_11_29", "1e3", "1_1", "0123456", "true", "inf", "-5", "5."])
+def test_a_text_that_looks_like_a_number_stays_as_it_was_typed(conf: Path, text: str) -> None:
+    overrides = [f"name={text}", "data=beir", "data.path=.", f"data.split={text}"]
+    cfg = compose(conf, "train", overrides)
+    assert (cfg.name, cfg.run_dir, cfg.data.split) == (text, f"runs/{text}", text)
+    assert preflight(overrides, conf, "train")[0] in (f"name={text}", f"name='{text}'")
+
+
+def test_a_number_stays_a_number(conf: Path) -> None:
+    cfg = compose(conf, "train", ["loss.size=1_0", "loss.rate=1e-3", "seed=2"])
+    assert (cfg.loss.size, cfg.loss.rate, cfg.seed) == (10, 1e-3, 2)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/x/josé",
+        "/x/日本",
+        "/x/a(1)",
+        "a(1)",
+        "/x/a[1]",
+        "/x/a&b",
+        "/x/a#b",
+        "/x/a;b",
+        "/x/it's",
+        '/x/a"b',
+        "/x/a=b",
+        "/x/a!b",
+        "/x/<a>",
+        "/x/`a`",
+    ],
+)
+def test_special_characters_have_a_remedy_that_can_be_pasted(lines: Lines, path: str) -> None:
+    (line,) = lines(f"init_from={path}")
+    (pasted,) = shlex.split(line.partition("quotes: ")[2])
+    (line,) = lines(pasted)
+    assert line.startswith("init_from (command line): there is no folder " + path)
+
+
+def test_a_tilde_that_the_shell_leaves_is_answered_with_the_home(lines: Lines) -> None:
+    (line,) = lines("init_from=~/models/a")
+    assert "\"init_from='$HOME/models/a'\"" in line
+
+
+@pytest.mark.parametrize(
+    ("root", "override", "meant"),
+    [
+        ("train", "+backbone=minilm", "backbone=minilm"),
+        ("train", "++backbone=minilm", "backbone=minilm"),
+        ("train", "+experiment=nothing", "write experiment=nothing, without +"),
+        ("train", "model=mini", "backbone=minilm"),
+        ("train", "network=minilm", "backbone=minilm"),
+        ("train", "dataset=beir", "data=beir"),
+        ("train", "seed=interval(1,3)", "add -m"),
+        ("train", "seed=1,2", "several values; add -m"),
+        ("train", "seed", "no setting; write key=value"),
+        ("train", "seed=[1", "cannot be read"),
+        ("train", "+seed=3", "it is set already; leave the + out"),
+        ("evaluate", "model=runs/x/model", "retriever=runs/x/model"),
+    ],
+)
+def test_an_idiom_that_does_not_work_here_is_answered_with_what_to_type(
+    conf: Path, lines: Lines, root: str, override: str, meant: str
+) -> None:
+    (conf / "backbone/minilm.yaml").write_text("{_target_: parts.Part}")
+    given = ["retriever=bm25"] if root == "evaluate" else []
+    line = lines(override, *given, root=root)[0]
+    assert line.startswith(override)
+    assert meant in line.partition(": ")[2]
+
+
+def test_an_experiment_may_be_chosen_with_a_plus(conf: Path, lines: Lines) -> None:
+    (conf / "experiment/seeded.yaml").write_text("# @package _global_\nseed: 3\n")
+    (line,) = lines("+experiment=seeded")
+    assert line == "+experiment=seeded (command line): write experiment=seeded, without +"
+
+
+@pytest.mark.parametrize(
+    ("root", "key"),
+    [
+        ("train", "seed"),
+        ("train", "encoding"),
+        ("train", "encoding.pooling"),
+        ("train", "name"),
+        ("evaluate", "measures"),
+        ("evaluate", "rerank.depth"),
+        ("evaluate", "index.k"),
+        ("evaluate", "bm25"),
+    ],
+)
+def test_a_needed_key_cannot_be_deleted(lines: Lines, root: str, key: str) -> None:
+    given = ["retriever=bm25"] if root == "evaluate" else []
+    found = lines(f"~{key}", *given, root=root)
+    assert any(line.startswith(f"{key} (") for line in found), found
+
+
+@pytest.mark.parametrize(
+    "override", ["data.path=${oc.env:CARAVAN_NO_SUCH}/a", "data.path=${x}/a", "data.path=${data.x}"]
+)
+@pytest.mark.parametrize("more", [[], ["collections=[a]"]])
+def test_an_interpolation_without_a_value_is_refused(
+    lines: Lines, override: str, more: list[str]
+) -> None:
+    found = lines("retriever=bm25", "data=beir", override, *more, root="evaluate")
+    assert [line for line in found if line.startswith("data.path (command line)")] == found[:1]
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n"
+    for old, new in zip("abcdef", "bcdefg", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (BOMB, "experiment/wild.yaml:5: "),
+        ("name: " + "{a: " * 300 + "1" + "}" * 300, "experiment/wild"),
+        ("name: &a [*a]", "experiment/wild.yaml:2: "),
+        ("name: x\ndefaults: [wild]", "experiment/wild"),
+        ("name: x\ndefaults: [/experiment: wild]", "experiment/wild"),
+        ("1: x", "1 ("),
+        ("hydra: {job: {chdir: true}}", "hydra.job.chdir"),
+        ("hydra: {run: {dir: x}}", "hydra.run.dir"),
+        ('name: "a\\0b"', "name ("),
+        ("- name", "experiment/wild"),
+        ("name", "name ("),
+        ("name: jos\udce9", "experiment/wild.yaml"),
+    ],
+)
+def test_a_file_that_cannot_be_composed_is_refused_quickly(
+    conf: Path, lines: Lines, text: str, place: str
+) -> None:
+    data = f"# @package _global_\n{text}\n".encode(errors="surrogateescape")
+    (conf / "experiment/wild.yaml").write_bytes(data)
+    started = time.monotonic()
+    try:
+        (line,) = lines("experiment=wild")
+    finally:
+        (conf / "experiment/wild.yaml").unlink()
+    assert place in line
+    assert time.monotonic() - started < 10
+
+
+class TestSweeps:
+    def test_every_value_is_checked(self, lines: Lines) -> None:
+        found = lines("-m", "seed=1,2,x", "backbone=tiny_llama,tiny_lama", "trainer.max_step=1,2")
+        keys = ["trainer.max_step", "seed", "backbone=tiny_lama"]
+        assert [line.partition(" (")[0] for line in found] == keys
+        assert "seed=x" in found[1].partition("[in the job")[2]
+
+    def test_the_file_of_a_sweep_is_checked(self, conf: Path, lines: Lines) -> None:
+        (conf / "sweep" / "rates.yaml").write_text(
+            "# @package _global_\n"
+            "hydra: {sweeper: {params: {optimizer.rate: '0.1,0.2', trainer.max_step: '1,2'}}}\n"
+        )
+        (line,) = lines("-m", "sweep=rates")
+        assert "did you mean trainer.max_steps?" in line
+        assert "add -m" in lines("sweep=rates")[-1]
+
+    def test_folders_of_jobs_are_named_by_what_differs(self, conf: Path) -> None:
+        given = ["-m", "seed=1,2", "name=n", "backbone=tiny_llama"]
+        argv = preflight(given, conf, "train")
+        assert argv[-2].endswith("exclude_keys=[run_dir,name,backbone]")
+        assert argv[-1] == "hydra.sweep.dir='runs/n'"
+
+    def test_a_pattern_stands_for_the_options_that_it_matches(self, conf: Path) -> None:
+        for name in ("a", "b"):
+            (conf / f"experiment/some/{name}.yaml").parent.mkdir(exist_ok=True)
+            (conf / f"experiment/some/{name}.yaml").write_text("# @package _global_\nseed: 1\n")
+        argv = preflight(["-m", "experiment=glob(some/*)"], conf, "train")
+        assert argv[1] == "experiment=some/a,some/b"
+
+    @pytest.mark.parametrize(
+        "override",
+        [
+            "experiment=glob(nothing/*)",
+            "validation.run_depth=interval(1,10)",
+            "seed=range(1,1e12)",
+            "loss.rate=range(0,1,0.0)",
+        ],
+    )
+    def test_values_that_no_job_can_have_are_refused(self, lines: Lines, override: str) -> None:
+        (line,) = lines("-m", override)
+        assert line.startswith(f"{override} (command line)")
+
+    def test_texts_are_put_into_quotes(self, conf: Path) -> None:
+        for values, quoted in (("1_1,a,true", "'1_1',a,'true'"), ("choice(1_1,2)", "'1_1','2'")):
+            argv = preflight(["-m", f"loss.name={values}"], conf, "train")
+            assert argv[1] == f"loss.name={quoted}"
+
+    @pytest.mark.parametrize(
+        ("overrides", "wanted"),
+        [
+            ("-m seed=1,2 trainer.devices=2", "trainer.devices"),
+            ("-m seed=1,2 trainer.num_nodes=2", "trainer.num_nodes"),
+            ("-m seed=1,2 trainer.devices=[0]", None),
+            ("-m seed=1,2 hydra/sweeper=ax", "pip install hydra-ax-sweeper"),
+            ("-m seed=1,2 hydra/launcher=slurm", "pip install hydra-submitit-launcher"),
+        ],
+    )
+    def test_a_sweep_needs_one_device_and_its_plugins(
+        self, monkeypatch: pytest.MonkeyPatch, lines: Lines, overrides: str, wanted: str | None
+    ) -> None:
+        monkeypatch.setattr("caravan.cli.sweeps.find_spec", _without_plugins)
+        found = lines(*overrides.split(), conf=CONF)
+        assert bool(found) == (wanted is not None), found
+        assert wanted is None or wanted in found[0]
+
+    def test_a_sweep_is_not_started_by_several_processes(
+        self, monkeypatch: pytest.MonkeyPatch, lines: Lines
+    ) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        (line,) = lines("-m", "seed=1,2")
+        assert line.startswith("-m: ")
+
+
+def _without_plugins(module: str) -> object | None:
+    return None if "submitit" in module else module

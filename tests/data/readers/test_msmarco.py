@@ -1,0 +1,231 @@
+"""MS MARCO's official files, passages and documents, beside what ir_datasets reads of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.files import judged, put, records
+from tests.refusals import refused
+
+from caravan.data.collection import Collection
+from caravan.data.readers.msmarco import MsMarcoDocument, MsMarcoPassage
+
+PASSAGES = {
+    "collection.tsv": "0\tThe presence of communication amid scientific minds.\n"
+    "1\tThe Manhattan Project and its atomic bomb helped.\n7\tA “camel” stores fat in its hump.\n",
+    "queries.train.tsv": "121352\tdefine extreme\n634306\twhat does chattel mean\n",
+    "queries.dev.small.tsv": "1048585\twhat is paula deen's brother\n",
+    "queries.dev.tsv": "1048585\twhat is paula deen's brother\n2\t Androgen receptor define\n",
+    "msmarco-test2019-queries.tsv": "1108939\twhat slows down the flow of blood\n"
+    "1112389\twhat is the county for grand rapids, mn\n",
+    "msmarco-test2020-queries.tsv": "1030303\twho is aziz hashim\n",
+    "qrels.train.tsv": "121352\t0\t7\t1\n634306\t0\t0\t1\n",
+    "qrels.dev.small.tsv": "1048585\t0\t7\t1\n",
+    "qrels.dev.tsv": "1048585\t0\t7\t1\n2\t0\t1\t1\n",
+    "2019qrels-pass.txt": "1108939 Q0 7 3\n1108939 Q0 1 1\n1108939 Q0 0 0\n",
+    "2020qrels-pass.txt": "1030303 0 1 2\n",
+}
+DOCUMENTS = {
+    "msmarco-docs.tsv": "D1\thttps://a.org/camel\tCamels\tStore fat. In humps.\n"
+    "D2\thttp://b.org\t\tNo title here.\nD30\thttps://c.org/x?y=1\tEmpty\t\n",
+    "msmarco-doctrain-queries.tsv": "3\tAnother name for the hump\n",
+    "msmarco-docdev-queries.tsv": "2\tAndrogen receptor define\n",
+    "msmarco-doctrain-qrels.tsv": "3 0 D1 1\n",
+    "msmarco-docdev-qrels.tsv": "2 0 D30 1\n",
+    "msmarco-test2019-queries.tsv": "1108939\twhat slows down the flow of blood\n",
+    "2019qrels-docs.txt": "1108939 Q0 D2 1\n1108939 Q0 D1 0\n",
+}
+TREC = (
+    "<DOC>\n<DOCNO>D1</DOCNO>\n<TEXT>\nhttps://a.org/camel\nCamels\nStore fat.\n\n<b>In humps.\n"
+    "</TEXT>\n</DOC>\n"
+    "<DOC>\n<DOCNO>D2</DOCNO>\n<TEXT>\nhttp://b.org\n\nNo title here.\n</TEXT>\n</DOC>\n"
+    "<DOC>\n<DOCNO>D30</DOCNO>\n<TEXT>\nhttps://c.org/x?y=1\nEmpty\n</TEXT>\n</DOC>\n"
+)
+
+
+def passages(folder: Path, **settings: Any) -> Collection:
+    return MsMarcoPassage(str(folder), **settings).collection(folder.parent / "cache")
+
+
+def documents(folder: Path, **settings: Any) -> Collection:
+    return MsMarcoDocument(str(folder), **settings).collection(folder.parent / "cache")
+
+
+def without(files: dict[str, str], *names: str, **more: str) -> dict[str, str]:
+    return {name: text for name, text in files.items() if name not in names} | more
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_passages_are_read_as_ir_datasets_reads_them(
+    tmp_path: Path, irds: Any, zipped: bool
+) -> None:
+    found = passages(put(tmp_path / "msmarco", PASSAGES, zipped))
+    plain = put(tmp_path / "plain", PASSAGES)
+    assert found.splits == ("train", "dev", "dev_all", "dl19", "dl20")
+    theirs = irds.create_dataset(docs_tsv=str(plain / "collection.tsv"))
+    assert records(found.corpus) == [(d.doc_id, "", d.text) for d in theirs.docs_iter()]
+    names = {
+        "train": ("queries.train.tsv", "qrels.train.tsv"),
+        "dev": ("queries.dev.small.tsv", "qrels.dev.small.tsv"),
+        "dev_all": ("queries.dev.tsv", "qrels.dev.tsv"),
+        "dl19": ("msmarco-test2019-queries.tsv", "2019qrels-pass.txt"),
+        "dl20": ("msmarco-test2020-queries.tsv", "2020qrels-pass.txt"),
+    }
+    asked = {}
+    for split, (queries, qrels) in names.items():
+        theirs = irds.create_dataset(
+            queries_tsv=str(plain / queries), qrels_trec=str(plain / qrels)
+        )
+        asked |= {query.query_id: query.text for query in theirs.queries_iter()}
+        assert judged(found, split) == {
+            (one.query_id, one.doc_id): one.relevance for one in theirs.qrels_iter()
+        }
+    assert {name: text for name, _, text in records(found.queries)} == asked
+    assert len(found.queries) == len(asked) == 7
+    assert found.facts["repeated_queries"] == 1
+    assert found.relevant_from == {"dl19": 2, "dl20": 2}
+
+
+def test_titles_come_with_a_third_column_or_with_jsonl(tmp_path: Path) -> None:
+    rows = [("0", "Communication", "The presence."), ("1", "", "The bomb."), ("7", "C", "A camel.")]
+    tsv = "".join("\t".join(row) + "\n" for row in rows)
+    folder = put(tmp_path / "titled", without(PASSAGES, "collection.tsv", **{"corpus.tsv": tsv}))
+    assert records(passages(folder).corpus) == rows
+    jsonl = "".join(
+        f'{{"docid": "{name}", "title": "{title}", "text": "{text}"}}\n'
+        for name, title, text in rows
+    )
+    put(folder, {"corpus.jsonl": jsonl}, zipped=True)
+    with refused("ambiguous-files", "corpus.tsv"):
+        passages(folder)
+    found = passages(folder, corpus="corpus.jsonl.gz")
+    assert records(found.corpus) == rows
+    assert found.digest == passages(folder, corpus="corpus.tsv").digest
+
+
+def test_anserini_names_are_known_and_dev_is_the_small_one(tmp_path: Path) -> None:
+    files = without(PASSAGES, "queries.dev.small.tsv", "2019qrels-pass.txt")
+    files["qrels.dl19-passage.txt"] = PASSAGES["2019qrels-pass.txt"]
+    found = passages(put(tmp_path / "m", files))
+    assert judged(found, "dev") == {("1048585", "7"): 1}  # its query is in queries.dev.tsv
+    assert judged(found, "dl19")["1108939", "1"] == 1
+    assert MsMarcoPassage("m").split == "dev"
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_documents_are_the_same_in_tsv_and_trec_but_for_their_lines(
+    tmp_path: Path, irds: Any, zipped: bool
+) -> None:
+    found = documents(put(tmp_path / "tsv", DOCUMENTS, zipped))
+    files = without(DOCUMENTS, "msmarco-docs.tsv", **{"msmarco-docs.trec": TREC})
+    trec = documents(put(tmp_path / "trec", files, zipped), urls=False)
+    assert records(found.corpus) == [
+        ("D1", "https://a.org/camel Camels", "Store fat. In humps."),
+        ("D2", "http://b.org", "No title here."),
+        ("D30", "https://c.org/x?y=1 Empty", ""),
+    ]
+    assert found.facts["empty_passages"] == 0
+    from ir_datasets.datasets.msmarco_document import MsMarcoTrecDocs
+
+    plain = put(tmp_path / "plain", files)
+    theirs = MsMarcoTrecDocs(irds.util.LocalDownload(plain / "msmarco-docs.trec"))
+    reformed = [(d.doc_id, d.title, d.body.removesuffix("\n")) for d in theirs.docs_iter()]
+    assert records(trec.corpus) == reformed
+    assert trec.splits == found.splits == ("train", "dev", "dl19")
+    assert judged(trec, "dl19") == judged(found, "dl19") == {
+        ("1108939", "D2"): 1, ("1108939", "D1"): 0,
+    }  # fmt: skip
+    assert found.relevant_from == {}  # of documents, grade 1 is relevant
+
+
+BAD = "0\ta\tb\tc\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "place"),
+    [
+        ({"collection.tsv": None}, "file-not-found", "collection.tsv"),
+        ({"collection.tsv": "0 no tab\n"}, "malformed-line", "collection.tsv:1"),
+        ({"collection.tsv": "0\ta\n1\tb\tc\n"}, "malformed-line", "collection.tsv:2"),
+        ({"collection.tsv": "0\ta\n\n0\tb\n"}, "duplicate-id", "collection.tsv:3"),
+        ({"collection.tsv": "0 1\ta\n"}, "invalid-id", "collection.tsv:1"),
+        ({"queries.train.tsv": BAD}, "malformed-line", "queries.train.tsv:1"),
+        ({"queries.train.tsv": None}, "file-not-found", "qrels.train.tsv"),
+        ({"queries.dev.tsv": "1048585\tother\n"}, "conflicting-texts", "queries.dev.tsv:1"),
+        ({"qrels.train.tsv": "121352\t0\t9\t1\n"}, "unknown-id", "qrels.train.tsv:1"),
+        ({"2019qrels-pass.txt": "1108939 Q0 7 x\n"}, "invalid-grade", "2019qrels-pass.txt:1"),
+        (dict.fromkeys([n for n in PASSAGES if "qrels" in n]), "file-not-found", "qrels.train.tsv"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_file_and_line(
+    tmp_path: Path, changes: dict[str, str | None], code: str, place: str
+) -> None:
+    files = {name: text for name, text in (PASSAGES | changes).items() if text is not None}
+    with refused(code, place) as caught:
+        passages(put(tmp_path / "m", files))
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache" / "collections").glob("[!.]*"))
+
+
+@pytest.mark.parametrize(
+    ("trec", "code", "place"),
+    [
+        (
+            TREC.replace("</TEXT>\n</DOC>\n", "", 1),
+            "damaged-file",
+            "msmarco-docs.trec:9",
+        ),
+        (TREC[:-7], "damaged-file", "msmarco-docs.trec:24"),
+        (TREC.replace("<DOCNO>D2</DOCNO>\n", ""), "damaged-file", "msmarco-docs.trec:12"),
+        (
+            TREC.replace("D2</DOCNO>", "D2</D"),
+            "damaged-file",
+            "msmarco-docs.trec:12",
+        ),
+        ("stray\n" + TREC, "damaged-file", "msmarco-docs.trec:1"),
+        (TREC.replace("D2", "D1"), "duplicate-id", "msmarco-docs.trec:11"),
+    ],
+)
+def test_a_broken_trec_file_is_told_with_its_line(
+    tmp_path: Path, trec: str, code: str, place: str
+) -> None:
+    files = without(DOCUMENTS, "msmarco-docs.tsv", **{"msmarco-docs.trec": trec})
+    with refused(code, place):
+        documents(put(tmp_path / "d", files))
+
+
+def test_carriage_returns_are_no_part_of_a_trec_document(tmp_path: Path) -> None:
+    files = without(DOCUMENTS, "msmarco-docs.tsv", **{"msmarco-docs.trec": TREC})
+    plain = documents(put(tmp_path / "lf", files))
+    files["msmarco-docs.trec"] = TREC.replace("\n", "\r\n")
+    assert records(documents(put(tmp_path / "crlf", files)).corpus) == records(plain.corpus)
+
+
+def test_what_is_still_packed_is_told(tmp_path: Path) -> None:
+    folder = put(tmp_path / "m", {"collectionandqueries.tar.gz": ""})
+    with refused("file-not-found", "collectionandqueries.tar"):
+        passages(folder)
+    with refused("folder-not-found", "data.path"):
+        passages(tmp_path / "absent")
+    with refused("file-not-found", "x.tsv"):
+        passages(folder, corpus="x.tsv")
+
+
+@pytest.mark.parametrize("tag", ["<DOC>", "</DOC>", "<DOCNO>", "<TEXT>", "</TEXT>"])
+@pytest.mark.parametrize("lost", [1, 2, 3])
+def test_a_trec_document_that_lost_tags_is_refused(tmp_path: Path, tag: str, lost: int) -> None:
+    lines = TREC.splitlines(keepends=True)
+    first = [n for n, line in enumerate(lines) if line.startswith(tag)][1 if tag == "<DOC>" else 0]
+    damaged = "".join(lines[:first] + lines[first + lost :])
+    files = without(DOCUMENTS, "msmarco-docs.tsv", **{"msmarco-docs.trec": damaged})
+    with refused("damaged-file"):
+        documents(put(tmp_path / "docs", files))
+
+
+def test_text_beside_the_tags_of_a_trec_document_is_refused(tmp_path: Path) -> None:
+    damaged = TREC.replace("</TEXT>\n", "</TEXT>\nnobody's\n", 1)
+    files = without(DOCUMENTS, "msmarco-docs.tsv", **{"msmarco-docs.trec": damaged})
+    with refused("damaged-file", "msmarco-docs.trec:10"):
+        documents(put(tmp_path / "docs", files))
