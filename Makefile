@@ -31,6 +31,10 @@ quickstart: .venv/.installed
 test: .venv/.tested-with
 	$(PY) -m pytest -q -n 2
 
+# The quick tests again, with the lines that they miss.
+coverage: .venv/.tested-with
+	$(PY) -m pytest -q -n 2 --cov=caravan --cov-report=term-missing:skip-covered
+
 test-all: .venv/.tested-with
 	$(PY) -m pytest -q -m ""
 

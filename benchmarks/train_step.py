@@ -24,12 +24,11 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import TrainerCallback
 
 from caravan.data.datamodule import DataModule
 from caravan.data.negatives import Negatives
-from caravan.data.tokenization import Templates
 from caravan.models.backbone import Pretrained
 from caravan.training.losses import InfoNCE
 from caravan.training.optim import AdamW
@@ -60,21 +59,17 @@ class PeerClock(TrainerCallback):
 def ours(options: Any, corpus: Any, precision: str) -> float:
     backbone = Pretrained(str(options.model))
     tokenizer = backbone.tokenizer(None, ROOT / ".cache")
+    module = Retriever(
+        backbone, None, tokenizer, encoding(), InfoNCE(0.05), AdamW(lr=2e-5, warmup_steps=1), seed=0
+    )
     data = DataModule(
         corpus,
-        Templates(tokenizer, encoding()),
-        Negatives(number=0),
-        "train",
-        "dev",
-        seed=0,
+        module.reading(),
+        module.training_set(corpus, "train", Negatives(number=0), token_budget=2048),
+        dev_split=None,
         queries_per_batch=options.batch,
         token_budget=2048,
         num_workers=1,
-        passages=1,
-        queries=1,
-    )
-    module = Retriever(
-        backbone, None, tokenizer, encoding(), InfoNCE(0.05), AdamW(lr=2e-5, warmup_steps=1), seed=0
     )
     clock = Clock()
     pl.Trainer(
