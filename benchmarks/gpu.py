@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from caravan.data.batch import Packed, pack
 from caravan.encoding import Encoding
-from caravan.models.adapters import LoRA, settle_precisions
+from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
+from caravan.models.hardware import settle_precisions
 from caravan.models.tiny_llama import train_bpe
 from caravan.training.optim import AdamW
 

@@ -16,7 +16,7 @@ from tests.refusals import refused
 import caravan
 from caravan.data.collection import Collection
 from caravan.data.runs import read_run
-from caravan.encoding import folder_digest
+from caravan.models.digests import folder_digest
 
 FLOAT = ("precision=float32", "measures=[MRR@10,nDCG@10,R@20,MAP@20]")
 METRICS = {"mrr_at_10": "MRR@10", "ndcg_at_10": "nDCG@10", "recall_at_20": "R@20"}

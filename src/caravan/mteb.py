@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from caravan import api
-from caravan.encoding import adapter_base, folder_digest, read_encoding
+from caravan.encoding import read_encoding
 from caravan.errors import InputError
+from caravan.models.digests import adapter_base, folder_digest
 
 try:
     from mteb.models.model_meta import ModelMeta, ScoringFunction

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from tests.commands import ROOT, TINY, evaluate
-from tests.released import release, save_base
+from tests.models.released import release, save_base
 from tests.tiny import write_beir
 
 from caravan import manifests

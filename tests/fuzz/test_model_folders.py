@@ -21,7 +21,7 @@ from tests.fuzz.mutations import (
     safetensors_mutants,
     sampled,
 )
-from tests.released import save_base
+from tests.models.released import save_base
 
 from caravan.api import Retriever
 from caravan.encoding import Encoding

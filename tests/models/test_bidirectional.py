@@ -1,68 +1,56 @@
-"""Decoders that look both ways: equal to a mask that hides nothing, remembered, or refused."""
+"""Bidirectional decoders: equal to a mask that hides nothing, saved as such, or refused."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from tests.models.test_biencoder import TEXTS, _padded
-from tests.models.test_presets import GROUPED
+from peft import PeftModel
+from tests.commands import ROOT, evaluate, train, train_arguments, train_config
+from tests.models.small import TEXTS, close, model_of, padded, shaken
+from tests.refusals import refused
 from tests.tiny import tiny_backbone
+from tests.training.test_adaptation import adapt
 from torch import Tensor
 
+from caravan.cli.compose import compose
 from caravan.data.batch import pack
-from caravan.encoding import Encoding
-from caravan.errors import InputError
-from caravan.models.bidirectional import hold_to, look_both_ways
+from caravan.encoding import Encoding, read_encoding
+from caravan.models import folder
+from caravan.models.adapters import LoRA
+from caravan.models.backbone import FromFolder, Pretrained
+from caravan.models.bidirectional import check_direction, is_causal, make_bidirectional
 from caravan.models.biencoder import BiEncoder
+from caravan.models.crossencoder import CrossEncoder, with_head
 from caravan.models.llara import Layout, SlotEncoder
 from caravan.models.loading import set_attention
-from caravan.models.pooling import is_causal
 from caravan.models.query_likelihood import QueryLikelihood
 
 BOTH = Encoding(bidirectional=True, query_length=16, passage_length=24)
 WINDOW = 4
-MIXED = {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}
-DECODERS: dict[str, Any] = {
-    "llama": lambda: transformers.LlamaConfig(**GROUPED),
-    "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=WINDOW),
-    "qwen3": lambda: transformers.Qwen3Config(**GROUPED, head_dim=16),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**GROUPED, **MIXED, sliding_window=WINDOW),
-}
-EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
-OTHERS: dict[str, Any] = {
-    "mixtral": lambda: transformers.MixtralConfig(**GROUPED, **EXPERTS),
-    "gpt2": lambda: transformers.GPT2Config(**GROUPED),
-    "gpt_neo": lambda: transformers.GPTNeoConfig(
-        **GROUPED, attention_types=[[["global", "local"], 1]]
-    ),
-    "mamba": lambda: transformers.MambaConfig(**GROUPED),
-    "jamba": lambda: transformers.JambaConfig(
-        **GROUPED, attn_layer_period=2, attn_layer_offset=1, num_experts=1, use_mamba_kernels=False
-    ),
-    "llama4": lambda: transformers.Llama4TextConfig(**GROUPED, **EXPERTS, head_dim=16),
-    "stablelm": lambda: transformers.StableLmConfig(**GROUPED),
-    "bert": lambda: transformers.BertConfig(**GROUPED),
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": WINDOW},
+    "qwen3": {},
+    "gemma3_text": {
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
 
 
 def _model(name: str, attention: str = "auto") -> Any:
-    """A decoder of transformers that looks to the left, its weights large enough to matter."""
-    torch.manual_seed(0)
-    config = {**DECODERS, **OTHERS}[name]()
-    config.use_cache = False
-    model = transformers.AutoModel.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return set_attention(model.eval(), attention)
+    model = model_of(name, noise=0.05, vocab_size=400, **DECODERS.get(name, {}))
+    return set_attention(model, attention)
 
 
 def _encoder(name: str, attention: str = "auto", pooling: str = "last") -> BiEncoder:
-    model = look_both_ways(_model(name, attention))
+    model = make_bidirectional(_model(name, attention))
     return BiEncoder(model, replace(BOTH, pooling=pooling)).eval()
 
 
@@ -74,25 +62,23 @@ def test_an_embedding_depends_on_neither_batch_nor_padding(
 ) -> None:
     model = _encoder(name, attention, pooling)
     with torch.no_grad():
-        alone = torch.cat([model(*_padded([text], "right", len(text)), True) for text in TEXTS])
-        batched = [model(*_padded(TEXTS, side)) for side in ("left", "right")]
-        filled = model(*_padded(TEXTS, "right", width=40))
-        packed = model.embed(pack(TEXTS, token_budget=20))
-    for other in (*batched, filled, packed):
-        torch.testing.assert_close(other, alone, atol=1e-5, rtol=0)
+        alone = torch.cat([model(*padded([text], "right", len(text)), True) for text in TEXTS])
+        batched = [model(*padded(TEXTS, side)) for side in ("left", "right")]
+        wider = model(*padded(TEXTS, "right", width=40))
+        for other in (*batched, wider, model.embed(pack(TEXTS, token_budget=20))):
+            close(other, alone)
 
 
 def _with_a_mask(name: str, text: list[int]) -> Tensor:
-    """States [1, L, d] of the decoder as it was made, under a mask of one's own."""
+    """States [1, L, d] of the causal decoder, under an explicit mask that hides nothing."""
     places = torch.arange(len(text))
-    near = (places[:, None] - places).abs() <= WINDOW
-    masks = {"full_attention": torch.ones_like(near)[None, None], "sliding_attention": near}
-    masks["sliding_attention"] = near[None, None]
-    kinds = {"llama": "full_attention", "qwen3": "full_attention", "mistral": "sliding_attention"}
+    near = ((places[:, None] - places).abs() <= WINDOW)[None, None]
+    masks: Any = {"full_attention": torch.ones_like(near), "sliding_attention": near}
+    if name != "gemma3_text":
+        masks = masks["sliding_attention" if name == "mistral" else "full_attention"]
     model = _model(name, "sdpa")
     assert is_causal(model)
-    mask: Any = masks if name == "gemma3" else masks[kinds[name]]
-    states: Tensor = model(torch.tensor([text]), attention_mask=mask).last_hidden_state
+    states: Tensor = model(torch.tensor([text]), attention_mask=masks).last_hidden_state
     return states
 
 
@@ -102,8 +88,7 @@ def test_embeddings_equal_plain_transformers_under_a_mask_that_hides_nothing(nam
     with torch.no_grad():
         for text in TEXTS:
             expected = torch.nn.functional.normalize(_with_a_mask(name, text)[:, -1], dim=-1)
-            found = model.embed(pack([text], 100))
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+            close(model.embed(pack([text], 100)), expected)
 
 
 @pytest.mark.parametrize("both", [True, False])
@@ -111,78 +96,215 @@ def test_embeddings_equal_plain_transformers_under_a_mask_that_hides_nothing(nam
 def test_the_last_token_moves_the_first_tokens_state(name: str, both: bool) -> None:
     model = _model(name)
     encoding = Encoding(pooling="cls", bidirectional=both, query_length=8, passage_length=8)
-    encoder = BiEncoder(look_both_ways(model) if both else model, encoding)
+    encoder = BiEncoder(make_bidirectional(model) if both else model, encoding)
     with torch.no_grad():
         rows = encoder.embed(pack([[5, 6, 7, 8], [5, 6, 7, 9]], 100))
     assert bool((rows[0] - rows[1]).abs().max() > 1e-3) == both
 
 
-def test_a_processors_own_attention_in_bf16_looks_both_ways() -> None:
+def test_a_processors_own_attention_in_bf16_is_bidirectional() -> None:
     exact, rounded = _encoder("llama"), _encoder("llama")
     assert rounded.backbone.config._attn_implementation == "caravan"
     rounded.bfloat16()
     with torch.no_grad():
         cosines = (exact.embed(pack(TEXTS, 99)) * rounded.embed(pack(TEXTS, 99))).sum(dim=1)
     assert cosines.min() > 0.998
-    hold_to(BOTH, rounded.backbone)
+    check_direction(BOTH, rounded.backbone)
 
 
 @pytest.mark.parametrize(
-    ("name", "attention", "told"),
+    ("name", "attention", "named"),
     [
-        ("gpt_neo", "auto", "is for decoders.*GPTNeoModel's does not"),
-        ("mamba", "auto", "is for decoders.*MambaModel's does not"),
-        ("bert", "auto", "is for decoders.*BertModel's does not"),
-        ("jamba", "auto", r"JambaModel has layers \(linear_attention\) that look to the left"),
-        ("llama4", "auto", r"Llama4TextModel has layers \(chunked_attention\)"),
-        ("stablelm", "sdpa", "StableLmModel does not heed .*=sdpa .* in layers 0, 1; set it"),
+        ("gpt_neo", "auto", "GPTNeoModel"),
+        ("mamba", "auto", "MambaModel"),
+        ("bert", "auto", "BertModel"),
+        ("jamba", "auto", "JambaModel has layers (linear_attention)"),
+        ("llama4_text", "auto", "Llama4TextModel has layers (chunked_attention)"),
+        ("stablelm", "sdpa", "in layers 0, 1 with backbone.attention=sdpa"),
     ],
 )
-def test_an_architecture_that_cannot_look_both_ways_is_refused_by_name(
-    name: str, attention: str, told: str
+def test_an_architecture_that_cannot_be_made_bidirectional_is_refused_by_name(
+    name: str, attention: str, named: str
 ) -> None:
-    with pytest.raises(InputError, match=rf"backbone\.bidirectional.* {told}"):
+    with refused("not-bidirectional", "backbone.bidirectional", named):
         _encoder(name, attention)
 
 
-def test_an_attention_that_heeds_the_setting_where_another_does_not_is_taken() -> None:
+def test_another_attention_of_that_architecture_is_accepted() -> None:
     model = _encoder("stablelm", "eager")
     with torch.no_grad():
         alone = torch.cat([model.embed(pack([text], 100)) for text in TEXTS])
-        torch.testing.assert_close(model(*_padded(TEXTS, "left")), alone, atol=1e-5, rtol=0)
+        close(model(*padded(TEXTS, "left")), alone)
 
 
-@pytest.mark.parametrize("fault", ["to the left", "padding"])
-def test_one_layer_that_goes_its_own_way_is_found(
-    fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("fault", ["causal", "padding"])
+def test_a_single_wrong_layer_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model("llama", "sdpa")
     attention = model.layers[1].self_attn
     forward = attention.forward
-
-    def other(**given: Any) -> Any:
-        if fault == "padding":
-            return forward(**{**given, "attention_mask": None})
-        return forward(**{**given, "is_causal": True})
-
-    monkeypatch.setattr(attention, "forward", other)
-    with pytest.raises(InputError, match=r"LlamaModel does not heed .* in layers 1; set it to"):
-        BiEncoder(look_both_ways(model), BOTH)
+    changed = {"attention_mask": None} if fault == "padding" else {"is_causal": True}
+    monkeypatch.setattr(attention, "forward", lambda **given: forward(**{**given, **changed}))
+    with refused("not-bidirectional", "LlamaModel", "in layers 1 "):
+        BiEncoder(make_bidirectional(model), BOTH)
 
 
-def test_a_model_and_its_encoding_look_the_same_way() -> None:
-    with pytest.raises(InputError, match=r"looks both ways .* set backbone\.bidirectional=true"):
-        BiEncoder(look_both_ways(_model("qwen3")), Encoding())
-    with pytest.raises(InputError, match="looks to the left alone, but its encoding says"):
+def test_a_model_and_its_encoding_have_the_same_direction() -> None:
+    with refused("direction-mismatch", "backbone.bidirectional=true"):
+        BiEncoder(make_bidirectional(_model("qwen3")), Encoding())
+    with refused("direction-mismatch", "backbone.bidirectional=true"):
         BiEncoder(_model("qwen3"), BOTH)
 
 
-def test_neither_likelihood_nor_adaptation_looks_both_ways(tokenizer: Any) -> None:
-    language_model = look_both_ways(tiny_backbone().language_model(tokenizer))
+def test_neither_likelihood_nor_adaptation_is_bidirectional(tokenizer: Any) -> None:
+    language_model = make_bidirectional(tiny_backbone().language_model(tokenizer))
     likelihood = Encoding(kind="reranker", scoring="likelihood", append_eos=False)
-    with pytest.raises(InputError, match="is no causal language model"):
+    with refused("no-language-model", "encoding.scoring"):
         QueryLikelihood(language_model, likelihood)
-    with pytest.raises(InputError, match=r"encoding\.bidirectional is set, but a likelihood"):
+    with refused("invalid-encoding", "encoding.bidirectional"):
         replace(likelihood, bidirectional=True)
-    with pytest.raises(InputError, match="does not look to the left alone"):
+    with refused("model-not-supported", "LlamaModel"):
         SlotEncoder(language_model, language_model.base_model, BOTH, Layout(1, (3, 3), 1))
+
+
+@pytest.fixture
+def base(tokenizer: Any, tmp_path: Path) -> Path:
+    return _saved("llama", tokenizer, tmp_path / "base")
+
+
+def _saved(name: str, tokenizer: Any, to: Path) -> Path:
+    _model(name).save_pretrained(to)
+    tokenizer.save_pretrained(to)
+    return to
+
+
+def _train(beir: Path, run_dir: Path, *given: str) -> Path:
+    """Two steps of a saved backbone, which has its own shape; the model folder."""
+    tiny = [text for text in train_arguments(beir, run_dir) if not text.startswith("backbone.")]
+    steps = ["trainer.max_steps=2", "trainer.val_check_interval=2"]
+    train_config(compose(ROOT / "conf", "train", [*tiny, *steps, *given]))
+    return run_dir / "model"
+
+
+@pytest.mark.parametrize(
+    ("name", "peft"),
+    [
+        pytest.param(name, peft, marks=[] if number % 3 == place else [pytest.mark.slow])
+        for number, name in enumerate(DECODERS)
+        for place, peft in enumerate(("none", "lora", "qlora"))
+    ],
+)
+def test_a_trained_folder_embeds_as_plain_transformers_does(
+    name: str, peft: str, beir: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    base = _saved(name, tokenizer, tmp_path / "base")
+    given = ["backbone=hf", f"backbone.name={base}", "backbone.bidirectional=true", f"peft={peft}"]
+    saved = _train(beir, tmp_path / "run", *given)
+    assert read_encoding(saved)[0].bidirectional
+    plain: Any
+    if peft == "none":
+        plain = transformers.AutoModel.from_pretrained(saved)  # config.json has the setting
+        assert json.loads((saved / "config.json").read_text())["is_causal"] is False
+    else:
+        plain = transformers.AutoModel.from_pretrained(base)
+        plain.config.is_causal = False
+        plain = PeftModel.from_pretrained(plain, str(saved))
+    untrained = transformers.AutoModel.from_pretrained(base)
+    untrained.config.is_causal = False
+    loaded = folder.load(saved)[0]
+    with torch.no_grad():
+        for text in TEXTS:
+            found = loaded.embed(pack([text], 100))
+            for model, equal in ((plain, True), (untrained, False)):
+                states = model.eval()(input_ids=torch.tensor([text])).last_hidden_state
+                expected = torch.nn.functional.normalize(states[:, -1], dim=-1)
+                assert bool((found - expected).abs().max() < 1e-5) == equal
+
+
+@pytest.mark.parametrize("peft", [[], ["peft=lora", "peft.rank=2", "peft.alpha=4"]])
+def test_later_stages_stay_bidirectional(
+    peft: list[str], base: Path, beir: Path, tmp_path: Path
+) -> None:
+    given = ["backbone=hf", f"backbone.name={base}", "backbone.bidirectional=true"]
+    first = _train(beir, tmp_path / "first", *given, *peft)
+    second = _train(beir, tmp_path / "second", f"init_from={first}", *peft)
+    evaluated = evaluate(beir, tmp_path / "eval", second)
+    run = tmp_path / "eval" / evaluated["run"]
+    reranks = ["stage=reranker", "loss=listwise", f"validation.run={run}", "data.dev_split=test"]
+    third = _train(beir, tmp_path / "third", f"init_from={first}", *reranks, *peft)
+    fourth = _train(beir, tmp_path / "fourth", f"init_from={third}", *peft)
+    for saved in (second, third, fourth):
+        assert read_encoding(saved)[0].bidirectional
+        folder.load(saved)
+
+
+def test_an_adapters_folder_is_never_loaded_as_causal(
+    base: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    spec = Pretrained(str(base), bidirectional=True)
+    adapted = shaken(LoRA(rank=2, alpha=4).apply(spec.model(tokenizer)))
+    folder.save(tmp_path / "m", BiEncoder(adapted, BOTH), tokenizer, BOTH, {})
+    assert "is_causal" not in json.loads((base / "config.json").read_text())
+    model = folder.load(tmp_path / "m")[0]
+    merged = FromFolder(str(tmp_path / "m"), bidirectional=True).model(tokenizer)
+    with torch.no_grad():
+        close(BiEncoder(merged, BOTH).eval().embed(pack(TEXTS, 99)), model.embed(pack(TEXTS, 99)))
+        moved = model.embed(pack([[5, 6, 7, 8], [5, 6, 7, 9]], 99))
+    assert not is_causal(model.backbone)
+    assert not torch.equal(moved[0], moved[1])
+    with refused("direction-mismatch", "backbone.bidirectional=true"):
+        FromFolder(str(tmp_path / "m"))
+    for name in ("model", "scorer"):
+        with refused("direction-mismatch", "backbone.bidirectional=true"):
+            getattr(Pretrained(str(tmp_path / "m")), name)(tokenizer)
+
+
+def test_an_older_folder_without_the_setting_is_causal(
+    base: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    encoding = Encoding()
+    folder.save(tmp_path / "m", BiEncoder(_model("llama"), encoding), tokenizer, encoding, {})
+    path = tmp_path / "m" / "caravan.json"
+    record = json.loads(path.read_text())
+    del record["bidirectional"]
+    path.write_text(json.dumps(record))
+    assert is_causal(folder.load(tmp_path / "m")[0].backbone)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_bidirectional_reranker_scores_as_plain_transformers_does(
+    name: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    encoding = Encoding(kind="reranker", bidirectional=True)
+    model = CrossEncoder(with_head(make_bidirectional(_model(name)), 0), encoding).eval()
+    folder.save(tmp_path / "m", model, tokenizer, encoding, {})
+    auto = transformers.AutoModelForSequenceClassification
+    plain = auto.from_pretrained(tmp_path / "m").eval()
+    with torch.no_grad():
+        expected = torch.stack([plain(torch.tensor([text])).logits[0, 0] for text in TEXTS])
+        for scorer in (model, folder.load(tmp_path / "m")[0]):
+            close(scorer(*padded(TEXTS, "left")), expected)
+    assert expected.std() > 1e-3
+
+
+def test_checkpointing_gives_the_same_gradient(base: Path, tokenizer: Any) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        spec = Pretrained(str(base), checkpointing=checkpointing, bidirectional=True)
+        model = BiEncoder(spec.model(tokenizer), BOTH).train()
+        model(*padded(TEXTS, "right")).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_retriever_from_an_adapted_model_may_be_bidirectional(beir: Path, tmp_path: Path) -> None:
+    adapt(beir, tmp_path / "adapted", "stage=adaptation_released", "trainer.max_steps=0")
+    given = [f"init_from={tmp_path / 'adapted' / 'model'}", "backbone.bidirectional=true"]
+    lengths = ["encoding.query_length=80", "encoding.passage_length=90"]
+    train(beir, tmp_path / "run", *given, *lengths, "trainer.max_steps=2")
+    model, _, encoding, _ = folder.load(tmp_path / "run" / "model")
+    assert (encoding.pooling, encoding.bidirectional) == ("slots", True)
+    texts = [text for text in TEXTS if len(text) > 8]
+    with torch.no_grad():
+        alone = torch.cat([model.embed(pack([text], 99)) for text in texts])
+        close(model(*padded(texts, "left", width=40)), alone)

@@ -1,121 +1,124 @@
 from __future__ import annotations
 
+import sys
+import types
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.models.small import ARCHITECTURES, TEXTS, close, model_of, padded
+from tests.refusals import refused
 from torch import Tensor
 
 from caravan.data.batch import pack
-from caravan.encoding import Encoding
+from caravan.encoding import Encoding, read_encoding
+from caravan.export import sentence_transformers, transformers
+from caravan.models import folder
+from caravan.models.bidirectional import is_causal
 from caravan.models.biencoder import BiEncoder
-from caravan.models.pooling import is_causal, pool
-
-
-def _architecture(name: str) -> torch.nn.Module:
-    from transformers import (
-        BertConfig,
-        BertModel,
-        MistralConfig,
-        MistralModel,
-        ModernBertConfig,
-        ModernBertModel,
-        Qwen3Config,
-        Qwen3Model,
-    )
-
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "vocab_size": 100,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-    }
-    if name == "bert":
-        return BertModel(BertConfig(**shape), add_pooling_layer=False).eval()
-    if name == "modernbert":
-        config = ModernBertConfig(**shape, pad_token_id=0, local_attention=8)
-        return ModernBertModel(config).eval()
-    decoder = {**shape, "num_key_value_heads": 1, "use_cache": False}
-    if name == "qwen3":
-        return Qwen3Model(Qwen3Config(**decoder, head_dim=16)).eval()
-    return MistralModel(MistralConfig(**decoder, sliding_window=8)).eval()
-
-
-ARCHITECTURES = ["bert", "modernbert", "qwen3", "mistral"]
-TEXTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [16, 17, 18, 19], list(range(20, 39))]
-
-
-def _padded(texts: list[list[int]], side: str, width: int = 24) -> tuple[Tensor, Tensor]:
-    ids, mask = torch.zeros(len(texts), width, dtype=torch.int64), None
-    mask = torch.zeros_like(ids)
-    for i, text in enumerate(texts):
-        span = slice(0, len(text)) if side == "right" else slice(width - len(text), width)
-        ids[i, span] = torch.tensor(text)
-        mask[i, span] = 1
-    return ids, mask
+from caravan.models.pooling import pooling_of
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_embedding_depends_on_neither_batch_nor_padding_side(name: str, pooling: str) -> None:
-    model = BiEncoder(_architecture(name), Encoding(pooling=pooling))
+    model = BiEncoder(model_of(name), Encoding(pooling=pooling))
     with torch.no_grad():
-        alone = torch.cat([model(*_padded([text], "right", len(text)), True) for text in TEXTS])
-        left = model(*_padded(TEXTS, "left"))
-        right = model(*_padded(TEXTS, "right"))
-        packed = model.embed(pack(TEXTS, token_budget=20))
-    for other in (left, right, packed):
-        torch.testing.assert_close(other, alone, atol=1e-5, rtol=0)
+        alone = torch.cat([model(*padded([text], "right", len(text)), True) for text in TEXTS])
+        batched = [model(*padded(TEXTS, side)) for side in ("left", "right")]
+        for other in (*batched, model.embed(pack(TEXTS, token_budget=20))):
+            close(other, alone)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_embeddings_equal_plain_transformers_code(name: str) -> None:
-    backbone = _architecture(name)
+def test_embeddings_equal_plain_transformers(name: str) -> None:
+    backbone = model_of(name)
     model = BiEncoder(backbone, Encoding(pooling="last"))
     with torch.no_grad():
         for text in TEXTS:
             states = backbone(input_ids=torch.tensor([text])).last_hidden_state
             expected = torch.nn.functional.normalize(states[:, -1], dim=-1)
-            found = model.embed(pack([text], 100))
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+            close(model.embed(pack([text], 100)), expected)
 
 
-def test_the_last_token_is_found_by_the_mask_not_by_the_pad_id() -> None:
-    states = torch.arange(12.0).reshape(1, 4, 3)
-    # The ids play no part, even where EOS and padding are one token.
-    assert pool(states, torch.tensor([[1, 1, 1, 0]]), "last").tolist() == [[6.0, 7.0, 8.0]]
+@pytest.mark.parametrize(
+    ("pooling", "expected"),
+    [("last", [6.0, 7.0]), ("cls", [0.0, 1.0]), ("mean", [3.0, 4.0]), ("slots", [5.0, 6.0])],
+)
+def test_pooling_leaves_padding_out_and_is_float32(pooling: str, expected: list[float]) -> None:
+    """Real tokens are found by the mask, whatever their ids: EOS and padding may be one token."""
+    states = torch.tensor([[0.0, 1.0], [3.0, 4.0], [6.0, 7.0], [99.0, 99.0]])
+    states[1] = torch.tensor([3.0, 4.0])
+    template = "{text} {next}" if pooling == "slots" else "{text}"
+    slots = 2 if pooling == "slots" else 0
+    templates = {"query_template": template, "passage_template": template}
+    encoding = Encoding(pooling=pooling, slots=slots, append_eos=False, **templates)
+    found = pooling_of(encoding)(states[None].bfloat16(), torch.tensor([[1, 1, 1, 0]]))
+    wanted = [4.5, 5.5] if pooling == "slots" else expected
+    assert found.dtype == torch.float32
+    assert found.tolist() == [wanted]
 
 
-def test_mean_pooling_leaves_padding_out() -> None:
-    states = torch.tensor([[[1.0], [3.0], [100.0]]])
-    assert pool(states, torch.tensor([[1, 1, 0]]), "mean").tolist() == [[2.0]]
-
-
-def test_pooling_is_float32_in_a_bf16_model() -> None:
-    states = torch.ones(1, 2, 3, dtype=torch.bfloat16)
-    mask = torch.ones(1, 2, dtype=torch.int64)
-    assert {pool(states, mask, how).dtype for how in ("last", "mean", "cls")} == {torch.float32}
-
-
-def test_unnormalised_embeddings_are_left_as_they_come(
+def test_unnormalized_embeddings_are_left_as_they_are(
     encoder: BiEncoder, encoding: Encoding
 ) -> None:
     raw = BiEncoder(encoder.backbone, replace(encoding, normalize=False))
-    packed = pack(TEXTS, 100)
+    texts = pack(TEXTS, 100)
     with torch.no_grad():
-        torch.testing.assert_close(
-            torch.nn.functional.normalize(raw.embed(packed), dim=-1), encoder.embed(packed)
-        )
-        assert not torch.allclose(raw.embed(packed).norm(dim=-1), torch.ones(len(TEXTS)))
+        close(torch.nn.functional.normalize(raw.embed(texts), dim=-1), encoder.embed(texts))
+        assert not torch.allclose(raw.embed(texts).norm(dim=-1), torch.ones(len(TEXTS)))
 
 
-def test_only_models_that_look_left_count_as_causal() -> None:
-    assert {name: is_causal(_architecture(name)) for name in ARCHITECTURES} == {
-        "bert": False,
-        "modernbert": False,
-        "qwen3": True,
-        "mistral": True,
-    }
+def test_decoders_are_causal_and_encoders_are_not() -> None:
+    found = {name: is_causal(model_of(name)) for name in ARCHITECTURES}
+    assert found == {"bert": False, "modernbert": False, "qwen3": True, "mistral": True}
+
+
+class Max:
+    def __call__(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = attention_mask.unsqueeze(-1) == 0
+        return states.float().masked_fill(hidden, -torch.inf).amax(dim=1)
+
+
+@pytest.fixture
+def custom(monkeypatch: pytest.MonkeyPatch) -> Encoding:
+    """A user's module with a pooling; remembers in `imported` whether it was looked up."""
+    module: Any = types.ModuleType("users_poolings")
+    module.Max, module.Weighted = Max, lambda: torch.nn.Linear(2, 2)
+    monkeypatch.setitem(sys.modules, "users_poolings", module)
+    return Encoding(pooling="users_poolings.Max", query_length=16, passage_length=24)
+
+
+@pytest.mark.parametrize("attention", ["auto", "unpadded"])
+def test_a_users_pooling_is_used_and_its_folder_needs_the_command_to_trust_it(
+    attention: str, custom: Encoding, tokenizer: Any, tmp_path: Path
+) -> None:
+    backbone = model_of("qwen3", vocab_size=400)
+    model = BiEncoder(backbone, custom)
+    folder.save(tmp_path / "m", model, tokenizer, custom, {})
+    with refused("remote-code", "trust_remote_code=true"):
+        folder.load(tmp_path / "m")
+    assert read_encoding(tmp_path / "m")[1]["own_code"] is True
+    loaded = folder.load(tmp_path / "m", attention=attention, trust_remote_code=True)[0]
+    with torch.no_grad():
+        for text, found in zip(TEXTS, loaded.embed(pack(TEXTS, 40)), strict=True):
+            states = backbone(input_ids=torch.tensor([text])).last_hidden_state[0]
+            close(found, torch.nn.functional.normalize(states.amax(dim=0), dim=0))
+    for exporter in (sentence_transformers, transformers):
+        with refused("remote-code", str(tmp_path / "m")):
+            exporter.export(tmp_path / "m", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("users_poolings.Min", "unreadable"),
+        ("nowhere.Max", "unreadable"),
+        ("users_poolings.Weighted", "invalid-pooling"),
+    ],
+)
+def test_a_path_that_leads_to_no_pooling_is_refused(path: str, code: str, custom: Encoding) -> None:
+    with refused(code, f"encoding.pooling={path}"):
+        BiEncoder(model_of("qwen3"), replace(custom, pooling=path))

@@ -43,7 +43,7 @@ ARCHITECTURES: dict[str, Any] = {
     "mistral_7b": lambda: transformers.MistralConfig(**GROUPED, sliding_window=None),
     "gemma3_1b": lambda: transformers.Gemma3TextConfig(**GROUPED, head_dim=16, sliding_window=8),
 }
-OWN = {"hf", "tiny_llama"}
+OWN = {"from_folder", "hf", "tiny_llama"}
 """No architecture, and one that has tests of its own."""
 FAMILIES = {"minilm", "modernbert_base", "smollm2_135m", "mistral_7b", "qwen3_0_6b", "gemma3_1b"}
 """A preset of each architecture among them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from tests.commands import evaluate
 from tests.tiny import write_beir
+
+from caravan.report.__main__ import main
 
 HARMFUL = '<script>document.title="hurt"</script><img src=x onerror=alert(1)> & "quoted" http://x.y'
 
@@ -27,7 +30,7 @@ class Evaluations:
         for line in (self.beir / "qrels/train.tsv").read_text().splitlines()[1:]:
             query, passage, grade = line.split("\t")
             qrels.append(ir_measures.Qrel(query, passage, int(grade)))
-        # In trec_eval's order, by scores that do not tie: tools break ties each in its way.
+        # In trec_eval's order, by scores that do not tie: each tool breaks ties in its own way.
         lines = [line.split() for line in run.read_text().splitlines()]
         lines.sort(key=lambda line: (float(line[4]), line[2]))
         ranked = [ir_measures.ScoredDoc(line[0], line[2], float(i)) for i, line in enumerate(lines)]
@@ -59,3 +62,25 @@ def evaluations(tmp_path_factory: pytest.TempPathFactory) -> Evaluations:
     theirs.write_text("".join(lines))
     evaluate(beir, folder / "pipeline", f"[bm25,{theirs}]", *asked)
     return Evaluations(beir, folder, theirs)
+
+
+Report = Callable[..., tuple[int, str, str]]
+"""`python -m caravan.report` with these arguments: its exit code, output and errors."""
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Report:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["report", *map(str, arguments)])
+        code = main()
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return run
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take most of the time of a page."""
+    monkeypatch.setattr("caravan.report.plots.Plot._drawn", lambda *_, **__: b"<svg></svg>")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,43 +8,48 @@ import numpy as np
 import pytest
 from scipy import stats
 from tests.commands import evaluate
-from tests.report.conftest import Evaluations
+from tests.refusals import refused
+from tests.report.conftest import Evaluations, Report
 from tests.tiny import write_beir
 
-from caravan.errors import InputError
-from caravan.report import __main__ as command
-from caravan.report import compare, systems
-from caravan.report.examples import examples
+from caravan.report import compare as comparing
+from caravan.report import systems
+from caravan.report.compare import Comparison, compare, examples, holm, paired_tests
+from caravan.report.evaluations import comparison_tables
+from caravan.report.systems import System, read_judged, read_system, with_distinct_names
 
 
-def _compared(*paths: Path, **settings: object) -> compare.Comparison:
-    found = systems.told_apart([systems.system(path) for path in paths])
-    return compare.compared(found, systems.judged(found), **settings)  # type: ignore[arg-type]
+def _compare(*paths: Path, measures: tuple[str, ...] = ()) -> Comparison:
+    found = with_distinct_names([read_system(path) for path in paths])
+    return compare(found, read_judged(found), measures)
+
+
+def _cells(comparison: Comparison) -> dict[str, list[str]]:
+    return {row[0]: list(row[1:]) for row in comparison_tables(comparison)[0].rows}
+
+
+def _bm25(evaluations: Evaluations) -> Path:
+    return evaluations.folder / "bm25/runs/bm25.train.trec"
 
 
 @pytest.fixture(scope="module")
-def pair(evaluations: Evaluations) -> compare.Comparison:
-    return _compared(evaluations.folder / "bm25", evaluations.theirs)
-
-
-def _run(arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr("sys.argv", ["report", *map(str, arguments)])
-    return command.main()
+def pair(evaluations: Evaluations) -> Comparison:
+    return _compare(evaluations.folder / "bm25", evaluations.theirs)
 
 
 @pytest.mark.parametrize("measure", ["MRR@10", "nDCG@10", "R@5"])
-def test_figures_of_each_query_are_those_of_ir_measures_on_the_file(
-    measure: str, pair: compare.Comparison, evaluations: Evaluations
+def test_scores_of_each_query_are_those_of_ir_measures_on_the_file(
+    measure: str, pair: Comparison, evaluations: Evaluations
 ) -> None:
-    runs = [evaluations.folder / "bm25/runs/bm25.train.trec", evaluations.theirs]
     ids = pair.judged.queries.ids(pair.query_rows)
     assert len(ids) == 40
+    runs = (_bm25(evaluations), evaluations.theirs)
     for values, run in zip(pair.values[measure], runs, strict=True):
         expected = evaluations.per_query(run, measure)
         assert values == pytest.approx([expected.get(name, 0.0) for name in ids], abs=1e-6)
 
 
-def test_the_t_test_and_its_interval_are_those_of_scipy(pair: compare.Comparison) -> None:
+def test_the_t_test_and_its_interval_are_those_of_scipy(pair: Comparison) -> None:
     for measure, (a, b) in pair.values.items():
         (found,) = pair.pairs[measure]
         expected = stats.ttest_rel(b, a)
@@ -53,13 +57,12 @@ def test_the_t_test_and_its_interval_are_those_of_scipy(pair: compare.Comparison
         assert found.p == pytest.approx(expected.pvalue)
         assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
         assert found.difference == pytest.approx(np.mean(b) - np.mean(a))
-        assert (found.gained, found.equal, found.lost) == (
-            *(int((b > a).sum()), int((b == a).sum()), int((b < a).sum())),
-        )
+        counts = [int(which.sum()) for which in (b > a, b == a, b < a)]
+        assert [found.gained, found.equal, found.lost] == counts
 
 
-def test_the_randomisation_test_counts_changes_of_sign(pair: compare.Comparison) -> None:
-    (found,) = compare.paired(pair.values["MRR@10"], [(0, 1)], "randomisation")
+def test_the_randomisation_test_counts_changes_of_sign(pair: Comparison) -> None:
+    (found,) = paired_tests(pair.values["MRR@10"], [(0, 1)], "randomisation")
     differences = pair.values["MRR@10"][1] - pair.values["MRR@10"][0]
     signs = np.random.default_rng(7).choice([-1, 1], (20_000, len(differences)))
     drawn = np.abs((signs * differences).mean(axis=1))
@@ -68,238 +71,271 @@ def test_the_randomisation_test_counts_changes_of_sign(pair: compare.Comparison)
     assert found.p != pair.pairs["MRR@10"][0].p
 
 
-def test_holm_multiplies_by_what_is_left_and_never_falls() -> None:
-    # R: p.adjust(c(.01, .04, .03, .005), "holm")
-    assert compare.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert compare.holm([0.9, 0.8]) == [1.0, 1.0]
-    assert compare.holm([]) == []
+def test_holm_is_that_of_r() -> None:
+    # p.adjust(c(.01, .04, .03, .005), "holm")
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def test_pairs_are_corrected_a_measure_at_a_time() -> None:
     values = np.random.default_rng(0).random((3, 30))
     values[2] += 0.3
-    found = compare.paired(values, [(0, 1), (0, 2), (1, 2)])
+    found = paired_tests(values, [(0, 1), (0, 2), (1, 2)])
     raw = [stats.ttest_rel(values[b], values[a]).pvalue for a, b in ((0, 1), (0, 2), (1, 2))]
-    assert [one.corrected for one in found] == pytest.approx(compare.holm(raw))
+    assert [one.corrected for one in found] == pytest.approx(holm(raw))
     assert found[1].corrected > found[1].p
 
 
-@pytest.mark.parametrize("test", compare.TESTS)
+@pytest.mark.parametrize("test", comparing.TESTS)
 def test_systems_that_never_differ_are_not_different(test: str) -> None:
-    (same,) = compare.paired(np.ones((2, 9)), [(0, 1)], test)
+    (same,) = paired_tests(np.ones((2, 9)), [(0, 1)], test)
     assert (same.p, same.corrected, same.low, same.high) == (1.0, 1.0, 0.0, 0.0)
-    (single,) = compare.paired(np.array([[0.0], [1.0]]), [(0, 1)], test)
+    (single,) = paired_tests(np.array([[0.0], [1.0]]), [(0, 1)], test)
     assert single.p == 1.0
 
 
 def test_overlap_is_jaccards_over_the_first_passages(
-    pair: compare.Comparison, evaluations: Evaluations
+    pair: Comparison, evaluations: Evaluations
 ) -> None:
     tops: list[dict[str, list[str]]] = []
-    for run in (evaluations.folder / "bm25/runs/bm25.train.trec", evaluations.theirs):
-        lines = [line.split() for line in run.read_text().splitlines()]
+    for run in (_bm25(evaluations), evaluations.theirs):
         ranked: dict[str, list[str]] = {}
-        for query, _, passage, _, score, _ in sorted(lines, key=lambda f: (float(f[4]), f[2])):
+        lines = [line.split() for line in run.read_text().splitlines()]
+        for query, _, passage, *_ in sorted(lines, key=lambda f: (float(f[4]), f[2])):
             ranked.setdefault(query, []).insert(0, passage)
-            assert score
         tops.append(ranked)
-    (found,) = pair.overlaps
-    for k, share in found.jaccard.items():
-        of = [
-            len({*tops[0][q][:k]} & {*tops[1][q][:k]}) / len({*tops[0][q][:k], *tops[1][q][:k]})
-            for q in tops[0]
-        ]
-        assert share == pytest.approx(np.mean(of))
-    assert found.same_first == np.mean([tops[0][q][0] == tops[1][q][0] for q in tops[0]])
+    (shares,) = pair.jaccard.values()
+    for k, share in shares.items():
+        both = [({*tops[0][q][:k]}, {*tops[1][q][:k]}) for q in tops[0]]
+        assert share == pytest.approx(np.mean([len(a & b) / len(a | b) for a, b in both]))
 
 
-def test_a_query_that_a_run_lacks_counts_0_and_is_told(
+def test_a_query_that_a_run_lacks_counts_0_and_is_reported(
     evaluations: Evaluations, tmp_path: Path
 ) -> None:
     lines = evaluations.theirs.read_text().splitlines(keepends=True)
     first = lines[0].split()[0]
     short = tmp_path / "short.trec"
     short.write_text("".join(line for line in lines if line.split()[0] != first))
-    found = _compared(evaluations.folder / "bm25", short)
+    found = _compare(evaluations.folder / "bm25", short)
     place = found.judged.queries.ids(found.query_rows).index(first)
     assert found.values["R@5"][1][place] == 0.0
     assert found.missing == [0, 1]
-    assert "short lacks 1" in compare.tables(found)[0].caption
+    assert "short lacks 1" in comparison_tables(found)[0].caption
 
 
-def test_queries_are_shown_with_ranks_and_texts(pair: compare.Comparison) -> None:
+# --- depth ----------------------------------------------------------------------------------------
+
+
+def _cut(run: Path, depth: int, path: Path) -> Path:
+    lines = run.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if int(line.split()[3]) <= depth))
+    return path
+
+
+def test_a_shallower_search_is_neither_scored_nor_tested_by_a_deeper_measure(
+    evaluations: Evaluations, tmp_path: Path
+) -> None:
+    cache = f"cache_dir={evaluations.folder.parent / 'cache'}"
+    home = tmp_path / "bm25-20"
+    given = ("data.split=train", "index.k=20", "measures=[MRR@10]", cache)
+    evaluate(evaluations.beir, home, "bm25", *given)
+    found = _compare(home, evaluations.folder / "bm25", measures=("MRR@10", "R@50"))
+    results, significance, _ = comparison_tables(found)
+    assert _cells(found)["bm25-20"][1] == "\u2013"
+    assert float(_cells(found)["bm25"][1]) > 0
+    assert found.pairs["R@50"] == []
+    assert [row[0] for row in significance.rows] == ["MRR@10"]
+    assert all("bm25-20 is 20 deep" in table.caption for table in (results, significance))
+    # The same ranking: where both are deep enough, they are equal.
+    assert found.pairs["MRR@10"][0].difference == 0.0
+
+
+def test_a_run_file_is_as_deep_as_its_longest_list(
+    evaluations: Evaluations, tmp_path: Path
+) -> None:
+    theirs = _cut(_bm25(evaluations), 5, tmp_path / "theirs.trec")
+    found = _compare(evaluations.folder / "bm25", theirs, measures=("R@5", "MRR@10", "nDCG@10"))
+    assert _cells(found)["theirs"][1:] == ["\u2013", "\u2013"]
+    assert found.pairs["R@5"][0].difference == 0.0
+    assert found.measure == "R@5"
+
+
+def test_run_files_of_one_depth_are_scored_and_their_depth_is_reported(
+    evaluations: Evaluations, tmp_path: Path
+) -> None:
+    short = [_cut(_bm25(evaluations), 5, tmp_path / f"{name}.trec") for name in "ab"]
+    found = _compare(evaluations.folder / "bm25", *short, measures=("MRR@5",))
+    assert found.depth_note == ""
+    alone = compare(found.systems[1:], found.judged, ["MRR@10"])
+    assert float(_cells(alone)["a"][0]) == pytest.approx(found.values["MRR@5"][1].mean(), abs=1e-4)
+    assert "a is 5 deep (MRR@10), b is 5 deep (MRR@10)" in alone.depth_note
+
+
+# --- examples -------------------------------------------------------------------------------------
+
+
+def test_examples_have_ranks_and_texts(pair: Comparison) -> None:
     gained, lost = examples(pair, 0, 1, 3)
     differences = np.sort(pair.values["MRR@10"][1] - pair.values["MRR@10"][0])
-    assert [one.after - one.before for one in lost] == pytest.approx(differences[:3])
-    assert all(one.after > one.before for one in gained)
-    for one in [*gained, *lost]:
-        assert one.text.startswith(pair.judged.queries.get(
-            pair.judged.queries.rows([one.id]))[0][1].split()[0])  # fmt: skip
-        assert all(1 in passage.ranks for passage in one.passages if any(passage.top_of))
+    assert [one.after - one.before for one in lost.queries] == pytest.approx(differences[:3])
+    assert all(one.after > one.before for one in gained.queries)
+    for one in (*gained.queries, *lost.queries):
+        ((_, query),) = pair.judged.queries.get(pair.judged.queries.rows([one.id]))
+        assert one.text == " ".join(query.split())
+        assert {rank for passage in one.passages for rank in passage.ranks} >= {1}
         assert any(passage.grade >= 1 for passage in one.passages)
         for passage in one.passages:
             ((_, text),) = pair.judged.corpus.get(pair.judged.corpus.rows([passage.id]))
             assert passage.text == " ".join(text.split())
 
 
-def test_long_texts_are_cut_so_that_a_page_stays_small(
-    pair: compare.Comparison, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("caravan.report.examples.CHARACTERS", 24)
+def test_long_texts_are_cut(pair: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "CHARACTERS", 24)
     gained, _ = examples(pair, 0, 1, 2)
-    for text in (one.text for query in gained for one in [query, *query.passages]):
+    for text in (one.text for query in gained.queries for one in (query, *query.passages)):
         assert text.endswith(" …")
         assert len(text) <= 24 + 1
 
 
+# --- systems and judgements -----------------------------------------------------------------------
+
+
 def test_run_files_alone_are_judged_by_a_file_of_qrels(
-    pair: compare.Comparison, evaluations: Evaluations
+    pair: Comparison, evaluations: Evaluations
 ) -> None:
-    paths = [evaluations.folder / "bm25/runs/bm25.train.trec", evaluations.theirs]
-    found = [systems.System(path.stem, path) for path in paths]
-    judged = systems.judged(found, evaluations.beir / "qrels/train.tsv")
-    alone = compare.compared(found, judged, ["MRR@10", "R@5"])
+    found = [System(path.stem, path) for path in (_bm25(evaluations), evaluations.theirs)]
+    judged = read_judged(found, evaluations.beir / "qrels/train.tsv")
+    alone = compare(found, judged, ["MRR@10", "R@5"])
     assert not judged.has_texts
     assert np.sort(alone.values["MRR@10"]) == pytest.approx(np.sort(pair.values["MRR@10"]))
     assert alone.pairs["R@5"][0].p == pytest.approx(pair.pairs["R@5"][0].p)
-    gained, _ = examples(alone, 0, 1, 1)
-    assert gained[0].text == ""
-    assert gained[0].passages[0].id.startswith("p")
+    (query,) = examples(alone, 0, 1, 1)[0].queries
+    assert query.text == ""
+    assert query.passages[0].id.startswith("p")
 
 
-def test_a_stage_of_an_evaluation_is_named_by_its_run_file(evaluations: Evaluations) -> None:
-    runs = evaluations.folder / "pipeline/runs"
-    found = [
-        systems.system(path) for path in (runs / "bm25.train.trec", evaluations.folder / "bm25")
-    ]
+def test_names_get_the_folders_above_them_until_they_differ(
+    evaluations: Evaluations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = evaluations.folder / "pipeline/runs/bm25.train.trec"
+    found = [read_system(path) for path in (stage, evaluations.folder / "bm25")]
     assert [one.name for one in found] == ["bm25", "bm25"]
-    assert [one.name for one in systems.told_apart(found)] == ["pipeline/bm25", "runs/bm25"]
-    with pytest.raises(InputError, match="given twice"):
-        systems.told_apart([found[0], found[0]])
+    assert [one.name for one in with_distinct_names(found)] == ["pipeline/bm25", "runs/bm25"]
+    with refused("given-twice", str(stage)):
+        with_distinct_names([found[0], found[0]])
+    monkeypatch.chdir(evaluations.folder / "bm25")
+    assert read_system(Path()).name == "bm25"
 
 
 def test_other_collections_and_splits_are_not_compared(
     evaluations: Evaluations, tmp_path: Path
 ) -> None:
     evaluate(evaluations.beir, tmp_path / "dev", "bm25", "data.split=dev")
-    with pytest.raises(InputError, match=r"bm25 \(data train\), dev \(data dev\)"):
-        _compared(evaluations.folder / "bm25", tmp_path / "dev")
-
-
-def test_collections_of_one_name_are_told_apart_by_their_digests() -> None:
-    found = [
-        systems.System(name, Path(name), Path(), ("pydocs", digit * 32), "test")
+    with refused("mixed-collections", "bm25 (data train), dev (data dev)"):
+        _compare(evaluations.folder / "bm25", tmp_path / "dev")
+    one, two = (
+        System(name, Path(name), Path(), ("pydocs", digit * 32, "test"))
         for name, digit in (("old", "a"), ("new", "b"))
-    ]
-    told = r"old \(pydocs test, digest a{12}\), new \(pydocs test, digest b{12}\)"
-    with pytest.raises(InputError, match=told):
-        systems.judged(found)
+    )
+    with refused("mixed-collections", f"digest {'a' * 12}", f"digest {'b' * 12}"):
+        read_judged([one, two])
 
 
-def test_measures_are_spelled_as_the_collection_wants_them(
-    evaluations: Evaluations, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("relevant_from", "names"), [(1, ["MRR@10", "nDCG@10"]), (2, ["MRR(rel=2)@10", "nDCG@10"])]
+)
+def test_measures_count_from_the_grade_of_the_split_and_once(
+    relevant_from: int, names: list[str], pair: Comparison
 ) -> None:
-    find = systems.find
-    monkeypatch.setattr(
-        systems, "find", lambda *given: replace(find(*given), relevant_from={"train": 2})
-    )
-    found = _compared(
-        evaluations.folder / "bm25", evaluations.theirs, measures=["MRR@10", " nDCG@10"]
-    )
-    assert list(found.values) == ["MRR(rel=2)@10", "nDCG@10"]
+    judged = replace(pair.judged, relevant_from=relevant_from)
+    found = compare(pair.systems, judged, ["MRR@10", " nDCG@10", "MRR@10"])
+    assert list(found.values) == names
+    assert {values.shape for values in found.values.values()} == {(2, 40)}
 
 
-def test_a_measure_that_is_named_twice_counts_once(evaluations: Evaluations) -> None:
-    paths = evaluations.folder / "bm25", evaluations.theirs
-    once, twice = (_compared(*paths, measures=["R@5"] * times) for times in (1, 2))
-    np.testing.assert_array_equal(once.values["R@5"], twice.values["R@5"])
-
-
-def test_one_judgement_told_twice_counts_once_and_two_grades_are_refused(tmp_path: Path) -> None:
+def test_a_repeated_judgement_counts_once_and_two_grades_are_refused(tmp_path: Path) -> None:
     qrels = tmp_path / "qrels.txt"
     qrels.write_text("q 0 p 1\nq 0 p 1\nq 0 r 0\n")
-    assert systems.judged([], qrels).qrels.grades.tolist() == [1, 0]
+    assert read_judged([], qrels).qrels.grades.tolist() == [1, 0]
     qrels.write_text("q 0 p 1\nr 0 p 1\nq 0 p 2\n")
-    with pytest.raises(InputError, match=r"qrels\.txt:3: .* grade 2, but 1 at .*qrels\.txt:1"):
-        systems.judged([], qrels)
+    with pytest.raises(ValueError, match=r"qrels\.txt:3: .*qrels\.txt:1"):
+        read_judged([], qrels)
 
 
-def test_an_evaluation_of_many_collections_is_not_one_ranking(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_one_collection_of_a_suite_is_compared_and_not_the_suite(
+    tmp_path: Path, report: Report
 ) -> None:
     for seed, name in enumerate(("one", "two")):
         write_beir(tmp_path / "data" / name, seed=seed)
-    suite = tmp_path / "suite"
-    evaluate(tmp_path / "data", suite, "bm25", "collections=[one,two]")
-    capsys.readouterr()
-    assert _run(["compare", suite, suite / "one"], monkeypatch) == 2
-    told = f"{suite} is an evaluation of several collections; compare one of them, such as {suite}"
-    assert capsys.readouterr().err.startswith(f"{told}/one, or see them all with")
-    for k1 in ("0.3", "2"):  # what it names instead works
-        evaluate(tmp_path / "data", tmp_path / k1, "bm25", "collections=[one]", f"bm25.k1={k1}")
-    assert _run(["compare", tmp_path / "0.3/one", tmp_path / "2/one"], monkeypatch) == 0
-    assert "2/one" in capsys.readouterr().out
+    for k1 in ("0.3", "2"):
+        given = ("collections=[one,two]", f"bm25.k1={k1}")
+        evaluate(tmp_path / "data", tmp_path / k1, "bm25", *given)
+    with refused("no-evaluation", str(tmp_path / "2/one")):
+        read_system(tmp_path / "2")
+    code, printed, _ = report("compare", tmp_path / "0.3/one", tmp_path / "2/one")
+    assert code == 0
+    assert "2/one" in printed
 
 
-def test_a_run_directory_is_named_after_its_folder_from_within_too(
-    evaluations: Evaluations, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(evaluations.folder / "bm25")
-    assert systems.system(Path()).name == "bm25"
+# --- the command ----------------------------------------------------------------------------------
 
 
-def test_the_page_shows_as_many_queries_as_were_asked_for_and_its_own_command(
-    evaluations: Evaluations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_compare_prints_scores_tests_overlap_and_queries_and_writes_a_page(
+    evaluations: Evaluations, tmp_path: Path, report: Report
 ) -> None:
     page = tmp_path / "out.html"
-    given = ["compare", evaluations.folder / "bm25", evaluations.theirs]
-    assert _run([*given, "--queries", 1, "--html", page], monkeypatch) == 0
+    given = ["compare", evaluations.folder / "bm25", evaluations.theirs, "--queries", 1]
+    code, printed, _ = report(*given, "--html", page)
+    assert code == 0
+    for part in ("paired t-test", "Jaccard@10", "bm25 → theirs: queries that lose most"):
+        assert part in printed
+    mean = sum(evaluations.per_query(_bm25(evaluations), "MRR@10").values()) / 40
+    assert f"{mean:.4f}" in printed
     text = page.read_text()
+    assert f"{mean:.4f}" in text
     assert text.count("<article>") == 2
-    said = " ".join(map(str, ["python -m caravan.report", *given, "--queries 1 --html", page]))
-    assert f"<code>{said}</code>" in text
-
-
-def test_compare_prints_figures_tests_overlap_and_queries_and_writes_a_page(
-    evaluations: Evaluations,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    page = tmp_path / "out.html"
-    arguments = ["compare", evaluations.folder / "bm25", evaluations.theirs, "--html", page]
-    assert _run(arguments, monkeypatch) == 0
-    printed = capsys.readouterr().out
-    for told in ("0.", "paired t-test", "Jaccard@10", "bm25 → theirs: queries that lose most"):
-        assert told in printed
-    record = json.loads((evaluations.folder / "bm25/metrics.json").read_text())
-    assert f"{record['overall']['MRR@10']:.4f}" in printed
-    assert f"{record['overall']['MRR@10']:.4f}" in page.read_text()
+    command = " ".join(map(str, ["python -m caravan.report", *given, "--html", page]))
+    assert f"<code>{command}</code>" in text
     assert (tmp_path / "out/significance.tex").read_text().startswith(r"\begin{table}")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "place"),
     [
-        (["{runs}/bm25"], "two runs or more"),
-        (["{runs}/bm25", "nowhere.trec"], "no run directory and no run file nowhere.trec"),
-        (["{runs}/bm25", "{runs}"], "is not the run directory of an evaluation"),
-        (["{theirs}", "{theirs}2"], "--qrels and a file of judgements"),
-        (["{runs}/bm25", "{theirs}", "--measures", "nDCG"], "did you mean 'nDCG@10'"),
-        (["{theirs}", "{theirs}2", "--qrels", "{theirs}"], ":1: 6 columns"),
-        (["{runs}/bm25", "{theirs}", "--queries", "-1"], "give 0 or more"),
+        (["{runs}/bm25", "nowhere.trec"], "nowhere.trec"),
+        (["{runs}/bm25", "{runs}"], "{runs}"),
+        (["{theirs}", "{theirs}2"], "--qrels"),
+        (["{runs}/bm25", "{theirs}", "--measures", "nDCG"], "'nDCG@10'"),
+        (["{theirs}", "{theirs}2", "--qrels", "{theirs}"], ":1:"),
     ],
 )
-def test_what_cannot_be_compared_is_told_in_a_sentence(
-    arguments: list[str],
-    told: str,
-    evaluations: Evaluations,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_what_cannot_be_compared_is_one_sentence(
+    arguments: list[str], place: str, evaluations: Evaluations, report: Report
 ) -> None:
     shutil.copy(evaluations.theirs, f"{evaluations.theirs}2")
-    given = [text.format(runs=evaluations.folder, theirs=evaluations.theirs) for text in arguments]
-    assert _run(["compare", *given], monkeypatch) == 2
-    error = capsys.readouterr().err
-    assert told in error
+    names = {"runs": evaluations.folder, "theirs": evaluations.theirs}
+    code, _, error = report("compare", *(text.format(**names) for text in arguments))
+    assert code == 2
+    assert place.format(**names) in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["a"], ["a", "b", "--queries", "-1"], ["a", "b", "--html", "b.trec"]]
+)
+def test_wrong_options_are_a_usage_error(arguments: list[str], report: Report) -> None:
+    with pytest.raises(SystemExit) as ended:
+        report("compare", *arguments)
+    assert ended.value.code == 2
+
+
+def test_a_collection_is_found_in_the_cache_that_the_run_names(
+    evaluations: Evaluations, tmp_path: Path
+) -> None:
+    digest = read_system(evaluations.folder / "bm25").judged_on
+    assert digest is not None
+    (tmp_path / "config.yaml").write_text("cache_dir: gone\n")
+    with refused("collection-not-found", str(tmp_path), digest[1][:12]):
+        systems.find(digest[1], tmp_path)

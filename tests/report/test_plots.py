@@ -5,6 +5,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from caravan.report import page
 from caravan.report.plots import (
@@ -17,7 +18,6 @@ from caravan.report.plots import (
     bars,
     changes,
     lines,
-    panels,
     write,
 )
 
@@ -37,14 +37,14 @@ def _contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK])
-def test_every_line_stands_out_from_the_ground(theme: Theme) -> None:
+def test_every_line_has_contrast_to_the_ground(theme: Theme) -> None:
     assert len(theme.colours) == len(set(theme.colours)) == 8
     for colour in theme.colours:
         assert _contrast(colour, theme.ground) >= 3, colour
     assert _contrast(theme.ink, theme.ground) >= 7
 
 
-def test_every_text_of_the_page_can_be_read_in_light_and_in_dark() -> None:
+def test_every_text_of_the_page_has_contrast_in_light_and_dark() -> None:
     roots = re.findall(r":root \{(.*?)\}", CSS, flags=re.DOTALL)
     assert len(roots) == 2
     for root in roots:
@@ -61,7 +61,7 @@ def test_the_page_and_its_plots_share_their_grounds() -> None:
 
 def test_a_plot_is_written_as_png_and_svg_with_its_caption(tmp_path: Path) -> None:
     drawn = [Line("a", [1, 2, 4], [0.1, 0.2, 0.3], [0.01, 0, 0]), Line("b", [1, 2], [0.3, 0.1])]
-    plot = Plot("depth", "MRR@10 over depth.", "words", lines(drawn, "depth", "MRR@10"))
+    plot = Plot("depth", "MRR@10 over depth.", lines(drawn, "depth", "MRR@10"))
     write(tmp_path, [plot])
     assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")
     svg = (tmp_path / "depth.svg").read_text()
@@ -71,8 +71,8 @@ def test_a_plot_is_written_as_png_and_svg_with_its_caption(tmp_path: Path) -> No
     assert (tmp_path / "depth.svg").read_text() == svg
 
 
-def test_a_plot_in_a_page_names_no_address_but_namespaces() -> None:
-    plot = Plot("x", "", "", bars(["a", "b"], [0.1, 0.2], [0.01, 0.02], "MRR@10"))
+def test_a_plot_in_a_page_has_no_address_but_namespaces() -> None:
+    plot = Plot("x", "", bars(["a", "b"], [0.1, 0.2], [0.01, 0.02], "MRR@10"))
     text = plot.svg(DARK, small=True)
     addresses = set(re.findall(r"https?://[^\"' )<]+", text))
     assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
@@ -83,18 +83,16 @@ def test_a_plot_in_a_page_names_no_address_but_namespaces() -> None:
 def test_a_plot_of_all_queries_does_not_grow_with_them() -> None:
     def size(queries: int) -> int:
         differences = [i / queries - 0.5 for i in range(queries)]
-        return len(Plot("x", "", "", changes(differences, "MRR@10")).svg(LIGHT, small=True))
+        return len(Plot("x", "", changes(differences, "MRR@10")).svg(LIGHT, small=True))
 
     assert size(20 * STEPS) < 1.2 * size(STEPS)
 
 
-def test_updates_are_counted_in_whole_numbers() -> None:
-    from matplotlib.figure import Figure
-
-    drawn = [Line("", [3, 6], [0.1, 0.2])]
-    for draw in (panels([("loss", drawn)], "updates"), lines(drawn, "updates", "y", ticks=False)):
-        figure = Figure()
-        draw(figure, LIGHT)
-        ticks = figure.axes[0].get_xticks()
-        assert {3, 6} <= set(ticks)
-        assert all(tick == round(tick) for tick in ticks)
+@pytest.mark.parametrize(("x", "scale"), [([1, 2, 8], "log"), ([3, 6], "linear")])
+def test_few_values_have_a_tick_each_and_a_logarithmic_axis_if_they_double(
+    x: list[float], scale: str
+) -> None:
+    axes = Figure().add_subplot()
+    lines([Line("", x, [0.1] * len(x))], "updates", "loss")(axes, LIGHT)
+    assert axes.get_xticks().tolist() == x
+    assert axes.get_xscale() == scale

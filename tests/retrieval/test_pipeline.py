@@ -25,7 +25,8 @@ from caravan.cli.compose import compose
 from caravan.cli.evaluate import evaluate as evaluate_config
 from caravan.data.collection import Collection
 from caravan.data.runs import read_run
-from caravan.report import compare, systems
+from caravan.report.compare import compare
+from caravan.report.systems import read_judged, read_system
 from caravan.retrieval import stages, store
 from caravan.retrieval.metrics import score_run
 
@@ -164,9 +165,9 @@ def test_metrics_are_those_of_the_published_qrels_and_report_what_counts_zero(
     assert "mean over 4 judged queries" in caplog.text
     assert "2 judgements of passages unknown to the corpus" in caplog.text
     files = [tmp_path / "run" / metrics["run"], folder / "qrels.test.tsv"]
-    inside, outside = (systems.system(path) for path in (tmp_path / "run", files[0]))
-    own = compare.compared([inside], systems.judged([inside]))
-    by_file = compare.compared([outside], systems.judged([], files[1]), list(own.values))
+    inside, outside = (read_system(path) for path in (tmp_path / "run", files[0]))
+    own = compare([inside], read_judged([inside]))
+    by_file = compare([outside], read_judged([], files[1]), list(own.values))
     for name, overall in metrics["overall"].items():
         assert own.values[name].mean() == pytest.approx(overall)
         assert by_file.values[name].mean() == pytest.approx(overall)

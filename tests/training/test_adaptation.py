@@ -24,7 +24,7 @@ from caravan.encoding import Encoding, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.adapters import LoRA
-from caravan.models.backbone import Pretrained, Trained
+from caravan.models.backbone import FromFolder, Pretrained
 from caravan.models.loading import add_slots
 from caravan.models.query_likelihood import QueryLikelihood
 from caravan.training.adaptation import Adaptation
@@ -241,7 +241,7 @@ def test_a_merged_adapter_with_slots_can_be_trained_further(
     )
     module.configure_model()
     folder.save(tmp_path / "m", module.model, own_tokenizer, RELEASED_ENCODING, {})
-    begun = Trained(str(tmp_path / "m"), adapter=False)
+    begun = FromFolder(str(tmp_path / "m"))
     model: Any = begun.language_model(own_tokenizer)
     encoding = RELEASED_ENCODING
     if stage == "reranker_likelihood":

@@ -12,8 +12,9 @@ from tests.tiny import tiny_backbone
 
 from caravan.data.runs import read_run
 from caravan.encoding import Encoding
-from caravan.models.adapters import LoRA, settle_precisions
+from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained
+from caravan.models.hardware import settle_precisions
 from caravan.retrieval.metrics import score_run
 from caravan.training.losses import InfoNCE
 from caravan.training.optim import AdamW

@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from caravan.cli import suite
 from caravan.cli.schema import build, recorded
 from caravan.errors import InputError
-from caravan.report import collections
 from caravan.report.records import to_depth
+from caravan.report.suites import show_suite
 from caravan.report.summary import show_stages
 from caravan.retrieval import pipeline
 from caravan.retrieval.inference import Models
@@ -53,7 +53,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         _report,
     )
     if metrics.get("collections"):
-        collections.show([Path(cfg.run_dir)])
+        show_suite(metrics, Path(cfg.run_dir))
     if failed := metrics.get("failed"):
         lines = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
         raise InputError(
@@ -112,7 +112,7 @@ def _report(evaluation: Evaluation, metrics: dict[str, Any]) -> None:
     """Print the metrics of a collection, cut to the measures that its runs are deep enough for."""
     shown = to_depth(metrics)
     if len(metrics["stages"]) > 1:
-        show_stages(shown)
+        show_stages(metrics)
     if shown["too_deep"]:
         left_out = ", ".join(shown["too_deep"])
         log.info(f"{shown['system']} is {shown['depth']} deep, so it is not scored by {left_out}")

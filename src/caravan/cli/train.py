@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from caravan.cli.schema import build, recorded
 from caravan.encoding import Encoding
 from caravan.models import hardware
-from caravan.models.backbone import Trained
+from caravan.models.backbone import FromFolder
 from caravan.training import fit
 
 PARTS = (
@@ -42,9 +42,8 @@ def train(cfg: DictConfig) -> float | None:
     parts = build(cfg, *PARTS)
     backbone = parts["backbone"]
     if cfg.init_from is not None:  # its transformer, with the settings of the backbone
-        backbone = Trained(
+        backbone = FromFolder(
             cfg.init_from,
-            parts["peft"] is not None,
             backbone.attention,
             backbone.checkpointing,
             backbone.bidirectional,

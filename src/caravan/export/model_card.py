@@ -20,9 +20,10 @@ from typing import Any
 
 from caravan import manifests
 from caravan.data.tokenization import PairTemplates, Template, Templates
-from caravan.encoding import FILE, Encoding, adapter_base, folder_digest, read_encoding
+from caravan.encoding import FILE, Encoding, read_encoding
 from caravan.errors import InputError, reading
 from caravan.files import replacing
+from caravan.models.digests import adapter_base, folder_digest
 from caravan.models.folder import HEAD
 from caravan.models.loading import load_tokenizer
 from caravan.models.remote_code import FACT

@@ -1,9 +1,7 @@
-"""Backbones: a transformer loaded from a name, or from a model folder to train on from.
+"""Backbones: descriptions of a transformer, from which a stage builds its network.
 
-A backbone is a small description (methods `tokenizer` and `model`, and for rerankers `scorer` and
-`language_model`) that `conf/backbone/*.yaml` names by `_target_`; weights load only when a model is
-asked for. Weights are float32 here; the precision of the arithmetic is the trainer's or the
-encoder's affair.
+`conf/backbone/*.yaml` names a backbone by `_target_`. Weights load only when a model is requested,
+in float32; the precision of the arithmetic is up to the trainer or the encoder.
 """
 
 from __future__ import annotations
@@ -12,48 +10,143 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from caravan.encoding import FILE, adapter_base, read_encoding
+from caravan.encoding import FILE, read_encoding
 from caravan.errors import InputError
-from caravan.models import folder
-from caravan.models.adapter_files import (
-    copy_adapter,
-    is_adapter,
-    load_adapter,
-    load_base,
-    released_base,
-)
+from caravan.models import folder as model_folder
+from caravan.models import loading
+from caravan.models.adapters import copy_adapter, is_adapter, load_adapter, released_base
 from caravan.models.crossencoder import with_head
-from caravan.models.loading import (
-    fit_vocabulary,
-    has_tokenizer,
-    load_config,
-    load_language_model,
-    load_scorer,
-    load_tokenizer,
-    load_weights,
-    set_attention,
-)
-from caravan.models.preparing import Checkpointing, new_head, prepared
-from caravan.models.remote_code import allowed
+from caravan.models.digests import adapter_base
+from caravan.models.preparing import Checkpointing, prepared
+from caravan.models.remote_code import is_allowed
 
 
-class Pretrained:
+class Backbone(Protocol):
+    """Everything that a stage needs of a transformer. Subclass `BaseBackbone` for the defaults.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> class TinyBert(BaseBackbone):
+    ...     def config(self, tokenizer):
+    ...         shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ...         return BertConfig(vocab_size=100, intermediate_size=64, **shape)
+    ...     def model(self, tokenizer):
+    ...         return self.prepared(BertModel(self.config(tokenizer), add_pooling_layer=False))
+    >>> model = TinyBert("tiny_bert", checkpointing=True).model(tokenizer=None)
+    >>> model(torch.tensor([[5, 6, 7]])).last_hidden_state.shape
+    torch.Size([1, 3, 32])
+
+    With a `tokenizer` method too, `backbone._target_=my_package.TinyBert` trains it.
+
+    Attributes:
+        name: hub id or folder; recorded as the base model.
+        checkpointing: recompute activations in the backward pass.
+        bidirectional: each token attends to the whole text; False for an encoder, which does so
+            anyway.
+        trains_tokenizer: whether `tokenizer` reads the collection.
+        quantization: transformers' config to quantize the base while loading, or None.
+        dtype: of the weights when loaded; "auto" is that of the file.
+        head_is_new: whether `scorer` has initialized a head at random.
+    """
+
+    name: str
+    checkpointing: Checkpointing
+    bidirectional: bool
+    trains_tokenizer: bool
+    quantization: Any
+    dtype: torch.dtype | str
+    head_is_new: bool
+
+    def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
+        """transformers' tokenizer; `collection` is None where no training data is read."""
+
+    def config(self, tokenizer: Any) -> Any:
+        """transformers' config of the model, or of an adapter's base."""
+
+    def model(self, tokenizer: Any) -> nn.Module:
+        """The transformer without a head, for a retriever."""
+
+    def scorer(self, tokenizer: Any) -> nn.Module:
+        """The transformer with the head that it has, else with a new one, for a reranker."""
+
+    def language_model(self, tokenizer: Any) -> Any:
+        """The transformer with its output layer."""
+
+    def use_adapters(self, peft: Any) -> None:
+        """Called before weights load, with the `LoRA` of the run, or None."""
+
+    def adapted(self, peft: Any, model: nn.Module, rows: Sequence[int] = ()) -> nn.Module:
+        """The model with the adapters of `peft` (`LoRA.apply`)."""
+
+    def messages(self) -> list[str]:
+        """What to log once weights are loaded."""
+
+
+class BaseBackbone(Backbone):
+    """Settings and defaults that backbones share.
+
+    Args:
+        attention: transformers' implementation; "auto" is `caravan.models.cpu` where suitable,
+            "unpadded" is `caravan.models.varlen`.
+        compile: compile the layers by torch.compile.
+        trust_remote_code: run remote code (`caravan.models.remote_code`).
+        The others: see `Backbone`.
+    """
+
+    trains_tokenizer = False
+    quantization = None
+    dtype = torch.float32
+    head_is_new = False
+
+    def __init__(
+        self,
+        name: str,
+        attention: str = "auto",
+        checkpointing: Checkpointing = False,
+        bidirectional: bool = False,
+        compile: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.name = name
+        self.attention = attention
+        self.checkpointing = checkpointing
+        self.bidirectional = bidirectional
+        self.compile = compile
+        self.trust_remote_code = trust_remote_code
+
+    def scorer(self, tokenizer: Any) -> nn.Module:
+        self.head_is_new = True
+        return with_head(self.model(tokenizer), tokenizer.pad_token_id)
+
+    def language_model(self, tokenizer: Any) -> Any:
+        raise InputError("no-language-model", f"backbone={self.name} has no language model")
+
+    def use_adapters(self, peft: Any) -> None:
+        self.quantization = None if peft is None else peft.quantization()
+
+    def adapted(self, peft: Any, model: nn.Module, rows: Sequence[int] = ()) -> nn.Module:
+        adapted: nn.Module = peft.apply(model, rows)
+        return adapted
+
+    def messages(self) -> list[str]:
+        return []
+
+    def prepared(self, model: nn.Module) -> nn.Module:
+        """The model with this backbone's attention direction, checkpointing and compilation."""
+        return prepared(model, self.checkpointing, self.bidirectional, self.compile)
+
+
+class Pretrained(BaseBackbone):
     """Any decoder or encoder of transformers, by hub id or folder.
 
     Args:
-        name: hub id or folder.
+        name: hub id or folder, of a model or an adapter.
         revision: a branch, tag or commit of the hub.
-        attention: transformers' attention implementation; "auto" is `caravan.models.cpu`.
-        trust_remote_code: run the repository's own code (`caravan.models.remote_code`).
-        checkpointing: recompute activations in the backward pass (`caravan.models.preparing`).
-        bidirectional: each token sees the whole text (`caravan.models.bidirectional`); False of an
-            encoder, which is made so.
-        compile: the layers, by torch.compile.
+        The others: see `BaseBackbone`.
     """
 
     def __init__(
@@ -66,252 +159,195 @@ class Pretrained:
         bidirectional: bool = False,
         compile: bool = False,
     ) -> None:
-        self.name = name
-        self.attention = attention
-        self.bidirectional = bidirectional
-        self.trust_remote_code = trust_remote_code
-        self.hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self.checkpointing = checkpointing
-        self.compile = compile
-        self.quantization: Any = None  # `LoRA.quantization`: the base is loaded in four bits
-        self.dtype: torch.dtype | str = torch.float32  # "auto": as stored, mapped and not read
-
-    trains_tokenizer = False
+        super().__init__(name, attention, checkpointing, bidirectional, compile, trust_remote_code)
+        self.revision = revision
+        self._hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
-        """The model's own tokenizer, or that of an adapter's base; the collection plays no part."""
-        revision = self.hub["revision"]
-        if is_adapter(self.name, revision) and not has_tokenizer(self.name, revision):
-            base, revision = released_base(self.name, revision)
-            found = load_tokenizer(base, **{**self.hub, "revision": revision})
+        if self._is_adapter() and not loading.has_tokenizer(self.name, self.revision):
+            base, revision = released_base(self.name, self.revision)
+            tokenizer = loading.load_tokenizer(base, **{**self._hub, "revision": revision})
         else:
-            found = load_tokenizer(self.name, **self.hub)
+            tokenizer = loading.load_tokenizer(self.name, **self._hub)
         if not self.trust_remote_code:
-            self.config(found)  # a model that wants code of its own is refused before data is read
-        return found
+            self.config(tokenizer)  # refuses a model with remote code before data is read
+        return tokenizer
 
     def config(self, tokenizer: Any) -> Any:
-        """transformers' config of the model, or of an adapter's base."""
-        if is_adapter(self.name, self.hub["revision"]):
-            base, revision = released_base(self.name, self.hub["revision"])
-            return load_config(base, **{**self.hub, "revision": revision})
-        return load_config(self.name, **self.hub)
+        if self._is_adapter():
+            base, revision = released_base(self.name, self.revision)
+            return loading.load_config(base, **{**self._hub, "revision": revision})
+        return loading.load_config(self.name, **self._hub)
 
     def model(self, tokenizer: Any) -> nn.Module:
-        if is_adapter(self.name, self.hub["revision"]):
-            return load_adapter(self._base(), self.name, self.hub["revision"], trainable=True)
-        model = load_weights(
-            self.name, self.dtype, self.attention, quantization=self.quantization, **self.hub
-        )
-        return self._prepared(model)
+        if self._is_adapter():
+            return load_adapter(self._base(), self.name, self.revision, trainable=True)
+        return self.prepared(self._load(loading.load_weights, dtype=self.dtype))
 
-    def language_model(self, tokenizer: Any) -> nn.Module:
-        """The model with its output layer."""
-        if is_adapter(self.name, self.hub["revision"]):
-            raise InputError(
-                f"{self.name} is an adapter; a likelihood needs a language model: name its base"
-            )
-        model = load_language_model(
-            self.name, self.attention, quantization=self.quantization, **self.hub
-        )
-        return self._prepared(model)
+    def language_model(self, tokenizer: Any) -> Any:
+        if self._is_adapter():
+            text = f"{self.name} is an adapter; a likelihood needs a language model: set its base"
+            raise InputError("no-language-model", text)
+        return self.prepared(self._load(loading.load_language_model))
 
     def scorer(self, tokenizer: Any) -> nn.Module:
-        """The model with the head that it was released with, else with a new one."""
-        if is_adapter(self.name, self.hub["revision"]):
-            headed = with_head(self._base(), tokenizer.pad_token_id)
-            return load_adapter(headed, self.name, self.hub["revision"], trainable=True)
-        scorer: Any
-        scorer, scorer.head_is_new = load_scorer(
-            *(self.name, self.dtype, self.attention, tokenizer.pad_token_id),
-            quantization=self.quantization,
-            **self.hub,
-        )
-        return self._prepared(scorer)
+        pad_id = tokenizer.pad_token_id
+        if self._is_adapter():
+            headed = with_head(self._base(), pad_id)
+            return load_adapter(headed, self.name, self.revision, trainable=True)
+        scorer, self.head_is_new = self._load(loading.load_scorer, dtype=self.dtype, pad_id=pad_id)
+        return self.prepared(scorer)
+
+    def prepared(self, model: nn.Module) -> nn.Module:
+        if not self.bidirectional and (Path(self.name) / FILE).is_file():
+            model_folder.refuse_causal(self.name)
+        return super().prepared(model)
+
+    def _is_adapter(self) -> bool:
+        return is_adapter(self.name, self.revision)
+
+    def _load(self, load: Any, **settings: Any) -> Any:
+        common = {"attention": self.attention, "quantization": self.quantization, **self._hub}
+        return load(self.name, **common, **settings)
 
     def _base(self) -> nn.Module:
         """The base that a released adapter names."""
-        base, revision = released_base(self.name, self.hub["revision"])
-        model = load_weights(
-            *(base, self.dtype, self.attention), **{**self.hub, "revision": revision}
-        )
-        return self._prepared(model)
-
-    def _prepared(self, model: Any) -> nn.Module:
-        if not self.bidirectional and (Path(self.name) / FILE).is_file():
-            refuse_to_turn(self.name)
-        return prepared(model, self.checkpointing, self.bidirectional, self.compile)
+        base, revision = released_base(self.name, self.revision)
+        hub: Any = {**self._hub, "revision": revision}
+        return self.prepared(loading.load_weights(base, self.dtype, self.attention, **hub))
 
 
-class Trained:
-    """The transformer of a model folder, to train on from (`init_from`).
+class FromFolder(BaseBackbone):
+    """The transformer of a model folder, to train further.
+
+    With adapters (`peft`), the folder's own adapter stays apart and is trained on; without, it is
+    merged and all weights are trained.
 
     Args:
         folder: of a retriever, a reranker or an adapted model.
-        adapter: keep an adapter apart, for `LoRA` to go on with; else it is merged.
-        attention, checkpointing, compile: as in the other backbones.
-        bidirectional: likewise; a model that looks both ways cannot begin one that does not.
-        trust_remote_code: run code that the model brings along (`caravan.models.remote_code`).
+        bidirectional: must be set if the folder's model is bidirectional.
+        The others: see `BaseBackbone`.
 
     Raises:
-        InputError: it would; or the model wants code of its own that may not run.
+        InputError: If a bidirectional model would become causal, or remote code is needed and not
+            allowed.
     """
-
-    trains_tokenizer = False
 
     def __init__(
         self,
         folder: str,
-        adapter: bool,
         attention: str = "auto",
         checkpointing: Checkpointing = False,
         bidirectional: bool = False,
         compile: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        self.name = folder
-        self.bidirectional = bidirectional
         if not bidirectional:
-            refuse_to_turn(folder)
+            model_folder.refuse_causal(folder)
         encoding, facts = read_encoding(Path(folder))
-        self.trusted = allowed(Path(folder), facts, trust_remote_code)
-        self.scores = encoding.kind == "reranker" and encoding.scoring == "head"
-        self.adapter = folder if adapter and facts["weights"] == "adapter" else None
-        self.attention = attention
-        self.checkpointing = checkpointing
-        self.compile = compile
-        self.counts: tuple[int, int] = (0, 0)  # weights loaded, and new ones
-        self.copied = 0  # weights of the adapter
-        self.quantization: Any = None  # `LoRA.quantization`: the base is loaded in four bits
-        self.dtype: torch.dtype | str = torch.float32  # "auto": as stored, mapped and not read
+        trusted = is_allowed(Path(folder), encoding, facts, trust_remote_code)
+        super().__init__(folder, attention, checkpointing, bidirectional, compile, trusted)
+        self.folder, self.encoding = Path(folder), encoding
+        self.full = facts["weights"] == "full"
+        self.keeps_adapter = False
+        self._counts = (0, 0)  # weights of the folder or of its adapter's base, and of the adapter
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
-        """The folder's own tokenizer; the collection plays no part."""
-        return load_tokenizer(self.name, trust_remote_code=self.trusted)
+        return loading.load_tokenizer(self.name, trust_remote_code=self.trust_remote_code)
 
     def config(self, tokenizer: Any) -> Any:
-        """transformers' config of the model, or of an adapter's base."""
-        if read_encoding(Path(self.name))[1]["weights"] == "adapter":
-            base, revision = adapter_base(Path(self.name))
-            return load_config(base, self.trusted, revision=revision)
-        return load_config(self.name, self.trusted)
+        name, hub = self.name, {}
+        if not self.full:
+            name, hub["revision"] = adapter_base(self.folder)
+        return loading.load_config(name, self.trust_remote_code, **hub)
+
+    def use_adapters(self, peft: Any) -> None:
+        super().use_adapters(peft)
+        self.keeps_adapter = peft is not None and not self.full
 
     def model(self, tokenizer: Any) -> nn.Module:
-        """The transformer without a head; what a head the folder has is left out."""
-        if self.adapter is not None:
-            fetch = partial(
-                load_weights,
-                dtype=self.dtype,
-                attention=self.attention,
-                quantization=self.quantization,
-                trust_remote_code=self.trusted,
-            )
-            model: Any = load_base(Path(self.adapter), fetch)
-        elif self.quantization is not None:
-            if self.scores or read_encoding(Path(self.name))[1]["weights"] == "adapter":
-                raise self._not_quantised()
-            model = load_weights(
-                *(self.name, self.dtype, self.attention),
-                quantization=self.quantization,
-                trust_remote_code=self.trusted,
-            )
-        else:
-            model = self._whole().base_model
-            if getattr(model, "pooler", None) is not None:
-                model.pooler = None
-        return self._prepared(model)
+        """The transformer without a head; a head that the folder has is left out."""
+        scores = self.encoding.kind == "reranker" and self.encoding.scoring == "head"
+        if self.keeps_adapter:
+            fetch = self._fetch(loading.load_weights, dtype=self.dtype)
+            return self.prepared(model_folder.load_base(self.folder, fetch))
+        if self.quantization is not None and not scores:
+            return self.prepared(self._fetch(loading.load_weights, dtype=self.dtype)(self.name))
+        model = self._full_model().base_model
+        loading.drop_pooler(model)
+        return self.prepared(model)
 
     def scorer(self, tokenizer: Any) -> nn.Module:
-        """The transformer with its head, or with a new one if it was no reranker."""
-        if not self.scores:
-            model = self.model(tokenizer)
-            self.counts = (self.counts[0], 1)
-            return new_head(model, tokenizer)
-        if self.adapter is None:
-            if self.quantization is not None:
-                raise self._not_quantised()
-            return self._prepared(self._whole())
-        fetch = partial(
-            load_scorer,
-            dtype=self.dtype,
-            attention=self.attention,
-            pad_id=tokenizer.pad_token_id,
-            quantization=self.quantization,
-            trust_remote_code=self.trusted,
-        )
-        scorer = load_base(Path(self.adapter), fetch)[0]
-        return self._prepared(scorer)  # its head comes with the adapter
+        """The transformer with its head, or with a new one if the folder is not a reranker's."""
+        if self.encoding.kind != "reranker" or self.encoding.scoring != "head":
+            return super().scorer(tokenizer)
+        if not self.keeps_adapter:
+            return self.prepared(self._full_model())
+        fetch = self._fetch(loading.load_scorer, dtype=self.dtype, pad_id=tokenizer.pad_token_id)
+        scorer = model_folder.load_base(self.folder, fetch)[0]
+        return self.prepared(scorer)  # `adapted` copies its head with the adapter
 
-    def language_model(self, tokenizer: Any) -> nn.Module:
-        """The transformer with its output layer, which the folder or the base must have."""
-        fetch = partial(
-            load_language_model, attention=self.attention, trust_remote_code=self.trusted
-        )
-        if self.adapter is not None:
-            quantised = partial(fetch, quantization=self.quantization)
-            return self._prepared(load_base(Path(self.adapter), quantised))
-        if self.quantization is not None:
-            raise self._not_quantised()
-        encoding, facts = read_encoding(Path(self.name))
-        if encoding.scoring == "likelihood":
-            return self._prepared(self._whole())
-        if facts["weights"] == "full":
-            return self._prepared(fetch(self.name))
+    def language_model(self, tokenizer: Any) -> Any:
+        """The transformer with its output layer, which the folder or its base must have."""
+        fetch = self._fetch(loading.load_language_model)
+        if self.keeps_adapter:
+            return self.prepared(model_folder.load_base(self.folder, fetch))
+        if self.full and self.encoding.scoring != "likelihood" and self.quantization is None:
+            return self.prepared(fetch(self.name))
+        full = self._full_model()
+        if self.encoding.scoring == "likelihood":
+            return self.prepared(full)
         # The adapter is of the trunk alone; the output layer is its base's.
-        model: Any = load_base(Path(self.name), fetch)
-        fit_vocabulary(model, tokenizer)
-        trunk = self._whole().base_model
-        model.base_model.load_state_dict(trunk.state_dict())
+        model: Any = model_folder.load_base(self.folder, fetch)
+        loading.fit_vocabulary(model, tokenizer)
+        model.base_model.load_state_dict(full.base_model.state_dict())
         model.tie_weights()
-        return self._prepared(model)
+        return self.prepared(model)
 
     def adapted(self, peft: Any, model: nn.Module, rows: Sequence[int] = ()) -> nn.Module:
-        """The model with adapters on it, which go on from those of the folder if it has any."""
-        model = peft.apply(model, rows)
-        if self.adapter is not None:
-            self.copied = copy_adapter(model, self.adapter)
+        """The model with adapters, initialized from the folder's if it keeps one."""
+        model = super().adapted(peft, model, rows)
+        if self.keeps_adapter:
+            self._counts = (self._counts[0], copy_adapter(model, self.name))
         return model
 
-    @property
-    def told(self) -> str:
-        """How many weights came from where; empty before they are loaded."""
-        if not self.counts:
-            return ""
-        whole, new = self.counts
-        of_base = ""
-        if self.adapter is not None:
-            of_base = f" and {whole} from its base {adapter_base(Path(self.adapter))[0]}"
-            whole = self.copied
-        head = ", 1 new (score.weight)" if new else ""
-        return f"{whole} weights taken from {self.name}{of_base}{head}"
+    def messages(self) -> list[str]:
+        """Where the weights come from."""
+        loaded, copied = self._counts
+        text = f"{loaded} weights initialized from {self.name}"
+        if self.keeps_adapter:
+            base = adapter_base(self.folder)[0]
+            text = (
+                f"{copied} weights initialized from {self.name} and {loaded} from its base {base}"
+            )
+        return [text + (", 1 new (score.weight)" if self.head_is_new else "")]
 
-    def _not_quantised(self) -> InputError:
-        return InputError(
-            f"peft=qlora cannot begin with {self.name}: it goes on with an adapter, or with the"
-            " whole weights of a retriever; choose peft=lora"
-        )
+    def prepared(self, model: nn.Module) -> nn.Module:
+        own: Any = model
+        if self.keeps_adapter:  # a head comes with its adapter
+            own = own.base_model
+        self._counts = (sum(1 for _ in own.parameters()), 0)
+        return super().prepared(model)
 
-    def _whole(self) -> Any:
-        whole = read_encoding(Path(self.name))[1]["weights"] == "full"
-        dtype = self.dtype if whole else torch.float32  # an adapter is merged
-        loaded = folder.load(Path(self.name), dtype, trust_remote_code=self.trusted)
-        transformer = loaded[0].transformer
-        transformer.requires_grad_(True)  # an adapter that is merged leaves its base frozen
-        return set_attention(transformer, self.attention)
+    def _fetch(self, load: Any, **settings: Any) -> Any:
+        settings |= {"attention": self.attention, "quantization": self.quantization}
+        return partial(load, trust_remote_code=self.trust_remote_code, **settings)
 
-    def _prepared(self, model: Any) -> nn.Module:
-        ours = model if self.adapter is None else model.base_model  # a head comes with its adapter
-        self.counts = (sum(1 for _ in ours.parameters()), 0)
-        return prepared(model, self.checkpointing, self.bidirectional, self.compile)
-
-
-def refuse_to_turn(folder: str) -> None:
-    """A model that was trained to look both ways computes nothing of use when it looks one way."""
-    if read_encoding(Path(folder))[0].bidirectional:
-        raise InputError(
-            f"{folder} was trained to look both ways, so what begins with it does too; set"
-            " backbone.bidirectional=true"
-        )
+    def _full_model(self) -> Any:
+        """The folder's transformer with everything that it has; an adapter is merged."""
+        if self.quantization is not None:
+            raise InputError(
+                "not-quantizable",
+                f"peft=qlora cannot be initialized from {self.name}, only from an adapter or from a"
+                " fully fine-tuned retriever; set peft=lora",
+            )
+        dtype = self.dtype if self.full else torch.float32  # merging in bf16 would round
+        trusted = self.trust_remote_code
+        transformer = model_folder.load(self.folder, dtype, trust_remote_code=trusted)[
+            0
+        ].transformer
+        transformer.requires_grad_(True)  # a merged adapter leaves its base frozen
+        return loading.set_attention(transformer, self.attention)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Texts to embeddings: the last layer's states, pooled and scaled to unit length.
 
-RepLLaMA (arXiv 2310.08319, section 2.1). An embedding does not depend on what else is in the batch
-nor on the padding side.
+RepLLaMA (arXiv 2310.08319, section 2.1). An embedding depends neither on the other texts of the
+batch nor on the padding side.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from caravan.data.batch import Chunk, Packed
 from caravan.encoding import Encoding
 from caravan.models import cpu as _registered  # noqa: F401
-from caravan.models.bidirectional import hold_to
-from caravan.models.pooling import is_causal, pooled_states
+from caravan.models.bidirectional import check_direction, is_causal
+from caravan.models.pooling import pooled_states, pooling_of
 from caravan.models.positions import refuse_too_long
 
 
@@ -21,26 +21,25 @@ class BiEncoder(nn.Module):
 
     Args:
         backbone: a transformers model without a head; its output has `last_hidden_state`.
-        encoding: gives pooling and normalisation.
+        encoding: for pooling and normalization.
 
     Raises:
-        InputError: the backbone's attention differs from the encoding's, or has fewer positions
-            than a text may have tokens.
+        InputError: If the backbone's attention direction differs from the encoding's, or it has
+            fewer positions than a text may have tokens.
     """
 
     def __init__(self, backbone: nn.Module, encoding: Encoding) -> None:
         super().__init__()
         self.backbone = backbone
-        self.pooling = encoding.pooling
-        self.slots = encoding.slots
+        self.pooling = pooling_of(encoding)
         self.normalize = encoding.normalize
         self.causal = is_causal(backbone)
-        hold_to(encoding, backbone)
+        check_direction(encoding, backbone)
         refuse_too_long(backbone, encoding)
 
     @property
     def transformer(self) -> nn.Module:
-        """What a model folder saves: the transformer, with its adapter if it has one."""
+        """The part that a model folder saves: the transformer, with its adapter if any."""
         return self.backbone
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, full: bool = False) -> Tensor:
@@ -48,19 +47,13 @@ class BiEncoder(nn.Module):
 
         Args:
             input_ids, attention_mask: [n, L], padded on either side.
-            full: no text is padded (the caller knows; looking would wait for the device).
+            full: no text is padded (the caller knows; checking would wait for the device).
 
         Returns:
             [n, d] float32.
         """
         pooled = pooled_states(
-            self.backbone,
-            input_ids,
-            attention_mask,
-            self.pooling,
-            self.causal,
-            full,
-            slots=self.slots,
+            self.backbone, input_ids, attention_mask, self.pooling, self.causal, full
         )
         return nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled
 

@@ -1,9 +1,9 @@
-"""Texts to scores: a query and a passage read together, and a linear head over one state.
+"""Pairs to scores: a query and a passage read together, and a linear head on one state.
 
 RankLLaMA (arXiv 2310.08319, section 2.2) puts a bias-free head on the last token's state of a
-decoder; on an encoder it sits on the state of [CLS]. The transformer of a decoder is transformers'
-own `...ForSequenceClassification` with one label, so a model folder is what plain transformers and
-PEFT load. A score does not depend on the batch nor on the padding side, and is computed in float32.
+decoder; an encoder's head reads the state of [CLS]. A decoder is transformers' own
+`...ForSequenceClassification` with one label, so that plain transformers and PEFT load the model
+folder. A score depends neither on the batch nor on the padding side, and is computed in float32.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from caravan.data.batch import Chunk, Packed
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import cpu as _registered  # noqa: F401
-from caravan.models.bidirectional import hold_to
-from caravan.models.pooling import is_causal, is_decoder, plain, pooled_states, to_the_left
+from caravan.models.bidirectional import check_direction, is_causal, is_decoder, unwrapped
+from caravan.models.pooling import Cls, Last, pooled_states, pooling_of, right_padded
 from caravan.models.positions import refuse_too_long
 
 
@@ -40,7 +40,7 @@ class Head(nn.Linear):
 
 
 class Headed(PreTrainedModel):
-    """A transformer and a head, for architectures whose own classifier is another."""
+    """A transformer and a head, for architectures with another kind of classifier."""
 
     base_model_prefix = "backbone"
     # Attention is chosen on the backbone, and must not be refused a second time here.
@@ -56,40 +56,42 @@ class CrossEncoder(nn.Module):
     """Scores a query and a passage that it reads as one input.
 
     Args:
-        scorer: as `with_head` or `load_scorer` makes it; with or without an adapter.
-        encoding: says which state the head reads.
+        scorer: as `with_head` or `load_scorer` returns it; with or without an adapter.
+        encoding: for pooling: the last token of a decoder, [CLS] of an encoder.
 
     Raises:
-        InputError: the head would read a state of no use, the model's attention differs from the
-            encoding's, or has fewer positions than a pair may have tokens.
+        InputError: If pooling does not suit the architecture, the attention direction differs from
+            the encoding's, or the model has fewer positions than a pair may have tokens.
     """
 
     def __init__(self, scorer: nn.Module, encoding: Encoding) -> None:
         super().__init__()
         self.scorer = scorer
-        self.pooling = encoding.pooling
+        self.pooling = pooling_of(encoding)
         self.causal = is_causal(scorer)
-        decodes = is_decoder(scorer)
-        wanted = "last" if decodes else "cls"
-        if self.pooling != wanted:
-            kind, stage = ("decoder", "") if decodes else ("encoder", "_encoder")
+        decoder = is_decoder(scorer)
+        if not isinstance(self.pooling, Last if decoder else Cls):
+            kind, wanted, stage = ("encoder", "cls", "reranker_encoder")
+            if decoder:
+                kind, wanted, stage = ("decoder", "last", "reranker")
             raise InputError(
-                f"encoding.pooling={self.pooling}: a reranker on {kind}s such as"
+                "unsuitable-pooling",
+                f"encoding.pooling={encoding.pooling}: a reranker on {kind}s such as"
                 f" {type(self.plain).__name__} reads the {wanted} token; set"
-                f" encoding.pooling={wanted}, or choose stage=reranker{stage}"
+                f" encoding.pooling={wanted}, or choose stage={stage}",
             )
-        hold_to(encoding, scorer)
+        check_direction(encoding, scorer)
         refuse_too_long(scorer, encoding)
 
     @property
     def transformer(self) -> nn.Module:
-        """What a model folder saves: transformer and head, with the adapter if there is one."""
+        """The part that a model folder saves: transformer and head, with the adapter if any."""
         return self.scorer
 
     @property
     def plain(self) -> Any:
-        """The scorer inside of its adapter."""
-        return plain(self.scorer)
+        """The scorer inside its adapter."""
+        return unwrapped(self.scorer)
 
     def forward(
         self,
@@ -102,14 +104,14 @@ class CrossEncoder(nn.Module):
 
         Args:
             input_ids, attention_mask, token_types: [n, L], padded on either side.
-            full: no pair is padded (the caller knows; looking would wait for the device).
+            full: no pair is padded (the caller knows; checking would wait for the device).
 
         Returns:
             [n] float32.
         """
         scorer = self.plain
-        if not hasattr(scorer, "score"):
-            return self._own_head(scorer, input_ids, attention_mask, token_types)
+        if getattr(scorer, "score", None) is None:
+            return self._released_head(scorer, input_ids, attention_mask, token_types)
         backbone = getattr(scorer, scorer.base_model_prefix)
         pooled = pooled_states(
             backbone, input_ids, attention_mask, self.pooling, self.causal, full, token_types
@@ -117,15 +119,15 @@ class CrossEncoder(nn.Module):
         return scorer.score(pooled)[:, 0]
 
     @staticmethod
-    def _own_head(
+    def _released_head(
         scorer: Any, input_ids: Tensor, attention_mask: Tensor, token_types: Tensor | None
     ) -> Tensor:
-        """A released encoder's score, by its own forward and head."""
-        left = to_the_left(attention_mask)
+        """A released encoder's score, by its own forward pass and head."""
+        order = right_padded(attention_mask)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_types is not None:
             inputs["token_type_ids"] = token_types
-        inputs = {name: rows.gather(1, left) for name, rows in inputs.items()}
+        inputs = {name: rows.gather(1, order) for name, rows in inputs.items()}
         return scorer(**inputs).logits[:, 0].float()
 
     def of(self, chunk: Chunk) -> Tensor:
@@ -139,7 +141,7 @@ class CrossEncoder(nn.Module):
 
 
 def head_of(scorer: Any) -> tuple[str, nn.Linear] | None:
-    """The last layer of a scorer, which gives the score, and its name; None if it is no linear."""
+    """The name and layer of a scorer's head; None if it is not a linear layer of one output."""
     inner = f"{scorer.base_model_prefix}."
     found = [
         (name, layer)
@@ -154,7 +156,7 @@ def with_head(backbone: Any, pad_id: int | None = None) -> nn.Module:
 
     Args:
         backbone: a transformers model without a head.
-        pad_id: noted in the config where that has none, since transformers' own code wants one.
+        pad_id: written to a config that has none, since transformers' own code needs one.
     """
     config = backbone.config
     config.num_labels = 1

@@ -3,76 +3,84 @@
     model/
       caravan.json        the encoding (prompts, EOS, pooling, lengths, ...) and facts of training
       config.json  model.safetensors             full weights, as transformers reads them
-      adapter_config.json  adapter_model.safetensors   or an adapter, as PEFT reads it, where the
-                                                 weights that it was trained on have a name
+      adapter_config.json  adapter_model.safetensors   or an adapter, as PEFT reads it, if its base
+                                                 is a folder or on the hub
       score.safetensors   an encoder's head; a decoder's is in its weights, or in its adapter
       tokenizer.json ...
-      README.md           the card (`caravan.export.model_card`), which nothing reads
+      README.md           the model card (`caravan.export.model_card`), which is never read
 
-It is written beside its final place and renamed, so there is a whole folder, the old or the new.
+It is written beside its final place and renamed, so there is always a complete folder.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from caravan.encoding import Encoding, adapter_base, read_encoding, write_encoding
+from caravan.distributed import is_main_process
+from caravan.encoding import Encoding, read_encoding, write_encoding
 from caravan.errors import InputError, reading
 from caravan.files import replacing_folder
-from caravan.models.adapter_files import BASE_WEIGHTS, load_adapter, load_base, weights_digest
-from caravan.models.adapters import merged
-from caravan.models.bidirectional import look_both_ways
+from caravan.models.adapters import load_adapter, merged
+from caravan.models.bidirectional import has_adapter, make_bidirectional
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, Headed, head_of, with_head
+from caravan.models.digests import adapter_base, weights_digest
 from caravan.models.llara import SlotEncoder
 from caravan.models.loading import (
+    check_finite,
     fit_vocabulary,
     load_config,
     load_language_model,
     load_scorer,
     load_tokenizer,
     load_weights,
-    refuse_not_finite,
     set_attention,
 )
 from caravan.models.positions import refuse_too_long
 from caravan.models.query_likelihood import QueryLikelihood
-from caravan.models.remote_code import FACT, allowed, is_own_code
+from caravan.models.remote_code import FACT, is_allowed, is_remote_code
+
+log = logging.getLogger(__name__)
 
 ADAPTER = "adapter_model.safetensors"
 HEAD = "score.safetensors"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
+BASE_WEIGHTS = "base_weights"
+"""In an adapter folder's facts: the digest of the weights that the adapter was trained on."""
 Model = BiEncoder | CrossEncoder
+_Loaded = TypeVar("_Loaded")
 
 
 def save(
     folder: Path, model: Model, tokenizer: Any, encoding: Encoding, facts: dict[str, Any]
 ) -> None:
-    """Write a model folder, whole or not at all; one that is there already is replaced.
+    """Write a model folder atomically; an existing one is replaced.
 
     Args:
-        facts: JSON data, kept in the encoding's file for the card: base model, collection, figures.
+        facts: JSON data for the model card: base model, collection, metrics.
     """
     from safetensors.torch import save_file
-    from transformers.utils import logging
+    from transformers.utils import logging as verbosity
 
-    logging.disable_progress_bar()
+    verbosity.disable_progress_bar()
     transformer: Any = model.transformer
-    adapter = hasattr(transformer, "peft_config")
+    adapter = has_adapter(transformer)
     if adapter and not transformer.active_peft_config.base_model_name_or_path:
-        transformer = merged(copy.deepcopy(transformer))  # on random weights, which no folder has
+        transformer = merged(copy.deepcopy(transformer))  # random weights, which no folder has
         adapter = False
-    own_code = any(map(is_own_code, (tokenizer, *transformer.modules())))
-    facts = {**facts, "weights": "adapter" if adapter else "full", FACT: own_code}
+    remote = any(map(is_remote_code, (tokenizer, *transformer.modules())))
+    facts = {key: value for key, value in facts.items() if key != BASE_WEIGHTS}
+    facts["weights"] = "adapter" if adapter else "full"
+    facts[FACT] = remote or encoding.has_custom_pooling
     if isinstance(model, SlotEncoder) and transformer is model.transformer and not adapter:
         facts["language_model"] = type(transformer).__name__
-    facts.pop(BASE_WEIGHTS, None)  # of a folder that this model has come from
     if adapter:
         facts[BASE_WEIGHTS] = _settle_base(transformer.active_peft_config, folder)
     with replacing_folder(folder) as scratch:
@@ -80,7 +88,7 @@ def save(
             transformer.backbone.save_pretrained(scratch)
             head = {"score.weight": transformer.score.weight.detach().contiguous()}
             save_file(head, scratch / HEAD)
-        elif adapter:  # an embedding whose rows were added is its base's, or in the adapter
+        elif adapter:  # rows added to the embedding are its base's, or in the adapter
             transformer.save_pretrained(scratch, save_embedding_layers=False)
         else:
             transformer.save_pretrained(scratch)
@@ -89,7 +97,7 @@ def save(
 
 
 def _settle_base(config: Any, folder: Path) -> str | None:
-    """The digest of an adapter's base, whose path is made one that is found from anywhere."""
+    """Make the path of an adapter's base findable from anywhere; returns its weights' digest."""
     base = Path(config.base_model_name_or_path)
     above = Path.cwd() in folder.resolve().parents  # `adapter_base` looks in these
     if base.is_dir() and not base.is_absolute() and not above:
@@ -104,77 +112,105 @@ def load(
     attention: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any, Encoding, dict[str, Any]]:
-    """Load a model folder: (model in eval mode, tokenizer, encoding, facts); adapters are merged.
+    """Load a model folder; adapters are merged.
 
     Args:
         dtype: of the transformer's weights; a reranker's head is float32.
-        kind: what it must be, "retriever" or "reranker"; None takes both.
+        kind: the required kind, "retriever" or "reranker"; None accepts both.
         attention: transformers' implementation, or "unpadded" (`caravan.models.varlen`).
-        trust_remote_code: run code that the model brings along, or its adapter's base
-            (`caravan.models.remote_code`); nothing in the folder can.
+        trust_remote_code: run remote code of the model or of its adapter's base
+            (`caravan.models.remote_code`).
 
     Returns:
-        The model is a BiEncoder or a CrossEncoder.
+        The model (a BiEncoder or a CrossEncoder in eval mode), tokenizer, encoding and facts.
 
     Raises:
-        InputError: the encoding is missing or broken, a weight (a reranker's head among them) is
-            missing, unknown, misshapen, NaN or infinite, the base of an adapter is another, the
-            encoding's lengths exceed the model's positions, the folder is of another kind, or wants
-            code of its own that may not run.
+        InputError: If the folder is of another kind or incomplete, a weight is missing, unused,
+            misshapen or not finite, an adapter's base has other weights, the lengths exceed the
+            model's positions, or remote code is needed and not allowed.
     """
     encoding, facts = read_encoding(folder)
     if kind is not None and encoding.kind != kind:
-        raise InputError(f"{folder} is a {encoding.kind}; give the folder of a {kind}")
+        text = f"{folder} is a {encoding.kind}; set the folder of a {kind}"
+        raise InputError("wrong-kind", text)
     adapter = facts["weights"] == "adapter"
-    if adapter and not (folder / ADAPTER).is_file():
-        raise InputError(f"{folder} has no {ADAPTER}; save the model again")
-    if not any(folder.glob("[!.]*.safetensors")):
-        raise InputError(f"{folder} has no weights (*.safetensors); save the model again")
-    if not (folder / "tokenizer_config.json").is_file() or not any(
-        (folder / name).is_file() for name in TOKENIZERS
-    ):
-        raise InputError(
-            f"{folder} lacks its tokenizer (tokenizer_config.json and {TOKENIZERS[0]}); save the"
-            " model again"
-        )
-    trusted = allowed(folder, facts, trust_remote_code)
+    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
+    needed = {
+        ADAPTER: not adapter or (folder / ADAPTER).is_file(),
+        "weights (*.safetensors)": any(folder.glob("[!.]*.safetensors")),
+        "tokenizer_config.json": (folder / "tokenizer_config.json").is_file(),
+        "tokenizer.json": any((folder / name).is_file() for name in tokenizers),
+    }
+    if missing := [name for name, found in needed.items() if not found]:
+        text = f"{folder} lacks {', '.join(missing)}; save the model again"
+        raise InputError("incomplete-folder", text)
+    trusted = is_allowed(folder, encoding, facts, trust_remote_code)
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trusted)
-    model: Model
-    if encoding.kind == "reranker":
-        if encoding.scoring == "likelihood":
-            language_model = _language_model(folder, dtype, adapter, trusted)
-            model = QueryLikelihood(_as_asked(language_model, encoding, attention), encoding)
-        else:
-            scorer = _scorer(folder, dtype, adapter, trusted)
-            model = CrossEncoder(_as_asked(scorer, encoding, attention), encoding)
+    model_class: Any = BiEncoder
+    if encoding.kind == "retriever":
+        transformer = _backbone(folder, dtype, facts, tokenizer, trusted)
+    elif encoding.scoring == "head":
+        model_class, transformer = CrossEncoder, _scorer(folder, dtype, adapter, trusted)
     else:
-        backbone = _backbone(folder, dtype, facts, tokenizer, trusted)
-        model = BiEncoder(_as_asked(backbone, encoding, attention), encoding)
-    return model.eval(), tokenizer, encoding, facts
+        model_class = QueryLikelihood
+        fetch = partial(load_language_model, dtype=dtype, trust_remote_code=trusted)
+        transformer = _with_adapter(fetch, folder) if adapter else fetch(str(folder))
+    if encoding.bidirectional:  # an adapter's base has another config
+        make_bidirectional(transformer)
+    if attention != "auto":
+        transformer = set_attention(transformer, attention)
+    return model_class(transformer, encoding).eval(), tokenizer, encoding, facts
 
 
-def _as_asked(transformer: nn.Module, encoding: Encoding, attention: str) -> nn.Module:
-    """Which way an adapter's base looks stands in the encoding alone."""
-    if encoding.bidirectional:
-        look_both_ways(transformer)
-    return transformer if attention == "auto" else set_attention(transformer, attention)
+def load_base(folder: Path, load: Callable[..., _Loaded]) -> _Loaded:
+    """Load the base of an adapter folder.
+
+    Args:
+        load: called with the base's name and `revision`.
+
+    Raises:
+        InputError: If its weights are not those that the adapter was trained on.
+    """
+    base, revision = adapter_base(folder)
+    local = Path(base).is_dir()
+    if local:
+        _check_base(folder, base, revision)
+    loaded = load(base, revision=revision)
+    if not local:  # by now its files are in the hub's cache
+        _check_base(folder, base, revision)
+    return loaded
+
+
+def _check_base(folder: Path, base: str, revision: str | None) -> None:
+    recorded = read_encoding(folder)[1].get(BASE_WEIGHTS)
+    if recorded is None:
+        if is_main_process():
+            text = "%s does not record the weights of its base %s, so they are not compared"
+            log.info(text, folder, base)
+    elif weights_digest(base, revision) != recorded:
+        raise InputError(
+            "other-base-weights",
+            f"{folder}: the weights of its base {base} are not those that the adapter was trained"
+            " on; restore those, or write their path into"
+            f" {folder / 'adapter_config.json'} (base_model_name_or_path)",
+        )
 
 
 def _backbone(
     folder: Path, dtype: torch.dtype | str, facts: dict[str, Any], tokenizer: Any, trusted: bool
 ) -> nn.Module:
-    adapter = facts["weights"] == "adapter"
     fetch = partial(load_weights, dtype=dtype, trust_remote_code=trusted)
-    if not adapter:
-        # A language model's output layer has no part in embeddings; those who adapt it on need it.
-        return fetch(str(folder), heads="language_model" in facts)
-    model = fit_vocabulary(load_base(folder, fetch), tokenizer)
-    return _with_adapter(model, folder)
+    if facts["weights"] == "adapter":
+        return _with_adapter(
+            lambda name, **hub: fit_vocabulary(fetch(name, **hub), tokenizer), folder
+        )
+    # An adapted model's output layer has no effect on embeddings; further adaptation needs it.
+    return fetch(str(folder), heads="language_model" in facts)
 
 
-def _with_adapter(base: nn.Module, folder: Path) -> Any:
+def _with_adapter(load: Callable[..., nn.Module], folder: Path) -> Any:
     """The base with a folder's adapter merged into it."""
-    adapted = load_adapter(base, str(folder))
+    adapted = load_adapter(load_base(folder, load), str(folder))
     with reading(folder / "adapter_config.json", "the adapter cannot be merged into its base"):
         return merged(adapted)
 
@@ -183,32 +219,23 @@ def _scorer(folder: Path, dtype: torch.dtype | str, adapter: bool, trusted: bool
     scorer: Any
     fetch = partial(load_scorer, dtype=dtype, trust_remote_code=trusted)
     if adapter:
-        scorer = _with_adapter(load_base(folder, fetch)[0], folder)
+        scorer = _with_adapter(lambda name, **hub: fetch(name, **hub)[0], folder)
     elif (folder / HEAD).is_file():
-        model = load_weights(str(folder), dtype, heads=False, trust_remote_code=trusted)
-        scorer = with_head(model)
+        scorer = with_head(load_weights(str(folder), dtype, heads=False, trust_remote_code=trusted))
     else:
         scorer, new = fetch(str(folder))
         if new:
             raise InputError(
+                "no-trained-head",
                 f"{folder} has no trained head, so its scores would be random; train one"
-                f" (stage=reranker init_from={folder}) or save the model again"
+                f" (stage=reranker init_from={folder}) or save the model again",
             )
     _read_head(scorer, folder)
     return scorer
 
 
-def _language_model(
-    folder: Path, dtype: torch.dtype | str, adapter: bool, trusted: bool
-) -> nn.Module:
-    fetch = partial(load_language_model, dtype=dtype, trust_remote_code=trusted)
-    if not adapter:
-        return fetch(str(folder))
-    return _with_adapter(load_base(folder, fetch), folder)
-
-
 def _read_head(scorer: Any, folder: Path) -> None:
-    """Fill the head with its weights as they were saved, which `dtype` may have rounded."""
+    """Copy the head's saved weights, which `dtype` may have rounded."""
     from safetensors import safe_open
 
     found = head_of(scorer)
@@ -224,35 +251,50 @@ def _read_head(scorer: Any, folder: Path) -> None:
         ):
             stored = set(file.keys())
             for part in list(missing):
-                for key in (f"{name}.{part}", f"base_model.model.{name}.{part}"):
-                    if key in stored:
-                        refuse_not_finite(str(path), {key: file.get_tensor(key)})
-                        missing.pop(part).copy_(file.get_tensor(key))
-                        break
+                keys = (f"{name}.{part}", f"base_model.model.{name}.{part}")
+                for key in filter(stored.__contains__, keys):
+                    check_finite(str(path), {key: file.get_tensor(key)})
+                    missing.pop(part).copy_(file.get_tensor(key))
+                    break
     if missing and isinstance(scorer, Headed):
-        raise InputError(f"{folder} has no weights of its head; save the model again")
+        text = f"{folder} has no weights of its head; save the model again"
+        raise InputError("no-trained-head", text)
 
 
 def refuse_lengths(
     folder: Path, encoding: Encoding, section: str = "encoding.", trust_remote_code: bool = False
 ) -> None:
-    """Compare lengths with the positions of a folder's model, whose weights are not read.
+    """Compare lengths with the positions of a folder's model, without reading its weights.
 
     Args:
         encoding: the folder's, with the lengths of an evaluation in place of its own.
-        section: of the config, where these are set, with its dot.
+        section: the config's section with the lengths and a dot, for messages.
 
     Raises:
-        InputError: a text could be longer than the model has positions for.
+        InputError: If a text could be longer than the model has positions for.
     """
     from transformers import AutoModel
 
-    name, hub, facts = str(folder), {}, read_encoding(folder)[1]
+    name, hub = str(folder), {}
+    own, facts = read_encoding(folder)
     if facts["weights"] == "adapter":
         name, hub["revision"] = adapter_base(folder)
-    config = load_config(name, allowed(folder, facts, trust_remote_code), **hub)
-    if is_own_code(config):
+    config = load_config(name, is_allowed(folder, own, facts, trust_remote_code), **hub)
+    if is_remote_code(config):
         return  # its classes are known when it is loaded, which checks the folder's own lengths
     with reading(name, "no model could be loaded"), torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=False)
     refuse_too_long(model, encoding, section)
+
+
+def refuse_causal(folder: str) -> None:
+    """A model that was trained with bidirectional attention is of no use as a causal one.
+
+    Raises:
+        InputError: If the folder's model was.
+    """
+    if read_encoding(Path(folder))[0].bidirectional:
+        raise InputError(
+            "direction-mismatch",
+            f"{folder} was trained with bidirectional attention; set backbone.bidirectional=true",
+        )

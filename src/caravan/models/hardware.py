@@ -1,4 +1,4 @@
-"""What the machine is good for: device, precision, size of a chunk.
+"""Device, precision and tokens a chunk, as the machine suggests and the settings say.
 
 bf16 where the processor computes in it (GPUs from Ampere on, CPUs with AVX512-BF16 or AMX), else
 float32. Similarities, softmax and losses are float32 in any case, and so are trainable weights.
@@ -6,10 +6,15 @@ float32. Similarities, softmax and losses are float32 in any case, and so are tr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+from torch import nn
 
 from caravan.distributed import local_rank
 from caravan.errors import InputError
+from caravan.models.bidirectional import blocks, has_adapter
 
 PRECISIONS = ("auto", "bf16", "float32")
 CPU_CHUNK, GPU_CHUNK = 2048, 32_768
@@ -19,7 +24,10 @@ CPU_CHUNK, GPU_CHUNK = 2048, 32_768
 def resolve(precision: str) -> str:
     """ "bf16" or "float32" for a setting of "auto", "bf16" or "float32"."""
     if precision not in PRECISIONS:
-        raise InputError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+        known = ", ".join(PRECISIONS)
+        raise InputError(
+            "unknown-precision", f"precision is {precision!r}; it must be one of {known}"
+        )
     if precision != "auto":
         return precision
     return "bf16" if has_bf16() else "float32"
@@ -36,10 +44,11 @@ def has_bf16() -> bool:
 
 
 def refuse_attention(attention: str) -> None:
-    """Raise an InputError, before anything loads, where a kernel's name asks for a GPU."""
+    """Raise an InputError, before anything loads, for a GPU's kernel where there is no GPU."""
     if attention.startswith("flash") and not torch.cuda.is_available():
         raise InputError(
-            f"attention={attention} runs on GPUs alone, and there is none; choose auto or sdpa"
+            "attention-not-supported",
+            f"attention={attention} needs a GPU, and there is none; choose auto or sdpa",
         )
 
 
@@ -56,7 +65,7 @@ def named(device: torch.device) -> str:
 
 
 def chunk(token_budget: int | None) -> int:
-    """The padded tokens a chunk for a setting that may leave them to the machine."""
+    """The padded tokens a chunk; None takes the machine's default."""
     if token_budget is not None:
         return token_budget
     return GPU_CHUNK if torch.cuda.is_available() else CPU_CHUNK
@@ -70,3 +79,41 @@ def trainer_precision(precision: str) -> str:
 def dtype(precision: str) -> torch.dtype:
     """The weights' type for inference in a resolved precision."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def frozen_linears(model: nn.Module) -> list[nn.Linear]:
+    """The frozen linear layers of the transformer's blocks."""
+    return [
+        layer
+        for block in blocks(model)
+        for layer in block.modules()
+        if isinstance(layer, nn.Linear) and not layer.weight.requires_grad
+    ]
+
+
+def precisions(network: nn.Module, bf16: bool) -> Iterator[tuple[nn.Parameter, torch.dtype]]:
+    """Each weight with its precision in training, whatever its file has.
+
+    Frozen linear layers are kept in bf16 where they compute in it anyway: under autocast their
+    results are the same to the bit. Not if the base is in no folder, since it is saved with the
+    adapter merged into it, and not with DoRA, which needs the norms of its columns.
+
+    Args:
+        bf16: whether training computes in bf16. All other weights are float32; weights of four bits
+            are left out.
+    """
+    adapted: Any = next(filter(has_adapter, network.modules()), None)
+    config = None if adapted is None else adapted.active_peft_config
+    halved: set[int] = set()
+    saved = config is not None and bool(config.base_model_name_or_path)
+    if bf16 and saved and not getattr(config, "use_dora", False):
+        halved = {id(layer.weight) for layer in frozen_linears(network)}
+    for weight in network.parameters():
+        if weight.is_floating_point():
+            yield weight, torch.bfloat16 if id(weight) in halved else torch.float32
+
+
+def settle_precisions(network: nn.Module, bf16: bool) -> None:
+    """Convert each weight to its precision in training (`precisions`)."""
+    for weight, dtype in precisions(network, bf16):
+        weight.data = weight.data.to(dtype)

@@ -1,14 +1,14 @@
-"""LLaRA's slots: one pass in which a text is read once and both prompts see what they would alone.
+"""LLaRA's joint pass: a text is read once, and each of two prompts attends as if it were alone.
 
 Sequence: `text SELF-prompt NEXT-prompt`, each prompt ending in its slots (arXiv 2312.15503, section
-3). A prompt must not see the one before it, and its positions go on from the text's end:
+3). A prompt must not see the one before it, and its positions follow the text's end:
 
-    position   0 1 2 3 4 | 5 6 7 | 5 6 7          rows see columns
+    position   0 1 2 3 4 | 5 6 7 | 5 6 7          rows attend to columns
                  text    | SELF  | NEXT           text  x . .
                                                   SELF  x x .
                                                   NEXT  x . x
-The states of a slot, put through the output layer, are to tell which tokens the text has (EBAE) or
-which ones follow it (EBAR). Lengths come from the tokenizer, so any will do.
+The states of a slot, put through the output layer, predict the tokens of the text (EBAE) or those
+of the text that follows it (EBAR).
 """
 
 from __future__ import annotations
@@ -21,24 +21,23 @@ from torch import Tensor, nn
 
 from caravan.data.batch import Chunk, Packed
 from caravan.encoding import Encoding
-from caravan.errors import InputError
-from caravan.models import cpu as cpu_attention
-from caravan.models import varlen
+from caravan.errors import InputError, first_line
+from caravan.models import cpu, varlen
+from caravan.models.bidirectional import LAYERS, has_adapter, unwrapped
 from caravan.models.biencoder import BiEncoder
-from caravan.models.cpu import LAYERS, computes_in_half
 from caravan.models.output_layer import (
-    PIECE,
-    again,
+    MOST_LOGITS,
+    check_output_layer,
+    checkpointed,
     log_probabilities,
     output_layer,
-    refuse_other_output,
     vocabulary,
 )
-from caravan.models.pooling import plain
 
-MASKED_BY = ("sdpa", "eager", cpu_attention.NAME, varlen.NAME)
-"""The attention kernels that take any mask."""
-CLOSE, CLOSE_HALF = 1e-3, 3e-2  # of states whose size is about 1; of layers in half precision
+MASKED = ("sdpa", "eager", cpu.NAME, varlen.NAME)
+"""The attention implementations that take any mask."""
+CLOSE, CLOSE_HALF = 1e-3, 3e-2
+"""How far the states of both passes may differ, relative to the largest; in half precision."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Layout:
     """Where prompts and slots stand, counted from a text's end.
 
     Attributes:
-        skipped: tokens at the beginning that are the same in every text.
+        skipped: tokens at the start that are the same in every text.
         prompts: tokens of each prompt, slots included, in the order of the sequence.
         slots: at the end of each prompt.
     """
@@ -57,31 +56,31 @@ class Layout:
 
 
 class Read(NamedTuple):
-    """What one pass gives for N texts with T prompts of K slots."""
+    """The result of one pass over N texts with T prompts of K slots."""
 
     slots: Tensor  # [N, T, K, d], the slots' states
     states: Tensor  # [M, d], of the tokens before the tokens below
-    tokens: Tensor  # [M] int64, the texts' own; empty unless asked for
+    tokens: Tensor  # [M] int64, the texts' own; empty unless requested
 
 
 def joint(attention_mask: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Positions [n, L] and mask [n, L, L] (True: the row sees the column) of right-padded texts.
+    """Positions [n, L] and mask [n, L, L] (True: the row attends to the column).
 
     Args:
-        attention_mask: [n, L], 1 for a real token.
+        attention_mask: [n, L] of right-padded texts, 1 for a real token.
     """
     lengths = attention_mask.sum(dim=1, keepdim=True)  # [n, 1]
     places = torch.arange(attention_mask.shape[1], device=attention_mask.device)  # [L]
-    block = torch.zeros_like(attention_mask)  # 0 in the text, then the number of the prompt
+    prompt = torch.zeros_like(attention_mask)  # 0 in the text, then the number of the prompt
     positions = places.expand_as(attention_mask)
     text_end = lengths - sum(layout.prompts)
     for i in range(len(layout.prompts)):
-        begin = lengths - sum(layout.prompts[i:])
-        inside = places >= begin
-        block = block + inside
-        positions = torch.where(inside, text_end + places - begin, positions)
+        start = lengths - sum(layout.prompts[i:])
+        inside = places >= start
+        prompt = prompt + inside
+        positions = torch.where(inside, text_end + places - start, positions)
     past = places.unsqueeze(1) >= places  # [L, L]
-    alone = (block.unsqueeze(1) == 0) | (block.unsqueeze(1) == block.unsqueeze(2))
+    alone = (prompt.unsqueeze(1) == 0) | (prompt.unsqueeze(1) == prompt.unsqueeze(2))
     return positions, past & alone
 
 
@@ -90,11 +89,11 @@ class SlotEncoder(BiEncoder):
 
     Args:
         language_model: a decoder of transformers with its output layer.
-        transformer: its trunk, with adapters or without.
+        transformer: its trunk, with or without an adapter.
         layout: of the prompts.
 
     Raises:
-        InputError: the model cannot read both prompts in one pass.
+        InputError: If the model cannot read both prompts in one pass.
     """
 
     def __init__(
@@ -105,11 +104,12 @@ class SlotEncoder(BiEncoder):
         name = type(language_model).__name__
         head = language_model.get_output_embeddings()
         if head is None:
-            raise InputError(f"{name} has no output layer; adaptation needs a language model")
+            text = f"{name} has no output layer; adaptation needs a language model"
+            raise InputError("no-language-model", text)
         self.head = head
         self._language_model = [language_model]  # in a list: its weights are those above
-        self._refuse_what_heeds_no_mask()
-        refuse_other_output(language_model)
+        self._check_joint_pass()
+        check_output_layer(language_model)
 
     @property
     def language_model(self) -> Any:
@@ -117,20 +117,19 @@ class SlotEncoder(BiEncoder):
 
     @property
     def transformer(self) -> nn.Module:
-        """What a model folder saves: the adapter, or the whole language model."""
-        adapted = hasattr(self.backbone, "peft_config")
-        return self.backbone if adapted else self.language_model
+        """The part that a model folder saves: the adapter, or the whole language model."""
+        return self.backbone if has_adapter(self.backbone) else self.language_model
 
     def read(self, texts: Packed, tokens: bool = False) -> Read:
         """Run packed texts, which end with the prompts, once.
 
         Args:
-            tokens: give the states that tell the text's own tokens too, in no particular order.
+            tokens: also return the texts' own tokens and the states before them, unordered.
         """
         own = len(texts.chunks) - texts.extra
         parts = [self._chunk(chunk, tokens and i < own) for i, chunk in enumerate(texts.chunks)]
-        slots, states, told = (torch.cat(rows) for rows in zip(*parts, strict=True))
-        return Read(texts.restore(slots), states, told)
+        slots, states, ids = (torch.cat(rows) for rows in zip(*parts, strict=True))
+        return Read(texts.restore(slots), states, ids)
 
     def _chunk(self, chunk: Chunk, tokens: bool) -> Read:
         positions, mask = joint(chunk.attention_mask, self.layout)
@@ -151,104 +150,104 @@ class SlotEncoder(BiEncoder):
 
     def _states(self, input_ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """The last layer's states [n, L, d] under a mask [n, L, L] bool."""
-        trunk = plain(self.backbone)
-        config = trunk.config.get_text_config()
+        config = unwrapped(self.backbone).config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         window = getattr(config, "sliding_window", None)
-        masks: Any = self._as_the_kernel_takes_it(mask)
+        masks: Any = self._kernel_mask(mask)
         if window is not None and kinds != {"full_attention"}:
             near = positions.unsqueeze(2) - positions.unsqueeze(1) < window
-            windowed = self._as_the_kernel_takes_it(mask & near)
-            masks = windowed
-            if "full_attention" in kinds:
-                masks = dict(
-                    zip(LAYERS, (self._as_the_kernel_takes_it(mask), windowed), strict=True)
-                )
+            windowed = self._kernel_mask(mask & near)
+            mixed = "full_attention" in kinds
+            masks = dict(zip(LAYERS, (masks, windowed), strict=True)) if mixed else windowed
         states: Tensor = self.backbone(
             input_ids=input_ids, attention_mask=masks, position_ids=positions
         ).last_hidden_state
         return states
 
-    def _as_the_kernel_takes_it(self, mask: Tensor) -> Tensor:
-        mask = mask.unsqueeze(1)  # [n, 1, L, L], for all heads
-        trunk = plain(self.backbone)
+    def _kernel_mask(self, mask: Tensor) -> Tensor:
+        """A mask [n, 1, L, L] for all heads: bool, or added to the scores by eager attention."""
+        mask = mask.unsqueeze(1)
+        trunk = unwrapped(self.backbone)
         if trunk.config._attn_implementation != "eager":
             return mask
-        return torch.zeros(mask.shape, dtype=trunk.dtype, device=mask.device).masked_fill(
-            ~mask, torch.finfo(trunk.dtype).min
-        )
+        lowest = torch.finfo(trunk.dtype).min
+        zeros = torch.zeros(mask.shape, dtype=trunk.dtype, device=mask.device)
+        return zeros.masked_fill(~mask, lowest)
 
     @torch.no_grad()
-    def _refuse_what_heeds_no_mask(self) -> None:
-        """Both prompts in one pass must give what each gives alone: tried, on a few tokens.
+    def _check_joint_pass(self) -> None:
+        """Check on a few tokens that a prompt's states in one pass are those that it gets alone.
 
-        Kernels and architectures that leave a mask or positions out of account do so in silence.
+        Some kernels and architectures ignore a mask or positions without an error.
         """
-        trunk = plain(self.backbone)
+        trunk = unwrapped(self.backbone)
         config, name = trunk.config, type(trunk).__name__
         kernel = config._attn_implementation
-        if kernel not in MASKED_BY:
+        if kernel not in MASKED:
             raise InputError(
-                f"backbone.attention={kernel} takes no mask, without which one pass cannot serve"
-                " both prompts; set backbone.attention=sdpa"
+                "attention-not-supported",
+                f"backbone.attention={kernel} takes no mask, which both prompts in one pass need;"
+                " set backbone.attention=sdpa",
             )
         kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - set(LAYERS)
         if hasattr(config, "attention_types"):  # GPT-Neo's windows count tokens, not positions
             kinds.add("local windows")
         if kinds:
             raise InputError(
+                "model-not-supported",
                 f"{name} has layers ({', '.join(sorted(kinds))}) that cannot keep two prompts apart"
-                " in one pass; adapt another model"
+                " in one pass; adapt another model",
             )
-        tries = Layout(1, (3, 3), 1)
         device = next(trunk.parameters()).device
         ids = torch.arange(5, 16, device=device) % config.get_text_config().vocab_size
         ids = ids.unsqueeze(0)  # a text of 5 tokens and two prompts of 3
+        positions, mask = joint(torch.ones_like(ids), Layout(1, (3, 3), 1))
         training = self.backbone.training
         self.backbone.eval()
-        alone = self.backbone(input_ids=torch.cat((ids[:, :5], ids[:, 8:]), dim=1))
-        positions, mask = joint(torch.ones_like(ids), tries)
         try:
+            alone = self.backbone(input_ids=torch.cat((ids[:, :5], ids[:, 8:]), dim=1))
             both = self._states(ids, positions, mask)[:, -3:]
-        except (TypeError, ValueError, RuntimeError) as error:  # each by some architecture
-            told = str(error).strip().splitlines()[0]
+        except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"{name} does not take a mask and positions of one's own ({told}); adapt another"
-                " model"
+                "model-not-supported",
+                f"{name} does not accept a custom mask and position ids ({first_line(error)});"
+                " adapt another model",
             ) from None
         finally:
             self.backbone.train(training)
         expected = alone.last_hidden_state[:, -3:]
-        apart = (both - expected).abs().max() / expected.abs().max()
-        if not apart < (CLOSE_HALF if computes_in_half(trunk) else CLOSE):
+        difference = (both - expected).abs().max() / expected.abs().max()
+        half = any(weight.itemsize < 4 for weight in trunk.parameters())  # bf16, or four bits
+        if not difference < (CLOSE_HALF if half else CLOSE):
             raise InputError(
-                f"{name} does not look to the left alone under a mask and positions of one's own"
-                f" (states differ by {float(apart):.2g}), so one pass cannot serve both prompts;"
-                " adapt another decoder"
+                "model-not-supported",
+                f"{name} is not causal under a custom mask and position ids (states differ by"
+                f" {float(difference):.2g}), so one pass cannot serve both prompts; adapt another"
+                " decoder",
             )
 
 
 def set_losses(
     model: Any, slots: Tensor, tokens: Tensor, counts: Tensor, hits: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """What it costs each text's slots to tell a set of tokens (arXiv 2312.15503, section 3.2).
+    """The loss of predicting a set of tokens from each text's slots (arXiv 2312.15503, 3.2).
 
-    A slot's state gives logits over the vocabulary, of several slots the largest counts; the loss
-    is minus the mean log probability of the set's tokens, never below the log of their number.
+    A slot's state gives logits over the vocabulary; of several slots the largest logit counts. The
+    loss is minus the mean log probability of the set's tokens, at least the log of their number.
 
     Args:
         model: the language model.
         slots: [R, K, d].
         tokens: [M] int64, the sets end to end, each token once.
         counts: [R] int64, tokens of each set; the loss of an empty one is 0.
-        hits: count too how many of the tokens are among the likeliest `counts`.
+        hits: also count how many of the tokens are among the `counts` likeliest.
 
     Returns:
-        losses [R] float32, in nats; hits [R] float32, as shares, 0 where not asked for.
+        losses [R] float32, in nats; hits [R] float32, as shares, 0 unless requested.
     """
     logits = output_layer(model)
 
-    def piece(some: Tensor, ids: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    def part(some: Tensor, ids: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         found = logits(some).max(dim=1).values  # [p, V]
         rows = torch.repeat_interleave(torch.arange(len(some), device=some.device), sizes)
         of_set = found[rows, ids]
@@ -264,14 +263,14 @@ def set_losses(
                 share = share.index_add(0, rows, among) / least
         return torch.where(sizes > 0, total - mean, 0.0), share
 
-    size = max(PIECE // (vocabulary(model) * slots.shape[1]), 1)
+    size = max(MOST_LOGITS // (vocabulary(model) * slots.shape[1]), 1)
     sizes = counts.split(size)
-    sets = tokens.split([int(part.sum()) for part in sizes])
-    parts = [again(piece, *some) for some in zip(slots.split(size), sets, sizes, strict=True)]
+    sets = tokens.split([int(some.sum()) for some in sizes])
+    parts = [checkpointed(part, *some) for some in zip(slots.split(size), sets, sizes, strict=True)]
     losses, shares = (torch.cat(rows) for rows in zip(*parts, strict=True))
     return losses, shares
 
 
 def token_losses(model: Any, read: Read) -> Tensor:
-    """Minus the log probability [M] of the texts' own tokens: the causal language model's loss."""
+    """The causal language model's loss [M] of the texts' own tokens, in nats."""
     return -log_probabilities(model, read.states, read.tokens)

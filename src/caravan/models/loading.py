@@ -1,7 +1,7 @@
-"""Weights and tokenizers from the hub or a folder; nothing missing, left over or misshapen.
+"""Weights, configs and tokenizers from the hub or a folder; no weight missing, unused or misshapen.
 
-transformers fills weights that a file lacks with random ones and tells it in a warning; here that
-is an error that names the weights.
+transformers initializes weights that a file lacks at random, with a warning; here that is an error
+that names the weights.
 """
 
 from __future__ import annotations
@@ -19,24 +19,23 @@ from torch import Tensor, nn
 from caravan.encoding import SLOTS, Encoding, slot_tokens
 from caravan.errors import InputError, first_line, reading
 from caravan.hub import refuse_unreachable
-from caravan.models import cpu as cpu_attention
-from caravan.models import varlen
+from caravan.models import cpu, varlen
 from caravan.models.crossencoder import Head, head_of, with_head
-from caravan.models.remote_code import SETTING, OwnCodeError, is_own_code
+from caravan.models.remote_code import SETTING, RemoteCodeError, is_remote_code
 
 CLASSIFIER = "ForSequenceClassification"
 MOST_LAYERS = 4096
-"""More are no model's; transformers would make them until memory is exhausted."""
+"""No model has more; transformers would create them until memory is exhausted."""
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, **hub: Any) -> Any:
     """A tokenizer of the hub or of a folder.
 
     Args:
-        trust_remote_code: run code that comes with it (`caravan.models.remote_code`).
+        trust_remote_code: run its remote code (`caravan.models.remote_code`).
 
     Raises:
-        InputError: it is not to be had.
+        InputError: If it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -57,22 +56,22 @@ def has_tokenizer(name: str, revision: str | None = None) -> bool:
     """Whether a hub id or folder holds a tokenizer; an adapter may leave it to its base.
 
     Raises:
-        InputError: the hub cannot be asked.
+        InputError: If the hub cannot be reached.
     """
     from transformers.utils import cached_file
 
     refuse_unreachable(name, revision)
-    asked: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    given: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     with reading(name, "no tokenizer could be loaded"):
         files = ("tokenizer_config.json", "tokenizer.json")
-        return any(cached_file(name, file, **asked) for file in files)
+        return any(cached_file(name, file, **given) for file in files)
 
 
 def load_config(name: str, trust_remote_code: bool = False, **hub: Any) -> Any:
     """transformers' config of the hub or of a folder.
 
     Raises:
-        InputError: it is not to be had.
+        InputError: If it cannot be loaded.
     """
     from transformers import AutoConfig
 
@@ -82,8 +81,8 @@ def load_config(name: str, trust_remote_code: bool = False, **hub: Any) -> Any:
     with _loading(place, "no model could be loaded", trust_remote_code):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
         layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise InputError(f"{place}: no model could be loaded (it has {layers} layers)")
+        if isinstance(layers, int) and layers > MOST_LAYERS:
+            raise ValueError(f"it has {layers} layers")
     return config
 
 
@@ -100,71 +99,72 @@ def load_weights(
     """A transformer from the hub or a folder; every weight must be there.
 
     Args:
-        auto: what transformers loads it with; None is AutoModel, which leaves a head out.
-        heads: released models bring heads (lm_head, classifier, ...), which are left out; weights
-            of layers that the config does not count are refused nevertheless.
-        quantization: transformers' config of how linear layers are quantised on the way.
+        heads: whether the file may hold heads (lm_head, classifier, ...), which are left out;
+            weights of layers beyond the config's number are refused nevertheless.
+        auto: transformers' class to load it with; None is AutoModel, which has no head.
+        quantization: transformers' config to quantize linear layers while loading.
 
     Raises:
-        InputError: it is not to be had, or weights are missing, of another shape or not used.
+        InputError: If it cannot be loaded, or weights are missing, misshapen, unused or not finite.
     """
     from transformers import AutoModel
     from transformers.utils import logging
 
-    load_config(name, trust_remote_code, **hub)  # what is wrong with it is told as its fault
+    load_config(name, trust_remote_code, **hub)  # an invalid config is reported as such
     logging.disable_progress_bar()
     hub["trust_remote_code"] = trust_remote_code
     if quantization is not None:
         hub = {**hub, "quantization_config": quantization}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of missing weights is replaced by the check below
-    try:
-        with _loading(name, "no model could be loaded", trust_remote_code):
-            loaded = (auto or AutoModel).from_pretrained(
-                name, dtype=dtype, output_loading_info=True, **hub
-            )
-    finally:
-        logging.set_verbosity(verbosity)
-    if not isinstance(loaded, tuple):  # code of its own may load in a way of its own
+    with _quiet(), _loading(name, "no model could be loaded", trust_remote_code):
+        loaded = (auto or AutoModel).from_pretrained(
+            name, dtype=dtype, output_loading_info=True, **hub
+        )
+    if not isinstance(loaded, tuple):  # remote code may ignore output_loading_info
         raise InputError(
-            f"{name}: its own code does not tell which weights it has found, so a missing one would"
-            " stay random; take a model that transformers knows, or one whose code leaves"
-            " from_pretrained as it is"
+            "model-not-supported",
+            f"{name}: its remote code overrides from_pretrained and does not report missing"
+            " weights, which would stay random; choose a model that transformers supports",
         )
     model, report = loaded
-    _refuse_code_of_another(name, model)
-    # The pooler is a head of BERT's pre-training; embeddings are pooled from the states.
+    _check_code(name, model)
+    # The pooler is a head of BERT's pretraining; embeddings are pooled from the states.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     wrong = sorted(str(key[0]) for key in report.get("mismatched_keys", ()))
     unused = sorted(report["unexpected_keys"])
     if heads:
         kinds = {_unnumbered(key) for key, _ in model.named_parameters()}
         unused = [key for key in unused if _unnumbered(key, model.base_model_prefix) in kinds]
-    if missing or wrong or unused:
-        told = ", ".join(
-            [f"{key} missing" for key in missing]
-            + [f"{key} mis-shaped" for key in wrong]
-            + [f"{key} not used" for key in unused]
-        )
+    if problems := mismatches(missing, unused, wrong):
         raise InputError(
-            f"{name}: {len(missing) + len(wrong) + len(unused)} weights do not match the"
-            " architecture"
-            f" ({told[:300]}); the folder is incomplete or of another model"
+            "weights-mismatch",
+            f"{name}: {len(problems)} weights do not match the architecture"
+            f" ({', '.join(problems)[:300]}); the folder is incomplete or of another model",
         )
     rounded = any(b.is_floating_point() and b.itemsize < 4 for b in model.buffers())
-    if dtype == "auto" and rounded:  # no file has them whole, as Gemma's scale of embeddings
+    if dtype == "auto" and rounded:  # no file has them in full, such as Gemma's embedding scale
         del model
         return load_weights(name, torch.float32, attention, heads, auto, **hub)
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None
-    refuse_not_finite(name, dict(model.named_parameters()))
+    drop_pooler(model)
+    check_finite(name, dict(model.named_parameters()))
     model.revision = hub.get("revision")
     for layer in model.modules() if quantization is not None else ():
-        # On a CPU bitsandbytes lays weights out for inference when they are first used without
-        # a gradient, in a validation say, and from then on none passes through them.
+        # On a CPU bitsandbytes lays weights out for inference at the first use without gradients,
+        # in a validation say, after which no gradient passes through them.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return set_attention(model, attention)
+
+
+def mismatches(missing: list[str], unused: list[str], wrong: list[str]) -> list[str]:
+    """What is wrong with which weight, for a message."""
+    found = [f"{key} missing" for key in missing]
+    return [*found, *(f"{k} misshapen" for k in wrong), *(f"{k} not used" for k in unused)]
+
+
+def drop_pooler(model: Any) -> None:
+    """Remove the pooler of BERT's pretraining, which no embedding uses."""
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
 
 
 def load_language_model(
@@ -177,60 +177,18 @@ def load_language_model(
     """A decoder with the output layer that it was pretrained with.
 
     Raises:
-        InputError: as `load_weights`, or there is no such layer.
+        InputError: As `load_weights`, or if there is no such layer.
     """
     from transformers import AutoModelForCausalLM
 
+    auto = AutoModelForCausalLM
     try:
-        return load_weights(
-            name, dtype, attention, auto=AutoModelForCausalLM, quantization=quantization, **hub
-        )
-    except OwnCodeError:
+        return load_weights(name, dtype, attention, auto=auto, quantization=quantization, **hub)
+    except RemoteCodeError:
         raise
     except InputError as error:
-        told = "what tells tokens must be a decoder with its output layer"
-        raise InputError(f"{error}; {told}") from None
-
-
-def fit_vocabulary(model: Any, tokenizer: Any) -> Any:
-    """The model with an embedding for every token: slots are added to a released vocabulary."""
-    from transformers.utils import logging
-
-    if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # it tells how it draws the new rows
-        model.resize_token_embeddings(len(tokenizer))
-        logging.set_verbosity(verbosity)
-    return model
-
-
-def add_slots(tokenizer: Any, encoding: Encoding) -> list[int]:
-    """Make sure of the encoding's slots as special tokens; their ids."""
-    tokens = [token for name in SLOTS for token in slot_tokens(encoding, name)]
-    if tokens:
-        tokenizer.add_tokens(tokens, special_tokens=True)
-    return [int(token) for token in tokenizer.convert_tokens_to_ids(tokens)]
-
-
-def set_attention(model: Any, attention: str) -> nn.Module:
-    """Choose the attention; "auto" leaves an architecture that needs its own with that.
-
-    Raises:
-        InputError: the architecture lacks the implementation that was asked for by name.
-    """
-    if attention == "auto" and not cpu_attention.suits(model):
-        return model
-    try:
-        model.set_attn_implementation(cpu_attention.NAME if attention == "auto" else attention)
-    except (ValueError, ImportError, KeyError) as error:
-        if attention != "auto":
-            raise InputError(
-                f"attention={attention} is not to be had for {type(model).__name__}"
-                f" ({first_line(error)})"
-            ) from None
-    if attention == varlen.NAME:
-        varlen.refuse_what_mixes_texts(model)
-    return model
+        text = f"{error}; a decoder with its output layer is needed"
+        raise InputError(error.code, text) from None
 
 
 def load_scorer(
@@ -246,7 +204,7 @@ def load_scorer(
     A model that was released with a head of one label keeps it.
 
     Raises:
-        InputError: as `load_weights`, or its head has several labels.
+        InputError: As `load_weights`, or if its head has several labels.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -255,9 +213,8 @@ def load_scorer(
         model = load_weights(name, dtype, attention, quantization=quantization, **hub)
         return with_head(model, pad_id), True
     if config.num_labels != 1:
-        raise InputError(
-            f"{name} has a head of {config.num_labels} labels; a reranker has one score"
-        )
+        text = f"{name} has a head of {config.num_labels} labels; a reranker has one score"
+        raise InputError("several-labels", text)
     auto = AutoModelForSequenceClassification
     scorer = load_weights(name, dtype, attention, auto=auto, quantization=quantization, **hub)
     found = head_of(scorer)
@@ -266,28 +223,80 @@ def load_scorer(
     return scorer, False
 
 
-def _refuse_code_of_another(name: str, model: Any) -> None:
-    """transformers keeps code: of two folders alike in name and config, that of the first."""
-    if not is_own_code(model):
+def fit_vocabulary(model: Any, tokenizer: Any) -> Any:
+    """Resize the embedding to the tokenizer, in place: slots are added to a released vocabulary."""
+    if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        with _quiet():
+            model.resize_token_embeddings(len(tokenizer))
+    return model
+
+
+def add_slots(tokenizer: Any, encoding: Encoding) -> list[int]:
+    """Add the encoding's slots to the tokenizer as special tokens; returns their ids."""
+    tokens = [token for name in SLOTS for token in slot_tokens(encoding, name)]
+    if tokens:
+        tokenizer.add_tokens(tokens, special_tokens=True)
+    return [int(token) for token in tokenizer.convert_tokens_to_ids(tokens)]
+
+
+def set_attention(model: Any, attention: str) -> nn.Module:
+    """Choose the attention implementation; "auto" is `caravan.models.cpu` where that is suitable.
+
+    Raises:
+        InputError: If the architecture does not support the implementation.
+    """
+    if attention == "auto" and not cpu.is_suitable(model):
+        return model
+    if attention == varlen.NAME:
+        varlen.check_architecture(model)
+    try:
+        model.set_attn_implementation(cpu.NAME if attention == "auto" else attention)
+    except (ValueError, ImportError, KeyError) as error:
+        if attention != "auto":
+            raise InputError(
+                "attention-not-supported",
+                f"attention={attention} is not supported by {type(model).__name__}"
+                f" ({first_line(error)})",
+            ) from None
+    return model
+
+
+def _check_code(name: str, model: Any) -> None:
+    """Of two folders with the same name and config, transformers runs the code of the first."""
+    if not is_remote_code(model):
         return
     run = Path(inspect.getfile(type(model)))
     own = Path(name) / run.name
     if own.is_file() and own.read_bytes() != run.read_bytes():
         raise InputError(
-            f"{name}: this process runs {run.name} of another folder already, which differs; use"
-            " each folder in a command of its own, or give them different names"
+            "remote-code-conflict",
+            f"{name}: this process already runs a different {run.name} of another folder; use each"
+            " folder in a command of its own, or rename one",
         )
 
 
 @contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings, which our own checks replace."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@contextmanager
 def _loading(place: str, problem: str, trusted: bool) -> Iterator[None]:
-    """`reading`, where transformers asks for its setting of remote code in an error."""
+    """`reading`, with a RemoteCodeError where transformers' error suggests its setting."""
     try:
         with reading(place, problem):
             yield
     except InputError as error:
         if not trusted and SETTING in str(error.__cause__):
-            raise OwnCodeError(place.removesuffix("/config.json")) from None
+            raise RemoteCodeError(place.removesuffix("/config.json")) from None
         raise
 
 
@@ -302,20 +311,21 @@ def is_finite(weight: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def refuse_not_finite(name: str, weights: Mapping[str, Tensor]) -> None:
+def check_finite(name: str, weights: Mapping[str, Tensor]) -> None:
     """A single NaN in a weight can give embeddings that are finite and wrong.
 
     Args:
-        name: the folder, file or hub id that the weights are from.
+        name: the folder, file or hub id of the weights.
 
     Raises:
-        InputError: with the first weight that holds NaN or infinity, and its file.
+        InputError: With the first weight that holds NaN or infinity, and its file.
     """
     for key, weight in weights.items():
         if not is_finite(weight):
             raise InputError(
+                "not-finite",
                 f"{_file_of(name, key)}: {key} holds values that are NaN or infinite; the file is"
-                " damaged, or its training has diverged: save or download it again"
+                " damaged, or its training has diverged: save or download it again",
             )
 
 

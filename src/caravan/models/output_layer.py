@@ -1,7 +1,7 @@
-"""The output layer: states to logits over the vocabulary, never more than a piece at a time.
+"""The output layer: states to logits over the vocabulary, a part of them at a time.
 
-With 128 thousand entries the logits of one text of 512 tokens are 256 MiB. Here a loss is computed
-from a piece of them, and in training the piece is computed again in the backward pass.
+With 128 thousand entries the logits of one text of 512 tokens are 256 MiB. Losses are therefore
+computed from `MOST_LOGITS` at a time, and the backward pass computes them again.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from torch.utils.checkpoint import checkpoint
 
 from caravan.errors import InputError
 
-PIECE = 1 << 25
-"""Logits that are in memory at once: 128 MiB in float32, whatever the size of the vocabulary. In
-training too, since they are computed again in the backward pass rather than kept."""
+MOST_LOGITS = 1 << 25
+"""Logits in memory at once: 128 MiB in float32, whatever the size of the vocabulary."""
 
 
 def log_probabilities(model: Any, states: Tensor, tokens: Tensor) -> Tensor:
-    """Log probability [M] float32 of token m given state m.
+    """Log probabilities [M] float32 of tokens given states, in nats.
 
     Args:
-        model: a language model of transformers; gives the output layer, and what its config does
+        model: a language model of transformers, for its output layer, and for what its config does
             to logits (Gemma caps them, Granite and Cohere scale them).
-        states: [M, d]. tokens: [M] int64.
+        states: [M, d].
+        tokens: [M] int64.
     """
     logits = output_layer(model)
 
-    def piece(some: Tensor, ids: Tensor) -> Tensor:
+    def part(some: Tensor, ids: Tensor) -> Tensor:
         return -nn.functional.cross_entropy(logits(some), ids, reduction="none")
 
-    size = max(PIECE // vocabulary(model), 1)
-    pieces = zip(states.split(size), tokens.split(size), strict=True)
-    return torch.cat([again(piece, *some) for some in pieces])
+    size = max(MOST_LOGITS // vocabulary(model), 1)
+    parts = zip(states.split(size), tokens.split(size), strict=True)
+    return torch.cat([checkpointed(part, *some) for some in parts])
 
 
 def output_layer(model: Any) -> Callable[[Tensor], Tensor]:
@@ -46,8 +46,8 @@ def output_layer(model: Any) -> Callable[[Tensor], Tensor]:
     scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
 
     def logits(states: Tensor) -> Tensor:
-        # Sharded weights are gathered in bf16, outside of autocast, where states may be float32. A
-        # layer that was packed for a CPU shows no weight, and takes states as they are.
+        # FSDP gathers weights in bf16, outside of autocast, where states may be float32. A layer
+        # that was packed for a CPU has no `weight`, and takes states as they are.
         weight = getattr(head, "weight", None)
         found: Tensor = head(states if weight is None else states.to(weight.dtype))
         found = (found.float() if found.dtype.itemsize < 4 else found) * scale
@@ -57,14 +57,13 @@ def output_layer(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def refuse_other_output(model: Any) -> None:
-    """Refuse a language model whose logits are not its output layer's of its trunk's states.
+def check_output_layer(model: Any) -> None:
+    """Check on a few tokens that logits are the output layer's of the trunk's states.
 
-    Some have a transform between the two (ModernBERT's decoder, BERT), and nothing tells of it: a
-    few tokens are tried.
+    Some models have a transform between the two (ModernBERT's decoder, BERT).
 
     Raises:
-        InputError: with the model's name.
+        InputError: If they are not.
     """
     device = model.get_output_embeddings().weight.device
     ids = (torch.arange(5, 11, device=device) % vocabulary(model)).unsqueeze(0)
@@ -73,17 +72,18 @@ def refuse_other_output(model: Any) -> None:
     try:
         expected = model(input_ids=ids).logits.float()
         found = output_layer(model)(model.base_model(input_ids=ids).last_hidden_state)
-        differs = found.shape != expected.shape or not torch.allclose(
-            found, expected, rtol=0, atol=0.02 * float(expected.abs().max())
-        )
+        tolerance = 0.02 * float(expected.abs().max())
+        equal = found.shape == expected.shape
+        equal = equal and torch.allclose(found, expected, rtol=0, atol=tolerance)
     except RuntimeError:
-        differs = True
+        equal = False
     finally:
         model.train(training)
-    if differs:
+    if not equal:
         raise InputError(
+            "model-not-supported",
             f"{type(model).__name__} computes more than its output layer between states and"
-            " logits, which is not supported here; choose another language model"
+            " logits, which is not supported; choose another language model",
         )
 
 
@@ -92,8 +92,8 @@ def vocabulary(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
-def again(function: Callable[..., Any], *inputs: Any) -> Any:
-    """Call, and in training keep nothing but the inputs: the backward pass calls again."""
+def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """Activation checkpointing of one function without random operations."""
     if not torch.is_grad_enabled():
         return function(*inputs)
     settings: Any = {"use_reentrant": False, "preserve_rng_state": False}

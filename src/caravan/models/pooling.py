@@ -2,123 +2,158 @@
 
 RepLLaMA and RankLLaMA (arXiv 2310.08319, section 2) read the last token, the EOS. Which token is
 the last is read from the attention mask, never from the pad id, which for Llama may equal EOS.
-What comes out does not depend on what else is in the batch nor on the padding side.
+The result depends neither on the other texts of the batch nor on the padding side.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import Any, Protocol
 
-from torch import Tensor, arange, nn, segment_reduce
+from torch import Tensor, arange, nn
 
+from caravan.encoding import Encoding
+from caravan.errors import InputError, reading
 from caravan.models import varlen
-from caravan.models.remote_code import is_own_code
+from caravan.models.bidirectional import unwrapped
+from caravan.models.remote_code import is_remote_code
+
+
+class Pooling(Protocol):
+    """Pools the states of each text to one vector. It has no weights.
+
+    Name your own class in the encoding by its path; its constructor gets no arguments:
+
+        python train.py stage=retriever encoding.pooling=my_package.pooling.Max
+
+    A model folder with such a pooling needs `trust_remote_code=true` to load, and your package.
+
+    >>> import torch
+    >>> class Max:
+    ...     def __call__(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+    ...         hidden = attention_mask.unsqueeze(-1) == 0
+    ...         return states.float().masked_fill(hidden, -torch.inf).amax(dim=1)
+    >>> Max()(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1, 1, 0]])).tolist()
+    [[3.0]]
+    """
+
+    def __call__(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        """Pool right-padded texts.
+
+        Args:
+            states: [n, L, d], the last layer's, in any precision.
+            attention_mask: [n, L], 1 for a real token, 0 for padding on the right.
+
+        Returns:
+            [n, d] float32.
+        """
+        ...
+
+
+class Last:
+    """The last real token's state."""
+
+    def __call__(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        last = attention_mask.sum(dim=1).long() - 1
+        return states[arange(len(states), device=states.device), last].float()
+
+
+class Cls:
+    """The first token's state."""
+
+    def __call__(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        return states[:, 0].float()
+
+
+class Mean:
+    """The mean over the real tokens."""
+
+    def __call__(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        weights = attention_mask.unsqueeze(-1).float()
+        lengths = attention_mask.sum(dim=1).long().clamp(min=1)
+        return (states.float() * weights).sum(dim=1) / lengths.unsqueeze(-1)
+
+
+class Slots:
+    """The mean over the slots, the last `slots` real tokens (LLaRA, arXiv 2312.15503)."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+
+    def __call__(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        last = attention_mask.sum(dim=1).long() - 1
+        places = last.unsqueeze(1) - arange(self.slots, device=states.device)  # [n, K]
+        rows = arange(len(states), device=states.device).unsqueeze(1)
+        return states[rows, places].float().mean(dim=1)
+
+
+def pooling_of(encoding: Encoding) -> Pooling:
+    """The pooling that an encoding names.
+
+    Raises:
+        InputError: If the path does not lead to a pooling, or the pooling has weights.
+    """
+    built_in: dict[str, Pooling] = {
+        "last": Last(),
+        "cls": Cls(),
+        "mean": Mean(),
+        "slots": Slots(encoding.slots),
+    }
+    if not encoding.has_custom_pooling:
+        return built_in[encoding.pooling]
+    module, _, name = encoding.pooling.rpartition(".")
+    with reading(f"encoding.pooling={encoding.pooling}", "it cannot be imported"):
+        pooling: Any = getattr(importlib.import_module(module), name)()
+    if not callable(pooling) or (isinstance(pooling, nn.Module) and list(pooling.parameters())):
+        raise InputError(
+            "invalid-pooling",
+            f"encoding.pooling={encoding.pooling} is not a caravan.models.pooling.Pooling: it must"
+            " be callable and have no weights, which no model folder would save",
+        )
+    checked: Pooling = pooling
+    return checked
 
 
 def pooled_states(
     backbone: nn.Module,
-    input_ids: Tensor,  # [n, L], padded on either side
-    attention_mask: Tensor,  # [n, L]
-    pooling: str,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    pooling: Pooling,
     causal: bool,
     full: bool = False,
-    token_types: Tensor | None = None,  # [n, L]
-    slots: int = 0,
+    token_types: Tensor | None = None,
 ) -> Tensor:
-    """One state for each text, [n, d] float32.
+    """Run the transformer and pool its last layer.
 
     Args:
         backbone: a transformers model without a head; its output has `last_hidden_state`.
-        causal: whether it looks to the left only (`is_causal`).
-        full: no text is padded (the caller knows; looking would wait for the device).
-        slots: tokens at the end that pooling "slots" takes the mean of.
+        input_ids, attention_mask, token_types: [n, L], padded on either side.
+        causal: whether the model is causal (`is_causal`).
+        full: no text is padded (the caller knows; checking would wait for the device).
+
+    Returns:
+        [n, d] float32.
     """
-    if varlen.reads(backbone):
-        states, lengths = varlen.states(backbone, input_ids, attention_mask, token_types)
-        if pooling == "mean":
-            return segment_reduce(states.float(), "mean", lengths=lengths, initial=0)
-        return _at(states, lengths.cumsum(0) - lengths, lengths, pooling, slots)
+    if varlen.is_enabled(backbone):
+        states, attention_mask = varlen.states(backbone, input_ids, attention_mask, token_types)
+        return pooling(states, attention_mask)
     if not full:
-        left = to_the_left(attention_mask)
-        input_ids = input_ids.gather(1, left)
-        attention_mask = attention_mask.gather(1, left)
-        token_types = None if token_types is None else token_types.gather(1, left)
+        order = right_padded(attention_mask)
+        input_ids = input_ids.gather(1, order)
+        attention_mask = attention_mask.gather(1, order)
+        token_types = None if token_types is None else token_types.gather(1, order)
     # In a causal model no real token sees the padding on its right: no mask, a faster kernel.
-    # A model's own code may ask for one all the same (nomic-bert's computes with it unasked).
-    mask = None if (full or causal) and not is_own_code(plain(backbone)) else attention_mask
+    # Remote code may need a mask all the same (nomic-bert's does).
+    unmasked = (full or causal) and not is_remote_code(unwrapped(backbone))
+    mask = None if unmasked else attention_mask
     types = {} if token_types is None else {"token_type_ids": token_types}
     states = backbone(input_ids=input_ids, attention_mask=mask, **types).last_hidden_state
-    return pool(states, attention_mask, pooling, slots)
+    return pooling(states, attention_mask)
 
 
-def to_the_left(attention_mask: Tensor) -> Tensor:
-    """Where each token comes from [n, L] when real ones go to the left, in their order.
+def right_padded(attention_mask: Tensor) -> Tensor:
+    """The order [n, L] of the tokens that moves padding to the right.
 
     Positions then count from the text's first token in every architecture, absolute or relative.
     """
     return attention_mask.argsort(dim=1, descending=True, stable=True)
-
-
-def pool(states: Tensor, attention_mask: Tensor, pooling: str, slots: int = 0) -> Tensor:
-    """Pool states [n, L, d] of right-padded texts to [n, d] in float32."""
-    lengths = attention_mask.sum(dim=1).long()
-    if pooling == "mean":
-        weights = attention_mask.unsqueeze(-1).float()
-        return (states.float() * weights).sum(dim=1) / lengths.clamp(min=1).unsqueeze(-1)
-    first = arange(len(states), device=states.device) * states.shape[1]
-    return _at(states.flatten(0, 1), first, lengths, pooling, slots)
-
-
-def _at(
-    states: Tensor,  # [T, d]
-    first: Tensor,  # [n], where each text begins
-    lengths: Tensor,  # [n]
-    pooling: str,
-    slots: int,
-) -> Tensor:
-    """The states [n, d] at the place in each text that `pooling` names."""
-    if pooling == "cls":
-        return states[first].float()
-    if pooling == "last":
-        return states[first + lengths - 1].float()
-    last = (first + lengths - 1).unsqueeze(1) - arange(slots, device=states.device)  # [n, K]
-    return states[last].float().mean(dim=1)
-
-
-def plain(model: Any) -> Any:
-    """The module inside of its adapter, or itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
-def attention_layers(backbone: nn.Module) -> list[nn.Module]:
-    """The model's layers of attention, by the names that transformers gives them."""
-    return [m for m in backbone.modules() if type(m).__name__.endswith("Attention")]
-
-
-def is_decoder(backbone: nn.Module) -> bool:
-    """Whether every attention layer was made to look to the left only.
-
-    Layers that do not say so count as looking both ways, which is always right, only slower.
-    """
-    layers = attention_layers(backbone)
-    return bool(layers) and all(getattr(m, "is_causal", False) is True for m in layers)
-
-
-def blocks(network: nn.Module) -> list[nn.Module]:
-    """The transformer's layers: the list of modules that holds most of the weights."""
-    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        return []
-    largest = max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
-    return list(largest)
-
-
-def looks_both_ways(backbone: Any) -> bool:
-    """Whether the model's config turns what its layers were made for (`models.bidirectional`)."""
-    config: Any = getattr(plain(backbone), "config", None)
-    return config is not None and getattr(config.get_text_config(), "is_causal", None) is False
-
-
-def is_causal(backbone: nn.Module) -> bool:
-    """Whether the model looks to the left only, so that no token sees padding on its right."""
-    return is_decoder(backbone) and not looks_both_ways(backbone)

@@ -17,7 +17,7 @@ from torch import nn
 from caravan.distributed import is_main_process
 from caravan.encoding import Encoding
 from caravan.errors import InputError
-from caravan.models.pooling import plain
+from caravan.models.bidirectional import unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -30,27 +30,27 @@ def refuse_too_long(model: Any, encoding: Encoding, section: str = "encoding.") 
 
     Args:
         model: a transformer with or without head and adapter; it may be on the meta device.
-        section: of the config, where the lengths are set, with its dot; for messages.
+        section: the config's section with the lengths and a dot, for messages.
 
     Raises:
-        InputError: a text could be longer than the positions that the model has learned.
+        InputError: If a text could be longer than the positions that the model has learned.
     """
     query, passage = encoding.query_length, encoding.passage_length
-    remedies = {"query_length": "set it to {}", "passage_length": "set it to {}"}
-    lengths = {"query_length": query, "passage_length": passage}
+    # Of each limit: the setting's name, its value, and how it is set.
+    lengths = [("query_length", query, "set it"), ("passage_length", passage, "set it")]
     spare = 0
     if encoding.kind == "reranker":  # reads both as one text
         both = f"query_length + {section}passage_length"
-        lengths, spare = {both: query + passage}, query
-        remedies = {both: f"set {section}passage_length to {{}}"}
-    trunk = plain(model).base_model
+        lengths, spare = [(both, query + passage, f"set {section}passage_length")], query
+    trunk = unwrapped(model).base_model
     name, limit = type(trunk).__name__, positions(trunk)
     trained = getattr(trunk.config.get_text_config(), "max_position_embeddings", None)
-    for setting, length in lengths.items():
+    for setting, length, remedy in lengths:
         if limit is not None and length > limit:
             raise InputError(
+                "too-long",
                 f"{section}{setting} is {length}, and {name} has positions for {limit} tokens;"
-                f" {remedies[setting].format(limit - spare)} or less"
+                f" {remedy} to {limit - spare} or less",
             )
         if isinstance(trained, int) and 0 < trained < length:
             _warn_once(

@@ -1,9 +1,8 @@
-"""A Llama of a few million weights, from random ones, with a tokenizer trained on the collection.
+"""A Llama of a few million random weights, with a tokenizer trained on the collection.
 
     python train.py backbone=tiny_llama backbone.hidden_size=256 backbone.layers=2
 
-Nothing is downloaded, so it runs anywhere; the architecture is transformers' LlamaModel. Weights
-are float32; the precision of the arithmetic is the trainer's or the encoder's affair.
+Nothing is downloaded, so it runs anywhere; the architecture is transformers' LlamaModel.
 """
 
 from __future__ import annotations
@@ -20,32 +19,32 @@ from torch import nn
 from caravan import manifests
 from caravan.errors import InputError, reading
 from caravan.files import cache_folder, replacing
+from caravan.models.backbone import BaseBackbone
 from caravan.models.loading import set_attention
-from caravan.models.preparing import Checkpointing, new_head, prepared
+from caravan.models.preparing import Checkpointing
 
 log = logging.getLogger(__name__)
 
 
-class TinyLlama:
+class TinyLlama(BaseBackbone):
     """A small Llama from random weights with a byte-level BPE trained on the collection.
 
-    Nothing is downloaded, so it runs anywhere; the architecture is transformers' LlamaModel.
-
     Args:
-        vocab_size: entries of the BPE, its three special tokens included.
+        vocab_size: entries of the BPE, including its three special tokens.
         hidden_size, layers, heads, intermediate_size: the shape of the Llama.
-        max_length: the longest text that its positions are meant for, in tokens.
-        copying: how much of what it attends to a layer hands on before the first step: value and
-            output projections begin as each other's transposes, and at 1 their product is the
-            identity. A state then begins as the mean of the tokens before it, and a word that is
-            repeated need not be learned to be seen (after mimetic initialisation, arXiv
-            2305.09828). 0 is Llama's own start.
-        attention: transformers' attention implementation; "auto" is `caravan.models.cpu`.
-        checkpointing: recompute activations in the backward pass (`caravan.models.preparing`).
-        bidirectional: each token sees the whole text (`caravan.models.bidirectional`).
-        compile: the layers, by torch.compile.
-        trust_remote_code: of the folder that `init_from` puts in its place; a Llama brings no code.
+        max_length: `max_position_embeddings`, in tokens.
+        copying: at 1, each layer's value and output projections are initialized so that their
+            product is the identity, at 0 as Llama's. A state then starts as the mean of the tokens
+            before it, and the model need not learn to copy a repeated word (after mimetic
+            initialization, arXiv 2305.09828).
+        trust_remote_code: has no effect; a Llama has no remote code.
+        The others: see `BaseBackbone`.
+
+    Raises:
+        InputError: If heads do not divide the width, or copying is negative.
     """
+
+    trains_tokenizer = True
 
     def __init__(
         self,
@@ -62,13 +61,14 @@ class TinyLlama:
         compile: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        if hidden_size % heads:
-            raise InputError(
-                f"backbone.hidden_size={hidden_size} must be a multiple of heads={heads}"
-            )
+        if hidden_size % (2 * heads):  # rotary positions turn pairs of numbers
+            text = f"backbone.hidden_size={hidden_size} must be a multiple of twice heads={heads}"
+            raise InputError("indivisible-width", text)
         if copying < 0:
-            raise InputError(f"backbone.copying is {copying}; it must be 0 or more")
-        self.name = "tiny_llama"
+            text = f"backbone.copying is {copying}; it must be 0 or more"
+            raise InputError("out-of-range", text)
+        name = "tiny_llama"
+        super().__init__(name, attention, checkpointing, bidirectional, compile, trust_remote_code)
         self.vocab_size = vocab_size
         self.shape: dict[str, Any] = {
             "hidden_size": hidden_size,
@@ -79,13 +79,6 @@ class TinyLlama:
             "max_position_embeddings": max_length,
         }
         self.copying = copying
-        self.attention = attention
-        self.checkpointing = checkpointing
-        self.bidirectional = bidirectional
-        self.compile = compile
-        self.trust_remote_code = trust_remote_code
-
-    trains_tokenizer = True
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
         """The BPE of a collection (its corpus and queries); trained once, kept in `cache_dir`."""
@@ -106,16 +99,12 @@ class TinyLlama:
             with replacing(path) as scratch:
                 bpe.save(str(scratch))
             manifests.write(path, inputs, {"content": manifests.content(path)})
-        with reading(path, "no tokenizer; delete the file, and it is trained again"):
+        with reading(path, "no tokenizer; delete the file to train it again"):
             return PreTrainedTokenizerFast(
                 tokenizer_file=str(path), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
             )
 
-    def model(self, tokenizer: Any) -> nn.Module:
-        return self.language_model(tokenizer).base_model
-
     def config(self, tokenizer: Any) -> Any:
-        """transformers' config of the model."""
         from transformers import LlamaConfig
 
         return LlamaConfig(
@@ -128,23 +117,30 @@ class TinyLlama:
             **self.shape,
         )
 
+    def model(self, tokenizer: Any) -> nn.Module:
+        return self.language_model(tokenizer).base_model
+
     def language_model(self, tokenizer: Any) -> Any:
-        """The model with its output layer, which is its embedding."""
+        """The model with its output layer, which is tied to its embedding."""
         from transformers import LlamaForCausalLM
 
         model = LlamaForCausalLM(self.config(tokenizer))
         if self.copying:
             _copying(model.model, self.copying)
-        attending = set_attention(model, self.attention)
-        return prepared(attending, self.checkpointing, self.bidirectional, self.compile)
+        return self.prepared(set_attention(model, self.attention))
 
-    def scorer(self, tokenizer: Any) -> nn.Module:
-        """The model with a new head."""
-        return new_head(self.model(tokenizer), tokenizer)
+    def use_adapters(self, peft: Any) -> None:
+        super().use_adapters(peft)
+        if self.quantization is not None:
+            raise InputError(
+                "not-quantizable",
+                f"peft=qlora needs saved weights, and backbone={self.name} has random ones; choose"
+                " another backbone, or peft=lora",
+            )
 
 
 def _copying(model: Any, share: float) -> None:
-    """Let each layer's heads together hand on `share` of what they attend to."""
+    """Initialize each layer so that its heads together copy `share` of what they attend to."""
     size = model.config.hidden_size
     with torch.no_grad():
         for layer in model.layers:

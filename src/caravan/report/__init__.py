@@ -1,1 +1,1 @@
-"""Figures for people, from the files of finished runs alone."""
+"""Results for people, from the files of finished runs alone."""

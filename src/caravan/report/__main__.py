@@ -4,93 +4,122 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 from pathlib import Path
 
 from caravan.errors import InputError, answering
 
+WIDTH = 160
+"""Characters shown of a passage."""
+
 
 def main() -> int:
-    given = _parser().parse_args()
+    parser = _parser()
+    arguments = parser.parse_args()
+    if arguments.command == "compare" and len(arguments.folders) < 2:
+        parser.error("compare needs two runs or more")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    return answering(lambda: _shown(given))
+    return answering(lambda: _run(arguments))
 
 
-def _shown(given: argparse.Namespace) -> None:
-    """Do what the command line asks for; each command imports its own."""
-    folders = getattr(given, "folder", [])
-    for folder in folders if isinstance(folders, list) else [folders]:
+def _run(arguments: argparse.Namespace) -> None:
+    """Run a command; each imports only what it needs."""
+    folders = arguments.folders
+    for folder in folders if arguments.command != "compare" else []:
         if not folder.is_dir():
-            raise InputError(
-                f"there is no folder {folder}; give a run directory, or one of several"
-            )
-    if given.command == "table":
+            message = f"there is no folder {folder}; name a run directory, or a folder of several"
+            raise InputError("folder-not-found", message)
+    if arguments.command == "compare":
+        _compare(arguments)
+    elif arguments.command == "collections":
+        from caravan.report.suites import read_suites, show_suites
+
+        show_suites(read_suites(folders), folders[0] if len(folders) == 1 else None)
+    elif arguments.command == "table":
         from caravan.report.summary import show as show_table
 
-        show_table(given.folder)
-    elif given.command == "sweep":
+        show_table(*folders)
+    elif arguments.command == "sweep":
         from caravan.report.sweep import show as show_sweep
 
-        show_sweep(given.folder)
-    elif given.command == "collections":
-        from caravan.report.collections import show as show_collections
-
-        show_collections(given.folder)
-    elif given.command == "page":
+        show_sweep(*folders)
+    else:
         from caravan.report.page import show as show_page
 
-        show_page(given.folder)
-    else:
-        from caravan.report.terminal import compare
+        show_page(*folders)
 
-        compare(
-            given.systems,
-            qrels=given.qrels,
-            measures=given.measures.split(",") if given.measures else [],
-            test=given.test,
-            count=given.queries,
-            html=given.html,
-        )
+
+def _compare(arguments: argparse.Namespace) -> None:
+    """Print the comparison of two systems or more, and write its page with --html."""
+    from caravan.report.compare import DEPTH, compare, examples
+    from caravan.report.evaluations import comparison_tables
+    from caravan.report.page import of_comparison, save
+    from caravan.report.systems import read_judged, read_system, with_distinct_names
+    from caravan.report.tables import Screen
+
+    systems = with_distinct_names([read_system(path) for path in arguments.folders])
+    measures = arguments.measures.split(",") if arguments.measures else []
+    judged = read_judged(systems, arguments.qrels)
+    comparison = compare(systems, judged, measures, arguments.test)
+    screen = Screen()
+    for table in comparison_tables(comparison):
+        screen.table(table)
+    for some in examples(comparison, 0, len(systems) - 1, arguments.queries):
+        screen.rule(some.title)
+        for query in some.queries:
+            change = f"{some.measure} {query.before:.3f} → {query.after:.3f}"
+            screen.line(f"{query.text or query.id}   {change}", "bold")
+            for passage in query.passages:
+                ranks = " → ".join(str(rank or f">{DEPTH}") for rank in passage.ranks)
+                relevance = "relevant" if passage.grade >= 1 else "not judged relevant"
+                relevance += f" (grade {passage.grade})" if passage.grade > 1 else ""
+                screen.line(f"  {ranks}  {passage.id}, {relevance}")
+                if text := f"{passage.title} {passage.text}".strip():
+                    text = text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
+                    screen.line(f"     {text}", "dim")
+    if (html := arguments.html) is not None:
+        command = shlex.join(["python", "-m", "caravan.report", *sys.argv[1:]])
+        save(of_comparison(comparison, command, arguments.queries), html)
+        screen.line(f"page {html}, plots and tables {html.with_suffix('')}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m caravan.report", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, help_ in (
-        ("table", "one table of all evaluations below a folder"),
-        ("sweep", "the jobs of a sweep as a table and a plot"),
-        ("page", "a run, several runs or a sweep as one HTML page, FOLDER/report.html"),
+    for name, count, help_ in (
+        ("table", 1, "one table of all evaluations below a folder"),
+        ("collections", "+", "evaluations of several collections, by collection"),
+        ("sweep", 1, "the jobs of a sweep as a table and a plot"),
+        ("page", 1, "a run, several runs or a sweep as one HTML page, FOLDER/report.html"),
+        ("compare", "+", "two systems or more side by side, tested query by query"),
     ):
-        commands.add_parser(name, help=help_).add_argument("folder", type=Path)
-    several = commands.add_parser("collections", help="evaluations of several collections, by one")
-    several.add_argument("folder", type=Path, nargs="+")
-    compare = commands.add_parser("compare", help="systems side by side, tested query by query")
-    add = compare.add_argument
-    add(
-        "systems",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="run directory of an evaluation, or a run file of any system; two or more",
-    )
+        command = commands.add_parser(name, help=help_)
+        what = "run directory of an evaluation, or a run file" if name == "compare" else None
+        what_name = "RUN" if what else "FOLDER"
+        command.add_argument("folders", type=Path, nargs=count, metavar=what_name, help=what)
+    add = command.add_argument
     add("--qrels", type=Path, metavar="FILE", help="judge by this file (TREC's or BEIR's)")
     add("--measures", metavar="M,M,...", help="such as MRR@10,nDCG@10; the first orders queries")
-    add(
-        "--test",
-        default="t",
-        choices=("t", "randomisation"),
-        help="paired t-test (default), or randomisation test",
-    )
-    add("--queries", type=int, default=3, metavar="N", help="shown of those that gain, and lose")
-    add(
-        "--html",
-        type=Path,
-        nargs="?",
-        const=Path("comparison.html"),
-        metavar="FILE",
-        help="write a page too (comparison.html), with plots and tables beside it",
-    )
+    test = "paired t-test (default), or randomisation test"
+    add("--test", default="t", choices=("t", "randomisation"), help=test)
+    add("--queries", type=_count, default=3, metavar="N", help="shown of those that gain, and lose")
+    page = "write a page too (comparison.html), with plots and tables beside it"
+    html = Path("comparison.html")
+    add("--html", type=_html, nargs="?", const=html, metavar="FILE", help=page)
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return int(text)
+
+
+def _html(text: str) -> Path:
+    if not text.endswith(".html"):
+        raise argparse.ArgumentTypeError("a page ends in .html; put --html behind the runs")
+    return Path(text)
 
 
 if __name__ == "__main__":

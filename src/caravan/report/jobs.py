@@ -1,9 +1,9 @@
-"""What became of each job of a sweep, as a file in its folder.
+"""The state of each job of a sweep, as a file in its run directory.
 
     run_dir/job.json    {"overrides": {key: value}, "state": "running" | "finished" | "failed", ...}
 
-Jobs may run in other processes and on other machines (Hydra's launchers), so the end of a sweep
-learns from files alone which job failed and why; `caravan.report.sweep` joins them into a table.
+Jobs may run in other processes and on other machines (Hydra's launchers), so only files can say at
+the end of a sweep which jobs failed and why; `caravan.report.sweep` reads them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from caravan.manifests import read_json, write_json
 FILE = "job.json"
 RUNNING, FINISHED, FAILED = "running", "finished", "failed"
 SWEEP = ("multirun.yaml", "sweep.txt")
-"""What a sweep's own folder holds: Hydra's file when it begins, its table when it has ended."""
+"""Files in the folder of a sweep: Hydra's when it starts, and its table when it has ended."""
 
 
 def write(run_dir: Path, overrides: Sequence[str], state: str, error: str | None = None) -> None:
@@ -27,7 +27,7 @@ def write(run_dir: Path, overrides: Sequence[str], state: str, error: str | None
 
     Args:
         overrides: of the job, as `key=value`.
-        error: why it failed, a sentence.
+        error: why it failed, in one sentence.
     """
     settings = {}
     for text in overrides:
@@ -41,7 +41,7 @@ def read(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """(run_dir, record) of every job below a folder, by name.
 
     Raises:
-        InputError: a record is damaged.
+        InputError: If a record is damaged.
     """
     for path in sorted(folder.rglob(FILE)):
         record = read_json(path)
@@ -50,7 +50,8 @@ def read(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         texts += overrides.values() if isinstance(overrides, dict) else [None]
         if not all(isinstance(text, str) for text in texts):
             raise InputError(
-                f"{path} is not the record of a job; delete it, and run the sweep's command again"
+                "damaged-file",
+                f"{path} is not the record of a job; delete it, and run the sweep's command again",
             )
         yield path.parent, {"error": None, **record}
 
@@ -59,7 +60,7 @@ def is_finished(run_dir: Path) -> bool:
     """Whether a job has ended there without a failure.
 
     Raises:
-        InputError: its record is damaged.
+        InputError: If its record is damaged.
     """
     path = run_dir / FILE
     return path.is_file() and read_json(path).get("state") == FINISHED
@@ -68,8 +69,8 @@ def is_finished(run_dir: Path) -> bool:
 def by_sweep(folder: Path) -> dict[Path, list[Path]]:
     """The run_dirs of the jobs below a folder, by the folder of their sweep.
 
-    A job may lie deeper than its sweep's folder by any number of folders, so it is the nearest one
-    with a file of a sweep's; the folder itself where none below it has one.
+    A job may lie several folders below its sweep, so that is the nearest folder above with a file
+    of a sweep, or `folder` itself if there is none.
     """
     found: dict[Path, list[Path]] = {}
     for path in sorted(folder.rglob(FILE)):
@@ -80,5 +81,5 @@ def by_sweep(folder: Path) -> dict[Path, list[Path]]:
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether a folder says of itself that it is a sweep's."""
+    """Whether a folder has a file of a sweep."""
     return any((folder / name).is_file() for name in SWEEP)

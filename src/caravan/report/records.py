@@ -1,79 +1,89 @@
-"""Reads `metrics.json` of finished runs: checks its shape, drops measures beyond a run's depth.
+"""Reads `metrics.json` of finished runs: checks its values, drops measures beyond a run's depth.
 
-All reports read records through `read_metrics`. So a damaged file is reported in one sentence, and
-no report shows R@1000 of a run that has 100 passages a query.
+Every report reads it through `read_metrics`: a damaged file is an error of one sentence, and no
+report shows R@1000 of a run with 100 passages a query.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, create_model
 
 from caravan.errors import InputError
 from caravan.retrieval.metrics import parse_measure, too_deep
 
-TEXT, COUNT, NUMBER, FLOAT = "a text", "a whole number", "a finite number", "a number"
-SCORES, MEASURES = "a number for each name", "a number for each measure"
-LENGTHS = "scores for each length"
-Shape = str | list[Any] | dict[str, Any]
-"""A kind of value; a list of one shape; or shapes by key, `key?` where it may be left out or null,
-`*` where any key may stand."""
+JudgedOn = tuple[str, str, str]
+"""A collection, its digest and a split."""
 
-STAGE: Shape = {
-    "stage": TEXT,
-    "run": TEXT,
-    "run_xxh3": TEXT,
-    "overall": MEASURES,
-    "seconds": NUMBER,
-    "gain?": NUMBER,
-    "queries_per_second?": NUMBER,
-    "depth?": COUNT,
+Records = dict[str, dict[str, Any]]
+"""`metrics.json` of evaluations, or of the systems in them, by name."""
+
+
+def _measure(name: str) -> str:
+    parse_measure(name)
+    return name
+
+
+def _shape(required: dict[str, Any], optional: dict[str, Any]) -> Any:
+    """A JSON object; its values are not converted, and other keys are allowed."""
+    fields: dict[str, Any] = {key: (kind, ...) for key, kind in required.items()}
+    fields |= {key: (kind | None, None) for key, kind in optional.items()}
+    return create_model("Shape", __config__=ConfigDict(strict=True, extra="allow"), **fields)
+
+
+# Integers beyond the bounds cannot be printed as scores are.
+NUMBER = Annotated[float, Field(gt=-1e15, lt=1e15, allow_inf_nan=False)]
+COUNT = Annotated[int, Field(ge=0, lt=10**15)]
+SCORES = dict[str, NUMBER]
+MEASURES = dict[Annotated[str, AfterValidator(_measure)], NUMBER]
+LENGTH = Annotated[str, Field(pattern="^[0-9]+$")]
+TEXTS = ("stage", "run", "run_xxh3")
+STAGE = _shape(
+    {**dict.fromkeys(TEXTS, str), "overall": MEASURES, "seconds": NUMBER},
+    {"gain": NUMBER, "queries_per_second": NUMBER, "depth": COUNT},
+)
+MEMBER = _shape(
+    {"group": str, "stages": dict[str, MEASURES]},
+    {"digest": str, "split": str, "passages": COUNT, "depths": dict[str, COUNT | None]},
+)
+OF_RUN = {
+    **dict.fromkeys(("system", "base_model", "monitored"), str),
+    **dict.fromkeys(("updates", "trained_parameters"), COUNT),
+    **dict.fromkeys(("train_seconds", "memory_gib"), NUMBER),
+    **dict.fromkeys(("overall", "validation", "train"), SCORES),
+    "best": float,
+    "facts": dict[str, Any],
+    "stages": list[STAGE],  # type: ignore[valid-type]
+    "read": dict[LENGTH, SCORES],
 }
-MEMBER: Shape = {
-    "group": TEXT,
-    "stages": {"*": MEASURES},
-    "digest?": TEXT,
-    "split?": TEXT,
-    "passages?": COUNT,
-    "depths?": {"*?": COUNT},
-}
-RUN: Shape = {
-    "overall?": SCORES,
-    "stages?": [STAGE],
-    "system?": TEXT,
-    "facts?": {},
-    "base_model?": TEXT,
-    "updates?": COUNT,
-    "monitored?": TEXT,
-    "best?": FLOAT,
-    "train_seconds?": NUMBER,
-    "trained_parameters?": COUNT,
-    "memory_gib?": NUMBER,
-    "validation?": SCORES,
-    "train?": SCORES,
-    "read?": LENGTHS,
-}
-"""Of a training or an evaluation."""
-SUITE: Shape = {"collections": {"*": MEMBER}, "failed": {"*": TEXT}}
-EVALUATION: Shape = {
-    "collection": {"name": TEXT, "digest": TEXT},
-    "split": TEXT,
-    "queries": COUNT,
-    "passages": COUNT,
-    "run": TEXT,
-    "overall": MEASURES,
-    "seconds": NUMBER,
-}
-"""Of an evaluation that has scores."""
+RUN = _shape({}, OF_RUN)
+MEMBERS = dict[str, MEMBER]  # type: ignore[valid-type]
+SUITE = _shape({"collections": MEMBERS, "failed": dict[str, str]}, OF_RUN)
+COLLECTION = _shape({"name": str, "digest": str}, {})
+EVALUATION = _shape(
+    {
+        "collection": COLLECTION,
+        "split": str,
+        "run": str,
+        "queries": COUNT,
+        "passages": COUNT,
+        "overall": MEASURES,
+        "seconds": NUMBER,
+    },
+    {},
+)
+"""`metrics.json` of an evaluation that has scores."""
 
 
 def read_metrics(folder: Path) -> dict[str, Any] | None:
     """`metrics.json` of a run directory as `to_depth` returns it, None if there is none.
 
     Raises:
-        InputError: it is not JSON, or its values are not those that a run writes.
+        InputError: If it is not JSON, or a value has another type than a run writes.
     """
     path = folder / "metrics.json"
     if not path.is_file():
@@ -81,35 +91,33 @@ def read_metrics(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}); run the evaluation again") from None
-    wrong = next(_mistakes(record, RUN), None)
-    if wrong is None and "collections" in record:
-        wrong = next(_mistakes(record, SUITE), None)
-    if wrong:
-        raise _damaged(path, wrong)
+        message = f"{path} is not JSON ({error}); run the evaluation again"
+        raise InputError("damaged-file", message) from None
+    suite = isinstance(record, dict) and "collections" in record
+    _validate(path, SUITE if suite else RUN, record)
     return to_depth({key: value for key, value in record.items() if value is not None})
 
 
 def refuse_partial(folder: Path, record: dict[str, Any]) -> None:
-    """Nothing, if an evaluation's record has all that goes with its scores.
-
-    Raises:
-        InputError: something is missing.
-    """
-    wrong = next(_mistakes(record, EVALUATION), None)
-    if wrong:
-        raise _damaged(folder / "metrics.json", wrong)
+    """Raise an InputError if an evaluation's record is not complete."""
+    _validate(folder / "metrics.json", EVALUATION, record)
 
 
-def _damaged(path: Path, wrong: str) -> InputError:
-    return InputError(f"{path} is damaged: {wrong}; run its command again, or remove the file")
+def _validate(path: Path, shape: Any, record: Any) -> None:
+    try:
+        shape.model_validate(record)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        message = f"{path} is damaged: {place}: {first['msg']}; run its command again, or remove it"
+        raise InputError("damaged-file", message) from None
 
 
 def to_depth(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without scores by measures that look deeper than the run they score.
+    """The record without scores by measures that look deeper than the run.
 
     The record and each of its stages get `too_deep`, the measures that were dropped, and the record
-    the `depth` of its last stage. Records of earlier versions name no depth and keep all scores.
+    the `depth` of its last stage. Records of earlier versions have no depth and keep all scores.
     """
     passages = record.get("passages", 0)
     stages = [_cut(stage, stage.get("depth"), passages) for stage in record.get("stages", ())]
@@ -125,10 +133,11 @@ def to_depth(record: dict[str, Any]) -> dict[str, Any]:
 def _cut(scored: dict[str, Any], depth: int | None, passages: int) -> dict[str, Any]:
     scores = scored.get("overall", {})
     dropped = [] if depth is None else too_deep(list(scores), depth, passages)
+    before = scored.get("too_deep", [])
     if not dropped:
-        return {**scored, "too_deep": []}
+        return {**scored, "too_deep": before}
     kept = {name: value for name, value in scores.items() if name not in dropped}
-    cut = {**scored, "overall": kept, "too_deep": dropped}
+    cut = {**scored, "overall": kept, "too_deep": [*before, *dropped]}
     if next(iter(scores)) in dropped:  # a gain is in the first measure
         cut["gain"] = None
     return cut
@@ -141,11 +150,9 @@ def _member(of: dict[str, Any]) -> dict[str, Any]:
         name: _cut({"overall": scores}, depths.get(name), of.get("passages") or 0)
         for name, scores in of["stages"].items()
     }
-    return {
-        **of,
-        "stages": {name: one["overall"] for name, one in cut.items()},
-        "too_deep": {name: one["too_deep"] for name, one in cut.items() if one["too_deep"]},
-    }
+    short = {name: one["too_deep"] for name, one in cut.items() if one["too_deep"]}
+    stages = {name: one["overall"] for name, one in cut.items()}
+    return {**of, "stages": stages, "too_deep": {**of.get("too_deep", {}), **short}}
 
 
 def has_scores(record: dict[str, Any]) -> bool:
@@ -153,71 +160,37 @@ def has_scores(record: dict[str, Any]) -> bool:
     return "run" in record and bool(record.get("overall") or record.get("too_deep"))
 
 
-def listed(found: Sequence[tuple[str, str, str, str]]) -> str:
-    """Systems with what they were evaluated on, such as `bm25 (scifact test), mine (scifact dev)`.
+def refuse_mixed(judged_on: Mapping[str, JudgedOn], remedy: str) -> None:
+    """Raise an InputError if systems are of different collections or splits.
 
-    Args:
-        found: (system, collection, its digest, split); digests are shown where they alone differ.
+    The message has digests if they alone differ.
     """
-    alike = len({(name, split) for _, name, _, split in found}) == 1
-    return ", ".join(
-        f"{system} ({name} {split}{f', digest {digest[:12]}' if alike else ''})"
-        for system, name, digest, split in found
-    )
+    if len({(digest, split) for _, digest, split in judged_on.values()}) > 1:
+        alike = len({(name, split) for name, _, split in judged_on.values()}) == 1
+        found = ", ".join(
+            f"{system} ({name} {split}{f', digest {digest[:12]}' if alike else ''})"
+            for system, (name, digest, split) in judged_on.items()
+        )
+        message = f"these are of different collections or splits: {found}; {remedy}"
+        raise InputError("mixed-collections", message)
 
 
-# --- the shape of a record ----------------------------------------------------------------------
+def judged_on(record: dict[str, Any]) -> JudgedOn:
+    return record["collection"]["name"], record["collection"]["digest"], record["split"]
 
 
-def _is_number(value: Any) -> bool:
-    # NaN compares false; integers beyond float cannot be printed as scores are.
-    return type(value) in (int, float) and -1e15 < value < 1e15
+def distinct(candidates: Sequence[Sequence[str]]) -> list[str]:
+    """A name for each that no other has: its first candidate, or a later one if names are equal.
 
-
-def _is_scores(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_number, value.values()))
-
-
-def _is_measure(name: str) -> bool:
-    try:
-        parse_measure(name)
-    except InputError:
-        return False
-    return True
-
-
-KINDS: dict[str, Callable[[Any], bool]] = {
-    TEXT: lambda value: isinstance(value, str),
-    COUNT: lambda value: type(value) is int and 0 <= value < 1e15,
-    NUMBER: _is_number,
-    FLOAT: lambda value: type(value) in (int, float),
-    SCORES: _is_scores,
-    MEASURES: lambda value: _is_scores(value) and all(map(_is_measure, value)),
-    LENGTHS: lambda value: (
-        isinstance(value, dict) and all(k.isdecimal() and _is_scores(of) for k, of in value.items())
-    ),
-}
-
-
-def _mistakes(value: Any, shape: Shape, place: str = "") -> Iterator[str]:
-    """Where a value has another shape, such as `stages[1].seconds is not a number`."""
-    if isinstance(shape, str):
-        if not KINDS[shape](value):
-            yield f"{place} is not {shape}"
-    elif isinstance(shape, list):
-        if not isinstance(value, list):
-            yield f"{place} is not a list"
-            return
-        for i, one in enumerate(value):
-            yield from _mistakes(one, shape[0], f"{place}[{i}]")
-    elif not isinstance(value, dict):
-        yield f"{place or 'it'} is not a JSON object"
-    else:
-        for pattern, inner in shape.items():
-            key, optional = pattern.removesuffix("?"), pattern.endswith("?")
-            for name in value if key == "*" else [key]:
-                where = f"{place}.{name}" if place else name
-                if value.get(name) is not None:
-                    yield from _mistakes(value[name], inner, where)
-                elif not optional:
-                    yield f"{where} is missing"
+    >>> distinct([["bm25"], ["bm25", "a/bm25"], ["bm25", "b/bm25"], ["fused", "b/fused"]])
+    ['bm25', 'a/bm25', 'b/bm25', 'fused']
+    """
+    at = [0] * len(candidates)
+    while True:
+        names = [of[i] for of, i in zip(candidates, at, strict=True)]
+        again = [n for n, of in enumerate(candidates) if names.count(names[n]) > 1]
+        again = [n for n in again if at[n] + 1 < len(candidates[n])]
+        if not again:
+            return names
+        for n in again:
+            at[n] += 1

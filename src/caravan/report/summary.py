@@ -1,83 +1,89 @@
-"""One table of all evaluations below a folder, and the same as summary.json.
+"""The tables of evaluations: all below a folder, and the stages of one.
 
-    python -m caravan.report table runs/quickstart
-
-A row is a `metrics.json` with overall figures; its name is the folder it lies in.
+python -m caravan.report table runs/quickstart
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from caravan.errors import InputError
 from caravan.manifests import write_json
-from caravan.report.curves import EVENT_FILES
-from caravan.report.records import listed, read_metrics, refuse_partial
-from caravan.report.tables import NONE, Screen, Table, depth_note
+from caravan.report.records import (
+    Records,
+    distinct,
+    judged_on,
+    read_metrics,
+    refuse_mixed,
+    refuse_partial,
+    to_depth,
+)
+from caravan.report.tables import NONE, Screen, Table, best, depth_note, score, signed
 
-Summary = dict[str, dict[str, float]]
 
+def collect(folder: Path) -> Records:
+    """A record of every system below `folder`, the worst first by its first measure.
 
-def collect(folder: Path) -> tuple[Summary, dict[str, dict[str, Any]]]:
-    """Figures of every evaluation below `folder`: {system: {measure: value, "seconds": s}}.
-
-    An evaluation of several stages gives a row for each, by the stage's name if no other row has
-    it; the same run is shown once, by the evaluation that has it alone.
-
-    Returns:
-        The summary, worst system first by its first measure, and each system's record.
+    A suite is shown by its mean.
 
     Raises:
-        InputError: there is no evaluation, one without figures, or evaluations of different
-            collections or splits, which one table must not mix.
+        InputError: If there is no evaluation, one has no scores, or evaluations are of different
+            collections or splits.
     """
     records = {}
     for path in sorted(folder.rglob("metrics.json")):
         record = read_metrics(path.parent) or {}
         if "overall" in record:
             if not record["overall"] and not record["too_deep"]:
-                why, remedy = "its evaluation was asked for no measures", " with measures=[MRR@10]"
-                if record.get("failed"):
-                    why, remedy = "each of its collections failed", ""
-                raise InputError(
-                    f"{path} has no figures, {why}; run evaluate.py again{remedy}, or remove the"
-                    " file"
-                )
+                message = f"{path} has no scores; run evaluate.py again, or remove the file"
+                raise InputError("no-scores", message)
             records[str(path.parent.relative_to(folder))] = record
-    # A suite's row is its mean; what it is the mean of has tables of its own.
-    means = [name for name, record in records.items() if "collections" in record]
-    for name in means:
-        records = {
-            other: record
-            for other, record in records.items()
-            if other == name or not Path(folder, other).is_relative_to(folder / name)
-        }
+    for suite in [name for name, record in records.items() if "collections" in record]:
+        inside = [name for name in records if folder / suite in (folder / name).parents]
+        records = {name: record for name, record in records.items() if name not in inside}
     for name, record in records.items():
         refuse_partial(folder / name, record)
     if not records:
-        raise InputError(f"{folder} holds no evaluation (metrics.json); make one with evaluate.py")
-    asked = {name: (r["collection"]["digest"], r["split"]) for name, r in records.items()}
-    if len(set(asked.values())) > 1:
-        told = listed(
-            [
-                (name, records[name]["collection"]["name"], digest, split)
-                for name, (digest, split) in asked.items()
-            ]
-        )
-        raise InputError(
-            f"{folder} mixes collections or splits: {told}; give a folder of one, or see all by"
-            f" python -m caravan.report page {folder}"
-        )
-    systems = rows(records)
-    (first, *_) = measures_of(systems.values()) or [""]
-    order = sorted(systems, key=lambda name: systems[name]["overall"].get(first, 0.0))
-    summary = {
-        name: {**systems[name]["overall"], "seconds": round(systems[name]["seconds"], 1)}
-        for name in order
-    }
-    return summary, systems
+        message = f"{folder} holds no evaluation (metrics.json); make one with evaluate.py"
+        raise InputError("no-evaluation", message)
+    remedy = f"give a folder of one, or see all by python -m caravan.report page {folder}"
+    refuse_mixed({name: judged_on(record) for name, record in records.items()}, remedy)
+    return rows(records)
+
+
+def rows(records: Records, names: Mapping[str, str] | None = None) -> Records:
+    """A record {overall, seconds, run, folder, ...} for each row of a table, the worst first.
+
+    An evaluation of several stages gives a row for each, named after the stage if no other row is;
+    a run that an evaluation has alone is shown once, as that evaluation.
+
+    Args:
+        records: evaluations, by folder.
+        names: names of evaluations by folder, if they differ from the folder.
+    """
+    names = names or {}
+    alone = {name: r for name, r in records.items() if len(r.get("stages", ())) <= 1}
+    shown = {stage["run_xxh3"] for record in alone.values() for stage in record.get("stages", ())}
+    candidates, found = [], []
+    for folder, record in alone.items():
+        own = [folder]
+        if folder == ".":  # a run directory by itself is named after its system
+            system = record.get("system", folder)
+            own = [system, f"./{system}"]
+        candidates.append([names[folder], *own] if folder in names else own)
+        found.append({**record, "folder": folder})
+    for folder, record in records.items():
+        for stage in () if folder in alone else record["stages"]:
+            if stage["run_xxh3"] not in shown:
+                name = stage["stage"]
+                longer = (f"{names.get(folder, folder)}/{name}", f"{name} of {folder}")
+                candidates.append([name, *longer])
+                found.append({**record, **stage, "folder": folder})
+    (first, *_) = measures_of(found) or [""]
+    of_name = zip(distinct(candidates), found, strict=True)
+    return dict(sorted(of_name, key=lambda item: item[1]["overall"].get(first, 0.0)))
 
 
 def measures_of(scored: Iterable[dict[str, Any]]) -> list[str]:
@@ -85,116 +91,70 @@ def measures_of(scored: Iterable[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(measure for one in scored for measure in one["overall"]))
 
 
-def rows(
-    records: dict[str, dict[str, Any]], names: dict[str, str] | None = None
-) -> dict[str, dict[str, Any]]:
-    """A record {overall, seconds, run, folder, ...} for each row of the table, by its name.
-
-    Args:
-        names: what evaluations are called, by folder, where it is not the folder.
-    """
-    names = names or {}
-    alone = {name: r for name, r in records.items() if len(r.get("stages", ())) <= 1}
-    found: list[tuple[list[str], dict[str, Any]]] = []
-    for folder, record in alone.items():
-        called = [folder]
-        if folder == ".":  # a run directory by itself has no folder to be named after
-            system = record.get("system", folder)
-            called = [system, f"./{system}"]
-        called = [names[folder], *called] if folder in names else called
-        found.append((called, {**record, "folder": folder}))
-    shown = {stage["run_xxh3"] for record in alone.values() for stage in record.get("stages", ())}
-    for folder, record in records.items():
-        for stage in () if folder in alone else record["stages"]:
-            if stage["run_xxh3"] not in shown:
-                name = stage["stage"]
-                longer = f"{names.get(folder, folder)}/{name}"
-                called = [name, longer, f"{name} of {folder}"]
-                found.append((called, {**record, **stage, "folder": folder}))
-    told = _told_apart([called for called, _ in found])
-    return {name: record for name, (_, record) in zip(told, found, strict=True)}
+def where(record: Mapping[str, Any]) -> str:
+    """Name and split of the collection of an evaluation."""
+    return f"{record['collection']['name']} {record['split']}"
 
 
-def _told_apart(called: list[list[str]]) -> list[str]:
-    """A name for each that no other has: the first of its own, or a longer one of those after.
-
-    >>> _told_apart([["bm25"], ["bm25", "a/bm25"], ["bm25", "b/bm25"], ["fused", "b/fused"]])
-    ['bm25', 'a/bm25', 'b/bm25', 'fused']
-    """
-    at = [0] * len(called)
-    while True:
-        names = [of[i] for of, i in zip(called, at, strict=True)]
-        again = [
-            n for n, of in enumerate(called) if names.count(names[n]) > 1 and at[n] + 1 < len(of)
-        ]
-        if not again:
-            return names
-        for n in again:
-            at[n] += 1
-
-
-def show_stages(metrics: dict[str, Any]) -> None:
-    """Print the stages of one evaluation: scores, queries a second, gain over the best before.
-
-    Args:
-        metrics: of `caravan.report.records.to_depth`.
-    """
-    measures = measures_of(metrics["stages"])
-    if not measures:
-        return  # no run is deep enough for any of them
-    Screen().table(
-        Table(
-            "stages",
-            f"{metrics['collection']['name']} {metrics['split']}: {metrics['queries']:,} queries."
-            f" Gain: in {measures[0]}, over the best stage before; queries/s: without what is done"
-            f" once for a collection.{depth_note({s['stage']: s for s in metrics['stages']})}",
-            ["stage", *measures, "gain", "queries/s"],
-            [
-                [
-                    one["stage"],
-                    *(_cell(measure, one["overall"].get(measure)) for measure in measures),
-                    NONE if one.get("gain") is None else f"{one['gain']:+.4f}",
-                    NONE
-                    if one.get("queries_per_second") is None
-                    else f"{one['queries_per_second']:,.1f}",
-                ]
-                for one in metrics["stages"]
-            ],
-        )
+def results_table(systems: Records, name: str = "results") -> Table:
+    """The scores and seconds of systems on one collection."""
+    measures = measures_of(systems.values())
+    scores = [[of["overall"].get(measure) for measure in measures] for of in systems.values()]
+    first = next(iter(systems.values()))
+    caption = (
+        f"{where(first)}: {first['queries']:,} queries, {first['passages']:,} passages; best in"
+        " bold. Seconds: embed or index the corpus, and search; or rerank."
     )
+    cells = [
+        [name, *map(score, row), f"{of['seconds']:,.1f}"]
+        for (name, of), row in zip(systems.items(), scores, strict=True)
+    ]
+    heads = ["system", *measures, "seconds"]
+    return Table(name, caption + depth_note(systems), heads, cells, strong=best(scores))
 
 
 def show(folder: Path) -> None:
-    """Print the table and where everything lies; write `summary.json`."""
-    summary, records = collect(folder)
-    write_json(folder / "summary.json", summary)
-    first = next(iter(records.values()))
-    measures = [*measures_of(records.values()), "seconds"]
+    """Print the table and the places of all files; write `summary.json`."""
+    systems = collect(folder)
+    path = folder / "summary.json"
+    scores = {n: {**r["overall"], "seconds": round(r["seconds"], 1)} for n, r in systems.items()}
+    write_json(path, scores)
     screen = Screen()
-    screen.table(
-        Table(
-            "results",
-            f"{first['collection']['name']} {first['split']}: {first['queries']:,} queries,"
-            f" {first['passages']:,} passages. Seconds: embed or index the corpus, and search; or"
-            f" rerank.{depth_note(records)}",
-            ["system", *measures],
-            [
-                [system, *(_cell(measure, figures.get(measure)) for measure in measures)]
-                for system, figures in summary.items()
-            ],
-        )
-    )
-    for system in summary:
-        record = records[system]
-        screen.line(f"run   {system:<12} {folder / record['folder'] / record['run']}")
+    screen.table(results_table(systems))
+    for name, record in systems.items():
+        screen.line(f"run   {name:<12} {folder / record['folder'] / record['run']}")
     for model in sorted(folder.rglob("model/caravan.json")):
         screen.line(f"model {model.parent.parent.name:<12} {model.parent}")
-    screen.line(f"table              {folder / 'summary.json'}")
-    if any(folder.rglob(EVENT_FILES)):
+    screen.line(f"table              {path}")
+    if any(folder.rglob("events.out.tfevents.*")):
         screen.line(f"curves             tensorboard --logdir {folder}")
 
 
-def _cell(measure: str, value: float | None) -> str:
-    if value is None:
-        return NONE
-    return f"{value:.1f}" if measure == "seconds" else f"{value:.4f}"
+def stages_table(metrics: dict[str, Any], name: str = "stages", title: str = "") -> Table | None:
+    """The stages of one evaluation: scores, gain over the best stage before, queries a second.
+
+    None if no run is deep enough for any of the measures.
+    """
+    stages = metrics["stages"]
+    measures = measures_of(stages)
+    if not measures:
+        return None
+    scores = [[stage["overall"].get(measure) for measure in measures] for stage in stages]
+    cells = []
+    for stage, row in zip(stages, scores, strict=True):
+        gain, speed = stage.get("gain"), stage.get("queries_per_second")
+        more = [NONE if gain is None else signed(gain), NONE if speed is None else f"{speed:,.1f}"]
+        cells.append([stage["stage"], *map(score, row), *more])
+    caption = (
+        f"{title}{where(metrics)}: {metrics['queries']:,} queries; best in bold. Gain: in"
+        f" {measures[0]}, over the best stage before; queries/s: without what is done once for a"
+        f" collection.{depth_note({stage['stage']: stage for stage in stages})}"
+    )
+    heads = ["stage", *measures, "gain", "queries/s"]
+    return Table(name, caption, heads, cells, strong=best(scores))
+
+
+def show_stages(metrics: dict[str, Any]) -> None:
+    """Print the stages of one evaluation, from the contents of its `metrics.json`."""
+    if table := stages_table(to_depth(metrics)):
+        Screen().table(table)

@@ -1,9 +1,8 @@
-"""What a comparison is made of: run files, and the qrels and texts they are judged by.
+"""The systems of a comparison, and the judgements and texts that they are scored with.
 
-A system is named by the run directory of an evaluation (its last stage counts) or by a run file,
-TREC's or MS MARCO's, of any system. Which collection it is of stands in the `metrics.json` beside
-it; the collection itself lies in the cache that the run has built it in, and is opened by its
-digest, so that what is compared is what was evaluated.
+A system is the run directory of an evaluation (its last stage counts) or a run file, TREC's or MS
+MARCO's. `metrics.json` names its collection by a digest, by which the collection is found in the
+cache of the run: what is compared is what was evaluated.
 """
 
 from __future__ import annotations
@@ -15,10 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from caravan.data.collection import Collection, Qrels
+from caravan.data.collection import Collection
+from caravan.data.qrels import Qrels, RowLookup
+from caravan.data.readers.labelled import judgements
 from caravan.errors import InputError
-from caravan.report.records import has_scores, listed, read_metrics, refuse_partial
+from caravan.report.records import (
+    JudgedOn,
+    distinct,
+    has_scores,
+    judged_on,
+    read_metrics,
+    refuse_mixed,
+    refuse_partial,
+)
 
 
 @dataclass(frozen=True)
@@ -28,10 +38,30 @@ class System:
     name: str
     run: Path
     home: Path | None = None  # the run directory
-    collection: tuple[str, str] | None = None  # name and digest
-    split: str | None = None
+    judged_on: JudgedOn | None = None
     measures: tuple[str, ...] = ()
     depth: int | None = None  # of the search that made the run; None if unknown
+
+
+class Ids:
+    """Rows for ids in the order they are met, for a comparison without a collection.
+
+    Has the methods of `caravan.data.texts.Texts` with which runs are read and scored.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return 1 << 31  # rows must stay below the length, and there are never so many
+
+    def rows(self, ids: Sequence[str]) -> np.ndarray:
+        found = (self._rows.setdefault(name, len(self._rows)) for name in ids)
+        return np.fromiter(found, np.int64, len(ids))
+
+    def ids(self, rows: np.ndarray) -> list[str]:
+        names = list(self._rows)
+        return [names[row] for row in rows.tolist()]
 
 
 @dataclass(frozen=True)
@@ -43,201 +73,139 @@ class Judged:
     queries: Any  # caravan.data.texts.Texts, or Ids
     corpus: Any
     qrels: Qrels
-    relevant_from: int = 1  # the lowest grade that is relevant
+    relevant_from: int = 1  # the lowest relevant grade
 
     @property
     def has_texts(self) -> bool:
         return not isinstance(self.corpus, Ids)
 
-
-class Ids:
-    """The rows of ids, given out as ids come up, where there is no collection to look them up in.
-
-    Speaks as `caravan.data.texts.Texts` does, so that a run is read and scored in the same way.
-    """
-
-    def __init__(self) -> None:
-        self._rows: dict[str, int] = {}
-        self._ids: list[str] = []
-
-    def __len__(self) -> int:
-        return 1 << 31  # more than there will be; rows must stay below it while it grows
-
-    def rows(self, ids: Sequence[str]) -> np.ndarray:
-        for name in ids:
-            if name not in self._rows:
-                self._rows[name] = len(self._ids)
-                self._ids.append(name)
-        return np.fromiter((self._rows[name] for name in ids), np.int64, len(ids))
-
-    def ids(self, rows: np.ndarray) -> list[str]:
-        return [self._ids[row] for row in rows.tolist()]
+    @property
+    def title(self) -> str:
+        return f"{self.name} {self.split}".strip()
 
 
-def system(path: Path) -> System:
+def read_system(path: Path) -> System:
     """The system behind a run directory or a run file.
 
     Raises:
-        InputError: there is neither; a directory without an evaluation.
+        InputError: If there is neither, or the directory has no evaluation of one collection.
     """
     if path.is_dir():
         own = read_metrics(path) or {}
-        if "collections" in own:
-            inside = next(iter(own["collections"]), "<collection>")
-            raise InputError(
-                f"{path} is an evaluation of several collections; compare one of them, such as"
-                f" {path / inside}, or see them all with python -m caravan.report collections"
+        if not has_scores(own) or "collections" in own:
+            such_as = path / next(iter(own.get("collections", ())), "<collection>")
+            message = (
+                f"{path} is not the run directory of an evaluation of one collection; name one,"
+                f" such as {such_as}, or a run file"
             )
-        if not has_scores(own):
-            raise InputError(
-                f"{path} is not the run directory of an evaluation (no scores in metrics.json);"
-                " give one, or a run file"
-            )
-        return _of(path.resolve().name, path / own["run"], path, own)
+            raise InputError("no-evaluation", message)
+        return _system(path.resolve().name, path / own["run"], path, own)
     if not path.is_file():
-        raise InputError(f"there is no run directory and no run file {path}; check the path")
+        message = f"there is no run directory and no run file {path}; check the path"
+        raise InputError("file-not-found", message)
+    stem = path.name.removesuffix(".gz")
+    stem = stem.rsplit(".", 1)[0] if "." in stem else stem
     home = path.parent.parent
     record = read_metrics(home) if path.parent.name == "runs" else None
     if record is None or not has_scores(record) or "collections" in record:
-        return System(_stem(path), path)
-    return _of(_stem(path).removesuffix(f".{record['split']}"), path, home, record)
+        return System(stem, path)
+    return _system(stem.removesuffix(f".{record['split']}"), path, home, record)
 
 
-def _of(name: str, run: Path, home: Path, record: dict[str, Any]) -> System:
+def _system(name: str, run: Path, home: Path, record: dict[str, Any]) -> System:
     refuse_partial(home, record)
-    of = record["collection"]
-    stages = {stage["run"]: stage for stage in record.get("stages", ())}
     # The requested measures, whether or not the run is deep enough for them.
     measures = (*record["overall"], *record["too_deep"])
-    depth = stages.get(f"runs/{run.name}", {}).get("depth")
-    return System(name, run, home, (of["name"], of["digest"]), record["split"], measures, depth)
+    depths = {stage["run"]: stage.get("depth") for stage in record.get("stages", ())}
+    return System(name, run, home, judged_on(record), measures, depths.get(f"runs/{run.name}"))
 
 
-def told_apart(systems: Sequence[System]) -> list[System]:
-    """The systems with names that differ: those that do not get the folders before them.
+def with_distinct_names(systems: Sequence[System]) -> list[System]:
+    """The systems, with the folders above them in the names that would be equal.
 
     Raises:
-        InputError: a run is given twice.
+        InputError: If a run is named twice.
     """
     paths = [one.run.resolve() for one in systems]
-    for path in paths:
+    candidates = []
+    for one, path in zip(systems, paths, strict=True):
         if paths.count(path) > 1:
-            raise InputError(f"the run {path} is given twice; give runs that differ")
-    names = [one.name for one in systems]
-    above = [_above(one) for one in systems]
-    for depth in range(1, 1 + max(map(len, above))):
-        again = [i for i, name in enumerate(names) if names.count(name) > 1]
-        for i in again:
-            names[i] = "/".join([*above[i][-depth:], systems[i].name])
-    if len(set(names)) < len(names):  # they differ by what follows the name, such as .gz
-        names = list(map(str, paths))
-    return [replace(one, name=name) for one, name in zip(systems, names, strict=True)]
+            raise InputError("given-twice", f"the run {path} is given twice; name runs that differ")
+        home = path if one.home is None else one.home.resolve()
+        place = home if one.name == home.name else home / path.name
+        above = place.parts[1:-1] if one.home is not None else path.parts[1:-1]
+        longer = ["/".join([*above[-n:], one.name]) for n in range(1, len(above) + 1)]
+        candidates.append([one.name, *longer, str(path)])
+    return [replace(one, name=n) for one, n in zip(systems, distinct(candidates), strict=True)]
 
 
-def _above(system: System) -> tuple[str, ...]:
-    """The folders above what the system is named after."""
-    place = system.run.resolve()
-    if system.home is not None:
-        home = system.home.resolve()
-        place = home if system.name == home.name else home / place.name
-    return place.parts[1:-1]
-
-
-def judged(systems: Sequence[System], qrels: Path | None = None) -> Judged:
-    """What all of the systems are judged by.
+def read_judged(systems: Sequence[System], qrels: Path | None = None) -> Judged:
+    """The judgements and texts that all of the systems are scored with.
 
     Args:
-        qrels: a file of judgements, TREC's or BEIR's, in place of the collection's; there are no
-            texts then.
+        qrels: a file of judgements, TREC's or BEIR's, instead of the collection's; then there are
+            no texts.
 
     Raises:
-        InputError: they are of different collections or splits, or none says of which it is.
+        InputError: If the systems are of different collections or splits, or of an unknown one.
     """
     if qrels is not None:
-        return _by_file(qrels)
-    asked = {(s.collection, s.split): s for s in systems if s.collection is not None}
-    if not asked:
-        raise InputError(
-            f"{systems[0].run} says nothing of its collection; give the run directory of an"
-            " evaluation beside it, or --qrels and a file of judgements"
+        return _from_file(qrels)
+    known = {one.name: one.judged_on for one in systems if one.judged_on is not None}
+    home = next((one.home for one in systems if one.judged_on is not None), None)
+    if home is None:
+        message = (
+            f"the collection of {systems[0].run} is unknown; add the run directory of an"
+            " evaluation, or --qrels and a file of judgements"
         )
-    if len(asked) > 1:
-        told = listed(
-            [(s.name, *s.collection, s.split or "") for s in asked.values() if s.collection]
-        )
-        raise InputError(
-            f"the runs are of different collections or splits: {told}; evaluate all of them on one"
-            " (evaluate.py data.split=...)"
-        )
-    first = next(iter(asked.values()))
-    assert first.home is not None
-    assert first.collection is not None
-    assert first.split is not None
-    collection = find(first.collection[1], first.home)
-    return Judged(
-        collection.name,
-        first.split,
-        collection.queries,
-        collection.corpus,
-        collection.qrels(first.split),
-        collection.relevant_from.get(first.split, 1),
-    )
+        raise InputError("unknown-collection", message)
+    refuse_mixed(known, "evaluate all of them on one (evaluate.py data.split=...)")
+    _, digest, split = next(iter(known.values()))
+    collection = find(digest, home)
+    texts = (collection.queries, collection.corpus, collection.qrels(split))
+    return Judged(collection.name, split, *texts, collection.relevant_from.get(split, 1))
 
 
 def find(digest: str, home: Path) -> Collection:
-    """The collection of a digest, in the cache of the run that has read it.
+    """The collection with this digest, from the cache of the run that read it.
 
     Args:
-        home: the run directory; its config.yaml names the cache, from where it was started.
+        home: the run directory; its config.yaml names the cache, relative to where it was started.
+
+    Raises:
+        InputError: If it is no longer there.
     """
     cache = Path(str(config(home).get("cache_dir", ".cache")))
-    places = dict.fromkeys(
-        base / cache / "collections" for base in (Path(), *home.absolute().parents)
-    )
-    for place in places:
-        for path in sorted(place.glob("*/collection.json")):
+    for base in dict.fromkeys((Path(), *home.absolute().parents)):
+        for path in sorted((base / cache / "collections").glob("*/collection.json")):
             try:
                 found = json.loads(path.read_text("utf-8"))
             except (OSError, ValueError, RecursionError):
                 continue
             if isinstance(found, dict) and found.get("digest") == digest:
                 return Collection.open(path.parent)
-    raise InputError(
+    message = (
         f"the collection of {home} (digest {digest[:12]}) is no longer in {cache}/collections; run"
-        " its evaluation again, or give --qrels and a file of judgements"
+        " its evaluation again, or use --qrels and a file of judgements"
     )
+    raise InputError("collection-not-found", message)
+
+
+def _from_file(path: Path) -> Judged:
+    queries: Any = Ids()
+    corpus: Any = Ids()
+    numbered = list(judgements(path))
+    if not numbered:
+        raise InputError("no-judgements", f"{path} has no judgement; use a file that has one")
+    lookup = RowLookup(corpus, queries, lambda _, n: f"{path}:{numbered[n][0]}", "count")
+    qrels = lookup.qrels("qrels", (judgement for _, judgement in numbered))
+    return Judged(path.name, "", queries, corpus, qrels)
 
 
 def config(home: Path) -> dict[str, Any]:
-    """The resolved config of a run; empty if it has none that can be read."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
+    """The resolved config of a run; empty if there is none that can be read."""
     try:
-        loaded: Any = OmegaConf.to_container(OmegaConf.load(home / "config.yaml"))
-    except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException):
+        loaded = yaml.safe_load((home / "config.yaml").read_bytes())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
-
-
-def _by_file(path: Path) -> Judged:
-    from caravan.data.qrels import RowLookup
-    from caravan.data.readers.labelled import judgements
-
-    queries: Any = Ids()
-    corpus: Any = Ids()
-    numbers, triples = [], []
-    for number, judgement in judgements(path):
-        numbers.append(number)
-        triples.append(judgement)
-    if not triples:
-        raise InputError(f"{path} has no judgement; give a file with at least one")
-    lookup = RowLookup(corpus, queries, lambda _, n: f"{path}:{numbers[n]}", "count")
-    return Judged(path.name, "", queries, corpus, lookup.qrels("qrels", triples))
-
-
-def _stem(path: Path) -> str:
-    """`bm25.test` of runs/bm25.test.trec.gz."""
-    name = path.name.removesuffix(".gz")
-    return name.rsplit(".", 1)[0] if "." in name else name

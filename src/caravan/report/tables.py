@@ -1,22 +1,28 @@
-"""A table once, and as Markdown, LaTeX (booktabs) and on the terminal.
+"""Tables as Markdown, LaTeX (booktabs) and terminal output, and the other blocks of a report.
 
-Cells are text: whoever makes the table decides how many digits a figure has.
+The cells of a table are text: the caller decides how many digits a score has.
 """
 
 from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.table import Table as RichTable
+from rich.text import Text
 
 from caravan.errors import printable
 from caravan.files import replacing
 
 MINUS, NONE = "\u2212", "\u2013"
-"""A minus that is as wide as a plus, and what stands where there is no score (`-` in terminals)."""
+"""A minus as wide as a plus, and the cell of a missing score (`-` in terminals)."""
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -31,10 +37,10 @@ class Table:
 
     Args:
         name: the stem of its files, unique within a report.
-        caption: one sentence or more, fit for a paper.
-        labels: how many columns at the left are text; the others hold numbers.
-        strong: (row, column) of the cells that stand out, such as the best of a column.
-        folded: on a page it is opened by whoever wants it.
+        caption: one or more sentences, fit for a paper.
+        labels: the number of text columns at the left; the others hold numbers.
+        strong: (row, column) of the cells in bold, such as the best of a column.
+        folded: on a page, closed until the reader opens it.
     """
 
     name: str
@@ -46,114 +52,116 @@ class Table:
     folded: bool = False
 
     def markdown(self) -> str:
-        """GitHub's pipe table, under the caption."""
+        """GitHub's pipe table, below the caption."""
         rule = ["---"] * self.labels + ["---:"] * (len(self.columns) - self.labels)
-        body = [
-            [f"**{cell}**" if (i, j) in self.strong else cell for j, cell in enumerate(row)]
-            for i, row in enumerate(_escaped(self.rows, _markdown))
+        head = [_markdown(name) for name in self.columns]
+        lines = [
+            f"| {' | '.join(row)} |" for row in (head, rule, *self._cells(_markdown, "**{}**"))
         ]
-        head = _escaped([self.columns], _markdown)
-        lines = ["| " + " | ".join(row) + " |" for row in [*head, rule, *body]]
         return "\n".join([_markdown(self.caption), "", *lines, ""])
 
     def latex(self) -> str:
-        """A floating table; its document says `\\usepackage{booktabs}`."""
-        body = [
-            [rf"\textbf{{{cell}}}" if (i, j) in self.strong else cell for j, cell in enumerate(row)]
-            for i, row in enumerate(_escaped(self.rows, _latex))
-        ]
-        (head,) = _escaped([self.columns], _latex)
-        return "\n".join(
-            [
-                r"\begin{table}[t]",
-                r"\centering",
-                rf"\caption{{{_latex(self.caption)}}}",
-                rf"\label{{tab:{self.name}}}",
-                rf"\begin{{tabular}}{{{'l' * self.labels}{'r' * (len(head) - self.labels)}}}",
-                r"\toprule",
-                " & ".join(head) + r" \\",
-                r"\midrule",
-                *(" & ".join(row) + r" \\" for row in body),
-                r"\bottomrule",
-                r"\end{tabular}",
-                r"\end{table}",
-                "",
-            ]
+        """A floating table; the document needs `\\usepackage{booktabs}`."""
+        cells = self._cells(_latex, r"\textbf{{{}}}")
+        frame = pd.DataFrame(cells, columns=[_latex(name) for name in self.columns])
+        return frame.style.hide(axis="index").to_latex(
+            hrules=True,
+            caption=_latex(self.caption),
+            label=f"tab:{self.name}",
+            column_format="l" * self.labels + "r" * (len(self.columns) - self.labels),
+            position="t",
+            position_float="centering",
         )
 
-    def rich(self, width: int, wrap: bool = False) -> Any:
-        """For a terminal of a width. `*` marks cells that stand out, since not all show bold.
-
-        Names and scores stay whole: where a row is too long, its labels get a line of their own.
-
-        Args:
-            wrap: the caption too; in a file it is one line, for those who search in it.
-        """
-        from rich.box import SIMPLE_HEAD
-        from rich.cells import cell_len
-        from rich.console import Group
-        from rich.table import Table as Drawn
-        from rich.text import Text
-
-        marked = {j for _, j in self.strong}
-        cells = [
+    def _cells(self, escape: Any, bold: str) -> list[list[str]]:
+        return [
             [
-                ("-" if cell == NONE else printable(cell))
-                + ("*" if (i, j) in self.strong else " " if j in marked else "")
+                bold.format(escape(cell)) if (i, j) in self.strong else escape(cell)
                 for j, cell in enumerate(row)
             ]
             for i, row in enumerate(self.rows)
         ]
-        heads = [
-            printable(name) + (" " if j in marked else "") for j, name in enumerate(self.columns)
-        ]
-        lengths = [max(map(cell_len, column)) for column in zip(heads, *cells, strict=True)]
+
+    def rich(self, width: int, wrap: bool = False) -> Group:
+        """For a terminal. `*` marks strong cells, because some terminals do not show bold.
+
+        Names and scores are never cut: if a row is too long, its labels get a line of their own.
+
+        Args:
+            width: of the terminal, in characters.
+            wrap: wrap the caption; in a file it stays one line, so that a search finds it.
+        """
+        marked = {j for _, j in self.strong}
+
+        def cell(i: int, j: int, text: str) -> Text:
+            # A Text is printed as it is; rich would read [...] in a plain string as markup.
+            strong = (i, j) in self.strong
+            text = "-" if text == NONE else printable(text)
+            pad = "*" if strong else " " if j in marked else ""
+            return Text(f"{text}{pad}", "bold" if strong else "")
+
+        heads, *rows = (
+            [cell(i, j, text) for j, text in enumerate(row)]
+            for i, row in enumerate([self.columns, *self.rows], -1)
+        )
+        widths = [max(one.cell_len for one in column) for column in zip(heads, *rows, strict=True)]
         caption = printable(self.caption).replace("in bold", "marked *").replace(NONE, "-")
         title = Text(textwrap.fill(caption, max(width, 20)) if wrap else caption, "italic")
-        if sum(lengths) + 2 * len(lengths) + 1 > width:
-            return Group(title, self._stacked(heads, cells, lengths))
-        # A Text is shown as it is; of a plain string rich would take [...] for markup.
-        drawn = Drawn(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for j, name in enumerate(heads):
-            justify: Any = "left" if j < self.labels else "right"
-            drawn.add_column(Text(name), justify=justify, no_wrap=True)
-        for i, row in enumerate(cells):
-            drawn.add_row(
-                *(Text(cell, "bold" if (i, j) in self.strong else "") for j, cell in enumerate(row))
-            )
+        if sum(widths) + 2 * len(widths) + 1 > width:
+            return Group(title, self._stacked([heads, *rows], widths))
+        drawn = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for j, head in enumerate(heads):
+            drawn.add_column(head, justify="left" if j < self.labels else "right", no_wrap=True)
+        for row in rows:
+            drawn.add_row(*row)
         return Group(title, drawn)
 
-    def _stacked(self, heads: list[str], cells: list[list[str]], lengths: list[int]) -> Any:
-        """Each row as two lines: labels, and below them the numbers."""
-        from rich.cells import cell_len
-        from rich.text import Text
+    def _stacked(self, rows: list[list[Text]], widths: list[int]) -> Text:
+        """Two lines for each row: the labels, and below them the numbers."""
+        lines = []
+        for row in rows:
+            for number, width in zip(row[self.labels :], widths[self.labels :], strict=True):
+                number.pad_left(2 + width - number.cell_len)
+            labels = Text(" | ").join(row[: self.labels])
+            numbers = Text("  ").append_text(Text().join(row[self.labels :]))
+            lines += [Text(" ").append_text(labels), numbers]
+        rule = "\u2500" * (1 + sum(2 + width for width in widths[self.labels :]))
+        return Text("\n").join([*lines[:2], Text(f" {rule}"), *lines[2:], Text()])
 
-        def lines(row: list[str], i: int | None) -> Iterator[Text]:
-            yield Text(" " + " | ".join(row[: self.labels]), "bold" if i is None else "")
-            numbers = Text("  ")
-            for j in range(self.labels, len(row)):
-                strong = i is None or (i, j) in self.strong
-                space = " " * (2 + lengths[j] - cell_len(row[j]))
-                numbers.append(space).append(row[j], "bold" if strong else "")
-            yield numbers
 
-        rule = 2 + sum(length + 2 for length in lengths[self.labels :])
-        return Text("\n").join(
-            [
-                *lines(heads, None),
-                Text(" " + "\u2500" * (rule - 1)),
-                *(line for i, row in enumerate(cells) for line in lines(row, i)),
-                Text(""),
-            ]
-        )
+@dataclass(frozen=True)
+class Facts:
+    """Names and values; with a title if a section has several of them."""
+
+    items: Sequence[tuple[str, str]]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Code:
+    """A config or commands."""
+
+    title: str
+    text: str
+    folded: bool = True
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, its anchor, and blocks below it.
+
+    A block is a str, Facts, Code, a Table, a `plots.Plot` or `compare.Examples`.
+    """
+
+    title: str
+    anchor: str
+    blocks: Sequence[Any]
 
 
 class Screen:
-    """Prints reports: tables that fit the terminal, and lines without what would control it."""
+    """Prints reports: tables that fit the terminal, and lines without control characters."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-
         self._console = Console(soft_wrap=True, markup=False, highlight=False)
 
     def table(self, table: Table) -> None:
@@ -166,8 +174,32 @@ class Screen:
         self._console.rule(printable(title), align="left")
 
 
+def score(value: float | None) -> str:
+    """A score with four digits, or the cell of a missing one."""
+    return NONE if value is None else f"{value:.4f}"
+
+
+def signed(value: float) -> str:
+    """A difference with its sign, with a minus and not a hyphen.
+
+    >>> signed(0.0048), signed(-0.1), signed(-0.00001)
+    ('+0.0048', '\\u22120.1000', '+0.0000')
+    """
+    text = f"{value:+.4f}"
+    return "+0.0000" if text == "-0.0000" else text.replace("-", MINUS)
+
+
+def slug(text: str) -> str:
+    """A text as part of a file name or an anchor.
+
+    >>> slug("MRR(rel=2)@10")
+    'MRR-rel-2-10'
+    """
+    return re.sub(r"[^\w.]+", "-", text).strip("-")
+
+
 def depth_note(scored: Mapping[str, Mapping[str, Any]]) -> str:
-    """Why a table has NONE for some systems or stages: a sentence; empty if it has for none.
+    """Why some systems or stages have no score: a sentence, empty if all of them have one.
 
     Args:
         scored: by name, with `depth` and `too_deep` of `caravan.report.records.to_depth`.
@@ -179,28 +211,28 @@ def depth_note(scored: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def best(rows: Sequence[Sequence[float | None]], labels: int = 1) -> frozenset[tuple[int, int]]:
-    """(row, column) of the highest figure of each column, ties included; columns after labels.
+    """(row, column) of the highest score of each column, ties included.
 
-    None where all rows have the same.
+    A column whose scores are all equal has none.
+
+    Args:
+        rows: scores alone; None where one is missing.
+        labels: the number of columns before the scores.
     """
     strong: set[tuple[int, int]] = set()
-    for j, column in enumerate(zip(*rows, strict=True)):
+    for j, column in enumerate(zip(*rows, strict=True), labels):
         known = [value for value in column if value is not None]
         if len(set(known)) > 1:
-            strong |= {(i, j + labels) for i, value in enumerate(column) if value == max(known)}
+            strong |= {(i, j) for i, value in enumerate(column) if value == max(known)}
     return frozenset(strong)
 
 
 def write(folder: Path, tables: Iterable[Table]) -> None:
-    """Each table as `<name>.md` and `<name>.tex`."""
+    """Write each table as `<name>.md` and `<name>.tex`."""
     for table in tables:
         for suffix, text in (("md", table.markdown()), ("tex", table.latex())):
             with replacing(folder / f"{table.name}.{suffix}") as scratch:
                 scratch.write_text(text, "utf-8")
-
-
-def _escaped(rows: Iterable[Sequence[str]], escape: Any) -> list[list[str]]:
-    return [[escape(cell) for cell in row] for row in rows]
 
 
 def _markdown(text: str) -> str:

@@ -1,135 +1,115 @@
-"""The sections of a page that tell how runs were made: trainings, commands, configs."""
+"""The sections of trainings on a page: facts, learning curves, and the commands and configs.
+
+Curves are read from the event files of TensorBoard, with its own reader.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from caravan.report import curves, systems
-from caravan.report.blocks import Block, Code, Facts, Note, Section
-from caravan.report.compare import slug
-from caravan.report.plots import Line, Plot, lines, panels
-from caravan.report.records import read_metrics
+from caravan.report.plots import Line, Plot, lines
+from caravan.report.tables import Code, Facts, Section, slug
 
 MOST_TRAININGS = 12
 MOST_CONFIGS = 12
-MOST_CURVES = 8
+POINTS = 300
+"""Drawn of a curve; more cannot be seen."""
+TAGS = ("train/", "val/")
+"""The curves that are read; learning rates and epochs follow from the config."""
+Curves = dict[str, tuple[list[int], list[float]]]
+"""(updates, values) of one training, by tag."""
 
 
-def trainings(folder: Path, homes: Sequence[Path]) -> list[Section]:
-    """Facts and curves of each training below a folder."""
-    blocks: list[Block] = []
-    for home in homes[:MOST_TRAININGS]:
-        record = read_metrics(home) or {}
-        name = _name(home, folder)
-        blocks.append(Facts(training_facts(home, record), name))
-        found = curves.read(home)
-        if found:
-            blocks.append(_curves(name, found))
-        else:
-            blocks.append(Note(f"{name} has no event files of TensorBoard, so no curves."))
-    if len(homes) > MOST_TRAININGS:
-        left_out = len(homes) - MOST_TRAININGS
-        blocks.append(
-            Note(f"{left_out} more trainings are not shown; each folder can have a page.")
-        )
+def read_curves(run_dir: Path) -> Curves:
+    """The scalars of all event files of a run, which may have been resumed.
+
+    A step that was logged twice, because the run resumed from a checkpoint, has its last value.
+    """
+    folder = run_dir / "tensorboard"
+    if not any(folder.glob("events.out.tfevents.*")):
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    # It warns of orphaned events, which are those that a resumed run has replaced.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})  # 0: all of them
+    events.Reload()
+    found = {}
+    for tag in events.Tags()["scalars"]:
+        if tag.startswith(TAGS):
+            by_step = {event.step: event.value for event in events.Scalars(tag)}
+            steps = sorted(by_step)
+            if len(steps) > POINTS:  # evenly, with the first and the last
+                last = len(steps) - 1
+                steps = [steps[round(i * last / (POINTS - 1))] for i in range(POINTS)]
+            found[tag] = (steps, [by_step[step] for step in steps])
+    return found
+
+
+def training_sections(
+    folder: Path,
+    trainings: Mapping[Path, dict[str, Any]],
+    labels: Mapping[Path, str] | None = None,
+) -> list[Section]:
+    """Facts of each training below a folder, and the curves of all.
+
+    Args:
+        trainings: `metrics.json` by run directory.
+        labels: of the jobs of a sweep, which have no facts: the table of the sweep has them.
+    """
+    names = labels or {home: _name(home, folder) for home in trainings}
+    shown = dict(list(trainings.items())[:MOST_TRAININGS])
+    blocks: list[Any] = []
+    if labels is None:
+        blocks += [_facts(names[home], record) for home, record in shown.items()]
+    if len(trainings) > len(shown):
+        more = len(trainings) - len(shown)
+        blocks.append(f"{more} more trainings are not shown; each folder can have a page.")
+    curves = {names[home]: read_curves(home) for home in shown}
+    watched = [record["monitored"] for record in shown.values() if record.get("monitored")]
+    for tag in dict.fromkeys(("train/loss", *watched)):
+        if drawn := [Line(name, *of[tag]) for name, of in curves.items() if tag in of]:
+            caption = f"{tag} over updates; at the end " + ", ".join(
+                f"{line.label}: {line.y[-1]:.4f}" for line in drawn
+            )
+            blocks.append(Plot(f"curves-{slug(tag)}", f"{caption}.", lines(drawn, "updates", tag)))
     return [Section("Training", "training", blocks)] if blocks else []
 
 
-def training_facts(home: Path, record: dict[str, Any]) -> list[tuple[str, str]]:
-    """What metrics.json and the config say of a training, as far as they say it."""
-    config = systems.config(home)
-    facts = [
-        ("base model", record.get("base_model")),
-        ("collection", record.get("collection")),
-        ("loss", _class(config.get("loss"))),
-        ("adapter", _class(config.get("peft"))),
-        ("updates", _number(record.get("updates"))),
-        ("queries an update", _number(_within(config, "batching", "queries_per_batch"))),
-        ("learning rate", _number(_within(config, "optimizer", "lr"))),
-        ("seed", config.get("seed")),
-        ("trained weights", _number(record.get("trained_parameters"))),
-        ("memory", f"{record['memory_gib']:.1f} GiB" if record.get("memory_gib") else None),
-        ("seconds", f"{record['train_seconds']:,.0f}" if "train_seconds" in record else None),
-        (
-            f"best {record.get('monitored')}",
-            f"{record['best']:.4f}" if record.get("best") is not None else None,
-        ),
-    ]
-    return [(name, str(value)) for name, value in facts if value is not None]
-
-
-def overlaid(found: dict[str, dict[str, curves.Curve]], tag: str, stem: str) -> Plot | None:
-    """One curve of several trainings; None where none of them has it."""
-    having = {name: of[tag] for name, of in found.items() if tag in of}
-    if not having:
-        return None
-    shown = dict(list(having.items())[:MOST_CURVES])
-    cut = f" (the first {MOST_CURVES} of {len(having)})" if len(having) > len(shown) else ""
-    told = "; ".join(f"{name}: {curve.values[-1]:.4f}" for name, curve in shown.items())
-    drawn = [Line(name, curve.steps, curve.values) for name, curve in shown.items()]
-    return Plot(
-        f"{stem}-{slug(tag)}",
-        f"{tag} over updates, a line for each training{cut}.",
-        f"{tag} over updates. At the end: {told}.",
-        lines(drawn, "updates", tag, ticks=False),
+def _facts(name: str, record: dict[str, Any]) -> Facts:
+    """What metrics.json contains of a training; its config is at the end of the page."""
+    kinds = {
+        "base_model": "{}",
+        "collection": "{}",
+        "updates": "{:,}",
+        "trained_parameters": "{:,}",
+        "memory_gib": "{:.1f} GiB",
+        "train_seconds": "{:,.0f}",
+        "best": "{:.4f}",
+    }
+    names = {
+        "trained_parameters": "trained weights",
+        "memory_gib": "memory",
+        "train_seconds": "seconds",
+        "best": f"best {record.get('monitored')}",
+    }
+    return Facts(
+        [
+            (names.get(key, key.replace("_", " ")), kind.format(record[key]))
+            for key, kind in kinds.items()
+            if record.get(key) is not None
+        ],
+        name,
     )
 
 
-def _curves(name: str, found: dict[str, curves.Curve]) -> Plot:
-    """Loss and validation of one training, side by side."""
-    groups = []
-    if "train/loss" in found:
-        groups.append(("training loss", [Line("", *_points(found["train/loss"]))]))
-    watched = [tag for tag in found if tag.startswith("val/")]
-    if watched:
-        few = [tag for tag in watched if "first_stage" not in tag][:3]
-        few += [tag for tag in watched if "first_stage" in tag][:1]
-        drawn = [Line(tag.removeprefix("val/"), *_points(found[tag])) for tag in few]
-        groups.append(("validation", drawn))
-    if not groups:
-        groups = [(tag, [Line("", *_points(curve))]) for tag, curve in list(found.items())[:2]]
-    told = "; ".join(
-        f"{line.label or title}: {line.y[0]:.4f} to {line.y[-1]:.4f}"
-        for title, some in groups
-        for line in some
-    )
-    return Plot(
-        f"curves-{slug(name)}",
-        f"{name}: {' and '.join(title for title, _ in groups)} over updates.",
-        f"{' and '.join(title for title, _ in groups)} of {name} over updates. {told}.",
-        panels(groups, "updates"),
-        height=2.2,
-    )
-
-
-def _points(curve: curves.Curve) -> tuple[list[int], list[float]]:
-    return curve.steps, curve.values
-
-
-def _within(config: dict[str, Any], group: str, key: str) -> Any:
-    node = config.get(group)
-    return node.get(key) if isinstance(node, dict) else None
-
-
-def _class(node: Any) -> str | None:
-    target = node.get("_target_") if isinstance(node, dict) else None
-    return target.rsplit(".", 1)[-1] if isinstance(target, str) else None
-
-
-def _number(value: Any) -> str | None:
-    if value is None:
-        return None
-    if isinstance(value, float):
-        return f"{value:g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def made_by(folder: Path, homes: Sequence[Path]) -> list[Section]:
+def command_sections(folder: Path, homes: Sequence[Path]) -> list[Section]:
     """The commands and resolved configs of runs."""
     commands: dict[str, None] = {}
-    configs: list[Block] = []
+    configs: list[Code] = []
     for home in homes:
         path = home / "config.yaml"
         if not path.is_file():
@@ -137,22 +117,19 @@ def made_by(folder: Path, homes: Sequence[Path]) -> list[Section]:
         text = path.read_text("utf-8", errors="replace")
         head, _, rest = text.partition("\n")
         if head.startswith("# "):
-            commands.setdefault(head.removeprefix("# "))
+            commands[head.removeprefix("# ")] = None
             text = rest
-        if len(configs) < MOST_CONFIGS:
-            configs.append(Code(f"{_name(home, folder)}/config.yaml", text))
-    blocks: list[Block] = []
+        configs.append(Code(f"{_name(home, folder)}/config.yaml", text))
+    if not configs:
+        return []
+    blocks: list[Any] = ["These runs have no recorded command."]
     if commands:
-        blocks.append(Code("commands", "\n".join(commands), folded=False))
-    elif configs:
-        told = "These runs were not started by a command, or by one that was not written down."
-        blocks.append(Note(told))
-    blocks += configs
-    if len(homes) > MOST_CONFIGS:
-        blocks.append(
-            Note(f"The configs of {len(homes) - MOST_CONFIGS} more runs lie beside them.")
-        )
-    return [Section("Commands and configs", "made", blocks)] if blocks else []
+        blocks = [Code("commands", "\n".join(commands), folded=False)]
+    blocks += configs[:MOST_CONFIGS]
+    if len(configs) > MOST_CONFIGS:
+        more = len(configs) - MOST_CONFIGS
+        blocks.append(f"The configs of {more} more runs are in their folders.")
+    return [Section("Commands and configs", "made", blocks)]
 
 
 def _name(home: Path, folder: Path) -> str:

@@ -1,8 +1,8 @@
 """Indexes behind one small interface: faiss by factory string, and exact search in torch.
 
-Both read the corpus block by block: float16 on disk becomes float32 one block at a time. `Faiss`
-keeps what its factory string says; `Exact` keeps nothing and reads the blocks again for every
-search, so its memory does not grow with the corpus. faiss: Douze et al., arXiv 2401.08281.
+Both read the corpus block by block, float16 or float32. `Faiss` (Douze et al., arXiv 2401.08281)
+keeps what its factory string says; `Exact` reads the blocks again for every search, so its memory
+does not grow with the corpus.
 """
 
 from __future__ import annotations
@@ -43,11 +43,6 @@ class Index(Protocol):
 
     A class of your own is chosen by its dotted path: `index._target_=my_package.MyIndex`.
 
-    Attributes:
-        k: passages per query if `search` gets no `k`.
-        approximate: whether `search` may miss passages that exact search finds; an evaluation then
-            measures the recall against exact search.
-
     >>> class Brute:
     ...     k, approximate = 2, False
     ...
@@ -65,8 +60,8 @@ class Index(Protocol):
     [[1, 2]]
     """
 
-    k: int
-    approximate: bool
+    k: int  # passages per query if `search` gets no `k`
+    approximate: bool  # it may miss passages; an evaluation then measures the recall
 
     def build(self, blocks: Blocks) -> None:
         """Index all blocks; replaces what was built before."""
@@ -148,8 +143,6 @@ class Faiss:
         on_cpu, index = index, self._on_gpus(index)
         for start, block in track(blocks, f"index {self.factory}", unit="blocks"):
             index.add(_float32(block, f"passages from row {start}"))
-        if index.ntotal != blocks.rows:
-            raise ValueError(f"the blocks hold {index.ntotal} rows and announce {blocks.rows}")
         space = faiss.ParameterSpace() if index is on_cpu else faiss.GpuParameterSpace()
         self._set(space, index, "nprobe", self.nprobe)
         self._set(space, index, "efSearch", self.ef_search)
@@ -185,7 +178,7 @@ class Faiss:
             ) from None
 
     def _on_gpus(self, index: Any) -> Any:
-        # CPU builds of faiss lack these names.
+        # hasattr: CPU builds of faiss lack these names.
         if not (self.gpu and hasattr(faiss, "GpuMultipleClonerOptions") and faiss.get_num_gpus()):
             return index
         options = faiss.GpuMultipleClonerOptions()
@@ -225,11 +218,7 @@ class Exact:
     def build(self, blocks: Blocks) -> None:
         """Remember the blocks; each search reads them."""
         _require_rows(blocks)
-        if blocks.rows >= 2**32:
-            raise InputError(
-                "corpus-too-large",
-                f"exact search takes up to 2^32 passages, the corpus has {blocks.rows}",
-            )
+        assert blocks.rows < 2**32  # a row takes 32 bits of a key
         self._blocks = blocks
 
     def search(self, queries: np.ndarray, k: int | None = None) -> Found:

@@ -24,13 +24,14 @@ from caravan.data.batch import EncodeBatch, PairBatch
 from caravan.data.batching import PairBatches, TextBatches
 from caravan.data.loaders import TextLoader
 from caravan.data.tokenization import PairTemplates, Templates
-from caravan.encoding import folder_digest, read_encoding
+from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
 from caravan.models import hardware
 from caravan.models.biencoder import BiEncoder
+from caravan.models.cpu import pack_linears
 from caravan.models.crossencoder import CrossEncoder
-from caravan.models.packed import pack_linears
+from caravan.models.digests import folder_digest
 from caravan.models.positions import refuse_too_long
 from caravan.models.remote_code import FACT
 from caravan.progress import progress

@@ -116,10 +116,8 @@ class Stages:
                 "empty-split",
                 f"{collection.name}: split {split!r} judges no query; choose another data.split",
             )
-        self.run_dir = run_dir
-        self.store = store
-        self.k = k
-        self.models = models
+        self.run_dir, self.store = run_dir, store
+        self.k, self.models = k, models
         self._names: dict[str, int] = {}
         self._ignoring: dict[str, Any] = {}  # in manifests only if it is set
         self._own: np.ndarray | None = None
@@ -140,9 +138,9 @@ class Stages:
             started = time.monotonic()
             open_index(bm25, settings, self.collection, self.store)
             built = time.monotonic()
-            queries = self.qrels.queries
-            texts = [text for _, text in self.collection.queries.get(queries)]
-            run = self._cut(bm25.search(texts, queries, self._depth))
+            rows = self.qrels.queries
+            texts = [text for _, text in self.collection.queries.get(rows)]
+            run = self._cut(bm25.search(texts, rows, self._depth))
             return run, {"index_s": built - started, "search_query_s": time.monotonic() - built}
 
         inputs = {**index_inputs(self.collection, settings), "k": self.k, **self._ignoring}
@@ -266,17 +264,14 @@ class Stages:
             run = self.read(candidates)
             deepest = int(run.counts.max(initial=0))
             if deepest < settings.depth:
-                log.warning("rerank.depth=%d, the candidates are %d deep", settings.depth, deepest)
+                log.warning(f"rerank.depth={settings.depth}, the candidates are {deepest} deep")
             started = time.monotonic()
             product = {**scored_from, "resolved_precision": model.precision}
             save = partial(self.store.shards, f"scores.{self.split}", product)
             texts = (self.collection.queries, self.collection.corpus)
             reranked = Reranker(model, settings).rerank(run, *texts, save, self.qrels)
-            facts = {
-                "rerank_query_s": time.monotonic() - started,
-                "device": str(model.device),
-                "precision": model.precision,
-            }
+            seconds, device = time.monotonic() - started, str(model.device)
+            facts = {"rerank_query_s": seconds, "device": device, "precision": model.precision}
             return reranked, facts
 
         depth = candidates.depth
@@ -327,16 +322,14 @@ class Stages:
             if together:
                 search()
             wait_until(lambda: _finished_digest(path, inputs, warn=False) is not None)
-            digest = _finished_digest(path, inputs)
-            assert digest is not None  # awaited above
+            digest = _finished_digest(path, inputs) or ""  # awaited above
         else:
             if manifests.read(path) is not None and (lines := manifests.differences(path, inputs)):
                 log.info("%s is made again; it differs in %s", path, "; ".join(lines[:3]))
             manifests.remove(path)
             found = search()
-            assert found is not None
-            run, facts = found
-            run = canonical(run, self.collection.corpus)
+            assert found is not None  # on the main process
+            run, facts = canonical(found[0], self.collection.corpus), found[1]
             write_run(path, run, self.collection.queries, self.collection.corpus)
             digest = manifests.content_digest(path)
             manifests.write(path, inputs, {**facts, "run_xxh3": digest})

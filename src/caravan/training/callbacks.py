@@ -17,9 +17,9 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from caravan.errors import InputError
 from caravan.models.backbone import parameter_counts
-from caravan.models.memory import Need
 from caravan.training.checkpoints import LAST, absolute, relative
 from caravan.training.fsdp import FullySharded
+from caravan.training.memory import Need
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class FitSummary(pl.Callback):
             f"{trainer.world_size} x {device.type}, {self.precision}{sharded};"
             f" {trained:,} trainable parameters of {total:,}"
         )
-        if loaded := getattr(pl_module.backbone, "told", ""):
+        for loaded in pl_module.backbone.messages():
             log.info(loaded)
         accumulated = trainer.accumulate_grad_batches
         trains_on = data.training.summary(data.collection.name, data.queries_per_batch, accumulated)

@@ -37,16 +37,15 @@ from caravan.errors import InputError, first_line
 from caravan.export import model_card
 from caravan.files import replacing, writing
 from caravan.models import folder, hardware
-from caravan.models.adapters import quantization
 from caravan.models.backbone import parameter_counts
 from caravan.models.loading import add_slots
-from caravan.models.memory import Need
 from caravan.models.positions import refuse_too_long
 from caravan.training.callbacks import FitSummary
 from caravan.training.checkpoints import AtomicCheckpoints, best_weights, refused, resumable
 from caravan.training.evaluation import evaluate_again, validate_at_least_once
 from caravan.training.fsdp import FullySharded
 from caravan.training.gradcache import GradCache
+from caravan.training.memory import Need
 from caravan.training.optim import AdamW, updates
 from caravan.training.provenance import file_digests, finished, inputs_of, refuse_other_run
 from caravan.training.stage import Stage, memory_needed
@@ -155,15 +154,6 @@ def _module(run: Training, collection: Collection | None) -> Stage:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     pl.seed_everything(run.seed, workers=True, verbose=False)
-    quantised = quantization(run.peft)
-    if quantised is not None:
-        if not hasattr(run.backbone, "quantization"):
-            raise InputError(
-                "incompatible-settings",
-                f"peft=qlora needs saved weights, and backbone={run.backbone.name} starts from"
-                " random ones; choose another backbone, or peft=lora",
-            )
-        run.backbone.quantization = quantised
     encoding, tokenizer = run.encoding, run.backbone.tokenizer(collection, run.cache_dir)
     if run.init_from is None or not read_encoding(run.init_from)[0].append_eos:
         encoding = without_second_end(tokenizer, encoding)  # else it stays as it was trained
@@ -185,7 +175,7 @@ def _adopt(run: Training, collection: Collection | None) -> None:
     """Save a backbone, released or random, as a model folder."""
     module = _module(run, collection)
     module.configure_model()
-    if getattr(getattr(module.model, "plain", None), "head_is_new", False):
+    if run.backbone.head_is_new:
         raise InputError(
             "untrained-head",
             f"{run.backbone.name} has no trained head, so a reranker of it would score at random;"

@@ -35,8 +35,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from caravan.errors import InputError
-from caravan.models.adapters import precisions
-from caravan.models.pooling import blocks
+from caravan.models.bidirectional import blocks
+from caravan.models.hardware import precisions
 
 RANKS = "data_parallel"
 """Lightning's name of the mesh dimension that weights are sharded over."""

@@ -17,9 +17,9 @@ from typing import Any
 
 from caravan import manifests
 from caravan.data.collection import Collection
-from caravan.encoding import files_digest, folder_digest
 from caravan.errors import InputError, OccupiedError
 from caravan.models import hardware
+from caravan.models.digests import files_digest, folder_digest
 
 log = logging.getLogger(__name__)
 

@@ -28,13 +28,15 @@ from caravan.data.tokenization import PairTemplates, Templates
 from caravan.data.unlabelled import Unlabelled
 from caravan.encoding import Encoding
 from caravan.errors import InputError
-from caravan.models.adapters import LoRA, quantization, settle_precisions
+from caravan.models.adapters import LoRA
+from caravan.models.backbone import Backbone
+from caravan.models.hardware import settle_precisions
 from caravan.models.loading import add_slots, fit_vocabulary
-from caravan.models.memory import Need, device_memory, need, refuse_too_large
-from caravan.models.remote_code import is_own_code
+from caravan.models.remote_code import is_remote_code
 from caravan.training import fsdp, losses, parallel
 from caravan.training.gradcache import GradCache, undisturbed
 from caravan.training.losses import Loss, Sum
+from caravan.training.memory import Need, device_memory, need, refuse_too_large
 from caravan.training.optim import AdamW, updates
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ class Stage(pl.LightningModule, ABC):
 
     def __init__(
         self,
-        backbone: Any,
+        backbone: Backbone,
         peft: Any,
         tokenizer: Any,
         encoding: Encoding,
@@ -70,6 +72,7 @@ class Stage(pl.LightningModule, ABC):
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        backbone.use_adapters(peft)
         self.peft = peft
         self.tokenizer = tokenizer
         self.encoding = encoding
@@ -124,7 +127,7 @@ class Stage(pl.LightningModule, ABC):
         try:
             with torch.device("meta"):
                 config = self.backbone.config(self.tokenizer)
-                if is_own_code(config):
+                if is_remote_code(config):
                     return None  # its classes are known once it is loaded, at its own revision
                 model = auto.from_config(config, trust_remote_code=False)
                 return model if self.peft is None else self.peft.apply(model)
@@ -143,16 +146,14 @@ class Stage(pl.LightningModule, ABC):
         if self.peft is None:
             return transformer
         rows = add_slots(self.tokenizer, self.encoding)
-        if hasattr(self.backbone, "adapted"):  # starts from the adapters of a model folder
-            return self.backbone.adapted(self.peft, transformer, rows)
-        return self.peft.apply(transformer, rows)
+        return self.backbone.adapted(self.peft, transformer, rows)
 
     def configure_model(self) -> None:
         if self.network is not None:
             return
         torch.manual_seed(self.seed)
         mesh = self.device_mesh
-        if self._loads_as_stored(mesh is not None) and hasattr(self.backbone, "dtype"):
+        if self._loads_as_stored(mesh is not None):
             self.backbone.dtype = "auto"
         if mesh is None:
             self.network = self.build()
@@ -177,7 +178,7 @@ class Stage(pl.LightningModule, ABC):
             return sharded
         if not isinstance(self.peft, LoRA) or self.peft.settings["use_dora"]:
             return False
-        return sharded or (self.bf16 and quantization(self.peft) is None)
+        return sharded or (self.bf16 and self.backbone.quantization is None)
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Load the `state_dict` of a checkpoint."""
@@ -346,7 +347,7 @@ def memory_needed(
             module.bf16,
             module.backbone.checkpointing,
             outline.config.get_text_config().vocab_size if module.uses_output_layer else 0,
-            quantization(module.peft) is not None,
+            module.backbone.quantization is not None,
             ranks if isinstance(trainer.strategy, fsdp.FullySharded) else 1,
             chunks,
         )

@@ -62,7 +62,7 @@ CONFIG = {
 }
 
 
-def write_own(folder: Path, tokenizer: Any, mark: Path) -> Path:
+def write_model(folder: Path, tokenizer: Any, mark: Path) -> Path:
     """Write the model; its code makes the file `mark` when it runs."""
     folder.mkdir(parents=True)
     (folder / "configuration_own.py").write_text(CONFIGURATION.format(mark=mark))

@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 from caravan.errors import InputError
-from caravan.models.adapters import LoRA, settle_precisions
-from caravan.models.memory import GIB, Need, device_memory, need, refuse_too_large
+from caravan.models.adapters import LoRA
+from caravan.models.hardware import settle_precisions
 from caravan.models.preparing import _policy
+from caravan.training.memory import GIB, Need, device_memory, need, refuse_too_large
 
 TOKENS = 4 * 96
 

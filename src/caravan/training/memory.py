@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from caravan.errors import InputError
-from caravan.models.adapters import frozen_linears
-from caravan.models.output_layer import PIECE
-from caravan.models.pooling import blocks
+from caravan.models.bidirectional import blocks
+from caravan.models.hardware import frozen_linears
+from caravan.models.output_layer import MOST_LOGITS
 from caravan.models.preparing import Checkpointing
 
-FLOAT = 4  # bytes; of all but frozen linear layers (`caravan.models.adapters.precisions`)
+FLOAT = 4  # bytes; of all but frozen linear layers (`caravan.models.hardware.precisions`)
 FOUR_BITS = 0.5 + 1 / 64 + 4 / 64 / 256
 """Bytes of a weight of four bits, a scale of eight for 64 of them, and of 32 for 256 scales."""
 GIB = 2**30
@@ -85,7 +85,9 @@ def need(
         whole = _whole_at_a_time(model)
         copies, gradients = unit * whole, gradients / shares + unit * min(whole, trained)
     kept = _activations(model, bf16, checkpointing) * tokens
-    pieces = 3 * FLOAT * min(PIECE, vocabulary * tokens)  # logits, their softmax, their gradient
+    pieces = (
+        3 * FLOAT * min(MOST_LOGITS, vocabulary * tokens)
+    )  # logits, their softmax, their gradient
     return Need(
         weights=stored / shares + copies,
         gradients=gradients,
@@ -135,7 +137,7 @@ def _activations(model: Any, bf16: bool, checkpointing: Checkpointing) -> float:
 
     A block keeps what goes into its norms and out of them in float32, keys, values and the gated
     MLP's factors in the precision of the arithmetic. The numbers are those of a Llama's block, read
-    off what autograd saves (`tests/models/test_memory.py`).
+    off what autograd saves (`tests/training/test_memory.py`).
     """
     config = model.config.get_text_config()
     width, layers = config.hidden_size, config.num_hidden_layers

@@ -1,0 +1,123 @@
+"""Small instances of real architectures, and texts for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.tiny import tiny_backbone
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+
+TEXTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [16, 17, 18, 19], list(range(20, 39))]
+ARCHITECTURES = ["bert", "modernbert", "qwen3", "mistral"]
+SHAPE = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+GROUPED = {"num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+HALF = {"head_dim": 16}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "distilbert": {},
+    "electra": {},
+    "modernbert": {"local_attention": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gpt_neox": {},
+    "gpt2": {},
+    "gpt_oss": {**GROUPED, **EXPERTS, **HALF},
+    "gemma": {**GROUPED, **HALF},
+    "gemma2": {**GROUPED, **HALF, "attn_logit_softcapping": 0.05},
+    "gemma3_text": {**GROUPED, **HALF, "sliding_window": 8},
+    "cohere2": {**GROUPED, "sliding_window": 8, "layer_types": None},
+    "exaone4": {**GROUPED, "sliding_window": 8},
+    "jamba": {
+        **GROUPED,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 1,
+        "use_mamba_kernels": False,
+    },
+    "llama4_text": {**GROUPED, **EXPERTS, **HALF},
+    "mamba": {},
+    "ministral": {**GROUPED, **HALF, "sliding_window": 8},
+    "mistral": {**GROUPED, "sliding_window": 8},
+    "mixtral": {**GROUPED, **EXPERTS, "sliding_window": 8},
+    "olmo3": {**GROUPED, "sliding_window": 8},
+    "phi3": {**GROUPED, "sliding_window": 8},
+    "qwen2": {
+        **GROUPED,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+    },
+    "qwen3": {**GROUPED, **HALF},
+    "qwen3_moe": {**GROUPED, **HALF, "num_experts": 2, "num_experts_per_tok": 1},
+    "starcoder2": {**GROUPED, "sliding_window": 8},
+}
+"""Of each model type; others take SHAPE and GROUPED."""
+
+
+def config_of(kind: str, **more: Any) -> Any:
+    settings = SETTINGS.get(kind, GROUPED)
+    return CONFIG_MAPPING[kind](**{**SHAPE, **settings, **more})
+
+
+def model_of(kind: str, noise: float = 0.0, **more: Any) -> Any:
+    """A transformer of fixed random weights in eval mode; noise makes every weight matter."""
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config_of(kind, **more))
+    if kind in ("bert", "electra"):
+        model.pooler = None
+    return _shaken(model, noise)
+
+
+def language_model_of(kind: str, noise: float = 0.1, **more: Any) -> Any:
+    torch.manual_seed(0)
+    return _shaken(AutoModelForCausalLM.from_config(config_of(kind, **more)), noise)
+
+
+def _shaken(model: Any, noise: float) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters() if noise else ():
+            parameter.add_(noise * torch.randn_like(parameter))
+    return model.eval()
+
+
+def shaken(adapted: Any) -> Any:
+    """The model with adapters that change its results; new ones do not."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2, generator=generator)
+    return adapted
+
+
+def padded(texts: list[list[int]], side: str, width: int = 24) -> tuple[Tensor, Tensor]:
+    ids = torch.zeros(len(texts), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, text in enumerate(texts):
+        span = slice(0, len(text)) if side == "right" else slice(width - len(text), width)
+        ids[i, span] = torch.tensor(text)
+        mask[i, span] = 1
+    return ids, mask
+
+
+def close(found: Any, expected: Any, atol: float = 1e-5, rtol: float = 0) -> None:
+    torch.testing.assert_close(found, expected, atol=atol, rtol=rtol)
+
+
+def saved_base(tokenizer: Any, to: Path) -> Path:
+    """A tiny Llama without its output layer, as a folder of transformers."""
+    torch.manual_seed(0)
+    tiny_backbone().model(tokenizer).save_pretrained(to)  # type: ignore[operator]
+    tokenizer.save_pretrained(to)
+    return to

@@ -1,0 +1,259 @@
+"""Damaged files of runs, and scores beyond the depth of a run, in every report."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.refusals import refused
+from tests.report.conftest import Evaluations, Report
+from torch.utils.tensorboard import SummaryWriter
+
+from caravan.data.runs import Run
+from caravan.errors import CONTROLS
+from caravan.report import jobs, page
+from caravan.report.records import read_metrics, to_depth
+from caravan.retrieval.metrics import depth_of, too_deep
+
+VALUES: list[Any] = [
+    None, True, -1, 0, 10**400, 1e308, float("nan"), "", "x", "\x1b[2J", "../..", "\udcff", [],
+    [[]], [None], {}, {"x": {}}, {"overall": []},
+]  # fmt: skip
+BYTES = [
+    b"", b"\x00", b"\xff\xfe", b"\x1b[31m", b"{", b"[" * 5000, b"\n\n", b"nan", b"\t", b"\x1f\x8b",
+]  # fmt: skip
+
+
+def _nodes(tree: Any) -> list[tuple[Any, Any]]:
+    """(container, key) of every value."""
+    keys = tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()
+    return [pair for key in keys for pair in [(tree, key), *_nodes(tree[key])]]
+
+
+def _mutate_json(path: Path, rng: random.Random) -> None:
+    """Another value, or none, in one or two places."""
+    record = json.loads(path.read_text())
+    for _ in range(rng.choice([1, 1, 2])):
+        container, key = rng.choice(_nodes(record) or [({"": None}, "")])
+        if isinstance(container, dict) and rng.random() < 0.3:
+            del container[key]
+        else:
+            container[key] = rng.choice(VALUES)
+    path.write_text(json.dumps(record))
+
+
+def _mutate_bytes(path: Path, rng: random.Random) -> None:
+    """Cut, overwritten, or doubled."""
+    data, junk = path.read_bytes(), rng.choice(BYTES)
+    at = rng.randrange(len(data) + 1)
+    tails = [b"", junk + data[at:], junk + data[at + len(junk) :]]
+    path.write_bytes(rng.choice([junk, *(data[:at] + tail for tail in tails)]))
+
+
+def _mutate_lines(path: Path, rng: random.Random) -> None:
+    """A line with a column more, less or other; a line twice."""
+    lines = path.read_text().splitlines()
+    i = rng.randrange(len(lines))
+    columns = lines[i].split()
+    j = rng.randrange(len(columns))
+    junk = rng.choice(["", "x", "nan", "-1", "1e999", "\u2028", "\x1b[2J"])
+    changed = [columns[:j], [*columns, junk], [*columns[:j], junk, *columns[j + 1 :]]]
+    lines[i] = " ".join(rng.choice(changed))
+    path.write_text("\n".join([*lines, rng.choice(lines)]) + "\n")
+
+
+def _remove(path: Path, rng: random.Random) -> None:
+    path.unlink()
+    if rng.random() < 0.5:
+        path.mkdir()
+
+
+Mutation = Callable[[Path, random.Random], None]
+MUTATIONS: list[Mutation] = [_mutate_json, _mutate_json, _mutate_bytes, _mutate_lines, _remove]
+SUFFIXES = {_mutate_json: (".json",), _mutate_lines: (".trec", ".txt", ".yaml")}
+COMMANDS = {
+    "table": ["mine"],
+    "compare": ["mine/bm25", "mine/pipeline", "theirs.trec.gz"],
+    "compare --qrels qrels.txt": ["mine/bm25/runs/bm25.train.trec", "theirs.trec.gz"],
+    "sweep": ["sweep"],
+    "collections": ["suite"],
+    "page": ["."],
+}
+
+
+@pytest.fixture(scope="module")
+def whole(evaluations: Evaluations, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two evaluations, a training, a suite and the jobs of a sweep, with all that reports read."""
+    home = tmp_path_factory.mktemp("whole")
+    for name in ("bm25", "pipeline"):
+        ignore = shutil.ignore_patterns("store")
+        shutil.copytree(evaluations.folder / name, home / "mine" / name, ignore=ignore)
+    (home / "theirs.trec.gz").write_bytes(gzip.compress(evaluations.theirs.read_bytes()))
+    shutil.copy(evaluations.beir / "qrels/train.tsv", home / "qrels.txt")
+    training = home / "train"
+    with SummaryWriter(str(training / "tensorboard")) as writer:
+        for step in (2, 4):
+            writer.add_scalar("train/loss", 4 - step / 2, step)
+    record = {"name": "r", "base_model": "tiny", "collection": "data (abc)", "updates": 5}
+    record |= {"monitored": "val/MRR@10", "best": 0.4, "train_seconds": 2.5, "memory_gib": 0.1}
+    (training / "metrics.json").write_text(json.dumps(record))
+    (training / "config.yaml").write_text("# python train.py name=r\nloss: {_target_: a.B}\n")
+    for seed in (1, 2):
+        job = home / "sweep" / f"seed={seed}"
+        jobs.write(job, ["lr=1", f"seed={seed}"], jobs.FINISHED)
+        (job / "metrics.json").write_text(json.dumps({**record, "read": {"16": {"MRR@10": 0.1}}}))
+    own = {"group": "a", "digest": "d", "split": "test", "stages": {"bm25": {"MRR@10": 0.1}}}
+    suite = {"collections": {"a": own}, "failed": {"b": "broken"}, "overall": {"MRR@10": 0.1}}
+    suite |= {"system": "bm25", "collection": {"name": "a", "digest": "e"}, "split": "test"}
+    suite |= {"queries": 1, "passages": 2, "seconds": 1.0, "run": "", "stages": []}
+    (home / "suite").mkdir()
+    (home / "suite/metrics.json").write_text(json.dumps(suite))
+    return home
+
+
+def _report_of_damaged(
+    number: int, whole: Path, home: Path, monkeypatch: pytest.MonkeyPatch, report: Report
+) -> int:
+    """A report of runs of which one file is damaged; returns its exit code."""
+    rng = random.Random(number)
+    name = rng.choice(list(COMMANDS))
+    shutil.copytree(whole, home)
+    below = [home / one for one in COMMANDS[name]]
+    below += [home / "qrels.txt"] if "--qrels" in name else []
+    files = [path for one in below for path in (one, *sorted(one.rglob("*"))) if path.is_file()]
+    victim, mutate = rng.choice(files), rng.choice(MUTATIONS)
+    if victim.suffix not in SUFFIXES.get(mutate, victim.suffix):
+        mutate = _mutate_bytes
+    mutate(victim, rng)
+    monkeypatch.chdir(home)
+    command, *options = name.split()
+    code, printed, error = report(command, *COMMANDS[name], *options)
+    what = f"{number}: {name} after {mutate.__name__} of {victim.relative_to(home)}: {error}"
+    assert code in (0, 2), what
+    if code == 2:
+        assert 1 <= len(error.strip().splitlines()) <= 2, what
+        assert error.strip()[-1] != ":", what
+    assert not CONTROLS.search(printed + error), what
+    shutil.rmtree(home)
+    return code
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        range(30),
+        *(pytest.param(range(i, i + 60), marks=pytest.mark.slow) for i in range(60, 600, 60)),
+    ],
+    ids=str,
+)
+def test_a_damaged_file_is_no_traceback(
+    numbers: range, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Report
+) -> None:
+    codes = {_report_of_damaged(i, whole, tmp_path / str(i), monkeypatch, report) for i in numbers}
+    assert codes == {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{"overall":', "metrics.json"),
+        ("[]", "metrics.json"),
+        ('{"overall": {"MRR@10": NaN}}', "overall.MRR@10"),
+        ('{"stages": [{"stage": "bm25"}]}', "stages.0.run"),
+        ('{"collections": {"a": {"group": "g", "stages": {"s": {"F1": 0.1}}}}}', "a.stages.s.F1"),
+        ('{"train_seconds": true}', "train_seconds"),
+    ],
+)
+def test_a_damaged_value_is_named(text: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(text)
+    with refused("damaged-file", str(tmp_path / "metrics.json"), place):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["table", "sweep", "collections", "page"])
+def test_a_folder_that_does_not_exist_is_named(
+    command: str, tmp_path: Path, report: Report
+) -> None:
+    code, _, error = report(command, tmp_path / "nowhere")
+    assert code == 2
+    assert str(tmp_path / "nowhere") in error
+
+
+# --- depth ----------------------------------------------------------------------------------------
+
+
+def test_a_search_with_few_hits_is_as_deep_as_it_was_set_to() -> None:
+    run = Run.from_flat(np.array([0, 0, 1]), np.array([4, 5, 6]), np.array([3.0, 2.0, 1.0]))
+    assert depth_of(run) == 2
+    assert depth_of(run, searched=1000) == 1000
+    # A ranking of all passages suits every measure, whatever the cutoff.
+    assert too_deep(["R@1000"], depth=2, passages=2) == []
+    assert too_deep(["MRR@10", "R@2", "R@3"], depth=2, passages=60) == ["MRR@10", "R@3"]
+
+
+def _record(depth: int) -> dict[str, Any]:
+    """A reranker's top 100 of a retriever's 1,000."""
+    reranked = {"MRR@10": 0.3, "R@1000": 0.6 if depth < 1000 else 0.8}
+    both = [("retriever", 1000, {"MRR@10": 0.2, "R@1000": 0.9}, None)]
+    both.append(("reranked", depth, reranked, 0.1))  # type: ignore[arg-type]
+    stages = [
+        {
+            "stage": name, "run": f"runs/{name}.test.trec", "run_xxh3": f"{name}{depth}",
+            "overall": overall, "seconds": 1.0, "gain": gain, "queries_per_second": None,
+            "depth": deep,
+        }
+        for name, deep, overall, gain in both
+    ]  # fmt: skip
+    return {
+        "system": "reranked", "collection": {"name": "c", "digest": "d"}, "split": "test",
+        "queries": 4, "passages": 5000, "run": "runs/reranked.test.trec", "seconds": 2.0,
+        "overall": reranked, "stages": stages,
+    }  # fmt: skip
+
+
+def test_a_record_keeps_the_measures_that_each_stage_is_deep_enough_for() -> None:
+    found = to_depth(_record(100))
+    measures = [list(stage["overall"]) for stage in found["stages"]]
+    assert measures == [["MRR@10", "R@1000"], ["MRR@10"]]
+    assert (found["overall"], found["depth"]) == ({"MRR@10": 0.3}, 100)
+    assert found["too_deep"] == ["R@1000"]
+    assert to_depth(found) == found
+    without = to_depth(_record(5))
+    assert (without["overall"], without["stages"][1]["gain"]) == ({}, None)
+    assert to_depth(_record(1000))["overall"] == _record(1000)["overall"]
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("command", ["table", "collections", "sweep", "page"])
+def test_every_report_leaves_out_a_score_beyond_the_depth_and_says_why(
+    command: str, tmp_path: Path, report: Report
+) -> None:
+    home = tmp_path / "runs"
+    for depth in (100, 1000):
+        folder = home / f"depth-{depth}"
+        folder.mkdir(parents=True)
+        record = _record(depth)
+        if command == "collections":
+            own = {"group": "c", "digest": "d", "split": "test", "passages": 5000}
+            own["depths"] = {stage["stage"]: stage["depth"] for stage in record["stages"]}
+            own["stages"] = {stage["stage"]: stage["overall"] for stage in record["stages"]}
+            record = {**record, "collections": {"c": own}, "failed": {}}
+        (folder / "metrics.json").write_text(json.dumps(record))
+        if command == "sweep":
+            jobs.write(folder, [f"rerank.depth={depth}"], jobs.FINISHED)
+    code, shown, _ = report(command, home / "depth-100" if command == "collections" else home)
+    assert code == 0
+    if command == "page":
+        shown = (home / page.FILE).read_text()
+    assert "100 deep" in shown
+    written = [path.read_text() for path in home.rglob("*.[cm][sd]*")]  # .csv and .md
+    assert not any("0.6" in text for text in [shown, *written])
+    assert "0.8000" in shown or command == "collections"

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.refusals import refused
+from tests.report.conftest import Report
+
+from caravan.report.summary import collect, rows, show_stages
+
+
+def _evaluation(folder: Path, mrr: float = 0.3, **settings: Any) -> None:
+    folder.mkdir(parents=True)
+    record = {
+        "overall": {"MRR@10": mrr, "R@100": 0.5},
+        "collection": {"name": "tiny", "digest": "d"},
+        "split": "test",
+        "queries": 4,
+        "passages": 60,
+        "seconds": 1.26,
+        "run": "runs/x.trec",
+        **settings,
+    }
+    (folder / "metrics.json").write_text(json.dumps(record))
+
+
+def _of_stages(folder: Path, **stages: str) -> None:
+    """An evaluation of several stages: {stage: digest of its run}."""
+    one = {"overall": {"MRR@10": 0.3, "R@100": 0.5}, "seconds": 1.0, "run": "runs/x.trec"}
+    found = [
+        {**one, "stage": name, "run_xxh3": digest, "queries_per_second": 3.5, "gain": None}
+        for name, digest in stages.items()
+    ]
+    _evaluation(folder, stages=found, system=list(stages)[-1])
+
+
+def test_the_table_is_every_evaluation_below_the_folder(tmp_path: Path, report: Report) -> None:
+    _evaluation(tmp_path / "bm25", 0.32)
+    _evaluation(tmp_path / "untrained", 0.01)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/metrics.json").write_text('{"best": 0.4}')
+    code, printed, _ = report("table", tmp_path)
+    assert code == 0
+    assert "0.3200" in printed
+    assert "tensorboard" not in printed
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary) == ["untrained", "bm25"]
+    assert summary["bm25"] == {"MRR@10": 0.32, "R@100": 0.5, "seconds": 1.3}
+    (tmp_path / "train/tensorboard").mkdir()
+    (tmp_path / "train/tensorboard/events.out.tfevents.1").touch()
+    assert f"tensorboard --logdir {tmp_path}" in report("table", tmp_path)[1]
+
+
+def test_scores_stand_below_their_measure(tmp_path: Path, report: Report) -> None:
+    _evaluation(tmp_path / "bm25")
+    _evaluation(tmp_path / "dense", overall={"R@100": 0.75, "nDCG@10": 0.6})
+    _, printed, _ = report("table", tmp_path)
+    lines = [re.findall(r"[\w@.-]+", line) for line in printed.splitlines()]
+    assert {line[0]: line[1:] for line in lines if len(line) == 5} == {
+        "system": ["R@100", "nDCG@10", "MRR@10", "seconds"],
+        "bm25": ["0.5000", "-", "0.3000", "1.3"],
+        "dense": ["0.7500", "0.6000", "-", "1.3"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("code", "settings", "places"),
+    [
+        ("no-scores", {"overall": {}}, ["b/metrics.json"]),
+        ("mixed-collections", {"split": "dev"}, ["a (tiny test), b (tiny dev)"]),
+        ("damaged-file", {"split": None}, ["b/metrics.json", "split"]),
+    ],
+)
+def test_what_one_table_cannot_hold_is_refused(
+    code: str, settings: dict[str, Any], places: list[str], tmp_path: Path
+) -> None:
+    with refused("no-evaluation", str(tmp_path)):
+        collect(tmp_path)
+    _evaluation(tmp_path / "a")
+    _evaluation(tmp_path / "b", **settings)
+    with refused(code, *places):
+        collect(tmp_path)
+
+
+def test_systems_of_one_name_never_share_a_row(tmp_path: Path) -> None:
+    home = tmp_path / "runs"
+    _of_stages(home, retriever="1")
+    _of_stages(home / "retriever", retriever="2")
+    _of_stages(home / "a", bm25="3", fused="4")
+    _of_stages(home / "b", bm25="5", reranked="6")
+    _of_stages(home / "a/bm25", bm25="7")
+    assert {name: record["folder"] for name, record in collect(home).items()} == {
+        "./retriever": ".",
+        "retriever": "retriever",
+        "bm25 of a": "a",
+        "fused": "a",
+        "b/bm25": "b",
+        "reranked": "b",
+        "a/bm25": "a/bm25",
+    }
+
+
+def test_given_names_are_left_if_two_evaluations_have_the_same() -> None:
+    record = {"overall": {"MRR@10": 0.1}, "seconds": 1.0, "run": "runs/x.trec"}
+    several = {"stages": [{**record, "stage": name, "run_xxh3": name} for name in ("bm25", "x")]}
+    records = {"one/a": record, "one/copy": record, "two": {**record, **several}}
+    given = {"one/a": "one", "one/copy": "one"}
+    assert list(rows(records, given)) == ["one/a", "one/copy", "bm25", "x"]
+    assert list(rows(records, {"one/a": "mine"})) == ["mine", "one/copy", "bm25", "x"]
+
+
+def test_a_run_directory_by_itself_is_named_after_its_system(tmp_path: Path) -> None:
+    _evaluation(tmp_path / "a", system="retriever")
+    (name,) = collect(tmp_path / "a")
+    assert name == "retriever"
+
+
+def test_a_suite_is_shown_by_its_mean(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        _evaluation(tmp_path / name, collections={}, failed={})
+    (tmp_path / "one/a").mkdir()
+    (tmp_path / "one/a/metrics.json").write_text('{"overall": {"nDCG@10": 0.1}}')
+    assert list(collect(tmp_path)) == ["one", "two"]
+
+
+def test_the_stages_of_an_evaluation_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _of_stages(tmp_path / "a", bm25="1", fused="2")
+    show_stages(json.loads((tmp_path / "a/metrics.json").read_text()))
+    printed = capsys.readouterr().out
+    assert "fused" in printed
+    assert "3.5" in printed
