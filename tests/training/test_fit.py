@@ -167,7 +167,7 @@ def test_cached_gradients_fit_on_a_device_that_is_too_small_without(
     beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = 4 * 30_208 * 4  # weights, gradients, moments
-    place = "caravan.training.stage.device_memory"
+    place = "caravan.training.memory.device_memory"
     monkeypatch.setattr(place, lambda device: weights + 500_000)
     with pytest.raises(InputError, match="GiB"):
         train(beir, tmp_path / "whole")
