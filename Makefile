@@ -3,6 +3,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PY := .venv/bin/python
 # Python compiles a module when it is first imported; pip would compile all, and take twice as long.
+# Where this variable is set (many containers), every import would compile its modules again.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(PY) -m pip install --no-compile --quiet --disable-pip-version-check
 Q := runs/quickstart
 
