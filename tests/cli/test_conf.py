@@ -102,7 +102,7 @@ def test_a_sweep_starts_with_its_command(path: Path) -> None:
         ("callbacks.best.monitor=val/nope", "callbacks.best.monitor"),
         ("callbacks=early_stopping callbacks.early_stopping.monitor=val/x", "early_stopping.monit"),
         ("callbacks.best.save_top_k=3", "callbacks.best.filename="),
-        ("callbacks.last.every_n_steps=0", "callbacks.last.every_n_steps"),
+        ("callbacks.resume_point.every_n_steps=0", "callbacks.resume_point.every_n_steps"),
         ("optimizer.lr=0", "optimizer.lr"),
         ("optimizer.lr=nan", "optimizer.lr"),
         ("optimizer.betas=[0.9,1.0]", "optimizer.betas[1]"),

@@ -35,7 +35,7 @@ QUICK, FULL = 3, 40
 """Mutants of each file, of 30 and more."""
 SECONDS = 60
 STEPS = (
-    *("trainer.val_check_interval=1", "callbacks.last.every_n_steps=1"),
+    *("trainer.val_check_interval=1", "callbacks.resume_point.every_n_steps=1"),
     *("optimizer.schedule=constant", "logger.tensorboard=null", "trainer.max_steps=2"),
 )
 WEIGHTS = "model/model.safetensors"

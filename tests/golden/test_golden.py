@@ -38,7 +38,7 @@ TRAINING = (
     *("optimizer.lr=5e-3", "optimizer.warmup_steps=2", "logger=tensorboard"),
     *("trainer.max_epochs=100", "trainer.max_steps=16", "trainer.val_check_interval=8"),
     *("trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "callbacks.progress=null"),
-    "callbacks.last.every_n_steps=3",
+    "callbacks.resume_point.every_n_steps=3",
 )
 STOPPED_AFTER = 10  # updates: one more than the latest point to resume from
 ADAPTATION = (

@@ -16,7 +16,11 @@ from tests.refusals import refused
 
 from caravan.training.checkpoints import damage
 
-STEPS = ("trainer.val_check_interval=1", "callbacks.last.every_n_steps=1", "trainer.max_steps=2")
+STEPS = (
+    "trainer.val_check_interval=1",
+    "callbacks.resume_point.every_n_steps=1",
+    "trainer.max_steps=2",
+)
 WEIGHTS = "model/model.safetensors"
 
 

@@ -167,7 +167,7 @@ def test_cached_gradients_fit_on_a_device_that_is_too_small_without(
     beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = 4 * 30_208 * 4  # weights, gradients, moments
-    place = "caravan.training.stage.device_memory"
+    place = "caravan.training.memory.device_memory"
     monkeypatch.setattr(place, lambda device: weights + 500_000)
     with pytest.raises(InputError, match="GiB"):
         train(beir, tmp_path / "whole")
@@ -267,7 +267,7 @@ def test_a_kill_before_the_manifest_leaves_no_model_that_looks_finished(
 def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(tmp_path: Path) -> None:
     beir = write_beir(tmp_path / "data", passages=200, queries=60)
     steps = ["trainer.max_steps=60", "trainer.val_check_interval=7"]
-    steps.append("callbacks.last.every_n_steps=2")
+    steps.append("callbacks.resume_point.every_n_steps=2")
 
     def command(name: str) -> list[str]:
         given = train_arguments(beir, tmp_path / name, *steps, "resume=true")

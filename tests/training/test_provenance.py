@@ -19,7 +19,11 @@ from caravan.cli.train import train as train_config
 from caravan.models import hardware
 from caravan.training.provenance import file_digests, inputs_of
 
-STEPS = ("trainer.max_steps=2", "trainer.val_check_interval=1", "callbacks.last.every_n_steps=1")
+STEPS = (
+    "trainer.max_steps=2",
+    "trainer.val_check_interval=1",
+    "callbacks.resume_point.every_n_steps=1",
+)
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def runs(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
 def settings(runs: dict[str, str]) -> list[str]:
     read = [f"sampler.runs=[{runs['train']}]", f"validation.run={runs['dev']}"]
     steps = ["trainer.max_steps=12", "trainer.val_check_interval=6"]
-    return ["stage=reranker", *read, *LENGTHS, *steps, "callbacks.last.every_n_steps=2"]
+    return ["stage=reranker", *read, *LENGTHS, *steps, "callbacks.resume_point.every_n_steps=2"]
 
 
 @pytest.fixture(scope="module")

@@ -213,7 +213,9 @@ def _write_lines(
         passage_ids = corpus.ids(rows)
         ranks = np.arange(span.start, span.stop) - np.repeat(run.offsets[start:stop], counts) + 1
         fields: list[object] = [None] * (4 * len(inverse))
-        fields[0::4] = np.repeat(np.array(query_ids, dtype=object), counts).tolist()
+        fields[0::4] = [
+            name for name, count in zip(query_ids, counts, strict=True) for _ in range(count)
+        ]
         fields[1::4] = map(passage_ids.__getitem__, inverse.tolist())
         fields[2::4] = ranks.tolist()
         fields[3::4] = run.scores[span].tolist()

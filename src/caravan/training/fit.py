@@ -37,7 +37,7 @@ from caravan.errors import InputError, first_line
 from caravan.export import model_card
 from caravan.files import replacing, writing
 from caravan.models import folder, hardware
-from caravan.models.backbone import parameter_counts
+from caravan.models.backbone import Backbone, parameter_counts
 from caravan.models.loading import add_slots
 from caravan.models.positions import refuse_too_long
 from caravan.training.callbacks import FitSummary
@@ -45,10 +45,10 @@ from caravan.training.checkpoints import AtomicCheckpoints, best_weights, refuse
 from caravan.training.evaluation import evaluate_again, validate_at_least_once
 from caravan.training.fsdp import FullySharded
 from caravan.training.gradcache import GradCache
-from caravan.training.memory import Need
+from caravan.training.memory import Need, memory_needed
 from caravan.training.optim import AdamW, updates
 from caravan.training.provenance import file_digests, finished, inputs_of, refuse_other_run
-from caravan.training.stage import Stage, memory_needed
+from caravan.training.stage import Stage
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Training:
     run_dir: Path
     cache_dir: Path
     source: Any
-    backbone: Any
+    backbone: Backbone
     stage: Callable[..., Stage]
     optimizer: Any
     encoding: Encoding

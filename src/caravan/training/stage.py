@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from transformers import AutoModel, AutoModelForCausalLM
 from caravan.data.batch import EncodeBatch, Packed
 from caravan.data.batching import Groups
 from caravan.data.collection import Collection
-from caravan.data.datamodule import DataModule
 from caravan.data.negatives import Negatives
 from caravan.data.tokenization import PairTemplates, Templates
 from caravan.data.unlabelled import Unlabelled
@@ -36,7 +34,6 @@ from caravan.models.remote_code import is_remote_code
 from caravan.training import fsdp, losses, parallel
 from caravan.training.gradcache import GradCache, undisturbed
 from caravan.training.losses import Loss, Sum
-from caravan.training.memory import Need, device_memory, need, refuse_too_large
 from caravan.training.optim import AdamW, updates
 
 log = logging.getLogger(__name__)
@@ -314,46 +311,3 @@ class Stage(pl.LightningModule, ABC):
                 f"the checkpoint is of another model: {len(wanted - stored)} trainable weights are"
                 f" missing in it and {len(stored - wanted)} are not used; choose another run_dir",
             )
-
-
-def memory_needed(
-    module: Stage, outline: Any, data: DataModule, trainer: pl.Trainer
-) -> Need | None:
-    """The memory of a training step, estimated from the first batch; None without an outline.
-
-    Args:
-        outline: `Stage.outline`.
-
-    Raises:
-        InputError: the device has less.
-    """
-    if outline is None:
-        return None
-    data.setup()
-    ranks = trainer.num_devices * trainer.num_nodes
-    each = min(-(-data.queries_per_batch // ranks), len(data.training))
-    first = data.training[0, np.arange(each)].packed()
-    tokens, chunks = first.padded, first.chunks
-    if module.gradcache is not None:  # only one chunk has activations at a time
-        encoding = module.encoding
-        longest = max(encoding.query_length, encoding.passage_length)
-        if encoding.kind == "reranker":
-            longest = encoding.query_length + encoding.passage_length
-        tokens, chunks = min(tokens, module.gradcache.chunk * longest), 1
-    try:
-        needed = need(
-            outline,
-            tokens,
-            module.bf16,
-            module.backbone.checkpointing,
-            outline.config.get_text_config().vocab_size if module.uses_output_layer else 0,
-            module.backbone.quantization is not None,
-            ranks if isinstance(trainer.strategy, fsdp.FullySharded) else 1,
-            chunks,
-        )
-    except AttributeError as error:  # the shape is not that of a transformer
-        log.debug("no estimate of memory: %s", error)
-        return None
-    device = trainer.strategy.root_device
-    refuse_too_large(needed, device_memory(device), f"the {device.type}")
-    return needed
