@@ -3,12 +3,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import pickle
 from pathlib import Path
 from pydoc import locate
 
 import pytest
 import yaml
 
+from caravan.data.collection import DamagedError
 from caravan.errors import (
     CONTROLS,
     INTERRUPTED,
@@ -19,6 +21,7 @@ from caravan.errors import (
     sentence,
 )
 from caravan.files import writing
+from caravan.models.remote_code import RemoteCodeError
 
 ROOT = Path(__file__).parents[1]
 
@@ -161,3 +164,11 @@ def test_messages_and_log_lines_do_not_control_the_terminal(
             made = locate(formatter["class"])(formatter["format"])  # type: ignore[operator]
             record = logging.LogRecord("caravan", logging.INFO, "", 1, "%s", (hurt,), None)
             assert made.format(record).endswith("query 'salt' is unknown")
+
+
+@pytest.mark.parametrize(
+    "error", [InputError("a-code", "a message"), RemoteCodeError("x"), DamagedError("x is damaged")]
+)
+def test_an_input_error_reaches_another_process_with_its_code(error: InputError) -> None:
+    received = pickle.loads(pickle.dumps(error))  # noqa: S301
+    assert (type(received), received.code, str(received)) == (type(error), error.code, str(error))

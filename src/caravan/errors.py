@@ -7,6 +7,7 @@ other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import copyreg
 import errno
 import logging
 import os
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -52,14 +54,19 @@ class InputError(ValueError):
         message: what is wrong, where (key, or file and line), and what to do.
     """
 
-    def __init__(self, code: str, message: str | None = None) -> None:
-        if message is None:  # until every module gives a code
-            code, message = "invalid-input", code
+    def __init__(self, code: str, message: str) -> None:
         super().__init__(code, message)
-        self.code = code
+
+    @property
+    def code(self) -> str:
+        return str(self.args[0])
 
     def __str__(self) -> str:
         return str(self.args[1])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Subclasses have constructors of other arguments; worker processes send their exceptions.
+        return copyreg.__newobj__, (type(self), *self.args)  # type: ignore[attr-defined]
 
 
 class OccupiedError(InputError):

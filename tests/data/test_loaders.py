@@ -169,7 +169,10 @@ def test_a_block_of_many_chunks_needs_few_file_descriptors(number: int, longest:
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize(
     "error",
-    [InputError("2 rows are wrong:\n  the first\n  the second"), FileNotFoundError(2, "no", "/a")],
+    [
+        InputError("malformed-line", "2 rows are wrong:\n  the first\n  the second"),
+        FileNotFoundError(2, "no", "/a"),
+    ],
 )
 def test_a_mistake_found_by_a_worker_is_raised_as_it_is(error: Exception, num_workers: int) -> None:
     def refuse(_: int) -> Any:
@@ -219,7 +222,7 @@ def test_ctrl_c_is_left_to_the_main_process() -> None:
     def blocked(_: int) -> Unpacked[EncodeBatch]:
         if signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []):
             return texts_of_lengths(np.ones(1, int))
-        raise InputError("a worker would raise KeyboardInterrupt")
+        raise InputError("unexpected", "a worker would raise KeyboardInterrupt")
 
     assert len(loaded(blocked)) == 1
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -51,9 +51,6 @@ class DamagedError(InputError):
     def __init__(self, message: str) -> None:
         super().__init__("damaged-collection", message)
 
-    def __reduce__(self) -> tuple[type[DamagedError], tuple[str]]:
-        return DamagedError, (str(self),)
-
 
 @dataclass(frozen=True)
 class Collection:
