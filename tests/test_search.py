@@ -91,12 +91,15 @@ def test_standard_input_has_a_query_per_line(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("overrides", "wanted"),
     [
-        ("", r"model \(conf/search.yaml:\d+\): nothing says what searches; give a model folder"),
+        ("", r"model \(conf/search.yaml:\d+\): nothing searches; give a model folder"),
         ("model=FOLDERS/reranker", r"model \(command line\): .* is a reranker; give the folder of"),
         ("model=nowhere", r"model \(command line\): there is no folder nowhere$"),
-        ("model=FOLDERS/retriever retriever=bm25", "retriever is given too, and says what"),
-        ("retriever=[bm25,README.md]", "README.md is a file, and no run knows new questions"),
-        ("retriever=bm25 show=0", "it must be at least 1, not 0"),
+        (
+            "model=FOLDERS/retriever retriever=bm25",
+            r"model \(command line\): retriever is given too",
+        ),
+        ("retriever=[bm25,README.md]", "README.md is a file; give the model folder of a retriever"),
+        ("retriever=bm25 show=0", r"show \(command line\): it must be greater than 0, not 0"),
         ("retriever=bm25 shwo=3", r"did you mean show\?"),
     ],
 )

@@ -76,7 +76,7 @@ def test_a_length_without_room_for_text_is_refused(tokenizer: Any, encoding: Enc
 
 @pytest.mark.parametrize("field", ["{text:%d}", "{text!x}", "{text!r}", "{text:>9}"])
 def test_a_template_with_a_format_is_refused(field: str) -> None:
-    with refused("invalid-input", "encoding.passage_template"):
+    with refused("invalid-encoding", "encoding.passage_template"):
         Encoding(passage_template=f"{{title}} {field}")
 
 

@@ -77,6 +77,7 @@ NAMED_NODE = Annotated[Any, As(str | NODE)]
 NODES = Annotated[Any, As(dict[str, NODE | None])]
 """Nodes by name; null switches one off."""
 NAMES = Annotated[Any, As(str | Annotated[list[str], MinLen(1)])]
+OPTIONAL_NAMES = Annotated[Any, As(str | Annotated[list[str], MinLen(1)] | None)]
 PRECISION = Annotated[str, As(Literal["auto", "bf16", "float32"])]
 PositiveInt = Annotated[int, Gt(0)]
 NonNegativeInt = Annotated[int, Ge(0)]
@@ -199,6 +200,7 @@ class Search(Pipeline):
     """The root of conf/search.yaml."""
 
     model: str | None = MISSING
+    retriever: OPTIONAL_NAMES = MISSING  # refers to `model`
     show: PositiveInt = MISSING
     reuse: str | None = MISSING
 

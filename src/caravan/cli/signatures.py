@@ -164,6 +164,8 @@ def _of_yaml(hint: Any) -> Any:
         return Annotated[_of_yaml(arguments[0]), *checks]
     if origin in (Union, types.UnionType):
         return Union[tuple(map(_of_yaml, arguments))]  # noqa: UP007
+    if origin in (dict, list, collections.abc.Mapping, collections.abc.Sequence):
+        return origin[tuple(map(_of_yaml, arguments))]
     if origin in (collections.abc.Iterable, collections.abc.Collection):
         return collections.abc.Sequence[_of_yaml(arguments[0])]  # type: ignore[misc]
     if origin in (tuple, set, frozenset):
