@@ -25,8 +25,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```([\w{}-]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SETTING = r"(?:-\S+ |['\"~+]*[\w./@]+=).*|--.*"
 PROGRAM = re.compile(rf"(?:^|\s)(?:-m caravan\.)?(train|evaluate|search)(?:\.py)? ({SETTING})$")
-STUB = "class Margin:\n    def __init__(self, margin: float = 0.1) -> None: ...\n"
-"""The class of one's own that docs/configuration.md speaks of."""
 
 
 def blocks(page: Path, language: str = "") -> list[str]:
@@ -56,11 +54,13 @@ def command(line: str) -> tuple[str, list[str]] | None:
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder as `--config-dir`, with the files that the pages show and conf/ does not have."""
+    """A folder as `--config-dir`: the files and modules that the pages show and conf/ lacks."""
     home = tmp_path_factory.mktemp("shown")
     (home / "conf").mkdir()
-    (home / "my_losses.py").write_text(STUB)
     for page in PAGES:
+        for body in blocks(page, "python"):
+            if (name := re.match(r"# (\w+\.py)\n", body)) is not None:
+                (home / name[1]).write_text(body)
         for body in blocks(page, "yaml"):
             name = re.match(r"(?:# @.*\n)?# (?:my_)?conf/(\S+\.yaml)\n", body)
             if name is not None and not (CONF / name[1]).exists():

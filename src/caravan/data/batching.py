@@ -21,7 +21,7 @@ from caravan.data.batch import (
     Unpacked,
 )
 from caravan.data.collection import Collection
-from caravan.data.negatives import Negatives
+from caravan.data.negatives import Sampler
 from caravan.data.qrels import Qrels
 from caravan.data.texts import Texts, text_keys
 from caravan.data.tokenization import PairTemplates, Templates
@@ -79,7 +79,7 @@ class Groups(Dataset[Any]):
         self,
         collection: Collection,
         qrels: Qrels,
-        negatives: Negatives,
+        negatives: Sampler,
         templates: Templates | PairTemplates,
         token_budget: int,
         seed: int,

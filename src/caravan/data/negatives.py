@@ -21,6 +21,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -66,7 +67,60 @@ def warn_if_queries_are_passages(collection: Collection, queries: np.ndarray) ->
         )  # fmt: skip
 
 
-class Negatives:
+class Sampler(Protocol):
+    """Everything that training requires of a sampler; `docs/extending.md` has an example.
+
+    Only the training set of a retriever or reranker (`caravan.data.batching.Groups`) uses it;
+    validation and adaptation have no sampler. `open` is called once in each process, before the
+    workers (`batching.num_workers`) are forked; the other methods are called in the workers. They
+    must be pure functions of their arguments and the seed, so that a resumed run and a run on
+    another number of ranks train on the same groups.
+
+    Rows are int64, those of `Collection.queries` and `Collection.corpus`.
+
+    Attributes:
+        number: negatives per query, the same for all of them.
+    """
+
+    number: int
+
+    def open(self, collection: Collection, qrels: Qrels, seed: int) -> None:
+        """Read what `group` needs.
+
+        Args:
+            qrels: the judgements of the training split.
+
+        Raises:
+            InputError: A file does not belong to the collection, or the corpus is too small.
+        """
+
+    def group(self, query_row: int, epoch: int, position: int) -> np.ndarray:
+        """Passage rows [1 + number] of a query, without repetition: a positive, then its negatives.
+
+        Args:
+            query_row: of a query with a relevant passage.
+            epoch: counted from 0.
+            position: of the query in the order of the epoch; differs between queries.
+        """
+        ...
+
+    def excluded_keys(self, query_row: int) -> np.ndarray:
+        """Keys of the texts that are never negatives of a query, [M] int64 with M >= 1.
+
+        A retriever masks the passages of other queries in the batch whose key
+        (`caravan.data.texts.text_keys`) is among these.
+        """
+        ...
+
+    def teacher_scores(self, query_row: int, rows: np.ndarray) -> np.ndarray | None:
+        """A teacher's scores of a group, [1 + number] float32, NaN where there is none.
+
+        None without a teacher; then it must be None for every query.
+        """
+        return None
+
+
+class Negatives(Sampler):
     """Chooses the group [positive, negative, ...] of a query, 1 + `number` passages.
 
     Args:

@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from caravan.data.batch import EncodeBatch, Packed
 from caravan.data.batching import Groups
 from caravan.data.collection import Collection
-from caravan.data.negatives import Negatives
+from caravan.data.negatives import Sampler
 from caravan.data.tokenization import PairTemplates, Templates
 from caravan.data.unlabelled import Unlabelled
 from caravan.encoding import Encoding
@@ -100,7 +100,7 @@ class Stage(pl.LightningModule, ABC):
             raise InputError(error.code, f"{place}: {error}") from None
 
     def training_set(
-        self, collection: Collection, split: str, sampler: Negatives, token_budget: int
+        self, collection: Collection, split: str, sampler: Sampler, token_budget: int
     ) -> Groups | Unlabelled:
         """The training data: the queries of a split, each with its group of passages."""
         qrels = collection.qrels(split)
