@@ -203,7 +203,7 @@ def test_vectors_that_cannot_be_searched_are_refused(index: Faiss | Exact) -> No
     index.build(ArrayBlocks(vectors(40)))
     with refused("not-finite", "queries"):
         index.search(np.full((1, 16), np.inf, dtype=np.float32))
-    with pytest.raises(ValueError, match=r"shape \(2, 8\), the passages 16 dimensions"):
+    with pytest.raises(ValueError, match=r"shape \(2, 8\), but passages have 16 dimensions"):
         index.search(vectors(2, 8))
 
 

@@ -1,8 +1,8 @@
-"""Indexes behind one small interface: faiss by factory string, and exact search in torch.
+"""The `Index` interface, faiss indexes by factory string, and exact search in torch.
 
 Both read the corpus block by block, float16 or float32. `Faiss` (Douze et al., arXiv 2401.08281)
-keeps what its factory string says; `Exact` reads the blocks again for every search, so its memory
-does not grow with the corpus.
+stores vectors as its factory string specifies. `Exact` reads the blocks again for every search, so
+its memory does not grow with the corpus.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from caravan.progress import track
 log = logging.getLogger(__name__)
 
 SEARCH_CHUNK = 1024
-"""Queries in one search of faiss, between two steps of the progress bar."""
+"""Queries per call of faiss; the progress bar advances after each call."""
 
 Found = tuple[np.ndarray, np.ndarray]
 """Scores [Q, k] float32, best first, and rows [Q, k] int64; -inf and -1 beyond the corpus."""
@@ -41,7 +41,7 @@ class Blocks(Protocol):
 class Index(Protocol):
     """Finds the passages with the greatest dot product for each query.
 
-    A class of your own is chosen by its dotted path: `index._target_=my_package.MyIndex`.
+    Select a custom class by its dotted path: `index._target_=my_package.MyIndex`.
 
     >>> class Brute:
     ...     k, approximate = 2, False
@@ -60,11 +60,11 @@ class Index(Protocol):
     [[1, 2]]
     """
 
-    k: int  # passages per query if `search` gets no `k`
-    approximate: bool  # it may miss passages; an evaluation then measures the recall
+    k: int  # default number of passages per query
+    approximate: bool  # may miss passages; an evaluation then measures the recall
 
     def build(self, blocks: Blocks) -> None:
-        """Index all blocks; replaces what was built before."""
+        """Index all blocks, replacing those of an earlier call."""
 
     def search(self, queries: np.ndarray, k: int | None = None) -> Found:
         """Scores and rows of the `k` best passages for queries [Q, d] float32."""
@@ -87,13 +87,12 @@ class Faiss:
 
     Args:
         factory: `Flat`, `SQfp16`, `IVF256,Flat`, `HNSW32`, `OPQ64,IVF4096,PQ64`, ...
-        k: passages per query if `search` gets no `k`.
-        train_rows: vectors that train an index which needs training (IVF, PQ), drawn evenly at
-            random from the whole corpus, the same ones every time.
-        nprobe: lists that an IVF index visits for a query.
-        ef_search: candidates that an HNSW index keeps while it searches; below `k` recall drops.
-        ef_construction: the same while it is built.
-        gpu: search on the GPUs, where the installed faiss has any and they support the index.
+        k: default number of passages per query.
+        train_rows: vectors to train the index on (IVF, PQ), a fixed random sample of the corpus.
+        nprobe: lists that an IVF index visits per query.
+        ef_search: candidates that an HNSW index keeps during a search; below `k` recall drops.
+        ef_construction: candidates that an HNSW index keeps during construction.
+        gpu: search on the GPUs if the installed faiss supports them and they support the index.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class Faiss:
         self._index: Any = None
 
     def build(self, blocks: Blocks) -> None:
-        """Train (if the index needs it) and add every block; replaces what was built before.
+        """Train the index if necessary and add all blocks, replacing those of an earlier call.
 
         Raises:
             InputError: If the factory string is invalid, a parameter does not belong to it, the
@@ -173,8 +172,8 @@ class Faiss:
             setting = re.sub("[A-Z]", lambda m: "_" + m[0].lower(), name)
             raise InputError(
                 "wrong-index-setting",
-                f"index.{setting}={value} does not belong to index.factory='{self.factory}'; "
-                "nprobe is for IVF, ef_search and ef_construction are for HNSW: leave it out",
+                f"index.{setting}={value} does not apply to index.factory='{self.factory}'; "
+                "nprobe is for IVF, ef_search and ef_construction are for HNSW: remove it",
             ) from None
 
     def _on_gpus(self, index: Any) -> Any:
@@ -182,7 +181,7 @@ class Faiss:
         if not (self.gpu and hasattr(faiss, "GpuMultipleClonerOptions") and faiss.get_num_gpus()):
             return index
         options = faiss.GpuMultipleClonerOptions()
-        options.shard = True  # the corpus is divided over the GPUs, not copied to each
+        options.shard = True  # split the corpus over the GPUs instead of copying it
         try:
             return faiss.index_cpu_to_all_gpus(index, co=options)
         except RuntimeError as error:
@@ -191,15 +190,15 @@ class Faiss:
 
 
 class Exact:
-    """Every dot product, in float32, streamed over the blocks; nothing is kept between searches.
+    """Exact search: computes all dot products in float32, reading the blocks for every search.
 
-    Equal scores are ordered by row, the lower first, for any chunk size and device: a score and its
-    row are packed into one 64-bit key, and keys are unique.
+    Ties are ordered by ascending row for any chunk size and device: each score is packed with its
+    row into a unique 64-bit key.
 
     Args:
-        k: passages per query if `search` gets no `k`.
-        query_chunk, passage_chunk: the largest matrix of scores in memory.
-        device: `auto` is the GPU if torch has one.
+        k: default number of passages per query.
+        query_chunk, passage_chunk: size of the largest score matrix in memory.
+        device: `auto` uses the GPU if there is one.
     """
 
     approximate = False
@@ -216,7 +215,7 @@ class Exact:
         self._blocks: Blocks | None = None
 
     def build(self, blocks: Blocks) -> None:
-        """Remember the blocks; each search reads them."""
+        """Keep a reference to the blocks, which each search reads."""
         _require_rows(blocks)
         assert blocks.rows < 2**32  # a row takes 32 bits of a key
         self._blocks = blocks
@@ -251,10 +250,10 @@ LOW = 2**32 - 1
 
 
 def _merge(keys: torch.Tensor, scores: torch.Tensor, start: int) -> torch.Tensor:
-    """The greatest keys [q, k] among `keys` [q, k] and those of scores [q, n] from row `start` on.
+    """Merge scores [q, n] of the rows from `start` into the greatest keys [q, k].
 
-    Scores below the worst key are dropped first: after the first chunks of a corpus few remain, and
-    sorting all of them would take longer than the products.
+    Scores below the worst key are dropped first: after a few chunks hardly any remain, and sorting
+    all scores would take longer than the dot products.
     """
     worst, _ = _unpack(keys[:, -1:])
     better = scores >= worst
@@ -273,9 +272,9 @@ def _merge(keys: torch.Tensor, scores: torch.Tensor, start: int) -> torch.Tensor
 
 
 def _pack(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Float32 scores and rows to int64 keys: a greater score, then a lower row, is greater."""
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 one
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers these order as the floats do
+    """Pack float32 scores and rows into int64 keys ordered by score, then by descending row."""
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
     return (ordered.long() << 32) | (LOW - rows)
 
 
@@ -288,9 +287,7 @@ def _unpack(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def recall_against_exact(approx_rows: np.ndarray, exact_rows: np.ndarray) -> float:
-    """Share of the passages of exact search [Q, k] that other rows [Q, k'] contain, the mean of
-    |both| / |exact| over queries for which exact search found anything.
-    """
+    """Mean of |both| / |exact| over the queries for which exact search [Q, k] found passages."""
     width = int(max(approx_rows.max(initial=0), exact_rows.max(initial=0))) + 1
     base = np.arange(len(exact_rows))[:, None] * width
     valid = exact_rows >= 0
@@ -303,9 +300,9 @@ def recall_against_exact(approx_rows: np.ndarray, exact_rows: np.ndarray) -> flo
 def measured_recall(
     rows: np.ndarray, queries: np.ndarray, blocks: Blocks, sample: int = 256
 ) -> float:
-    """Recall of rows [Q, k], found for queries [Q, d], against exact search over the blocks.
+    """Recall of rows [Q, k] for queries [Q, d] against exact search over the blocks.
 
-    Exact search runs for `sample` queries, evenly spaced, at the depth of `rows`.
+    Exact search runs for `sample` evenly spaced queries at depth k.
     """
     picked = np.unique(np.linspace(0, len(queries) - 1, min(sample, len(queries))).astype(int))
     exact = Exact(k=rows.shape[1])
@@ -314,7 +311,7 @@ def measured_recall(
 
 
 def _sample(blocks: Blocks, size: int) -> np.ndarray:
-    """Vectors of `size` rows [size, dim], drawn evenly from the corpus, the same every time."""
+    """A fixed uniform sample of `size` vectors, [size, dim]."""
     picked = np.arange(blocks.rows)
     if blocks.rows > size:
         picked = np.sort(np.random.default_rng(0).choice(blocks.rows, size, replace=False))
@@ -330,15 +327,15 @@ def _float32(vectors: np.ndarray, what: str) -> np.ndarray:
     if not np.isfinite(vectors).all():
         raise InputError(
             "not-finite",
-            f"the vectors of {what} hold NaN or infinite values; check that the model has not "
-            "diverged, and encode again",
+            f"the vectors of {what} hold NaN or infinite values; check whether the model has "
+            "diverged and encode them again",
         )
     return vectors
 
 
 def _queries(queries: np.ndarray, dim: int) -> np.ndarray:
     if queries.ndim != 2 or queries.shape[1] != dim:
-        raise ValueError(f"queries have shape {queries.shape}, the passages {dim} dimensions")
+        raise ValueError(f"queries have shape {queries.shape}, but passages have {dim} dimensions")
     return _float32(queries, "the queries")
 
 
@@ -348,5 +345,5 @@ def _require_rows(blocks: Blocks) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The message of faiss without the C++ signature in front."""
+    """The message of faiss without the leading C++ signature."""
     return re.sub(r"^Error in .* at \S+:\d+: |Error: '\w+' failed: ", "", str(error)).strip()

@@ -1,9 +1,9 @@
 """A model folder opened for inference: texts to embeddings, pairs to scores.
 
 `Inference` is the only place that opens a folder to compute with it: `caravan.load`, evaluations,
-search and MTEB use it, so all of them compute the same numbers. Work for the disk is done block by
-block: a block of texts is sorted by length, computed in chunks under a token budget, and is
-independent of the other blocks, so memory is that of one block and the model.
+search and MTEB use it, so all of them compute the same numbers. Embeddings and scores that go to
+disk are computed block by block: each block of texts is sorted by length and computed in chunks
+under a token budget. Blocks are independent, so memory holds only the model and one block.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from caravan.retrieval.store import Compute, Embeddings, Store
 log = logging.getLogger(__name__)
 
 BLOCK = 1024
-"""Texts in memory that are sorted by length together."""
+"""Texts per block when embedding in memory; a block is sorted by length."""
 SECTIONS = {"retriever": "", "reranker": "rerank."}
-"""The section of an evaluation's config that overrides the lengths of a folder, with its dot."""
+"""By kind of model: the config prefix of the evaluation settings that override its lengths."""
 
 
 class TextList:
-    """Texts in memory, read by row like those of a collection.
+    """Texts in memory with the interface of `caravan.data.texts.Texts`.
 
     Args:
-        texts: (title, text) of each.
+        texts: (title, text) pairs.
     """
 
     def __init__(self, texts: Sequence[tuple[str, str]]) -> None:
@@ -65,25 +65,25 @@ class TextList:
 class Inference:
     """A retriever that embeds texts, or a reranker that scores pairs.
 
-    The folder brings prompts, EOS, pooling, normalization and lengths. Its weights load at first
-    use, so an evaluation that finds its products on disk loads none.
+    Prompts, EOS, pooling, normalization and lengths come from the folder. Weights are loaded at
+    first use, so an evaluation whose embeddings and scores are on disk loads no weights.
 
     Args:
         folder: a model folder.
         kind: "retriever" or "reranker"; None accepts both.
         precision: "auto", "bf16" or "float32".
-        token_budget: padded tokens of a chunk; None chooses by device.
-        num_workers: processes that tokenize ahead.
+        token_budget: padded tokens per chunk; None chooses by device.
+        num_workers: worker processes for tokenization.
         attention, trust_remote_code: see `caravan.models.folder.load`.
         lengths: `query_length` and `passage_length` that override those of the folder.
 
     Attributes:
-        encoding: the folder's, with `lengths`.
-        facts: the folder's.
+        encoding: the folder's encoding with `lengths` applied.
+        facts: the folder's facts (`caravan.encoding.read_encoding`).
         precision: "bf16" or "float32".
 
     Raises:
-        InputError: If the folder is not a model folder, or of the other kind.
+        InputError: If the folder is not a model folder or has another kind than `kind`.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Inference:
 
     @cached_property
     def templates(self) -> Any:
-        """Turns texts (`Templates`) or pairs (`PairTemplates`) into token ids."""
+        """Tokenizes texts (`Templates`) or pairs (`PairTemplates`)."""
         if self.encoding.kind == "retriever":
             return Templates(self._loaded[1], self.encoding)
         return PairTemplates(self._loaded[1], self.encoding, self._section.rstrip("."))
@@ -148,10 +148,10 @@ class Inference:
         _ = self.templates
 
     def check_lengths(self) -> None:
-        """Compare the lengths with the model's positions; reads no weights.
+        """Check that the model has enough positions for the lengths, without reading weights.
 
         Raises:
-            InputError: If a text could be longer than the model has positions for.
+            InputError: If a text could have more tokens than the model has positions.
         """
         model_folder.refuse_lengths(
             self.folder, self.encoding, self._section, self.trust_remote_code
@@ -184,14 +184,14 @@ class Inference:
         name: str,
         inputs: dict[str, Any],
     ) -> Embeddings:
-        """Embed the texts of a collection into a store; an interrupted start resumes.
+        """Embed the texts of a collection into a store; an interrupted call can be resumed.
 
         Args:
             texts: `caravan.data.texts.Texts`.
-            rows: of the texts, [N] int64; row i of the embeddings is the text at rows[i].
+            rows: text rows [N] int64; row i of the embeddings is the text at rows[i].
             side: "query" or "passage".
             block: texts per shard.
-            name, inputs: of the product, see `caravan.retrieval.store.Store`.
+            name, inputs: the product's name and inputs, see `caravan.retrieval.store.Store`.
         """
         what = "queries" if side == "query" else "passages"
 
@@ -212,11 +212,11 @@ class Inference:
         passage_rows: np.ndarray,
         block: int,
     ) -> Compute:
-        """A function that scores blocks of pairs: numbers of blocks to arrays [n] float32.
+        """Return a function that takes block numbers and yields the scores [n] float32 of each.
 
         Args:
             queries, corpus: `caravan.data.texts.Texts`.
-            query_rows, passage_rows: of the pairs, [N] int64.
+            query_rows, passage_rows: rows of the pairs, [N] int64.
             block: pairs per block.
         """
 
@@ -244,7 +244,7 @@ class Inference:
     def _on_disk(
         self, blocks: TextBatches | PairBatches, missing: list[int], size: int, task: str
     ) -> Iterator[Tensor]:
-        """The rows of the missing blocks, with a log line and a progress bar."""
+        """Yield the results of the missing blocks, with a log line and a progress bar."""
         left = sum(min(blocks.batch_size, size - i * blocks.batch_size) for i in missing)
         device = hardware.named(self.device)
         log.info(f"{task.format(f'{left:,}')} with {self.folder} on {device}, {self.precision}")
@@ -268,17 +268,17 @@ class Inference:
         if not finite:
             raise InputError(
                 "diverged-model",
-                f"{self.folder} computes values that are NaN or infinite; its config.json or its"
-                " weights are damaged, or its training has diverged: train or download it again",
+                f"{self.folder} computes values that are NaN or infinite: its config.json or its"
+                " weights are damaged, or its training diverged; train or download it again",
             )
         return rows
 
 
 class Models:
-    """Opens model folders with the settings of one evaluation, one in memory at a time.
+    """Opens model folders with the settings of one evaluation, keeping one model in memory.
 
-    A retriever and a reranker of seven billion weights need not share a device, and collections of
-    a suite share the model that is loaded.
+    A 7B retriever and a 7B reranker are therefore never on the device together, and the collections
+    of a suite share the loaded model.
 
     Args: see `Inference`.
     """
@@ -306,8 +306,8 @@ class Models:
         return self._digests[folder]
 
     def inputs(self, folder: Path) -> dict[str, Any]:
-        """What determines a model's embeddings and scores, for a manifest."""
-        remote_code = read_encoding(folder)[1].get(FACT)  # unknown in folders of older versions
+        """The settings that determine a model's embeddings and scores, for a manifest."""
+        remote_code = read_encoding(folder)[1].get(FACT)  # not recorded by older versions
         return {
             "model": self.digest(folder),
             "precision": self.precision,
@@ -318,7 +318,7 @@ class Models:
         }
 
     def new(self, folder: Path, kind: str, lengths: Mapping[str, int]) -> Inference:
-        """A model that stays loaded beside others."""
+        """Open a model without closing the current one."""
         return Inference(
             folder,
             kind,
@@ -331,9 +331,9 @@ class Models:
         )
 
     def open(self, folder: Path, kind: str, lengths: Mapping[str, int]) -> Inference:
-        """The model, loaded already or in place of the one before."""
+        """Open a model in place of the current one; returns the current one if it matches."""
         key = (folder, kind, tuple(sorted(lengths.items())))
         if self._open is None or self._open[0] != key:
-            self._open = None  # freed before the next one loads
+            self._open = None  # free its memory before loading the next one
             self._open = key, self.new(folder, kind, lengths)
         return self._open[1]

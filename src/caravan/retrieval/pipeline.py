@@ -1,12 +1,13 @@
 """An evaluation: retrieve, fuse, rerank, and score every stage.
 
-    run_dir/config.yaml   the config; its manifest has the evaluation's inputs
+    run_dir/config.yaml   the config; its manifest records the inputs of the evaluation
     run_dir/runs/         <stage>.<split>.trec, the run of each stage
     run_dir/metrics.json  metrics of the last stage, and of all stages
 
-The inputs of an evaluation are its data, systems and settings. Equal inputs give equal results:
-finished stages are reused, interrupted ones resume. Other inputs are refused in the same run_dir,
-so that no result is overwritten. Mining hard negatives is an evaluation of the training queries.
+The inputs of an evaluation are its data, systems and settings. With equal inputs, finished stages
+are reused and interrupted stages are resumed. An evaluation with other inputs in the same run_dir
+raises an error, so results are never overwritten. To mine hard negatives, evaluate the training
+queries.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ class Evaluation:
     Args:
         collection, split: the collection and its judged queries.
         run_dir: where runs and metrics are written.
-        store: a folder for embeddings, BM25's index and a reranker's scores; evaluations may share
-            one.
+        store: folder for embeddings, BM25's index and reranker scores; evaluations may share it.
+        systems: the retrievers, fusion and reranker.
         models: opens the model folders; evaluations may share it.
         measures: see `caravan.retrieval.metrics`.
         ignore_identical_ids: drop the passage that has the query's id from each result.
         config: text of run_dir/config.yaml.
 
     Raises:
-        OccupiedError: If run_dir holds a training or another evaluation.
+        OccupiedError: If run_dir contains a training run or another evaluation.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Evaluation:
         self.rankings: list[Ranking] = []
 
     def __iter__(self) -> Iterator[Ranking]:
-        """Run the stages one after the other."""
+        """Run the stages in order."""
         systems, stages = self.systems, self.stages
         for name in systems.retrievers:
             yield self._add(self._retrieved(name))
@@ -100,15 +101,15 @@ class Evaluation:
             return stages.given(path)
         if not path.exists():
             raise InputError(
-                "file-not-found", f"retriever={name}: there is no model folder and no run {name}"
+                "file-not-found", f"retriever={name}: no model folder or run file has this path"
             )
         lengths, index = systems.overridden_lengths, systems.index
         return stages.dense(path, lengths, systems.block, index.make(), index.settings)
 
     def score(self) -> dict[str, Any]:
-        """The metrics of all stages, as in metrics.json; read from there if the runs are the same.
+        """Score all stages and write metrics.json, or read it if the runs have not changed.
 
-        Returns {} on other ranks than the main process.
+        Returns {} on all ranks but the main process.
         """
         if not is_main_process():
             return {}
@@ -117,15 +118,15 @@ class Evaluation:
         measures = spelled(self.measures, relevant_from)
         if measures != self.measures:
             log.info(
-                f"{stages.collection.name} {stages.split}: relevant from grade {relevant_from} on,"
-                f" so scored by {', '.join(measures)}"
+                f"{stages.collection.name} {stages.split}: passages are relevant from grade"
+                f" {relevant_from}; the measures are {', '.join(measures)}"
             )
         inputs = {
             "stages": [{**ranking.inputs, "stage": ranking.name} for ranking in self.rankings],
             "runs": [ranking.digest for ranking in self.rankings],
             "measures": measures,
             "versions": manifests.versions(("ir_measures",)),
-            "mean": "all judged queries",  # earlier versions left some out
+            "mean": "all judged queries",  # earlier versions excluded some
         }
         if manifests.matches(path, inputs):
             written = (manifests.read(path) or {}).get("facts", {}).get("xxh3")
@@ -186,17 +187,17 @@ def evaluate_suite(
     config: str = "",
     scored: Callable[[Evaluation, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate several collections stage by stage, so that each model loads once.
+    """Evaluate several collections stage by stage, so that each model is loaded once.
 
     Args:
-        collections: by folder below run_dir, opens the evaluation there.
-        groups: by folder, the group that counts once in the mean.
+        collections: folder below run_dir to a function that opens the evaluation there.
+        groups: folder to group; a group counts once in the mean.
         config: text of run_dir/config.yaml.
-        scored: called with the metrics of each finished collection.
+        scored: called with each finished evaluation and its metrics.
 
     Returns:
         The content of metrics.json: the mean (`caravan.retrieval.metrics`), and `failed`, the
-        reason by folder of each collection that failed; {} on other ranks than the main process.
+        folder and error of each failed collection; {} on all ranks but the main process.
     """
     inputs = {"collections": dict(groups)}
     refuse_another(run_dir, inputs)
@@ -230,9 +231,9 @@ def evaluate_suite(
 
 @contextmanager
 def _noting_failure(name: str, failed: dict[str, str]) -> Iterator[None]:
-    """Log a failure, and note its reason under the name.
+    """Log an exception and record it in `failed` under the name.
 
-    Several processes wait for one another's shards; if one of them fails, all of them end.
+    With several processes the exception is raised: the others would wait for missing shards.
     """
     try:
         yield
@@ -240,19 +241,19 @@ def _noting_failure(name: str, failed: dict[str, str]) -> Iterator[None]:
         if world_size() > 1 or is_termination(error) or isinstance(error, OccupiedError):
             raise
         message = sentence(error)
-        log.error("%s: %s", name, message or "it failed", exc_info=message is None)
+        log.error("%s: %s", name, message or "evaluation failed", exc_info=message is None)
         reason = message or f"{type(error).__name__}: {error}"
         failed[name] = " ".join(reason.split())
 
 
 def refuse_another(run_dir: Path, inputs: dict[str, Any]) -> None:
-    """Refuse a run_dir with a training, or with the metrics of another evaluation.
+    """Refuse a run_dir that contains a training run or the metrics of another evaluation.
 
-    An evaluation that failed, or was interrupted before it had metrics, may be started again with
-    other settings: its embeddings and scores stay in the store.
+    An evaluation that failed or was interrupted before it wrote metrics may be restarted with other
+    settings; its embeddings and scores stay in the store.
 
     Raises:
-        OccupiedError: If it holds a training, or metrics of other data, systems or settings.
+        OccupiedError: If run_dir has a training run, or metrics of other data, systems or settings.
     """
     if (run_dir / "checkpoints").exists() or (run_dir / "model").exists():
         raise OccupiedError(
@@ -268,7 +269,7 @@ def refuse_another(run_dir: Path, inputs: dict[str, Any]) -> None:
     lines.sort(key=lambda line: "unset" in line)
     differs = f"it differs in {'; '.join(lines[:3])}"
     if manifests.read(record) is None:
-        differs = "its data, systems and settings are not on record there"
+        differs = "its data, systems and settings are not recorded there"
     raise OccupiedError(
         "occupied-run-dir",
         f"{run_dir} holds another evaluation already ({differs}); choose another name=, or remove"
@@ -277,7 +278,7 @@ def refuse_another(run_dir: Path, inputs: dict[str, Any]) -> None:
 
 
 def _is_incomplete(metrics: Path) -> bool:
-    """Whether the existing mean lacks collections that failed."""
+    """Whether collections failed and are missing in the existing mean."""
     try:
         return bool(manifests.read_json(metrics).get("failed"))
     except InputError:

@@ -1,8 +1,8 @@
-"""A reranker orders candidates: it scores each pair of query and passage once.
+"""Reranking: score each (query, passage) pair of a run with a cross-encoder, and sort by score.
 
-RankLLaMA (arXiv 2310.08319, section 2.2) reads the retriever's top 200. The pairs of all queries
-are cut into blocks; a block is packed by length over all its queries, and its scores are written
-before the next block starts, so memory is that of one block and an interrupted run resumes there.
+RankLLaMA (arXiv 2310.08319, section 2.2) reranks the retriever's top 200. The pairs of all queries
+are split into blocks. Each block is sorted by length across its queries, and its scores are written
+before the next block starts, so memory holds one block and an interrupted run resumes there.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class Reranking:
 
     Attributes:
         depth: candidates per query, from the top.
-        weight: of the reranker in the final score; the rest to 1 is the weight of the candidates'
-            own score, both scaled to 0..1 per query. 1 takes the reranker's score unscaled.
-        rest: "drop" the candidates below `depth`, or "keep" them below, in their old order.
-        judged: score the judged passages of each query too, for a run that serves as a teacher.
-        block: pairs that are written at once.
-        query_length, passage_length: tokens; override those of the model folder.
-        segment: None reads a document whole, up to the length; "first" and "best" read segments of
-            it, and give it the score of that one.
-        segment_words: words of a segment.
+        weight: weight of the reranker's score; the first-stage score has weight 1 - `weight`. Both
+            are scaled to 0..1 per query. With weight 1 the reranker's score is not scaled.
+        rest: "drop" candidates ranked below `depth`, or "keep" them at the end in their old order.
+        judged: also score the judged passages of each query, for a run used as a teacher.
+        block: pairs per block.
+        query_length, passage_length: in tokens; override those of the model folder.
+        segment: None scores the document up to `passage_length`; "first" scores its first segment;
+            "best" scores all segments and takes the highest score.
+        segment_words: words per segment.
     """
 
     depth: int = 100
@@ -53,7 +53,7 @@ class Reranking:
         if not 0 < self.weight <= 1:
             raise InputError(
                 "out-of-range",
-                f"rerank.weight is {self.weight}; it must be above 0, and at most 1",
+                f"rerank.weight is {self.weight}; it must be above 0 and at most 1",
             )
         if self.rest not in ("drop", "keep"):
             raise InputError(
@@ -73,14 +73,14 @@ class Reranking:
 
 
 Save = Callable[[int, Compute], Shards]
-"""Writes a number of blocks of scores to disk, see `caravan.retrieval.store.Store.shards`."""
+"""Takes the number of blocks and writes their scores (`caravan.retrieval.store.Store.shards`)."""
 
 
 class Reranker:
     """Reranks runs with a cross-encoder.
 
     Args:
-        model: opened with `settings.lengths`.
+        model: a reranker, opened with `settings.lengths`.
     """
 
     def __init__(self, model: Inference, settings: Reranking) -> None:
@@ -95,12 +95,12 @@ class Reranker:
         save: Save | None = None,
         qrels: Qrels | None = None,
     ) -> Run:
-        """The candidates in the reranker's order.
+        """Return the candidates sorted by the reranker.
 
         Args:
             queries, corpus: `caravan.data.texts.Texts`.
-            save: keeps the scores on disk; None keeps them in memory, for a question or two.
-            qrels: their passages are scored too if `settings.judged`.
+            save: writes the scores to disk; None keeps them in memory.
+            qrels: the judgements for `settings.judged`.
         """
         top = candidates.top(self.settings.depth)
         query_rows = np.repeat(top.query_rows, top.counts)
@@ -143,7 +143,7 @@ class Reranker:
 def _with_judged(
     query_rows: np.ndarray, passage_rows: np.ndarray, qrels: Qrels, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs, and the judged pairs that are not among them."""
+    """Append the judged pairs that are missing."""
     pairs = query_rows * size + passage_rows
     judged = np.unique(qrels.query_rows * size + qrels.passage_rows)
     more = judged[~np.isin(judged, pairs)]
@@ -151,7 +151,7 @@ def _with_judged(
 
 
 def _with_rest(run: Run, candidates: Run, size: int) -> Run:
-    """The run, and below it the other candidates of each query in their old order."""
+    """Append the other candidates of each query to the run, in their old order."""
     old_queries = np.repeat(candidates.query_rows, candidates.counts)
     ranked = np.repeat(run.query_rows, run.counts)
     rest = ~np.isin(old_queries * size + candidates.passage_rows, ranked * size + run.passage_rows)
@@ -170,7 +170,7 @@ def _with_rest(run: Run, candidates: Run, size: int) -> Run:
 
 
 def _lowest(run: Run) -> np.ndarray:
-    """The lowest score of each query, [Q]; 0 for one without a passage."""
+    """The lowest score of each query, [Q]; 0 for queries without passages."""
     lowest = np.zeros(len(run))
     some = run.counts > 0
     lowest[some] = run.scores[run.offsets[1:][some] - 1]

@@ -1,4 +1,4 @@
-"""The stages of retrieval, each a run on disk with a manifest: retrieve, fuse, rerank.
+"""The stages of an evaluation: retrieve, fuse, rerank. Each writes a run with a manifest.
 
     run_dir/store/      embeddings, BM25's index, a reranker's scores (caravan.retrieval.store)
     run_dir/runs/       <stage>.<split>.trec
@@ -35,7 +35,7 @@ from caravan.retrieval.store import Embeddings, Store
 log = logging.getLogger(__name__)
 
 Facts = dict[str, Any]
-"""Facts about the making of a run: seconds end with `_s`, those per query with `_query_s`."""
+"""How a run was computed. Keys ending in `_s` are seconds, in `_query_s` seconds on queries."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Ranking:
 
     name: str
     path: Path
-    inputs: dict[str, Any]  # what it was made from
+    inputs: dict[str, Any]  # all that determines the run
     facts: Facts
     digest: str  # of the run's bytes
-    depth: int | None  # of the search; None: as deep as its lists are
+    depth: int | None  # of the search; None: unknown, only the lists are given
 
     @property
     def seconds(self) -> float:
@@ -55,7 +55,7 @@ class Ranking:
 
     @property
     def query_seconds(self) -> float:
-        """Seconds for the queries, without work that is done once for a collection."""
+        """Seconds spent on queries, excluding work done once per collection."""
         return float(sum(value for key, value in self.facts.items() if key.endswith("_query_s")))
 
 
@@ -67,11 +67,12 @@ def encode(
     store: Store,
     split: str | None = None,
 ) -> Embeddings:
-    """Embeddings of a corpus, or of the judged queries of a split, unless the store has them.
+    """Embed a corpus, or the judged queries of a split; reuses embeddings in the store.
 
     Args:
-        inputs: of the model, `Models.inputs`.
+        inputs: the result of `Models.inputs`.
         block: texts per shard.
+        split: embed the judged queries of this split; None embeds the corpus.
     """
     inputs = {**inputs, "collection": collection.digest, "block": block}
     if split is None:
@@ -84,18 +85,18 @@ def encode(
 
 
 class Stages:
-    """Makes the rankings of one split of a collection.
+    """Computes the rankings for one split of a collection.
 
     Args:
         collection, split: the collection and its judged queries.
         run_dir: where runs are written.
-        store: embeddings, BM25's index and a reranker's scores.
+        store: for embeddings, BM25's index and reranker scores.
         k: depth of the runs.
         models: opens the models.
         ignore_identical_ids: drop the passage that has the query's id from each result.
 
     Raises:
-        InputError: If the split judges no query.
+        InputError: If the split has no judged query.
     """
 
     def __init__(
@@ -114,12 +115,12 @@ class Stages:
         if not len(self.qrels.queries):
             raise InputError(
                 "empty-split",
-                f"{collection.name}: split {split!r} judges no query; choose another data.split",
+                f"{collection.name}: split {split!r} has no judged query; set another data.split",
             )
         self.run_dir, self.store = run_dir, store
         self.k, self.models = k, models
         self._names: dict[str, int] = {}
-        self._ignoring: dict[str, Any] = {}  # in manifests only if it is set
+        self._ignoring: dict[str, Any] = {}  # recorded in manifests only if set
         self._own: np.ndarray | None = None
         if ignore_identical_ids:
             self._ignoring = {"ignore_identical_ids": True}
@@ -131,7 +132,7 @@ class Stages:
         """Search with BM25.
 
         Args:
-            settings: those of `bm25`, for the manifest.
+            settings: settings of `bm25`, for the manifest.
         """
 
         def search() -> tuple[Run, Facts]:
@@ -154,12 +155,12 @@ class Stages:
         index: Index,
         settings: dict[str, Any],
     ) -> Ranking:
-        """Embed corpus and queries with a model folder, index, and search.
+        """Embed corpus and queries with a model folder, build the index and search.
 
         Args:
-            lengths: that override those of the folder.
+            lengths: lengths that override those of the folder.
             block: texts per shard.
-            settings: those of `index`, for the manifest.
+            settings: settings of `index`, for the manifest.
         """
         model_inputs = self.models.inputs(folder)
 
@@ -202,7 +203,7 @@ class Stages:
         return self._ranking("retriever", inputs, search, self.k, together=True)
 
     def given(self, path: Path) -> Ranking:
-        """The run of any system, TREC or MS MARCO, over the queries of the split."""
+        """Read a run file (TREC or MS MARCO) of any system, limited to the split's queries."""
         inputs = {
             "collection": self.collection.digest,
             "given": manifests.content_digest(path),
@@ -217,21 +218,21 @@ class Stages:
             if not len(run):
                 raise InputError(
                     "run-of-other-queries",
-                    f"{path} ranks none of the {self.split} queries of {self.collection.name}; give"
-                    " a run over them, or choose another data.split",
+                    f"{path} ranks none of the {self.split} queries of {self.collection.name}; use"
+                    " a run over these queries or choose another data.split",
                 )
             if missing := len(self.qrels.queries) - len(run):
                 number = len(self.qrels.queries)
-                log.warning(f"{path} lacks {missing} of {number} queries; they count 0")
+                log.warning(f"{path} lacks {missing} of {number} queries; they score 0")
             return run, {}
 
         return self._ranking("run", inputs, search, depth=None)
 
     def fused(self, fuse: Fusion, settings: dict[str, Any], rankings: Sequence[Ranking]) -> Ranking:
-        """Several rankings as one.
+        """Fuse several rankings into one.
 
         Args:
-            settings: those of `fuse`, for the manifest.
+            settings: settings of `fuse`, for the manifest.
         """
         inputs = {
             "fuse": settings,
@@ -249,13 +250,13 @@ class Stages:
         return self._ranking("fused", inputs, search, self.k if known else None)
 
     def reranked(self, folder: Path, settings: Reranking, candidates: Ranking) -> Ranking:
-        """The candidates in the order of a reranker."""
+        """Rerank the candidates with a model folder."""
         values = asdict(settings)
         scored_from = {
             **self.models.inputs(folder),
             "collection": self.collection.digest,
             "candidates": candidates.digest,
-            "split": self.split,  # rerank.judged adds pairs of its judgements
+            "split": self.split,  # rerank.judged adds its judged pairs
             **{name: value for name, value in values.items() if name not in ("weight", "rest")},
         }
         model = self.models.open(folder, "reranker", settings.lengths)
@@ -264,7 +265,7 @@ class Stages:
             run = self.read(candidates)
             deepest = int(run.counts.max(initial=0))
             if deepest < settings.depth:
-                log.warning(f"rerank.depth={settings.depth}, the candidates are {deepest} deep")
+                log.warning(f"rerank.depth={settings.depth}, but the run has depth {deepest}")
             started = time.monotonic()
             product = {**scored_from, "resolved_precision": model.precision}
             save = partial(self.store.shards, f"scores.{self.split}", product)
@@ -280,19 +281,19 @@ class Stages:
         return self._ranking("reranked", {**scored_from, **values}, search, depth, together=True)
 
     def read(self, ranking: Ranking, depth: int | None = None) -> Run:
-        """The run of a ranking."""
-        if not ranking.path.stat().st_size:  # no query has a hit, which is a valid result
+        """Read the run of a ranking."""
+        if not ranking.path.stat().st_size:  # an empty run is a valid result
             nothing = np.full((2, len(self.qrels.queries), 1), -1, dtype=np.int64)
             return Run.from_topk(self.qrels.queries, *nothing)
         return read_run(ranking.path, self.collection.queries, self.collection.corpus, depth=depth)
 
     @property
     def _depth(self) -> int:
-        """How deep to search for runs of depth k."""
+        """The search depth: one more than k where own passages are dropped."""
         return self.k if self._own is None else self.k + 1
 
     def _cut(self, run: Run) -> Run:
-        """A run of depth `_depth`, cut to depth k."""
+        """Drop own passages from a run of depth `_depth` and cut it to depth k."""
         if self._own is None:
             return run
         return run.without(self.qrels.queries, self._own).top(self.k)
@@ -305,11 +306,11 @@ class Stages:
         depth: int | None,
         together: bool = False,
     ) -> Ranking:
-        """Write the run, unless it is there from the same inputs.
+        """Write the run unless one from the same inputs exists.
 
         Args:
-            depth: of the search; None if only the lists of a run are known.
-            together: all processes take part in the search; else rank 0 alone.
+            depth: search depth; None if only the lists of a run are known.
+            together: all processes take part in the search; otherwise only rank 0 does.
         """
         number = self._names[name] = self._names.get(name, 0) + 1
         name = name if number == 1 else f"{name}-{number}"
@@ -325,10 +326,10 @@ class Stages:
             digest = _finished_digest(path, inputs) or ""  # awaited above
         else:
             if manifests.read(path) is not None and (lines := manifests.differences(path, inputs)):
-                log.info("%s is made again; it differs in %s", path, "; ".join(lines[:3]))
+                log.info("recomputing %s, which differs in %s", path, "; ".join(lines[:3]))
             manifests.remove(path)
             found = search()
-            assert found is not None  # on the main process
+            assert found is not None  # None only on other ranks
             run, facts = canonical(found[0], self.collection.corpus), found[1]
             write_run(path, run, self.collection.queries, self.collection.corpus)
             digest = manifests.content_digest(path)
@@ -338,7 +339,7 @@ class Stages:
 
 
 def _finished_digest(path: Path, inputs: dict[str, Any], warn: bool = True) -> str | None:
-    """The digest of a run made from these inputs and unchanged since; else None."""
+    """The digest of a run made from these inputs and unchanged since; otherwise None."""
     if not manifests.matches(path, inputs):
         return None
     digest = manifests.content_digest(path)

@@ -1,29 +1,29 @@
-"""Products on disk: made once, named after a digest of their inputs, verified when read.
+"""Products on disk: computed once, named by a digest of their inputs, verified when read.
 
-    store/passages.3f9c2a41d07b/                 named after the digest of its inputs
+    store/passages.3f9c2a41d07b/                 named by the digest of its inputs
     store/passages.3f9c2a41d07b.manifest.json    the inputs; written when the product is complete
 
-What makes a product stale: any difference in its inputs, and nothing else.
+A product is reused only if all its inputs are equal. The inputs are:
 
 - BM25's index: collection, settings of BM25, versions of Caravan, bm25s and PyStemmer.
 - Embeddings: model folder, collection, length, precision, attention, token budget, block, remote
-  code, versions of Caravan, torch, transformers and tokenizers; of queries also the split.
+  code, versions of Caravan, torch, transformers and tokenizers; for queries also the split.
 - Scores: as embeddings, with the candidates and the settings of the reranker.
 - Runs: the inputs of their products, depth, index or fusion, `ignore_identical_ids`.
 
-Collections, model folders and runs stand in the inputs as digests of their content. Equal inputs
-reuse the product; different inputs get another name, so evaluations can share a store: none
-overwrites another's products, and an interrupted one resumes its own. Nothing is evicted. A search
-also reuses the products of any evaluation. A product whose content has changed since it was written
-is made again when it is read.
+Collections, model folders and runs are represented by digests of their content. Different inputs
+get different names, so evaluations can share a store: they never overwrite each other's products,
+and an interrupted evaluation resumes its own. Nothing is evicted. A search also reuses the products
+of any evaluation. A product whose content has changed since it was written is recomputed when it
+is read.
 
-`Shards` holds arrays, one file each. A shard's record follows the array in the same file, where
-numpy does not read: the digest of its inputs, its number, shape and dtype, and the digest of its
-bytes. (In a file of its own, it could belong to the shard of another process.) A shard with a wrong
-record or size counts as missing; its bytes are compared with the digest at its first read, so a
-start does not read all shards. Each shard is computed on its own: its bytes do not depend on
-interruptions. Of several processes (torchrun, srun) each computes its share of the shards; they
-communicate through the folder alone.
+`Shards` stores one array per file. The record of a shard follows the array in the same file, where
+numpy does not read: digest of the inputs, number, shape, dtype, and digest of the bytes. (A
+separate file could belong to the shard of another process.) A shard with a wrong record or size
+counts as missing. Its bytes are compared with the digest at the first read, so starting up does not
+read all shards. Shards are computed independently, so an interruption does not change their bytes.
+With several processes (torchrun, srun) each computes its share of the shards; the processes
+communicate only through the folder.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from caravan.errors import InputError
 from caravan.files import replacing
 
 RECORD_BYTES = 256
-"""At the end of each shard: the record as JSON, padded with spaces."""
+"""Size of the record at the end of each shard: JSON, padded with spaces."""
 SUFFIX = ".manifest.json"
 
 Compute = Callable[[list[int]], Iterable[np.ndarray]]
-"""Returns the arrays of the shards with these numbers, in their order."""
+"""Takes shard numbers and returns their arrays in the same order."""
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Store:
 
     Args:
         folder: where new products are written.
-        reuse: a folder; finished products in any store below it are used as well.
+        reuse: finished products in any store below this folder are used as well.
     """
 
     def __init__(self, folder: Path, reuse: Path | None = None) -> None:
@@ -65,7 +65,7 @@ class Store:
         self.reuse = reuse
 
     def path(self, name: str, inputs: dict[str, Any]) -> Path:
-        """The path of a product, finished or not: its name and the digest of its inputs.
+        """The path of a product, finished or not, from its name and the digest of its inputs.
 
         Args:
             name: kind of the product, such as "passages".
@@ -81,7 +81,7 @@ class Store:
         return found
 
     def shards(self, name: str, inputs: dict[str, Any], count: int, compute: Compute) -> Shards:
-        """A product of `count` arrays; returns when all of them are written, by any process.
+        """Open a product of `count` arrays; waits until all processes have written their shards.
 
         Args:
             compute: computes missing or damaged shards.
@@ -111,10 +111,10 @@ class Store:
     def files(
         self, name: str, inputs: dict[str, Any], names: Sequence[str], build: Callable[[Path], None]
     ) -> Path:
-        """The folder of a product that consists of named files; `build` writes them into it.
+        """Return the folder of a product with named files; `build` writes them if necessary.
 
-        Another process may build the same product at the same time. Both write the same bytes file
-        by file, so it does not matter whose files remain.
+        Another process may build the same product concurrently. Both write the same bytes file by
+        file, so the result is the same whichever process writes last.
 
         Raises:
             InputError: If the product's folder is a symbolic link.
@@ -139,7 +139,7 @@ class Store:
         return folder
 
     def _log_other_versions(self, path: Path, name: str, inputs: dict[str, Any]) -> None:
-        """Nothing is evicted, and embeddings of a large corpus fill a disk."""
+        """Log products with other inputs, which are never evicted and may fill the disk."""
         others = _products(self.folder.glob(f"{glob.escape(name)}*{SUFFIX}"))
         if others:
             nearest = min((manifests.differences(other, inputs) for other in others), key=len)
@@ -151,7 +151,7 @@ class Store:
 
 
 class Shards:
-    """The arrays of a product, a file each; see the head of this module.
+    """The arrays of a product, one file each; see the docstring of this module.
 
     Args:
         inputs: digests and settings that determine the shards.
@@ -173,7 +173,7 @@ class Shards:
         return self.folder / f"{number:08d}.npy"
 
     def missing(self, among: Iterable[int] | None = None) -> list[int]:
-        """Numbers of the shards that are absent or incomplete, by size and record alone."""
+        """Numbers of absent or incomplete shards; checks only their size and record."""
         numbers = range(self.count) if among is None else among
         return [number for number in numbers if self._record(number) is None]
 
@@ -185,7 +185,7 @@ class Shards:
             self._verified.add(number)
 
     def read(self, number: int) -> np.ndarray:
-        """A shard's array, memory-mapped; a damaged shard is computed again."""
+        """Memory-map the array of a shard; a damaged shard is recomputed."""
         path = self.path(number)
         if number not in self._verified:
             record = self._record(number)
@@ -215,7 +215,7 @@ class Shards:
 
 
 class Embeddings:
-    """Embeddings on disk, in row order: shard i holds the rows from i * block on.
+    """Embeddings on disk in row order; shard i starts at row i * block.
 
     Iterating yields `(start_row, vectors [n, dim] float16)`, memory-mapped
     (`caravan.retrieval.index.Blocks`).
