@@ -75,10 +75,10 @@ def test_a_query_that_fills_the_input_leaves_the_document_its_least(
     for pair in pairs:
         assert len(pair.ids) == 64
         assert sum(token == oasis for token in pair.ids[-LEAST - 1 :]) >= 6
-    assert [record.message for record in caplog.records if "is truncated" in record.message] == [
-        "a query takes more than the"
+    assert [record.message for record in caplog.records if "was truncated" in record.message] == [
+        "a query was truncated to the"
         f" {templates.room - LEAST} tokens that encoding.query_length + encoding.passage_length"
-        " leave it, and is truncated; raise one of them"
+        " leave for it; increase one of them"
     ]
 
 

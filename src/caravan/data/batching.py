@@ -1,6 +1,7 @@
 """Datasets whose items are batches: training groups, texts to embed, pairs to score.
 
-Items are numpy arrays (`caravan.data.batch.Unpacked`), made tensors in `caravan.data.loaders`.
+Items are numpy arrays (`caravan.data.batch.Unpacked`); `caravan.data.loaders` converts them to
+tensors.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from caravan.data.tokenization import PairTemplates, Templates
 
 
 class Permutation:
-    """Rows in the order of an epoch: a function of (seed, epoch)."""
+    """Shuffles rows for an epoch; a pure function of (seed, epoch)."""
 
     def __init__(self, rows: np.ndarray, seed: int) -> None:
         self.rows, self.seed = rows, seed
@@ -42,26 +43,26 @@ class Permutation:
 
 
 class TrainingSet(Protocol):
-    """Training batches; item (epoch, positions) holds these positions of the epoch's permutation.
+    """Training batches: item (epoch, positions) has these positions of the epoch's permutation.
 
-    `Groups`, or `caravan.data.unlabelled.Unlabelled`.
+    Implemented by `Groups` and `caravan.data.unlabelled.Unlabelled`.
     """
 
     seed: int
 
     def __len__(self) -> int:
-        """Queries or texts of an epoch."""
+        """Queries or texts per epoch."""
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> Unpacked[Any]: ...
 
     def open(self) -> None:
-        """Read what batches need, once, before workers are forked."""
+        """Read the files that batches need; called once, before workers are forked."""
 
     def summary(self, name: str, batch: int, accumulated: int) -> str:
-        """What is trained on, in one line.
+        """Describe the training data in one line.
 
         Args:
-            name: of the collection.
+            name: name of the collection.
             batch: queries or texts per forward pass, over all ranks.
             accumulated: forward passes per update.
         """
@@ -71,8 +72,8 @@ class Groups(Dataset[Any]):
     """Training batches of queries, each with its group [positive, negative, ...].
 
     Args:
-        templates: of a retriever, whose batches are queries and passages, or of a reranker, whose
-            batches are pairs.
+        templates: `Templates` give batches of queries and passages (retriever), `PairTemplates`
+            batches of pairs (reranker).
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Groups(Dataset[Any]):
         )
 
     def open(self) -> None:
-        """See `TrainingSet`; reads the runs of the sampler."""
+        """Open the sampler, which reads its runs."""
         if not self._opened:
             self.negatives.open(self.collection, self.qrels, self.seed)
             self._opened = True
@@ -139,7 +140,7 @@ class Groups(Dataset[Any]):
         return Unpacked(TrainBatch, fields, self.token_budget, self.templates.pad_id)
 
     def _excluded(self, query_rows: np.ndarray) -> np.ndarray:
-        """Digests of passages that are never negatives of each query, [Q, M] int64."""
+        """Keys of the texts that are never negatives of each query, [Q, M] int64."""
         each = [self.negatives.excluded_keys(int(row)) for row in query_rows]
         most = max(map(len, each))
         return np.stack([np.append(of, np.full(most - len(of), of[0])) for of in each])
@@ -156,14 +157,14 @@ def pair_ids(
     queries: Sequence[tuple[str, str]],
     passages: Sequence[tuple[str, str]],
 ) -> TokenIds:
-    """Token ids of pairs of texts, (title, text) each."""
+    """Token ids of pairs of (title, text) queries and passages."""
     pairs = templates.pairs(queries, passages)
     seconds = [pair.second for pair in pairs] if templates.typed else None
     return TokenIds.of([pair.ids for pair in pairs], seconds)
 
 
 class TextBatches(Dataset[Unpacked[EncodeBatch]]):
-    """Queries or passages to embed, `batch_size` rows an item; `side` is "query" or "passage"."""
+    """Texts to embed, `batch_size` rows per item; `side` is "query" or "passage"."""
 
     def __init__(
         self,
@@ -189,10 +190,10 @@ class TextBatches(Dataset[Unpacked[EncodeBatch]]):
 
 
 class PairBatches(Dataset[Unpacked[PairBatch]]):
-    """Queries with passages to score, `batch_size` pairs an item.
+    """Pairs to score, `batch_size` pairs per item.
 
     Args:
-        query_rows, passage_rows: [N], one pair each.
+        query_rows, passage_rows: [N], the rows of each pair.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """A collection: corpus, queries and graded qrels by integer row, in one folder on disk.
 
-The texts are memory-mapped Arrow files and the id index is a memory-mapped array of sorted 64-bit
-hashes, so opening 8.8 million passages reads no text and copies none. Strings never travel between
-processes: everything downstream uses rows, and ids are looked up at the two ends. A folder is
-complete or absent: it is written beside its path and renamed.
+The texts are memory-mapped Arrow files, and the id index is a memory-mapped array of sorted 64-bit
+hashes, so opening 8.8 million passages neither reads nor copies texts. Other modules use rows; ids
+are looked up only when files are read and written. The folder is written under a temporary name and
+renamed, so it is either complete or absent.
 
     collection = Collection.open(folder); collection.corpus.get([0, 7]); collection.qrels("test")
 """
@@ -30,23 +30,23 @@ from caravan.errors import InputError
 from caravan.files import scratch_folder
 
 FORMAT = 2
-"""Version of the folder's layout; a folder of another version is built anew."""
+"""Version of the folder's layout; a folder of another version is rebuilt."""
 
 FILES = re.compile(
     r"collection\.json|(corpus|queries)\.(arrow|ids\.npy)|qrels/[^/]+\.npz|runs/[^/]+\.trec"
 )
-"""The files of a collection's folder."""
+"""Paths of the files in a collection's folder."""
 
 OWN = "data:"
 """Prefix of the name of a run that belongs to the collection, as in `data:negatives`."""
 
-REMEDY = "delete the folder and start again to build it anew"
+REMEDY = "delete the folder and run the command again to rebuild it"
 
 log = logging.getLogger(__name__)
 
 
 class DamagedError(InputError):
-    """A collection's folder is incomplete, or not as it was written."""
+    """A collection's folder is incomplete or has changed since it was written."""
 
     def __init__(self, message: str) -> None:
         super().__init__("damaged-collection", message)
@@ -54,29 +54,29 @@ class DamagedError(InputError):
 
 @dataclass(frozen=True)
 class Collection:
-    """What a retriever is trained and scored on: corpus, queries, qrels of each split."""
+    """A test collection for training and evaluation: corpus, queries, and qrels of each split."""
 
     name: str
-    digest: str  # hex, of every record and judgement in order; independent of paths and times
+    digest: str  # hex, of all records and judgements in order; independent of paths and times
     folder: Path
     corpus: Texts
     queries: Texts
     splits: tuple[str, ...]
-    facts: dict[str, Any] = field(default_factory=dict)  # counts, what was skipped or unknown
-    runs: tuple[str, ...] = ()  # those that came with the source: runs/<name>.trec
+    facts: dict[str, Any] = field(default_factory=dict)  # counts, skipped and unknown records
+    runs: tuple[str, ...] = ()  # runs of the source: runs/<name>.trec
     relevant_from: dict[str, int] = field(default_factory=dict)
-    """The lowest relevant grade of each split where it is not 1 (TREC DL's passages)."""
+    """The lowest relevant grade by split, if not 1 (as in TREC DL's passage task)."""
 
     @classmethod
     def open(cls, folder: str | Path) -> Collection:
         """Open a folder that `write_collection` wrote.
 
-        Every file is compared with its digest, unless size and times show that it has not been
-        written since (`caravan.manifests.is_as_written`).
+        Every file is compared with its digest, unless its size and times are unchanged
+        (`caravan.manifests.is_as_written`).
 
         Raises:
-            DamagedError: the folder is not a collection, or is damaged.
-            InputError: "other-format", it has another version.
+            DamagedError: If the folder is not a collection or is damaged.
+            InputError: "other-format" if the folder has another version.
         """
         folder = Path(folder)
         try:
@@ -84,16 +84,16 @@ class Collection:
             if record["version"] != FORMAT:
                 raise InputError(
                     "other-format",
-                    f"the collection in {folder} has format version {record['version']}, this"
-                    f" Caravan reads version {FORMAT}: {REMEDY}",
+                    f"the collection in {folder} has format version {record['version']}, but this"
+                    f" version of Caravan reads version {FORMAT}: {REMEDY}",
                 )
             if record.pop("seal") != manifests.digest(record):
-                raise ValueError("collection.json is not as it was written")
+                raise ValueError("collection.json has changed since it was written")
             for name, written in record["files"].items():
                 if not (folder / name).exists():
                     raise FileNotFoundError(2, "no such file", name)
                 if not manifests.is_as_written(folder / name, written):
-                    raise ValueError(f"{name} is not as it was written")
+                    raise ValueError(f"{name} has changed since it was written")
             digests = record["digests"]
             return cls(
                 name=record["name"],
@@ -109,12 +109,12 @@ class Collection:
         except FileNotFoundError as error:
             missing = error.filename or error
             raise DamagedError(
-                f"{folder} is not a complete collection, {missing} is missing: {REMEDY}"
+                f"{folder} is not a complete collection ({missing} is missing): {REMEDY}"
             ) from None
         except InputError:
             raise
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
-            # of JSON, Arrow and numpy alike
+            # raised by JSON, Arrow and numpy
             raise DamagedError(
                 f"the collection in {folder} is damaged ({error}): {REMEDY}"
             ) from None
@@ -126,9 +126,9 @@ class Collection:
         """The judgements of a split; raises "unknown-split"."""
         if split not in self.splits:
             there = f"its splits are {', '.join(self.splits)}" if self.splits else "it has no qrels"
-            remedy = "name one of them (data.train_split, data.dev_split, data.split)"
+            remedy = "choose one of them (data.train_split, data.dev_split, data.split)"
             if "train" in self.splits and split == "dev":
-                remedy += ", or hold out a share of the training queries (data.held_out=0.1)"
+                remedy += ", or hold out some of the training queries (data.held_out=0.1)"
             raise InputError(
                 "unknown-split",
                 f"collection {self.name} has no split {split!r}: {there}; {remedy}",
@@ -142,17 +142,17 @@ class Collection:
             return Qrels(stored["query_rows"], stored["passage_rows"], stored["grades"], unknown)
 
     def run_path(self, name: str | Path) -> Path:
-        """The file of a run: a path, or `data:<name>` for one of the collection's own.
+        """The file of a run: a path, or `data:<name>` for a run of the collection.
 
         Raises:
-            InputError: "unknown-run", the collection has no such run.
+            InputError: "unknown-run" if the collection has no such run.
         """
         if not str(name).startswith(OWN):
             return Path(name)
         own = str(name).removeprefix(OWN)
         if own not in self.runs:
             there = ", ".join(f"{OWN}{run}" for run in self.runs)
-            known = f"there are {there}" if there else "it came without any; give a run file"
+            known = f"its runs are {there}" if there else "it includes no runs; set a run file"
             raise InputError("unknown-run", f"collection {self.name} has no run {name}: {known}")
         return self.folder / "runs" / f"{own}.trec"
 
@@ -172,23 +172,23 @@ def write_collection(
 ) -> Collection:
     """Stream records into a new collection folder and open it.
 
-    Only the hashes of the ids and the judgements are held in memory. The folder appears at the end
-    by a rename; a kill before leaves only a hidden sibling, which the next build removes.
+    Only judgements and hashes of ids are held in memory. The folder is renamed into place at the
+    end; an interrupted build leaves only a hidden sibling folder, which the next build removes.
 
     Args:
         folder: must not exist yet.
         corpus, queries: (id, title, text), ids unique within each (see `caravan.data.texts`).
         qrels: judgements of each split, `{"test": [(query id, passage id, grade), ...]}`.
         facts: counts about the source; read at the end, so a generator may fill it.
-        where: the place of the n-th record of a part ("corpus", "queries", "qrels/test",
-            "runs/negatives"), for messages, such as "corpus.jsonl:12".
-        unknown_ids: "refuse" a judgement of an unknown id, or "count" it: metrics still use it.
-        runs: lines of runs of the source; of a repeated pair the best score is kept. A run without
-            a line is left out.
-        relevant_from: the lowest relevant grade of a split, if it is not 1.
+        where: returns the place of the n-th record of a part ("corpus", "queries", "qrels/test",
+            "runs/negatives") for messages, such as "corpus.jsonl:12".
+        unknown_ids: "refuse" judgements with unknown ids, or "count" them in the metrics.
+        runs: lines of the source's runs; repeated pairs keep the best score. Empty runs are
+            dropped.
+        relevant_from: the lowest relevant grade by split, if not 1.
 
     Raises:
-        InputError: "empty-corpus", "folder-exists", or what `write_texts` and `RowLookup` raise.
+        InputError: "empty-corpus", "folder-exists", or an error of `write_texts` or `RowLookup`.
     """
     folder = Path(folder)
     place = where or (lambda part, n: f"{part}, record {n + 1}")
@@ -217,7 +217,7 @@ def write_collection(
         if counts["ids_with_spaces"]:
             log.warning(
                 "%s: %d ids have white space such as U+00A0; trec_eval reads runs with such ids,"
-                " Python tools that split lines at any white space do not (ir_measures)",
+                " but Python tools that split lines at any white space (ir_measures) do not",
                 name, counts["ids_with_spaces"],
             )  # fmt: skip
         (draft / "qrels").mkdir()
@@ -257,7 +257,7 @@ def write_collection(
 
 
 def _write_qrels(folder: Path, split: str, qrels: Qrels) -> str:
-    """Write `qrels/<split>.npz`; return its digest."""
+    """Write `qrels/<split>.npz` and return its digest."""
     unknown = qrels.unknown
     np.savez(
         folder / "qrels" / f"{split}.npz",

@@ -1,9 +1,9 @@
 """The LightningDataModule: training batches, and the queries and passages of the validation.
 
 Validation embeds the development queries and either the whole corpus or a fixed subset that keeps
-the metrics informative: every judged passage, the top of a run (the hard ones), and a random fill.
-Subsets are drawn from a constant and not from the training seed, so that trainings with several
-seeds are compared on the same queries and passages.
+the metrics informative: all judged passages, the top of a run (hard passages) and random passages.
+Subsets are drawn with a constant seed, so that trainings with different seeds are compared on the
+same queries and passages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from caravan.errors import InputError
 
 BATCH_SIZE = 1024  # texts: enough to sort by length, few enough to balance ranks
 FEW_BATCHES = 8  # tokenized in seconds
-SUBSET_SEED = 0  # of the validation's queries and passages, whatever the training's seed is
+SUBSET_SEED = 0  # for the queries and passages of the validation; independent of the training seed
 
 _NONE = Qrels(np.empty(0), np.empty(0), np.empty(0))
 
@@ -37,16 +37,16 @@ class DataModule(pl.LightningDataModule):
     Args:
         templates: tokenize queries and passages in the validation.
         training: the training set (`caravan.training.stage.Stage.training_set`).
-        dev_split: whose queries the validation scores; None goes without one.
-        queries_per_batch: queries (or segments) a forward pass, over all ranks together.
-        token_budget: padded tokens a chunk (see `caravan.data.batch.pack`).
-        num_workers: processes that tokenize ahead.
-        passages: how many passages validation searches; None for the whole corpus.
-        queries: how many development queries validation scores; None for all of them.
-        run, run_depth: a run over the development queries whose top passages are in the subset; of
-            a reranker, the candidates to rerank.
-        ignore_identical_ids: leave the passage with a query's id out of its results, as
-            `evaluate.py` does (`caravan.data.negatives.warn_if_queries_are_passages`).
+        dev_split: split with the validation queries; None disables validation.
+        queries_per_batch: queries (or segments) per forward pass, summed over ranks.
+        token_budget: padded tokens per chunk (see `caravan.data.batch.pack`).
+        num_workers: worker processes for tokenization.
+        passages: number of passages to search in validation; None searches the whole corpus.
+        queries: number of development queries to score in validation; None scores all.
+        run, run_depth: a run over the development queries; its top passages are in the subset, or
+            for a reranker are the candidates to rerank.
+        ignore_identical_ids: drop the passage with the query's id from its results, as in
+            `evaluate.py` (`caravan.data.negatives.warn_if_queries_are_passages`).
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class DataModule(pl.LightningDataModule):
             InputError: "empty-split", "missing-run", "other-queries".
         """
         self.relevant_from = self.collection.relevant_from.get(split, 1)
-        # A query without a relevant passage in the corpus scores 0 whatever the model does:
-        # evaluate.py counts it, the validation leaves it out.
+        # Queries without a relevant passage in the corpus score 0 for any model. evaluate.py counts
+        # them; validation excludes them.
         judged = self.collection.qrels(split)
         dev = judged.only(judged.query_rows[judged.grades >= 1])
         if queries is not None and queries < len(dev.queries):
@@ -104,7 +104,7 @@ class DataModule(pl.LightningDataModule):
             raise InputError(
                 "empty-split",
                 f"{self.collection.name}: split {split!r} has no query with a relevant passage, so"
-                " nothing can be validated; choose another with data.dev_split",
+                " validation is not possible; choose another split with data.dev_split",
             )
         self.dev_qrels = dev
         if not self.ignore_identical_ids and is_main_process():
@@ -119,25 +119,25 @@ class DataModule(pl.LightningDataModule):
         self.training.open()
 
     def without_own(self, run: Run, depth: int) -> Run:
-        """The `depth` best of a run, without own passages if `ignore_identical_ids`."""
+        """Cut a run to `depth`, dropping own passages if `ignore_identical_ids`."""
         if self.ignore_identical_ids:
             run = run.without(run.query_rows, own_passages(self.collection, run.query_rows))
         return run.top(depth)
 
     def _candidates(self, path: str | None, depth: int) -> Run:
-        """The passages that a reranker's validation reranks: the top of a run."""
+        """The top of a run, which the validation of a reranker reranks."""
         if path is None:
             raise InputError(
                 "missing-run",
-                "the validation of a reranker reranks the candidates of a run: give one over the"
-                f" {self.dev_split} queries as validation.run",
+                "the validation of a reranker needs candidates: set validation.run to a run over"
+                f" the {self.dev_split} queries",
             )
         run = self._read(path, depth + self.ignore_identical_ids)
         candidates = self.without_own(run.only(self.dev_qrels.queries), depth)
         if not len(candidates):
             raise InputError(
                 "other-queries",
-                f"{path} ranks none of the {self.dev_split} queries; write one with evaluate.py"
+                f"{path} ranks none of the {self.dev_split} queries; create a run with evaluate.py"
                 f" data.split={self.dev_split}",
             )
         return candidates
@@ -176,20 +176,20 @@ class DataModule(pl.LightningDataModule):
         return TrainLoader(self.training, order, self.num_workers, per_epoch)
 
     def batches_per_epoch(self, trainer: pl.Trainer) -> int:
-        """Batches of one epoch on one rank, under `limit_train_batches`; makes no loader."""
+        """Batches per epoch on one rank, under `limit_train_batches`; creates no loader."""
         world = trainer.num_devices * trainer.num_nodes
         order = QueryOrder(len(self.training), self.queries_per_batch, 0, world)
         return limited(len(order), trainer.limit_train_batches)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """[queries, passages] of a retriever, [pairs] of a reranker, none without a validation."""
+        """Loaders of [queries, passages] (retriever), [pairs] (reranker) or [] (no validation)."""
         if not len(self.dev_qrels):
             return []
         queries, corpus = self.collection.queries, self.collection.corpus
         templates, budget = self.templates, self.token_budget
         if isinstance(templates, PairTemplates):
             run = self.candidates
-            assert run is not None  # `set_validation` reads them for pair templates
+            assert run is not None  # `set_validation` reads the candidates for pair templates
             rows = np.repeat(run.query_rows, run.counts), run.passage_rows
             return [
                 self._loader(PairBatches(queries, corpus, *rows, templates, BATCH_SIZE, budget))
@@ -204,7 +204,8 @@ class DataModule(pl.LightningDataModule):
 
     def _loader(self, batches: TextBatches | PairBatches) -> DataLoader[Any]:
         share = rank_share(len(batches), self._trainer.global_rank, self._trainer.world_size)
-        # A worker copies this process's memory: not for a few seconds of tokenizing.
+        # A worker copies the memory of this process, which a few seconds of tokenizing do not
+        # justify.
         workers = self.num_workers if len(share) > FEW_BATCHES else 0
         return TextLoader(batches, share, workers)
 

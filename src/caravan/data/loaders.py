@@ -1,11 +1,11 @@
 """The order of batches, and the DataLoaders with their worker processes.
 
-The order of an epoch is a permutation drawn from (seed, epoch) alone, and a batch is the same set
-of queries on one process or on many, each rank taking its consecutive share. What was consumed is
-two integers, so a checkpoint in mid-epoch continues with the very next batch.
+The order of an epoch is a permutation that depends only on (seed, epoch). A batch has the same
+queries on any number of ranks; each rank takes a consecutive share. The position is two integers,
+so a checkpoint in the middle of an epoch resumes at the next batch.
 
-Workers tokenize and send numpy arrays (`caravan.data.batch.Unpacked`); the main process cuts chunks
-and makes tensors of them. A failing worker ends the run: the main process never waits forever.
+Workers tokenize and send numpy arrays (`caravan.data.batch.Unpacked`); the main process splits them
+into chunks and converts them to tensors. A failing worker ends the run instead of hanging it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 class QueryOrder(Sampler[tuple[int, np.ndarray]]):
     """The batches of an epoch for one rank: (epoch, positions [n] in the epoch's permutation).
 
-    The last batch of an epoch may be short. It is divided among the ranks as evenly as the others;
-    with fewer queries than ranks it is left out, since every rank needs a query.
+    The last batch of an epoch may be smaller. It is split evenly over the ranks, or dropped if it
+    has fewer queries than ranks, since every rank needs a query.
     """
 
     def __init__(self, queries: int, batch: int, rank: int = 0, world: int = 1) -> None:
@@ -52,7 +52,7 @@ class QueryOrder(Sampler[tuple[int, np.ndarray]]):
 
 
 def limited(batches: int, limit: int | float) -> int:
-    """The batches of an epoch under Lightning's `limit_train_batches`, a number or a share.
+    """The batches per epoch under Lightning's `limit_train_batches`, a number or a fraction.
 
     >>> limited(10, 4), limited(10, 0.5), limited(10, 1.0)
     (4, 5, 10)
@@ -61,7 +61,7 @@ def limited(batches: int, limit: int | float) -> int:
 
 
 def rank_share(items: int, rank: int, world: int) -> list[int]:
-    """The items of one rank, the same number on each; the first ones are repeated to even it out.
+    """The items of one rank; the first items are repeated so that all ranks have equally many.
 
     >>> [rank_share(5, rank, 2) for rank in range(2)]
     [[0, 2, 4], [1, 3, 0]]
@@ -71,15 +71,15 @@ def rank_share(items: int, rank: int, world: int) -> list[int]:
 
 
 class BatchLoader(DataLoader[Any]):
-    """Loads the batches of a dataset of `Unpacked` items, and packs them in the main process.
+    """Loads the batches of a dataset of `Unpacked` items and packs them in the main process.
 
-    An `InputError` or `OSError` in a worker is raised here unchanged, anything else with the
+    An `InputError` or `OSError` in a worker is raised here unchanged, any other exception with the
     worker's traceback. If a worker dies, torch raises a RuntimeError, which
     `caravan.errors.sentence` explains.
 
     Args:
-        seed: of the loader's own generator; drawing its base seed from torch's global state would
-            make a resumed run differ from an uninterrupted one.
+        seed: seed of the loader's generator; a base seed from torch's global state would make a
+            resumed run differ from an uninterrupted one.
     """
 
     def __init__(
@@ -98,7 +98,8 @@ class BatchLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         release_free_memory()
-        # Ctrl-C goes to all processes of a terminal; the main process ends its workers itself.
+        # Ctrl-C reaches all processes of a terminal; workers ignore it and the main process ends
+        # them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             items = super().__iter__()  # starts the workers
@@ -108,13 +109,13 @@ class BatchLoader(DataLoader[Any]):
 
 
 class TrainLoader(BatchLoader):
-    """Loads training batches; knows its epoch and how many batches it has handed out.
+    """Loads training batches; its state is the epoch and the number of batches handed out.
 
-    It counts epochs itself: Lightning's counter lags by one after two resumes in a row from a
-    checkpoint at the end of an epoch, which would give the order of another epoch.
+    The loader counts epochs because Lightning's counter lags by one after two consecutive resumes
+    from a checkpoint at the end of an epoch, which would select the order of another epoch.
 
     Args:
-        per_epoch: batches that Lightning takes in an epoch; None for all of `order`.
+        per_epoch: batches that Lightning takes per epoch; None for all of `order`.
     """
 
     def __init__(
@@ -124,8 +125,8 @@ class TrainLoader(BatchLoader):
         num_workers: int,
         per_epoch: int | None = None,
     ) -> None:
-        # Its worker is forked before training has filled any memory, and kept: one that is forked
-        # in a later epoch would hold a copy of the memory that the process uses by then.
+        # Persistent workers are forked before training allocates memory; a worker forked in a later
+        # epoch would hold a copy of the memory used by then.
         super().__init__(
             training, order, num_workers, training.seed, persistent_workers=num_workers > 0
         )
@@ -153,8 +154,8 @@ class TrainLoader(BatchLoader):
 class TextLoader(BatchLoader):
     """Loads texts to embed or pairs to score; its workers end with the last batch.
 
-    Lightning keeps the iterator of a validation until the next one and never exhausts it, so the
-    workers would keep a copy of the training process all the time.
+    Lightning keeps the iterator of a validation until the next validation and never exhausts it, so
+    the workers would hold a copy of the training process in the meantime.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -169,22 +170,21 @@ class TextLoader(BatchLoader):
 def release_free_memory() -> None:
     """Return free memory of the allocator to the system (glibc only).
 
-    A process that forks with gigabytes of it keeps them twice: the parent writes to its copy, and
-    the worker holds the other.
+    After a fork, free memory that the parent reuses would exist twice, once in the worker.
     """
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def _start_worker(_: int) -> None:
-    # The tokenizer's own threads do not survive the fork; each worker is one thread of its own.
+    # The tokenizer's threads do not survive the fork; each worker uses one thread.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # With few cores, a worker that occupies one stalls the other threads of the step.
+    # With few cores, a worker would otherwise slow down the threads of the training step.
     os.nice(10)
-    # torch's handler would blame shared memory, which is not in use, before the worker dies.
+    # torch's handler would report a lack of shared memory, which is not used.
     signal.signal(signal.SIGBUS, signal.SIG_DFL)
-    # By default a failure of the thread that sends the batches is printed, and the main process
-    # waits for the batch forever. The death of a worker is noticed.
+    # By default an error in the sending thread is only printed, and the main process waits for the
+    # batch forever. The main process does detect the exit of a worker.
     Queue._on_queue_feeder_error = staticmethod(_cannot_send)  # type: ignore[attr-defined]
 
 
@@ -201,14 +201,14 @@ def _packed(item: Unpacked[Any] | Exception) -> Any:
 
 
 def _unchanged(item: Any) -> Any:
-    """In place of torch's collate function, which makes tensors."""
+    """Replaces torch's collate function, which would create tensors."""
     return item
 
 
 class _Caught(Dataset[Any]):
-    """The items of a dataset, or the `InputError` or `OSError` that an item raises.
+    """Returns the items of a dataset, or the `InputError` or `OSError` that an item raises.
 
-    torch would put the exception into the text of a traceback.
+    If raised in a worker, torch would turn the exception into the text of a traceback.
     """
 
     def __init__(self, batches: Any) -> None:

@@ -1,18 +1,18 @@
-"""Decides the positive and the negatives of a query in an epoch.
+"""Samplers: choose the positive and the negatives of each query in each epoch.
 
-Drawn: hard negatives are passages that a retriever ranks high and nobody judged relevant; RepLLaMA
-blends the top 200 of two retrievers (arXiv 2310.08319, section 3.1). Any run will do: BM25, a run
-of a Caravan retriever (`evaluate.py` writes it), another system's TREC file; several are blended.
-Without runs, and where a query has too few candidates, passages are drawn from the whole corpus. A
-group is a pure function of (seed, epoch, position): new negatives every epoch, the same ones after
-a resume and on any number of ranks.
+Hard negatives are passages that a retriever ranks high and that are not judged relevant. RepLLaMA
+blends the top 200 of two retrievers (arXiv 2310.08319, section 3.1). Any run can be used: BM25, a
+Caravan retriever (`evaluate.py` writes its run), or a TREC file of another system; several runs are
+blended. Without runs, or if a query has too few candidates, passages are drawn from the corpus. A
+group is a pure function of (seed, epoch, position): negatives change every epoch, and are the same
+after a resume and on any number of ranks.
 
-Never drawn: the positives of the query, the passage with the id of the query (a query of ArguAna or
-Quora is itself a passage), and passages under other ids with the text of any of these or of the
-query.
+The following are never drawn: the positives of the query, the passage with the id of the query (in
+ArguAna and Quora queries are also passages), and passages with the same text as any of these or as
+the query.
 
-Masked: the passages of the other queries in a batch are negatives too (`caravan.training.
-retriever`), except those whose text is one of `excluded_keys`, by the same rule.
+The passages of the other queries in a batch are negatives too (`caravan.training.retriever`);
+those whose text is among `excluded_keys` are masked by the same rule.
 """
 
 from __future__ import annotations
@@ -31,24 +31,23 @@ from caravan.data.runs import Run, read_run
 from caravan.data.texts import text_keys
 from caravan.errors import InputError
 
-SAMPLED_QUERIES = 64  # whose texts `warn_if_queries_are_passages` compares
+SAMPLED_QUERIES = 64  # texts that `warn_if_queries_are_passages` compares
 
 log = logging.getLogger(__name__)
 
 
 def own_passages(collection: Collection, queries: np.ndarray) -> np.ndarray:
-    """The row of the passage with each query's id, [Q] int64; -1 where there is none."""
+    """The row of the passage with each query's id, [Q] int64; -1 if there is none."""
     return collection.corpus.rows(collection.queries.ids(queries))
 
 
 def warn_if_queries_are_passages(collection: Collection, queries: np.ndarray) -> None:
-    """Warn if queries have the id and the text of a passage, and so would retrieve themselves.
+    """Warn if queries have the id and the text of a passage, and would retrieve themselves.
 
     In BEIR's ArguAna each query is an argument of the corpus, and the task is to find its
-    counterargument. BEIR's code leaves out the passage with the query's id in every collection
-    (`ignore_identical_ids`, Thakur et al. 2021, arXiv 2104.08663). Elsewhere equal ids are often
-    just numbers and the passage may be a good answer, so it is a setting of evaluation and
-    validation.
+    counterargument. BEIR's code drops the passage with the query's id in every collection
+    (`ignore_identical_ids`, Thakur et al. 2021, arXiv 2104.08663). In other collections equal ids
+    are often just equal numbers, and the passage may be relevant, so dropping it is a setting.
     """
     own = own_passages(collection, queries)
     both = np.flatnonzero(own >= 0)
@@ -61,61 +60,61 @@ def warn_if_queries_are_passages(collection: Collection, queries: np.ndarray) ->
     )
     if same and 2 * same >= len(sample):
         log.warning(
-            "%s: %d of %d queries are passages of the corpus themselves, under the same id; leave"
-            " these out, as BEIR does: ignore_identical_ids=true",
+            "%s: %d of %d queries are also passages of the corpus with the same id; to drop these"
+            " passages from the results, as BEIR does, set ignore_identical_ids=true",
             collection.name, len(both), len(queries),
         )  # fmt: skip
 
 
 class Sampler(Protocol):
-    """Everything that training requires of a sampler; `docs/extending.md` has an example.
+    """The interface of a sampler; `docs/extending.md` has an example.
 
-    Only the training set of a retriever or reranker (`caravan.data.batching.Groups`) uses it;
-    validation and adaptation have no sampler. `open` is called once in each process, before the
+    Only the training set of a retriever or reranker (`caravan.data.batching.Groups`) uses a
+    sampler; validation and adaptation do not. `open` is called once in each process, before the
     workers (`batching.num_workers`) are forked; the other methods are called in the workers. They
     must be pure functions of their arguments and the seed, so that a resumed run and a run on
     another number of ranks train on the same groups.
 
-    Rows are int64, those of `Collection.queries` and `Collection.corpus`.
+    Rows are int64 rows of `Collection.queries` and `Collection.corpus`.
 
     Attributes:
-        number: negatives per query, the same for all of them.
+        number: negatives per query, the same for all queries.
     """
 
     number: int
 
     def open(self, collection: Collection, qrels: Qrels, seed: int) -> None:
-        """Read what `group` needs.
+        """Read the files that `group` needs.
 
         Args:
             qrels: the judgements of the training split.
 
         Raises:
-            InputError: A file does not belong to the collection, or the corpus is too small.
+            InputError: If a file does not belong to the collection or the corpus is too small.
         """
 
     def group(self, query_row: int, epoch: int, position: int) -> np.ndarray:
-        """Passage rows [1 + number] of a query, without repetition: a positive, then its negatives.
+        """Distinct passage rows [1 + number] of a query: a positive, then its negatives.
 
         Args:
-            query_row: of a query with a relevant passage.
+            query_row: row of a query with a relevant passage.
             epoch: counted from 0.
-            position: of the query in the order of the epoch; differs between queries.
+            position: position of the query in the order of the epoch; unique within the epoch.
         """
         ...
 
     def excluded_keys(self, query_row: int) -> np.ndarray:
         """Keys of the texts that are never negatives of a query, [M] int64 with M >= 1.
 
-        A retriever masks the passages of other queries in the batch whose key
+        A retriever masks passages of other queries in the batch if their key
         (`caravan.data.texts.text_keys`) is among these.
         """
         ...
 
     def teacher_scores(self, query_row: int, rows: np.ndarray) -> np.ndarray | None:
-        """A teacher's scores of a group, [1 + number] float32, NaN where there is none.
+        """A teacher's scores of a group, [1 + number] float32, NaN for passages without a score.
 
-        None without a teacher; then it must be None for every query.
+        Without a teacher it returns None for every query.
         """
         return None
 
@@ -124,18 +123,18 @@ class Negatives(Sampler):
     """Chooses the group [positive, negative, ...] of a query, 1 + `number` passages.
 
     Args:
-        runs: run files over the training queries, or data:negatives for those of training rows;
-            none means passages drawn from the corpus.
+        runs: run files over the training queries, or data:negatives for the negatives that the
+            collection includes; without runs, passages are drawn from the corpus.
         number: negatives per query.
-        depth: how many of each run's passages are candidates, from the top.
-        skip: leave out this many at the top, where unjudged positives gather.
-        choose: "random" among the candidates, or the "top" ones, rank by rank over the runs.
-        margin: keep a candidate only if its score is at most the positive's minus this, in the
-            run's own unit. A query whose positive the run lacks keeps all its candidates.
-        teacher: a run whose scores a loss learns from; `evaluate.py` with a reranker and
+        depth: passages per query that are candidates in each run, from the top.
+        skip: passages at the top of each run to skip; many of them are unjudged positives.
+        choose: "random" samples from the candidates; "top" takes the best, interleaving the runs.
+        margin: keep a candidate only if its score in the run is at most the positive's minus this.
+            If the run lacks the positive, all candidates are kept.
+        teacher: a run with teacher scores for the loss; `evaluate.py` with a reranker and
             rerank.judged=true writes one.
-        teacher_margin: leave out a candidate whose teacher score is above the positive's minus
-            this: it is probably an unjudged positive. Candidates without a score stay.
+        teacher_margin: drop a candidate if its teacher score is above the positive's minus this:
+            it is probably an unjudged positive. Candidates without a score are kept.
     """
 
     def __init__(
@@ -184,8 +183,8 @@ class Negatives(Sampler):
         """Read the runs. Must be called once before `group`.
 
         Raises:
-            InputError: "other-queries", a run ranks none of the training queries;
-                "corpus-too-small", a query leaves too few passages to draw from.
+            InputError: "other-queries" if a run ranks none of the training queries;
+                "corpus-too-small" if too few passages are not excluded for a query.
         """
         self._qrels, self._collection, self._seed = qrels, collection, seed
         self._own = own_passages(collection, qrels.queries)
@@ -194,9 +193,9 @@ class Negatives(Sampler):
         if self.number > others:
             raise InputError(
                 "corpus-too-small",
-                f"sampler.number={self.number}: of the corpus of {len(collection.corpus)} passages"
-                f" {most} are positives of one query or have its id, which leaves too few; set it"
-                f" to {others} or less",
+                f"sampler.number={self.number}: the corpus has {len(collection.corpus)} passages,"
+                f" of which {most} are positives of one query or have its id, so too few are left;"
+                f" set it to {others} or less",
             )
         texts = collection.queries, collection.corpus
         self._runs = [
@@ -204,8 +203,8 @@ class Negatives(Sampler):
         ]
         if not self.paths and self.number and "negatives" in collection.runs:
             log.warning(
-                "%s has negatives of its own, which are not used; sampler.runs=[%snegatives] uses"
-                " them",
+                "%s includes negatives, which are not used; to use them, set"
+                " sampler.runs=[%snegatives]",
                 collection.name, OWN,
             )  # fmt: skip
         checked = list(zip(self.paths, self._runs, strict=True))
@@ -221,19 +220,19 @@ class Negatives(Sampler):
                 )
 
     def excluded(self, query_row: int) -> np.ndarray:
-        """Passage rows that are never negatives of a query: its positives, its own passage last."""
+        """Passage rows that are never negatives of a query: its positives, then own passage."""
         positives = self._qrels.positives(query_row)
         own = self._own[np.searchsorted(self._qrels.queries, query_row)]
         return positives if own < 0 or own in positives else np.append(positives, own)
 
     def excluded_keys(self, query_row: int) -> np.ndarray:
-        """`text_keys` that no negative of a query has: those of `excluded`, and the query's own."""
+        """The `text_keys` of the passages in `excluded` and of the query itself."""
         texts = self._collection.corpus.get(self.excluded(query_row))
         ((_, asked),) = self._collection.queries.get([query_row])
         return text_keys([*texts, ("", asked)])
 
     def _most_excluded(self) -> int:
-        """The number of passages that are excluded for the query with most of them."""
+        """The largest number of excluded passages of a query."""
         queries, relevant = self._qrels.queries, self._qrels.grades >= 1
         place = np.searchsorted(queries, self._qrels.query_rows[relevant])
         own = self._qrels.passage_rows[relevant] == self._own[place]
@@ -244,7 +243,7 @@ class Negatives(Sampler):
         """Passage rows [1 + number] of a query: its positive first, then its negatives.
 
         Raises:
-            InputError: "corpus-too-small", it has too few other texts.
+            InputError: "corpus-too-small" if the corpus has too few other texts.
         """
         rng = np.random.default_rng((self._seed, epoch, position))
         positives = self._qrels.positives(query_row)
@@ -253,8 +252,8 @@ class Negatives(Sampler):
         keys = self.excluded_keys(query_row)
         pool = self.candidates(query_row, positive, taken)
         chosen = np.empty(0, dtype=np.int64)
-        # Only the drawn passages are read: copies are rare, and comparing the texts of all
-        # candidates would cost a hundred times as much.
+        # Read only the drawn passages: copies are rare, and comparing the texts of all candidates
+        # would cost a hundred times as much.
         while len(chosen) < self.number:
             drawn = self._drawn(self.number - len(chosen), query_row, pool, taken, rng)
             pool = pool[~np.isin(pool, drawn)]
@@ -263,9 +262,10 @@ class Negatives(Sampler):
         return np.concatenate(([positive], chosen))
 
     def teacher_scores(self, query_row: int, rows: np.ndarray) -> np.ndarray | None:
-        """A group's teacher scores [G] float32, NaN where there is none; None without a teacher.
+        """See `Sampler`. All scores are NaN if the teacher has no score for the positive.
 
-        Without a score of the positive, the group cannot be compared and all scores are NaN.
+        Returns:
+            [G] float32, or None without a teacher.
         """
         if self._teacher is None:
             return None
@@ -280,9 +280,9 @@ class Negatives(Sampler):
         return found
 
     def candidates(self, query_row: int, positive: int, excluded: np.ndarray) -> np.ndarray:
-        """Every passage row that may serve as a hard negative, the runs' best ranks first.
+        """All passage rows that can be hard negatives of a query, ordered by rank in the runs.
 
-        May include copies of the positives' texts, which `group` leaves out.
+        They may include copies of the positives, which `group` drops.
         """
         ranked = []
         for run in self._runs:
@@ -316,7 +316,7 @@ class Negatives(Sampler):
         taken: np.ndarray,
         rng: np.random.Generator,
     ) -> np.ndarray:
-        """`number` rows of the pool, filled up from the corpus without the rows in `taken`."""
+        """Draw `number` rows from the pool, then from the corpus except the rows in `taken`."""
         if self.choose == "random" and len(pool) > number:
             pool = rng.choice(pool, number, replace=False)
         rows = pool[:number].tolist()
@@ -326,9 +326,9 @@ class Negatives(Sampler):
             (name,) = self._collection.queries.ids([query_row])
             raise InputError(
                 "corpus-too-small",
-                f"sampler.number={self.number} is too large for query {name!r}: without its"
-                f" positives and copies of their texts the corpus of {size} passages is too small;"
-                " lower it",
+                f"sampler.number={self.number} is too large for query {name!r}: the corpus of"
+                f" {size} passages has too few that are not its positives or copies of them; lower"
+                " it",
             )
         while len(rows) < number:
             row = int(rng.integers(size))

@@ -1,11 +1,8 @@
-"""Text to token ids: prompt, truncate, then EOS, in this order for every stage.
+"""Tokenization: add the prompt, truncate, then append EOS, in this order for every stage.
 
-RepLLaMA reads its embedding at the EOS (arXiv 2310.08319, section 2.1), so an EOS that truncation
-cuts off is a wrong embedding without an error. Here only the text is truncated, never what the
-template puts after it, nor a special token. BOS, [CLS] and [SEP] are added as the tokenizer itself
-adds them.
-
-`Templates` makes the inputs of a retriever, `PairTemplates` those of a reranker.
+RepLLaMA pools at the EOS (arXiv 2310.08319, section 2.1), so truncating the EOS would silently give
+a wrong embedding. Only the text is truncated, never the template's suffix or a special token. BOS,
+[CLS] and [SEP] are added as by the tokenizer.
 """
 
 from __future__ import annotations
@@ -23,12 +20,9 @@ from caravan.errors import InputError
 
 log = logging.getLogger(__name__)
 
-LEAST = 16
-"""Tokens that a document keeps however long its query is; beyond them the query is truncated."""
-
+LEAST = 16  # tokens kept of every document; a longer query is truncated
 CHARACTERS_A_TOKEN = 16
 SPARE_TOKENS = 16
-
 _WORD_END = re.compile(r"(?<=\S)(?=[ \t\n])")
 
 
@@ -46,7 +40,7 @@ def plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def beginning(text: str, room: int, start: int = 0) -> str:
-    """The first `start` characters of a text and enough for `room` tokens, up to a word's end."""
+    """The first `start` characters, and enough more for `room` tokens, cut at the end of a word."""
     end = _WORD_END.search(text, start + CHARACTERS_A_TOKEN * (room + SPARE_TOKENS))
     return text[: end.start()] if end else text
 
@@ -54,14 +48,10 @@ def beginning(text: str, room: int, start: int = 0) -> str:
 def token_ids(
     tokenizer: Any, texts: list[str], room: int, starts: Sequence[int] | None = None
 ) -> list[list[int]]:
-    """Ids of texts without special tokens, correct up to `room` tokens.
+    """Ids of texts without special tokens, of which the first `room` are correct.
 
-    Only the beginning of a long text is tokenized (380,000 characters: 123 ms, their first 4,000:
-    0.8 ms). Tokenizers divide texts at or near a space after a word; if the beginning does not give
-    the spare tokens beyond the room, the whole text is tokenized, so that the ids are the same.
-
-    Args:
-        starts: characters of each text that are tokenized in any case.
+    Only the beginning of a long text is tokenized (380,000 characters: 123 ms; 4,000: 0.8 ms), at
+    least `starts[i]` characters, or the whole text if the beginning gives too few tokens.
     """
     starts = starts or [0] * len(texts)
     cut = [beginning(text, room, start) for text, start in zip(texts, starts, strict=True)]
@@ -77,7 +67,7 @@ def token_ids(
 
 
 def special_tokens(tokenizer: Any, pair: bool = False) -> tuple[list[int], list[int], list[int]]:
-    """The ids that the tokenizer puts before a text, between the texts of a pair, and after it."""
+    """The special tokens before a text, between the texts of a pair, and after them."""
     texts = ("a", "b") if pair else ("a",)
     whole = tokenizer(*texts, add_special_tokens=True)["input_ids"]
     gaps, end = [], 0
@@ -99,7 +89,7 @@ def special_tokens(tokenizer: Any, pair: bool = False) -> tuple[list[int], list[
 def _around(
     tokenizer: Any, encoding: Encoding, pair: bool = False
 ) -> tuple[list[int], list[int], list[int]]:
-    """`special_tokens` with the EOS that the encoding appends."""
+    """`special_tokens`, with the EOS if the encoding appends one."""
     before, between, after = special_tokens(tokenizer, pair)
     eos = tokenizer.eos_token_id
     if encoding.append_eos and eos is None:
@@ -114,11 +104,8 @@ def _around(
 
 
 def without_second_end(tokenizer: Any, encoding: Encoding) -> Encoding:
-    """The encoding for a new model: `append_eos` is off if the tokenizer ends texts by itself.
-
-    Qwen3-Embedding's tokenizer ends each text with <|endoftext|> and has another token as its EOS.
-    With both, pooling would read a state that the model was never trained on.
-    """
+    """The encoding of a new model, without `append_eos` if the tokenizer adds another end token
+    (Qwen3-Embedding appends <|endoftext|>, which is not its EOS, and was trained to pool there)."""
     eos, token = tokenizer.eos_token_id, tokenizer.eos_token
     if not encoding.append_eos or eos is None:
         return encoding
@@ -128,9 +115,7 @@ def without_second_end(tokenizer: Any, encoding: Encoding) -> Encoding:
     for side, template in templates.items():
         if template.rstrip().endswith(token):
             raise InputError(
-                "repeated-eos",
-                f"encoding.{side}_template ends with {token}, which encoding.append_eos appends;"
-                " leave it out of the template",
+                "repeated-eos", f"remove {token} from encoding.{side}_template; append_eos adds it"
             )
     paired = encoding.kind == "reranker" and encoding.pair == "pair"
     after = special_tokens(tokenizer, paired)[2]
@@ -143,7 +128,7 @@ def without_second_end(tokenizer: Any, encoding: Encoding) -> Encoding:
 
 
 class Template:
-    """One template of the encoding, split into what may be truncated and what may not."""
+    """A template of the encoding, split into a part that can be truncated and a fixed suffix."""
 
     def __init__(self, template: str) -> None:
         self.body, self.suffix, self.slots = template_parts(template)
@@ -158,16 +143,15 @@ class Template:
         return (self.body if title else self.untitled).format(title=title, text=text)
 
     def tail(self, tokenizer: Any, encoding: Encoding, after: list[int]) -> list[int]:
-        """Ids that follow the text: the suffix, then the slots, or else the special tokens."""
+        """Ids after the text: the suffix, then either the slots or the special tokens."""
         ids = plain_ids(tokenizer, [self.suffix])[0] if self.suffix else []
         if not self.slots:
             return [*ids, *after]
         if after:
             raise InputError(
                 "unsupported-tokenizer",
-                f"{_name(tokenizer)} puts a special token after every text, where {{self}} or"
-                " {next} must be last; let the EOS be the slot: encoding.slots=0,"
-                " encoding.append_eos=true, and templates without {self} and {next}",
+                f"{_name(tokenizer)} appends a special token after {{self}} or {{next}}; remove"
+                " them from the templates and set encoding.slots=0 encoding.append_eos=true",
             )
         known = tokenizer.get_vocab()
         tokens = slot_tokens(encoding, self.slots)
@@ -178,7 +162,7 @@ class Template:
 
 
 def check_room(setting: str, room: int, taken: int) -> None:
-    """Refuse a length without room for text; warn if the prompt takes more than the text."""
+    """Refuse a length without room for text; warn if less than half of it is for text."""
     problem = f"{setting} leaves {{}} for text: prompts and special tokens take {taken}; raise it"
     if room < 1:
         raise InputError("no-room-for-text", problem.format("no room"))
@@ -193,15 +177,9 @@ def _warn_once(message: str) -> None:
 
 
 class Templates:
-    """Turns queries and passages into token ids as the encoding says.
+    """Tokenizes inputs of a retriever; `before` and `tails[side]` are the ids around every text.
 
-    Attributes:
-        before: ids before every text.
-        tails: ids after a "query" and after a "passage", however long the text is.
-        pad_id: fills padding; any id will do, since the mask marks the real tokens.
-
-    Raises:
-        InputError: "missing-eos", "no-room-for-text", "unsupported-tokenizer".
+    Raises: InputError "missing-eos", "no-room-for-text", "unsupported-tokenizer".
     """
 
     def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
@@ -221,11 +199,11 @@ class Templates:
             check_room(f"encoding.{side}_length={length}", length - taken, taken)
 
     def queries(self, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """Token ids of queries, given as (title, text); the title is ignored."""
+        """Token ids of (title, text) queries; the title is ignored."""
         return self._encode([self._query.render("", text) for _, text in texts], "query")
 
     def passages(self, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """Token ids of passages, given as (title, text)."""
+        """Token ids of (title, text) passages."""
         return self._encode([self._passage.render(*text) for text in texts], "passage")
 
     def _encode(self, texts: list[str], side: str) -> list[list[int]]:
@@ -235,29 +213,20 @@ class Templates:
 
 
 class Pair(NamedTuple):
-    """One input of a reranker."""
-
     ids: list[int]
     second: int  # start of the passage, for models with token types; of the query for a likelihood
 
 
 class PairTemplates:
-    """Turns a query and a passage into one input of a reranker: joined or paired.
+    """Tokenizes (query, passage) pairs for a reranker, as one joined text or as a pair.
 
-    RankLLaMA (arXiv 2310.08319, section 2.2) reads `query: {query} document: {title} {text}` and an
-    EOS as one text; its released checkpoints, and encoders, take a pair with the tokenizer's
-    special tokens. The document is truncated, never the EOS, and the query only where it leaves the
-    document fewer than `LEAST` tokens. For a likelihood the document comes first, and the prompt of
-    the query is part of the condition.
+    RankLLaMA (arXiv 2310.08319, section 2.2) uses `query: {query} document: {title} {text}` with an
+    EOS as one text; its released checkpoints, and encoders, use a pair with special tokens. The
+    document is truncated, never the EOS; the query only if it leaves the document fewer than
+    `LEAST` tokens (`cut` counts such pairs). For a likelihood the document and the query's prompt
+    are the condition. `section` is the config section of the lengths, for messages.
 
-    Args:
-        section: the config section that sets the lengths, for messages.
-
-    Attributes:
-        cut: pairs so far whose query was truncated; the first one is logged.
-
-    Raises:
-        InputError: "missing-eos", "no-room-for-text", "invalid-template", "unsupported-tokenizer".
+    Raises: InputError, as `Templates`, and "invalid-template".
     """
 
     def __init__(self, tokenizer: Any, encoding: Encoding, section: str = "encoding") -> None:
@@ -272,16 +241,14 @@ class PairTemplates:
         self._passage = Template(encoding.passage_template)
         prompt: list[int] = []
         if likelihood:
-            self.after = []  # only the query's own tokens are part of its likelihood
+            self.after = []  # the likelihood is that of the query's tokens only
             self._before_query = f" {self._query.render('', '')}"
             prompt = plain_ids(tokenizer, [self._before_query])[0]
             ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
             self._start = next((token for token in ends if token is not None), None)
         if self._passage.suffix:
             raise InputError(
-                "invalid-template",
-                f"encoding.passage_template {encoding.passage_template!r} has text after its last"
-                " field, which a reranker does not support; end it with {text}",
+                "invalid-template", "encoding.passage_template of a reranker must end with {text}"
             )
         self.room = self.length - len(self.before) - len(self.between) - len(self.after)
         left = max(self.room - len(prompt), 0)
@@ -289,14 +256,14 @@ class PairTemplates:
             raise InputError(
                 "no-room-for-text",
                 f"{section}.query_length + {section}.passage_length = {self.length} leaves {left}"
-                f" tokens for query and document, which need {2 * LEAST}; raise one of them",
+                f" tokens for the texts, which need {2 * LEAST}; increase one of them",
             )
         self.cut = 0
 
     def pairs(
         self, queries: Sequence[tuple[str, str]], passages: Sequence[tuple[str, str]]
     ) -> list[Pair]:
-        """Token ids of pairs; queries and passages are (title, text), a query's title ignored."""
+        """Token ids of (title, text) queries and passages; the query's title is ignored."""
         firsts = [self._query.render("", text) + self._query.suffix for _, text in queries]
         seconds = [self._passage.render(title, text) for title, text in passages]
         if self.encoding.scoring == "likelihood":
@@ -308,7 +275,7 @@ class PairTemplates:
     def _joined(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
         texts = [f"{first} {second}" for first, second in zip(firsts, seconds, strict=True)]
         most = self.room - LEAST
-        # A token has at least one byte, so only the tokens of long queries are counted.
+        # A token has at least one byte, so only long queries can have too many tokens.
         suspects = [text for text in dict.fromkeys(firsts) if len(text.encode()) > most]
         counted = token_ids(self.tokenizer, suspects, self.room)
         long = {text for text, ids in zip(suspects, counted, strict=True) if len(ids) > most}
@@ -329,7 +296,7 @@ class PairTemplates:
         return [*ids[: self.room - len(document)], *document]
 
     def _with_offsets(self, texts: list[str], end: int) -> list[tuple[list[int], int]]:
-        """Ids of texts, and how many of them lie within the first `end` characters."""
+        """Ids of texts, and the number of ids within the first `end` characters."""
         encoded = self.tokenizer(
             texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
@@ -337,7 +304,7 @@ class PairTemplates:
         return list(zip(encoded["input_ids"], within, strict=True))
 
     def _paired(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
-        distinct = list(dict.fromkeys(firsts))  # a query stands beside many passages
+        distinct = list(dict.fromkeys(firsts))  # a query occurs with many passages
         known = dict(zip(distinct, plain_ids(self.tokenizer, distinct), strict=True))
         pairs = []
         encoded = token_ids(self.tokenizer, seconds, self.room)
@@ -349,10 +316,10 @@ class PairTemplates:
         return pairs
 
     def _conditioned(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
-        """The passage, the prompt of the query, and the query, whose likelihood is the score."""
+        """Pairs of passage and query, of which the query is scored by its likelihood."""
         texts = [f" {first}" for first in firsts]
         distinct = list(dict.fromkeys(texts))
-        # Where the last token of the prompt extends into the text, it belongs to the query.
+        # A token that spans the end of the prompt and the start of the text is part of the query.
         coded = self._with_offsets(distinct, len(self._before_query)) if distinct else []
         known = dict(zip(distinct, coded, strict=True))
         pairs = []
@@ -367,7 +334,7 @@ class PairTemplates:
         return pairs
 
     def _fitting(self, query: list[int], passage: list[int]) -> list[int]:
-        """The query, truncated if it would leave the passage fewer than `LEAST` tokens."""
+        """The query, truncated to leave at least `LEAST` tokens of the passage."""
         most = self.room - min(LEAST, len(passage))
         if len(query) > most:
             self._count_cut()
@@ -377,7 +344,7 @@ class PairTemplates:
         self.cut += 1
         if self.cut == 1:
             log.warning(
-                "a query takes more than the %d tokens that encoding.query_length +"
-                " encoding.passage_length leave it, and is truncated; raise one of them",
+                "a query was truncated to the %d tokens that encoding.query_length +"
+                " encoding.passage_length leave for it; increase one of them",
                 self.room - LEAST,
             )
