@@ -1,8 +1,7 @@
 """Compose a config from `conf/` and the command line, and check it before Hydra starts the job.
 
-Hydra stops at the first mistake. So each override is checked by itself (`overrides`), the config is
-composed without types, and where that still fails the overrides are added one by one. What can be
-composed is checked (`check`).
+Hydra stops at the first mistake. Therefore each override is checked separately (`overrides`), the
+config is composed without types (or override by override if that fails), and then `check` runs.
 
     argv = preflight(sys.argv[1:], Path("conf"), "train")
     cfg = compose(Path("conf"), "train", ["experiment=quickstart/retriever"])
@@ -50,20 +49,19 @@ FAILURES = (
     AssertionError,
     RecursionError,
 )
-"""Exceptions of composing for a mistake in a file or in an override."""
+"""Exceptions raised while composing a config with a mistake in a file or override."""
 
 
 def compose(conf: Path, name: str, overrides: list[str], more: Path | None = None) -> DictConfig:
-    """The checked config of a command line, as `train.py` or `evaluate.py` would run it.
+    """Compose and check the config of a command line.
 
     Args:
-        conf: the folder of the configs.
+        conf: the config folder; more: an additional one, as `--config-dir`.
         name: "train", "evaluate" or "search".
         overrides: as on the command line, such as "experiment=quickstart/retriever".
-        more: a further folder of configs, as `--config-dir`.
 
     Raises:
-        InputError: with a line for each mistake.
+        InputError: With one line per mistake.
     """
     with Composer(conf, name, more) as composer:
         _, lines = composer.collect(overrides)
@@ -75,11 +73,9 @@ def compose(conf: Path, name: str, overrides: list[str], more: Path | None = Non
 
 
 def check(cfg: DictConfig, root: type) -> list[Mistake]:
-    """Every mistake in a composed config: keys and values first, then rules between objects.
+    """All mistakes in a composed config: invalid keys and values, then rules across objects.
 
-    Args:
-        cfg: without Hydra's own node; its interpolations need not be resolved.
-        root: the dataclass of its root.
+    Args: cfg without Hydra's node, interpolations may be unresolved; root, the dataclass of it.
     """
     config = Checker(cfg, root)
     found = config.mistakes()
@@ -88,45 +84,42 @@ def check(cfg: DictConfig, root: type) -> list[Mistake]:
         try:
             found += [mistake for mistake in rule(config) if mistake.path not in wrong]
         except OmegaConfBaseException:
-            if not wrong:  # else the rule read a broken value, which is reported already
+            if not wrong:  # otherwise the rule failed on a value that is already reported
                 raise
     return found
 
 
 def refuse(cfg: DictConfig, root: type) -> None:
-    """Raise an InputError for all mistakes in the config of a job."""
+    """Raise an InputError with all mistakes in the config of a job."""
     found = check(cfg, root)
     if found:
         raise mistaken([f"{dotted(one.path)}: {one.text}" for one in found])
 
 
 def mistaken(lines: list[str]) -> InputError:
-    """All mistakes as one error."""
+    """One error for all mistakes."""
     count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
     head = f"{count} in the config; nothing was started:"
     return InputError("config-mistakes", "\n".join([head, *(f"  {line}" for line in lines)]))
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
-    """The config as the job gets it."""
-    keys: Any = [key for key in cfg if key != "hydra"]  # a file may have numbers among its keys
+    """The config without Hydra's node, as passed to the job."""
+    keys: Any = [key for key in cfg if key != "hydra"]  # keys of a file may be numbers
     return OmegaConf.masked_copy(cfg, keys)
 
 
 def preflight(argv: list[str], conf: Path, name: str) -> list[str]:
-    """Check the configs that a command line stands for: that of a run, or those of a sweep's jobs.
+    """Check the config of a run, or the configs of all jobs of a sweep.
 
     Args:
-        argv: the command line, without the program.
-        conf: the folder of the configs.
-        name: the primary config.
+        argv: the command line without the program; conf, name: as for `compose`.
 
     Returns:
-        The arguments to start Hydra with: texts that Hydra would read as numbers are in quotes, and
-        a sweep has the values of its file, and one folder with a subfolder for each job.
+        The arguments for Hydra: strings that Hydra would parse as numbers are quoted, and a sweep
+        has the values of its file and one folder with a subfolder per job.
 
-    Raises:
-        InputError: with a line for each mistake.
+    Raises: InputError with one line per mistake.
     """
     parser = ArgumentParser(add_help=False)
     parser.add_argument("overrides", nargs="*")
@@ -141,13 +134,13 @@ def preflight(argv: list[str], conf: Path, name: str) -> list[str]:
     parser.add_argument("-i", "--info", nargs="?", const="all")
     args, unknown = parser.parse_known_args(argv)
     if unknown or args.answer or args.experimental_rerun:
-        return argv  # Hydra answers
+        return argv  # handled by Hydra
     more = Path(args.config_dir) if args.config_dir else None
     if more is not None and not more.is_dir():
         raise InputError("folder-not-found", f"--config-dir {more}: there is no such folder")
     folder = conf if args.config_path is None else Path(conf.parent, args.config_path)
     with Composer(folder, args.config_name or name, more, job=name) as composer:
-        if args.cfg or args.info:  # show a config that is not complete, if it can be composed
+        if args.cfg or args.info:  # show an incomplete config if it can be composed
             lines = composer.collect(args.overrides)[1]
             try:
                 composer.compose(args.overrides)
@@ -163,7 +156,7 @@ def preflight(argv: list[str], conf: Path, name: str) -> list[str]:
 
 
 class _FurtherFolder(SearchPathPlugin):
-    """Adds the folder of `--config-dir`: `initialize_config_dir` takes one folder only."""
+    """Adds the folder of `--config-dir`, since `initialize_config_dir` accepts one folder only."""
 
     folder: Path | None = None
 
@@ -174,14 +167,12 @@ class _FurtherFolder(SearchPathPlugin):
 
 
 class Composer(AbstractContextManager["Composer"]):
-    """Composes one primary config, any number of times; leaves Hydra as it was.
+    """Composes a primary config, any number of times; restores Hydra's state on exit.
 
     Args:
-        conf: the folder of the configs.
-        name: the primary config, without .yaml.
-        more: a further folder, searched after `conf`.
-        job: Hydra's name of the job, which is also that of the root; None: `name`.
-        typed: let Hydra check the types of the root, as it does in the job.
+        conf, name, more: as for `compose`; `more` is searched after `conf`.
+        job: Hydra's job name and the key of the root; None uses `name`.
+        typed: let Hydra check types, as in the job.
     """
 
     def __init__(
@@ -207,7 +198,7 @@ class Composer(AbstractContextManager["Composer"]):
         _FurtherFolder.folder = None
         self.loader = GlobalHydra.instance().config_loader()
         self.overrides = Overrides(self.loader, name, self.root)
-        self.quoted: dict[str, str] = {}  # overrides by the text that was typed
+        self.quoted: dict[str, str] = {}  # typed override to quoted override
 
     def __exit__(self, *error: object) -> None:
         self._hydra.__exit__(None, None, None)
@@ -215,7 +206,7 @@ class Composer(AbstractContextManager["Composer"]):
         HydraConfig.instance().cfg = self._before
 
     def compose(self, overrides: list[str]) -> DictConfig:
-        """The config with Hydra's node in it, as one job would get it."""
+        """Compose the config of one job, with Hydra's node."""
         cfg = hydra.compose(self.name, overrides, return_hydra_config=True)
         with open_dict(cfg.hydra.runtime):
             cfg.hydra.runtime.output_dir = os.getcwd()
@@ -223,11 +214,9 @@ class Composer(AbstractContextManager["Composer"]):
         return cfg
 
     def collect(self, overrides: list[str]) -> tuple[DictConfig | None, list[str]]:
-        """Compose and check.
+        """Compose and check; returns the config with Hydra's node and one line per mistake.
 
-        Returns:
-            The config with Hydra's node (None where it cannot be composed as it was meant), and a
-            line for every mistake.
+        The config is None if it cannot be composed or an `experiment` or `sweep` is invalid.
         """
         lines, kept, lost = [], [], set()
         for text in overrides:
@@ -241,7 +230,7 @@ class Composer(AbstractContextManager["Composer"]):
         lines += [line for line, _ in failed]
         lost |= {key_of(text) for _, text in failed}
         if cfg is None or lost & set(WHOLE):
-            return None, lines  # other mistakes would be those of another config
+            return None, lines  # further mistakes would be those of another config
         found = check(without_hydra(cfg), self.root)
         again = self._as_typed(kept, found)
         if again != kept:
@@ -255,7 +244,7 @@ class Composer(AbstractContextManager["Composer"]):
         return cfg, [*lines, *_of_hydra(cfg), *self._without_effect(cfg, kept, origin)]
 
     def files(self, overrides: list[str]) -> Iterator[tuple[Path, KeyPath]]:
-        """The files that a config is composed of, the last first, each with its package."""
+        """The files of a composed config with their packages, the last file first."""
         composed = self.loader.compute_defaults_list(self.name, overrides, RunMode.RUN)
         for default in reversed(composed.defaults):
             package = (default.package or "").replace("_global_", "")
@@ -265,10 +254,7 @@ class Composer(AbstractContextManager["Composer"]):
                     break
 
     def _as_typed(self, overrides: list[str], found: list[Mistake]) -> list[str]:
-        """Put what Hydra reads as a number into quotes where a text is expected.
-
-        The name 2024_11_29 would be 20241129, and 1e3 1000.0.
-        """
+        """Quote strings that Hydra would parse as numbers: 2024_11_29 is 20241129, 1e3 1000.0."""
         texts = {dotted(one.path) for one in found if one.kind == "unquoted"}
         for text in overrides:
             key, _, given = text.partition("=")
@@ -279,22 +265,18 @@ class Composer(AbstractContextManager["Composer"]):
     def _without_effect(
         self, cfg: DictConfig, overrides: list[str], origin: Origins
     ) -> Iterator[str]:
-        """Choices that a file which is read later replaces by null."""
+        """Report group choices that a later file sets to null."""
         for text in overrides:
             group = key_of(text)
             if text[0] != "~" and self.overrides.is_group(text) and cfg.get(group, text) is None:
                 where = origin((group,))
                 if f"/{group}/" not in where and where != "command line":
-                    yield f"{text} (command line): {where} sets {group} to null; leave it out"
+                    yield f"{text} (command line): {where} sets {group} to null; remove it"
 
     def _compose_what_works(
         self, overrides: list[str]
     ) -> tuple[DictConfig | None, list[str], list[tuple[str, str]]]:
-        """Compose with all overrides that let it.
-
-        Returns:
-            The config, those overrides, and (what is wrong, override) for each of the others.
-        """
+        """Compose the valid overrides; returns the config, these, and (mistake, override) pairs."""
         try:
             return self.compose(overrides), overrides, []
         except FAILURES:
@@ -321,12 +303,12 @@ class Composer(AbstractContextManager["Composer"]):
         return cfg, kept, failed
 
     def _explain(self, error: Exception, file: str) -> str:
-        """One line for an exception of composing, where `file` was the last to be read."""
+        """Describe an exception while composing in one line; `file` was read last."""
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
             mark = error.problem_mark
             return f"{shown(Path(mark.name))}:{mark.line + 1}: not YAML: {error.problem}"
         if isinstance(error, UnicodeDecodeError):
-            return f"{file}.yaml: it is not UTF-8: {error.reason}"
+            return f"{file}.yaml: not UTF-8: {error.reason}"
         if isinstance(error, MissingConfigException) and error.options:
             wanted = Path(error.missing_cfg_file or "")
             near = did_you_mean(wanted.name, error.options)
@@ -339,12 +321,12 @@ class Composer(AbstractContextManager["Composer"]):
             return f"{file} is nested too deeply, or its defaults include {file} again"
         text = " ".join(str(error).partition("Config search path:")[0].split())
         if text.startswith("Could not append to config"):
-            return "it is set already; leave the + out"
+            return "it is already set; remove the +"
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
         return f"{text} {first_line(cause)}" if cause else text or repr(error)
 
     def _mention(self, file: str, wanted: Path) -> str:
-        """The file and line that choose an option of a group, "" where none is found."""
+        """The file and line that select an option of a group, or ""."""
         choice = re.compile(rf"\b{re.escape(wanted.parent.name)}\b.*:\s*{re.escape(wanted.name)}\b")
         for folder in self.folders:
             for path in (folder / f"{file}.yaml", folder / f"{self.name}.yaml"):
@@ -356,13 +338,13 @@ class Composer(AbstractContextManager["Composer"]):
 
 
 def _of_hydra(cfg: DictConfig) -> Iterator[str]:
-    """Hydra settings that would split a run over two folders."""
+    """Report Hydra settings that would split a run over two folders."""
     try:
         run_dir, log_dir = cfg.get("run_dir"), cfg.hydra.run.dir
     except OmegaConfBaseException:
         return  # reported already
     if isinstance(run_dir, str) and log_dir != run_dir:
-        yield f"hydra.run.dir: it moves the log only; write run_dir={log_dir} instead"
+        yield f"hydra.run.dir: this moves only the log; set run_dir={log_dir} instead"
     if cfg.hydra.job.chdir is True:
-        text = "paths are relative to the folder of the command; leave it out"
+        text = "paths are relative to the working directory of the command; remove it"
         yield f"hydra.job.chdir: {text}"

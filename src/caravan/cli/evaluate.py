@@ -1,4 +1,4 @@
-"""`evaluate.py`: build the evaluation that a config describes, run it, and print its metrics.
+"""The task of `evaluate.py`: build an evaluation from the config, run it and print its metrics.
 
 python evaluate.py retriever=<model folder>|bm25|<run file> data=beir data.path=<folder>
 python evaluate.py retriever=[bm25,<model folder>] fuse=rrf reranker=<model folder>
@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Run `evaluate.py` for a composed and checked config; returns the content of metrics.json.
+    """Evaluate with a composed and checked config; returns the content of metrics.json.
 
     Raises:
-        InputError: If the data, a model or a run_dir is wrong; for a suite, at its end, with the
+        InputError: If the data, a model or run_dir is invalid. A suite raises at its end, with the
             collections that failed.
     """
     models = models_of(cfg)
@@ -58,21 +58,21 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
         raise InputError(
             "collections-failed",
-            f"{len(failed)} of {len(members)} collections failed, and are not in the mean:\n"
+            f"{len(failed)} of {len(members)} collections failed and are not in the mean:\n"
             f"{lines}\nfinished collections are kept; the same command resumes the others",
         )
     return metrics
 
 
 def models_of(cfg: DictConfig) -> Models:
-    """The model settings of a config."""
+    """The `Models` with the settings of a config."""
     return Models(
         cfg.precision, cfg.token_budget, cfg.num_workers, cfg.attention, cfg.trust_remote_code
     )
 
 
 def systems_of(cfg: DictConfig) -> Systems:
-    """The systems of a config; a wrong setting raises here, before anything starts."""
+    """The systems of a config; raises for invalid settings before any work starts."""
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     parts = {}
     for name in ("bm25", "index", "fuse"):
@@ -109,13 +109,13 @@ def _open(cfg: DictConfig, models: Models) -> Evaluation:
 
 
 def _report(evaluation: Evaluation, metrics: dict[str, Any]) -> None:
-    """Print the metrics of a collection, cut to the measures that its runs are deep enough for."""
+    """Print the metrics of a collection, without measures deeper than its runs."""
     shown = to_depth(metrics)
     if len(metrics["stages"]) > 1:
         show_stages(metrics)
     if shown["too_deep"]:
         left_out = ", ".join(shown["too_deep"])
-        log.info(f"{shown['system']} is {shown['depth']} deep, so it is not scored by {left_out}")
+        log.info(f"{shown['system']} has depth {shown['depth']}, so it has no {left_out}")
     overall = "  ".join(f"{name} {value:.4f}" for name, value in shown["overall"].items())
     name = metrics["collection"]["name"]
     log.info(f"{metrics['system']} on {name} {metrics['split']}: {overall}")
@@ -125,7 +125,7 @@ def _report(evaluation: Evaluation, metrics: dict[str, Any]) -> None:
 
 
 def averaged(metrics: dict[str, Any]) -> str:
-    """The queries that the mean counts, in one line."""
+    """Describe the queries in the mean in one line."""
     zero = {
         "without a relevant passage": metrics["without_relevant"],
         "without a passage in the run": metrics["missing"] - metrics["unknown_queries"],
@@ -134,7 +134,7 @@ def averaged(metrics: dict[str, Any]) -> str:
     counted = ", ".join(f"{count:,} {what}" for what, count in zero.items() if count)
     text = f"mean over {metrics['queries']:,} judged queries"
     if counted:
-        text += f" ({counted}: these count 0)"
+        text += f" ({counted}: these score 0)"
     if lost := metrics["unknown_passages"]:
         text += f"; {lost:,} judgements of passages unknown to the corpus count as not found"
     return text

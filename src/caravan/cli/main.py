@@ -1,8 +1,8 @@
-"""The command line of `train.py`, `evaluate.py` and search: check everything, then run the job.
+"""The entry point of `train.py`, `evaluate.py` and search: check the config, then run the job.
 
-Before Hydra starts, the config is composed and all its mistakes are reported together, for a sweep
-those of all its jobs. A mistake of the user ends with exit code 2 and no traceback, Ctrl-C with
-130; any other exception keeps its traceback.
+Before Hydra starts, the config (for a sweep, the config of every job) is composed and all mistakes
+are reported together. A user error exits with code 2 without a traceback, Ctrl-C with 130; other
+exceptions print a traceback.
 
     @entry("train")
     def main(cfg): ...
@@ -55,26 +55,26 @@ from caravan.files import claimed
 from caravan.report import jobs
 
 log = logging.getLogger("caravan")
-_code = INTERRUPTED  # with which an interrupted run ends
+_code = INTERRUPTED  # exit code of an interrupted run
 ASKED = {"--help", "-h", "--hydra-help", "--version", "-sc", "--shell-completion"}
-"""Flags that Hydra answers, without a job."""
+"""Flags that Hydra handles without running a job."""
 LIBRARIES = tuple(f"Error in call to target '{name}." for name in ("pytorch_lightning", "torch"))
-"""What Hydra reports of an exception in the constructor of a library: a setting is wrong."""
+"""Start of Hydra's message for an exception in a library's constructor, caused by a setting."""
 Task = Callable[[DictConfig], Any]
 
 
 def entry(
     name: str, configs: Path | None = None, program_name: str | None = None
 ) -> Callable[[Task], Callable[[], None]]:
-    """Make a function of a config the program of a file.
+    """Decorator that turns a function of a config into the main function of a script.
 
     Args:
-        name: the primary config, and the name of its root in `caravan.cli.schema.ROOTS`.
-        configs: the folder of the configs; None: `conf/` beside the file.
-        program_name: what is typed after `python`; None: the name of the file.
+        name: the primary config, and its key in `caravan.cli.schema.ROOTS`.
+        configs: the config folder; None uses `conf/` beside the script.
+        program_name: the script as typed after `python`; None uses the file name.
     """
-    # Read by OpenMP when torch loads. By default a thread that waits for its siblings keeps its
-    # core for milliseconds; with more processes than cores, the siblings wait for just that core.
+    # OpenMP reads this when torch is loaded. By default a waiting thread spins on its core for
+    # milliseconds; with more processes than cores, this blocks the threads that it waits for.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
     def decorate(task: Task) -> Callable[[], None]:
@@ -88,18 +88,18 @@ def entry(
             _keep_freed_memory()
             _bound_kernels()
             _raise_file_limit()
-            # Hydra passes exceptions on unchanged, and they are classified here.
+            # Let Hydra raise exceptions unchanged; they are handled below.
             os.environ["HYDRA_FULL_ERROR"] = "1"
-            # A log file on a full disk would print a traceback for each line.
+            # With a full disk, logging would print a traceback for each line.
             logging.raiseExceptions = False
             threading.excepthook = _thread_failed
-            # Lightning would end a terminated run with exit code 0; it leaves our handler alone.
+            # Lightning would exit with code 0 on SIGTERM; it does not replace an existing handler.
             signal.signal(signal.SIGTERM, _terminate)
             try:
                 typed = program_name or Path(inspect.getfile(task)).name
                 os.environ[schema.COMMAND] = f"python {typed} {shlex.join(sys.argv[1:])}".rstrip()
                 if not conf.is_dir():
-                    text = f"{conf} is not there; run this in a checkout of Caravan"
+                    text = f"{conf} does not exist; run this in a checkout of Caravan"
                     raise InputError("folder-not-found", text)
                 if not sys.argv[1:]:
                     sys.stdout.write(_usage(conf, name, typed))
@@ -113,7 +113,7 @@ def entry(
                 failed = False
                 try:
                     program(_job(task, root))()
-                except _Failed:  # by then every other job has had its turn
+                except _Failed:  # raised after all jobs have run
                     failed = True
                 if sweep is not None:
                     _end_of_sweep(sweep, failed)
@@ -135,7 +135,7 @@ def entry(
 
 
 def _job(task: Task, root: type) -> Task:
-    """One job: set its run_dir, check it, and report a mistake of the user's in one sentence."""
+    """Wrap a task as one job: set run_dir, check the config, report user errors in one sentence."""
 
     @functools.wraps(task)
     def job(cfg: DictConfig) -> Any:
@@ -146,7 +146,7 @@ def _job(task: Task, root: type) -> Task:
         if sweep:
             cfg.run_dir = os.path.join(settings.sweep.dir, settings.sweep.subdir).rstrip("/")
         try:
-            # Other ranks write nothing; a search writes nothing that another would miss.
+            # Other ranks write no files, and a search needs no exclusive run_dir.
             alone = is_main_process() and root is not schema.Search
             with claimed(Path(cfg.run_dir)) if alone else contextlib.nullcontext():
                 if sweep:
@@ -159,7 +159,7 @@ def _job(task: Task, root: type) -> Task:
             if message is None:
                 raise
             log.error(message)
-            if sweep:  # the record in its folder may be that of the process that holds it
+            if sweep:  # not recorded: the job record may belong to the process using the folder
                 raise _Failed from error
             raise SystemExit(USER) from None
 
@@ -178,9 +178,9 @@ def _job(task: Task, root: type) -> Task:
 
 
 def _job_of_sweep(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
-    """One job of a sweep: record its outcome in its folder, then continue with the next job.
+    """Run one job of a sweep and record the outcome in its folder; a failure ends only this job.
 
-    A sweep that is started again skips finished jobs and resumes interrupted ones.
+    A restarted sweep skips finished jobs and resumes interrupted jobs.
     """
     run_dir = Path(cfg.run_dir)
     if "resume" in cfg:
@@ -192,12 +192,12 @@ def _job_of_sweep(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
         result = task(cfg)
     except Exception as error:
         mistake = _sentence(error)
-        if finished and isinstance(error, OccupiedError):  # the finished job is as it was
+        if finished and isinstance(error, OccupiedError):  # keep the record
             log.error(mistake)
         elif is_main_process():
             lines = (mistake or str(error)).strip().splitlines()
             reason = f"{type(error).__name__}: {''.join(lines[:1])}"
-            if mistake:  # the line after a heading has the mistake
+            if mistake:  # a heading, then the first mistake
                 reason = " ".join(line.strip() for line in lines[:2])
             jobs.write(run_dir, overrides, jobs.FAILED, reason)
             log.error(mistake if mistake else "the job failed", exc_info=mistake is None)
@@ -208,14 +208,14 @@ def _job_of_sweep(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
 
 
 class _Failed(Exception):  # noqa: N818
-    """A job of a sweep has failed, and that is logged and recorded."""
+    """A job of a sweep has failed; the failure is already logged and recorded."""
 
 
 def _end_of_sweep(folder: Path, failed: bool) -> None:
-    """Write the table and the page of a sweep; exit with 1 where a job failed.
+    """Write the table and the page of a sweep; exit with code 1 if a job failed.
 
     Args:
-        failed: whether a job failed in this process; one whose run_dir is in use has no record.
+        failed: whether a job failed in this process; a job whose run_dir is in use has no record.
     """
     from caravan.report.page import show as show_page
     from caravan.report.sweep import show
@@ -229,15 +229,15 @@ def _end_of_sweep(folder: Path, failed: bool) -> None:
 
 
 def _sentence(error: BaseException) -> str | None:
-    """The message of an exception for the user, Hydra's own included; None if it is a defect."""
+    """The message of a user error, including errors of Hydra; None for any other exception."""
     if isinstance(error, InterpolationResolutionError):
         where = f"{error.full_key}: its" if error.full_key else "a"
-        return f"{where} value cannot be found: {first_line(error)}"
+        return f"{where} value cannot be resolved: {first_line(error)}"
     if isinstance(error, HydraException) and not isinstance(error, InstantiationException):
         return " ".join(str(error.__cause__ or error).split())
     while isinstance(error, InstantiationException):
         text, place = " ".join(str(error).partition("full_key:")[0].split()), _full_key(error)
-        if error.__cause__ is None:  # refused by Hydra itself, such as subprocess.run
+        if error.__cause__ is None:  # Hydra rejects the target, such as subprocess.run
             return f"{place}_target_: {text}"
         lost = re.match(r"Error locating target '([^']*)'", text)
         if lost and _is_not_there(error.__cause__, lost[1]):
@@ -249,13 +249,13 @@ def _sentence(error: BaseException) -> str | None:
 
 
 def _full_key(error: InstantiationException) -> str:
-    """The key in the config of what Hydra could not make, with a dot after it."""
+    """The config key of the object that Hydra could not create, with a dot after it."""
     key = str(error).partition("full_key:")[2].strip()
     return f"{key}." if key else ""
 
 
 def _is_not_there(error: BaseException | None, target: str) -> bool:
-    """Whether a target was not found; a module of the user's that fails keeps its traceback."""
+    """Whether a target does not exist, as opposed to an error while importing the user's module."""
     while error is not None and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, ModuleNotFoundError):
@@ -264,36 +264,36 @@ def _is_not_there(error: BaseException | None, target: str) -> bool:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, to be treated as Ctrl-C is."""
+    """SIGTERM, handled like Ctrl-C."""
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next allocation, up to 32 MiB a block.
+    """Let glibc keep freed blocks of up to 32 MiB for later allocations.
 
-    By default smaller blocks too come from the system and go back to it, and each step pays for
-    its pages again: a small model's training step took 1.2 times as long on two cores (median of
-    six alternating pairs). The price is memory that stays with the process after it was freed.
+    By default glibc returns even smaller blocks to the system, and every step faults their pages in
+    again: a training step of a small model took 1.2 times as long on two cores (median of six
+    alternating pairs). The cost is that the process keeps memory after freeing it.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     mmap_threshold, trim_threshold = -3, -1  # of malloc.h
     libc = ctypes.CDLL(None)
-    libc.mallopt(mmap_threshold, 1 << 25)  # the most that glibc takes
+    libc.mallopt(mmap_threshold, 1 << 25)  # the maximum in glibc
     libc.mallopt(trim_threshold, 1 << 30)
 
 
 def _raise_file_limit() -> None:
-    """Allow as many open files as the system lets a process ask for.
+    """Raise the limit of open files to the hard limit.
 
     The usual limit is 1,024, and each memory-mapped shard of embeddings is an open file.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS has no limit, and refuses that number
+    with contextlib.suppress(ValueError, OSError):  # macOS reports infinity, which it rejects
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _thread_failed(args: Any) -> None:
-    """Print the traceback of a thread, unless its disk is full.
+    """Print the traceback of a thread, unless the cause is a full disk.
 
     TensorBoard's writer raises the exception again in the main thread, which reports it.
     """
@@ -302,9 +302,9 @@ def _thread_failed(args: Any) -> None:
 
 
 def _bound_kernels() -> None:
-    """Keep at most 256 compiled kernels of a CPU, where oneDNN and PyTorch would keep 1,024 each.
+    """Cache at most 256 compiled CPU kernels each in oneDNN and PyTorch; their default is 1,024.
 
-    They are compiled for a shape, half a megabyte each, and texts come in very many shapes.
+    A kernel is compiled for one shape and takes half a megabyte, and texts have many shapes.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "256")
@@ -324,7 +324,7 @@ def _interrupted(root: Any) -> None:
 
 
 def _usage(conf: Path, name: str, program: str) -> str:
-    """The text for a program that is started without arguments."""
+    """The text to print without arguments."""
     texts = yaml.safe_load((conf / f"{name}.yaml").read_text("utf-8"))["hydra"]["help"]
     return (
         f"usage: python {program} key=value ...\n\n{texts['header'].rstrip()}\n\n"

@@ -1,10 +1,10 @@
-"""A suite: several collections that one evaluation measures, such as BEIR.
+"""A suite: several collections in one evaluation, such as BEIR.
 
     python evaluate.py retriever=bm25 data=beir data.path=/data/beir 'collections=[scifact,quora]'
 
-`data.path` is the folder that they lie in, an entry of `collections` is a folder's name there, a
-pattern (`*`), or either with a split of its own (`msmarco:dev`). A folder that holds collections in
-place of being one (BEIR's cqadupstack) stands for all of them, and counts as one in the mean.
+`data.path` is the folder with the collections. An entry of `collections` is the name of a folder or
+a pattern (`*`), optionally with a split (`msmarco:dev`). A folder of collections (BEIR's
+cqadupstack) is expanded to all of them, which count as one in the mean.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ CORPUS = ("corpus.jsonl", "corpus.jsonl.gz")
 class Member:
     """A collection of a suite."""
 
-    name: str  # its folder, from data.path on
+    name: str  # its folder, relative to data.path
     split: str | None  # None: data.split
-    group: str  # the folder that counts as one in the mean; the name where it is one itself
-    folder: str  # where its evaluation goes, below the suite's
+    group: str  # the folder that counts as one in the mean; `name` if it is a collection itself
+    folder: str  # folder of its evaluation, relative to that of the suite
 
 
 def members(base: Path, entries: list[str]) -> list[Member]:
-    """The collections that the entries of `collections` stand for, each once.
+    """Expand the entries of `collections`, without duplicates.
 
-    A name that is no folder is kept, so that whoever opens it can tell of it; a pattern that
-    matches nothing gives nothing.
+    A name without a folder is kept, so that opening it raises an error; a pattern without matches
+    is dropped.
     """
     found: dict[tuple[str, str], str] = {}
     for entry in entries:
@@ -48,7 +48,7 @@ def members(base: Path, entries: list[str]) -> list[Member]:
     names = [name for name, _ in found]
 
     def folder(name: str, split: str) -> str:
-        """A collection of which several splits are asked for has a folder for each."""
+        """The evaluation folder; a collection with several splits has one folder per split."""
         return f"{name}.{split}" if split and names.count(name) > 1 else name
 
     return [
@@ -58,10 +58,10 @@ def members(base: Path, entries: list[str]) -> list[Member]:
 
 
 def each(cfg: DictConfig) -> dict[Member, DictConfig]:
-    """The config of each collection: that of the suite, with path, name, split and folders its own.
+    """The config of each collection: the suite's config with its path, name, split and folders.
 
-    What the config says of `data.name` and `data.split` elsewhere, such as a run to be reranked,
-    follows them.
+    Interpolations of `data.name` and `data.split`, such as in the path of a run, are resolved per
+    collection.
     """
     base, entries = asked(cfg)
     configs = {}
@@ -80,9 +80,9 @@ def each(cfg: DictConfig) -> dict[Member, DictConfig]:
 
 
 def asked(cfg: DictConfig) -> tuple[Path, list[str]]:
-    """The folder of the collections, and the entries of `collections`; none where it is no suite.
+    """The folder of the collections and the entries of `collections`; no entries if not a suite.
 
-    For a config that may be wrong: what is broken there is told elsewhere.
+    Accepts a config that has not been checked; invalid values are ignored here.
     """
     entries = cfg.get("collections")
     try:
@@ -95,7 +95,7 @@ def asked(cfg: DictConfig) -> tuple[Path, list[str]]:
 
 
 def _named(base: Path, text: str) -> Iterator[str]:
-    """The folders that a name or a pattern stands for."""
+    """The folders that match a name or a pattern."""
     if not set("*?[") & set(text):
         yield text
         return
@@ -108,7 +108,7 @@ def _named(base: Path, text: str) -> Iterator[str]:
 
 
 def _parts(base: Path, name: str) -> list[str]:
-    """The collections in a folder that is none itself."""
+    """The collections in a folder that is not a collection itself."""
     if not (base / name).is_dir():
         return []
     return [f"{name}/{path.name}" for path in listed(base / name) if _is_one(path)]

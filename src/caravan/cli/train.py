@@ -1,4 +1,4 @@
-"""`train.py`'s task: composes one training from the config and runs it."""
+"""The task of `train.py`: build a training run from the config and run it."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ PARTS = (
 
 
 def train(cfg: DictConfig) -> float | None:
-    """Train as a composed and checked config says.
+    """Train with a composed and checked config.
 
     Returns:
-        The monitored metric of the best checkpoint, for sweepers; None if nothing was validated.
+        The monitored metric of the best checkpoint, for sweepers; None without validation.
     """
     hardware.refuse_attention(cfg.backbone.get("attention", "auto"))
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     parts = build(cfg, *PARTS)
     backbone = parts["backbone"]
-    if cfg.init_from is not None:  # its transformer, with the settings of the backbone
+    if cfg.init_from is not None:  # load the folder's transformer with the backbone's settings
         backbone = FromFolder(
             cfg.init_from,
             backbone.attention,
@@ -93,7 +93,7 @@ def source_facts(source: Any) -> dict[str, Any]:
 
 
 def recipe(cfg: DictConfig) -> dict[str, Any]:
-    """The hyperparameters that the model card shows; those that are not set are left out."""
+    """The hyperparameters for the model card; unset ones are omitted."""
 
     def class_of(node: Any) -> str:
         if node is None:

@@ -1,15 +1,15 @@
-"""The model folder: weights, tokenizer and encoding; nothing else is needed to embed or to score.
+"""The model folder: weights, tokenizer and encoding, all that is needed to embed or to score.
 
     model/
       caravan.json        the encoding (prompts, EOS, pooling, lengths, ...) and facts of training
       config.json  model.safetensors             full weights, as transformers reads them
       adapter_config.json  adapter_model.safetensors   or an adapter, as PEFT reads it, if its base
                                                  is a folder or on the hub
-      score.safetensors   an encoder's head; a decoder's is in its weights, or in its adapter
+      score.safetensors   the head of an encoder; decoders have it in their weights or adapter
       tokenizer.json ...
-      README.md           the model card (`caravan.export.model_card`), which is never read
+      README.md           the model card (`caravan.export.model_card`); not read by Caravan
 
-It is written beside its final place and renamed, so there is always a complete folder.
+The folder is written under a temporary name and renamed, so it is always complete.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 ADAPTER = "adapter_model.safetensors"
 HEAD = "score.safetensors"
 BASE_WEIGHTS = "base_weights"
-"""In an adapter folder's facts: the digest of the weights that the adapter was trained on."""
+"""Key in the facts of an adapter folder: the digest of the base weights."""
 Model = BiEncoder | CrossEncoder
 _Loaded = TypeVar("_Loaded")
 
@@ -73,7 +73,7 @@ def save(
     transformer: Any = model.transformer
     adapter = has_adapter(transformer)
     if adapter and not transformer.active_peft_config.base_model_name_or_path:
-        transformer = merged(copy.deepcopy(transformer))  # random weights, which no folder has
+        transformer = merged(copy.deepcopy(transformer))  # a random base that is not saved
         adapter = False
     remote = any(map(is_remote_code, (tokenizer, *transformer.modules())))
     facts = {key: value for key, value in facts.items() if key != BASE_WEIGHTS}
@@ -88,7 +88,7 @@ def save(
             transformer.backbone.save_pretrained(scratch)
             head = {"score.weight": transformer.score.weight.detach().contiguous()}
             save_file(head, scratch / HEAD)
-        elif adapter:  # rows added to the embedding are its base's, or in the adapter
+        elif adapter:  # added embedding rows are in the base or in the adapter
             transformer.save_pretrained(scratch, save_embedding_layers=False)
         else:
             transformer.save_pretrained(scratch)
@@ -97,7 +97,7 @@ def save(
 
 
 def _settle_base(config: Any, folder: Path) -> str | None:
-    """Make the path of an adapter's base findable from anywhere; returns its weights' digest."""
+    """Make the path of an adapter's base absolute if needed; returns the digest of its weights."""
     base = Path(config.base_model_name_or_path)
     above = Path.cwd() in folder.resolve().parents  # `adapter_base` looks in these
     if base.is_dir() and not base.is_absolute() and not above:
@@ -115,7 +115,7 @@ def load(
     """Load a model folder; adapters are merged.
 
     Args:
-        dtype: of the transformer's weights; a reranker's head is float32.
+        dtype: dtype of the transformer's weights; the head of a reranker is float32.
         kind: the required kind, "retriever" or "reranker"; None accepts both.
         attention: transformers' implementation, or "unpadded" (`caravan.models.varlen`).
         trust_remote_code: run remote code of the model or of its adapter's base
@@ -125,9 +125,9 @@ def load(
         The model (a BiEncoder or a CrossEncoder in eval mode), tokenizer, encoding and facts.
 
     Raises:
-        InputError: If the folder is of another kind or incomplete, a weight is missing, unused,
-            misshapen or not finite, an adapter's base has other weights, the lengths exceed the
-            model's positions, or remote code is needed and not allowed.
+        InputError: If the folder has another kind or is incomplete, a weight is missing, unused,
+            not finite or of the wrong shape, an adapter's base has other weights, the lengths
+            exceed the model's positions, or remote code is needed but not allowed.
     """
     encoding, facts = read_encoding(folder)
     if kind is not None and encoding.kind != kind:
@@ -169,14 +169,14 @@ def load_base(folder: Path, load: Callable[..., _Loaded]) -> _Loaded:
         load: called with the base's name and `revision`.
 
     Raises:
-        InputError: If its weights are not those that the adapter was trained on.
+        InputError: If the adapter was trained on other base weights.
     """
     base, revision = adapter_base(folder)
     local = Path(base).is_dir()
     if local:
         _check_base(folder, base, revision)
     loaded = load(base, revision=revision)
-    if not local:  # by now its files are in the hub's cache
+    if not local:  # loading has put its files into the hub's cache
         _check_base(folder, base, revision)
     return loaded
 
@@ -185,7 +185,7 @@ def _check_base(folder: Path, base: str, revision: str | None) -> None:
     recorded = read_encoding(folder)[1].get(BASE_WEIGHTS)
     if recorded is None:
         if is_main_process():
-            text = "%s does not record the weights of its base %s, so they are not compared"
+            text = "%s has no digest of the weights of its base %s, so they are not checked"
             log.info(text, folder, base)
     elif weights_digest(base, revision) != recorded:
         raise InputError(
@@ -204,7 +204,7 @@ def _backbone(
         return _with_adapter(
             lambda name, **hub: fit_vocabulary(fetch(name, **hub), tokenizer), folder
         )
-    # An adapted model's output layer has no effect on embeddings; further adaptation needs it.
+    # The output layer of an adapted model does not affect embeddings; further adaptation needs it.
     return fetch(str(folder), heads="language_model" in facts)
 
 
@@ -235,7 +235,7 @@ def _scorer(folder: Path, dtype: torch.dtype | str, adapter: bool, trusted: bool
 
 
 def _read_head(scorer: Any, folder: Path) -> None:
-    """Copy the head's saved weights, which `dtype` may have rounded."""
+    """Load the weights of the head in float32; loading with `dtype` may have rounded them."""
     from safetensors import safe_open
 
     found = head_of(scorer)
@@ -245,7 +245,7 @@ def _read_head(scorer: Any, folder: Path) -> None:
     missing = dict(head.named_parameters())
     for path in sorted(folder.glob("[!.]*.safetensors")):
         with (
-            reading(path, "its head does not load"),
+            reading(path, "its head cannot be loaded"),
             safe_open(path, framework="pt") as file,
             torch.no_grad(),
         ):
@@ -257,21 +257,21 @@ def _read_head(scorer: Any, folder: Path) -> None:
                     missing.pop(part).copy_(file.get_tensor(key))
                     break
     if missing and isinstance(scorer, Headed):
-        text = f"{folder} has no weights of its head; save the model again"
+        text = f"{folder} has no weights for its head; save the model again"
         raise InputError("no-trained-head", text)
 
 
 def refuse_lengths(
     folder: Path, encoding: Encoding, section: str = "encoding.", trust_remote_code: bool = False
 ) -> None:
-    """Compare lengths with the positions of a folder's model, without reading its weights.
+    """Check that a folder's model has enough positions for the lengths, without reading weights.
 
     Args:
-        encoding: the folder's, with the lengths of an evaluation in place of its own.
-        section: the config's section with the lengths and a dot, for messages.
+        encoding: the folder's encoding with the lengths of an evaluation.
+        section: prefix of the lengths in the config, with its dot, for messages.
 
     Raises:
-        InputError: If a text could be longer than the model has positions for.
+        InputError: If a text could have more tokens than the model has positions.
     """
     from transformers import AutoModel
 
@@ -281,17 +281,17 @@ def refuse_lengths(
         name, hub["revision"] = adapter_base(folder)
     config = load_config(name, is_allowed(folder, own, facts, trust_remote_code), **hub)
     if is_remote_code(config):
-        return  # its classes are known when it is loaded, which checks the folder's own lengths
+        return  # its classes are unknown before loading, which checks the folder's lengths
     with reading(name, "no model could be loaded"), torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=False)
     refuse_too_long(model, encoding, section)
 
 
 def refuse_causal(folder: str) -> None:
-    """A model that was trained with bidirectional attention is of no use as a causal one.
+    """Refuse to use a model trained with bidirectional attention as a causal model.
 
     Raises:
-        InputError: If the folder's model was.
+        InputError: If the folder's model was trained with bidirectional attention.
     """
     if read_encoding(Path(folder))[0].bidirectional:
         raise InputError(

@@ -1,14 +1,14 @@
-"""LLaRA's joint pass: a text is read once, and each of two prompts attends as if it were alone.
+"""LLaRA's joint pass: one forward pass over a text with two prompts that ignore each other.
 
 Sequence: `text SELF-prompt NEXT-prompt`, each prompt ending in its slots (arXiv 2312.15503, section
-3). A prompt must not see the one before it, and its positions follow the text's end:
+3). A prompt does not attend to other prompts, and its positions continue those of the text:
 
     position   0 1 2 3 4 | 5 6 7 | 5 6 7          rows attend to columns
                  text    | SELF  | NEXT           text  x . .
                                                   SELF  x x .
                                                   NEXT  x . x
-The states of a slot, put through the output layer, predict the tokens of the text (EBAE) or those
-of the text that follows it (EBAR).
+The output layer predicts from a slot's state the tokens of the text (EBAE) or of the next text
+(EBAR).
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from caravan.models.output_layer import (
 )
 
 MASKED = ("sdpa", "eager", cpu.NAME, varlen.NAME)
-"""The attention implementations that take any mask."""
+"""Attention implementations that accept any mask."""
 CLOSE, CLOSE_HALF = 1e-3, 3e-2
-"""How far the states of both passes may differ, relative to the largest; in half precision."""
+"""Largest difference of states in both passes, relative to the largest state: float32, half."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where prompts and slots stand, counted from a text's end.
+    """Numbers of tokens of the prompts and slots.
 
     Attributes:
         skipped: tokens at the start that are the same in every text.
-        prompts: tokens of each prompt, slots included, in the order of the sequence.
-        slots: at the end of each prompt.
+        prompts: tokens of each prompt including its slots, in the order of the sequence.
+        slots: slots at the end of each prompt.
     """
 
     skipped: int
@@ -58,9 +58,9 @@ class Layout:
 class Read(NamedTuple):
     """The result of one pass over N texts with T prompts of K slots."""
 
-    slots: Tensor  # [N, T, K, d], the slots' states
-    states: Tensor  # [M, d], of the tokens before the tokens below
-    tokens: Tensor  # [M] int64, the texts' own; empty unless requested
+    slots: Tensor  # [N, T, K, d], states of the slots
+    states: Tensor  # [M, d], states that predict `tokens`
+    tokens: Tensor  # [M] int64, tokens of the texts without prompts; empty unless requested
 
 
 def joint(attention_mask: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -85,15 +85,15 @@ def joint(attention_mask: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 class SlotEncoder(BiEncoder):
-    """A language model that reads a text with both prompts, and embeds texts as a bi-encoder does.
+    """A bi-encoder with a language model that also encodes a text with both prompts in one pass.
 
     Args:
         language_model: a decoder of transformers with its output layer.
         transformer: its trunk, with or without an adapter.
-        layout: of the prompts.
+        layout: numbers of tokens of the prompts and slots.
 
     Raises:
-        InputError: If the model cannot read both prompts in one pass.
+        InputError: If the model cannot encode both prompts in one pass.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class SlotEncoder(BiEncoder):
             text = f"{name} has no output layer; adaptation needs a language model"
             raise InputError("no-language-model", text)
         self.head = head
-        self._language_model = [language_model]  # in a list: its weights are those above
+        self._language_model = [language_model]  # a list, so that it is not a submodule
         self._check_joint_pass()
         check_output_layer(language_model)
 
@@ -117,14 +117,14 @@ class SlotEncoder(BiEncoder):
 
     @property
     def transformer(self) -> nn.Module:
-        """The part that a model folder saves: the adapter, or the whole language model."""
+        """The module to save in a model folder: the adapter, or the whole language model."""
         return self.backbone if has_adapter(self.backbone) else self.language_model
 
     def read(self, texts: Packed, tokens: bool = False) -> Read:
-        """Run packed texts, which end with the prompts, once.
+        """Encode packed texts that end with the prompts.
 
         Args:
-            tokens: also return the texts' own tokens and the states before them, unordered.
+            tokens: also return the tokens of the texts and the states before them, unordered.
         """
         own = len(texts.chunks) - texts.extra
         parts = [self._chunk(chunk, tokens and i < own) for i, chunk in enumerate(texts.chunks)]
@@ -149,7 +149,7 @@ class SlotEncoder(BiEncoder):
         return Read(slots, states[:, :-1][text], chunk.input_ids[:, 1:][text])
 
     def _states(self, input_ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """The last layer's states [n, L, d] under a mask [n, L, L] bool."""
+        """States [n, L, d] of the last layer under a mask [n, L, L] bool."""
         config = unwrapped(self.backbone).config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         window = getattr(config, "sliding_window", None)
@@ -165,7 +165,7 @@ class SlotEncoder(BiEncoder):
         return states
 
     def _kernel_mask(self, mask: Tensor) -> Tensor:
-        """A mask [n, 1, L, L] for all heads: bool, or added to the scores by eager attention."""
+        """A mask [n, 1, L, L] for all heads: bool, or additive for eager attention."""
         mask = mask.unsqueeze(1)
         trunk = unwrapped(self.backbone)
         if trunk.config._attn_implementation != "eager":
@@ -176,9 +176,9 @@ class SlotEncoder(BiEncoder):
 
     @torch.no_grad()
     def _check_joint_pass(self) -> None:
-        """Check on a few tokens that a prompt's states in one pass are those that it gets alone.
+        """Check on a few tokens that a prompt has the same states in the joint pass as alone.
 
-        Some kernels and architectures ignore a mask or positions without an error.
+        Some kernels and architectures silently ignore a mask or positions.
         """
         trunk = unwrapped(self.backbone)
         config, name = trunk.config, type(trunk).__name__
@@ -186,8 +186,8 @@ class SlotEncoder(BiEncoder):
         if kernel not in MASKED:
             raise InputError(
                 "attention-not-supported",
-                f"backbone.attention={kernel} takes no mask, which both prompts in one pass need;"
-                " set backbone.attention=sdpa",
+                f"backbone.attention={kernel} supports no custom mask, which the joint pass of two"
+                " prompts needs; set backbone.attention=sdpa",
             )
         kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - set(LAYERS)
         if hasattr(config, "attention_types"):  # GPT-Neo's windows count tokens, not positions
@@ -195,7 +195,7 @@ class SlotEncoder(BiEncoder):
         if kinds:
             raise InputError(
                 "model-not-supported",
-                f"{name} has layers ({', '.join(sorted(kinds))}) that cannot keep two prompts apart"
+                f"{name} has layers ({', '.join(sorted(kinds))}) that cannot separate two prompts"
                 " in one pass; adapt another model",
             )
         device = next(trunk.parameters()).device
@@ -230,20 +230,20 @@ class SlotEncoder(BiEncoder):
 def set_losses(
     model: Any, slots: Tensor, tokens: Tensor, counts: Tensor, hits: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The loss of predicting a set of tokens from each text's slots (arXiv 2312.15503, 3.2).
+    """The loss of predicting a set of tokens from the slots of each text (arXiv 2312.15503, 3.2).
 
-    A slot's state gives logits over the vocabulary; of several slots the largest logit counts. The
-    loss is minus the mean log probability of the set's tokens, at least the log of their number.
+    The logits of a text are the maximum over its slots. The loss is the negative mean log
+    probability of the tokens in the set; its minimum is the log of their number.
 
     Args:
         model: the language model.
         slots: [R, K, d].
         tokens: [M] int64, the sets end to end, each token once.
-        counts: [R] int64, tokens of each set; the loss of an empty one is 0.
-        hits: also count how many of the tokens are among the `counts` likeliest.
+        counts: [R] int64, number of tokens in each set; the loss of an empty set is 0.
+        hits: also compute the share of the set's tokens among the `counts` most likely tokens.
 
     Returns:
-        losses [R] float32, in nats; hits [R] float32, as shares, 0 unless requested.
+        losses [R] float32, in nats; hits [R] float32 in 0..1, 0 unless requested.
     """
     logits = output_layer(model)
 
@@ -272,5 +272,5 @@ def set_losses(
 
 
 def token_losses(model: Any, read: Read) -> Tensor:
-    """The causal language model's loss [M] of the texts' own tokens, in nats."""
+    """The causal language modelling loss [M] of the tokens of the texts, in nats."""
     return -log_probabilities(model, read.states, read.tokens)

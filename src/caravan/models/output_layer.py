@@ -1,7 +1,7 @@
-"""The output layer: states to logits over the vocabulary, a part of them at a time.
+"""The output layer: states to logits over the vocabulary, in parts to save memory.
 
-With 128 thousand entries the logits of one text of 512 tokens are 256 MiB. Losses are therefore
-computed from `MOST_LOGITS` at a time, and the backward pass computes them again.
+With a vocabulary of 128 thousand, the logits of one text of 512 tokens take 256 MiB. Losses are
+therefore computed from at most `MOST_LOGITS` at a time and recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from caravan.errors import InputError
 
 MOST_LOGITS = 1 << 25
-"""Logits in memory at once: 128 MiB in float32, whatever the size of the vocabulary."""
+"""Maximum number of logits in memory: 128 MiB in float32 for any vocabulary."""
 
 
 def log_probabilities(model: Any, states: Tensor, tokens: Tensor) -> Tensor:
     """Log probabilities [M] float32 of tokens given states, in nats.
 
     Args:
-        model: a language model of transformers, for its output layer, and for what its config does
-            to logits (Gemma caps them, Granite and Cohere scale them).
+        model: a language model of transformers; its output layer and the logit settings of its
+            config are used (Gemma caps logits, Granite and Cohere scale them).
         states: [M, d].
         tokens: [M] int64.
     """
@@ -39,15 +39,15 @@ def log_probabilities(model: Any, states: Tensor, tokens: Tensor) -> Tensor:
 
 
 def output_layer(model: Any) -> Callable[[Tensor], Tensor]:
-    """States [..., d] to logits [..., V], at least float32, as the model itself computes them."""
+    """A function from states [..., d] to logits [..., V] in float32 or higher, as in the model."""
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
 
     def logits(states: Tensor) -> Tensor:
-        # FSDP gathers weights in bf16, outside of autocast, where states may be float32. A layer
-        # that was packed for a CPU has no `weight`, and takes states as they are.
+        # With FSDP, weights are gathered in bf16 outside autocast, where states may be float32.
+        # A layer packed for the CPU has no `weight` and accepts states of any dtype.
         weight = getattr(head, "weight", None)
         found: Tensor = head(states if weight is None else states.to(weight.dtype))
         found = (found.float() if found.dtype.itemsize < 4 else found) * scale
@@ -58,12 +58,12 @@ def output_layer(model: Any) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def check_output_layer(model: Any) -> None:
-    """Check on a few tokens that logits are the output layer's of the trunk's states.
+    """Check on a few tokens that the logits are the output layer applied to the trunk's states.
 
     Some models have a transform between the two (ModernBERT's decoder, BERT).
 
     Raises:
-        InputError: If they are not.
+        InputError: If the logits differ.
     """
     device = model.get_output_embeddings().weight.device
     ids = (torch.arange(5, 11, device=device) % vocabulary(model)).unsqueeze(0)
@@ -82,18 +82,18 @@ def check_output_layer(model: Any) -> None:
     if not equal:
         raise InputError(
             "model-not-supported",
-            f"{type(model).__name__} computes more than its output layer between states and"
-            " logits, which is not supported; choose another language model",
+            f"{type(model).__name__} has more than its output layer between states and logits,"
+            " which is not supported; choose another language model",
         )
 
 
 def vocabulary(model: Any) -> int:
-    """Entries of the output layer."""
+    """The number of entries of the vocabulary."""
     return int(model.config.get_text_config().vocab_size)
 
 
 def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
-    """Activation checkpointing of one function without random operations."""
+    """Call a function without random operations with activation checkpointing."""
     if not torch.is_grad_enabled():
         return function(*inputs)
     settings: Any = {"use_reentrant": False, "preserve_rng_state": False}

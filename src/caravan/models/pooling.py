@@ -1,8 +1,8 @@
-"""Token ids to one state a text: run the transformer, then pool its last layer.
+"""Pooling: run the transformer and pool the states of its last layer to one vector per text.
 
-RepLLaMA and RankLLaMA (arXiv 2310.08319, section 2) read the last token, the EOS. Which token is
-the last is read from the attention mask, never from the pad id, which for Llama may equal EOS.
-The result depends neither on the other texts of the batch nor on the padding side.
+RepLLaMA and RankLLaMA (arXiv 2310.08319, section 2) use the last token, the EOS. Its position comes
+from the attention mask, never from the pad id, which may equal the EOS id for Llama. The result
+depends neither on the other texts of the batch nor on the padding side.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from caravan.models.remote_code import is_remote_code
 
 
 class Pooling(Protocol):
-    """Pools the states of each text to one vector. It has no weights.
+    """Pools the states of each text to one vector; has no weights.
 
-    Name your own class in the encoding by its path; its constructor gets no arguments:
+    Select a custom class by its dotted path; its constructor gets no arguments:
 
         python train.py stage=retriever encoding.pooling=my_package.pooling.Max
 
-    A model folder with such a pooling needs `trust_remote_code=true` to load, and your package.
+    Loading a model folder with a custom pooling needs `trust_remote_code=true` and its package.
 
     >>> import torch
     >>> class Max:
@@ -41,7 +41,7 @@ class Pooling(Protocol):
         """Pool right-padded texts.
 
         Args:
-            states: [n, L, d], the last layer's, in any precision.
+            states: [n, L, d], states of the last layer in any precision.
             attention_mask: [n, L], 1 for a real token, 0 for padding on the right.
 
         Returns:
@@ -51,7 +51,7 @@ class Pooling(Protocol):
 
 
 class Last:
-    """The last real token's state."""
+    """The state of the last real token."""
 
     def __call__(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         last = attention_mask.sum(dim=1).long() - 1
@@ -59,7 +59,7 @@ class Last:
 
 
 class Cls:
-    """The first token's state."""
+    """The state of the first token."""
 
     def __call__(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         return states[:, 0].float()
@@ -75,7 +75,7 @@ class Mean:
 
 
 class Slots:
-    """The mean over the slots, the last `slots` real tokens (LLaRA, arXiv 2312.15503)."""
+    """The mean over the slots, which are the last `slots` real tokens (LLaRA, arXiv 2312.15503)."""
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
@@ -88,10 +88,10 @@ class Slots:
 
 
 def pooling_of(encoding: Encoding) -> Pooling:
-    """The pooling that an encoding names.
+    """Create the pooling of an encoding.
 
     Raises:
-        InputError: If the path does not lead to a pooling, or the pooling has weights.
+        InputError: If the path cannot be imported, or is not a pooling without weights.
     """
     built_in: dict[str, Pooling] = {
         "last": Last(),
@@ -108,7 +108,7 @@ def pooling_of(encoding: Encoding) -> Pooling:
         raise InputError(
             "invalid-pooling",
             f"encoding.pooling={encoding.pooling} is not a caravan.models.pooling.Pooling: it must"
-            " be callable and have no weights, which no model folder would save",
+            " be callable and have no weights, since model folders do not save them",
         )
     checked: Pooling = pooling
     return checked
@@ -129,7 +129,7 @@ def pooled_states(
         backbone: a transformers model without a head; its output has `last_hidden_state`.
         input_ids, attention_mask, token_types: [n, L], padded on either side.
         causal: whether the model is causal (`is_causal`).
-        full: no text is padded (the caller knows; checking would wait for the device).
+        full: no text is padded (passed by the caller; a check would synchronize with the device).
 
     Returns:
         [n, d] float32.
@@ -142,8 +142,8 @@ def pooled_states(
         input_ids = input_ids.gather(1, order)
         attention_mask = attention_mask.gather(1, order)
         token_types = None if token_types is None else token_types.gather(1, order)
-    # In a causal model no real token sees the padding on its right: no mask, a faster kernel.
-    # Remote code may need a mask all the same (nomic-bert's does).
+    # In a causal model no real token attends to padding on its right, so no mask is needed and a
+    # faster kernel is used. Remote code may still need a mask (nomic-bert's does).
     unmasked = (full or causal) and not is_remote_code(unwrapped(backbone))
     mask = None if unmasked else attention_mask
     types = {} if token_types is None else {"token_type_ids": token_types}
@@ -152,8 +152,8 @@ def pooled_states(
 
 
 def right_padded(attention_mask: Tensor) -> Tensor:
-    """The order [n, L] of the tokens that moves padding to the right.
+    """The order [n, L] of tokens that moves padding to the right.
 
-    Positions then count from the text's first token in every architecture, absolute or relative.
+    Positions then start at the first token of the text for all kinds of position embeddings.
     """
     return attention_mask.argsort(dim=1, descending=True, stable=True)

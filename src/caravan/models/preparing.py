@@ -1,9 +1,9 @@
-"""Preparation of a transformer for training: direction, activation checkpointing, compilation.
+"""Prepare a transformer for training: attention direction, activation checkpointing, compilation.
 
-`backbone.checkpointing=true` keeps a layer's input alone for the backward pass and recomputes the
-layer; `selective` also keeps the results of linear layers and fused attention, and recomputes the
-rest, which is cheap. `backbone.compile=true` compiles each layer separately, and layers of one
-shape share what was compiled: a few versions (training or not, one text or several).
+`backbone.checkpointing=true` keeps only each layer's input for the backward pass and recomputes the
+layer. `selective` also keeps the outputs of linear layers and fused attention and recomputes the
+rest, which is cheap. `backbone.compile=true` compiles each layer separately. Layers of the same
+shape share the compiled versions (training or evaluation, one text or several).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from caravan.models.bidirectional import blocks, make_bidirectional
 
 Checkpointing = bool | Literal["selective"]
 VERSIONS = 64
-"""Most compiled versions of a layer."""
+"""Maximum number of compiled versions of a layer."""
 SAVED = (
     "aten::mm",
     "aten::addmm",
@@ -33,8 +33,8 @@ SAVED = (
     "aten::_scaled_dot_product_cudnn_attention",
     "torch_attn::_varlen_attn",
 )
-"""What `selective` saves: products with weights, and fused attention, but no scores of every token
-with every other."""
+"""Operations that `selective` saves: products with weights and fused attention, but not the
+attention scores of all pairs of tokens."""
 
 
 def prepared(
@@ -43,7 +43,7 @@ def prepared(
     """Prepare a transformer, with or without a head, for training, in place.
 
     Raises:
-        InputError: If it cannot be made bidirectional, or cannot recompute activations.
+        InputError: If the model does not support bidirectional attention or checkpointing.
     """
     model.config.use_cache = False
     if bidirectional:
@@ -53,7 +53,7 @@ def prepared(
     if varlen.is_enabled(model):
         varlen.check_dropout(model)
     if compile:
-        # A layer's versions, for all lengths; beyond dynamo's own limit it would run uncompiled.
+        # Beyond dynamo's default limit of versions a layer would run uncompiled.
         limits: Any = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, VERSIONS)
         for block in blocks(model):
@@ -62,16 +62,17 @@ def prepared(
 
 
 def _checkpoint_activations(model: Any, checkpointing: Checkpointing) -> None:
-    """Switch checkpointing on, in place.
+    """Enable activation checkpointing in place.
 
     Raises:
-        InputError: If the model cannot recompute activations.
+        InputError: If the model does not support activation checkpointing.
     """
-    # transformers 5.20 has the older name alone.
+    # transformers 5.20 has only the older name.
     older = model.gradient_checkpointing_enable
     if "gradient_checkpointing_kwargs" not in inspect.signature(older).parameters:
         text = (
-            f"{type(model).__name__} cannot recompute activations; set backbone.checkpointing=false"
+            f"{type(model).__name__} has no activation checkpointing; set"
+            " backbone.checkpointing=false"
         )
         raise InputError("no-checkpointing", text)
     settings: dict[str, Any] = {"use_reentrant": False}
@@ -81,16 +82,17 @@ def _checkpoint_activations(model: Any, checkpointing: Checkpointing) -> None:
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The contexts of a layer's computation and of its recomputation."""
+    """The contexts for the forward pass of a layer and for its recomputation."""
     first, again = create_selective_checkpoint_contexts(_policy)
     return _uncached(first), _uncached(again)
 
 
 @contextmanager
 def _uncached(mode: AbstractContextManager[Any]) -> Iterator[None]:
-    """Without autocast's cache: a recomputation would not find the weights that a chunk cast.
+    """Disable autocast's weight cache within a selective checkpointing context.
 
-    It would then run more operations than were counted the first time.
+    With the cache, the forward pass may use weights cast by an earlier chunk. The recomputation
+    would cast them again, and so run more operations than the forward pass.
     """
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
@@ -102,9 +104,10 @@ def _uncached(mode: AbstractContextManager[Any]) -> Iterator[None]:
 
 
 def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """For `torch.utils.checkpoint`: whether to save an operation's result.
+    """Policy for `torch.utils.checkpoint`: whether to save the result of an operation.
 
-    Random operations are recomputed, so that the generator stays in step during recomputation.
+    Random operations are recomputed, so that the generator has the same state as in the forward
+    pass.
     """
     saved = operation.name().partition(".")[0] in SAVED
     dropout = None

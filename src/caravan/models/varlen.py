@@ -1,12 +1,11 @@
-"""Attention without padding: a chunk's tokens in one row, each text attending to itself alone.
+"""Attention without padding: the texts of a chunk are one row, and each attends only to itself.
 
     python train.py backbone.attention=unpadded ...        python evaluate.py attention=unpadded ...
 
-Linear layers then compute real tokens only, whatever the lengths that share a chunk. Positions
-start at 0 in each text, and PyTorch's kernel for variable lengths (`torch.nn.attention.varlen`)
-keeps the texts apart on GPUs in half precision. Elsewhere texts of equal length are computed
-together, which is slower than that kernel. LLaRA's prompts and likelihoods need masks of their own:
-they are padded and computed by sdpa.
+Linear layers then compute only real tokens. Positions start at 0 in each text. On GPUs in half
+precision, PyTorch's variable-length kernel (`torch.nn.attention.varlen`) separates the texts.
+Otherwise texts of equal length are computed together, which is slower. LLaRA's prompts and
+likelihoods need custom masks: they are padded and use sdpa.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ ARCHITECTURES = frozenset(
     " llama ministral mistral mixtral modernbert olmo2 olmo3 phi3 qwen2 qwen3 qwen3_moe smollm3"
     " starcoder2".split()
 )
-"""Model types (`config.model_type`) whose states without padding are tested equal to the padded
-ones. Others may ignore text boundaries, or count positions on their own (RoBERTa), in silence."""
+"""Model types (`config.model_type`) for which tests show equal states with and without padding.
+Other models may silently ignore text boundaries or compute their own positions (RoBERTa)."""
 DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 
 
@@ -51,13 +50,13 @@ def attention(
 
     Args:
         query: [1, H, T, D] with `cu_seq_lens_q` in the settings, or padded [B, H, L, D].
-        key, value: likewise, with K heads; K divides H.
+        key, value: the same shape with K heads; K divides H.
 
     Returns:
-        States [1, T, H, D] (padded: [B, L, H, D]), and no weights.
+        States [1, T, H, D] (padded: [B, L, H, D]), and None for the attention weights.
 
     Raises:
-        ValueError: If the layer needs something that is not computed here.
+        ValueError: If the layer uses a feature that is not supported here.
     """
     bounds = settings.pop("cu_seq_lens_q", None)
     if bounds is None:
@@ -67,14 +66,14 @@ def attention(
     cpu.check_settings(module, settings, (*cpu.UNSUPPORTED, "position_bias", "cache"))
     causal = settings.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    # transformers counts the token itself in a window, except in a decoder made bidirectional.
+    # transformers includes the token itself in a window, except in a decoder made bidirectional.
     turned = not causal and getattr(module, "is_causal", False)
     reach = -1 if sliding_window is None else sliding_window - (not turned)
     window = (reach, 0 if causal else reach)
     half = _half(query)
     if has_kernel(query) and half is not None:
         if dropout:
-            raise ValueError(f"{type(module).__name__} drops attention weights ({dropout:g})")
+            raise ValueError(f"{type(module).__name__} uses attention dropout ({dropout:g})")
         flat = [states[0].transpose(0, 1).to(half) for states in (query, key, value)]
         longest = settings["max_length_q"]
         output = kernel()(
@@ -110,13 +109,13 @@ def states(
     attention_mask: Tensor,
     token_types: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the transformer on the real tokens alone.
+    """Run the transformer on the real tokens only.
 
     Args:
         input_ids, attention_mask, token_types: [n, L], padded on either side.
 
     Returns:
-        The last layer's states [n, L, d], right-padded with zeros, and their mask [n, L].
+        States [n, L, d] of the last layer, right-padded with zeros, and their mask [n, L].
     """
     texts, width = input_ids.shape
     real = attention_mask != 0
@@ -134,7 +133,7 @@ def states(
     found: Tensor = backbone(
         input_ids=input_ids.flatten()[places][None],
         position_ids=positions[None],
-        attention_mask=real.new_ones(1, 1, 1, 1),  # transformers leaves four dimensions unchanged
+        attention_mask=real.new_ones(1, 1, 1, 1),  # transformers does not change a 4D mask
         cu_seq_lens_q=bounds,
         cu_seq_lens_k=bounds,
         max_length_q=width,
@@ -148,55 +147,56 @@ def states(
 
 
 def check_architecture(model: Any) -> None:
-    """Check that a model can be run without padding.
+    """Check that a model can run without padding.
 
     Raises:
-        InputError: If its architecture is not among `ARCHITECTURES`, or the GPU has no kernel.
+        InputError: If its architecture is not in `ARCHITECTURES`, or there is no kernel for the
+            GPU.
     """
     kind = model.config.get_text_config().model_type
     if kind not in ARCHITECTURES:
         raise InputError(
             "attention-not-supported",
             f"attention={NAME} is not supported by {type(model).__name__} ({kind}), only by"
-            f" {', '.join(sorted(ARCHITECTURES))}; set it to auto",
+            f" {', '.join(sorted(ARCHITECTURES))}; use attention=auto",
         )
     if torch.cuda.is_available():
         kernel()
 
 
 def check_dropout(model: Any) -> None:
-    """Check that training on a GPU drops no attention weights, which the kernel cannot.
+    """Check that a model has no attention dropout, which the GPU kernel does not support.
 
     Raises:
-        InputError: If the model's config does.
+        InputError: If the model's config sets attention dropout.
     """
     config = model.config.get_text_config()
     for name in DROPOUTS if torch.cuda.is_available() else ():
         if rate := getattr(config, name, 0):
             raise InputError(
                 "attention-not-supported",
-                f"attention={NAME}: {type(model).__name__} drops attention weights ({name}="
-                f"{rate:g}), which the kernel cannot; set backbone.attention=auto",
+                f"attention={NAME}: {type(model).__name__} uses attention dropout ({name}="
+                f"{rate:g}), which the kernel does not support; set backbone.attention=auto",
             )
 
 
 def is_enabled(model: Any) -> bool:
-    """Whether a transformer, with or without adapters, was given this attention."""
+    """Whether a transformer, with or without adapters, uses this attention."""
     config = getattr(model, "config", None)
     return getattr(config, "_attn_implementation", None) == NAME
 
 
 def has_kernel(states: Tensor) -> bool:
-    """Whether a kernel for variable lengths runs on the device of these states."""
+    """Whether the variable-length kernel supports the device of these states."""
     return states.is_cuda
 
 
 @cache
 def kernel() -> Any:
-    """PyTorch's kernel for variable lengths.
+    """PyTorch's variable-length attention kernel.
 
     Raises:
-        InputError: If this PyTorch has none with windows and grouped heads.
+        InputError: If this version of PyTorch has no such kernel with windows and grouped heads.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -207,12 +207,13 @@ def kernel() -> Any:
         pass
     raise InputError(
         "attention-not-supported",
-        f"attention={NAME} needs PyTorch 2.12 or newer on a GPU; upgrade it, or set it to auto",
+        f"attention={NAME} needs PyTorch 2.12 or newer on a GPU; upgrade PyTorch or use"
+        " attention=auto",
     )
 
 
 def _half(states: Tensor) -> torch.dtype | None:
-    """The half precision that the states have or autocast gives them; None in float32."""
+    """The half-precision dtype of the states or of autocast; None for float32."""
     if states.dtype in (torch.bfloat16, torch.float16):
         return states.dtype
     kind = states.device.type
@@ -220,7 +221,7 @@ def _half(states: Tensor) -> torch.dtype | None:
 
 
 def _window_mask(length: int, window: tuple[int, int], device: torch.device) -> Tensor | None:
-    """A mask [1, 1, l, l], True where a token attends, for texts longer than the window."""
+    """A mask [1, 1, l, l], True where a token attends; None if the window covers the text."""
     if not 0 <= window[0] < length - 1:
         return None
     places = torch.arange(length, device=device)

@@ -1,10 +1,10 @@
-"""LLaRA: adapt a language model by two pretext tasks on unlabelled text (arXiv 2312.15503).
+"""LLaRA: adapt a language model with two pretext tasks on unlabelled text (arXiv 2312.15503).
 
     python train.py stage=adaptation backbone=hf backbone.name=<model> data=texts data.path=<files>
 
-EBAE: a text's embedding predicts the tokens of the text itself. EBAR: it predicts the tokens of the
-text that follows. One forward pass serves both, and the causal language model's own loss if it is
-among the tasks. The model folder retrieves as it is, and a retriever can start from it
+EBAE: the embedding of a text predicts the tokens of the same text. EBAR: the embedding predicts the
+tokens of the next text. One forward pass computes both tasks, and optionally the causal language
+modelling loss. The model folder can be used for retrieval, or to initialize a retriever
 (`init_from`).
 """
 
@@ -33,12 +33,12 @@ class Adaptation(Stage):
     """A language model with LLaRA's tasks and an optimizer.
 
     Args:
-        self_prompt, next_prompt: what follows the text for EBAE and for EBAR.
-        tasks: joined by +: ebae, ebar, and lm, the causal language model's own loss.
-        ebae, ebar, lm: weights of their losses, of those in `tasks`.
-        targets: which tokens are predicted, "all" or "content" (`caravan.data.unlabelled`).
-        words: per segment of text.
-        The others: see `Stage`; `loss` and `gradcache` do not apply.
+        self_prompt, next_prompt: prompts after the text for EBAE and for EBAR.
+        tasks: joined by +: ebae, ebar, and lm, the causal language modelling loss.
+        ebae, ebar, lm: loss weights of the tasks.
+        targets: tokens to predict, "all" or "content" (`caravan.data.unlabelled`).
+        words: words per segment of text.
+        Others: see `Stage`; `loss` and `gradcache` do not apply.
     """
 
     forward_methods = ("read",)
@@ -66,7 +66,8 @@ class Adaptation(Stage):
         if not set(chosen) <= set(weights):
             raise InputError(
                 "unknown-task",
-                f"stage.tasks is {tasks!r}; it must be some of ebae, ebar and lm, joined by +",
+                f"stage.tasks is {tasks!r}; it must be one or more of ebae, ebar and lm, joined"
+                " by +",
             )
         for task in chosen:
             if not 0 < weights[task] < math.inf:
@@ -82,8 +83,8 @@ class Adaptation(Stage):
         if len(slotted) > 1:
             raise InputError(
                 "mixed-slots",
-                "stage.self_prompt and stage.next_prompt must both end with slots, {self} and"
-                " {next}, or neither",
+                "stage.self_prompt and stage.next_prompt must either both end with slots ({self}"
+                " and {next}) or both have no slots",
             )
         _check_encoding(encoding, (self_prompt, next_prompt), slots=True in slotted)
         self.templates = JointTemplates(tokenizer, encoding, prompts)
@@ -107,7 +108,7 @@ class Adaptation(Stage):
     def training_set(
         self, collection: Collection, split: str, sampler: Any, token_budget: int
     ) -> Unlabelled:
-        """The collection's passages in segments; split and sampler do not apply."""
+        """The segments of the collection's passages; split and sampler do not apply."""
         return Unlabelled(
             collection.corpus,
             self.templates,
@@ -152,17 +153,17 @@ class Adaptation(Stage):
 
 
 def _check_encoding(encoding: Encoding, prompts: tuple[str, str], slots: bool) -> None:
-    """The saved encoding must use these prompts, and pool at their slots.
+    """Check that the saved encoding ends with one of these prompts and pools at its slots.
 
     Raises:
-        InputError: It does not.
+        InputError: If it does not.
     """
     for name in ("query_template", "passage_template"):
         if not getattr(encoding, name).endswith(prompts):
             raise InputError(
                 "other-prompt",
-                f"encoding.{name} is {getattr(encoding, name)!r}, which ends with neither"
-                " stage.self_prompt nor stage.next_prompt; end it with one of them",
+                f"encoding.{name} is {getattr(encoding, name)!r}; it must end with"
+                " stage.self_prompt or stage.next_prompt",
             )
     allowed = ("slots", "last") if slots else ("last",)
     if encoding.pooling not in allowed:
@@ -174,10 +175,10 @@ def _check_encoding(encoding: Encoding, prompts: tuple[str, str], slots: bool) -
 
 
 def _means(where: Tensor | None, *values: Tensor) -> list[Tensor]:
-    """Means of `values` [N] each, weighted so that their average over ranks is the overall mean.
+    """Means of `values` [N] each, weighted so that the average over ranks is the overall mean.
 
     Args:
-        where: [N] bool, the rows that count; None for all.
+        where: [N] bool, the rows to include; None for all.
     """
     device = values[0].device
     kept = torch.ones_like(values[0], dtype=torch.bool) if where is None else where

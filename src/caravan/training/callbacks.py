@@ -1,4 +1,4 @@
-"""Callbacks around the training loop: log lines, throughput, and the checkpoint to resume from."""
+"""Callbacks of the training loop: log lines, throughput, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 
 
 class FitSummary(pl.Callback):
-    """Logs what is trained, on what, and how large an update is, when the weights are loaded.
+    """Logs the model, the data and the batch size at the start of training.
 
     Args:
         heading: the first line.
-        precision: resolved, "bf16" or "float32".
+        precision: "bf16" or "float32".
         needed: the estimated memory of a step, if known.
     """
 
@@ -44,7 +44,7 @@ class FitSummary(pl.Callback):
         if not trained:
             raise InputError(
                 "nothing-to-train",
-                "nothing would be trained, all weights are frozen; set peft=none or peft=lora",
+                "all weights are frozen, so there is nothing to train; set peft=none or peft=lora",
             )
         if not trainer.is_global_zero:
             return
@@ -68,17 +68,17 @@ class FitSummary(pl.Callback):
         elif queries:
             passages, corpus = len(data.dev_passages), len(data.collection.corpus)
             log.info(f"validation: {queries:,} queries over {passages:,} of {corpus:,} passages")
-        if self.needed is not None and self.needed.total >= 1e8:  # less fits anywhere
+        if self.needed is not None and self.needed.total >= 1e8:  # less fits on any device
             log.info("memory at the peak of a step: about %s", self.needed)
 
 
 class ProgressLog(pl.Callback):
     """Logs the progress of training and the metrics of each validation.
 
-    A progress bar is in no log file, and jobs of a scheduler have no terminal.
+    Log files have no progress bar, and scheduled jobs have no terminal.
 
     Args:
-        seconds: between two lines about updates.
+        seconds: time between two log lines about updates.
     """
 
     def __init__(self, seconds: float = 60.0) -> None:
@@ -111,7 +111,7 @@ class ProgressLog(pl.Callback):
 
 
 def in_words(metrics: Mapping[str, Any]) -> str:
-    """The metrics of a validation as one line.
+    """Format the metrics of a validation as one line.
 
     >>> in_words({"train/loss": 1.5, "val/MRR@10": 0.2239, "val/R@100": 0.5786})
     'MRR@10 0.2239, R@100 0.5786'
@@ -121,9 +121,9 @@ def in_words(metrics: Mapping[str, Any]) -> str:
 
 
 class TensorBoard(TensorBoardLogger):
-    """Lightning's logger, with the number of finished updates as the step of each value.
+    """Lightning's TensorBoard logger with the number of finished updates as the step.
 
-    Lightning counts from 0: without this, a validation after update 40 would be at step 39.
+    Lightning counts from 0, so it would log a validation after update 40 at step 39.
     """
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -131,7 +131,7 @@ class TensorBoard(TensorBoardLogger):
 
 
 class Throughput(pl.Callback):
-    """Logs tokens per second and the share of padding, over the steps since the last log."""
+    """Logs tokens per second and the share of padding since the last log."""
 
     def __init__(self) -> None:
         self._since = self._seconds = 0.0
@@ -155,7 +155,7 @@ class Throughput(pl.Callback):
         self._tokens += batch.tokens
         self._padded += batch.padded
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:
-            # Ranks have about equal shares: rank 0's, times their number, stands for the sum.
+            # Ranks have about equally many tokens, so the sum is estimated from rank 0.
             tokens = self._tokens * trainer.world_size
             speed = tokens / max(self._seconds, 1e-9)
             pl_module.log("train/tokens_per_second", speed, prog_bar=True)
@@ -164,39 +164,39 @@ class Throughput(pl.Callback):
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes `last.ckpt`, from which `resume=true` continues at the very next batch.
+    """Writes `last.ckpt`, from which `resume=true` continues at the next batch.
 
-    What a checkpoint contains (best.ckpt has the same), and who puts it there:
+    Contents of a checkpoint (the same in best.ckpt), and the code that adds them:
 
     ===================  ==========================================  ==============================
     entry                content                                     from
     ===================  ==========================================  ==============================
-    state_dict           trainable weights, full and on the CPU      `Stage.on_save_checkpoint`,
+    state_dict           trainable weights, unsharded on the CPU     `Stage.on_save_checkpoint`,
                                                                      `FullySharded`
-    optimizer_states     Adam's moments, full and on the CPU         Lightning, `FullySharded`
+    optimizer_states     Adam's moments, unsharded on the CPU        Lightning, `FullySharded`
     lr_schedulers        position in the schedule                    Lightning
     loops                updates, batches and validations done;      Lightning,
                          epoch and position of the training loader   `caravan.data.loaders`
     callbacks            best metric and path, patience, ...;        each callback; paths below
                          paths relative to run_dir                   run_dir by `LastCheckpoint`
     should_stop          whether early stopping has ended the run;   `LastCheckpoint`
-                         it does not raise it again after a resume
+                         not set again by it after a resume
     epoch, global_step,  counters                                    Lightning
     ...version
     ===================  ==========================================  ==============================
 
-    Not in it: frozen weights (the base model's digest is in the manifest of the run), and random
-    states. Dropout, negatives and batches are functions of the seed and of the position
+    A checkpoint has no frozen weights (the manifest of the run has the digest of the base model)
+    and no random states: dropout, negatives and batches are functions of the seed and the position
     (`Stage.on_train_batch_start`, `caravan.data.negatives`).
 
-    It is written every `every_n_steps` updates and after every validation, but not before the
-    validation that follows an update: a run that is killed during a validation repeats it. Nor is
-    it written between the batches of one update, since gradients are in no checkpoint. Lightning
-    calls a `Checkpoint` after the other callbacks, so that their state is up to date.
+    The checkpoint is written every `every_n_steps` updates and after every validation. It is not
+    written before a validation that follows an update, so that a run killed during a validation
+    repeats it, nor between the batches of one update, since it has no gradients. Lightning calls a
+    `Checkpoint` after the other callbacks, so their state is up to date.
 
     Args:
-        folder: of the checkpoints.
-        every_n_steps: updates between two writes.
+        folder: folder of the checkpoints.
+        every_n_steps: updates between two checkpoints.
     """
 
     def __init__(self, folder: str, every_n_steps: PositiveInt = 100) -> None:
@@ -232,16 +232,16 @@ class LastCheckpoint(Checkpoint):
 
 
 def _accumulates(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether this batch's gradients are kept for the next one; an epoch's last batch never."""
+    """Whether gradients are kept for the next batch; never true for the last batch of an epoch."""
     if batch_idx + 1 >= trainer.num_training_batches:
         return False
     return (batch_idx + 1) % trainer.accumulate_grad_batches != 0
 
 
 def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether a validation follows this batch, as Lightning's training loop decides it."""
+    """Whether a validation follows this batch; the same conditions as in Lightning's loop."""
     epochs, every = trainer.check_val_every_n_epoch, trainer.val_check_batch
-    if not trainer.enable_validation or every is None:  # None: by the clock
+    if not trainer.enable_validation or every is None:  # None: validation by time
         return False
     if epochs is not None and (trainer.current_epoch + 1) % epochs:
         return False

@@ -1,13 +1,13 @@
 """One training run: from a data source and a backbone to a model folder.
 
-    run_dir/config.yaml      the resolved config, with the manifest of the run's inputs
+    run_dir/config.yaml      the resolved config; its manifest records the inputs of the run
     run_dir/checkpoints/     best.ckpt (by val/MRR@10), last.ckpt (to resume from)
     run_dir/tensorboard/     curves
     run_dir/runs/            the run of the latest validation
     run_dir/model/           the best weights as a model folder, with its manifest
     run_dir/metrics.json     the monitored metric of the best validation, updates, seconds
 
-A finished run is not repeated; an interrupted one continues with `resume=true`.
+A finished run is not repeated; an interrupted run continues with `resume=true`.
 """
 
 from __future__ import annotations
@@ -55,27 +55,27 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Training:
-    """The parts and settings of one training; `caravan.cli.train` composes them from the config.
+    """The components and settings of one run; `caravan.cli.train` builds them from the config.
 
     Attributes:
         name, run_dir, cache_dir, seed, resume, precision: as in conf/train.yaml.
-        source: where the collection comes from (`caravan.data.readers`).
-        backbone, peft, loss, optimizer, encoding: the parts of the stage.
-        stage: makes the `Stage` of these parts.
+        source: the data source of the collection (`caravan.data.readers`).
+        backbone, peft, loss, optimizer, encoding: components of the stage.
+        stage: creates the `Stage` from these components.
         sampler: draws the negatives; None for adaptation.
-        trainer: makes Lightning's Trainer from the arguments that the run adds.
-        max_steps: the trainer's. 0 saves the backbone as a model folder without training.
-        strategy, loggers, callbacks: of the trainer.
+        trainer: creates Lightning's Trainer; called with the arguments that the run adds.
+        max_steps: as in the trainer; 0 saves the backbone as a model folder without training.
+        strategy, loggers, callbacks: arguments of the trainer.
         batching: arguments of `DataModule`: queries_per_batch, token_budget, num_workers.
         validation: arguments of `DataModule`: queries, passages, run, run_depth,
             ignore_identical_ids.
-        train_queries: how many training queries the best weights are evaluated on; None: none.
-        read_lengths: passage lengths that the best weights are evaluated at.
+        train_queries: number of training queries for the final evaluation; None disables it.
+        read_lengths: passage lengths for the final evaluation.
         gradcache: texts per chunk of gradient caching; None keeps all activations of a batch.
-        init_from: the model folder that the backbone was initialized from, if any.
-        settings: the resolved config as plain data: what the run's inputs are.
-        config: the same as text, for config.yaml.
-        facts: for the model card: dataset, language, hyperparameters.
+        init_from: the model folder from which the backbone is initialized, if any.
+        settings: the resolved config as plain data; determines the inputs of the run.
+        config: the resolved config as text, for config.yaml.
+        facts: dataset, language and hyperparameters for the model card.
     """
 
     name: str
@@ -109,19 +109,19 @@ class Training:
 
 
 def train(run: Training) -> float | None:
-    """Train, and write everything that a run writes into `run.run_dir`.
+    """Train and write all files of the run into `run.run_dir`.
 
     Returns:
-        The monitored metric of the best checkpoint; None if nothing was validated.
+        The monitored metric of the best checkpoint; None without validation.
 
     Raises:
-        InputError: a setting or file cannot be used, or run_dir belongs to another run.
+        InputError: If a setting or file is invalid, or run_dir belongs to another run.
     """
-    # A released model becomes a model folder without any collection.
+    # Saving a released model as a model folder needs no collection.
     reads = run.max_steps != 0 or (run.init_from is None and run.backbone.trains_tokenizer)
     collection: Any = run.source.collection(run.cache_dir) if reads else None
     if run.max_steps != 0 and collection.splits:
-        collection.qrels(run.source.dev_split)  # a missing split is refused before loading a model
+        collection.qrels(run.source.dev_split)  # report a missing split before loading a model
     inputs = inputs_of(run.settings, collection)
     model_dir, config = run.run_dir / "model", run.run_dir / "config.yaml"
     record = finished(model_dir, inputs, run.resume)
@@ -130,7 +130,7 @@ def train(run: Training) -> float | None:
         return record["best"]
     if is_main_process():
         refuse_other_run(run.run_dir, config, inputs, run.resume)
-        # In this order, a kill between any two lines leaves no record of something unfinished.
+        # In this order, a kill between any two lines leaves no manifest of an unfinished product.
         manifests.write(config, inputs, {"versions": manifests.versions()})
         with replacing(config) as scratch:
             scratch.write_text(run.config, "utf-8")
@@ -149,14 +149,14 @@ def train(run: Training) -> float | None:
 
 def _module(run: Training, collection: Collection | None) -> Stage:
     """The LightningModule with its tokenizer; `configure_model` loads the weights."""
-    # Lightning's hints about unused devices; `FitSummary` logs what matters.
+    # Silence Lightning's hints about unused devices; `FitSummary` logs the devices in use.
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     pl.seed_everything(run.seed, workers=True, verbose=False)
     encoding, tokenizer = run.encoding, run.backbone.tokenizer(collection, run.cache_dir)
     if run.init_from is None or not read_encoding(run.init_from)[0].append_eos:
-        encoding = without_second_end(tokenizer, encoding)  # else it stays as it was trained
+        encoding = without_second_end(tokenizer, encoding)  # otherwise keep the trained encoding
     add_slots(tokenizer, encoding)
     cached = {} if run.gradcache is None else {"gradcache": GradCache(run.gradcache)}
     return run.stage(
@@ -179,7 +179,7 @@ def _adopt(run: Training, collection: Collection | None) -> None:
         raise InputError(
             "untrained-head",
             f"{run.backbone.name} has no trained head, so a reranker of it would score at random;"
-            " train one (trainer.max_steps above 0)",
+            " train a head (trainer.max_steps above 0)",
         )
     facts = {"name": run.name, "base_model": run.backbone.name, "updates": 0}
     folder.save(run.run_dir / "model", module.model, module.tokenizer, module.encoding, facts)
@@ -187,7 +187,7 @@ def _adopt(run: Training, collection: Collection | None) -> None:
 
 
 def _fit(run: Training, collection: Collection) -> float | None:
-    """Train with Lightning, then save the best weights; returns their monitored metric."""
+    """Train with Lightning and save the best weights; returns their monitored metric."""
     checkpoint = resumable(run.run_dir / "checkpoints") if run.resume else None
     module = _module(run, collection)
     precision = hardware.resolve(run.precision)
@@ -195,14 +195,14 @@ def _fit(run: Training, collection: Collection) -> float | None:
     data = _data(run, module, collection)
     trainer = _trainer(run, precision, validates=data.dev_split is not None)
     outline = module.outline()
-    if outline is not None:  # refuse lengths now, not in a validation after hours
+    if outline is not None:  # check lengths now instead of in the first validation
         refuse_too_long(outline, module.encoding)
         for length in run.read_lengths if data.dev_split is not None else ():
             longer = module.reading(length).encoding
             refuse_too_long(outline, longer, "validation.read_lengths: encoding.")
     needed = memory_needed(module, outline, data, trainer)
     batches = data.batches_per_epoch(trainer)
-    # Updates end the run, not epochs: Lightning's count of epochs may lag in a resumed run.
+    # End by updates instead of epochs: Lightning's epoch counter may lag after a resume.
     last = trainer.fit_loop.epoch_loop.max_steps = updates(trainer, batches)
     if last < run.max_steps and is_main_process():
         log.warning("trainer.max_epochs ends the run after %d updates, before max_steps", last)
@@ -215,7 +215,7 @@ def _fit(run: Training, collection: Collection) -> float | None:
         validate_at_least_once(trainer, batches)
     started = time.monotonic()
     try:
-        with writing(run.run_dir / "tensorboard"):  # errors of other files name the file
+        with writing(run.run_dir / "tensorboard"):  # errors for other files include their path
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except InputError:
         raise
@@ -233,9 +233,9 @@ def _fit(run: Training, collection: Collection) -> float | None:
 
 
 def _data(run: Training, module: Stage, collection: Collection) -> DataModule:
-    """The DataModule; its dev_split is None if it trains on unlabelled text."""
+    """The DataModule; its dev_split is None for unlabelled text."""
     for length in run.read_lengths:
-        module.reading(length)  # refuse before training what cannot be read after it
+        module.reading(length)  # report invalid lengths before training
     budget = hardware.chunk(run.batching["token_budget"])
     training = module.training_set(collection, run.source.train_split, run.sampler, budget)
     unlabelled = isinstance(training, Unlabelled) and not collection.splits
@@ -250,22 +250,20 @@ def _data(run: Training, module: Stage, collection: Collection) -> DataModule:
 
 
 def _trainer(run: Training, precision: str, validates: bool) -> Any:
-    """Lightning's Trainer.
+    """Create Lightning's Trainer.
 
-    Raises:
-        InputError: Lightning refuses a setting, such as a device that is not there, or more
-            processes were started than it knows of.
+    Raises: InputError if Lightning rejects a setting or the number of processes.
     """
     sharded = isinstance(run.strategy, FullySharded)
     callbacks = list(run.callbacks)
     if not (get_console().is_terminal or get_console().is_jupyter):
         callbacks = [one for one in callbacks if not isinstance(one, ProgressBar)]
     bars = any(isinstance(one, ProgressBar) for one in callbacks)
-    if not run.loggers:  # Lightning would refuse the monitor
+    if not run.loggers:  # Lightning raises an error for a LearningRateMonitor without a logger
         callbacks = [one for one in callbacks if not isinstance(one, LearningRateMonitor)]
     try:
         trainer = run.trainer(
-            # FSDP needs no autocast: it gathers the shards in bf16.
+            # FSDP needs no autocast because it gathers the shards in bf16.
             precision=hardware.trainer_precision("float32" if sharded else precision),
             strategy=run.strategy,
             logger=list(run.loggers),
@@ -300,9 +298,9 @@ def _finish(
     seconds: float,
     needed: Need | None,
 ) -> float | None:
-    """Save the best weights as the model folder, and metrics.json; returns the best metric."""
+    """Write the best weights as a model folder, and metrics.json; returns the best metric."""
     used = None if needed is None else needed.total
-    if trainer.strategy.root_device.type == "cuda":  # a CPU has no count: the estimate stands
+    if trainer.strategy.root_device.type == "cuda":  # on a CPU use the estimate
         used = torch.cuda.max_memory_allocated(trainer.strategy.root_device)
     best, monitor, watched = None, None, trainer.checkpoint_callback
     if isinstance(watched, ModelCheckpoint):

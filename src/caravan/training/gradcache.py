@@ -1,18 +1,18 @@
-r"""Gradient caching: contrastive batches of any size in the memory of one chunk (arXiv 2101.06983).
+r"""Gradient caching: large contrastive batches in the memory of one chunk (arXiv 2101.06983).
 
     python train.py experiment=quickstart/retriever gradcache.chunk=16 \\
         batching.queries_per_batch=1024
 
-A loss over many texts needs all their embeddings, but not all their activations:
+A contrastive loss needs the embeddings of all texts at once, but not their activations:
 
-1. embed every chunk without gradient;
-2. compute the loss of these embeddings and its gradient with respect to each of them;
-3. embed the chunks again, one by one, and backpropagate each one's part of that gradient.
+1. embed all chunks without gradient;
+2. compute the loss and its gradient with respect to each embedding;
+3. embed the chunks again one by one, and backpropagate the gradient of their embeddings.
 
-The sum is the gradient of the whole batch, for twice the forward passes. Two things must hold. A
-chunk has the same dropout both times: the random state is saved and restored. And ranks reduce
-weight gradients only once: every chunk but the last is backpropagated within the training step,
-where DistributedDataParallel does not yet listen; the step returns the last one.
+The result is the gradient of the whole batch, at the cost of a second forward pass. The random
+state is saved and restored so that a chunk has the same dropout both times. Weight gradients are
+reduced over ranks only once: all chunks but the last are backpropagated in the training step,
+before DistributedDataParallel prepares its reduction, and the step returns the last chunk's loss.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class GradCache:
     """Computes a loss and its gradient chunk by chunk.
 
     Args:
-        chunk: texts in a chunk, at most; `caravan.data.batch.pack` may have made smaller ones.
+        chunk: maximum texts per chunk; chunks of `caravan.data.batch.pack` may be smaller.
     """
 
     def __init__(self, chunk: int) -> None:
@@ -46,12 +46,14 @@ class GradCache:
         loss: Callable[..., Tensor],
         share: float = 1.0,
     ) -> Tensor:
-        """The loss. Its backward pass is that of the last chunk; the others are done already.
+        """Compute the loss and backpropagate all chunks but the last.
+
+        The backward pass of the returned loss backpropagates the last chunk.
 
         Args:
-            compute: the network's output for a chunk of n texts, [n, ...].
-            texts: what the loss compares, such as queries and passages, in chunks.
-            loss: a function of the rows of each of `texts`, in their order, to a scalar.
+            compute: maps a chunk of n texts to the network's output [n, ...].
+            texts: packed texts that the loss compares, such as queries and passages.
+            loss: maps the outputs for each of `texts`, in their order, to a scalar.
             share: the factor by which the caller scales the loss before its backward pass.
         """
         device = texts[0].order.device
@@ -65,7 +67,7 @@ class GradCache:
                 with torch.no_grad(), undisturbed(device) if i >= own else nullcontext():
                     rows.append(compute(chunk))
             leaves.append(packed.restore(torch.cat(rows)).requires_grad_())
-        # Autocast caches weights; copies made without gradient would pass none on.
+        # Autocast caches cast weights; those cast without gradient would not propagate one.
         torch.clear_autocast_cache()
         value = loss(*leaves)
         _backward(value, device)
@@ -79,7 +81,7 @@ class GradCache:
             part = (compute(chunk) * gradient).sum()
             if i + 1 < len(chunks):
                 _backward(part * share, device)
-        # Its value is the loss, its gradient that of the last chunk.
+        # The value is the loss, and the gradient is that of the last chunk.
         return value.detach() + part - part.detach()
 
 
@@ -89,15 +91,15 @@ def undisturbed(device: torch.device) -> Any:
 
 
 def _by_chunk(packed: Packed, leaf: Tensor) -> tuple[Tensor, ...]:
-    """The gradient of each chunk's rows, from that of the rows in the order of the texts."""
-    assert leaf.grad is not None  # the loss depends on all of its arguments
+    """Split the gradient of the rows, which is in the order of the texts, by chunk."""
+    assert leaf.grad is not None  # the loss depends on all arguments
     sizes = [len(chunk.input_ids) for chunk in packed.chunks]
     none = leaf.new_zeros(sum(sizes) - len(leaf), *leaf.shape[1:])
     return torch.cat((leaf.grad[packed.order], none)).split(sizes)
 
 
 def _backward(value: Tensor, device: torch.device) -> None:
-    """Backpropagate outside the autocast of the step."""
+    """Run the backward pass without the autocast of the training step."""
     with torch.autocast(device.type, enabled=False):
         value.backward()
 

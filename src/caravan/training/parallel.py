@@ -1,8 +1,8 @@
-"""Collectives for losses over all ranks, with gradient; no-ops on one process.
+"""Differentiable collectives for losses over all ranks; no-ops with one process.
 
-Passages are gathered from every rank with their gradient; queries stay local. A rank's loss is the
-mean over its own queries. DistributedDataParallel averages gradients over ranks, which gives the
-gradient of one process with the union batch; `weight` corrects for ranks with unequal shares.
+Passages are gathered from all ranks with gradient; queries stay local. The loss of a rank is the
+mean over its own queries. DistributedDataParallel averages gradients over ranks, which equals the
+gradient of the union batch on one process; `weight` corrects for ranks with unequal shares.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def gather(rows: Tensor, counts: list[int]) -> Tensor:
     """
     if world() == 1:
         return rows
-    # Every rank must send the same shape; the padding is cut off again and has no gradient.
+    # All ranks must send the same shape; the padding is removed afterwards and has no gradient.
     padding = rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])
     received = _Gather.apply(torch.cat((rows, padding)))
     return torch.cat([part[:count] for part, count in zip(received, counts, strict=True)])
@@ -63,5 +63,5 @@ class _Gather(torch.autograd.Function):
 
 
 def weight(counts: list[int]) -> float:
-    """The factor of a rank's mean for which the average over ranks is the mean over all rows."""
+    """The weight of a rank's mean such that the average over ranks is the mean over all rows."""
     return counts[rank()] * len(counts) / sum(counts)

@@ -1,8 +1,8 @@
-"""`Stage`: what all stages share, a LightningModule that loads its model late.
+"""`Stage`: the base class of all stages, a LightningModule that loads its model late.
 
-A stage (`Retriever`, `Reranker`, `Adaptation`) adds how its network is built and what a training
-step computes. Shared are precision and sharding, dropout that a resumed run repeats, gradient
-caching, clipping, logging, and checkpoints of the trainable weights alone.
+Subclasses (`Retriever`, `Reranker`, `Adaptation`) build the network and compute the training step.
+`Stage` handles precision and sharding, dropout that is reproduced after a resume, gradient caching,
+clipping, logging, and checkpoints of only the trainable weights.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ class Stage(pl.LightningModule, ABC):
     """A network with its loss and optimizer.
 
     Args:
-        backbone: the transformer and how it is loaded (`caravan.models.backbone`).
+        backbone: loads the transformer (`caravan.models.backbone`).
         peft: adapters to train, or None for full fine-tuning.
-        tokenizer: the backbone's.
+        tokenizer: the tokenizer of the backbone.
         encoding: how texts are encoded; saved in the model folder.
-        loss: from `caravan.training.losses`; None for a stage with a loss of its own.
+        loss: from `caravan.training.losses`; None if the stage defines its own loss.
         optimizer: from `caravan.training.optim`.
-        seed: of new weights and of dropout.
-        gradcache: computes the gradient chunk by chunk; None keeps the activations of a batch.
+        seed: seed of new weights and dropout.
+        gradcache: computes the gradient chunk by chunk; None keeps all activations of a batch.
     """
 
     forward_methods: Sequence[str] = ()
-    """Methods of the network that compute, beside `forward`: FSDP must gather weights for them."""
+    """Methods of the network other than `forward` for which FSDP must gather weights."""
 
     def __init__(
         self,
@@ -79,16 +79,16 @@ class Stage(pl.LightningModule, ABC):
         self.gradcache = gradcache
         self.bf16 = False  # whether training computes in bf16; set with the trainer's precision
         self.network: nn.Module | None = None
-        # With FSDP, rank 0's copy without weights. In a list, so as not to be a submodule.
+        # With FSDP, rank 0's copy without weights; a list, so that it is not a submodule.
         self._empty: list[nn.Module] = []
         # Frozen weights are not in a checkpoint; `on_load_checkpoint` checks strictly.
         self.strict_loading = False
 
     def reading(self, passage_length: int | None = None) -> Templates | PairTemplates:
-        """How texts are tokenized: one at a time, or for a reranker in pairs.
+        """The templates of the encoding: `PairTemplates` for a reranker, otherwise `Templates`.
 
         Args:
-            passage_length: in place of the encoding's.
+            passage_length: overrides that of the encoding.
         """
         kind = PairTemplates if self.encoding.kind == "reranker" else Templates
         if passage_length is None:
@@ -102,14 +102,14 @@ class Stage(pl.LightningModule, ABC):
     def training_set(
         self, collection: Collection, split: str, sampler: Sampler, token_budget: int
     ) -> Groups | Unlabelled:
-        """The training data: the queries of a split, each with its group of passages."""
+        """The training data: the queries of a split with their groups of passages."""
         qrels = collection.qrels(split)
         groups = Groups(collection, qrels, sampler, self.reading(), token_budget, self.seed)
         if not len(groups):
             raise InputError(
                 "no-relevant-passages",
                 f"{collection.name}: split {split!r} has no query with a relevant passage; choose"
-                " another with data.train_split",
+                " another split with data.train_split",
             )
         return groups
 
@@ -119,22 +119,22 @@ class Stage(pl.LightningModule, ABC):
         return self.encoding.scoring == "likelihood"
 
     def outline(self) -> Any:
-        """The transformer on the meta device, with adapters; None if it cannot be built so."""
+        """The transformer with adapters on the meta device; None if that is not possible."""
         auto = AutoModelForCausalLM if self.uses_output_layer else AutoModel
         try:
             with torch.device("meta"):
                 config = self.backbone.config(self.tokenizer)
                 if is_remote_code(config):
-                    return None  # its classes are known once it is loaded, at its own revision
+                    return None  # its classes are unknown before loading
                 model = auto.from_config(config, trust_remote_code=False)
                 return model if self.peft is None else self.peft.apply(model)
         except (ValueError, RuntimeError) as error:
             log.debug("no outline of %s: %s", self.backbone.name, error)
-            return None  # loading reports what is wrong
+            return None  # loading reports the error
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """The network with its weights loaded."""
+        """Build the network and load its weights."""
 
     def adapted(self, transformer: nn.Module) -> nn.Module:
         """The transformer with the adapters of `peft`, if any."""
@@ -165,9 +165,9 @@ class Stage(pl.LightningModule, ABC):
     def _loads_as_stored(self, sharded: bool) -> bool:
         """Whether weights are loaded in the precision of their files and converted afterwards.
 
-        With FSDP rank 0 then maps the files without reading them; with a frozen base no device
-        needs four bytes for each weight. Not where loading computes with the weights: new rows,
-        trials of masks, DoRA's norms.
+        With FSDP, rank 0 can then map the files without reading them, and a frozen base does not
+        need four bytes per weight. This is not possible if loading computes with the weights: new
+        embedding rows, checks of masks, DoRA's norms.
         """
         if self.encoding.slots or self.encoding.bidirectional or self.uses_output_layer:
             return False
@@ -189,7 +189,7 @@ class Stage(pl.LightningModule, ABC):
         if self.device_mesh is None:
             return self.model
         transformer = self.model.transformer
-        # An adapter is saved without its base, unless the base is in no folder.
+        # An adapter is saved without its base unless the base has random weights.
         adapter = hasattr(transformer, "peft_config")
         alone = adapter and bool(transformer.active_peft_config.base_model_name_or_path)
         weights = fsdp.full_weights(self.model, trainable_only=alone)
@@ -202,7 +202,7 @@ class Stage(pl.LightningModule, ABC):
         return self.network
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Dropout becomes a function of (seed, batch, rank): a resumed run repeats it exactly.
+        # Dropout is a function of (seed, batch, rank), so a resumed run reproduces it exactly.
         torch.manual_seed(
             (self.seed * 1_000_003 + self.trainer.fit_loop.total_batch_idx) * 4099
             + self.global_rank
@@ -211,11 +211,11 @@ class Stage(pl.LightningModule, ABC):
     def validation_step(
         self, batch: EncodeBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
-        """Rows [N] and vectors [N, d]; `RetrievalEvaluation` collects and searches them."""
+        """Return rows [N] and vectors [N, d], which `RetrievalEvaluation` collects and searches."""
         return {"rows": batch.rows, "vectors": self.rows_of(batch.texts)}
 
     def loss_of(self, loss: Callable[..., Tensor], batch_idx: int, *texts: Packed) -> Tensor:
-        """The loss as a function of the network's output for each of `texts`, in their order."""
+        """Compute the loss from the network's outputs for each of `texts`, in their order."""
         if self.gradcache is None:
             return loss(*map(self.rows_of, texts))
         accumulated = self.trainer.accumulate_grad_batches
@@ -227,17 +227,17 @@ class Stage(pl.LightningModule, ABC):
     def compute_loss(
         self, scores: Tensor, targets: Tensor, teacher: Tensor | None, counts: list[int]
     ) -> Tensor:
-        """The loss of scores, weighted by this rank's share of the queries, and logged.
+        """Compute and log the loss, weighted by this rank's share of the queries.
 
         Args:
             scores: [Q, N] float32. targets: [Q] int64. teacher: [Q, N] float32, or None.
             counts: the number of queries of each rank.
         """
         assert self.loss is not None
-        # In bf16 a similarity would have steps of 0.4 at temperature 0.01.
+        # In bf16, logits at temperature 0.01 would be rounded to steps of 0.4.
         with torch.autocast(self.device.type, enabled=False):
             loss = losses.compute(self.loss, scores, targets, teacher)
-        # A rank's mean, weighted by its queries: the average of ranks is the union batch's mean.
+        # With this weight, the average over ranks is the mean over the union batch.
         weight = parallel.weight(counts)
         loss = loss * weight
         queries = len(scores)
@@ -251,7 +251,7 @@ class Stage(pl.LightningModule, ABC):
         return loss
 
     def rows_of(self, texts: Packed) -> Tensor:
-        """The network's output for texts [N, ...], in their order."""
+        """The network's output [N, ...] for texts, in their order."""
         texts = self.in_step(texts)
         own = len(texts.chunks) - texts.extra
         rows = [self.model.of(chunk) for chunk in texts.chunks[:own]]
@@ -261,13 +261,13 @@ class Stage(pl.LightningModule, ABC):
         return texts.restore(torch.cat(rows))
 
     def in_step(self, texts: Packed) -> Packed:
-        """With FSDP, as many chunks as the rank with most: every forward pass is a collective."""
+        """With FSDP, pad to the largest number of chunks of a rank: forward is a collective."""
         if self.device_mesh is None:
             return texts
         return texts.lengthened(max(parallel.sizes(len(texts.chunks), self.device)))
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
-        """With gradient caching, `loss_of` resets gradients: here it would be too late."""
+        """Skipped with gradient caching: `loss_of` zeroes gradients before it backpropagates."""
         if self.gradcache is None:
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
@@ -282,7 +282,7 @@ class Stage(pl.LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Log the gradient's norm and limit it, or its values; None or 0 is no limit."""
+        """Log the gradient norm, then clip by norm or value; None or 0 disables clipping."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = fsdp.full(torch.nn.utils.get_total_norm(gradients))
         self.log("train/gradient_norm", norm)
@@ -309,5 +309,5 @@ class Stage(pl.LightningModule, ABC):
             raise InputError(
                 "other-model",
                 f"the checkpoint is of another model: {len(wanted - stored)} trainable weights are"
-                f" missing in it and {len(stored - wanted)} are not used; choose another run_dir",
+                f" missing and {len(stored - wanted)} are not used; choose another run_dir",
             )
