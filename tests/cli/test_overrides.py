@@ -70,7 +70,7 @@ def test_a_tilde_that_the_shell_leaves_is_answered_with_the_home(lines: Lines) -
         ("train", "seed=1,2", "several values; add -m"),
         ("train", "seed", "no setting; write key=value"),
         ("train", "seed=[1", "cannot be read"),
-        ("train", "+seed=3", "it is set already; leave the + out"),
+        ("train", "+seed=3", "it is already set; remove the +"),
         ("evaluate", "model=runs/x/model", "retriever=runs/x/model"),
     ],
 )

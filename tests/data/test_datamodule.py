@@ -95,7 +95,7 @@ def test_a_query_that_is_a_passage_does_not_find_itself_in_validation(
         caplog.clear()
         asked = (*settings, *index, f"ignore_identical_ids={given}")
         train(counterarguments, tmp_path / given, *asked)
-        warned = "are passages of the corpus themselves" in caplog.text
+        warned = "queries are also passages of the corpus" in caplog.text
         assert warned == (given == "false")
         lines = (tmp_path / given / "runs" / "validation.trec").read_text().splitlines()
         found.append([(line.split()[0], line.split()[2]) for line in lines])

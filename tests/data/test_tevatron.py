@@ -201,7 +201,7 @@ def test_scores_are_a_teachers_run_and_train_as_one(
     assert set(found.corpus.ids(second[1:])) <= set(NEGATIVES["2"])
     assert "not used" not in caplog.text
     Negatives(number=1).open(found, found.qrels("train"), seed=0)
-    assert "which are not used; sampler.runs=[data:negatives] uses" in caplog.text
+    assert "set sampler.runs=[data:negatives]" in caplog.text
     with refused("unknown-run", "rows.jsonl"):
         Negatives(runs=["data:bm25"], number=2).open(found, found.qrels("train"), seed=0)
 

@@ -375,7 +375,7 @@ def test_queries_that_are_passages_are_reported(
     evaluate(beir, tmp_path / "beir", "bm25", SHORT)
     assert "queries are passages" not in caplog.text
     evaluate(counterarguments, tmp_path / "warned", "bm25", SHORT)
-    assert "counter: 6 of 6 queries are passages" in caplog.text
+    assert "counter: 6 of 6 queries are also passages" in caplog.text
     caplog.clear()
     lines = (counterarguments / "queries.jsonl").read_text().splitlines()
     others = [json.dumps({**json.loads(line), "text": "camel"}) for line in lines]

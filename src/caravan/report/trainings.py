@@ -33,14 +33,17 @@ def read_curves(run_dir: Path) -> Curves:
         return {}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    # It warns of orphaned events, which are those that a resumed run has replaced.
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})  # 0: all of them
+    # Files of the same second are read in an arbitrary order, so replaced steps are found by time.
+    events = EventAccumulator(
+        str(folder), size_guidance={"scalars": 0}, purge_orphaned_data=False
+    )  # 0: all of them
     events.Reload()
     found = {}
     for tag in events.Tags()["scalars"]:
         if tag.startswith(TAGS):
-            by_step = {event.step: event.value for event in events.Scalars(tag)}
+            logged = sorted(events.Scalars(tag), key=lambda event: event.wall_time)
+            by_step = {event.step: event.value for event in logged}
             steps = sorted(by_step)
             if len(steps) > POINTS:  # evenly, with the first and the last
                 last = len(steps) - 1
