@@ -84,7 +84,7 @@ def is_termination(error: BaseException) -> bool:
 def disk_error(error: BaseException) -> int | None:
     """The errno of a write that the disk refused, whichever library reports it; else None.
 
-    torch, numpy, pyarrow, safetensors and tokenizers raise exceptions of their own, with the errno
+    torch, numpy, pyarrow, safetensors and tokenizers raise their own exceptions, with the errno
     in their text or in the exception that they were handling.
     """
     for one in _chain(error):

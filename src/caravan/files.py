@@ -61,7 +61,7 @@ def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
     Args:
         path: the file to write or replace; its folder is made if need be.
         alone: no other process writes this file, so that a scratch file that a kill has left is
-            overwritten. Otherwise each call has a scratch file of its own.
+            overwritten. Otherwise each call has its own scratch file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = None

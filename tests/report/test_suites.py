@@ -102,9 +102,9 @@ def test_systems_without_a_common_collection_have_means_of_their_own(tmp_path: P
     one = _suite(tmp_path / "one", ONE)
     two = _suite(tmp_path / "two", {"b": {"bm25": 0.2}, "f/z": {"bm25": 0.7}})
     ours, theirs = (_of(_collect(one, two), name) for name in ("one", "two"))
-    assert (ours["mean of its own"], theirs["mean of its own"]) == pytest.approx((0.25, 0.45))
-    assert ours["f (mean of its own)"] == pytest.approx(0.4)
-    assert theirs["f (mean of its own)"] == pytest.approx(0.7)
+    assert (ours["separate mean"], theirs["separate mean"]) == pytest.approx((0.25, 0.45))
+    assert ours["f (separate mean)"] == pytest.approx(0.4)
+    assert theirs["f (separate mean)"] == pytest.approx(0.7)
 
 
 def test_a_measure_that_one_system_lacks_leaves_the_others_their_means(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def callbacks_suit_the_run(config: Checker) -> Iterator[Mistake]:
 
 
 def loggers_are_installed(config: Checker) -> Iterator[Mistake]:
-    """Some loggers of Lightning need a package of their own."""
+    """Some loggers of Lightning need an additional package."""
     for path, target, _ in config.nodes("logger"):
         for kind, package in PACKAGES.items():
             if is_class(target, kind) and find_spec(package) is None:

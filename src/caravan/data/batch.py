@@ -139,7 +139,7 @@ class TokenIds:
         """Sort texts by length and cut them into chunks of at most `token_budget` padded tokens.
 
         A chunk ends earlier if its padding would pass a tenth. A text longer than the budget makes
-        a chunk of its own. If its texts differ in length, the width of a chunk is `rounded`.
+        a separate chunk. If its texts differ in length, the width of a chunk is `rounded`.
 
         Args:
             token_budget: the largest n * L of a chunk [n, L].

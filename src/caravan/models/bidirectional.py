@@ -18,7 +18,7 @@ from caravan.encoding import Encoding
 from caravan.errors import InputError, first_line
 
 LAYERS = ("full_attention", "sliding_attention")
-"""The kinds of layers with known masks; others (chunked, linear) have masks of their own."""
+"""The kinds of layers with known masks; others (chunked, linear) have their own masks."""
 CLOSE = 1e-3
 """The largest effect of padding on a layer's output, relative to that of the last token."""
 

@@ -271,7 +271,7 @@ def _check_code(name: str, model: Any) -> None:
         raise InputError(
             "remote-code-conflict",
             f"{name}: this process already runs a different {run.name} of another folder; use each"
-            " folder in a command of its own, or rename one",
+            " folder in a separate command, or rename one",
         )
 
 

@@ -64,7 +64,7 @@ def positions(trunk: nn.Module) -> int | None:
     config = trunk.config.get_text_config()  # type: ignore[operator, union-attr]
     try:
         words = trunk.get_input_embeddings()  # type: ignore[operator]
-    except NotImplementedError:  # of remote code
+    except NotImplementedError:  # remote code need not define input embeddings
         words = None
     known = getattr(config, "max_position_embeddings", None)
     limits = []

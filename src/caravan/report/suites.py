@@ -21,7 +21,7 @@ from caravan.files import replacing
 from caravan.report.records import Records, distinct, read_metrics, to_depth
 from caravan.report.tables import NONE, Screen, Table, depth_note, score
 
-MEAN, OWN = "mean", "mean of its own"
+MEAN, OWN = "mean", "separate mean"
 """Rows of means; the second if systems have no collection in common."""
 
 

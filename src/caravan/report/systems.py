@@ -2,7 +2,7 @@
 
 A system is the run directory of an evaluation (its last stage counts) or a run file, TREC's or MS
 MARCO's. `metrics.json` names its collection by a digest, by which the collection is found in the
-cache of the run: what is compared is what was evaluated.
+cache of the run, so a comparison uses the judgements of the evaluation.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class Table:
     def rich(self, width: int, wrap: bool = False) -> Group:
         """For a terminal. `*` marks strong cells, because some terminals do not show bold.
 
-        Names and scores are never cut: if a row is too long, its labels get a line of their own.
+        Names and scores are never cut: if a row is too long, its labels go on a separate line.
 
         Args:
             width: of the terminal, in characters.

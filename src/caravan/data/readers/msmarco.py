@@ -69,7 +69,7 @@ PASSAGES = ("collection.tsv", "corpus.tsv", "collection.jsonl", "corpus.jsonl")
 DOCUMENTS = ("msmarco-docs.tsv", "msmarco-docs.trec")
 DOCUMENT_COLUMNS = [("id", "url", "title", "text")]
 TAGS = ("<DOC>", "<DOCNO>", "<TEXT>", "</TEXT>", "</DOC>")
-"""The tags of a TREC document in their order, each on a line of its own."""
+"""The tags of a TREC document in their order, each on a separate line."""
 
 
 @dataclass
