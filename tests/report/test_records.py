@@ -10,17 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tests.refusals import refused
 from tests.report.conftest import Evaluations, Report
 from torch.utils.tensorboard import SummaryWriter
 
-from caravan.data.runs import Run
 from caravan.errors import CONTROLS
 from caravan.report import jobs, page
 from caravan.report.records import read_metrics, to_depth
-from caravan.retrieval.metrics import depth_of, too_deep
 
 VALUES: list[Any] = [
     None, True, -1, 0, 10**400, 1e308, float("nan"), "", "x", "\x1b[2J", "../..", "\udcff", [],
@@ -187,18 +184,6 @@ def test_a_folder_that_does_not_exist_is_named(
     assert str(tmp_path / "nowhere") in error
 
 
-# --- depth ----------------------------------------------------------------------------------------
-
-
-def test_a_search_with_few_hits_is_as_deep_as_it_was_set_to() -> None:
-    run = Run.from_flat(np.array([0, 0, 1]), np.array([4, 5, 6]), np.array([3.0, 2.0, 1.0]))
-    assert depth_of(run) == 2
-    assert depth_of(run, searched=1000) == 1000
-    # A ranking of all passages suits every measure, whatever the cutoff.
-    assert too_deep(["R@1000"], depth=2, passages=2) == []
-    assert too_deep(["MRR@10", "R@2", "R@3"], depth=2, passages=60) == ["MRR@10", "R@3"]
-
-
 def _record(depth: int) -> dict[str, Any]:
     """A reranker's top 100 of a retriever's 1,000."""
     reranked = {"MRR@10": 0.3, "R@1000": 0.6 if depth < 1000 else 0.8}
@@ -226,7 +211,7 @@ def test_a_record_keeps_the_measures_that_each_stage_is_deep_enough_for() -> Non
     assert (found["overall"], found["depth"]) == ({"MRR@10": 0.3}, 100)
     assert found["too_deep"] == ["R@1000"]
     assert to_depth(found) == found
-    without = to_depth(_record(5))
+    without = to_depth(_record(5))  # the gain is in the first measure
     assert (without["overall"], without["stages"][1]["gain"]) == ({}, None)
     assert to_depth(_record(1000))["overall"] == _record(1000)["overall"]
 
