@@ -99,10 +99,10 @@ def test_values_are_shown_as_numbers_and_paths_from_where_they_differ(
     values: list[str], names: set[Any], tmp_path: Path
 ) -> None:
     for number, value in enumerate(values):
-        jobs.write(tmp_path / str(number), [f"init_from={value}"], jobs.FINISHED)
+        jobs.write(tmp_path / str(number), [f"backbone.folder={value}"], jobs.FINISHED)
         (tmp_path / str(number) / "metrics.json").write_text(json.dumps(SCORED))
     found = collect(tmp_path)
-    assert {row["init_from"] for row in found.rows} == names
+    assert {row["backbone.folder"] for row in found.rows} == names
     assert len(averaged(found)) == len(values)
 
 
