@@ -219,7 +219,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("groups", groups, replace=True)
     for name, root in ROOTS.items():
-        schema = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(root)))
+        schema: Any = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(root)))
         for key in fields(root):
             if key.type in ("NODE", "OPTIONAL_NODE", "NAMED_NODE", "NODES"):
                 schema[key.name] = DictConfig({}, flags={"struct": False})
