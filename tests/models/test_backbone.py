@@ -7,7 +7,6 @@ import pytest
 import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
-from safetensors.torch import load_file
 from tests.models.small import TEXTS, close, model_of, padded, saved_base, shaken
 from tests.refusals import refused
 from tests.tiny import tiny_backbone
@@ -58,7 +57,6 @@ def test_a_reranker_starts_from_a_retriever_with_a_new_head(
     wanted = retriever.backbone.state_dict()
     assert all(torch.equal(scorer.model.state_dict()[key], wanted[key]) for key in wanted)
     (message,) = spec.messages()
-    assert message.startswith(f"{len(wanted)} weights")
     assert str(tmp_path / "m") in message
 
 
@@ -95,10 +93,8 @@ def test_a_rerankers_adapter_continues_with_its_head(
         close(again(*padded(TEXTS, "right")), model(*padded(TEXTS, "right")))
     assert not spec.head_is_new
     (message,) = spec.messages()
-    stored = len(load_file(tmp_path / "m" / "adapter_model.safetensors"))
-    whole = len(load_file(Path(base) / "model.safetensors"))
-    assert f"{stored} weights" in message
-    assert f"{whole} from its base {base}" in message
+    assert str(tmp_path / "m") in message
+    assert base in message
 
 
 def test_qlora_continues_adapters_and_full_retrievers_only(

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from tests.commands import ROOT, evaluate, train, train_arguments, train_config
+from tests.commands import ROOT, evaluate, from_folder, train, train_arguments, train_config
 from tests.models.small import TEXTS, close, model_of, padded, shaken
 from tests.refusals import refused
 from tests.tiny import tiny_backbone
@@ -226,12 +226,12 @@ def test_later_stages_stay_bidirectional(
 ) -> None:
     given = ["backbone=hf", f"backbone.name={base}", "backbone.bidirectional=true"]
     first = _train(beir, tmp_path / "first", *given, *peft)
-    second = _train(beir, tmp_path / "second", f"init_from={first}", *peft)
+    second = _train(beir, tmp_path / "second", *from_folder(first), *peft)
     evaluated = evaluate(beir, tmp_path / "eval", second)
     run = tmp_path / "eval" / evaluated["run"]
     reranks = ["stage=reranker", "loss=listwise", f"validation.run={run}", "data.dev_split=test"]
-    third = _train(beir, tmp_path / "third", f"init_from={first}", *reranks, *peft)
-    fourth = _train(beir, tmp_path / "fourth", f"init_from={third}", *peft)
+    third = _train(beir, tmp_path / "third", *from_folder(first), *reranks, *peft)
+    fourth = _train(beir, tmp_path / "fourth", *from_folder(third), *peft)
     for saved in (second, third, fourth):
         assert read_encoding(saved)[0].bidirectional
         folder.load(saved)
@@ -245,14 +245,14 @@ def test_an_adapters_folder_is_never_loaded_as_causal(
     folder.save(tmp_path / "m", BiEncoder(adapted, BOTH), tokenizer, BOTH, {})
     assert "is_causal" not in json.loads((base / "config.json").read_text())
     model = folder.load(tmp_path / "m")[0]
-    merged = FromFolder(str(tmp_path / "m"), bidirectional=True).model(tokenizer)
+    merged = FromFolder(str(tmp_path / "m")).model(tokenizer)
     with torch.no_grad():
         close(BiEncoder(merged, BOTH).eval().embed(pack(TEXTS, 99)), model.embed(pack(TEXTS, 99)))
         moved = model.embed(pack([[5, 6, 7, 8], [5, 6, 7, 9]], 99))
     assert not is_causal(model.backbone)
     assert not torch.equal(moved[0], moved[1])
     with refused("direction-mismatch", "backbone.bidirectional=true"):
-        FromFolder(str(tmp_path / "m"))
+        FromFolder(str(tmp_path / "m"), bidirectional=False)
     for name in ("model", "scorer"):
         with refused("direction-mismatch", "backbone.bidirectional=true"):
             getattr(Pretrained(str(tmp_path / "m")), name)(tokenizer)
@@ -299,7 +299,7 @@ def test_checkpointing_gives_the_same_gradient(base: Path, tokenizer: Any) -> No
 
 def test_a_retriever_from_an_adapted_model_may_be_bidirectional(beir: Path, tmp_path: Path) -> None:
     adapt(beir, tmp_path / "adapted", "stage=adaptation_released", "trainer.max_steps=0")
-    given = [f"init_from={tmp_path / 'adapted' / 'model'}", "backbone.bidirectional=true"]
+    given = [*from_folder(tmp_path / "adapted" / "model"), "backbone.bidirectional=true"]
     lengths = ["encoding.query_length=80", "encoding.passage_length=90"]
     train(beir, tmp_path / "run", *given, *lengths, "trainer.max_steps=2")
     model, _, encoding, _ = folder.load(tmp_path / "run" / "model")

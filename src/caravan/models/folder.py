@@ -227,8 +227,9 @@ def _scorer(folder: Path, dtype: torch.dtype | str, adapter: bool, trusted: bool
         if new:
             raise InputError(
                 "no-trained-head",
-                f"{folder} has no trained head, so its scores would be random; train one"
-                f" (stage=reranker init_from={folder}) or save the model again",
+                f"{folder} has no trained head, so its scores would be random; save the model"
+                " again, or train a head (stage=reranker backbone=from_folder"
+                f" backbone.folder={folder})",
             )
     _read_head(scorer, folder)
     return scorer
