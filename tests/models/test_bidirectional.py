@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from tests.commands import ROOT, evaluate, train, train_arguments, train_config
+from tests.commands import ROOT, evaluate, from_folder, train, train_arguments, train_config
 from tests.models.small import EVERY_DECODER, TEXTS, close, model_of, padded, shaken
 from tests.refusals import refused
 from tests.tiny import tiny_backbone
@@ -155,8 +155,8 @@ def test_later_stages_stay_bidirectional(base: Path, beir: Path, tmp_path: Path)
     first = _train(beir, tmp_path / "first", *given, *lora)
     run = tmp_path / "eval" / evaluate(beir, tmp_path / "eval", first)["run"]
     reranks = ["stage=reranker", "loss=listwise", f"validation.run={run}", "data.dev_split=test"]
-    second = _train(beir, tmp_path / "second", f"init_from={first}", *reranks, *lora)
-    third = _train(beir, tmp_path / "third", f"init_from={second}", *lora)
+    second = _train(beir, tmp_path / "second", *from_folder(first), *reranks, *lora)
+    third = _train(beir, tmp_path / "third", *from_folder(second), *lora)
     for saved in (second, third):
         assert read_encoding(saved)[0].bidirectional
         folder.load(saved)
@@ -170,7 +170,7 @@ def test_an_adapters_folder_is_never_loaded_as_causal(
     folder.save(tmp_path / "m", BiEncoder(adapted, BOTH), tokenizer, BOTH, {})
     assert "is_causal" not in json.loads((base / "config.json").read_text())
     model = folder.load(tmp_path / "m")[0]
-    merged = FromFolder(str(tmp_path / "m"), bidirectional=True).model(tokenizer)
+    merged = FromFolder(str(tmp_path / "m")).model(tokenizer)
     with torch.no_grad():
         close(BiEncoder(merged, BOTH).eval().embed(pack(TEXTS, 99)), model.embed(pack(TEXTS, 99)))
     assert not is_causal(model.backbone)
@@ -199,7 +199,7 @@ def test_a_bidirectional_reranker_scores_as_plain_transformers_does(
 
 def test_a_retriever_from_an_adapted_model_may_be_bidirectional(beir: Path, tmp_path: Path) -> None:
     adapt(beir, tmp_path / "adapted", "stage=adaptation_released", "trainer.max_steps=0")
-    given = [f"init_from={tmp_path / 'adapted' / 'model'}", "backbone.bidirectional=true"]
+    given = [*from_folder(tmp_path / "adapted" / "model"), "backbone.bidirectional=true"]
     lengths = ["encoding.query_length=80", "encoding.passage_length=90"]
     train(beir, tmp_path / "run", *given, *lengths, "trainer.max_steps=2")
     model, _, encoding, _ = folder.load(tmp_path / "run" / "model")

@@ -76,7 +76,7 @@ class LoRA:
             raise InputError(
                 "adapter-on-adapter",
                 "backbone.name is an adapter already; train it with peft=none, or adopt it"
-                " (trainer.max_steps=0) and start from that model folder with init_from",
+                " (trainer.max_steps=0) and start from that model folder (backbone=from_folder)",
             )
         task = TaskType.FEATURE_EXTRACTION
         if _is_scorer(model):

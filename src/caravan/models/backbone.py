@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from caravan.encoding import FILE, read_encoding
+from caravan.encoding import FILE, Encoding, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
 from caravan.models import loading
@@ -25,6 +25,12 @@ from caravan.models.crossencoder import with_head
 from caravan.models.digests import adapter_base
 from caravan.models.preparing import Checkpointing, prepared
 from caravan.models.remote_code import is_allowed
+
+INHERITED = (
+    *("query_template", "passage_template", "append_eos"),
+    *("pooling", "normalize", "slots", "bidirectional"),
+)
+"""Settings of `Encoding` that the next training takes from a model folder, unless it sets them."""
 
 
 class Backbone(Protocol):
@@ -212,7 +218,7 @@ class FromFolder(BaseBackbone):
 
     Args:
         folder: of a retriever, a reranker or an adapted model.
-        bidirectional: must be set if the folder's model is bidirectional.
+        bidirectional: None is the folder's.
         The others: see `BaseBackbone`.
 
     Raises:
@@ -225,18 +231,34 @@ class FromFolder(BaseBackbone):
         folder: str,
         attention: str = "auto",
         checkpointing: Checkpointing = False,
-        bidirectional: bool = False,
+        bidirectional: bool | None = None,
         compile: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        if not bidirectional:
+        if bidirectional is False:
             model_folder.refuse_causal(folder)
         encoding, facts = read_encoding(Path(folder))
+        if bidirectional is None:
+            bidirectional = encoding.bidirectional
         trusted = is_allowed(Path(folder), encoding, facts, trust_remote_code)
         super().__init__(folder, attention, checkpointing, bidirectional, compile, trusted)
         self.folder, self.encoding = Path(folder), encoding
         self.full = facts["weights"] == "full"
         self.keeps_adapter = False
+
+    @staticmethod
+    def inherited(folder: Path) -> dict[str, Any]:
+        """The settings of `Encoding` that a training from a folder has by default.
+
+        A retriever cannot use the prompts of a reranker, but the direction of attention stays.
+
+        Raises:
+            InputError: If it is not a model folder.
+        """
+        encoding, _ = read_encoding(folder)
+        if encoding.kind == "reranker":
+            encoding = Encoding(bidirectional=encoding.bidirectional)
+        return {name: getattr(encoding, name) for name in INHERITED}
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
         return loading.load_tokenizer(self.name, trust_remote_code=self.trust_remote_code)

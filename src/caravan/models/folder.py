@@ -228,8 +228,8 @@ def _scorer(folder: Path, dtype: torch.dtype | str, adapter: bool, trusted: bool
         return scorer
     raise InputError(
         "no-trained-head",
-        f"{folder} has no trained head, so its scores would be random; train one (stage=reranker"
-        f" init_from={folder}) or save the model again",
+        f"{folder} has no trained head, so its scores would be random; save the model again, or"
+        f" train a head (stage=reranker backbone=from_folder backbone.folder={folder})",
     )
 
 
