@@ -232,14 +232,14 @@ def _scores(
         if wrong.any():
             i = int(wrong.argmax())
             problem = f"{path}:{lines[i]} has the {kind} '{table[column][i].as_py()}'"
-            raise InputError(f"invalid-{kind}", f"{problem}, not {expected}")
+            raise InputError(f"invalid-{kind}", f"{problem}, {expected}")
 
     query_codes = table[0].indices.to_numpy()
     scores = np.zeros(len(lines), dtype=np.float32)
     if layout.rank is not None:
         places = _places(table[0], ranked)
         expected = (
-            "1, 2, 3, ... in the order of the lines of its query: whole numbers in the third of"
+            "not 1, 2, 3, ... in the order of the lines of its query: whole numbers in the third of"
             " three columns, and the third of four, are read as ranks; sort the lines by query and"
             f" rank, or write scores as {SIX_COLUMNS}"
         )
@@ -248,7 +248,7 @@ def _scores(
     if layout.score is not None:
         with np.errstate(over="ignore"):
             scores = numbers(layout.score).astype(np.float32)
-        expected = "a finite number; correct or remove the line"
+        expected = "not a finite number; correct or remove the line"
         refuse(~np.isfinite(scores), layout.score, "score", expected)
     if layout is RANKED_SCORES:
         order = np.argsort(query_codes, kind="stable")
@@ -256,7 +256,7 @@ def _scores(
         wrong = np.zeros(len(lines), dtype=bool)
         wrong[order[1:][rises]] = True
         expected = (
-            "at most the score of the rank before: four columns are query, passage, rank, and a"
+            "above the score of the rank before: four columns are query, passage, rank, and a"
             " score that is higher for better passages; correct them, or write"
             f" {SIX_COLUMNS}"
         )
