@@ -47,8 +47,8 @@ def command(line: str) -> tuple[str, list[str]] | None:
     """
     if line.lstrip().startswith(("$ ", "#", "for ")) or (match := PROGRAM.search(line)) is None:
         return None
-    told = re.sub(r"<[^>]+>", "given", re.sub(r" --ask .*| --json.*| < .*", "", match[2]))
-    arguments = shlex.split(told, comments=True)
+    typed = re.sub(r"<[^>]+>", "given", re.sub(r" --ask .*| --json.*| < .*", "", match[2]))
+    arguments = shlex.split(typed, comments=True)
     return match[1], arguments + ["..."] * line.startswith(("train.py", "evaluate.py"))
 
 

@@ -54,7 +54,7 @@ def test_lora_trains_the_target_layers_adapters_and_the_head(
     assert found == layers
 
 
-def test_an_encoders_layers_are_told_apart_where_their_names_are_alike() -> None:
+def test_layers_of_an_encoder_with_similar_names_are_distinguished() -> None:
     model = LoRA(rank=2, targets="mlp").apply(model_of("bert", num_hidden_layers=1))
     names = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
     ends = ("layer.0.intermediate.dense", "layer.0.output.dense")
