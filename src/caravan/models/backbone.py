@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,10 +89,8 @@ class Backbone(Protocol):
     def adapted(self, peft: Any, model: nn.Module, rows: Sequence[int] = ()) -> nn.Module:
         """The model with the adapters of `peft` (`LoRA.apply`)."""
 
-    def messages(self) -> list[str]:
-        """What to log once weights are loaded."""
 
-
+@dataclass(eq=False)
 class BaseBackbone(Backbone):
     """Settings and defaults that backbones share.
 
@@ -108,21 +107,12 @@ class BaseBackbone(Backbone):
     dtype = torch.float32
     head_is_new = False
 
-    def __init__(
-        self,
-        name: str,
-        attention: str = "auto",
-        checkpointing: Checkpointing = False,
-        bidirectional: bool = False,
-        compile: bool = False,
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.name = name
-        self.attention = attention
-        self.checkpointing = checkpointing
-        self.bidirectional = bidirectional
-        self.compile = compile
-        self.trust_remote_code = trust_remote_code
+    name: str
+    attention: str = "auto"
+    checkpointing: Checkpointing = False
+    bidirectional: bool = False
+    compile: bool = False
+    trust_remote_code: bool = False
 
     def scorer(self, tokenizer: Any) -> nn.Module:
         self.head_is_new = True
@@ -137,9 +127,6 @@ class BaseBackbone(Backbone):
     def adapted(self, peft: Any, model: nn.Module, rows: Sequence[int] = ()) -> nn.Module:
         adapted: nn.Module = peft.apply(model, rows)
         return adapted
-
-    def messages(self) -> list[str]:
-        return []
 
     def prepared(self, model: nn.Module) -> nn.Module:
         """The model with this backbone's attention direction, checkpointing and compilation."""
@@ -328,13 +315,6 @@ class FromFolder(BaseBackbone):
         if self.keeps_adapter:
             copy_adapter(model, self.name)
         return model
-
-    def messages(self) -> list[str]:
-        """Where the weights come from."""
-        text = f"weights initialized from {self.name}"
-        if self.keeps_adapter:
-            text += f" and its base {adapter_base(self.folder)[0]}"
-        return [text + ("; the head is new" if self.head_is_new else "")]
 
     @property
     def _has_head(self) -> bool:
