@@ -18,7 +18,6 @@ from caravan.data.collection import Collection
 from caravan.data.runs import Run, write_run
 from caravan.data.segments import Segments
 from caravan.encoding import Encoding
-from caravan.errors import InputError
 from caravan.models import folder
 from caravan.models.crossencoder import CrossEncoder
 from caravan.retrieval import store
@@ -103,14 +102,16 @@ def test_an_interrupted_reranking_resumes_and_scores_no_pair_twice(
     np.testing.assert_array_equal(resumed.passage_rows, whole.passage_rows)
 
 
-def test_candidates_below_the_depth_are_dropped_or_kept_in_their_order(
+def test_candidates_below_the_depth_are_dropped_kept_in_their_order_or_added_if_judged(
     reranker: Path, collection: Collection
 ) -> None:
-    run = candidates(collection)
+    run, qrels = candidates(collection), collection.qrels("test")
+    judged = rerank(opened(reranker, depth=4, judged=True), run, collection, qrels=qrels)
     dropped = rerank(opened(reranker, depth=4), run, collection)
     kept = rerank(opened(reranker, depth=4, rest="keep"), run, collection)
     for row in run.query_rows:
         assert set(dropped.of(row)[0]) == set(run.of(row)[0][:4])
+        assert set(judged.of(row)[0]) == {*run.of(row)[0][:4], *qrels.of(row)[0]}
         assert kept.of(row)[0].tolist() == [*dropped.of(row)[0], *run.of(row)[0][4:]]
 
 
@@ -129,14 +130,6 @@ def test_a_weight_below_one_mixes_in_the_candidates_own_score(
         for passage, score in zip(*mixed.of(row), strict=True):
             expected = 0.25 * parts[0][passage] + 0.75 * parts[1][passage]
             assert score == pytest.approx(expected, abs=1e-5)
-
-
-def test_judged_passages_are_scored_for_a_teacher(reranker: Path, collection: Collection) -> None:
-    qrels = collection.qrels("test")
-    model = opened(reranker, depth=4, judged=True)
-    run = rerank(model, candidates(collection), collection, qrels=qrels)
-    for row in qrels.queries:
-        assert set(qrels.positives(int(row))) <= set(run.of(int(row))[0])
 
 
 def test_the_best_segment_scores_at_least_as_high_as_the_first(
@@ -168,14 +161,6 @@ def test_segments_are_the_words_of_a_document_in_order(collection: Collection) -
         cut = segments.get(own)
         assert " ".join(part for _, part in cut) == " ".join(text.split())
         assert all(given == title and len(part.split()) <= 6 for given, part in cut)
-
-
-def test_lengths_without_room_are_refused_by_their_key(
-    reranker: Path, collection: Collection
-) -> None:
-    short = opened(reranker, query_length=4, passage_length=4)
-    with pytest.raises(InputError, match=r"rerank\.query_length \+ rerank\.passage_length = 8"):
-        rerank(short, candidates(collection), collection)
 
 
 def test_a_finished_reranking_is_reused_and_a_lost_block_is_scored_again(

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from tests.refusals import refused
 
-from caravan import manifests
 from caravan.data.collection import Collection
 from caravan.retrieval import store as store_module
 from caravan.retrieval.bm25 import BM25, FILES, index_inputs, open_index
-from caravan.retrieval.store import Shards, Store, write_shard
+from caravan.retrieval.store import Shards, Store
 
 INPUTS = {"model": "a"}
 
@@ -93,6 +92,7 @@ DAMAGES: dict[str, Callable[[bytes, bytes], bytes]] = {
     "empty": lambda own, _: b"",
     "zeros": lambda own, _: bytes(len(own)),
     "another shard": lambda _, other: other,
+    "of other inputs": lambda own, _: own[:-256] + own[-256:].replace(b"inputs", b"outputs"),
     "another array with this record": lambda own, other: other[:-256] + own[-256:],
     "a bit of the header": lambda own, _: flip(own, 20),
     "a bit of the array": lambda own, _: flip(own, 135),
@@ -110,26 +110,6 @@ def test_a_damaged_shard_is_computed_again(tmp_path: Path) -> None:
         path.write_bytes(damage(before, other.read_bytes()))
         np.testing.assert_array_equal(read(tmp_path), list(compute([0, 1, 2, 3])))
         assert path.read_bytes() == before
-
-
-def test_a_shard_is_verified_once_when_it_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    product(tmp_path)
-    digest, verified = manifests.content_digest, list[str]()
-    counted = lambda path, *size: (verified.append(path.name), digest(path, *size))[1]  # noqa: E731
-    monkeypatch.setattr(manifests, "content_digest", counted)
-    shards = product(tmp_path)
-    assert not verified
-    for _ in range(2):
-        shards.read(2)
-    assert verified == ["00000002.npy"]
-
-
-def test_shards_of_other_inputs_in_a_folder_are_never_used(tmp_path: Path) -> None:
-    folder = product(tmp_path).folder
-    write_shard(folder / "00000001.npy", np.zeros((4, 3)), {"shard": 1, "inputs": "others"})
-    np.testing.assert_array_equal(read(tmp_path), list(compute([0, 1, 2, 3])))
 
 
 def test_links_are_not_followed_and_foreign_files_stay(

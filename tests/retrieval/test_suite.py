@@ -69,23 +69,6 @@ def test_metrics_are_those_of_each_collection_alone_and_their_mean(
     assert metrics == json.loads((tmp_path / "all/metrics.json").read_text())
 
 
-def test_started_again_it_does_only_what_is_missing(
-    home: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = evaluate(home, tmp_path / "all", folders["retriever"], NAMES, SHORT)
-    (tmp_path / "all/two/runs/retriever.test.trec").unlink()
-    written: list[str] = []
-    write = stages.write_run
-    monkeypatch.setattr(
-        stages, "write_run", lambda path, *a: (written.append(str(path)), write(path, *a))
-    )
-    loaded = _loads(monkeypatch)
-    again = evaluate(home, tmp_path / "all", folders["retriever"], NAMES, SHORT)
-    assert written == [str(tmp_path / "all/two/runs/retriever.test.trec")]
-    assert not loaded  # the embeddings were there
-    assert again["overall"] == first["overall"]
-
-
 def test_a_mean_is_not_overwritten_by_that_of_other_collections_or_systems(
     home: Path, tmp_path: Path
 ) -> None:
