@@ -41,8 +41,6 @@ log = logging.getLogger(__name__)
 
 BLOCK = 1024
 """Texts per block when embedding in memory; a block is sorted by length."""
-SECTIONS = {"retriever": "", "reranker": "rerank."}
-"""By kind of model: the config prefix of the evaluation settings that override its lengths."""
 
 
 class TextList:
@@ -101,12 +99,9 @@ class Inference:
             )
         self.lengths = dict(lengths or {})
         self.encoding = replace(encoding, **self.lengths)  # type: ignore[arg-type]
-        self.precision = hardware.resolve(precision)
-        self.device = hardware.device()
-        self.token_budget = hardware.chunk(token_budget)
-        self.num_workers = num_workers
-        self.attention = attention
-        self.trust_remote_code = trust_remote_code
+        self.precision, self.device = hardware.resolve(precision), hardware.device()
+        self.token_budget, self.num_workers = hardware.chunk(token_budget), num_workers
+        self.attention, self.trust_remote_code = attention, trust_remote_code
 
     @cached_property
     def _loaded(self) -> tuple[BiEncoder | CrossEncoder, Any]:
@@ -136,7 +131,10 @@ class Inference:
 
     @property
     def _section(self) -> str:
-        return SECTIONS[self.encoding.kind] if self.lengths else "encoding."
+        """The prefix of the settings that determine the lengths."""
+        if not self.lengths:
+            return "encoding."
+        return "" if self.encoding.kind == "retriever" else "rerank."
 
     def load(self) -> None:
         """Load the weights now."""

@@ -223,17 +223,15 @@ class LastCheckpoint(Checkpoint):
 
 def _accumulates(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Whether gradients are kept for the next batch; never true for the last batch of an epoch."""
-    if batch_idx + 1 >= trainer.num_training_batches:
-        return False
-    return (batch_idx + 1) % trainer.accumulate_grad_batches != 0
+    last = batch_idx + 1 >= trainer.num_training_batches
+    return not last and (batch_idx + 1) % trainer.accumulate_grad_batches != 0
 
 
 def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Whether a validation follows this batch; the same conditions as in Lightning's loop."""
     epochs, every = trainer.check_val_every_n_epoch, trainer.val_check_batch
-    if not trainer.enable_validation or every is None:  # None: validation by time
-        return False
-    if epochs is not None and (trainer.current_epoch + 1) % epochs:
+    other_epoch = epochs is not None and (trainer.current_epoch + 1) % epochs
+    if not trainer.enable_validation or every is None or other_epoch:  # None: by time
         return False
     if trainer.should_stop:
         return True

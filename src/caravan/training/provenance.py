@@ -8,6 +8,7 @@ mean another run, which must neither overwrite the first nor continue it.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -58,7 +59,10 @@ def inputs_of(settings: dict[str, Any], collection: Collection | None) -> dict[s
             "run_digest": None if candidates is None else _run_digest(candidates, collection),
         },
     }
-    return _without(inputs, str(settings["run_dir"]))  # nor is where it is written an input
+    # Where the run is written is no input.
+    run_dir = json.dumps(str(settings["run_dir"]))[1:-1]
+    found: dict[str, Any] = json.loads(json.dumps(inputs).replace(run_dir, "<run_dir>"))
+    return found
 
 
 def _run_digest(name: str, collection: Collection | None) -> str:
@@ -70,14 +74,6 @@ def _run_digest(name: str, collection: Collection | None) -> str:
             " over the same collection",
         )
     return manifests.content_digest(path)
-
-
-def _without(tree: Any, run_dir: str) -> Any:
-    if isinstance(tree, dict):
-        return {key: _without(value, run_dir) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_without(value, run_dir) for value in tree]
-    return tree.replace(run_dir, "<run_dir>") if isinstance(tree, str) else tree
 
 
 def file_digests(model_dir: Path) -> dict[str, str]:
