@@ -127,7 +127,7 @@ def test_a_sweep_starts_with_its_command(path: Path) -> None:
         ("stage=adaptation stage.lm=inf", "stage.lm"),
         ("stage=adaptation stage.targets=some", "stage.targets"),
         ("logger=wandb", "pip install wandb"),
-        ("init_from=nowhere", "there is no folder nowhere"),
+        ("backbone=from_folder backbone.folder=nowhere", "there is no folder nowhere"),
         ("loss=kl", "sampler.teacher"),
         ("loss.temperature=0", "loss.temperature"),
         ("loss.temperature=inf", "loss.temperature"),

@@ -112,7 +112,7 @@ def test_rows_to_validate_on_are_given_or_held_out(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_wrong_row_is_told_with_its_line(
+def test_a_wrong_row_is_reported_with_its_line(
     tmp_path: Path, row: dict[str, Any], code: str, place: str
 ) -> None:
     file = put(tmp_path, {"a.jsonl": jsonl([ROWS[0], row])}) / "a.jsonl"

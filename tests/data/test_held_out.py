@@ -66,8 +66,6 @@ def test_nothing_is_held_out_beside_a_dev_split(beir: Path, tmp_path: Path) -> N
         Beir(str(beir), held_out=0.1).collection(tmp_path)
 
 
-def test_a_split_that_is_not_there_is_told_with_the_remedy(
-    without_dev: Path, tmp_path: Path
-) -> None:
+def test_a_missing_split_is_reported_with_the_remedy(without_dev: Path, tmp_path: Path) -> None:
     with refused("unknown-split", "data.train_split"):
         Beir(str(without_dev)).collection(tmp_path).qrels("dev")

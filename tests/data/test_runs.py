@@ -290,12 +290,12 @@ GOOD = "q1 Q0 p1 1 2.5 t\n"
         (GOOD.encode("utf-16"), "not-utf8", "x.trec:1"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_told_with_its_line(
+def test_errors_in_a_file_are_reported_with_their_line(
     tmp_path: Path, names: Collection, content: str | bytes, code: str, place: str
 ) -> None:
-    with refused(code, place) as told:
+    with refused(code, place) as caught:
         read_run(text_of(tmp_path, content), names.queries, names.corpus)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_ids_can_be_counted_and_left_out(
@@ -312,7 +312,7 @@ def test_unknown_ids_can_be_counted_and_left_out(
         read_run(path, names.queries, names.corpus, unknown_ids="skip")  # type: ignore[arg-type]
 
 
-def test_missing_and_broken_gzip_files_are_told(tmp_path: Path, names: Collection) -> None:
+def test_missing_and_broken_gzip_files_are_reported(tmp_path: Path, names: Collection) -> None:
     with refused("file-not-found", "none.trec"):
         read_run(tmp_path / "none.trec", names.queries, names.corpus)
     whole = gzip.compress(GOOD.encode() * 50)

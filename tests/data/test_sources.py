@@ -1,4 +1,4 @@
-"""BEIR folders, whole and broken: every mistake is told with its file, its line and a remedy."""
+"""BEIR folders, whole and broken: every mistake is reported with its file, line and remedy."""
 
 import gzip
 import os

@@ -124,8 +124,8 @@ def test_rows_beside_a_corpus_show_their_progress(
     files = {"train.jsonl": jsonl(BY_ID), "corpus.jsonl": jsonl(CORPUS)}
     with caplog.at_level(logging.INFO):
         build(put(tmp_path / "set", files), tmp_path)
-    told = [line.partition(" in ")[0] for line in caplog.messages]
-    assert {"corpus: 8 passages", "rows of train: 3 rows", "queries: 3 queries"} <= set(told)
+    logged = [line.partition(" in ")[0] for line in caplog.messages]
+    assert {"corpus: 8 passages", "rows of train: 3 rows", "queries: 3 queries"} <= set(logged)
 
 
 @pytest.mark.parametrize("saved", ["parquet", "disk"])
@@ -172,7 +172,7 @@ def test_subsets_choose_among_the_files_of_a_folder(tmp_path: Path) -> None:
         build(folder / "train.jsonl", tmp_path, subsets={"train": "train", "dev": "validation"})
 
 
-def test_a_file_of_a_dataset_is_told_from_a_file_of_rows(tmp_path: Path) -> None:
+def test_a_file_of_a_dataset_is_distinguished_from_a_file_of_rows(tmp_path: Path) -> None:
     file = put(tmp_path, {"train.parquet": "PAR1"}) / "train.parquet"
     with refused("file-of-dataset", "train.parquet"):
         build(file, tmp_path)
@@ -272,7 +272,7 @@ def changed(row: int, **fields: Any) -> list[dict[str, Any]]:
         ),
     ],
 )
-def test_a_wrong_row_is_told_with_its_line(
+def test_a_wrong_row_is_reported_with_its_line(
     tmp_path: Path, rows: list[dict[str, Any]], code: str, place: str
 ) -> None:
     file = put(tmp_path, {"rows.jsonl": jsonl(rows)}) / "rows.jsonl"
@@ -282,13 +282,13 @@ def test_a_wrong_row_is_told_with_its_line(
     assert not [path for path in (tmp_path / "collections").iterdir() if path.is_dir()]
 
 
-def test_a_corpus_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_corpus_is_reported(tmp_path: Path) -> None:
     file = put(tmp_path, {"rows.jsonl": jsonl(BY_ID)}) / "rows.jsonl"
     with refused("file-not-found", "absent.jsonl"):
         build(file, tmp_path, corpus=str(tmp_path / "absent.jsonl"))
 
 
-def test_an_id_that_the_corpus_lacks_is_told_or_counted(tmp_path: Path) -> None:
+def test_an_id_that_the_corpus_lacks_is_reported_or_counted(tmp_path: Path) -> None:
     folder = put(tmp_path / "set", {"train.jsonl": jsonl(BY_ID), "corpus.jsonl": jsonl(CORPUS[:5])})
     with refused("unknown-id", "train.jsonl:2"):
         build(folder, tmp_path)

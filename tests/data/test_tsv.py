@@ -63,7 +63,7 @@ def test_each_split_may_have_queries_of_its_own(tmp_path: Path) -> None:
         ({"qrels.train.tsv": "1\tz\t1\n"}, "unknown-id", "qrels.train.tsv:1"),
     ],
 )
-def test_a_mistake_is_told_with_its_line(
+def test_a_mistake_is_reported_with_its_line(
     tmp_path: Path, changes: dict[str, str], code: str, place: str
 ) -> None:
     with refused(code, place):
@@ -126,7 +126,7 @@ def test_a_file_that_is_missing_or_there_twice_is_named(tmp_path: Path, name: st
         build(tmp_path / "absent")
 
 
-def test_judgements_of_no_split_or_of_one_split_twice_are_told(tmp_path: Path) -> None:
+def test_judgements_of_no_split_or_of_one_split_twice_are_refused(tmp_path: Path) -> None:
     folder = put(tmp_path / "set", {**FILES, "qrels.test.tsv": "2\tb\t1\n"})
     with refused("ambiguous-files", "qrels.test.tsv"):
         build(folder)

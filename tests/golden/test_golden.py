@@ -46,11 +46,22 @@ ADAPTATION = (
     *("stage.self_prompt=' moon:'", "stage.next_prompt=' star:'"),
 )
 RETRIEVER = (
-    *("stage=retriever", "init_from=runs/adapt/model", "peft=lora", "peft.rank=4"),
+    *(
+        "stage=retriever",
+        "backbone=from_folder",
+        "backbone.folder=runs/adapt/model",
+        "peft=lora",
+        "peft.rank=4",
+    ),
     *("sampler.runs=[runs/bm25/runs/bm25.train.trec]", "sampler.number=2", "sampler.depth=20"),
 )
 RERANKER = (
-    *("stage=reranker", "init_from=runs/adapt/model", "loss=listwise"),
+    *(
+        "stage=reranker",
+        "backbone=from_folder",
+        "backbone.folder=runs/adapt/model",
+        "loss=listwise",
+    ),
     *("sampler.runs=[runs/mined/runs/retriever.train.trec]", "sampler.number=3"),
     *("sampler.depth=20", "validation.run=runs/candidates/runs/bm25.dev.trec"),
     "validation.run_depth=10",
@@ -94,7 +105,8 @@ SAME_KERNELS = {
 
 
 def train(name: str, *overrides: str) -> list[str]:
-    given = (*DATA, *BACKBONE, *TRAINING, f"run_dir=runs/{name}", *overrides)
+    backbone = () if "backbone=from_folder" in overrides else BACKBONE
+    given = (*DATA, *backbone, *TRAINING, f"run_dir=runs/{name}", *overrides)
     return [str(ROOT / "train.py"), *given]
 
 
@@ -281,12 +293,12 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     env = os.environ | own | SAME_KERNELS
     done = subprocess.run(child, cwd=home, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
-    told = json.loads((home / "found.json").read_text("utf-8"))
+    measured = json.loads((home / "found.json").read_text("utf-8"))
     found = {
-        "environment": told["environment"],
+        "environment": measured["environment"],
         "metrics": {name: metrics(runs / name) for name in EVALUATIONS},
         "curves": {name: curves(runs / name) for name in TRAININGS},
-        "embeddings": beginnings(told["embeddings"]["caravan"]),
+        "embeddings": beginnings(measured["embeddings"]["caravan"]),
         "tensors": {name: tensors(runs / name / "model") for name in TRAININGS},
         "models": {name: model_digests(runs / name / "model") for name in TRAININGS},
         "runs": {name: run_digest(runs / name) for name in RUNS},
@@ -294,7 +306,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     if UPDATE:
         GOLDEN.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     golden = json.loads(GOLDEN.read_text("utf-8"))
-    return Pipeline(home, told["embeddings"], found, golden)
+    return Pipeline(home, measured["embeddings"], found, golden)
 
 
 @pytest.mark.parametrize("kind", NEAR)

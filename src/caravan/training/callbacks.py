@@ -57,7 +57,6 @@ class FitSummary(pl.Callback):
             self.heading,
             f"{trainer.world_size} x {device.type}, {self.precision}{sharded};"
             f" {trained:,} trainable parameters of {total:,}",
-            *pl_module.backbone.messages(),
             f"{trains_on}; {trainer.max_steps:,} updates, {batches:,} batches an epoch",
         ]
         queries = len(data.dev_qrels.queries)

@@ -158,13 +158,13 @@ class Stage(pl.LightningModule, ABC):
         """Whether weights are loaded in the precision of their files and converted afterwards.
 
         FSDP's rank 0 can then map the files, and a frozen base takes less than four bytes a weight.
-        Loading must not compute with the weights: new embeddings, checks of masks, DoRA's norms.
+        Loading must not compute with the weights, as for new embeddings or the output layer.
         """
-        if self.encoding.slots or self.encoding.bidirectional or self.uses_output_layer:
+        if self.encoding.slots or self.uses_output_layer:
             return False
         if self.peft is None:
             return sharded
-        if not isinstance(self.peft, LoRA) or self.peft.settings["use_dora"]:
+        if not isinstance(self.peft, LoRA):
             return False
         return sharded or (self.bf16 and self.backbone.quantization is None)
 

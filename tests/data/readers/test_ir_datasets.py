@@ -83,7 +83,7 @@ def test_titles_and_official_grades_are_taken_over(irds: Any, tmp_path: Path) ->
     assert list(official.values()) == [True, False]
 
 
-def test_what_is_not_known_or_not_installed_is_told(
+def test_unknown_ids_and_a_missing_package_are_reported(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with refused("unknown-dataset"):

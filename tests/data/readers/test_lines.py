@@ -65,11 +65,11 @@ def test_memory_does_not_grow_with_the_corpus(
 ) -> None:
     write: Any = ms_marco if reader == "msmarco" else tevatron
     sources = [write(tmp_path / "1.jsonl", small), write(tmp_path / "2.jsonl", large)]
-    told = subprocess.run(
+    printed = subprocess.run(
         command(reader, tmp_path, *sources), check=True, capture_output=True, text=True
     ).stdout.split()
-    few, many = int(told[0]), int(told[2])
-    before, after = float(told[1]), float(told[3])  # MiB, the peak so far
+    few, many = int(printed[0]), int(printed[2])
+    before, after = float(printed[1]), float(printed[3])  # MiB, the peak so far
     assert (few, many) == ((small, large) if reader == "msmarco" else (small + 6, large + 6))
     text = (many - few) * len(TEXT) / 2**20
     assert after - before < text / 2

@@ -188,7 +188,7 @@ def test_a_mistake_is_one_sentence_with_file_and_line(
         (TREC.replace("D2", "D1"), "duplicate-id", "msmarco-docs.trec:11"),
     ],
 )
-def test_a_broken_trec_file_is_told_with_its_line(
+def test_a_broken_trec_file_is_reported_with_its_line(
     tmp_path: Path, trec: str, code: str, place: str
 ) -> None:
     files = without(DOCUMENTS, "msmarco-docs.tsv", **{"msmarco-docs.trec": trec})
@@ -203,7 +203,7 @@ def test_carriage_returns_are_no_part_of_a_trec_document(tmp_path: Path) -> None
     assert records(documents(put(tmp_path / "crlf", files)).corpus) == records(plain.corpus)
 
 
-def test_what_is_still_packed_is_told(tmp_path: Path) -> None:
+def test_archives_that_are_not_unpacked_are_reported(tmp_path: Path) -> None:
     folder = put(tmp_path / "m", {"collectionandqueries.tar.gz": ""})
     with refused("file-not-found", "collectionandqueries.tar"):
         passages(folder)

@@ -1,4 +1,4 @@
-"""Unlabelled text from files and datasets, and what is told of wrong ones."""
+"""Unlabelled text from files and datasets, and errors of wrong ones."""
 
 from __future__ import annotations
 
