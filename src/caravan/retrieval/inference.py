@@ -240,7 +240,7 @@ class Inference:
                 yield self._rows(batch, done).to(dtype).cpu().numpy()
 
     def _rows(
-        self, batch: EncodeBatch | PairBatch, done: Callable[[int], None] | None = None
+        self, batch: EncodeBatch | PairBatch, done: Callable[[int], object] | None = None
     ) -> Tensor:
         """Embeddings [N, d] or scores [N]; calls `done` with the number of texts of each chunk."""
         with torch.inference_mode():
