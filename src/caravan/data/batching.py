@@ -1,8 +1,4 @@
-"""Datasets whose items are batches: training groups, texts to embed, pairs to score.
-
-Items are numpy arrays (`caravan.data.batch.Unpacked`); `caravan.data.loaders` converts them to
-tensors.
-"""
+"""Datasets whose items are batches: training groups, texts to embed, pairs to score."""
 
 from __future__ import annotations
 
