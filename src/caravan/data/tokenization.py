@@ -74,7 +74,7 @@ def special_tokens(tokenizer: Any, pair: bool = False) -> tuple[list[int], list[
         if start is None:
             raise InputError(
                 "unsupported-tokenizer",
-                f"{tokenizer.name_or_path}: its special tokens change the tokens of the text itself; "
+                f"{tokenizer.name_or_path}: its special tokens change the tokens of the text; "
                 + ("set encoding.pair=joined" if pair else "this tokenizer is not supported"),
             )
         gaps.append(whole[end:start])
@@ -146,7 +146,7 @@ class Template:
         if after:
             raise InputError(
                 "unsupported-tokenizer",
-                f"{tokenizer.name_or_path} appends a special token after {{self}} or {{next}}; remove"
+                f"{tokenizer.name_or_path} appends a token after {{self}} or {{next}}; remove"
                 " them from the templates and set encoding.slots=0 encoding.append_eos=true",
             )
         known = tokenizer.get_vocab()
