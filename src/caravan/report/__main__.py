@@ -54,8 +54,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     """Print the comparison of two systems or more, and write its page with --html."""
     from caravan.report.compare import DEPTH, compare
-    from caravan.report.evaluations import comparison_tables
-    from caravan.report.examples import examples
+    from caravan.report.evaluations import comparison_tables, examples
     from caravan.report.page import of_comparison, save
     from caravan.report.systems import read_judged, read_system, with_distinct_names
     from caravan.report.tables import show
