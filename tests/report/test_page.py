@@ -194,6 +194,7 @@ def test_a_sweep_has_its_table_plots_tests_queries_and_failed_jobs(
         run = folder / f"k1-{k1}/runs/bm25.train.trec"
         for measure, text in zip(("MRR@10", "nDCG@10", "R@5"), scores, strict=True):
             assert text == f"{sum(evaluations.per_query(run, measure).values()) / 40:.4f}"
+    assert "a sweep over" not in Parsed(page.write(folder / "k1-4")).text
     (folder / "multirun.yaml").touch()
     found = Parsed(page.write(tmp_path / "sweeps"))  # the jobs of a sweep below are evaluations
     assert "a sweep over" not in found.text

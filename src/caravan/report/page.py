@@ -140,7 +140,8 @@ def _of_runs(folder: Path) -> Page:
     homes = [path.parent for path in sorted(folder.rglob("metrics.json"))]
     records = {home: read_metrics(home) or {} for home in homes}
     sections, counts, names = [], [], {}
-    if jobs.read(folder)[0]:
+    own, _ = jobs.read(folder)
+    if own and folder not in own:
         found = sweep.collect(folder)
         sections.append(_of_sweep(found))
         counts.append(f"a sweep over {', '.join(found.varied) or 'nothing'}")
