@@ -26,7 +26,15 @@ def train_arguments(beir: Path, run_dir: Path, *overrides: str) -> list[str]:
     data = ["data=beir", f"data.path={beir}", f"cache_dir={run_dir.parent / 'cache'}"]
     of_retriever = not any(text.startswith("stage=") for text in overrides)
     loss = ["loss.temperature=0.05"] if of_retriever else []
-    return [*data, f"run_dir={run_dir}", *TINY, *loss, *overrides]
+    tiny = TINY
+    if "backbone=from_folder" in overrides:  # the folder has a shape
+        tiny = tuple(text for text in TINY if not text.startswith("backbone."))
+    return [*data, f"run_dir={run_dir}", *tiny, *loss, *overrides]
+
+
+def from_folder(folder: Any) -> tuple[str, str]:
+    """The overrides that initialize the transformer from a model folder."""
+    return "backbone=from_folder", f"backbone.folder={folder}"
 
 
 def train(beir: Path, run_dir: Path, *overrides: str) -> float | None:

@@ -46,9 +46,7 @@ def test_every_file_that_a_command_reads_is_written_by_another_one(
     written = {cfg.run_dir for _, cfg in composed}
     for overrides, cfg in composed:
         text = OmegaConf.to_yaml(cfg, resolve=False)
-        for line in re.findall(
-            r"^ *(?:init_from|retriever|reranker|run|-): (runs/.*)$", text, re.M
-        ):
+        for line in re.findall(r"^ *(?:folder|retriever|reranker|run|-): (runs/.*)$", text, re.M):
             assert any(line.startswith(f"{folder}/") for folder in written), (overrides, line)
 
 

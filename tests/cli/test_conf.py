@@ -122,7 +122,7 @@ def test_a_sweep_starts_with_its_command(path: Path) -> None:
         ("index=exact index.query_chunk=0", "index.query_chunk"),
         ("stage=adaptation stage.words=0", "stage.words"),
         ("logger=wandb", "pip install wandb"),
-        ("init_from=nowhere", "there is no folder nowhere"),
+        ("backbone=from_folder backbone.folder=nowhere", "there is no folder nowhere"),
         ("loss=kl", "sampler.teacher"),
         ("sampler.teacher_margin=0", "sampler.teacher"),
         ("loss=likelihood", "choose stage=reranker_likelihood"),

@@ -101,7 +101,9 @@ def _training(name: str, stand: Stand, run_dir: Path, group: str = "experiment")
     if name.startswith("released/"):
         adapter = release(run_dir.parent / "released", stand.decoder, name.partition("/")[2])
         return [*given[:1], "trainer.max_steps=0", "precision=float32", f"backbone.name={adapter}"]
-    if "name" in cfg.backbone:
+    if "folder" in cfg.backbone:
+        given.append(f"backbone.folder={stand.models['adapted']}")
+    elif "name" in cfg.backbone:
         base = stand.encoder if "MiniLM" in cfg.backbone.name else stand.decoder
         given.append(f"backbone.name={base}")
     else:
@@ -115,8 +117,6 @@ def _training(name: str, stand: Stand, run_dir: Path, group: str = "experiment")
         given += ["data=beir", f"data.path={stand.beir}", f"sampler.runs=[{stand.runs['train']}]"]
     if cfg.validation.run is not None or cfg.encoding.kind == "reranker":
         given.append(f"validation.run={stand.runs['dev']}")
-    if cfg.init_from is not None:
-        given.append(f"init_from={stand.models['adapted']}")
     if cfg.sampler is not None and cfg.sampler.teacher is not None:
         given.append(f"sampler.teacher={stand.runs['train']}")
     return given
@@ -210,8 +210,6 @@ def test_the_first_job_of_a_sweep_runs(name: str, stand: Stand, tmp_path: Path) 
     own = {text.partition("=")[0] for text in given}
     for key, values in varied.items():
         value = _first(values)
-        if key == "init_from" and value != "null":
-            value = stand.models["adapted"]
         if key not in own:  # runs and models that other commands write
             given.append(f"{key}={value}")
     places = [f"run_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}"]

@@ -19,7 +19,7 @@ OVERRIDES = {
     "train": (
         "name=some/run", "seed=3", "data=beir", "data.path=.", "data.split=dev", "resume=true",
         "encoding.pooling=mean", "encoding.query_template='query: {text}'", "loss.rate=1e-3",
-        "trainer.max_steps=5", "loss.options={a:3}", "loss.betas=[0.9,0.99]", "init_from=null",
+        "trainer.max_steps=5", "loss.options={a:3}", "loss.betas=[0.9,0.99]", "precision=bf16",
         "backbone=tiny_llama", "+callbacks.mine={_target_:parts.Part}", "~callbacks.best",
         "run_dir=runs/${name}", "validation.read_lengths=[64,128]", "cache_dir=.cache",
     ),

@@ -18,11 +18,9 @@ from tests.fuzz.mutations import (
     restored,
     sampled,
 )
-from tests.tiny import tiny_backbone
 
 from caravan.cli.compose import compose
 from caravan.cli.evaluate import evaluate
-from caravan.data.collection import Collection
 from caravan.data.readers import lines
 from caravan.errors import InputError
 
@@ -164,25 +162,11 @@ def _cached(folder: Path, name: str, made: Callable[[], Any], number: int) -> No
                     raise
 
 
-def _tokenizers(collection: Collection, folder: Path, number: int) -> None:
-    def made() -> str:
-        tokenizer = tiny_backbone().tokenizer(collection, folder)
-        return str(tokenizer.backend_tokenizer.to_str())
-
-    _cached(folder, "tokenizers", made, number)
-
-
 def _digests(beir: Path, folder: Path, number: int) -> None:
     def made() -> list[str]:
         return lines.digests([beir / "corpus.jsonl"], folder)
 
     _cached(folder, "digests", made, number)
-
-
-def test_damaged_tokenizers_of_the_cache_are_trained_again(
-    collection: Collection, tmp_path: Path
-) -> None:
-    _tokenizers(collection, tmp_path, 4 * QUICK)
 
 
 def test_damaged_digests_of_the_cache_are_computed_again(

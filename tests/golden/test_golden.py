@@ -46,11 +46,22 @@ ADAPTATION = (
     *("stage.self_prompt=' moon:'", "stage.next_prompt=' star:'"),
 )
 RETRIEVER = (
-    *("stage=retriever", "init_from=runs/adapt/model", "peft=lora", "peft.rank=4"),
+    *(
+        "stage=retriever",
+        "backbone=from_folder",
+        "backbone.folder=runs/adapt/model",
+        "peft=lora",
+        "peft.rank=4",
+    ),
     *("sampler.runs=[runs/bm25/runs/bm25.train.trec]", "sampler.number=2", "sampler.depth=20"),
 )
 RERANKER = (
-    *("stage=reranker", "init_from=runs/adapt/model", "loss=listwise"),
+    *(
+        "stage=reranker",
+        "backbone=from_folder",
+        "backbone.folder=runs/adapt/model",
+        "loss=listwise",
+    ),
     *("sampler.runs=[runs/mined/runs/retriever.train.trec]", "sampler.number=3"),
     *("sampler.depth=20", "validation.run=runs/candidates/runs/bm25.dev.trec"),
     "validation.run_depth=10",
@@ -94,7 +105,8 @@ SAME_KERNELS = {
 
 
 def train(name: str, *overrides: str) -> list[str]:
-    given = (*DATA, *BACKBONE, *TRAINING, f"run_dir=runs/{name}", *overrides)
+    backbone = () if "backbone=from_folder" in overrides else BACKBONE
+    given = (*DATA, *backbone, *TRAINING, f"run_dir=runs/{name}", *overrides)
     return [str(ROOT / "train.py"), *given]
 
 

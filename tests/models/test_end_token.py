@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.commands import ROOT
+from tests.commands import ROOT, from_folder
 from tests.models.released import save_base
 from tokenizers import processors
 
@@ -69,7 +69,7 @@ def test_a_folder_that_was_saved_with_two_ends_keeps_them(released: Path, tmp_pa
     older = _adopt(released, tmp_path / "older")
     record = json.loads((older / "caravan.json").read_text())
     (older / "caravan.json").write_text(json.dumps({**record, "append_eos": True}))
-    begun = ["trainer.max_steps=0", f"init_from={older}", f"run_dir={tmp_path / 'begun'}"]
+    begun = ["trainer.max_steps=0", *from_folder(older), f"run_dir={tmp_path / 'begun'}"]
     train(compose(ROOT / "conf", "train", [*begun, "precision=float32"]))
     for model in (older, tmp_path / "begun" / "model"):
         tokenizer = AutoTokenizer.from_pretrained(model)

@@ -155,7 +155,7 @@ def test_a_trained_folder_is_refused_without_the_setting(
     ("program", "given", "setting"),
     [
         ("evaluate", "data.path=. retriever=bm25 reranker", "trust_remote_code"),
-        ("train", "data.path=. init_from", "backbone.trust_remote_code"),
+        ("train", "data.path=. backbone=from_folder backbone.folder", "backbone.trust_remote_code"),
     ],
 )
 def test_a_folder_with_code_is_reported_by_the_check_before_anything_loads(
@@ -203,7 +203,7 @@ def test_a_trained_folder_computes_what_its_training_did(
 def test_a_training_starts_from_a_folder_with_code(
     trained: Path, beir: Path, tmp_path: Path
 ) -> None:
-    given = (f"init_from={trained}", ALLOW, "trainer.max_steps=0", "encoding.pooling=mean")
+    given = (*commands.from_folder(trained), ALLOW, "trainer.max_steps=0", "encoding.pooling=mean")
     commands.train(beir, tmp_path / "run", *given)
     one, other = (
         folder.load(path, trust_remote_code=True)[0].embed(pack(TEXTS, 99))

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.commands import ROOT, train
+from tests.commands import ROOT, from_folder, train
 from tests.tiny import tiny_backbone
 
 from caravan.cli.compose import compose
+from caravan.cli.train import completed
 from caravan.cli.train import train as train_config
 from caravan.data.batch import AdaptationBatch, pack
 from caravan.data.collection import Collection
@@ -213,15 +214,16 @@ def test_a_retriever_inherits_the_prompts_of_the_adapted_model(
     stage: str, peft: tuple[str, ...], beir: Path, tmp_path: Path
 ) -> None:
     adapt(beir, tmp_path / "adapted", f"stage={stage}", *peft, "trainer.max_steps=2")
-    init = f"init_from={tmp_path / 'adapted' / 'model'}"
+    init = from_folder(tmp_path / "adapted" / "model")
     lengths = ("encoding.query_length=80", "encoding.passage_length=90")
-    train(beir, tmp_path / "tuned", init, *lengths, *peft, "trainer.max_steps=1")
+    train(beir, tmp_path / "tuned", *init, *lengths, *peft, "trainer.max_steps=1")
     adapted, tuned = (read_encoding(tmp_path / name / "model")[0] for name in ("adapted", "tuned"))
     assert tuned == replace(adapted, query_length=80, passage_length=90)
     assert "original" in tuned.passage_template or tuned.slots == 8
     folder.load(tmp_path / "tuned" / "model")
     prompt = "{text} {self}" if adapted.slots else "{text} The original sentence:"
-    cfg = compose(ROOT / "conf", "train", [init, f"encoding.query_template='{prompt}'"])
+    cfg = compose(ROOT / "conf", "train", [*init, f"encoding.query_template='{prompt}'"])
+    cfg = completed(cfg)
     assert cfg.encoding.query_template == prompt
     assert cfg.encoding.passage_template == adapted.passage_template
 

@@ -94,7 +94,7 @@ def test_selective_recomputation_keeps_what_its_policy_says(
         assert again < selective < (0.8 if bf16 else 1) * whole
 
 
-@pytest.mark.parametrize("peft", [None, LoRA(rank=8, dropout=0.0), LoRA(rank=8, dora=True)])
+@pytest.mark.parametrize("peft", [None, LoRA(rank=8, dropout=0.0)])
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_each_chunk_has_its_own_copies_of_the_weights_that_are_cast(
     chunks: int, peft: LoRA | None

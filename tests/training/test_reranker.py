@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.commands import evaluate, train
+from tests.commands import evaluate, from_folder, train
 from tests.refusals import refused
 
 from caravan.data.batch import RerankBatch
@@ -131,8 +131,8 @@ def test_a_reranker_starts_from_a_retrievers_folder(
 ) -> None:
     train(beir, tmp_path / "retriever", "trainer.max_steps=0")
     with caplog.at_level("INFO"):
-        init = f"init_from={tmp_path / 'retriever' / 'model'}"
-        train(beir, tmp_path / "reranker", *settings, init, "trainer.max_steps=1")
+        init = from_folder(tmp_path / "retriever" / "model")
+        train(beir, tmp_path / "reranker", *settings, *init, "trainer.max_steps=1")
     assert "1 new (score.weight)" in caplog.text
 
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from pydantic import ValidationError
 
-from caravan.cli.schema import Node
+from caravan.cli.schema import MOVED, Node
 from caravan.cli.signatures import RESERVED, Takes, did_you_mean, locate, takes
 from caravan.errors import InputError, first_line
 
@@ -240,6 +240,8 @@ class Checker:
 
     def _meant(self, path: KeyPath, given: dict[str, Any], wanted: Takes) -> str:
         """A hint at the key that was meant: a neighbour, or one of that name elsewhere."""
+        if path[0] in MOVED and len(path) == 1:
+            return f"; set {MOVED[str(path[0])].format(given[str(path[0])])}"
         near = did_you_mean(str(path[-1]), [*wanted.hints, *RESERVED])
         if near is not None:
             inner, value = (*path[:-1], near), given[str(path[-1])]

@@ -64,12 +64,10 @@ def compose(conf: Path, name: str, overrides: list[str], more: Path | None = Non
         InputError: With one line per mistake.
     """
     with Composer(conf, name, more) as composer:
-        _, lines = composer.collect(overrides)
-    if lines:
+        cfg, lines = composer.collect(overrides)
+    if lines or cfg is None:
         raise mistaken(lines)
-    typed = [composer.quoted.get(text, text) for text in overrides]
-    with Composer(conf, name, more, typed=True) as composer:
-        return without_hydra(composer.compose(typed))
+    return without_hydra(cfg)
 
 
 def check(cfg: DictConfig, root: type) -> list[Mistake]:
@@ -77,6 +75,10 @@ def check(cfg: DictConfig, root: type) -> list[Mistake]:
 
     Args: cfg without Hydra's node, interpolations may be unresolved; root, the dataclass of it.
     """
+    if root is schema.Train:
+        from caravan.cli.train import completed  # imports torch
+
+        cfg = completed(cfg)
     config = Checker(cfg, root)
     found = config.mistakes()
     wrong = {mistake.path for mistake in found}
@@ -172,7 +174,6 @@ class Composer(AbstractContextManager["Composer"]):
     Args:
         conf, name, more: as for `compose`; `more` is searched after `conf`.
         job: Hydra's job name and the key of the root; None uses `name`.
-        typed: let Hydra check types, as in the job.
     """
 
     def __init__(
@@ -181,7 +182,6 @@ class Composer(AbstractContextManager["Composer"]):
         name: str,
         more: Path | None = None,
         job: str | None = None,
-        typed: bool = False,
     ) -> None:
         self.name, self.root = name, schema.ROOTS[job or name]
         self.folders = [folder.absolute() for folder in (conf, more) if folder is not None]
@@ -189,7 +189,7 @@ class Composer(AbstractContextManager["Composer"]):
         if lines := [line for file in files if (line := too_many_values(file))]:
             raise mistaken(lines)
         self._before = HydraConfig.instance().cfg
-        schema.register(typed=typed)
+        schema.register()
         Plugins.instance().register(_FurtherFolder)
         _FurtherFolder.folder = more.absolute() if more else None
         self._hydra = hydra.initialize_config_dir(
@@ -202,7 +202,6 @@ class Composer(AbstractContextManager["Composer"]):
 
     def __exit__(self, *error: object) -> None:
         self._hydra.__exit__(None, None, None)
-        schema.register()
         HydraConfig.instance().cfg = self._before
 
     def compose(self, overrides: list[str]) -> DictConfig:

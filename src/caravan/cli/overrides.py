@@ -18,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
+from caravan.cli.schema import MOVED
 from caravan.cli.signatures import did_you_mean
 
 WHOLE = ("experiment", "sweep")
@@ -144,6 +145,8 @@ class Overrides:
         """The choice that an unknown key stands for: model=bert means backbone=bert_base."""
         if not isinstance(value, str):
             return None
+        if key in MOVED:
+            return MOVED[key].format(value)
         groups = {name: self.options(name) for name in (*self.known, *WHOLE)}
         for group, options in groups.items():
             if value in options:

@@ -64,9 +64,6 @@ def retrievers_can_search(config: Checker) -> Iterator[Mistake]:
 
 def folders_suit_their_stage(config: Checker) -> Iterator[Mistake]:
     """Model folders and runs are there and fit: reported before hours of encoding, not after."""
-    if config.root is schema.Train:
-        yield from _of_folder(config, ("init_from",), "", config.get("init_from"))
-        return
     given, place = config.get("retriever"), ("retriever",)
     if config.get("model") is not None:
         place = ("model",)
@@ -76,11 +73,11 @@ def folders_suit_their_stage(config: Checker) -> Iterator[Mistake]:
             place == ("retriever",) and OmegaConf.is_interpolation(config.cfg, "retriever")
         )
         if name != "bm25" and not (refers and config.get("collections")):  # a run of each of them
-            yield from _of_folder(config, place, "retriever", name)
-    yield from _of_folder(config, ("reranker",), "reranker", config.get("reranker"))
+            yield from of_folder(config, place, "retriever", name)
+    yield from of_folder(config, ("reranker",), "reranker", config.get("reranker"))
 
 
-def _of_folder(config: Checker, path: KeyPath, kind: str, name: Any) -> Iterator[Mistake]:
+def of_folder(config: Checker, path: KeyPath, kind: str, name: Any) -> Iterator[Mistake]:
     """Whether a model folder is there, is of a kind, and may run what it needs."""
     if not isinstance(name, str):
         return
@@ -161,6 +158,5 @@ def rules_of(root: type) -> list[Rule]:
     return [
         measures_are_computed,
         index_has_a_depth,
-        folders_suit_their_stage,
         *training_rules.RULES,
     ]

@@ -21,8 +21,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from caravan.encoding import Encoding, read_encoding
-from caravan.errors import InputError
+from caravan.encoding import Encoding
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,6 @@ class Train:
     cache_dir: PATH = MISSING
     seed: SEED = MISSING
     resume: bool = MISSING
-    init_from: str | None = MISSING
     precision: PRECISION = MISSING
     ignore_identical_ids: bool = MISSING
     encoding: Encoding = field(default_factory=Encoding)
@@ -206,31 +204,27 @@ class Search(Pipeline):
 
 
 ROOTS: dict[str, type] = {"train": Train, "evaluate": Evaluate, "search": Search}
+MOVED = {"init_from": "backbone=from_folder backbone.folder={}"}
+"""Former settings, and what to type instead."""
 COMMAND = "CARAVAN_COMMAND"
 """The environment variable with the command line, for jobs of a sweep in other processes."""
 
 
-def register(typed: bool = True) -> None:
-    """Make the roots known to Hydra as `train_schema`, `evaluate_schema` and `search_schema`.
+def register() -> None:
+    """Make the keys of the roots known to Hydra, as `train_schema` and so on, and the resolvers.
 
-    Args:
-        typed: False leaves types and unknown keys to `caravan.cli.check`, which reports all
-            mistakes together where Hydra stops at the first.
+    The keys have no types, because `caravan.cli.check` reports all mistakes where Hydra stops at
+    the first. The signature of a `_target_` decides which keys its node may have.
     """
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
-    OmegaConf.register_new_resolver("begun_with", begun_with, replace=True)
     OmegaConf.register_new_resolver("groups", groups, replace=True)
     for name, root in ROOTS.items():
-        schema = OmegaConf.structured(root)
-        if not typed:
-            schema = OmegaConf.create(OmegaConf.to_container(schema))
+        schema: Any = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(root)))
         for key in fields(root):
             if key.type in ("NODE", "OPTIONAL_NODE", "NAMED_NODE", "NODES"):
-                # The signature of the `_target_` decides which keys the node may have.
                 schema[key.name] = DictConfig({}, flags={"struct": False})
             elif isinstance(section := schema.get(key.name), DictConfig):
-                OmegaConf.set_readonly(section, None)  # a frozen dataclass makes it so
-                OmegaConf.set_struct(section, None if typed else False)
+                OmegaConf.set_struct(section, False)
         ConfigStore.instance().store(f"{name}_schema", schema)
 
 
@@ -267,22 +261,6 @@ def folder_name(text: str) -> str:
     start = name.encode()[:110].decode(errors="ignore")
     digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
     return f"{start}~{digest}"
-
-
-def begun_with(setting: str, otherwise: Any, _root_: Any) -> Any:
-    """A setting of the encoding of `init_from`, if that is a retriever or an adapted model.
-
-    A retriever cannot use the prompts of a reranker, but the attention of its layers stays.
-    """
-    folder = OmegaConf.select(_root_, "init_from")
-    if not isinstance(folder, str):
-        return otherwise
-    try:
-        encoding, _ = read_encoding(Path(folder))
-    except InputError:
-        return otherwise  # reported when the folder is opened
-    inherits = encoding.kind == "retriever" or setting == "bidirectional"
-    return getattr(encoding, setting) if inherits else otherwise
 
 
 def recorded(cfg: DictConfig) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from caravan.cli.check import is_class
 from caravan.cli.schema import build, recorded
+from caravan.cli.signatures import locate
 from caravan.encoding import Encoding
+from caravan.errors import InputError
 from caravan.models import hardware
-from caravan.models.backbone import FromFolder
+from caravan.models.backbone import INHERITED, FromFolder
 from caravan.training import fit
 
 PARTS = (
@@ -37,19 +42,10 @@ def train(cfg: DictConfig) -> float | None:
     Returns:
         The monitored metric of the best checkpoint, for sweepers; None without validation.
     """
+    cfg = completed(cfg)
     hardware.refuse_attention(cfg.backbone.get("attention", "auto"))
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     parts = build(cfg, *PARTS)
-    backbone = parts["backbone"]
-    if cfg.init_from is not None:  # load the folder's transformer with the backbone's settings
-        backbone = FromFolder(
-            cfg.init_from,
-            backbone.attention,
-            backbone.checkpointing,
-            backbone.bidirectional,
-            backbone.compile,
-            backbone.trust_remote_code,
-        )
     validation = parts["validation"]
     train_queries, read_lengths = (validation.pop(key) for key in ("train_queries", "read_lengths"))
     run = fit.Training(
@@ -57,7 +53,7 @@ def train(cfg: DictConfig) -> float | None:
         run_dir=Path(cfg.run_dir),
         cache_dir=Path(cfg.cache_dir),
         source=parts["data"],
-        backbone=backbone,
+        backbone=parts["backbone"],
         peft=parts["peft"],
         stage=parts["stage"],
         loss=parts["loss"],
@@ -74,7 +70,6 @@ def train(cfg: DictConfig) -> float | None:
         train_queries=train_queries,
         read_lengths=read_lengths,
         gradcache=cfg.gradcache.chunk,
-        init_from=None if cfg.init_from is None else Path(cfg.init_from),
         seed=cfg.seed,
         resume=cfg.resume,
         precision=cfg.precision,
@@ -83,6 +78,38 @@ def train(cfg: DictConfig) -> float | None:
         facts={**source_facts(parts["data"]), "recipe": recipe(cfg)},
     )
     return fit.train(run)
+
+
+def completed(cfg: DictConfig) -> DictConfig:
+    """A config in which values replace the nulls that a backbone takes from its model folder.
+
+    Accepts a config that has not been checked. If the folder cannot be read, which the check
+    reports, they become the default values.
+    """
+    folder = _folder_of(cfg)
+    if folder is None or not isinstance(cfg.get("encoding"), DictConfig):
+        return cfg
+    try:
+        inherited = FromFolder.inherited(Path(folder))
+    except InputError:
+        inherited = {name: getattr(Encoding(), name) for name in INHERITED}
+    cfg = copy.deepcopy(cfg)
+    direction = inherited.pop("bidirectional")
+    for node, values in (("backbone", {"bidirectional": direction}), ("encoding", inherited)):
+        for name, value in values.items():
+            if OmegaConf.to_container(cfg[node], resolve=False).get(name, value) is None:
+                cfg[node][name] = value
+    return cfg
+
+
+def _folder_of(cfg: DictConfig) -> str | None:
+    """The model folder from which the backbone is initialized, if it is a `FromFolder`."""
+    try:
+        kind = locate(str(OmegaConf.select(cfg, "backbone._target_")))
+        folder = OmegaConf.select(cfg, "backbone.folder")
+    except (LookupError, OmegaConfBaseException):
+        return None
+    return folder if is_class(kind, FromFolder) and isinstance(folder, str) else None
 
 
 def source_facts(source: Any) -> dict[str, Any]:

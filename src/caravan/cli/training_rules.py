@@ -12,7 +12,9 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from caravan.cli.check import Checker, Mistake, dotted, is_class
+from caravan.cli.rules import of_folder
 from caravan.cli.signatures import did_you_mean
+from caravan.models.backbone import FromFolder
 from caravan.models.tiny_llama import TinyLlama
 from caravan.training.adaptation import Adaptation
 from caravan.training.fsdp import FullySharded
@@ -58,6 +60,12 @@ def stage_suits_the_encoding(config: Checker) -> Iterator[Mistake]:
         text = "LLaRA adaptation needs causal attention; set it to false here, and to true"
         text += " when a retriever is fine-tuned from the adapted model"
         yield Mistake(("backbone", "bidirectional"), text)
+
+
+def backbone_has_its_folder(config: Checker) -> Iterator[Mistake]:
+    """The model folder is there, and may run the code that it needs."""
+    if config.is_a("backbone", FromFolder):
+        yield from of_folder(config, ("backbone", "folder"), "", config.get("backbone.folder"))
 
 
 def reranker_has_candidates(config: Checker) -> Iterator[Mistake]:
@@ -108,7 +116,7 @@ def parts_work_together(config: Checker) -> Iterator[Mistake]:
         if sharded:
             text = "4-bit weights cannot be sharded; choose strategy=ddp, or peft=lora"
             yield Mistake(("peft", "quant_type"), text)
-        if config.is_a("backbone", TinyLlama) and config.get("init_from") is None:
+        if config.is_a("backbone", TinyLlama):
             text = "only saved weights are quantized, and this backbone has random ones; choose"
             yield Mistake(("peft", "quant_type"), f"{text} another backbone, or peft=lora")
     attention = config.get("backbone.attention")
@@ -207,6 +215,7 @@ def losses(config: Checker, kind: Any) -> Iterator[tuple[str | int, ...]]:
 
 RULES: list[Callable[[Checker], Iterator[Mistake]]] = [
     stage_suits_the_encoding,
+    backbone_has_its_folder,
     reranker_has_candidates,
     loss_has_its_scores,
     parts_work_together,

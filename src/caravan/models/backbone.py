@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import torch
 from pydantic import PositiveInt
 from torch import nn
 
-from caravan.encoding import FILE, read_encoding
+from caravan.encoding import FILE, Encoding, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
 from caravan.models import loading
@@ -26,6 +27,12 @@ from caravan.models.digests import adapter_base
 from caravan.models.local_copy import local_copy
 from caravan.models.preparing import Checkpointing, prepared
 from caravan.models.remote_code import is_allowed
+
+INHERITED = (
+    *("query_template", "passage_template", "append_eos"),
+    *("pooling", "normalize", "slots", "bidirectional"),
+)
+"""Settings of `Encoding` that the next training takes from a model folder, unless it sets them."""
 
 
 class Backbone(Protocol):
@@ -84,10 +91,8 @@ class Backbone(Protocol):
     def adapted(self, peft: Any, model: nn.Module, rows: Sequence[int] = ()) -> nn.Module:
         """The model with the adapters of `peft` (`LoRA.apply`)."""
 
-    def messages(self) -> list[str]:
-        """What to log once weights are loaded."""
 
-
+@dataclass(eq=False)
 class BaseBackbone(Backbone):
     """Settings and defaults that backbones share.
 
@@ -104,21 +109,12 @@ class BaseBackbone(Backbone):
     dtype = torch.float32
     head_is_new = False
 
-    def __init__(
-        self,
-        name: str,
-        attention: str = "auto",
-        checkpointing: Checkpointing = False,
-        bidirectional: bool = False,
-        compile: bool = False,
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.name = name
-        self.attention = attention
-        self.checkpointing = checkpointing
-        self.bidirectional = bidirectional
-        self.compile = compile
-        self.trust_remote_code = trust_remote_code
+    name: str
+    attention: str = "auto"
+    checkpointing: Checkpointing = False
+    bidirectional: bool = False
+    compile: bool = False
+    trust_remote_code: bool = False
 
     def scorer(self, tokenizer: Any) -> nn.Module:
         self.head_is_new = True
@@ -133,9 +129,6 @@ class BaseBackbone(Backbone):
     def adapted(self, peft: Any, model: nn.Module, rows: Sequence[int] = ()) -> nn.Module:
         adapted: nn.Module = peft.apply(model, rows)
         return adapted
-
-    def messages(self) -> list[str]:
-        return []
 
     def prepared(self, model: nn.Module) -> nn.Module:
         """The model with this backbone's attention direction, checkpointing and compilation."""
@@ -198,7 +191,7 @@ class Pretrained(BaseBackbone):
     def model(self, tokenizer: Any) -> nn.Module:
         if self._is_adapter():
             return load_adapter(self._base(), self.name, self.revision, trainable=True)
-        return self.prepared(self._load(loading.load_weights, dtype=self.dtype))
+        return self.prepared(self._load(loading.load_weights))
 
     def language_model(self, tokenizer: Any) -> Any:
         if self._is_adapter():
@@ -211,7 +204,7 @@ class Pretrained(BaseBackbone):
         if self._is_adapter():
             headed = with_head(self._base(), pad_id)
             return load_adapter(headed, self.name, self.revision, trainable=True)
-        scorer, self.head_is_new = self._load(loading.load_scorer, dtype=self.dtype, pad_id=pad_id)
+        scorer, self.head_is_new = self._load(loading.load_scorer, pad_id=pad_id)
         return self.prepared(scorer)
 
     def prepared(self, model: nn.Module) -> nn.Module:
@@ -223,8 +216,8 @@ class Pretrained(BaseBackbone):
         return is_adapter(self.name, self.revision)
 
     def _load(self, load: Any, **settings: Any) -> Any:
-        common = {"attention": self.attention, "quantization": self.quantization, **self._hub}
-        return load(self.name, **common, **settings)
+        settings |= {"attention": self.attention, "quantization": self.quantization}
+        return load(self.name, dtype=self.dtype, **settings, **self._hub)
 
     def _base(self) -> nn.Module:
         """The base that a released adapter names."""
@@ -241,7 +234,7 @@ class FromFolder(BaseBackbone):
 
     Args:
         folder: of a retriever, a reranker or an adapted model.
-        bidirectional: must be set if the folder's model is bidirectional.
+        bidirectional: None is the folder's.
         The others: see `BaseBackbone`.
 
     Raises:
@@ -254,19 +247,34 @@ class FromFolder(BaseBackbone):
         folder: str,
         attention: str = "auto",
         checkpointing: Checkpointing = False,
-        bidirectional: bool = False,
+        bidirectional: bool | None = None,
         compile: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        if not bidirectional:
+        if bidirectional is False:
             model_folder.refuse_causal(folder)
         encoding, facts = read_encoding(Path(folder))
+        if bidirectional is None:
+            bidirectional = encoding.bidirectional
         trusted = is_allowed(Path(folder), encoding, facts, trust_remote_code)
         super().__init__(folder, attention, checkpointing, bidirectional, compile, trusted)
         self.folder, self.encoding = Path(folder), encoding
         self.full = facts["weights"] == "full"
         self.keeps_adapter = False
-        self._counts = (0, 0)  # weights of the folder or of its adapter's base, and of the adapter
+
+    @staticmethod
+    def inherited(folder: Path) -> dict[str, Any]:
+        """The settings of `Encoding` that a training from a folder has by default.
+
+        A retriever cannot use the prompts of a reranker, but the direction of attention stays.
+
+        Raises:
+            InputError: If it is not a model folder.
+        """
+        encoding, _ = read_encoding(folder)
+        if encoding.kind == "reranker":
+            encoding = Encoding(bidirectional=encoding.bidirectional)
+        return {name: getattr(encoding, name) for name in INHERITED}
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
         return loading.load_tokenizer(self.name, trust_remote_code=self.trust_remote_code)
@@ -283,38 +291,35 @@ class FromFolder(BaseBackbone):
 
     def model(self, tokenizer: Any) -> nn.Module:
         """The transformer without a head; a head that the folder has is left out."""
-        scores = self.encoding.kind == "reranker" and self.encoding.scoring == "head"
         if self.keeps_adapter:
-            fetch = self._fetch(loading.load_weights, dtype=self.dtype)
-            return self.prepared(model_folder.load_base(self.folder, fetch))
-        if self.quantization is not None and not scores:
-            return self.prepared(self._fetch(loading.load_weights, dtype=self.dtype)(self.name))
+            return self.prepared(self._base(loading.load_weights))
+        if self.quantization is not None and not self._has_head:
+            return self.prepared(self._loader(loading.load_weights)(self.name))
         model = self._full_model().base_model
         loading.drop_pooler(model)
         return self.prepared(model)
 
     def scorer(self, tokenizer: Any) -> nn.Module:
         """The transformer with its head, or with a new one if the folder is not a reranker's."""
-        if self.encoding.kind != "reranker" or self.encoding.scoring != "head":
+        if not self._has_head:
             return super().scorer(tokenizer)
         if not self.keeps_adapter:
             return self.prepared(self._full_model())
-        fetch = self._fetch(loading.load_scorer, dtype=self.dtype, pad_id=tokenizer.pad_token_id)
-        scorer = model_folder.load_base(self.folder, fetch)[0]
+        scorer, _ = self._base(loading.load_scorer, pad_id=tokenizer.pad_token_id)
         return self.prepared(scorer)  # `adapted` copies its head with the adapter
 
     def language_model(self, tokenizer: Any) -> Any:
         """The transformer with its output layer, which the folder or its base must have."""
-        fetch = self._fetch(loading.load_language_model)
         if self.keeps_adapter:
-            return self.prepared(model_folder.load_base(self.folder, fetch))
-        if self.full and self.encoding.scoring != "likelihood" and self.quantization is None:
-            return self.prepared(fetch(self.name))
+            return self.prepared(self._base(loading.load_language_model))
+        likelihood = self.encoding.scoring == "likelihood"
+        if self.full and not likelihood and self.quantization is None:
+            return self.prepared(self._loader(loading.load_language_model)(self.name))
         full = self._full_model()
-        if self.encoding.scoring == "likelihood":
+        if likelihood:
             return self.prepared(full)
         # The adapter is of the trunk alone; the output layer is its base's.
-        model: Any = model_folder.load_base(self.folder, fetch)
+        model = self._base(loading.load_language_model)
         loading.fit_vocabulary(model, tokenizer)
         model.base_model.load_state_dict(full.base_model.state_dict())
         model.tie_weights()
@@ -324,30 +329,21 @@ class FromFolder(BaseBackbone):
         """The model with adapters, initialized from the folder's if it keeps one."""
         model = super().adapted(peft, model, rows)
         if self.keeps_adapter:
-            self._counts = (self._counts[0], copy_adapter(model, self.name))
+            copy_adapter(model, self.name)
         return model
 
-    def messages(self) -> list[str]:
-        """Where the weights come from."""
-        loaded, copied = self._counts
-        text = f"{loaded} weights initialized from {self.name}"
-        if self.keeps_adapter:
-            base = adapter_base(self.folder)[0]
-            text = (
-                f"{copied} weights initialized from {self.name} and {loaded} from its base {base}"
-            )
-        return [text + (", 1 new (score.weight)" if self.head_is_new else "")]
+    @property
+    def _has_head(self) -> bool:
+        return self.encoding.kind == "reranker" and self.encoding.scoring == "head"
 
-    def prepared(self, model: nn.Module) -> nn.Module:
-        own: Any = model
-        if self.keeps_adapter:  # a head comes with its adapter
-            own = own.base_model
-        self._counts = (sum(1 for _ in own.parameters()), 0)
-        return super().prepared(model)
-
-    def _fetch(self, load: Any, **settings: Any) -> Any:
+    def _loader(self, load: Any, **settings: Any) -> Any:
         settings |= {"attention": self.attention, "quantization": self.quantization}
-        return partial(load, trust_remote_code=self.trust_remote_code, **settings)
+        trusted = self.trust_remote_code
+        return partial(load, dtype=self.dtype, trust_remote_code=trusted, **settings)
+
+    def _base(self, load: Any, **settings: Any) -> Any:
+        """The base of the folder's adapter."""
+        return model_folder.load_base(self.folder, self._loader(load, **settings))
 
     def _full_model(self) -> Any:
         """The folder's transformer with everything that it has; an adapter is merged."""
@@ -359,11 +355,9 @@ class FromFolder(BaseBackbone):
             )
         dtype = self.dtype if self.full else torch.float32  # merging in bf16 would round
         trusted = self.trust_remote_code
-        transformer = model_folder.load(self.folder, dtype, trust_remote_code=trusted)[
-            0
-        ].transformer
-        transformer.requires_grad_(True)  # a merged adapter leaves its base frozen
-        return loading.set_attention(transformer, self.attention)
+        model, *_ = model_folder.load(self.folder, dtype, trust_remote_code=trusted)
+        model.transformer.requires_grad_(True)  # a merged adapter leaves its base frozen
+        return loading.set_attention(model.transformer, self.attention)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

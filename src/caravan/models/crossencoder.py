@@ -71,14 +71,11 @@ class CrossEncoder(nn.Module):
         self.causal = is_causal(scorer)
         decoder = is_decoder(scorer)
         if not isinstance(self.pooling, Last if decoder else Cls):
-            kind, wanted, stage = ("encoder", "cls", "reranker_encoder")
-            if decoder:
-                kind, wanted, stage = ("decoder", "last", "reranker")
+            wanted, stage = ("last", "reranker") if decoder else ("cls", "reranker_encoder")
             raise InputError(
                 "unsuitable-pooling",
-                f"encoding.pooling={encoding.pooling}: a reranker on {kind}s such as"
-                f" {type(self.plain).__name__} reads the {wanted} token; set"
-                f" encoding.pooling={wanted}, or choose stage={stage}",
+                f"encoding.pooling={encoding.pooling}: a reranker on {type(self.plain).__name__}"
+                f" reads the {wanted} token; set encoding.pooling={wanted}, or stage={stage}",
             )
         check_direction(encoding, scorer)
         refuse_too_long(scorer, encoding)

@@ -216,49 +216,36 @@ def _with_adapter(load: Callable[..., nn.Module], folder: Path) -> Any:
 
 
 def _scorer(folder: Path, dtype: torch.dtype | str, adapter: bool, trusted: bool) -> nn.Module:
-    scorer: Any
     fetch = partial(load_scorer, dtype=dtype, trust_remote_code=trusted)
     if adapter:
-        scorer = _with_adapter(lambda name, **hub: fetch(name, **hub)[0], folder)
-    elif (folder / HEAD).is_file():
-        scorer = with_head(load_weights(str(folder), dtype, heads=False, trust_remote_code=trusted))
+        return _with_adapter(lambda name, **hub: fetch(name, **hub)[0], folder)
+    if (folder / HEAD).is_file():
+        trunk = load_weights(str(folder), dtype, heads=False, trust_remote_code=trusted)
+        scorer, new = with_head(trunk), True
     else:
         scorer, new = fetch(str(folder))
-        if new:
-            raise InputError(
-                "no-trained-head",
-                f"{folder} has no trained head, so its scores would be random; train one"
-                f" (stage=reranker init_from={folder}) or save the model again",
-            )
-    _read_head(scorer, folder)
-    return scorer
+    if _read_head(scorer, folder) or not new:
+        return scorer
+    raise InputError(
+        "no-trained-head",
+        f"{folder} has no trained head, so its scores would be random; save the model again, or"
+        f" train a head (stage=reranker backbone=from_folder backbone.folder={folder})",
+    )
 
 
-def _read_head(scorer: Any, folder: Path) -> None:
-    """Load the weights of the head in float32; loading with `dtype` may have rounded them."""
+@torch.no_grad()
+def _read_head(scorer: Any, folder: Path) -> bool:
+    """Load the head in float32, where `dtype` may have rounded it; False if no file has it."""
     from safetensors import safe_open
 
-    found = head_of(scorer)
-    if found is None:
-        return
-    name, head = found
-    missing = dict(head.named_parameters())
+    name, head = head_of(scorer) or ("", nn.Identity())
+    missing = {f"{name}.{part}": weight for part, weight in head.named_parameters()}
     for path in sorted(folder.glob("[!.]*.safetensors")):
-        with (
-            reading(path, "its head cannot be loaded"),
-            safe_open(path, framework="pt") as file,
-            torch.no_grad(),
-        ):
-            stored = set(file.keys())
-            for part in list(missing):
-                keys = (f"{name}.{part}", f"base_model.model.{name}.{part}")
-                for key in filter(stored.__contains__, keys):
-                    check_finite(str(path), {key: file.get_tensor(key)})
-                    missing.pop(part).copy_(file.get_tensor(key))
-                    break
-    if missing and isinstance(scorer, Headed):
-        text = f"{folder} has no weights for its head; save the model again"
-        raise InputError("no-trained-head", text)
+        with reading(path, "its head cannot be loaded"), safe_open(path, framework="pt") as file:
+            for key in missing.keys() & set(file.keys()):
+                check_finite(str(path), {key: file.get_tensor(key)})
+                missing.pop(key).copy_(file.get_tensor(key))
+    return not missing
 
 
 def refuse_lengths(

@@ -93,12 +93,8 @@ def pooling_of(encoding: Encoding) -> Pooling:
     Raises:
         InputError: If the path cannot be imported, or is not a pooling without weights.
     """
-    built_in: dict[str, Pooling] = {
-        "last": Last(),
-        "cls": Cls(),
-        "mean": Mean(),
-        "slots": Slots(encoding.slots),
-    }
+    slots = Slots(encoding.slots)
+    built_in: dict[str, Pooling] = {"last": Last(), "cls": Cls(), "mean": Mean(), "slots": slots}
     if not encoding.has_custom_pooling:
         return built_in[encoding.pooling]
     module, _, name = encoding.pooling.rpartition(".")
@@ -110,8 +106,7 @@ def pooling_of(encoding: Encoding) -> Pooling:
             f"encoding.pooling={encoding.pooling} is not a caravan.models.pooling.Pooling: it must"
             " be callable and have no weights, since model folders do not save them",
         )
-    checked: Pooling = pooling
-    return checked
+    return pooling
 
 
 def pooled_states(

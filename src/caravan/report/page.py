@@ -15,7 +15,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,8 @@ from caravan.report.evaluations import (
     means,
 )
 from caravan.report.records import has_scores, read_metrics
-from caravan.report.suites import collect_suites, read_suites
-from caravan.report.tables import Facts, Section, Table
+from caravan.report.suites import collect_suites, read_suites, suites_table
+from caravan.report.tables import Section, Table
 from caravan.report.trainings import command_sections, training_sections
 
 FILE = "report.html"
@@ -54,7 +53,7 @@ class Page:
 def show(folder: Path) -> None:
     """Write the page and print its path."""
     path = write(folder)
-    tables.Screen().line(f"page {path}, plots and tables {path.with_suffix('')}")
+    tables.show(f"page {path}, plots and tables {path.with_suffix('')}")
 
 
 def write(folder: Path) -> Path:
@@ -63,17 +62,7 @@ def write(folder: Path) -> Path:
     Raises:
         InputError: If the folder holds no run.
     """
-    return save(_of_sweep(folder) if _is_sweep(folder) else _of_runs(folder), folder / FILE)
-
-
-def _is_sweep(folder: Path) -> bool:
-    """Whether a folder holds the jobs of one sweep and no other runs."""
-    sweeps = jobs.by_sweep(folder)
-    run_dirs = {run_dir for of in sweeps.values() for run_dir in of}
-    if len(sweeps) != 1 or folder in run_dirs:
-        return False
-    homes = [path.parent for path in folder.rglob("metrics.json")]
-    return all(run_dirs & {home, *home.parents} for home in homes)
+    return save(_of_runs(folder), folder / FILE)
 
 
 def save(page: Page, path: Path) -> Path:
@@ -90,15 +79,14 @@ def save(page: Page, path: Path) -> Path:
         """Lines may break within paths, after a slash."""
         return Markup("/<wbr>").join(escape(part) for part in text.split("/"))
 
-    def source(plot: plots.Plot, theme: plots.Theme) -> str:
-        svg = plot.svg(theme, small=True).encode()
+    def source(plot: plots.Plot, theme: str) -> str:
+        svg = plot.svg(theme, page=True).encode()
         return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
     environment.filters |= {
         "breaks": breaks,
-        "dark": partial(source, theme=plots.DARK),
         "kind": lambda block: type(block).__name__,
-        "light": partial(source, theme=plots.LIGHT),
+        "source": source,
     }
     version = importlib.metadata.version("caravan-retrieval")
     text = environment.get_template("page.html").render(page=page, version=version)
@@ -129,77 +117,54 @@ def _of_runs(folder: Path) -> Page:
     """The page of one run directory, or of all those below a folder."""
     homes = [path.parent for path in sorted(folder.rglob("metrics.json"))]
     records = {home: read_metrics(home) or {} for home in homes}
-    sections: list[Section] = []
-    names: dict[str, str] = {}  # the evaluation of a collection of a suite is named after the suite
+    sections, counts, names = [], [], {}
+    if jobs.read(folder)[0]:
+        found = sweep.collect(folder)
+        sections.append(_of_sweep(found))
+        counts.append(f"a sweep over {', '.join(found.varied) or 'nothing'}")
+        names = {str(home.relative_to(folder)): label for home, label in found.labels.items()}
+        # Each job is one system: its last stage.
+        for home, record in found.records.items():
+            records[home] = {**record, "stages": record.get("stages", [])[-1:]}
     suites = {home: record for home, record in records.items() if "collections" in record}
-    for home, record in suites.items():
+    for home, record in suites.items():  # name the evaluation of a collection after its suite
         name = record.get("system", ".") if home == folder else str(home.relative_to(folder))
         inside = [home / member for member in record["collections"]]
         names |= {str(path.relative_to(folder)): name for path in inside}
-    if suites:
-        try:
-            # If none is finished at all, the error says why.
-            finished = [home for home, record in suites.items() if record["collections"]]
-            found = collect_suites(read_suites(finished or list(suites)))
-            blocks = [found.table(), *found.notes]
-        except InputError as error:
-            blocks = [f"There is no table of all: {error}."]
-        sections.append(Section("All collections", "overview", blocks))
-    evaluated = evaluation_sections(folder, records, names)
+    evaluations = [home for home, record in records.items() if has_scores(record) and record["run"]]
     trained = {home: record for home, record in records.items() if "updates" in record}
-    if not evaluated and not trained:
+    if not evaluations and not trained and not sections:
         message = f"{folder} holds no run with metrics (metrics.json)"
         raise InputError("no-runs", f"{message}; make one with train.py or evaluate.py")
-    sections += [*evaluated, *training_sections(folder, trained)]
-    number = sum(has_scores(record) and bool(record["run"]) for record in records.values())
-    counts = {"evaluations": number, "trainings": len(trained)}
-    line = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
+    sections += _of_suites(suites)
+    sections += evaluation_sections(folder, records, names)
+    sections += training_sections(folder, trained, names)
+    counts += [f"{len(evaluations)} evaluations"] if evaluations else []
+    counts += [f"{len(trained)} trainings"] if trained else []
     configs = sorted(folder.rglob("config.yaml"), key=lambda path: path.stat().st_mtime)
-    return _page(folder, line, records, sections, [path.parent for path in configs])
-
-
-def _of_sweep(folder: Path) -> Page:
-    """The page of a sweep: its table, plots over what it varies, tests, curves and configs."""
-    found = sweep.collect(folder)
-    blocks: list[Any] = [f"Not finished: {job}: {reason}" for job, reason in found.failed]
-    if found.rows and found.measures:
-        blocks = [*sweep.tables(found), *sweep.plots(found)[:MOST_MEASURES], *blocks]
-    # Each job is one system: its last stage.
-    records = {home: {**r, "stages": r.get("stages", [])[-1:]} for home, r in found.records.items()}
-    names = {str(home.relative_to(folder)): label for home, label in found.labels.items()}
-    sections = [Section("Sweep", "sweep", blocks)]
-    sections += evaluation_sections(folder, records, names, against=0)
-    sections += training_sections(folder, found.records, found.labels)
-    line = f"a sweep over {', '.join(found.varied) or 'nothing'}: {len(found.labels)} jobs finished"
-    line += f", {len(found.failed)} not" if found.failed else ""
-    return _page(folder, line, records, sections, list(found.labels))
-
-
-def _page(
-    folder: Path,
-    line: str,
-    records: Mapping[Path, dict[str, Any]],
-    sections: Sequence[Section],
-    configs: Sequence[Path],
-) -> Page:
-    """Add the facts that runs share, and their commands and configs."""
-    facts: dict[str, dict[str, None]] = {}
-    for record in records.values():
-        of, made = record.get("collection"), record.get("facts", {})
-        values = {
-            "collection": f"{of['name']} ({of['digest'][:12]})" if isinstance(of, dict) else of,
-            "split": record.get("split"),
-            "device": made.get("device"),
-            "precision": made.get("precision"),
-            "base model": record.get("base_model"),
-        }
-        for name, value in values.items():
-            if value is not None:
-                facts.setdefault(name, {})[str(value)] = None
-    first = Facts([(name, ", ".join(values)) for name, values in facts.items()])
-    every = [Section("Facts", "facts", [first])] if facts else []
-    every += [*sections, *command_sections(folder, configs)]
-    times = [(home / "metrics.json").stat().st_mtime for home, r in records.items() if r]
+    sections += command_sections(folder, [path.parent for path in configs])
+    times = [(home / "metrics.json").stat().st_mtime for home, record in records.items() if record]
+    line = ", ".join(counts)
     line += f"; last metrics of {datetime.fromtimestamp(max(times)):%Y-%m-%d}" if times else ""
     command = shlex.join(["python", "-m", "caravan.report", "page", str(folder)])
-    return Page(folder.resolve().name, line, every, command)
+    return Page(folder.resolve().name, line, sections, command)
+
+
+def _of_sweep(found: sweep.Sweep) -> Section:
+    """The table of a sweep, plots over what it varies, and the jobs that failed."""
+    blocks: list[Any] = [*sweep.tables(found), *sweep.plots(found)[:MOST_MEASURES]]
+    blocks += [f"Not finished: {job}: {reason}" for job, reason in found.failed]
+    return Section("Sweep", "sweep", blocks)
+
+
+def _of_suites(suites: Mapping[Path, dict[str, Any]]) -> list[Section]:
+    """The table of all suites; if none is finished at all, the error says why."""
+    if not suites:
+        return []
+    try:
+        finished = [home for home, record in suites.items() if record["collections"]]
+        scores, notes = collect_suites(read_suites(finished or list(suites)))
+        blocks: list[Any] = [suites_table(scores), *notes]
+    except InputError as error:
+        blocks = [f"There is no table of all: {error}."]
+    return [Section("All collections", "overview", blocks)]

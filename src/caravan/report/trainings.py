@@ -1,7 +1,4 @@
-"""The sections of trainings on a page: facts, learning curves, and the commands and configs.
-
-Curves are read from the event files of TensorBoard, with its own reader.
-"""
+"""The sections of trainings on a page: facts, learning curves, and the commands and configs."""
 
 from __future__ import annotations
 
@@ -10,15 +7,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from caravan.report.plots import Line, Plot, lines
 from caravan.report.tables import Code, Facts, Section, slug
 
-MOST_TRAININGS = 12
-MOST_CONFIGS = 12
+MOST = 12
+"""Trainings, and configs, shown on a page."""
 POINTS = 300
 """Drawn of a curve; more cannot be seen."""
 TAGS = ("train/", "val/")
 """The curves that are read; learning rates and epochs follow from the config."""
+FACTS = {
+    "base_model": ("base model", "{}"),
+    "collection": ("collection", "{}"),
+    "updates": ("updates", "{:,}"),
+    "trained_parameters": ("trained weights", "{:,}"),
+    "memory_gib": ("memory", "{:.1f} GiB"),
+    "train_seconds": ("seconds", "{:,.0f}"),
+}
+"""Values of a training's metrics.json: their names on the page, and their formats."""
 Curves = dict[str, tuple[list[int], list[float]]]
 """(updates, values) of one training, by tag."""
 
@@ -35,9 +43,8 @@ def read_curves(run_dir: Path) -> Curves:
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     # Files of the same second are read in an arbitrary order, so replaced steps are found by time.
-    events = EventAccumulator(
-        str(folder), size_guidance={"scalars": 0}, purge_orphaned_data=False
-    )  # 0: all of them
+    every = {"scalars": 0}
+    events = EventAccumulator(str(folder), size_guidance=every, purge_orphaned_data=False)
     events.Reload()
     found = {}
     for tag in events.Tags()["scalars"]:
@@ -46,8 +53,9 @@ def read_curves(run_dir: Path) -> Curves:
             by_step = {event.step: event.value for event in logged}
             steps = sorted(by_step)
             if len(steps) > POINTS:  # evenly, with the first and the last
-                last = len(steps) - 1
-                steps = [steps[round(i * last / (POINTS - 1))] for i in range(POINTS)]
+                steps = [
+                    steps[i] for i in np.linspace(0, len(steps) - 1, POINTS).round().astype(int)
+                ]
             found[tag] = (steps, [by_step[step] for step in steps])
     return found
 
@@ -55,58 +63,34 @@ def read_curves(run_dir: Path) -> Curves:
 def training_sections(
     folder: Path,
     trainings: Mapping[Path, dict[str, Any]],
-    labels: Mapping[Path, str] | None = None,
+    labels: Mapping[str, str],
 ) -> list[Section]:
     """Facts of each training below a folder, and the curves of all.
 
     Args:
         trainings: `metrics.json` by run directory.
-        labels: of the jobs of a sweep, which have no facts: the table of the sweep has them.
+        labels: names of trainings by folder below `folder`, if they are not those of their folders.
     """
-    names = labels or {home: _name(home, folder) for home in trainings}
-    shown = dict(list(trainings.items())[:MOST_TRAININGS])
-    blocks: list[Any] = []
-    if labels is None:
-        blocks += [_facts(names[home], record) for home, record in shown.items()]
-    if len(trainings) > len(shown):
-        more = len(trainings) - len(shown)
+    places = {home: _name(home, folder) for home in trainings}
+    names = {home: labels.get(place, place) for home, place in places.items()}
+    shown = dict(list(trainings.items())[:MOST])
+    blocks: list[Any] = [_facts(names[home], record) for home, record in shown.items()]
+    if more := len(trainings) - len(shown):
         blocks.append(f"{more} more trainings are not shown; each folder can have a page.")
     curves = {names[home]: read_curves(home) for home in shown}
     watched = [record["monitored"] for record in shown.values() if record.get("monitored")]
     for tag in dict.fromkeys(("train/loss", *watched)):
         if drawn := [Line(name, *of[tag]) for name, of in curves.items() if tag in of]:
-            caption = f"{tag} over updates; at the end " + ", ".join(
-                f"{line.label}: {line.y[-1]:.4f}" for line in drawn
-            )
-            blocks.append(Plot(f"curves-{slug(tag)}", f"{caption}.", lines(drawn, "updates", tag)))
+            ends = ", ".join(f"{line.label}: {line.y[-1]:.4f}" for line in drawn)
+            caption = f"{tag} over updates; at the end {ends}."
+            blocks.append(Plot(f"curves-{slug(tag)}", caption, lines(drawn, "updates", tag)))
     return [Section("Training", "training", blocks)] if blocks else []
 
 
-def _facts(name: str, record: dict[str, Any]) -> Facts:
-    """What metrics.json contains of a training; its config is at the end of the page."""
-    kinds = {
-        "base_model": "{}",
-        "collection": "{}",
-        "updates": "{:,}",
-        "trained_parameters": "{:,}",
-        "memory_gib": "{:.1f} GiB",
-        "train_seconds": "{:,.0f}",
-        "best": "{:.4f}",
-    }
-    names = {
-        "trained_parameters": "trained weights",
-        "memory_gib": "memory",
-        "train_seconds": "seconds",
-        "best": f"best {record.get('monitored')}",
-    }
-    return Facts(
-        [
-            (names.get(key, key.replace("_", " ")), kind.format(record[key]))
-            for key, kind in kinds.items()
-            if record.get(key) is not None
-        ],
-        name,
-    )
+def _facts(title: str, record: dict[str, Any]) -> Facts:
+    shown = {**FACTS, "best": (f"best {record.get('monitored')}", "{:.4f}")}
+    known = {key: of for key, of in shown.items() if record.get(key) is not None}
+    return Facts([(name, form.format(record[key])) for key, (name, form) in known.items()], title)
 
 
 def command_sections(folder: Path, homes: Sequence[Path]) -> list[Section]:
@@ -118,19 +102,17 @@ def command_sections(folder: Path, homes: Sequence[Path]) -> list[Section]:
         if not path.is_file():
             continue
         text = path.read_text("utf-8", errors="replace")
-        head, _, rest = text.partition("\n")
-        if head.startswith("# "):
+        if text.startswith("# "):
+            head, _, text = text.partition("\n")
             commands[head.removeprefix("# ")] = None
-            text = rest
         configs.append(Code(f"{_name(home, folder)}/config.yaml", text))
     if not configs:
         return []
     blocks: list[Any] = ["These runs have no recorded command."]
     if commands:
         blocks = [Code("commands", "\n".join(commands), folded=False)]
-    blocks += configs[:MOST_CONFIGS]
-    if len(configs) > MOST_CONFIGS:
-        more = len(configs) - MOST_CONFIGS
+    blocks += configs[:MOST]
+    if more := len(configs[MOST:]):
         blocks.append(f"The configs of {more} more runs are in their folders.")
     return [Section("Commands and configs", "made", blocks)]
 

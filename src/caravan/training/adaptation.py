@@ -5,7 +5,7 @@
 EBAE: the embedding of a text predicts the tokens of the same text. EBAR: the embedding predicts the
 tokens of the next text. One forward pass computes both tasks, and optionally the causal language
 modelling loss. The model folder can be used for retrieval, or to initialize a retriever
-(`init_from`).
+(`backbone=from_folder`).
 """
 
 from __future__ import annotations

@@ -55,8 +55,6 @@ class FitSummary(pl.Callback):
             f"{trainer.world_size} x {device.type}, {self.precision}{sharded};"
             f" {trained:,} trainable parameters of {total:,}"
         )
-        for loaded in pl_module.backbone.messages():
-            log.info(loaded)
         accumulated = trainer.accumulate_grad_batches
         trains_on = data.training.summary(data.collection.name, data.queries_per_batch, accumulated)
         batches = data.batches_per_epoch(trainer)

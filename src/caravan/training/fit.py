@@ -32,12 +32,12 @@ from caravan.data.datamodule import DataModule
 from caravan.data.tokenization import without_second_end
 from caravan.data.unlabelled import Unlabelled
 from caravan.distributed import is_main_process, world_size
-from caravan.encoding import Encoding, read_encoding
+from caravan.encoding import Encoding
 from caravan.errors import InputError, first_line
 from caravan.export import model_card
 from caravan.files import replacing, writing
 from caravan.models import folder, hardware
-from caravan.models.backbone import Backbone, parameter_counts
+from caravan.models.backbone import Backbone, FromFolder, parameter_counts
 from caravan.models.loading import add_slots
 from caravan.models.positions import refuse_too_long
 from caravan.training.callbacks import FitSummary
@@ -72,7 +72,6 @@ class Training:
         train_queries: number of training queries for the final evaluation; None disables it.
         read_lengths: passage lengths for the final evaluation.
         gradcache: texts per chunk of gradient caching; None keeps all activations of a batch.
-        init_from: the model folder from which the backbone is initialized, if any.
         settings: the resolved config as plain data; determines the inputs of the run.
         config: the resolved config as text, for config.yaml.
         facts: dataset, language and hyperparameters for the model card.
@@ -101,7 +100,6 @@ class Training:
     train_queries: int | None = None
     read_lengths: Sequence[int] = ()
     gradcache: int | None = None
-    init_from: Path | None = None
     seed: int = 0
     resume: bool = False
     precision: str = "auto"
@@ -118,7 +116,7 @@ def train(run: Training) -> float | None:
         InputError: If a setting or file is invalid, or run_dir belongs to another run.
     """
     # Saving a released model as a model folder needs no collection.
-    reads = run.max_steps != 0 or (run.init_from is None and run.backbone.trains_tokenizer)
+    reads = run.max_steps != 0 or run.backbone.trains_tokenizer
     collection: Any = run.source.collection(run.cache_dir) if reads else None
     if run.max_steps != 0 and collection.splits:
         collection.qrels(run.source.dev_split)  # report a missing split before loading a model
@@ -155,7 +153,7 @@ def _module(run: Training, collection: Collection | None) -> Stage:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     pl.seed_everything(run.seed, workers=True, verbose=False)
     encoding, tokenizer = run.encoding, run.backbone.tokenizer(collection, run.cache_dir)
-    if run.init_from is None or not read_encoding(run.init_from)[0].append_eos:
+    if not (isinstance(run.backbone, FromFolder) and run.backbone.encoding.append_eos):
         encoding = without_second_end(tokenizer, encoding)  # otherwise keep the trained encoding
     add_slots(tokenizer, encoding)
     cached = {} if run.gradcache is None else {"gradcache": GradCache(run.gradcache)}

@@ -124,12 +124,9 @@ def need(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(layer.weight.numel() for layer in frozen_linears(model))
     unit = 2 if bf16 else FLOAT
-    # DoRA needs frozen layers in float32, for the norms of their columns.
-    dora = bool(getattr(getattr(model, "active_peft_config", None), "use_dora", False))
-    in_float32 = dora and not quantised
-    of_frozen = FOUR_BITS if quantised else FLOAT if in_float32 else unit
+    of_frozen = FOUR_BITS if quantised else unit
     stored = FLOAT * (total - frozen) + of_frozen * frozen
-    copies = 2.0 * _cast(model, in_float32, bool(checkpointing), chunks) if bf16 else 0.0
+    copies = 2.0 * _cast(model, bool(checkpointing), chunks) if bf16 else 0.0
     gradients = float(FLOAT * trained)
     if shares > 1:
         # Gathered in the precision of the arithmetic: the layer that computes, the next one, and
@@ -148,7 +145,7 @@ def need(
     )
 
 
-def _cast(model: nn.Module, in_float32: bool, checkpointing: bool, chunks: int) -> int:
+def _cast(model: nn.Module, checkpointing: bool, chunks: int) -> int:
     """Weights that have a bf16 copy at a time, counted with each copy.
 
     Under autocast, whose cache Lightning switches off, each chunk has a copy of a float32 layer's
@@ -157,10 +154,7 @@ def _cast(model: nn.Module, in_float32: bool, checkpointing: bool, chunks: int) 
 
     def of(part: nn.Module) -> int:
         linear = [layer.weight for layer in part.modules() if isinstance(layer, nn.Linear)]
-        trained = sum(weight.numel() for weight in linear if weight.requires_grad)
-        # DoRA computes with the base twice, once behind the dropout.
-        frozen = sum(layer.weight.numel() for layer in frozen_linears(part)) if in_float32 else 0
-        return trained + 2 * frozen
+        return sum(weight.numel() for weight in linear if weight.requires_grad)
 
     if not checkpointing:
         return chunks * of(model)

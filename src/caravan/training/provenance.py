@@ -66,12 +66,12 @@ def inputs_of(settings: dict[str, Any], collection: Collection | None) -> dict[s
             kept[group] = {name: value for name, value in kept[group].items() if name != key}
     sampler, candidates = settings["sampler"] or {}, settings["validation"]["run"]
     runs = [*(sampler.get("runs") or ()), *filter(None, [sampler.get("teacher")])]
-    name, init_from = settings["backbone"].get("name"), settings["init_from"]
+    name, model_dir = settings["backbone"].get("name"), settings["backbone"].get("folder")
     inputs = {
         "collection": collection.digest if collection else None,
         "runs": {str(run): _run_digest(run, collection) for run in runs},
         "backbone_digest": files_digest(Path(name)) if name and Path(name).is_dir() else None,
-        "init_from_digest": init_from and folder_digest(Path(init_from)),
+        "folder_digest": model_dir and folder_digest(Path(model_dir)),
         **kept,
         "precision": hardware.resolve(settings["precision"]),
         "validation": {

@@ -1,6 +1,7 @@
 """RankLLaMA: train a pointwise reranker on hard negatives (arXiv 2310.08319, section 2.2).
 
-    python train.py stage=reranker init_from=<folder> sampler.runs=[<run>] validation.run=<run>
+    python train.py stage=reranker backbone=from_folder backbone.folder=<folder> \
+        sampler.runs=[<run>] validation.run=<run>
 
 A query's positive and its hard negatives are scored one by one, each read together with the query;
 the loss compares the scores within this group. There are no in-batch negatives.

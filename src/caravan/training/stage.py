@@ -167,13 +167,13 @@ class Stage(pl.LightningModule, ABC):
 
         With FSDP, rank 0 can then map the files without reading them, and a frozen base does not
         need four bytes per weight. This is not possible if loading computes with the weights: new
-        embedding rows, checks of masks, DoRA's norms.
+        embedding rows, checks of the output layer.
         """
-        if self.encoding.slots or self.encoding.bidirectional or self.uses_output_layer:
+        if self.encoding.slots or self.uses_output_layer:
             return False
         if self.peft is None:
             return sharded
-        if not isinstance(self.peft, LoRA) or self.peft.settings["use_dora"]:
+        if not isinstance(self.peft, LoRA):
             return False
         return sharded or (self.bf16 and self.backbone.quantization is None)
 
