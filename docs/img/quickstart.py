@@ -29,11 +29,11 @@ def plot(summary: dict[str, dict[str, float]]) -> str:
     """An SVG with a panel for each measure and a bar for each system, in the order given."""
     height = TOP + ROW * len(summary) + 8
     width = LEFT + len(PANELS) * WIDTH + GAP + 50
-    told = "; ".join(
+    text = "; ".join(
         f"{name}: " + ", ".join(f"{measure} {of[measure]:.4f}" for measure, _, _ in PANELS)
         for name, of in summary.items()
     )
-    parts = [f"<title>The systems of the quickstart. {told}</title>", f"<style>{STYLE}</style>"]
+    parts = [f"<title>The systems of the quickstart. {text}</title>", f"<style>{STYLE}</style>"]
     for i, name in enumerate(summary):
         y = TOP + ROW * i + 15
         parts.append(f'<text class="name" x="{LEFT - 10}" y="{y}">{name}</text>')

@@ -424,8 +424,8 @@ def test_a_failing_job_does_not_stop_the_others_and_the_end_names_it(
         "refuses": "failed",
         "fine": "finished",
     }
-    told = [line for line in done.stdout.splitlines() if line.startswith("failed: ")]
-    assert told == [
+    lines = [line for line in done.stdout.splitlines() if line.startswith("failed: ")]
+    assert lines == [
         "failed: name=fails: ZeroDivisionError: a defect",
         "failed: name=refuses: the corpus is empty: corpus.jsonl:1; give another folder",
     ]
@@ -464,8 +464,8 @@ def test_a_run_whose_worker_was_terminated_first_ends_like_one_that_was_terminat
 ) -> None:
     done = app(*sweep, "name=worker_terminated")
     assert done.returncode == 143
-    told = done.stderr.splitlines()
-    assert told[-1] == "interrupted; the same command with resume=true continues"
+    lines = done.stderr.splitlines()
+    assert lines[-1] == "interrupted; the same command with resume=true continues"
     assert "Traceback" not in done.stderr
 
 

@@ -88,14 +88,6 @@ def _marco(reader: Callable[[Path], list[naive.Record]], names: dict[str, tuple[
     return read
 
 
-def _trec_document(passage: tuple[str, str, str]) -> str:
-    name, title, text = passage
-    words = text.replace(" ", "\n", 1)
-    return (
-        f"<DOC>\n<DOCNO>{name}</DOCNO>\n<TEXT>\nhttp://{name}\n{title}\n{words}\n</TEXT>\n</DOC>\n"
-    )
-
-
 def _rows(passage: Callable[[Any], Any], positive: str, negative: str, query: str) -> list[Any]:
     listed = []
     for at, (name, text) in enumerate(QUERIES):
@@ -159,11 +151,6 @@ LAYOUTS = {
         },
         lambda to: MsMarcoDocument(str(to)),
         _marco(naive.documents_tsv, _DOCUMENT_SPLITS),
-    ),
-    "msmarco documents of trec": Layout(
-        {"msmarco-docs.trec": "".join(map(_trec_document, PASSAGES)), **_OF_DOCUMENTS},
-        lambda to: MsMarcoDocument(str(to)),
-        _marco(naive.documents_trec, _DOCUMENT_SPLITS),
     ),
     "tevatron": Layout(
         {

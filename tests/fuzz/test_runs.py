@@ -86,11 +86,6 @@ def _tried_run(name: str, folder: Path, number: int) -> None:
                 lambda: {query: of[:3] for query, of in naive.run(path, names, *ids).items()},
                 lambda: ranked(read_run(path, *of_texts, depth=3)),
             )
-            naive.agrees(
-                f"{case}, without unknown ids",
-                lambda: naive.run(path, names, *ids, drops=True),
-                lambda: ranked(read_run(path, *of_texts, unknown_ids="count")),
-            )
             return whole
 
         assert compared("the undamaged run")

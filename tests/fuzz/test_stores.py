@@ -163,8 +163,8 @@ def _cached(folder: Path, name: str, made: Callable[[], Any], number: int) -> No
 
 
 def _digests(beir: Path, folder: Path, number: int) -> None:
-    def made() -> list[str]:
-        return lines.digests([beir / "corpus.jsonl"], folder)
+    def made() -> str:
+        return lines.digest(beir / "corpus.jsonl", folder)
 
     _cached(folder, "digests", made, number)
 
@@ -173,5 +173,4 @@ def test_damaged_digests_of_the_cache_are_computed_again(
     beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lines, "KEPT_FROM_BYTES", 0)
-    monkeypatch.setattr(lines, "SETTLED_S", -1)
     _digests(beir, tmp_path, FULL)

@@ -199,7 +199,7 @@ def test_english_has_the_tokens_of_bm25s_also_beside_other_scripts() -> None:
         assert tokens(f"{text} 水 1\ufe0f\u20e3") == [*plainly, "水"]  # and the emoji of a 1
 
 
-def test_queries_in_another_language_than_the_corpus_are_told_of(
+def test_queries_in_another_language_than_the_corpus_are_reported(
     tmp_path: Path, words: Collection, caplog: pytest.LogCaptureFixture
 ) -> None:
     bm25 = BM25(tokenizer="words")

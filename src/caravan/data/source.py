@@ -1,20 +1,32 @@
-"""What a data source must provide, and the cache in which its collection is built once."""
+"""What a data source provides, its records as streams, and the cache of built collections."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
-from caravan.data.collection import FILES, FORMAT, Collection, DamagedError
+import xxhash
+
+from caravan.data.collection import FILES, FORMAT, Collection, DamagedError, write_collection
+from caravan.data.qrels import Judgement, Scored
+from caravan.data.texts import Record
+from caravan.errors import InputError
 from caravan.files import cache_folder, locked, refuse_foreign, writing
+
+T = TypeVar("T")
+Stream = Callable[[], Iterable[tuple[str, T]]]
+"""Reads a part of a source from its start: each item with its place, such as `corpus.jsonl:12`."""
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +90,74 @@ class Source(Protocol):
             InputError: a file is missing or wrong; names the file, the line and the remedy.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The records of a source, by part."""
+
+    source: str  # the place of a part that has no items
+    corpus: Stream[Record]
+    queries: Stream[Record] = tuple
+    qrels: Mapping[str, Stream[Judgement]] = field(default_factory=dict)  # by split
+    runs: Mapping[str, Stream[Scored]] = field(default_factory=dict)  # by name
+
+    def write(self, folder: Path, name: str, **settings: Any) -> Collection:
+        """Write a collection; `settings` are those of `write_collection`.
+
+        For an error message, a part is read again up to the record that is wrong.
+        """
+        parts: dict[str, Stream[Any]] = {"corpus": self.corpus, "queries": self.queries}
+        parts |= {f"qrels/{split}": read for split, read in self.qrels.items()}
+        parts |= {f"runs/{run}": read for run, read in self.runs.items()}
+
+        def items(part: str) -> Iterator[Any]:
+            return (item for _, item in parts[part]())
+
+        def place(part: str, n: int) -> str:
+            return next(itertools.islice(parts[part](), n, None), (self.source, None))[0]
+
+        return write_collection(
+            folder,
+            name,
+            items("corpus"),
+            items("queries"),
+            {split: items(f"qrels/{split}") for split in self.qrels},
+            runs={run: items(f"runs/{run}") for run in self.runs},
+            where=place,
+            **settings,
+        )
+
+
+def held_out(
+    qrels: Mapping[str, Stream[Judgement]], share: float, train: str = "train", dev: str = "dev"
+) -> dict[str, Stream[Judgement]]:
+    """The qrels of a source, with a share of the training queries as the split `dev`.
+
+    A hash of their ids selects the queries, so the split is the same in every run.
+
+    Raises:
+        InputError: "invalid-setting", the share is not in [0, 1) or the split cannot be made.
+    """
+    if not 0 <= share < 1:
+        raise InputError("invalid-setting", f"data.held_out={share} is not in [0, 1)")
+    if share and (dev in qrels or train not in qrels):
+        there = ", ".join(sorted(qrels))
+        raise InputError(
+            "invalid-setting",
+            f"data.held_out makes {dev} from {train}, but there are {there}: set it to 0",
+        )
+    if not share:
+        return dict(qrels)
+
+    def part(is_dev: bool) -> Iterator[tuple[str, Judgement]]:
+        for place, judgement in qrels[train]():
+            digest = xxhash.xxh3_64_intdigest(judgement[0].encode("utf-8", "replace"))
+            if (digest / 2**64 < share) == is_dev:
+                yield place, judgement
+
+    parts = {split: functools.partial(part, split == dev) for split in (train, dev)}
+    return {**qrels, **parts}
 
 
 def cache_key(*parts: object) -> str:

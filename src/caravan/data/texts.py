@@ -18,7 +18,6 @@ import itertools
 import mmap
 import re
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,66 +275,30 @@ def text_keys(texts: Sequence[tuple[str, str]]) -> np.ndarray:
     return np.fromiter(digests, dtype=np.uint64, count=len(texts)).view(np.int64)
 
 
-class IdDeduplicator:
-    """Remembers ids and the texts they had, in 16 bytes an id.
-
-    A set of ten million strings would take a gigabyte. Hashes are kept in a few sorted arrays, each
-    at least twice as long as the next, and looked up a batch at a time.
-    """
-
-    def __init__(self) -> None:
-        self._levels: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, texts), largest first
-
-    def add(self, ids: Sequence[str], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Add a batch.
-
-        Returns:
-            `(new, changed)`, bool [n]: ids that appear for the first time, and ids that appeared
-            before with another text.
-        """
-        keys, contents = _hashes(ids), _hashes(texts)
-        known, first = np.zeros(len(keys), dtype=bool), contents.copy()
-        for level, stored in self._levels:
-            at = np.minimum(np.searchsorted(level, keys), len(level) - 1)
-            here = level[at] == keys
-            known |= here
-            first[here] = stored[at[here]]
-        unique, where, back = np.unique(keys, return_index=True, return_inverse=True)
-        first[~known] = contents[where][back][~known]  # the first of this batch
-        new = np.zeros(len(keys), dtype=bool)
-        new[where] = True
-        new &= ~known
-        if new.any():
-            fresh = new[where]
-            self._levels.append((unique[fresh], contents[where[fresh]]))
-            self._merge()
-        return new, contents != first
-
-    def _merge(self) -> None:
-        while len(self._levels) > 1 and len(self._levels[-2][0]) < 2 * len(self._levels[-1][0]):
-            keys, contents = map(np.concatenate, zip(*self._levels[-2:], strict=True))
-            order = np.argsort(keys, kind="stable")
-            self._levels[-2:] = [(keys[order], contents[order])]
-
-
-def _hashes(texts: Sequence[str]) -> np.ndarray:
-    digest = xxhash.xxh3_64_intdigest
-    values = (digest(text.encode("utf-8", "surrogatepass")) for text in texts)
-    return np.fromiter(values, dtype=np.uint64, count=len(texts))
-
-
 def unique_records(
-    records: Iterable[tuple[str, Record]], part: str, counts: Counter[str]
+    records: Iterable[tuple[str, Record]], part: str
 ) -> Iterator[tuple[str, Record]]:
-    """(place, record) of each id once; repetitions are counted as `repeated_<part>`.
+    """(place, record) of each id once.
+
+    Hashes of the ids and texts are held in memory, 16 bytes an id: a set of ten million strings
+    would take a gigabyte.
 
     Raises:
         InputError: "conflicting-texts", an id has two texts.
     """
-    seen, records = IdDeduplicator(), iter(records)
-    while batch := list(itertools.islice(records, 4096)):
-        texts = [f"{title}\0{text}" for _, (_, title, text) in batch]
-        new, changed = seen.add([record[0] for _, record in batch], texts)
+    ids, texts = np.empty(0, np.uint64), np.empty(0, np.uint64)  # hashes, by ascending id
+    records = iter(records)
+    while batch := list(itertools.islice(records, BATCH_ROWS)):
+        keys = _hashes(record[0] for _, record in batch)
+        contents = _hashes(f"{title}\0{text}" for _, (_, title, text) in batch)
+        unique, first, back = np.unique(keys, return_index=True, return_inverse=True)
+        at = np.searchsorted(ids, unique)
+        known = at < len(ids)
+        known[known] = ids[at[known]] == unique[known]
+        expected = contents[first]
+        expected[known] = texts[at[known]]
+        changed, new = contents != expected[back], np.zeros(len(batch), dtype=bool)
+        new[first[~known]] = True
         for (place, record), is_new, is_changed in zip(batch, new, changed, strict=True):
             if is_changed:
                 raise InputError(
@@ -343,6 +306,12 @@ def unique_records(
                     f"{place}: the id {record[0]!r} in {part} has another text than where it"
                     " appeared before; correct one of the two, or leave it out",
                 )
-            counts[f"repeated_{part}"] += not is_new
             if is_new:
                 yield place, record
+        ids = np.insert(ids, at[~known], unique[~known])
+        texts = np.insert(texts, at[~known], expected[~known])
+
+
+def _hashes(texts: Iterable[str]) -> np.ndarray:
+    digest = xxhash.xxh3_64_intdigest
+    return np.array([digest(text.encode("utf-8", "surrogatepass")) for text in texts], np.uint64)

@@ -65,6 +65,7 @@ class _Run(_Shape):
     monitored: str | None = None
     best: float | None = None
     updates: Count | None = None
+    passages: Count | None = None
     trained_parameters: Count | None = None
     train_seconds: Number | None = None
     memory_gib: Number | None = None

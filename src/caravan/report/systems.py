@@ -195,9 +195,7 @@ def _value(path: Path, key: str, load: Callable[[bytes], Any]) -> Any:
 
 def _from_file(path: Path) -> Judged:
     queries, corpus = Ids(), Ids()
-    numbered = list(judgements(path))
-    if not numbered:
-        raise InputError("no-judgements", f"{path} has no judgement; use a file that has one")
-    lookup = RowLookup(corpus, queries, lambda _, n: f"{path}:{numbered[n][0]}", "count")
-    qrels = lookup.qrels("qrels", (judgement for _, judgement in numbered))
+    placed = list(judgements(path))
+    lookup = RowLookup(corpus, queries, lambda _, n: placed[n][0], "count")
+    qrels = lookup.qrels("qrels", (judgement for _, judgement in placed))
     return Judged(path.name, "", queries, corpus, qrels)

@@ -45,7 +45,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        with replacing(Path(path), alone=True) as scratch, scratch.open("wb") as file:
+        with replacing(Path(path)) as scratch, scratch.open("wb") as file:
             torch.save(checkpoint, file)
 
 
