@@ -40,6 +40,12 @@ def read(product: Path) -> dict[str, Any] | None:
     return {"inputs": inputs, "facts": facts}
 
 
+def facts(product: Path) -> dict[str, Any]:
+    """The facts in a product's manifest; empty if there is none as it was written."""
+    found: dict[str, Any] = (read(product) or {"facts": {}})["facts"]
+    return found
+
+
 def matches(product: Path, inputs: dict[str, Any]) -> bool:
     """Whether the product is there and was made from just these inputs."""
     manifest = read(product)

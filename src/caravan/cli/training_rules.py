@@ -14,6 +14,7 @@ from pytorch_lightning.loggers import MLFlowLogger, TensorBoardLogger, WandbLogg
 from caravan.cli.check import Checker, Mistake, dotted, is_class
 from caravan.cli.rules import of_folder
 from caravan.cli.signatures import did_you_mean
+from caravan.data.negatives import Negatives, Sampler
 from caravan.models.backbone import FromFolder
 from caravan.models.tiny_llama import TinyLlama
 from caravan.training.adaptation import Adaptation
@@ -86,12 +87,16 @@ def reranker_has_candidates(config: Checker) -> Iterator[Mistake]:
 
 
 def loss_has_its_scores(config: Checker) -> Iterator[Mistake]:
-    """Distillation needs the run of a teacher; Likelihood needs log probabilities."""
+    """Distillation needs the scores of a teacher; Likelihood needs log probabilities."""
+    sampler: Any = config.targets.get(("sampler",))
+    by_run = (Sampler.teacher_scores, Negatives.teacher_scores)
+    own = isinstance(sampler, type) and Sampler in sampler.__mro__
+    gives_scores = own and sampler.teacher_scores not in by_run
     if config.get("sampler.teacher") is None:
         if config.get("sampler.teacher_margin") is not None:
             text = "it needs the scores of a run; set sampler.teacher"
             yield Mistake(("sampler", "teacher_margin"), text)
-        for path, target, node in config.nodes("loss"):
+        for path, target, node in () if gives_scores else config.nodes("loss"):
             teaches = node.get("needs_teacher")
             if teaches is None and isinstance(target, type) and Loss in target.__mro__:
                 loss: type[Loss] = target
