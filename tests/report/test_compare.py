@@ -12,10 +12,11 @@ from tests.commands import evaluate
 from tests.refusals import refused
 from tests.report.conftest import Evaluations, Report
 
-from caravan.report import evaluations as showing
+from caravan.report import examples as showing
 from caravan.report import systems
 from caravan.report.compare import Comparison, compare, holm, paired_tests
-from caravan.report.evaluations import comparison_tables, examples
+from caravan.report.evaluations import comparison_tables
+from caravan.report.examples import examples
 from caravan.report.systems import System, read_judged, read_system, with_distinct_names
 
 

@@ -38,7 +38,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
         show_suites(read_suites(folders), folders[0] if len(folders) == 1 else None)
     elif arguments.command == "table":
-        from caravan.report.summary import show as show_table
+        from caravan.report.evaluations import show_table
 
         show_table(*folders)
     elif arguments.command == "sweep":
@@ -54,7 +54,8 @@ def _run(arguments: argparse.Namespace) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     """Print the comparison of two systems or more, and write its page with --html."""
     from caravan.report.compare import DEPTH, compare
-    from caravan.report.evaluations import comparison_tables, examples
+    from caravan.report.evaluations import comparison_tables
+    from caravan.report.examples import examples
     from caravan.report.page import of_comparison, save
     from caravan.report.systems import read_judged, read_system, with_distinct_names
     from caravan.report.tables import show

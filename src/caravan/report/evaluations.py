@@ -7,26 +7,37 @@ If those or their collection are gone, the page says so and has the rest.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from caravan.errors import InputError
-from caravan.report.compare import (
-    DEPTH,
-    OVERLAPS,
-    RESAMPLES,
-    Comparison,
-    compare,
-    mean_interval,
-)
+from caravan.manifests import write_json
+from caravan.report.compare import OVERLAPS, RESAMPLES, Comparison, Pair, compare, mean_interval
+from caravan.report.examples import examples
 from caravan.report.plots import Plot, intervals
 from caravan.report.records import Records, has_scores, judged_on, refuse_partial
-from caravan.report.summary import measures_of, results_table, rows, stages_table, where
-from caravan.report.systems import System, read_judged
-from caravan.report.tables import MINUS, Section, Table, best, score, signed, slug
+from caravan.report.summary import (
+    collect,
+    measures_of,
+    results_table,
+    rows,
+    stages_table,
+    where,
+)
+from caravan.report.systems import System, read_judged, read_system
+from caravan.report.tables import (
+    MINUS,
+    NONE,
+    Section,
+    Table,
+    best,
+    p_value,
+    score,
+    show,
+    signed,
+    slug,
+)
 from caravan.retrieval.metrics import parse_measure
 
 SHOWN = 3
@@ -35,12 +46,10 @@ MOST_SYSTEMS = 12
 """Systems scored query by query; more would make a page slow to write and long to read."""
 ALL_PAIRS = 6
 """Up to this many systems, all pairs are tested; beyond, each against the best."""
+LEVEL = 0.05
+"""Below this p, a difference counts as significant in the verdict."""
 DEEP = 100
 """Measures with a deeper cutoff are only in the tables: they need every run read whole."""
-CHARACTERS = 420
-"""Shown of a text, so that a page stays small."""
-RELEVANT = 2
-"""Relevant passages shown of a query: those that a ranking has highest."""
 
 
 def evaluation_sections(
@@ -197,102 +206,55 @@ def _significance(comparison: Comparison) -> Table:
     )
 
 
-def p_value(p: float) -> str:
-    """A p-value as papers print it.
+def steps(folder: Path, systems: Records) -> dict[str, Pair]:
+    """Test each system against the one in the row before, by the first measure.
 
-    >>> p_value(0.0184), p_value(0.00001), p_value(1.0)
-    ('.018', '<.001', '1.000')
+    A system whose run, or that before, is not deep enough for the measure is left out.
+
+    Raises:
+        InputError: If a run or the collection is no longer there.
     """
-    return "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+    if len(systems) < 2 or any("run" not in of for of in systems.values()):
+        return {}
+    names, measures = list(systems), measures_of(systems.values())
+    found = [read_system(folder / of["folder"] / of["run"]) for of in systems.values()]
+    (pairs,) = compare(found, read_judged(found), measures[:1]).pairs.values()
+    return {names[pair.b]: pair for pair in pairs if pair.b == pair.a + 1}
 
 
-@dataclass(frozen=True)
-class Passage:
-    """A passage as it is shown, with its ranks in both rankings."""
-
-    id: str
-    title: str
-    text: str
-    grade: int  # 0 if it is not judged, or not relevant
-    ranks: tuple[int | None, int | None]  # from 1; None if it is not in the first DEPTH
-
-
-@dataclass(frozen=True)
-class Query:
-    """A query and its scores by two systems."""
-
-    id: str
-    text: str
-    before: float
-    after: float
-    relevant: int  # the number of relevant passages
-    passages: list[Passage]
+def verdict(systems: Records, tests: Mapping[str, Pair]) -> str:
+    """One sentence: which systems are better than the one in the row before."""
+    names, (measure, *_) = list(systems), measures_of(systems.values())
+    parts = []
+    for name, pair in tests.items():
+        before, p = names[pair.a], p_value(pair.p).replace("<", "< ")
+        p = p if p.startswith("<") else f"= {p}"
+        if pair.p < LEVEL:
+            parts.append(f"{name} beats {before} by {pair.difference:.4f} (p {p})")
+        else:
+            parts.append(f"{name} does not differ significantly from {before} (p {p})")
+    return f"{measure}: {', '.join(parts)}."
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Queries that gain, or lose, most from one system (before) to another (after)."""
-
-    before: str
-    after: str
-    change: str  # gain or lose
-    measure: str
-    queries: Sequence[Query]
-
-    @property
-    def title(self) -> str:
-        return f"{self.before} → {self.after}: queries that {self.change} most"
-
-
-def examples(comparison: Comparison, a: int, b: int, count: int) -> list[Examples]:
-    """The `count` queries that gain most from system a to b in the first measure, and lose most."""
-    names, measure = comparison.names, comparison.measure
-    values = comparison.values[measure]
-    differences = values[b] - values[a]
-    order = np.argsort(-differences, kind="stable")
-    chosen = {
-        "gain": [i for i in order[:count].tolist() if differences[i] > 0],
-        "lose": [i for i in order[::-1][:count].tolist() if differences[i] < 0],
-    }
-    found = {change: [_query(comparison, a, b, i) for i in at] for change, at in chosen.items()}
-    return [
-        Examples(names[a], names[b], change, measure, queries)
-        for change, queries in found.items()
-        if queries
-    ]
-
-
-def _query(comparison: Comparison, a: int, b: int, query: int) -> Query:
-    judged, row = comparison.judged, int(comparison.query_rows[query])
-    grades = {int(p): int(g) for p, g in zip(*judged.qrels.of(row), strict=True)}
-    ranks = [
-        {p: rank for rank, p in enumerate(comparison.runs[i].of(row)[0][:DEPTH].tolist(), 1)}
-        for i in (a, b)
-    ]
-    tops = [passage for ranked in ranks for passage, rank in ranked.items() if rank == 1]
-    relevant = [passage for passage, grade in grades.items() if grade >= 1]
-    relevant.sort(key=lambda p: min(ranked.get(p, DEPTH + 1) for ranked in ranks))
-    wanted = list(dict.fromkeys([*relevant[:RELEVANT], *tops]))
-    texts, query_text = [("", "")] * len(wanted), ""
-    if judged.has_texts:
-        texts = judged.corpus.get(wanted)
-        ((_, query_text),) = judged.queries.get([row])
-    names = judged.corpus.ids(np.array(wanted, np.int64))
-    passages = [
-        Passage(
-            name,
-            _short(title, CHARACTERS // 4),
-            _short(text, CHARACTERS),
-            grades.get(passage, 0),
-            (ranks[0].get(passage), ranks[1].get(passage)),
-        )
-        for passage, name, (title, text) in zip(wanted, names, texts, strict=True)
-    ]
-    before, after = comparison.values[comparison.measure][[a, b], query].tolist()
-    (name,) = judged.queries.ids(np.array([row], np.int64))
-    return Query(name, _short(query_text, CHARACTERS), before, after, len(relevant), passages)
-
-
-def _short(text: str, most: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[: most - 1].rsplit(" ", 1)[0] + " …"
+def show_table(folder: Path) -> None:
+    """Print the table, its verdict and the paths of run files; write `summary.json`."""
+    systems = collect(folder)
+    path = folder / "summary.json"
+    scores = {n: {**r["overall"], "seconds": round(r["seconds"], 1)} for n, r in systems.items()}
+    tests: dict[str, Pair] = {}
+    try:
+        tests = steps(folder, systems)
+    except InputError as error:
+        sentence = f"not tested: {error}"
+    else:
+        sentence = verdict(systems, tests) if tests else ""
+    for name, pair in tests.items():
+        scores[name]["p"] = pair.p
+    write_json(path, scores)
+    values = [p_value(tests[name].p) if name in tests else NONE for name in systems]
+    show(results_table(systems, p_values=values if tests else ()))
+    for name, record in systems.items():
+        show(f"run {name:<12} {folder / record['folder'] / record['run']}")
+    show(f"table {path}")
+    if sentence:
+        show(f"\n{sentence}")
