@@ -106,14 +106,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Names and values; with a title if a section has several of them."""
-
-    items: Sequence[tuple[str, str]]
-    title: str = ""
-
-
-@dataclass(frozen=True)
 class Code:
     """A config or commands."""
 
@@ -126,7 +118,7 @@ class Code:
 class Section:
     """A heading, its anchor, and blocks below it.
 
-    A block is a str, Facts, Code, a Table, a `plots.Plot` or `compare.Examples`.
+    A block is a str, Code, a Table, a `plots.Plot` or `examples.Examples`.
     """
 
     title: str
@@ -154,6 +146,15 @@ def signed(value: float) -> str:
     """
     text = f"{value:+.4f}"
     return "+0.0000" if text == "-0.0000" else text.replace("-", MINUS)
+
+
+def p_value(p: float) -> str:
+    """A p-value as papers print it.
+
+    >>> p_value(0.0184), p_value(0.00001), p_value(1.0)
+    ('.018', '<.001', '1.000')
+    """
+    return "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
 
 
 def slug(text: str) -> str:
