@@ -131,8 +131,8 @@ def test_cached_gradients_fit_on_a_device_that_is_too_small_without(
     beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = 4 * 30_208 * 4  # weights, gradients, moments
-    place = "caravan.training.memory.device_memory"
-    monkeypatch.setattr(place, lambda device: weights + 500_000)
+    sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": weights + 500_000}
+    monkeypatch.setattr("os.sysconf", sizes.__getitem__)
     with refused("out-of-memory", "gradcache.chunk"):
         train(beir, tmp_path / "whole")
     train(beir, tmp_path / "cached", "gradcache.chunk=1", "trainer.max_steps=1")

@@ -17,9 +17,9 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from caravan.errors import InputError
 from caravan.models.backbone import parameter_counts
+from caravan.training import memory
 from caravan.training.checkpoints import LAST, absolute, relative
 from caravan.training.fsdp import FullySharded
-from caravan.training.memory import Need
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class FitSummary(pl.Callback):
         needed: the memory of a step, if known.
     """
 
-    def __init__(self, heading: str, precision: str, needed: Need | None) -> None:
+    def __init__(self, heading: str, precision: str, needed: memory.Need | None) -> None:
         self.heading, self.precision, self.needed = heading, precision, needed
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -66,8 +66,8 @@ class FitSummary(pl.Callback):
         elif queries:
             passages = f"{len(data.dev_passages):,} of {len(data.collection.corpus):,} passages"
             lines.append(f"validation: {queries:,} queries over {passages}")
-        if self.needed is not None and self.needed.total >= 1e8:  # less fits on any device
-            lines.append(f"memory at the peak of a step: about {self.needed}")
+        if self.needed is not None and sum(self.needed.values()) >= 1e8:  # less fits anywhere
+            lines.append(f"memory at the peak of a step: at least {memory.in_words(self.needed)}")
         for line in lines:
             log.info(line)
 

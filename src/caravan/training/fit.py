@@ -281,7 +281,7 @@ def _finish(
     needed: Need | None,
 ) -> float | None:
     """Write the best weights as a model folder, and metrics.json; returns the best metric."""
-    used = None if needed is None else needed.total
+    used = None if needed is None else sum(needed.values())
     if trainer.strategy.root_device.type == "cuda":  # on a CPU use the estimate
         used = torch.cuda.max_memory_allocated(trainer.strategy.root_device)
     best, monitor, watched = None, None, trainer.checkpoint_callback
