@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from caravan.distributed import is_main_process
 from caravan.errors import InputError
 from caravan.models.hardware import frozen_linears
 from caravan.training.fsdp import FullySharded
@@ -61,6 +62,8 @@ def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -
         log.debug("no estimate of memory: %s", error)
         return None
     refuse_too_large(needed, trainer.strategy.root_device)
+    if is_main_process() and sum(needed.values()) >= 1e8:  # less fits on any device
+        log.info("memory at the peak of a step: at least %s", in_words(needed))
     return needed
 
 
