@@ -145,18 +145,22 @@ def test_config_errors_on_the_pages_are_those_of_the_check(
 
 
 def test_getting_started_shows_the_lines_of_the_quickstart() -> None:
-    recipe = (ROOT / "Makefile").read_text().partition("\nquickstart:")[2].partition("\n\n")[0]
-    wanted = [line.lstrip("\t@") for line in recipe.splitlines()[1:] if "@echo" not in line]
+    recipe = (
+        (ROOT / "Makefile").read_text().partition("\nquickstart:")[2].partition("\nablation")[0]
+    )
+    commands = [line.lstrip("\t@") for line in recipe.splitlines() if "\t" in line]
+    last, *wanted = [line for line in commands if line.startswith("$(PY)")]
+    wanted.append(last)  # the first rule has the last command
     wanted = [line.replace("$(PY)", "python").replace("$(Q)", "runs/quickstart") for line in wanted]
     shown = [body.splitlines() for body in blocks(ROOT / "docs" / "getting-started.md")]
-    assert len(wanted) >= 12
+    assert len(wanted) >= 8
     assert wanted in shown
 
 
 def test_the_plot_of_the_readme_has_the_scores_of_its_table() -> None:
-    rows = re.findall(r"^  (\w+) +(\.?\d\S+) +\S+ +(\S+) +\S+ +\S+$", PAGES[0].read_text(), re.M)
+    rows = re.findall(r"^(\w+) +(0\.\d\S+) +\S+ +(\S+) +\S+ +\S+ +\S+$", PAGES[0].read_text(), re.M)
     plot = (ROOT / "docs" / "img" / "quickstart.svg").read_text()
-    assert len(rows) == 6
+    assert len(rows) == 4
     for system, mrr, recall in rows:
         assert f"{system}: MRR@10 {mrr}, R@100 {recall}" in plot
 

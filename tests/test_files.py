@@ -144,14 +144,6 @@ def test_unfinished_files_of_a_killed_run_are_deleted_when_the_next_starts(tmp_p
     assert left == {".lock", ".model.backup", "checkpoints", "runs", "runs/validation.trec"}
 
 
-def test_space_for_a_memory_map_is_allocated(tmp_path: Path) -> None:
-    path = tmp_path / "array"
-    with path.open("wb") as file:
-        file.truncate(1 << 20)
-    files.reserve(path)
-    assert path.stat().st_blocks * 512 >= 1 << 20
-
-
 def test_a_disk_that_is_full_while_a_folder_is_written_is_named(tmp_path: Path) -> None:
     with (
         pytest.raises(OSError, match="No space left") as raised,

@@ -224,19 +224,6 @@ def claimed(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def reserve(path: Path) -> None:
-    """Allocate the disk space of a file, before it is written through a memory map.
-
-    Without this, a full disk would end the process with SIGBUS at the first page that does not fit.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    if hasattr(os, "posix_fallocate"):  # macOS has none
-        with path.open("rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-
-
 def _sync(path: Path) -> None:
     """Before the rename: a power cut would otherwise leave an empty file."""
     with path.open("rb+") as file:

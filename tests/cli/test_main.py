@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -481,7 +482,7 @@ def test_a_run_may_open_as_many_files_as_the_system_allows(home: Path) -> None:
     code = "import resource, sys; print(resource.getrlimit(resource.RLIMIT_NOFILE))"
     text = APP.replace("    from hydra.utils", f"    {code}\n    from hydra.utils", 1)
     (home / "app.py").write_text(text)
-    command = f"ulimit -Sn 256; ulimit -Hn 512; {sys.executable} app.py name=one"
+    command = f"ulimit -Sn 256; ulimit -Hn 512; {shlex.quote(sys.executable)} app.py name=one"
     done = subprocess.run(["bash", "-c", command], cwd=home, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["(512, 512)"]
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
-from tests.fuzz.mutations import outcome
+from tests.fuzz.mutations import noted, outcome
 
 from caravan.errors import InputError
 
@@ -57,11 +57,8 @@ def agrees(name: str, plain: Callable[[], Any], caravan: Callable[[], Any]) -> b
         expected = plain()
     except RefusedError as error:
         expected = error
-    try:
+    with noted(name):
         found = outcome(caravan, SECONDS)
-    except BaseException as error:
-        error.add_note(name)
-        raise
     if isinstance(found, InputError):
         return False
     assert not isinstance(expected, RefusedError), f"{name}: read, in spite of: {expected}"

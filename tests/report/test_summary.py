@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import ttest_rel
 from tests.refusals import refused
-from tests.report.conftest import Report
+from tests.report.conftest import Evaluations, Report
 
 from caravan.report.summary import collect, rows, show_stages
 
@@ -116,3 +117,33 @@ def test_the_stages_of_an_evaluation_are_printed(
     printed = capsys.readouterr().out
     assert "fused" in printed
     assert "3.5" in printed
+
+
+def test_each_system_is_tested_against_the_one_in_the_row_before(
+    evaluations: Evaluations, report: Report
+) -> None:
+    code, printed, _ = report("table", evaluations.folder)
+    assert code == 0
+    summary = json.loads((evaluations.folder / "summary.json").read_text())
+    systems = collect(evaluations.folder)
+    scores = [
+        evaluations.per_query(evaluations.folder / of["folder"] / of["run"], "MRR@10")
+        for of in systems.values()
+    ]
+    queries = sorted({query for of in scores for query in of})
+    values = [[of.get(query, 0.0) for query in queries] for of in scores]
+    names = list(systems)
+    for i in range(1, len(names)):
+        expected = ttest_rel(values[i], values[i - 1]).pvalue
+        assert summary[names[i]]["p"] == pytest.approx(expected)
+        verb = "beats" if expected < 0.05 else "does not differ significantly from"
+        assert f"{names[i]} {verb} {names[i - 1]}" in printed
+    assert "p" not in summary[names[0]]
+
+
+def test_a_table_without_runs_says_why_nothing_is_tested(tmp_path: Path, report: Report) -> None:
+    _evaluation(tmp_path / "a")
+    _evaluation(tmp_path / "b", 0.4)
+    code, printed, _ = report("table", tmp_path)
+    assert code == 0
+    assert "not tested: there is no run" in printed

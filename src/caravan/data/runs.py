@@ -1,10 +1,8 @@
 """A run: ranked passages with scores for each query, in memory and as a TREC file.
 
-A run is the only thing that passes between the stages of retrieval: BM25, the retriever and the
-reranker write it; negatives, rerank candidates and metrics are read from it. In memory it is four
-flat arrays over integer rows; ids are strings only in the file. Equal scores are ordered as
-trec_eval orders them (passage id, descending), once, here, so that every measure and every reader
-sees one ranking. `caravan.data.run_files` recognizes the layouts of files.
+In memory it is four flat arrays over integer rows; ids are strings only in the file. Equal scores
+are ordered as trec_eval orders them (passage id, descending), once, here, so that every measure and
+every reader sees one ranking. `caravan.data.run_files` recognizes the layouts of files.
 """
 
 from __future__ import annotations

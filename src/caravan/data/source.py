@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 class Source(Protocol):
     """A data source: anything that gives a `Collection`.
 
-    A source is a class whose arguments are the keys of a config group, `conf/data/<name>.yaml`. It
-    needs `collection` and the attributes below; subclassing `Source` gives the defaults. A new
-    format needs nothing but an iterator of records:
+    A source is a class whose arguments are the keys of `conf/data/<name>.yaml`. It needs
+    `collection` and the attributes below; subclassing `Source` gives the defaults. A new format
+    needs nothing but an iterator of records:
 
     >>> from dataclasses import dataclass
     >>> from caravan.data.collection import write_collection
@@ -172,8 +172,7 @@ def cached_collection(
     """Open `cache_dir/collections/<name>-<key>`, or build it by `build(folder)`.
 
     A damaged collection is built again, unless its folder has files that Caravan did not write.
-    One process builds while the others (ranks, a sweep's jobs) wait for its lock, which ends with
-    the process, so that a killed build blocks nobody.
+    One process builds while the others (ranks, a sweep's jobs) wait for its lock.
 
     Raises:
         InputError: the cache or the folder belongs to another user, or everybody may write to it.
@@ -181,16 +180,23 @@ def cached_collection(
     """
     plain = re.sub(r"[^\w.-]+", "-", name)
     folder = cache_folder(cache_dir, "collections") / f"{plain}-{key}"
+
+    def opened() -> Collection | None:
+        if not folder.exists():
+            return None
+        refuse_foreign(folder)
+        return Collection.open(folder)
+
     try:
-        if folder.exists():
-            return _open(folder)
+        if (found := opened()) is not None:
+            return found
     except DamagedError:
         if not os.access(folder.parent, os.W_OK):
             raise
     with locked(folder.parent / f".{folder.name}.lock"):
         try:
-            if folder.exists():
-                return _open(folder)
+            if (found := opened()) is not None:
+                return found
         except DamagedError as error:
             _remove(folder, error)
         started = time.monotonic()
@@ -202,11 +208,6 @@ def cached_collection(
             name, len(collection.corpus), len(collection.queries), time.monotonic() - started,
         )  # fmt: skip
         return collection
-
-
-def _open(folder: Path) -> Collection:
-    refuse_foreign(folder)
-    return Collection.open(folder)
 
 
 def _remove(folder: Path, damage: DamagedError) -> None:

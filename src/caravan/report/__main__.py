@@ -38,7 +38,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
         show_suites(read_suites(folders), folders[0] if len(folders) == 1 else None)
     elif arguments.command == "table":
-        from caravan.report.summary import show as show_table
+        from caravan.report.evaluations import show_table
 
         show_table(*folders)
     elif arguments.command == "sweep":

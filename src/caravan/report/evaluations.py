@@ -12,13 +12,32 @@ from pathlib import Path
 from typing import Any
 
 from caravan.errors import InputError
-from caravan.report.compare import OVERLAPS, RESAMPLES, Comparison, compare, mean_interval
+from caravan.manifests import write_json
+from caravan.report.compare import OVERLAPS, RESAMPLES, Comparison, Pair, compare, mean_interval
 from caravan.report.examples import examples
 from caravan.report.plots import Plot, intervals
 from caravan.report.records import Records, has_scores, judged_on, refuse_partial
-from caravan.report.summary import measures_of, results_table, rows, stages_table, where
-from caravan.report.systems import System, read_judged
-from caravan.report.tables import MINUS, Section, Table, best, score, signed, slug
+from caravan.report.summary import (
+    collect,
+    measures_of,
+    results_table,
+    rows,
+    stages_table,
+    where,
+)
+from caravan.report.systems import System, read_judged, read_system
+from caravan.report.tables import (
+    MINUS,
+    NONE,
+    Section,
+    Table,
+    best,
+    p_value,
+    score,
+    show,
+    signed,
+    slug,
+)
 from caravan.retrieval.metrics import parse_measure
 
 SHOWN = 5
@@ -29,6 +48,8 @@ MOST_SYSTEMS = 12
 """Systems scored query by query; more would make a page slow to write and long to read."""
 ALL_PAIRS = 6
 """Up to this many systems, all pairs are tested; beyond, each against the best."""
+LEVEL = 0.05
+"""Below this p, a difference counts as significant in the verdict."""
 DEEP = 100
 """Measures with a deeper cutoff are only in the tables: they need every run read whole."""
 
@@ -188,10 +209,55 @@ def _significance(comparison: Comparison) -> Table:
     )
 
 
-def p_value(p: float) -> str:
-    """A p-value as papers print it.
+def steps(folder: Path, systems: Records) -> dict[str, Pair]:
+    """Test each system against the one in the row before, by the first measure.
 
-    >>> p_value(0.0184), p_value(0.00001), p_value(1.0)
-    ('.018', '<.001', '1.000')
+    A system whose run, or that before, is not deep enough for the measure is left out.
+
+    Raises:
+        InputError: If a run or the collection is no longer there.
     """
-    return "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+    if len(systems) < 2 or any("run" not in of for of in systems.values()):
+        return {}
+    names, measures = list(systems), measures_of(systems.values())
+    found = [read_system(folder / of["folder"] / of["run"]) for of in systems.values()]
+    (pairs,) = compare(found, read_judged(found), measures[:1]).pairs.values()
+    return {names[pair.b]: pair for pair in pairs if pair.b == pair.a + 1}
+
+
+def verdict(systems: Records, tests: Mapping[str, Pair]) -> str:
+    """One sentence: which systems are better than the one in the row before."""
+    names, (measure, *_) = list(systems), measures_of(systems.values())
+    parts = []
+    for name, pair in tests.items():
+        before, p = names[pair.a], p_value(pair.p).replace("<", "< ")
+        p = p if p.startswith("<") else f"= {p}"
+        if pair.p < LEVEL:
+            parts.append(f"{name} beats {before} by {pair.difference:.4f} (p {p})")
+        else:
+            parts.append(f"{name} does not differ significantly from {before} (p {p})")
+    return f"{measure}: {', '.join(parts)}."
+
+
+def show_table(folder: Path) -> None:
+    """Print the table, its verdict and the paths of run files; write `summary.json`."""
+    systems = collect(folder)
+    path = folder / "summary.json"
+    scores = {n: {**r["overall"], "seconds": round(r["seconds"], 1)} for n, r in systems.items()}
+    tests: dict[str, Pair] = {}
+    try:
+        tests = steps(folder, systems)
+    except InputError as error:
+        sentence = f"not tested: {error}"
+    else:
+        sentence = verdict(systems, tests) if tests else ""
+    for name, pair in tests.items():
+        scores[name]["p"] = pair.p
+    write_json(path, scores)
+    values = [p_value(tests[name].p) if name in tests else NONE for name in systems]
+    show(results_table(systems, p_values=values if tests else ()))
+    for name, record in systems.items():
+        show(f"run {name:<12} {folder / record['folder'] / record['run']}")
+    show(f"table {path}")
+    if sentence:
+        show(f"\n{sentence}")

@@ -1,16 +1,12 @@
-"""The tables of evaluations: all below a folder, and the stages of one.
-
-python -m caravan.report table runs/quickstart
-"""
+"""The tables of evaluations: all below a folder, and the stages of one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from caravan.errors import InputError
-from caravan.manifests import write_json
 from caravan.report import tables
 from caravan.report.records import (
     Records,
@@ -97,8 +93,12 @@ def where(record: Mapping[str, Any]) -> str:
     return f"{record['collection']['name']} {record['split']}"
 
 
-def results_table(systems: Records, name: str = "results") -> Table:
-    """The scores and seconds of systems on one collection."""
+def results_table(systems: Records, name: str = "results", p_values: Sequence[str] = ()) -> Table:
+    """The scores and seconds of systems on one collection.
+
+    Args:
+        p_values: of each system against the one in the row before.
+    """
     measures = measures_of(systems.values())
     scores = [[of["overall"].get(measure) for measure in measures] for of in systems.values()]
     first = next(iter(systems.values()))
@@ -111,19 +111,12 @@ def results_table(systems: Records, name: str = "results") -> Table:
         for (name, of), row in zip(systems.items(), scores, strict=True)
     ]
     heads = ["system", *measures, "seconds"]
+    if p_values:
+        caption += f" p: paired t-test in {measures[0]} against the row before."
+        heads.insert(-1, "p")
+        for row, p in zip(cells, p_values, strict=True):
+            row.insert(-1, p)
     return Table(name, caption + depth_note(systems), heads, cells, strong=best(scores))
-
-
-def show(folder: Path) -> None:
-    """Print the table and the paths of run files; write `summary.json`."""
-    systems = collect(folder)
-    path = folder / "summary.json"
-    scores = {n: {**r["overall"], "seconds": round(r["seconds"], 1)} for n, r in systems.items()}
-    write_json(path, scores)
-    tables.show(results_table(systems))
-    for name, record in systems.items():
-        tables.show(f"run {name:<12} {folder / record['folder'] / record['run']}")
-    tables.show(f"table {path}")
 
 
 def stages_table(metrics: dict[str, Any], name: str = "stages", title: str = "") -> Table | None:

@@ -156,6 +156,15 @@ def signed(value: float) -> str:
     return "+0.0000" if text == "-0.0000" else text.replace("-", MINUS)
 
 
+def p_value(p: float) -> str:
+    """A p-value as papers print it.
+
+    >>> p_value(0.0184), p_value(0.00001), p_value(1.0)
+    ('.018', '<.001', '1.000')
+    """
+    return "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
 def slug(text: str) -> str:
     """A text as part of a file name or an anchor.
 

@@ -37,9 +37,7 @@ class IrDatasets(Source):
         splits: the id of each split, below `id`: {dev: dev/small, dl19: trec-dl-2019/judged}; None
             takes train, dev and test, and as test the judgements of `id` itself.
         name: what reports call the collection; the id by default.
-        train_split, dev_split, split: to train on, to validate on, and to score.
-        unknown_ids: "refuse" judgements of unknown queries or passages, or "count" them: training
-            leaves them out, metrics count them as not found.
+        train_split, dev_split, split, unknown_ids: as for `caravan.data.readers.labelled.Folder`.
     """
 
     id: str

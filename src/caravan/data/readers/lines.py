@@ -219,7 +219,6 @@ def rows(
     subset: str,
     revision: str | None,
     remedy: str,
-    columns: Sequence[str] = (),
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of files of jsonl, or of one split of Hugging Face datasets.
 
@@ -227,7 +226,6 @@ def rows(
         paths: files, folders that `datasets` reads or that `save_to_disk` wrote, or hub ids.
         config, subset, revision: of a dataset; `subset` is its split.
         remedy: says what a row should be.
-        columns: those that a dataset must have.
 
     Raises:
         InputError: "empty-file", "file-not-found", "dataset-not-loaded", "malformed-line", ...
@@ -241,11 +239,11 @@ def rows(
         if file.is_file():
             yield from some(file, objects(file, remedy))
         else:
-            yield from some(path, _dataset_rows(path, config, subset, revision, columns))
+            yield from some(path, _dataset_rows(path, config, subset, revision))
 
 
 def _dataset_rows(
-    path: str, config: str | None, subset: str, revision: str | None, columns: Sequence[str]
+    path: str, config: str | None, subset: str, revision: str | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     from datasets import DatasetDict, load_dataset, load_from_disk  # takes a second
 
@@ -255,9 +253,9 @@ def _dataset_rows(
             saved: Any = load_from_disk(path)
             if not isinstance(saved, DatasetDict):
                 saved = {"train": saved, **({str(saved.split): saved} if saved.split else {})}
-            if subset not in saved:
+            found = saved.get(subset)
+            if found is None:
                 raise ValueError(f"it has no split {subset!r}; there are {', '.join(saved)}")
-            found = saved[subset]
         else:
             found = load_dataset(path, config, split=subset, revision=revision, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:  # what `datasets` raises is among them
@@ -265,12 +263,6 @@ def _dataset_rows(
             "dataset-not-loaded",
             f"{path}: the dataset cannot be loaded ({first_line(error)}); give its files instead",
         ) from None
-    there = found.column_names or ()
-    for column in columns:
-        if there and column not in there:
-            raise InputError(
-                "unknown-column", f"{path} has no column {column!r}; there are {', '.join(there)}"
-            )
     try:
         for number, row in enumerate(found):
             yield f"{path}, row {number}", row

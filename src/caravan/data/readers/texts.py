@@ -111,9 +111,8 @@ class HubTexts(Source):
         return _collection(cache_dir, name, key, self._documents(), self.path)
 
     def _documents(self) -> Iterator[tuple[str, str]]:
-        columns = [column for column in (self.text, self.title) if column]
         remedy = "set data.text and data.title to columns of texts"
-        found = rows([self.path], self.config, self.subset, self.revision, remedy, columns)
+        found = rows([self.path], self.config, self.subset, self.revision, remedy)
         for place, row in found:
             yield text_of(place, row, remedy, self.text, self.title)
 

@@ -13,17 +13,15 @@ positives become judgements, the rest becomes runs, which are used like any othe
     data:negatives    the negatives in the order of the row    sampler.runs=[data:negatives]
     data:teacher      the scores of positives and negatives    sampler.teacher=data:teacher
 
-Rows are read once. While their passages stream into the corpus (each once, however many rows have
-it), the rest waits in a scratch folder on disk.
+Rows are read once. While their passages stream into the corpus, the rest waits in a scratch folder.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from caravan.data.collection import OWN, Collection
+from caravan.data.collection import Collection
 from caravan.data.qrels import Judgement, Scored
 from caravan.data.readers.lines import (
     SAVED,
@@ -64,8 +62,6 @@ REMEDY = (
     ' "negative_document_ids"; or with "query", "pos" and "neg"'
 )
 
-log = logging.getLogger(__name__)
-
 
 class Passage(NamedTuple):
     """A passage of a row; its text is None if it is in a separate corpus."""
@@ -86,7 +82,7 @@ class Row(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Where the rows of a split, or the passages of a corpus, are."""
+    """The rows of a split, or the passages of a corpus."""
 
     paths: list[str]  # files, folders, or a dataset
     subset: str = TRAIN  # split of the dataset
@@ -97,18 +93,14 @@ class Tevatron(Source):
     """Training rows of Tevatron, https://github.com/texttron/tevatron.
 
     Args:
-        path: a file of rows, which is the split train; a folder of files named after their splits
-            (train.jsonl, dev.jsonl, and corpus.jsonl); or a Hugging Face dataset, by hub id or
-            folder.
+        path: a file of rows, which is the split train; a folder of train.jsonl, dev.jsonl and
+            corpus.jsonl; or a Hugging Face dataset, by hub id or folder.
         corpus: file or dataset of all passages; None searches only those of the rows.
         subsets: the name of each split in the dataset or folder: {train: train, dev: validation};
             None takes the files of a folder by their names, of a dataset the split train.
-        config, revision: of a dataset of the hub, and of its corpus.
-        held_out: the share of the training queries that become the split dev.
-        name: what reports call the collection; the last part of the path by default.
-        train_split, dev_split, split: to train on, to validate on, and to score.
-        unknown_ids: "refuse" ids that the corpus lacks, or "count" them: training leaves them out,
-            metrics count them as not found.
+        config, revision: of a dataset of the hub.
+        held_out, name, train_split, dev_split, split, unknown_ids: as for
+            `caravan.data.readers.labelled.Folder`.
     """
 
     path: str
@@ -159,11 +151,10 @@ class FlagEmbedding(Source):
     Args:
         path: a file of rows, or a folder whose files are all read; or a Hugging Face dataset of
             such rows, by hub id or folder.
-        dev: file, folder or dataset of the rows to validate on.
-        held_out: the share of the training queries that become the split dev if `dev` is None.
+        dev: the same for the rows to validate on.
         config, subset, revision: of a dataset: its configuration, split and version.
-        name: what reports call the collection; the last part of the path by default.
-        train_split, dev_split, split: to train on, to validate on, and to score.
+        held_out, name, train_split, dev_split, split: as for
+            `caravan.data.readers.labelled.Folder`.
     """
 
     path: str
@@ -250,8 +241,7 @@ def _score(place: str, value: Any) -> float | None:
     """A teacher's score; None if there is none."""
     if value is None:
         return None
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not abs(value) <= LARGEST:
+    if isinstance(value, bool | str | list | dict) or not abs(value) <= LARGEST:
         raise InputError(
             "invalid-score", f"{place}: the score {value!r} is not a finite number in float32"
         )
@@ -260,17 +250,10 @@ def _score(place: str, value: Any) -> float | None:
 
 @dataclass
 class TrainingRows:
-    """Builds a collection of rows.
-
-    Args:
-        splits: the rows of each split.
-        corpus: the passages, if the rows have only ids.
-        config, revision: of a dataset of the hub.
-        held_out: the share of the training queries that become the split dev.
-    """
+    """Builds a collection of rows."""
 
     splits: Mapping[str, Part]
-    corpus: Part | None
+    corpus: Part | None  # the passages, if the rows have only ids
     config: str | None
     revision: str | None
     held_out: float
@@ -281,8 +264,8 @@ class TrainingRows:
         """Open the collection, or build it under `cache_dir` first."""
         held_out(dict.fromkeys(self.splits, tuple), self.held_out)  # checks the setting
         parts = {**self.splits, **({"": self.corpus} if self.corpus else {})}
+        # a folder is found again by its content, a hub id by its name
         read = [
-            # a folder is found again by its content, a hub id by its name
             [split, part.subset, [contents(path, cache_dir) or path for path in part.paths]]
             for split, part in parts.items()
         ]
@@ -294,13 +277,9 @@ class TrainingRows:
             scratch.mkdir(parents=True)
             try:
                 streams = self._streams(scratch / "rows.jsonl")
-                found = streams.write(folder, name, unknown_ids=unknown_ids)
+                return streams.write(folder, name, unknown_ids=unknown_ids)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
-            for run in found.runs:
-                setting = "sampler.runs=[{}]" if run == NEGATIVES else "sampler.teacher={}"
-                log.info("%s: %s of the rows, for %s", name, run, setting.format(OWN + run))
-            return found
 
         return cached_collection(cache_dir, name, key, build)
 
@@ -354,7 +333,6 @@ class TrainingRows:
         """Write all rows to the spool; yield (place, passage) of the texts in them."""
         with open(spool, "w", encoding="utf-8") as file:
             for split, part in self.splits.items():
-                found: Iterable[tuple[str, dict[str, Any]]]
                 found = rows(part.paths, self.config, part.subset, self.revision, REMEDY)
                 if self.corpus is not None:  # else the progress of the passages is shown
                     found = track(found, f"rows of {split}", unit="rows")
@@ -363,9 +341,8 @@ class TrainingRows:
                     passages = [*row.positives, *row.negatives]
                     for name in (row.id, *(one.id for one in passages)):
                         check_id(name, place)
-                    sides = [[one[:2] for one in side] for side in (row.positives, row.negatives)]
-                    line = json.dumps([place, split, row.id, row.query, *sides])
-                    file.write(f"{line}\n")
+                    sides = ([one[:2] for one in side] for side in (row.positives, row.negatives))
+                    file.write(f"{json.dumps([place, split, row.id, row.query, *sides])}\n")
                     for one in passages:
                         if one.text is not None and self.corpus is None:
                             yield place, (one.id, one.title, one.text)
