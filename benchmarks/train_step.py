@@ -1,4 +1,4 @@
-"""Training steps beside sentence-transformers: MiniLM, in-batch negatives, equal batch.
+"""Training steps compared with sentence-transformers: MiniLM, in-batch negatives, equal batch.
 
     python benchmarks/train_step.py [--data <BEIR folder>] [--steps 6]
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-from common import ROOT, arguments, collection, encoding, report, texts_of
+from common import ROOT, arguments, collection, encoding, report, summary, texts_of
 from datasets import Dataset
 from sentence_transformers import (
     SentenceTransformer,
@@ -135,24 +135,14 @@ def main() -> None:
             (ours(options, corpus, precision), theirs(options, corpus, precision))
             for _ in range(options.repeats)
         ]
-        ratios = [their / our for our, their in pairs]
-        table.append(
-            {
-                "precision": precision,
-                "ours_s": statistics.median(our for our, _ in pairs),
-                "theirs_s": statistics.median(their for _, their in pairs),
-                "ratio": statistics.median(ratios),
-                "lowest": min(ratios),
-                "highest": max(ratios),
-            }
-        )
+        table.append({"precision": precision, **summary(pairs)})
     report(
         "train_step",
         f"A training step of {options.batch} pairs of {corpus.name} with MiniLM, 256 tokens",
         table,
         [
             "`ratio` is sentence-transformers' median step over ours, the median of runs in turn.",
-            "Theirs fills every text up to the longest of its batch, ours packs by length.",
+            "The peer pads each text to the longest of its batch; Caravan sorts by length.",
         ],
     )
 

@@ -23,6 +23,7 @@ from tests.models.released import (
 from tests.models.small import close
 from tests.refusals import refused
 from torch import Tensor
+from transformers import AutoModel
 
 from caravan.cli.compose import compose
 from caravan.cli.train import train
@@ -70,41 +71,30 @@ def _by_the_card(released: Path, base: Path, reranks: bool) -> tuple[Any, Any]:
     return tokenizer, PeftModel.from_pretrained(plain, str(released)).merge_and_unload().eval()
 
 
-def _embedded_by_the_card(released: Path, base: Path) -> Tensor:
-    tokenizer, model = _by_the_card(released, base, reranks=False)
+@torch.no_grad()
+def _by_the_cards_code(experiment: str, released: Path, base: Path) -> Tensor:
+    """Embeddings or scores, by the code of the model card."""
+    tokenizer, model = _by_the_card(released, base, experiment in RERANKERS)
+    if experiment in RERANKERS:
+        pairs = [(f"query: {QUERY}", f"document: {title} {text}") for title, text in PASSAGES]
+        return torch.stack(
+            [model(**tokenizer(*pair, return_tensors="pt")).logits[0][0] for pair in pairs]
+        )
     texts = [f"query: {QUERY}</s>", *(f"passage: {title} {text}</s>" for title, text in PASSAGES)]
-    rows = []
-    with torch.no_grad():
-        for text in texts:
-            outputs = model(**tokenizer(text, return_tensors="pt"))
-            state = outputs.last_hidden_state[0][-1]
-            rows.append(torch.nn.functional.normalize(state, p=2, dim=0))
+    outputs = [model(**tokenizer(text, return_tensors="pt")) for text in texts]
+    rows = [torch.nn.functional.normalize(out.last_hidden_state[0][-1], dim=0) for out in outputs]
     return torch.stack(rows)
 
 
-def _scored_by_the_card(released: Path, base: Path) -> Tensor:
-    tokenizer, model = _by_the_card(released, base, reranks=True)
-    scores = []
-    with torch.no_grad():
-        for title, text in PASSAGES:
-            pair = (f"query: {QUERY}", f"document: {title} {text}")
-            scores.append(model(**tokenizer(*pair, return_tensors="pt")).logits[0][0])
-    return torch.stack(scores)
-
-
-def _embedded(loaded: tuple[Any, Any, Any, Any]) -> Tensor:
+@torch.no_grad()
+def _computed(loaded: tuple[Any, Any, Any, Any]) -> Tensor:
+    """Embeddings or scores of a model folder."""
     model, tokenizer, encoding, _ = loaded
-    templates = Templates(tokenizer, encoding)
-    ids = [*templates.queries([("", QUERY)]), *templates.passages(PASSAGES)]
-    with torch.no_grad():
-        return model.embed(pack(ids, 64))
-
-
-def _scored(loaded: tuple[Any, Any, Any, Any]) -> Tensor:
-    model, tokenizer, encoding, _ = loaded
-    pairs = PairTemplates(tokenizer, encoding).pairs([("", QUERY)] * len(PASSAGES), PASSAGES)
-    with torch.no_grad():
+    if encoding.kind == "reranker":
+        pairs = PairTemplates(tokenizer, encoding).pairs([("", QUERY)] * len(PASSAGES), PASSAGES)
         return model.score(pack([pair.ids for pair in pairs], 64))
+    templates = Templates(tokenizer, encoding)
+    return model.embed(pack([*templates.queries([("", QUERY)]), *templates.passages(PASSAGES)], 64))
 
 
 def _stored_in(file: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -124,13 +114,10 @@ def test_an_adopted_adapter_computes_what_its_model_card_does(
     """In float32, whatever the precision of its file."""
     released = release(tmp_path / "released", base, experiment, **form)
     loaded = _adopt(experiment, released, tmp_path / "run")
-    if experiment in RETRIEVERS:
-        close(_embedded(loaded), _embedded_by_the_card(released, base))
-        assert loaded[3]["weights"] == "adapter"
-    else:
-        expected = _scored_by_the_card(released, base)
-        close(_scored(loaded), expected)
-        assert expected.std() > 1e-2
+    expected = _by_the_cards_code(experiment, released, base)
+    close(_computed(loaded), expected)
+    assert expected.std() > 1e-2
+    assert loaded[3]["weights"] == "adapter"
 
 
 def test_a_released_adapter_is_trained_further(
@@ -174,7 +161,7 @@ def test_older_layouts_of_the_head_are_read_as_todays(
     plain = release(tmp_path / "plain", base, RERANKER)
     released = release(tmp_path / "released", base, RERANKER, change=change, **OLDER_FIELDS)
     loaded = _adopt(RERANKER, released, tmp_path / "run")
-    close(_scored(loaded), _scored_by_the_card(plain, base))
+    close(_computed(loaded), _by_the_cards_code(RERANKER, plain, base))
 
 
 LAYER = "layers.1.mlp.up_proj.lora_B.weight"
@@ -250,7 +237,7 @@ def test_code_in_a_pickled_adapter_does_not_run(zipped: bool, base: Path, tmp_pa
     else:
         (released / "adapter_model.bin").write_bytes(pickle.dumps(_Malicious(mark)))
     with refused("unsafe-pickle", "adapter_model.bin"):
-        _adopt(RETRIEVER, released, tmp_path / "run")
+        Pretrained(str(released)).model(None)
     assert not mark.exists()
     if zipped:
         torch.load(released / "adapter_model.bin", weights_only=False)
@@ -262,7 +249,7 @@ def test_a_truncated_adapter_is_refused(file: str, base: Path, tmp_path: Path) -
     released = release(tmp_path / "released", base, RETRIEVER, file)
     (released / file).write_bytes((released / file).read_bytes()[:900])
     with refused("unreadable", "released"):
-        _adopt(RETRIEVER, released, tmp_path / "run")
+        Pretrained(str(released)).model(None)
 
 
 def test_a_pickle_without_named_weights_is_refused(base: Path, tmp_path: Path) -> None:
@@ -273,12 +260,9 @@ def test_a_pickle_without_named_weights_is_refused(base: Path, tmp_path: Path) -
 
 
 def test_an_adapter_keeps_the_name_of_its_base(base: Path, tmp_path: Path) -> None:
-    from transformers import AutoModel
-
     named = {"base_model_name_or_path": "meta-llama/Llama-2-7b-hf", "revision": "0123abc"}
     released = release(tmp_path / "released", base, RETRIEVER, **named)
-    peft = load_adapter(AutoModel.from_pretrained(base), str(released))
-    kept = peft.active_peft_config
+    kept = load_adapter(AutoModel.from_pretrained(base), str(released)).active_peft_config
     assert {name: getattr(kept, name) for name in named} == named
 
 
@@ -289,10 +273,10 @@ def test_a_tokenizer_beside_the_adapter_comes_before_its_bases(
     own = type(tokenizer).from_pretrained(base)
     own.add_special_tokens({"pad_token": "<own>"})
     own.save_pretrained(released)
-    assert _adopt(RETRIEVER, released, tmp_path / "run")[1].pad_token == "<own>"
+    assert Pretrained(str(released)).tokenizer(None, tmp_path).pad_token == "<own>"
 
 
 def test_an_adapter_that_names_no_base_is_refused(base: Path, tmp_path: Path) -> None:
     released = release(tmp_path / "released", base, RETRIEVER, base_model_name_or_path=None)
     with refused("no-base-model", "adapter_config.json"):
-        _adopt(RETRIEVER, released, tmp_path / "run")
+        Pretrained(str(released)).tokenizer(None, tmp_path)

@@ -15,7 +15,6 @@ The folder is written under a temporary name and renamed, so it is always comple
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from caravan.distributed import is_main_process
 from caravan.encoding import Encoding, read_encoding, write_encoding
 from caravan.errors import InputError, reading
 from caravan.files import replacing_folder
@@ -47,8 +45,6 @@ from caravan.models.loading import (
 from caravan.models.positions import refuse_too_long
 from caravan.models.query_likelihood import QueryLikelihood
 from caravan.models.remote_code import FACT, is_allowed, is_remote_code
-
-log = logging.getLogger(__name__)
 
 ADAPTER = "adapter_model.safetensors"
 HEAD = "score.safetensors"
@@ -172,28 +168,16 @@ def load_base(folder: Path, load: Callable[..., _Loaded]) -> _Loaded:
         InputError: If the adapter was trained on other base weights.
     """
     base, revision = adapter_base(folder)
-    local = Path(base).is_dir()
-    if local:
-        _check_base(folder, base, revision)
-    loaded = load(base, revision=revision)
-    if not local:  # loading has put its files into the hub's cache
-        _check_base(folder, base, revision)
-    return loaded
-
-
-def _check_base(folder: Path, base: str, revision: str | None) -> None:
-    recorded = read_encoding(folder)[1].get(BASE_WEIGHTS)
-    if recorded is None:
-        if is_main_process():
-            text = "%s has no digest of the weights of its base %s, so they are not checked"
-            log.info(text, folder, base)
-    elif weights_digest(base, revision) != recorded:
+    loaded = load(base, revision=revision)  # the files of a hub's model are then in the cache
+    recorded = read_encoding(folder)[1].get(BASE_WEIGHTS)  # folders of older versions have none
+    if recorded is not None and weights_digest(base, revision) != recorded:
         raise InputError(
             "other-base-weights",
             f"{folder}: the weights of its base {base} are not those that the adapter was trained"
             " on; restore those, or write their path into"
             f" {folder / 'adapter_config.json'} (base_model_name_or_path)",
         )
+    return loaded
 
 
 def _backbone(
