@@ -96,13 +96,13 @@ def test_values_that_fit_their_annotations(values: dict[str, Any]) -> None:
     ("values", "wanted"),
     [
         ({"whole": "abc"}, r"whole: .*integer, not 'abc'"),
-        ({"whole": 1000.0}, r"whole: .*write 1000$"),
+        ({"whole": 1000.0}, r"whole: .*integer, not 1000.0"),
         ({"whole": True}, r"whole: .*integer, not True"),
         ({"whole": None}, r"whole: .*not null"),
         ({"text": 3}, r"text: .*string, not 3; .*\"loss\.text='\.\.\.'\""),
         ({"switch": 3}, r"switch: .*not 3"),
         ({"choice": "aa"}, r"choice: .*'a' or 'b', not 'aa'; did you mean a\?"),
-        ({"pair": 0.9}, r"pair: .*not 0.9; write \[0.9\]"),
+        ({"pair": 0.9}, r"pair: .*tuple, not 0.9"),
         ({"pair": [1, "x"]}, r"1: .*number, not 'x'"),
         ({"several": 3}, r"several: .* or .*not 3"),
         ({"several": ["a", 3]}, r"1: .*not 3"),
@@ -127,24 +127,22 @@ def test_values_that_do_not_fit(values: dict[str, Any], wanted: str) -> None:
 
 
 def test_arguments_are_inherited_and_resolved_where_they_are_defined() -> None:
-    assert list(takes(Wide).hints) == ["size", "rate", "flags"]
-    assert list(takes(locate("torch.optim.AdamW")).hints)[:2] == ["params", "lr"]
-    assert takes(dict).model is None
-    assert takes(locate("transformers.AutoModel.from_pretrained")).model is not None
+    assert list(takes(Wide)[1]) == ["size", "rate", "flags"]
+    assert list(takes(locate("torch.optim.AdamW"))[1])[:2] == ["params", "lr"]
+    assert takes(dict) == (None, {})
+    assert takes(locate("transformers.AutoModel.from_pretrained"))[0] is not None
 
 
 @pytest.mark.parametrize(
     ("target", "hint"),
     [
         ("parts.Prt", "did you mean parts.Part?"),
-        ("part.Part", "did you mean parts.Part?"),
-        ("parts", "parts is a module"),
-        ("parts Part", "not a dotted path"),
-        ("caravan.nope.X", "'nope' in caravan"),
-        ("transformers.nope.X", "'nope' in transformers"),
+        ("parts", "not a dotted path"),
+        ("torch.nn", "no class or function torch.nn"),
+        ("caravan.nope.X", "no class or function caravan.nope.X"),
         ("pytorch_lightning.Traner", "did you mean pytorch_lightning.Trainer?"),
-        ("broken_module.X", "broken_module cannot be imported: ZeroDivisionError"),
-        ("needs_module.X", "needs_module cannot be imported: No module named 'no_such_thing'"),
+        ("broken_module.X", "broken_module.X cannot be imported: ZeroDivisionError"),
+        ("needs_module.X", "No module named 'no_such_thing'"),
     ],
 )
 def test_a_target_that_cannot_be_located(conf: Path, lines: Lines, target: str, hint: str) -> None:
@@ -165,10 +163,10 @@ def test_a_right_config_has_no_mistakes(lines: Lines) -> None:
     ("overrides", "wanted"),
     [
         ("trainer.max_step=5", "no setting 'max_step'; did you mean trainer.max_steps?"),
-        ("+trainr.max_steps=5", "no setting 'trainr'; did you mean trainer.max_steps?"),
-        ("trainr.max_steps=5", "no setting 'trainr'; did you mean trainer.max_steps?"),
+        ("+trainr.max_steps=5", "no setting 'trainr'; did you mean trainer?"),
+        ("trainr.max_steps=5", "no setting 'trainr'; did you mean trainer?"),
         ("backbone=tiny_lama", "did you mean backbone=tiny_llama?"),
-        ("backbone=mistral", "no backbone is called mistral; there is only tiny_llama"),
+        ("backbone=mistral", "there is no backbone/mistral; there are tiny_llama"),
         ("seed=x", "seed (command line): it must be a valid integer, not 'x'"),
         ("resume=maybe", "resume (command line)"),
         ("max_steps=5", "did you mean trainer.max_steps?"),
@@ -190,11 +188,11 @@ def test_a_right_config_has_no_mistakes(lines: Lines) -> None:
         ("seed=99999999999999", "seed (command line)"),
         ("seed=-1", "seed (command line)"),
         ("name=", "name (command line): it is empty"),
-        ("name=null", "name='...'"),
+        ("name=null", "name (command line)"),
         ("callbacks.mine.patience=3", "callbacks.mine (command line): it has no _target_"),
         ("callbacks.bset.monitor=x", "did you mean callbacks.best?"),
         ("callbacks.evaluation.measures=[MRR]", "callbacks.evaluation.measures[0] (command line)"),
-        ("callbacks.evaluation.measures=MRR@10", "write [MRR@10]"),
+        ("callbacks.evaluation.measures=MRR@10", "evaluation.measures (command line)"),
         ("index.k=5", "set index.k=10"),
         ("~index.k", "index.k (command line): it is removed, but needed; leave ~index.k out"),
         ("~backbone", "nothing is chosen; give backbone=<option>"),
@@ -309,7 +307,7 @@ name: 2024_11_29
             "name: x\ntrainer:\n  max_steps: 3\n   max_epochs: 4",
             "conf/experiment/x.yaml:5: not YAML",
         ),
-        ("defaults:\n  - override /backbone: tiny_lama", "conf/experiment/x.yaml:3: there is no"),
+        ("defaults:\n  - override /backbone: tiny_lama", "there is no backbone/tiny_lama; did you"),
         ("name: ${nme}", "name (conf/experiment/x.yaml:2)"),
     ],
 )
