@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from tests.cli.conftest import Lines
 from tests.cli.small_conf import CONF
 
 from caravan.cli.compose import compose, preflight
-from caravan.cli.sources import key_of
+from caravan.cli.sources import parse, unreadable
 
 
 @pytest.mark.parametrize("text", ["2024_11_29", "1e3", "1_1", "0123456", "true", "inf", "-5", "5."])
@@ -27,64 +28,26 @@ def test_a_number_stays_a_number(conf: Path) -> None:
     assert (cfg.loss.size, cfg.loss.rate, cfg.seed) == (10, 1e-3, 2)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/x/josé",
-        "/x/日本",
-        "/x/a(1)",
+def test_special_characters_have_a_remedy_that_can_be_pasted() -> None:
+    names = (
+        "josé",
+        "日本",
         "a(1)",
-        "/x/a[1]",
-        "/x/a&b",
-        "/x/a#b",
-        "/x/a;b",
-        "/x/it's",
-        '/x/a"b',
-        "/x/a=b",
-        "/x/a!b",
-        "/x/<a>",
-        "/x/`a`",
-    ],
-)
-def test_special_characters_have_a_remedy_that_can_be_pasted(lines: Lines, path: str) -> None:
-    (line,) = lines(f"cache_dir={path}")
-    (pasted,) = shlex.split(line.partition("quotes: ")[2])
-    assert lines(pasted) == []
-
-
-def test_a_tilde_that_the_shell_leaves_is_answered_with_the_home(lines: Lines) -> None:
-    (line,) = lines("cache_dir=~/models/a")
-    assert "\"cache_dir='$HOME/models/a'\"" in line
-
-
-@pytest.mark.parametrize(
-    ("root", "override", "meant"),
-    [
-        ("train", "+backbone=minilm", "backbone=minilm"),
-        ("train", "++backbone=minilm", "backbone=minilm"),
-        ("train", "+experiment=nothing", "write experiment=nothing, without +"),
-        ("train", "init_from=a/model", "backbone=from_folder backbone.folder=a/model"),
-        ("train", "seed=interval(1,3)", "add -m"),
-        ("train", "seed=1,2", "several values; add -m"),
-        ("train", "seed", "no setting; write key=value"),
-        ("train", "seed=[1", "cannot be read"),
-        ("train", "+seed=3", "it is already set; remove the +"),
-    ],
-)
-def test_an_idiom_that_does_not_work_here_is_answered_with_what_to_type(
-    conf: Path, lines: Lines, root: str, override: str, meant: str
-) -> None:
-    (conf / "backbone/minilm.yaml").write_text("{_target_: parts.Part}")
-    given = ["retriever=bm25"] if root == "evaluate" else []
-    line = lines(override, *given, root=root)[0]
-    assert line.lstrip("+").startswith(key_of(override))
-    assert meant in line.partition(": ")[2]
-
-
-def test_an_experiment_may_be_chosen_with_a_plus(conf: Path, lines: Lines) -> None:
-    (conf / "experiment/seeded.yaml").write_text("# @package _global_\nseed: 3\n")
-    (line,) = lines("+experiment=seeded")
-    assert line == "+experiment=seeded (command line): write experiment=seeded, without +"
+        "a[1]",
+        "a&b",
+        "a#b",
+        "a;b",
+        "it's",
+        'a"b',
+        "a=b",
+        "a!b",
+        "~/a",
+    )
+    for name in names:
+        line = unreadable(f"data.path={name}", "why")
+        (pasted,) = shlex.split(line.partition("quotes: ")[2])
+        value = parse(pasted, OverridesParser.create()).value()
+        assert value == name.replace("~", "$HOME")
 
 
 @pytest.mark.parametrize(

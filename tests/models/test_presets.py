@@ -38,7 +38,6 @@ ARCHITECTURES: dict[str, Any] = {
     "qwen3_0_6b": lambda: transformers.Qwen3Config(**GROUPED, head_dim=32),
     "qwen3_4b": lambda: transformers.Qwen3Config(**GROUPED, head_dim=64),
     "llama2_7b": lambda: transformers.LlamaConfig(**{**GROUPED, "num_key_value_heads": 2}),
-    "llama2_13b": lambda: transformers.LlamaConfig(**{**GROUPED, "num_key_value_heads": 2}),
     "llama3_1_8b": lambda: transformers.LlamaConfig(**GROUPED, rope_parameters=LONG),
     "mistral_7b": lambda: transformers.MistralConfig(**GROUPED, sliding_window=None),
     "gemma3_1b": lambda: transformers.Gemma3TextConfig(**GROUPED, head_dim=16, sliding_window=8),

@@ -331,8 +331,8 @@ class Composer(AbstractContextManager["Composer"]):
             return f"there is no {error.missing_cfg_file}; {hint}"
         if text.startswith("Could not append to config"):
             return "it is already set; remove the +"
-        if text.startswith("Could not override"):
-            group = re.split(r"[./]", file)[0]
+        group = re.split(r"[./]", file)[0]
+        if text.startswith("Could not override") and group in self.known:
             return f"{group} has no such setting, or is null; choose {group}=<option>"
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
         return f"{text} {first_line(cause)}" if cause else text or repr(error)
