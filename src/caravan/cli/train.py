@@ -34,10 +34,8 @@ from caravan.training.losses import Likelihood, Loss
 from caravan.training.reranker import Reranker
 from caravan.training.retriever import Retriever
 
-PARTS = (
-    *("data", "backbone", "peft", "stage", "loss", "optimizer", "encoding", "sampler"),
-    *("trainer", "strategy", "logger", "callbacks", "batching", "validation"),
-)
+SAME = ("backbone", "peft", "stage", "loss", "optimizer", "sampler", "trainer", "strategy")
+"""Keys of the root that `fit.Training` calls the same."""
 OF_RUN = (
     *("precision", "strategy", "logger", "callbacks", "plugins", "default_root_dir"),
     *("use_distributed_sampler", "num_sanity_val_steps"),
@@ -63,34 +61,22 @@ def train(cfg: DictConfig) -> float | None:
     cfg = completed(cfg)
     hardware.refuse_attention(cfg.backbone.get("attention", "auto"))
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    parts = build(cfg, *PARTS)
-    validation = parts["validation"]
-    train_queries, read_lengths = (validation.pop(key) for key in ("train_queries", "read_lengths"))
+    parts = build(cfg, *SAME, "data", "logger", "callbacks")
+    validation = {**settings["validation"], "ignore_identical_ids": cfg.ignore_identical_ids}
     run = fit.Training(
-        name=cfg.name,
+        **{name: parts[name] for name in SAME},
+        **{name: settings[name] for name in ("name", "seed", "resume", "precision", "batching")},
         run_dir=Path(cfg.run_dir),
         cache_dir=Path(cfg.cache_dir),
         source=parts["data"],
-        backbone=parts["backbone"],
-        peft=parts["peft"],
-        stage=parts["stage"],
-        loss=parts["loss"],
-        optimizer=parts["optimizer"],
-        encoding=Encoding(**parts["encoding"]),
-        sampler=parts["sampler"],
-        trainer=parts["trainer"],
+        encoding=Encoding(**settings["encoding"]),
         max_steps=cfg.trainer.max_steps,
-        strategy=parts["strategy"],
         loggers=[logger for logger in (parts["logger"] or {}).values() if logger is not None],
         callbacks=[callback for callback in parts["callbacks"].values() if callback is not None],
-        batching=parts["batching"],
-        validation={**validation, "ignore_identical_ids": cfg.ignore_identical_ids},
-        train_queries=train_queries,
-        read_lengths=read_lengths,
+        train_queries=validation.pop("train_queries"),
+        read_lengths=validation.pop("read_lengths"),
+        validation=validation,
         gradcache=cfg.gradcache.chunk,
-        seed=cfg.seed,
-        resume=cfg.resume,
-        precision=cfg.precision,
         settings=settings,
         config=recorded(cfg),
         facts={**source_facts(parts["data"]), "recipe": recipe(cfg)},
@@ -136,25 +122,22 @@ def source_facts(source: Any) -> dict[str, Any]:
 def recipe(cfg: DictConfig) -> dict[str, Any]:
     """The hyperparameters for the model card; unset ones are omitted."""
 
-    def class_of(node: Any) -> str:
-        if node is None:
-            return ""
-        if node.get("losses") is not None:
-            return " + ".join(map(class_of, node.losses))
-        return str(node.get("_target_")).rpartition(".")[2]
-
     def given(place: str) -> Any:
         return OmegaConf.select(cfg, place)
 
+    def class_of(place: str) -> str:
+        return str(given(f"{place}._target_") or "").rpartition(".")[2]
+
+    losses = range(len(given("loss.losses") or ()))
     accumulated = given("trainer.accumulate_grad_batches") or 1
     rows = {
-        "stage": class_of(cfg.stage),
-        "loss": class_of(cfg.loss),
+        "stage": class_of("stage"),
+        "loss": " + ".join(class_of(f"loss.losses[{i}]") for i in losses) or class_of("loss"),
         "temperature": given("loss.temperature"),
         "queries an update": cfg.batching.queries_per_batch * accumulated,
         "negatives a query": given("sampler.number"),
         "negatives from": ", ".join(Path(run).name for run in given("sampler.runs") or ()),
-        "optimizer": class_of(cfg.optimizer),
+        "optimizer": class_of("optimizer"),
         "learning rate": given("optimizer.lr"),
         "warm-up steps": given("optimizer.warmup_steps"),
         "LoRA": None if given("peft.rank") is None else f"rank {given('peft.rank')}",
