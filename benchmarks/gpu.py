@@ -295,13 +295,13 @@ def main() -> None:
                         given = (folder, shape, kind, system, longest, options, rate, device)
                         rows.append(measure(*given))
                         released(device)
-                        told(rows, encoded, rate, device, options.name)
+                        write_report(rows, encoded, rate, device, options.name)
             if options.data:
                 encoded += corpus(options, folder, device)
-                told(rows, encoded, rate, device, options.name)
+                write_report(rows, encoded, rate, device, options.name)
 
 
-def told(
+def write_report(
     rows: list[dict[str, Any]], encoded: list[str], rate: float, device: torch.device, name: str
 ) -> None:
     """The table so far: what ends the script early leaves the rows before."""

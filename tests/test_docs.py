@@ -34,7 +34,7 @@ def blocks(page: Path, language: str = "") -> list[str]:
 
 
 def lines(page: Path) -> Iterator[str]:
-    """The lines of a page's blocks, those that go on joined, and the code within its sentences."""
+    """The lines of a page's blocks, continued ones joined, and the code within its sentences."""
     for body in blocks(page):
         yield from body.replace("\\\n", " ").splitlines()
     yield from re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text("utf-8")))
@@ -43,13 +43,13 @@ def lines(page: Path) -> Iterator[str]:
 def command(line: str) -> tuple[str, list[str]] | None:
     """The root and the arguments of a line that starts train.py, evaluate.py or a search.
 
-    `<what is meant>` becomes a value, and a piece within a sentence (`train.py seed=1`) ends in
-    dots as any other part of a command does.
+    `<placeholder>` becomes a value, and code within a sentence (`train.py seed=1`) gets dots, like
+    every other incomplete command.
     """
     if line.lstrip().startswith(("$ ", "#", "for ")) or (match := PROGRAM.search(line)) is None:
         return None
-    told = re.sub(r"<[^>]+>", "given", re.sub(r" --ask .*| --json.*| < .*", "", match[2]))
-    arguments = shlex.split(told, comments=True)
+    typed = re.sub(r"<[^>]+>", "given", re.sub(r" --ask .*| --json.*| < .*", "", match[2]))
+    arguments = shlex.split(typed, comments=True)
     return match[1], arguments + ["..."] * line.startswith(("train.py", "evaluate.py"))
 
 
@@ -87,20 +87,17 @@ def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def first_and_last(composer: Composer, arguments: list[str]) -> list[list[str]]:
-    """Two jobs of a sweep; the arguments themselves where they are no sweep."""
+    """Two jobs of a sweep; the arguments themselves if they are not a sweep."""
     jobs: tuple[list[str], list[str]] = ([], [])
     for text in arguments:
         override = parse(text, composer.parser)
         values = [text]
         if override.is_sweep_override():
-            values = [f"{override.get_key_element()}={one}" for one in _values(override)]
+            key = override.get_key_element()
+            values = [f"{key}={value}" for value in override.sweep_string_iterator()]
         jobs[0].append(values[0])
         jobs[1].append(values[-1])
     return [jobs[0]] if jobs[0] == jobs[1] else list(jobs)
-
-
-def _values(override: Any) -> list[str]:
-    return list(override.sweep_string_iterator())
 
 
 def _of_page(page: Path) -> Any:
@@ -130,11 +127,7 @@ def test_every_command_composes_and_checks(page: Path, shown: Path) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_pages_have_many_commands() -> None:
-    assert sum(1 for page in PAGES for _ in commands(page)) >= 60
-
-
-def test_what_a_check_is_shown_to_say_is_what_it_says(
+def test_config_errors_on_the_pages_are_those_of_the_check(
     shown: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -153,18 +146,22 @@ def test_what_a_check_is_shown_to_say_is_what_it_says(
 
 
 def test_getting_started_shows_the_lines_of_the_quickstart() -> None:
-    recipe = (ROOT / "Makefile").read_text().partition("\nquickstart:")[2].partition("\n\n")[0]
-    wanted = [line.lstrip("\t@") for line in recipe.splitlines()[1:] if "@echo" not in line]
+    recipe = (
+        (ROOT / "Makefile").read_text().partition("\nquickstart:")[2].partition("\nablation")[0]
+    )
+    commands = [line.lstrip("\t@") for line in recipe.splitlines() if "\t" in line]
+    last, *wanted = [line for line in commands if line.startswith("$(PY)")]
+    wanted.append(last)  # the first rule has the last command
     wanted = [line.replace("$(PY)", "python").replace("$(Q)", "runs/quickstart") for line in wanted]
     shown = [body.splitlines() for body in blocks(ROOT / "docs" / "getting-started.md")]
-    assert len(wanted) >= 12
+    assert len(wanted) >= 8
     assert wanted in shown
 
 
-def test_the_plot_of_the_readme_has_the_figures_of_its_table() -> None:
-    rows = re.findall(r"^  (\w+) +(\.?\d\S+) +\S+ +(\S+) +\S+ +\S+$", PAGES[0].read_text(), re.M)
+def test_the_plot_of_the_readme_has_the_scores_of_its_table() -> None:
+    rows = re.findall(r"^(\w+) +(0\.\d\S+) +\S+ +(\S+) +\S+ +\S+ +\S+$", PAGES[0].read_text(), re.M)
     plot = (ROOT / "docs" / "img" / "quickstart.svg").read_text()
-    assert len(rows) == 6
+    assert len(rows) == 4
     for system, mrr, recall in rows:
         assert f"{system}: MRR@10 {mrr}, R@100 {recall}" in plot
 
@@ -188,7 +185,7 @@ def test_every_other_program_is_there() -> None:
 
 
 def _texts_of_the_code() -> str:
-    """The texts of src/caravan, cut where a value is put in."""
+    """The string constants of src/caravan, cut where a value is inserted."""
     found: list[str] = []
     for path in (ROOT / "src" / "caravan").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -207,7 +204,7 @@ def test_every_message_of_the_troubleshooting_page_is_one_of_the_code() -> None:
     cells = re.findall(r"^\| `([^`]*(?:\.\.\.|: )[^`]*)` \|", page, re.MULTILINE)
     texts = _texts_of_the_code()
     for message in cells:
-        # What stands between the values; a sentence may be put together of several texts.
+        # The text between the values; a sentence may consist of several constants.
         pieces = [piece.strip(" ;:,()'") for piece in message.split("...")]
         assert [piece for piece in pieces if len(piece) > 3], message
         assert [piece for piece in pieces if piece not in texts] == [], message
@@ -215,7 +212,7 @@ def test_every_message_of_the_troubleshooting_page_is_one_of_the_code() -> None:
 
 
 def _links(home: Path, folders: dict[str, str], beir: Path) -> None:
-    """The folders that the pages speak of."""
+    """The folders that the pages name."""
     (home / "my-data").symlink_to(beir)
     (home / "conf").symlink_to(CONF)
     for name, kind in (

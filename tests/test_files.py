@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +30,17 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "figures.json"
+def test_a_file_is_replaced_when_it_is_whole_and_kept_when_a_write_fails(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "metrics.json"
     with replacing(path) as scratch:
         scratch.write_text("half")
         assert not path.exists()
         scratch.write_text("whole")
+    with suppress(KeyboardInterrupt), replacing(path) as scratch:
+        scratch.write_text("half")
+        raise KeyboardInterrupt
     assert path.read_text() == "whole"
-    assert _names(path.parent) == ["figures.json"]
-
-
-@pytest.mark.parametrize("alone", [False, True])
-def test_a_write_that_fails_leaves_the_old_file_and_no_scratch(tmp_path: Path, alone: bool) -> None:
-    path = tmp_path / "run.trec"
-    path.write_text("old")
-
-    def cut_short() -> None:
-        with replacing(path, alone) as scratch:
-            scratch.write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        cut_short()
-    assert path.read_text() == "old"
-    assert _names(tmp_path) == ["run.trec"]
+    assert _names(path.parent) == ["metrics.json"]
 
 
 KILLED = """
@@ -93,55 +81,25 @@ def test_writers_at_work_leave_each_others_scratch_alone(tmp_path: Path) -> None
     assert _names(tmp_path) == ["metrics.json"]
 
 
-def test_what_a_kill_left_is_written_over_by_the_only_writer(tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    (tmp_path / ".last.ckpt.part").write_text("left by a kill")
-    with replacing(path, alone=True) as scratch:
-        scratch.write_text("new")
-    assert _names(tmp_path) == ["last.ckpt"]
-
-
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_a_folder_is_replaced_as_a_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
 ) -> None:
-    if not exchanges:
-        monkeypatch.setattr(files, "_exchange", lambda *_: False)
-    folder = tmp_path / "model"
-    for name in ("one", "two"):
-        with replacing_folder(folder) as scratch:
-            (scratch / name).write_text(name)
-            assert _names(folder) == (["one"] if name == "two" else []) if folder.exists() else True
-    assert _names(folder) == ["two"]
-    assert _names(tmp_path) == ["model"]
-
-
-def test_a_folder_never_vanishes_while_it_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    monkeypatch.setattr(files.os, "replace", lambda *_: pytest.fail("two renames"))
+    (tmp_path / ".model.part").mkdir()
+    (tmp_path / ".model.part" / "left by a kill").touch()
+    with suppress(KeyboardInterrupt), replacing_folder(folder) as scratch:
+        assert _names(scratch) == []
+        raise KeyboardInterrupt
+    if exchanges:  # there is no moment without the folder
+        monkeypatch.setattr(files.os, "replace", lambda *_: pytest.fail("two renames"))
+    else:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
     with replacing_folder(folder) as scratch:
         (scratch / "new").touch()
+        assert _names(folder) == []
     assert _names(folder) == ["new"]
-
-
-def test_a_folder_that_fails_leaves_the_old_one_and_what_a_kill_left_is_deleted(
-    tmp_path: Path,
-) -> None:
-    folder = tmp_path / "model"
-    (tmp_path / ".model.part").mkdir()
-    (tmp_path / ".model.part" / "left").touch()
-    folder.mkdir()
-
-    def cut_short() -> None:
-        with replacing_folder(folder) as scratch:
-            assert _names(scratch) == []
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        cut_short()
     assert _names(tmp_path) == ["model"]
 
 
@@ -173,7 +131,7 @@ def test_a_run_dir_is_held_until_its_process_dies_and_then_free(tmp_path: Path) 
         files.os.killpg(holder.pid, signal.SIGKILL)
 
 
-def test_what_a_killed_run_left_half_is_deleted_when_the_next_begins(tmp_path: Path) -> None:
+def test_unfinished_files_of_a_killed_run_are_deleted_when_the_next_starts(tmp_path: Path) -> None:
     for name in ("checkpoints/.last.ckpt.part", "runs/.validation.trec.77.part"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
@@ -184,14 +142,6 @@ def test_what_a_killed_run_left_half_is_deleted_when_the_next_begins(tmp_path: P
         pass
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
     assert left == {".lock", ".model.backup", "checkpoints", "runs", "runs/validation.trec"}
-
-
-def test_space_for_a_memory_map_is_allocated(tmp_path: Path) -> None:
-    path = tmp_path / "array"
-    with path.open("wb") as file:
-        file.truncate(1 << 20)
-    files.reserve(path)
-    assert path.stat().st_blocks * 512 >= 1 << 20
 
 
 def test_a_disk_that_is_full_while_a_folder_is_written_is_named(tmp_path: Path) -> None:

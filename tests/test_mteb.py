@@ -74,8 +74,8 @@ def metrics_of(model: Any, task: Any) -> dict[str, float]:
     return {ours: scores[theirs] for theirs, ours in METRICS.items()}
 
 
-def test_a_retriever_has_the_metrics_of_evaluate(
-    beir: Path, folders: dict[str, str], tmp_path: Path
+def test_a_retriever_and_a_reranker_have_the_metrics_of_evaluate(
+    beir: Path, collection: Collection, folders: dict[str, str], tmp_path: Path
 ) -> None:
     task = local_task(beir, "Retrieval")
     from mteb.models.models_protocols import CrossEncoderProtocol, EncoderProtocol
@@ -88,29 +88,16 @@ def test_a_retriever_has_the_metrics_of_evaluate(
     wanted = evaluate(beir, tmp_path / "run", folders["retriever"], *FLOAT)["overall"]
     assert metrics_of(model, task) == pytest.approx(wanted, abs=1e-5)
     assert 0 < wanted["nDCG@10"] < 1
-
-
-def test_a_reranker_has_the_metrics_of_evaluate(
-    beir: Path, collection: Collection, folders: dict[str, str], tmp_path: Path
-) -> None:
     settings = (f"reranker={folders['reranker']}", "rerank.depth=20", "index.k=20", *FLOAT)
-    wanted = evaluate(beir, tmp_path / "run", "bm25", *settings)["overall"]
-    first = tmp_path / "run" / "runs" / "bm25.test.trec"
+    wanted = evaluate(beir, tmp_path / "reranked", "bm25", *settings)["overall"]
+    first = tmp_path / "reranked" / "runs" / "bm25.test.trec"
     run = read_run(first, collection.queries, collection.corpus)
-    candidates = {
-        name: collection.corpus.ids(run.of(row)[0])
-        for row, name in zip(
-            run.query_rows.tolist(), collection.queries.ids(run.query_rows), strict=True
-        )
-    }
-    task = local_task(beir, "Reranking", candidates)
-    from mteb.models.models_protocols import CrossEncoderProtocol, EncoderProtocol
-
-    from caravan.mteb import load
-
+    names = collection.queries.ids(run.query_rows)
+    ranked = [collection.corpus.ids(run.of(row)[0]) for row in run.query_rows.tolist()]
     model = load(folders["reranker"], precision="float32")
     assert isinstance(model, CrossEncoderProtocol)
     assert not isinstance(model, EncoderProtocol)
+    task = local_task(beir, "Reranking", dict(zip(names, ranked, strict=True)))
     assert metrics_of(model, task) == pytest.approx(wanted, abs=1e-5)
     assert 0 < wanted["nDCG@10"] < 1
 

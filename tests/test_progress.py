@@ -10,24 +10,14 @@ from caravan import progress
 from caravan.progress import track
 
 
-@pytest.fixture
-def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
-    caplog.set_level(logging.INFO)
-    return caplog.messages
-
-
-def test_a_short_loop_shows_nothing(messages: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    assert list(track(range(5), "counting")) == [0, 1, 2, 3, 4]
-    assert messages == []
-    assert capfd.readouterr() == ("", "")
-
-
-def test_without_a_terminal_a_long_loop_logs_lines_and_its_end(
+def test_a_short_loop_shows_nothing_and_a_long_one_logs_lines_without_a_terminal(
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.INFO)
+    assert list(track(range(5), "counting")) == [0, 1, 2, 3, 4]
+    assert caplog.messages == []
     monkeypatch.setattr(progress, "DELAY_S", 0.0)
     monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
     blocks = [range(1000), range(500)]

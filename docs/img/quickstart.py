@@ -1,9 +1,9 @@
-"""The plot of README: what each system of the quickstart finds, drawn from its own figures.
+"""The plot of README: what each system of the quickstart finds, drawn from its summary.json.
 
     python docs/img/quickstart.py    # after make quickstart
 
-Written by hand and not by a library, so that it is small, reads in the dark, and changes where a
-figure does.
+Written by hand and not by a library, so that it is small, has a dark mode, and a changed metric
+changes one line.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FIGURES = HERE.parents[1] / "runs" / "quickstart" / "summary.json"
+SUMMARY = HERE.parents[1] / "runs" / "quickstart" / "summary.json"
 PANELS = (("MRR@10", "first", 0.5), ("R@100", "second", 1.0))  # measure, colour, end of the axis
 LEFT, WIDTH, GAP, TOP, ROW = 90, 250, 70, 34, 26
 STYLE = """
@@ -29,11 +29,11 @@ def plot(summary: dict[str, dict[str, float]]) -> str:
     """An SVG with a panel for each measure and a bar for each system, in the order given."""
     height = TOP + ROW * len(summary) + 8
     width = LEFT + len(PANELS) * WIDTH + GAP + 50
-    told = "; ".join(
+    text = "; ".join(
         f"{name}: " + ", ".join(f"{measure} {of[measure]:.4f}" for measure, _, _ in PANELS)
         for name, of in summary.items()
     )
-    parts = [f"<title>The systems of the quickstart. {told}</title>", f"<style>{STYLE}</style>"]
+    parts = [f"<title>The systems of the quickstart. {text}</title>", f"<style>{STYLE}</style>"]
     for i, name in enumerate(summary):
         y = TOP + ROW * i + 15
         parts.append(f'<text class="name" x="{LEFT - 10}" y="{y}">{name}</text>')
@@ -53,4 +53,4 @@ def plot(summary: dict[str, dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    (HERE / "quickstart.svg").write_text(plot(json.loads(FIGURES.read_text("utf-8"))), "utf-8")
+    (HERE / "quickstart.svg").write_text(plot(json.loads(SUMMARY.read_text("utf-8"))), "utf-8")

@@ -23,13 +23,12 @@ def rank() -> int:
     torchrun sets RANK. Lightning's own launcher sets LOCAL_RANK in the processes that it starts,
     and needs NODE_RANK (or GROUP_RANK) on every node. srun sets SLURM_PROCID.
     """
-    found = _number("RANK"), _number("LOCAL_RANK")
-    if found[0] is not None:
-        return found[0]
-    nodes = [_number(name) for name in ("NODE_RANK", "GROUP_RANK")]
-    node = next((number for number in nodes if number is not None), None)
-    if found[1] is not None:
-        return found[1] or node or 0
+    whole, local = _number("RANK"), _number("LOCAL_RANK")
+    if whole is not None:
+        return whole
+    node = _number("NODE_RANK") or _number("GROUP_RANK")
+    if local is not None:
+        return local or node or 0
     return node or _number("SLURM_PROCID") or 0
 
 

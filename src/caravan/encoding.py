@@ -77,7 +77,7 @@ class Encoding:
     slots: int = 0
 
     def __post_init__(self) -> None:
-        found = list(self._problems()) or list(self._slot_problems())
+        found = [(name, text) for wrong, name, text in self._checks() if wrong]
         if found:
             lines = (f"encoding.{name} is {getattr(self, name)!r}; {text}" for name, text in found)
             raise InputError("invalid-encoding", "; ".join(lines))
@@ -87,66 +87,61 @@ class Encoding:
         """Whether pooling is a user's own class, which is code to import."""
         return self.pooling not in POOLINGS
 
-    def _problems(self) -> Iterator[tuple[str, str]]:
+    def _checks(self) -> Iterator[tuple[bool, str, str]]:
+        """(whether it is wrong, setting, what it must be) of every constraint."""
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                yield name, f"it must be one of {', '.join(allowed)}"
-        dotted = "." in self.pooling and self.pooling.replace(".", "").isidentifier()
-        if self.has_custom_pooling and not dotted:
-            yield "pooling", f"it must be one of {', '.join(POOLINGS)}, or the path of a class"
-        if self.kind == "reranker" and self.pooling in ("mean", "slots"):
-            yield (
-                "pooling",
-                "a reranker reads the last token of a decoder (stage=reranker) or cls of an encoder"
-                " (stage=reranker_encoder)",
-            )
+            text = f"it must be one of {', '.join(allowed)}"
+            yield getattr(self, name) not in allowed, name, text
         for name in ("query_length", "passage_length"):
-            if not 4 <= getattr(self, name) <= LONGEST:
-                yield name, f"it must be at least 4 and at most {LONGEST}"
-        fields_of = {"query_template": ("text",), "passage_template": ("text", "title")}
-        for name, known in fields_of.items():
-            if text := _template_problem(getattr(self, name), known):
-                yield name, text
+            wrong = not 4 <= getattr(self, name) <= LONGEST
+            yield wrong, name, f"it must be at least 4 and at most {LONGEST}"
+        dotted = "." in self.pooling and self.pooling.replace(".", "").isidentifier()
+        text = f"it must be one of {', '.join(POOLINGS)}, or the path of a class"
+        yield self.has_custom_pooling and not dotted, "pooling", text
+        if self.kind == "reranker":
+            text = "it must be last (a decoder) or cls (an encoder, stage=reranker_encoder)"
+            yield self.pooling in ("mean", "slots"), "pooling", text
+        problems = [_template_problem(self.query_template, ("text",))]
+        problems.append(_template_problem(self.passage_template, ("text", "title")))
+        yield bool(problems[0]), "query_template", problems[0]
+        yield bool(problems[1]), "passage_template", problems[1]
+        if not any(problems):
+            yield from self._slot_checks()
         if self.scoring == "likelihood":
-            yield from self._likelihood_problems()
+            text = "only a reranker scores by likelihood; leave it head"
+            yield self.kind != "reranker", "scoring", text
+            text = "a likelihood reads the passage, then the query; leave it joined"
+            yield self.pair != "joined", "pair", text
+            yield self.append_eos, "append_eos", "an EOS is not part of the query; set it to false"
+            text = "a likelihood is causal; set backbone.bidirectional=false"
+            yield self.bidirectional, "bidirectional", text
+            text = "for a likelihood it must end with {text}"
+            yield not self.query_template.endswith("{text}"), "query_template", text
 
-    def _likelihood_problems(self) -> Iterator[tuple[str, str]]:
-        if self.kind != "reranker":
-            yield "scoring", "only a reranker scores by likelihood; leave it head"
-            return
-        if self.pair != "joined":
-            yield "pair", "a likelihood reads the passage, then the query; leave it joined"
-        if self.append_eos:
-            yield "append_eos", "an EOS is not part of the query; set it to false"
-        if self.bidirectional:
-            yield "bidirectional", "a likelihood is causal; set backbone.bidirectional=false"
-        if not self.query_template.endswith("{text}"):
-            yield "query_template", "for a likelihood it must end with {text}"
-
-    def _slot_problems(self) -> Iterator[tuple[str, str]]:
+    def _slot_checks(self) -> Iterator[tuple[bool, str, str]]:
         slotted = [template_parts(t)[2] for t in (self.query_template, self.passage_template)]
         if not 0 <= self.slots < max(self.query_length, self.passage_length):
-            yield "slots", "it must be 0 or more, and less than the lengths, which include slots"
-        elif not self.slots and any(slotted):
-            yield "slots", "a template has {self} or {next}; set it to 1 or more"
-        elif self.slots and not any(slotted):
-            yield "slots", "no template ends with {self} or {next}"
-        elif self.pooling == "slots" and not all(slotted):
-            yield "pooling", "both templates must end with {self} or {next}"
-        elif self.slots and self.append_eos:
-            yield "append_eos", "slots come last; set it to false"
+            yield True, "slots", "it must be 0 or more, and less than the lengths, which include it"
+        elif bool(self.slots) != any(slotted):
+            text = "it is the number of tokens of {self} or {next} at the end of a template"
+            yield True, "slots", text
+        elif self.slots:
+            text = "both templates must end with {self} or {next}"
+            yield self.pooling == "slots" and not all(slotted), "pooling", text
+            yield self.append_eos, "append_eos", "slots come last; set it to false"
 
 
 def _template_problem(template: str, allowed: tuple[str, ...]) -> str:
+    """What is wrong with a template; empty if nothing is."""
     try:
         template.encode()  # half of a surrogate pair cannot be tokenized
         parsed = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         return f"it is not a template: {error}"
     used = [field for _, field, _, _ in parsed]
+    slots = [field for field in used if field in SLOTS]
     if "text" not in used:
         return "it lacks {text}"
-    slots = [field for field in used if field in SLOTS]
     if len(slots) > 1 or (slots and not template.endswith(f"{{{slots[0]}}}")):
         return "it may have one of {self} and {next}, last"
     if set(used) - {*allowed, *slots}:
@@ -198,16 +193,15 @@ def read_encoding(folder: Path) -> tuple[Encoding, dict[str, Any]]:
     if not folder.is_dir():
         text = f"{folder}: no such model folder{adoption(str(folder))}"
         raise InputError("folder-not-found", text)
-    if not path.is_file() and (folder / "model" / FILE).is_file():
-        text = f"{folder} is a run, not a model folder; set {folder / 'model'}"
-        raise InputError("not-a-model-folder", text)
     if not path.is_file():
-        raise InputError(
-            "not-a-model-folder",
+        text = (
             f"{folder} has no {FILE}; to adopt a Hugging Face model run: python train.py"
             f" backbone=hf backbone.name={folder} trainer.max_steps=0 (and stage=reranker for one"
-            " that scores)",
+            " that scores)"
         )
+        if (folder / "model" / FILE).is_file():
+            text = f"{folder} is a run, not a model folder; set {folder / 'model'}"
+        raise InputError("not-a-model-folder", text)
     with reading(path, "not an encoding"):
         record = json.loads(path.read_text("utf-8"))
         if not isinstance(record, dict):
@@ -222,10 +216,10 @@ def read_encoding(folder: Path) -> tuple[Encoding, dict[str, Any]]:
     kinds = {field.name: type(field.default) for field in fields(Encoding)}
     problems = [f"unknown {reprlib.repr(name)}" for name in sorted(record.keys() - kinds.keys())]
     problems += [f"missing {name!r}" for name in sorted(kinds.keys() - record.keys() - LATER)]
-    values = [(name, kinds[name], value) for name, value in record.items() if name in kinds]
-    known = {name: facts[name] for name in ("name", "base_model", "collection") if name in facts}
-    values += [(name, str, value) for name, value in known.items() if value is not None]
-    for name, kind, value in values:
+    texts = ("name", "base_model", "collection")
+    known = {name: facts[name] for name in texts if facts.get(name) is not None}
+    for name, value in {**record, **known}.items():
+        kind = kinds.get(name, str if name in known else type(value))
         if type(value) is not kind:
             problems.append(f"{name!r} is {reprlib.repr(value)}, not of type {kind.__name__}")
     if problems:

@@ -144,28 +144,25 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _process_sentence(message: str) -> str | None:
     """The sentence for a message of torch about a worker or rank that has died."""
     again = "and start the same command again"
-    if message.startswith(_WORKER) and "Bus error" in message:
-        return (
-            "a DataLoader worker died while it read a file (bus error): a file of the collection,"
-            " such as corpus.arrow, was truncated or is on a failing disk; delete the collection's"
-            f" folder in cache_dir, {again}"
-        )
-    if message.startswith(_WORKER) and "killed by signal: Killed" in message:
-        return (
-            "a DataLoader worker was killed, most likely by the system for lack of memory; free"
-            f" memory or lower num_workers, {again}"
-        )
-    if message.startswith(_WORKER) and re.search("exited unexpectedly|killed by signal", message):
-        ending = re.sub(r".*?\d\) ", "", message).split(".")[0]
-        return (
-            f"a DataLoader worker {ending}; the lines above may say why, else memory may have run"
-            f" out: lower num_workers, {again}"
-        )
     if _PEER_LOST.search(message):
         return (
             "another process of this run has ended or cannot be reached; see its output, else the"
             " system has killed it, most likely for lack of memory: start all processes again (a"
             " training continues with resume=true)"
+        )
+    if not message.startswith(_WORKER):
+        return None
+    if "Bus error" in message:
+        return (
+            "a DataLoader worker died while it read a file (bus error): a file of the collection,"
+            " such as corpus.arrow, was truncated or is on a failing disk; delete the collection's"
+            f" folder in cache_dir, {again}"
+        )
+    if re.search("exited unexpectedly|killed by signal", message):
+        ending = re.sub(r".*?\d\) ", "", message).split(".")[0]
+        return (
+            f"a DataLoader worker {ending}; unless the lines above say why, most likely for lack of"
+            f" memory: free memory or lower num_workers, {again}"
         )
     return None
 
@@ -176,17 +173,14 @@ def _disk_sentence(number: int, name: str | bytes | None) -> str:
     if name is None:
         return f"{problem}; make room on the disk that is written to, and repeat the command"
     file = os.fsdecode(name)
-    path = os.path.abspath(file)
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    free = shutil.disk_usage(path).free
-    while not os.path.ismount(path):
-        path = os.path.dirname(path)
+    path = Path(file).absolute()
+    disk = next(above for above in (path, *path.parents) if os.path.ismount(above))
     if number == errno.EROFS:
-        return f"{file}: {problem} ({path}); choose another path"
+        return f"{file}: {problem} ({disk}); choose another path"
+    free = shutil.disk_usage(disk).free / 2**20
     return (
-        f"{file}: {problem} ({path} has {free / 2**20:,.1f} MiB free; a quota or a limit of file"
-        " sizes may be lower); make room there, or choose another path"
+        f"{file}: {problem} ({disk} has {free:,.1f} MiB free; a quota or a limit of file sizes may"
+        " be lower); make room there, or choose another path"
     )
 
 

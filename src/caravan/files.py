@@ -30,8 +30,6 @@ from caravan.errors import InputError, disk_error
 LOCK = ".lock"
 TRUST = "CARAVAN_TRUST_CACHE"
 """Environment variable; 1 trusts a cache folder whoever owns it."""
-UNLOCKED_S = 24 * 3600
-"""Without locks, a scratch that has not changed for so long is an orphan."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' fcntl.h and fs.h
 
@@ -55,21 +53,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A scratch path beside `path`, which replaces `path` when the block ends without an error.
 
-    Args:
-        path: the file to write or replace; its folder is made if need be.
-        alone: no other process writes this file, so that a scratch file that a kill has left is
-            overwritten. Otherwise each call has its own scratch file.
+    The folder of `path` is made if need be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = None
-    if alone:
-        scratch = path.with_name(f".{path.name}.part")
-    else:
-        _remove_orphans(path)
-        scratch, held = _new_file(path)
+    _remove_orphans(path)
+    scratch, held = _new_file(path)
     try:
         with writing(path):
             yield scratch
@@ -77,8 +68,7 @@ def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
-        if held is not None:
-            os.close(held)
+        os.close(held)
 
 
 @contextmanager
@@ -126,15 +116,10 @@ def _remove_orphans(path: Path) -> None:
 
 
 def _remove_orphan(scratch: Path) -> None:
+    """Remove a scratch that no process holds; raises an OSError without locks."""
     held = os.open(scratch, os.O_RDONLY if scratch.is_dir() else os.O_RDWR)
     try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        except OSError:
-            if time.time() - os.fstat(held).st_mtime < UNLOCKED_S:
-                return
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if scratch.is_dir():
             shutil.rmtree(scratch)
         else:
@@ -198,9 +183,10 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         if error.errno not in _NO_LOCKS:
             raise
         log.warning(
-            "%s: this file system has no locks (%s), so nothing keeps a second process out; do not"
-            " start two that write the same folder",
-            *(path, error.strerror),
+            "%s: this file system has no locks (%s); do not start two processes that write the same"
+            " folder",
+            path,
+            error.strerror,
         )
         yield
         return
@@ -224,36 +210,18 @@ def claimed(run_dir: Path) -> Iterator[None]:
             held.enter_context(locked(path, wait=False))
         except TimeoutError:
             holder = path.read_text("utf-8", errors="replace").strip() or "another process"
-            raise InputError(
-                "run-dir-in-use",
-                f"run_dir is in use by {holder}: {run_dir}; wait until that ends, or choose another"
-                " name=",
-            ) from None
+            message = f"run_dir is in use by {holder}: {run_dir}; wait until that ends, or choose"
+            raise InputError("run-dir-in-use", f"{message} another name=") from None
         since = time.strftime("%Y-%m-%d %H:%M:%S")
+        process = f"process {os.getpid()} on {socket.gethostname()}"
         with writing(path):
-            program = Path(sys.argv[0]).name
-            path.write_text(
-                f"{program}, process {os.getpid()} on {socket.gethostname()}, {since}\n"
-            )
+            path.write_text(f"{Path(sys.argv[0]).name}, {process}, {since}\n")
         for folder in (run_dir / "checkpoints", run_dir / "runs"):
             for leftover in folder.glob(".*.part"):
                 leftover.unlink(missing_ok=True)
         for leftover in _leftovers(run_dir / "model"):
             shutil.rmtree(leftover, ignore_errors=True)
         yield
-
-
-def reserve(path: Path) -> None:
-    """Allocate the disk space of a file, before it is written through a memory map.
-
-    Without this, a full disk would end the process with SIGBUS at the first page that does not fit.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    if hasattr(os, "posix_fallocate"):  # macOS has none
-        with path.open("rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _sync(path: Path) -> None:
@@ -299,17 +267,12 @@ def refuse_foreign(folder: Path) -> None:
     """
     if os.environ.get(TRUST) == "1":
         return
-    found = folder.stat()
-    remedy = (
-        "choose another cache_dir= (or CARAVAN_CACHE), or set"
-        f" {TRUST}=1 if you trust everybody who can write there"
-    )
+    found, problem = folder.stat(), ""
     if found.st_uid not in (0, os.geteuid()):
-        raise InputError(
-            "foreign-cache", f"{folder} belongs to another user (uid {found.st_uid}); {remedy}"
-        )
-    if found.st_mode & stat.S_IWOTH:
-        raise InputError(
-            "foreign-cache",
-            f"{folder} is writable by every user of this machine; run chmod o-w {folder}, {remedy}",
-        )
+        problem = f"belongs to another user (uid {found.st_uid});"
+    elif found.st_mode & stat.S_IWOTH:
+        problem = f"is writable by every user of this machine; run chmod o-w {folder},"
+    if problem:
+        remedy = f"or set {TRUST}=1 if you trust everybody who can write there"
+        message = f"{folder} {problem} choose another cache_dir= (or CARAVAN_CACHE), {remedy}"
+        raise InputError("foreign-cache", message)

@@ -48,3 +48,18 @@ def refuse_unreachable(
             f"there is no folder {name}, and the Hugging Face Hub cannot be reached to look for a"
             f" {kind} of that name ({first_line(error)}); give an existing folder",
         ) from None
+
+
+def is_available(name: str, revision: str | None = None) -> bool:
+    """Whether a model is a local folder, is cached, or is on a Hub that answers."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if Path(name).exists():
+        return True
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return True
+        HfApi().model_info(name, revision=revision, timeout=TIMEOUT_S)
+    except Exception:  # noqa: BLE001 - of httpx or of httpx2, by the hub's version
+        return False
+    return True

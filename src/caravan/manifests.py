@@ -15,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from caravan.errors import InputError
 from caravan.files import replacing
 
@@ -38,11 +40,17 @@ def read(product: Path) -> dict[str, Any] | None:
     return {"inputs": inputs, "facts": facts}
 
 
+def facts(product: Path) -> dict[str, Any]:
+    """The facts in a product's manifest; empty if there is none as it was written."""
+    found: dict[str, Any] = (read(product) or {"facts": {}})["facts"]
+    return found
+
+
 def matches(product: Path, inputs: dict[str, Any]) -> bool:
     """Whether the product is there and was made from just these inputs."""
     manifest = read(product)
     plain = json.loads(json.dumps(inputs))
-    return product.exists() and manifest is not None and manifest.get("inputs") == plain
+    return product.exists() and manifest is not None and manifest["inputs"] == plain
 
 
 def differences(product: Path, inputs: dict[str, Any]) -> list[str]:
@@ -79,15 +87,11 @@ def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
 
 def digest(inputs: Any) -> str:
     """xxh3 (128 bits, hex) of inputs: a name for what is made from them."""
-    import xxhash
-
     return xxhash.xxh3_128(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def content_digest(path: Path, size: int | None = None) -> str:
     """xxh3 (128 bits, hex) of a file's bytes, read in blocks; of the first `size` if given."""
-    import xxhash
-
     hasher = xxhash.xxh3_128()
     left = path.stat().st_size if size is None else size
     with path.open("rb") as file:
@@ -99,8 +103,7 @@ def content_digest(path: Path, size: int | None = None) -> str:
 
 def content(path: Path) -> dict[str, Any]:
     """A file's digest, and the size and times by which `is_as_written` knows it unread."""
-    state = _state(path)
-    return {"xxh3": content_digest(path), "state": list(state)}
+    return {"xxh3": content_digest(path), "state": _state(path)}
 
 
 def is_as_written(path: Path, record: Any) -> bool:
@@ -111,19 +114,17 @@ def is_as_written(path: Path, record: Any) -> bool:
     if not isinstance(record, dict) or not path.is_file():
         return False
     state = _state(path)
-    if record.get("state") == list(state):
-        return True
-    return record.get("xxh3") == _digest_of(path, state)
+    return record.get("state") == state or record.get("xxh3") == _digest_of(path, *state)
 
 
-def _state(path: Path) -> tuple[int, int, int]:
+def _state(path: Path) -> list[int]:
     """Size and times; no program can set the second time (ctime) to what it was."""
     found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 @lru_cache(maxsize=256)
-def _digest_of(path: Path, state: tuple[int, int, int]) -> str:
+def _digest_of(path: Path, *state: int) -> str:
     return content_digest(path)
 
 

@@ -61,7 +61,7 @@ def track(
 @contextmanager
 def progress(
     what: str, total: int | None = None, unit: str = "records"
-) -> Iterator[Callable[[int], None]]:
+) -> Iterator[Callable[[int], object]]:
     """Show how much of a job is done; yields a function that adds units."""
     started, terminal = time.monotonic(), sys.stderr.isatty()
     of = "" if total is None else f" of {total:,}"
@@ -76,12 +76,8 @@ def progress(
         bar_format=None if terminal else f"{{desc}}: {{n:,}}{of}{{unit}}, {{rate_noinv_fmt}}",
         leave=False,
     )
-
-    def add(units: int) -> None:
-        bar.update(units)
-
     with bar:
-        yield add
+        yield bar.update
     seconds = time.monotonic() - started
     if seconds > DELAY_S:
         log.info("%s: %s %s in %.1f s", what, f"{bar.n:,}", unit, seconds)

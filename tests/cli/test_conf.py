@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tests.cli.conftest import Lines
 from tests.cli.small_conf import CONF
@@ -13,6 +14,7 @@ from tests.cli.small_conf import CONF
 from caravan.cli import schema
 from caravan.cli.check import Mistake
 from caravan.cli.compose import Composer, check, compose, preflight, without_hydra
+from caravan.data.negatives import Sampler
 from caravan.errors import InputError
 
 COMMAND = re.compile(r"^# *python (?:-m caravan\.)?(train|evaluate|search)(?:\.py)? (.+)$", re.M)
@@ -121,8 +123,14 @@ def test_a_sweep_starts_with_its_command(path: Path) -> None:
         ("peft=lora peft.rank=0", "peft.rank"),
         ("index=exact index.query_chunk=0", "index.query_chunk"),
         ("stage=adaptation stage.words=0", "stage.words"),
+        ("stage=adaptation stage.ebae=-1", "stage.ebae"),
+        ("stage=adaptation stage.lm=inf", "stage.lm"),
+        ("stage=adaptation stage.targets=some", "stage.targets"),
         ("backbone=from_folder backbone.folder=nowhere", "there is no folder nowhere"),
         ("loss=kl", "sampler.teacher"),
+        ("loss.temperature=0", "loss.temperature"),
+        ("loss.temperature=inf", "loss.temperature"),
+        ("optimizer.schedule=steps", "optimizer.schedule"),
         ("sampler.teacher_margin=0", "sampler.teacher"),
         ("loss=likelihood", "choose stage=reranker_likelihood"),
         ("stage=reranker validation.run=src sampler.number=0", "sampler.number"),
@@ -166,6 +174,37 @@ def test_parts_that_no_run_can_have(lines: Lines, overrides: str, wanted: str) -
 )
 def test_parts_that_work_together(lines: Lines, overrides: str) -> None:
     assert lines(*overrides.split(), conf=CONF) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ("bm25.k1=-1", "bm25.k1"),
+        ("bm25.b=nan", "bm25.b"),
+        ("bm25.method=bm25", "bm25.method"),
+        ("bm25.tokenizer=letters", "bm25.tokenizer"),
+        ("rerank.weight=0", "rerank.weight"),
+        ("rerank.segment=last", "rerank.segment"),
+        ("fuse=weighted fuse.normalise=softmax", "fuse.normalise"),
+    ],
+)
+def test_settings_that_no_evaluation_can_have(lines: Lines, overrides: str, wanted: str) -> None:
+    (line,) = lines("retriever=bm25", *overrides.split(), root="evaluate", conf=CONF)
+    assert wanted in line
+
+
+class Scoring(Sampler):
+    """A sampler with scores of its own."""
+
+    number = 1
+
+    def teacher_scores(self, query_row: int, rows: np.ndarray) -> np.ndarray:
+        return np.zeros(len(rows), np.float32)
+
+
+def test_a_sampler_may_give_a_teachers_scores_itself(lines: Lines) -> None:
+    own = ("~sampler", f"+sampler._target_={__name__}.Scoring")
+    assert lines("loss=kl", *own, conf=CONF) == []
 
 
 @pytest.mark.parametrize(

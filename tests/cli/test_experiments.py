@@ -240,9 +240,9 @@ def test_the_search_finds_the_best_of_its_trials_and_goes_on(stand: Stand, tmp_p
     assert "is there already" in done.stderr
     with (tmp_path / "run/sweep.csv").open() as file:
         best = max(float(row["val/MRR@10"]) for row in csv.DictReader(file))
-    told = re.search(r"Best value: ([\d.]+)", done.stderr)
-    assert told
-    assert float(told[1]) == pytest.approx(best)
+    reported = re.search(r"Best value: ([\d.]+)", done.stderr)
+    assert reported
+    assert float(reported[1]) == pytest.approx(best)
 
 
 def test_every_experiment_is_among_those_that_run() -> None:

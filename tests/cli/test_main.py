@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -392,8 +393,8 @@ def test_a_run_whose_worker_was_terminated_first_ends_like_one_that_was_terminat
 ) -> None:
     done = app(*sweep, "name=worker_terminated")
     assert done.returncode == 143
-    told = done.stderr.splitlines()
-    assert told[-1] == "interrupted; the same command with resume=true continues"
+    lines = done.stderr.splitlines()
+    assert lines[-1] == "interrupted; the same command with resume=true continues"
     assert "Traceback" not in done.stderr
 
 
@@ -401,7 +402,7 @@ def test_a_run_may_open_as_many_files_as_the_system_allows(home: Path) -> None:
     code = "import resource, sys; print(resource.getrlimit(resource.RLIMIT_NOFILE))"
     text = APP.replace("    from hydra.utils", f"    {code}\n    from hydra.utils", 1)
     (home / "app.py").write_text(text)
-    command = f"ulimit -Sn 256; ulimit -Hn 512; {sys.executable} app.py name=one"
+    command = f"ulimit -Sn 256; ulimit -Hn 512; {shlex.quote(sys.executable)} app.py name=one"
     done = subprocess.run(["bash", "-c", command], cwd=home, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["(512, 512)"]
 

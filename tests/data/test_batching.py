@@ -67,6 +67,12 @@ def test_packing_keeps_every_text_and_its_place(budget: int) -> None:
     assert all(c.full == bool(c.attention_mask.all()) for c in packed.chunks)
 
 
+def test_packed_pairs_have_token_types() -> None:
+    (chunk,) = pack([[2, 5, 3, 6, 3], [2, 5, 5, 3, 6, 3]], 100, seconds=[3, 4]).chunks
+    assert chunk.token_types is not None
+    assert chunk.token_types.tolist() == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0]]
+
+
 def test_restore_undoes_the_order_of_packing() -> None:
     packed = pack([[1], [1, 2, 3], [1, 2]], 4)
     lengths = torch.cat([chunk.attention_mask.sum(dim=1) for chunk in packed.chunks])

@@ -195,20 +195,20 @@ def test_a_batch_that_cannot_be_sent_ends_the_run(
     finally:
         logging.getLogger("caravan").removeHandler(handler)
     assert "exited unexpectedly" in (sentence(raised.value) or "")
-    told = capfd.readouterr().err
-    assert "cannot send a batch" in told
-    assert "Traceback" not in told
+    shown = capfd.readouterr().err
+    assert "cannot send a batch" in shown
+    assert "Traceback" not in shown
 
 
 @pytest.mark.parametrize(
-    ("number", "told"), [(signal.SIGKILL, "for lack of memory"), (signal.SIGBUS, "corpus.arrow")]
+    ("number", "shown"), [(signal.SIGKILL, "for lack of memory"), (signal.SIGBUS, "corpus.arrow")]
 )
 def test_a_worker_that_is_killed_ends_the_run_with_the_likely_reason(
-    number: int, told: str, capfd: pytest.CaptureFixture[str]
+    number: int, shown: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(RuntimeError) as raised:
         loaded(lambda _: os.kill(os.getpid(), number))
-    assert told in (sentence(raised.value) or "")
+    assert shown in (sentence(raised.value) or "")
     assert capfd.readouterr().err == ""
 
 

@@ -6,8 +6,8 @@ import pytest
 from tests.files import put
 from tests.refusals import refused
 
-from caravan.data import run_files as trec
 from caravan.data.collection import Collection, write_collection
+from caravan.data.readers import lines
 from caravan.data.runs import read_run
 
 
@@ -55,11 +55,11 @@ def test_other_layouts_are_recognized(
         ("q1\tp1\t2.5\t1\nq1\tp2\t1.5\t2\n", "invalid-rank", "x.trec:1"),
         ("q1\tp1\t7\t1\nq1\tp2\t9\t2\n", "invalid-rank", "x.trec:1"),
         ("q1\tp1\t1\t5\nq1\tp2\t2\t3\nq1\tp3\t3\tbad\n", "invalid-score", "x.trec:3"),
-        ("q1 0 11 1\nq2 0 12 1\n", "qrels-not-run", "x.trec"),
+        ("q1 0 11 1\nq2 0 12 1\n", "invalid-rank", "x.trec:1"),
         ("q1 p1 1 x\n", "malformed-line", "x.trec:1"),
         ("q1 p1 1 2.5 x\n", "malformed-line", "x.trec:1"),
         ("q1 p1 1 1\nq2 p1 30 1\nq2 p2 20 2\n", "invalid-rank", "x.trec:2"),
-        ("q1\tp1\t42\t7\nq1\tp2\t42\t9\n", "invalid-score", "x.trec:2"),
+        ("q1\tp1\t42\t7\nq1\tp2\t42\t9\n", "invalid-rank", "x.trec:1"),
         ("qid\tpid\tlabel\nq1\tp1\t1\n", "invalid-rank", "x.trec:1"),
         ("qid\tpid\trank\n", "empty-file", "x.trec"),
     ],
@@ -75,18 +75,13 @@ def test_columns_that_may_be_either_ranks_or_scores_are_refused(
 def test_ranks_are_checked_over_blocks_of_a_file(
     tmp_path: Path, names: Collection, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(trec, "BLOCK_BYTES", block)
+    monkeypatch.setattr(lines, "BLOCK_BYTES", block)
     known = [f"p{i}" for i in range(1, 10)]
-    lines = [f"q{q} {name} {rank}\n" for rank, name in enumerate(known, 1) for q in (3, 1)]
-    run = read_run(
-        put(tmp_path, {"x.trec": "".join(lines)}) / "x.trec", names.queries, names.corpus
-    )
+    rows = [f"q{q} {name} {rank}\n" for rank, name in enumerate(known, 1) for q in (3, 1)]
+    path = put(tmp_path, {"x.trec": "".join(rows)}) / "x.trec"
+    run = read_run(path, names.queries, names.corpus)
     assert names.corpus.ids(run.of(3)[0]) == known
-    lines[12] = lines[12].replace(" 7", " 8")
+    rows[12] = rows[12].replace(" 7", " 8")
+    put(tmp_path, {"x.trec": "".join(rows)})
     with refused("invalid-rank", "x.trec:13"):
-        read_run(
-            put(tmp_path, {"x.trec": "".join(lines)}) / "x.trec",
-            names.queries,
-            names.corpus,
-            depth=2,
-        )
+        read_run(path, names.queries, names.corpus, depth=2)

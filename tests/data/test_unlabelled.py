@@ -55,7 +55,7 @@ def test_a_text_ends_with_both_prompts_and_reads_as_each_would_alone(
     assert own == tokenizer("salt trade", add_special_tokens=False)["input_ids"]
 
 
-def test_texts_of_one_chunk_each_are_refused_where_the_next_is_to_be_told(
+def test_texts_of_one_chunk_each_are_refused_if_the_next_chunk_is_predicted(
     templates: JointTemplates,
 ) -> None:
     with refused("nothing-follows", "stage.words"):
@@ -63,7 +63,7 @@ def test_texts_of_one_chunk_each_are_refused_where_the_next_is_to_be_told(
     assert len(_unlabelled(templates, words=9, tasks=("ebae",))) == 2
 
 
-def test_a_length_that_prompts_take_most_of_is_told(
+def test_a_length_that_is_mostly_prompts_is_reported(
     tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     ends = len(tokenizer(" the next:", add_special_tokens=False)["input_ids"]) + 2  # BOS and EOS

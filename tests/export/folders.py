@@ -21,6 +21,7 @@ from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, with_head
+from caravan.models.llara import Layout, SlotEncoder
 from caravan.models.loading import add_slots, fit_vocabulary
 from caravan.models.query_likelihood import QueryLikelihood
 from caravan.models.tiny_llama import train_bpe
@@ -182,6 +183,16 @@ def make(
             scorer = bert(scores=True) if released else with_head(bert(), 0)
         network = CrossEncoder(scorer, own)
     folder.save(path, network, given, own, {"name": "tiny"})
+    return path
+
+
+def make_adapted(path: Path) -> Path:
+    """Save a model folder of LLaRA's adaptation, with its output layer."""
+    own, given = encoding(**LLARA), tokenizer("decoder")
+    backbone = tiny_backbone().language_model(given)
+    model = SlotEncoder(backbone, backbone.base_model, own, Layout(1, (4, 4), 1))
+    folder.save(path, model, given, own, {})
+    assert read_encoding(path)[1]["language_model"]
     return path
 
 

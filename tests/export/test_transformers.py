@@ -90,60 +90,31 @@ def test_a_decoder_scores_padded_batches_though_its_eos_was_its_padding(tmp_path
 
 
 def test_an_adapted_language_model_keeps_its_output_layer(tmp_path: Path) -> None:
-    from caravan.models.llara import Layout, SlotEncoder
-
-    own, given = folders.encoding(**LLARA), folders.tokenizer("decoder")
-    backbone = folders.tiny_backbone().language_model(given)
-    model = SlotEncoder(backbone, backbone.base_model, own, Layout(1, (4, 4), 1))
-    folder.save(tmp_path / "model", model, given, own, {})
-    export(tmp_path / "model", tmp_path / "out")
+    path = folders.make_adapted(tmp_path / "model")
+    export(path, tmp_path / "out")
     found, report = load(tmp_path / "out")
     assert (type(found).__name__, report) == ("LlamaForCausalLM", {})
-    assert_card_computes(tmp_path / "model", tmp_path / "out")
+    assert_card_computes(path, tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({}, id="decoder", marks=slow),
-        pytest.param(SLOTS, id="slots"),
-        pytest.param({"on": "encoder", **PLAIN, "pooling": "cls"}, id="encoder", marks=slow),
-        pytest.param({"pad": "</s>", **JOINED}, id="reranker"),
-    ],
-)
-def test_an_adapter_on_its_base_computes_the_same_by_the_cards_code(
+@pytest.mark.parametrize("settings", OWN_HEAD[:2])
+def test_a_head_that_transformers_does_not_have_is_refused(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    path, out = make(tmp_path / "model", lora=True, **settings), tmp_path / "out"
-    export(path, out, adapter=True)
-    assert not (out / "model.safetensors").exists()
-    assert_card_computes(path, out)
-
-
-def test_a_folder_without_an_adapter_has_none_to_export(tmp_path: Path) -> None:
-    with refused("no-adapter", "--adapter"):
-        export(make(tmp_path / "model"), tmp_path / "out", adapter=True)
-
-
-@pytest.mark.parametrize("adapter", [False, True])
-def test_a_head_that_transformers_does_not_have_is_refused(adapter: bool, tmp_path: Path) -> None:
-    path = make(tmp_path / "model", **OWN_HEAD[1 if adapter else 0])
+    path = make(tmp_path / "model", **settings)
     with refused("head-not-in-transformers", str(path)):
-        export(path, tmp_path / "out", adapter)
+        export(path, tmp_path / "out")
 
 
-@pytest.mark.parametrize("library", ["sentence-transformers", "transformers", "adapter"])
+@pytest.mark.parametrize("exporter", [export, sentence_transformers.export])
 def test_other_numbers_are_refused_and_nothing_is_left(
-    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exporter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "models").mkdir()
     path = make(tmp_path / "models" / "model", lora=True)
     monkeypatch.setattr(verify, "TOLERANCE", -1.0)
     with refused("export-differs", str(path)):
-        if library == "sentence-transformers":
-            sentence_transformers.export(path, tmp_path / "out")
-        else:
-            export(path, tmp_path / "out", adapter=library == "adapter")
+        exporter(path, tmp_path / "out")
     assert [child.name for child in tmp_path.iterdir()] == ["models"]
 
 

@@ -17,11 +17,12 @@ import math
 import random
 import signal
 import struct
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
 
 from caravan.errors import InputError
 
@@ -45,17 +46,20 @@ class Mutant(NamedTuple):
 def bytes_mutants(data: bytes, seed: int, flips: int = 8) -> Iterator[Mutant]:
     """Removed, emptied, truncated, extended, overwritten and flipped, whatever the format."""
     rng = random.Random(seed)
-    yield Mutant("removed", None)
-    yield Mutant("empty", b"")
-    yield Mutant("zeros", bytes(len(data)))
-    yield Mutant("white space", b" \n\t\n")
-    yield Mutant("a byte order mark in front", b"\xef\xbb\xbf" + data)
-    yield Mutant("UTF-16", b"\xff\xfe" + data.decode("latin-1").encode("utf-16-le"))
-    yield Mutant("gzip's first bytes", b"\x1f\x8b\x08\x00" + data[4:])
-    yield Mutant("a pickle", b"\x80\x04cos\nsystem\n(S'exit 99'\ntR.")
-    yield Mutant("twice", data + data)
-    yield Mutant("reversed", data[::-1])
-    yield Mutant("random bytes", rng.randbytes(max(len(data), 16)))
+    for name, whole in {
+        "removed": None,
+        "empty": b"",
+        "zeros": bytes(len(data)),
+        "white space": b" \n\t\n",
+        "a byte order mark in front": b"\xef\xbb\xbf" + data,
+        "UTF-16": b"\xff\xfe" + data.decode("latin-1").encode("utf-16-le"),
+        "gzip's first bytes": b"\x1f\x8b\x08\x00" + data[4:],
+        "a pickle": b"\x80\x04cos\nsystem\n(S'exit 99'\ntR.",
+        "twice": data + data,
+        "reversed": data[::-1],
+        "random bytes": rng.randbytes(max(len(data), 16)),
+    }.items():
+        yield Mutant(name, whole)
     for size in sorted({1, 7, 8, 9, len(data) // 2, max(len(data) - 1, 0)}):
         if size < len(data):
             yield Mutant(f"truncated to {size} bytes", data[:size])
@@ -64,9 +68,7 @@ def bytes_mutants(data: bytes, seed: int, flips: int = 8) -> Iterator[Mutant]:
         flipped = bytearray(data)
         flipped[place] ^= 1 << bit
         yield Mutant(f"bit {bit} of byte {place} flipped", bytes(flipped))
-    for _ in range(flips if data else 0):
-        start = rng.randrange(len(data))
-        size = rng.randrange(1, 64)
+        start, size = rng.randrange(len(data)), rng.randrange(1, 64)
         yield Mutant(f"{size} bytes at {start} cut out", data[:start] + data[start + size :])
 
 
@@ -116,26 +118,28 @@ def line_mutants(data: bytes, seed: int, number: int = 4) -> Iterator[Mutant]:
     for _ in range(number):
         at, other = rng.randrange(len(lines)), rng.randrange(len(lines))
         line = lines[at]
-
-        def put(*new: bytes, at: int = at) -> bytes:
-            return b"".join([*lines[:at], *new, *lines[at + 1 :]])
-
-        yield Mutant(f"line {at + 1} lost", put())
-        yield Mutant(f"line {at + 1} twice", put(line, line))
-        yield Mutant(f"line {other + 1} in place of {at + 1}", put(lines[other]))
-        yield Mutant(f"line {at + 1} without its end", put(line.rstrip(b"\r\n")))
-        yield Mutant(f"line {at + 1} cut in half", put(line[: len(line) // 2] + b"\n"))
-        yield Mutant(f"line {at + 1} with spaces for tabs", put(line.replace(b"\t", b" ")))
-        yield Mutant(f"line {at + 1} with a tab at its end", put(line.rstrip(b"\n") + b"\t\n"))
-        yield Mutant(f"line {at + 1} with a null byte", put(b"\0" + line))
-        yield Mutant(f"line {at + 1} not in UTF-8", put(b"\xff\xfe" + line))
-        yield Mutant(f"line {at + 1} of 1 MB", put(line.rstrip(b"\n") + b"a" * 1_000_000 + b"\n"))
-        fields = line.rstrip(b"\n").split(b"\t" if b"\t" in line else b" ")
-        rng.shuffle(fields)
-        yield Mutant(f"line {at + 1} with its fields shuffled", put(b"\t".join(fields) + b"\n"))
+        text = line.rstrip(b"\r\n")
+        fields = text.split(b"\t" if b"\t" in line else b" ")
+        shuffled = rng.sample(fields, len(fields))
         value = str(rng.choice(VALUES[:15])).encode()
-        fields[rng.randrange(len(fields))] = value
-        yield Mutant(f"line {at + 1} with {value!r}", put(b"\t".join(fields) + b"\n"))
+        changed = list(fields)
+        changed[rng.randrange(len(fields))] = value
+        for name, new in {
+            "lost": b"",
+            "twice": line + line,
+            f"replaced by {other + 1}": lines[other],
+            "without its end": text,
+            "cut in half": line[: len(line) // 2] + b"\n",
+            "with spaces for tabs": line.replace(b"\t", b" "),
+            "with a tab at its end": text + b"\t\n",
+            "with a null byte": b"\0" + line,
+            "not in UTF-8": b"\xff\xfe" + line,
+            "of 1 MB": text + b"a" * 1_000_000 + b"\n",
+            "with its fields shuffled": b"\t".join(shuffled) + b"\n",
+            f"with {value!r}": b"\t".join(changed) + b"\n",
+        }.items():
+            whole = b"".join([*lines[:at], new, *lines[at + 1 :]])
+            yield Mutant(f"line {at + 1} {name}", whole)
 
 
 def text_mutants(name: str, data: bytes, seed: int) -> Iterator[Mutant]:
@@ -229,6 +233,21 @@ def restored(path: Path) -> Iterator[bytes]:
         path.write_bytes(data)
 
 
+def amounts(quick: int, full: int) -> pytest.MarkDecorator:
+    """Run a test with so many mutants (`number`), and with all of them if slow tests run."""
+    return pytest.mark.parametrize("number", [quick, pytest.param(full, marks=pytest.mark.slow)])
+
+
+@contextmanager
+def noted(case: str) -> Iterator[None]:
+    """Name the mutant in the traceback of a test that fails."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(case)
+        raise
+
+
 def outcome(work: Callable[[], Any], seconds: int = 60) -> Any:
     """What the work returns, or the InputError that it raises.
 
@@ -251,9 +270,6 @@ def _within(seconds: int) -> Iterator[None]:
     def late(*_: Any) -> None:
         raise AssertionError(f"it did not end within {seconds} seconds")
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
     try:

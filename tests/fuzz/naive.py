@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
-from tests.fuzz.mutations import outcome
+from tests.fuzz.mutations import noted, outcome
 
 from caravan.errors import InputError
 
@@ -57,11 +57,8 @@ def agrees(name: str, plain: Callable[[], Any], caravan: Callable[[], Any]) -> b
         expected = plain()
     except RefusedError as error:
         expected = error
-    try:
+    with noted(name):
         found = outcome(caravan, SECONDS)
-    except BaseException as error:
-        error.add_note(name)
-        raise
     if isinstance(found, InputError):
         return False
     assert not isinstance(expected, RefusedError), f"{name}: read, in spite of: {expected}"
@@ -69,7 +66,7 @@ def agrees(name: str, plain: Callable[[], Any], caravan: Callable[[], Any]) -> b
     return True
 
 
-def rows(path: Path, blank: bool = False) -> list[str]:
+def rows(path: Path) -> list[str]:
     """The lines of a file, gzip or not, without their ends."""
     if not path.exists():
         path = path.with_name(f"{path.name}.gz")
@@ -81,7 +78,7 @@ def rows(path: Path, blank: bool = False) -> list[str]:
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise RefusedError(str(error)) from None
     lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return lines if blank else [line for line in lines if line.strip(SPACE)]
+    return [line for line in lines if line.strip(SPACE)]
 
 
 def words(line: str) -> list[str]:
@@ -151,34 +148,6 @@ def documents_tsv(path: Path) -> list[Record]:
     return [(row["id"], f"{row['url']} {row['title']}".strip(), row["body"]) for row in found]
 
 
-def documents_trec(path: Path) -> list[Record]:
-    """<DOC> with one <DOCNO>id</DOCNO>, and <TEXT> of address, title and body, each on lines."""
-    lines = rows(path, blank=True)
-    tags = [line.strip(SPACE) for line in lines]
-    starts = [at for at, tag in enumerate(tags) if tag == "<DOC>"]
-    ends = [at for at, tag in enumerate(tags) if tag == "</DOC>"]
-    need(len(starts) == len(ends), "a document without an end")
-    found, last = [], -1
-    for start, end in zip(starts, ends, strict=True):
-        need(not any(tags[last + 1 : start]) and start < end, "text between documents")
-        last = end
-        inside = [at for at in range(start, end) if tags[at] in ("<TEXT>", "</TEXT>")]
-        need([tags[at] for at in inside] == ["<TEXT>", "</TEXT>"], "not one text")
-        before, after = tags[start + 1 : inside[0]], tags[inside[1] + 1 : end]
-        names = [tag for tag in before if tag.startswith("<DOCNO>")]
-        need(len(names) == 1 and names[0].endswith("</DOCNO>"), "not one id")
-        need(all(tag.startswith("<") for tag in before + after if tag), "text beside the tags")
-        need(not any(tag.startswith("<DOCNO>") for tag in after), "an id after the text")
-        text = lines[inside[0] + 1 : inside[1]]
-        while text and not text[0]:
-            text = text[1:]
-        url, title = (*text, "", "")[:2]
-        name = names[0].removeprefix("<DOCNO>").removesuffix("</DOCNO>").strip(SPACE)
-        found.append((name, f"{url} {title}".strip(), "\n".join(text[2:])))
-    need(not any(tags[last + 1 :]), "text after the documents")
-    return found
-
-
 def qrels(path: Path) -> list[tuple[str, str, int]]:
     """Three columns (query, passage, grade) or TREC's four; a header may name them."""
     listed = (row.split("\t") if "\t" in row else words(row) for row in rows(path))
@@ -238,14 +207,11 @@ def single(value: Any) -> float:
     return number
 
 
-def run(
-    path: Path, names: tuple[str, ...], queries: set[str], passages: set[str], drops: bool = False
-) -> Ranked:
+def run(path: Path, names: tuple[str, ...], queries: set[str], passages: set[str]) -> Ranked:
     """A run whose columns are known, with a header or without.
 
     Args:
         names: of the columns: qid, pid, and rank, score or neither.
-        drops: leave out lines of unknown ids, in place of refusing them.
     """
     split = "\t" if "text" in names else None
     cells = [row.split(split) if split else words(row) for row in rows(path)]
@@ -255,8 +221,6 @@ def run(
     lines = []
     for row in cells:
         query, passage = row[names.index("qid")], row[names.index("pid")]
-        if drops and (query not in queries or passage not in passages):
-            continue
         score = 0.0
         if "score" in names:
             score = single(row[names.index("score")])

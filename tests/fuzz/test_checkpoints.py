@@ -19,8 +19,10 @@ import torch
 from tests.commands import ROOT, train, train_arguments
 from tests.fuzz.mutations import (
     Mutant,
+    amounts,
     bytes_mutants,
     json_mutants,
+    noted,
     outcome,
     put,
     safetensors_mutants,
@@ -31,9 +33,6 @@ from caravan.cli.compose import compose
 from caravan.cli.train import train as train_config
 from caravan.errors import InputError
 
-QUICK, FULL = 3, 40
-"""Mutants of each file, of 30 and more."""
-SECONDS = 60
 STEPS = (
     *("trainer.val_check_interval=1", "callbacks.resume_point.every_n_steps=1"),
     *("optimizer.schedule=constant", "logger.tensorboard=null", "trainer.max_steps=2"),
@@ -139,21 +138,28 @@ def _mutants(path: Path, data: bytes, marker: Path) -> Iterator[Mutant]:
         yield from _state_mutants(data)
 
 
-def _tried(run: Run, file: str, finished: bool, marker: Path, number: int) -> None:
-    """Resume over mutants of a file.
+CASES = [
+    *((file, False) for file in (*STATES, *RECORDS[:2])),
+    *((file, True) for file in (*MODEL, *RECORDS, *STATES)),
+]
 
-    Args:
-        finished: leave the model folder and its record as they are; else the training was killed
-            before it wrote them.
-    """
+
+@amounts(3, 40)  # of 30 and more of each file
+@pytest.mark.parametrize(("file", "finished"), CASES)
+def test_a_resume_over_damaged_files_ends_with_the_same_weights(
+    run: Run, file: str, finished: bool, number: int, tmp_path: Path
+) -> None:
+    """Without `finished`, the training was killed before it wrote the model folder."""
+    marker = tmp_path / "marker"
     path, weights = run.folder / file, run.folder / WEIGHTS
     for mutant in sampled(_mutants(path, run.files[path], marker), number, seed=1):
+        run.restore()
         put(path, mutant)
         if not finished:
             (run.folder / "model.manifest.json").unlink(missing_ok=True)
             shutil.rmtree(run.folder / "model", ignore_errors=True)
-        try:
-            found = outcome(lambda: train_config(run.cfg), SECONDS)
+        with noted(f"{file}: {mutant.name}"):
+            found = outcome(lambda: train_config(run.cfg))
             assert not marker.exists(), "a pickle was executed"
             if isinstance(found, InputError):
                 assert any(name in str(found) for name in (path.name, str(run.folder))), found
@@ -161,29 +167,3 @@ def _tried(run: Run, file: str, finished: bool, marker: Path, number: int) -> No
                 assert weights.read_bytes() == run.files[weights]
                 best = json.loads((run.folder / "metrics.json").read_text())["best"]
                 assert found == best
-        except BaseException as error:
-            error.add_note(f"{file}: {mutant.name}")
-            raise
-        finally:
-            run.restore()
-
-
-CASES = [
-    *((file, False) for file in (*STATES, *RECORDS[:2])),
-    *((file, True) for file in (*MODEL, *RECORDS, *STATES)),
-]
-
-
-@pytest.mark.parametrize(("file", "finished"), CASES)
-def test_a_resume_over_damaged_files_ends_with_the_same_weights(
-    run: Run, file: str, finished: bool, tmp_path: Path
-) -> None:
-    _tried(run, file, finished, tmp_path / "marker", QUICK)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("file", "finished"), CASES)
-def test_a_resume_over_any_damaged_file_ends_with_the_same_weights(
-    run: Run, file: str, finished: bool, tmp_path: Path
-) -> None:
-    _tried(run, file, finished, tmp_path / "marker", FULL)

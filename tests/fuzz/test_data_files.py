@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import pytest
 from tests.files import judged, put, records
 from tests.fuzz import naive
+from tests.fuzz.mutations import amounts, sampled, text_mutants
 from tests.fuzz.mutations import put as put_mutant
-from tests.fuzz.mutations import sampled, text_mutants
 
 from caravan.data.collection import Collection
 from caravan.data.readers.labelled import Beir, Tsv
@@ -19,8 +19,6 @@ from caravan.data.readers.msmarco import MsMarcoDocument, MsMarcoPassage
 from caravan.data.readers.training_rows import FlagEmbedding, Tevatron
 
 TREC_COLUMNS = ("qid", "Q0", "pid", "rank", "score", "tag")
-QUICK, FULL = 2, 80
-"""Mutants of each file, of about 130."""
 
 WORDS = ["camel", "caravan", "desert", "dune", "water", "oasis", "salt", "trade", "route", "night"]
 PASSAGES = [
@@ -88,14 +86,6 @@ def _marco(reader: Callable[[Path], list[naive.Record]], names: dict[str, tuple[
     return read
 
 
-def _trec_document(passage: tuple[str, str, str]) -> str:
-    name, title, text = passage
-    words = text.replace(" ", "\n", 1)
-    return (
-        f"<DOC>\n<DOCNO>{name}</DOCNO>\n<TEXT>\nhttp://{name}\n{title}\n{words}\n</TEXT>\n</DOC>\n"
-    )
-
-
 def _rows(passage: Callable[[Any], Any], positive: str, negative: str, query: str) -> list[Any]:
     listed = []
     for at, (name, text) in enumerate(QUERIES):
@@ -159,11 +149,6 @@ LAYOUTS = {
         },
         lambda to: MsMarcoDocument(str(to)),
         _marco(naive.documents_tsv, _DOCUMENT_SPLITS),
-    ),
-    "msmarco documents of trec": Layout(
-        {"msmarco-docs.trec": "".join(map(_trec_document, PASSAGES)), **_OF_DOCUMENTS},
-        lambda to: MsMarcoDocument(str(to)),
-        _marco(naive.documents_trec, _DOCUMENT_SPLITS),
     ),
     "tevatron": Layout(
         {
@@ -235,12 +220,9 @@ def _tried(layout: Layout, folder: Path, number: int) -> None:
         path.write_bytes(data)
 
 
+@amounts(2, 80)  # of about 130 of each file
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_damaged_collections_are_refused_or_read_whole(layout: str, tmp_path: Path) -> None:
-    _tried(LAYOUTS[layout], tmp_path, QUICK)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_all_damaged_collections_are_refused_or_read_whole(layout: str, tmp_path: Path) -> None:
-    _tried(LAYOUTS[layout], tmp_path, FULL)
+def test_damaged_collections_are_refused_or_read_whole(
+    layout: str, number: int, tmp_path: Path
+) -> None:
+    _tried(LAYOUTS[layout], tmp_path, number)

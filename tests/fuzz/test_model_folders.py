@@ -13,8 +13,10 @@ import pytest
 import torch
 from tests.fuzz.mutations import (
     Mutant,
+    amounts,
     bytes_mutants,
     json_mutants,
+    noted,
     outcome,
     put,
     restored,
@@ -39,8 +41,6 @@ FILES = {
     "adapter": ("adapter_config.json", "adapter_model.safetensors", "caravan.json"),
 }
 CASES = [(kind, file) for kind, files in FILES.items() for file in files]
-QUICK, FULL = 19, 1000
-"""Mutants of each file, of about 1,500 in all."""
 TEXTS = ["camel caravan", "salt route 7", ""]
 
 
@@ -88,40 +88,26 @@ def _means_the_same(path: Path, data: bytes, mutant: Mutant) -> bool:
         return False
 
 
-def _tried(kind: str, file: str, folders: dict[str, Path], number: int) -> None:
+@amounts(19, 1000)  # of about 1,500 in all
+@pytest.mark.parametrize(("kind", "file"), CASES)
+def test_a_damaged_folder_loads_or_is_refused_in_a_sentence(
+    kind: str, file: str, number: int, folders: dict[str, Path]
+) -> None:
     path = folders[kind] / file
     expected = _embedded(folders[kind])
     with restored(path) as data:
         for mutant in sampled(_mutants(path, data), number, seed=1):
             put(path, mutant)
-            try:
+            with noted(f"{kind}/{file}: {mutant.name}"):
                 found = outcome(lambda: _embedded(folders[kind]))
-            except BaseException as error:
-                error.add_note(f"{kind}/{file}: {mutant.name}")
-                raise
-            if isinstance(found, InputError):
-                named = (str(path), path.name, str(folders[kind]), "encoding.")
-                assert any(name in str(found) for name in named), f"{mutant.name}: {found}"
-                continue
-            assert np.isfinite(found).all(), mutant.name
-            if _means_the_same(path, data, mutant):
-                np.testing.assert_array_equal(found, expected, err_msg=mutant.name)
+                if isinstance(found, InputError):
+                    named = (str(path), path.name, str(folders[kind]), "encoding.")
+                    assert any(name in str(found) for name in named), found
+                    continue
+                assert np.isfinite(found).all()
+                if _means_the_same(path, data, mutant):
+                    np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(_embedded(folders[kind]), expected)
-
-
-@pytest.mark.parametrize(("kind", "file"), CASES)
-def test_a_damaged_folder_loads_or_is_refused_in_a_sentence(
-    kind: str, file: str, folders: dict[str, Path]
-) -> None:
-    _tried(kind, file, folders, QUICK)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "file"), CASES)
-def test_every_damaged_folder_loads_or_is_refused_in_a_sentence(
-    kind: str, file: str, folders: dict[str, Path]
-) -> None:
-    _tried(kind, file, folders, FULL)
 
 
 def test_a_folder_whose_files_are_those_of_another_is_refused(

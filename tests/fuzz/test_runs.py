@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 from tests.files import put
 from tests.fuzz import naive
+from tests.fuzz.mutations import amounts, sampled, text_mutants
 from tests.fuzz.mutations import put as put_mutant
-from tests.fuzz.mutations import sampled, text_mutants
 
 from caravan.data.readers.labelled import Beir
 from caravan.data.runs import Run, read_run
 
-QUICK, FULL = 2, 80
-"""Mutants of each file, of about 80."""
 QUERIES = [str(100 + at) for at in range(5)]
 PASSAGES = [str(at) for at in range(10)]
 
@@ -86,11 +84,6 @@ def _tried_run(name: str, folder: Path, number: int) -> None:
                 lambda: {query: of[:3] for query, of in naive.run(path, names, *ids).items()},
                 lambda: ranked(read_run(path, *of_texts, depth=3)),
             )
-            naive.agrees(
-                f"{case}, without unknown ids",
-                lambda: naive.run(path, names, *ids, drops=True),
-                lambda: ranked(read_run(path, *of_texts, unknown_ids="count")),
-            )
             return whole
 
         assert compared("the undamaged run")
@@ -102,12 +95,7 @@ def _tried_run(name: str, folder: Path, number: int) -> None:
             assert read or mutant.name not in naive.HARMLESS or end, f"{name}: {mutant.name}"
 
 
+@amounts(2, 80)  # of about 80 of each file
 @pytest.mark.parametrize("name", RUNS)
-def test_damaged_runs_are_refused_or_read_whole(name: str, tmp_path: Path) -> None:
-    _tried_run(name, tmp_path, QUICK)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
-def test_all_damaged_runs_are_refused_or_read_whole(name: str, tmp_path: Path) -> None:
-    _tried_run(name, tmp_path, FULL)
+def test_damaged_runs_are_refused_or_read_whole(name: str, number: int, tmp_path: Path) -> None:
+    _tried_run(name, tmp_path, number)

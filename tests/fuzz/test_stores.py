@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,24 +11,20 @@ import pytest
 from tests.commands import ROOT, evaluate_arguments
 from tests.fuzz.mutations import (
     Mutant,
+    amounts,
     bytes_mutants,
     json_mutants,
+    noted,
     outcome,
     put,
-    restored,
     sampled,
 )
-from tests.tiny import tiny_backbone
 
 from caravan.cli.compose import compose
 from caravan.cli.evaluate import evaluate
-from caravan.data.collection import Collection
 from caravan.data.readers import lines
 from caravan.errors import InputError
 
-QUICK, FULL = 2, 40
-"""Mutants of each file, of 33 and more."""
-SECONDS = 60
 TIMED = ("seconds", "queries_per_second", "index_s", "search_query_s", "encode_s")
 RUNS = ("bm25", "retriever", "fused", "reranked")
 MADE_FROM = {"bm25": RUNS[0], "passages": RUNS[1], "queries": RUNS[1], "scores": RUNS[3]}
@@ -104,90 +100,41 @@ def _is_made_anew(done: Done, path: Path) -> None:
         (done.home / "run/metrics.json.manifest.json").unlink(missing_ok=True)
 
 
-def _tried(done: Done, paths: list[Path], number: int) -> None:
-    for path in paths:
-        for mutant in sampled(_mutants(path, done.files[path]), number, seed=1):
-            put(path, mutant)
-            if (done.home / "run") in path.parents:
-                _is_made_anew(done, path)
-            case = f"{path.relative_to(done.home)}: {mutant.name}"
-            try:
-                found = outcome(lambda: evaluate(done.cfg), SECONDS)
-                if isinstance(found, InputError):
-                    named = (path.name, path.parent.name, "run_dir")
-                    assert any(name in str(found) for name in named), found
-                else:
-                    assert _results(done.home) == done.results
-            except BaseException as error:
-                error.add_note(case)
-                raise
-            finally:
-                _restored(done)
-
-
 def _products(done: Done, part: str) -> list[Path]:
     return sorted(
         path for path in done.files if path.relative_to(done.home).as_posix().startswith(part)
     )
 
 
-PARTS = ("run/store", "run/runs", "run/metrics.json", "run/config.yaml", "cache/collections")
-
-
-@pytest.mark.parametrize("part", PARTS)
+@amounts(2, 40)  # of 33 and more of each file
+@pytest.mark.parametrize(
+    "part", ["run/store", "run/runs", "run/metrics.json", "run/config.yaml", "cache/collections"]
+)
 def test_an_evaluation_over_damaged_products_ends_with_the_same_results(
-    done: Done, part: str
+    done: Done, part: str, number: int
 ) -> None:
-    _tried(done, _products(done, part), QUICK)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", PARTS)
-def test_an_evaluation_over_any_damaged_product_ends_with_the_same_results(
-    done: Done, part: str
-) -> None:
-    _tried(done, _products(done, part), FULL)
-
-
-def _cached(folder: Path, name: str, made: Callable[[], Any], number: int) -> None:
-    """Damage a file of a cache, which is used again or made anew: the result is the same."""
-    expected = made()
-    for path in sorted((folder / name).iterdir()):
-        with restored(path) as data:
-            for mutant in sampled(_mutants(path, data), number, seed=1):
-                put(path, mutant)
-                try:
-                    found = outcome(made, SECONDS)
-                    assert isinstance(found, InputError) or found == expected
-                except BaseException as error:
-                    error.add_note(f"{path.name}: {mutant.name}")
-                    raise
-
-
-def _tokenizers(collection: Collection, folder: Path, number: int) -> None:
-    def made() -> str:
-        tokenizer = tiny_backbone().tokenizer(collection, folder)
-        return str(tokenizer.backend_tokenizer.to_str())
-
-    _cached(folder, "tokenizers", made, number)
-
-
-def _digests(beir: Path, folder: Path, number: int) -> None:
-    def made() -> list[str]:
-        return lines.digests([beir / "corpus.jsonl"], folder)
-
-    _cached(folder, "digests", made, number)
-
-
-def test_damaged_tokenizers_of_the_cache_are_trained_again(
-    collection: Collection, tmp_path: Path
-) -> None:
-    _tokenizers(collection, tmp_path, 4 * QUICK)
+    for path in _products(done, part):
+        for mutant in sampled(_mutants(path, done.files[path]), number, seed=1):
+            _restored(done)
+            put(path, mutant)
+            if (done.home / "run") in path.parents:
+                _is_made_anew(done, path)
+            with noted(f"{path.relative_to(done.home)}: {mutant.name}"):
+                found = outcome(lambda: evaluate(done.cfg))
+                if isinstance(found, InputError):
+                    named = (path.name, path.parent.name, "run_dir")
+                    assert any(name in str(found) for name in named), found
+                else:
+                    assert _results(done.home) == done.results
 
 
 def test_damaged_digests_of_the_cache_are_computed_again(
     beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lines, "KEPT_FROM_BYTES", 0)
-    monkeypatch.setattr(lines, "SETTLED_S", -1)
-    _digests(beir, tmp_path, FULL)
+    expected = lines.digest(beir / "corpus.jsonl", tmp_path)
+    (path,) = (tmp_path / "digests").iterdir()
+    for mutant in sampled(_mutants(path, path.read_bytes()), 40, seed=1):
+        put(path, mutant)
+        with noted(mutant.name):
+            assert outcome(lambda: lines.digest(beir / "corpus.jsonl", tmp_path)) == expected

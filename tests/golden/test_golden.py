@@ -293,12 +293,12 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     env = os.environ | own | SAME_KERNELS
     done = subprocess.run(child, cwd=home, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
-    told = json.loads((home / "found.json").read_text("utf-8"))
+    measured = json.loads((home / "found.json").read_text("utf-8"))
     found = {
-        "environment": told["environment"],
+        "environment": measured["environment"],
         "metrics": {name: metrics(runs / name) for name in EVALUATIONS},
         "curves": {name: curves(runs / name) for name in TRAININGS},
-        "embeddings": beginnings(told["embeddings"]["caravan"]),
+        "embeddings": beginnings(measured["embeddings"]["caravan"]),
         "tensors": {name: tensors(runs / name / "model") for name in TRAININGS},
         "models": {name: model_digests(runs / name / "model") for name in TRAININGS},
         "runs": {name: run_digest(runs / name) for name in RUNS},
@@ -306,7 +306,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     if UPDATE:
         GOLDEN.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     golden = json.loads(GOLDEN.read_text("utf-8"))
-    return Pipeline(home, told["embeddings"], found, golden)
+    return Pipeline(home, measured["embeddings"], found, golden)
 
 
 @pytest.mark.parametrize("kind", NEAR)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tests.tiny import tiny_backbone
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+
+from caravan.models.bidirectional import DECODERS
 
 TEXTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [16, 17, 18, 19], list(range(20, 39))]
 ARCHITECTURES = ["bert", "modernbert", "qwen3", "mistral"]
@@ -29,7 +32,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "distilbert": {},
     "electra": {},
     "modernbert": {"local_attention": 8},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gpt_neox": {},
     "gpt2": {},
     "gpt_oss": {**GROUPED, **EXPERTS, **HALF},
@@ -38,31 +40,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gemma3_text": {**GROUPED, **HALF, "sliding_window": 8},
     "cohere2": {**GROUPED, "sliding_window": 8, "layer_types": None},
     "exaone4": {**GROUPED, "sliding_window": 8},
-    "jamba": {
-        **GROUPED,
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
-        "num_experts": 1,
-        "use_mamba_kernels": False,
-    },
-    "llama4_text": {**GROUPED, **EXPERTS, **HALF},
     "mamba": {},
     "ministral": {**GROUPED, **HALF, "sliding_window": 8},
     "mistral": {**GROUPED, "sliding_window": 8},
     "mixtral": {**GROUPED, **EXPERTS, "sliding_window": 8},
     "olmo3": {**GROUPED, "sliding_window": 8},
     "phi3": {**GROUPED, "sliding_window": 8},
-    "qwen2": {
-        **GROUPED,
-        "use_sliding_window": True,
-        "sliding_window": 8,
-        "max_window_layers": 1,
-    },
+    "qwen2": {**GROUPED, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen3": {**GROUPED, **HALF},
     "qwen3_moe": {**GROUPED, **HALF, "num_experts": 2, "num_experts_per_tok": 1},
     "starcoder2": {**GROUPED, "sliding_window": 8},
 }
 """Of each model type; others take SHAPE and GROUPED."""
+CORE = ("gemma2", "gemma3_text", "gpt2", "llama", "mistral", "qwen2", "qwen3")
+EVERY_DECODER = [
+    pytest.param(name, attention, marks=[] if name in CORE else [pytest.mark.slow])
+    for name in sorted(DECODERS)
+    for attention in ("auto", "eager")
+]
 
 
 def config_of(kind: str, **more: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,22 +25,12 @@ from caravan.models.adapters import LoRA
 from caravan.models.backbone import FromFolder, Pretrained, parameter_counts
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder
-from caravan.models.digests import adapter_base
 
 TEXTS = [[5, 6, 7], [8, 9, 10, 11], [12]]
-ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-MLP = {"gate_proj", "up_proj", "down_proj"}
+ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-@pytest.mark.parametrize(
-    ("targets", "layers"),
-    [
-        ("all-linear", ATTENTION | MLP),
-        ("attention", ATTENTION),
-        ("mlp", MLP),
-        (["up_proj"], {"up_proj"}),
-    ],
-)
+@pytest.mark.parametrize(("targets", "layers"), [("all-linear", ALL), (["up_proj"], {"up_proj"})])
 def test_lora_trains_the_target_layers_adapters_and_the_head(
     targets: Any, layers: set[str], tokenizer: object
 ) -> None:
@@ -54,19 +43,9 @@ def test_lora_trains_the_target_layers_adapters_and_the_head(
     assert found == layers
 
 
-def test_an_encoders_layers_are_told_apart_where_their_names_are_alike() -> None:
-    model = LoRA(rank=2, targets="mlp").apply(model_of("bert", num_hidden_layers=1))
-    names = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
-    ends = ("layer.0.intermediate.dense", "layer.0.output.dense")
-    assert len(names) == 2
-    assert all(name.endswith(ends) and "attention" not in name for name in names)
-
-
-@pytest.mark.parametrize("targets", ["attention", ["nowhere"]])
-def test_layers_that_a_model_lacks_are_refused(targets: Any) -> None:
-    model = model_of("mamba") if targets == "attention" else model_of("llama")
+def test_layers_that_a_model_lacks_are_refused() -> None:
     with refused("unknown-layers", "peft.targets"):
-        LoRA(targets=targets).apply(model)
+        LoRA(targets=["nowhere"]).apply(model_of("llama"))
 
 
 @pytest.fixture
@@ -83,24 +62,22 @@ def _adapter(name: str, to: Path, tokenizer: Any, encoding: Encoding, **settings
     return model
 
 
-def _embedded(model: BiEncoder | Path, texts: list[list[int]] = TEXTS) -> Tensor:
+def _embedded(model: BiEncoder | Path) -> Tensor:
     loaded = folder.load(model)[0] if isinstance(model, Path) else model
     with torch.no_grad():
-        found: Tensor = loaded.embed(pack(texts, 99))
+        found: Tensor = loaded.embed(pack(TEXTS, 99))
     return found
 
 
-@pytest.mark.parametrize("kind", ["rslora", "dora"])
-def test_variants_of_lora_are_saved(
-    kind: str, base: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
+def test_rank_stabilized_adapters_are_saved(
+    base: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
-    embedded = []
-    for settings in ({}, {kind: True}):
-        to = tmp_path / f"model{len(embedded)}"
-        model = _adapter(str(base), to, tokenizer, encoding, **settings)
-        torch.testing.assert_close(_embedded(to), _embedded(model))
-        embedded.append(_embedded(model))
-    assert (embedded[0] - embedded[1]).abs().max() > 1e-4
+    models = [
+        _adapter(str(base), tmp_path / f"{rslora}", tokenizer, encoding, rslora=rslora)
+        for rslora in (True, False)
+    ]
+    close(_embedded(tmp_path / "True"), _embedded(models[0]))
+    assert (_embedded(models[0]) - _embedded(models[1])).abs().max() > 1e-4
 
 
 def _change(base: Path) -> None:
@@ -114,7 +91,6 @@ def test_an_adapter_on_other_weights_of_its_base_is_refused(
 ) -> None:
     saved = tmp_path / "adapter"
     _adapter(str(base), saved, tokenizer, encoding)
-    _embedded(saved)
     _change(base)
     with refused("other-base-weights", str(saved)):
         folder.load(saved)
@@ -122,26 +98,13 @@ def test_an_adapter_on_other_weights_of_its_base_is_refused(
     spec.use_adapters(LoRA(rank=2, alpha=4))
     with refused("other-base-weights", str(saved)):
         spec.model(tokenizer)
-
-
-def test_an_older_adapter_that_records_no_base_weights_loads_with_a_log_line(
-    base: Path,
-    tokenizer: Any,
-    encoding: Encoding,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    saved = tmp_path / "adapter"
-    _adapter(str(base), saved, tokenizer, encoding)
     record = json.loads((saved / "caravan.json").read_text())
-    del record["facts"]["base_weights"]
+    del record["facts"]["base_weights"]  # as in folders of older versions
     (saved / "caravan.json").write_text(json.dumps(record))
-    with caplog.at_level(logging.INFO):
-        folder.load(saved)
-    assert str(base) in caplog.text
+    folder.load(saved)
 
 
-def test_whole_weights_record_no_base(
+def test_a_merged_model_records_no_base(
     base: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
     _adapter(str(base), tmp_path / "adapter", tokenizer, encoding)
@@ -149,6 +112,7 @@ def test_whole_weights_record_no_base(
     assert facts["base_weights"]
     folder.save(tmp_path / "whole", model, tokenizer, encoding, facts)
     assert "base_weights" not in read_encoding(tmp_path / "whole")[1]
+    close(_embedded(tmp_path / "whole"), _embedded(tmp_path / "adapter"), atol=1e-4)
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -182,31 +146,29 @@ def test_another_model_at_a_relative_base_is_refused(
     shutil.copytree(base, tmp_path / "other" / "bases" / "llama")
     _change(tmp_path / "other" / "bases" / "llama")
     monkeypatch.chdir(tmp_path / "other")
-    assert adapter_base(saved)[0] == "bases/llama"
     with refused("other-base-weights", str(saved)):
         folder.load(saved)
 
 
-def _foreign(base: Path, to: Path, resized: int = 0, **settings: Any) -> tuple[Path, Any]:
+def _foreign(base: Path, to: Path, resized: int = 0, task: str | None = "CAUSAL_LM") -> Any:
     """An adapter that PEFT alone has made of the language model; its model."""
     torch.manual_seed(1)
     model = transformers.LlamaForCausalLM.from_pretrained(base)
     if resized:
         model.resize_token_embeddings(resized)
-    config = LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **settings
-    )
+    targets = ["q_proj", "v_proj"]
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type=task)
     adapted = get_peft_model(model, config)
     adapted.save_pretrained(to)
-    return to, adapted.eval()
+    return adapted.eval()
 
 
 @pytest.mark.parametrize("task", ["CAUSAL_LM", None])
 def test_a_language_models_adapter_embeds_as_its_transformer(
     task: str | None, base: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
-    foreign, adapted = _foreign(base, tmp_path / "foreign", task_type=task)
-    model = BiEncoder(Pretrained(str(foreign)).model(tokenizer), encoding).eval()
+    adapted = _foreign(base, tmp_path / "foreign", task=task)
+    model = BiEncoder(Pretrained(str(tmp_path / "foreign")).model(tokenizer), encoding).eval()
     expected = _embedded(BiEncoder(adapted.get_base_model().model, encoding))
     close(_embedded(model), expected)
     folder.save(tmp_path / "adopted", model, tokenizer, encoding, {})
@@ -218,18 +180,16 @@ def test_a_language_models_adapter_embeds_as_its_transformer(
 def test_a_reranker_of_an_adapter_without_a_head_is_refused(
     base: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
-    foreign, _ = _foreign(base, tmp_path / "foreign", task_type="CAUSAL_LM")
-    with refused("adapter-without-head", str(foreign)):
-        CrossEncoder(Pretrained(str(foreign)).scorer(tokenizer), Encoding(kind="reranker"))
+    _foreign(base, tmp_path / "foreign")
+    with refused("weights-mismatch", str(tmp_path / "foreign"), "score.weight missing"):
+        CrossEncoder(
+            Pretrained(str(tmp_path / "foreign")).scorer(tokenizer), Encoding(kind="reranker")
+        )
 
 
-def test_an_adapter_with_a_resized_embedding_is_loaded_with_it(
-    base: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
+def test_an_adapter_with_a_resized_embedding_is_refused(
+    base: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
-    foreign, adapted = _foreign(base, tmp_path / "foreign", resized=404, task_type="CAUSAL_LM")
-    model = BiEncoder(Pretrained(str(foreign)).model(tokenizer), encoding).eval()
-    folder.save(tmp_path / "adopted", model, tokenizer, encoding, {})
-    ids = [[5, 403, 401], [402, 6]]
-    expected = _embedded(BiEncoder(adapted.get_base_model().model, encoding), ids)
-    close(_embedded(model, ids), expected)
-    close(_embedded(tmp_path / "adopted", ids), expected)
+    _foreign(base, tmp_path / "foreign", resized=404)
+    with refused("weights-mismatch", "embed_tokens.weight not used", "vocabulary"):
+        Pretrained(str(tmp_path / "foreign")).model(tokenizer)

@@ -56,8 +56,6 @@ def test_a_reranker_starts_from_a_retriever_with_a_new_head(
     assert spec.head_is_new
     wanted = retriever.backbone.state_dict()
     assert all(torch.equal(scorer.model.state_dict()[key], wanted[key]) for key in wanted)
-    (message,) = spec.messages()
-    assert str(tmp_path / "m") in message
 
 
 @pytest.mark.parametrize("kind", ["retriever", "reranker"])
@@ -78,7 +76,7 @@ def test_a_retrievers_adapter_starts_a_rerankers(base: str, tokenizer: Any, tmp_
     with torch.no_grad():
         wanted = retriever.backbone(ids).last_hidden_state
         close(model.plain.model(ids).last_hidden_state, wanted)
-    for other in (LoRA(rank=8), LoRA(rank=4, alpha=16), LoRA(rank=4, targets="mlp")):
+    for other in (LoRA(rank=8), LoRA(rank=4, alpha=16), LoRA(rank=4, targets=["up_proj"])):
         with refused("adapter-mismatch", str(tmp_path / "m"), "peft.rank"):
             spec.adapted(other, spec.scorer(tokenizer))
 
@@ -92,9 +90,6 @@ def test_a_rerankers_adapter_continues_with_its_head(
     with torch.no_grad():
         close(again(*padded(TEXTS, "right")), model(*padded(TEXTS, "right")))
     assert not spec.head_is_new
-    (message,) = spec.messages()
-    assert str(tmp_path / "m") in message
-    assert base in message
 
 
 def test_qlora_continues_adapters_and_full_retrievers_only(
@@ -117,25 +112,6 @@ def test_qlora_continues_adapters_and_full_retrievers_only(
 def test_a_backbone_without_a_language_model_is_refused_by_name() -> None:
     with refused("no-language-model", "backbone=mine"):
         BaseBackbone("mine").language_model(None)
-
-
-def test_a_model_that_cannot_be_loaded_is_reported_by_its_folder(tmp_path: Path) -> None:
-    with refused("unreadable", str(tmp_path)):
-        Pretrained(str(tmp_path)).tokenizer(None, tmp_path)
-    with refused("unreadable", str(tmp_path)):
-        Pretrained(str(tmp_path)).model(None)
-
-
-def test_an_unknown_hub_id_is_not_an_adapter_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not in the cache is reported when the weights are loaded."""
-    from huggingface_hub import constants
-    from transformers.utils import hub
-
-    from caravan.models.adapters import is_adapter
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub, "is_offline_mode", lambda: True)
-    assert not is_adapter("nobody/nothing")
 
 
 def test_layers_are_compiled_one_by_one(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,23 +149,20 @@ def test_a_quantized_base_has_four_bits_and_its_adapters_are_float32(
     model = qlora.apply(spec.model(tokenizer))
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
     assert len(layers) == 14  # seven a block
-    assert all(layer.weight.quant_state.quant_type == "nf4" for layer in layers)
-    assert all(layer.weight.quant_state.nested for layer in layers)
+    assert {layer.weight.quant_state.quant_type for layer in layers} == {"nf4"}
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     plain = LoRA(rank=2, alpha=4).apply(Pretrained(base).model(tokenizer))
     assert parameter_counts(model) == parameter_counts(plain)
 
 
-@pytest.mark.parametrize("given", [{}, {"attention": "unpadded"}, {"bidirectional": True}])
+@pytest.mark.parametrize("given", [{}, {"attention": "unpadded"}])
 def test_a_quantized_base_passes_gradients_after_a_validation(
     given: dict[str, Any], base: str, tokenizer: Any
 ) -> None:
-    """And after the layers were tested without gradients."""
     qlora = LoRA(rank=2, alpha=4, dropout=0.0, quant_type="nf4")
     spec = Pretrained(base, **given)
     spec.use_adapters(qlora)
-    encoding = Encoding(bidirectional="bidirectional" in given)
-    model = BiEncoder(qlora.apply(spec.model(tokenizer)), encoding)
+    model = BiEncoder(qlora.apply(spec.model(tokenizer)), Encoding())
     with torch.no_grad():
         model.eval().embed(pack([[5, 6, 7, 8]], 99))
     model.train().embed(pack([[5, 6, 7, 8]], 99)).sum().backward()
@@ -221,12 +194,9 @@ def test_a_frozen_base_in_bf16_computes_what_it_computed_under_autocast(
     assert torch.equal(*found)
     assert len(gradients[0]) == 28
     assert all(map(torch.equal, *gradients))
-
-
-def test_random_weights_are_saved_whole_and_so_stay_float32(tokenizer: Any) -> None:
-    model: Any = LORA.apply(tiny_backbone().model(tokenizer))
-    settle_precisions(model, bf16=True)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    unsaved = LORA.apply(tiny_backbone().model(tokenizer))  # it is saved with its base, merged
+    settle_precisions(unsaved, bf16=True)
+    assert {p.dtype for p in unsaved.parameters()} == {torch.float32}
 
 
 def test_a_buffer_that_no_file_has_is_not_rounded(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,49 +17,45 @@ from caravan.data.batch import pack
 from caravan.encoding import Encoding, read_encoding
 from caravan.export import sentence_transformers, transformers
 from caravan.models import folder
-from caravan.models.bidirectional import is_causal
 from caravan.models.biencoder import BiEncoder
 from caravan.models.pooling import pooling_of
 
+PLACES: dict[str, Callable[[Tensor], Tensor]] = {
+    "last": lambda states: states[-1],
+    "cls": lambda states: states[0],
+    "mean": lambda states: states.mean(dim=0),
+}
 
-@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+
+@pytest.mark.parametrize("pooling", PLACES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_an_embedding_depends_on_neither_batch_nor_padding_side(name: str, pooling: str) -> None:
-    model = BiEncoder(model_of(name), Encoding(pooling=pooling))
-    with torch.no_grad():
-        alone = torch.cat([model(*padded([text], "right", len(text)), True) for text in TEXTS])
-        batched = [model(*padded(TEXTS, side)) for side in ("left", "right")]
-        for other in (*batched, model.embed(pack(TEXTS, token_budget=20))):
-            close(other, alone)
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_embeddings_equal_plain_transformers(name: str) -> None:
+def test_embeddings_equal_plain_transformers_in_any_batch_and_padding(
+    name: str, pooling: str
+) -> None:
     backbone = model_of(name)
-    model = BiEncoder(backbone, Encoding(pooling="last"))
+    model = BiEncoder(backbone, Encoding(pooling=pooling))
     with torch.no_grad():
-        for text in TEXTS:
-            states = backbone(input_ids=torch.tensor([text])).last_hidden_state
-            expected = torch.nn.functional.normalize(states[:, -1], dim=-1)
-            close(model.embed(pack([text], 100)), expected)
+        states = [backbone(input_ids=torch.tensor([t])).last_hidden_state[0] for t in TEXTS]
+        expected = torch.stack([PLACES[pooling](rows) for rows in states])
+        expected = torch.nn.functional.normalize(expected, dim=-1)
+        batched = [model(*padded(TEXTS, side)) for side in ("left", "right")]
+        for found in (*batched, model.embed(pack(TEXTS, token_budget=20))):
+            close(found, expected)
 
 
 @pytest.mark.parametrize(
     ("pooling", "expected"),
-    [("last", [6.0, 7.0]), ("cls", [0.0, 1.0]), ("mean", [3.0, 4.0]), ("slots", [5.0, 6.0])],
+    [("last", [6.0, 7.0]), ("cls", [0.0, 1.0]), ("mean", [3.0, 4.0]), ("slots", [4.5, 5.5])],
 )
 def test_pooling_leaves_padding_out_and_is_float32(pooling: str, expected: list[float]) -> None:
     """Real tokens are found by the mask, whatever their ids: EOS and padding may be one token."""
     states = torch.tensor([[0.0, 1.0], [3.0, 4.0], [6.0, 7.0], [99.0, 99.0]])
-    states[1] = torch.tensor([3.0, 4.0])
-    template = "{text} {next}" if pooling == "slots" else "{text}"
-    slots = 2 if pooling == "slots" else 0
-    templates = {"query_template": template, "passage_template": template}
-    encoding = Encoding(pooling=pooling, slots=slots, append_eos=False, **templates)
-    found = pooling_of(encoding)(states[None].bfloat16(), torch.tensor([[1, 1, 1, 0]]))
-    wanted = [4.5, 5.5] if pooling == "slots" else expected
+    slotted = dict.fromkeys(("query_template", "passage_template"), "{text} {next}")
+    settings: Any = {"slots": 2, "append_eos": False, **slotted} if pooling == "slots" else {}
+    pool = pooling_of(Encoding(pooling=pooling, **settings))
+    found = pool(states[None].bfloat16(), torch.tensor([[1, 1, 1, 0]]))
     assert found.dtype == torch.float32
-    assert found.tolist() == [wanted]
+    assert found.tolist() == [expected]
 
 
 def test_unnormalized_embeddings_are_left_as_they_are(
@@ -69,11 +66,6 @@ def test_unnormalized_embeddings_are_left_as_they_are(
     with torch.no_grad():
         close(torch.nn.functional.normalize(raw.embed(texts), dim=-1), encoder.embed(texts))
         assert not torch.allclose(raw.embed(texts).norm(dim=-1), torch.ones(len(TEXTS)))
-
-
-def test_decoders_are_causal_and_encoders_are_not() -> None:
-    found = {name: is_causal(model_of(name)) for name in ARCHITECTURES}
-    assert found == {"bert": False, "modernbert": False, "qwen3": True, "mistral": True}
 
 
 class Max:
@@ -91,9 +83,8 @@ def custom(monkeypatch: pytest.MonkeyPatch) -> Encoding:
     return Encoding(pooling="users_poolings.Max", query_length=16, passage_length=24)
 
 
-@pytest.mark.parametrize("attention", ["auto", "unpadded"])
 def test_a_users_pooling_is_used_and_its_folder_needs_the_command_to_trust_it(
-    attention: str, custom: Encoding, tokenizer: Any, tmp_path: Path
+    custom: Encoding, tokenizer: Any, tmp_path: Path
 ) -> None:
     backbone = model_of("qwen3", vocab_size=400)
     model = BiEncoder(backbone, custom)
@@ -101,11 +92,12 @@ def test_a_users_pooling_is_used_and_its_folder_needs_the_command_to_trust_it(
     with refused("remote-code", "trust_remote_code=true"):
         folder.load(tmp_path / "m")
     assert read_encoding(tmp_path / "m")[1]["own_code"] is True
-    loaded = folder.load(tmp_path / "m", attention=attention, trust_remote_code=True)[0]
-    with torch.no_grad():
-        for text, found in zip(TEXTS, loaded.embed(pack(TEXTS, 40)), strict=True):
-            states = backbone(input_ids=torch.tensor([text])).last_hidden_state[0]
-            close(found, torch.nn.functional.normalize(states.amax(dim=0), dim=0))
+    for attention in ("auto", "unpadded"):
+        loaded = folder.load(tmp_path / "m", attention=attention, trust_remote_code=True)[0]
+        with torch.no_grad():
+            for text, found in zip(TEXTS, loaded.embed(pack(TEXTS, 40)), strict=True):
+                states = backbone(input_ids=torch.tensor([text])).last_hidden_state[0]
+                close(found, torch.nn.functional.normalize(states.amax(dim=0), dim=0))
     for exporter in (sentence_transformers, transformers):
         with refused("remote-code", str(tmp_path / "m")):
             exporter.export(tmp_path / "m", tmp_path / "out")

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from tests.models.small import (
-    ARCHITECTURES,
-    TEXTS,
-    close,
-    config_of,
-    model_of,
-    padded,
-    saved_base,
-    shaken,
-)
+from tests.models.small import ARCHITECTURES, TEXTS, close, config_of, model_of, padded, shaken
 from tests.refusals import refused
 from tests.tiny import tiny_backbone
 from transformers import AutoModelForSequenceClassification
@@ -33,14 +25,7 @@ from caravan.models.cpu import pack_linears
 from caravan.models.crossencoder import CrossEncoder, head_of, with_head
 
 DECODER = Encoding(kind="reranker", query_length=16, passage_length=48)
-ENCODER = Encoding(
-    kind="reranker",
-    pooling="cls",
-    pair="pair",
-    append_eos=False,
-    query_length=16,
-    passage_length=48,
-)
+ENCODER = replace(DECODER, pooling="cls", pair="pair", append_eos=False)
 
 
 def _crossencoder(name: str) -> CrossEncoder:
@@ -48,10 +33,10 @@ def _crossencoder(name: str) -> CrossEncoder:
     return CrossEncoder(with_head(backbone, 0), DECODER if is_causal(backbone) else ENCODER).eval()
 
 
-def _alone(model: CrossEncoder, ids: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        score: torch.Tensor = model(*padded([ids], "right", len(ids)))[0]
-    return score
+@torch.no_grad()
+def _alone(model: CrossEncoder) -> torch.Tensor:
+    """The scores of `TEXTS`, one after the other."""
+    return torch.cat([model(*padded([ids], "right", len(ids))) for ids in TEXTS])
 
 
 def _released_encoder(to: Path, labels: int = 1) -> Any:
@@ -65,7 +50,7 @@ def _released_encoder(to: Path, labels: int = 1) -> Any:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_score_is_the_same_alone_in_any_chunk_and_under_either_padding(name: str) -> None:
     model = _crossencoder(name)
-    alone = torch.stack([_alone(model, ids) for ids in TEXTS])
+    alone = _alone(model)
     with torch.no_grad():
         for budget in (8, 30, 10_000):
             close(model.score(pack(TEXTS, budget)), alone)
@@ -74,34 +59,26 @@ def test_a_score_is_the_same_alone_in_any_chunk_and_under_either_padding(name: s
     assert alone.std() > 1e-4
 
 
-def test_a_decoders_folder_scores_as_plain_transformers_does(
-    tokenizer: Any, tmp_path: Path
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_decoders_folder_scores_as_plain_transformers_and_peft_do(
+    adapter: bool, tokenizer: Any, tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
-    model = CrossEncoder(tiny_backbone().scorer(tokenizer), DECODER).eval()
-    folder.save(tmp_path / "m", model, tokenizer, DECODER, {})
-    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval()
-    loaded, _, encoding, _ = folder.load(tmp_path / "m", kind="reranker")
-    for text in ([1, 7, 9, 2], [1, 8, 2]):
-        expected = plain(torch.tensor([text])).logits[0, 0]
-        close(_alone(loaded, text), expected)
-        close(_alone(model, text), expected)
-    assert encoding == DECODER
-
-
-def test_an_adapters_folder_scores_as_plain_transformers_with_peft_does(
-    tokenizer: Any, tmp_path: Path
-) -> None:
-    base = saved_base(tokenizer, tmp_path / "base")
-    scorer = shaken(LoRA(rank=4, alpha=8).apply(Pretrained(str(base)).scorer(tokenizer)))
+    model_of("qwen3", noise=0.1).save_pretrained(tmp_path / "base")
+    scorer = Pretrained(str(tmp_path / "base")).scorer(tokenizer)
+    if adapter:
+        scorer = shaken(LoRA(rank=4, alpha=8).apply(scorer))
     model = CrossEncoder(scorer, DECODER).eval()
     folder.save(tmp_path / "m", model, tokenizer, DECODER, {})
-    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
-    peft = PeftModel.from_pretrained(plain, tmp_path / "m").eval()
-    text = [1, 7, 9, 30, 2]
-    expected = peft(torch.tensor([text])).logits[0, 0]
-    close(_alone(model, text), expected)
-    close(_alone(folder.load(tmp_path / "m")[0], text), expected)
+    auto: Any = AutoModelForSequenceClassification
+    plain = auto.from_pretrained(tmp_path / ("base" if adapter else "m"), num_labels=1)
+    if adapter:
+        plain = PeftModel.from_pretrained(plain, tmp_path / "m")
+    with torch.no_grad():
+        expected = torch.cat([plain.eval()(torch.tensor([t])).logits[:, 0] for t in TEXTS])
+    close(_alone(model), expected)
+    loaded, _, encoding, _ = folder.load(tmp_path / "m", kind="reranker")
+    close(_alone(loaded), expected)
+    assert encoding == DECODER
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -112,9 +89,7 @@ def test_an_encoders_folder_has_its_head(adapter: bool, tmp_path: Path, tokenize
         scorer = LoRA(rank=4).apply(Pretrained(str(tmp_path / "base")).scorer(tokenizer))
         model = CrossEncoder(shaken(scorer), ENCODER).eval()
     folder.save(tmp_path / "m", model, tokenizer, ENCODER, {})
-    loaded, *_ = folder.load(tmp_path / "m")
-    for text in TEXTS:
-        close(_alone(loaded, text), _alone(model, text))
+    close(_alone(folder.load(tmp_path / "m")[0]), _alone(model))
     if not adapter:
         (tmp_path / "m" / folder.HEAD).unlink()
         with refused("no-trained-head", str(tmp_path / "m")):
@@ -133,6 +108,8 @@ def test_an_encoder_that_was_released_with_a_head_keeps_it(tmp_path: Path, token
     with torch.no_grad():
         expected = plain(ids, mask, token_type_ids=types).logits[:, 0]
         close(loaded(ids, mask, token_types=types), expected)
+    retriever = FromFolder(str(tmp_path / "m")).model(tokenizer)  # without the head
+    assert not any("pooler" in name or "classifier" in name for name in retriever.state_dict())
 
 
 def test_a_head_of_several_labels_is_refused(tmp_path: Path, tokenizer: Any) -> None:
@@ -182,18 +159,6 @@ def test_the_head_stays_float32_in_bf16_and_when_linears_are_packed(
         assert found.dtype == torch.float32
         assert not torch.equal(found, found.bfloat16().float())
         close(found, expected, atol=0.02)
-
-
-def test_a_retriever_starts_from_a_reranker_without_its_head(
-    tokenizer: Any, tmp_path: Path
-) -> None:
-    _released_encoder(tmp_path / "released")
-    scorer = Pretrained(str(tmp_path / "released")).scorer(tokenizer)
-    folder.save(tmp_path / "m", CrossEncoder(scorer, ENCODER), tokenizer, ENCODER, {})
-    model = BiEncoder(FromFolder(str(tmp_path / "m")).model(tokenizer), Encoding(pooling="mean"))
-    with torch.no_grad():
-        assert model.embed(pack(TEXTS, 40)).shape == (len(TEXTS), scorer.config.hidden_size)
-    assert not any("pooler" in name or "classifier" in name for name, _ in model.named_parameters())
 
 
 def test_an_encoder_with_a_new_head_can_recompute_activations(

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 from tests.commands import ROOT, from_folder
 from tests.models.released import save_base
+from tests.refusals import refused
 from tokenizers import processors
+from transformers import AutoTokenizer
 
 from caravan.cli.compose import compose
 from caravan.cli.train import train
 from caravan.data.tokenization import PairTemplates, Templates, without_second_end
 from caravan.encoding import Encoding, read_encoding
-from caravan.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,6 @@ def _adopt(released: Path, run_dir: Path, *overrides: str) -> Path:
 
 
 def _plain(released: Path, text: str) -> list[int]:
-    from transformers import AutoTokenizer
-
     ids: list[int] = AutoTokenizer.from_pretrained(released)(text)["input_ids"]
     return ids
 
@@ -52,8 +51,6 @@ def _plain(released: Path, text: str) -> list[int]:
 def test_no_second_end_is_appended_and_the_folder_records_it(
     released: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from transformers import AutoTokenizer
-
     with caplog.at_level(logging.INFO):
         model = _adopt(released, tmp_path)
     assert "encoding.append_eos=false" in caplog.text
@@ -64,8 +61,6 @@ def test_no_second_end_is_appended_and_the_folder_records_it(
 
 
 def test_a_folder_that_was_saved_with_two_ends_keeps_them(released: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
     older = _adopt(released, tmp_path / "older")
     record = json.loads((older / "caravan.json").read_text())
     (older / "caravan.json").write_text(json.dumps({**record, "append_eos": True}))
@@ -81,8 +76,6 @@ def test_a_folder_that_was_saved_with_two_ends_keeps_them(released: Path, tmp_pa
 def test_a_rerankers_input_gets_no_second_end_either(
     released: Path, encoding: Encoding, pair: str
 ) -> None:
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(released)
     if pair == "pair":
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -90,21 +83,19 @@ def test_a_rerankers_input_gets_no_second_end_either(
             pair="$A <pad> $B <pad>",
             special_tokens=[("<pad>", tokenizer.convert_tokens_to_ids("<pad>"))],
         )
-    asked = replace(encoding, kind="reranker", pair=pair, query_length=64)
-    settled = without_second_end(tokenizer, asked)
+    given = replace(encoding, kind="reranker", pair=pair, query_length=64)
+    settled = without_second_end(tokenizer, given)
     (read,) = PairTemplates(tokenizer, settled).pairs([("", "salt")], [("", "road")])
     texts = ["query: salt passage: road"] if pair == "joined" else ["query: salt", "passage: road"]
     assert read.ids == tokenizer(*texts)["input_ids"]
-    assert read.ids[-1] == tokenizer.convert_tokens_to_ids("<pad>")
 
 
 @pytest.mark.parametrize("setting", ["query_template", "passage_template"])
 def test_a_template_that_ends_with_the_appended_eos_is_refused(
     tokenizer: Any, setting: str
 ) -> None:
-    template = f"{{text}}{tokenizer.eos_token}"
-    ended = replace(Encoding(), **{setting: template})
-    with pytest.raises(InputError, match=f"encoding.{setting}"):
+    ended = replace(Encoding(), **{setting: f"{{text}}{tokenizer.eos_token}"})
+    with refused("repeated-eos", f"encoding.{setting}"):
         without_second_end(tokenizer, ended)
     alone = replace(ended, append_eos=False)
     assert without_second_end(tokenizer, alone) is alone

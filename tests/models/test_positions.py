@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 import transformers
 from tests.refusals import refused
-from torch import nn
 
 from caravan.encoding import Encoding
 from caravan.models import folder, positions
@@ -32,11 +30,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "GPTJ": {**OF_GPT, "rotary_dim": 8},
     "OPT": {**SIZE, "ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
 }
-ROTARY: dict[str, dict[str, Any]] = {
-    "Llama": {**SIZE, "max_position_embeddings": 64},
-    "ModernBert": {**SIZE, "max_position_embeddings": 64, "pad_token_id": 1},
-}
-PLAIN = {"query_template": "{text}", "passage_template": "{title} {text}", "append_eos": False}
+ROTARY = {**SIZE, "max_position_embeddings": 64}
+CLS: dict[str, Any] = {"pooling": "cls", "append_eos": False}
 
 
 def _made(name: str, settings: dict[str, Any]) -> Any:
@@ -56,71 +51,42 @@ def test_a_length_is_refused_exactly_where_the_model_would_fail(name: str) -> No
         model(input_ids=torch.full((1, 65), 5))
 
 
-@pytest.mark.parametrize("name", ROTARY)
-def test_rotary_positions_have_no_limit_but_a_warning(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rotary_positions_have_no_limit_but_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     positions._warn_once.cache_clear()
-    model = _made(name, ROTARY[name])
     with caplog.at_level(logging.WARNING):
-        refuse_too_long(model, Encoding(passage_length=65))
-    assert "was trained on texts of at most 64 tokens" in caplog.text
-    with torch.no_grad():
-        model(input_ids=torch.full((1, 65), 5))
+        refuse_too_long(_made("Llama", ROTARY), Encoding(passage_length=65))
+    assert "64 tokens" in caplog.text
 
 
 def test_a_reranker_reads_query_and_passage_together() -> None:
-    settings: dict[str, Any] = {"kind": "reranker", "pooling": "cls", "append_eos": False}
-    with refused("too-long", "is 65", "set encoding.passage_length to 44"):
-        CrossEncoder(
-            with_head(_made("Bert", CONFIGS["Bert"])),
-            Encoding(query_length=20, passage_length=45, **settings),
-        )
+    model = with_head(_made("Bert", CONFIGS["Bert"]))
+    with refused("too-long", "encoding.query_length + encoding.passage_length is 65", "64"):
+        CrossEncoder(model, Encoding("reranker", query_length=20, passage_length=45, **CLS))
 
 
 def test_a_query_may_be_too_long_too() -> None:
     with refused("too-long", "query_length is 65"):
-        BiEncoder(
-            _made("Bert", CONFIGS["Bert"]), Encoding(query_length=65, pooling="mean", **PLAIN)
-        )
+        BiEncoder(_made("Bert", CONFIGS["Bert"]), Encoding(query_length=65, **CLS))
 
 
-@pytest.fixture(scope="module")
-def models(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Model folders of a retriever and a reranker with 64 positions."""
-    to = tmp_path_factory.mktemp("encoders")
-    short = {"query_length": 16, "passage_length": 32}
-    retriever = Encoding(pooling="mean", **short, **PLAIN)
-    reranker = Encoding(kind="reranker", pooling="cls", **short, **PLAIN)
-    torch.manual_seed(0)
-    embeds = BiEncoder(_made("Bert", CONFIGS["Bert"]), retriever)
-    scores = CrossEncoder(with_head(_made("Bert", CONFIGS["Bert"])), reranker)
-    folder.save(to / "retriever", embeds, tokenizer, retriever, {})
-    folder.save(to / "reranker", scores, tokenizer, reranker, {})
-    return {"retriever": to / "retriever", "reranker": to / "reranker"}
-
-
+@pytest.mark.parametrize("kind", ["retriever", "reranker"])
 def test_lengths_of_an_evaluation_are_compared_before_weights_are_read(
-    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    kind: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(*_: Any, **__: Any) -> nn.Module:
-        raise AssertionError("weights are read")
-
-    monkeypatch.setattr(folder, "load_weights", read)
-    retriever, reranker = map(str, models.values())
-    Inference(retriever, lengths={"passage_length": 64}).check_lengths()
-    with refused("too-long", "passage_length is 65"):
-        Inference(retriever, lengths={"passage_length": 65}).check_lengths()
-    Inference(reranker, lengths={"passage_length": 48}).check_lengths()
-    with refused("too-long", "rerank.query_length + rerank.passage_length is 65"):
-        Inference(reranker, lengths={"passage_length": 49}).check_lengths()
-
-
-def test_a_folder_with_longer_texts_is_refused_when_it_loads(
-    models: dict[str, Path], tmp_path: Path
-) -> None:
-    copied = shutil.copytree(models["retriever"], tmp_path / "copied")
-    record = json.loads((copied / "caravan.json").read_text())
-    (copied / "caravan.json").write_text(json.dumps({**record, "passage_length": 65}))
-    with refused("too-long", "encoding.passage_length is 65"):
-        folder.load(copied)
+    encoding = Encoding(kind, query_length=16, passage_length=32, **CLS)
+    trunk = _made("Bert", CONFIGS["Bert"])
+    retrieves = kind == "retriever"
+    model = BiEncoder(trunk, encoding) if retrieves else CrossEncoder(with_head(trunk), encoding)
+    folder.save(tmp_path / "m", model, tokenizer, encoding, {})
+    monkeypatch.setattr(folder, "load_weights", lambda *_, **__: pytest.fail("weights are read"))
+    most = 64 if retrieves else 48
+    Inference(tmp_path / "m", lengths={"passage_length": most}).check_lengths()
+    place = "passage_length is 65" if retrieves else "rerank.query_length + rerank.passage_length"
+    with refused("too-long", place):
+        Inference(tmp_path / "m", lengths={"passage_length": most + 1}).check_lengths()
+    monkeypatch.undo()
+    record = json.loads((tmp_path / "m" / "caravan.json").read_text())
+    record["passage_length"] = most + 1
+    (tmp_path / "m" / "caravan.json").write_text(json.dumps(record))
+    with refused("too-long", "passage_length is"):
+        folder.load(tmp_path / "m")

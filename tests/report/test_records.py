@@ -6,78 +6,19 @@ import gzip
 import json
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from tests.fuzz.mutations import json_mutants, put, restored, sampled, text_mutants
 from tests.refusals import refused
 from tests.report.conftest import Evaluations, Report
 from torch.utils.tensorboard import SummaryWriter
 
-from caravan.data.runs import Run
 from caravan.errors import CONTROLS
 from caravan.report import jobs, page
 from caravan.report.records import read_metrics, to_depth
-from caravan.retrieval.metrics import depth_of, too_deep
 
-VALUES: list[Any] = [
-    None, True, -1, 0, 10**400, 1e308, float("nan"), "", "x", "\x1b[2J", "../..", "\udcff", [],
-    [[]], [None], {}, {"x": {}}, {"overall": []},
-]  # fmt: skip
-BYTES = [
-    b"", b"\x00", b"\xff\xfe", b"\x1b[31m", b"{", b"[" * 5000, b"\n\n", b"nan", b"\t", b"\x1f\x8b",
-]  # fmt: skip
-
-
-def _nodes(tree: Any) -> list[tuple[Any, Any]]:
-    """(container, key) of every value."""
-    keys = tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()
-    return [pair for key in keys for pair in [(tree, key), *_nodes(tree[key])]]
-
-
-def _mutate_json(path: Path, rng: random.Random) -> None:
-    """Another value, or none, in one or two places."""
-    record = json.loads(path.read_text())
-    for _ in range(rng.choice([1, 1, 2])):
-        container, key = rng.choice(_nodes(record) or [({"": None}, "")])
-        if isinstance(container, dict) and rng.random() < 0.3:
-            del container[key]
-        else:
-            container[key] = rng.choice(VALUES)
-    path.write_text(json.dumps(record))
-
-
-def _mutate_bytes(path: Path, rng: random.Random) -> None:
-    """Cut, overwritten, or doubled."""
-    data, junk = path.read_bytes(), rng.choice(BYTES)
-    at = rng.randrange(len(data) + 1)
-    tails = [b"", junk + data[at:], junk + data[at + len(junk) :]]
-    path.write_bytes(rng.choice([junk, *(data[:at] + tail for tail in tails)]))
-
-
-def _mutate_lines(path: Path, rng: random.Random) -> None:
-    """A line with a column more, less or other; a line twice."""
-    lines = path.read_text().splitlines()
-    i = rng.randrange(len(lines))
-    columns = lines[i].split()
-    j = rng.randrange(len(columns))
-    junk = rng.choice(["", "x", "nan", "-1", "1e999", "\u2028", "\x1b[2J"])
-    changed = [columns[:j], [*columns, junk], [*columns[:j], junk, *columns[j + 1 :]]]
-    lines[i] = " ".join(rng.choice(changed))
-    path.write_text("\n".join([*lines, rng.choice(lines)]) + "\n")
-
-
-def _remove(path: Path, rng: random.Random) -> None:
-    path.unlink()
-    if rng.random() < 0.5:
-        path.mkdir()
-
-
-Mutation = Callable[[Path, random.Random], None]
-MUTATIONS: list[Mutation] = [_mutate_json, _mutate_json, _mutate_bytes, _mutate_lines, _remove]
-SUFFIXES = {_mutate_json: (".json",), _mutate_lines: (".trec", ".txt", ".yaml")}
 COMMANDS = {
     "table": ["mine"],
     "compare": ["mine/bm25", "mine/pipeline", "theirs.trec.gz"],
@@ -119,29 +60,30 @@ def whole(evaluations: Evaluations, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def _report_of_damaged(
-    number: int, whole: Path, home: Path, monkeypatch: pytest.MonkeyPatch, report: Report
+    number: int, home: Path, monkeypatch: pytest.MonkeyPatch, report: Report
 ) -> int:
     """A report of runs of which one file is damaged; returns its exit code."""
     rng = random.Random(number)
     name = rng.choice(list(COMMANDS))
-    shutil.copytree(whole, home)
     below = [home / one for one in COMMANDS[name]]
     below += [home / "qrels.txt"] if "--qrels" in name else []
     files = [path for one in below for path in (one, *sorted(one.rglob("*"))) if path.is_file()]
-    victim, mutate = rng.choice(files), rng.choice(MUTATIONS)
-    if victim.suffix not in SUFFIXES.get(mutate, victim.suffix):
-        mutate = _mutate_bytes
-    mutate(victim, rng)
-    monkeypatch.chdir(home)
-    command, *options = name.split()
-    code, printed, error = report(command, *COMMANDS[name], *options)
-    what = f"{number}: {name} after {mutate.__name__} of {victim.relative_to(home)}: {error}"
+    victim = rng.choice(files)
+    with restored(victim) as data:
+        mutants = text_mutants(victim.name, data, number)
+        if victim.suffix == ".json" and rng.random() < 0.8:
+            mutants = json_mutants(data, number, depth=5)
+        (mutant,) = sampled(mutants, 1, number)
+        put(victim, mutant)
+        monkeypatch.chdir(home)
+        command, *options = name.split()
+        code, printed, error = report(command, *COMMANDS[name], *options)
+    what = f"{number}: {name} after {mutant.name} of {victim.relative_to(home)}: {error}"
     assert code in (0, 2), what
     if code == 2:
         assert 1 <= len(error.strip().splitlines()) <= 2, what
         assert error.strip()[-1] != ":", what
     assert not CONTROLS.search(printed + error), what
-    shutil.rmtree(home)
     return code
 
 
@@ -157,7 +99,8 @@ def _report_of_damaged(
 def test_a_damaged_file_is_no_traceback(
     numbers: range, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Report
 ) -> None:
-    codes = {_report_of_damaged(i, whole, tmp_path / str(i), monkeypatch, report) for i in numbers}
+    shutil.copytree(whole, home := tmp_path / "whole")
+    codes = {_report_of_damaged(i, home, monkeypatch, report) for i in numbers}
     assert codes == {0, 2}
 
 
@@ -187,18 +130,6 @@ def test_a_folder_that_does_not_exist_is_named(
     assert str(tmp_path / "nowhere") in error
 
 
-# --- depth ----------------------------------------------------------------------------------------
-
-
-def test_a_search_with_few_hits_is_as_deep_as_it_was_set_to() -> None:
-    run = Run.from_flat(np.array([0, 0, 1]), np.array([4, 5, 6]), np.array([3.0, 2.0, 1.0]))
-    assert depth_of(run) == 2
-    assert depth_of(run, searched=1000) == 1000
-    # A ranking of all passages suits every measure, whatever the cutoff.
-    assert too_deep(["R@1000"], depth=2, passages=2) == []
-    assert too_deep(["MRR@10", "R@2", "R@3"], depth=2, passages=60) == ["MRR@10", "R@3"]
-
-
 def _record(depth: int) -> dict[str, Any]:
     """A reranker's top 100 of a retriever's 1,000."""
     reranked = {"MRR@10": 0.3, "R@1000": 0.6 if depth < 1000 else 0.8}
@@ -226,9 +157,11 @@ def test_a_record_keeps_the_measures_that_each_stage_is_deep_enough_for() -> Non
     assert (found["overall"], found["depth"]) == ({"MRR@10": 0.3}, 100)
     assert found["too_deep"] == ["R@1000"]
     assert to_depth(found) == found
-    without = to_depth(_record(5))
+    without = to_depth(_record(5))  # the gain is in the first measure
     assert (without["overall"], without["stages"][1]["gain"]) == ({}, None)
     assert to_depth(_record(1000))["overall"] == _record(1000)["overall"]
+    ranks_all = {**_record(100), "passages": 100}
+    assert to_depth(ranks_all)["overall"] == ranks_all["overall"]
 
 
 @pytest.mark.usefixtures("undrawn")

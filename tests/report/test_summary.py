@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import ttest_rel
 from tests.refusals import refused
-from tests.report.conftest import Report
+from tests.report.conftest import Evaluations, Report
 
 from caravan.report.summary import collect, rows, show_stages
 
@@ -39,38 +40,27 @@ def _of_stages(folder: Path, **stages: str) -> None:
 
 def test_the_table_is_every_evaluation_below_the_folder(tmp_path: Path, report: Report) -> None:
     _evaluation(tmp_path / "bm25", 0.32)
-    _evaluation(tmp_path / "untrained", 0.01)
+    _evaluation(tmp_path / "dense", overall={"R@100": 0.75, "nDCG@10": 0.6})
     (tmp_path / "train").mkdir()
     (tmp_path / "train/metrics.json").write_text('{"best": 0.4}')
     code, printed, _ = report("table", tmp_path)
     assert code == 0
-    assert "0.3200" in printed
-    assert "tensorboard" not in printed
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert list(summary) == ["untrained", "bm25"]
-    assert summary["bm25"] == {"MRR@10": 0.32, "R@100": 0.5, "seconds": 1.3}
-    (tmp_path / "train/tensorboard").mkdir()
-    (tmp_path / "train/tensorboard/events.out.tfevents.1").touch()
-    assert f"tensorboard --logdir {tmp_path}" in report("table", tmp_path)[1]
-
-
-def test_scores_stand_below_their_measure(tmp_path: Path, report: Report) -> None:
-    _evaluation(tmp_path / "bm25")
-    _evaluation(tmp_path / "dense", overall={"R@100": 0.75, "nDCG@10": 0.6})
-    _, printed, _ = report("table", tmp_path)
     lines = [re.findall(r"[\w@.-]+", line) for line in printed.splitlines()]
     assert {line[0]: line[1:] for line in lines if len(line) == 5} == {
         "system": ["R@100", "nDCG@10", "MRR@10", "seconds"],
-        "bm25": ["0.5000", "-", "0.3000", "1.3"],
+        "bm25": ["0.5000", "-", "0.3200", "1.3"],
         "dense": ["0.7500", "0.6000", "-", "1.3"],
     }
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary) == ["dense", "bm25"]  # by MRR@10
+    assert summary["bm25"] == {"MRR@10": 0.32, "R@100": 0.5, "seconds": 1.3}
 
 
 @pytest.mark.parametrize(
     ("code", "settings", "places"),
     [
         ("no-scores", {"overall": {}}, ["b/metrics.json"]),
-        ("mixed-collections", {"split": "dev"}, ["a (tiny test), b (tiny dev)"]),
+        ("mixed-collections", {"split": "dev"}, ["a (tiny test", "b (tiny dev"]),
         ("damaged-file", {"split": None}, ["b/metrics.json", "split"]),
     ],
 )
@@ -101,6 +91,7 @@ def test_systems_of_one_name_never_share_a_row(tmp_path: Path) -> None:
         "reranked": "b",
         "a/bm25": "a/bm25",
     }
+    assert list(collect(home / "retriever")) == ["retriever"]
 
 
 def test_given_names_are_left_if_two_evaluations_have_the_same() -> None:
@@ -109,20 +100,12 @@ def test_given_names_are_left_if_two_evaluations_have_the_same() -> None:
     records = {"one/a": record, "one/copy": record, "two": {**record, **several}}
     given = {"one/a": "one", "one/copy": "one"}
     assert list(rows(records, given)) == ["one/a", "one/copy", "bm25", "x"]
-    assert list(rows(records, {"one/a": "mine"})) == ["mine", "one/copy", "bm25", "x"]
-
-
-def test_a_run_directory_by_itself_is_named_after_its_system(tmp_path: Path) -> None:
-    _evaluation(tmp_path / "a", system="retriever")
-    (name,) = collect(tmp_path / "a")
-    assert name == "retriever"
 
 
 def test_a_suite_is_shown_by_its_mean(tmp_path: Path) -> None:
     for name in ("one", "two"):
         _evaluation(tmp_path / name, collections={}, failed={})
-    (tmp_path / "one/a").mkdir()
-    (tmp_path / "one/a/metrics.json").write_text('{"overall": {"nDCG@10": 0.1}}')
+    _evaluation(tmp_path / "one/a", overall={"nDCG@10": 0.1})
     assert list(collect(tmp_path)) == ["one", "two"]
 
 
@@ -134,3 +117,33 @@ def test_the_stages_of_an_evaluation_are_printed(
     printed = capsys.readouterr().out
     assert "fused" in printed
     assert "3.5" in printed
+
+
+def test_each_system_is_tested_against_the_one_in_the_row_before(
+    evaluations: Evaluations, report: Report
+) -> None:
+    code, printed, _ = report("table", evaluations.folder)
+    assert code == 0
+    summary = json.loads((evaluations.folder / "summary.json").read_text())
+    systems = collect(evaluations.folder)
+    scores = [
+        evaluations.per_query(evaluations.folder / of["folder"] / of["run"], "MRR@10")
+        for of in systems.values()
+    ]
+    queries = sorted({query for of in scores for query in of})
+    values = [[of.get(query, 0.0) for query in queries] for of in scores]
+    names = list(systems)
+    for i in range(1, len(names)):
+        expected = ttest_rel(values[i], values[i - 1]).pvalue
+        assert summary[names[i]]["p"] == pytest.approx(expected)
+        verb = "beats" if expected < 0.05 else "does not differ significantly from"
+        assert f"{names[i]} {verb} {names[i - 1]}" in printed
+    assert "p" not in summary[names[0]]
+
+
+def test_a_table_without_runs_says_why_nothing_is_tested(tmp_path: Path, report: Report) -> None:
+    _evaluation(tmp_path / "a")
+    _evaluation(tmp_path / "b", 0.4)
+    code, printed, _ = report("table", tmp_path)
+    assert code == 0
+    assert "not tested: there is no run" in printed

@@ -9,17 +9,16 @@ import pytest
 from tests.refusals import refused
 
 from caravan.report import jobs
-from caravan.report.sweep import averaged, collect, plots, show
+from caravan.report.sweep import collect, plots, show
+
+SCORED = {"overall": {"MRR@10": 0.1}}
 
 
 def _job(folder: Path, overrides: list[str], metrics: dict[str, Any] | None) -> None:
-    run_dir = folder / ",".join(overrides)
+    run_dir = folder / ",".join(overrides).replace("/", "_")
     jobs.write(run_dir, overrides, jobs.FINISHED if metrics else jobs.FAILED, "it is broken")
     if metrics:
         (run_dir / "metrics.json").write_text(json.dumps(metrics))
-
-
-SCORED = {"overall": {"MRR@10": 0.1}}
 
 
 @pytest.fixture
@@ -31,19 +30,14 @@ def sweep(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_settings_that_vary_are_the_columns_and_each_job_a_row(sweep: Path) -> None:
+def test_settings_that_vary_are_columns_each_job_a_row_and_seeds_are_averaged(sweep: Path) -> None:
     found = collect(sweep)
     assert (found.varied, found.measures) == (["optimizer.lr", "seed"], ["MRR@10", "seconds"])
-    assert {"optimizer.lr": 1e-3, "seed": 2, "MRR@10": 0.32, "seconds": 2.0} in found.rows
-    assert (len(found.rows), found.failed) == (4, [])
-
-
-def test_seeds_give_a_mean_and_a_standard_deviation(sweep: Path) -> None:
-    (high,) = (row for row in averaged(collect(sweep)) if row["optimizer.lr"] == 1e-3)
-    mean, spread, seeds = high["MRR@10"]
-    assert mean == pytest.approx(0.315)
-    assert spread == pytest.approx(0.00707, abs=1e-5)
-    assert seeds == 2
+    rows = found.rows.to_dict("records")
+    assert {"optimizer.lr": 1e-3, "seed": 2, "MRR@10": 0.32, "seconds": 2.0} in rows
+    assert (len(rows), found.failed) == (4, [])
+    high = found.averaged().loc[1e-3]["MRR@10"]
+    assert (high["mean"], high["std"], high["count"]) == pytest.approx((0.315, 0.007071068, 2))
 
 
 def test_a_sweep_ends_in_text_csv_and_a_plot(
@@ -57,7 +51,7 @@ def test_a_sweep_ends_in_text_csv_and_a_plot(
     assert "0.3150 ± 0.0071" in (sweep / "sweep.txt").read_text()
     assert (sweep / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert "failed: name=rates,optimizer.lr=1,seed=1: it is broken" in capsys.readouterr().out
-    assert "Mean and standard deviation over 2 seeds." in plots(collect(sweep))[0].caption
+    assert "2 seeds" in plots(collect(sweep))[0].caption
 
 
 def test_a_model_that_is_evaluated_at_several_lengths_has_a_row_for_each(tmp_path: Path) -> None:
@@ -66,7 +60,11 @@ def test_a_model_that_is_evaluated_at_several_lengths_has_a_row_for_each(tmp_pat
         _job(tmp_path, [f"encoding.passage_length={trained}"], {"read": read})
     found = collect(tmp_path)
     assert found.varied == ["encoding.passage_length", "read at"]
-    assert {"encoding.passage_length": 128, "read at": 64, "MRR@10": 0.2} in found.rows
+    row = {"encoding.passage_length": 128, "read at": 64, "MRR@10": 0.2}
+    assert row in found.rows.to_dict("records")
+    (plot,) = plots(found)
+    assert plot.name == "sweep-MRR-10"
+    assert "over encoding.passage_length, a line for each read at" in plot.caption
 
 
 @pytest.mark.parametrize(("sizes", "shown"), [((1000, 100), ["trained", "GiB"]), ((9, 9), [])])
@@ -77,40 +75,20 @@ def test_jobs_show_their_sizes_if_these_differ(
         record = {"validation": {"MRR@10": 0.5}, "train": {"MRR@10": 0.75}, "memory_gib": 1.5}
         _job(tmp_path, [f"peft={peft}"], {**record, "trained_parameters": trained})
     assert collect(tmp_path).measures == ["MRR@10", "train MRR@10", *shown]
-    assert show(tmp_path) == []  # a setting of names has bars
+    assert show(tmp_path) == []  # a setting of names is plotted too
     assert (tmp_path / "sweep.png").exists()
     assert ("1,000" in (tmp_path / "sweep.txt").read_text()) == bool(shown)
 
 
-@pytest.mark.parametrize(
-    ("values", "names"),
-    [
-        (["[/data/a.trec]", "[b.trec]"], {"[/data/a.trec]", "[b.trec]"}),
-        (["null", "runs/x/both/model", "runs/x/one/model"], {"null", "both/model", "one/model"}),
-        # Not if one would be the name of another, or if nothing would be left.
-        (["a/m", "runs/a/m", "runs/b/m"], {"a/m", "runs/a/m", "runs/b/m"}),
-        (["runs/x/model", "runs/x/model/model"], {"model", "model/model"}),
-        (["/data/squad", "/data/squad/small"], {"squad", "squad/small"}),
-        (["/data/squad", "data/squad"], {"/data/squad", "data/squad"}),
-        (["1_1", "11", "1e-3"], {"1_1", 11, 0.001}),
-    ],
-)
-def test_values_are_shown_as_numbers_and_paths_from_where_they_differ(
-    values: list[str], names: set[Any], tmp_path: Path
-) -> None:
-    for number, value in enumerate(values):
-        jobs.write(tmp_path / str(number), [f"backbone.folder={value}"], jobs.FINISHED)
-        (tmp_path / str(number) / "metrics.json").write_text(json.dumps(SCORED))
+def test_values_stay_apart_and_equal_ones_are_labelled_by_their_folders(tmp_path: Path) -> None:
+    values = ["1_1", "11", "a/m", "b/m", "nan", "0.001", "1e-3"]
+    for value in values:
+        _job(tmp_path, [f"x={value}", "y=1"], SCORED)
+    _job(tmp_path, ["z=1"], SCORED)
     found = collect(tmp_path)
-    assert {row["backbone.folder"] for row in found.rows} == names
-    assert len(averaged(found)) == len(values)
-
-
-def test_jobs_with_equal_settings_are_labelled_by_their_folders(tmp_path: Path) -> None:
-    for rate in ("1e-3", "0.001", "1e-4"):
-        _job(tmp_path, [f"optimizer.lr={rate}"], SCORED)
-    names = sorted(collect(tmp_path).labels.values())
-    assert names == ["optimizer.lr=0.0001", "optimizer.lr=0.001", "optimizer.lr=1e-3"]
+    assert set(found.rows["x"]) == {"1_1", 11, "a/m", "b/m", "nan", 0.001, "\u2013"}
+    assert len(set(found.labels.values())) == len(values) + 1
+    assert {"x=0.001,y=1", "x=1e-3,y=1"} <= set(found.labels.values())
 
 
 @pytest.mark.parametrize("mark", ["multirun.yaml", "sweep.txt"])
@@ -121,16 +99,11 @@ def test_two_sweeps_are_not_one_table(mark: str, tmp_path: Path) -> None:
         for value in "12":
             _job(tmp_path / name / "deeper", [f"{key}={value}"], SCORED)
         (tmp_path / name / mark).touch()
-    with refused("several-sweeps", "(rates, seeds)"):
+    with refused("no-jobs", "(rates, seeds)"):
         collect(tmp_path)
     assert collect(tmp_path / "rates").varied == ["optimizer.lr"]
     for value in "34":  # a sweep of its own, with two others in its folder
         _job(tmp_path, [f"sampler.number={value}"], SCORED)
-    (tmp_path / mark).touch()
     assert collect(tmp_path).varied == ["sampler.number"]
-
-
-def test_a_failed_job_is_named_by_its_place(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        _job(tmp_path / name, ["seed=1"], None)
-    assert [name for name, _ in collect(tmp_path).failed] == ["a/seed=1", "b/seed=1"]
+    _job(tmp_path / "failed", ["seed=1"], None)
+    assert [name for name, _ in collect(tmp_path).failed] == ["failed/seed=1"]

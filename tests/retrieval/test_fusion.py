@@ -23,5 +23,3 @@ def test_reciprocal_ranks_and_weights_by_hand() -> None:
     np.testing.assert_allclose(sorted(deviations.of(0)[1]), [0.0, 2.0, 2.0], atol=1e-6)
     with refused("wrong-number-of-weights", "fuse.weights"):
         Weighted([1.0])([one, two])
-    with refused("unknown-choice", "fuse.normalise"):
-        Weighted(normalise="softmax")

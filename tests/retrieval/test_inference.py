@@ -71,13 +71,13 @@ def test_embeddings_are_the_models_in_row_order_on_disk_and_in_memory(
 def test_workers_and_budget_change_nothing_but_rounding_and_lengths_do(
     model: Path, collection: Collection, tmp_path: Path
 ) -> None:
-    one = encode(model, collection, tmp_path / "one").read()
-    other = encode(model, collection, tmp_path / "two", token_budget=1000, num_workers=1).read()
-    np.testing.assert_allclose(one, other, atol=1e-3)
-    cut = encode(model, collection, tmp_path / "cut", lengths={"passage_length": 8}).read()
-    assert not np.allclose(one, cut, atol=1e-2)
-    rounded = encode(model, collection, tmp_path / "bf16", precision="bf16").read()
-    assert (one * rounded).sum(axis=1).min() > 0.999
+    def encoded(name: str, **settings: Any) -> np.ndarray:
+        return encode(model, collection, tmp_path / name, **settings).read()
+
+    one = encoded("one")
+    np.testing.assert_allclose(one, encoded("two", token_budget=1000, num_workers=1), atol=1e-3)
+    assert not np.allclose(one, encoded("cut", lengths={"passage_length": 8}), atol=1e-2)
+    assert (one * encoded("bf16", precision="bf16")).sum(axis=1).min() > 0.999
 
 
 def test_encoding_logs_its_start_and_advances_by_chunk(

@@ -1,6 +1,5 @@
 """Metrics against pytrec_eval and ir_measures, on random runs with every awkward case."""
 
-import time
 from typing import Any
 
 import ir_measures
@@ -67,22 +66,17 @@ def random_case(seed: int) -> tuple[Run, Qrels]:
 
 
 def as_dicts(run: Run, qrels: Qrels, names: Collection) -> tuple[dict, dict]:
-    ranked = {
-        names.queries.ids([query])[0]: dict(
-            zip(names.corpus.ids(run.of(query)[0]), run.of(query)[1].tolist(), strict=True)
-        )
-        for query in run.query_rows.tolist()
-    }
-    judged = {
-        names.queries.ids([query])[0]: dict(
-            zip(names.corpus.ids(qrels.of(query)[0]), qrels.of(query)[1].tolist(), strict=True)
-        )
-        for query in qrels.queries.tolist()
-    }
-    return ranked, judged
+    def by_id(of: Any, rows: np.ndarray) -> dict:
+        ids = zip(names.queries.ids(rows), map(of, rows.tolist()), strict=True)
+        return {
+            query: dict(zip(names.corpus.ids(found), values.tolist(), strict=True))
+            for query, (found, values) in ids
+        }
+
+    return by_id(run.of, run.query_rows), by_id(qrels.of, qrels.queries)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_metrics_equal_pytrec_eval_ties_included(seed: int, names: Collection) -> None:
     run, qrels = random_case(seed)
     ranked, judged = as_dicts(run, qrels, names)
@@ -105,7 +99,7 @@ def test_metrics_equal_pytrec_eval_ties_included(seed: int, names: Collection) -
         assert scored["overall"][measure] == pytest.approx(np.mean(expected), abs=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(40, 48))
+@pytest.mark.parametrize("seed", range(40, 44))
 def test_metrics_equal_ir_measures_on_qrels_with_ids_that_the_collection_lacks(
     seed: int, names: Collection
 ) -> None:
@@ -159,54 +153,31 @@ def test_qrels_without_any_relevant_passage_are_refused(names: Collection) -> No
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"),
+    "typed",
     [
-        ("ndcg@10", "nDCG@10"),
-        ("nDCG", "nDCG@10"),
-        ("NDCG_cut_20", "nDCG@20"),
-        ("recall@1000", "R@1000"),
-        ("MRR10", "MRR@10"),
-        ("RR@10", "MRR@10"),
-        ("map@0", "MAP@10"),
-        ("precision_5", "P@5"),
-        ("nDCG(rel=2)@7", "nDCG@7"),
+        *("ndcg@10 nDCG@10", "nDCG nDCG@10", "NDCG_cut_20 nDCG@20", "recall@1000 R@1000"),
+        *("MRR10 MRR@10", "RR@10 MRR@10", "map@0 MAP@10", "precision_5 P@5"),
+        "nDCG(rel=2)@7 nDCG@7",
     ],
 )
-def test_an_unknown_measure_names_the_one_that_was_meant(typed: str, meant: str) -> None:
+def test_an_unknown_measure_names_the_one_that_was_meant(typed: str) -> None:
+    typed, _, meant = typed.partition(" ")
     with refused("unknown-measure", f"did you mean '{meant}'"):
         parse_measure(typed)
 
 
-def test_seven_thousand_queries_are_scored_in_seconds() -> None:
-    rng = np.random.default_rng(0)
-    rows = (rng.integers(0, 10_000, (7000, 1)) + 7 * np.arange(100)) % 10_000
-    scores = -np.sort(-rng.random((7000, 100)), axis=1)
-    run = Run.from_topk(np.arange(7000), scores, rows)
-    qrels = Qrels(np.arange(7000), rows[:, 3], np.ones(7000, dtype=np.int64))
-    started = time.monotonic()
-    values = per_query(run, qrels, ["MRR@10", "nDCG@10", "R@100"])
-    assert values["MRR@10"] == pytest.approx(np.full(7000, 0.25))
-    assert values["nDCG@10"] == pytest.approx(np.full(7000, 1 / np.log2(5)))
-    assert values["R@100"].sum() == 7000
-    assert time.monotonic() - started < 20
-
-
 def record(value: float, queries: int = 4) -> dict[str, Any]:
     overall = {"nDCG@10": value}
-    stages = [
-        {"stage": "bm25", "overall": {"nDCG@10": value / 2}, "seconds": 1.0, "run_xxh3": "a"},
-        {"stage": "reranked", "overall": overall, "seconds": 2.0, "run_xxh3": f"{value}"},
-    ]
-    return {
-        "system": "reranked",
-        "collection": {"name": "x", "digest": "d"},
-        "split": "test",
-        "queries": queries,
-        "passages": 10,
+    one = {"stage": "bm25", "overall": {"nDCG@10": value / 2}, "run_xxh3": "a", "depth": 10}
+    two = {
+        "stage": "reranked",
         "overall": overall,
-        "stages": stages,
-        "seconds": 3.0,
+        "run_xxh3": f"{value}",
+        "depth": int(10 * value),
     }
+    found: dict[str, Any] = {"system": "reranked", "collection": {"digest": "d"}, "split": "test"}
+    found |= {"queries": queries, "passages": 10, "overall": overall, "seconds": 3.0}
+    return {**found, "stages": [{**one, "seconds": 1.0}, {**two, "seconds": 2.0}]}
 
 
 def test_collections_weigh_the_same_and_a_group_counts_once() -> None:
@@ -216,6 +187,7 @@ def test_collections_weigh_the_same_and_a_group_counts_once() -> None:
     assert mean["overall"]["nDCG@10"] == pytest.approx((0.2 + 0.6) / 2)
     assert [one["overall"]["nDCG@10"] for one in mean["stages"]] == pytest.approx([0.2, 0.4])
     assert (mean["queries"], mean["passages"], mean["seconds"]) == (1008, 30, 9.0)
+    assert [one["depth"] for one in mean["stages"]] == [None, 2]
     assert mean["collection"]["name"] == "a, f"
     assert list(mean["collections"]) == ["a", "f/x", "f/y"]
     other = mean_over_collections({"a": record(0.2)}, groups)

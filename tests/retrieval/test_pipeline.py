@@ -7,7 +7,6 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,6 @@ from caravan.cli.compose import compose
 from caravan.cli.evaluate import evaluate as evaluate_config
 from caravan.data.collection import Collection
 from caravan.data.runs import read_run
-from caravan.report.compare import compare
-from caravan.report.systems import read_judged, read_system
 from caravan.retrieval import stages, store
 from caravan.retrieval.metrics import score_run
 
@@ -164,16 +161,9 @@ def test_metrics_are_those_of_the_published_qrels_and_report_what_counts_zero(
     assert [metrics[name] for name in counts] == [4, 1, 2, 1]
     assert "mean over 4 judged queries" in caplog.text
     assert "2 judgements of passages unknown to the corpus" in caplog.text
-    files = [tmp_path / "run" / metrics["run"], folder / "qrels.test.tsv"]
-    inside, outside = (read_system(path) for path in (tmp_path / "run", files[0]))
-    own = compare([inside], read_judged([inside]))
-    by_file = compare([outside], read_judged([], files[1]), list(own.values))
-    for name, overall in metrics["overall"].items():
-        assert own.values[name].mean() == pytest.approx(overall)
-        assert by_file.values[name].mean() == pytest.approx(overall)
 
 
-@pytest.mark.parametrize("change", ["data.split=dev", "index.k=7", "query_length=8", "bm25.k1=2"])
+@pytest.mark.parametrize("change", ["data.split=dev", "bm25.k1=2"])
 def test_another_evaluation_is_refused_until_the_metrics_are_removed(
     change: str, beir: Path, model: Path, tmp_path: Path, written: list[str]
 ) -> None:
@@ -210,9 +200,7 @@ def test_results_of_another_model_or_collection_are_not_overwritten(
     assert set(evaluate(own, tmp_path / "run", model, "measures=[R@5]")["overall"]) == {"R@5"}
 
 
-@pytest.mark.parametrize("library", ["caravan", "transformers"])
 def test_products_of_other_versions_are_made_again(
-    library: str,
     beir: Path,
     folders: dict[str, str],
     tmp_path: Path,
@@ -223,7 +211,7 @@ def test_products_of_other_versions_are_made_again(
     asked = (beir, tmp_path / "run", folders["retriever"], f"reranker={folders['reranker']}")
     evaluate(*asked, "rerank.depth=3")
     versions = manifests.versions
-    other = lambda *a: {**versions(*a), library: "99.0"}  # noqa: E731
+    other = lambda *a: {**versions(*a), "transformers": "99.0"}  # noqa: E731
     monkeypatch.setattr(manifests, "versions", other)
     caplog.set_level(logging.INFO)
     written.clear()
@@ -231,7 +219,7 @@ def test_products_of_other_versions_are_made_again(
     runs = {"retriever.test.trec", "reranked.test.trec"}
     assert set(written) == {"passages", "queries.test", "scores.test"} | runs
     for product in ("passages", "retriever.test.trec", "reranked.test.trec"):
-        assert any(product in line and f"versions.{library}" in line for line in caplog.messages)
+        assert any(product in line and "versions.transformers" in line for line in caplog.messages)
 
 
 def test_exact_and_flat_find_the_same_and_an_approximate_index_reports_its_recall(
@@ -280,27 +268,6 @@ def test_evaluations_share_a_store_and_overwrite_nothing_of_one_another(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == before
 
 
-def test_an_interrupted_evaluation_resumes_after_another_one_used_the_store(
-    beir: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: list[str]
-) -> None:
-    asked = (beir, tmp_path / "run", model, f"store={tmp_path / 'store'}", "block=8")
-    with monkeypatch.context() as patch:
-        write = store.write_shard
-
-        def write_three_and_die(path: Path, *content: Any) -> None:
-            if len(written) == 3:
-                raise KeyboardInterrupt
-            write(path, *content)
-
-        patch.setattr(store, "write_shard", write_three_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(*asked)
-    evaluate(beir, tmp_path / "other", model, *asked[3:], "passage_length=8")
-    written.clear()
-    evaluate(*asked)
-    assert written.count("passages") == 8 - 3
-
-
 def test_a_run_that_finds_nothing_counts_zero(tmp_path: Path) -> None:
     beir = write_beir(tmp_path / "data")
     lines = [f'{{"_id": "q{i}", "text": "unheard {i}"}}\n' for i in range(24)]
@@ -313,36 +280,26 @@ def test_a_run_that_finds_nothing_counts_zero(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda text: "", lambda text: text.replace("0.", "1.")], ids=["empty", "changed"]
+    "name",
+    ["metrics.json", "metrics.json.manifest.json", "runs/bm25.test.trec", "config.yaml"],
 )
-@pytest.mark.parametrize("suffix", ["", ".manifest.json"])
-@pytest.mark.parametrize("name", ["metrics.json", "runs/bm25.test.trec", "config.yaml"])
-def test_a_damaged_file_of_an_evaluation_is_made_again_or_named(
-    name: str, suffix: str, damage: Callable[[str], str], beir: Path, tmp_path: Path
+def test_a_damaged_file_of_an_evaluation_is_made_again(
+    name: str, beir: Path, tmp_path: Path
 ) -> None:
     first = evaluate(beir, tmp_path / "run", "bm25")
-    path = tmp_path / "run" / f"{name}{suffix}"
-    written = path.read_text()
-    path.write_text(damage(written))
-    if name + suffix == "config.yaml.manifest.json" and path.read_text() != written:
-        with refused("occupied-run-dir", "record"):
-            evaluate(beir, tmp_path / "run", "bm25")
-        return
-    again = evaluate(beir, tmp_path / "run", "bm25")
-    assert (again["overall"], again["per_query"]) == (first["overall"], first["per_query"])
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == again
+    path = tmp_path / "run" / name
+    for damaged in ("", path.read_text().replace("0.", "1.")):
+        path.write_text(damaged)
+        again = evaluate(beir, tmp_path / "run", "bm25")
+        assert (again["overall"], again["per_query"]) == (first["overall"], first["per_query"])
+        assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == again
 
 
-def test_metrics_are_those_of_the_run_on_disk(beir: Path, tmp_path: Path) -> None:
-    first = evaluate(beir, tmp_path / "run", "bm25")
-    path = tmp_path / "run" / first["run"]
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[::2]))
-    record = manifests.read(path) or {}
-    digest = manifests.content_digest(path)
-    manifests.write(path, record["inputs"], {**record["facts"], "run_xxh3": digest})
-    again = evaluate(beir, tmp_path / "run", "bm25")
-    assert again["overall"] != first["overall"]
-    assert again["overall"]["MRR@10"] == pytest.approx(by_trec_tools(beir, path)["MRR@10"])
+def test_an_evaluation_without_its_record_is_not_overwritten(beir: Path, tmp_path: Path) -> None:
+    evaluate(beir, tmp_path / "run", "bm25")
+    (tmp_path / "run" / "config.yaml.manifest.json").write_text("")
+    with refused("occupied-run-dir", "record"):
+        evaluate(beir, tmp_path / "run", "bm25")
 
 
 def test_ignore_identical_ids_drops_the_query_itself_at_the_same_depth(
@@ -373,15 +330,9 @@ def test_queries_that_are_passages_are_reported(
 ) -> None:
     evaluate(counterarguments, tmp_path / "ids", "bm25", SHORT, "ignore_identical_ids=true")
     evaluate(beir, tmp_path / "beir", "bm25", SHORT)
-    assert "queries are passages" not in caplog.text
+    assert "queries are also passages" not in caplog.text
     evaluate(counterarguments, tmp_path / "warned", "bm25", SHORT)
     assert "counter: 6 of 6 queries are also passages" in caplog.text
-    caplog.clear()
-    lines = (counterarguments / "queries.jsonl").read_text().splitlines()
-    others = [json.dumps({**json.loads(line), "text": "camel"}) for line in lines]
-    (counterarguments / "queries.jsonl").write_text("\n".join(others) + "\n")
-    evaluate(counterarguments, tmp_path / "numbers", "bm25", SHORT)
-    assert "queries are passages" not in caplog.text
 
 
 def test_two_processes_write_what_one_writes_and_one_resumes_their_work(

@@ -10,13 +10,10 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-from hydra.errors import InstantiationException
 from tests.commands import evaluate
-from tests.files import put
 from tests.refusals import refused
 from tests.tiny import write_beir
 
-from caravan.errors import InputError
 from caravan.files import claimed
 from caravan.retrieval import stages
 from caravan.retrieval.index import Faiss
@@ -72,23 +69,6 @@ def test_metrics_are_those_of_each_collection_alone_and_their_mean(
     assert metrics == json.loads((tmp_path / "all/metrics.json").read_text())
 
 
-def test_started_again_it_does_only_what_is_missing(
-    home: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = evaluate(home, tmp_path / "all", folders["retriever"], NAMES, SHORT)
-    (tmp_path / "all/two/runs/retriever.test.trec").unlink()
-    written: list[str] = []
-    write = stages.write_run
-    monkeypatch.setattr(
-        stages, "write_run", lambda path, *a: (written.append(str(path)), write(path, *a))
-    )
-    loaded = _loads(monkeypatch)
-    again = evaluate(home, tmp_path / "all", folders["retriever"], NAMES, SHORT)
-    assert written == [str(tmp_path / "all/two/runs/retriever.test.trec")]
-    assert not loaded  # the embeddings were there
-    assert again["overall"] == first["overall"]
-
-
 def test_a_mean_is_not_overwritten_by_that_of_other_collections_or_systems(
     home: Path, tmp_path: Path
 ) -> None:
@@ -137,22 +117,6 @@ def test_a_collection_that_fails_is_named_at_the_end_and_stops_no_other(
     assert metrics["failed"] == {}
 
 
-def test_splits_of_one_collection_have_their_own_folders_and_measures(tmp_path: Path) -> None:
-    files = {
-        "collection.tsv": "0\tcamel caravan\n1\tsalt trade\n2\tdune wind\n",
-        "queries.dev.small.tsv": "1\tcamel\n",
-        "qrels.dev.small.tsv": "1 0 0 1\n",
-        "msmarco-test2019-queries.tsv": "2\tsalt dune\n",
-        "2019qrels-pass.txt": "2 0 1 1\n2 0 2 3\n",
-    }
-    put(tmp_path / "data/marco", files)
-    names = ("data=msmarco_passage", "collections=[marco:dev,marco:dl19]")
-    metrics = evaluate(tmp_path / "data", tmp_path / "run", "bm25", *names, "measures=[MRR@10]")
-    measures = {name: list(one["overall"]) for name, one in metrics["collections"].items()}
-    assert measures == {"marco.dev": ["MRR@10"], "marco.dl19": ["MRR(rel=2)@10"]}
-    assert metrics["overall"] == {}
-
-
 @pytest.mark.parametrize(
     ("processes", "error"),
     [
@@ -177,19 +141,6 @@ def test_what_ends_all_collections(
         evaluate(home, tmp_path / "run", "bm25", NAMES)
 
 
-def test_runs_of_each_collection_are_reranked_by_their_place(
-    home: Path, folders: dict[str, str], tmp_path: Path
-) -> None:
-    evaluate(home, tmp_path / "first", "bm25", NAMES, SHORT)
-    first = f"{tmp_path}/first/${{data.name}}/runs/bm25.${{data.split}}.trec"
-    more = (f"reranker={folders['reranker']}", "rerank.depth=3", SHORT)
-    metrics = evaluate(home, tmp_path / "second", first, NAMES, *more)
-    assert [stage["stage"] for stage in metrics["stages"]] == ["run", "reranked"]
-    given = (tmp_path / "second/forums/x/runs/run.test.trec").read_text().splitlines()
-    written = (tmp_path / "first/forums/x/runs/bm25.test.trec").read_text().splitlines()
-    assert [line.split()[:4] for line in given] == [line.split()[:4] for line in written]
-
-
 def test_one_index_is_held_at_a_time(
     home: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,12 +157,6 @@ def test_one_index_is_held_at_a_time(
     metrics = evaluate(home, tmp_path / "run", folders["retriever"], NAMES, SHORT)
     assert metrics["failed"] == {}
     assert len(built) == 4
-
-
-def test_a_wrong_setting_is_refused_before_any_collection(home: Path, tmp_path: Path) -> None:
-    with pytest.raises((InputError, InstantiationException), match="k1 is -1"):
-        evaluate(home, tmp_path / "run", "bm25", NAMES, "bm25.k1=-1")
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_collection_whose_folder_another_evaluation_holds_is_refused(

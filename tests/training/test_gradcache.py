@@ -27,9 +27,7 @@ def whole(module_fit: Fit) -> dict[str, Fitted]:
     return {name: module_fit(stage=name, **SETTINGS, queries_per_batch=7) for name in stages}
 
 
-@pytest.mark.parametrize(
-    ("stage", "chunk"), [("retriever", 1), ("retriever", WHOLE), ("reranker", 2)]
-)
+@pytest.mark.parametrize(("stage", "chunk"), [("retriever", 1), ("reranker", 2)])
 def test_cached_gradients_are_those_of_the_whole_batch(
     whole: dict[str, Fitted], fit: Fit, stage: str, chunk: int
 ) -> None:

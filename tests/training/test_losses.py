@@ -144,9 +144,3 @@ def test_a_sum_gives_each_loss_its_own_targets_and_divides_the_scores_once() -> 
 def test_a_loss_without_its_teacher_is_refused() -> None:
     with refused("teacher-missing", "sampler.teacher"):
         compute(KL(), SCORES, POSITIVE, None)
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
-def test_a_temperature_is_positive_and_finite(temperature: float) -> None:
-    with refused("out-of-range", "loss.temperature"):
-        InfoNCE(temperature)

@@ -8,7 +8,6 @@ import pytest
 import pytorch_lightning as pl
 import pytorch_lightning.demos.boring_classes
 import torch
-from tests.refusals import refused
 
 from caravan.data.loaders import limited
 from caravan.training.optim import AdamW, batches_in_run, updates
@@ -63,8 +62,3 @@ def test_updates_and_batches_are_counted_as_lightning_makes_them(
     trainer.fit(model, torch.utils.data.DataLoader(torch.randn(5, 32)))
     assert trainer.fit_loop.total_batch_idx + 1 == batches
     assert trainer.global_step == steps
-
-
-def test_an_unknown_schedule_is_refused() -> None:
-    with refused("unknown-schedule", "optimizer.schedule", "steps"):
-        AdamW(schedule="steps")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from tests.commands import ROOT, evaluate, train
 from tests.refusals import refused
 from tests.tiny import write_beir
@@ -16,8 +15,7 @@ from tests.tiny import write_beir
 from caravan import manifests
 from caravan.cli.compose import compose
 from caravan.cli.train import train as train_config
-from caravan.models import hardware
-from caravan.training.provenance import file_digests, inputs_of
+from caravan.training.provenance import file_digests
 
 STEPS = (
     "trainer.max_steps=2",
@@ -43,10 +41,7 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     ("overrides", "change"),
     [
         (["optimizer.lr=0.5"], "optimizer.lr: 0.01 -> 0.5"),
-        (["resume=true", "optimizer.lr=0.5"], "optimizer.lr: 0.01 -> 0.5"),
         (["resume=true", "seed=3"], "seed: 0 -> 3"),
-        (["resume=true", "loss.temperature=0.1"], "loss.temperature: 0.05 -> 0.1"),
-        (["resume=true", "sampler.number=1"], "sampler.number: 2 -> 1"),
     ],
 )
 def test_another_run_in_the_same_run_dir_is_refused(
@@ -100,20 +95,13 @@ def test_other_weights_in_the_backbones_folder_are_another_run(copied: Path, bei
         train_config(compose(ROOT / "conf", "train", [*given, "resume=true"]))
 
 
-def test_the_precision_that_the_machine_chooses_is_recorded(finished: Path) -> None:
-    settings = yaml.safe_load((finished / "config.yaml").read_text())
-    settings["precision"] = "auto"
-    assert inputs_of(settings, None)["precision"] == hardware.resolve("auto")
-
-
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
         ("model/model.safetensors", Path.unlink),
-        ("model/caravan.json", lambda path: path.write_text(path.read_text() + " ")),
         ("metrics.json", lambda path: path.write_text(path.read_text() + " ")),
     ],
-    ids=["lost weights", "changed encoding", "changed metrics"],
+    ids=["lost weights", "changed metrics"],
 )
 def test_the_files_of_a_finished_run_are_verified(
     name: str, damage: Any, copied: Path, beir: Path

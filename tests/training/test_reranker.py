@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.commands import evaluate, from_folder, train
+from tests.commands import evaluate, train
 from tests.refusals import refused
 
-from caravan.data.batch import RerankBatch
-from caravan.data.batching import Groups
 from caravan.data.collection import Collection
-from caravan.data.negatives import Negatives
 from caravan.data.runs import read_run
 from caravan.data.tokenization import PairTemplates
-from caravan.encoding import Encoding, read_encoding
+from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.models import folder
 from caravan.retrieval.metrics import score_run
-from caravan.training.reranker import Reranker
 
 LENGTHS = ("encoding.query_length=16", "encoding.passage_length=32")
 
@@ -48,7 +43,7 @@ def settings(runs: dict[str, str]) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(beir: Path, settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("reranker") / "run"
-    train(beir, run_dir, *settings, "validation.read_lengths=[20,32]")
+    train(beir, run_dir, *settings, "validation.read_lengths=[32]")
     return run_dir
 
 
@@ -81,8 +76,7 @@ def test_the_folder_has_the_head_and_gives_the_scores_of_the_validation(
     assert (encoding.kind, encoding.pooling, encoding.passage_length) == ("reranker", "last", 32)
     assert model.plain.score.weight.abs().sum() > 0
     best = json.loads((finished / "metrics.json").read_text())
-    if best["read"]["32"]["MRR@10"] != pytest.approx(best["best"]):
-        pytest.fail("the best weights are not those of the folder")
+    assert best["read"]["32"]["MRR@10"] == pytest.approx(best["best"])
     run = read_run(finished / "runs" / "read_32.trec", collection.queries, collection.corpus)
     templates = PairTemplates(tokenizer, encoding)
     for row in run.query_rows[:2]:
@@ -97,45 +91,6 @@ def test_the_folder_has_the_head_and_gives_the_scores_of_the_validation(
         np.testing.assert_allclose(found, scores, atol=1e-4)
 
 
-def test_the_best_weights_are_evaluated_at_other_lengths(finished: Path) -> None:
-    read = json.loads((finished / "metrics.json").read_text())["read"]
-    assert set(read) == {"20", "32"}
-    assert set(read["20"]) == {"MRR@10", "nDCG@10", "R@10"}
-
-
-def test_a_killed_reranker_resumes_to_the_same_weights(
-    finished: Path,
-    beir: Path,
-    settings: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    step = Reranker.training_step
-
-    def killed(self: Reranker, batch: RerankBatch, batch_idx: int) -> torch.Tensor:
-        if self.trainer.global_step == 9:
-            raise KeyError("killed")
-        return step(self, batch, batch_idx)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Reranker, "training_step", killed)
-        with pytest.raises(KeyError, match="killed"):
-            train(beir, tmp_path / "killed", *settings)
-    train(beir, tmp_path / "killed", *settings, "resume=true")
-    paths = [run / "model" / "model.safetensors" for run in (finished, tmp_path / "killed")]
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-
-
-def test_a_reranker_starts_from_a_retrievers_folder(
-    beir: Path, settings: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    train(beir, tmp_path / "retriever", "trainer.max_steps=0")
-    with caplog.at_level("INFO"):
-        init = from_folder(tmp_path / "retriever" / "model")
-        train(beir, tmp_path / "reranker", *settings, *init, "trainer.max_steps=1")
-    assert "1 new (score.weight)" in caplog.text
-
-
 def test_without_a_trained_head_or_candidates_a_reranker_is_refused(
     beir: Path, settings: list[str], tmp_path: Path
 ) -> None:
@@ -144,17 +99,6 @@ def test_without_a_trained_head_or_candidates_a_reranker_is_refused(
     assert not (tmp_path / "r" / "model").exists()
     with pytest.raises(InputError, match=r"validation\.run"):
         train(beir, tmp_path / "s", "stage=reranker")
-
-
-def test_a_last_short_batch_keeps_its_groups(collection: Collection, tokenizer: Any) -> None:
-    qrels, negatives = collection.qrels("train"), Negatives(number=3)
-    negatives.open(collection, qrels, seed=0)
-    encoding = Encoding(kind="reranker", query_length=16, passage_length=32)
-    groups = Groups(collection, qrels, negatives, PairTemplates(tokenizer, encoding), 64, seed=0)
-    whole = groups[0, np.arange(len(groups))].packed()
-    short = groups[0, np.arange(len(groups) - 2, len(groups))].packed()
-    assert short.passage_rows.tolist() == whole.passage_rows[-2:].tolist()
-    assert len(short.pairs) == 2 * 4
 
 
 def test_a_likelihood_learns_the_order_of_its_training_queries_without_negatives(
@@ -173,12 +117,9 @@ def test_a_likelihood_learns_the_order_of_its_training_queries_without_negatives
     encoding, _ = read_encoding(tmp_path / "run" / "model")
     assert (encoding.scoring, encoding.append_eos) == ("likelihood", False)
     train(beir, tmp_path / "untrained", *settings, "trainer.max_steps=0")
-    given = ("data.split=train", "rerank.depth=12")
-    untrained, trained = (
-        evaluate(
-            *(beir, tmp_path / f"of_{name}", runs["train"], *given),
-            f"reranker={tmp_path / name / 'model'}",
-        )["overall"]["MRR@10"]
-        for name in ("untrained", "run")
-    )
-    assert trained > untrained + 0.2
+    found = {}
+    for name in ("untrained", "run"):
+        given = ("data.split=train", "rerank.depth=12", f"reranker={tmp_path / name / 'model'}")
+        metrics = evaluate(beir, tmp_path / f"of_{name}", runs["train"], *given)
+        found[name] = metrics["overall"]["MRR@10"]
+    assert found["run"] > found["untrained"] + 0.2

@@ -23,6 +23,7 @@ from caravan.cli.check import (
 from caravan.cli.schema import build, recorded
 from caravan.cli.signatures import did_you_mean, locate
 from caravan.cli.sources import KeyPath, dotted
+from caravan.data.negatives import Negatives, Sampler
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import hardware
@@ -183,12 +184,16 @@ def reranker_has_candidates(config: Checker) -> Iterator[Mistake]:
 
 
 def loss_has_its_scores(config: Checker) -> Iterator[Mistake]:
-    """Distillation needs the run of a teacher; Likelihood needs log probabilities."""
+    """Distillation needs the scores of a teacher; Likelihood needs log probabilities."""
+    sampler: Any = config.targets.get(("sampler",))
+    by_run = (Sampler.teacher_scores, Negatives.teacher_scores)
+    own = isinstance(sampler, type) and Sampler in sampler.__mro__
+    gives_scores = own and sampler.teacher_scores not in by_run
     if config.get("sampler.teacher") is None:
         if config.get("sampler.teacher_margin") is not None:
             text = "it needs the scores of a run; set sampler.teacher"
             yield Mistake(("sampler", "teacher_margin"), text)
-        for path, target, node in config.nodes("loss"):
+        for path, target, node in () if gives_scores else config.nodes("loss"):
             teaches = node.get("needs_teacher")
             if teaches is None and isinstance(target, type) and Loss in target.__mro__:
                 loss: type[Loss] = target

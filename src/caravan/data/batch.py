@@ -1,9 +1,8 @@
 """The typed batches that pass between data, models and training.
 
-Padding texts of different lengths to one another wastes work. A batch therefore holds its texts as
-chunks of similar length, each within a token budget; the embeddings of the chunks are put back into
-the order of the texts (`Packed.order`), so groups and targets keep their places. Padding is always
-on the right.
+Padding texts of different lengths to one another wastes work. A batch holds its texts as chunks of
+similar length, each within a token budget, padded on the right; `Packed.order` restores the order
+of the texts.
 """
 
 from __future__ import annotations
@@ -32,14 +31,12 @@ class Movable:
         def moved(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(map(moved, value))
-            if isinstance(value, Tensor | Movable):
-                return value.to(device, non_blocking=non_blocking)
-            return value
+            is_movable = isinstance(value, Tensor | Movable)
+            return value.to(device, non_blocking=non_blocking) if is_movable else value
 
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        for name in values.keys() - set(self.stay):
-            values[name] = moved(values[name])
-        return type(self)(**values)
+        names = {field.name for field in fields(self)} - set(self.stay)  # type: ignore[arg-type]
+        moving = {name: moved(getattr(self, name)) for name in names}
+        return replace(self, **moving)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -138,8 +135,8 @@ class TokenIds:
     def packed(self, token_budget: int, pad_id: int = 0) -> Packed:
         """Sort texts by length and cut them into chunks of at most `token_budget` padded tokens.
 
-        A chunk ends earlier if its padding would pass a tenth. A text longer than the budget makes
-        a separate chunk. If its texts differ in length, the width of a chunk is `rounded`.
+        A chunk ends earlier if its padding would pass a tenth, and a longer text is a chunk alone.
+        If its texts differ in length, the width of a chunk is `rounded`.
 
         Args:
             token_budget: the largest n * L of a chunk [n, L].
@@ -198,10 +195,10 @@ Fields = Mapping[str, TokenIds | np.ndarray | None]
 
 @dataclass(frozen=True)
 class Unpacked(Generic[B]):
-    """A batch as a DataLoader worker sends it: plain numpy arrays.
+    """A batch as a DataLoader worker sends it: numpy arrays.
 
-    Tensors would be sent as file descriptors of shared memory, two a chunk. The chunks of 16,384
-    passages need more than the usual 1,024 descriptors of a process, or a container's /dev/shm.
+    Tensors would be sent as file descriptors of shared memory, two a chunk, which passes the usual
+    limit of 1,024 a process and a container's /dev/shm.
 
     Attributes:
         kind: class of the batch, such as `EncodeBatch`.

@@ -26,6 +26,7 @@ from caravan.data.negatives import Sampler
 from caravan.data.qrels import Qrels
 from caravan.data.texts import Texts, text_keys
 from caravan.data.tokenization import PairTemplates, Templates
+from caravan.errors import InputError
 
 
 class Permutation:
@@ -149,6 +150,12 @@ class Groups(Dataset[Any]):
         rows = zip(query_rows.tolist(), groups, strict=True)
         scores = [self.negatives.teacher_scores(row, group) for row, group in rows]
         known = [row for row in scores if row is not None]
+        if known and len(known) < len(scores):
+            raise InputError(
+                "teacher-missing",
+                f"sampler {type(self.negatives).__name__} gives teacher_scores for some queries"
+                " only; give NaN for the others",
+            )
         return np.stack(known) if known else None
 
 

@@ -2,8 +2,7 @@
 
 The texts are memory-mapped Arrow files, and the id index is a memory-mapped array of sorted 64-bit
 hashes, so opening 8.8 million passages neither reads nor copies texts. Other modules use rows; ids
-are looked up only when files are read and written. The folder is written under a temporary name and
-renamed, so it is either complete or absent.
+are looked up only when files are read and written.
 
     collection = Collection.open(folder); collection.corpus.get([0, 7]); collection.qrels("test")
 """
@@ -90,10 +89,8 @@ class Collection:
             if record.pop("seal") != manifests.digest(record):
                 raise ValueError("collection.json has changed since it was written")
             for name, written in record["files"].items():
-                if not (folder / name).exists():
-                    raise FileNotFoundError(2, "no such file", name)
                 if not manifests.is_as_written(folder / name, written):
-                    raise ValueError(f"{name} has changed since it was written")
+                    raise ValueError(f"{name} is missing or has changed since it was written")
             digests = record["digests"]
             return cls(
                 name=record["name"],
@@ -106,11 +103,6 @@ class Collection:
                 runs=tuple(record["runs"]),
                 relevant_from=record["relevant_from"],
             )
-        except FileNotFoundError as error:
-            missing = error.filename or error
-            raise DamagedError(
-                f"{folder} is not a complete collection ({missing} is missing): {REMEDY}"
-            ) from None
         except InputError:
             raise
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
@@ -126,12 +118,11 @@ class Collection:
         """The judgements of a split; raises "unknown-split"."""
         if split not in self.splits:
             there = f"its splits are {', '.join(self.splits)}" if self.splits else "it has no qrels"
-            remedy = "choose one of them (data.train_split, data.dev_split, data.split)"
-            if "train" in self.splits and split == "dev":
-                remedy += ", or hold out some of the training queries (data.held_out=0.1)"
             raise InputError(
                 "unknown-split",
-                f"collection {self.name} has no split {split!r}: {there}; {remedy}",
+                f"collection {self.name} has no split {split!r}: {there}; choose one of them"
+                " (data.train_split, data.dev_split, data.split), or hold out some of the training"
+                " queries (data.held_out=0.1)",
             )
         with np.load(self.folder / "qrels" / f"{split}.npz") as stored:
             unknown = Unknown(
@@ -142,18 +133,14 @@ class Collection:
             return Qrels(stored["query_rows"], stored["passage_rows"], stored["grades"], unknown)
 
     def run_path(self, name: str | Path) -> Path:
-        """The file of a run: a path, or `data:<name>` for a run of the collection.
-
-        Raises:
-            InputError: "unknown-run" if the collection has no such run.
-        """
+        """The file of a run: a path, or `data:<name>` of the collection; raises "unknown-run"."""
         if not str(name).startswith(OWN):
             return Path(name)
         own = str(name).removeprefix(OWN)
         if own not in self.runs:
-            there = ", ".join(f"{OWN}{run}" for run in self.runs)
-            known = f"its runs are {there}" if there else "it includes no runs; set a run file"
-            raise InputError("unknown-run", f"collection {self.name} has no run {name}: {known}")
+            there = ", ".join(f"{OWN}{run}" for run in self.runs) or "none"
+            problem = f"collection {self.name} has no run {name}; its runs: {there}"
+            raise InputError("unknown-run", problem)
         return self.folder / "runs" / f"{own}.trec"
 
 
@@ -173,7 +160,7 @@ def write_collection(
     """Stream records into a new collection folder and open it.
 
     Only judgements and hashes of ids are held in memory. The folder is renamed into place at the
-    end; an interrupted build leaves only a hidden sibling folder, which the next build removes.
+    end, so it is either complete or absent.
 
     Args:
         folder: must not exist yet.
@@ -206,7 +193,7 @@ def write_collection(
         for part, records in (("corpus", corpus), ("queries", queries)):
             written = write_texts(draft, part, records, place)
             texts[part], digests[part] = Texts(draft, part), written.digest
-            counts["passages" if part == "corpus" else part] = written.count
+            counts["passages" if part == "corpus" else part] = written.records
             counts["repaired_texts"] += written.repaired
             counts["ids_with_spaces"] += written.spaced
         if not counts["passages"]:

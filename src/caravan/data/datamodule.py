@@ -1,9 +1,8 @@
 """The LightningDataModule: training batches, and the queries and passages of the validation.
 
-Validation embeds the development queries and either the whole corpus or a fixed subset that keeps
-the metrics informative: all judged passages, the top of a run (hard passages) and random passages.
-Subsets are drawn with a constant seed, so that trainings with different seeds are compared on the
-same queries and passages.
+Validation embeds the development queries and either the whole corpus or a fixed subset: all judged
+passages, the top of a run (hard passages) and random passages. Subsets are drawn with a constant
+seed, so that trainings with different seeds are compared on the same queries and passages.
 """
 
 from __future__ import annotations
@@ -204,8 +203,7 @@ class DataModule(pl.LightningDataModule):
 
     def _loader(self, batches: TextBatches | PairBatches) -> DataLoader[Any]:
         share = rank_share(len(batches), self._trainer.global_rank, self._trainer.world_size)
-        # A worker copies the memory of this process, which a few seconds of tokenizing do not
-        # justify.
+        # a worker copies the memory of this process, too much for a few seconds of tokenizing
         workers = self.num_workers if len(share) > FEW_BATCHES else 0
         return TextLoader(batches, share, workers)
 

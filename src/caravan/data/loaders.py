@@ -1,11 +1,11 @@
 """The order of batches, and the DataLoaders with their worker processes.
 
-The order of an epoch is a permutation that depends only on (seed, epoch). A batch has the same
-queries on any number of ranks; each rank takes a consecutive share. The position is two integers,
-so a checkpoint in the middle of an epoch resumes at the next batch.
+The order of an epoch depends only on (seed, epoch). A batch has the same queries on any number of
+ranks; each rank takes a consecutive share. The position is two integers, so a checkpoint in the
+middle of an epoch resumes at the next batch.
 
-Workers tokenize and send numpy arrays (`caravan.data.batch.Unpacked`); the main process splits them
-into chunks and converts them to tensors. A failing worker ends the run instead of hanging it.
+Workers tokenize and send numpy arrays (`caravan.data.batch.Unpacked`), which the main process packs
+into tensors. A failing worker ends the run instead of hanging it.
 """
 
 from __future__ import annotations
@@ -98,8 +98,7 @@ class BatchLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         release_free_memory()
-        # Ctrl-C reaches all processes of a terminal; workers ignore it and the main process ends
-        # them.
+        # Ctrl-C reaches all processes of a terminal; the main process ends the workers
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             items = super().__iter__()  # starts the workers
@@ -111,8 +110,8 @@ class BatchLoader(DataLoader[Any]):
 class TrainLoader(BatchLoader):
     """Loads training batches; its state is the epoch and the number of batches handed out.
 
-    The loader counts epochs because Lightning's counter lags by one after two consecutive resumes
-    from a checkpoint at the end of an epoch, which would select the order of another epoch.
+    It counts epochs because Lightning's counter lags by one after two resumes in a row from a
+    checkpoint at the end of an epoch.
 
     Args:
         per_epoch: batches that Lightning takes per epoch; None for all of `order`.
@@ -125,8 +124,7 @@ class TrainLoader(BatchLoader):
         num_workers: int,
         per_epoch: int | None = None,
     ) -> None:
-        # Persistent workers are forked before training allocates memory; a worker forked in a later
-        # epoch would hold a copy of the memory used by then.
+        # persistent workers are forked before training allocates memory, which they would copy
         super().__init__(
             training, order, num_workers, training.seed, persistent_workers=num_workers > 0
         )
@@ -154,8 +152,7 @@ class TrainLoader(BatchLoader):
 class TextLoader(BatchLoader):
     """Loads texts to embed or pairs to score; its workers end with the last batch.
 
-    Lightning keeps the iterator of a validation until the next validation and never exhausts it, so
-    the workers would hold a copy of the training process in the meantime.
+    Lightning keeps the iterator of a validation, unexhausted, until the next validation.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -206,10 +203,7 @@ def _unchanged(item: Any) -> Any:
 
 
 class _Caught(Dataset[Any]):
-    """Returns the items of a dataset, or the `InputError` or `OSError` that an item raises.
-
-    If raised in a worker, torch would turn the exception into the text of a traceback.
-    """
+    """Returns the items of a dataset, or the exception that torch would turn into a traceback."""
 
     def __init__(self, batches: Any) -> None:
         self.batches = batches

@@ -1,18 +1,14 @@
 """Samplers: choose the positive and the negatives of each query in each epoch.
 
 Hard negatives are passages that a retriever ranks high and that are not judged relevant. RepLLaMA
-blends the top 200 of two retrievers (arXiv 2310.08319, section 3.1). Any run can be used: BM25, a
-Caravan retriever (`evaluate.py` writes its run), or a TREC file of another system; several runs are
-blended. Without runs, or if a query has too few candidates, passages are drawn from the corpus. A
-group is a pure function of (seed, epoch, position): negatives change every epoch, and are the same
-after a resume and on any number of ranks.
+blends the top 200 of two retrievers (arXiv 2310.08319, section 3.1). Any run can be used, and
+several runs are blended. Without runs, or if a query has too few candidates, passages are drawn
+from the corpus. A group is a pure function of (seed, epoch, position).
 
-The following are never drawn: the positives of the query, the passage with the id of the query (in
-ArguAna and Quora queries are also passages), and passages with the same text as any of these or as
-the query.
-
-The passages of the other queries in a batch are negatives too (`caravan.training.retriever`);
-those whose text is among `excluded_keys` are masked by the same rule.
+Never drawn are the positives of the query, the passage with the id of the query (in ArguAna and
+Quora queries are also passages), and passages with the text of any of these or of the query. The
+same rule masks passages of other queries in a batch (`excluded_keys`,
+`caravan.training.retriever`).
 """
 
 from __future__ import annotations
@@ -51,14 +47,12 @@ def warn_if_queries_are_passages(collection: Collection, queries: np.ndarray) ->
     """
     own = own_passages(collection, queries)
     both = np.flatnonzero(own >= 0)
-    sample = both[:: -(-len(both) // SAMPLED_QUERIES)] if len(both) else both
-    asked = [" ".join(text.split()) for _, text in collection.queries.get(queries[sample])]
+    sample = both[:: -(-len(both) // SAMPLED_QUERIES) or 1]
+    asked = text_keys(collection.queries.get(queries[sample]))
     passages = collection.corpus.get(own[sample])
-    same = sum(
-        query in (" ".join(text.split()), " ".join(f"{title} {text}".split()))
-        for query, (title, text) in zip(asked, passages, strict=True)
-    )
-    if same and 2 * same >= len(sample):
+    same = asked == text_keys(passages)
+    same |= asked == text_keys([("", text) for _, text in passages])
+    if same.any() and 2 * same.sum() >= len(sample):
         log.warning(
             "%s: %d of %d queries are also passages of the corpus with the same id; to drop these"
             " passages from the results, as BEIR does, set ignore_identical_ids=true",
@@ -69,11 +63,10 @@ def warn_if_queries_are_passages(collection: Collection, queries: np.ndarray) ->
 class Sampler(Protocol):
     """The interface of a sampler; `docs/extending.md` has an example.
 
-    Only the training set of a retriever or reranker (`caravan.data.batching.Groups`) uses a
-    sampler; validation and adaptation do not. `open` is called once in each process, before the
-    workers (`batching.num_workers`) are forked; the other methods are called in the workers. They
-    must be pure functions of their arguments and the seed, so that a resumed run and a run on
-    another number of ranks train on the same groups.
+    The training set of a retriever or reranker (`caravan.data.batching.Groups`) uses it. `open` is
+    called once in each process, before the workers (`batching.num_workers`) are forked; the other
+    methods are called in the workers. They must be pure functions of their arguments and the seed,
+    so that a resumed run and a run on another number of ranks train on the same groups.
 
     Rows are int64 rows of `Collection.queries` and `Collection.corpus`.
 
@@ -119,6 +112,10 @@ class Sampler(Protocol):
         return None
 
 
+def _invalid(problem: str) -> InputError:
+    return InputError("invalid-setting", f"sampler.{problem}")
+
+
 class Negatives(Sampler):
     """Chooses the group [positive, negative, ...] of a query, 1 + `number` passages.
 
@@ -149,25 +146,16 @@ class Negatives(Sampler):
         teacher_margin: float | None = None,
     ) -> None:
         if choose not in ("random", "top"):
-            raise InputError(
-                "invalid-setting", f"sampler.choose is {choose!r}; it must be random or top"
-            )
+            raise _invalid(f"choose is {choose!r}; it must be random or top")
         if number < 0 or skip < 0 or depth <= skip:
-            raise InputError(
-                "invalid-setting",
-                f"sampler: number={number} and skip={skip} must be 0 or more, and depth={depth}"
-                " above skip",
+            raise _invalid(
+                f"number={number}, skip={skip} must be 0 or more, and depth={depth} above skip"
             )
         for name, value in (("margin", margin), ("teacher_margin", teacher_margin)):
             if value is not None and not math.isfinite(value):
-                raise InputError(
-                    "invalid-setting", f"sampler.{name} is {value}; it must be finite, or null"
-                )
+                raise _invalid(f"{name} is {value}; it must be finite, or null")
         if teacher_margin is not None and teacher is None:
-            raise InputError(
-                "invalid-setting",
-                "sampler.teacher_margin needs a run of scores: set sampler.teacher",
-            )
+            raise _invalid("teacher_margin needs a run of scores: set sampler.teacher")
         self.paths = [Path(path) for path in runs]
         self.teacher_path = teacher and Path(teacher)
         self.teacher_margin = teacher_margin
@@ -183,20 +171,10 @@ class Negatives(Sampler):
         """Read the runs. Must be called once before `group`.
 
         Raises:
-            InputError: "other-queries" if a run ranks none of the training queries;
-                "corpus-too-small" if too few passages are not excluded for a query.
+            InputError: "other-queries" if a run ranks none of the training queries.
         """
         self._qrels, self._collection, self._seed = qrels, collection, seed
         self._own = own_passages(collection, qrels.queries)
-        most = self._most_excluded()
-        others = len(collection.corpus) - most
-        if self.number > others:
-            raise InputError(
-                "corpus-too-small",
-                f"sampler.number={self.number}: the corpus has {len(collection.corpus)} passages,"
-                f" of which {most} are positives of one query or have its id, so too few are left;"
-                f" set it to {others} or less",
-            )
         texts = collection.queries, collection.corpus
         self._runs = [
             read_run(collection.run_path(path), *texts, depth=self.depth) for path in self.paths
@@ -231,20 +209,8 @@ class Negatives(Sampler):
         ((_, asked),) = self._collection.queries.get([query_row])
         return text_keys([*texts, ("", asked)])
 
-    def _most_excluded(self) -> int:
-        """The largest number of excluded passages of a query."""
-        queries, relevant = self._qrels.queries, self._qrels.grades >= 1
-        place = np.searchsorted(queries, self._qrels.query_rows[relevant])
-        own = self._qrels.passage_rows[relevant] == self._own[place]
-        counts = np.bincount(place, minlength=len(queries)) + (self._own >= 0)
-        return int((counts - np.bincount(place[own], minlength=len(queries))).max(initial=0))
-
     def group(self, query_row: int, epoch: int, position: int) -> np.ndarray:
-        """Passage rows [1 + number] of a query: its positive first, then its negatives.
-
-        Raises:
-            InputError: "corpus-too-small" if the corpus has too few other texts.
-        """
+        """See `Sampler`; raises "corpus-too-small" if the corpus has too few other texts."""
         rng = np.random.default_rng((self._seed, epoch, position))
         positives = self._qrels.positives(query_row)
         positive = int(positives[rng.integers(len(positives))])
@@ -258,15 +224,12 @@ class Negatives(Sampler):
             drawn = self._drawn(self.number - len(chosen), query_row, pool, taken, rng)
             pool = pool[~np.isin(pool, drawn)]
             taken = np.concatenate((taken, drawn))
-            chosen = np.concatenate((chosen, drawn[~np.isin(self._keys(drawn), keys)]))
+            copies = np.isin(text_keys(self._collection.corpus.get(drawn)), keys)
+            chosen = np.concatenate((chosen, drawn[~copies]))
         return np.concatenate(([positive], chosen))
 
     def teacher_scores(self, query_row: int, rows: np.ndarray) -> np.ndarray | None:
-        """See `Sampler`. All scores are NaN if the teacher has no score for the positive.
-
-        Returns:
-            [G] float32, or None without a teacher.
-        """
+        """See `Sampler`. All scores are NaN if the teacher has no score for the positive."""
         if self._teacher is None:
             return None
         known, scores = self._teacher.of(query_row)
@@ -304,9 +267,6 @@ class Negatives(Sampler):
         scored = self.teacher_scores(query_row, np.concatenate(([positive], pool)))
         assert scored is not None  # a margin needs a teacher
         return pool[~(scored[1:] > scored[0] - self.teacher_margin)]
-
-    def _keys(self, rows: np.ndarray) -> np.ndarray:
-        return text_keys(self._collection.corpus.get(rows))
 
     def _drawn(
         self,

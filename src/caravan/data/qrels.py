@@ -1,8 +1,4 @@
-"""Graded judgements by row, and the lookup of ids in judgements and runs of a source.
-
-Sources name queries and passages by ids; a collection has only rows. Unknown ids are refused or
-counted, repeated lines are kept once, and errors name the place in the source.
-"""
+"""Graded judgements by row, and the lookup of ids in judgements and runs of a source."""
 
 from __future__ import annotations
 
@@ -101,11 +97,7 @@ class RowLookup:
         self.skipped = {"unknown_ids": 0, "repeated_judgements": 0}
 
     def qrels(self, part: str, judgements: Iterable[Judgement]) -> Qrels:
-        """The judgements of a split.
-
-        Raises:
-            InputError: "unknown-id"; "conflicting-judgements", two grades for one pair.
-        """
+        """The judgements of a split; raises "unknown-id" or "conflicting-judgements"."""
         triples = list(judgements)
         query_ids, passage_ids = [q for q, _, _ in triples], [p for _, p, _ in triples]
         query_rows, passage_rows = self.queries.rows(query_ids), self.corpus.rows(passage_ids)
@@ -134,10 +126,7 @@ class RowLookup:
         return Qrels(query_rows[known], passage_rows[known], grades[known], unknown)
 
     def run(self, name: str, lines: Iterable[Scored]) -> Run | None:
-        """A run of these lines, the best score where a pair is repeated; None without any line.
-
-        Held in memory: 20 bytes a line.
-        """
+        """A run of these lines, the best score where a pair is repeated; None without any line."""
         columns, done = [], 0
         iterator = iter(track(lines, f"run {name}", unit="lines"))
         while batch := list(itertools.islice(iterator, RUN_LINES)):

@@ -17,38 +17,38 @@ reader, which also finds the distinct ids.
 
 from __future__ import annotations
 
-import gzip
-import logging
 import math
 import re
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pyarrow import csv
 
-from caravan.data.readers.lines import PASSAGE_IDS, QUERY_IDS, column_name, opened
-from caravan.data.texts import REFUSED, check_id
+from caravan.data.readers.lines import PASSAGE_IDS, QUERY_IDS, column_name, decoded, line_blocks
+from caravan.data.texts import check_id, is_id
 from caravan.errors import InputError
 
-BLOCK_BYTES = 1 << 24  # of text in memory at once: about 400,000 lines
 LOOK = 1000  # lines that decide the layout
 SPACES = bytes.maketrans(b"\t\r\v\f", b"    ")
 SIX_COLUMNS = "TREC's six columns (query Q0 passage rank score tag)"
 
-log = logging.getLogger(__name__)
+
+class Ids(NamedTuple):
+    """The ids of a column."""
+
+    names: list[str]  # each once
+    codes: np.ndarray  # [n] int64, the index of each line's id
 
 
 class Columns(NamedTuple):
-    """The columns of a run file, one entry a line, in the order of the file."""
+    """The columns of some lines of a run file, one entry a line, in the order of the file."""
 
     tag: str
-    query_ids: Any  # pyarrow.DictionaryArray [n] of strings
-    passage_ids: Any  # pyarrow.DictionaryArray [n] of strings
+    queries: Ids
+    passages: Ids
     scores: np.ndarray  # [n] float32; 1 / rank where the file has only ranks, else 0
     lines: np.ndarray  # [n] int64, line numbers from 1
 
@@ -60,7 +60,7 @@ class Layout(NamedTuple):
     passage: int
     rank: int | None
     score: int | None
-    separator: str = " "
+    separator: str = " "  # any ASCII white space
 
 
 TREC = Layout(6, 2, None, 4)  # the rank is not read
@@ -82,21 +82,25 @@ def column_blocks(path: Path) -> Iterator[Columns]:
 
     Raises:
         InputError: "file-not-found", "empty-file", "not-utf8", "damaged-file", "malformed-line",
-            "invalid-id", "invalid-score", "invalid-rank", "ambiguous-layout", "qrels-not-run".
+            "invalid-id", "invalid-score", "invalid-rank".
     """
+    if not path.is_file():
+        raise InputError("file-not-found", f"there is no run file {path}; check the path")
     layout, tag = None, ""
     ranked: dict[str, int] = {}  # lines of each query so far, where ranks are checked
-    for before, block in _blocks(path):
+    for before, block in line_blocks(path):
+        if not b"".join(block).isascii():
+            for number, line in enumerate(block, before + 1):
+                decoded(path, number, line)  # raises "not-utf8"
         if layout is None:
-            first = _first_lines(block, before)
+            first = [at for at, line in enumerate(block) if line.strip()][:LOOK]
             if not first:
                 continue
-            layout = HEADERS.get(tuple(map(_meaning, first[0][1])))
-            if layout is None:
-                layout = _recognized(path, first, block.lstrip().partition(b"\n")[0])
-            else:
-                block = _without_header(block)
-        text, lines, counts = _counted(block, layout, before)
+            place = f"{path}:{before + first[0] + 1}"
+            layout, has_header = _layout(place, [block[at] for at in first])
+            if has_header:
+                block[first[0]] = b"\n"
+        text, lines, counts = _counted(b"".join(block), layout, before)
         if not len(lines):
             continue
         if (wrong := counts != layout.columns).any():
@@ -108,59 +112,39 @@ def column_blocks(path: Path) -> Iterator[Columns]:
             )
         if not tag:
             tag = text.partition(b"\n")[0].split(b" ")[5].decode() if layout is TREC else "msmarco"
-        queries, passages, numbers = _parsed(text, layout)
-        for column in (queries, passages):
-            _check_ids(path, column, lines)
-        scores = _scores(path, text, lines, layout, (queries, passages), numbers, ranked)
-        yield Columns(tag, queries, passages, scores, lines)
+        table = _parsed(text, layout)
+        queries, passages = (_ids(path, table[at], lines) for at in (0, layout.passage))
+        yield Columns(tag, queries, passages, _scores(path, table, lines, layout, ranked), lines)
     if not tag:
         raise InputError("empty-file", f"{path} is empty; a run needs at least one line")
 
 
-def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(lines before, whole lines) of the file, some megabytes at a time."""
-    if not path.is_file():
-        raise InputError("file-not-found", f"there is no run file {path}; check the path")
-    before, rest = 0, b""
-    try:
-        with opened(path) as file:
-            while read := file.read(BLOCK_BYTES) or (rest and b"\n"):  # the last line may lack it
-                block = rest + read
-                cut = block.rfind(b"\n") + 1
-                block, rest = block[:cut], block[cut:]
-                if not before:
-                    block = block.removeprefix(b"\xef\xbb\xbf")
-                try:
-                    block.decode()
-                except UnicodeDecodeError as error:
-                    line = before + block.count(b"\n", 0, error.start) + 1
-                    raise InputError(
-                        "not-utf8", f"{path}:{line} is not UTF-8; save the file as UTF-8"
-                    ) from None
-                yield before, block
-                before += block.count(b"\n")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(
-            "damaged-file", f"{path} cannot be unpacked as gzip ({error}); make or fetch it again"
-        ) from None
-
-
-def _first_lines(block: bytes, before: int) -> list[tuple[int, list[str]]]:
-    """(number, columns) of the first lines: between tabs if there are three, else white space."""
-    found = []
-    for number, line in enumerate(block.split(b"\n"), before + 1):
-        if tokens := line.split():
-            columns = line.rstrip(b"\r").split(b"\t") if line.count(b"\t") == 3 else tokens
-            found.append((number, [column.decode() for column in columns]))
-            if len(found) == LOOK:
-                break
-    return found
-
-
-def _without_header(block: bytes) -> bytes:
-    """The block with its first line that is not blank left empty, so that line numbers stay."""
-    end = block.index(b"\n", len(block) - len(block.lstrip()))
-    return b"\n" * block.count(b"\n", 0, end) + block[end:]
+def _layout(place: str, lines: Sequence[bytes]) -> tuple[Layout, bool]:
+    """The layout of a file by its first lines, and whether the first line is a header."""
+    tabbed = lines[0].count(b"\t") == 3
+    first = lines[0].rstrip(b"\r\n").split(b"\t" if tabbed else None)
+    layout = HEADERS.get(tuple(_meaning(cell.decode()) for cell in first))
+    if layout is not None:
+        return layout, True
+    rows = [line.split() for line in lines]
+    if len(first) == 6:
+        return TREC, False
+    if len(first) == 4:
+        scored = sum(len(row) == 4 and all(map(_is_number, row[2:])) for row in rows)
+        if 2 * scored > len(rows):
+            return RANKED_SCORES, False
+        if tabbed:
+            return TEXTS, False
+    if len(first) == 3:
+        numbers = [float(row[2]) for row in rows if len(row) == 3 and _is_number(row[2])]
+        broken = sum(not number.is_integer() for number in numbers)
+        return (SCORES if 2 * broken > len(rows) else RANKS), False
+    raise InputError(
+        "malformed-line",
+        f"{place} has {len(first)} columns; a run has {SIX_COLUMNS} or, as in MS"
+        " MARCO, three (query passage rank) or four between tabs (query, passage, and rank and"
+        " score or both texts)",
+    )
 
 
 def _meaning(name: str) -> str:
@@ -170,53 +154,21 @@ def _meaning(name: str) -> str:
     return "passage" if name in PASSAGE_IDS | {"passage"} else name
 
 
-def _recognized(path: Path, lines: list[tuple[int, list[str]]], first: bytes) -> Layout:
-    """The layout of a file without a header."""
-    rows = [columns for _, columns in lines]
-    columns = len(rows[0])
-    if columns == 6:
-        return TREC
-    if columns == 4:
-        scored = sum(len(row) == 4 and all(map(_is_number, row[2:])) for row in rows)
-        if 2 * scored > len(rows):
-            return RANKED_SCORES
-        if first.count(b"\t") == 3:
-            return TEXTS
-    if columns == 3:
-        numbers = [(n, row[2]) for n, row in lines if len(row) == 3 and _is_number(row[2])]
-        broken = [(n, value) for n, value in numbers if not float(value).is_integer()]
-        if not broken:
-            return RANKS
-        if 2 * len(broken) > len(lines):
-            log.info("%s: three columns, read as query, passage and score", path.name)
-            return SCORES
-        raise InputError(
-            "invalid-rank",
-            f"{path}:{broken[0][0]} has the rank '{broken[0][1]}', which is not 1, 2, 3, ..., while"
-            " most lines have whole numbers in the third column; correct the line, or write scores"
-            f" as {SIX_COLUMNS}",
-        )
-    raise InputError(
-        "malformed-line",
-        f"{path}:{lines[0][0]} has {columns} columns; a run has {SIX_COLUMNS} or, as in MS MARCO,"
-        " three (query passage rank) or four between tabs (query, passage, and rank and score or"
-        " both texts)",
-    )
-
-
-def _is_number(text: str) -> bool:
-    return math.isfinite(_float(text))
-
-
-def _float(text: str) -> float:
+def _float(text: bytes | str) -> float:
     try:
         return float(text)
     except ValueError:
         return math.nan
 
 
+def _is_number(text: bytes) -> bool:
+    return math.isfinite(_float(text))
+
+
 def _counted(block: bytes, layout: Layout, before: int) -> tuple[bytes, np.ndarray, np.ndarray]:
     """The lines that are not blank, with single separators; their numbers and columns, [n] each."""
+    if not block.endswith(b"\n"):
+        block += b"\n"
     if layout is TEXTS:
         text = re.sub(rb"(?m)^[ \t\v\f]+$", b"", block.replace(b"\r", b" "))
     else:
@@ -234,117 +186,87 @@ def _counted(block: bytes, layout: Layout, before: int) -> tuple[bytes, np.ndarr
     return text, np.flatnonzero(full) + before + 1, counts[full]
 
 
-def _parsed(text: bytes, layout: Layout) -> tuple[Any, Any, dict[int, np.ndarray]]:
-    """Query ids, passage ids, and the numbers of rank and score by column, NaN where it is none."""
-    ids = pa.dictionary(pa.int32(), pa.string())
-    numbers = [column for column in (layout.rank, layout.score) if column is not None]
-    wanted = [0, layout.passage, *numbers]
-
-    def parsed(kind: Any) -> Any:
-        return csv.read_csv(
-            pa.BufferReader(text),
-            csv.ReadOptions(
-                use_threads=False,
-                block_size=len(text) + 1,  # one set of distinct ids
-                column_names=[str(i) for i in range(layout.columns)],
-            ),
-            csv.ParseOptions(delimiter=layout.separator, quote_char=False, double_quote=False),
-            csv.ConvertOptions(
-                column_types={str(i): ids if i in wanted[:2] else kind for i in wanted},
-                include_columns=[str(i) for i in wanted],
-                null_values=[],
-                check_utf8=False,  # it was, with line numbers
-            ),
-        )
-
-    try:
-        table = parsed(pa.float64())
-        values = {i: table[str(i)].to_numpy() for i in numbers}
-    except pa.ArrowInvalid:  # not a number, or one that only Python reads
-        table = parsed(pa.string())
-        values = {i: np.array([*map(_float, table[str(i)].to_pylist())]) for i in numbers}
-    return table["0"].combine_chunks(), table[str(layout.passage)].combine_chunks(), values
-
-
-def _check_ids(path: Path, ids: Any, lines: np.ndarray) -> None:
-    refused = pc.or_(
-        pc.match_substring_regex(ids.dictionary, f"[{REFUSED}]"), pc.equal(ids.dictionary, "")
+def _parsed(text: bytes, layout: Layout) -> dict[int, Any]:
+    """The columns of ids, as DictionaryArrays [n] of strings; rank and score, as strings [n]."""
+    types = {0: pa.dictionary(pa.int32(), pa.string()), layout.rank: pa.string()}
+    types |= {layout.passage: types[0], layout.score: pa.string()}
+    wanted = [at for at in types if at is not None]
+    table = csv.read_csv(
+        pa.BufferReader(text),
+        csv.ReadOptions(
+            use_threads=False,
+            block_size=len(text) + 1,  # one set of distinct values
+            column_names=[str(at) for at in range(layout.columns)],
+        ),
+        csv.ParseOptions(delimiter=layout.separator, quote_char=False, double_quote=False),
+        csv.ConvertOptions(
+            column_types={str(at): types[at] for at in wanted},
+            include_columns=[str(at) for at in wanted],
+            null_values=[],
+            check_utf8=False,  # it was, with line numbers
+        ),
     )
-    if pc.any(refused).as_py():
-        bad = int(np.flatnonzero(refused.to_numpy(zero_copy_only=False))[0])
-        line = lines[int(np.argmax(ids.indices.to_numpy() == bad))]
-        check_id(ids.dictionary[bad].as_py(), f"{path}:{line}")
+    return {at: table[str(at)].combine_chunks() for at in wanted}
+
+
+def _ids(path: Path, column: Any, lines: np.ndarray) -> Ids:
+    names, codes = column.dictionary.to_pylist(), column.indices.to_numpy()
+    if "" in names or not is_id("".join(names)):
+        bad = next(code for code, name in enumerate(names) if not is_id(name))
+        check_id(names[bad], f"{path}:{lines[int((codes == bad).argmax())]}")
+    return Ids(names, codes)
 
 
 def _scores(
-    path: Path,
-    text: bytes,
-    lines: np.ndarray,
-    layout: Layout,
-    ids: tuple[Any, Any],
-    numbers: dict[int, np.ndarray],
-    ranked: dict[str, int],
+    path: Path, table: dict[int, Any], lines: np.ndarray, layout: Layout, ranked: dict[str, int]
 ) -> np.ndarray:
     """Scores [n] float32; ranks are checked where they are the ranking, or could be scores."""
+
+    def numbers(column: int) -> np.ndarray:
+        try:
+            return np.asarray(table[column].cast(pa.float64()))
+        except pa.ArrowInvalid:  # not a number, or one that only Python reads
+            return np.array([*map(_float, table[column].to_pylist())])
 
     def refuse(wrong: np.ndarray, column: int, kind: str, expected: str) -> None:
         if wrong.any():
             i = int(wrong.argmax())
-            value = text.split(b"\n", i + 1)[i].split(b" ")[column].decode()
-            raise InputError(
-                f"invalid-{kind}", f"{path}:{lines[i]} has the {kind} '{value}', not {expected}"
-            )
+            problem = f"{path}:{lines[i]} has the {kind} '{table[column][i].as_py()}'"
+            raise InputError(f"invalid-{kind}", f"{problem}, {expected}")
 
+    query_codes = table[0].indices.to_numpy()
     scores = np.zeros(len(lines), dtype=np.float32)
+    if layout.rank is not None:
+        places = _places(table[0], ranked)
+        expected = (
+            "not 1, 2, 3, ... in the order of the lines of its query: whole numbers in the third of"
+            " three columns, and the third of four, are read as ranks; sort the lines by query and"
+            f" rank, or write scores as {SIX_COLUMNS}"
+        )
+        refuse(numbers(layout.rank) != places, layout.rank, "rank", expected)
+        scores = (1 / places).astype(np.float32)
     if layout.score is not None:
         with np.errstate(over="ignore"):
-            scores = numbers[layout.score].astype(np.float32)
-        wrong = ~np.isfinite(scores)
-        refuse(wrong, layout.score, "score", "a finite number; correct or remove the line")
-    if layout.rank is None:
-        return scores
-    query_ids, passage_ids = ids
-    ranks, places = numbers[layout.rank], _places(query_ids, ranked)
-    if layout.score is None:
+            scores = numbers(layout.score).astype(np.float32)
+        expected = "not a finite number; correct or remove the line"
+        refuse(~np.isfinite(scores), layout.score, "score", expected)
+    if layout is RANKED_SCORES:
+        order = np.argsort(query_codes, kind="stable")
+        rises = (np.diff(query_codes[order]) == 0) & (np.diff(scores[order]) > 0)
+        wrong = np.zeros(len(lines), dtype=bool)
+        wrong[order[1:][rises]] = True
         expected = (
-            "1, 2, 3, ... in the order of the lines of its query: whole numbers in the third of"
-            " three columns are read as ranks; sort the lines by query and rank, or write scores as"
+            "above the score of the rank before: four columns are query, passage, rank, and a"
+            " score that is higher for better passages; correct them, or write"
             f" {SIX_COLUMNS}"
         )
-        refuse(ranks != places, layout.rank, "rank", expected)
-        return (1 / ranks).astype(np.float32)
-    expected = "a whole number: four columns are query, passage, rank, score; correct the line"
-    refuse(ranks != np.floor(ranks), layout.rank, "rank", expected)
-    if len(ranks) > 1 and set(passage_ids.dictionary.to_pylist()) <= {"0", "Q0"}:
-        raise InputError(
-            "qrels-not-run",
-            f"{path} has '0' in the second of four columns, as qrels have (query, 0, passage,"
-            " grade): give a run",
-        )
-    given = numbers[layout.score]
-    if (given == places).all():
-        expected = (
-            "the place of its line although the scores are 1, 2, 3, ...: the columns may be query,"
-            f" passage, score, rank; write {SIX_COLUMNS}"
-        )
-        refuse(ranks != places, layout.rank, "rank", expected)
-    codes = query_ids.indices.to_numpy()
-    order = np.lexsort((ranks, codes))
-    further, rise = np.diff(ranks[order]) > 0, np.diff(given[order])
-    contradicts = np.where(further, rise > 0, rise != 0)  # equal ranks need equal scores
-    wrong = np.zeros(len(ranks), dtype=bool)
-    wrong[order[1:][(np.diff(codes[order]) == 0) & contradicts]] = True
-    expected = (
-        "at most the score of the rank before: four columns are query, passage, rank, and a score"
-        f" that is higher for better passages; correct them, or write {SIX_COLUMNS}"
-    )
-    refuse(wrong, layout.score, "score", expected)
+        refuse(wrong, 3, "score", expected)
     return scores
 
 
-def _places(query_ids: Any, before: dict[str, int]) -> np.ndarray:
+def _places(queries: Any, before: dict[str, int]) -> np.ndarray:
     """The place of each line among those of its query, from 1; continues and updates `before`."""
-    names, codes = query_ids.dictionary.to_pylist(), query_ids.indices.to_numpy()
+    names, codes = queries.dictionary.to_pylist(), queries.indices.to_numpy()
     order = np.argsort(codes, kind="stable")
     places = np.empty(len(codes), dtype=np.int64)
     places[order] = np.arange(len(codes)) - np.searchsorted(codes[order], codes[order])

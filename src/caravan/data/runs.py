@@ -1,28 +1,23 @@
 """A run: ranked passages with scores for each query, in memory and as a TREC file.
 
-A run is the only thing that passes between the stages of retrieval: BM25, the retriever and the
-reranker write it; negatives, rerank candidates and metrics are read from it. In memory it is four
-flat arrays over integer rows; ids are strings only in the file. Equal scores are ordered as
-trec_eval orders them (passage id, descending), once, here, so that every measure and every reader
-sees one ranking. `caravan.data.run_files` recognizes the layouts of files.
+In memory it is four flat arrays over integer rows; ids are strings only in the file. Equal scores
+are ordered as trec_eval orders them (passage id, descending), once, here, so that every measure and
+every reader sees one ranking. `caravan.data.run_files` recognizes the layouts of files.
 """
 
 from __future__ import annotations
 
 import gzip
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from caravan.data.run_files import column_blocks
+from caravan.data.run_files import Ids, column_blocks
 from caravan.errors import InputError
 from caravan.files import replacing
-
-log = logging.getLogger(__name__)
 
 LINES = 1 << 18  # formatted or merged at once
 
@@ -224,21 +219,13 @@ def _write_lines(
         start = stop
 
 
-def read_run(
-    path: Path | str,
-    queries: IdTable,
-    corpus: IdTable,
-    unknown_ids: Literal["refuse", "count"] = "refuse",
-    depth: int | None = None,
-) -> Run:
+def read_run(path: Path | str, queries: IdTable, corpus: IdTable, depth: int | None = None) -> Run:
     """Read a run, plain or gzipped, into canonical order.
 
     Where there are scores, ranks are ignored, as in trec_eval; where there are only ranks, the
     score is 1 / rank.
 
     Args:
-        unknown_ids: "refuse" lines whose query or passage is not in the collection, or "count" them
-            in a warning and leave them out.
         depth: keep this many passages of each query, as `Run.top` would; only these lines are held
             in memory (and 16 bytes of each other line).
 
@@ -247,40 +234,20 @@ def read_run(
             line.
     """
     path = Path(path)
-    if unknown_ids not in ("refuse", "count"):
-        raise InputError("invalid-setting", f"unknown_ids is {unknown_ids!r}, not refuse or count")
-    tag, first_unknown, total = "", "", 0
-    pairs, numbers = [], []  # of every known line
+    tag = ""
+    pairs, numbers = [], []  # of every line
     best: list[Lines] = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
     for columns in column_blocks(path):
-        tag, total = columns.tag, total + len(columns.lines)
-        (query_rows, query_ids), (passage_rows, passage_ids) = (
-            _rows(columns.query_ids, queries),
-            _rows(columns.passage_ids, corpus),
-        )
-        known = (query_rows >= 0) & (passage_rows >= 0)
-        if not first_unknown and not known.all():
-            i = int(known.argmin())
-            name = f"query '{query_ids(i)}'" if query_rows[i] < 0 else f"passage '{passage_ids(i)}'"
-            first_unknown = f"{path}:{columns.lines[i]} has the {name}"
-        query_rows, passage_rows = query_rows[known], passage_rows[known]
-        numbers.append(columns.lines[known])
+        tag = columns.tag
+        sides = (("query", columns.queries, queries), ("passage", columns.passages, corpus))
+        query_rows, passage_rows = (_rows(path, columns.lines, *side) for side in sides)
+        numbers.append(columns.lines)
         pairs.append(query_rows * len(corpus) + passage_rows)
-        lines = query_rows, passage_rows, columns.scores[known]
+        lines = query_rows, passage_rows, columns.scores
         best.append(lines if depth is None else _deepest([lines], depth))
         waiting = sum(len(rows) for rows, _, _ in best[1:])
         if depth is not None and waiting > max(len(best[0][0]), LINES):
             best = [_deepest(best, depth)]
-    unknown = total - sum(map(len, pairs))
-    if unknown and (unknown_ids == "refuse" or unknown == total):
-        raise InputError(
-            "unknown-id",
-            f"{first_unknown}, which is not in the collection ({unknown} of {total} lines have"
-            " unknown ids); check that the run was made on this collection, or remove them",
-        )
-    if unknown:
-        message = "%s: left out %d of %d lines with ids that are not in the collection (first: %s)"
-        log.warning(message, path.name, unknown, total, first_unknown)
     _refuse_duplicates(path, np.concatenate(pairs), np.concatenate(numbers), queries, corpus)
     query_rows, passage_rows, scores = map(np.concatenate, zip(*best, strict=True))
     run = canonical(Run.from_flat(query_rows, passage_rows, scores, tag), corpus)
@@ -302,10 +269,17 @@ def _offsets(counts: np.ndarray) -> np.ndarray:
     return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
 
 
-def _rows(ids: Any, table: IdTable) -> tuple[np.ndarray, Callable[[int], str]]:
-    """Rows of the ids, [n] int64 (-1 where unknown), each looked up once; and the id of a line."""
-    unique, index = ids.dictionary.to_pylist(), ids.indices.to_numpy()
-    return table.rows(unique)[index], lambda line: unique[index[line]]
+def _rows(path: Path, lines: np.ndarray, kind: str, ids: Ids, table: IdTable) -> np.ndarray:
+    """The row of each line's id, [n] int64, each looked up once; raises "unknown-id"."""
+    rows = table.rows(ids.names)[ids.codes]
+    if (rows < 0).any():
+        i = int((rows < 0).argmax())
+        raise InputError(
+            "unknown-id",
+            f"{path}:{lines[i]} has the {kind} '{ids.names[ids.codes[i]]}', which is not in the"
+            " collection; check that the run was made on this collection, or remove such lines",
+        )
+    return rows
 
 
 def _refuse_duplicates(

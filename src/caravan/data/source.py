@@ -1,20 +1,32 @@
-"""What a data source must provide, and the cache in which its collection is built once."""
+"""What a data source provides, its records as streams, and the cache of built collections."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
-from caravan.data.collection import FILES, FORMAT, Collection, DamagedError
+import xxhash
+
+from caravan.data.collection import FILES, FORMAT, Collection, DamagedError, write_collection
+from caravan.data.qrels import Judgement, Scored
+from caravan.data.texts import Record
+from caravan.errors import InputError
 from caravan.files import cache_folder, locked, refuse_foreign, writing
+
+T = TypeVar("T")
+Stream = Callable[[], Iterable[tuple[str, T]]]
+"""Reads a part of a source from its start: each item with its place, such as `corpus.jsonl:12`."""
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +34,9 @@ log = logging.getLogger(__name__)
 class Source(Protocol):
     """A data source: anything that gives a `Collection`.
 
-    A source is a class whose arguments are the keys of a config group, `conf/data/<name>.yaml`. It
-    needs `collection` and the attributes below; subclassing `Source` gives the defaults. A new
-    format needs nothing but an iterator of records:
+    A source is a class whose arguments are the keys of `conf/data/<name>.yaml`. It needs
+    `collection` and the attributes below; subclassing `Source` gives the defaults. A new format
+    needs nothing but an iterator of records:
 
     >>> from dataclasses import dataclass
     >>> from caravan.data.collection import write_collection
@@ -80,6 +92,74 @@ class Source(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Streams:
+    """The records of a source, by part."""
+
+    source: str  # the place of a part that has no items
+    corpus: Stream[Record]
+    queries: Stream[Record] = tuple
+    qrels: Mapping[str, Stream[Judgement]] = field(default_factory=dict)  # by split
+    runs: Mapping[str, Stream[Scored]] = field(default_factory=dict)  # by name
+
+    def write(self, folder: Path, name: str, **settings: Any) -> Collection:
+        """Write a collection; `settings` are those of `write_collection`.
+
+        For an error message, a part is read again up to the record that is wrong.
+        """
+        parts: dict[str, Stream[Any]] = {"corpus": self.corpus, "queries": self.queries}
+        parts |= {f"qrels/{split}": read for split, read in self.qrels.items()}
+        parts |= {f"runs/{run}": read for run, read in self.runs.items()}
+
+        def items(part: str) -> Iterator[Any]:
+            return (item for _, item in parts[part]())
+
+        def place(part: str, n: int) -> str:
+            return next(itertools.islice(parts[part](), n, None), (self.source, None))[0]
+
+        return write_collection(
+            folder,
+            name,
+            items("corpus"),
+            items("queries"),
+            {split: items(f"qrels/{split}") for split in self.qrels},
+            runs={run: items(f"runs/{run}") for run in self.runs},
+            where=place,
+            **settings,
+        )
+
+
+def held_out(
+    qrels: Mapping[str, Stream[Judgement]], share: float, train: str = "train", dev: str = "dev"
+) -> dict[str, Stream[Judgement]]:
+    """The qrels of a source, with a share of the training queries as the split `dev`.
+
+    A hash of their ids selects the queries, so the split is the same in every run.
+
+    Raises:
+        InputError: "invalid-setting", the share is not in [0, 1) or the split cannot be made.
+    """
+    if not 0 <= share < 1:
+        raise InputError("invalid-setting", f"data.held_out={share} is not in [0, 1)")
+    if share and (dev in qrels or train not in qrels):
+        there = ", ".join(sorted(qrels))
+        raise InputError(
+            "invalid-setting",
+            f"data.held_out makes {dev} from {train}, but there are {there}: set it to 0",
+        )
+    if not share:
+        return dict(qrels)
+
+    def part(is_dev: bool) -> Iterator[tuple[str, Judgement]]:
+        for place, judgement in qrels[train]():
+            digest = xxhash.xxh3_64_intdigest(judgement[0].encode("utf-8", "replace"))
+            if (digest / 2**64 < share) == is_dev:
+                yield place, judgement
+
+    parts = {split: functools.partial(part, split == dev) for split in (train, dev)}
+    return {**qrels, **parts}
+
+
 def cache_key(*parts: object) -> str:
     """A short hex key of everything that shapes a collection; JSON-able parts, format included."""
     content = json.dumps([FORMAT, *parts], sort_keys=True).encode()
@@ -92,8 +172,7 @@ def cached_collection(
     """Open `cache_dir/collections/<name>-<key>`, or build it by `build(folder)`.
 
     A damaged collection is built again, unless its folder has files that Caravan did not write.
-    One process builds while the others (ranks, a sweep's jobs) wait for its lock, which ends with
-    the process, so that a killed build blocks nobody.
+    One process builds while the others (ranks, a sweep's jobs) wait for its lock.
 
     Raises:
         InputError: the cache or the folder belongs to another user, or everybody may write to it.
@@ -101,16 +180,23 @@ def cached_collection(
     """
     plain = re.sub(r"[^\w.-]+", "-", name)
     folder = cache_folder(cache_dir, "collections") / f"{plain}-{key}"
+
+    def opened() -> Collection | None:
+        if not folder.exists():
+            return None
+        refuse_foreign(folder)
+        return Collection.open(folder)
+
     try:
-        if folder.exists():
-            return _open(folder)
+        if (found := opened()) is not None:
+            return found
     except DamagedError:
         if not os.access(folder.parent, os.W_OK):
             raise
     with locked(folder.parent / f".{folder.name}.lock"):
         try:
-            if folder.exists():
-                return _open(folder)
+            if (found := opened()) is not None:
+                return found
         except DamagedError as error:
             _remove(folder, error)
         started = time.monotonic()
@@ -122,11 +208,6 @@ def cached_collection(
             name, len(collection.corpus), len(collection.queries), time.monotonic() - started,
         )  # fmt: skip
         return collection
-
-
-def _open(folder: Path) -> Collection:
-    refuse_foreign(folder)
-    return Collection.open(folder)
 
 
 def _remove(folder: Path, damage: DamagedError) -> None:

@@ -2,8 +2,7 @@
 
 `<part>.arrow` holds id, title and text as an Arrow stream, which `datasets` can open too.
 `<part>.ids.npy` is uint64 [2, N]: the 64-bit hashes of the ids, ascending, and the row of each. A
-lookup is a binary search in the mapped file, confirmed by the stored id. Opening reads no text, and
-a thousand rows take about a millisecond, for ten thousand passages as for millions.
+lookup is a binary search in the mapped file, confirmed by the stored id.
 
 An id may hold every character that runs and qrels can hold. ASCII white space ends a column for
 trec_eval (C's `isspace`), and control characters end a line for some tools (`str.splitlines` breaks
@@ -18,24 +17,21 @@ import itertools
 import mmap
 import re
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
 from caravan.errors import InputError
-from caravan.files import reserve
 from caravan.progress import track
 
 BATCH_ROWS = 16_384
 BATCH_BYTES = 64 * 2**20  # closes a record batch of long texts early
 MAPPED_BYTES = 64 * 2**20  # about this much of the file stays mapped
 AROUND = 64 * 2**10  # bytes that the kernel maps around one that is touched
-INDEX_ROWS = 1 << 20  # written at once
 
 ASCII_SPACE = " \t\n\r\v\f"
 REFUSED = "\x00-\x20\x7f-\x9f\u2028\u2029"
@@ -56,8 +52,7 @@ Place = Callable[[str, int], str]
 class Texts:
     """Texts by row and rows by id, read from memory-mapped files.
 
-    Cheap to open, to fork and to pickle (only the path is sent). `digest` is that of the records in
-    order.
+    Only the path is pickled. `digest` is that of the records in order.
     """
 
     def __init__(self, folder: Path, part: str, digest: str = "") -> None:
@@ -87,10 +82,7 @@ class Texts:
         return self._columns(rows, ("id",))[0]
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
-        """The row of each id, int64 [len(ids)]; -1 where the id is unknown.
-
-        A hash finds the row and the stored string confirms it, so ids with equal hashes stay apart.
-        """
+        """The row of each id, int64 [len(ids)]; -1 where the id is unknown."""
         hashes = (_id_hash(name.encode(errors="replace")) for name in ids)
         wanted = np.fromiter(hashes, dtype=np.uint64, count=len(ids))
         order = np.argsort(wanted, kind="stable")  # neighbours in the file are read together
@@ -145,22 +137,18 @@ class Texts:
         return columns
 
     def _release(self) -> None:
-        """Unmap what was read; it stays in the page cache of the system.
-
-        Without this, random reads would soon make the process as large as the file.
-        """
+        """Unmap what was read, or the process would grow to the size of the file."""
         self._touched = 0.0
         for mapped in (self._file, self._index.base):
             if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(NamedTuple):
     """What `write_texts` has put on disk."""
 
     digest: str  # hex, of all fields of all records in order
-    count: int
+    records: int
     repaired: int  # records in which half a surrogate pair, not UTF-8, became U+FFFD
     spaced: int  # ids with white space other than ASCII's
 
@@ -211,15 +199,10 @@ def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place
 
 
 def _write_index(path: Path, hashes: array[int]) -> None:
-    """The hashes in ascending order and the row of each, written through a mapped file."""
-    values = np.frombuffer(hashes, dtype=np.uint64) if hashes else np.empty(0, np.uint64)
+    """The hashes in ascending order and the row of each."""
+    values = np.array(hashes, dtype=np.uint64)
     order = np.argsort(values, kind="stable")
-    index = np.lib.format.open_memmap(path, "w+", np.dtype(np.uint64), (2, len(values)))
-    reserve(path)
-    for start in range(0, len(order), INDEX_ROWS):
-        span = slice(start, start + INDEX_ROWS)
-        index[0, span], index[1, span] = values[order[span]], order[span]
-    index.flush()
+    np.save(path, np.stack((values[order], order.astype(np.uint64))))
 
 
 def _refuse_duplicates(texts: Texts, place: Place) -> None:
@@ -276,66 +259,30 @@ def text_keys(texts: Sequence[tuple[str, str]]) -> np.ndarray:
     return np.fromiter(digests, dtype=np.uint64, count=len(texts)).view(np.int64)
 
 
-class IdDeduplicator:
-    """Remembers ids and the texts they had, in 16 bytes an id.
-
-    A set of ten million strings would take a gigabyte. Hashes are kept in a few sorted arrays, each
-    at least twice as long as the next, and looked up a batch at a time.
-    """
-
-    def __init__(self) -> None:
-        self._levels: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, texts), largest first
-
-    def add(self, ids: Sequence[str], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Add a batch.
-
-        Returns:
-            `(new, changed)`, bool [n]: ids that appear for the first time, and ids that appeared
-            before with another text.
-        """
-        keys, contents = _hashes(ids), _hashes(texts)
-        known, first = np.zeros(len(keys), dtype=bool), contents.copy()
-        for level, stored in self._levels:
-            at = np.minimum(np.searchsorted(level, keys), len(level) - 1)
-            here = level[at] == keys
-            known |= here
-            first[here] = stored[at[here]]
-        unique, where, back = np.unique(keys, return_index=True, return_inverse=True)
-        first[~known] = contents[where][back][~known]  # the first of this batch
-        new = np.zeros(len(keys), dtype=bool)
-        new[where] = True
-        new &= ~known
-        if new.any():
-            fresh = new[where]
-            self._levels.append((unique[fresh], contents[where[fresh]]))
-            self._merge()
-        return new, contents != first
-
-    def _merge(self) -> None:
-        while len(self._levels) > 1 and len(self._levels[-2][0]) < 2 * len(self._levels[-1][0]):
-            keys, contents = map(np.concatenate, zip(*self._levels[-2:], strict=True))
-            order = np.argsort(keys, kind="stable")
-            self._levels[-2:] = [(keys[order], contents[order])]
-
-
-def _hashes(texts: Sequence[str]) -> np.ndarray:
-    digest = xxhash.xxh3_64_intdigest
-    values = (digest(text.encode("utf-8", "surrogatepass")) for text in texts)
-    return np.fromiter(values, dtype=np.uint64, count=len(texts))
-
-
 def unique_records(
-    records: Iterable[tuple[str, Record]], part: str, counts: Counter[str]
+    records: Iterable[tuple[str, Record]], part: str
 ) -> Iterator[tuple[str, Record]]:
-    """(place, record) of each id once; repetitions are counted as `repeated_<part>`.
+    """(place, record) of each id once.
+
+    Hashes of the ids and texts are held in memory, 16 bytes an id: a set of ten million strings
+    would take a gigabyte.
 
     Raises:
         InputError: "conflicting-texts", an id has two texts.
     """
-    seen, records = IdDeduplicator(), iter(records)
-    while batch := list(itertools.islice(records, 4096)):
-        texts = [f"{title}\0{text}" for _, (_, title, text) in batch]
-        new, changed = seen.add([record[0] for _, record in batch], texts)
+    ids, texts = np.empty(0, np.uint64), np.empty(0, np.uint64)  # hashes, by ascending id
+    records = iter(records)
+    while batch := list(itertools.islice(records, BATCH_ROWS)):
+        keys = _hashes(record[0] for _, record in batch)
+        contents = _hashes(f"{title}\0{text}" for _, (_, title, text) in batch)
+        unique, first, back = np.unique(keys, return_index=True, return_inverse=True)
+        at = np.searchsorted(ids, unique)
+        known = at < len(ids)
+        known[known] = ids[at[known]] == unique[known]
+        expected = contents[first]
+        expected[known] = texts[at[known]]
+        changed, new = contents != expected[back], np.zeros(len(batch), dtype=bool)
+        new[first[~known]] = True
         for (place, record), is_new, is_changed in zip(batch, new, changed, strict=True):
             if is_changed:
                 raise InputError(
@@ -343,6 +290,12 @@ def unique_records(
                     f"{place}: the id {record[0]!r} in {part} has another text than where it"
                     " appeared before; correct one of the two, or leave it out",
                 )
-            counts[f"repeated_{part}"] += not is_new
             if is_new:
                 yield place, record
+        ids = np.insert(ids, at[~known], unique[~known])
+        texts = np.insert(texts, at[~known], expected[~known])
+
+
+def _hashes(texts: Iterable[str]) -> np.ndarray:
+    digest = xxhash.xxh3_64_intdigest
+    return np.array([digest(text.encode("utf-8", "surrogatepass")) for text in texts], np.uint64)

@@ -1,9 +1,7 @@
 """Unlabelled text for LLaRA: segments of documents, and the sets of tokens to predict from slots.
 
-A document is cut into consecutive segments of some words. EBAE's target is the segment itself,
-EBAR's the segment that follows; the last one of a document has no following segment, which costs
-nothing and is counted (arXiv 2312.15503, section 3.2; "content" targets are those of the released
-code).
+EBAE's target is a segment of a document itself, EBAR's the segment that follows, which the last one
+does not have (arXiv 2312.15503, section 3.2; "content" targets are those of the released code).
 """
 
 from __future__ import annotations

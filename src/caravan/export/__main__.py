@@ -21,7 +21,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     helps = {
         "sentence-transformers": "SentenceTransformer(...) or CrossEncoder(...), prompts included",
-        "transformers": "full weights for transformers' Auto classes, or an adapter for PEFT",
+        "transformers": "full weights for transformers' Auto classes; an adapter is merged",
         "card": "write README.md again, with the metrics of evaluations",
     }
     parsers = {name: commands.add_parser(name, help=text) for name, text in helps.items()}
@@ -29,9 +29,6 @@ def main() -> int:
         command.add_argument("model", type=Path, help="a model folder, such as runs/mine/model")
         if name != "card":
             command.add_argument("out", type=Path, help="a folder that is new or empty")
-    parsers["transformers"].add_argument(
-        "--adapter", action="store_true", help="write the LoRA adapter alone, for PEFT on its base"
-    )
     card = parsers["card"]
     card.epilog = "then: hf upload <user>/<name> <model folder>"
     card.add_argument(
@@ -62,7 +59,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.command == "transformers":
         from caravan.export import transformers
 
-        transformers.export(options.model, options.out, options.adapter)
+        transformers.export(options.model, options.out)
     else:
         from caravan.export import sentence_transformers
 

@@ -69,7 +69,7 @@ def write(
         "sentence_transformers": not facts.get(FACT),
         "transformers": not facts.get(FACT),
         "auto_class": None if (folder / HEAD).is_file() else auto_class(encoding, facts),
-        "adapter": base_arguments(folder) if adapter else None,
+        "adapter": _base_arguments(folder) if adapter else None,
         "padding": None,
         **usage(tokenizer, encoding),
     }
@@ -93,13 +93,12 @@ def write_export(
 
     Args:
         folder: the model folder.
-        out: the exported folder.
-        library: the Hub's name of the library that loads it.
+        library: the Hub's name of the library that loads the exported folder.
         variables: of the template, in addition to those of every card.
     """
     results = _validated(*read_encoding(folder))
-    tags = ["caravan", *tags]
-    _write(out / README, folder, results, variables, library_name=library, tags=tags)
+    metadata: dict[str, Any] = {"library_name": library, "tags": ["caravan", *tags]}
+    _write(out / README, folder, results, {"exported": True, **variables}, **metadata)
 
 
 def _write(
@@ -169,10 +168,10 @@ def _validated(encoding: Encoding, facts: dict[str, Any]) -> list[Any]:
     measure, best, over = (facts.get(name) for name in ("monitored", "best", "validation"))
     if not (isinstance(measure, str) and isinstance(best, float) and isinstance(over, dict)):
         return []
-    what = f"{over['queries']:,} queries, candidates of a run reranked"
+    searched = "candidates of a run reranked"
     if over.get("passages") is not None:
-        what = f"{over['queries']:,} queries over {over['passages']:,} passages"
-    how = f"{what}; during training, to choose the checkpoint"
+        searched = f"{over['passages']:,} passages"
+    how = f"{over['queries']:,} queries over {searched}; during training, to choose the checkpoint"
     name = measure.removeprefix("val/")
     return [_result(encoding, over["collection"], over["split"], how, name, best)]
 
@@ -204,11 +203,11 @@ def evaluated(folder: Path, evaluation: Path) -> list[Any]:
 
 def _stage_results(folder: Path, evaluation: Path, record: dict[str, Any]) -> Iterator[Any]:
     encoding, digest = read_encoding(folder)[0], folder_digest(folder)
-    before = ""
+    collection, passages, before = record["collection"]["name"], record["passages"], ""
     for stage in record["stages"]:
         manifest = manifests.read(evaluation / stage["run"]) or {"inputs": {}, "facts": {}}
         inputs = manifest["inputs"]
-        how = f"{record['queries']:,} queries over {record['passages']:,} passages"
+        how = f"{record['queries']:,} queries over {passages:,} passages"
         if "depth" in inputs:
             how += f"; the top {inputs['depth']} of {before} reranked"
             if inputs.get("weight", 1) != 1:
@@ -219,13 +218,11 @@ def _stage_results(folder: Path, evaluation: Path, record: dict[str, Any]) -> It
         before = stage["stage"]
         if inputs.get("model") != digest or manifest["facts"].get("run_xxh3") != stage["run_xxh3"]:
             continue
-        depth = stage.get("depth") or record["passages"]
-        dropped = too_deep(list(stage["overall"]), depth, record["passages"])
+        dropped = too_deep(list(stage["overall"]), stage.get("depth") or passages, passages)
         for name, value in stage["overall"].items():
             if not math.isfinite(value):
-                raise ValueError(f"{name} of {stage['stage']} is not finite")
+                raise ValueError(f"{name} of {before} is not finite")
             if name not in dropped:
-                collection = record["collection"]["name"]
                 yield _result(encoding, collection, record["split"], how, name, float(value))
 
 
@@ -238,11 +235,14 @@ def _cells(rows: dict[str, Any]) -> dict[str, str]:
 
 def usage(tokenizer: Any, encoding: Encoding) -> dict[str, Any]:
     """The template's variables for plain transformers: token ids, lengths, and f-strings."""
-    query = Template(encoding.query_template)
+    query, passage = Template(encoding.query_template), Template(encoding.passage_template)
     pooled = _POOLED.get(encoding.pooling, f"states[-{encoding.slots}:].mean(dim=0)")
     if encoding.normalize:
         pooled = f"torch.nn.functional.normalize({pooled}, dim=0)"
-    variables = {"pooled": pooled, "passage": _passage(encoding)}
+    text, titled = _f_string(passage.render("", TEXT)), passage.render(TITLE, TEXT)
+    if TITLE in titled:
+        text = f"{_f_string(titled)} if title else {text}"
+    variables = {"pooled": pooled, "passage": text}
     if encoding.kind == "retriever":
         query_text = _f_string(query.render("", TEXT))
         return {**variables, "tokens": Templates(tokenizer, encoding), "query": query_text}
@@ -255,15 +255,6 @@ def usage(tokenizer: Any, encoding: Encoding) -> dict[str, Any]:
         "query": _f_string(rendered, "query"),
         "prompt_length": rendered.index(TEXT),
     }
-
-
-def _passage(encoding: Encoding) -> str:
-    """A passage with a `title` and a `text`, as a Python expression."""
-    template = Template(encoding.passage_template)
-    untitled, titled = template.render("", TEXT), template.render(TITLE, TEXT)
-    if TITLE not in titled:
-        return _f_string(untitled)
-    return f"{_f_string(titled)} if title else {_f_string(untitled)}"
 
 
 def _f_string(rendered: str, text: str = "text") -> str:
@@ -294,7 +285,7 @@ def auto_class(encoding: Encoding, facts: dict[str, Any]) -> str:
     return "AutoModel"
 
 
-def base_arguments(folder: Path) -> str:
+def _base_arguments(folder: Path) -> str:
     """The arguments of `from_pretrained` for an adapter's base."""
     base, revision = adapter_base(folder)
     return quoted(base) if revision is None else f"{quoted(base)}, revision={quoted(revision)}"
@@ -305,17 +296,11 @@ def hub_base(folder: Path, facts: dict[str, Any]) -> str | None:
 
     None if the first training started from random weights or from a folder without a Hub id.
     """
-    base = _base(folder, facts)
+    base: Any = None
     for _ in range(MAX_BASES):
-        if base is None or not (Path(base) / FILE).is_file():
+        base = adapter_base(folder)[0] if facts["weights"] == "adapter" else facts.get("base_model")
+        if not isinstance(base, str) or not (Path(base) / FILE).is_file():
             break
-        base = _base(Path(base), read_encoding(Path(base))[1])
+        folder, facts = Path(base), read_encoding(Path(base))[1]
     known = re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) and not Path(str(base)).exists()
     return base if known else None
-
-
-def _base(folder: Path, facts: dict[str, Any]) -> str | None:
-    if facts["weights"] == "adapter":
-        return adapter_base(folder)[0]
-    base = facts.get("base_model")
-    return base if isinstance(base, str) else None

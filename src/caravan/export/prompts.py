@@ -7,6 +7,7 @@ prompt before the first text of a pair only, and tokenizes the two apart.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,14 +27,12 @@ class Prompt(NamedTuple):
     """A template as a prompt and a text. A passage's title is part of the text.
 
     Attributes:
-        before: the prompt of a text without a title.
+        before: the prompt.
         titled: a title and a text as one text, for str.format; "" without titles.
-        titled_before: the prompt of that one.
     """
 
     before: str
     titled: str = ""
-    titled_before: str = ""
 
     @classmethod
     def of(cls, name: str, template: str) -> Prompt:
@@ -43,28 +42,23 @@ class Prompt(NamedTuple):
             name: of the setting, for the message.
 
         Raises:
-            InputError: If more than a prompt is before a text.
+            InputError: If more than a prompt is before a text, or a title changes the prompt.
 
         >>> Prompt.of("passage_template", "passage: {title} {text}")
-        Prompt(before='passage: ', titled='{title} {text}', titled_before='passage: ')
+        Prompt(before='passage: ', titled='{title} {text}')
         """
         parts = Template(template)
         before, _, rest = parts.render("", TEXT).partition(TEXT)
-        if rest:
+        whole = parts.render(TITLE, TEXT)
+        titled = TITLE in whole
+        if rest or (titled and not whole.startswith((before + TITLE, before + TEXT))):
             raise InputError(
                 "not-expressible",
-                f"encoding.{name} {template!r} repeats the text or has a title after it, where"
-                f" sentence-transformers has a prompt before the text and no more; {REMEDY}",
+                f"encoding.{name} {template!r} repeats the text, has a title after it, or starts"
+                " differently with a title, where sentence-transformers has one prompt before a"
+                f" text and no more; {REMEDY}",
             )
-        whole = parts.render(TITLE, TEXT)
-        if TITLE not in whole:
-            return cls(before)
-        start = min(whole.index(TITLE), whole.index(TEXT))
-        return cls(before, fields(whole[start:]), whole[:start])
-
-    def prompt_of(self, title: str) -> str:
-        """The prompt of a text with this title, which may be empty."""
-        return self.titled_before if title and self.titled else self.before
+        return cls(before, fields(whole[len(before) :]) if titled else "")
 
     def given(self, title: str, text: str) -> str:
         """The text that a user passes."""
@@ -72,11 +66,7 @@ class Prompt(NamedTuple):
 
     def card(self) -> dict[str, str]:
         """Variables of the card: how a title is given."""
-        differs = self.titled and self.titled_before != self.before
-        return {
-            "titled": f"f{quoted(self.titled)}" if self.titled else "",
-            "titled_prompt": f", prompt={quoted(self.titled_before)}" if differs else "",
-        }
+        return {"titled": f"f{quoted(self.titled)}" if self.titled else ""}
 
 
 class Pairing:
@@ -107,13 +97,6 @@ class Pairing:
             )
         self.longest = self.templates.room - LEAST
         self.passage = Prompt.of("passage_template", encoding.passage_template)
-        if self.passage.titled and self.passage.titled_before != self.passage.before:
-            raise InputError(
-                "not-expressible",
-                f"encoding.passage_template {encoding.passage_template!r} starts differently with a"
-                " title and without, and sentence-transformers does not know which passages have"
-                f" one; {REMEDY}",
-            )
         between = self.passage.before or Template(encoding.query_template).suffix
         # A chat template gives no token types.
         self.chat = encoding.pair == "joined" or (bool(between) and not self.templates.typed)
@@ -137,17 +120,14 @@ class Pairing:
 
     def probes(self) -> list[tuple[str, tuple[str, str]]]:
         """Queries with passages (title, text), of which only the passage is truncated, if any."""
-        template = Template(self.encoding.query_template)
+        template, tokenizer = Template(self.encoding.query_template), self.templates.tokenizer
         rendered = [template.render("", query) for query in QUERIES]
-        known = self.templates.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        first, *more = [
-            query
-            for query, ids in zip(QUERIES, known, strict=True)
-            if len(ids) + SPARE < self.longest or not query
-        ]
+        known = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        lengths = [len(ids) + SPARE for ids in known]
+        fit = [q for q, n in zip(QUERIES, lengths, strict=True) if n < self.longest or not q]
         texts = verify.probes(self.templates.length)
         few = (texts[0], max(texts, key=lambda text: len(text[1])))
-        return [(first, text) for text in texts] + [(one, text) for one in more for text in few]
+        return [*((fit[0], text) for text in texts), *itertools.product(fit[1:], few)]
 
     def tokenizer(self) -> Any:
         """The tokenizer to export."""

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.files import scratch_folder
+from caravan.models.loading import quiet
 from caravan.models.remote_code import FACT, SETTING
 from caravan.retrieval.inference import Inference
 
@@ -72,25 +74,12 @@ def new_folder(folder: Path, out: Path) -> Iterator[Path]:
             f"{folder} needs remote code, whose classes other libraries may read differently, so it"
             f" is not exported; use the model folder itself, with {SETTING}=true",
         )
+    disable_progress_bar()
     with scratch_folder(out) as scratch, quiet():
         yield scratch
         if out.exists():
             out.rmdir()
         os.replace(scratch, out)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Turn off the progress bars and load reports of transformers."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def compare(folder: Path, expected: np.ndarray, found: np.ndarray) -> None:

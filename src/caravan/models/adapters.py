@@ -12,7 +12,7 @@ import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -29,16 +29,10 @@ class LoRA:
 
     Args:
         rank, alpha, dropout: as in PEFT.
-        targets: the linear layers of the blocks: "all-linear", those of "attention" or of the
-            "mlp", or names.
+        targets: names of linear layers; "all-linear" is all those of the blocks.
         rslora: scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732).
-        dora: train the norm of each weight's columns separately (arXiv 2402.09353).
-        quant_type: "nf4" or "fp4" quantizes the base's linear layers to four bits while loading
-            (QLoRA, arXiv 2305.14314); None does not. It is saved on the unquantized base.
-        double_quant: quantize the scales too.
-
-    Raises:
-        InputError: If quant_type is unknown.
+        quant_type: quantizes the base's linear layers to four bits while loading (QLoRA,
+            arXiv 2305.14314); the adapter is saved on the unquantized base.
     """
 
     def __init__(
@@ -48,17 +42,11 @@ class LoRA:
         dropout: float = 0.1,
         targets: list[str] | str = "all-linear",
         rslora: bool = False,
-        dora: bool = False,
-        quant_type: str | None = None,
-        double_quant: bool = True,
+        quant_type: Literal["nf4", "fp4"] | None = None,
     ) -> None:
-        if quant_type not in (None, "nf4", "fp4"):
-            text = f"peft.quant_type is {quant_type!r}; it must be null, nf4 or fp4"
-            raise InputError("unknown-quantization", text)
         self.settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
-        self.settings.update(use_rslora=rslora, use_dora=dora)
-        self.targets = targets
-        self.quant_type, self.double_quant = quant_type, double_quant
+        self.settings |= {"target_modules": targets, "use_rslora": rslora}
+        self.quant_type = quant_type
 
     def quantization(self) -> Any:
         """transformers' config of a base quantized to four bits, computing in bf16; or None."""
@@ -69,7 +57,7 @@ class LoRA:
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.quant_type,
-            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
 
@@ -97,7 +85,6 @@ class LoRA:
             task = TaskType.CAUSAL_LM
         config = LoraConfig(
             task_type=task,
-            target_modules=_of_group(model, self.targets),
             revision=getattr(model, "revision", None),  # the adapter finds the same base again
             trainable_token_indices=list(rows) or None,
             **self.settings,
@@ -106,7 +93,7 @@ class LoRA:
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:
-            text = f"peft.targets={self.targets}: {first_line(error)}"
+            text = f"peft.targets={self.settings['target_modules']}: {first_line(error)}"
             raise InputError("unknown-layers", text) from None
         # PEFT rounds the initial weights to the base's precision; this start does not depend on it.
         torch.set_rng_state(state)
@@ -118,25 +105,6 @@ class LoRA:
 
 def _is_scorer(model: nn.Module) -> bool:
     return any(name in ("score", "classifier") for name, _ in model.named_children())
-
-
-def _of_group(model: nn.Module, targets: list[str] | str) -> list[str] | str:
-    """The names of a group's linear layers; other targets unchanged."""
-    if targets not in ("attention", "mlp"):
-        return targets
-    from transformers.pytorch_utils import Conv1D
-
-    names = [
-        name
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | Conv1D) and any(map(str.isdigit, name.split(".")))
-    ]
-    attends = {name for name in names if "attn" in name.lower() or "attention" in name.lower()}
-    found = [name for name in names if (name in attends) == (targets == "attention")]
-    if not found:
-        text = f"peft.targets={targets}: {type(model).__name__} has no such layers; give names"
-        raise InputError("unknown-layers", text)
-    return found
 
 
 def merged(peft: Any) -> nn.Module:
@@ -168,7 +136,7 @@ def released_base(name: str, revision: str | None = None) -> tuple[str, str | No
     Raises:
         InputError: If it names none.
     """
-    config = _config(name, {"revision": revision})
+    config = _config(name, revision)
     if not config.base_model_name_or_path:
         raise InputError("no-base-model", f"{name}: its adapter_config.json names no base model")
     return str(config.base_model_name_or_path), config.revision
@@ -191,69 +159,56 @@ def load_adapter(
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    hub: dict[str, Any] = {} if revision is None else {"revision": revision}
-    stored = _of_trunk(_current_keys(_weights(name, hub)), model)
-    config = _config(name, hub)
+    stored = _of_trunk(_current_keys(_weights(name, revision)), model)
+    config = _config(name, revision)
+    config.inference_mode = not trainable
+    if config.task_type == "CAUSAL_LM" and not hasattr(model, "prepare_inputs_for_generation"):
+        config.task_type = "SEQ_CLS" if _is_scorer(model) else "FEATURE_EXTRACTION"
+    base = config.base_model_name_or_path
     with reading(name, "the adapter does not load"):
-        embedding = _own_embedding(model, stored)
-        if embedding is not None:
-            model.resize_token_embeddings(len(stored[embedding]))  # type: ignore[operator]
-        if config.task_type == "CAUSAL_LM" and not hasattr(model, "prepare_inputs_for_generation"):
-            config.task_type = "SEQ_CLS" if _is_scorer(model) else "FEATURE_EXTRACTION"
-        config.inference_mode = not trainable
-        base = config.base_model_name_or_path
         peft = get_peft_model(model, config)
         config.base_model_name_or_path = base  # PEFT replaces it by the model's name
         wanted = get_peft_model_state_dict(peft, save_embedding_layers=False)
-    if embedding is not None and embedding not in wanted:
-        wanted[embedding] = model.get_input_embeddings().weight  # type: ignore[operator]
-        # The adapter alone is not the model, so a model folder holds whole weights.
-        config.base_model_name_or_path = None
-    missing, unused = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     wrong = sorted(
         key
         for key in wanted.keys() & stored.keys()
         if wanted[key].shape != stored[key].shape or not stored[key].is_floating_point()
     )
-    if missing and not unused and all(".score." in key or ".classifier." in key for key in missing):
-        raise InputError(
-            "adapter-without-head",
-            f"{name} is an adapter without a head ({', '.join(missing)} missing), so a reranker"
-            " would score at random; adopt it as a retriever (stage=retriever"
-            " trainer.max_steps=0), and train a reranker from that model folder",
-        )
+    missing, unused = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if problems := mismatches(missing, unused, wrong):
         raise InputError(
             "weights-mismatch",
-            f"{name} does not fit {type(model).__name__}: {len(missing)} weights missing,"
-            f" {len(unused)} not used, {len(wrong)} misshapen ({', '.join(problems)[:300]}); it is"
-            " of another base or task",
+            f"{name} does not fit {type(model).__name__}: {len(problems)} weights differ"
+            f" ({', '.join(problems)[:300]}); it is of another base, task or vocabulary (an adapter"
+            " without a head makes a retriever)",
         )
     with reading(name, "the adapter does not load"):
         set_peft_model_state_dict(peft, stored)
     return peft
 
 
-def _config(name: str, hub: dict[str, Any]) -> Any:
+def _config(name: str, revision: str | None = None) -> Any:
     """PEFT's config of a folder or hub id."""
     from peft import PeftConfig
 
     file = Path(name) / "adapter_config.json"
     with reading(file if file.is_file() else name, "the adapter's config does not load"):
-        config = PeftConfig.from_pretrained(name, **hub)
-        base, revision = config.base_model_name_or_path, config.revision
-        if not isinstance(base, str | None) or not isinstance(revision, str | None):
+        config = PeftConfig.from_pretrained(name, revision=revision)
+        base, own = config.base_model_name_or_path, config.revision
+        if not isinstance(base, str | None) or not isinstance(own, str | None):
             raise ValueError("base_model_name_or_path and revision must be strings")
         return config
 
 
-def _weights(name: str, hub: dict[str, Any]) -> dict[str, Tensor]:
+def _weights(name: str, revision: str | None = None) -> dict[str, Tensor]:
     """The weights in an adapter's file; of a pickle only tensors are read."""
     from peft.utils import load_peft_weights
 
     try:
         with reading(name, "the adapter does not load"):
-            weights = load_peft_weights(name, device="cpu", **hub)
+            weights = load_peft_weights(name, device="cpu", revision=revision)
+            if not all(isinstance(weight, Tensor) for weight in weights.values()):
+                raise ValueError("it holds other values than named weights")
     except InputError as error:
         if not isinstance(error.__cause__, pickle.UnpicklingError):
             raise
@@ -262,8 +217,6 @@ def _weights(name: str, hub: dict[str, Any]) -> dict[str, Tensor]:
             f"{name}: its adapter_model.bin is a pickle of more than tensors, which could run code,"
             " and is not opened; take an adapter in safetensors, or from another source",
         ) from None
-    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise InputError("weights-mismatch", f"{name}: its adapter_model.bin has no named weights")
     check_finite(name, weights)
     return weights
 
@@ -289,14 +242,6 @@ def _of_trunk(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return {key.replace(prefix, "base_model.model.", 1): weight for key, weight in kept.items()}
 
 
-def _own_embedding(model: Any, weights: dict[str, Tensor]) -> str | None:
-    """The key of the embedding that PEFT saves beside an adapter with a resized vocabulary."""
-    words = model.get_input_embeddings()
-    names = [name for name, module in model.named_modules() if module is words]
-    key = f"base_model.model.{names[0]}.weight" if names else ""
-    return key if key in weights and weights[key].dim() == 2 else None
-
-
 def _current_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights under the keys of the current PEFT version.
 
@@ -313,11 +258,8 @@ def _current_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def copy_adapter(peft: Any, name: str) -> int:
+def copy_adapter(peft: Any, name: str) -> None:
     """Copy a saved adapter into a new one, with its head if the new one has that too.
-
-    Returns:
-        The number of weights copied.
 
     Raises:
         InputError: If the new adapter has another rank or alpha, or other targets.
@@ -331,25 +273,21 @@ def copy_adapter(peft: Any, name: str) -> int:
             key = key.removeprefix(outer)
         return key
 
-    def shapes(weights: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    def shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
         kinds = (".lora_", "trainable_tokens")
-        own = {short(key): w for key, w in weights.items() if any(kind in key for kind in kinds)}
-        return {key: tuple(weight.shape) for key, weight in own.items()}
+        return {key: w.shape for key, w in weights.items() if any(kind in key for kind in kinds)}
 
-    weights = _weights(name, {})
     new = get_peft_model_state_dict(peft, save_embedding_layers=False)
-    saved, requested = (
-        (getattr(config, "lora_alpha", None), getattr(config, "use_rslora", False))
-        for config in (_config(name, {}), peft.active_peft_config)
-    )
-    if shapes(weights) != shapes(new) or saved != requested:
+    stored = {short(key): weight for key, weight in _weights(name).items()}
+    saved, chosen = _config(name), peft.active_peft_config
+    if shapes(stored) != shapes({short(key): weight for key, weight in new.items()}) or any(
+        getattr(saved, setting, None) != getattr(chosen, setting)
+        for setting in ("lora_alpha", "use_rslora")
+    ):
         raise InputError(
             "adapter-mismatch",
             f"the adapter of {name} has another rank, alpha or kind, or other targets or slots than"
-            " this run; set peft.rank, peft.alpha, peft.targets, peft.rslora, peft.dora and"
-            " encoding.slots to its own, or peft=none to merge it",
+            " this run; set peft.rank, peft.alpha, peft.targets, peft.rslora and encoding.slots to"
+            " its own, or peft=none to merge it",
         )
-    stored = {short(key): weight for key, weight in weights.items()}
-    taken = {key: stored[short(key)] for key in new if short(key) in stored}
-    set_peft_model_state_dict(peft, {**new, **taken})
-    return len(taken)
+    set_peft_model_state_dict(peft, {key: stored.get(short(key), new[key]) for key in new})

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import PositiveInt
 from torch import nn
 
 from caravan.encoding import FILE, Encoding, read_encoding
@@ -22,6 +24,7 @@ from caravan.models import loading
 from caravan.models.adapters import copy_adapter, is_adapter, load_adapter, released_base
 from caravan.models.crossencoder import with_head
 from caravan.models.digests import adapter_base
+from caravan.models.local_copy import local_copy
 from caravan.models.preparing import Checkpointing, prepared
 from caravan.models.remote_code import is_allowed
 
@@ -88,10 +91,8 @@ class Backbone(Protocol):
     def adapted(self, peft: Any, model: nn.Module, rows: Sequence[int] = ()) -> nn.Module:
         """The model with the adapters of `peft` (`LoRA.apply`)."""
 
-    def messages(self) -> list[str]:
-        """What to log once weights are loaded."""
 
-
+@dataclass(eq=False)
 class BaseBackbone(Backbone):
     """Settings and defaults that backbones share.
 
@@ -108,21 +109,12 @@ class BaseBackbone(Backbone):
     dtype = torch.float32
     head_is_new = False
 
-    def __init__(
-        self,
-        name: str,
-        attention: str = "auto",
-        checkpointing: Checkpointing = False,
-        bidirectional: bool = False,
-        compile: bool = False,
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.name = name
-        self.attention = attention
-        self.checkpointing = checkpointing
-        self.bidirectional = bidirectional
-        self.compile = compile
-        self.trust_remote_code = trust_remote_code
+    name: str
+    attention: str = "auto"
+    checkpointing: Checkpointing = False
+    bidirectional: bool = False
+    compile: bool = False
+    trust_remote_code: bool = False
 
     def scorer(self, tokenizer: Any) -> nn.Module:
         self.head_is_new = True
@@ -138,9 +130,6 @@ class BaseBackbone(Backbone):
         adapted: nn.Module = peft.apply(model, rows)
         return adapted
 
-    def messages(self) -> list[str]:
-        return []
-
     def prepared(self, model: nn.Module) -> nn.Module:
         """The model with this backbone's attention direction, checkpointing and compilation."""
         return prepared(model, self.checkpointing, self.bidirectional, self.compile)
@@ -150,26 +139,40 @@ class Pretrained(BaseBackbone):
     """Any decoder or encoder of transformers, by hub id or folder.
 
     Args:
-        name: hub id or folder, of a model or an adapter.
+        name: hub id or folder, of a model or an adapter; None for the model of `gguf_file`.
         revision: a branch, tag or commit of the hub.
+        gguf_file: path of a GGUF file, or `<package>/<file>` of an installed package, which is read
+            where `name` is not available (`caravan.models.local_copy`).
+        layers: keep the first layers only; None keeps all.
         The others: see `BaseBackbone`.
     """
 
     def __init__(
         self,
-        name: str,
+        name: str | None,
         revision: str | None = None,
+        gguf_file: str | None = None,
+        layers: PositiveInt | None = None,
         attention: str = "auto",
         trust_remote_code: bool = False,
         checkpointing: Checkpointing = False,
         bidirectional: bool = False,
         compile: bool = False,
     ) -> None:
-        super().__init__(name, attention, checkpointing, bidirectional, compile, trust_remote_code)
+        if name is None and gguf_file is None:
+            raise InputError(
+                "nothing-chosen", "backbone.name is null; set it, or backbone.gguf_file"
+            )
+        given = name or str(gguf_file)
+        super().__init__(given, attention, checkpointing, bidirectional, compile, trust_remote_code)
         self.revision = revision
+        self._copied: dict[str, Any] = {"name": name, "gguf_file": gguf_file, "layers": layers}
         self._hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
+        if self._copied["gguf_file"] is not None or self._copied["layers"] is not None:
+            self.name = str(local_copy(cache_dir, **self._copied, **self._hub))
+            self.revision = self._hub["revision"] = None
         if self._is_adapter() and not loading.has_tokenizer(self.name, self.revision):
             base, revision = released_base(self.name, self.revision)
             tokenizer = loading.load_tokenizer(base, **{**self._hub, "revision": revision})
@@ -328,13 +331,6 @@ class FromFolder(BaseBackbone):
         if self.keeps_adapter:
             copy_adapter(model, self.name)
         return model
-
-    def messages(self) -> list[str]:
-        """Where the weights come from."""
-        text = f"weights initialized from {self.name}"
-        if self.keeps_adapter:
-            text += f" and its base {adapter_base(self.folder)[0]}"
-        return [text + ("; the head is new" if self.head_is_new else "")]
 
     @property
     def _has_head(self) -> bool:

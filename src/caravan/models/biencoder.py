@@ -43,14 +43,9 @@ class BiEncoder(nn.Module):
         return self.backbone
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, full: bool = False) -> Tensor:
-        """Embed texts.
+        """Embeddings [n, d] float32 of texts.
 
-        Args:
-            input_ids, attention_mask: [n, L], padded on either side.
-            full: no text is padded (the caller knows; checking would wait for the device).
-
-        Returns:
-            [n, d] float32.
+        Args: see `caravan.models.pooling.pooled_states`.
         """
         pooled = pooled_states(
             self.backbone, input_ids, attention_mask, self.pooling, self.causal, full
@@ -59,8 +54,7 @@ class BiEncoder(nn.Module):
 
     def of(self, chunk: Chunk) -> Tensor:
         """Embeddings [n, d] float32 of a chunk."""
-        embeddings: Tensor = self(chunk.input_ids, chunk.attention_mask, chunk.full)
-        return embeddings
+        return self(chunk.input_ids, chunk.attention_mask, chunk.full)
 
     def embed(self, texts: Packed) -> Tensor:
         """Embeddings [N, d] float32 of packed texts, in the order of the texts."""

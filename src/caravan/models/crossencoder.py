@@ -71,14 +71,11 @@ class CrossEncoder(nn.Module):
         self.causal = is_causal(scorer)
         decoder = is_decoder(scorer)
         if not isinstance(self.pooling, Last if decoder else Cls):
-            kind, wanted, stage = ("encoder", "cls", "reranker_encoder")
-            if decoder:
-                kind, wanted, stage = ("decoder", "last", "reranker")
+            wanted, stage = ("last", "reranker") if decoder else ("cls", "reranker_encoder")
             raise InputError(
                 "unsuitable-pooling",
-                f"encoding.pooling={encoding.pooling}: a reranker on {kind}s such as"
-                f" {type(self.plain).__name__} reads the {wanted} token; set"
-                f" encoding.pooling={wanted}, or choose stage={stage}",
+                f"encoding.pooling={encoding.pooling}: a reranker on {type(self.plain).__name__}"
+                f" reads the {wanted} token; set encoding.pooling={wanted}, or stage={stage}",
             )
         check_direction(encoding, scorer)
         refuse_too_long(scorer, encoding)
@@ -100,14 +97,9 @@ class CrossEncoder(nn.Module):
         full: bool = False,
         token_types: Tensor | None = None,
     ) -> Tensor:
-        """Score pairs.
+        """Scores [n] float32 of pairs.
 
-        Args:
-            input_ids, attention_mask, token_types: [n, L], padded on either side.
-            full: no pair is padded (the caller knows; checking would wait for the device).
-
-        Returns:
-            [n] float32.
+        Args: see `caravan.models.pooling.pooled_states`.
         """
         scorer = self.plain
         if getattr(scorer, "score", None) is None:
@@ -123,17 +115,17 @@ class CrossEncoder(nn.Module):
         scorer: Any, input_ids: Tensor, attention_mask: Tensor, token_types: Tensor | None
     ) -> Tensor:
         """A released encoder's score, by its own forward pass and head."""
-        order = right_padded(attention_mask)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_types is not None:
             inputs["token_type_ids"] = token_types
+        order = right_padded(attention_mask)
         inputs = {name: rows.gather(1, order) for name, rows in inputs.items()}
         return scorer(**inputs).logits[:, 0].float()
 
     def of(self, chunk: Chunk) -> Tensor:
         """Scores [n] float32 of a chunk."""
-        scores: Tensor = self(chunk.input_ids, chunk.attention_mask, chunk.full, chunk.token_types)
-        return scores
+        inputs = (chunk.input_ids, chunk.attention_mask, chunk.full, chunk.token_types)
+        return self(*inputs)
 
     def score(self, pairs: Packed) -> Tensor:
         """Scores [N] float32 of packed pairs, in the order of the pairs."""

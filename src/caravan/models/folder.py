@@ -15,7 +15,6 @@ The folder is written under a temporary name and renamed, so it is always comple
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from caravan.distributed import is_main_process
 from caravan.encoding import Encoding, read_encoding, write_encoding
 from caravan.errors import InputError, reading
 from caravan.files import replacing_folder
@@ -47,8 +45,6 @@ from caravan.models.loading import (
 from caravan.models.positions import refuse_too_long
 from caravan.models.query_likelihood import QueryLikelihood
 from caravan.models.remote_code import FACT, is_allowed, is_remote_code
-
-log = logging.getLogger(__name__)
 
 ADAPTER = "adapter_model.safetensors"
 HEAD = "score.safetensors"
@@ -172,28 +168,16 @@ def load_base(folder: Path, load: Callable[..., _Loaded]) -> _Loaded:
         InputError: If the adapter was trained on other base weights.
     """
     base, revision = adapter_base(folder)
-    local = Path(base).is_dir()
-    if local:
-        _check_base(folder, base, revision)
-    loaded = load(base, revision=revision)
-    if not local:  # loading has put its files into the hub's cache
-        _check_base(folder, base, revision)
-    return loaded
-
-
-def _check_base(folder: Path, base: str, revision: str | None) -> None:
-    recorded = read_encoding(folder)[1].get(BASE_WEIGHTS)
-    if recorded is None:
-        if is_main_process():
-            text = "%s has no digest of the weights of its base %s, so they are not checked"
-            log.info(text, folder, base)
-    elif weights_digest(base, revision) != recorded:
+    loaded = load(base, revision=revision)  # the files of a hub's model are then in the cache
+    recorded = read_encoding(folder)[1].get(BASE_WEIGHTS)  # folders of older versions have none
+    if recorded is not None and weights_digest(base, revision) != recorded:
         raise InputError(
             "other-base-weights",
             f"{folder}: the weights of its base {base} are not those that the adapter was trained"
             " on; restore those, or write their path into"
             f" {folder / 'adapter_config.json'} (base_model_name_or_path)",
         )
+    return loaded
 
 
 def _backbone(
@@ -216,50 +200,36 @@ def _with_adapter(load: Callable[..., nn.Module], folder: Path) -> Any:
 
 
 def _scorer(folder: Path, dtype: torch.dtype | str, adapter: bool, trusted: bool) -> nn.Module:
-    scorer: Any
     fetch = partial(load_scorer, dtype=dtype, trust_remote_code=trusted)
     if adapter:
-        scorer = _with_adapter(lambda name, **hub: fetch(name, **hub)[0], folder)
-    elif (folder / HEAD).is_file():
-        scorer = with_head(load_weights(str(folder), dtype, heads=False, trust_remote_code=trusted))
+        return _with_adapter(lambda name, **hub: fetch(name, **hub)[0], folder)
+    if (folder / HEAD).is_file():
+        trunk = load_weights(str(folder), dtype, heads=False, trust_remote_code=trusted)
+        scorer, new = with_head(trunk), True
     else:
         scorer, new = fetch(str(folder))
-        if new:
-            raise InputError(
-                "no-trained-head",
-                f"{folder} has no trained head, so its scores would be random; save the model"
-                " again, or train a head (stage=reranker backbone=from_folder"
-                f" backbone.folder={folder})",
-            )
-    _read_head(scorer, folder)
-    return scorer
+    if _read_head(scorer, folder) or not new:
+        return scorer
+    raise InputError(
+        "no-trained-head",
+        f"{folder} has no trained head, so its scores would be random; save the model again, or"
+        f" train a head (stage=reranker backbone=from_folder backbone.folder={folder})",
+    )
 
 
-def _read_head(scorer: Any, folder: Path) -> None:
-    """Load the weights of the head in float32; loading with `dtype` may have rounded them."""
+@torch.no_grad()
+def _read_head(scorer: Any, folder: Path) -> bool:
+    """Load the head in float32, where `dtype` may have rounded it; False if no file has it."""
     from safetensors import safe_open
 
-    found = head_of(scorer)
-    if found is None:
-        return
-    name, head = found
-    missing = dict(head.named_parameters())
+    name, head = head_of(scorer) or ("", nn.Identity())
+    missing = {f"{name}.{part}": weight for part, weight in head.named_parameters()}
     for path in sorted(folder.glob("[!.]*.safetensors")):
-        with (
-            reading(path, "its head cannot be loaded"),
-            safe_open(path, framework="pt") as file,
-            torch.no_grad(),
-        ):
-            stored = set(file.keys())
-            for part in list(missing):
-                keys = (f"{name}.{part}", f"base_model.model.{name}.{part}")
-                for key in filter(stored.__contains__, keys):
-                    check_finite(str(path), {key: file.get_tensor(key)})
-                    missing.pop(part).copy_(file.get_tensor(key))
-                    break
-    if missing and isinstance(scorer, Headed):
-        text = f"{folder} has no weights for its head; save the model again"
-        raise InputError("no-trained-head", text)
+        with reading(path, "its head cannot be loaded"), safe_open(path, framework="pt") as file:
+            for key in missing.keys() & set(file.keys()):
+                check_finite(str(path), {key: file.get_tensor(key)})
+                missing.pop(key).copy_(file.get_tensor(key))
+    return not missing
 
 
 def refuse_lengths(

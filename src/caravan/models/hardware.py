@@ -1,4 +1,4 @@
-"""Device, precision and tokens a chunk, as the machine suggests and the settings say.
+"""Device, precision and tokens per chunk, as the machine suggests and the settings say.
 
 bf16 where the processor computes in it (GPUs from Ampere on, CPUs with AVX512-BF16 or AMX), else
 float32. Similarities, softmax and losses are float32 in any case, and so are trainable weights.
@@ -18,16 +18,14 @@ from caravan.models.bidirectional import blocks, has_adapter
 
 PRECISIONS = ("auto", "bf16", "float32")
 CPU_CHUNK, GPU_CHUNK = 2048, 32_768
-"""Padded tokens a chunk: few for a CPU's caches, more to keep a GPU busy (not measured)."""
+"""Padded tokens per chunk: few for a CPU's caches, more to keep a GPU busy (not measured)."""
 
 
 def resolve(precision: str) -> str:
     """ "bf16" or "float32" for a setting of "auto", "bf16" or "float32"."""
     if precision not in PRECISIONS:
-        known = ", ".join(PRECISIONS)
-        raise InputError(
-            "unknown-precision", f"precision is {precision!r}; it must be one of {known}"
-        )
+        text = f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}"
+        raise InputError("unknown-precision", text)
     if precision != "auto":
         return precision
     return "bf16" if has_bf16() else "float32"
@@ -65,7 +63,7 @@ def named(device: torch.device) -> str:
 
 
 def chunk(token_budget: int | None) -> int:
-    """The padded tokens a chunk; None takes the machine's default."""
+    """Padded tokens per chunk; None is the machine's default."""
     if token_budget is not None:
         return token_budget
     return GPU_CHUNK if torch.cuda.is_available() else CPU_CHUNK
@@ -92,21 +90,15 @@ def frozen_linears(model: nn.Module) -> list[nn.Linear]:
 
 
 def precisions(network: nn.Module, bf16: bool) -> Iterator[tuple[nn.Parameter, torch.dtype]]:
-    """Each weight with its precision in training, whatever its file has.
+    """Each weight with its precision in training; weights of four bits are left out.
 
-    Frozen linear layers are kept in bf16 where they compute in it anyway: under autocast their
-    results are the same to the bit. Not if the base is in no folder, since it is saved with the
-    adapter merged into it, and not with DoRA, which needs the norms of its columns.
-
-    Args:
-        bf16: whether training computes in bf16. All other weights are float32; weights of four bits
-            are left out.
+    All are float32, except frozen linear layers if training computes in bf16: under autocast the
+    results are the same to the bit. A base that is in no folder stays float32 too, since it is
+    saved with the adapter merged into it.
     """
     adapted: Any = next(filter(has_adapter, network.modules()), None)
-    config = None if adapted is None else adapted.active_peft_config
     halved: set[int] = set()
-    saved = config is not None and bool(config.base_model_name_or_path)
-    if bf16 and saved and not getattr(config, "use_dora", False):
+    if bf16 and adapted is not None and adapted.active_peft_config.base_model_name_or_path:
         halved = {id(layer.weight) for layer in frozen_linears(network)}
     for weight in network.parameters():
         if weight.is_floating_point():

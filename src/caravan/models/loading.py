@@ -112,13 +112,11 @@ def load_weights(
 
     load_config(name, trust_remote_code, **hub)  # an invalid config is reported as such
     logging.disable_progress_bar()
-    hub["trust_remote_code"] = trust_remote_code
+    given = {"trust_remote_code": trust_remote_code, "output_loading_info": True, **hub}
     if quantization is not None:
-        hub = {**hub, "quantization_config": quantization}
-    with _quiet(), _loading(name, "no model could be loaded", trust_remote_code):
-        loaded = (auto or AutoModel).from_pretrained(
-            name, dtype=dtype, output_loading_info=True, **hub
-        )
+        given["quantization_config"] = quantization
+    with quiet(), _loading(name, "no model could be loaded", trust_remote_code):
+        loaded = (auto or AutoModel).from_pretrained(name, dtype=dtype, **given)
     if not isinstance(loaded, tuple):  # remote code may ignore output_loading_info
         raise InputError(
             "model-not-supported",
@@ -133,7 +131,8 @@ def load_weights(
     unused = sorted(report["unexpected_keys"])
     if heads:
         kinds = {_unnumbered(key) for key, _ in model.named_parameters()}
-        unused = [key for key in unused if _unnumbered(key, model.base_model_prefix) in kinds]
+        prefix = f"{model.base_model_prefix}."
+        unused = [key for key in unused if _unnumbered(key.removeprefix(prefix)) in kinds]
     if problems := mismatches(missing, unused, wrong):
         raise InputError(
             "weights-mismatch",
@@ -161,6 +160,11 @@ def mismatches(missing: list[str], unused: list[str], wrong: list[str]) -> list[
     return [*found, *(f"{k} misshapen" for k in wrong), *(f"{k} not used" for k in unused)]
 
 
+def _unnumbered(key: str) -> str:
+    """The name of a weight in whichever layer: `layers.3.norm.weight` is `layers.#.norm.weight`."""
+    return re.sub(r"\d+", "#", key)
+
+
 def drop_pooler(model: Any) -> None:
     """Remove the pooler of BERT's pretraining, which no embedding uses."""
     if getattr(model, "pooler", None) is not None:
@@ -168,27 +172,19 @@ def drop_pooler(model: Any) -> None:
 
 
 def load_language_model(
-    name: str,
-    attention: str = "auto",
-    dtype: torch.dtype | str = torch.float32,
-    quantization: Any = None,
-    **hub: Any,
+    name: str, dtype: torch.dtype | str = torch.float32, **settings: Any
 ) -> nn.Module:
     """A decoder with the output layer that it was pretrained with.
+
+    Args:
+        settings: of `load_weights`.
 
     Raises:
         InputError: As `load_weights`, or if there is no such layer.
     """
     from transformers import AutoModelForCausalLM
 
-    auto = AutoModelForCausalLM
-    try:
-        return load_weights(name, dtype, attention, auto=auto, quantization=quantization, **hub)
-    except RemoteCodeError:
-        raise
-    except InputError as error:
-        text = f"{error}; a decoder with its output layer is needed"
-        raise InputError(error.code, text) from None
+    return load_weights(name, dtype, auto=AutoModelForCausalLM, **settings)
 
 
 def load_scorer(
@@ -226,7 +222,7 @@ def load_scorer(
 def fit_vocabulary(model: Any, tokenizer: Any) -> Any:
     """Resize the embedding to the tokenizer, in place: slots are added to a released vocabulary."""
     if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        with _quiet():
+        with quiet():
             model.resize_token_embeddings(len(tokenizer))
     return model
 
@@ -276,8 +272,8 @@ def _check_code(name: str, model: Any) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings, which our own checks replace."""
+def quiet() -> Iterator[None]:
+    """Without transformers' warnings, which Caravan's own checks replace."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -318,32 +314,12 @@ def check_finite(name: str, weights: Mapping[str, Tensor]) -> None:
         name: the folder, file or hub id of the weights.
 
     Raises:
-        InputError: With the first weight that holds NaN or infinity, and its file.
+        InputError: With the first weight that holds NaN or infinity.
     """
     for key, weight in weights.items():
         if not is_finite(weight):
             raise InputError(
                 "not-finite",
-                f"{_file_of(name, key)}: {key} holds values that are NaN or infinite; the file is"
-                " damaged, or its training has diverged: save or download it again",
+                f"{name}: {key} holds values that are NaN or infinite; the file is damaged, or its"
+                " training has diverged: save or download it again",
             )
-
-
-def _file_of(name: str, key: str) -> str:
-    """The file of a folder that holds a weight; the folder where that is not known."""
-    from safetensors import SafetensorError, safe_open
-
-    for path in sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else ():
-        try:
-            with safe_open(path, framework="pt") as file:
-                keys = list(file.keys())
-        except (OSError, SafetensorError):
-            continue
-        if any(key.endswith(stored) or stored.endswith(key) for stored in keys):
-            return str(path)
-    return name
-
-
-def _unnumbered(key: str, prefix: str = "") -> str:
-    """The name of a weight in whichever layer: `layers.3.norm.weight` is `layers.#.norm.weight`."""
-    return re.sub(r"\d+", "#", key.removeprefix(f"{prefix}.") if prefix else key)

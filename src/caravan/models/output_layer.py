@@ -6,6 +6,7 @@ therefore computed from at most `MOST_LOGITS` at a time and recomputed in the ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,7 @@ def check_output_layer(model: Any) -> None:
     Some models have a transform between the two (ModernBERT's decoder, BERT).
 
     Raises:
-        InputError: If the logits differ.
+        InputError: If the logits differ, or are not finite.
     """
     device = model.get_output_embeddings().weight.device
     ids = (torch.arange(5, 11, device=device) % vocabulary(model)).unsqueeze(0)
@@ -72,14 +73,18 @@ def check_output_layer(model: Any) -> None:
     try:
         expected = model(input_ids=ids).logits.float()
         found = output_layer(model)(model.base_model(input_ids=ids).last_hidden_state)
-        tolerance = 0.02 * float(expected.abs().max())
-        equal = found.shape == expected.shape
-        equal = equal and torch.allclose(found, expected, rtol=0, atol=tolerance)
-    except RuntimeError:
-        equal = False
+        largest, difference = float(expected.abs().max()), float((found - expected).abs().max())
+    except RuntimeError:  # of another shape
+        largest, difference = 1.0, math.inf
     finally:
         model.train(training)
-    if not equal:
+    if not math.isfinite(largest):
+        raise InputError(
+            "diverged-model",
+            f"{model.name_or_path or type(model).__name__} computes logits that are NaN or"
+            " infinite: its weights are damaged, or its training diverged; train it again",
+        )
+    if not difference <= 0.02 * largest:
         raise InputError(
             "model-not-supported",
             f"{type(model).__name__} has more than its output layer between states and logits,"

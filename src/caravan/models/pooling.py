@@ -50,14 +50,6 @@ class Pooling(Protocol):
         ...
 
 
-class Last:
-    """The state of the last real token."""
-
-    def __call__(self, states: Tensor, attention_mask: Tensor) -> Tensor:
-        last = attention_mask.sum(dim=1).long() - 1
-        return states[arange(len(states), device=states.device), last].float()
-
-
 class Cls:
     """The state of the first token."""
 
@@ -74,15 +66,15 @@ class Mean:
         return (states.float() * weights).sum(dim=1) / lengths.unsqueeze(-1)
 
 
-class Slots:
-    """The mean over the slots, which are the last `slots` real tokens (LLaRA, arXiv 2312.15503)."""
+class Last:
+    """The mean over the last `count` real tokens: the EOS, or LLaRA's slots (arXiv 2312.15503)."""
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
+    def __init__(self, count: int = 1) -> None:
+        self.count = count
 
     def __call__(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         last = attention_mask.sum(dim=1).long() - 1
-        places = last.unsqueeze(1) - arange(self.slots, device=states.device)  # [n, K]
+        places = last.unsqueeze(1) - arange(self.count, device=states.device)  # [n, K]
         rows = arange(len(states), device=states.device).unsqueeze(1)
         return states[rows, places].float().mean(dim=1)
 
@@ -93,13 +85,9 @@ def pooling_of(encoding: Encoding) -> Pooling:
     Raises:
         InputError: If the path cannot be imported, or is not a pooling without weights.
     """
-    built_in: dict[str, Pooling] = {
-        "last": Last(),
-        "cls": Cls(),
-        "mean": Mean(),
-        "slots": Slots(encoding.slots),
-    }
     if not encoding.has_custom_pooling:
+        slots = Last(encoding.slots)
+        built_in: Any = {"last": Last(), "slots": slots, "cls": Cls(), "mean": Mean()}
         return built_in[encoding.pooling]
     module, _, name = encoding.pooling.rpartition(".")
     with reading(f"encoding.pooling={encoding.pooling}", "it cannot be imported"):
@@ -110,8 +98,7 @@ def pooling_of(encoding: Encoding) -> Pooling:
             f"encoding.pooling={encoding.pooling} is not a caravan.models.pooling.Pooling: it must"
             " be callable and have no weights, since model folders do not save them",
         )
-    checked: Pooling = pooling
-    return checked
+    return pooling
 
 
 def pooled_states(

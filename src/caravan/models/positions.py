@@ -21,7 +21,7 @@ from caravan.models.bidirectional import unwrapped
 
 log = logging.getLogger(__name__)
 
-_NAMES = re.compile(r"wpe|(\w+_)?pos(ition|itions)?(_\w+)?")
+_NAMES = re.compile(r"(?:.*\.)?(wpe|(?!rel)(\w+_)?pos(ition|itions)?(_\w+)?)")
 """Tables of positions: `position_embeddings`, `embed_positions`, `positions_embed`, `wpe`, ..."""
 
 
@@ -36,21 +36,18 @@ def refuse_too_long(model: Any, encoding: Encoding, section: str = "encoding.") 
         InputError: If a text could be longer than the positions that the model has learned.
     """
     query, passage = encoding.query_length, encoding.passage_length
-    # Of each limit: the setting's name, its value, and how it is set.
-    lengths = [("query_length", query, "set it"), ("passage_length", passage, "set it")]
-    spare = 0
+    lengths = {"query_length": query, "passage_length": passage}
     if encoding.kind == "reranker":  # reads both as one text
-        both = f"query_length + {section}passage_length"
-        lengths, spare = [(both, query + passage, f"set {section}passage_length")], query
+        lengths = {f"query_length + {section}passage_length": query + passage}
     trunk = unwrapped(model).base_model
     name, limit = type(trunk).__name__, positions(trunk)
     trained = getattr(trunk.config.get_text_config(), "max_position_embeddings", None)
-    for setting, length, remedy in lengths:
+    for setting, length in lengths.items():
         if limit is not None and length > limit:
             raise InputError(
                 "too-long",
                 f"{section}{setting} is {length}, and {name} has positions for {limit} tokens;"
-                f" {remedy} to {limit - spare} or less",
+                f" set {section}{setting} to {limit} or less",
             )
         if isinstance(trained, int) and 0 < trained < length:
             _warn_once(
@@ -62,14 +59,10 @@ def refuse_too_long(model: Any, encoding: Encoding, section: str = "encoding.") 
 def positions(trunk: nn.Module) -> int | None:
     """The tokens that a transformer without a head has positions for; None if it has no limit."""
     config = trunk.config.get_text_config()  # type: ignore[operator, union-attr]
-    try:
-        words = trunk.get_input_embeddings()  # type: ignore[operator]
-    except NotImplementedError:  # remote code need not define input embeddings
-        words = None
     known = getattr(config, "max_position_embeddings", None)
     limits = []
     for name, module in trunk.named_modules():
-        if isinstance(module, nn.Embedding) and module is not words and _holds_positions(name):
+        if isinstance(module, nn.Embedding) and _NAMES.fullmatch(name):
             # RoBERTa and its kin count from padding_idx + 1, OPT from its `offset`.
             first = getattr(module, "offset", 0)
             if module.padding_idx is not None:
@@ -78,14 +71,9 @@ def positions(trunk: nn.Module) -> int | None:
             if not first and isinstance(known, int) and 0 < known < module.num_embeddings:
                 limits.append(known)
     for name, buffer in trunk.named_buffers():  # GPT-J's table of sines
-        if buffer.is_floating_point() and buffer.dim() == 2 and _holds_positions(name):
+        if buffer.is_floating_point() and buffer.dim() == 2 and _NAMES.fullmatch(name):
             limits.append(len(buffer))
     return min(limits, default=None)
-
-
-def _holds_positions(name: str) -> bool:
-    last = name.rpartition(".")[2]
-    return _NAMES.fullmatch(last) is not None and not last.startswith("rel")
 
 
 @functools.cache

@@ -62,19 +62,14 @@ def prepared(
 
 
 def _checkpoint_activations(model: Any, checkpointing: Checkpointing) -> None:
-    """Enable activation checkpointing in place.
-
-    Raises:
-        InputError: If the model does not support activation checkpointing.
-    """
     # transformers 5.20 has only the older name.
     older = model.gradient_checkpointing_enable
     if "gradient_checkpointing_kwargs" not in inspect.signature(older).parameters:
-        text = (
+        raise InputError(
+            "no-checkpointing",
             f"{type(model).__name__} has no activation checkpointing; set"
-            " backbone.checkpointing=false"
+            " backbone.checkpointing=false",
         )
-        raise InputError("no-checkpointing", text)
     settings: dict[str, Any] = {"use_reentrant": False}
     if checkpointing == "selective":
         settings["context_fn"] = _contexts
@@ -104,17 +99,16 @@ def _uncached(mode: AbstractContextManager[Any]) -> Iterator[None]:
 
 
 def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Policy for `torch.utils.checkpoint`: whether to save the result of an operation.
+    """Whether to save the result of an operation, for `torch.utils.checkpoint`.
 
     Random operations are recomputed, so that the generator has the same state as in the forward
     pass.
     """
-    saved = operation.name().partition(".")[0] in SAVED
     dropout = None
     for place, argument in enumerate(operation._schema.arguments):
         if argument.name == "dropout_p":
             default = kwargs.get(argument.name, argument.default_value)
             dropout = args[place] if place < len(args) else default
-    return (
-        CheckpointPolicy.MUST_SAVE if saved and not dropout else CheckpointPolicy.PREFER_RECOMPUTE
-    )
+    if operation.name().partition(".")[0] in SAVED and not dropout:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE

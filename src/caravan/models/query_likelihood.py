@@ -3,8 +3,7 @@
 Ranking by a language model (Ponte and Croft 1998; with a large one UPR, arXiv 2204.07496): the
 score is the mean log probability of the query's tokens after the passage. Every token is a training
 signal, where a head has one label a pair, so a model from random weights learns it in minutes, and
-a pretrained one ranks before any training. It replaces RankLLaMA's head with
-`encoding.scoring=likelihood`.
+a pretrained one ranks before any training.
 """
 
 from __future__ import annotations
@@ -50,15 +49,10 @@ class QueryLikelihood(CrossEncoder):
         full: bool = False,
         token_types: Tensor | None = None,
     ) -> Tensor:
-        """Score pairs.
+        """Scores [n] float32 of pairs: mean log probabilities, in nats.
 
-        Args:
-            input_ids, attention_mask: [n, L], padded on either side.
-            full: no pair is padded.
-            token_types: [n, L], 1 for the query's tokens, whose likelihood is the score.
-
-        Returns:
-            [n] float32, the mean log probability of these tokens, in nats.
+        Args: see `caravan.models.pooling.pooled_states`.
+            token_types: [n, L], 1 for the tokens of the query.
         """
         if token_types is None:
             raise ValueError("a likelihood needs token_types to find the query's tokens")

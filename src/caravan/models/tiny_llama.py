@@ -7,8 +7,8 @@ Nothing is downloaded, so it runs anywhere; the architecture is transformers' Ll
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,13 @@ import torch
 from pydantic import PositiveInt
 from torch import nn
 
-from caravan import manifests
-from caravan.errors import InputError, reading
-from caravan.files import cache_folder, replacing
+from caravan.errors import InputError
 from caravan.models.backbone import BaseBackbone
 from caravan.models.loading import set_attention
-from caravan.models.preparing import Checkpointing
-
-log = logging.getLogger(__name__)
+from caravan.models.preparing import Checkpointing as Checkpointing  # resolves inherited hints
 
 
+@dataclass(eq=False)
 class TinyLlama(BaseBackbone):
     """A small Llama from random weights with a byte-level BPE trained on the collection.
 
@@ -45,76 +42,53 @@ class TinyLlama(BaseBackbone):
     """
 
     trains_tokenizer = True
+    name: str = field(default="tiny_llama", init=False)
+    vocab_size: PositiveInt = 8192
+    hidden_size: PositiveInt = 256
+    layers: PositiveInt = 2
+    heads: PositiveInt = 4
+    intermediate_size: PositiveInt = 688
+    max_length: PositiveInt = 2048
+    copying: float = 1.0
 
-    def __init__(
-        self,
-        vocab_size: PositiveInt = 8192,
-        hidden_size: PositiveInt = 256,
-        layers: PositiveInt = 2,
-        heads: PositiveInt = 4,
-        intermediate_size: PositiveInt = 688,
-        max_length: PositiveInt = 2048,
-        copying: float = 1.0,
-        attention: str = "auto",
-        checkpointing: Checkpointing = False,
-        bidirectional: bool = False,
-        compile: bool = False,
-        trust_remote_code: bool = False,
-    ) -> None:
-        if hidden_size % (2 * heads):  # rotary positions turn pairs of numbers
-            text = f"backbone.hidden_size={hidden_size} must be a multiple of twice heads={heads}"
-            raise InputError("indivisible-width", text)
-        if copying < 0:
-            text = f"backbone.copying is {copying}; it must be 0 or more"
+    def __post_init__(self) -> None:
+        if self.hidden_size % (2 * self.heads):  # rotary positions turn pairs of numbers
+            raise InputError(
+                "indivisible-width",
+                f"backbone.hidden_size={self.hidden_size} must be a multiple of twice"
+                f" heads={self.heads}",
+            )
+        if self.copying < 0:
+            text = f"backbone.copying is {self.copying}; it must be 0 or more"
             raise InputError("out-of-range", text)
-        name = "tiny_llama"
-        super().__init__(name, attention, checkpointing, bidirectional, compile, trust_remote_code)
-        self.vocab_size = vocab_size
-        self.shape: dict[str, Any] = {
-            "hidden_size": hidden_size,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "intermediate_size": intermediate_size,
-            "max_position_embeddings": max_length,
-        }
-        self.copying = copying
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
-        """The BPE of a collection (its corpus and queries); trained once, kept in `cache_dir`."""
+        """A BPE, trained on the corpus and queries of a collection."""
         from transformers import PreTrainedTokenizerFast
 
-        name = f"bpe-{self.vocab_size}-{collection.digest[:16]}.json"
-        path = cache_folder(cache_dir, "tokenizers") / name
-        inputs = {
-            "collection": collection.digest,
-            "vocab_size": self.vocab_size,
-            "versions": manifests.versions(("tokenizers",)),
-        }
-        known = (manifests.read(path) or {}).get("facts", {}).get("content")
-        if not manifests.matches(path, inputs) or not manifests.is_as_written(path, known):
-            if path.exists():
-                log.info("%s is of other versions, or damaged; it is trained again", path)
-            bpe = train_bpe(_texts(collection), self.vocab_size)
-            with replacing(path) as scratch:
-                bpe.save(str(scratch))
-            manifests.write(path, inputs, {"content": manifests.content(path)})
-        with reading(path, "no tokenizer; delete the file to train it again"):
-            return PreTrainedTokenizerFast(
-                tokenizer_file=str(path), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-            )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=train_bpe(_texts(collection), self.vocab_size),
+            pad_token="<pad>",
+            bos_token="<s>",
+            eos_token="</s>",
+        )
 
     def config(self, tokenizer: Any) -> Any:
         from transformers import LlamaConfig
 
         return LlamaConfig(
             vocab_size=len(tokenizer),
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            intermediate_size=self.intermediate_size,
+            max_position_embeddings=self.max_length,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             use_cache=False,
             tie_word_embeddings=True,
-            **self.shape,
         )
 
     def model(self, tokenizer: Any) -> nn.Module:

@@ -56,14 +56,13 @@ def attention(
         States [1, T, H, D] (padded: [B, L, H, D]), and None for the attention weights.
 
     Raises:
-        ValueError: If the layer uses a feature that is not supported here.
+        ValueError: If the layer has attention dropout on a GPU.
     """
     bounds = settings.pop("cu_seq_lens_q", None)
     if bounds is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **settings
         )
-    cpu.check_settings(module, settings, (*cpu.UNSUPPORTED, "position_bias", "cache"))
     causal = settings.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     # transformers includes the token itself in a window, except in a decoder made bidirectional.
@@ -76,19 +75,11 @@ def attention(
             raise ValueError(f"{type(module).__name__} uses attention dropout ({dropout:g})")
         flat = [states[0].transpose(0, 1).to(half) for states in (query, key, value)]
         longest = settings["max_length_q"]
-        output = kernel()(
-            *flat,
-            bounds,
-            bounds,
-            longest,
-            longest,
-            scale=scaling,
-            window_size=window,
-            enable_gqa=flat[0].shape[1] != flat[1].shape[1],
-        )
+        shared = flat[0].shape[1] != flat[1].shape[1]
+        settings = {"scale": scaling, "window_size": window, "enable_gqa": shared}
+        output = kernel()(*flat, bounds, bounds, longest, longest, **settings)
         return output[None], None
-    parts = []
-    start = 0
+    parts, start = [], 0
     for length, texts in groupby(bounds.diff().tolist()):
         count = len(list(texts))
         end = start + count * length
@@ -127,18 +118,15 @@ def states(
     rows = torch.repeat_interleave(rows, lengths, output_size=len(places))
     positions = torch.arange(len(places), device=places.device) - (ends - lengths)[rows]
     bounds = nn.functional.pad(ends.int(), (1, 0))
-    types = {}
-    if token_types is not None:
-        types["token_type_ids"] = token_types.flatten()[places][None]
+    inputs = {"input_ids": input_ids, "token_type_ids": token_types}
     found: Tensor = backbone(
-        input_ids=input_ids.flatten()[places][None],
+        **{name: ids.flatten()[places][None] for name, ids in inputs.items() if ids is not None},
         position_ids=positions[None],
         attention_mask=real.new_ones(1, 1, 1, 1),  # transformers does not change a 4D mask
         cu_seq_lens_q=bounds,
         cu_seq_lens_k=bounds,
         max_length_q=width,
         max_length_k=width,
-        **types,
     ).last_hidden_state[0]
     padded = found.new_zeros(texts * width, found.shape[1])
     padded = padded.index_copy(0, rows * width + positions, found)
@@ -182,8 +170,7 @@ def check_dropout(model: Any) -> None:
 
 def is_enabled(model: Any) -> bool:
     """Whether a transformer, with or without adapters, uses this attention."""
-    config = getattr(model, "config", None)
-    return getattr(config, "_attn_implementation", None) == NAME
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME
 
 
 def has_kernel(states: Tensor) -> bool:

@@ -25,19 +25,20 @@ def main() -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Run a command; each imports only what it needs."""
+    if arguments.command == "compare":
+        _compare(arguments)
+        return
     folders = arguments.folders
-    for folder in folders if arguments.command != "compare" else []:
+    for folder in folders:
         if not folder.is_dir():
             message = f"there is no folder {folder}; name a run directory, or a folder of several"
             raise InputError("folder-not-found", message)
-    if arguments.command == "compare":
-        _compare(arguments)
-    elif arguments.command == "collections":
+    if arguments.command == "collections":
         from caravan.report.suites import read_suites, show_suites
 
         show_suites(read_suites(folders), folders[0] if len(folders) == 1 else None)
     elif arguments.command == "table":
-        from caravan.report.summary import show as show_table
+        from caravan.report.evaluations import show_table
 
         show_table(*folders)
     elif arguments.command == "sweep":
@@ -52,36 +53,36 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     """Print the comparison of two systems or more, and write its page with --html."""
-    from caravan.report.compare import DEPTH, compare, examples
+    from caravan.report.compare import DEPTH, compare
     from caravan.report.evaluations import comparison_tables
+    from caravan.report.examples import examples
     from caravan.report.page import of_comparison, save
     from caravan.report.systems import read_judged, read_system, with_distinct_names
-    from caravan.report.tables import Screen
+    from caravan.report.tables import show
 
     systems = with_distinct_names([read_system(path) for path in arguments.folders])
     measures = arguments.measures.split(",") if arguments.measures else []
     judged = read_judged(systems, arguments.qrels)
     comparison = compare(systems, judged, measures, arguments.test)
-    screen = Screen()
     for table in comparison_tables(comparison):
-        screen.table(table)
+        show(table)
     for some in examples(comparison, 0, len(systems) - 1, arguments.queries):
-        screen.rule(some.title)
+        show(f"{some.title}\n")
         for query in some.queries:
             change = f"{some.measure} {query.before:.3f} → {query.after:.3f}"
-            screen.line(f"{query.text or query.id}   {change}", "bold")
+            show(f"{query.text or query.id}   {change}")
             for passage in query.passages:
                 ranks = " → ".join(str(rank or f">{DEPTH}") for rank in passage.ranks)
                 relevance = "relevant" if passage.grade >= 1 else "not judged relevant"
                 relevance += f" (grade {passage.grade})" if passage.grade > 1 else ""
-                screen.line(f"  {ranks}  {passage.id}, {relevance}")
+                show(f"  {ranks}  {passage.id}, {relevance}")
                 if text := f"{passage.title} {passage.text}".strip():
                     text = text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
-                    screen.line(f"     {text}", "dim")
+                    show(f"     {text}")
     if (html := arguments.html) is not None:
         command = shlex.join(["python", "-m", "caravan.report", *sys.argv[1:]])
         save(of_comparison(comparison, command, arguments.queries), html)
-        screen.line(f"page {html}, plots and tables {html.with_suffix('')}")
+        show(f"page {html}, plots and tables {html.with_suffix('')}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,13 +93,15 @@ def _parser() -> argparse.ArgumentParser:
         ("collections", "+", "evaluations of several collections, by collection"),
         ("sweep", 1, "the jobs of a sweep as a table and a plot"),
         ("page", 1, "a run, several runs or a sweep as one HTML page, FOLDER/report.html"),
-        ("compare", "+", "two systems or more side by side, tested query by query"),
     ):
         command = commands.add_parser(name, help=help_)
-        what = "run directory of an evaluation, or a run file" if name == "compare" else None
-        what_name = "RUN" if what else "FOLDER"
-        command.add_argument("folders", type=Path, nargs=count, metavar=what_name, help=what)
+        command.add_argument("folders", type=Path, nargs=count, metavar="FOLDER")
+    command = commands.add_parser(
+        "compare", help="two systems or more side by side, tested query by query"
+    )
     add = command.add_argument
+    run = "run directory of an evaluation, or a run file"
+    add("folders", type=Path, nargs="+", metavar="RUN", help=run)
     add("--qrels", type=Path, metavar="FILE", help="judge by this file (TREC's or BEIR's)")
     add("--measures", metavar="M,M,...", help="such as MRR@10,nDCG@10; the first orders queries")
     test = "paired t-test (default), or randomisation test"

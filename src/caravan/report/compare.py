@@ -1,4 +1,4 @@
-"""Compare systems query by query: scores, paired tests, overlap of rankings, example queries.
+"""Compare systems query by query: scores, paired tests, overlap of rankings.
 
 Scores are those of ir_measures (`caravan.retrieval.metrics.score_run`); a query that a run lacks
 counts 0. A run is neither scored nor tested by a measure that looks deeper than the run: R@1000 of
@@ -26,17 +26,12 @@ from caravan.report.tables import depth_note
 from caravan.retrieval.metrics import deepest, depth_of, score_run, spelled, too_deep
 
 DEFAULT_MEASURES = ("MRR@10", "nDCG@10", "R@100")
-TESTS = ("t", "randomisation")
 RESAMPLES = 9_999
 """Of the randomisation test: its smallest p is 1 in 10,000."""
 DEPTH = 100
-"""How deep rankings are read for the ranks of example queries, whatever the measures."""
+"""How deep rankings are read for overlaps and examples, whatever the measures."""
 OVERLAPS = (1, 10, 100)
 """Depths of the overlap; at 1 it is the share of queries with the same passage on top."""
-CHARACTERS = 420
-"""Shown of a text, so that a page stays small."""
-RELEVANT = 2
-"""Relevant passages shown of a query: those that a ranking has highest."""
 
 
 @dataclass(frozen=True)
@@ -87,26 +82,19 @@ class Comparison:
         whole = (name for name, rows in self.values.items() if not np.isnan(rows).any())
         return next(whole, next(iter(self.values)))
 
-    def scored(self, system: int, measure: str) -> bool:
-        """Whether a system's run is deep enough for a measure."""
-        return not np.isnan(self.values[measure][system]).any()
-
     def mean(self, system: int, measure: str) -> float | None:
         """The mean over the queries; None if the run is not deep enough."""
-        values = self.values[measure][system]
-        return float(np.mean(values)) if self.scored(system, measure) else None
+        mean = float(np.mean(self.values[measure][system]))
+        return None if np.isnan(mean) else mean
 
     @property
     def depth_note(self) -> str:
         """Which runs some of the measures look deeper than; empty if none."""
-        cut, kept = {}, []
-        for i, (name, depth) in enumerate(zip(self.names, self.depths, strict=True)):
-            scored = [measure for measure in self.values if self.scored(i, measure)]
-            cut[name] = {"depth": depth, "too_deep": len(scored) < len(self.values)}
-            if beyond := too_deep(scored, depth, len(self.judged.corpus)):
-                kept.append(f"{name} is {depth:,} deep ({', '.join(beyond)})")
-        note = f" Scored to the end of the run: {', '.join(kept)}." if kept else ""
-        return depth_note(cut) + note
+        unscored = [
+            np.isnan([of[i] for of in self.values.values()]).any() for i in range(len(self.runs))
+        ]
+        runs = zip(self.names, self.depths, unscored, strict=True)
+        return depth_note({name: {"depth": d, "too_deep": cut} for name, d, cut in runs})
 
 
 def compare(
@@ -127,43 +115,39 @@ def compare(
     Raises:
         InputError: If a run or a measure cannot be read.
     """
-    names = list(measures) or next((list(s.measures) for s in systems if s.measures), [])
-    names = spelled(names or list(DEFAULT_MEASURES), judged.relevant_from)
-    names = list(dict.fromkeys(name.strip() for name in names))
+    recorded = next((system.measures for system in systems if system.measures), DEFAULT_MEASURES)
+    names = spelled([name.strip() for name in measures or recorded], judged.relevant_from)
+    names = list(dict.fromkeys(names))
     depth = min(max(DEPTH, deepest(names)), len(judged.corpus))
     runs, missing, depths = [], [], []
     rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for system in track(list(systems), "score", total=len(systems), unit="runs"):
         run = read_run(system.run, judged.queries, judged.corpus, depth=depth)
         scores = score_run(run, judged.qrels, judged.queries, judged.corpus, names)
-        depths.append(depth_of(run, system.depth))
-        for name in names:
-            rows[name].append(np.array(list(scores["per_query"][name].values())))
         runs.append(run)
         missing.append(scores["missing"])
+        depths.append(depth_of(run, system.depth))
+        cut = too_deep(names, depths[-1], len(judged.corpus))
+        for name in names:
+            found = np.array(list(scores["per_query"][name].values()))
+            rows[name].append(np.full_like(found, np.nan) if name in cut else found)
     values = {name: np.stack(of) for name, of in rows.items()}
-    for i, (system, reached) in enumerate(zip(systems, depths, strict=True)):
-        # A run file may be short because there were few hits: its scores are unfair only beside a
-        # deeper run.
-        if system.depth is not None or reached < max(depths):
-            for name in too_deep(names, reached, len(judged.corpus)):
-                values[name][i] = np.nan
     couples = [
-        (a, b)
-        for a, b in combinations(range(len(systems)), 2)
-        if against is None or against in (a, b)
+        couple
+        for couple in combinations(range(len(systems)), 2)
+        if against is None or against in couple
     ]
-    queries = judged.qrels.queries
+    tops = [[run.of(row)[0][:DEPTH] for row in judged.qrels.queries] for run in runs]
     return Comparison(
         judged,
         list(systems),
         runs,
-        queries,
+        judged.qrels.queries,
         values,
         depths,
         missing,
         {name: paired_tests(of, couples, test) for name, of in values.items()},
-        {(a, b): {k: _jaccard(runs[a], runs[b], queries, k) for k in OVERLAPS} for a, b in couples},
+        {(a, b): {k: _jaccard(tops[a], tops[b], k) for k in OVERLAPS} for a, b in couples},
         test,
     )
 
@@ -222,12 +206,10 @@ def holm(p: Sequence[float]) -> list[float]:
     >>> [round(value, 3) for value in holm([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]
     """
-    corrected = [0.0] * len(p)
-    most = 0.0
-    for rank, i in enumerate(np.argsort(p, kind="stable")):
-        most = max(most, min(1.0, (len(p) - rank) * p[i]))
-        corrected[i] = most
-    return corrected
+    order = np.argsort(p)
+    steps = np.arange(len(p), 0, -1) * np.array(p)[order]
+    corrected = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return corrected[np.argsort(order)].tolist()
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
@@ -238,115 +220,10 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
     return mean, float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
 
 
-def _jaccard(a: Run, b: Run, queries: np.ndarray, k: int) -> float:
-    """Mean over the queries; a query that both runs lack counts 1."""
-    tops = [run.only(queries).top(k) for run in (a, b)]
-    width = 1 + max(int(run.passage_rows.max(initial=0)) for run in tops)
-    of_a, of_b = (np.repeat(r.query_rows, r.counts) * width + r.passage_rows for r in tops)
-
-    def count(pairs: np.ndarray) -> np.ndarray:
-        return np.bincount(np.searchsorted(queries, pairs // width), minlength=len(queries))
-
-    both = count(np.intersect1d(of_a, of_b, assume_unique=True))
-    either = count(np.union1d(of_a, of_b))
-    return float(np.mean(np.where(either == 0, 1.0, both / np.maximum(either, 1))))
-
-
-# --- examples -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A passage as it is shown, with its ranks in both rankings."""
-
-    id: str
-    title: str
-    text: str
-    grade: int  # 0 if it is not judged, or not relevant
-    ranks: tuple[int | None, int | None]  # from 1; None if it is not in the first DEPTH
-
-
-@dataclass(frozen=True)
-class Query:
-    """A query and its scores by two systems."""
-
-    id: str
-    text: str
-    before: float
-    after: float
-    relevant: int  # the number of relevant passages
-    passages: list[Passage]
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Queries that gain, or lose, most from one system (before) to another (after)."""
-
-    before: str
-    after: str
-    change: str  # gain or lose
-    measure: str
-    queries: Sequence[Query]
-
-    @property
-    def title(self) -> str:
-        return f"{self.before} → {self.after}: queries that {self.change} most"
-
-
-def examples(comparison: Comparison, a: int, b: int, count: int) -> list[Examples]:
-    """The `count` queries that gain most from system a to b in the first measure, and lose most."""
-    values = comparison.values[comparison.measure]
-    differences = values[b] - values[a]
-    order = np.argsort(-differences, kind="stable")
-    chosen = {
-        "gain": [i for i in order[:count].tolist() if differences[i] > 0],
-        "lose": [i for i in order[::-1][:count].tolist() if differences[i] < 0],
-    }
-    names = comparison.names
-    return [
-        Examples(
-            names[a],
-            names[b],
-            change,
-            comparison.measure,
-            [_query(comparison, a, b, i) for i in at],
-        )
-        for change, at in chosen.items()
-        if at
-    ]
-
-
-def _query(comparison: Comparison, a: int, b: int, query: int) -> Query:
-    judged, row = comparison.judged, int(comparison.query_rows[query])
-    grades = {int(p): int(g) for p, g in zip(*judged.qrels.of(row), strict=True)}
-    ranks = [
-        {p: rank for rank, p in enumerate(comparison.runs[i].of(row)[0][:DEPTH].tolist(), 1)}
-        for i in (a, b)
-    ]
-    tops = [next(iter(ranked), None) for ranked in ranks]
-    relevant = [passage for passage, grade in grades.items() if grade >= 1]
-    relevant.sort(key=lambda p: min(ranked.get(p, DEPTH + 1) for ranked in ranks))
-    wanted = list(dict.fromkeys([*relevant[:RELEVANT], *(p for p in tops if p is not None)]))
-    texts, query_text = [("", "")] * len(wanted), ""
-    if judged.has_texts:
-        texts = judged.corpus.get(wanted)
-        ((_, query_text),) = judged.queries.get([row])
-    names = judged.corpus.ids(np.array(wanted, np.int64))
-    passages = [
-        Passage(
-            name,
-            _short(title, CHARACTERS // 4),
-            _short(text, CHARACTERS),
-            grades.get(passage, 0),
-            (ranks[0].get(passage), ranks[1].get(passage)),
-        )
-        for passage, name, (title, text) in zip(wanted, names, texts, strict=True)
-    ]
-    before, after = comparison.values[comparison.measure][[a, b], query].tolist()
-    (name,) = judged.queries.ids(np.array([row], np.int64))
-    return Query(name, _short(query_text, CHARACTERS), before, after, len(relevant), passages)
-
-
-def _short(text: str, most: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[: most - 1].rsplit(" ", 1)[0] + " …"
+def _jaccard(a: Sequence[np.ndarray], b: Sequence[np.ndarray], k: int) -> float:
+    """The mean over two runs' rankings of each query; a query that both runs lack counts 1."""
+    shares = []
+    for one, other in zip(a, b, strict=True):
+        x, y = set(one[:k].tolist()), set(other[:k].tolist())
+        shares.append(len(x & y) / len(x | y) if x or y else 1.0)
+    return float(np.mean(shares))

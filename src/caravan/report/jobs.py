@@ -2,14 +2,14 @@
 
     run_dir/job.json    {"overrides": {key: value}, "state": "running" | "finished" | "failed", ...}
 
-Jobs may run in other processes and on other machines (Hydra's launchers), so only files can say at
-the end of a sweep which jobs failed and why; `caravan.report.sweep` reads them.
+Jobs may run in other processes and on other machines (Hydra's launchers), so only files show at the
+end of a sweep which jobs failed and why; `caravan.report.sweep` reads them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +37,34 @@ def write(run_dir: Path, overrides: Sequence[str], state: str, error: str | None
     write_json(run_dir / FILE, {"overrides": settings, "state": state, "error": error})
 
 
-def read(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(run_dir, record) of every job below a folder, by name.
+def read(folder: Path) -> tuple[dict[Path, dict[str, Any]], list[Path]]:
+    """The jobs below a folder, and the folders of other sweeps, whose jobs are left out.
+
+    Returns:
+        The records by run_dir, in order, and the folders below this one that are sweeps.
 
     Raises:
         InputError: If a record is damaged.
     """
+    marked = {path.parent for name in SWEEP for path in folder.rglob(name)} - {folder}
+    found, others = {}, set()
     for path in sorted(folder.rglob(FILE)):
-        record = read_json(path)
-        overrides = record.get("overrides")
-        texts = [record.get("state"), "" if record.get("error") is None else record["error"]]
-        texts += overrides.values() if isinstance(overrides, dict) else [None]
-        if not all(isinstance(text, str) for text in texts):
-            raise InputError(
-                "damaged-file",
-                f"{path} is not the record of a job; delete it, and run the sweep's command again",
-            )
-        yield path.parent, {"error": None, **record}
+        if inside := marked.intersection(path.parents):
+            others |= inside
+        else:
+            found[path.parent] = _read(path)
+    return found, sorted(others)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    record = {"error": None, **read_json(path)}
+    overrides = record.get("overrides")
+    texts = [record.get("state"), record["error"] or ""]
+    texts += overrides.values() if isinstance(overrides, dict) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        message = f"{path} is not the record of a job; delete it, and repeat the sweep's command"
+        raise InputError("damaged-file", message)
+    return record
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -64,22 +75,3 @@ def is_finished(run_dir: Path) -> bool:
     """
     path = run_dir / FILE
     return path.is_file() and read_json(path).get("state") == FINISHED
-
-
-def by_sweep(folder: Path) -> dict[Path, list[Path]]:
-    """The run_dirs of the jobs below a folder, by the folder of their sweep.
-
-    A job may lie several folders below its sweep, so that is the nearest folder above with a file
-    of a sweep, or `folder` itself if there is none.
-    """
-    found: dict[Path, list[Path]] = {}
-    for path in sorted(folder.rglob(FILE)):
-        above = [one for one in path.parent.parents if one != folder and one.is_relative_to(folder)]
-        marked = (one for one in above if is_sweep(one))
-        found.setdefault(next(marked, folder), []).append(path.parent)
-    return found
-
-
-def is_sweep(folder: Path) -> bool:
-    """Whether a folder has a file of a sweep."""
-    return any((folder / name).is_file() for name in SWEEP)

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import base64
 import importlib.metadata
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
@@ -32,13 +33,33 @@ from caravan.report.evaluations import (
     evaluation_sections,
     means,
 )
+from caravan.report.plots import Line, Plot, lines
 from caravan.report.records import has_scores, read_metrics
-from caravan.report.suites import collect_suites, read_suites
-from caravan.report.tables import Facts, Section, Table
-from caravan.report.trainings import command_sections, training_sections
+from caravan.report.suites import collect_suites, read_suites, suites_table
+from caravan.report.tables import NONE, Code, Section, Table, slug
 
 FILE = "report.html"
 MOST_MEASURES = 6
+"""Plots of a sweep."""
+MOST = 12
+"""Trainings, and configs, shown on a page."""
+POINTS = 300
+"""Drawn of a curve; more cannot be seen."""
+TAGS = ("train/", "val/")
+"""The curves that are read; learning rates and epochs follow from the config."""
+FACTS = {
+    "base_model": ("base model", "{}"),
+    "collection": ("collection", "{}"),
+    "monitored": ("monitored", "{}"),
+    "best": ("best", "{:.4f}"),
+    "updates": ("updates", "{:,}"),
+    "trained_parameters": ("trained weights", "{:,}"),
+    "memory_gib": ("GiB", "{:.1f}"),
+    "train_seconds": ("seconds", "{:,.0f}"),
+}
+"""Values of a training's metrics.json: their columns, and their formats."""
+Curves = dict[str, tuple[list[int], list[float]]]
+"""(updates, values) of one training, by tag."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +75,7 @@ class Page:
 def show(folder: Path) -> None:
     """Write the page and print its path."""
     path = write(folder)
-    tables.Screen().line(f"page {path}, plots and tables {path.with_suffix('')}")
+    tables.show(f"page {path}, plots and tables {path.with_suffix('')}")
 
 
 def write(folder: Path) -> Path:
@@ -63,17 +84,7 @@ def write(folder: Path) -> Path:
     Raises:
         InputError: If the folder holds no run.
     """
-    return save(_of_sweep(folder) if _is_sweep(folder) else _of_runs(folder), folder / FILE)
-
-
-def _is_sweep(folder: Path) -> bool:
-    """Whether a folder holds the jobs of one sweep and no other runs."""
-    sweeps = jobs.by_sweep(folder)
-    run_dirs = {run_dir for of in sweeps.values() for run_dir in of}
-    if len(sweeps) != 1 or folder in run_dirs:
-        return False
-    homes = [path.parent for path in folder.rglob("metrics.json")]
-    return all(run_dirs & {home, *home.parents} for home in homes)
+    return save(_of_runs(folder), folder / FILE)
 
 
 def save(page: Page, path: Path) -> Path:
@@ -90,21 +101,20 @@ def save(page: Page, path: Path) -> Path:
         """Lines may break within paths, after a slash."""
         return Markup("/<wbr>").join(escape(part) for part in text.split("/"))
 
-    def source(plot: plots.Plot, theme: plots.Theme) -> str:
-        svg = plot.svg(theme, small=True).encode()
+    def source(plot: Plot, theme: str) -> str:
+        svg = plot.svg(theme, page=True).encode()
         return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
     environment.filters |= {
         "breaks": breaks,
-        "dark": partial(source, theme=plots.DARK),
         "kind": lambda block: type(block).__name__,
-        "light": partial(source, theme=plots.LIGHT),
+        "source": source,
     }
     version = importlib.metadata.version("caravan-retrieval")
     text = environment.get_template("page.html").render(page=page, version=version)
     blocks = [block for section in page.sections for block in section.blocks]
     beside = path.with_suffix("")
-    plots.write(beside, [block for block in blocks if isinstance(block, plots.Plot)])
+    plots.write(beside, [block for block in blocks if isinstance(block, Plot)])
     tables.write(beside, [block for block in blocks if isinstance(block, Table)])
     with replacing(path) as scratch:
         scratch.write_text(text, "utf-8")
@@ -129,77 +139,158 @@ def _of_runs(folder: Path) -> Page:
     """The page of one run directory, or of all those below a folder."""
     homes = [path.parent for path in sorted(folder.rglob("metrics.json"))]
     records = {home: read_metrics(home) or {} for home in homes}
-    sections: list[Section] = []
-    names: dict[str, str] = {}  # the evaluation of a collection of a suite is named after the suite
+    sections, counts, names = [], [], {}
+    own, _ = jobs.read(folder)
+    if own and folder not in own:
+        found = sweep.collect(folder)
+        sections.append(_of_sweep(found))
+        counts.append(f"a sweep over {', '.join(found.varied) or 'nothing'}")
+        names = {str(home.relative_to(folder)): label for home, label in found.labels.items()}
+        # Each job is one system: its last stage.
+        for home, record in found.records.items():
+            records[home] = {**record, "stages": record.get("stages", [])[-1:]}
     suites = {home: record for home, record in records.items() if "collections" in record}
-    for home, record in suites.items():
+    for home, record in suites.items():  # name the evaluation of a collection after its suite
         name = record.get("system", ".") if home == folder else str(home.relative_to(folder))
         inside = [home / member for member in record["collections"]]
         names |= {str(path.relative_to(folder)): name for path in inside}
-    if suites:
-        try:
-            # If none is finished at all, the error says why.
-            finished = [home for home, record in suites.items() if record["collections"]]
-            found = collect_suites(read_suites(finished or list(suites)))
-            blocks = [found.table(), *found.notes]
-        except InputError as error:
-            blocks = [f"There is no table of all: {error}."]
-        sections.append(Section("All collections", "overview", blocks))
-    evaluated = evaluation_sections(folder, records, names)
+    evaluations = [home for home, record in records.items() if has_scores(record) and record["run"]]
     trained = {home: record for home, record in records.items() if "updates" in record}
-    if not evaluated and not trained:
+    if not evaluations and not trained and not sections:
         message = f"{folder} holds no run with metrics (metrics.json)"
         raise InputError("no-runs", f"{message}; make one with train.py or evaluate.py")
-    sections += [*evaluated, *training_sections(folder, trained)]
-    number = sum(has_scores(record) and bool(record["run"]) for record in records.values())
-    counts = {"evaluations": number, "trainings": len(trained)}
-    line = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
+    sections += _of_suites(suites)
+    sections += evaluation_sections(folder, records, names)
+    sections += training_sections(folder, trained, names)
+    counts += [f"{len(evaluations)} evaluations"] if evaluations else []
+    counts += [f"{len(trained)} trainings"] if trained else []
     configs = sorted(folder.rglob("config.yaml"), key=lambda path: path.stat().st_mtime)
-    return _page(folder, line, records, sections, [path.parent for path in configs])
-
-
-def _of_sweep(folder: Path) -> Page:
-    """The page of a sweep: its table, plots over what it varies, tests, curves and configs."""
-    found = sweep.collect(folder)
-    blocks: list[Any] = [f"Not finished: {job}: {reason}" for job, reason in found.failed]
-    if found.rows and found.measures:
-        blocks = [*sweep.tables(found), *sweep.plots(found)[:MOST_MEASURES], *blocks]
-    # Each job is one system: its last stage.
-    records = {home: {**r, "stages": r.get("stages", [])[-1:]} for home, r in found.records.items()}
-    names = {str(home.relative_to(folder)): label for home, label in found.labels.items()}
-    sections = [Section("Sweep", "sweep", blocks)]
-    sections += evaluation_sections(folder, records, names, against=0)
-    sections += training_sections(folder, found.records, found.labels)
-    line = f"a sweep over {', '.join(found.varied) or 'nothing'}: {len(found.labels)} jobs finished"
-    line += f", {len(found.failed)} not" if found.failed else ""
-    return _page(folder, line, records, sections, list(found.labels))
-
-
-def _page(
-    folder: Path,
-    line: str,
-    records: Mapping[Path, dict[str, Any]],
-    sections: Sequence[Section],
-    configs: Sequence[Path],
-) -> Page:
-    """Add the facts that runs share, and their commands and configs."""
-    facts: dict[str, dict[str, None]] = {}
-    for record in records.values():
-        of, made = record.get("collection"), record.get("facts", {})
-        values = {
-            "collection": f"{of['name']} ({of['digest'][:12]})" if isinstance(of, dict) else of,
-            "split": record.get("split"),
-            "device": made.get("device"),
-            "precision": made.get("precision"),
-            "base model": record.get("base_model"),
-        }
-        for name, value in values.items():
-            if value is not None:
-                facts.setdefault(name, {})[str(value)] = None
-    first = Facts([(name, ", ".join(values)) for name, values in facts.items()])
-    every = [Section("Facts", "facts", [first])] if facts else []
-    every += [*sections, *command_sections(folder, configs)]
-    times = [(home / "metrics.json").stat().st_mtime for home, r in records.items() if r]
+    sections += command_sections(folder, [path.parent for path in configs])
+    times = [(home / "metrics.json").stat().st_mtime for home, record in records.items() if record]
+    line = ", ".join(counts)
     line += f"; last metrics of {datetime.fromtimestamp(max(times)):%Y-%m-%d}" if times else ""
     command = shlex.join(["python", "-m", "caravan.report", "page", str(folder)])
-    return Page(folder.resolve().name, line, every, command)
+    return Page(folder.resolve().name, line, sections, command)
+
+
+def _of_sweep(found: sweep.Sweep) -> Section:
+    """The table of a sweep, plots over what it varies, and the jobs that failed."""
+    blocks: list[Any] = [*sweep.tables(found), *sweep.plots(found)[:MOST_MEASURES]]
+    blocks += [f"Not finished: {job}: {reason}" for job, reason in found.failed]
+    return Section("Sweep", "sweep", blocks)
+
+
+def _of_suites(suites: Mapping[Path, dict[str, Any]]) -> list[Section]:
+    """The table of all suites; if none is finished at all, the error says why."""
+    if not suites:
+        return []
+    try:
+        finished = [home for home, record in suites.items() if record["collections"]]
+        scores, notes = collect_suites(read_suites(finished or list(suites)))
+        blocks: list[Any] = [suites_table(scores), *notes]
+    except InputError as error:
+        blocks = [f"There is no table of all: {error}."]
+    return [Section("All collections", "overview", blocks)]
+
+
+def read_curves(run_dir: Path) -> Curves:
+    """The scalars of all event files of a run, which may have been resumed.
+
+    A step that was logged twice, because the run resumed from a checkpoint, has its last value.
+    """
+    folder = run_dir / "tensorboard"
+    if not any(folder.glob("events.out.tfevents.*")):
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    # Files of the same second are read in an arbitrary order, so replaced steps are found by time.
+    every = {"scalars": 0}
+    events = EventAccumulator(str(folder), size_guidance=every, purge_orphaned_data=False)
+    events.Reload()
+    found = {}
+    for tag in events.Tags()["scalars"]:
+        if tag.startswith(TAGS):
+            logged = sorted(events.Scalars(tag), key=lambda event: event.wall_time)
+            by_step = {event.step: event.value for event in logged}
+            steps = sorted(by_step)
+            if len(steps) > POINTS:  # evenly, with the first and the last
+                steps = [
+                    steps[i] for i in np.linspace(0, len(steps) - 1, POINTS).round().astype(int)
+                ]
+            found[tag] = (steps, [by_step[step] for step in steps])
+    return found
+
+
+def training_sections(
+    folder: Path,
+    trainings: Mapping[Path, dict[str, Any]],
+    labels: Mapping[str, str],
+) -> list[Section]:
+    """The trainings below a folder, and their curves.
+
+    Args:
+        trainings: `metrics.json` by run directory.
+        labels: names of trainings by folder below `folder`, if they are not those of their folders.
+    """
+    places = {home: _name(home, folder) for home in trainings}
+    names = {home: labels.get(place, place) for home, place in places.items()}
+    shown = dict(list(trainings.items())[:MOST])
+    if not shown:
+        return []
+    blocks: list[Any] = [_trainings_table({names[home]: of for home, of in shown.items()})]
+    if more := len(trainings) - len(shown):
+        blocks.append(f"{more} more trainings are not shown; each folder can have a page.")
+    curves = {names[home]: read_curves(home) for home in shown}
+    watched = [record["monitored"] for record in shown.values() if record.get("monitored")]
+    for tag in dict.fromkeys(("train/loss", *watched)):
+        if drawn := [Line(name, *of[tag]) for name, of in curves.items() if tag in of]:
+            ends = ", ".join(f"{line.label}: {line.y[-1]:.4f}" for line in drawn)
+            caption = f"{tag} over updates; at the end {ends}."
+            blocks.append(Plot(f"curves-{slug(tag)}", caption, lines(drawn, "updates", tag)))
+    return [Section("Training", "training", blocks)]
+
+
+def _trainings_table(trainings: Mapping[str, dict[str, Any]]) -> Table:
+    """What metrics.json has of each training, by name."""
+    cells = [
+        [
+            name,
+            *(
+                NONE if of.get(key) is None else form.format(of[key])
+                for key, (_, form) in FACTS.items()
+            ),
+        ]
+        for name, of in trainings.items()
+    ]
+    caption = "Trainings, with the best value of the measure that each monitored."
+    heads = ["training", *(name for name, _ in FACTS.values())]
+    return Table("trainings", caption, heads, cells, labels=4)
+
+
+def command_sections(folder: Path, homes: Sequence[Path]) -> list[Section]:
+    """The commands and resolved configs of runs."""
+    commands: dict[str, None] = {}
+    configs: list[Code] = []
+    for home in homes:
+        path = home / "config.yaml"
+        if not path.is_file():
+            continue
+        text = path.read_text("utf-8", errors="replace")
+        if text.startswith("# "):
+            head, _, text = text.partition("\n")
+            commands[head.removeprefix("# ")] = None
+        configs.append(Code(f"{_name(home, folder)}/config.yaml", text))
+    if not configs:
+        return []
+    blocks: list[Any] = ["These runs have no recorded command."]
+    if commands:
+        blocks = [Code("commands", "\n".join(commands), folded=False)]
+    blocks += configs[:MOST]
+    if more := len(configs[MOST:]):
+        blocks.append(f"The configs of {more} more runs are in their folders.")
+    return [Section("Commands and configs", "made", blocks)]
+
+
+def _name(home: Path, folder: Path) -> str:
+    return str(home.relative_to(folder)) if home != folder else home.resolve().name

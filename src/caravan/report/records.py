@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from caravan.errors import InputError
 from caravan.retrieval.metrics import parse_measure, too_deep
@@ -28,55 +28,79 @@ def _measure(name: str) -> str:
     return name
 
 
-def _shape(required: dict[str, Any], optional: dict[str, Any]) -> Any:
-    """A JSON object; its values are not converted, and other keys are allowed."""
-    fields: dict[str, Any] = {key: (kind, ...) for key, kind in required.items()}
-    fields |= {key: (kind | None, None) for key, kind in optional.items()}
-    return create_model("Shape", __config__=ConfigDict(strict=True, extra="allow"), **fields)
-
-
 # Integers beyond the bounds cannot be printed as scores are.
-NUMBER = Annotated[float, Field(gt=-1e15, lt=1e15, allow_inf_nan=False)]
-COUNT = Annotated[int, Field(ge=0, lt=10**15)]
-SCORES = dict[str, NUMBER]
-MEASURES = dict[Annotated[str, AfterValidator(_measure)], NUMBER]
-LENGTH = Annotated[str, Field(pattern="^[0-9]+$")]
-TEXTS = ("stage", "run", "run_xxh3")
-STAGE = _shape(
-    {**dict.fromkeys(TEXTS, str), "overall": MEASURES, "seconds": NUMBER},
-    {"gain": NUMBER, "queries_per_second": NUMBER, "depth": COUNT},
-)
-MEMBER = _shape(
-    {"group": str, "stages": dict[str, MEASURES]},
-    {"digest": str, "split": str, "passages": COUNT, "depths": dict[str, COUNT | None]},
-)
-OF_RUN = {
-    **dict.fromkeys(("system", "base_model", "monitored"), str),
-    **dict.fromkeys(("updates", "trained_parameters"), COUNT),
-    **dict.fromkeys(("train_seconds", "memory_gib"), NUMBER),
-    **dict.fromkeys(("overall", "validation", "train"), SCORES),
-    "best": float,
-    "facts": dict[str, Any],
-    "stages": list[STAGE],  # type: ignore[valid-type]
-    "read": dict[LENGTH, SCORES],
-}
-RUN = _shape({}, OF_RUN)
-MEMBERS = dict[str, MEMBER]  # type: ignore[valid-type]
-SUITE = _shape({"collections": MEMBERS, "failed": dict[str, str]}, OF_RUN)
-COLLECTION = _shape({"name": str, "digest": str}, {})
-EVALUATION = _shape(
-    {
-        "collection": COLLECTION,
-        "split": str,
-        "run": str,
-        "queries": COUNT,
-        "passages": COUNT,
-        "overall": MEASURES,
-        "seconds": NUMBER,
-    },
-    {},
-)
-"""`metrics.json` of an evaluation that has scores."""
+Number = Annotated[float, Field(gt=-1e15, lt=1e15, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=10**15)]
+Length = Annotated[str, Field(pattern="^[0-9]+$")]
+Scores = dict[Annotated[str, AfterValidator(_measure)], Number]
+
+
+class _Shape(BaseModel):
+    """A JSON object whose values are not converted and that may have other keys."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Collection(_Shape):
+    name: str
+    digest: str
+
+
+class _Stage(_Shape):
+    stage: str
+    run: str
+    run_xxh3: str
+    overall: Scores
+    seconds: Number
+    gain: Number | None = None
+    queries_per_second: Number | None = None
+    depth: Count | None = None
+
+
+class _Run(_Shape):
+    """Of a training or an evaluation, finished or not."""
+
+    system: str | None = None
+    base_model: str | None = None
+    monitored: str | None = None
+    best: float | None = None
+    updates: Count | None = None
+    passages: Count | None = None
+    trained_parameters: Count | None = None
+    train_seconds: Number | None = None
+    memory_gib: Number | None = None
+    overall: dict[str, Number] | None = None
+    validation: dict[str, Number] | None = None
+    train: dict[str, Number] | None = None
+    read: dict[Length, dict[str, Number]] | None = None
+    facts: dict[str, Any] | None = None
+    stages: list[_Stage] | None = None
+
+
+class _Member(_Shape):
+    group: str
+    stages: dict[str, Scores]
+    digest: str | None = None
+    split: str | None = None
+    passages: Count | None = None
+    depths: dict[str, Count | None] | None = None
+
+
+class _Suite(_Run):
+    collections: dict[str, _Member]
+    failed: dict[str, str]
+
+
+class _Evaluation(_Shape):
+    """An evaluation that has scores."""
+
+    collection: _Collection
+    split: str
+    run: str
+    queries: Count
+    passages: Count
+    overall: Scores
+    seconds: Number
 
 
 def read_metrics(folder: Path) -> dict[str, Any] | None:
@@ -94,16 +118,16 @@ def read_metrics(folder: Path) -> dict[str, Any] | None:
         message = f"{path} is not JSON ({error}); run the evaluation again"
         raise InputError("damaged-file", message) from None
     suite = isinstance(record, dict) and "collections" in record
-    _validate(path, SUITE if suite else RUN, record)
+    _validate(path, _Suite if suite else _Run, record)
     return to_depth({key: value for key, value in record.items() if value is not None})
 
 
 def refuse_partial(folder: Path, record: dict[str, Any]) -> None:
     """Raise an InputError if an evaluation's record is not complete."""
-    _validate(folder / "metrics.json", EVALUATION, record)
+    _validate(folder / "metrics.json", _Evaluation, record)
 
 
-def _validate(path: Path, shape: Any, record: Any) -> None:
+def _validate(path: Path, shape: type[_Shape], record: Any) -> None:
     try:
         shape.model_validate(record)
     except ValidationError as error:
@@ -117,7 +141,7 @@ def to_depth(record: dict[str, Any]) -> dict[str, Any]:
     """The record without scores by measures that look deeper than the run.
 
     The record and each of its stages get `too_deep`, the measures that were dropped, and the record
-    the `depth` of its last stage. Records of earlier versions have no depth and keep all scores.
+    the `depth` of its last stage. Without a recorded depth all scores stay.
     """
     passages = record.get("passages", 0)
     stages = [_cut(stage, stage.get("depth"), passages) for stage in record.get("stages", ())]
@@ -133,13 +157,11 @@ def to_depth(record: dict[str, Any]) -> dict[str, Any]:
 def _cut(scored: dict[str, Any], depth: int | None, passages: int) -> dict[str, Any]:
     scores = scored.get("overall", {})
     dropped = [] if depth is None else too_deep(list(scores), depth, passages)
-    before = scored.get("too_deep", [])
-    if not dropped:
-        return {**scored, "too_deep": before}
-    kept = {name: value for name, value in scores.items() if name not in dropped}
-    cut = {**scored, "overall": kept, "too_deep": [*before, *dropped]}
-    if next(iter(scores)) in dropped:  # a gain is in the first measure
-        cut["gain"] = None
+    cut = {**scored, "too_deep": [*scored.get("too_deep", []), *dropped]}
+    if dropped:
+        cut["overall"] = {name: value for name, value in scores.items() if name not in dropped}
+        if next(iter(scores)) in dropped:  # a gain is in the first measure
+            cut["gain"] = None
     return cut
 
 
@@ -150,8 +172,8 @@ def _member(of: dict[str, Any]) -> dict[str, Any]:
         name: _cut({"overall": scores}, depths.get(name), of.get("passages") or 0)
         for name, scores in of["stages"].items()
     }
-    short = {name: one["too_deep"] for name, one in cut.items() if one["too_deep"]}
     stages = {name: one["overall"] for name, one in cut.items()}
+    short = {name: one["too_deep"] for name, one in cut.items() if one["too_deep"]}
     return {**of, "stages": stages, "too_deep": {**of.get("too_deep", {}), **short}}
 
 
@@ -160,23 +182,29 @@ def has_scores(record: dict[str, Any]) -> bool:
     return "run" in record and bool(record.get("overall") or record.get("too_deep"))
 
 
-def refuse_mixed(judged_on: Mapping[str, JudgedOn], remedy: str) -> None:
-    """Raise an InputError if systems are of different collections or splits.
+def judged_on(record: dict[str, Any]) -> JudgedOn:
+    return record["collection"]["name"], record["collection"]["digest"], record["split"]
 
-    The message has digests if they alone differ.
-    """
+
+def refuse_mixed(judged_on: Mapping[str, JudgedOn], remedy: str) -> None:
+    """Raise an InputError if systems are of different collections or splits."""
     if len({(digest, split) for _, digest, split in judged_on.values()}) > 1:
-        alike = len({(name, split) for name, _, split in judged_on.values()}) == 1
         found = ", ".join(
-            f"{system} ({name} {split}{f', digest {digest[:12]}' if alike else ''})"
+            f"{system} ({name} {split}, digest {digest[:12]})"
             for system, (name, digest, split) in judged_on.items()
         )
         message = f"these are of different collections or splits: {found}; {remedy}"
         raise InputError("mixed-collections", message)
 
 
-def judged_on(record: dict[str, Any]) -> JudgedOn:
-    return record["collection"]["name"], record["collection"]["digest"], record["split"]
+def path_names(path: Path) -> list[str]:
+    """The ends of a path, the shortest first: candidates for `distinct`.
+
+    >>> path_names(Path("/runs/mine/bm25"))
+    ['bm25', 'mine/bm25', 'runs/mine/bm25']
+    """
+    parts = path.as_posix().strip("/").split("/")
+    return ["/".join(parts[-n:]) for n in range(1, len(parts) + 1)]
 
 
 def distinct(candidates: Sequence[Sequence[str]]) -> list[str]:

@@ -1,16 +1,13 @@
-"""The tables of evaluations: all below a folder, and the stages of one.
-
-python -m caravan.report table runs/quickstart
-"""
+"""The tables of evaluations: all below a folder, and the stages of one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from caravan.errors import InputError
-from caravan.manifests import write_json
+from caravan.report import tables
 from caravan.report.records import (
     Records,
     distinct,
@@ -20,7 +17,7 @@ from caravan.report.records import (
     refuse_partial,
     to_depth,
 )
-from caravan.report.tables import NONE, Screen, Table, best, depth_note, score, signed
+from caravan.report.tables import NONE, Table, best, depth_note, score, signed
 
 
 def collect(folder: Path) -> Records:
@@ -32,19 +29,19 @@ def collect(folder: Path) -> Records:
         InputError: If there is no evaluation, one has no scores, or evaluations are of different
             collections or splits.
     """
-    records = {}
-    for path in sorted(folder.rglob("metrics.json")):
-        record = read_metrics(path.parent) or {}
-        if "overall" in record:
-            if not record["overall"] and not record["too_deep"]:
-                message = f"{path} has no scores; run evaluate.py again, or remove the file"
-                raise InputError("no-scores", message)
-            records[str(path.parent.relative_to(folder))] = record
-    for suite in [name for name, record in records.items() if "collections" in record]:
-        inside = [name for name in records if folder / suite in (folder / name).parents]
-        records = {name: record for name, record in records.items() if name not in inside}
-    for name, record in records.items():
-        refuse_partial(folder / name, record)
+    records: Records = {}
+    suites: list[Path] = []
+    for path in sorted(folder.rglob("metrics.json"), key=lambda path: path.parent.parts):
+        home = path.parent
+        record = read_metrics(home) or {}
+        if "overall" not in record or any(suite in home.parents for suite in suites):
+            continue
+        if not record["overall"] and not record["too_deep"]:
+            message = f"{path} has no scores; run evaluate.py again, or remove the file"
+            raise InputError("no-scores", message)
+        refuse_partial(home, record)
+        suites += [home] if "collections" in record else []
+        records[str(home.relative_to(folder))] = record
     if not records:
         message = f"{folder} holds no evaluation (metrics.json); make one with evaluate.py"
         raise InputError("no-evaluation", message)
@@ -96,8 +93,12 @@ def where(record: Mapping[str, Any]) -> str:
     return f"{record['collection']['name']} {record['split']}"
 
 
-def results_table(systems: Records, name: str = "results") -> Table:
-    """The scores and seconds of systems on one collection."""
+def results_table(systems: Records, name: str = "results", p_values: Sequence[str] = ()) -> Table:
+    """The scores and seconds of systems on one collection.
+
+    Args:
+        p_values: of each system against the one in the row before.
+    """
     measures = measures_of(systems.values())
     scores = [[of["overall"].get(measure) for measure in measures] for of in systems.values()]
     first = next(iter(systems.values()))
@@ -110,24 +111,12 @@ def results_table(systems: Records, name: str = "results") -> Table:
         for (name, of), row in zip(systems.items(), scores, strict=True)
     ]
     heads = ["system", *measures, "seconds"]
+    if p_values:
+        caption += f" p: paired t-test in {measures[0]} against the row before."
+        heads.insert(-1, "p")
+        for row, p in zip(cells, p_values, strict=True):
+            row.insert(-1, p)
     return Table(name, caption + depth_note(systems), heads, cells, strong=best(scores))
-
-
-def show(folder: Path) -> None:
-    """Print the table and the places of all files; write `summary.json`."""
-    systems = collect(folder)
-    path = folder / "summary.json"
-    scores = {n: {**r["overall"], "seconds": round(r["seconds"], 1)} for n, r in systems.items()}
-    write_json(path, scores)
-    screen = Screen()
-    screen.table(results_table(systems))
-    for name, record in systems.items():
-        screen.line(f"run   {name:<12} {folder / record['folder'] / record['run']}")
-    for model in sorted(folder.rglob("model/caravan.json")):
-        screen.line(f"model {model.parent.parent.name:<12} {model.parent}")
-    screen.line(f"table              {path}")
-    if any(folder.rglob("events.out.tfevents.*")):
-        screen.line(f"curves             tensorboard --logdir {folder}")
 
 
 def stages_table(metrics: dict[str, Any], name: str = "stages", title: str = "") -> Table | None:
@@ -157,4 +146,4 @@ def stages_table(metrics: dict[str, Any], name: str = "stages", title: str = "")
 def show_stages(metrics: dict[str, Any]) -> None:
     """Print the stages of one evaluation, from the contents of its `metrics.json`."""
     if table := stages_table(to_depth(metrics)):
-        Screen().table(table)
+        tables.show(table)

@@ -9,47 +9,52 @@ has the mean and the standard deviation. `evaluate.py -m` and `train.py -m` end 
 
 from __future__ import annotations
 
-import os
 import re
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
 
-from caravan.errors import InputError
+from caravan.errors import InputError, printable
 from caravan.files import replacing
 from caravan.report import jobs
-from caravan.report.plots import Line, Plot, bars, lines
+from caravan.report.plots import Line, Plot, intervals, lines
 from caravan.report.records import read_metrics
-from caravan.report.tables import NONE, Screen, Table, best, depth_note, slug
+from caravan.report.tables import NONE, Table, best, depth_note, slug
+from caravan.report.tables import show as show_block
 
 SEED = "seed"
 READ = "read at"
 """The column of the length at which a model was evaluated, if there are several."""
-TRAIN = "train "
-"""The prefix of a measure over training queries."""
 SECONDS = "seconds"
 SIZES = {"trained_parameters": "trained", "memory_gib": "GiB"}
 """Names in a training's metrics.json, and their columns, which are shown if jobs differ."""
-
-Row = dict[str, Any]
+FORMATS = {SECONDS: "{:.1f}", "trained": "{:,.0f}", "GiB": "{:.1f}"}
+"""Of the measures that are no scores; they are the last columns."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The jobs of a sweep."""
+    """The jobs of a sweep.
+
+    Args:
+        name: of its folder.
+        varied: the settings that differ from job to job.
+        rows: of the finished jobs, in order: the varied settings (objects), then the measures (NaN
+            if missing).
+        records: the metrics.json of each, by run_dir.
+        labels: what sets each apart, such as `rerank.depth=5`, by run_dir.
+        failed: (job, reason) of the others.
+    """
 
     name: str
-    varied: list[str]  # settings that differ from job to job
-    measures: list[str]  # the other columns
-    rows: list[Row]  # {setting or measure: value} of the finished jobs, in order
-    records: dict[Path, Row]  # their metrics.json
-    labels: dict[Path, str]  # what sets them apart, such as `rerank.depth=5`
-    failed: list[tuple[str, str]]  # (job, reason)
+    varied: list[str]
+    rows: pd.DataFrame
+    records: dict[Path, dict[str, Any]]
+    labels: dict[Path, str]
+    failed: list[tuple[str, str]]
 
     @property
     def others(self) -> list[str]:
@@ -57,120 +62,114 @@ class Sweep:
         return [name for name in self.varied if name != SEED]
 
     @property
+    def measures(self) -> list[str]:
+        return [name for name in self.rows if name not in self.varied]
+
+    @property
     def scores(self) -> list[str]:
         """The measures of which more is better."""
-        return [name for name in self.measures if name not in (SECONDS, *SIZES.values())]
+        return [name for name in self.measures if name not in FORMATS]
+
+    def averaged(self) -> pd.DataFrame:
+        """A row for each setting but the seed; columns (measure, "mean" | "std" | "count")."""
+        groups = self.rows.groupby(self.others or (lambda _: self.name), sort=False)
+        return groups[self.measures].agg(["mean", "std", "count"])
 
 
 def collect(folder: Path) -> Sweep:
-    """The jobs below a folder.
+    """The jobs of the sweep in a folder.
 
     Raises:
-        InputError: If there is no job, or there are several sweeps.
+        InputError: If there is no job.
     """
-    found = _jobs(folder)
-    overrides = {run_dir: record["overrides"] for run_dir, record in found.items()}
-    names = dict.fromkeys(key for of in overrides.values() for key in of)
-    varied = [name for name in names if len({of.get(name) for of in overrides.values()}) > 1]
-    short = {name: _shortened({of.get(name) for of in overrides.values()}) for name in varied}
-    settings = {
-        run_dir: {name: short[name][of.get(name)] for name in varied}
-        for run_dir, of in overrides.items()
+    found, others = jobs.read(folder)
+    if not found:
+        inside = ", ".join(str(one.relative_to(folder)) for one in others)
+        remedy = f"give the folder of one sweep ({inside})" if inside else "start one with -m"
+        raise InputError("no-jobs", f"{folder} holds no job of a sweep (job.json); {remedy}")
+    overrides = {
+        run_dir: {printable(key): _value(text) for key, text in record["overrides"].items()}
+        for run_dir, record in found.items()
     }
+    names = dict.fromkeys(key for of in overrides.values() for key in of)
+    settings = {run: {key: of.get(key, NONE) for key in names} for run, of in overrides.items()}
+    varied = [name for name in names if len({of[name] for of in settings.values()}) > 1]
+    varied.sort(key=lambda name: name == SEED)
     places = {run_dir: str(run_dir.relative_to(folder)) for run_dir in found}
+    done = [run_dir for run_dir, record in found.items() if record["state"] == jobs.FINISHED]
+    done.sort(key=lambda run_dir: [_order(settings[run_dir][name]) for name in varied])
+    texts = [", ".join(f"{name}={settings[run][name]}" for name in varied) for run in done]
+    labels = {
+        run: text if text and texts.count(text) == 1 else places[run]
+        for run, text in zip(done, texts, strict=True)
+    }
     failed = [
         (places[run_dir], str(record["error"] or "not finished"))
         for run_dir, record in found.items()
         if record["state"] != jobs.FINISHED
     ]
-    done = [run_dir for run_dir, record in found.items() if record["state"] == jobs.FINISHED]
-    done.sort(key=lambda run_dir: [_order(settings[run_dir][name]) for name in varied])
-    texts = [", ".join(f"{name}={value}" for name, value in settings[run].items()) for run in done]
-    labels = {
-        run: text if text and texts.count(text) == 1 else places[run]
-        for run, text in zip(done, texts, strict=True)
-    }
     records = {run_dir: read_metrics(run_dir) or {} for run_dir in done}
-    rows = [{**settings[run], **row} for run in done for row in _metrics(records[run])]
-    varied += [READ] if any(READ in row for row in rows) else []
-    rows.sort(key=lambda row: [_order(row.get(name)) for name in varied])
-    if len({row.get(SIZES["trained_parameters"]) for row in rows} - {None}) < 2:
-        rows = [{key: row[key] for key in row if key not in SIZES.values()} for row in rows]
+    rows = [
+        {name: settings[run][name] for name in varied} | metrics
+        for run in done
+        for metrics in _metrics(records[run])
+    ]
+    if any(READ in row for row in rows):
+        varied = [*varied, READ]
+        rows = [{READ: NONE, **row} for row in rows]
+        rows.sort(key=lambda row: [_order(row[name]) for name in varied])
     measures = list(dict.fromkeys(name for row in rows for name in row if name not in varied))
-    measures.sort(key=lambda name: name == SECONDS or name in SIZES.values())
-    return Sweep(folder.name, varied, measures, rows, records, labels, failed)
+    measures.sort(key=lambda name: list(FORMATS).index(name) if name in FORMATS else -1)
+    table = pd.DataFrame(rows, columns=[*varied, *measures], dtype=object)
+    table[measures] = table[measures].apply(pd.to_numeric)
+    trained, memory = SIZES.values()
+    if trained not in table or table[trained].nunique() < 2:
+        table = table.drop(columns=[trained, memory], errors="ignore")
+    return Sweep(folder.name, varied, table, records, labels, failed)
 
 
-def _jobs(folder: Path) -> dict[Path, Row]:
-    """The jobs of the one sweep of a folder; two sweeps vary different settings."""
-    sweeps = jobs.by_sweep(folder)
-    if not sweeps:
-        message = f"{folder} holds no job of a sweep (job.json); start one with -m"
-        raise InputError("no-jobs", message)
-    if len(sweeps) > 1 and not (folder in sweeps and jobs.is_sweep(folder)):
-        names = ", ".join(str(one.relative_to(folder)) for one in sweeps if one != folder)
-        message = f"{folder} holds several sweeps ({names}); give the folder of one"
-        raise InputError("several-sweeps", message)
-    own = sweeps.get(folder, next(iter(sweeps.values())))
-    return {run_dir: record for run_dir, record in jobs.read(folder) if run_dir in own}
-
-
-def _metrics(record: Row) -> Iterator[Row]:
+def _metrics(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The metrics of one job; several if its model was evaluated at several lengths."""
     seconds = record.get("train_seconds", record.get("seconds"))
     watched = {record["monitored"]: record["best"]} if {"monitored", "best"} <= set(record) else {}
     scores = record.get("overall") or record.get("validation") or watched
-    common = {f"{TRAIN}{name}": value for name, value in record.get("train", {}).items()}
+    common = {f"train {name}": value for name, value in record.get("train", {}).items()}
     common |= {} if seconds is None else {SECONDS: round(seconds, 1)}
     common |= {column: record[name] for name, column in SIZES.items() if name in record}
     for length, read in (record.get("read") or {None: scores}).items():
         yield {**({} if length is None else {READ: int(length)}), **read, **common}
 
 
-def averaged(sweep: Sweep) -> list[Row]:
-    """A row for each setting but the seed: {measure: (mean, standard deviation, seeds)}."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in sweep.rows:
-        groups.setdefault(tuple(row.get(name) for name in sweep.others), []).append(row)
-    means = []
-    for key, members in groups.items():
-        merged: Row = dict(zip(sweep.others, key, strict=True))
-        for measure in sweep.measures:
-            values = [member[measure] for member in members if measure in member]
-            if values:
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                merged[measure] = (statistics.fmean(values), spread, len(values))
-        means.append(merged)
-    return means
-
-
 def tables(sweep: Sweep) -> list[Table]:
-    """The jobs, and their means over seeds if there are several seeds."""
+    """The jobs, and their means over seeds if there are several seeds; none without a score."""
+    if not sweep.measures:
+        return []
     note = depth_note({sweep.labels[run]: record for run, record in sweep.records.items()})
-    scores = [
-        [row.get(name) if name in sweep.scores else None for name in sweep.measures]
-        for row in sweep.rows
-    ]
+    scores = sweep.rows[sweep.measures].astype(float)
+    scores[[name for name in scores if name not in sweep.scores]] = float("nan")
+    cells = sweep.rows.astype(str)
+    for name in sweep.measures:
+        cells[name] = [_digits(name, value) for value in sweep.rows[name]]
     made = [
         Table(
             "sweep",
             f"{sweep.name}, a row for each job{'.' if note else ''}{note}",
-            [*sweep.varied, *sweep.measures],
-            [_cells(sweep.varied, sweep.measures, row) for row in sweep.rows],
+            list(cells),
+            cells.to_numpy().tolist(),
             max(1, len(sweep.varied)),
-            best(scores, len(sweep.varied)),
+            best(scores.to_numpy(), len(sweep.varied)),
         )
     ]
     if SEED in sweep.varied:
-        made.append(
-            Table(
-                "sweep-seeds",
-                f"{sweep.name}, mean and standard deviation over seeds",
-                [*sweep.others, *sweep.measures],
-                [_cells(sweep.others, sweep.measures, row) for row in averaged(sweep)],
-                max(1, len(sweep.others)),
-            )
-        )
+        means = sweep.averaged()
+        settings = means.index.to_frame(index=False)[sweep.others].astype(str)
+        spreads = [
+            [_spread(name, of[name]) for name in sweep.measures] for _, of in means.iterrows()
+        ]
+        rows = [[*key, *of] for key, of in zip(settings.to_numpy(), spreads, strict=True)]
+        title = f"{sweep.name}, mean and standard deviation over seeds"
+        heads = [*sweep.others, *sweep.measures]
+        made.append(Table("sweep-seeds", title, heads, rows, max(1, len(sweep.others))))
     return made
 
 
@@ -178,87 +177,67 @@ def show(folder: Path) -> list[tuple[str, str]]:
     """Print the table, write it beside the jobs as text, csv and plot; returns the failed jobs."""
     sweep = collect(folder)
     made = tables(sweep)
-    screen = Screen()
     for table in made:
-        screen.table(table)
-    with replacing(folder / "sweep.txt") as path, path.open("w", encoding="utf-8") as file:
-        console = Console(file=file, width=200)
-        for table in made:
-            console.print(table.rich(console.width))
+        show_block(table)
+    with replacing(folder / "sweep.txt") as path:
+        path.write_text("\n".join(table.text() for table in made), "utf-8")
     with replacing(folder / "sweep.csv") as path:
-        frame = pd.DataFrame(sweep.rows, columns=[*sweep.varied, *sweep.measures], dtype=object)
-        frame.to_csv(path, index=False)
+        sweep.rows.to_csv(path, index=False)
     written = ["sweep.txt", "sweep.csv"]
     for plot in plots(sweep)[:1]:
         plot.write(folder / "sweep")
         written += ["sweep.png", "sweep.svg"]
-    screen.line(f"table {', '.join(str(folder / name) for name in written)}")
+    show_block(f"table {', '.join(str(folder / name) for name in written)}")
     for job, reason in sweep.failed:
-        screen.line(f"failed: {job}: {reason}")
+        show_block(f"failed: {job}: {reason}")
     return sweep.failed
 
 
 def plots(sweep: Sweep) -> list[Plot]:
     """A plot for each measure that varies, or of the first measure if none does."""
-    values = {name: [row[name] for row in sweep.rows if name in row] for name in sweep.scores}
-    vary = [name for name, of in values.items() if len(set(of)) > 1]
-    known = [name for name, of in values.items() if of]
-    means = averaged(sweep)
-    return [_plot(sweep, name, means) for name in vary or known[:1]]
+    known = [name for name in sweep.scores if sweep.rows[name].notna().any()]
+    vary = [name for name in known if sweep.rows[name].nunique() > 1]
+    return [_plot(sweep, name) for name in vary or known[:1]]
 
 
-def _plot(sweep: Sweep, measure: str, means: list[Row]) -> Plot:
+def _plot(sweep: Sweep, measure: str) -> Plot:
     """A line over the numeric setting with the most values, one for each of the other settings.
 
     Dots if no setting is numeric.
     """
-    means, others = [row for row in means if measure in row], sweep.others
-    numeric = [name for name in others if all(isinstance(row[name], int | float) for row in means)]
-    seeds = max(row[measure][2] for row in means)
+    of = sweep.averaged()[measure]
+    of = of[of["count"] > 0].fillna({"std": 0.0})
+    means = of.reset_index(names=sweep.others or ["sweep"])
+    numeric = [
+        name
+        for name in sweep.others
+        if all(isinstance(value, int | float) for value in means[name])
+    ]
+    across = max(numeric, key=lambda name: means[name].nunique(), default=None)
+    beside = [name for name in sweep.others if name != across]
+    labels = [", ".join(f"{name}={row[name]}" for name in beside) for _, row in means.iterrows()]
+    seeds = int(means["count"].max())
     spread = f" Mean and standard deviation over {seeds} seeds." if seeds > 1 else ""
-    across = max(numeric, key=lambda name: len({row[name] for row in means}), default=None)
-    beside = [name for name in others if name != across]
-    curves: dict[str, list[Row]] = {}
-    for row in sorted(means, key=lambda row: [_order(row[name]) for name in others]):
-        label = ", ".join(f"{name}={row[name]}" for name in beside)
-        curves.setdefault(label, []).append(row)
     name, title = f"sweep-{slug(measure)}", f"{sweep.name}: {measure}"
     if across is None:
-        labels = [label or sweep.name for label in curves]
-        values = [members[0][measure] for members in curves.values()]
-        draw = bars(labels, [of[0] for of in values], [of[1] for of in values], measure)
-        return Plot(name, f"{title} of each setting.{spread}", draw, 0.8 + 0.3 * len(labels))
-    drawn = []
-    for label, members in curves.items():
-        values = [row[measure] for row in members]
-        x = [row[across] for row in members]
-        drawn.append(Line(label, x, [of[0] for of in values], [of[1] for of in values]))
+        shown = [label or sweep.name for label in labels]
+        draw = intervals(shown, means["mean"].tolist(), means["std"].tolist(), measure)
+        return Plot(name, f"{title} of each setting.{spread}", draw, 0.8 + 0.3 * len(shown))
+    drawn = [
+        Line(label, part[across].tolist(), part["mean"].tolist(), part["std"].tolist())
+        for label, part in means.groupby(pd.Series(labels, means.index), sort=False)
+    ]
     each = f", a line for each {', '.join(beside)}" if beside else ""
     return Plot(name, f"{title} over {across}{each}.{spread}", lines(drawn, across, measure))
 
 
-def _shortened(values: set[str | None]) -> dict[Any, Any]:
-    """The values of a setting as they are shown: numbers as such, paths from where they differ."""
-    paths = [value for value in values if value and re.fullmatch(r"[^\[\]]+/.+", value)]
-    short: dict[str | None, str] = {}
-    if len(paths) > 1 and len({os.path.isabs(path) for path in paths}) == 1:
-        above = os.path.commonpath([os.path.dirname(path) for path in paths])
-        short = {path: os.path.relpath(path, above) for path in paths}
-    if not values.isdisjoint(short.values()):
-        short = {}  # a shortened name would be that of another value
-    return {value: short.get(value, _number(value)) for value in values}
-
-
-def _number(text: str | None) -> Any:
+def _value(text: str) -> Any:
     """A number if the text is one."""
-    if text is None or "_" in text:
-        return text  # Python would read 1_1 as 11
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    if re.fullmatch(r"[+-]?\d{1,15}", text, re.ASCII):
+        return int(text)
+    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,2})?", text, re.ASCII | re.IGNORECASE):
+        return float(text)
+    return printable(text)
 
 
 def _order(value: Any) -> tuple[bool, float, str]:
@@ -266,17 +245,13 @@ def _order(value: Any) -> tuple[bool, float, str]:
     return not number, float(value) if number else 0.0, str(value)
 
 
-def _cells(settings: list[str], measures: list[str], row: Row) -> list[str]:
-    labels = [str(row.get(name, NONE)) for name in settings]
-    return [*labels, *(_cell(name, row.get(name)) for name in measures)]
+def _digits(measure: str, value: float) -> str:
+    return NONE if pd.isna(value) else FORMATS.get(measure, "{:.4f}").format(value)
 
 
-def _cell(measure: str, value: float | tuple[float, float, int] | None) -> str:
-    """A value, or the mean and standard deviation of several."""
-    if value is None:
+def _spread(measure: str, of: pd.Series) -> str:
+    """The mean and the standard deviation of several values."""
+    if not of["count"]:
         return NONE
-    if isinstance(value, tuple):
-        return f"{_cell(measure, value[0])} ± {_cell(measure, value[1])}"
-    if measure == SIZES["trained_parameters"]:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if measure in (SECONDS, SIZES["memory_gib"]) else f"{value:.4f}"
+    spread = 0.0 if pd.isna(of["std"]) else of["std"]
+    return f"{_digits(measure, of['mean'])} ± {_digits(measure, spread)}"

@@ -8,7 +8,7 @@ cache of the run, so a comparison uses the judgements of the evaluation.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from caravan.report.records import (
     distinct,
     has_scores,
     judged_on,
+    path_names,
     read_metrics,
     refuse_mixed,
     refuse_partial,
@@ -91,23 +92,22 @@ def read_system(path: Path) -> System:
         InputError: If there is neither, or the directory has no evaluation of one collection.
     """
     if path.is_dir():
-        own = read_metrics(path) or {}
-        if not has_scores(own) or "collections" in own:
-            such_as = path / next(iter(own.get("collections", ())), "<collection>")
+        record = read_metrics(path) or {}
+        if not has_scores(record) or "collections" in record:
+            such_as = path / next(iter(record.get("collections", ())), "<collection>")
             message = (
                 f"{path} is not the run directory of an evaluation of one collection; name one,"
                 f" such as {such_as}, or a run file"
             )
             raise InputError("no-evaluation", message)
-        return _system(path.resolve().name, path / own["run"], path, own)
+        return _system(path.resolve().name, path / record["run"], path, record)
     if not path.is_file():
         message = f"there is no run directory and no run file {path}; check the path"
         raise InputError("file-not-found", message)
-    stem = path.name.removesuffix(".gz")
-    stem = stem.rsplit(".", 1)[0] if "." in stem else stem
+    stem = Path(path.name.removesuffix(".gz")).stem
     home = path.parent.parent
-    record = read_metrics(home) if path.parent.name == "runs" else None
-    if record is None or not has_scores(record) or "collections" in record:
+    record = (read_metrics(home) if path.parent.name == "runs" else None) or {}
+    if not has_scores(record) or "collections" in record:
         return System(stem, path)
     return _system(stem.removesuffix(f".{record['split']}"), path, home, record)
 
@@ -131,11 +131,9 @@ def with_distinct_names(systems: Sequence[System]) -> list[System]:
     for one, path in zip(systems, paths, strict=True):
         if paths.count(path) > 1:
             raise InputError("given-twice", f"the run {path} is given twice; name runs that differ")
-        home = path if one.home is None else one.home.resolve()
-        place = home if one.name == home.name else home / path.name
-        above = place.parts[1:-1] if one.home is not None else path.parts[1:-1]
-        longer = ["/".join([*above[-n:], one.name]) for n in range(1, len(above) + 1)]
-        candidates.append([one.name, *longer, str(path)])
+        home = path.parent if one.home is None else one.home.resolve()
+        is_home = one.home is not None and one.name == home.name
+        candidates.append([*path_names(home if is_home else home / one.name), str(path)])
     return [replace(one, name=n) for one, n in zip(systems, distinct(candidates), strict=True)]
 
 
@@ -152,8 +150,8 @@ def read_judged(systems: Sequence[System], qrels: Path | None = None) -> Judged:
     if qrels is not None:
         return _from_file(qrels)
     known = {one.name: one.judged_on for one in systems if one.judged_on is not None}
-    home = next((one.home for one in systems if one.judged_on is not None), None)
-    if home is None:
+    homes = [one.home for one in systems if one.home is not None]
+    if not homes:
         message = (
             f"the collection of {systems[0].run} is unknown; add the run directory of an"
             " evaluation, or --qrels and a file of judgements"
@@ -161,9 +159,9 @@ def read_judged(systems: Sequence[System], qrels: Path | None = None) -> Judged:
         raise InputError("unknown-collection", message)
     refuse_mixed(known, "evaluate all of them on one (evaluate.py data.split=...)")
     _, digest, split = next(iter(known.values()))
-    collection = find(digest, home)
-    texts = (collection.queries, collection.corpus, collection.qrels(split))
-    return Judged(collection.name, split, *texts, collection.relevant_from.get(split, 1))
+    found = find(digest, homes[0])
+    qrels_of_split, relevant_from = found.qrels(split), found.relevant_from.get(split, 1)
+    return Judged(found.name, split, found.queries, found.corpus, qrels_of_split, relevant_from)
 
 
 def find(digest: str, home: Path) -> Collection:
@@ -175,14 +173,10 @@ def find(digest: str, home: Path) -> Collection:
     Raises:
         InputError: If it is no longer there.
     """
-    cache = Path(str(config(home).get("cache_dir", ".cache")))
+    cache = str(_value(home / "config.yaml", "cache_dir", yaml.safe_load) or ".cache")
     for base in dict.fromkeys((Path(), *home.absolute().parents)):
         for path in sorted((base / cache / "collections").glob("*/collection.json")):
-            try:
-                found = json.loads(path.read_text("utf-8"))
-            except (OSError, ValueError, RecursionError):
-                continue
-            if isinstance(found, dict) and found.get("digest") == digest:
+            if _value(path, "digest", json.loads) == digest:
                 return Collection.open(path.parent)
     message = (
         f"the collection of {home} (digest {digest[:12]}) is no longer in {cache}/collections; run"
@@ -191,21 +185,17 @@ def find(digest: str, home: Path) -> Collection:
     raise InputError("collection-not-found", message)
 
 
-def _from_file(path: Path) -> Judged:
-    queries: Any = Ids()
-    corpus: Any = Ids()
-    numbered = list(judgements(path))
-    if not numbered:
-        raise InputError("no-judgements", f"{path} has no judgement; use a file that has one")
-    lookup = RowLookup(corpus, queries, lambda _, n: f"{path}:{numbered[n][0]}", "count")
-    qrels = lookup.qrels("qrels", (judgement for _, judgement in numbered))
-    return Judged(path.name, "", queries, corpus, qrels)
-
-
-def config(home: Path) -> dict[str, Any]:
-    """The resolved config of a run; empty if there is none that can be read."""
+def _value(path: Path, key: str, load: Callable[[bytes], Any]) -> Any:
+    """A value of a mapping in a file; None if it cannot be read."""
     try:
-        loaded = yaml.safe_load((home / "config.yaml").read_bytes())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}
+        return load(path.read_bytes())[key]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, yaml.YAMLError):
+        return None
+
+
+def _from_file(path: Path) -> Judged:
+    queries, corpus = Ids(), Ids()
+    placed = list(judgements(path))
+    lookup = RowLookup(corpus, queries, lambda _, n: placed[n][0], "count")
+    qrels = lookup.qrels("qrels", (judgement for _, judgement in placed))
+    return Judged(path.name, "", queries, corpus, qrels)

@@ -6,17 +6,16 @@ The cells of a table are text: the caller decides how many digits a score has.
 from __future__ import annotations
 
 import re
+import shutil
+import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from caravan.errors import printable
 from caravan.files import replacing
@@ -27,7 +26,7 @@ LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"$<$", ">": r"$>$", "|": r"$|$", "±": r"$\pm$", "\u2212": r"$-$", "→": r"$\to$",
-    "\u2013": "--", "≥": r"$\geq$",
+    "\u2013": "--",
 }  # fmt: skip
 
 
@@ -40,7 +39,6 @@ class Table:
         caption: one or more sentences, fit for a paper.
         labels: the number of text columns at the left; the others hold numbers.
         strong: (row, column) of the cells in bold, such as the best of a column.
-        folded: on a page, closed until the reader opens it.
     """
 
     name: str
@@ -49,15 +47,13 @@ class Table:
     rows: Sequence[Sequence[str]]
     labels: int = 1
     strong: frozenset[tuple[int, int]] = field(default_factory=frozenset)
-    folded: bool = False
 
     def markdown(self) -> str:
         """GitHub's pipe table, below the caption."""
         rule = ["---"] * self.labels + ["---:"] * (len(self.columns) - self.labels)
         head = [_markdown(name) for name in self.columns]
-        lines = [
-            f"| {' | '.join(row)} |" for row in (head, rule, *self._cells(_markdown, "**{}**"))
-        ]
+        rows = [head, rule, *self._cells(_markdown, "**{}**")]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
         return "\n".join([_markdown(self.caption), "", *lines, ""])
 
     def latex(self) -> str:
@@ -73,7 +69,7 @@ class Table:
             position_float="centering",
         )
 
-    def _cells(self, escape: Any, bold: str) -> list[list[str]]:
+    def _cells(self, escape: Callable[[str], str], bold: str) -> list[list[str]]:
         return [
             [
                 bold.format(escape(cell)) if (i, j) in self.strong else escape(cell)
@@ -82,59 +78,31 @@ class Table:
             for i, row in enumerate(self.rows)
         ]
 
-    def rich(self, width: int, wrap: bool = False) -> Group:
-        """For a terminal. `*` marks strong cells, because some terminals do not show bold.
-
-        Names and scores are never cut: if a row is too long, its labels go on a separate line.
+    def text(self, width: int | None = None) -> str:
+        """Aligned columns for a terminal; `*` marks strong cells.
 
         Args:
-            width: of the terminal, in characters.
-            wrap: wrap the caption; in a file it stays one line, so that a search finds it.
+            width: of the terminal; wider tables are split into blocks of columns. None for files.
         """
         marked = {j for _, j in self.strong}
 
-        def cell(i: int, j: int, text: str) -> Text:
-            # A Text is printed as it is; rich would read [...] in a plain string as markup.
-            strong = (i, j) in self.strong
-            text = "-" if text == NONE else printable(text)
-            pad = "*" if strong else " " if j in marked else ""
-            return Text(f"{text}{pad}", "bold" if strong else "")
+        def cell(i: int, j: int, text: str) -> str:
+            mark = "*" if (i, j) in self.strong else " " if j in marked else ""
+            return f"{printable('-' if text == NONE else text)}{mark}"
 
-        heads, *rows = (
-            [cell(i, j, text) for j, text in enumerate(row)]
-            for i, row in enumerate([self.columns, *self.rows], -1)
-        )
-        widths = [max(one.cell_len for one in column) for column in zip(heads, *rows, strict=True)]
+        every = enumerate([self.columns, *self.rows], -1)
+        grid = [[cell(i, j, text) for j, text in enumerate(row)] for i, row in every]
+        widths = [max(map(len, column)) for column in zip(*grid, strict=True)][: self.labels]
+        labels = [
+            "  ".join(f"{text:<{wide}}" for text, wide in zip(row, widths, strict=False))
+            for row in grid
+        ]
+        heads, *rows = (row[self.labels :] for row in grid)
+        frame = pd.DataFrame(rows, labels[1:], heads)
+        frame.columns.name = labels[0]
         caption = printable(self.caption).replace("in bold", "marked *").replace(NONE, "-")
-        title = Text(textwrap.fill(caption, max(width, 20)) if wrap else caption, "italic")
-        if sum(widths) + 2 * len(widths) + 1 > width:
-            return Group(title, self._stacked([heads, *rows], widths))
-        drawn = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for j, head in enumerate(heads):
-            drawn.add_column(head, justify="left" if j < self.labels else "right", no_wrap=True)
-        for row in rows:
-            drawn.add_row(*row)
-        return Group(title, drawn)
-
-    def _stacked(self, rows: list[list[Text]], widths: list[int]) -> Text:
-        """Two lines for each row: the labels, and below them the numbers."""
-        lines = []
-        for row in rows:
-            for number, width in zip(row[self.labels :], widths[self.labels :], strict=True):
-                number.pad_left(2 + width - number.cell_len)
-            labels = Text(" | ").join(row[: self.labels])
-            numbers = Text("  ").append_text(Text().join(row[self.labels :]))
-            lines += [Text(" ").append_text(labels), numbers]
-        rule = "\u2500" * (1 + sum(2 + width for width in widths[self.labels :]))
-        return Text("\n").join([*lines[:2], Text(f" {rule}"), *lines[2:], Text()])
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Names and values; with a title if a section has several of them."""
-
-    items: Sequence[tuple[str, str]]
-    title: str = ""
+        caption = caption if width is None else textwrap.fill(caption, max(width, 20))
+        return f"{caption}\n{frame.to_string(line_width=width)}\n"
 
 
 @dataclass(frozen=True)
@@ -150,7 +118,7 @@ class Code:
 class Section:
     """A heading, its anchor, and blocks below it.
 
-    A block is a str, Facts, Code, a Table, a `plots.Plot` or `compare.Examples`.
+    A block is a str, Code, a Table, a `plots.Plot` or `examples.Examples`.
     """
 
     title: str
@@ -158,25 +126,16 @@ class Section:
     blocks: Sequence[Any]
 
 
-class Screen:
-    """Prints reports: tables that fit the terminal, and lines without control characters."""
-
-    def __init__(self) -> None:
-        self._console = Console(soft_wrap=True, markup=False, highlight=False)
-
-    def table(self, table: Table) -> None:
-        self._console.print(table.rich(self._console.width, wrap=self._console.is_terminal))
-
-    def line(self, text: str, style: str = "") -> None:
-        self._console.print(printable(text), style=style)
-
-    def rule(self, title: str) -> None:
-        self._console.rule(printable(title), align="left")
+def show(shown: Table | str) -> None:
+    """Print a table that fits the terminal, or a line, without control characters."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    text = shown.text(width) if isinstance(shown, Table) else printable(shown)
+    sys.stdout.write(f"{text}\n")
 
 
 def score(value: float | None) -> str:
     """A score with four digits, or the cell of a missing one."""
-    return NONE if value is None else f"{value:.4f}"
+    return NONE if value is None or pd.isna(value) else f"{value:.4f}"
 
 
 def signed(value: float) -> str:
@@ -187,6 +146,15 @@ def signed(value: float) -> str:
     """
     text = f"{value:+.4f}"
     return "+0.0000" if text == "-0.0000" else text.replace("-", MINUS)
+
+
+def p_value(p: float) -> str:
+    """A p-value as papers print it.
+
+    >>> p_value(0.0184), p_value(0.00001), p_value(1.0)
+    ('.018', '<.001', '1.000')
+    """
+    return "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
 
 
 def slug(text: str) -> str:
@@ -219,12 +187,9 @@ def best(rows: Sequence[Sequence[float | None]], labels: int = 1) -> frozenset[t
         rows: scores alone; None where one is missing.
         labels: the number of columns before the scores.
     """
-    strong: set[tuple[int, int]] = set()
-    for j, column in enumerate(zip(*rows, strict=True), labels):
-        known = [value for value in column if value is not None]
-        if len(set(known)) > 1:
-            strong |= {(i, j) for i, value in enumerate(column) if value == max(known)}
-    return frozenset(strong)
+    frame = pd.DataFrame(rows, dtype=float)
+    strong = frame.eq(frame.max()) & (frame.max() > frame.min())
+    return frozenset((i, j + labels) for i, j in np.argwhere(strong.to_numpy()).tolist())
 
 
 def write(folder: Path, tables: Iterable[Table]) -> None:

@@ -6,6 +6,7 @@ Ranks need no calibration (Cormack et al. 2009); scores, normalized query by que
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -14,7 +15,6 @@ from caravan.errors import InputError
 
 Fusion = Callable[[Sequence[Run]], Run]
 """Makes one run of several."""
-NORMALISATIONS = ("minmax", "zscore", "none")
 
 
 class ReciprocalRank:
@@ -26,15 +26,14 @@ class ReciprocalRank:
     """
 
     def __init__(self, k: float = 60, weights: Sequence[float] | None = None) -> None:
-        self.k = k
-        self.weights = weights
+        self.k, self.weights = k, weights
 
     def __call__(self, runs: Sequence[Run]) -> Run:
         parts = []
         for run in runs:
             rank = np.arange(len(run.scores)) - np.repeat(run.offsets[:-1], run.counts) + 1
             parts.append(1.0 / (self.k + rank))
-        return _added(runs, parts, _weights(self.weights, runs))
+        return _added(runs, parts, self.weights)
 
 
 class Weighted:
@@ -46,14 +45,12 @@ class Weighted:
             gets the run's lowest score ("none": 0).
     """
 
-    def __init__(self, weights: Sequence[float] | None = None, normalise: str = "minmax") -> None:
-        if normalise not in NORMALISATIONS:
-            raise InputError(
-                "unknown-choice",
-                f"fuse.normalise is {normalise!r}; it must be one of {', '.join(NORMALISATIONS)}",
-            )
-        self.weights = weights
-        self.normalise = normalise
+    def __init__(
+        self,
+        weights: Sequence[float] | None = None,
+        normalise: Literal["minmax", "zscore", "none"] = "minmax",
+    ) -> None:
+        self.weights, self.normalise = weights, normalise
 
     def __call__(self, runs: Sequence[Run]) -> Run:
         parts = []
@@ -74,22 +71,19 @@ class Weighted:
                     # A missing passage adds nothing, so the lowest score of a run must be 0.
                     scores = scores - np.repeat(np.minimum.reduceat(scores, starts), counts)
             parts.append(scores)
-        return _added(runs, parts, _weights(self.weights, runs))
+        return _added(runs, parts, self.weights)
 
 
-def _weights(weights: Sequence[float] | None, runs: Sequence[Run]) -> Sequence[float]:
-    if weights is None:
-        return [1.0] * len(runs)
+def _added(
+    runs: Sequence[Run], parts: Sequence[np.ndarray], weights: Sequence[float] | None
+) -> Run:
+    """The run of the weighted sums by (query, passage)."""
+    weights = [1.0] * len(runs) if weights is None else weights
     if len(weights) != len(runs):
         raise InputError(
             "wrong-number-of-weights",
             f"fuse.weights has {len(weights)} numbers for {len(runs)} runs; give one for each",
         )
-    return weights
-
-
-def _added(runs: Sequence[Run], parts: Sequence[np.ndarray], weights: Sequence[float]) -> Run:
-    """The run of the weighted sums by (query, passage)."""
     query_rows = np.concatenate([np.repeat(run.query_rows, run.counts) for run in runs])
     passage_rows = np.concatenate([run.passage_rows for run in runs])
     scores = np.concatenate([weight * part for weight, part in zip(weights, parts, strict=True)])

@@ -1,15 +1,14 @@
 """The `Index` interface, faiss indexes by factory string, and exact search in torch.
 
-Both read the corpus block by block, float16 or float32. `Faiss` (Douze et al., arXiv 2401.08281)
-stores vectors as its factory string specifies. `Exact` reads the blocks again for every search, so
-its memory does not grow with the corpus.
+`Faiss` (Douze et al., arXiv 2401.08281) stores vectors as its factory string specifies. `Exact`
+reads the corpus block by block for every search, so its memory does not grow with the corpus.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import faiss
@@ -19,8 +18,6 @@ from pydantic import PositiveInt
 
 from caravan.errors import InputError
 from caravan.progress import track
-
-log = logging.getLogger(__name__)
 
 SEARCH_CHUNK = 1024
 """Queries per call of faiss; the progress bar advances after each call."""
@@ -92,7 +89,6 @@ class Faiss:
         nprobe: lists that an IVF index visits per query.
         ef_search: candidates that an HNSW index keeps during a search; below `k` recall drops.
         ef_construction: candidates that an HNSW index keeps during construction.
-        gpu: search on the GPUs if the installed faiss supports them and they support the index.
     """
 
     def __init__(
@@ -103,9 +99,8 @@ class Faiss:
         nprobe: int | None = None,
         ef_search: int | None = None,
         ef_construction: int | None = None,
-        gpu: bool = True,
     ) -> None:
-        self.factory, self.k, self.train_rows, self.gpu = factory, k, train_rows, gpu
+        self.factory, self.k, self.train_rows = factory, k, train_rows
         self.nprobe, self.ef_search, self.ef_construction = nprobe, ef_search, ef_construction
         self.approximate = factory != "Flat"
         self._index: Any = None
@@ -114,46 +109,30 @@ class Faiss:
         """Train the index if necessary and add all blocks, replacing those of an earlier call.
 
         Raises:
-            InputError: If the factory string is invalid, a parameter does not belong to it, the
-                corpus is empty or too small to train it, or a vector is not finite.
+            InputError: If faiss cannot build the index, or a vector is not finite.
         """
         faiss.omp_set_num_threads(torch.get_num_threads())
         _require_rows(blocks)
-        try:
+        factory = f"index.factory='{self.factory}'"
+        with _refused("unknown-index", f"{factory} is not an index of faiss, such as HNSW32"):
             index = faiss.index_factory(blocks.dim, self.factory, faiss.METRIC_INNER_PRODUCT)
-        except RuntimeError as error:
-            raise InputError(
-                "unknown-index",
-                f"index.factory='{self.factory}' is not an index that faiss can build over "
-                f"vectors of {blocks.dim} dimensions ({_reason(error)}); "
-                "examples: Flat, SQfp16, 'IVF256,Flat', HNSW32",
-            ) from None
-        self._set(faiss.ParameterSpace(), index, "efConstruction", self.ef_construction)
+        self._set(index, "efConstruction", self.ef_construction)
         if not index.is_trained:
             sample = _sample(blocks, self.train_rows)
-            try:
+            few = f"{len(sample)} of {blocks.rows} passages; use fewer lists or index=flat"
+            with _refused("index-training-failed", f"{factory} cannot be trained on {few}"):
                 index.train(sample)
-            except RuntimeError as error:
-                raise InputError(
-                    "index-training-failed",
-                    f"index.factory='{self.factory}' cannot be trained on {len(sample)} of "
-                    f"{blocks.rows} passages ({_reason(error)}); use fewer lists or index=flat",
-                ) from None
-        on_cpu, index = index, self._on_gpus(index)
         for start, block in track(blocks, f"index {self.factory}", unit="blocks"):
             index.add(_float32(block, f"passages from row {start}"))
-        space = faiss.ParameterSpace() if index is on_cpu else faiss.GpuParameterSpace()
-        self._set(space, index, "nprobe", self.nprobe)
-        self._set(space, index, "efSearch", self.ef_search)
+        self._set(index, "nprobe", self.nprobe)
+        self._set(index, "efSearch", self.ef_search)
         self._index = index
 
     def search(self, queries: np.ndarray, k: int | None = None) -> Found:
         """The `k` passages of greatest dot product for each of queries [Q, d]."""
-        if self._index is None:
-            raise RuntimeError("search before build: the index is empty")
         faiss.omp_set_num_threads(torch.get_num_threads())
         k = self.k if k is None else k
-        queries = _queries(queries, self._index.d)
+        queries = _float32(queries, "the queries")
         scores = np.empty((len(queries), k), dtype=np.float32)
         rows = np.empty((len(queries), k), dtype=np.int64)
         starts = range(0, len(queries), SEARCH_CHUNK)
@@ -163,30 +142,13 @@ class Faiss:
         scores[rows < 0] = -np.inf
         return scores, rows
 
-    def _set(self, space: Any, index: Any, name: str, value: int | None) -> None:
+    def _set(self, index: Any, name: str, value: int | None) -> None:
         if value is None:
             return
-        try:
-            space.set_index_parameter(index, name, value)
-        except RuntimeError:
-            setting = re.sub("[A-Z]", lambda m: "_" + m[0].lower(), name)
-            raise InputError(
-                "wrong-index-setting",
-                f"index.{setting}={value} does not apply to index.factory='{self.factory}'; "
-                "nprobe is for IVF, ef_search and ef_construction are for HNSW: remove it",
-            ) from None
-
-    def _on_gpus(self, index: Any) -> Any:
-        # hasattr: CPU builds of faiss lack these names.
-        if not (self.gpu and hasattr(faiss, "GpuMultipleClonerOptions") and faiss.get_num_gpus()):
-            return index
-        options = faiss.GpuMultipleClonerOptions()
-        options.shard = True  # split the corpus over the GPUs instead of copying it
-        try:
-            return faiss.index_cpu_to_all_gpus(index, co=options)
-        except RuntimeError as error:
-            log.warning("index %s stays on the CPU: %s", self.factory, _reason(error))
-            return index
+        setting = re.sub("[A-Z]", lambda m: "_" + m[0].lower(), name)
+        text = f"index.{setting}={value} does not apply to index.factory='{self.factory}'"
+        with _refused("wrong-index-setting", f"{text}; remove it"):
+            faiss.ParameterSpace().set_index_parameter(index, name, value)
 
 
 class Exact:
@@ -196,7 +158,6 @@ class Exact:
     row into a unique 64-bit key.
 
     Args:
-        k: default number of passages per query.
         query_chunk, passage_chunk: size of the largest score matrix in memory.
         device: `auto` uses the GPU if there is one.
     """
@@ -222,12 +183,11 @@ class Exact:
 
     def search(self, queries: np.ndarray, k: int | None = None) -> Found:
         """The `k` passages of greatest dot product for each of queries [Q, d]."""
-        if self._blocks is None:
-            raise RuntimeError("search before build: the index is empty")
+        assert self._blocks is not None  # build comes first
         k = self.k if k is None else k
         name = "cuda" if self.device == "auto" and torch.cuda.is_available() else self.device
         device = torch.device("cpu" if name == "auto" else name)
-        query_vectors = torch.from_numpy(_queries(queries, self._blocks.dim)).to(device)
+        query_vectors = torch.from_numpy(_float32(queries, "the queries")).to(device)
         keys = torch.full((len(query_vectors), k), EMPTY, dtype=torch.int64, device=device)
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")  # never TF32 or bf16, whatever training uses
@@ -252,8 +212,7 @@ LOW = 2**32 - 1
 def _merge(keys: torch.Tensor, scores: torch.Tensor, start: int) -> torch.Tensor:
     """Merge scores [q, n] of the rows from `start` into the greatest keys [q, k].
 
-    Scores below the worst key are dropped first: after a few chunks hardly any remain, and sorting
-    all scores would take longer than the dot products.
+    Scores below the worst key are dropped first: sorting all takes longer than the dot products.
     """
     worst, _ = _unpack(keys[:, -1:])
     better = scores >= worst
@@ -286,28 +245,19 @@ def _unpack(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return scores.masked_fill(nothing, -torch.inf), rows
 
 
-def recall_against_exact(approx_rows: np.ndarray, exact_rows: np.ndarray) -> float:
-    """Mean of |both| / |exact| over the queries for which exact search [Q, k] found passages."""
-    width = int(max(approx_rows.max(initial=0), exact_rows.max(initial=0))) + 1
-    base = np.arange(len(exact_rows))[:, None] * width
-    valid = exact_rows >= 0
-    both = np.isin(exact_rows + base, (approx_rows + base)[approx_rows >= 0]) & valid
-    counts = valid.sum(axis=1)
-    shares = both.sum(axis=1)[counts > 0] / counts[counts > 0]
-    return float(shares.mean()) if len(shares) else 1.0
-
-
 def measured_recall(
     rows: np.ndarray, queries: np.ndarray, blocks: Blocks, sample: int = 256
 ) -> float:
     """Recall of rows [Q, k] for queries [Q, d] against exact search over the blocks.
 
-    Exact search runs for `sample` evenly spaced queries at depth k.
+    The mean of |both| / |exact| over `sample` evenly spaced queries, at depth k.
     """
     picked = np.unique(np.linspace(0, len(queries) - 1, min(sample, len(queries))).astype(int))
-    exact = Exact(k=rows.shape[1])
+    exact = Exact(k=min(rows.shape[1], blocks.rows))
     exact.build(blocks)
-    return recall_against_exact(rows[picked], exact.search(queries[picked])[1])
+    found = exact.search(queries[picked])[1]
+    both = [np.isin(one, other).mean() for one, other in zip(found, rows[picked], strict=True)]
+    return float(np.mean(both))
 
 
 def _sample(blocks: Blocks, size: int) -> np.ndarray:
@@ -333,17 +283,16 @@ def _float32(vectors: np.ndarray, what: str) -> np.ndarray:
     return vectors
 
 
-def _queries(queries: np.ndarray, dim: int) -> np.ndarray:
-    if queries.ndim != 2 or queries.shape[1] != dim:
-        raise ValueError(f"queries have shape {queries.shape}, but passages have {dim} dimensions")
-    return _float32(queries, "the queries")
-
-
 def _require_rows(blocks: Blocks) -> None:
     if not blocks.rows:
         raise InputError("empty-corpus", "there are no vectors to search: the corpus is empty")
 
 
-def _reason(error: RuntimeError) -> str:
-    """The message of faiss without the leading C++ signature."""
-    return re.sub(r"^Error in .* at \S+:\d+: |Error: '\w+' failed: ", "", str(error)).strip()
+@contextmanager
+def _refused(code: str, text: str) -> Iterator[None]:
+    """Raise an InputError for an error of faiss, without the leading C++ signature."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = re.sub(r"^Error in .* at \S+:\d+: |Error: '\w+' failed: ", "", str(error)).strip()
+        raise InputError(code, f"{text} ({reason})") from None

@@ -1,9 +1,9 @@
 """A model folder opened for inference: texts to embeddings, pairs to scores.
 
 `Inference` is the only place that opens a folder to compute with it: `caravan.load`, evaluations,
-search and MTEB use it, so all of them compute the same numbers. Embeddings and scores that go to
-disk are computed block by block: each block of texts is sorted by length and computed in chunks
-under a token budget. Blocks are independent, so memory holds only the model and one block.
+search and MTEB use it. Embeddings and scores that go to disk are computed block by block: the texts
+of a block are sorted by length and computed in chunks under a token budget. Blocks are independent,
+so memory holds only the model and one block.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,10 @@ log = logging.getLogger(__name__)
 
 BLOCK = 1024
 """Texts per block when embedding in memory; a block is sorted by length."""
-SECTIONS = {"retriever": "", "reranker": "rerank."}
-"""By kind of model: the config prefix of the evaluation settings that override its lengths."""
 
 
 class TextList:
-    """Texts in memory with the interface of `caravan.data.texts.Texts`.
-
-    Args:
-        texts: (title, text) pairs.
-    """
+    """(title, text) pairs in memory with the interface of `caravan.data.texts.Texts`."""
 
     def __init__(self, texts: Sequence[tuple[str, str]]) -> None:
         self.texts = texts
@@ -78,8 +72,7 @@ class Inference:
         lengths: `query_length` and `passage_length` that override those of the folder.
 
     Attributes:
-        encoding: the folder's encoding with `lengths` applied.
-        facts: the folder's facts (`caravan.encoding.read_encoding`).
+        encoding, facts: those of the folder (`caravan.encoding.read_encoding`), `lengths` applied.
         precision: "bf16" or "float32".
 
     Raises:
@@ -106,12 +99,9 @@ class Inference:
             )
         self.lengths = dict(lengths or {})
         self.encoding = replace(encoding, **self.lengths)  # type: ignore[arg-type]
-        self.precision = hardware.resolve(precision)
-        self.device = hardware.device()
-        self.token_budget = hardware.chunk(token_budget)
-        self.num_workers = num_workers
-        self.attention = attention
-        self.trust_remote_code = trust_remote_code
+        self.precision, self.device = hardware.resolve(precision), hardware.device()
+        self.token_budget, self.num_workers = hardware.chunk(token_budget), num_workers
+        self.attention, self.trust_remote_code = attention, trust_remote_code
 
     @cached_property
     def _loaded(self) -> tuple[BiEncoder | CrossEncoder, Any]:
@@ -141,38 +131,34 @@ class Inference:
 
     @property
     def _section(self) -> str:
-        return SECTIONS[self.encoding.kind] if self.lengths else "encoding."
+        """The prefix of the settings that determine the lengths."""
+        if not self.lengths:
+            return "encoding."
+        return "" if self.encoding.kind == "retriever" else "rerank."
 
     def load(self) -> None:
         """Load the weights now."""
         _ = self.templates
 
     def check_lengths(self) -> None:
-        """Check that the model has enough positions for the lengths, without reading weights.
+        """Raise an InputError if a text could have more tokens than the model has positions.
 
-        Raises:
-            InputError: If a text could have more tokens than the model has positions.
+        Reads no weights.
         """
         model_folder.refuse_lengths(
             self.folder, self.encoding, self._section, self.trust_remote_code
         )
 
     def embed(self, texts: Sequence[tuple[str, str]], side: str) -> np.ndarray:
-        """Embeddings [N, d] float32 of (title, text) pairs in memory.
-
-        Args:
-            side: "query" or "passage".
-        """
+        """Embeddings [N, d] float32 of (title, text) pairs; `side` is "query" or "passage"."""
         return self._in_memory(self._texts(TextList(texts), np.arange(len(texts)), side, BLOCK))
 
     def score_pairs(
         self, queries: Sequence[tuple[str, str]], passages: Sequence[tuple[str, str]]
     ) -> np.ndarray:
         """Scores [N] float32 of pairs in memory, (title, text) each."""
-        rows = np.arange(len(queries))
-        return self._in_memory(
-            self._pairs(TextList(queries), TextList(passages), rows, rows, BLOCK)
-        )
+        texts, rows = (TextList(queries), TextList(passages)), np.arange(len(queries))
+        return self._in_memory(self._pairs(*texts, rows, rows, BLOCK))
 
     def encode_rows(
         self,
@@ -191,15 +177,11 @@ class Inference:
             rows: text rows [N] int64; row i of the embeddings is the text at rows[i].
             side: "query" or "passage".
             block: texts per shard.
-            name, inputs: the product's name and inputs, see `caravan.retrieval.store.Store`.
+            name, inputs: see `caravan.retrieval.store.Store`.
         """
-        what = "queries" if side == "query" else "passages"
-
-        def compute(missing: list[int]) -> Iterator[np.ndarray]:
-            blocks = self._texts(texts, rows, side, block)
-            for vectors in self._on_disk(blocks, missing, len(rows), f"encode {{}} {what}"):
-                yield vectors.to(torch.float16).cpu().numpy()
-
+        blocks = partial(self._texts, texts, rows, side, block)
+        task = "encode {} queries" if side == "query" else "encode {} passages"
+        compute = partial(self._on_disk, blocks, len(rows), task, torch.float16)
         inputs = {**inputs, "resolved_precision": self.precision}
         shards = store.shards(name, inputs, -(-len(rows) // block), compute)
         return Embeddings(shards, len(rows), block)
@@ -219,13 +201,8 @@ class Inference:
             query_rows, passage_rows: rows of the pairs, [N] int64.
             block: pairs per block.
         """
-
-        def compute(missing: list[int]) -> Iterator[np.ndarray]:
-            blocks = self._pairs(queries, corpus, query_rows, passage_rows, block)
-            for scores in self._on_disk(blocks, missing, len(query_rows), "rerank {} pairs"):
-                yield scores.float().cpu().numpy()
-
-        return compute
+        blocks = partial(self._pairs, queries, corpus, query_rows, passage_rows, block)
+        return partial(self._on_disk, blocks, len(query_rows), "rerank {} pairs", torch.float32)
 
     def _texts(self, texts: Any, rows: np.ndarray, side: str, block: int) -> TextBatches:
         return TextBatches(texts, rows, self.templates, side, block, self.token_budget)
@@ -242,25 +219,30 @@ class Inference:
         return torch.cat(parts).float().cpu().numpy()
 
     def _on_disk(
-        self, blocks: TextBatches | PairBatches, missing: list[int], size: int, task: str
-    ) -> Iterator[Tensor]:
-        """Yield the results of the missing blocks, with a log line and a progress bar."""
+        self,
+        make: Callable[[], TextBatches | PairBatches],
+        size: int,
+        task: str,
+        dtype: torch.dtype,
+        missing: list[int],
+    ) -> Iterator[np.ndarray]:
+        """Yield the results of the missing blocks, with a log line and a progress bar.
+
+        Args:
+            make: the blocks of all texts or pairs, of which there are `size`.
+        """
+        blocks = make()  # loads the model
         left = sum(min(blocks.batch_size, size - i * blocks.batch_size) for i in missing)
         device = hardware.named(self.device)
         log.info(f"{task.format(f'{left:,}')} with {self.folder} on {device}, {self.precision}")
-        unit = "texts" if isinstance(blocks, TextBatches) else "pairs"
-        with progress(task.replace("{} ", ""), left, unit) as done:
+        with progress(task.replace("{} ", ""), left, task.rpartition(" ")[2]) as done:
             for batch in TextLoader(blocks, missing, self.num_workers):
-                yield self._rows(batch, done)
+                yield self._rows(batch, done).to(dtype).cpu().numpy()
 
     def _rows(
-        self, batch: EncodeBatch | PairBatch, done: Callable[[int], None] | None = None
+        self, batch: EncodeBatch | PairBatch, done: Callable[[int], object] | None = None
     ) -> Tensor:
-        """Embeddings [N, d] or scores [N] on the device.
-
-        Args:
-            done: called after each chunk with its number of texts.
-        """
+        """Embeddings [N, d] or scores [N]; calls `done` with the number of texts of each chunk."""
         with torch.inference_mode():
             packed = batch.texts if isinstance(batch, EncodeBatch) else batch.pairs
             rows = packed.to(self.device, non_blocking=True).rows_of(self.model.of, done)
@@ -278,9 +260,7 @@ class Models:
     """Opens model folders with the settings of one evaluation, keeping one model in memory.
 
     A 7B retriever and a 7B reranker are therefore never on the device together, and the collections
-    of a suite share the loaded model.
-
-    Args: see `Inference`.
+    of a suite share the loaded model. Arguments: see `Inference`.
     """
 
     def __init__(
@@ -291,19 +271,10 @@ class Models:
         attention: str = "auto",
         trust_remote_code: bool = False,
     ) -> None:
-        self.precision = precision
-        self.token_budget = token_budget
-        self.num_workers = num_workers
-        self.attention = attention
-        self.trust_remote_code = trust_remote_code
-        self._digests: dict[Path, str] = {}
+        self.precision, self.token_budget, self.num_workers = precision, token_budget, num_workers
+        self.attention, self.trust_remote_code = attention, trust_remote_code
+        self.digest = lru_cache(maxsize=None)(folder_digest)
         self._open: tuple[Any, Inference] | None = None
-
-    def digest(self, folder: Path) -> str:
-        """The digest of a model folder, computed once."""
-        if folder not in self._digests:
-            self._digests[folder] = folder_digest(folder)
-        return self._digests[folder]
 
     def inputs(self, folder: Path) -> dict[str, Any]:
         """The settings that determine a model's embeddings and scores, for a manifest."""
@@ -319,16 +290,8 @@ class Models:
 
     def new(self, folder: Path, kind: str, lengths: Mapping[str, int]) -> Inference:
         """Open a model without closing the current one."""
-        return Inference(
-            folder,
-            kind,
-            self.precision,
-            self.token_budget,
-            self.num_workers,
-            self.attention,
-            self.trust_remote_code,
-            lengths,
-        )
+        settings = (self.precision, self.token_budget, self.num_workers, self.attention)
+        return Inference(folder, kind, *settings, self.trust_remote_code, lengths)
 
     def open(self, folder: Path, kind: str, lengths: Mapping[str, int]) -> Inference:
         """Open a model in place of the current one; returns the current one if it matches."""

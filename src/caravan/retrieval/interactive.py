@@ -15,15 +15,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from caravan.data.collection import Collection
 from caravan.data.runs import Run, canonical
-from caravan.encoding import read_encoding
 from caravan.errors import InputError
-from caravan.retrieval.bm25 import open_index
+from caravan.retrieval.bm25 import BM25, open_index
 from caravan.retrieval.fusion import Fusion
 from caravan.retrieval.inference import Models, TextList
 from caravan.retrieval.rerank import Reranker
@@ -52,13 +50,7 @@ class Result:
 
 
 class Searcher:
-    """Searches a collection.
-
-    Args:
-        retrievers: by stage name, a search of the corpus for a query.
-        fuse: makes one run of several (`caravan.retrieval.fusion`).
-        k: depth of the fused run.
-    """
+    """Searches a collection with a search function per retrieval stage."""
 
     def __init__(
         self,
@@ -68,30 +60,27 @@ class Searcher:
         reranker: Reranker | None,
         k: int,
     ) -> None:
-        self.collection = collection
-        self.retrievers = retrievers
-        self.fuse = fuse
-        self.reranker = reranker
-        self.k = k
+        self.collection, self.retrievers = collection, retrievers
+        self.fuse, self.reranker, self.k = fuse, reranker, k
 
     def __call__(self, query: str) -> list[Result]:
         """The results of all stages in order; the last one's run is the answer."""
-        results = [
-            self._timed(name, partial(search, query)) for name, search in self.retrievers.items()
-        ]
+        results: list[Result] = []
+
+        def add(stage: str, search: Callable[[], Run]) -> None:
+            started = time.monotonic()
+            run = canonical(search(), self.collection.corpus)
+            results.append(Result(stage, run, time.monotonic() - started))
+
+        for name, search in self.retrievers.items():
+            add(name, partial(search, query))
         if len(results) > 1:
             runs = [result.run for result in results]
-            results.append(self._timed("fused", lambda: self.fuse(runs).top(self.k)))
+            add("fused", lambda: self.fuse(runs).top(self.k))
         if self.reranker is not None:
-            queries, corpus = TextList([("", query)]), self.collection.corpus
-            rerank = partial(self.reranker.rerank, results[-1].run, queries, corpus)
-            results.append(self._timed("reranked", rerank))
+            texts = TextList([("", query)]), self.collection.corpus
+            add("reranked", partial(self.reranker.rerank, results[-1].run, *texts))
         return results
-
-    def _timed(self, name: str, search: Callable[[], Run]) -> Result:
-        started = time.monotonic()
-        run = canonical(search(), self.collection.corpus)
-        return Result(name, run, time.monotonic() - started)
 
 
 def open_searcher(
@@ -113,7 +102,9 @@ def open_searcher(
         number = sum(stage.partition("-")[0] == kind for stage in retrievers) + 1
         stage = kind if number == 1 else f"{kind}-{number}"
         if name == "bm25":
-            retrievers[stage] = _bm25(collection, systems, store)
+            bm25 = systems.bm25.make()
+            open_index(bm25, systems.bm25.settings, collection, store)
+            retrievers[stage] = partial(_search_bm25, bm25, systems.k)
         else:
             retrievers[stage] = _dense(Path(name), collection, systems, store, models)
     reranker = None
@@ -125,17 +116,20 @@ def open_searcher(
     return Searcher(collection, retrievers, systems.fuse.make(), reranker, systems.k)
 
 
-def _bm25(collection: Collection, systems: Systems, store: Store) -> Callable[[str], Run]:
-    bm25 = systems.bm25.make()
-    open_index(bm25, systems.bm25.settings, collection, store)
-    return lambda query: bm25.search([query], ROW, systems.k)
+def _search_bm25(bm25: BM25, k: int, query: str) -> Run:
+    return bm25.search([query], ROW, k)
 
 
 def _dense(
     folder: Path, collection: Collection, systems: Systems, store: Store, models: Models
 ) -> Callable[[str], Run]:
-    _warn_of_another_collection(folder, collection)
     model = models.new(folder, "retriever", systems.overridden_lengths)
+    trained_on = str(model.facts.get("collection") or "").rpartition(" ")[0]
+    if trained_on and trained_on != collection.name:  # as without data=
+        log.warning(
+            f"searching {collection.name}, but {folder} was trained on {trained_on}; data= chooses"
+            " another collection"
+        )
     passages = encode(model, models.inputs(folder), systems.block, collection, store)
     index = systems.index.make()
     index.build(passages)
@@ -147,14 +141,3 @@ def _dense(
         return Run.from_topk(ROW, *index.search(vectors.astype(np.float32), k))
 
     return search
-
-
-def _warn_of_another_collection(folder: Path, collection: Collection) -> None:
-    """Without `data=`, the embedded collection is searched, and that takes long to embed."""
-    facts: dict[str, Any] = read_encoding(folder)[1]
-    trained_on = str(facts.get("collection") or "").rpartition(" ")[0]
-    if trained_on and trained_on != collection.name:
-        log.warning(
-            f"searching {collection.name}, but {folder} was trained on {trained_on}; data= chooses"
-            " another collection"
-        )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -53,8 +53,7 @@ class Measure:
     rel: int = 1  # the lowest relevant grade; nDCG takes grades as they are
 
     def __str__(self) -> str:
-        rel = f"(rel={self.rel})" if self.rel > 1 else ""
-        return f"{self.name}{rel}@{self.cutoff}"
+        return f"{self.name}{f'(rel={self.rel})' if self.rel > 1 else ''}@{self.cutoff}"
 
 
 def parse_measure(text: str) -> Measure:
@@ -66,12 +65,19 @@ def parse_measure(text: str) -> Measure:
     >>> parse_measure("R(rel=2)@100")
     Measure(name='R', cutoff=100, rel=2)
     """
-    match = re.fullmatch(r"(\w+)(?:\(rel=([1-9]\d*)\))?@([1-9]\d*)", str(text).strip())
+    text = str(text).strip()
+    match = re.fullmatch(r"(\w+)(?:\(rel=([1-9]\d*)\))?@([1-9]\d*)", text)
     if match and match[1] in NAMES and not (match[1] == "nDCG" and match[2]):
         return Measure(match[1], int(match[3]), int(match[2] or 1))
+    # The most similar name, whatever its case, its separator or the tool that it comes from.
+    typed, depth = re.match(r"\W*([A-Za-z_]*[A-Za-z])?", text), re.search(r"([1-9]\d*)\W*$", text)
+    known = {**OTHER_NAMES, **{name.lower(): name for name in NAMES}}
+    word = (typed and typed[1]) or ""
+    close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
+    near = f"{known[close[0]] if close else 'nDCG'}@{depth[1] if depth else 10}"
     raise InputError(
         "unknown-measure",
-        f"'{text}' is not a measure; did you mean '{_suggestion(str(text))}'? Supported are "
+        f"'{text}' is not a measure; did you mean '{near}'? Supported are "
         f"{', '.join(f'{name}@k' for name in NAMES)}, and e.g. R(rel=2)@k for higher grades",
     )
 
@@ -79,17 +85,14 @@ def parse_measure(text: str) -> Measure:
 def spelled(measures: Sequence[str], relevant_from: int) -> list[str]:
     """The measures with the lowest relevant grade of a split in their names, unless that is 1.
 
-    In TREC DL, passages of grade 1 are related and do not answer; its binary measures count from
-    grade 2 on. A measure that names its own grade, and nDCG, stay as they are.
+    TREC DL counts passages from grade 2 on. A measure that names its own grade, and nDCG, stay.
 
     >>> spelled(["MRR@10", "nDCG@10", "R(rel=1)@100"], relevant_from=2)
     ['MRR(rel=2)@10', 'nDCG@10', 'R(rel=1)@100']
     """
-    if relevant_from == 1:
-        return list(measures)
     return [
         text
-        if "(" in text or parse_measure(text).name == "nDCG"
+        if relevant_from == 1 or "(" in text or parse_measure(text).name == "nDCG"
         else text.replace("@", f"(rel={relevant_from})@")
         for text in measures
     ]
@@ -105,20 +108,14 @@ def deepest(measures: Sequence[str]) -> int:
 
 
 def depth_of(run: Run, searched: int | None = None) -> int:
-    """The depth of a run: its longest list, or the depth of the search that made it.
-
-    Args:
-        searched: depth of the search, if known. Queries may have fewer hits than that.
-    """
+    """The depth of a run: its longest list, or the depth of the search that made it, if known."""
     return max(int(run.counts.max(initial=0)), searched or 0)
 
 
 def too_deep(measures: Sequence[str], depth: int, passages: int) -> list[str]:
     """The measures that look deeper than a run: R@1000 of 100 passages is R@100.
 
-    Args:
-        depth: of the run, see `depth_of`.
-        passages: of the collection; a run that ranks all of them suits every measure.
+    A run that ranks all `passages` of the collection suits every measure.
 
     >>> too_deep(["MRR@10", "R@1000"], depth=100, passages=5_000)
     ['R@1000']
@@ -127,18 +124,13 @@ def too_deep(measures: Sequence[str], depth: int, passages: int) -> list[str]:
 
 
 def per_query(run: Run, qrels: Qrels, measures: Sequence[str]) -> dict[str, np.ndarray]:
-    """Each measure for each judged query that the collection has.
+    """Each measure [Q] float64 for each judged query of the collection, in their order.
 
     The run is scored in its order; pass `canonical(run, corpus)` where scores may tie.
-
-    Returns:
-        For each measure float64 [Q], in the order of `qrels.queries`.
     """
-    parsed = {text: parse_measure(text) for text in measures}
-    wanted = {ir_measures.parse_measure(str(one)): one for one in parsed.values()}
-    rows = qrels.queries
+    wanted = {text: ir_measures.parse_measure(str(parse_measure(text))) for text in measures}
+    rows, best = qrels.queries, run.top(deepest(measures))
     values = {one: np.zeros(len(rows)) for one in wanted.values()}
-    best = run.top(deepest(measures))
     unknown: dict[int, list[int]] = {}
     for row, grade in zip(qrels.unknown.query_rows, qrels.unknown.grades, strict=True):
         unknown.setdefault(int(row), []).append(int(grade))
@@ -155,10 +147,10 @@ def per_query(run: Run, qrels: Qrels, measures: Sequence[str]) -> dict[str, np.n
                     # Strictly falling scores: the order is given, and no provider sees a tie.
                     order = enumerate(found.tolist())
                     ranked[str(place)] = {str(passage): -float(i) for i, passage in order}
-            for value in ir_measures.iter_calc(list(wanted), judged, ranked):
-                values[wanted[value.measure]][int(value.query_id)] = value.value
+            for value in ir_measures.iter_calc(list(values), judged, ranked):
+                values[value.measure][int(value.query_id)] = value.value
             done(len(some))
-    return {text: values[one] for text, one in parsed.items()}
+    return {text: values[one] for text, one in wanted.items()}
 
 
 def score_run(
@@ -188,16 +180,12 @@ def score_run(
         )
     found = run.query_rows[run.counts > 0]
     missing = len(np.setdiff1d(rows, found, assume_unique=True))
-    if not len(found):
+    if missing == len(rows):
         log.warning("the run has no passage for any of the %d queries to score", missing)
-    elif missing == len(rows):
-        log.warning("the run has none of the %d queries to score: is it of this split?", missing)
     names = queries.ids(rows)
+    zero = dict.fromkeys(unknown.queries, 0.0)
     scored = {
-        text: {
-            **dict(zip(names, values.tolist(), strict=True)),
-            **dict.fromkeys(unknown.queries, 0.0),
-        }
+        text: dict(zip(names, values.tolist(), strict=True)) | zero
         for text, values in per_query(canonical(run, corpus), qrels, measures).items()
     }
     return {
@@ -215,53 +203,45 @@ def score_run(
 def mean_over_collections(
     records: Mapping[str, dict[str, Any]], groups: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The metrics.json of several collections, from the metrics of each finished one.
+    """The metrics.json of several collections, from the metrics of each finished one by folder.
 
-    All collections weigh the same, however many queries they have. BEIR's average (Thakur et al.
-    2021, arXiv 2104.08663) counts CQADupStack's twelve forums as one collection, whose value is the
-    mean of theirs.
+    All groups weigh the same, however many queries they have. BEIR's average (Thakur et al. 2021,
+    arXiv 2104.08663) counts CQADupStack's twelve forums as one collection: the mean of theirs.
 
     Args:
-        records: by folder, what `caravan.retrieval.pipeline.evaluate` returns.
         groups: by folder, the group that counts once in the mean.
     """
-    own = {
-        folder: {
-            "group": groups[folder],
-            "digest": record["collection"]["digest"],
-            "split": record["split"],
-            "queries": record["queries"],
-            "passages": record["passages"],
-            "overall": record["overall"],
-            "stages": {stage["stage"]: stage["overall"] for stage in record["stages"]},
-            "depths": {stage["stage"]: stage.get("depth") for stage in record["stages"]},
-            "seconds": record["seconds"],
-        }
-        for folder, record in records.items()
-    }
-    names = list(dict.fromkeys(groups[folder] for folder in records))
     every = list(records.values())
-    first = every[0] if every else {"system": "", "stages": []}
+    names = list(dict.fromkeys(groups[folder] for folder in records))
 
-    def mean(overall: Mapping[str, dict[str, float]]) -> dict[str, float]:
-        return _mean((groups[folder], metrics) for folder, metrics in overall.items())
-
-    stages = [
-        {
-            "stage": stage["stage"],
-            "run": "",
-            "run_xxh3": manifests.digest(
-                [[one["run_xxh3"] for one in record["stages"]][i] for record in every]
-            ),
-            "depth": _shallowest(every, i),
-            "overall": mean({name: of["stages"][i]["overall"] for name, of in records.items()}),
-            "seconds": sum(record["stages"][i]["seconds"] for record in every),
+    def mean(overall: Sequence[dict[str, float]]) -> dict[str, float]:
+        """The means of the measures that all have: TREC DL has MRR(rel=2)@10, others MRR@10."""
+        of: dict[str, list[dict[str, float]]] = {}
+        for folder, metrics in zip(records, overall, strict=True):
+            of.setdefault(groups[folder], []).append(metrics)
+        common = [name for name in overall[0] if all(name in one for one in overall)]
+        return {
+            name: fmean(fmean(one[name] for one in members) for members in of.values())
+            for name in common
         }
-        for i, stage in enumerate(first["stages"])
-    ]
+
+    stages = []
+    for parts in zip(*(record["stages"] for record in every), strict=True):
+        sizes = zip((part["depth"] for part in parts), every, strict=True)
+        depths = [depth for depth, record in sizes if depth < record["passages"]]
+        stages.append(
+            {
+                "stage": parts[0]["stage"],
+                "run": "",
+                "run_xxh3": manifests.digest([part["run_xxh3"] for part in parts]),
+                "depth": min(depths, default=None),  # None: each ranks all passages
+                "overall": mean([part["overall"] for part in parts]),
+                "seconds": sum(part["seconds"] for part in parts),
+            }
+        )
     digests = {name: [of["collection"]["digest"], of["split"]] for name, of in records.items()}
     return {
-        "system": first["system"],
+        "system": every[0]["system"] if every else "",
         "collection": {
             "name": ", ".join(names) if len(names) <= LISTED else f"{len(names)} collections",
             "digest": manifests.digest(digests),
@@ -271,43 +251,17 @@ def mean_over_collections(
         "passages": sum(record["passages"] for record in every),
         "run": "",  # each collection has its own
         "seconds": sum(record["seconds"] for record in every),
-        "overall": mean({name: record["overall"] for name, record in records.items()}),
+        "overall": mean([record["overall"] for record in every]) if every else {},
         "stages": stages,
-        "collections": own,
+        "collections": {
+            folder: {
+                "group": groups[folder],
+                "digest": record["collection"]["digest"],
+                **{key: record[key] for key in ("split", "queries", "passages", "overall")},
+                "stages": {stage["stage"]: stage["overall"] for stage in record["stages"]},
+                "depths": {stage["stage"]: stage["depth"] for stage in record["stages"]},
+                "seconds": record["seconds"],
+            }
+            for folder, record in records.items()
+        },
     }
-
-
-def _mean(metrics: Iterable[tuple[str, dict[str, float]]]) -> dict[str, float]:
-    """The mean, over groups, of each measure that all have; a group is the mean of its members.
-
-    Measures differ where splits do: TREC DL's passages have MRR(rel=2)@10 where others have MRR@10.
-    """
-    groups: dict[str, list[dict[str, float]]] = {}
-    for group, overall in metrics:
-        groups.setdefault(group, []).append(overall)
-    every = [overall for members in groups.values() for overall in members]
-    names = [name for name in every[0] if all(name in one for one in every)] if every else []
-    return {
-        name: fmean(fmean(one[name] for one in members) for members in groups.values())
-        for name in names
-    }
-
-
-def _shallowest(records: Sequence[dict[str, Any]], stage: int) -> int | None:
-    """The depth of a stage's shallowest run; None where each ranks all passages.
-
-    Evaluations of earlier versions have no depth.
-    """
-    found = [(record["stages"][stage].get("depth"), record["passages"]) for record in records]
-    depths = [depth for depth, passages in found if depth is not None and depth < passages]
-    return min(depths, default=None)
-
-
-def _suggestion(text: str) -> str:
-    """The most similar name, whatever its case, its separator or the tool that it comes from."""
-    typed = re.match(r"\W*([A-Za-z_]*[A-Za-z])?", text)
-    depth = re.search(r"([1-9]\d*)\W*$", text)
-    known = {**OTHER_NAMES, **{name.lower(): name for name in NAMES}}
-    word = (typed[1] if typed else None) or ""
-    close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
-    return f"{known[close[0]] if close else 'nDCG'}@{depth[1] if depth else 10}"

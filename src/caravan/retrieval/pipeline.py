@@ -4,10 +4,9 @@
     run_dir/runs/         <stage>.<split>.trec, the run of each stage
     run_dir/metrics.json  metrics of the last stage, and of all stages
 
-The inputs of an evaluation are its data, systems and settings. With equal inputs, finished stages
-are reused and interrupted stages are resumed. An evaluation with other inputs in the same run_dir
-raises an error, so results are never overwritten. To mine hard negatives, evaluate the training
-queries.
+The inputs are data, systems and settings. With equal inputs, finished stages are reused and
+interrupted ones resumed. An evaluation with other inputs in the same run_dir raises an error, so
+results are never overwritten. To mine hard negatives, evaluate the training queries.
 """
 
 from __future__ import annotations
@@ -39,9 +38,7 @@ class Evaluation:
         collection, split: the collection and its judged queries.
         run_dir: where runs and metrics are written.
         store: folder for embeddings, BM25's index and reranker scores; evaluations may share it.
-        systems: the retrievers, fusion and reranker.
         models: opens the model folders; evaluations may share it.
-        measures: see `caravan.retrieval.metrics`.
         ignore_identical_ids: drop the passage that has the query's id from each result.
         config: text of run_dir/config.yaml.
 
@@ -61,8 +58,7 @@ class Evaluation:
         ignore_identical_ids: bool = False,
         config: str = "",
     ) -> None:
-        self.systems = systems
-        self.measures = list(measures)
+        self.systems, self.measures = systems, list(measures)
         inputs = {
             "collection": collection.digest,
             "split": split,
@@ -72,39 +68,33 @@ class Evaluation:
         refuse_another(run_dir, inputs)
         _write_config(run_dir, config, inputs)
         self.stages = Stages(
-            collection, split, run_dir, Store(store), systems.k, models, ignore_identical_ids
+            collection, split, run_dir, Store(store), systems, models, ignore_identical_ids
         )
         self.rankings: list[Ranking] = []
 
-    def __iter__(self) -> Iterator[Ranking]:
+    def __iter__(self) -> Iterator[None]:
         """Run the stages in order."""
-        systems, stages = self.systems, self.stages
-        for name in systems.retrievers:
-            yield self._add(self._retrieved(name))
-        if len(systems.retrievers) > 1:
-            fuse = systems.fuse.make()
-            yield self._add(stages.fused(fuse, systems.fuse.settings, self.rankings))
-        if systems.reranker is not None:
-            candidates = self.rankings[-1]
-            yield self._add(stages.reranked(systems.reranker, systems.rerank, candidates))
-
-    def _add(self, ranking: Ranking) -> Ranking:
-        self.rankings.append(ranking)
-        return ranking
+        for name in self.systems.retrievers:
+            self.rankings.append(self._retrieved(name))
+            yield
+        if len(self.systems.retrievers) > 1:
+            self.rankings.append(self.stages.fused(self.rankings))
+            yield
+        if self.systems.reranker is not None:
+            self.rankings.append(self.stages.reranked(self.systems.reranker, self.rankings[-1]))
+            yield
 
     def _retrieved(self, name: str) -> Ranking:
-        systems, stages = self.systems, self.stages
-        if name == "bm25":
-            return stages.bm25(systems.bm25.make(), systems.bm25.settings)
         path = Path(name)
+        if name == "bm25":
+            return self.stages.bm25()
         if path.is_file() and not is_model(path):
-            return stages.given(path)
-        if not path.exists():
-            raise InputError(
-                "file-not-found", f"retriever={name}: no model folder or run file has this path"
-            )
-        lengths, index = systems.overridden_lengths, systems.index
-        return stages.dense(path, lengths, systems.block, index.make(), index.settings)
+            return self.stages.given(path)
+        if path.exists():
+            return self.stages.dense(path)
+        raise InputError(
+            "file-not-found", f"retriever={name}: no model folder or run file has this path"
+        )
 
     def score(self) -> dict[str, Any]:
         """Score all stages and write metrics.json, or read it if the runs have not changed.
@@ -114,13 +104,7 @@ class Evaluation:
         if not is_main_process():
             return {}
         stages, path = self.stages, self.stages.run_dir / "metrics.json"
-        relevant_from = stages.collection.relevant_from.get(stages.split, 1)
-        measures = spelled(self.measures, relevant_from)
-        if measures != self.measures:
-            log.info(
-                f"{stages.collection.name} {stages.split}: passages are relevant from grade"
-                f" {relevant_from}; the measures are {', '.join(measures)}"
-            )
+        measures = spelled(self.measures, stages.collection.relevant_from.get(stages.split, 1))
         inputs = {
             "stages": [{**ranking.inputs, "stage": ranking.name} for ranking in self.rankings],
             "runs": [ranking.digest for ranking in self.rankings],
@@ -129,23 +113,20 @@ class Evaluation:
             "mean": "all judged queries",  # earlier versions excluded some
         }
         if manifests.matches(path, inputs):
-            written = (manifests.read(path) or {}).get("facts", {}).get("xxh3")
-            if written == manifests.content_digest(path):
+            if manifests.facts(path).get("xxh3") == manifests.content_digest(path):
                 return manifests.read_json(path)
             log.warning("%s has changed since it was written; the runs are scored again", path)
-        _write_metrics(path, self._metrics(measures), inputs)
-        return manifests.read_json(path)
+        return _write_metrics(path, self._metrics(measures), inputs)
 
     def _metrics(self, measures: list[str]) -> dict[str, Any]:
         stages, collection, rows = self.stages, self.stages.collection, []
         scored: dict[str, Any] = {}
-        queries = len(stages.qrels.queries)
         best = None
         for ranking in self.rankings:
             run = stages.read(ranking, depth=max(1, deepest(measures)))
             scored = score_run(run, stages.qrels, collection.queries, collection.corpus, measures)
             first = next(iter(scored["overall"].values()))
-            seconds = ranking.query_seconds
+            seconds = ranking.seconds("_query_s")
             rows.append(
                 {
                     "stage": ranking.name,
@@ -153,21 +134,20 @@ class Evaluation:
                     "run_xxh3": ranking.digest,
                     "depth": depth_of(run, ranking.depth),
                     "overall": scored["overall"],
-                    "seconds": ranking.seconds,
-                    "queries_per_second": queries / seconds if seconds else None,
+                    "seconds": ranking.seconds(),
+                    "queries_per_second": len(stages.qrels.queries) / seconds if seconds else None,
                     "gain": None if best is None else first - best,
                 }
             )
             best = first if best is None else max(best, first)
-        last = self.rankings[-1]
         return {
-            "system": last.name,
+            "system": rows[-1]["stage"],
             "collection": {"name": collection.name, "digest": collection.digest},
             "split": stages.split,
             "passages": len(collection.corpus),
-            "run": f"runs/{last.path.name}",
-            "seconds": sum(ranking.seconds for ranking in self.rankings),
-            "facts": last.facts,
+            "run": rows[-1]["run"],
+            "seconds": sum(row["seconds"] for row in rows),
+            "facts": self.rankings[-1].facts,
             "stages": rows,
             **scored,
         }
@@ -225,8 +205,7 @@ def evaluate_suite(
         if not is_main_process():
             return {}
         metrics = {**mean_over_collections(records, groups), "failed": failed}
-        _write_metrics(run_dir / "metrics.json", metrics, metrics["collection"])
-    return metrics
+        return _write_metrics(run_dir / "metrics.json", metrics, metrics["collection"])
 
 
 @contextmanager
@@ -249,27 +228,22 @@ def _noting_failure(name: str, failed: dict[str, str]) -> Iterator[None]:
 def refuse_another(run_dir: Path, inputs: dict[str, Any]) -> None:
     """Refuse a run_dir that contains a training run or the metrics of another evaluation.
 
-    An evaluation that failed or was interrupted before it wrote metrics may be restarted with other
-    settings; its embeddings and scores stay in the store.
-
-    Raises:
-        OccupiedError: If run_dir has a training run, or metrics of other data, systems or settings.
+    One that failed or was interrupted before it wrote metrics may be restarted with other settings.
     """
     if (run_dir / "checkpoints").exists() or (run_dir / "model").exists():
         raise OccupiedError(
             "occupied-run-dir",
             f"{run_dir} holds a training run; choose another name= for the evaluation",
         )
-    metrics, record = run_dir / "metrics.json", _config(run_dir)
+    metrics, record = run_dir / "metrics.json", run_dir / "config.yaml"
     if not metrics.exists() or manifests.matches(record, inputs):
         return
     if "collections" in inputs and _is_incomplete(metrics):
         return
-    lines = manifests.differences(record, inputs)
-    lines.sort(key=lambda line: "unset" in line)
-    differs = f"it differs in {'; '.join(lines[:3])}"
-    if manifests.read(record) is None:
-        differs = "its data, systems and settings are not recorded there"
+    differs = "its data, systems and settings are not recorded there"
+    if manifests.read(record) is not None:
+        lines = sorted(manifests.differences(record, inputs), key=lambda line: "unset" in line)
+        differs = f"it differs in {'; '.join(lines[:3])}"
     raise OccupiedError(
         "occupied-run-dir",
         f"{run_dir} holds another evaluation already ({differs}); choose another name=, or remove"
@@ -285,18 +259,16 @@ def _is_incomplete(metrics: Path) -> bool:
         return True
 
 
-def _config(run_dir: Path) -> Path:
-    return run_dir / "config.yaml"
-
-
 def _write_config(run_dir: Path, text: str, inputs: dict[str, Any]) -> None:
     if is_main_process():
-        manifests.write(_config(run_dir), inputs)
-        with replacing(_config(run_dir)) as scratch:
+        manifests.write(run_dir / "config.yaml", inputs)
+        with replacing(run_dir / "config.yaml") as scratch:
             scratch.write_text(text, "utf-8")
 
 
-def _write_metrics(path: Path, metrics: dict[str, Any], inputs: dict[str, Any]) -> None:
+def _write_metrics(path: Path, metrics: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Write metrics.json with its manifest; returns its content."""
     manifests.remove(path)
     manifests.write_json(path, metrics)
     manifests.write(path, inputs, {"xxh3": manifests.content_digest(path)})
+    return manifests.read_json(path)

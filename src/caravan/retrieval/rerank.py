@@ -1,22 +1,21 @@
 """Reranking: score each (query, passage) pair of a run with a cross-encoder, and sort by score.
 
 RankLLaMA (arXiv 2310.08319, section 2.2) reranks the retriever's top 200. The pairs of all queries
-are split into blocks. Each block is sorted by length across its queries, and its scores are written
-before the next block starts, so memory holds one block and an interrupted run resumes there.
+are split into blocks, which are sorted by length and written one after the other, so memory holds
+one block and an interrupted run resumes there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from caravan.data.collection import Qrels
 from caravan.data.runs import Run
 from caravan.data.segments import Segments
-from caravan.errors import InputError
 from caravan.retrieval.fusion import Weighted
 from caravan.retrieval.inference import Inference
 from caravan.retrieval.store import Compute, Shards
@@ -41,29 +40,13 @@ class Reranking:
 
     depth: int = 100
     weight: float = 1.0
-    rest: str = "drop"
+    rest: Literal["drop", "keep"] = "drop"
     judged: bool = False
     block: int = 2048
     query_length: int | None = None
     passage_length: int | None = None
-    segment: str | None = None
+    segment: Literal["first", "best"] | None = None
     segment_words: int = 150
-
-    def __post_init__(self) -> None:
-        if not 0 < self.weight <= 1:
-            raise InputError(
-                "out-of-range",
-                f"rerank.weight is {self.weight}; it must be above 0 and at most 1",
-            )
-        if self.rest not in ("drop", "keep"):
-            raise InputError(
-                "unknown-choice", f"rerank.rest is {self.rest!r}; it must be drop or keep"
-            )
-        if self.segment not in (None, "first", "best"):
-            raise InputError(
-                "unknown-choice",
-                f"rerank.segment is {self.segment!r}; it must be null, first or best",
-            )
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -77,11 +60,7 @@ Save = Callable[[int, Compute], Shards]
 
 
 class Reranker:
-    """Reranks runs with a cross-encoder.
-
-    Args:
-        model: a reranker, opened with `settings.lengths`.
-    """
+    """Reranks runs with a cross-encoder, opened with `settings.lengths`."""
 
     def __init__(self, model: Inference, settings: Reranking) -> None:
         self.model = model
@@ -155,23 +134,14 @@ def _with_rest(run: Run, candidates: Run, size: int) -> Run:
     old_queries = np.repeat(candidates.query_rows, candidates.counts)
     ranked = np.repeat(run.query_rows, run.counts)
     rest = ~np.isin(old_queries * size + candidates.passage_rows, ranked * size + run.passage_rows)
-    query_rows, passage_rows = old_queries[rest], candidates.passage_rows[rest]
-    lowest = dict(zip(run.query_rows.tolist(), _lowest(run).tolist(), strict=True))
-    first = np.searchsorted(query_rows, query_rows)
-    below = np.arange(len(query_rows)) - first + 1
+    query_rows = old_queries[rest]
+    lowest = {row: [0.0, *run.of(row)[1]][-1] for row in set(query_rows.tolist())}
+    below = np.arange(len(query_rows)) - np.searchsorted(query_rows, query_rows) + 1
     scores = np.array([lowest[row] for row in query_rows.tolist()], dtype=np.float64) - below
     return Run.from_flat(
         np.concatenate((ranked, query_rows)),
-        np.concatenate((run.passage_rows, passage_rows)),
+        np.concatenate((run.passage_rows, candidates.passage_rows[rest])),
         np.concatenate((run.scores, scores)),
         run.tag,
         all_queries=run.query_rows,
     )
-
-
-def _lowest(run: Run) -> np.ndarray:
-    """The lowest score of each query, [Q]; 0 for queries without passages."""
-    lowest = np.zeros(len(run))
-    some = run.counts > 0
-    lowest[some] = run.scores[run.offsets[1:][some] - 1]
-    return lowest

@@ -25,12 +25,12 @@ from caravan.data.negatives import own_passages, warn_if_queries_are_passages
 from caravan.data.runs import Run, canonical, read_run, write_run
 from caravan.distributed import is_main_process, wait_until
 from caravan.errors import InputError
-from caravan.retrieval.bm25 import BM25, index_inputs, open_index
-from caravan.retrieval.fusion import Fusion
-from caravan.retrieval.index import Index, measured_recall
+from caravan.retrieval.bm25 import index_inputs, open_index
+from caravan.retrieval.index import measured_recall
 from caravan.retrieval.inference import Inference, Models
-from caravan.retrieval.rerank import Reranker, Reranking
+from caravan.retrieval.rerank import Reranker
 from caravan.retrieval.store import Embeddings, Store
+from caravan.retrieval.systems import Systems
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +49,9 @@ class Ranking:
     digest: str  # of the run's bytes
     depth: int | None  # of the search; None: unknown, only the lists are given
 
-    @property
-    def seconds(self) -> float:
-        return float(sum(value for key, value in self.facts.items() if key.endswith("_s")))
-
-    @property
-    def query_seconds(self) -> float:
-        """Seconds spent on queries, excluding work done once per collection."""
-        return float(sum(value for key, value in self.facts.items() if key.endswith("_query_s")))
+    def seconds(self, suffix: str = "_s") -> float:
+        """Seconds of the stage, or with the suffix `_query_s` those spent on queries."""
+        return float(sum(value for key, value in self.facts.items() if key.endswith(suffix)))
 
 
 def encode(
@@ -72,7 +67,6 @@ def encode(
     Args:
         inputs: the result of `Models.inputs`.
         block: texts per shard.
-        split: embed the judged queries of this split; None embeds the corpus.
     """
     inputs = {**inputs, "collection": collection.digest, "block": block}
     if split is None:
@@ -85,15 +79,7 @@ def encode(
 
 
 class Stages:
-    """Computes the rankings for one split of a collection.
-
-    Args:
-        collection, split: the collection and its judged queries.
-        run_dir: where runs are written.
-        store: for embeddings, BM25's index and reranker scores.
-        k: depth of the runs.
-        models: opens the models.
-        ignore_identical_ids: drop the passage that has the query's id from each result.
+    """Computes the rankings for one split of a collection; arguments as in `Evaluation`.
 
     Raises:
         InputError: If the split has no judged query.
@@ -105,20 +91,19 @@ class Stages:
         split: str,
         run_dir: Path,
         store: Store,
-        k: int,
+        systems: Systems,
         models: Models,
         ignore_identical_ids: bool = False,
     ) -> None:
-        self.collection = collection
-        self.split = split
+        self.collection, self.split, self.run_dir = collection, split, run_dir
+        self.store, self.systems, self.models = store, systems, models
+        self.k = systems.k
         self.qrels: Qrels = collection.qrels(split)
         if not len(self.qrels.queries):
             raise InputError(
                 "empty-split",
                 f"{collection.name}: split {split!r} has no judged query; set another data.split",
             )
-        self.run_dir, self.store = run_dir, store
-        self.k, self.models = k, models
         self._names: dict[str, int] = {}
         self._ignoring: dict[str, Any] = {}  # recorded in manifests only if set
         self._own: np.ndarray | None = None
@@ -127,16 +112,15 @@ class Stages:
             self._own = own_passages(collection, self.qrels.queries)
         elif is_main_process():
             warn_if_queries_are_passages(collection, self.qrels.queries)
+        self._depth = self.k if self._own is None else self.k + 1  # own passages are dropped
 
-    def bm25(self, bm25: BM25, settings: dict[str, Any]) -> Ranking:
-        """Search with BM25.
-
-        Args:
-            settings: settings of `bm25`, for the manifest.
-        """
+    def bm25(self) -> Ranking:
+        """Search with BM25."""
+        settings = self.systems.bm25.settings
 
         def search() -> tuple[Run, Facts]:
             started = time.monotonic()
+            bm25 = self.systems.bm25.make()
             open_index(bm25, settings, self.collection, self.store)
             built = time.monotonic()
             rows = self.qrels.queries
@@ -147,44 +131,29 @@ class Stages:
         inputs = {**index_inputs(self.collection, settings), "k": self.k, **self._ignoring}
         return self._ranking("bm25", inputs, search, self.k)
 
-    def dense(
-        self,
-        folder: Path,
-        lengths: dict[str, int],
-        block: int,
-        index: Index,
-        settings: dict[str, Any],
-    ) -> Ranking:
-        """Embed corpus and queries with a model folder, build the index and search.
-
-        Args:
-            lengths: lengths that override those of the folder.
-            block: texts per shard.
-            settings: settings of `index`, for the manifest.
-        """
+    def dense(self, folder: Path) -> Ranking:
+        """Embed corpus and queries with a model folder, build the index and search."""
+        lengths, block = self.systems.overridden_lengths, self.systems.block
         model_inputs = self.models.inputs(folder)
 
         def search() -> tuple[Run, Facts] | None:
-            started = time.monotonic()
+            times = [time.monotonic()]
             model = self.models.open(folder, "retriever", lengths)
             product = (model, model_inputs, block, self.collection, self.store)
             passages = encode(*product)
-            encoded = time.monotonic()
+            times.append(time.monotonic())
             queries = encode(*product, self.split).read()
-            queries_encoded = time.monotonic()
+            times.append(time.monotonic())
             if not is_main_process():
                 return None
+            index = self.systems.index.make()
             index.build(passages)
-            built = time.monotonic()
+            times.append(time.monotonic())
             scores, rows = index.search(queries, min(self._depth, passages.rows))
-            facts: Facts = {
-                "encode_s": encoded - started,
-                "encode_query_s": queries_encoded - encoded,
-                "index_s": built - queries_encoded,
-                "search_query_s": time.monotonic() - built,
-                "device": str(model.device),
-                "precision": model.precision,
-            }
+            times.append(time.monotonic())
+            names = ("encode_s", "encode_query_s", "index_s", "search_query_s")
+            facts: Facts = dict(zip(names, np.diff(times).tolist(), strict=True))
+            facts |= {"device": str(model.device), "precision": model.precision}
             if index.approximate:
                 facts["recall_against_exact"] = measured_recall(rows, queries, passages)
                 log.info("recall against exact search: %.4f", facts["recall_against_exact"])
@@ -195,7 +164,7 @@ class Stages:
             **lengths,
             "collection": self.collection.digest,
             "block": block,
-            "index": settings,
+            "index": self.systems.index.settings,
             "k": self.k,
             "versions": manifests.versions((*manifests.LIBRARIES, "faiss-cpu")),
             **self._ignoring,
@@ -228,14 +197,10 @@ class Stages:
 
         return self._ranking("run", inputs, search, depth=None)
 
-    def fused(self, fuse: Fusion, settings: dict[str, Any], rankings: Sequence[Ranking]) -> Ranking:
-        """Fuse several rankings into one.
-
-        Args:
-            settings: settings of `fuse`, for the manifest.
-        """
+    def fused(self, rankings: Sequence[Ranking]) -> Ranking:
+        """Fuse several rankings into one."""
         inputs = {
-            "fuse": settings,
+            "fuse": self.systems.fuse.settings,
             "runs": [ranking.digest for ranking in rankings],
             "k": self.k,
             "versions": manifests.versions(()),
@@ -244,13 +209,15 @@ class Stages:
         def search() -> tuple[Run, Facts]:
             runs = [self.read(ranking) for ranking in rankings]
             started = time.monotonic()
-            return fuse(runs).top(self.k), {"fuse_query_s": time.monotonic() - started}
+            fused = self.systems.fuse.make()(runs).top(self.k)
+            return fused, {"fuse_query_s": time.monotonic() - started}
 
         known = any(ranking.depth is not None for ranking in rankings)
         return self._ranking("fused", inputs, search, self.k if known else None)
 
-    def reranked(self, folder: Path, settings: Reranking, candidates: Ranking) -> Ranking:
+    def reranked(self, folder: Path, candidates: Ranking) -> Ranking:
         """Rerank the candidates with a model folder."""
+        settings = self.systems.rerank
         values = asdict(settings)
         scored_from = {
             **self.models.inputs(folder),
@@ -271,9 +238,8 @@ class Stages:
             save = partial(self.store.shards, f"scores.{self.split}", product)
             texts = (self.collection.queries, self.collection.corpus)
             reranked = Reranker(model, settings).rerank(run, *texts, save, self.qrels)
-            seconds, device = time.monotonic() - started, str(model.device)
-            facts = {"rerank_query_s": seconds, "device": device, "precision": model.precision}
-            return reranked, facts
+            facts = {"rerank_query_s": time.monotonic() - started}
+            return reranked, {**facts, "device": str(model.device), "precision": model.precision}
 
         depth = candidates.depth
         if depth is not None and settings.rest == "drop":
@@ -286,11 +252,6 @@ class Stages:
             nothing = np.full((2, len(self.qrels.queries), 1), -1, dtype=np.int64)
             return Run.from_topk(self.qrels.queries, *nothing)
         return read_run(ranking.path, self.collection.queries, self.collection.corpus, depth=depth)
-
-    @property
-    def _depth(self) -> int:
-        """The search depth: one more than k where own passages are dropped."""
-        return self.k if self._own is None else self.k + 1
 
     def _cut(self, run: Run) -> Run:
         """Drop own passages from a run of depth `_depth` and cut it to depth k."""
@@ -334,8 +295,7 @@ class Stages:
             write_run(path, run, self.collection.queries, self.collection.corpus)
             digest = manifests.content_digest(path)
             manifests.write(path, inputs, {**facts, "run_xxh3": digest})
-        facts = (manifests.read(path) or {}).get("facts", {})
-        return Ranking(name, path, inputs, facts, digest, depth)
+        return Ranking(name, path, inputs, manifests.facts(path), digest, depth)
 
 
 def _finished_digest(path: Path, inputs: dict[str, Any], warn: bool = True) -> str | None:
@@ -343,7 +303,7 @@ def _finished_digest(path: Path, inputs: dict[str, Any], warn: bool = True) -> s
     if not manifests.matches(path, inputs):
         return None
     digest = manifests.content_digest(path)
-    if (manifests.read(path) or {}).get("facts", {}).get("run_xxh3") == digest:
+    if manifests.facts(path).get("run_xxh3") == digest:
         return digest
     if warn:
         log.warning("%s has changed since it was written; it is made again", path)

@@ -11,19 +11,15 @@ A product is reused only if all its inputs are equal. The inputs are:
 - Scores: as embeddings, with the candidates and the settings of the reranker.
 - Runs: the inputs of their products, depth, index or fusion, `ignore_identical_ids`.
 
-Collections, model folders and runs are represented by digests of their content. Different inputs
-get different names, so evaluations can share a store: they never overwrite each other's products,
-and an interrupted evaluation resumes its own. Nothing is evicted. A search also reuses the products
-of any evaluation. A product whose content has changed since it was written is recomputed when it
-is read.
+Collections, model folders and runs are represented by digests of their content. Evaluations can
+share a store: they never overwrite each other's products, and nothing is evicted. A search also
+reuses the products of any evaluation. A product that has changed since is computed again when read.
 
-`Shards` stores one array per file. The record of a shard follows the array in the same file, where
-numpy does not read: digest of the inputs, number, shape, dtype, and digest of the bytes. (A
-separate file could belong to the shard of another process.) A shard with a wrong record or size
-counts as missing. Its bytes are compared with the digest at the first read, so starting up does not
-read all shards. Shards are computed independently, so an interruption does not change their bytes.
-With several processes (torchrun, srun) each computes its share of the shards; the processes
-communicate only through the folder.
+`Shards` stores one array per file, followed by its record where numpy does not read: digest of the
+inputs, number, shape, dtype, and digest of the bytes. A shard with a wrong record or size counts as
+missing; its bytes are compared with the digest at the first read. Shards are computed one by one,
+so an interruption does not change their bytes. With several processes (torchrun, srun) each writes
+its share of the shards; they communicate only through the folder.
 """
 
 from __future__ import annotations
@@ -61,48 +57,61 @@ class Store:
     """
 
     def __init__(self, folder: Path, reuse: Path | None = None) -> None:
-        self.folder = folder
-        self.reuse = reuse
+        self.folder, self.reuse = folder, reuse
 
     def path(self, name: str, inputs: dict[str, Any]) -> Path:
-        """The path of a product, finished or not, from its name and the digest of its inputs.
+        """The folder of a product, finished or not.
 
         Args:
             name: kind of the product, such as "passages".
             inputs: everything that determines its content.
+
+        Raises:
+            InputError: If it is a symbolic link.
         """
-        found = _finished(self.folder, name, inputs) or _finished(self.reuse, name, inputs)
-        if found is None:
-            path = self.folder / f"{name}.{manifests.digest(inputs)[:12]}"
-            self._log_other_versions(path, name, inputs)
+        product = f"{name}.{manifests.digest(inputs)[:12]}"
+        path, pattern = self.folder / product, f"{glob.escape(product)}{SUFFIX}"
+        if path.is_symlink():
+            raise InputError(
+                "link-in-store",
+                f"{path} is a symbolic link, which Caravan does not follow in a store; remove the"
+                " link, or choose another store=",
+            )
+        if manifests.matches(path, inputs):
             return path
-        if found.parent != self.folder:
-            log.info("reusing %s, from the same model, collection, settings and versions", found)
-        return found
+        for manifest in sorted(self.reuse.rglob(pattern)) if self.reuse else ():
+            found = manifest.with_name(product)
+            if not found.is_symlink() and manifests.matches(found, inputs):
+                log.info(f"reusing {found}, from the same model, collection, settings and versions")
+                return found
+        # Products with other inputs are never evicted, and may fill the disk.
+        others = [
+            other.with_name(other.name.removesuffix(SUFFIX))
+            for other in sorted(self.folder.glob(f"{glob.escape(name)}.*{SUFFIX}"))
+        ]
+        if others:
+            nearest = min((manifests.differences(other, inputs) for other in others), key=len)
+            log.info(
+                f"{self.folder} has {', '.join(other.name for other in others)} from other models,"
+                " collections, settings or versions (the nearest differs in"
+                f" {'; '.join(nearest[:3])}); delete what you no longer need"
+            )
+        return path
 
     def shards(self, name: str, inputs: dict[str, Any], count: int, compute: Compute) -> Shards:
         """Open a product of `count` arrays; waits until all processes have written their shards.
 
         Args:
             compute: computes missing or damaged shards.
-
-        Raises:
-            InputError: If the product's folder is a symbolic link.
         """
         folder = self.path(name, inputs)
-        _refuse_link(folder)
         shards = Shards(folder, inputs, count, compute)
         missing = shards.missing()
         if not missing and manifests.matches(folder, inputs):
             return shards
         folder.mkdir(parents=True, exist_ok=True)
         shards.write([number for number in missing if number % world_size() == rank()])
-
-        def complete() -> bool:
-            missing[:] = shards.missing(missing)
-            return not missing
-
-        wait_until(complete)
+        wait_until(lambda: not shards.missing())
         if is_main_process():
             manifests.write(folder, inputs)
         wait_until(lambda: manifests.matches(folder, inputs))
@@ -113,24 +122,17 @@ class Store:
     ) -> Path:
         """Return the folder of a product with named files; `build` writes them if necessary.
 
-        Another process may build the same product concurrently. Both write the same bytes file by
-        file, so the result is the same whichever process writes last.
-
-        Raises:
-            InputError: If the product's folder is a symbolic link.
+        Two processes may build it concurrently: they write the same bytes file by file.
         """
         folder = self.path(name, inputs)
-        _refuse_link(folder)
         if manifests.matches(folder, inputs):
-            written = (manifests.read(folder) or {}).get("facts", {}).get("files", {})
-            damaged = [
-                folder / file
-                for file in names
-                if not manifests.is_as_written(folder / file, written.get(file))
-            ]
-            if not damaged:
+            written = manifests.facts(folder).get("files", {})
+            for file in names:
+                if not manifests.is_as_written(folder / file, written.get(file)):
+                    log.warning("%s is damaged; the product is built again", folder / file)
+                    break
+            else:
                 return folder
-            log.warning("%s is damaged; the product is built again", damaged[0])
         manifests.remove(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         build(folder)
@@ -138,30 +140,12 @@ class Store:
         manifests.write(folder, inputs, {"files": written})
         return folder
 
-    def _log_other_versions(self, path: Path, name: str, inputs: dict[str, Any]) -> None:
-        """Log products with other inputs, which are never evicted and may fill the disk."""
-        others = _products(self.folder.glob(f"{glob.escape(name)}*{SUFFIX}"))
-        if others:
-            nearest = min((manifests.differences(other, inputs) for other in others), key=len)
-            log.info(
-                f"{self.folder} has {', '.join(other.name for other in others)} from other models,"
-                " collections, settings or versions (the nearest differs in"
-                f" {'; '.join(nearest[:3])}); delete what you no longer need"
-            )
-
 
 class Shards:
-    """The arrays of a product, one file each; see the docstring of this module.
-
-    Args:
-        inputs: digests and settings that determine the shards.
-        count: number of shards.
-        compute: computes missing or damaged shards.
-    """
+    """The arrays of a product, one file each; see the docstring of this module."""
 
     def __init__(self, folder: Path, inputs: dict[str, Any], count: int, compute: Compute) -> None:
-        self.folder = folder
-        self.count = count
+        self.folder, self.count = folder, count
         self._inputs = manifests.digest(inputs)
         self._compute = compute
         self._verified: set[int] = set()
@@ -172,16 +156,14 @@ class Shards:
     def path(self, number: int) -> Path:
         return self.folder / f"{number:08d}.npy"
 
-    def missing(self, among: Iterable[int] | None = None) -> list[int]:
+    def missing(self) -> list[int]:
         """Numbers of absent or incomplete shards; checks only their size and record."""
-        numbers = range(self.count) if among is None else among
-        return [number for number in numbers if self._record(number) is None]
+        return [number for number in range(self.count) if self._record(number) is None]
 
     def write(self, numbers: list[int]) -> None:
         """Compute and write shards."""
         for number, array in zip(numbers, self._compute(numbers) if numbers else (), strict=True):
-            record = {"shard": number, "inputs": self._inputs}
-            write_shard(self.path(number), array, record)
+            write_shard(self.path(number), array, {"shard": number, "inputs": self._inputs})
             self._verified.add(number)
 
     def read(self, number: int) -> np.ndarray:
@@ -215,10 +197,9 @@ class Shards:
 
 
 class Embeddings:
-    """Embeddings on disk in row order; shard i starts at row i * block.
+    """Embeddings on disk in row order; shard i starts at row i * block (`index.Blocks`).
 
-    Iterating yields `(start_row, vectors [n, dim] float16)`, memory-mapped
-    (`caravan.retrieval.index.Blocks`).
+    Iterating yields `(start_row, vectors [n, dim] float16)`, memory-mapped.
     """
 
     def __init__(self, shards: Shards, rows: int, block: int) -> None:
@@ -250,25 +231,3 @@ def write_shard(path: Path, array: np.ndarray, record: dict[str, Any]) -> None:
         }
         with scratch.open("ab") as file:
             file.write(json.dumps(record).ljust(RECORD_BYTES).encode())
-
-
-def _finished(below: Path | None, name: str, inputs: dict[str, Any]) -> Path | None:
-    """The finished product of these inputs anywhere below a folder, or None."""
-    if below is None or not below.is_dir():
-        return None
-    found = _products(below.rglob(f"{glob.escape(name)}*{SUFFIX}"))
-    matching = (one for one in found if not one.is_symlink() and manifests.matches(one, inputs))
-    return next(matching, None)
-
-
-def _products(manifest_files: Iterable[Path]) -> list[Path]:
-    return sorted(path.with_name(path.name.removesuffix(SUFFIX)) for path in manifest_files)
-
-
-def _refuse_link(folder: Path) -> None:
-    if folder.is_symlink():
-        raise InputError(
-            "link-in-store",
-            f"{folder} is a symbolic link, which Caravan does not follow in a store; remove the"
-            " link, or choose another store=",
-        )

@@ -17,14 +17,11 @@ from caravan.retrieval.rerank import Reranking
 class Component:
     """A part of the pipeline, such as an index.
 
-    Attributes:
-        make: returns a new object. Each collection gets its own, so that the memory of one index is
-            free before the next is built.
-        settings: the settings of `make`, for manifests.
+    Each collection makes its own, so that one index is freed before the next is built.
     """
 
     make: Callable[[], Any]
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # of `make`, for manifests
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,7 @@ class Systems:
     def inputs(self, models: Models) -> dict[str, Any]:
         """The systems and settings that determine the results of an evaluation.
 
-        What changes nothing but the last digits is left out: chunk sizes and versions. Those are in
-        each stage's manifest.
+        Chunk sizes and versions, which change only the last digits, are in each stage's manifest.
         """
 
         def digest(name: str) -> str:
@@ -88,10 +84,8 @@ class Systems:
                 return name
             return models.digest(path) if is_model(path) else manifests.content_digest(path)
 
-        inputs: dict[str, Any] = {
-            "retriever": {str(i): digest(name) for i, name in enumerate(self.retrievers, start=1)},
-            "k": self.k,
-        }
+        retrievers = {str(i): digest(name) for i, name in enumerate(self.retrievers, start=1)}
+        inputs: dict[str, Any] = {"retriever": retrievers, "k": self.k}
         dense = any(is_model(Path(name)) for name in self.retrievers)
         if "bm25" in self.retrievers:
             inputs["bm25"] = self.bm25.settings

@@ -2,19 +2,17 @@
 
     python train.py stage=adaptation backbone=hf backbone.name=<model> data=texts data.path=<files>
 
-EBAE: the embedding of a text predicts the tokens of the same text. EBAR: the embedding predicts the
-tokens of the next text. One forward pass computes both tasks, and optionally the causal language
-modelling loss. The model folder can be used for retrieval, or to initialize a retriever
-(`backbone=from_folder`).
+EBAE: the embedding of a text predicts the tokens of the same text; EBAR: those of the next text.
+One forward pass computes both tasks, and optionally the causal language modelling loss. The model
+folder can be used for retrieval, or to initialize a retriever (`backbone=from_folder`).
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import AllowInfNan, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from caravan.data.batch import AdaptationBatch
@@ -28,6 +26,8 @@ from caravan.training import parallel
 from caravan.training.optim import AdamW
 from caravan.training.stage import Stage
 
+Weight = Annotated[PositiveFloat, AllowInfNan(False)]
+
 
 class Adaptation(Stage):
     """A language model with LLaRA's tasks and an optimizer.
@@ -36,7 +36,7 @@ class Adaptation(Stage):
         self_prompt, next_prompt: prompts after the text for EBAE and for EBAR.
         tasks: joined by +: ebae, ebar, and lm, the causal language modelling loss.
         ebae, ebar, lm: loss weights of the tasks.
-        targets: tokens to predict, "all" or "content" (`caravan.data.unlabelled`).
+        targets: tokens to predict (`caravan.data.unlabelled`).
         words: words per segment of text.
         Others: see `Stage`; `loss` and `gradcache` do not apply.
     """
@@ -54,10 +54,10 @@ class Adaptation(Stage):
         self_prompt: str,
         next_prompt: str,
         tasks: str = "ebae+ebar",
-        ebae: float = 1.0,
-        ebar: float = 1.0,
-        lm: float = 1.0,
-        targets: str = "all",
+        ebae: Weight = 1.0,
+        ebar: Weight = 1.0,
+        lm: Weight = 1.0,
+        targets: Literal["all", "content"] = "all",
         words: PositiveInt = 500,
         loss: None = None,
     ) -> None:
@@ -69,12 +69,6 @@ class Adaptation(Stage):
                 f"stage.tasks is {tasks!r}; it must be one or more of ebae, ebar and lm, joined"
                 " by +",
             )
-        for task in chosen:
-            if not 0 < weights[task] < math.inf:
-                raise InputError(
-                    "out-of-range",
-                    f"stage.{task} is {weights[task]}; it must be above 0 and finite",
-                )
         self.weights = {task: weights[task] for task in TASKS if task in chosen}
         self.lm = lm if "lm" in chosen else 0.0
         self.targets, self.words = targets, words
@@ -153,11 +147,7 @@ class Adaptation(Stage):
 
 
 def _check_encoding(encoding: Encoding, prompts: tuple[str, str], slots: bool) -> None:
-    """Check that the saved encoding ends with one of these prompts and pools at its slots.
-
-    Raises:
-        InputError: If it does not.
-    """
+    """Check that the saved encoding ends with one of these prompts and pools at its slots."""
     for name in ("query_template", "passage_template"):
         if not getattr(encoding, name).endswith(prompts):
             raise InputError(
@@ -175,11 +165,7 @@ def _check_encoding(encoding: Encoding, prompts: tuple[str, str], slots: bool) -
 
 
 def _means(where: Tensor | None, *values: Tensor) -> list[Tensor]:
-    """Means of `values` [N] each, weighted so that the average over ranks is the overall mean.
-
-    Args:
-        where: [N] bool, the rows to include; None for all.
-    """
+    """Means of `values` [N] where `where` [N] holds, weighted for the average over ranks."""
     device = values[0].device
     kept = torch.ones_like(values[0], dtype=torch.bool) if where is None else where
     number = int(kept.sum())

@@ -30,7 +30,7 @@ class FitSummary(pl.Callback):
     Args:
         heading: the first line.
         precision: "bf16" or "float32".
-        needed: the estimated memory of a step, if known.
+        needed: the memory of a step, if known.
     """
 
     def __init__(self, heading: str, precision: str, needed: Need | None) -> None:
@@ -50,35 +50,32 @@ class FitSummary(pl.Callback):
             return
         data = trainer.datamodule
         sharded = ", sharded weights" if isinstance(trainer.strategy, FullySharded) else ""
-        log.info(self.heading)
-        log.info(
-            f"{trainer.world_size} x {device.type}, {self.precision}{sharded};"
-            f" {trained:,} trainable parameters of {total:,}"
-        )
-        for loaded in pl_module.backbone.messages():
-            log.info(loaded)
         accumulated = trainer.accumulate_grad_batches
         trains_on = data.training.summary(data.collection.name, data.queries_per_batch, accumulated)
         batches = data.batches_per_epoch(trainer)
-        log.info(f"{trains_on}; {trainer.max_steps:,} updates, {batches:,} batches an epoch")
+        lines = [
+            self.heading,
+            f"{trainer.world_size} x {device.type}, {self.precision}{sharded};"
+            f" {trained:,} trainable parameters of {total:,}",
+            f"{trains_on}; {trainer.max_steps:,} updates, {batches:,} batches an epoch",
+        ]
         queries = len(data.dev_qrels.queries)
         if data.candidates is not None:
             candidates = len(data.candidates.passage_rows)
-            log.info(f"validation: {candidates:,} candidates of {queries:,} queries")
+            lines.append(f"validation: {candidates:,} candidates of {queries:,} queries")
         elif queries:
-            passages, corpus = len(data.dev_passages), len(data.collection.corpus)
-            log.info(f"validation: {queries:,} queries over {passages:,} of {corpus:,} passages")
+            passages = f"{len(data.dev_passages):,} of {len(data.collection.corpus):,} passages"
+            lines.append(f"validation: {queries:,} queries over {passages}")
         if self.needed is not None and self.needed.total >= 1e8:  # less fits on any device
-            log.info("memory at the peak of a step: about %s", self.needed)
+            lines.append(f"memory at the peak of a step: about {self.needed}")
+        for line in lines:
+            log.info(line)
 
 
 class ProgressLog(pl.Callback):
-    """Logs the progress of training and the metrics of each validation.
+    """Logs the progress of training every `seconds`, and the metrics of each validation.
 
     Log files have no progress bar, and scheduled jobs have no terminal.
-
-    Args:
-        seconds: time between two log lines about updates.
     """
 
     def __init__(self, seconds: float = 60.0) -> None:
@@ -91,12 +88,11 @@ class ProgressLog(pl.Callback):
         self._first = trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
-        now, done = time.monotonic(), trainer.global_step
+        now, done, last = time.monotonic(), trainer.global_step, trainer.max_steps
         due = now - self._logged_at >= self.seconds
         if not trainer.is_global_zero or not due or done <= self._first:
             return
         self._logged_at = now
-        last = trainer.max_steps
         left = (now - self._started_at) / (done - self._first) * (last - done)
         value = trainer.callback_metrics.get("train/loss")
         loss = "" if value is None else f", loss {float(value):.4f}"
@@ -104,10 +100,9 @@ class ProgressLog(pl.Callback):
         log.info(f"update {done:,} of {last:,}{loss}, about {remaining} left")
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
-            return
-        if metrics := in_words(trainer.callback_metrics):
-            log.info("validation after update %s: %s", f"{trainer.global_step:,}", metrics)
+        metrics = in_words(trainer.callback_metrics)
+        if metrics and trainer.state.fn == "fit" and trainer.is_global_zero:
+            log.info(f"validation after update {trainer.global_step:,}: {metrics}")
 
 
 def in_words(metrics: Mapping[str, Any]) -> str:
@@ -189,14 +184,10 @@ class LastCheckpoint(Checkpoint):
     and no random states: dropout, negatives and batches are functions of the seed and the position
     (`Stage.on_train_batch_start`, `caravan.data.negatives`).
 
-    The checkpoint is written every `every_n_steps` updates and after every validation. It is not
-    written before a validation that follows an update, so that a run killed during a validation
-    repeats it, nor between the batches of one update, since it has no gradients. Lightning calls a
-    `Checkpoint` after the other callbacks, so their state is up to date.
-
-    Args:
-        folder: folder of the checkpoints.
-        every_n_steps: updates between two checkpoints.
+    It is written every `every_n_steps` updates and after every validation: not before a validation
+    that follows an update, so that a run killed during a validation repeats it, nor between the
+    batches of one update, since it has no gradients. Lightning calls a `Checkpoint` after the other
+    callbacks, so their state is up to date.
     """
 
     def __init__(self, folder: str, every_n_steps: PositiveInt = 100) -> None:
@@ -213,9 +204,7 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        if not _accumulates(trainer, trainer.fit_loop.batch_idx):
+        if trainer.state.fn == "fit" and not _accumulates(trainer, trainer.fit_loop.batch_idx):
             self._save(trainer)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
@@ -233,17 +222,15 @@ class LastCheckpoint(Checkpoint):
 
 def _accumulates(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Whether gradients are kept for the next batch; never true for the last batch of an epoch."""
-    if batch_idx + 1 >= trainer.num_training_batches:
-        return False
-    return (batch_idx + 1) % trainer.accumulate_grad_batches != 0
+    last = batch_idx + 1 >= trainer.num_training_batches
+    return not last and (batch_idx + 1) % trainer.accumulate_grad_batches != 0
 
 
 def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Whether a validation follows this batch; the same conditions as in Lightning's loop."""
     epochs, every = trainer.check_val_every_n_epoch, trainer.val_check_batch
-    if not trainer.enable_validation or every is None:  # None: validation by time
-        return False
-    if epochs is not None and (trainer.current_epoch + 1) % epochs:
+    other_epoch = epochs is not None and (trainer.current_epoch + 1) % epochs
+    if not trainer.enable_validation or every is None or other_epoch:  # None: by time
         return False
     if trainer.should_stop:
         return True

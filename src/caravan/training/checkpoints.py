@@ -1,8 +1,8 @@
 """Checkpoint files: written atomically, verified before a resume, independent of run_dir's place.
 
 A checkpoint is a zip archive with a checksum of each part. A resume reads `last.ckpt`, or if that
-is damaged `best.ckpt`, which also has the whole state of training, at an earlier update. For what
-they contain see `caravan.training.callbacks.LastCheckpoint`.
+is damaged `best.ckpt`, which has the whole state of training at an earlier update. For the contents
+see `caravan.training.callbacks.LastCheckpoint`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import logging
 import os
 import traceback
 import zipfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +44,15 @@ class AtomicCheckpoints(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        with replacing(Path(path), alone=True) as scratch, scratch.open("wb") as file:
+        with replacing(Path(path)) as scratch, scratch.open("wb") as file:
             torch.save(checkpoint, file)
 
 
 def resumable(folder: Path) -> Path | None:
-    """The checkpoint to resume from: `last.ckpt`, or `best.ckpt` if that one is damaged.
-
-    Returns:
-        None if there is no checkpoint.
+    """The checkpoint to resume from: `last.ckpt`, or `best.ckpt` if that one is damaged; or None.
 
     Raises:
-        InputError: Neither can be used.
+        InputError: Both are damaged.
     """
     last, best = folder / LAST, folder / BEST
     if not last.exists():
@@ -114,46 +110,35 @@ def damage(path: Path) -> str | None:
 
 
 def _defect(state: Any) -> str | None:
-    """What is missing or impossible in a checkpoint that can be read."""
+    """What is missing in a checkpoint that can be read, or NaN."""
     if not isinstance(state, dict):
         return "it holds no state of training"
     for name, kind in _PARTS.items():
         if not isinstance(state.get(name), kind):
             return f"it has no {name}"
-    for name in ("loops", "callbacks"):
-        if not all(isinstance(part, dict) and part for part in state[name].values()):
-            return f"a part of its {name} has no state"
-    weights, optimizers = state["state_dict"], state["optimizer_states"]
-    if not weights or not all(isinstance(weight, Tensor) for weight in weights.values()):
-        return "it has no weights"
-    for name, weight in weights.items():
-        if not is_finite(weight):
+    if not state["state_dict"] or not state["optimizer_states"]:
+        return "it has no weights, or no state of the optimizer"
+    if not all(state["callbacks"].values()):  # Lightning would skip one without a state
+        return "a part of its callbacks has no state"
+    for name, weight in state["state_dict"].items():
+        if not isinstance(weight, Tensor) or not is_finite(weight):
             return f"{name} is NaN or infinite, as after a training that has diverged"
-    moments: Counter[tuple[Any, ...]] = Counter()
-    for optimizer in optimizers or [None]:
-        if not isinstance(optimizer, dict) or not {"state", "param_groups"} <= optimizer.keys():
-            return "it has no state of the optimizer"
-        averages = [of["exp_avg"] for of in optimizer["state"].values() if "exp_avg" in of]
-        moments.update((average.dtype, *average.shape) for average in averages)
-    if not moments <= Counter((weight.dtype, *weight.shape) for weight in weights.values()):
-        return "its weights and its optimizer have different shapes or types"
     return None
 
 
-def refused(error: Exception, path: Path | None) -> InputError | None:
-    """The InputError for an exception of restoring a checkpoint; None if it has another origin."""
+def refuse_damage(error: Exception, path: Path | None) -> None:
+    """Raise an InputError if the error comes from Lightning's restoring of the checkpoint."""
     restoring = any(
         frame.f_code.co_filename.endswith("checkpoint_connector.py")
         and frame.f_code.co_name.startswith(("restore", "resume"))
         for frame, _ in traceback.walk_tb(error.__traceback__)
     )
-    if path is None or not restoring or isinstance(error, torch.OutOfMemoryError | InputError):
-        return None
-    return InputError(
-        "damaged-checkpoint",
-        f"{path} cannot be restored ({first_line(error)}); remove it to resume from an earlier"
-        " checkpoint or to train from the start",
-    )
+    if restoring and path and not isinstance(error, torch.OutOfMemoryError | InputError):
+        raise InputError(
+            "damaged-checkpoint",
+            f"{path} cannot be restored ({first_line(error)}); remove it to resume from an earlier"
+            " checkpoint or to train from the start",
+        ) from None
 
 
 def relative(state: Any, run_dir: Path) -> Any:

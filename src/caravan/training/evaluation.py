@@ -1,9 +1,8 @@
 """Validation: retrieval or reranking metrics of the current weights.
 
 For a retriever the validation loop embeds the development queries and passages; the callback
-gathers them over ranks, builds a faiss index, searches, and logs MRR@10, nDCG@10 and R@100. For a
-reranker it scores the candidates of a fixed run, and the callback logs the metrics of the new
-order. The value is the same on every rank; checkpoints and early stopping monitor it.
+gathers them over ranks, builds a faiss index and searches. For a reranker it scores the candidates
+of a fixed run. The metrics are the same on every rank; checkpoints and early stopping monitor them.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import MeanMetric
 
 from caravan.data.datamodule import DataModule
 from caravan.data.runs import Run, canonical, write_run
@@ -44,8 +43,7 @@ class Evaluation(pl.Callback, ABC):
     """
 
     def __init__(self, measures: Sequence[str], run_file: str) -> None:
-        self.measures = list(measures)
-        self.run_file = Path(run_file)
+        self.measures, self.run_file = list(measures), Path(run_file)
         self._outputs: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -65,8 +63,7 @@ class Evaluation(pl.Callback, ABC):
             self._outputs[dataloader_idx, name].append(rows.cpu())
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if not trainer.sanity_checking:
-            self.evaluate(trainer.datamodule, trainer, pl_module)
+        self.evaluate(trainer.datamodule, trainer, pl_module)
 
     @abstractmethod
     def evaluate(self, data: DataModule, trainer: Any, module: Any) -> None:
@@ -75,8 +72,7 @@ class Evaluation(pl.Callback, ABC):
     def gathered(self, loader: int, name: str, device: torch.device) -> np.ndarray:
         """The outputs of all ranks under one name [N, ...], once."""
         # Over a whole corpus vectors are gigabytes: free each copy once the next one exists.
-        rows = torch.cat(self._outputs.pop((loader, name)))
-        return _all_ranks(rows, device)
+        return _all_ranks(torch.cat(self._outputs.pop((loader, name))), device)
 
     def log_means(
         self, name: str, run: Run, query_rows: np.ndarray, data: DataModule, module: Any
@@ -89,17 +85,15 @@ class Evaluation(pl.Callback, ABC):
         names = spelled(self.measures, data.relevant_from)
         share = data.dev_qrels.only(query_rows)
         values = per_query(canonical(run, data.collection.corpus), share, names)
-        metric = MeanMeasures(names).to(module.device)
-        metric.update(values)
-        means = metric.compute()
         for i, (measure, spelling) in enumerate(zip(self.measures, names, strict=True)):
+            # Sums and counts over ranks, which may have different numbers of queries, or none.
+            mean = MeanMetric().set_dtype(torch.float64).to(module.device)
+            mean.update(torch.from_numpy(values[spelling]).to(module.device))
             shown = name == "val" and i == 0
-            key, value = f"{name}/{measure}", means[spelling]
-            module.log(key, value, prog_bar=shown, rank_zero_only=False)
+            module.log(f"{name}/{measure}", mean.compute(), prog_bar=shown, rank_zero_only=False)
 
     def write(self, run: Run, data: DataModule) -> None:
         self.run_file.parent.mkdir(parents=True, exist_ok=True)
-        run = canonical(run, data.collection.corpus)
         write_run(self.run_file, run, data.collection.queries, data.collection.corpus)
 
 
@@ -107,7 +101,7 @@ class RetrievalEvaluation(Evaluation):
     """Searches the validation's passages for its queries and logs `val/<measure>`.
 
     Args:
-        index: `caravan.retrieval.index.Faiss` or `Exact`; every rank builds it over all passages.
+        index: a `caravan.retrieval.index.Index`; every rank builds it over all passages.
         The others: see `Evaluation`.
     """
 
@@ -162,58 +156,18 @@ class RerankingEvaluation(Evaluation):
             self.write(run, data)
 
 
-class MeanMeasures(Metric):
-    """Mean over queries of each measure, over all ranks.
-
-    States are sums and counts, not means: ranks may have different numbers of queries, or none.
-
-    Args:
-        measures: their names, such as "MRR@10".
-    """
-
-    full_state_update = False
-    total: Tensor  # [M] float64
-    queries: Tensor  # [] float64
-
-    def __init__(self, measures: Sequence[str]) -> None:
-        super().__init__()
-        self.measures = list(measures)
-        zeros = torch.zeros(len(self.measures), dtype=torch.float64)
-        self.add_state("total", zeros, dist_reduce_fx="sum")
-        self.add_state("queries", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, values: Mapping[str, np.ndarray]) -> None:
-        """Add the values of queries: {measure: [Q]}, as `metrics.per_query` returns them."""
-        rows = torch.as_tensor(
-            np.stack([values[name] for name in self.measures]), device=self.device
-        )
-        self.total += rows.double().sum(dim=1)
-        self.queries += rows.shape[1]
-
-    def compute(self) -> dict[str, Tensor]:
-        """{measure: mean over the queries of all ranks}, 0 without any query."""
-        means = self.total / self.queries.clamp(min=1)
-        return dict(zip(self.measures, means.float(), strict=True))
-
-
 def evaluate_again(
     name: str, module: pl.LightningModule, data: DataModule, trainer: Any
 ) -> dict[str, float]:
-    """Metrics of one more validation, {measure: value}.
+    """Metrics of one more validation after training, {measure: value}.
 
     Its run is written as `<name>.trec`, and its values appear in no curve.
     """
-    callbacks = [one for one in trainer.callbacks if isinstance(one, Evaluation)]
-    files, loggers = [callback.run_file for callback in callbacks], trainer.loggers
-    for callback, file in zip(callbacks, files, strict=True):
-        callback.run_file = file.with_name(f"{name}.trec")
     trainer.loggers = []
-    try:
-        (*_, metrics) = trainer.validate(module, datamodule=data, verbose=False)
-    finally:
-        trainer.loggers = loggers
-        for callback, file in zip(callbacks, files, strict=True):
-            callback.run_file = file
+    for callback in trainer.callbacks:
+        if isinstance(callback, Evaluation):
+            callback.run_file = callback.run_file.with_name(f"{name}.trec")
+    (*_, metrics) = trainer.validate(module, datamodule=data, verbose=False)
     log.info("%s: %s", name, in_words(metrics))
     return {
         key.removeprefix("val/"): value
@@ -223,24 +177,20 @@ def evaluate_again(
 
 
 def validate_at_least_once(trainer: pl.Trainer, batches: int) -> None:
-    """Validate at the end of a run that would end before its first validation.
+    """Validate at the end of a run, or epoch, that would end before its first validation.
 
-    Without a validation there would be no metric and no best checkpoint.
-
-    Args:
-        batches: of one epoch.
+    Without a validation there would be no metric and no best checkpoint. `batches`: of one epoch.
     """
     every, by_epoch = trainer.val_check_interval, trainer.check_val_every_n_epoch is not None
     last = batches if by_epoch else batches_in_run(trainer, batches)
-    if not isinstance(every, int) or last is None or not 0 < last < every:
-        return
-    if is_main_process():
-        whole = "an epoch" if by_epoch else "the run"
-        log.warning(
-            f"trainer.val_check_interval={every} is beyond the {last} batches of {whole};"
-            f" validating after {last}"
-        )
-    trainer.val_check_interval = last
+    if isinstance(every, int) and 0 < last < every:
+        if is_main_process():
+            whole = "an epoch" if by_epoch else "the run"
+            log.warning(
+                f"trainer.val_check_interval={every} is beyond the {last} batches of {whole};"
+                f" validating after {last}"
+            )
+        trainer.val_check_interval = last
 
 
 def _all_ranks(rows: Tensor, device: torch.device) -> np.ndarray:

@@ -41,7 +41,7 @@ from caravan.models.backbone import Backbone, FromFolder, parameter_counts
 from caravan.models.loading import add_slots
 from caravan.models.positions import refuse_too_long
 from caravan.training.callbacks import FitSummary
-from caravan.training.checkpoints import AtomicCheckpoints, best_weights, refused, resumable
+from caravan.training.checkpoints import AtomicCheckpoints, best_weights, refuse_damage, resumable
 from caravan.training.evaluation import evaluate_again, validate_at_least_once
 from caravan.training.fsdp import FullySharded
 from caravan.training.gradcache import GradCache
@@ -57,43 +57,26 @@ log = logging.getLogger(__name__)
 class Training:
     """The components and settings of one run; `caravan.cli.train` builds them from the config.
 
-    Attributes:
-        name, run_dir, cache_dir, seed, resume, precision: as in conf/train.yaml.
-        source: the data source of the collection (`caravan.data.readers`).
-        backbone, peft, loss, optimizer, encoding: components of the stage.
-        stage: creates the `Stage` from these components.
-        sampler: draws the negatives; None for adaptation.
-        trainer: creates Lightning's Trainer; called with the arguments that the run adds.
-        max_steps: as in the trainer; 0 saves the backbone as a model folder without training.
-        strategy, loggers, callbacks: arguments of the trainer.
-        batching: arguments of `DataModule`: queries_per_batch, token_budget, num_workers.
-        validation: arguments of `DataModule`: queries, passages, run, run_depth,
-            ignore_identical_ids.
-        train_queries: number of training queries for the final evaluation; None disables it.
-        read_lengths: passage lengths for the final evaluation.
-        gradcache: texts per chunk of gradient caching; None keeps all activations of a batch.
-        settings: the resolved config as plain data; determines the inputs of the run.
-        config: the resolved config as text, for config.yaml.
-        facts: dataset, language and hyperparameters for the model card.
+    Names that are not explained have the meaning of the settings in conf/train.yaml.
     """
 
     name: str
     run_dir: Path
     cache_dir: Path
-    source: Any
+    source: Any  # the data source of the collection (`caravan.data.readers`)
     backbone: Backbone
-    stage: Callable[..., Stage]
+    stage: Callable[..., Stage]  # called with the components below
     optimizer: Any
     encoding: Encoding
-    trainer: Callable[..., pl.Trainer]
-    max_steps: int
-    settings: dict[str, Any]
-    config: str
-    batching: dict[str, Any]
-    validation: dict[str, Any] = field(default_factory=dict)
+    trainer: Callable[..., pl.Trainer]  # called with the arguments that the run adds
+    max_steps: int  # as in the trainer; 0 saves the backbone as a model folder without training
+    settings: dict[str, Any]  # the resolved config, which determines the inputs of the run
+    config: str  # the same as text, for config.yaml
+    batching: dict[str, Any]  # arguments of `DataModule`
+    validation: dict[str, Any] = field(default_factory=dict)  # further arguments of `DataModule`
     peft: Any = None
     loss: Any = None
-    sampler: Any = None
+    sampler: Any = None  # draws the negatives; None for adaptation
     strategy: Any = "auto"
     loggers: Sequence[Any] = ()
     callbacks: Sequence[pl.Callback] = ()
@@ -103,7 +86,7 @@ class Training:
     seed: int = 0
     resume: bool = False
     precision: str = "auto"
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)  # for the model card
 
 
 def train(run: Training) -> float | None:
@@ -180,7 +163,11 @@ def _adopt(run: Training, collection: Collection | None) -> None:
             " train a head (trainer.max_steps above 0)",
         )
     facts = {"name": run.name, "base_model": run.backbone.name, "updates": 0}
-    folder.save(run.run_dir / "model", module.model, module.tokenizer, module.encoding, facts)
+    _save(run, module.model, module, facts)
+
+
+def _save(run: Training, network: Any, module: Stage, facts: dict[str, Any]) -> None:
+    folder.save(run.run_dir / "model", network, module.tokenizer, module.encoding, facts)
     model_card.write(run.run_dir / "model", tokenizer=module.tokenizer)
 
 
@@ -202,10 +189,11 @@ def _fit(run: Training, collection: Collection) -> float | None:
     batches = data.batches_per_epoch(trainer)
     # End by updates instead of epochs: Lightning's epoch counter may lag after a resume.
     last = trainer.fit_loop.epoch_loop.max_steps = updates(trainer, batches)
-    if last < run.max_steps and is_main_process():
-        log.warning("trainer.max_epochs ends the run after %d updates, before max_steps", last)
-    if isinstance(run.optimizer, AdamW):
-        run.optimizer.warn_if_warmup_outlasts(last)
+    if is_main_process():
+        if last < run.max_steps:
+            log.warning("trainer.max_epochs ends the run after %d updates, before max_steps", last)
+        if isinstance(run.optimizer, AdamW):
+            run.optimizer.warn_if_warmup_outlasts(last)
     heading = f"{run.name} in {run.run_dir}"
     heading += f", resumed from {checkpoint}" if checkpoint else ""
     trainer.callbacks.insert(0, FitSummary(heading, precision, needed))
@@ -215,18 +203,11 @@ def _fit(run: Training, collection: Collection) -> float | None:
     try:
         with writing(run.run_dir / "tensorboard"):  # errors for other files include their path
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except InputError:
-        raise
     except MisconfigurationException as error:
-        raise InputError(
-            "invalid-trainer-setting",
-            f"trainer, callbacks: {first_line(error)}; change that setting",
-        ) from None
+        raise _invalid(error, "trainer, callbacks") from None
     except Exception as error:
-        mistake = refused(error, checkpoint)
-        if mistake is None:
-            raise
-        raise mistake from None
+        refuse_damage(error, checkpoint)
+        raise
     return _finish(run, module, data, trainer, time.monotonic() - started, needed)
 
 
@@ -253,12 +234,13 @@ def _trainer(run: Training, precision: str, validates: bool) -> Any:
     Raises: InputError if Lightning rejects a setting or the number of processes.
     """
     sharded = isinstance(run.strategy, FullySharded)
-    callbacks = list(run.callbacks)
+    unused: tuple[type, ...] = ()
     if not (get_console().is_terminal or get_console().is_jupyter):
-        callbacks = [one for one in callbacks if not isinstance(one, ProgressBar)]
-    bars = any(isinstance(one, ProgressBar) for one in callbacks)
+        unused += (ProgressBar,)
     if not run.loggers:  # Lightning raises an error for a LearningRateMonitor without a logger
-        callbacks = [one for one in callbacks if not isinstance(one, LearningRateMonitor)]
+        unused += (LearningRateMonitor,)
+    callbacks = [one for one in run.callbacks if not isinstance(one, unused)]
+    bars = any(isinstance(one, ProgressBar) for one in callbacks)
     try:
         trainer = run.trainer(
             # FSDP needs no autocast because it gathers the shards in bf16.
@@ -274,10 +256,7 @@ def _trainer(run: Training, precision: str, validates: bool) -> Any:
             **({} if validates else {"limit_val_batches": 0}),
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
-        raise InputError(
-            "invalid-trainer-setting",
-            f"trainer: {first_line(error)}; change the settings of trainer or strategy",
-        ) from None
+        raise _invalid(error, "trainer, strategy") from None
     if world_size() not in (1, trainer.world_size):
         raise InputError(
             "wrong-world-size",
@@ -286,6 +265,11 @@ def _trainer(run: Training, precision: str, validates: bool) -> Any:
             " processes of a node, and trainer.num_nodes",
         )
     return trainer
+
+
+def _invalid(error: Exception, place: str) -> InputError:
+    text = f"{place}: {first_line(error)}; change that setting"
+    return InputError("invalid-trainer-setting", text)
 
 
 def _finish(
@@ -303,9 +287,9 @@ def _finish(
     best, monitor, watched = None, None, trainer.checkpoint_callback
     if isinstance(watched, ModelCheckpoint):
         monitor = watched.monitor
-    if isinstance(watched, ModelCheckpoint) and watched.best_model_path:
-        module.load_weights(best_weights(Path(watched.best_model_path)))
-        best = None if (score := watched.best_model_score) is None else float(score)
+        if watched.best_model_path:
+            module.load_weights(best_weights(Path(watched.best_model_path)))
+            best = None if (score := watched.best_model_score) is None else float(score)
     found: dict[str, Any] = {}
     if data.dev_split is not None:
         for length in run.read_lengths:
@@ -314,9 +298,8 @@ def _finish(
             found.setdefault("read", {})[length] = read
         data.templates = module.reading()
         if run.train_queries is not None:
-            data.set_validation(
-                run.source.train_split, run.train_queries, run.validation["passages"]
-            )
+            passages = run.validation["passages"]
+            data.set_validation(run.source.train_split, run.train_queries, passages)
             found["train"] = evaluate_again("train_queries", module, data, trainer)
     network = module.whole()
     if trainer.is_global_zero:
@@ -336,8 +319,7 @@ def _finish(
                 "queries": len(data.dev_qrels.queries),
                 "passages": None if data.candidates is not None else len(data.dev_passages),
             }
-        folder.save(run.run_dir / "model", network, module.tokenizer, module.encoding, facts)
-        model_card.write(run.run_dir / "model", tokenizer=module.tokenizer)
+        _save(run, network, module, facts)
         trained, total = parameter_counts(network)
         found |= {"trained_parameters": trained, "parameters": total}
         found |= {} if used is None else {"memory_gib": round(used / 2**30, 3)}

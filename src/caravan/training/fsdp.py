@@ -2,11 +2,10 @@
 
     python train.py strategy=fsdp trainer.devices=8 peft=lora ...
 
-Rank 0 builds the network as one process would, with its weights memory-mapped; the other ranks open
-no file. They receive the network's structure without weights, then their share of one weight after
-the other. A block's weights are gathered only while it computes. Checkpoints hold full trainable
-weights, as those of other strategies do, so a run can resume under another strategy or on another
-number of ranks.
+Rank 0 builds the network as one process would, with its weights memory-mapped. The other ranks open
+no file: they receive the network's structure, then their share of one weight after the other. A
+block's weights are gathered only while it computes. Checkpoints hold full trainable weights, so a
+run can resume under another strategy or on another number of ranks.
 """
 
 from __future__ import annotations
@@ -62,10 +61,7 @@ class FullySharded(ModelParallelStrategy):
         return full_weights(self.lightning_module, trainable_only=True)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """torch's own state of the optimizer, full on rank 0.
-
-        DCP's has parameter names for keys, where other strategies' checkpoints have numbers.
-        """
+        """torch's state of the optimizer, full on rank 0; DCP's has names for keys, not numbers."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
         state = optimizer.state_dict()
@@ -111,7 +107,7 @@ def sharded(
         The network; and on rank 0 its copy on the meta device, for `fill` before it is saved.
 
     Raises:
-        InputError: on every rank, what `build` raised on rank 0.
+        InputError: On every rank, what `build` raised on rank 0.
     """
     built: nn.Module | None = None
     sent: list[Any] = [None]
@@ -149,9 +145,9 @@ def sharded(
 
 
 def _without_hooks(network: nn.Module) -> nn.Module:
-    """Remove `make_inputs_require_grad` hooks of transformers and PEFT, which cannot be pickled.
+    """Remove hooks of transformers and PEFT for activation checkpointing, which cannot be pickled.
 
-    They serve activation checkpointing; `caravan.models.preparing` needs none.
+    `caravan.models.preparing` needs none.
     """
     for module in network.modules():
         for key, hook in list(module._forward_hooks.items()):

@@ -1,7 +1,6 @@
 r"""Gradient caching: large contrastive batches in the memory of one chunk (arXiv 2101.06983).
 
-    python train.py experiment=quickstart/retriever gradcache.chunk=16 \\
-        batching.queries_per_batch=1024
+    python train.py gradcache.chunk=16 batching.queries_per_batch=1024 ...
 
 A contrastive loss needs the embeddings of all texts at once, but not their activations:
 
@@ -10,9 +9,9 @@ A contrastive loss needs the embeddings of all texts at once, but not their acti
 3. embed the chunks again one by one, and backpropagate the gradient of their embeddings.
 
 The result is the gradient of the whole batch, at the cost of a second forward pass. The random
-state is saved and restored so that a chunk has the same dropout both times. Weight gradients are
-reduced over ranks only once: all chunks but the last are backpropagated in the training step,
-before DistributedDataParallel prepares its reduction, and the step returns the last chunk's loss.
+state is restored so that a chunk has the same dropout both times. DistributedDataParallel reduces
+gradients once: all chunks but the last are backpropagated in the training step, before it prepares
+its reduction, and the step returns the last chunk's loss.
 """
 
 from __future__ import annotations
@@ -46,9 +45,7 @@ class GradCache:
         loss: Callable[..., Tensor],
         share: float = 1.0,
     ) -> Tensor:
-        """Compute the loss and backpropagate all chunks but the last.
-
-        The backward pass of the returned loss backpropagates the last chunk.
+        """Compute the loss and backpropagate all chunks but the last; the caller does that one.
 
         Args:
             compute: maps a chunk of n texts to the network's output [n, ...].

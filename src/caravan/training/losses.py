@@ -1,33 +1,33 @@
-"""Losses: functions of a score matrix and its targets.
+"""Losses: functions of a score matrix and its targets, which know no model, batch or rank.
 
-A loss knows no model, no batch and no rank, so that it serves retriever and reranker alike and can
-be checked by hand. `Loss` describes the interface and has an example of an own loss.
+`Loss` describes the interface and has an example of an own loss.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
+from pydantic import AllowInfNan, PositiveFloat
 from torch import Tensor
 from torch.nn import functional
 
 from caravan.errors import InputError
 
+Temperature = Annotated[PositiveFloat, AllowInfNan(False)]
+
 
 class Loss(Protocol):
     """A loss of the scores of each query: `loss(scores, targets)` returns a scalar.
 
-    - scores: [Q, N] float32, a row for each query, -inf where a column does not count. For a
-      retriever N is all passages of the batch (or the query's own group), for a reranker the
-      query's own group.
+    - scores: [Q, N] float32, -inf where a column does not count. For a retriever N is all passages
+      of the batch (or the query's own group), for a reranker the query's own group.
     - targets: the positive's column, [Q] int64. If `needs_teacher`, the scores of a teacher
       (`sampler.teacher`), [Q, N] float32, NaN where it has none.
 
-    The value is the mean over queries (or over what the loss compares). A loss divides the scores
-    by its own temperature, if it has one.
+    A loss divides the scores by its own temperature, if it has one, and returns the mean over
+    queries (or over what it compares).
 
     Subclass it, and select the class by `loss._target_`:
 
@@ -61,8 +61,8 @@ class InfoNCE(Loss):
     0.3133
     """
 
-    def __init__(self, temperature: float = 0.01) -> None:
-        self.temperature = valid_temperature(temperature)
+    def __init__(self, temperature: Temperature = 0.01) -> None:
+        self.temperature = temperature
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(scores / self.temperature, targets)
@@ -74,8 +74,8 @@ class Likelihood(Loss):
     Negatives play no part, so `sampler.number` may be 0 (UPR's language model, arXiv 2204.07496).
     """
 
-    def __init__(self, temperature: float = 1.0) -> None:
-        self.temperature = valid_temperature(temperature)
+    def __init__(self, temperature: Temperature = 1.0) -> None:
+        self.temperature = temperature
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
         return -(scores / self.temperature).gather(1, targets.unsqueeze(1)).mean()
@@ -85,13 +85,11 @@ class BCE(Loss):
     """Binary cross-entropy of each column by itself, relevant or not; the mean over all columns.
 
     Args:
-        positive_weight: of a positive's term. With one positive to many negatives a weight above 1
-            balances the classes.
+        positive_weight: of a positive's term; above 1 it balances one positive and many negatives.
     """
 
-    def __init__(self, positive_weight: float = 1.0, temperature: float = 0.01) -> None:
-        self.positive_weight = positive_weight
-        self.temperature = valid_temperature(temperature)
+    def __init__(self, positive_weight: float = 1.0, temperature: Temperature = 0.01) -> None:
+        self.positive_weight, self.temperature = positive_weight, temperature
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
         scores = scores / self.temperature
@@ -116,9 +114,8 @@ class RankNet(Loss):
         needs_teacher: order the columns by the teacher's scores, not positive before negative.
     """
 
-    def __init__(self, needs_teacher: bool = False, temperature: float = 0.01) -> None:
-        self.needs_teacher = needs_teacher
-        self.temperature = valid_temperature(temperature)
+    def __init__(self, needs_teacher: bool = False, temperature: Temperature = 0.01) -> None:
+        self.needs_teacher, self.temperature = needs_teacher, temperature
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
         scores = scores / self.temperature
@@ -138,15 +135,14 @@ class RankNet(Loss):
 class MarginMSE(Loss):
     """Squared error between student's and teacher's margins of positive over negative.
 
-    Hofstätter et al. 2020 (arXiv 2010.02666).
-
-    The positive is the first column that the teacher has scored.
+    Hofstätter et al. 2020 (arXiv 2010.02666). The positive is the first column that the teacher has
+    scored.
     """
 
     needs_teacher = True
 
-    def __init__(self, temperature: float = 0.01) -> None:
-        self.temperature = valid_temperature(temperature)
+    def __init__(self, temperature: Temperature = 0.01) -> None:
+        self.temperature = temperature
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
         scores = scores / self.temperature
@@ -168,44 +164,40 @@ class KL(Loss):
 
     needs_teacher = True
 
-    def __init__(self, teacher_temperature: float = 1.0, temperature: float = 0.01) -> None:
-        self.teacher_temperature = valid_temperature(teacher_temperature, "teacher_temperature")
-        self.temperature = valid_temperature(temperature)
+    def __init__(
+        self, teacher_temperature: Temperature = 1.0, temperature: Temperature = 0.01
+    ) -> None:
+        self.teacher_temperature, self.temperature = teacher_temperature, temperature
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
         scores = scores / self.temperature
         known = targets.isfinite() & scores.isfinite()
-        # A query with fewer than two known columns has nothing to compare.
-        rows = known.sum(dim=1) > 1
-        if not rows.any():
-            return scores.masked_fill(~known, 0.0).sum() * 0.0
-        known, scores, targets = known[rows], scores[rows], targets[rows]
+        known &= known.sum(dim=1, keepdim=True) > 1  # one column alone compares with nothing
         hidden = torch.finfo(scores.dtype).min
         student = scores.masked_fill(~known, hidden).log_softmax(dim=1)
         teacher = (targets / self.teacher_temperature).masked_fill(~known, hidden)
         teacher = teacher.log_softmax(dim=1)
         terms = (teacher.exp() * (teacher - student)).masked_fill(~known, 0.0)
-        return terms.sum(dim=1).mean()
+        return terms.sum() / known.any(dim=1).sum().clamp(min=1)
 
 
 class Sum:
     """A weighted sum of losses, each with its own kind of targets (see `compute`).
 
     Args:
-        losses: with a temperature of 1, since the sum divides the scores.
+        losses: with a temperature of 1, since the sum divides the scores by its own.
         weights: one for each loss; None is 1 for all.
-        temperature: divides the scores before any of the losses sees them.
     """
 
     def __init__(
         self,
         losses: Sequence[Loss | Sum],
         weights: Sequence[float] | None = None,
-        temperature: float = 0.01,
+        temperature: Temperature = 0.01,
     ) -> None:
         self.losses = list(losses)
         self.weights = [1.0] * len(self.losses) if weights is None else list(weights)
-        self.temperature = valid_temperature(temperature)
+        self.temperature = temperature
         if not self.losses or len(self.losses) != len(self.weights):
             raise InputError(
                 "mismatched-lengths",
@@ -228,10 +220,8 @@ def compute(loss: Loss | Sum, scores: Tensor, positive: Tensor, teacher: Tensor 
         InputError: The loss needs a teacher, and there is none.
     """
     if isinstance(loss, Sum):
-        scores = scores / loss.temperature
-        parts = zip(loss.losses, loss.weights, strict=True)
-        total = torch.zeros((), device=scores.device)
-        for part, weight in parts:
+        total, scores = scores.new_zeros(()), scores / loss.temperature
+        for part, weight in zip(loss.losses, loss.weights, strict=True):
             total = total + weight * compute(part, scores, positive, teacher)
         return total
     if not loss.needs_teacher:
@@ -240,19 +230,6 @@ def compute(loss: Loss | Sum, scores: Tensor, positive: Tensor, teacher: Tensor 
         raise InputError(
             "teacher-missing",
             f"loss {type(loss).__name__} learns from a teacher's scores; give a run of them as"
-            " sampler.teacher",
+            " sampler.teacher, or a sampler with teacher_scores",
         )
     return loss(scores, teacher)
-
-
-def valid_temperature(temperature: float, name: str = "temperature") -> float:
-    """The temperature, if it is above 0 and finite.
-
-    Raises:
-        InputError: It is not.
-    """
-    if not 0 < temperature < math.inf:
-        raise InputError(
-            "out-of-range", f"loss.{name} is {temperature}; it must be above 0 and finite"
-        )
-    return temperature

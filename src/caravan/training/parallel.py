@@ -1,8 +1,8 @@
 """Differentiable collectives for losses over all ranks; no-ops with one process.
 
-Passages are gathered from all ranks with gradient; queries stay local. The loss of a rank is the
-mean over its own queries. DistributedDataParallel averages gradients over ranks, which equals the
-gradient of the union batch on one process; `weight` corrects for ranks with unequal shares.
+Passages are gathered from all ranks with gradient; queries stay local. A rank's loss is the mean
+over its own queries. DistributedDataParallel averages gradients over ranks, which gives the
+gradient of the union batch; `weight` corrects for ranks with unequal shares.
 """
 
 from __future__ import annotations
@@ -33,11 +33,7 @@ def sizes(rows: int, device: torch.device) -> list[int]:
 
 
 def gather(rows: Tensor, counts: list[int]) -> Tensor:
-    """Concatenate the rows [n_r, ...] of all ranks, in rank order, with gradient.
-
-    Args:
-        counts: rows of each rank, from `sizes`.
-    """
+    """The rows [n_r, ...] of all ranks, in rank order, with gradient; `counts`: of `sizes`."""
     if world() == 1:
         return rows
     # All ranks must send the same shape; the padding is removed afterwards and has no gradient.

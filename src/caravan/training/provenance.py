@@ -3,12 +3,12 @@
 Inputs are settings, the collection's digest, and the content of every run and model that is read.
 They are recorded beside config.yaml when training starts and beside the model folder when it ends
 (`caravan.manifests`). Equal inputs mean equal weights: a finished run is not repeated. Other inputs
-mean another run, which must neither overwrite the first nor continue it. What a checkpoint adds to
-this is in `caravan.training.callbacks.LastCheckpoint`.
+mean another run, which must neither overwrite the first nor continue it.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -23,47 +23,27 @@ from caravan.models.digests import files_digest, folder_digest
 
 log = logging.getLogger(__name__)
 
-NOT_INPUTS = [
-    "resume",
-    "cache_dir",
-    "run_dir",
-    "name",
-    "logger",
-    "batching.num_workers",
-    "callbacks.progress",
-    "callbacks.progress_log",
-    "trainer.enable_progress_bar",
-]
+NOT_INPUTS = (
+    "resume", "cache_dir", "run_dir", "name", "logger", "batching.num_workers",
+    "callbacks.progress", "callbacks.progress_log", "trainer.enable_progress_bar",
+)  # fmt: skip
 """Settings that have no effect on the weights; not recorded."""
-MAY_CHANGE = [
-    "trainer.max_steps",
-    "trainer.max_epochs",
-    "strategy",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.accelerator",
-    "batching.token_budget",
-    "callbacks",
-    "validation",
-    "ignore_identical_ids",
-    "index",
-    "trainer.log_every_n_steps",
-    "trainer.enable_model_summary",
-]
+MAY_CHANGE = (
+    "trainer.max_steps", "trainer.max_epochs", "trainer.devices", "trainer.num_nodes",
+    "trainer.accelerator", "trainer.log_every_n_steps", "trainer.enable_model_summary", "strategy",
+    "batching.token_budget", "callbacks", "validation", "ignore_identical_ids", "index",
+)  # fmt: skip
 """Settings that a resumed run may change: how long it trains, where, and how it is monitored."""
 
 
 def inputs_of(settings: dict[str, Any], collection: Collection | None) -> dict[str, Any]:
-    """The inputs that determine the weights.
-
-    Args:
-        settings: the resolved config as plain data.
-    """
-    groups = [name.partition(".") for name in NOT_INPUTS]
-    kept = {key: value for key, value in settings.items() if key not in NOT_INPUTS}
-    for group, _, key in groups:
-        if key and isinstance(kept.get(group), dict):
-            kept[group] = {name: value for name, value in kept[group].items() if name != key}
+    """The inputs that determine the weights, from the resolved config as plain data."""
+    kept: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            value = {name: of for name, of in value.items() if f"{key}.{name}" not in NOT_INPUTS}
+        if key not in NOT_INPUTS:
+            kept[key] = value
     sampler, candidates = settings["sampler"] or {}, settings["validation"]["run"]
     runs = [*(sampler.get("runs") or ()), *filter(None, [sampler.get("teacher")])]
     name, model_dir = settings["backbone"].get("name"), settings["backbone"].get("folder")
@@ -79,7 +59,10 @@ def inputs_of(settings: dict[str, Any], collection: Collection | None) -> dict[s
             "run_digest": None if candidates is None else _run_digest(candidates, collection),
         },
     }
-    return _without(inputs, str(settings["run_dir"]))  # nor is where it is written an input
+    # Where the run is written is no input.
+    run_dir = json.dumps(str(settings["run_dir"]))[1:-1]
+    found: dict[str, Any] = json.loads(json.dumps(inputs).replace(run_dir, "<run_dir>"))
+    return found
 
 
 def _run_digest(name: str, collection: Collection | None) -> str:
@@ -91,14 +74,6 @@ def _run_digest(name: str, collection: Collection | None) -> str:
             " over the same collection",
         )
     return manifests.content_digest(path)
-
-
-def _without(tree: Any, run_dir: str) -> Any:
-    if isinstance(tree, dict):
-        return {key: _without(value, run_dir) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_without(value, run_dir) for value in tree]
-    return tree.replace(run_dir, "<run_dir>") if isinstance(tree, str) else tree
 
 
 def file_digests(model_dir: Path) -> dict[str, str]:
@@ -123,11 +98,10 @@ def finished(model_dir: Path, inputs: dict[str, Any], resume: bool) -> dict[str,
     """
     if not manifests.matches(model_dir, inputs):
         return None
-    facts = _section(manifests.read(model_dir), "facts")
+    facts, present = manifests.facts(model_dir), file_digests(model_dir)
     if "best" not in facts:
         return None
-    present, recorded = file_digests(model_dir), _section(facts, "files")
-    damaged = [name for name, digest in recorded.items() if present.get(name) != digest]
+    damaged = [name for name, of in facts.get("files", {}).items() if present.get(name) != of]
     if damaged:
         path = os.path.normpath(model_dir / damaged[0])
         problem = f"{path} is missing or has changed since the training wrote it"
@@ -152,34 +126,36 @@ def refuse_other_run(run_dir: Path, config: Path, inputs: dict[str, Any], resume
     Raises:
         OccupiedError: run_dir holds another run.
     """
+
+    def occupied(problem: str) -> OccupiedError:
+        return OccupiedError("run-dir-occupied", f"{run_dir} {problem}")
+
+    record = manifests.read(config)
     kept = ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "model")
     if not any((run_dir / name).exists() for name in kept):
-        if _is_of_evaluation(run_dir, config):
-            raise OccupiedError(
-                "run-dir-occupied",
-                f"{run_dir} holds an evaluation; choose another name= for the training",
-            )
+        lost = record is None and (run_dir / "metrics.json").exists()
+        of = (record or {"inputs": {}})["inputs"]  # `caravan.retrieval.systems`
+        if lost or "retriever" in of or "collections" in of:
+            raise occupied("holds an evaluation; choose another name= for the training")
         return  # it failed before there was anything to lose
     changed = manifests.differences(config, inputs)
     if not resume:
         state = f"it differs in {'; '.join(changed[:3])}" if changed else "not finished"
-        raise OccupiedError(
-            "run-dir-occupied",
-            f"{run_dir} already holds a run ({state}); continue it with resume=true, choose another"
-            " name=, or remove the folder",
+        raise occupied(
+            f"already holds a run ({state}); continue it with resume=true, choose another name=, or"
+            " remove the folder"
         )
-    other = [line for line in changed if not _concerns(line, MAY_CHANGE + NOT_INPUTS)]
+    concerned = [line for line in changed if not _concerns(line, NOT_INPUTS)]
+    other = [line for line in concerned if not _concerns(line, MAY_CHANGE)]
     if other:
         more = f" and {len(other) - 3} more" if len(other) > 3 else ""
-        raise OccupiedError(
-            "run-dir-occupied",
-            f"{run_dir} cannot be resumed, for it holds another run: {'; '.join(other[:3])}{more};"
-            " give the settings and data of that one, choose another name=, or remove the folder",
+        raise occupied(
+            f"cannot be resumed, for it holds another run: {'; '.join(other[:3])}{more}; give the"
+            " settings and data of that one, choose another name=, or remove the folder"
         )
-    for line in changed:
-        if not _concerns(line, NOT_INPUTS):
-            log.warning("resumed with another setting: %s", line)
-    if versions := _other_versions(_section(manifests.read(config), "facts")):
+    for line in concerned:
+        log.warning("resumed with another setting: %s", line)
+    if versions := _other_versions(manifests.facts(config)):
         log.warning(
             "resumed under other versions, so the weights may differ from those of an uninterrupted"
             " run: %s",
@@ -187,24 +163,9 @@ def refuse_other_run(run_dir: Path, config: Path, inputs: dict[str, Any], resume
         )
 
 
-def _is_of_evaluation(run_dir: Path, config: Path) -> bool:
-    """Whether a run_dir without weights has the record or, without a record, metrics of one."""
-    record = manifests.read(config)
-    if record is None:
-        return (run_dir / "metrics.json").exists()
-    inputs = _section(record, "inputs")
-    return "retriever" in inputs or "collections" in inputs  # see `caravan.retrieval.inputs`
-
-
-def _section(record: dict[str, Any] | None, name: str) -> dict[str, Any]:
-    """A mapping within a manifest; empty where it is missing or something else."""
-    found = (record or {}).get(name)
-    return found if isinstance(found, dict) else {}
-
-
 def _other_versions(facts: dict[str, Any]) -> str:
     """The versions that differ from a manifest's, such as `torch 2.9.0 -> 2.13.0`."""
-    before, now = _section(facts, "versions"), manifests.versions()
+    before, now = facts.get("versions", {}), manifests.versions()
     return ", ".join(
         f"{name} {before.get(name, 'unknown')} -> {version}"
         for name, version in now.items()

@@ -43,11 +43,7 @@ class Reranker(Stage):
     def validation_step(
         self, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
-        """Query rows, passage rows and scores [N]; `RerankingEvaluation` collects them.
-
-        Args:
-            batch: a `caravan.data.batch.PairBatch`.
-        """
+        """Query rows, passage rows and scores [N] of a `caravan.data.batch.PairBatch`."""
         return {
             "query_rows": batch.query_rows,
             "passage_rows": batch.passage_rows,

@@ -80,9 +80,8 @@ class Retriever(Stage):
             queries: [Q, d] float32. passages: [Q * G, d] float32, group by group.
 
         Returns:
-            scores [Q, N] float32, -inf where masked; targets [Q] int64; the number of queries of
-            each rank. N is all ranks' passages, this rank's without `cross_device`, or G without
-            `in_batch`.
+            scores [Q, N] float32, -inf where masked; targets [Q] int64; the queries of each rank.
+            N is all ranks' passages, this rank's without `cross_device`, or G without `in_batch`.
         """
         group = batch.passage_rows.shape[1]
         counts = parallel.sizes(len(queries), queries.device)

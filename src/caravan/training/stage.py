@@ -68,15 +68,11 @@ class Stage(pl.LightningModule, ABC):
         gradcache: GradCache | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
         backbone.use_adapters(peft)
-        self.peft = peft
-        self.tokenizer = tokenizer
-        self.encoding = encoding
-        self.loss = loss
-        self.optimizer = optimizer
+        self.backbone, self.peft = backbone, peft
+        self.tokenizer, self.encoding = tokenizer, encoding
+        self.loss, self.optimizer, self.gradcache = loss, optimizer, gradcache
         self.seed = seed
-        self.gradcache = gradcache
         self.bf16 = False  # whether training computes in bf16; set with the trainer's precision
         self.network: nn.Module | None = None
         # With FSDP, rank 0's copy without weights; a list, so that it is not a submodule.
@@ -85,11 +81,7 @@ class Stage(pl.LightningModule, ABC):
         self.strict_loading = False
 
     def reading(self, passage_length: int | None = None) -> Templates | PairTemplates:
-        """The templates of the encoding: `PairTemplates` for a reranker, otherwise `Templates`.
-
-        Args:
-            passage_length: overrides that of the encoding.
-        """
+        """The templates of the encoding, or of that with one of `validation.read_lengths`."""
         kind = PairTemplates if self.encoding.kind == "reranker" else Templates
         if passage_length is None:
             return kind(self.tokenizer, self.encoding)
@@ -165,15 +157,14 @@ class Stage(pl.LightningModule, ABC):
     def _loads_as_stored(self, sharded: bool) -> bool:
         """Whether weights are loaded in the precision of their files and converted afterwards.
 
-        With FSDP, rank 0 can then map the files without reading them, and a frozen base does not
-        need four bytes per weight. This is not possible if loading computes with the weights: new
-        embedding rows, checks of masks, DoRA's norms.
+        FSDP's rank 0 can then map the files, and a frozen base takes less than four bytes a weight.
+        Loading must not compute with the weights, as for new embeddings or the output layer.
         """
-        if self.encoding.slots or self.encoding.bidirectional or self.uses_output_layer:
+        if self.encoding.slots or self.uses_output_layer:
             return False
         if self.peft is None:
             return sharded
-        if not isinstance(self.peft, LoRA) or self.peft.settings["use_dora"]:
+        if not isinstance(self.peft, LoRA):
             return False
         return sharded or (self.bf16 and self.backbone.quantization is None)
 
@@ -230,8 +221,7 @@ class Stage(pl.LightningModule, ABC):
         """Compute and log the loss, weighted by this rank's share of the queries.
 
         Args:
-            scores: [Q, N] float32. targets: [Q] int64. teacher: [Q, N] float32, or None.
-            counts: the number of queries of each rank.
+            scores, teacher: [Q, N] float32. targets: [Q] int64. counts: queries of each rank.
         """
         assert self.loss is not None
         # In bf16, logits at temperature 0.01 would be rounded to steps of 0.4.
@@ -240,14 +230,13 @@ class Stage(pl.LightningModule, ABC):
         # With this weight, the average over ranks is the mean over the union batch.
         weight = parallel.weight(counts)
         loss = loss * weight
-        queries = len(scores)
-        self.log("train/loss", loss, prog_bar=True, batch_size=queries, sync_dist=True)
+        over_ranks: dict[str, Any] = {"batch_size": len(scores), "sync_dist": True}
+        self.log("train/loss", loss, prog_bar=True, **over_ranks)
         if scores.shape[1] > 1:
-            with torch.no_grad():
-                hits = (scores.argmax(dim=1) == targets).float().mean() * weight
-                negatives = scores.isfinite().sum(dim=1).float().mean() - 1
-            self.log("train/accuracy", hits, batch_size=queries, sync_dist=True)
-            self.log("train/negatives", negatives * weight, batch_size=queries, sync_dist=True)
+            hits = (scores.argmax(dim=1) == targets).float().mean()
+            negatives = scores.isfinite().sum(dim=1).float().mean() - 1
+            self.log("train/accuracy", hits * weight, **over_ranks)
+            self.log("train/negatives", negatives * weight, **over_ranks)
         return loss
 
     def rows_of(self, texts: Packed) -> Tensor:
@@ -273,8 +262,8 @@ class Stage(pl.LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        batches = data.batches_per_epoch(self.trainer)
-        return self.optimizer.build(self, updates(self.trainer, batches))
+        last = updates(self.trainer, data.batches_per_epoch(self.trainer))
+        return self.optimizer.build(self, last)
 
     def configure_gradient_clipping(
         self,
@@ -299,8 +288,7 @@ class Stage(pl.LightningModule, ABC):
         return {name for name, p in self.named_parameters() if p.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trainable = self._trainable()
-        weights = checkpoint["state_dict"]
+        trainable, weights = self._trainable(), checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: weights[name] for name in weights if name in trainable}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

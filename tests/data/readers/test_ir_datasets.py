@@ -50,7 +50,6 @@ def test_an_id_is_read_as_ir_datasets_reads_it(tiny: str, irds: Any, tmp_path: P
             (one.query_id, one.doc_id): one.relevance for one in theirs.qrels_iter()
         }
     assert [name for name, _, _ in records(found.queries)] == ["1", "2", "3"]
-    assert found.facts["repeated_queries"] == 1
     assert found.name == tiny
     again = IrDatasets(tiny).collection(tmp_path)
     assert again.folder == found.folder
@@ -83,7 +82,7 @@ def test_titles_and_official_grades_are_taken_over(irds: Any, tmp_path: Path) ->
     assert list(official.values()) == [True, False]
 
 
-def test_what_is_not_known_or_not_installed_is_told(
+def test_unknown_ids_and_a_missing_package_are_reported(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with refused("unknown-dataset"):
@@ -133,7 +132,6 @@ def test_judgements_by_subtopic_give_the_highest_grade(
     qrels = [TrecSubQrel("q1", doc, grade, str(n)) for n, (doc, grade) in enumerate(grades)]
     found = IrDatasets(registered(irds, docs, qrels)).collection(tmp_path)
     assert judged(found, "test") == {("q1", "d1"): 2, ("q1", "d2"): -1}
-    assert found.facts["judgements_by_subtopic"] == 5
     assert "by subtopic" in caplog.text
 
 

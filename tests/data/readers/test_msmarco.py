@@ -37,12 +37,6 @@ DOCUMENTS = {
     "msmarco-test2019-queries.tsv": "1108939\twhat slows down the flow of blood\n",
     "2019qrels-docs.txt": "1108939 Q0 D2 1\n1108939 Q0 D1 0\n",
 }
-TREC = (
-    "<DOC>\n<DOCNO>D1</DOCNO>\n<TEXT>\nhttps://a.org/camel\nCamels\nStore fat.\n\n<b>In humps.\n"
-    "</TEXT>\n</DOC>\n"
-    "<DOC>\n<DOCNO>D2</DOCNO>\n<TEXT>\nhttp://b.org\n\nNo title here.\n</TEXT>\n</DOC>\n"
-    "<DOC>\n<DOCNO>D30</DOCNO>\n<TEXT>\nhttps://c.org/x?y=1\nEmpty\n</TEXT>\n</DOC>\n"
-)
 
 
 def passages(folder: Path, **settings: Any) -> Collection:
@@ -84,7 +78,6 @@ def test_passages_are_read_as_ir_datasets_reads_them(
         }
     assert {name: text for name, _, text in records(found.queries)} == asked
     assert len(found.queries) == len(asked) == 7
-    assert found.facts["repeated_queries"] == 1
     assert found.relevant_from == {"dl19": 2, "dl20": 2}
 
 
@@ -115,28 +108,18 @@ def test_anserini_names_are_known_and_dev_is_the_small_one(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_documents_are_the_same_in_tsv_and_trec_but_for_their_lines(
-    tmp_path: Path, irds: Any, zipped: bool
-) -> None:
-    found = documents(put(tmp_path / "tsv", DOCUMENTS, zipped))
-    files = without(DOCUMENTS, "msmarco-docs.tsv", **{"msmarco-docs.trec": TREC})
-    trec = documents(put(tmp_path / "trec", files, zipped), urls=False)
+def test_documents_have_their_address_before_the_title(tmp_path: Path, zipped: bool) -> None:
+    folder = put(tmp_path / "docs", DOCUMENTS, zipped)
+    found = documents(folder)
     assert records(found.corpus) == [
         ("D1", "https://a.org/camel Camels", "Store fat. In humps."),
         ("D2", "http://b.org", "No title here."),
         ("D30", "https://c.org/x?y=1 Empty", ""),
     ]
-    assert found.facts["empty_passages"] == 0
-    from ir_datasets.datasets.msmarco_document import MsMarcoTrecDocs
-
-    plain = put(tmp_path / "plain", files)
-    theirs = MsMarcoTrecDocs(irds.util.LocalDownload(plain / "msmarco-docs.trec"))
-    reformed = [(d.doc_id, d.title, d.body.removesuffix("\n")) for d in theirs.docs_iter()]
-    assert records(trec.corpus) == reformed
-    assert trec.splits == found.splits == ("train", "dev", "dl19")
-    assert judged(trec, "dl19") == judged(found, "dl19") == {
-        ("1108939", "D2"): 1, ("1108939", "D1"): 0,
-    }  # fmt: skip
+    titles = [title for _, title, _ in records(documents(folder, urls=False).corpus)]
+    assert titles == ["Camels", "", "Empty"]
+    assert found.splits == ("train", "dev", "dl19")
+    assert judged(found, "dl19") == {("1108939", "D2"): 1, ("1108939", "D1"): 0}
     assert found.relevant_from == {}  # of documents, grade 1 is relevant
 
 
@@ -169,41 +152,7 @@ def test_a_mistake_is_one_sentence_with_file_and_line(
     assert not list((tmp_path / "cache" / "collections").glob("[!.]*"))
 
 
-@pytest.mark.parametrize(
-    ("trec", "code", "place"),
-    [
-        (
-            TREC.replace("</TEXT>\n</DOC>\n", "", 1),
-            "damaged-file",
-            "msmarco-docs.trec:9",
-        ),
-        (TREC[:-7], "damaged-file", "msmarco-docs.trec:24"),
-        (TREC.replace("<DOCNO>D2</DOCNO>\n", ""), "damaged-file", "msmarco-docs.trec:12"),
-        (
-            TREC.replace("D2</DOCNO>", "D2</D"),
-            "damaged-file",
-            "msmarco-docs.trec:12",
-        ),
-        ("stray\n" + TREC, "damaged-file", "msmarco-docs.trec:1"),
-        (TREC.replace("D2", "D1"), "duplicate-id", "msmarco-docs.trec:11"),
-    ],
-)
-def test_a_broken_trec_file_is_told_with_its_line(
-    tmp_path: Path, trec: str, code: str, place: str
-) -> None:
-    files = without(DOCUMENTS, "msmarco-docs.tsv", **{"msmarco-docs.trec": trec})
-    with refused(code, place):
-        documents(put(tmp_path / "d", files))
-
-
-def test_carriage_returns_are_no_part_of_a_trec_document(tmp_path: Path) -> None:
-    files = without(DOCUMENTS, "msmarco-docs.tsv", **{"msmarco-docs.trec": TREC})
-    plain = documents(put(tmp_path / "lf", files))
-    files["msmarco-docs.trec"] = TREC.replace("\n", "\r\n")
-    assert records(documents(put(tmp_path / "crlf", files)).corpus) == records(plain.corpus)
-
-
-def test_what_is_still_packed_is_told(tmp_path: Path) -> None:
+def test_archives_and_absent_files_are_named(tmp_path: Path) -> None:
     folder = put(tmp_path / "m", {"collectionandqueries.tar.gz": ""})
     with refused("file-not-found", "collectionandqueries.tar"):
         passages(folder)
@@ -211,21 +160,3 @@ def test_what_is_still_packed_is_told(tmp_path: Path) -> None:
         passages(tmp_path / "absent")
     with refused("file-not-found", "x.tsv"):
         passages(folder, corpus="x.tsv")
-
-
-@pytest.mark.parametrize("tag", ["<DOC>", "</DOC>", "<DOCNO>", "<TEXT>", "</TEXT>"])
-@pytest.mark.parametrize("lost", [1, 2, 3])
-def test_a_trec_document_that_lost_tags_is_refused(tmp_path: Path, tag: str, lost: int) -> None:
-    lines = TREC.splitlines(keepends=True)
-    first = [n for n, line in enumerate(lines) if line.startswith(tag)][1 if tag == "<DOC>" else 0]
-    damaged = "".join(lines[:first] + lines[first + lost :])
-    files = without(DOCUMENTS, "msmarco-docs.tsv", **{"msmarco-docs.trec": damaged})
-    with refused("damaged-file"):
-        documents(put(tmp_path / "docs", files))
-
-
-def test_text_beside_the_tags_of_a_trec_document_is_refused(tmp_path: Path) -> None:
-    damaged = TREC.replace("</TEXT>\n", "</TEXT>\nnobody's\n", 1)
-    files = without(DOCUMENTS, "msmarco-docs.tsv", **{"msmarco-docs.trec": damaged})
-    with refused("damaged-file", "msmarco-docs.trec:10"):
-        documents(put(tmp_path / "docs", files))

@@ -1,8 +1,7 @@
 """Any collection that ir_datasets knows, by its id (MacAvaney et al. 2021, arXiv 2103.02280).
 
-ir_datasets fetches and repairs the files of several hundred test collections; this streams corpus,
-queries and qrels into a collection. It is an extra: pip install "caravan-retrieval[ir_datasets]".
-Some collections must be requested by hand; its error says so.
+It fetches and repairs the files of several hundred test collections. It is an extra: pip install
+"caravan-retrieval[ir_datasets]". Some collections must be requested by hand; its error says so.
 
     python evaluate.py retriever=bm25 data=ir_datasets data.id=beir/scifact
 """
@@ -10,16 +9,16 @@ Some collections must be requested by hand; its error says so.
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from caravan.data.collection import Collection, write_collection
+from caravan.data.collection import Collection
 from caravan.data.qrels import Judgement
-from caravan.data.source import Source, cache_key, cached_collection
+from caravan.data.source import Source, Stream, Streams, cache_key, cached_collection
 from caravan.data.texts import Record, unique_records
 from caravan.errors import InputError, first_line
 
@@ -38,9 +37,7 @@ class IrDatasets(Source):
         splits: the id of each split, below `id`: {dev: dev/small, dl19: trec-dl-2019/judged}; None
             takes train, dev and test, and as test the judgements of `id` itself.
         name: what reports call the collection; the id by default.
-        train_split, dev_split, split: to train on, to validate on, and to score.
-        unknown_ids: "refuse" judgements of unknown queries or passages, or "count" them: training
-            leaves them out, metrics count them as not found.
+        train_split, dev_split, split, unknown_ids: as for `caravan.data.readers.labelled.Folder`.
     """
 
     id: str
@@ -65,12 +62,14 @@ class IrDatasets(Source):
                 "missing-corpus", f"{id_} of ir_datasets has no corpus: choose another data.id"
             )
         ids = self._splits(known, id_)
-        key = cache_key("ir_datasets", ir_datasets.__version__, id_, ids, self.unknown_ids)
+        splits = {split: _dataset(known, name) for split, name in ids.items()}
+        streams = _streams(f"{id_} of ir_datasets", corpus, splits)
+        graded = {split: 2 for split, one in splits.items() if _official_from_2(one)}
+        name, settings = self.name or id_, {"unknown_ids": self.unknown_ids}
 
         def build(folder: Path) -> Collection:
-            splits = {split: _dataset(known, name) for split, name in ids.items()}
             try:
-                return self._build(folder, self.name or id_, corpus, splits)
+                return streams.write(folder, name, relevant_from=graded, **settings)
             except (OSError, RuntimeError) as error:  # what its downloads raise
                 raise InputError(
                     "dataset-not-loaded",
@@ -78,49 +77,37 @@ class IrDatasets(Source):
                     " https://ir-datasets.com, or fetch the files and read them with another data=",
                 ) from None
 
-        return cached_collection(cache_dir, self.name or id_, key, build)
+        key = cache_key("ir_datasets", ir_datasets.__version__, id_, ids, self.unknown_ids)
+        return cached_collection(cache_dir, name, key, build)
 
     def _splits(self, known: Any, id_: str) -> dict[str, str]:
         """The id of each split."""
         if self.splits is not None:
-            ids = {split: f"{id_}/{name}".rstrip("/") for split, name in self.splits.items()}
-            for name in ids.values():
-                _dataset(known, name)
-            return ids
+            return {split: f"{id_}/{name}".rstrip("/") for split, name in self.splits.items()}
         found = {split: f"{id_}/{split}" for split in SPLITS if _judged(known, f"{id_}/{split}")}
         if "test" not in found and _judged(known, id_):
             found["test"] = id_
         return found
 
-    def _build(self, folder: Path, name: str, corpus: Any, splits: dict[str, Any]) -> Collection:
-        facts: Counter[str] = Counter(empty_passages=0, repeated_queries=0)
-        place = f"{self.id} of ir_datasets"
 
-        def passages() -> Iterator[Record]:
-            for doc in corpus.docs_iter():
-                title, text = _text_of(doc)
-                facts["empty_passages"] += not (title or text).strip()
-                yield doc.doc_id, title, text
+def _streams(source: str, corpus: Any, splits: dict[str, Any]) -> Streams:
+    def passages() -> Iterator[tuple[str, Record]]:
+        for doc in corpus.docs_iter():
+            yield f"{source}, document {doc.doc_id}", (doc.doc_id, *_text_of(doc))
 
-        queries = (
-            (f"{place}, {split}", (query.query_id, "", query.default_text() or ""))
+    def queries() -> Iterator[tuple[str, Record]]:
+        found = (
+            (f"{source}, {split}", (query.query_id, "", query.default_text() or ""))
             for split, one in splits.items()
             for query in one.queries_iter()
         )
-        return write_collection(
-            folder,
-            name,
-            passages(),
-            (record for _, record in unique_records(queries, "queries", facts)),
-            {
-                split: _judgements(one, f"{place}, qrels/{split}", facts)
-                for split, one in splits.items()
-            },
-            facts=facts,
-            where=lambda part, n: f"{place}, {part}, record {n + 1}",
-            unknown_ids=self.unknown_ids,
-            relevant_from={split: 2 for split, one in splits.items() if _official_from_2(one)},
-        )
+        return unique_records(found, "queries")
+
+    qrels: dict[str, Stream[Judgement]] = {
+        split: functools.partial(_judgements, one, f"{source}, qrels/{split}")
+        for split, one in splits.items()
+    }
+    return Streams(source, passages, queries, qrels)
 
 
 def _dataset(known: Any, name: str) -> Any:
@@ -159,7 +146,7 @@ def _text_of(doc: Any) -> tuple[str, str]:
     )
 
 
-def _judgements(one: Any, place: str, facts: Counter[str]) -> Iterator[Judgement]:
+def _judgements(one: Any, place: str) -> Iterator[tuple[str, Judgement]]:
     """The judgements of a split; those by subtopic (TrecSubQrel) as the highest of their grades."""
     by_subtopic: dict[tuple[str, str], int] = {}
     for n, judgement in enumerate(one.qrels_iter(), 1):
@@ -172,15 +159,14 @@ def _judgements(one: Any, place: str, facts: Counter[str]) -> Iterator[Judgement
             )
         pair = judgement.query_id, judgement.doc_id
         if hasattr(judgement, "subtopic_id"):
-            facts["judgements_by_subtopic"] += 1
             by_subtopic[pair] = max(int(grade), by_subtopic.get(pair, int(grade)))
         else:
-            yield *pair, int(grade)
+            yield f"{place}, judgement {n}", (*pair, int(grade))
     if by_subtopic:
         log.warning(
             "%s: judgements are by subtopic; a passage gets the highest of its grades", place
         )
-    yield from ((*pair, grade) for pair, grade in by_subtopic.items())
+    yield from ((place, (*pair, grade)) for pair, grade in by_subtopic.items())
 
 
 def _official_from_2(one: Any) -> bool:

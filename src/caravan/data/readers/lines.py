@@ -1,4 +1,4 @@
-"""Rows of data files: lines, columns, JSON objects and datasets; and digests of files.
+"""Lines, columns, JSON objects and dataset rows, each with its place; and digests of files.
 
 Text files are plain or gzipped, whatever their name, and stream line by line; errors name file and
 line. A digest is of the bytes, so that a collection is found again wherever its files are and
@@ -8,15 +8,13 @@ whenever they were touched.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
-import logging
-import time
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from caravan import manifests
 from caravan.data.texts import Record
@@ -24,13 +22,16 @@ from caravan.errors import InputError, first_line
 from caravan.files import cache_folder, listed
 from caravan.hub import refuse_unreachable
 
+BLOCK_BYTES = 1 << 24  # of lines in memory at once
 KEPT_FROM_BYTES = 1 << 26  # smaller files are hashed in some milliseconds
-SETTLED_S = 2.0  # a file written just now may change again within one tick of its clock
 
 QUERY_IDS = {"qid", "query", "queryid", "topic", "topicid"}
 PASSAGE_IDS = {"pid", "docid", "docno", "corpusid", "passageid", "documentid"}
 TEXTS = {"text", "contents", "body", "passage", "document", "query", "question"}
 """Column names in header lines, as `column_name` spells them."""
+
+ID_KEYS, TEXT_KEYS = ("_id", "docid", "id"), ("text", "contents")
+"""Keys of JSON objects, as in BEIR, Tevatron and Pyserini; the first that an object has counts."""
 
 ARCHIVES = {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
 """First bytes of packed files that cannot be read."""
@@ -38,12 +39,12 @@ NOT_DATA = {"readme", "license", "licence", "notice"}
 SAVED = ("dataset_dict.json", "state.json")
 """Files that `Dataset.save_to_disk` writes."""
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
-    """The bytes of a file, unpacked if they are gzip; raises "unsupported-archive"."""
+def _opened(file: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
+    """The bytes of a file, unpacked if they are gzip."""
     with open(file, "rb") as raw:
         start = raw.peek(8)
         kind = next((name for magic, name in ARCHIVES.items() if start.startswith(magic)), None)
@@ -56,35 +57,56 @@ def opened(file: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
             yield raw
 
 
-def lines(file: Path, blank: bool = False) -> Iterator[tuple[int, str]]:
-    """(line number, line) of each line that is not blank, with its end; only LF ends a line.
+def line_blocks(file: Path) -> Iterator[tuple[int, list[bytes]]]:
+    """(lines before, lines with their ends) of a file, some megabytes at a time.
 
-    Args:
-        blank: yield blank lines too.
+    Only LF ends a line. A byte order mark is left out.
 
     Raises:
-        InputError: "damaged-file", "unreadable-file", "not-utf8".
+        InputError: "damaged-file", "unreadable-file", "unsupported-archive".
     """
-    number = 0
+    before = 0
     try:
-        with opened(file) as found:
-            for number, line in enumerate(found, 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if blank or line.strip():
-                    yield number, line.decode()
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.start + 1} of the line (0x{error.object[error.start]:02x})"
-        raise InputError(
-            "not-utf8",
-            f"{file}:{number}: {byte} is not UTF-8: convert it, such as with iconv",
-        ) from None
+        with _opened(file) as found:
+            while block := found.readlines(BLOCK_BYTES):
+                if not before:
+                    block[0] = block[0].removeprefix(b"\xef\xbb\xbf")
+                yield before, block
+                before += len(block)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(
-            "damaged-file", f"{file}:{number + 1}: cannot be unpacked ({error}): fetch it again"
+            "damaged-file", f"{file}: it cannot be unpacked ({error}): fetch it again"
         ) from None
     except OSError as error:
         raise InputError("unreadable-file", f"{file} cannot be read: {error.strerror}") from None
+
+
+def decoded(file: Path, number: int, line: bytes) -> str:
+    """A line as text; raises "not-utf8"."""
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start + 1} of the line (0x{line[error.start]:02x})"
+        raise InputError(
+            "not-utf8", f"{file}:{number}: {byte} is not UTF-8: convert it, such as with iconv"
+        ) from None
+
+
+def lines(file: Path) -> Iterator[tuple[int, str]]:
+    """(line number, line) of each line that is not blank, with its end."""
+    for before, block in line_blocks(file):
+        for number, line in enumerate(block, before + 1):
+            if line.strip():
+                yield number, decoded(file, number, line)
+
+
+def some(file: str | Path, found: Iterator[T]) -> Iterator[T]:
+    """The items of a file; raises "empty-file" if there is none."""
+    first = next(found, None)
+    if first is None:
+        raise InputError("empty-file", f"{file} is empty: fill it, or remove it")
+    yield first
+    yield from found
 
 
 def column_name(cell: str) -> str:
@@ -96,10 +118,8 @@ def column_name(cell: str) -> str:
     return cell.strip().casefold().replace("-", "").replace("_", "")
 
 
-def columns(
-    file: Path, layouts: Sequence[tuple[str, ...]]
-) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """(line number, columns) of each line of a .tsv, in the order of their layout.
+def columns(file: Path, layouts: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, list[str]]]:
+    """(place, columns) of each line of a .tsv, in the order of their layout.
 
     A header line is skipped; the columns may then be in any order.
 
@@ -132,7 +152,7 @@ def columns(
                     f" {', '.join(layout)}: name them so, or remove the line",
                 )
             order = list(range(len(found)))
-        yield number, tuple(found[i] for i in order)
+        yield f"{file}:{number}", [found[i] for i in order]
 
 
 def _meaning(cell: str) -> str:
@@ -142,19 +162,20 @@ def _meaning(cell: str) -> str:
     return "text" if name in TEXTS else name
 
 
-def objects(file: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, JSON object) of each line; `remedy` says what a line should be."""
+def objects(file: Path, remedy: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, JSON object) of each line; `remedy` says what a line should be."""
     for number, line in lines(file):
+        place = f"{file}:{number}"
         try:
             found = json.loads(line)
         except json.JSONDecodeError as error:
             problem = f"not JSON ({error.msg}, column {error.colno})"
-            raise malformed(f"{file}:{number}", problem, remedy) from None
+            raise malformed(place, problem, remedy) from None
         except (ValueError, RecursionError) as error:  # a huge number, or deep nesting
-            raise malformed(f"{file}:{number}", f"not JSON ({error})", remedy) from None
+            raise malformed(place, f"not JSON ({error})", remedy) from None
         if not isinstance(found, dict):
-            raise malformed(f"{file}:{number}", "JSON, but not an object", remedy)
-        yield number, found
+            raise malformed(place, "JSON, but not an object", remedy)
+        yield place, found
 
 
 def malformed(place: str, problem: str, remedy: str) -> InputError:
@@ -162,29 +183,29 @@ def malformed(place: str, problem: str, remedy: str) -> InputError:
     return InputError("malformed-line", f"{place}: {problem}: {remedy}")
 
 
-def record_of(
-    place: str,
-    fields: dict[str, Any],
-    ids: Sequence[str] = ("docid", "_id", "id"),
-    texts: Sequence[str] = ("text", "contents"),
-) -> Record:
-    """Id, title and text of an object; the title may be missing or null.
+def string(place: str, value: Any, name: str, remedy: str) -> str:
+    """The value; raises "malformed-line" if it is not a string."""
+    if not isinstance(value, str):
+        raise malformed(place, f"{name} is not a string", remedy)
+    return value
 
-    Args:
-        ids, texts: the keys of id and text; the first that the object has counts. The defaults are
-            those of Tevatron, BEIR and Pyserini.
-    """
-    remedy = f'every line is one object such as {{"{ids[0]}": "7", "title": "...", "text": "..."}}'
-    id_key = next((key for key in ids if key in fields), None)
-    text_key = next((key for key in texts if key in fields), None)
-    if id_key is None or text_key is None:
-        raise malformed(place, f"no {ids[0] if id_key is None else texts[0]}", remedy)
-    title = "" if fields.get("title") is None else fields["title"]
-    record = id_of(fields[id_key]), title, fields[text_key]
-    for key, value in zip((id_key, "title", text_key), record, strict=True):
-        if not isinstance(value, str):
-            raise malformed(place, f"{key} is not a string", remedy)
-    return record
+
+def text_of(
+    place: str, fields: dict[str, Any], remedy: str, text: str = "text", title: str | None = "title"
+) -> tuple[str, str]:
+    """Title and text of an object; the title may be missing or null."""
+    head = fields.get(title) if title else None
+    head = "" if head is None else string(place, head, str(title), remedy)
+    return head, string(place, fields.get(text), text, remedy)
+
+
+def record_of(place: str, fields: dict[str, Any]) -> Record:
+    """Id, title and text of an object."""
+    remedy = 'every line is one object such as {"_id": "7", "title": "...", "text": "..."}'
+    id_key = next((key for key in ID_KEYS if key in fields), ID_KEYS[0])
+    text_key = next((key for key in TEXT_KEYS if key in fields), TEXT_KEYS[0])
+    name = string(place, id_of(fields.get(id_key)), id_key, remedy)
+    return name, *text_of(place, fields, remedy, text_key)
 
 
 def id_of(value: Any) -> Any:
@@ -198,7 +219,6 @@ def rows(
     subset: str,
     revision: str | None,
     remedy: str,
-    columns: Sequence[str] = (),
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of files of jsonl, or of one split of Hugging Face datasets.
 
@@ -206,12 +226,10 @@ def rows(
         paths: files, folders that `datasets` reads or that `save_to_disk` wrote, or hub ids.
         config, subset, revision: of a dataset; `subset` is its split.
         remedy: says what a row should be.
-        columns: those that a dataset must have.
 
     Raises:
         InputError: "empty-file", "file-not-found", "dataset-not-loaded", "malformed-line", ...
     """
-    empty = True
     for path in paths:
         file = Path(path)
         if file.is_file() and path.endswith((".parquet", ".arrow")):
@@ -219,19 +237,13 @@ def rows(
         if path.endswith((".jsonl", ".json", ".gz")) and not file.is_file():
             raise InputError("file-not-found", f"there is no file {path}: correct the path")
         if file.is_file():
-            for number, row in objects(file, remedy):
-                empty = False
-                yield f"{file}:{number}", row
+            yield from some(file, objects(file, remedy))
         else:
-            for placed in _dataset_rows(path, config, subset, revision, columns):
-                empty = False
-                yield placed
-    if empty:
-        raise InputError("empty-file", f"there is no row in {' and '.join(paths)}: {remedy}")
+            yield from some(path, _dataset_rows(path, config, subset, revision))
 
 
 def _dataset_rows(
-    path: str, config: str | None, subset: str, revision: str | None, columns: Sequence[str]
+    path: str, config: str | None, subset: str, revision: str | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     from datasets import DatasetDict, load_dataset, load_from_disk  # takes a second
 
@@ -241,9 +253,9 @@ def _dataset_rows(
             saved: Any = load_from_disk(path)
             if not isinstance(saved, DatasetDict):
                 saved = {"train": saved, **({str(saved.split): saved} if saved.split else {})}
-            if subset not in saved:
+            found = saved.get(subset)
+            if found is None:
                 raise ValueError(f"it has no split {subset!r}; there are {', '.join(saved)}")
-            found = saved[subset]
         else:
             found = load_dataset(path, config, split=subset, revision=revision, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:  # what `datasets` raises is among them
@@ -251,12 +263,6 @@ def _dataset_rows(
             "dataset-not-loaded",
             f"{path}: the dataset cannot be loaded ({first_line(error)}); give its files instead",
         ) from None
-    there = found.column_names or ()
-    for column in columns:
-        if there and column not in there:
-            raise InputError(
-                "unknown-column", f"{path} has no column {column!r}; there are {', '.join(there)}"
-            )
     try:
         for number, row in enumerate(found):
             yield f"{path}, row {number}", row
@@ -277,22 +283,22 @@ def by_stem(folder: Path, suffixes: Sequence[str], prefix: str = "") -> dict[str
     """The files `<prefix><stem><suffix>` of a folder by stem, sorted, plain or .gz.
 
     Hidden files and README or LICENSE are left out. Empty if there is no folder.
+
+    Raises:
+        InputError: "ambiguous-files", a stem has two files.
     """
-    stems = set()
+    ends = "|".join(map(re.escape, suffixes))
+    pattern = re.compile(rf"{re.escape(prefix)}(.+)({ends})(\.gz)?")
+    found: dict[str, Path] = {}
     for file in listed(folder) if folder.is_dir() else ():
-        name = file.name.removesuffix(".gz")
-        suffix = next((one for one in suffixes if name.endswith(one)), "")
-        stem = name.removeprefix(prefix).removesuffix(suffix)
-        if suffix and stem and name == f"{prefix}{stem}{suffix}":
-            if stem.casefold() in NOT_DATA:
-                log.info("%s is not read as data", file)
-                continue
-            stems.add(stem)
-    found = {
-        stem: one_of(folder, [f"{prefix}{stem}{suffix}" for suffix in suffixes])
-        for stem in sorted(stems)
-    }
-    return {stem: file for stem, file in found.items() if file is not None}
+        match = pattern.fullmatch(file.name)
+        if match is None or match[1].casefold() in NOT_DATA or not file.is_file():
+            continue
+        if match[1] in found:
+            there = f"{found[match[1]]} and {file} exist"
+            raise InputError("ambiguous-files", f"{there}: keep one of them")
+        found[match[1]] = file
+    return dict(sorted(found.items()))
 
 
 def contents(path: str, cache_dir: str | Path) -> list[list[str]]:
@@ -302,40 +308,32 @@ def contents(path: str, cache_dir: str | Path) -> list[list[str]]:
     """
     place = Path(path)
     if place.is_file():
-        return [[place.suffix, *digests([place], cache_dir)]]
-    inside = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else []
-    names = {file: file.relative_to(place) for file in inside}
-    shown = [file for file in inside if not any(part[0] == "." for part in names[file].parts)]
-    found = zip(shown, digests(shown, cache_dir), strict=True)
-    return [[str(names[file]), digest] for file, digest in found]
+        return [[place.suffix, digest(place, cache_dir)]]
+    names = {file: file.relative_to(place) for file in sorted(place.rglob("*")) if file.is_file()}
+    return [
+        [str(name), digest(file, cache_dir)]
+        for file, name in names.items()
+        if not any(part[0] == "." for part in name.parts)
+    ]
 
 
-def digests(files: Iterable[Path], cache_dir: str | Path) -> list[str]:
-    """The digest of each file's bytes.
+def digest(file: Path, cache_dir: str | Path) -> str:
+    """The digest of a file's bytes.
 
     Hashing 20 GB takes a minute, so `cache_dir` keeps the digests of large files, by path, size and
     times of change.
     """
-    return [_digest(file, Path(cache_dir)) for file in files]
-
-
-def _digest(file: Path, cache_dir: Path) -> str:
+    kept = Path(cache_dir) / "digests" / manifests.digest(str(file.resolve()))
     try:
         large = file.stat().st_size >= KEPT_FROM_BYTES
-        name = hashlib.blake2b(str(file.resolve()).encode(), digest_size=8).hexdigest()
-        kept = cache_dir / "digests" / f"{name}.json"
-        if large:
-            with suppress(OSError, ValueError, RecursionError, TypeError):
-                record, seal = json.loads(kept.read_text("utf-8"))
-                if seal == manifests.digest(record) and manifests.is_as_written(file, record):
-                    return str(record["xxh3"])
-            log.info("reading %s once, for its digest", file)
+        before = manifests.read(kept) if large else None
+        if before is not None and manifests.is_as_written(file, before["inputs"]):
+            return str(before["inputs"]["xxh3"])
         record = manifests.content(file)
-        settled = time.time() - file.stat().st_ctime > SETTLED_S
     except OSError as error:
         raise InputError("unreadable-file", f"{file} cannot be read: {error.strerror}") from None
-    if large and settled:
+    if large:
         with suppress(OSError):  # a read-only cache keeps nothing
             cache_folder(cache_dir, "digests")
-            manifests.write_json(kept, [record, manifests.digest(record)])
+            manifests.write(kept, record)
     return str(record["xxh3"])

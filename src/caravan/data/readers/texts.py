@@ -11,17 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from caravan.data.collection import Collection, write_collection
-from caravan.data.readers.lines import contents, digests, lines, malformed, objects, rows
+from caravan.data.readers.lines import contents, digest, lines, objects, rows, text_of
 from caravan.data.source import Source, cache_key, cached_collection
 from caravan.errors import InputError
 from caravan.files import listed
 
 SUFFIXES = (".jsonl", ".txt")
 DOCUMENTS = ("file", "line")
-REMEDY = 'every line is one object such as {"text": "..."}'
 
 
 @dataclass
@@ -53,27 +51,22 @@ class TextFiles(Source):
         path = Path(self.path)
         if not path.exists():
             raise InputError("file-not-found", f"there is no file or folder {path}: set data.path")
-        candidates = [path] if path.is_file() else listed(path)
-        files = [file for file in candidates if _kind(file) in SUFFIXES]
+        files = [file for file in ([path] if path.is_file() else listed(path)) if _suffix(file)]
         if not files:
             raise InputError(
                 "file-not-found", f"{path} holds no .jsonl or .txt (nor .gz): give text files"
             )
-        kinds = list(map(_kind, files))
-        key = cache_key("texts", kinds, digests(files, cache_dir), self.documents)
+        read = [[_suffix(file), digest(file, cache_dir)] for file in files]
+        found = (one for file in files for one in self._documents(file))
         name = self.name or path.resolve().name
-
-        def build(folder: Path) -> Collection:
-            found = (one for file in files for one in self._documents(file))
-            return _write(folder, name, found, self.path)
-
-        return cached_collection(cache_dir, name, key, build)
+        return _collection(cache_dir, name, cache_key("texts", read, self.documents), found, path)
 
     def _documents(self, file: Path) -> Iterator[tuple[str, str]]:
         """(title, text) of each."""
-        if _kind(file) == ".jsonl":
-            for number, fields in objects(file, REMEDY):
-                yield _document(f"{file}:{number}", fields, "text", "title", REMEDY)
+        if _suffix(file) == ".jsonl":
+            remedy = 'every line is one object such as {"text": "..."}'
+            for place, fields in objects(file, remedy):
+                yield text_of(place, fields, remedy)
         elif self.documents == "line":
             for _, line in lines(file):
                 yield "", line.strip()
@@ -115,36 +108,33 @@ class HubTexts(Source):
         settings = [place, self.config, self.subset, self.text, self.title, self.revision]
         name = self.name or self.path.rstrip("/").rpartition("/")[2]
         key = cache_key("hub", settings, found)
-        return cached_collection(
-            cache_dir, name, key, lambda to: _write(to, name, self._documents(), self.path)
-        )
+        return _collection(cache_dir, name, key, self._documents(), self.path)
 
     def _documents(self) -> Iterator[tuple[str, str]]:
-        columns = [column for column in (self.text, self.title) if column]
         remedy = "set data.text and data.title to columns of texts"
-        found = rows([self.path], self.config, self.subset, self.revision, remedy, columns)
+        found = rows([self.path], self.config, self.subset, self.revision, remedy)
         for place, row in found:
-            yield _document(place, row, self.text, self.title, remedy)
+            yield text_of(place, row, remedy, self.text, self.title)
 
 
-def _write(folder: Path, name: str, documents: Iterable[tuple[str, str]], path: str) -> Collection:
+def _collection(
+    cache_dir: str | Path,
+    name: str,
+    key: str,
+    documents: Iterable[tuple[str, str]],
+    path: str | Path,
+) -> Collection:
     """A collection of the documents that are not blank, numbered."""
     written = (document for document in documents if document[1].strip())
     corpus = ((str(number), *document) for number, document in enumerate(written))
-    return write_collection(folder, name, corpus, (), {}, where=lambda *_: path)
+
+    def build(folder: Path) -> Collection:
+        return write_collection(folder, name, corpus, (), {}, where=lambda *_: str(path))
+
+    return cached_collection(cache_dir, name, key, build)
 
 
-def _document(
-    place: str, fields: dict[str, Any], text: str, title: str | None, remedy: str
-) -> tuple[str, str]:
-    """Title and text of a row."""
-    found = fields.get(title) if title else None
-    pair: tuple[Any, Any] = "" if found is None else found, fields.get(text)
-    for key, value in zip((title, text), pair, strict=True):
-        if not isinstance(value, str):
-            raise malformed(place, f"{key} is not a string", remedy)
-    return pair
-
-
-def _kind(file: Path) -> str:
-    return Path(file.name.removesuffix(".gz")).suffix if file.is_file() else ""
+def _suffix(file: Path) -> str:
+    """.jsonl or .txt, plain or .gz; empty for other files and for folders."""
+    suffix = Path(file.name.removesuffix(".gz")).suffix
+    return suffix if suffix in SUFFIXES and file.is_file() else ""

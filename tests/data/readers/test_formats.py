@@ -1,4 +1,4 @@
-"""Ids, packing and stray files as other tools and machines leave them, in every reader."""
+"""What holds for every format: ids, packing, stray files, empty files and deep JSON."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from caravan.data.readers.texts import TextFiles
 from caravan.data.readers.training_rows import FlagEmbedding, Tevatron
 from caravan.data.runs import Run, read_run, write_run
 
-DOC = "<DOC>\n<DOCNO>{p}</DOCNO>\n<TEXT>\nurl\ntitle\nfat\n</TEXT>\n</DOC>\n"
 READERS: dict[str, tuple[Callable[[str], Any], dict[str, str]]] = {
     "tsv": (
         Tsv,
         {
             "corpus.tsv": "{p}\tfat\n",
             "queries.tsv": "{q}\tcamel\n",
+            "queries.dev.tsv": "dev\tsalt\n",
+            "qrels.dev.tsv": "dev\t{p}\t1\n",
             "qrels/test.tsv": "query-id\tcorpus-id\tscore\n{q}\t{p}\t1\n",
         },
     ),
@@ -49,7 +50,7 @@ READERS: dict[str, tuple[Callable[[str], Any], dict[str, str]]] = {
     "msmarco_document": (
         MsMarcoDocument,
         {
-            "msmarco-docs.trec": DOC,
+            "msmarco-docs.tsv": "{p}\turl\ttitle\tfat\n",
             "msmarco-docdev-queries.tsv": "{q}\tcamel\n",
             "msmarco-docdev-qrels.tsv": "{q} 0 {p} 1\n",
         },
@@ -62,17 +63,21 @@ READERS: dict[str, tuple[Callable[[str], Any], dict[str, str]]] = {
             "corpus.jsonl": '{{"docid": "{p}", "text": "fat"}}\n',
         },
     ),
+    "flagembedding": (
+        lambda path: FlagEmbedding(f"{path}/train.jsonl", dev=f"{path}/dev.jsonl"),
+        dict.fromkeys(("train.jsonl", "dev.jsonl"), '{{"query": "camel", "pos": ["fat"]}}\n'),
+    ),
 }
-LABELLED = pytest.mark.parametrize("layout", list(READERS))
+LABELLED = pytest.mark.parametrize("layout", [name for name in READERS if name != "flagembedding"])
+FILES = [(layout, name) for layout, (_, files) in READERS.items() for name in files]
 
 
-def build(
-    tmp_path: Path, layout: str, query: str = "q", passage: str = "p", zipped: bool = False
-) -> Collection:
-    reader, files = READERS[layout]
-    filled = {name: text.format(q=query, p=passage) for name, text in files.items()}
-    put(tmp_path / "set", filled, zipped)
-    return reader(str(tmp_path / "set")).collection(tmp_path / "cache")
+def filled(layout: str, query: str = "q", passage: str = "p") -> dict[str, str]:
+    return {name: text.format(q=query, p=passage) for name, text in READERS[layout][1].items()}
+
+
+def build(folder: Path, layout: str) -> Collection:
+    return READERS[layout][0](str(folder)).collection(folder.parent / "cache")
 
 
 @LABELLED
@@ -81,9 +86,9 @@ def test_ids_with_other_than_ascii_space_stay_whole(
     tmp_path: Path, layout: str, space: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     query, passage = f"q{space}", f"{space}p{space}1"
-    found = build(tmp_path, layout, query, passage)
+    found = build(put(tmp_path / "set", filled(layout, query, passage)), layout)
     assert [name for name, *_ in records(found.corpus)] == [passage]
-    assert judged(found, found.splits[0]) == {(query, passage): 1}
+    assert judged(found, found.splits[-1]) == {(query, passage): 1}
     assert len([r for r in caplog.records if "2 ids have white space" in r.message]) == 1
     rows = found.queries.rows([query]), found.corpus.rows([passage])
     path = tmp_path / "x.trec"
@@ -99,46 +104,36 @@ def test_ids_with_other_than_ascii_space_stay_whole(
 def test_ids_with_line_breaks_or_control_characters_are_refused(
     tmp_path: Path, layout: str, side: str, character: str
 ) -> None:
-    escaped = READERS[layout][0] in (Beir, Tevatron) and character < " "  # JSON has it no other way
+    escaped = layout in ("beir", "tevatron") and character < " "  # JSON has it no other way
     name = json.dumps(f"x{character}y")[1:-1] if escaped else f"x{character}y"
     with refused("invalid-id"):
-        build(tmp_path, layout, **{side: name})
+        build(put(tmp_path / "set", filled(layout, **{side: name})), layout)
 
 
 @LABELLED
 def test_gzip_is_recognized_by_its_bytes(tmp_path: Path, layout: str) -> None:
-    plain = build(tmp_path / "plain", layout)
-    assert build(tmp_path / "zipped", layout, zipped=True).digest == plain.digest
+    plain = build(put(tmp_path / "plain/set", filled(layout)), layout)
+    zipped = build(put(tmp_path / "zipped/set", filled(layout), zipped=True), layout)
+    assert zipped.digest == plain.digest
     for kind, packed in (("unnamed", True), ("misnamed", False)):
-        for name, text in READERS[layout][1].items():
-            data = text.format(q="q", p="p").encode()
+        for name, text in filled(layout).items():
             path = tmp_path / kind / "set" / (name if packed else f"{name}.gz")
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(gzip.compress(data) if packed else data)
-        reader = READERS[layout][0](str(tmp_path / kind / "set"))
-        assert reader.collection(tmp_path / kind / "cache").digest == plain.digest
-
-
-def test_another_archive_is_named(tmp_path: Path) -> None:
-    put(tmp_path / "set", dict(READERS["tsv"][1]))
-    (tmp_path / "set" / "corpus.tsv").write_bytes(b"PK\x03\x04\xff\xfe")
-    with refused("unsupported-archive", "corpus.tsv"):
-        Tsv(str(tmp_path / "set")).collection(tmp_path / "cache")
+            path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+        assert build(tmp_path / kind / "set", layout).digest == plain.digest
 
 
 @LABELLED
 def test_hidden_files_and_readmes_are_no_data(tmp_path: Path, layout: str) -> None:
-    build(tmp_path, layout)
-    folder = tmp_path / "set"
+    folder = put(tmp_path / "set", filled(layout))
+    found = build(folder, layout)
     for below in (folder, folder / "qrels"):
         below.mkdir(exist_ok=True)
         for name in ("._test.tsv", "._queries.dev.tsv", "._train.jsonl", ".DS_Store"):
             (below / name).write_bytes(b"\0\5\x16\7\xb0")
         (below / "README.txt").write_text("about\n")
         (below / "readme.tsv").write_text("about\n")
-    found = READERS[layout][0](str(folder)).collection(tmp_path / "cache")
-    again = [path for path in (tmp_path / "cache" / "collections").iterdir() if path.is_dir()]
-    assert again == [found.folder]
+    assert build(folder, layout).folder == found.folder
 
 
 def test_hidden_files_are_neither_texts_nor_rows_nor_collections(tmp_path: Path) -> None:
@@ -153,26 +148,30 @@ def test_hidden_files_are_neither_texts_nor_rows_nor_collections(tmp_path: Path)
     assert names == ["forum/a", "one"]
 
 
+def test_another_archive_is_named(tmp_path: Path) -> None:
+    folder = put(tmp_path / "set", filled("tsv"))
+    (folder / "corpus.tsv").write_bytes(b"PK\x03\x04\xff\xfe")
+    with refused("unsupported-archive", "corpus.tsv"):
+        build(folder, "tsv")
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"], ids=["no byte", "blank"])
+@pytest.mark.parametrize(("layout", "name"), FILES)
+def test_an_empty_file_is_named(layout: str, name: str, content: str, tmp_path: Path) -> None:
+    folder = put(tmp_path / "set", filled(layout) | {name: content})
+    with refused("empty-file", str(folder / name)):
+        build(folder, layout)
+
+
 @pytest.mark.parametrize("layout", ["beir", "tevatron", "flagembedding", "texts"])
 @pytest.mark.parametrize("depth", [2_000, 200_000])
 def test_deep_json_is_an_error_with_file_and_line(tmp_path: Path, layout: str, depth: int) -> None:
     deep = f'{{"text": {"[" * depth}{"]" * depth}}}\n'
-    if layout == "flagembedding":
-        row = '{"query": "camel", "pos": ["fat"]}\n'
-        reader: Any = FlagEmbedding(str(put(tmp_path, {"rows.jsonl": row + deep}) / "rows.jsonl"))
-    elif layout == "texts":
-        reader = TextFiles(str(put(tmp_path, {"a.jsonl": '{"text": "fat"}\n' + deep}) / "a.jsonl"))
-    else:
-        kind, files = READERS[layout]
-        filled = {name: text.format(q="q", p="p") for name, text in files.items()}
-        filled["corpus.jsonl"] += deep
-        reader = kind(str(put(tmp_path / "set", filled)))
-    with refused("malformed-line"):
-        reader.collection(tmp_path / "cache")
-
-
-def test_a_deep_manifest_is_a_broken_collection(tmp_path: Path) -> None:
-    found = build(tmp_path, "tsv")
-    (found.folder / "collection.json").write_text("[" * 200_000)
-    with refused("damaged-collection"):
-        Collection.open(found.folder)
+    files = {"a.jsonl": '{"text": "fat"}\n'} if layout == "texts" else filled(layout)
+    *_, last = files if layout != "beir" else ["corpus.jsonl"]
+    folder = put(tmp_path / "set", files | {last: files[last] + deep})
+    with refused("malformed-line", f"{last}:2"):
+        if layout == "texts":
+            TextFiles(str(folder)).collection(tmp_path)
+        else:
+            build(folder, layout)
