@@ -123,7 +123,7 @@ def keep_layers(model: Any, count: int) -> nn.Module:
     config.num_hidden_layers = count
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = config.layer_types[:count]
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _convert(folder: Path, source: str, layers: int | None, hub: dict[str, Any]) -> None:
