@@ -79,6 +79,11 @@ def paired(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> 
         between = time.perf_counter()
         theirs()
         pairs.append((between - started, time.perf_counter() - between))
+    return summary(pairs)
+
+
+def summary(pairs: list[tuple[float, float]]) -> dict[str, float]:
+    """Medians of (our, their) seconds, and the median and range of their ratio."""
     ratios = [their / our for our, their in pairs]
     return {
         "ours_s": statistics.median(our for our, _ in pairs),

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-from common import ROOT, arguments, collection, encoding, report, texts_of
+from common import ROOT, arguments, collection, encoding, report, summary, texts_of
 from datasets import Dataset
 from sentence_transformers import (
     SentenceTransformer,
@@ -135,17 +135,7 @@ def main() -> None:
             (ours(options, corpus, precision), theirs(options, corpus, precision))
             for _ in range(options.repeats)
         ]
-        ratios = [their / our for our, their in pairs]
-        table.append(
-            {
-                "precision": precision,
-                "ours_s": statistics.median(our for our, _ in pairs),
-                "theirs_s": statistics.median(their for _, their in pairs),
-                "ratio": statistics.median(ratios),
-                "lowest": min(ratios),
-                "highest": max(ratios),
-            }
-        )
+        table.append({"precision": precision, **summary(pairs)})
     report(
         "train_step",
         f"A training step of {options.batch} pairs of {corpus.name} with MiniLM, 256 tokens",

@@ -161,8 +161,8 @@ def _process_sentence(message: str) -> str | None:
     if re.search("exited unexpectedly|killed by signal", message):
         ending = re.sub(r".*?\d\) ", "", message).split(".")[0]
         return (
-            f"a DataLoader worker {ending}; unless the lines above say why, the reason is most"
-            f" likely a lack of memory: free memory or lower num_workers, {again}"
+            f"a DataLoader worker {ending}; unless the lines above say why, most likely for lack of"
+            f" memory: free memory or lower num_workers, {again}"
         )
     return None
 

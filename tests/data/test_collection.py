@@ -32,9 +32,9 @@ def write(folder: Path, **changes: object) -> Collection:
 
 def test_a_collection_reads_back_what_was_written(tmp_path: Path) -> None:
     judged = [("2", "c", 2), ("1", "b", 1), ("2", "a", 0), ("2", "b", -1)]
-    write(tmp_path / "c", qrels={"dev": judged, "test": []}, facts={"seen": 7})
+    write(tmp_path / "c", qrels={"dev": judged, "test": []})
     found = Collection.open(tmp_path / "c")
-    assert (found.name, found.splits, found.facts["seen"]) == ("tiny", ("dev", "test"), 7)
+    assert (found.name, found.splits) == ("tiny", ("dev", "test"))
     assert found.corpus.get([2, 0]) == [("C", "third"), ("A", "first")]
     assert found.queries.get([1]) == [("", "two")]
     qrels = found.qrels("dev")
@@ -94,7 +94,7 @@ def test_unknown_and_repeated_judgements_are_counted_when_allowed(tmp_path: Path
 def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
     digests = [
         write(tmp_path / "1").digest,
-        write(tmp_path / "far" / "2", facts={"x": 1}).digest,
+        write(tmp_path / "far" / "2").digest,
         write(tmp_path / "3", corpus=CORPUS[::-1]).digest,
         write(tmp_path / "4", qrels={"test": [("2", "a", 2)]}).digest,
         write(tmp_path / "5", qrels={"dev": [("2", "a", 1)]}).digest,

@@ -201,7 +201,7 @@ def test_a_batch_that_cannot_be_sent_ends_the_run(
 
 
 @pytest.mark.parametrize(
-    ("number", "shown"), [(signal.SIGKILL, "for lack of memory"), (signal.SIGBUS, "corpus.arrow")]
+    ("number", "shown"), [(signal.SIGKILL, "memory"), (signal.SIGBUS, "corpus.arrow")]
 )
 def test_a_worker_that_is_killed_ends_the_run_with_the_likely_reason(
     number: int, shown: str, capfd: pytest.CaptureFixture[str]

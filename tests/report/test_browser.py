@@ -43,7 +43,7 @@ onload = () => {
       .map(one => one.getBoundingClientRect().right)),
     fetched: inside.performance.getEntriesByType("resource").map(one => one.name)
       .filter(name => !name.startsWith("data:")),
-    text: Math.min(...[...page.querySelectorAll("p,td,th,dd,dt")]
+    text: Math.min(...[...page.querySelectorAll("p,td,th")]
       .map(one => parseFloat(inside.getComputedStyle(one).fontSize))),
   });
 };

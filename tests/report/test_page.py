@@ -14,6 +14,7 @@ from tests.tiny import write_beir
 from torch.utils.tensorboard import SummaryWriter
 
 from caravan.report import jobs, page
+from caravan.report.page import POINTS, read_curves
 
 
 class Parsed(HTMLParser):
@@ -72,7 +73,7 @@ def test_the_page_has_results_stages_tests_queries_curves_and_configs(
         assert text in parsed.text
     assert "python train.py name=r" in parsed.text
     assert "seed: 7" in parsed.text
-    assert len(parsed.all("article")) == 2 * 5  # queries that gain, and lose
+    assert len(parsed.all("article")) == 2 * 3  # queries that gain, and lose
     record = json.loads((runs / "pipeline/metrics.json").read_text())
     for stage in record["stages"]:
         for value in stage["overall"].values():
@@ -193,6 +194,7 @@ def test_a_sweep_has_its_table_plots_tests_queries_and_failed_jobs(
         run = folder / f"k1-{k1}/runs/bm25.train.trec"
         for measure, text in zip(("MRR@10", "nDCG@10", "R@5"), scores, strict=True):
             assert text == f"{sum(evaluations.per_query(run, measure).values()) / 40:.4f}"
+    assert "a sweep over" not in Parsed(page.write(folder / "k1-4")).text
     (folder / "multirun.yaml").touch()
     found = Parsed(page.write(tmp_path / "sweeps"))  # the jobs of a sweep below are evaluations
     assert "a sweep over" not in found.text
@@ -213,3 +215,27 @@ def test_a_folder_without_runs_or_that_cannot_be_written_is_named(
     assert code == 2
     assert error.startswith(str(tmp_path / "report"))
     assert not (tmp_path / "report.html").exists()
+
+
+def _log(folder: Path, values: dict[int, float], tag: str = "train/loss") -> None:
+    with SummaryWriter(str(folder / "tensorboard")) as writer:
+        for step, value in values.items():
+            writer.add_scalar(tag, value, step)
+
+
+def test_curves_have_the_last_value_of_each_step(tmp_path: Path) -> None:
+    assert read_curves(tmp_path) == {}
+    _log(tmp_path, {10: 4.0, 20: 3.0, 30: 9.0})
+    _log(tmp_path, {20: 2.5, 30: 2.0})  # resumed
+    _log(tmp_path, {29: 0.5}, "val/MRR@10")
+    _log(tmp_path, {29: 1.0}, "lr-AdamW")
+    expected = {"train/loss": ([10, 20, 30], [4.0, 2.5, 2.0]), "val/MRR@10": ([29], [0.5])}
+    assert read_curves(tmp_path) == expected
+
+
+def test_long_curves_keep_their_ends_and_few_points(tmp_path: Path) -> None:
+    _log(tmp_path, {step: float(step) for step in range(0, 5000, 2)})
+    steps, values = read_curves(tmp_path)["train/loss"]
+    assert len(steps) == POINTS
+    assert (steps[0], steps[-1]) == (0, 4998)
+    assert values == [float(step) for step in steps]

@@ -62,7 +62,9 @@ def test_a_model_that_is_evaluated_at_several_lengths_has_a_row_for_each(tmp_pat
     assert found.varied == ["encoding.passage_length", "read at"]
     row = {"encoding.passage_length": 128, "read at": 64, "MRR@10": 0.2}
     assert row in found.rows.to_dict("records")
-    assert [plot.name for plot in plots(found)] == ["sweep-MRR-10"]
+    (plot,) = plots(found)
+    assert plot.name == "sweep-MRR-10"
+    assert "over encoding.passage_length, a line for each read at" in plot.caption
 
 
 @pytest.mark.parametrize(("sizes", "shown"), [((1000, 100), ["trained", "GiB"]), ((9, 9), [])])

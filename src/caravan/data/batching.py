@@ -1,8 +1,4 @@
-"""Datasets whose items are batches: training groups, texts to embed, pairs to score.
-
-Items are numpy arrays (`caravan.data.batch.Unpacked`); `caravan.data.loaders` converts them to
-tensors.
-"""
+"""Datasets whose items are batches: training groups, texts to embed, pairs to score."""
 
 from __future__ import annotations
 
@@ -121,7 +117,7 @@ class Groups(Dataset[Any]):
     ) -> Unpacked[TrainBatch] | Unpacked[RerankBatch]:
         epoch, positions = item
         query_rows = self.permutation(epoch)[positions]
-        places = list(zip(query_rows.tolist(), positions.tolist(), strict=True))
+        places = zip(query_rows.tolist(), positions.tolist(), strict=True)
         groups = np.stack([self.negatives.group(row, epoch, position) for row, position in places])
         queries = self.collection.queries.get(query_rows)
         passages = self.collection.corpus.get(groups.reshape(-1))
@@ -197,11 +193,7 @@ class TextBatches(Dataset[Unpacked[EncodeBatch]]):
 
 
 class PairBatches(Dataset[Unpacked[PairBatch]]):
-    """Pairs to score, `batch_size` pairs per item.
-
-    Args:
-        query_rows, passage_rows: [N], the rows of each pair.
-    """
+    """Pairs to score, `batch_size` pairs per item, of query rows [N] and passage rows [N]."""
 
     def __init__(
         self,
@@ -223,9 +215,10 @@ class PairBatches(Dataset[Unpacked[PairBatch]]):
 
     def __getitem__(self, index: int) -> Unpacked[PairBatch]:
         span = slice(index * self.batch_size, (index + 1) * self.batch_size)
-        query_rows, passage_rows = self.query_rows[span], self.passage_rows[span]
-        distinct, inverse = np.unique(query_rows, return_inverse=True)
-        queries, passages = self.queries.get(distinct), self.corpus.get(passage_rows)
-        pairs = pair_ids(self.templates, [queries[i] for i in inverse], passages)
-        fields: Fields = {"query_rows": query_rows, "passage_rows": passage_rows, "pairs": pairs}
+        rows = {"query_rows": self.query_rows[span], "passage_rows": self.passage_rows[span]}
+        queries, passages = (
+            self.queries.get(rows["query_rows"]),
+            self.corpus.get(rows["passage_rows"]),
+        )
+        fields: Fields = {**rows, "pairs": pair_ids(self.templates, queries, passages)}
         return Unpacked(PairBatch, fields, self.token_budget, self.templates.pad_id)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -61,17 +60,14 @@ class Collection:
     corpus: Texts
     queries: Texts
     splits: tuple[str, ...]
-    facts: dict[str, Any] = field(default_factory=dict)  # counts, skipped and unknown records
     runs: tuple[str, ...] = ()  # runs of the source: runs/<name>.trec
+    facts: dict[str, Any] = field(default_factory=dict)  # counts, skipped and unknown records
     relevant_from: dict[str, int] = field(default_factory=dict)
     """The lowest relevant grade by split, if not 1 (as in TREC DL's passage task)."""
 
     @classmethod
     def open(cls, folder: str | Path) -> Collection:
-        """Open a folder that `write_collection` wrote.
-
-        Every file is compared with its digest, unless its size and times are unchanged
-        (`caravan.manifests.is_as_written`).
+        """Open a folder that `write_collection` wrote; its files are compared with their digests.
 
         Raises:
             DamagedError: If the folder is not a collection or is damaged.
@@ -91,16 +87,15 @@ class Collection:
             for name, written in record["files"].items():
                 if not manifests.is_as_written(folder / name, written):
                     raise ValueError(f"{name} is missing or has changed since it was written")
-            digests = record["digests"]
             return cls(
                 name=record["name"],
                 digest=record["digest"],
                 folder=folder,
-                corpus=Texts(folder, "corpus", digests["corpus"]),
-                queries=Texts(folder, "queries", digests["queries"]),
+                corpus=Texts(folder, "corpus", record["digests"]["corpus"]),
+                queries=Texts(folder, "queries", record["digests"]["queries"]),
                 splits=tuple(record["splits"]),
-                facts=record["facts"],
                 runs=tuple(record["runs"]),
+                facts=record["facts"],
                 relevant_from=record["relevant_from"],
             )
         except InputError:
@@ -151,7 +146,6 @@ def write_collection(
     queries: Iterable[Record],
     qrels: Mapping[str, Iterable[Judgement]],
     *,
-    facts: Mapping[str, Any] | None = None,
     where: Place | None = None,
     unknown_ids: str = "refuse",
     runs: Mapping[str, Iterable[Scored]] | None = None,
@@ -166,12 +160,10 @@ def write_collection(
         folder: must not exist yet.
         corpus, queries: (id, title, text), ids unique within each (see `caravan.data.texts`).
         qrels: judgements of each split, `{"test": [(query id, passage id, grade), ...]}`.
-        facts: counts about the source; read at the end, so a generator may fill it.
-        where: returns the place of the n-th record of a part ("corpus", "queries", "qrels/test",
+        where: the place of the n-th record of a part ("corpus", "queries", "qrels/test",
             "runs/negatives") for messages, such as "corpus.jsonl:12".
         unknown_ids: "refuse" judgements with unknown ids, or "count" them in the metrics.
-        runs: lines of the source's runs; repeated pairs keep the best score. Empty runs are
-            dropped.
+        runs: lines of the source's runs; repeated pairs keep the best score.
         relevant_from: the lowest relevant grade by split, if not 1.
 
     Raises:
@@ -230,15 +222,12 @@ def write_collection(
             "splits": list(qrels),
             "runs": written_runs,
             "relevant_from": dict(relevant_from or {}),
-            "facts": {**counts, **lookup.skipped, **(facts or {})},
+            "facts": {**counts, **lookup.skipped},
             "files": {str(path.relative_to(draft)): manifests.content(path) for path in files},
         }
         record = json.loads(json.dumps(record))
         record["seal"] = manifests.digest(record)
-        with open(draft / "collection.json", "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=2, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
+        manifests.write_json(draft / "collection.json", record)
         draft.rename(folder)
     return Collection.open(folder)
 

@@ -128,8 +128,8 @@ class DataModule(pl.LightningDataModule):
         if path is None:
             raise InputError(
                 "missing-run",
-                "the validation of a reranker needs candidates: set validation.run to a run over"
-                f" the {self.dev_split} queries",
+                "a reranker is validated on candidates: set validation.run to a run over the"
+                f" {self.dev_split} queries",
             )
         run = self._read(path, depth + self.ignore_identical_ids)
         candidates = self.without_own(run.only(self.dev_qrels.queries), depth)
@@ -185,20 +185,16 @@ class DataModule(pl.LightningDataModule):
         if not len(self.dev_qrels):
             return []
         queries, corpus = self.collection.queries, self.collection.corpus
-        templates, budget = self.templates, self.token_budget
+        templates, sizes = self.templates, (BATCH_SIZE, self.token_budget)
         if isinstance(templates, PairTemplates):
             run = self.candidates
             assert run is not None  # `set_validation` reads the candidates for pair templates
             rows = np.repeat(run.query_rows, run.counts), run.passage_rows
-            return [
-                self._loader(PairBatches(queries, corpus, *rows, templates, BATCH_SIZE, budget))
-            ]
+            return [self._loader(PairBatches(queries, corpus, *rows, templates, *sizes))]
+        asked, searched = self.dev_qrels.queries, self.dev_passages
         return [
-            self._loader(TextBatches(texts, rows, templates, side, BATCH_SIZE, budget))
-            for texts, rows, side in (
-                (queries, self.dev_qrels.queries, "query"),
-                (corpus, self.dev_passages, "passage"),
-            )
+            self._loader(TextBatches(queries, asked, templates, "query", *sizes)),
+            self._loader(TextBatches(corpus, searched, templates, "passage", *sizes)),
         ]
 
     def _loader(self, batches: TextBatches | PairBatches) -> DataLoader[Any]:

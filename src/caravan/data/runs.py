@@ -118,7 +118,7 @@ class Run:
         Lines of equal score keep their order; `canonical` breaks such ties by passage id.
 
         Raises:
-            InputError: "invalid-score", a score is NaN or infinite (the model has diverged).
+            InputError: "invalid-score", a score is NaN or infinite.
         """
         query_rows = np.asarray(query_rows, dtype=np.int64)
         passage_rows = np.asarray(passage_rows, dtype=np.int64)
@@ -135,8 +135,7 @@ class Run:
         step = np.diff(query_rows)
         if not ((step > 0) | ((step == 0) & (scores[1:] <= scores[:-1]))).all():
             order = np.lexsort((-scores, query_rows))
-            query_rows, passage_rows = query_rows[order], passage_rows[order]
-            scores = scores[order]
+            query_rows, passage_rows, scores = query_rows[order], passage_rows[order], scores[order]
         unique = query_rows[np.diff(query_rows, prepend=-1) != 0]
         if all_queries is not None:
             unique = np.unique(all_queries).astype(np.int64)
@@ -176,10 +175,7 @@ def write_run(path: Path | str, run: Run, queries: IdTable, corpus: IdTable) -> 
     """Write a TREC file (`qid Q0 pid rank score tag`) in canonical order; gzip if it ends in .gz.
 
     Scores are printed with nine digits, from which float32 is read back exactly. The file
-    appears under its name only when it is complete.
-
-    Raises:
-        InputError: "invalid-tag", it is empty or has white space.
+    appears under its name only when it is complete. Raises "invalid-tag".
     """
     path = Path(path)
     if run.tag.split() != [run.tag]:
@@ -197,26 +193,24 @@ def write_run(path: Path | str, run: Run, queries: IdTable, corpus: IdTable) -> 
 def _write_lines(
     write: Callable[[bytes], object], run: Run, queries: IdTable, corpus: IdTable
 ) -> None:
-    start = 0
-    while start < len(run):
-        stop = int(np.searchsorted(run.offsets, run.offsets[start] + LINES, side="right")) - 1
-        stop = min(max(stop, start + 1), len(run))
-        span = slice(int(run.offsets[start]), int(run.offsets[stop]))
-        counts = run.counts[start:stop]
-        query_ids = queries.ids(run.query_rows[start:stop])
-        rows, inverse = np.unique(run.passage_rows[span], return_inverse=True)
-        passage_ids = corpus.ids(rows)
-        ranks = np.arange(span.start, span.stop) - np.repeat(run.offsets[start:stop], counts) + 1
-        fields: list[object] = [None] * (4 * len(inverse))
-        fields[0::4] = [
-            name for name, count in zip(query_ids, counts, strict=True) for _ in range(count)
-        ]
-        fields[1::4] = map(passage_ids.__getitem__, inverse.tolist())
-        fields[2::4] = ranks.tolist()
-        fields[3::4] = run.scores[span].tolist()
-        line = f"%s Q0 %s %d %.9g {run.tag.replace('%', '%%')}\n"
-        write(((line * len(inverse)) % tuple(fields)).encode())
-        start = stop
+    line = f"%s Q0 %s %d %.9g {run.tag.replace('%', '%%')}\n"
+    for start in range(0, len(run.scores), LINES):
+        lines = np.arange(start, min(start + LINES, len(run.scores)))
+        query = np.searchsorted(run.offsets, lines, side="right") - 1
+        fields = (
+            _names(queries, run.query_rows[query]),
+            _names(corpus, run.passage_rows[lines]),
+            (lines - run.offsets[query] + 1).tolist(),
+            run.scores[lines].tolist(),
+        )
+        write("".join(map(line.__mod__, zip(*fields, strict=True))).encode())
+
+
+def _names(table: IdTable, rows: np.ndarray) -> list[str]:
+    """The id of each row, each looked up once."""
+    unique, inverse = np.unique(rows, return_inverse=True)
+    names = table.ids(unique)
+    return [names[at] for at in inverse.tolist()]
 
 
 def read_run(path: Path | str, queries: IdTable, corpus: IdTable, depth: int | None = None) -> Run:

@@ -138,11 +138,9 @@ class Unlabelled(Dataset[Unpacked[AdaptationBatch]]):
         seed: int,
     ) -> None:
         self.segments = Segments(corpus, np.arange(len(corpus)), words)
-        self.templates = templates
-        self.targets = Targets(templates, targets)
+        self.templates, self.targets = templates, Targets(templates, targets)
         self.tasks = tuple(tasks)
-        self.token_budget = token_budget
-        self.seed = seed
+        self.token_budget, self.seed = token_budget, seed
         self.permutation = Permutation(np.arange(len(self.segments)), seed)
         self.followed = len(self.segments) - len(self.segments.rows)
         if "ebar" in tasks and not self.followed:

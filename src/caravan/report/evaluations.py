@@ -40,10 +40,8 @@ from caravan.report.tables import (
 )
 from caravan.retrieval.metrics import parse_measure
 
-SHOWN = 5
+SHOWN = 3
 """Most improved and most degraded queries shown of each pair."""
-FEW = 2
-"""The same on a page with several collections."""
 MOST_SYSTEMS = 12
 """Systems scored query by query; more would make a page slow to write and long to read."""
 ALL_PAIRS = 6
@@ -100,8 +98,7 @@ def _sections(
     if stages:
         yield Section(f"Stage by stage{title}", f"{prefix}stages", stages)
     if comparison is not None and (last := len(comparison.systems) - 1):
-        count = FEW if prefix else SHOWN
-        yield from comparison_sections(comparison, [(last - 1, last)], prefix, count)
+        yield from comparison_sections(comparison, [(last - 1, last)], prefix)
 
 
 def _comparison(folder: Path, systems: Records) -> Comparison | None:

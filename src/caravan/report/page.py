@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import importlib.metadata
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
@@ -31,13 +33,33 @@ from caravan.report.evaluations import (
     evaluation_sections,
     means,
 )
+from caravan.report.plots import Line, Plot, lines
 from caravan.report.records import has_scores, read_metrics
 from caravan.report.suites import collect_suites, read_suites, suites_table
-from caravan.report.tables import Section, Table
-from caravan.report.trainings import command_sections, training_sections
+from caravan.report.tables import NONE, Code, Section, Table, slug
 
 FILE = "report.html"
 MOST_MEASURES = 6
+"""Plots of a sweep."""
+MOST = 12
+"""Trainings, and configs, shown on a page."""
+POINTS = 300
+"""Drawn of a curve; more cannot be seen."""
+TAGS = ("train/", "val/")
+"""The curves that are read; learning rates and epochs follow from the config."""
+FACTS = {
+    "base_model": ("base model", "{}"),
+    "collection": ("collection", "{}"),
+    "monitored": ("monitored", "{}"),
+    "best": ("best", "{:.4f}"),
+    "updates": ("updates", "{:,}"),
+    "trained_parameters": ("trained weights", "{:,}"),
+    "memory_gib": ("GiB", "{:.1f}"),
+    "train_seconds": ("seconds", "{:,.0f}"),
+}
+"""Values of a training's metrics.json: their columns, and their formats."""
+Curves = dict[str, tuple[list[int], list[float]]]
+"""(updates, values) of one training, by tag."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +101,7 @@ def save(page: Page, path: Path) -> Path:
         """Lines may break within paths, after a slash."""
         return Markup("/<wbr>").join(escape(part) for part in text.split("/"))
 
-    def source(plot: plots.Plot, theme: str) -> str:
+    def source(plot: Plot, theme: str) -> str:
         svg = plot.svg(theme, page=True).encode()
         return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
@@ -92,7 +114,7 @@ def save(page: Page, path: Path) -> Path:
     text = environment.get_template("page.html").render(page=page, version=version)
     blocks = [block for section in page.sections for block in section.blocks]
     beside = path.with_suffix("")
-    plots.write(beside, [block for block in blocks if isinstance(block, plots.Plot)])
+    plots.write(beside, [block for block in blocks if isinstance(block, Plot)])
     tables.write(beside, [block for block in blocks if isinstance(block, Table)])
     with replacing(path) as scratch:
         scratch.write_text(text, "utf-8")
@@ -118,7 +140,8 @@ def _of_runs(folder: Path) -> Page:
     homes = [path.parent for path in sorted(folder.rglob("metrics.json"))]
     records = {home: read_metrics(home) or {} for home in homes}
     sections, counts, names = [], [], {}
-    if jobs.read(folder)[0]:
+    own, _ = jobs.read(folder)
+    if own and folder not in own:
         found = sweep.collect(folder)
         sections.append(_of_sweep(found))
         counts.append(f"a sweep over {', '.join(found.varied) or 'nothing'}")
@@ -168,3 +191,106 @@ def _of_suites(suites: Mapping[Path, dict[str, Any]]) -> list[Section]:
     except InputError as error:
         blocks = [f"There is no table of all: {error}."]
     return [Section("All collections", "overview", blocks)]
+
+
+def read_curves(run_dir: Path) -> Curves:
+    """The scalars of all event files of a run, which may have been resumed.
+
+    A step that was logged twice, because the run resumed from a checkpoint, has its last value.
+    """
+    folder = run_dir / "tensorboard"
+    if not any(folder.glob("events.out.tfevents.*")):
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    # Files of the same second are read in an arbitrary order, so replaced steps are found by time.
+    every = {"scalars": 0}
+    events = EventAccumulator(str(folder), size_guidance=every, purge_orphaned_data=False)
+    events.Reload()
+    found = {}
+    for tag in events.Tags()["scalars"]:
+        if tag.startswith(TAGS):
+            logged = sorted(events.Scalars(tag), key=lambda event: event.wall_time)
+            by_step = {event.step: event.value for event in logged}
+            steps = sorted(by_step)
+            if len(steps) > POINTS:  # evenly, with the first and the last
+                steps = [
+                    steps[i] for i in np.linspace(0, len(steps) - 1, POINTS).round().astype(int)
+                ]
+            found[tag] = (steps, [by_step[step] for step in steps])
+    return found
+
+
+def training_sections(
+    folder: Path,
+    trainings: Mapping[Path, dict[str, Any]],
+    labels: Mapping[str, str],
+) -> list[Section]:
+    """The trainings below a folder, and their curves.
+
+    Args:
+        trainings: `metrics.json` by run directory.
+        labels: names of trainings by folder below `folder`, if they are not those of their folders.
+    """
+    places = {home: _name(home, folder) for home in trainings}
+    names = {home: labels.get(place, place) for home, place in places.items()}
+    shown = dict(list(trainings.items())[:MOST])
+    if not shown:
+        return []
+    blocks: list[Any] = [_trainings_table({names[home]: of for home, of in shown.items()})]
+    if more := len(trainings) - len(shown):
+        blocks.append(f"{more} more trainings are not shown; each folder can have a page.")
+    curves = {names[home]: read_curves(home) for home in shown}
+    watched = [record["monitored"] for record in shown.values() if record.get("monitored")]
+    for tag in dict.fromkeys(("train/loss", *watched)):
+        if drawn := [Line(name, *of[tag]) for name, of in curves.items() if tag in of]:
+            ends = ", ".join(f"{line.label}: {line.y[-1]:.4f}" for line in drawn)
+            caption = f"{tag} over updates; at the end {ends}."
+            blocks.append(Plot(f"curves-{slug(tag)}", caption, lines(drawn, "updates", tag)))
+    return [Section("Training", "training", blocks)]
+
+
+def _trainings_table(trainings: Mapping[str, dict[str, Any]]) -> Table:
+    """What metrics.json has of each training, by name."""
+    cells = [
+        [
+            name,
+            *(
+                NONE if of.get(key) is None else form.format(of[key])
+                for key, (_, form) in FACTS.items()
+            ),
+        ]
+        for name, of in trainings.items()
+    ]
+    caption = "Trainings, with the best value of the measure that each monitored."
+    heads = ["training", *(name for name, _ in FACTS.values())]
+    return Table("trainings", caption, heads, cells, labels=4)
+
+
+def command_sections(folder: Path, homes: Sequence[Path]) -> list[Section]:
+    """The commands and resolved configs of runs."""
+    commands: dict[str, None] = {}
+    configs: list[Code] = []
+    for home in homes:
+        path = home / "config.yaml"
+        if not path.is_file():
+            continue
+        text = path.read_text("utf-8", errors="replace")
+        if text.startswith("# "):
+            head, _, text = text.partition("\n")
+            commands[head.removeprefix("# ")] = None
+        configs.append(Code(f"{_name(home, folder)}/config.yaml", text))
+    if not configs:
+        return []
+    blocks: list[Any] = ["These runs have no recorded command."]
+    if commands:
+        blocks = [Code("commands", "\n".join(commands), folded=False)]
+    blocks += configs[:MOST]
+    if more := len(configs[MOST:]):
+        blocks.append(f"The configs of {more} more runs are in their folders.")
+    return [Section("Commands and configs", "made", blocks)]
+
+
+def _name(home: Path, folder: Path) -> str:
+    return str(home.relative_to(folder)) if home != folder else home.resolve().name

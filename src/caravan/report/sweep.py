@@ -72,10 +72,7 @@ class Sweep:
 
     def averaged(self) -> pd.DataFrame:
         """A row for each setting but the seed; columns (measure, "mean" | "std" | "count")."""
-        if not self.others:
-            groups = self.rows.groupby(lambda _: self.name)
-        else:
-            groups = self.rows.groupby(self.others, sort=False)
+        groups = self.rows.groupby(self.others or (lambda _: self.name), sort=False)
         return groups[self.measures].agg(["mean", "std", "count"])
 
 
@@ -97,7 +94,7 @@ def collect(folder: Path) -> Sweep:
     names = dict.fromkeys(key for of in overrides.values() for key in of)
     settings = {run: {key: of.get(key, NONE) for key in names} for run, of in overrides.items()}
     varied = [name for name in names if len({of[name] for of in settings.values()}) > 1]
-    varied.sort(key=SEED.__eq__)  # the seed last
+    varied.sort(key=lambda name: name == SEED)
     places = {run_dir: str(run_dir.relative_to(folder)) for run_dir in found}
     done = [run_dir for run_dir, record in found.items() if record["state"] == jobs.FINISHED]
     done.sort(key=lambda run_dir: [_order(settings[run_dir][name]) for name in varied])
@@ -164,12 +161,12 @@ def tables(sweep: Sweep) -> list[Table]:
         )
     ]
     if SEED in sweep.varied:
-        rows = []
-        for key, of in sweep.averaged().iterrows():
-            settings = key if isinstance(key, tuple) else (key,) if sweep.others else ()
-            rows.append(
-                [*map(str, settings), *(_spread(name, of[name]) for name in sweep.measures)]
-            )
+        means = sweep.averaged()
+        settings = means.index.to_frame(index=False)[sweep.others].astype(str)
+        spreads = [
+            [_spread(name, of[name]) for name in sweep.measures] for _, of in means.iterrows()
+        ]
+        rows = [[*key, *of] for key, of in zip(settings.to_numpy(), spreads, strict=True)]
         title = f"{sweep.name}, mean and standard deviation over seeds"
         heads = [*sweep.others, *sweep.measures]
         made.append(Table("sweep-seeds", title, heads, rows, max(1, len(sweep.others))))

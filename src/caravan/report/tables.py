@@ -106,14 +106,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Names and values; with a title if a section has several of them."""
-
-    items: Sequence[tuple[str, str]]
-    title: str = ""
-
-
-@dataclass(frozen=True)
 class Code:
     """A config or commands."""
 
@@ -126,7 +118,7 @@ class Code:
 class Section:
     """A heading, its anchor, and blocks below it.
 
-    A block is a str, Facts, Code, a Table, a `plots.Plot` or `compare.Examples`.
+    A block is a str, Code, a Table, a `plots.Plot` or `examples.Examples`.
     """
 
     title: str
