@@ -1,4 +1,4 @@
-"""LLaRA's step: one pass beside two, and logits of the slots alone beside logits of everything.
+"""LLaRA's step: one pass compared with two, and logits of slots compared with those of all tokens.
 
     python benchmarks/adaptation.py [--words 512] [--texts 8]
 

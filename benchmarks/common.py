@@ -1,7 +1,7 @@
-"""What the benchmarks share: MiniLM as a model folder, a collection, and paired timing.
+"""Shared by the benchmarks: MiniLM as a model folder, a collection, and paired timing.
 
-Machines are noisy, so two systems are timed in turn, A B A B, and what is reported is the median
-of the ratios of the pairs, with their range.
+Machines are noisy, so two systems are timed in turn (A B A B), and the report has the median and
+the range of the ratios of the pairs.
 """
 
 from __future__ import annotations
@@ -95,12 +95,12 @@ def summary(pairs: list[tuple[float, float]]) -> dict[str, float]:
 
 
 def highest() -> float:
-    """Peak memory of this process in MB; its rusage would begin with that of its parent."""
+    """Peak memory of this process in MB; its rusage would include that of its parent."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
 def apart(measure: Callable[..., Any], *given: Any) -> Any:
-    """What `measure` finds in a process of its own, whose memory is nothing else's."""
+    """The result of `measure` in a separate process; peak memory is that of `measure` alone."""
     context = multiprocessing.get_context("spawn")
     answer = context.Queue()
     process = context.Process(target=_put, args=(answer, measure, *given))
@@ -115,7 +115,7 @@ def _put(answer: Any, measure: Callable[..., Any], *given: Any) -> None:
 
 
 def report(name: str, title: str, rows: list[dict[str, Any]], notes: list[str]) -> None:
-    """Print a Markdown table and keep it in benchmarks/results, with the command that made it."""
+    """Print a Markdown table and write it to benchmarks/results, with its command."""
     lines = [f"# {title}", "", *table(rows)]
     lines += ["", *notes, "", f"`python benchmarks/{name}.py{given()}`, {machine()}", ""]
     text = "\n".join(lines)
@@ -136,7 +136,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def given() -> str:
-    """The command's arguments; of a path, which is of this machine, only its last part."""
+    """The command's arguments, with paths reduced to their last part."""
     return "".join(f" {Path(text).name if '/' in text else text}" for text in sys.argv[1:])
 
 

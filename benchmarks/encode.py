@@ -1,4 +1,4 @@
-"""Encoding beside sentence-transformers: MiniLM from strings to vectors, on the same texts.
+"""Encoding speed compared with sentence-transformers: MiniLM on the same texts.
 
     python benchmarks/encode.py [--data <BEIR folder>] [--passages 1000]
 

@@ -3,10 +3,10 @@
     python benchmarks/gpu.py [--shapes 1b 7b] [--longest 196 2048] [--data <BEIR folder>]
 
 Weights are random, so nothing is downloaded. Texts have lengths from an eighth of the longest to
-the longest, evenly. Three systems: the loop that one would write with plain transformers, which
-pads a batch of texts as they come; Caravan's chunks of similar length, padded; and without padding.
+the longest, evenly. Three systems: a plain loop over transformers, which pads unsorted
+batches; Caravan's chunks of similar length, padded; and without padding.
 Encoding, training with LoRA of rank 32, and with QLoRA. With --data the corpus of a BEIR folder, at
-most 512 tokens a passage, is encoded too. Without a GPU it says so and ends.
+most 512 tokens a passage, is encoded too. Exits with a message if there is no GPU.
 """
 
 from __future__ import annotations

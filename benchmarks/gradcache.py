@@ -1,4 +1,4 @@
-"""Peak memory of a contrastive step against the size of its batch, with gradients cached or not.
+"""Peak memory of a contrastive step by batch size, with and without gradient caching.
 
     python benchmarks/gradcache.py [--chunk 16]
 

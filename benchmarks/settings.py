@@ -1,4 +1,4 @@
-"""What each setting of a training step costs and saves, beside the step as it is by default.
+"""Time and memory of a training step under each setting, compared with the default.
 
     python benchmarks/settings.py [--texts 64] [--repeats 5]
 

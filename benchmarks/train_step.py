@@ -1,4 +1,4 @@
-"""Training steps beside sentence-transformers: MiniLM, in-batch negatives, equal batch.
+"""Training steps compared with sentence-transformers: MiniLM, in-batch negatives, equal batch.
 
     python benchmarks/train_step.py [--data <BEIR folder>] [--steps 6]
 
@@ -142,7 +142,7 @@ def main() -> None:
         table,
         [
             "`ratio` is sentence-transformers' median step over ours, the median of runs in turn.",
-            "Theirs fills every text up to the longest of its batch, ours packs by length.",
+            "The peer pads each text to the longest of its batch; Caravan sorts by length.",
         ],
     )
 

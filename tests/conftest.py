@@ -1,4 +1,4 @@
-"""A tiny collection and a tiny model, made on the spot: no network, no downloaded weights."""
+"""Fixtures: a tiny collection and a tiny model, without network or downloaded weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _pair() -> Iterator[list[TwoRanks]]:
 
 @pytest.fixture
 def two_ranks(_pair: list[TwoRanks]) -> TwoRanks:
-    """Two processes, started for the first test that asks for them, and kept."""
+    """Two processes, started for the first test that needs them, and shared."""
     if not _pair or not _pair[-1].alive:
         _pair.append(TwoRanks())
     return _pair[-1]

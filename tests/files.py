@@ -9,7 +9,7 @@ from caravan.data.collection import Collection, Qrels
 
 
 def put(folder: Path, files: dict[str, str], zipped: bool = False) -> Path:
-    """A folder of text files, each gzipped if asked for."""
+    """A folder of text files, gzipped on request."""
     for name, text in files.items():
         path = folder / (f"{name}.gz" if zipped else name)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A small fit through Lightning, with all that `train.py` puts around one."""
+"""A small fit through Lightning, with the callbacks of `train.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How tests assert that an input is refused: by the code of the error and by the place it names."""
+"""Asserts that an input is refused, by the code of the error and the place in its message."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ FLOAT = ("precision=float32", "measures=[MRR@10]")
 
 def _texts(beir: Path) -> tuple[list[str], list[tuple[str, str]]]:
     read = [json.loads(line) for line in (beir / "corpus.jsonl").read_text().splitlines()]
-    asked = [json.loads(line) for line in (beir / "queries.jsonl").read_text().splitlines()]
-    return [q["text"] for q in asked[-4:]], [(p["title"], p["text"]) for p in read]
+    queries = [json.loads(line) for line in (beir / "queries.jsonl").read_text().splitlines()]
+    return [q["text"] for q in queries[-4:]], [(p["title"], p["text"]) for p in read]
 
 
 def _same_run(hits: Any, path: Path, collection: Collection) -> None:

@@ -1,4 +1,4 @@
-"""README and docs/: their commands compose, their code runs, their links lead somewhere."""
+"""README and docs/: their commands compose, their code runs, their links work."""
 
 from __future__ import annotations
 

@@ -86,9 +86,7 @@ def test_other_ends_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
         ValueError("Error while serializing: I/O error: File too large (os error 27)"),
     ],
 )
-def test_a_disk_that_takes_no_more_is_reported_with_file_and_disk(
-    error: Exception, tmp_path: Path
-) -> None:
+def test_a_failed_write_is_reported_with_file_and_disk(error: Exception, tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "last.ckpt"
     with pytest.raises(OSError, match=r"last\.ckpt") as raised, writing(path):
         raise error

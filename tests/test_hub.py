@@ -1,4 +1,4 @@
-"""A Hub that cannot be reached is reported after one request, and not asked for local folders."""
+"""A Hub that cannot be reached is reported after one request; local folders need no request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests make on the spot: a collection of random words, a Llama of a few thousand weights."""
+"""Small inputs of tests: a collection of random words, a Llama of a few thousand weights."""
 
 from __future__ import annotations
 

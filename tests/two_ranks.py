@@ -1,4 +1,4 @@
-"""Two processes that are kept: a fit on two ranks then costs what it computes, not its imports."""
+"""Two processes that all tests share, so that a fit on two ranks does not pay for imports."""
 
 from __future__ import annotations
 

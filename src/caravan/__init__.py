@@ -13,7 +13,7 @@ __all__ = ["Reranker", "Retriever", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Torch is imported when a model is asked for, not when the package is."""
+    """Import torch only when a model is needed."""
     if name in __all__:
         from caravan import api
 

@@ -1,7 +1,7 @@
 """The rank of this process, before any process group exists.
 
-Lightning, torchrun and SLURM start processes and set the rank of each in its environment. Whatever
-only one process may do (write a file, log) checks `is_main_process`.
+Lightning, torchrun and SLURM start processes and set the rank of each in its environment. Code that
+only one process may run (writing a file, logging) checks `is_main_process`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 PAUSE_S = 0.2
-WARN_AFTER_S = 60  # an encoded block takes about that
+WARN_AFTER_S = 60  # an encoded block takes about as long
 
 log = logging.getLogger(__name__)
 

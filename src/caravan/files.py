@@ -4,7 +4,7 @@ A file is written as `.<name>.<8 hex digits>.part` beside its path and renamed a
 leaves the old content or the new. The process holds a lock on the scratch while it writes; the next
 writer of the same path recognizes by it what a kill has left, and removes it.
 Locks are the operating system's (`flock`): a lock ends with its process, however that ends, and
-Linux passes it on to NFS servers. The file of a lock stays behind and means nothing by itself.
+Linux passes it on to NFS servers. A leftover lock file does not hold a lock.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.refusals import refused
 
 from caravan.data.batch import pack
 from caravan.data.batching import Groups, TextBatches
@@ -21,6 +22,17 @@ def groups(collection: Collection, tokenizer: Any, encoding: Encoding) -> Groups
     qrels, negatives = collection.qrels("train"), Negatives(number=2)
     negatives.open(collection, qrels, seed=0)
     return Groups(collection, qrels, negatives, Templates(tokenizer, encoding), 128, seed=0)
+
+
+def test_a_teacher_scores_all_queries_of_a_batch_or_none(
+    groups: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scores(row: int, group: np.ndarray) -> np.ndarray | None:
+        return np.zeros(len(group), np.float32) if row % 2 else None
+
+    monkeypatch.setattr(groups.negatives, "teacher_scores", scores)
+    with refused("teacher-missing", "Negatives"):
+        groups[0, np.arange(6)]
 
 
 def test_texts_without_a_token_are_padded_to_one() -> None:

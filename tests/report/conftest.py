@@ -34,8 +34,8 @@ class Evaluations:
         lines = [line.split() for line in run.read_text().splitlines()]
         lines.sort(key=lambda line: (float(line[4]), line[2]))
         ranked = [ir_measures.ScoredDoc(line[0], line[2], float(i)) for i, line in enumerate(lines)]
-        asked = [ir_measures.parse_measure(measure.replace("MRR", "RR"))]
-        found = ir_measures.iter_calc(asked, qrels, ranked)
+        wanted = [ir_measures.parse_measure(measure.replace("MRR", "RR"))]
+        found = ir_measures.iter_calc(wanted, qrels, ranked)
         return {one.query_id: one.value for one in found}
 
 
@@ -46,12 +46,12 @@ def evaluations(tmp_path_factory: pytest.TempPathFactory) -> Evaluations:
     for name in ("corpus", "queries"):
         file = beir / f"{name}.jsonl"
         records = [json.loads(line) for line in file.read_text().splitlines()]
-        for record in records:  # a text is data, whatever stands in it
+        for record in records:  # texts are data, whatever they contain
             record["text"] += f" {HARMFUL}"
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
     folder = home / "runs"
-    asked = ("data.split=train", f"cache_dir={home / 'cache'}", "measures=[MRR@10,nDCG@10,R@5]")
-    evaluate(beir, folder / "bm25", "bm25", *asked)
+    options = ("data.split=train", f"cache_dir={home / 'cache'}", "measures=[MRR@10,nDCG@10,R@5]")
+    evaluate(beir, folder / "bm25", "bm25", *options)
     theirs = home / "theirs.trec"
     rng = np.random.default_rng(1)
     lines = []
@@ -60,7 +60,7 @@ def evaluations(tmp_path_factory: pytest.TempPathFactory) -> Evaluations:
         score = float(rng.normal(0, 3)) - int(rank)
         lines.append(f"{query} Q0 {passage} {rank} {score:.6f} theirs\n")
     theirs.write_text("".join(lines))
-    evaluate(beir, folder / "pipeline", f"[bm25,{theirs}]", *asked)
+    evaluate(beir, folder / "pipeline", f"[bm25,{theirs}]", *options)
     return Evaluations(beir, folder, theirs)
 
 

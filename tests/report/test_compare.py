@@ -246,7 +246,7 @@ def test_compare_prints_scores_tests_overlap_and_queries_and_writes_a_page(
         (["a", "b", "--html", "b.trec"], "--html"),
     ],
 )
-def test_what_cannot_be_compared_is_a_short_error(
+def test_wrong_arguments_and_inputs_are_short_errors(
     arguments: list[str], place: str, evaluations: Evaluations, report: Report
 ) -> None:
     shutil.copy(evaluations.theirs, f"{evaluations.theirs}2")

@@ -64,7 +64,7 @@ def test_the_table_is_every_evaluation_below_the_folder(tmp_path: Path, report: 
         ("damaged-file", {"split": None}, ["b/metrics.json", "split"]),
     ],
 )
-def test_what_one_table_cannot_hold_is_refused(
+def test_evaluations_without_a_common_table_are_refused(
     code: str, settings: dict[str, Any], places: list[str], tmp_path: Path
 ) -> None:
     with refused("no-evaluation", str(tmp_path)):

@@ -155,18 +155,6 @@ def test_recall_counts_what_exact_search_found() -> None:
     assert measured_recall(rows, queries, blocks) == pytest.approx((0.5 + 1 + 1) / 3)
 
 
-def test_faiss_takes_as_many_threads_as_torch() -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        index = Faiss()
-        index.build(ArrayBlocks(vectors(5)))
-        assert faiss.omp_get_max_threads() == 1
-    finally:
-        torch.set_num_threads(before)
-        faiss.omp_set_num_threads(before)
-
-
 def test_every_setting_of_the_project_builds_and_searches() -> None:
     passages, queries = vectors(2000, 32), vectors(20, 32, seed=1)
     names = sorted(path.stem for path in CONF.glob("*.yaml"))

@@ -120,17 +120,12 @@ def test_a_collection_that_fails_is_named_at_the_end_and_stops_no_other(
 @pytest.mark.parametrize(
     ("processes", "error"),
     [
-        ("1", KeyboardInterrupt()),
         ("1", RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")),
         ("2", ZeroDivisionError("one of several processes")),
     ],
 )
 def test_what_ends_all_collections(
-    processes: str,
-    error: BaseException,
-    home: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    processes: str, error: Exception, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any) -> None:
         raise error

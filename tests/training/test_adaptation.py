@@ -90,15 +90,12 @@ def _published(model: Any, batch: AdaptationBatch, module: Adaptation) -> torch.
     sets = iter(batch.targets.split(batch.counts.flatten().tolist()))
     losses: dict[int, list[torch.Tensor]] = {0: [], 1: []}
     language: list[torch.Tensor] = []
-    order = batch.texts.order.tolist()
-    by_text: dict[int, list[int]] = {}
     rows = [
         row[mask.bool()].tolist()
         for chunk in batch.texts.chunks
         for row, mask in zip(chunk.input_ids, chunk.attention_mask, strict=True)
     ]
-    for at, row in zip(order, rows, strict=True):
-        by_text[at] = row
+    by_text = dict(zip(batch.texts.order.tolist(), rows, strict=True))
     for text in range(len(batch.counts)):
         ids = by_text[text]
         whole = {0: ids[:-second], 1: ids[: -first - second] + ids[-second:]}

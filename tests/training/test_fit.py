@@ -127,39 +127,15 @@ def test_the_best_weights_are_evaluated_on_training_queries_and_at_other_lengths
     assert curve(tmp_path / "r", "val/MRR@10") == list(range(4, 44, 4))
 
 
-def test_training_rows_bring_their_own_negatives_and_teacher(beir: Path, tmp_path: Path) -> None:
-    corpus = [json.loads(line) for line in (beir / "corpus.jsonl").read_text().splitlines()]
-    texts = [row["text"] for row in corpus]
-    rows = [
-        {
-            "query": " ".join(texts[i].split()[:3]),
-            "pos": [texts[i]],
-            "neg": [texts[(i + at) % 60] for at in (1, 2, 3)],
-            "pos_scores": [3.0],
-            "neg_scores": [1.0, -1.0, 0.5],
-        }
-        for i in range(40)
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = [
-        *("data=flagembedding", f"data.path={tmp_path / 'rows.jsonl'}", "data.held_out=0.2"),
-        *("loss=infonce_kl", "sampler.runs=[data:negatives]", "sampler.teacher=data:teacher"),
-    ]
-    assert train(beir, tmp_path / "run", *own, "trainer.max_steps=4") is not None
-    with pytest.raises(InputError, match="data:bm25"):
-        train(beir, tmp_path / "other", *own, "sampler.runs=[data:bm25]")
-
-
 def test_cached_gradients_fit_on_a_device_that_is_too_small_without(
     beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = 4 * 30_208 * 4  # weights, gradients, moments
-    place = "caravan.training.memory.device_memory"
-    monkeypatch.setattr(place, lambda device: weights + 500_000)
-    with pytest.raises(InputError, match="GiB"):
+    sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": weights + 500_000}
+    monkeypatch.setattr("os.sysconf", sizes.__getitem__)
+    with refused("out-of-memory", "gradcache.chunk"):
         train(beir, tmp_path / "whole")
-    cached = train(beir, tmp_path / "cached", "gradcache.chunk=1", "trainer.max_steps=1")
-    assert cached is not None
+    train(beir, tmp_path / "cached", "gradcache.chunk=1", "trainer.max_steps=1")
 
 
 def test_a_model_that_is_not_trained_is_a_folder_too_and_can_be_adopted_without_data(
@@ -196,21 +172,27 @@ def test_a_mistake_is_found_before_a_model_is_made_or_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_length_without_room_for_text_is_refused_before_training(
-    beir: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("processes", "length", "code", "place"),
+    [
+        ("1", 5, "no-room-for-text", "validation.read_lengths=5: "),
+        ("2", 24, "wrong-world-size", "trainer.devices"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_training(
+    processes: str,
+    length: int,
+    code: str,
+    place: str,
+    beir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("WORLD_SIZE", processes)
     prompt = "encoding.passage_template='{text} camel caravan desert dune'"
-    with pytest.raises(InputError, match=r"validation\.read_lengths=5: "):
-        train(beir, tmp_path / "r", "validation.read_lengths=[5]", prompt)
+    with refused(code, place):
+        train(beir, tmp_path / "r", prompt, f"validation.read_lengths=[{length}]")
     assert not (tmp_path / "r" / "checkpoints").exists()
-
-
-def test_more_processes_than_the_trainer_has_are_refused(
-    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with refused("wrong-world-size", "trainer.devices", "trainer.num_nodes"):
-        train(beir, tmp_path / "r")
 
 
 def test_a_mistake_found_in_a_worker_is_raised_as_it_is(

@@ -96,8 +96,9 @@ def completed(cfg: DictConfig) -> DictConfig:
     cfg = copy.deepcopy(cfg)
     direction = inherited.pop("bidirectional")
     for node, values in (("backbone", {"bidirectional": direction}), ("encoding", inherited)):
+        given: Any = OmegaConf.to_container(cfg[node], resolve=False)
         for name, value in values.items():
-            if OmegaConf.to_container(cfg[node], resolve=False).get(name, value) is None:
+            if given.get(name, value) is None:
                 cfg[node][name] = value
     return cfg
 

@@ -106,20 +106,20 @@ class RowLookup:
         # unknown ids get rows beyond the tables, so that their repetitions are found as well
         unknown_queries = _number_unknown(query_rows, query_ids, len(self.queries))
         _number_unknown(passage_rows, passage_ids, len(self.corpus))
-        order = np.lexsort((np.arange(len(triples)), passage_rows, query_rows))
-        same = (np.diff(query_rows[order]) == 0) & (np.diff(passage_rows[order]) == 0)
-        for low in np.flatnonzero(same):
-            first, second = (int(at) for at in order[low : low + 2])
-            if grades[first] != grades[second]:
-                raise InputError(
-                    "conflicting-judgements",
-                    f"{self.place(part, second)}: query {query_ids[second]!r} and passage"
-                    f" {passage_ids[second]!r} have grade {grades[second]}, but {grades[first]} at"
-                    f" {self.place(part, first)}; keep one of the two judgements",
-                )
-        order = order[np.concatenate([[True], ~same])] if len(order) else order
-        self.skipped["repeated_judgements"] += int(same.sum())
-        query_rows, passage_rows, grades = query_rows[order], passage_rows[order], grades[order]
+        pairs = query_rows * (1 + passage_rows.max(initial=0)) + passage_rows
+        _, firsts, inverse = np.unique(pairs, return_index=True, return_inverse=True)
+        conflicts = grades != grades[firsts[inverse]]
+        if conflicts.any():
+            second = int(conflicts.argmax())
+            first = int(firsts[inverse[second]])
+            raise InputError(
+                "conflicting-judgements",
+                f"{self.place(part, second)}: query {query_ids[second]!r} and passage"
+                f" {passage_ids[second]!r} have grade {grades[second]}, but {grades[first]} at"
+                f" {self.place(part, first)}; keep one of the two judgements",
+            )
+        self.skipped["repeated_judgements"] += len(pairs) - len(firsts)
+        query_rows, passage_rows, grades = query_rows[firsts], passage_rows[firsts], grades[firsts]
         has_text, in_corpus = query_rows < len(self.queries), passage_rows < len(self.corpus)
         known, lost = has_text & in_corpus, has_text & ~in_corpus
         unknown = Unknown(query_rows[lost], grades[lost], tuple(unknown_queries))

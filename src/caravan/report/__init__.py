@@ -1,1 +1,1 @@
-"""Results for people, from the files of finished runs alone."""
+"""Tables, tests, plots and pages from the files of finished runs."""

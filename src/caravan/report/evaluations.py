@@ -1,7 +1,7 @@
 """The sections of evaluations on a page: results, stages, differences, example queries.
 
 Tables come from metrics.json alone; scores of single queries are computed again from the run files.
-If those or their collection are gone, the page says so and has the rest.
+If these or their collection are missing, the page reports it and shows the rest.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ report shows R@1000 of a run with 100 passages a query.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from caravan.errors import InputError
+from caravan.manifests import read_json
 from caravan.retrieval.metrics import parse_measure, too_deep
 
 JudgedOn = tuple[str, str, str]
@@ -112,13 +112,8 @@ def read_metrics(folder: Path) -> dict[str, Any] | None:
     path = folder / "metrics.json"
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        message = f"{path} is not JSON ({error}); run the evaluation again"
-        raise InputError("damaged-file", message) from None
-    suite = isinstance(record, dict) and "collections" in record
-    _validate(path, _Suite if suite else _Run, record)
+    record = read_json(path)
+    _validate(path, _Suite if "collections" in record else _Run, record)
     return to_depth({key: value for key, value in record.items() if value is not None})
 
 

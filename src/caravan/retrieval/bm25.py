@@ -133,18 +133,15 @@ class BM25:
         """The run of the queries: at most `k` passages with a score above 0 each, in canonical
         order. Of passages that tie at the cut, those of lower row are kept.
         """
-        rows, scores, counts = [], [], []
+        found: list[tuple[np.ndarray, np.ndarray]] = []
         unknown: list[str] = []
-        for text in track(texts, "BM25 search", len(texts), unit="queries"):
-            tokenized = self._tokens([text])
-            by_id = {i: name for name, i in tokenized.vocab.items()}
-            ids = self._index.get_tokens_ids([by_id[i] for of in tokenized.ids for i in of])
+        words = self._tokens(list(texts), return_ids=False)
+        shown = track(texts, "BM25 search", len(texts), unit="queries")
+        for text, of in zip(shown, words, strict=True):
+            ids = self._index.get_tokens_ids(of)
+            found.append(_best(self._index.get_scores_from_ids(ids), k))
             if not ids:
                 unknown.append(text)
-            best, their_scores = _best(self._index.get_scores_from_ids(ids), k)
-            rows.append(best)
-            scores.append(their_scores)
-            counts.append(len(best))
         if 2 * len(unknown) > len(texts):
             log.warning(
                 f"BM25 finds nothing for {len(unknown)} of {len(texts)} queries, of which no token"
@@ -152,17 +149,18 @@ class BM25:
                 f" language, and bm25.tokenizer={self.tokenizer}, bm25.stopwords={self.stopwords}"
                 f" and bm25.stemmer={self.stemmer}"
             )
+        rows, scores = zip(*found, strict=True)
         run = Run.from_flat(
-            np.repeat(np.asarray(query_rows, dtype=np.int64), counts),
-            np.concatenate([*rows, np.empty(0, np.int64)]),
-            np.concatenate([*scores, np.empty(0, np.float32)]),
+            np.repeat(query_rows, [len(of) for of in rows]),
+            np.concatenate(rows),
+            np.concatenate(scores),
             tag="bm25",
-            all_queries=np.asarray(query_rows),
+            all_queries=query_rows,
         )
         return canonical(run, self._corpus)
 
-    def _tokens(self, texts: list[str]) -> Any:
-        """bm25s' `Tokenized`: ids of each text, and the vocabulary of these texts alone."""
+    def _tokens(self, texts: list[str], return_ids: bool = True) -> Any:
+        """The terms of each text, or bm25s' `Tokenized`: ids, and the vocabulary of these texts."""
         pattern = _WORD.pattern
         if self.tokenizer == "unicode":
             texts, pattern = [" ".join(tokens(text)) for text in texts], r"\S+"
@@ -172,6 +170,7 @@ class BM25:
                 token_pattern=pattern,
                 stopwords=self.stopwords,
                 stemmer=Stemmer.Stemmer(self.stemmer) if self.stemmer else None,
+                return_ids=return_ids,
                 show_progress=False,
             )
         except ValueError as error:

@@ -19,7 +19,6 @@ from caravan.errors import InputError
 from caravan.models.hardware import parameter_counts
 from caravan.training.checkpoints import LAST, absolute, relative
 from caravan.training.fsdp import FullySharded
-from caravan.training.memory import Need
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +27,11 @@ class FitSummary(pl.Callback):
     """Logs the model, the data and the batch size at the start of training.
 
     Args:
-        heading: the first line.
         precision: "bf16" or "float32".
-        needed: the memory of a step, if known.
     """
 
-    def __init__(self, heading: str, precision: str, needed: Need | None) -> None:
-        self.heading, self.precision, self.needed = heading, precision, needed
+    def __init__(self, precision: str) -> None:
+        self.precision = precision
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         device = trainer.strategy.root_device
@@ -54,7 +51,6 @@ class FitSummary(pl.Callback):
         trains_on = data.training.summary(data.collection.name, data.queries_per_batch, accumulated)
         batches = data.batches_per_epoch(trainer)
         lines = [
-            self.heading,
             f"{trainer.world_size} x {device.type}, {self.precision}{sharded};"
             f" {trained:,} trainable parameters of {total:,}",
             f"{trains_on}; {trainer.max_steps:,} updates, {batches:,} batches an epoch",
@@ -66,8 +62,6 @@ class FitSummary(pl.Callback):
         elif queries:
             passages = f"{len(data.dev_passages):,} of {len(data.collection.corpus):,} passages"
             lines.append(f"validation: {queries:,} queries over {passages}")
-        if self.needed is not None and self.needed.total >= 1e8:  # less fits on any device
-            lines.append(f"memory at the peak of a step: about {self.needed}")
         for line in lines:
             log.info(line)
 

@@ -175,17 +175,20 @@ def _save(run: Training, network: Any, module: Stage, facts: dict[str, Any]) -> 
 def _fit(run: Training, collection: Collection) -> float | None:
     """Train with Lightning and save the best weights; returns their monitored metric."""
     checkpoint = resumable(run.run_dir / "checkpoints") if run.resume else None
+    if is_main_process():
+        resumed = f", resumed from {checkpoint}" if checkpoint else ""
+        log.info("%s in %s%s", run.name, run.run_dir, resumed)
     module = _module(run, collection)
     precision = hardware.resolve(run.precision)
     module.bf16 = precision == "bf16"
     data = _data(run, module, collection)
     trainer = _trainer(run, precision, validates=data.dev_split is not None)
     outline = module.outline()
-    if outline is not None:  # check lengths now instead of in the first validation
-        refuse_too_long(outline, module.encoding)
-        for length in run.read_lengths if data.dev_split is not None else ():
-            longer = module.reading(length).encoding
-            refuse_too_long(outline, longer, "validation.read_lengths: encoding.")
+    for length in (None, *run.read_lengths):  # now instead of in the first validation
+        encoding = module.reading(length).encoding
+        place = "encoding." if length is None else "validation.read_lengths: encoding."
+        if outline is not None:
+            refuse_too_long(outline, encoding, place)
     needed = memory_needed(module, outline, data, trainer)
     batches = data.batches_per_epoch(trainer)
     # End by updates instead of epochs: Lightning's epoch counter may lag after a resume.
@@ -195,9 +198,7 @@ def _fit(run: Training, collection: Collection) -> float | None:
             log.warning("trainer.max_epochs ends the run after %d updates, before max_steps", last)
         if isinstance(run.optimizer, AdamW):
             run.optimizer.warn_if_warmup_outlasts(last)
-    heading = f"{run.name} in {run.run_dir}"
-    heading += f", resumed from {checkpoint}" if checkpoint else ""
-    trainer.callbacks.insert(0, FitSummary(heading, precision, needed))
+    trainer.callbacks.insert(0, FitSummary(precision))
     if data.dev_split is not None:
         validate_at_least_once(trainer, batches)
     started = time.monotonic()
@@ -214,8 +215,6 @@ def _fit(run: Training, collection: Collection) -> float | None:
 
 def _data(run: Training, module: Stage, collection: Collection) -> DataModule:
     """The DataModule; its dev_split is None for unlabelled text."""
-    for length in run.read_lengths:
-        module.reading(length)  # report invalid lengths before training
     budget = hardware.chunk(run.batching["token_budget"])
     training = module.training_set(collection, run.source.train_split, run.sampler, budget)
     unlabelled = isinstance(training, Unlabelled) and not collection.splits
@@ -282,7 +281,7 @@ def _finish(
     needed: Need | None,
 ) -> float | None:
     """Write the best weights as a model folder, and metrics.json; returns the best metric."""
-    used = None if needed is None else needed.total
+    used = None if needed is None else sum(needed.values())
     if trainer.strategy.root_device.type == "cuda":  # on a CPU use the estimate
         used = torch.cuda.max_memory_allocated(trainer.strategy.root_device)
     best, monitor, watched = None, None, trainer.checkpoint_callback

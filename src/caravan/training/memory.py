@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from caravan.distributed import is_main_process
 from caravan.errors import InputError
 from caravan.models.hardware import frozen_linears
-from caravan.models.preparing import Checkpointing
 from caravan.training.fsdp import FullySharded
 
 if TYPE_CHECKING:
@@ -29,25 +28,10 @@ FOUR_BITS = 0.5 + 1 / 64 + 4 / 64 / 256
 """Bytes of a four-bit weight: a scale of 8 bits for 64 of them, one of 32 for 256 scales."""
 GIB = 2**30
 
+Need = dict[str, float]
+"""Bytes by what they are for: weights, gradients, optimizer, activations."""
+
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes that training needs at its peak, by what they are for."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-
-    @property
-    def total(self) -> float:
-        return sum(vars(self).values())
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in vars(self).items())
-        return f"{self.total / GIB:.1f} GiB ({parts})"
 
 
 def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -> Need | None:
@@ -69,20 +53,17 @@ def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -
         lengths = module.encoding.query_length, module.encoding.passage_length
         longest = sum(lengths) if module.encoding.kind == "reranker" else max(lengths)
         tokens = min(tokens, module.gradcache.chunk * longest)
+    quantised = module.backbone.quantization is not None
+    shares = ranks if isinstance(trainer.strategy, FullySharded) else 1
+    recomputes = bool(module.backbone.checkpointing)
     try:
-        needed = need(
-            outline,
-            tokens,
-            module.bf16,
-            module.backbone.checkpointing,
-            module.backbone.quantization is not None,
-            ranks if isinstance(trainer.strategy, FullySharded) else 1,
-        )
+        needed = need(outline, tokens, module.bf16, recomputes, quantised, shares)
     except (AttributeError, TypeError) as error:  # the shape is not that of a transformer
         log.debug("no estimate of memory: %s", error)
         return None
-    device = trainer.strategy.root_device
-    refuse_too_large(needed, device_memory(device), f"the {device.type}")
+    refuse_too_large(needed, trainer.strategy.root_device)
+    if is_main_process() and sum(needed.values()) >= 1e8:  # less fits on any device
+        log.info("memory at the peak of a step: at least %s", in_words(needed))
     return needed
 
 
@@ -90,7 +71,7 @@ def need(
     model: Any,
     tokens: int,
     bf16: bool,
-    checkpointing: Checkpointing = False,
+    recomputes: bool = False,
     quantised: bool = False,
     shares: int = 1,
 ) -> Need:
@@ -100,7 +81,7 @@ def need(
         model: the network with its adapters; may be on the meta device.
         tokens: padded tokens of a batch on one device, all kept until the backward pass.
         bf16: whether the arithmetic is bf16.
-        checkpointing: whether activations are recomputed (`caravan.models.preparing`).
+        recomputes: whether activations are recomputed (`caravan.models.preparing`).
         quantised: whether frozen linear layers have four bits (QLoRA).
         shares: ranks over which the weights are sharded (FSDP).
     """
@@ -117,31 +98,34 @@ def need(
     inner = getattr(config, "intermediate_size", None) or 4 * width
     shared = (getattr(config, "num_key_value_heads", None) or heads) / heads
     block = 7.6 * FLOAT * width + unit * ((1 + 2 * shared) * width + 4 * inner)
-    kept = config.num_hidden_layers * (FLOAT * width if checkpointing else block)
-    return Need(
-        weights=stored / shares,
-        gradients=FLOAT * trained / shares,
-        optimizer=2 * FLOAT * trained / shares,
-        activations=(kept + block if checkpointing else kept) * tokens,
-    )
+    layers = config.num_hidden_layers
+    return {
+        "weights": stored / shares,
+        "gradients": FLOAT * trained / shares,
+        "optimizer": 2 * FLOAT * trained / shares,
+        "activations": tokens * (layers * FLOAT * width + block if recomputes else layers * block),
+    }
 
 
-def refuse_too_large(needed: Need, available: float, device: str) -> None:
-    """Raise an InputError if a device has fewer bytes than needed."""
-    if needed.total <= available:
+def in_words(needed: Need) -> str:
+    """The total in GiB and its parts."""
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needed.items())
+    return f"{sum(needed.values()) / GIB:.1f} GiB ({parts})"
+
+
+def refuse_too_large(needed: Need, device: torch.device) -> None:
+    """Raise an InputError if a device has less memory than needed."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        available = torch.cuda.get_device_properties(device).total_memory
+    if sum(needed.values()) <= available:
         return
     remedy = "train adapters (peft=lora), or use a smaller backbone or a larger device"
-    if needed.activations == max(vars(needed).values()):
+    if needed["activations"] == max(needed.values()):
         remedy = "set backbone.checkpointing=true or gradcache.chunk, or lower"
         remedy += " batching.queries_per_batch or encoding.passage_length"
     raise InputError(
         "out-of-memory",
-        f"training needs at least {needed} and {device} has {available / GIB:.1f} GiB; {remedy}",
+        f"training needs at least {in_words(needed)} and the {device.type} has"
+        f" {available / GIB:.1f} GiB; {remedy}",
     )
-
-
-def device_memory(device: torch.device) -> float:
-    """Bytes of memory of a device."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
