@@ -18,6 +18,7 @@ from tests.cli.small_conf import CONF
 from tests.commands import evaluate
 
 from caravan.cli.compose import Composer, check, preflight, without_hydra
+from caravan.cli.sources import parse
 from caravan.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +90,7 @@ def first_and_last(composer: Composer, arguments: list[str]) -> list[list[str]]:
     """Two jobs of a sweep; the arguments themselves if they are not a sweep."""
     jobs: tuple[list[str], list[str]] = ([], [])
     for text in arguments:
-        override = composer.overrides.parse(text)
+        override = parse(text, composer.parser)
         values = [text]
         if override.is_sweep_override():
             key = override.get_key_element()

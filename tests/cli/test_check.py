@@ -96,13 +96,13 @@ def test_values_that_fit_their_annotations(values: dict[str, Any]) -> None:
     ("values", "wanted"),
     [
         ({"whole": "abc"}, r"whole: .*integer, not 'abc'"),
-        ({"whole": 1000.0}, r"whole: .*write 1000$"),
+        ({"whole": 1000.0}, r"whole: .*integer, not 1000.0"),
         ({"whole": True}, r"whole: .*integer, not True"),
         ({"whole": None}, r"whole: .*not null"),
         ({"text": 3}, r"text: .*string, not 3; .*\"loss\.text='\.\.\.'\""),
         ({"switch": 3}, r"switch: .*not 3"),
         ({"choice": "aa"}, r"choice: .*'a' or 'b', not 'aa'; did you mean a\?"),
-        ({"pair": 0.9}, r"pair: .*not 0.9; write \[0.9\]"),
+        ({"pair": 0.9}, r"pair: .*tuple, not 0.9"),
         ({"pair": [1, "x"]}, r"1: .*number, not 'x'"),
         ({"several": 3}, r"several: .* or .*not 3"),
         ({"several": ["a", 3]}, r"1: .*not 3"),
@@ -127,32 +127,30 @@ def test_values_that_do_not_fit(values: dict[str, Any], wanted: str) -> None:
 
 
 def test_arguments_are_inherited_and_resolved_where_they_are_defined() -> None:
-    assert list(takes(Wide).hints) == ["size", "rate", "flags"]
-    assert list(takes(locate("torch.optim.AdamW")).hints)[:2] == ["params", "lr"]
-    assert takes(dict).model is None
-    assert takes(locate("transformers.AutoModel.from_pretrained")).model is not None
+    assert list(takes(Wide)[1]) == ["size", "rate", "flags"]
+    assert list(takes(locate("torch.optim.AdamW"))[1])[:2] == ["params", "lr"]
+    assert takes(dict) == (None, {})
+    assert takes(locate("transformers.AutoModel.from_pretrained"))[0] is not None
 
 
 @pytest.mark.parametrize(
     ("target", "hint"),
     [
         ("parts.Prt", "did you mean parts.Part?"),
-        ("part.Part", "did you mean parts.Part?"),
-        ("parts", "parts is a module"),
-        ("parts Part", "not a dotted path"),
-        ("caravan.nope.X", "'nope' in caravan"),
-        ("transformers.nope.X", "'nope' in transformers"),
+        ("parts", "not a dotted path"),
+        ("torch.nn", "no class or function torch.nn"),
+        ("caravan.nope.X", "no class or function caravan.nope.X"),
         ("pytorch_lightning.Traner", "did you mean pytorch_lightning.Trainer?"),
-        ("broken_module.X", "broken_module cannot be imported: ZeroDivisionError"),
-        ("needs_module.X", "needs_module cannot be imported: No module named 'no_such_thing'"),
+        ("broken_module.X", "broken_module.X cannot be imported: ZeroDivisionError"),
+        ("needs_module.X", "No module named 'no_such_thing'"),
     ],
 )
-def test_a_target_that_cannot_be_located(conf: Path, lines: Lines, target: str, hint: str) -> None:
+def test_a_target_that_cannot_be_located(conf: Path, target: str, hint: str) -> None:
     (conf.parent / "broken_module.py").write_text("1 / 0\n")
     (conf.parent / "needs_module.py").write_text("import no_such_thing\n")
-    (line,) = lines(f"loss._target_='{target}'")
-    assert line.startswith("loss._target_ (command line): ")
-    assert hint in line
+    with pytest.raises(LookupError) as caught:
+        locate(target)
+    assert hint in str(caught.value)
 
 
 def test_a_right_config_has_no_mistakes(lines: Lines) -> None:
@@ -161,50 +159,68 @@ def test_a_right_config_has_no_mistakes(lines: Lines) -> None:
     assert lines("retriever=bm25", root="search") == []
 
 
-@pytest.mark.parametrize(
-    ("overrides", "wanted"),
-    [
-        ("trainer.max_step=5", "no setting 'max_step'; did you mean trainer.max_steps?"),
-        ("+trainr.max_steps=5", "no setting 'trainr'; did you mean trainer.max_steps?"),
-        ("trainr.max_steps=5", "no setting 'trainr'; did you mean trainer.max_steps?"),
-        ("backbone=tiny_lama", "did you mean backbone=tiny_llama?"),
-        ("backbone=mistral", "no backbone is called mistral; there is only tiny_llama"),
-        ("seed=x", "seed (command line): it must be a valid integer, not 'x'"),
-        ("resume=maybe", "resume (command line)"),
-        ("max_steps=5", "did you mean trainer.max_steps?"),
-        ("loss.part={size:3}", "loss.part (command line): it has no _target_"),
-        ("loss._target_=???", "loss._target_ (command line): it is not set (???)"),
-        ("loss._partail_=true", "did you mean loss._partial_?"),
-        ("data=beir", "data.path (conf/data/beir.yaml:2): it is not set (???); give data.path="),
-        ("seed=???", "seed (command line): it is not set (???)"),
-        ("name=${nme}", "name (command line): ${nme} refers to no setting"),
-        ("name=${run_dir}", "it refers to itself"),
-        ("seed=${oc.env:CARAVAN_NO_SUCH}", "'CARAVAN_NO_SUCH' not found"),
-        ("encoding.poling=cls", "encoding has no setting 'poling'; did you mean encoding.pooling?"),
-        ("encoding.pooling=max", "encoding.pooling (command line): it"),
-        ("encoding.query_length=-1", "encoding.query_length (command line)"),
-        ("batching.token_budget=0", "greater than 0, not 0"),
-        ("validation.read_lengths=[64,2]", "validation.read_lengths[1] (command line)"),
-        ("batching=3", "batching (command line)"),
-        ("precision=bf61", "did you mean bf16?"),
-        ("seed=99999999999999", "seed (command line)"),
-        ("seed=-1", "seed (command line)"),
-        ("name=", "name (command line): it is empty"),
-        ("name=null", "name='...'"),
-        ("callbacks.mine.patience=3", "callbacks.mine (command line): it has no _target_"),
-        ("callbacks.bset.monitor=x", "did you mean callbacks.best?"),
-        ("callbacks.evaluation.measures=[MRR]", "callbacks.evaluation.measures[0] (command line)"),
-        ("callbacks.evaluation.measures=MRR@10", "write [MRR@10]"),
-        ("index.k=5", "set index.k=10"),
-        ("~index.k", "index.k (command line): it is removed, but needed; leave ~index.k out"),
-        ("~backbone", "nothing is chosen; give backbone=<option>"),
-        ("hydra.job.nam=x", "hydra.job.nam"),
-        ("hydra/launcher=jobli", "there is no hydra/launcher/jobli"),
-    ],
+TOGETHER = (
+    {
+        "trainer.max_step=5": "trainer.max_step (command line): parts.Trainer has no setting"
+        " 'max_step'; did you mean trainer.max_steps?",
+        "+trainr.max_steps=5": "no setting 'trainr'; did you mean trainer?",
+        "init_from=a/model": "set backbone=from_folder backbone.folder=a/model",
+        "backbone=tiny_lama": "did you mean backbone=tiny_llama?",
+        "seed=x": "seed (command line): it must be a valid integer, not 'x'",
+        "resume=maybe": "resume (command line)",
+        "loss.part={size:3}": "loss.part (command line): it has no _target_",
+        "loss._partail_=true": "did you mean loss._partial_?",
+        "peft._target_=parts.Prt": "peft._target_ (command line): there is no class",
+        "data=beir": "data.path (conf/data/beir.yaml:2): it is not set (???); give data.path=",
+        "encoding.poling=cls": "encoding has no setting 'poling'; did you mean encoding.pooling?",
+        "batching.token_budget=0": "greater than 0, not 0",
+        "validation.read_lengths=[64,2]": "validation.read_lengths[1] (command line)",
+        "gradcache=3": "gradcache (command line)",
+        "precision=bf61": "did you mean bf16?",
+        "name=": "name (command line): it is empty",
+        "callbacks.bset.monitor=x": "did you mean callbacks.best?",
+        "callbacks.evaluation.measures=[MRR]": "callbacks.evaluation.measures[0] (command line)",
+        "optimizer.rate=${nme}": "${nme} refers to no setting",
+        "sampler.size=${oc.env:CARAVAN_NO_SUCH}": "'CARAVAN_NO_SUCH' not found",
+        "nonsense": "no setting; write key=value",
+        "cache_dir=~/models": "\"cache_dir='$HOME/models'\"",
+        "+ignore_identical_ids=true": "it is already set; remove the +",
+        "hydra.job.nam=x": "hydra.job.nam",
+        "hydra/launcher=jobli": "there is no hydra/launcher/jobli",
+        "~index.k": "index.k (command line): it is removed, but needed; leave ~index.k out",
+    },
+    {
+        "seed=???": "seed (command line): it is not set (???)",
+        "name=${run_dir}": "it refers to itself",
+        "~backbone": "nothing is chosen; give backbone=<option>",
+        "encoding.query_length=-1": "encoding.query_length (command line)",
+        "encoding.pooling=max": "encoding.pooling (command line): it",
+        "batching=3": "batching (command line)",
+        "callbacks.evaluation.measures=MRR@10": "evaluation.measures (command line)",
+        "++loss=infonce": "write loss=infonce, without +",
+        "stage=[1": "cannot be read",
+    },
+    {
+        "seed=99999999999999": "seed (command line)",
+        "max_steps=5": "max_steps (command line): the config has no setting 'max_steps'; did you"
+        " mean trainer.max_steps?",
+        "name=null": "name (command line)",
+        "backbone=mistral": "there is no backbone/mistral; there are tiny_llama",
+        "index.k=5": "set index.k=10",
+        "callbacks.mine.patience=3": "callbacks.mine (command line): it has no _target_",
+        "loss._target_=???": "loss._target_ (command line): it is not set (???)",
+        "validation.run_depth=1,2": "several values; add -m",
+    },
+    {"+experiment=no": "+experiment=no (command line): write experiment=no, without +"},
 )
-def test_one_mistake_is_reported_with_its_remedy(lines: Lines, overrides: str, wanted: str) -> None:
-    (line,) = lines(*overrides.split())
-    assert wanted in line
+
+
+@pytest.mark.parametrize("mistakes", TOGETHER, ids=range(len(TOGETHER)))
+def test_all_mistakes_are_reported_at_once(lines: Lines, mistakes: dict[str, str]) -> None:
+    found = lines(*mistakes)
+    for override, wanted in mistakes.items():
+        assert any(wanted in line for line in found), (override, found)
+    assert len(found) <= len(mistakes), found
 
 
 @pytest.mark.parametrize(
@@ -252,22 +268,6 @@ def test_mistakes_in_an_evaluation(
     assert lines(some, f"reranker={tmp_path}/reranker", root="evaluate") == []
 
 
-def test_all_mistakes_are_reported_at_once(lines: Lines) -> None:
-    found = lines(
-        "trainer.max_step=5",
-        "+trainr.x=1",
-        "backbone=tiny_lama",
-        "seed=x",
-        "encoding.pooling=a",
-        "stage=retreiver",
-        "nonsense",
-        "loss.kind=dep",
-        "data=beir",
-        "peft._target_=parts.Prt",
-    )
-    assert len(found) == 10, found
-
-
 def test_mistakes_in_a_file_are_reported_with_file_and_line(conf: Path, lines: Lines) -> None:
     text = """# @package _global_
 trainr:
@@ -309,7 +309,7 @@ name: 2024_11_29
             "name: x\ntrainer:\n  max_steps: 3\n   max_epochs: 4",
             "conf/experiment/x.yaml:5: not YAML",
         ),
-        ("defaults:\n  - override /backbone: tiny_lama", "conf/experiment/x.yaml:3: there is no"),
+        ("defaults:\n  - override /backbone: tiny_lama", "there is no backbone/tiny_lama; did you"),
         ("name: ${nme}", "name (conf/experiment/x.yaml:2)"),
     ],
 )

@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from tests.cli.conftest import Lines
 from tests.cli.small_conf import CONF
 
 from caravan.cli.compose import compose, preflight
+from caravan.cli.sources import parse, unreadable
 
 
 @pytest.mark.parametrize("text", ["2024_11_29", "1e3", "1_1", "0123456", "true", "inf", "-5", "5."])
@@ -26,68 +28,26 @@ def test_a_number_stays_a_number(conf: Path) -> None:
     assert (cfg.loss.size, cfg.loss.rate, cfg.seed) == (10, 1e-3, 2)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/x/josé",
-        "/x/日本",
-        "/x/a(1)",
+def test_special_characters_have_a_remedy_that_can_be_pasted() -> None:
+    names = (
+        "josé",
+        "日本",
         "a(1)",
-        "/x/a[1]",
-        "/x/a&b",
-        "/x/a#b",
-        "/x/a;b",
-        "/x/it's",
-        '/x/a"b',
-        "/x/a=b",
-        "/x/a!b",
-        "/x/<a>",
-        "/x/`a`",
-    ],
-)
-def test_special_characters_have_a_remedy_that_can_be_pasted(lines: Lines, path: str) -> None:
-    (line,) = lines(f"cache_dir={path}")
-    (pasted,) = shlex.split(line.partition("quotes: ")[2])
-    assert lines(pasted) == []
-
-
-def test_a_tilde_that_the_shell_leaves_is_answered_with_the_home(lines: Lines) -> None:
-    (line,) = lines("cache_dir=~/models/a")
-    assert "\"cache_dir='$HOME/models/a'\"" in line
-
-
-@pytest.mark.parametrize(
-    ("root", "override", "meant"),
-    [
-        ("train", "+backbone=minilm", "backbone=minilm"),
-        ("train", "++backbone=minilm", "backbone=minilm"),
-        ("train", "+experiment=nothing", "write experiment=nothing, without +"),
-        ("train", "model=mini", "backbone=minilm"),
-        ("train", "network=minilm", "backbone=minilm"),
-        ("train", "dataset=beir", "data=beir"),
-        ("train", "init_from=a/model", "backbone=from_folder backbone.folder=a/model?"),
-        ("train", "seed=interval(1,3)", "add -m"),
-        ("train", "seed=1,2", "several values; add -m"),
-        ("train", "seed", "no setting; write key=value"),
-        ("train", "seed=[1", "cannot be read"),
-        ("train", "+seed=3", "it is already set; remove the +"),
-        ("evaluate", "model=runs/x/model", "retriever=runs/x/model"),
-    ],
-)
-def test_an_idiom_that_does_not_work_here_is_answered_with_what_to_type(
-    conf: Path, lines: Lines, root: str, override: str, meant: str
-) -> None:
-    (conf / "backbone/minilm.yaml").write_text("{_target_: parts.Part}")
-    given = ["retriever=bm25"] if root == "evaluate" else []
-    line = lines(override, *given, root=root)[0]
-    assert line.startswith(override)
-    assert meant in line.partition(": ")[2]
-
-
-def test_an_experiment_may_be_chosen_with_a_plus(conf: Path, lines: Lines) -> None:
-    (conf / "experiment/seeded.yaml").write_text("# @package _global_\nseed: 3\n")
-    (line,) = lines("+experiment=seeded")
-    assert line == "+experiment=seeded (command line): write experiment=seeded, without +"
+        "a[1]",
+        "a&b",
+        "a#b",
+        "a;b",
+        "it's",
+        'a"b',
+        "a=b",
+        "a!b",
+        "~/a",
+    )
+    for name in names:
+        line = unreadable(f"data.path={name}", "why")
+        (pasted,) = shlex.split(line.partition("quotes: ")[2])
+        value = parse(pasted, OverridesParser.create()).value()
+        assert value == name.replace("~", "$HOME")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +55,6 @@ def test_an_experiment_may_be_chosen_with_a_plus(conf: Path, lines: Lines) -> No
     [
         ("train", "seed"),
         ("train", "encoding"),
-        ("train", "encoding.pooling"),
         ("train", "name"),
         ("evaluate", "measures"),
         ("evaluate", "rerank.depth"),
@@ -129,9 +88,9 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "place"),
     [
-        (BOMB, "experiment/wild.yaml:5: "),
+        (BOMB, "experiment/wild.yaml: "),
         ("name: " + "{a: " * 300 + "1" + "}" * 300, "experiment/wild"),
-        ("name: &a [*a]", "experiment/wild.yaml:2: "),
+        ("name: &a [*a]", "experiment/wild.yaml: "),
         ("name: x\ndefaults: [wild]", "experiment/wild"),
         ("name: x\ndefaults: [/experiment: wild]", "experiment/wild"),
         ("1: x", "1 ("),
@@ -179,13 +138,6 @@ class TestSweeps:
         assert argv[-2].endswith("exclude_keys=[run_dir,name,backbone]")
         assert argv[-1] == "hydra.sweep.dir='runs/n'"
 
-    def test_a_pattern_stands_for_the_options_that_it_matches(self, conf: Path) -> None:
-        for name in ("a", "b"):
-            (conf / f"experiment/some/{name}.yaml").parent.mkdir(exist_ok=True)
-            (conf / f"experiment/some/{name}.yaml").write_text("# @package _global_\nseed: 1\n")
-        argv = preflight(["-m", "experiment=glob(some/*)"], conf, "train")
-        assert argv[1] == "experiment=some/a,some/b"
-
     @pytest.mark.parametrize(
         "override",
         [
@@ -210,14 +162,14 @@ class TestSweeps:
             ("-m seed=1,2 trainer.devices=2", "trainer.devices"),
             ("-m seed=1,2 trainer.num_nodes=2", "trainer.num_nodes"),
             ("-m seed=1,2 trainer.devices=[0]", None),
-            ("-m seed=1,2 hydra/sweeper=ax", "pip install hydra-ax-sweeper"),
-            ("-m seed=1,2 hydra/launcher=slurm", "pip install hydra-submitit-launcher"),
+            ("-m seed=1,2 hydra/sweeper=ax", "hydra/sweeper/ax"),
+            ("-m seed=1,2 hydra/launcher=slurm", "hydra/launcher"),
         ],
     )
     def test_a_sweep_needs_one_device_and_its_plugins(
         self, monkeypatch: pytest.MonkeyPatch, lines: Lines, overrides: str, wanted: str | None
     ) -> None:
-        monkeypatch.setattr("caravan.cli.sweeps.find_spec", _without_plugins)
+        monkeypatch.setattr("caravan.cli.sweeps.locate", _without_plugins)
         found = lines(*overrides.split(), conf=CONF)
         assert bool(found) == (wanted is not None), found
         assert wanted is None or wanted in found[0]
@@ -230,5 +182,6 @@ class TestSweeps:
         assert line.startswith("-m: ")
 
 
-def _without_plugins(module: str) -> object | None:
-    return None if "submitit" in module else module
+def _without_plugins(target: str) -> None:
+    if "submitit" in target:
+        raise LookupError(f"there is no class or function {target}")

@@ -10,7 +10,7 @@ from tests.cli.conftest import Lines
 from tests.cli.small_conf import CONF
 from tests.tiny import write_beir
 
-from caravan.cli.suite import Member, each, members
+from caravan.cli.evaluate import Member, each, members
 
 
 @pytest.fixture

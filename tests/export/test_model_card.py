@@ -32,7 +32,7 @@ from caravan.cli.train import source_facts
 from caravan.data.readers.texts import HubTexts
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
-from caravan.export import sentence_transformers
+from caravan.export import sentence_transformers, transformers
 from caravan.export.model_card import evaluated, write
 from caravan.quickstart.pydocs import PyDocs
 
@@ -111,14 +111,19 @@ def test_the_code_for_caravan_and_sentence_transformers_runs(
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.parametrize("library", ["sentence-transformers", "transformers"])
-@pytest.mark.parametrize("base", ["Qwen/Qwen3-0.6B", "a/folder/of/this/machine"])
-def test_an_exported_card_has_the_hubs_metadata(library: str, base: str, tmp_path: Path) -> None:
-    from caravan.export import transformers
-
+@pytest.mark.parametrize(
+    ("exporter", "library", "base"),
+    [
+        (sentence_transformers, "sentence-transformers", "Qwen/Qwen3-0.6B"),
+        (transformers, "transformers", "a/folder/of/this/machine"),
+    ],
+)
+def test_an_exported_card_has_the_hubs_metadata(
+    exporter: Any, library: str, base: str, tmp_path: Path
+) -> None:
     path, out = make(tmp_path / "model"), tmp_path / "out"
     set_facts(path, base_model=base)
-    (transformers if library == "transformers" else sentence_transformers).export(path, out)
+    exporter.export(path, out)
     data = metadata(out)
     assert (data.library_name, data.tags[0]) == (library, "caravan")
     assert data.base_model == (base if base.startswith("Qwen") else None)

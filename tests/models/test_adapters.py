@@ -22,9 +22,10 @@ from caravan.data.batch import pack
 from caravan.encoding import Encoding, read_encoding
 from caravan.models import folder
 from caravan.models.adapters import LoRA
-from caravan.models.backbone import FromFolder, Pretrained, parameter_counts
+from caravan.models.backbone import FromFolder, Pretrained
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder
+from caravan.models.hardware import parameter_counts
 
 TEXTS = [[5, 6, 7], [8, 9, 10, 11], [12]]
 ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

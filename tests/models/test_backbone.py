@@ -15,10 +15,10 @@ from caravan.data.batch import pack
 from caravan.encoding import Encoding
 from caravan.models import folder
 from caravan.models.adapters import LoRA
-from caravan.models.backbone import BaseBackbone, FromFolder, Pretrained, parameter_counts
+from caravan.models.backbone import BaseBackbone, FromFolder, Pretrained
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder
-from caravan.models.hardware import frozen_linears, settle_precisions
+from caravan.models.hardware import frozen_linears, parameter_counts, settle_precisions
 from caravan.models.loading import load_weights
 
 SCORES = Encoding(kind="reranker", query_length=16, passage_length=48)

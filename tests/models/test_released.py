@@ -207,16 +207,6 @@ def test_a_weight_missing_left_over_or_misshapen_is_refused_by_its_key(
         backbone.scorer(tokenizer) if experiment == RERANKER else backbone.model(tokenizer)
 
 
-@pytest.mark.parametrize(("experiment", "other"), [(RETRIEVER, RERANKER), (RERANKER, RETRIEVER)])
-def test_an_adapter_of_the_other_kind_is_refused(
-    experiment: str, other: str, base: Path, tmp_path: Path
-) -> None:
-    released = release(tmp_path / "released", base, other)
-    with refused("weights-mismatch", "released"):
-        _adopt(experiment, released, tmp_path / "run")
-    assert not (tmp_path / "run" / "model").exists()
-
-
 class _Malicious:
     """Unpickled without care, it makes a folder."""
 

@@ -3,14 +3,15 @@
 Each `_target_` is imported, and a pydantic model of its signature validates the arguments, so that
 the classes of a user are checked as those of Caravan. The root and its sections are the dataclasses
 of `caravan.cli.schema`. A class states its own constraints, as annotations (`Literal`,
-`pydantic.PositiveInt`); rules between objects are in `caravan.cli.rules`.
+`pydantic.PositiveInt`); rules between objects are in `caravan.cli.train` and `.evaluate`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -18,13 +19,17 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from pydantic import ValidationError
 
 from caravan.cli.schema import MOVED, Node
-from caravan.cli.signatures import RESERVED, Takes, did_you_mean, locate, takes
+from caravan.cli.signatures import RESERVED, did_you_mean, locate, takes
+from caravan.cli.sources import KeyPath, dotted
+from caravan.encoding import adoption, read_encoding
 from caravan.errors import InputError, first_line
+from caravan.models.remote_code import FACT, SETTING
+from caravan.retrieval.metrics import parse_measure
 
 CIRCULAR = "it refers to itself"
 UNKNOWN = Node(None)
 """In the place of a value that is broken, or is checked where it stands."""
-KeyPath = tuple[str | int, ...]
+CLASS_ERRORS = {"value_error", "is_instance_of", "dataclass_exact_type", "model_type"}
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,6 @@ class Mistake:
     kind: str = "wrong"
 
 
-def dotted(path: KeyPath) -> str:
-    """A path as it is written on the command line."""
-    words = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in path]
-    return "".join(words).lstrip(".")
-
-
 class Checker:
     """Walks a config, and collects its mistakes and the targets of its nodes.
 
@@ -55,20 +54,16 @@ class Checker:
     """
 
     def __init__(self, cfg: DictConfig, root: type) -> None:
-        self.cfg, self.root = cfg, root
-        self.found: list[Mistake] = []
+        self.cfg = cfg
         self.targets: dict[KeyPath, Any] = {}
+        self._found: list[Mistake] = []
         self._references: set[KeyPath] = set()
-        self._mapping(cfg, (), takes(root, section=True), "the config")
+        self._arguments(cfg, (), root, "the config")
 
     def mistakes(self) -> list[Mistake]:
-        """What was found; a value that several keys refer to is reported once."""
-        own = {_problem(one) for one in self.found if one.path not in self._references}
-        return [
-            one
-            for one in dict.fromkeys(self.found)
-            if one.path not in self._references or _problem(one) not in own
-        ]
+        """What was found; mistakes in references are left out if there are others."""
+        own = [one for one in self._found if one.path not in self._references]
+        return list(dict.fromkeys(own or self._found))
 
     def get(self, key: str) -> Any:
         """A value, or None where there is none, it is `???`, or its interpolation is broken."""
@@ -88,21 +83,21 @@ class Checker:
         return is_class(self.targets.get((group,)), kind)
 
     def _add(self, path: KeyPath, text: str, kind: str = "wrong") -> None:
-        self.found.append(Mistake(path, text, kind))
+        self._found.append(Mistake(path, text, kind))
 
-    def _mapping(
-        self, node: DictConfig, path: KeyPath, wanted: Takes, owner: str
+    def _arguments(
+        self, node: DictConfig, path: KeyPath, target: Any, owner: str
     ) -> dict[str, Any]:
-        """Check the keys and values of a section, or of a node; returns its values."""
+        """Check the keys and values of a node, a section or the root; returns the values."""
+        model, hints = takes(target, node=path in self.targets)
         given = {
-            str(key): self._value(node, key, (*path, str(key)), wanted.hints.get(str(key)))
-            for key in node
+            str(key): self._value(node, key, (*path, str(key)), hints.get(str(key))) for key in node
         }
         try:
-            if wanted.model is not None:
-                wanted.model.model_validate(given)
+            if model is not None:
+                model.model_validate(given)
         except ValidationError as error:
-            self._explain(error, path, given, wanted, owner)
+            self._explain(error, path, given, owner, list(hints))
         return given
 
     def _value(self, parent: Any, key: Any, path: KeyPath, hint: Any = None) -> Any:
@@ -112,8 +107,6 @@ class Checker:
             return UNKNOWN
         try:
             value = parent[key]
-        except InterpolationToMissingValueError:
-            return UNKNOWN  # reported where the value stands
         except OmegaConfBaseException as error:
             self._broken(parent, key, path, error)
             return UNKNOWN
@@ -128,31 +121,29 @@ class Checker:
             return [self._value(value, i, (*path, i)) for i in range(len(value))]
         if "_target_" in value.keys():  # noqa: SIM118  `in` denies what is ???
             return self._node(value, path)
-        if isinstance(hint, type) and is_dataclass(hint):
-            self._section(hint, value, path)
+        if is_dataclass(hint):
+            self._section(value, path, hint)
             return UNKNOWN
         return {str(name): self._value(value, name, (*path, str(name))) for name in value}
 
     def _node(self, node: DictConfig, path: KeyPath) -> Node:
-        name, target, wanted = "", None, Takes()
+        name, target = "", None
         try:
             name = "" if OmegaConf.is_missing(node, "_target_") else str(node["_target_"])
-            if name:
-                target = locate(name)
-                wanted = takes(target)
+            target = locate(name) if name else None
         except LookupError as error:
             self._add((*path, "_target_"), str(error))
         except OmegaConfBaseException:
             pass  # a broken interpolation, reported with the other keys
         self.targets[path] = target
-        self._mapping(node, path, wanted, name)
+        self._arguments(node, path, target, name)
         return Node(target)
 
-    def _section(self, kind: type, value: DictConfig, path: KeyPath) -> None:
+    def _section(self, value: DictConfig, path: KeyPath, kind: Any) -> None:
         """A section, and the constraints between its keys, which its dataclass checks."""
-        before = len(self.found)
-        given = self._mapping(value, path, takes(kind, section=True), dotted(path))
-        if len(self.found) > before or UNKNOWN in given.values():
+        before = len(self._found)
+        given = self._arguments(value, path, kind, dotted(path))
+        if len(self._found) > before or UNKNOWN in given.values():
             return
         try:
             kind(**given)
@@ -161,42 +152,40 @@ class Checker:
                 key, _, text = problem.partition(" ")
                 self._add(tuple(key.split(".")), f"it {text}")
 
-    def _broken(
-        self, node: DictConfig | ListConfig, key: Any, path: KeyPath, error: OmegaConfBaseException
-    ) -> None:
+    def _broken(self, parent: Any, key: Any, path: KeyPath, error: OmegaConfBaseException) -> None:
         """An interpolation without a value; one that refers to a broken value is left out."""
         text = first_line(error)
         lost = re.fullmatch(r"Interpolation key '(.+)' not found", text)
-        raw: Any = OmegaConf.to_container(node, resolve=False)
+        if isinstance(error, InterpolationToMissingValueError):
+            return  # reported where the value stands
         if "Recursive interpolation" in text:
-            if all(mistake.text != CIRCULAR for mistake in self.found):  # once for the whole circle
+            if all(one.text != CIRCULAR for one in self._found):  # once for the whole circle
                 self._add(path, CIRCULAR)
         elif lost is None:
             reason = text.partition("raised while resolving interpolation: ")[2] or text
             self._add(path, f"its value cannot be found: {reason}")
-        elif lost[1] in str(raw[key]):
-            near = did_you_mean(lost[1], _leaves(self.cfg, without=dotted(path)))
-            hint = f"; did you mean ${{{near}}}?" if near else ""
-            self._add(path, f"${{{lost[1]}}} refers to no setting{hint}")
+        else:
+            raw: Any = OmegaConf.to_container(parent, resolve=False)
+            if lost[1] in str(raw[key]):
+                self._add(path, f"${{{lost[1]}}} refers to no setting")
 
     def _explain(
         self,
         error: ValidationError,
         path: KeyPath,
         given: dict[str, Any],
-        wanted: Takes,
         owner: str,
+        names: list[str],
     ) -> None:
-        """Mistakes for the errors of pydantic."""
+        """Add a mistake for each value that pydantic refuses."""
         problems: dict[KeyPath, list[Any]] = {}
         for one in error.errors(include_url=False):
             name, inner = str(one["loc"][0]), (*path, str(one["loc"][0]))
             if isinstance(one["input"], Node):
                 continue
             if one["type"] == "extra_forbidden":
-                self._add(
-                    inner, f"{owner} has no setting {name!r}{self._meant(inner, given, wanted)}"
-                )
+                hint = self._meant(inner, given[name], names)
+                self._add(inner, f"{owner} has no setting {name!r}{hint}")
             elif one["type"] != "missing":
                 problems.setdefault(_place(path, one["loc"], given), []).append(one)
             elif "_target_" not in given:
@@ -204,67 +193,48 @@ class Checker:
             elif given.get("_partial_") is not True and "_args_" not in given:
                 self._add(path, f"{owner} needs {name!r}; give {dotted(inner)}=<value>")
         for place, ones in problems.items():
-            if not any(
-                len(place) < len(other) and other[: len(place)] == place for other in problems
-            ):
-                self.found.append(self._mistake(place, ones))
+            inside = any(other != place and other[: len(place)] == place for other in problems)
+            if not inside:
+                self._refused(place, ones)
 
-    def _mistake(self, path: KeyPath, ones: list[Any]) -> Mistake:
-        """One mistake for a value; a union has an error for each of its types."""
+    def _refused(self, path: KeyPath, ones: list[Any]) -> None:
+        """Add the mistake of one value; a union has an error for each of its types."""
         value, kinds = ones[0]["input"], {one["type"] for one in ones}
-        if isinstance(value, dict):
-            if not value:
-                text = f"nothing is chosen; give {dotted(path)}=<option>"
-                return Mistake(path, text, "missing")
-            if kinds & {"value_error", "is_instance_of", "dataclass_exact_type"}:
-                return Mistake(path, f"it has no _target_{self._sibling(path)}")
         text = " or ".join(dict.fromkeys(map(_wanted, ones)))
-        if kinds == {"value_error"}:
-            return Mistake(path, f"it {text}; it is {value!r}")
-        words = {dict: "a mapping", list: "a list", type(None): "null"}
-        text = f"it must be {text}, not {words.get(type(value)) or repr(value)}"
-        choices = [name for one in ones for name in re.findall(r"'([^']*)'", one["msg"])]
-        near = did_you_mean(str(value), choices)
-        if near:
-            return Mistake(path, f"{text}; did you mean {near}?")
-        if "string_type" in kinds and isinstance(value, bool | int | float | None):
-            in_list = isinstance(path[-1], int)
-            example = f"{dotted(path[:-1])}=['...']" if in_list else f"{dotted(path)}='...'"
-            kind = "wrong" if value is None or in_list else "unquoted"
-            return Mistake(path, f'{text}; for a text put it into quotes: "{example}"', kind)
-        if kinds & {"list_type", "tuple_type", "sequence_str"} and not isinstance(value, dict):
-            return Mistake(path, f"{text}; write [{value}]")
-        if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-            return Mistake(path, f"{text}; write {value:.0f}")
-        return Mistake(path, text)
+        if value == {}:
+            self._add(path, f"nothing is chosen; give {dotted(path)}=<option>", "missing")
+        elif isinstance(value, dict) and kinds & CLASS_ERRORS:
+            above: Any = self.get(dotted(path[:-1])) if len(path) > 1 else self.cfg
+            near = did_you_mean(str(path[-1]), [str(key) for key in above if key != path[-1]])
+            place = dotted((*path[:-1], near)) if near else f"{dotted(path)}._target_=<class>"
+            hint = f"did you mean {place}?" if near else f"give {place}"
+            self._add(path, f"it has no _target_, so no class is chosen; {hint}")
+        elif kinds == {"value_error"}:
+            self._add(path, f"it {text}; it is {value!r}")
+        elif "string_type" in kinds and isinstance(value, bool | int | float):
+            kind = "wrong" if isinstance(path[-1], int) else "unquoted"
+            text = f"it must be {text}, not {value!r}; for a text put it into quotes"
+            self._add(path, f"{text}: \"{dotted(path)}='...'\"", kind)
+        else:
+            words = {dict: "a mapping", list: "a list", type(None): "null"}
+            choices = [name for one in ones for name in re.findall(r"'([^']*)'", one["msg"])]
+            near = did_you_mean(str(value), choices)
+            hint = f"; did you mean {near}?" if near else ""
+            self._add(path, f"it must be {text}, not {words.get(type(value), repr(value))}{hint}")
 
-    def _meant(self, path: KeyPath, given: dict[str, Any], wanted: Takes) -> str:
+    def _meant(self, path: KeyPath, value: Any, names: list[str]) -> str:
         """A hint at the key that was meant: a neighbour, or one of that name elsewhere."""
-        if path[0] in MOVED and len(path) == 1:
-            return f"; set {MOVED[str(path[0])].format(given[str(path[0])])}"
-        near = did_you_mean(str(path[-1]), [*wanted.hints, *RESERVED])
-        if near is not None:
-            inner, value = (*path[:-1], near), given[str(path[-1])]
-            while isinstance(value, dict) and len(value) == 1:
-                ((name, value),) = value.items()
-                inner = (*inner, name)
-            return f"; did you mean {dotted(inner)}?"
-        others = _leaves(self.cfg, without=dotted(path))
-        elsewhere = {leaf.rpartition(".")[2]: leaf for leaf in others}
-        near = did_you_mean(str(path[-1]), elsewhere, cutoff=0.8)
-        if near is not None:
-            return f"; did you mean {elsewhere[near]}?"
-        return f"; it takes {', '.join(wanted.hints)}" if 0 < len(wanted.hints) <= 12 else ""
-
-    def _sibling(self, path: KeyPath) -> str:
-        """A hint at a neighbour of nearly the same name."""
-        above: Any = self.get(dotted(path[:-1])) if len(path) > 1 else self.cfg
-        others = [str(key) for key in above if key != path[-1]]
-        near = did_you_mean(str(path[-1]), others)
-        if near:
+        name = str(path[-1])
+        if len(path) == 1 and name in MOVED:
+            return f"; set {MOVED[name].format(value)}"
+        if near := did_you_mean(name, [*names, *RESERVED]):
             return f"; did you mean {dotted((*path[:-1], near))}?"
-        remedy = "=<option>" if len(path) == 1 else "._target_=<class>"
-        return f", so no class is chosen; give {dotted(path)}{remedy}"
+        elsewhere = {
+            leaf.rpartition(".")[2]: leaf for leaf in _leaves(self.cfg, without=dotted(path))
+        }
+        if near := did_you_mean(name, elsewhere, cutoff=0.8):
+            return f"; did you mean {elsewhere[near]}?"
+        return f"; it takes {', '.join(names)}" if 0 < len(names) <= 12 else ""
 
 
 def is_class(target: Any, kind: type | tuple[type, ...]) -> bool:
@@ -287,19 +257,84 @@ def _place(path: KeyPath, loc: tuple[Any, ...], given: Any) -> KeyPath:
     return path
 
 
-def _problem(mistake: Mistake) -> str:
-    return mistake.text.partition("; ")[0]
-
-
-def _leaves(cfg: DictConfig, without: str = "") -> list[str]:
+def _leaves(cfg: DictConfig, without: str) -> list[str]:
     """The dotted names of all keys in a config, except for the key `without` and its inside."""
 
     def below(tree: Any, path: tuple[str, ...]) -> Iterator[str]:
-        if isinstance(tree, dict):
-            for key, value in tree.items():
-                name = ".".join((*path, str(key)))
-                if name != without:
-                    yield name
-                    yield from below(value, (*path, str(key)))
+        for key, value in tree.items() if isinstance(tree, dict) else ():
+            name = ".".join((*path, str(key)))
+            if name != without:
+                yield name
+                yield from below(value, (*path, str(key)))
 
     return list(below(OmegaConf.to_container(cfg, resolve=False), ()))
+
+
+Rule = Callable[[Checker], Iterator[Mistake]]
+"""A rule between objects, which no signature can state; see `RULES` of `.train` and `.evaluate`.
+
+It reads values with `config.get`, which gives None for a broken value (that is reported already),
+and asks for classes with `config.is_a`, so that a user's subclass is treated as its base.
+"""
+
+
+def measures_are_computed(config: Checker) -> Iterator[Mistake]:
+    """Each measure is known, and the search is as deep: R@1000 of 100 results is R@100."""
+    if "k" not in (config.get("index") or {"k": None}):
+        yield Mistake(("index", "k"), "it is removed, but needed; leave ~index.k out")
+    for path, node in [((), config.cfg), *((path, node) for path, _, node in config.nodes())]:
+        measures = config.get(dotted((*path, "measures")))
+        depths = [0]
+        for i, measure in enumerate(measures if isinstance(measures, ListConfig) else ()):
+            try:
+                depths.append(parse_measure(measure).cutoff)
+            except InputError as error:
+                yield Mistake((*path, "measures", i), str(error))
+        depth = config.get(dotted((*path, "index", "k")))
+        if "index" in node and isinstance(depth, int) and depth < max(depths):
+            text = f"they need a depth of {max(depths)}, but the search returns k={depth}"
+            yield Mistake((*path, "measures"), f"{text}; set index.k={max(depths)}")
+
+
+def model_folder(
+    config: Checker, path: KeyPath, name: Any, kind: str = "", files: bool = False
+) -> Iterator[Mistake]:
+    """Whether a model folder is there, suits its stage, and may run the code that it needs.
+
+    Args:
+        name: the value at `path`.
+        kind: of the model; "" for any.
+        files: it may also be a run file.
+    """
+    if not isinstance(name, str):
+        return
+    folder, text = Path(name), ""
+    if not folder.exists():
+        near = did_you_mean(name, ["bm25"]) if kind == "retriever" else None
+        near = near or neighbour(folder)
+        stage = " stage=reranker" if kind == "reranker" else ""
+        hint = f"; did you mean {near}?" if near else adoption(name, stage)
+        text = f"there is no folder {name}{' (nor run file, nor bm25)' if files else ''}{hint}"
+    elif folder.is_file():
+        text = "" if files else f"{name} is a file; give the model folder of a {kind or 'training'}"
+    else:
+        try:
+            encoding, facts = read_encoding(folder)
+        except InputError as error:
+            text = str(error)
+        else:
+            setting = SETTING if kind else f"backbone.{SETTING}"
+            if kind and encoding.kind != kind:
+                text = f"{name} is a {encoding.kind}; give the folder of a {kind}"
+            elif facts.get(FACT) and config.get(setting) is not True:
+                text = f"{name} needs remote code: review that code, then set {setting}=true"
+    if text:
+        yield Mistake(path, text, "folder")
+
+
+def neighbour(path: Path) -> str | None:
+    """The existing path that is most like one that does not exist."""
+    while not path.parent.is_dir():
+        path = path.parent
+    near = did_you_mean(path.name, [one.name for one in path.parent.iterdir()])
+    return str(path.parent / near) if near else None

@@ -1,7 +1,7 @@
 """Compose a config from `conf/` and the command line, and check it before Hydra starts the job.
 
-Hydra stops at the first mistake. Therefore each override is checked separately (`overrides`), the
-config is composed without types (or override by override if that fails), and then `check` runs.
+Hydra stops at the first mistake. Therefore overrides are composed one by one where they do not
+compose together, keys have no types, and `caravan.cli.check` runs on what composes.
 
     argv = preflight(sys.argv[1:], Path("conf"), "train")
     cfg = compose(Path("conf"), "train", ["experiment=quickstart/retriever"])
@@ -14,6 +14,7 @@ import re
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import yaml
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -29,25 +31,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from caravan.cli import schema
-from caravan.cli.check import Checker, KeyPath, Mistake, dotted
-from caravan.cli.origins import Origins, shown, too_many_values
-from caravan.cli.overrides import WHOLE, Overrides, key_of
-from caravan.cli.rules import rules_of
+from caravan.cli import schema, sources, sweeps
+from caravan.cli.check import Checker, Mistake
 from caravan.cli.signatures import did_you_mean
-from caravan.cli.sweeps import Sweep
+from caravan.cli.sources import KeyPath, dotted, key_of, shown
 from caravan.errors import InputError, first_line
 
+WHOLE = {"experiment", "sweep"}
+"""Groups whose options may set anything; null unless chosen."""
 FAILURES = (
-    HydraException,
-    OmegaConfBaseException,
-    yaml.YAMLError,
-    OSError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    RecursionError,
+    *(HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError),
+    *(TypeError, AttributeError, AssertionError, RecursionError),
 )
 """Exceptions raised while composing a config with a mistake in a file or override."""
 
@@ -76,13 +70,17 @@ def check(cfg: DictConfig, root: type) -> list[Mistake]:
     Args: cfg without Hydra's node, interpolations may be unresolved; root, the dataclass of it.
     """
     if root is schema.Train:
-        from caravan.cli.train import completed  # imports torch
+        from caravan.cli import train  # imports Lightning
 
-        cfg = completed(cfg)
+        cfg, rules = train.completed(cfg), train.RULES
+    else:
+        from caravan.cli import evaluate
+
+        rules = evaluate.RULES
     config = Checker(cfg, root)
     found = config.mistakes()
     wrong = {mistake.path for mistake in found}
-    for rule in rules_of(root):
+    for rule in rules:
         try:
             found += [mistake for mistake in rule(config) if mistake.path not in wrong]
         except OmegaConfBaseException:
@@ -93,8 +91,7 @@ def check(cfg: DictConfig, root: type) -> list[Mistake]:
 
 def refuse(cfg: DictConfig, root: type) -> None:
     """Raise an InputError with all mistakes in the config of a job."""
-    found = check(cfg, root)
-    if found:
+    if found := check(cfg, root):
         raise mistaken([f"{dotted(one.path)}: {one.text}" for one in found])
 
 
@@ -112,7 +109,7 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
 
 
 def preflight(argv: list[str], conf: Path, name: str) -> list[str]:
-    """Check the config of a run, or the configs of all jobs of a sweep.
+    """Check the config of a run, or the configs of the jobs of a sweep.
 
     Args:
         argv: the command line without the program; conf, name: as for `compose`.
@@ -150,7 +147,7 @@ def preflight(argv: list[str], conf: Path, name: str) -> list[str]:
                 if lines:
                     raise mistaken(lines) from None
             return [composer.quoted.get(text, text) for text in argv]
-        sweep = Sweep(composer, args.overrides)
+        sweep = sweeps.Sweep(composer, args.overrides)
         several = args.multirun or sweep.multirun
         if lines := sweep.check() if several else sweep.without_multirun():
             raise mistaken(lines)
@@ -177,17 +174,14 @@ class Composer(AbstractContextManager["Composer"]):
     """
 
     def __init__(
-        self,
-        conf: Path,
-        name: str,
-        more: Path | None = None,
-        job: str | None = None,
+        self, conf: Path, name: str, more: Path | None = None, job: str | None = None
     ) -> None:
         self.name, self.root = name, schema.ROOTS[job or name]
+        self.known = {*WHOLE, *(field.name for field in fields(self.root))}
         self.folders = [folder.absolute() for folder in (conf, more) if folder is not None]
         files = (file for folder in self.folders for file in folder.rglob("*.yaml"))
-        if lines := [line for file in files if (line := too_many_values(file))]:
-            raise mistaken(lines)
+        if large := [shown(file) for file in files if sources.has_too_many_values(file)]:
+            raise mistaken([f"{file}: too many values, with aliases expanded" for file in large])
         self._before = HydraConfig.instance().cfg
         schema.register()
         Plugins.instance().register(_FurtherFolder)
@@ -197,8 +191,10 @@ class Composer(AbstractContextManager["Composer"]):
         )
         _FurtherFolder.folder = None
         self.loader = GlobalHydra.instance().config_loader()
-        self.overrides = Overrides(self.loader, name, self.root)
-        self.quoted: dict[str, str] = {}  # typed override to quoted override
+        self.parser = OverridesParser.create(config_loader=self.loader)
+        self._groups = dict.fromkeys(WHOLE, True)
+        self.quoted: dict[str, str] = {}
+        """Overrides as typed, and with quotes."""
 
     def __exit__(self, *error: object) -> None:
         self._hydra.__exit__(None, None, None)
@@ -215,34 +211,67 @@ class Composer(AbstractContextManager["Composer"]):
     def collect(self, overrides: list[str]) -> tuple[DictConfig | None, list[str]]:
         """Compose and check; returns the config with Hydra's node and one line per mistake.
 
-        The config is None if it cannot be composed or an `experiment` or `sweep` is invalid.
+        The config is None if an `experiment` or `sweep` is invalid.
+
+        Raises:
+            InputError: If conf/ itself cannot be composed.
         """
-        lines, kept, lost = [], [], set()
-        for text in overrides:
-            mistake, instead = self.overrides.check(text)
-            if mistake:
-                lines.append(f"{text} (command line): {mistake}")
-                lost.add(key_of(text).partition(".")[0])
-            if instead:
-                kept.append(instead)
-        cfg, kept, failed = self._compose_what_works(kept)
-        lines += [line for line, _ in failed]
-        lost |= {key_of(text) for _, text in failed}
-        if cfg is None or lost & set(WHOLE):
+        mistakes = {text: self._problem(text) for text in overrides}
+        # An unknown key is added, so that the check of all keys suggests what was meant.
+        valid = [
+            text if text.startswith("~") or self._is_known(text) else f"++{text.lstrip('+')}"
+            for text, mistake in mistakes.items()
+            if mistake is None
+        ]
+        cfg, kept, failed = self._compose_what_works(valid)
+        lines = [
+            f"{text} (command line): {why}" for text, why in {**mistakes, **failed}.items() if why
+        ]
+        lost = {re.split(r"[./]", key_of(text))[0] for text in overrides} if lines else set()
+        lost -= {re.split(r"[./]", key_of(text))[0] for text in kept}
+        if lost & WHOLE:
             return None, lines  # further mistakes would be those of another config
         found = check(without_hydra(cfg), self.root)
         again = self._as_typed(kept, found)
         if again != kept:
             kept, cfg = again, self.compose(again)
             found = check(without_hydra(cfg), self.root)
-        keys = [key_of(text) for text in kept if not self.overrides.is_group(text)]
-        origin = Origins(keys, self.files(kept))
-        for one in found:
-            if not one.path or one.path[0] not in lost:
-                lines.append(f"{dotted(one.path)} ({origin(one.path)}): {one.text}")
-        return cfg, [*lines, *_of_hydra(cfg), *self._without_effect(cfg, kept, origin)]
+        if found := [one for one in found if not one.path or one.path[0] not in lost]:
+            keys = [key_of(text) for text in kept if not self._is_group(text)]
+            origin = sources.Origins(keys, list(self._files(kept)))
+            lines += [f"{dotted(one.path)} ({origin(one.path)}): {one.text}" for one in found]
+        return cfg, [*lines, *_of_hydra(cfg)]
 
-    def files(self, overrides: list[str]) -> Iterator[tuple[Path, KeyPath]]:
+    def _problem(self, text: str) -> str | None:
+        """What is wrong with an override alone."""
+        try:
+            override = sources.parse(text, self.parser)
+        except HydraException as error:
+            return sources.unreadable(text, str(error))
+        key = override.key_or_group
+        if not self._is_group(text) or override.is_delete() or key.startswith("hydra/"):
+            return None
+        if isinstance(override.value(), dict):
+            return f"{key} is a group; choose {key}=<option>, and set {key}.<setting>=<value>"
+        if key not in self.known and override.package is None:
+            return f"{self.name} has no group {key!r}"
+        if text.startswith("+") and override.package is None:
+            return f"write {text.lstrip('+')}, without +"
+        return None
+
+    def _is_group(self, text: str) -> bool:
+        """Whether an override chooses an option of a group."""
+        key = key_of(text)
+        if key not in self._groups:
+            self._groups[key] = bool(self.loader.get_group_options(key, None, self.name))
+        return self._groups[key]
+
+    def _is_known(self, text: str) -> bool:
+        """Whether the key of an override is one of this program, of Hydra, or a group."""
+        key = re.split(r"[./]", key_of(text))[0]
+        return key in self.known or key == "hydra" or self._is_group(text)
+
+    def _files(self, overrides: list[str]) -> Iterator[tuple[Path, KeyPath]]:
         """The files of a composed config with their packages, the last file first."""
         composed = self.loader.compute_defaults_list(self.name, overrides, RunMode.RUN)
         for default in reversed(composed.defaults):
@@ -257,83 +286,56 @@ class Composer(AbstractContextManager["Composer"]):
         texts = {dotted(one.path) for one in found if one.kind == "unquoted"}
         for text in overrides:
             key, _, given = text.partition("=")
-            if key.lstrip("+") in texts and (quoted := self.overrides.quoted(key, given)):
-                self.quoted[text] = quoted
+            if key.lstrip("+") in texts and (instead := sources.quoted(key, given)):
+                self.quoted[text] = instead
         return [self.quoted.get(text, text) for text in overrides]
-
-    def _without_effect(
-        self, cfg: DictConfig, overrides: list[str], origin: Origins
-    ) -> Iterator[str]:
-        """Report group choices that a later file sets to null."""
-        for text in overrides:
-            group = key_of(text)
-            if text[0] != "~" and self.overrides.is_group(text) and cfg.get(group, text) is None:
-                where = origin((group,))
-                if f"/{group}/" not in where and where != "command line":
-                    yield f"{text} (command line): {where} sets {group} to null; remove it"
 
     def _compose_what_works(
         self, overrides: list[str]
-    ) -> tuple[DictConfig | None, list[str], list[tuple[str, str]]]:
-        """Compose the valid overrides; returns the config, these, and (mistake, override) pairs."""
+    ) -> tuple[DictConfig, list[str], dict[str, str]]:
+        """Compose the valid overrides; returns the config, these, and why others are not."""
         try:
-            return self.compose(overrides), overrides, []
+            return self.compose(overrides), overrides, {}
         except FAILURES:
             pass
-        kept: list[str] = []
-        failed: list[tuple[str, str]] = []
         try:
-            cfg = self.compose(kept)
+            cfg = self.compose([])
         except FAILURES as error:
-            return None, kept, [(self._explain(error, self.name), "")]
-        for text in sorted(overrides, key=lambda one: not self.overrides.is_group(one)):
+            raise mistaken([self._explain(error, self.name)]) from error
+        kept: list[str] = []
+        failed: dict[str, str] = {}
+        for text in sorted(overrides, key=lambda one: not self._is_group(one)):
             try:
                 cfg = self.compose([*kept, text])
                 kept.append(text)
             except FAILURES as error:
-                above = key_of(text).partition(".")[0]
-                inside = text[0] != "~" and above != key_of(text)
-                if inside and not isinstance(cfg.get(above, cfg), DictConfig):
-                    given = "null" if cfg[above] is None else cfg[above]
-                    why = f"{above} is {given} and has no settings; choose {above}=<option>"
-                else:
-                    why = self._explain(error, f"{key_of(text)}/{text.partition('=')[2]}")
-                failed.append((f"{text} (command line): {why}", text))
+                file = f"{key_of(text)}/{text.partition('=')[2]}"
+                failed[text] = self._explain(error, file)
         return cfg, kept, failed
 
     def _explain(self, error: Exception, file: str) -> str:
         """Describe an exception while composing in one line; `file` was read last."""
+        text = " ".join(str(error).partition("Config search path:")[0].split())
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
             mark = error.problem_mark
             return f"{shown(Path(mark.name))}:{mark.line + 1}: not YAML: {error.problem}"
         if isinstance(error, UnicodeDecodeError):
             return f"{file}.yaml: not UTF-8: {error.reason}"
-        if isinstance(error, MissingConfigException) and error.options:
-            wanted = Path(error.missing_cfg_file or "")
-            near = did_you_mean(wanted.name, error.options)
-            hint = f"did you mean {near}?" if near else f"there are {', '.join(error.options)}"
-            if wanted.parent.as_posix() in ("hydra/sweeper", "hydra/launcher") and not near:
-                plugin = f"hydra-{wanted.name.partition('_')[0]}-{wanted.parent.name}"
-                hint += f"; others are plugins: pip install {plugin}"
-            return f"{self._mention(file, wanted)}there is no {wanted}; {hint}"
         if isinstance(error, RecursionError):
             return f"{file} is nested too deeply, or its defaults include {file} again"
-        text = " ".join(str(error).partition("Config search path:")[0].split())
+        if isinstance(error, MissingConfigException):
+            group, _, option = (error.missing_cfg_file or "").rpartition("/")
+            options = self.loader.get_group_options(group, None, self.name)
+            near = did_you_mean(option, options)
+            hint = f"did you mean {group}={near}?" if near else f"there are {', '.join(options)}"
+            return f"there is no {error.missing_cfg_file}; {hint}"
         if text.startswith("Could not append to config"):
             return "it is already set; remove the +"
+        group = re.split(r"[./]", file)[0]
+        if text.startswith("Could not override") and group in self.known:
+            return f"{group} has no such setting, or is null; choose {group}=<option>"
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
         return f"{text} {first_line(cause)}" if cause else text or repr(error)
-
-    def _mention(self, file: str, wanted: Path) -> str:
-        """The file and line that select an option of a group, or ""."""
-        choice = re.compile(rf"\b{re.escape(wanted.parent.name)}\b.*:\s*{re.escape(wanted.name)}\b")
-        for folder in self.folders:
-            for path in (folder / f"{file}.yaml", folder / f"{self.name}.yaml"):
-                lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-                for number, line in enumerate(lines, start=1):
-                    if choice.search(line):
-                        return f"{shown(path)}:{number}: "
-        return ""
 
 
 def _of_hydra(cfg: DictConfig) -> Iterator[str]:

@@ -1,21 +1,37 @@
 """The task of `evaluate.py`: build an evaluation from the config, run it and print its metrics.
 
-python evaluate.py retriever=<model folder>|bm25|<run file> data=beir data.path=<folder>
-python evaluate.py retriever=[bm25,<model folder>] fuse=rrf reranker=<model folder>
+    python evaluate.py retriever=<model folder>|bm25|<run file> data=beir data.path=<folder>
+    python evaluate.py retriever=[bm25,<model folder>] fuse=rrf reranker=<model folder>
+    python evaluate.py retriever=bm25 data=beir data.path=/data/beir 'collections=[scifact,quora]'
+
+With `collections`, `data.path` is the folder of several collections. An entry is the name of a
+folder or a pattern (`*`), optionally with a split (`msmarco:dev`). A folder of collections (BEIR's
+cqadupstack) is expanded to all of them, which count as one in the mean.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from caravan.cli import suite
+from caravan.cli.check import (
+    Checker,
+    Mistake,
+    Rule,
+    measures_are_computed,
+    model_folder,
+    neighbour,
+)
 from caravan.cli.schema import build, recorded
 from caravan.errors import InputError
+from caravan.files import listed
 from caravan.report.records import to_depth
 from caravan.report.suites import show_suite
 from caravan.report.summary import show_stages
@@ -25,6 +41,7 @@ from caravan.retrieval.pipeline import Evaluation
 from caravan.retrieval.rerank import Reranking
 from caravan.retrieval.systems import Component, Systems
 
+CORPUS = ("corpus.jsonl", "corpus.jsonl.gz")
 log = logging.getLogger(__name__)
 
 
@@ -32,23 +49,22 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Evaluate with a composed and checked config; returns the content of metrics.json.
 
     Raises:
-        InputError: If the data, a model or run_dir is invalid. A suite raises at its end, with the
-            collections that failed.
+        InputError: If the data, a model or run_dir is invalid. With several collections, it is
+            raised at the end, with those that failed.
     """
     models = models_of(cfg)
-    systems = systems_of(cfg)
-    systems.check_lengths(models)
+    systems_of(cfg).check_lengths(models)
     if cfg.collections is None:
         evaluation = _open(cfg, models)
         metrics = pipeline.evaluate(evaluation)
         if metrics:
             _report(evaluation, metrics)
         return metrics
-    members = suite.each(cfg)
+    configs = each(cfg)
     metrics = pipeline.evaluate_suite(
         Path(cfg.run_dir),
-        {member.folder: partial(_open, one, models) for member, one in members.items()},
-        {member.folder: member.group for member in members},
+        {member.folder: partial(_open, one, models) for member, one in configs.items()},
+        {member.folder: member.group for member in configs},
         recorded(cfg),
         _report,
     )
@@ -58,7 +74,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
         raise InputError(
             "collections-failed",
-            f"{len(failed)} of {len(members)} collections failed and are not in the mean:\n"
+            f"{len(failed)} of {len(configs)} collections failed and are not in the mean:\n"
             f"{lines}\nfinished collections are kept; the same command resumes the others",
         )
     return metrics
@@ -76,11 +92,11 @@ def systems_of(cfg: DictConfig) -> Systems:
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     parts = {}
     for name in ("bm25", "index", "fuse"):
-        build(cfg, name)
+        _part(cfg, name)
         parts[name] = Component(partial(_part, cfg, name), settings[name])
     names = settings["retriever"]
     return Systems(
-        retrievers=[str(name) for name in (names if isinstance(names, list) else [names])],
+        retrievers=names if isinstance(names, list) else [names],
         reranker=None if cfg.reranker is None else Path(cfg.reranker),
         rerank=Reranking(**settings["rerank"]),
         lengths={name: settings[name] for name in ("query_length", "passage_length")},
@@ -119,13 +135,6 @@ def _report(evaluation: Evaluation, metrics: dict[str, Any]) -> None:
     overall = "  ".join(f"{name} {value:.4f}" for name, value in shown["overall"].items())
     name = metrics["collection"]["name"]
     log.info(f"{metrics['system']} on {name} {metrics['split']}: {overall}")
-    log.info(averaged(metrics))
-    run_dir = evaluation.stages.run_dir
-    log.info("run %s, metrics %s", run_dir / metrics["run"], run_dir / "metrics.json")
-
-
-def averaged(metrics: dict[str, Any]) -> str:
-    """Describe the queries in the mean in one line."""
     zero = {
         "without a relevant passage": metrics["without_relevant"],
         "without a passage in the run": metrics["missing"] - metrics["unknown_queries"],
@@ -133,8 +142,144 @@ def averaged(metrics: dict[str, Any]) -> str:
     }
     counted = ", ".join(f"{count:,} {what}" for what, count in zero.items() if count)
     text = f"mean over {metrics['queries']:,} judged queries"
-    if counted:
-        text += f" ({counted}: these score 0)"
+    text += f" ({counted}: these score 0)" if counted else ""
     if lost := metrics["unknown_passages"]:
         text += f"; {lost:,} judgements of passages unknown to the corpus count as not found"
-    return text
+    log.info(text)
+    run_dir = evaluation.stages.run_dir
+    log.info("run %s, metrics %s", run_dir / metrics["run"], run_dir / "metrics.json")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of several collections."""
+
+    name: str  # its folder, relative to data.path
+    split: str | None  # None: data.split
+    group: str  # the folder that counts as one in the mean; `name` if it is a collection itself
+    folder: str  # folder of its evaluation, relative to run_dir
+
+
+def members(base: Path, entries: list[str]) -> list[Member]:
+    """Expand the entries of `collections`, without duplicates.
+
+    A name without a folder is kept, so that opening it raises an error; a pattern without matches
+    is dropped.
+    """
+    found: dict[tuple[str, str], str] = {}
+    for entry in entries:
+        text, _, split = entry.partition(":")
+        for name in _named(base, text.strip("/")):
+            for part in _parts(base, name) or [name]:
+                found.setdefault((part, split), name)
+    names = [name for name, _ in found]
+
+    def folder(name: str, split: str) -> str:
+        """The evaluation folder; a collection with several splits has one folder per split."""
+        return f"{name}.{split}" if split and names.count(name) > 1 else name
+
+    return [
+        Member(name, split or None, group, folder(name, split))
+        for (name, split), group in found.items()
+    ]
+
+
+def each(cfg: DictConfig) -> dict[Member, DictConfig]:
+    """The config of each collection: with its path, name, split and folders.
+
+    Interpolations of `data.name` and `data.split`, such as in the path of a run, are resolved per
+    collection.
+    """
+    base = Path(cfg.data.path)
+    configs = {}
+    for member in members(base, list(cfg.collections)):
+        one = copy.deepcopy(cfg)
+        with open_dict(one):
+            one.collections = None
+            one.run_dir = str(Path(cfg.run_dir) / member.folder)
+            one.store = str(Path(cfg.store) / member.name)
+            one.data.path = str(base / member.name)
+            one.data.name = member.name
+            if member.split is not None:
+                one.data.split = member.split
+        configs[member] = one
+    return configs
+
+
+def _named(base: Path, text: str) -> list[str]:
+    """The folders that match a name or a pattern."""
+    if not set("*?[") & set(text):
+        return [text]
+    paths = sorted(path for path in base.glob(text) if not path.name.startswith("."))
+    names = [str(path.relative_to(base)) for path in paths if path.is_dir()]
+    return [name for name in names if _parts(base, name)]
+
+
+def _parts(base: Path, name: str) -> list[str]:
+    """A collection itself, or the collections in a folder."""
+
+    def is_one(folder: Path) -> bool:
+        return any((folder / file).is_file() for file in CORPUS)
+
+    if is_one(base / name) or not (base / name).is_dir():
+        return [name] if is_one(base / name) else []
+    return [f"{name}/{path.name}" for path in listed(base / name) if is_one(path)]
+
+
+def retrievers_can_search(config: Checker) -> Iterator[Mistake]:
+    """Exactly one setting of search names what searches, and each of several runs has a weight."""
+    model, given = config.get("model"), config.get("retriever")
+    if "model" in config.cfg:
+        if given is None and not OmegaConf.is_missing(config.cfg, "retriever"):
+            yield Mistake(("model",), "nothing searches; give a model folder, or retriever=bm25")
+        elif model is not None and not OmegaConf.is_interpolation(config.cfg, "retriever"):
+            yield Mistake(("model",), "retriever is given too; leave one of them out")
+    weights = config.get("fuse.weights")
+    several = isinstance(given, ListConfig) and len(given) > 1
+    if several and isinstance(weights, ListConfig) and len(given) != len(weights):
+        text = f"there are {len(weights)} weights for {len(given)} runs; give one for each"
+        yield Mistake(("fuse", "weights"), text)
+
+
+def folders_suit_their_stage(config: Checker) -> Iterator[Mistake]:
+    """Model folders and runs are there and fit: reported before hours of encoding, not after."""
+    given = config.get("retriever")
+    place = ("retriever",) if config.get("model") is None else ("model",)
+    holder: Any = given if isinstance(given, ListConfig) else config.cfg
+    for i, name in enumerate(given if isinstance(given, ListConfig) else [given]):
+        key = i if isinstance(given, ListConfig) else place[0]
+        of_each = config.get("collections") and OmegaConf.is_interpolation(holder, key)
+        if name != "bm25" and not of_each:
+            files = "model" not in config.cfg
+            yield from model_folder(config, place, name, "retriever", files=files)
+    yield from model_folder(config, ("reranker",), config.get("reranker"), "reranker")
+
+
+def collections_are_there(config: Checker) -> Iterator[Mistake]:
+    """Each entry of `collections` is a folder in data.path, or a pattern that matches some."""
+    entries, path = config.get("collections"), config.get("data.path")
+    if entries is not None and "path" not in (config.get("data") or {}):
+        text = "the data is one collection; choose data=beir data.path=<the folder of them all>"
+        yield Mistake(("collections",), text)
+    if not isinstance(entries, ListConfig) or not isinstance(path, str) or not Path(path).is_dir():
+        return
+    base = Path(path)
+    for i, name in enumerate(entry for entry in entries if isinstance(entry, str)):
+        found = members(base, [name])
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            # its metrics would be elsewhere too
+            text = f"{name} is not in {base}; set data.path to a folder above all of them"
+            yield Mistake(("collections", i), text)
+        elif not found or not all((base / one.name).is_dir() for one in found):
+            near = neighbour(base / name)
+            hint = f"; did you mean {near}?" if near else ""
+            text = f"there is no collection {base / name} (a folder with corpus.jsonl){hint}"
+            yield Mistake(("collections", i), text, "folder")
+
+
+RULES: list[Rule] = [
+    measures_are_computed,
+    retrievers_can_search,
+    folders_suit_their_stage,
+    collections_are_there,
+]

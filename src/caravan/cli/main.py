@@ -17,7 +17,6 @@ import inspect
 import logging
 import os
 import platform
-import re
 import resource
 import shlex
 import signal
@@ -56,7 +55,7 @@ from caravan.report import jobs
 
 log = logging.getLogger("caravan")
 _code = INTERRUPTED  # exit code of an interrupted run
-ASKED = {"--help", "-h", "--hydra-help", "--version", "-sc", "--shell-completion"}
+ANSWERED = {"--help", "-h", "--hydra-help", "--version", "-sc", "--shell-completion"}
 """Flags that Hydra handles without running a job."""
 LIBRARIES = tuple(f"Error in call to target '{name}." for name in ("pytorch_lightning", "torch"))
 """Start of Hydra's message for an exception in a library's constructor, caused by a setting."""
@@ -85,16 +84,7 @@ def entry(
 
         @functools.wraps(task)
         def run() -> None:
-            _keep_freed_memory()
-            _bound_kernels()
-            _raise_file_limit()
-            # Let Hydra raise exceptions unchanged; they are handled below.
-            os.environ["HYDRA_FULL_ERROR"] = "1"
-            # With a full disk, logging would print a traceback for each line.
-            logging.raiseExceptions = False
-            threading.excepthook = _thread_failed
-            # Lightning would exit with code 0 on SIGTERM; it does not replace an existing handler.
-            signal.signal(signal.SIGTERM, _terminate)
+            _prepare_process()
             try:
                 typed = program_name or Path(inspect.getfile(task)).name
                 os.environ[schema.COMMAND] = f"python {typed} {shlex.join(sys.argv[1:])}".rstrip()
@@ -105,7 +95,7 @@ def entry(
                     sys.stdout.write(_usage(conf, name, typed))
                     raise SystemExit(USER)
                 sweep = None
-                if not ASKED & set(sys.argv[1:]):
+                if not ANSWERED & set(sys.argv[1:]):
                     from caravan.cli import compose, sweeps  # they import torch
 
                     sys.argv[1:] = compose.preflight(sys.argv[1:], conf, name)
@@ -236,60 +226,44 @@ def _sentence(error: BaseException) -> str | None:
     if isinstance(error, HydraException) and not isinstance(error, InstantiationException):
         return " ".join(str(error.__cause__ or error).split())
     while isinstance(error, InstantiationException):
-        text, place = " ".join(str(error).partition("full_key:")[0].split()), _full_key(error)
+        text, _, key = str(error).partition("full_key: ")
         if error.__cause__ is None:  # Hydra rejects the target, such as subprocess.run
-            return f"{place}_target_: {text}"
-        lost = re.match(r"Error locating target '([^']*)'", text)
-        if lost and _is_not_there(error.__cause__, lost[1]):
-            return f"{place}_target_: there is no {lost[1]}"
+            return f"{key.strip()}._target_: {' '.join(text.split())}"
         if text.startswith(LIBRARIES) and sentence(error.__cause__) is None:
-            return f"{place.rstrip('.')}: {first_line(error.__cause__)}"
+            return f"{key.strip()}: {first_line(error.__cause__)}"
         error = error.__cause__
     return sentence(error)
-
-
-def _full_key(error: InstantiationException) -> str:
-    """The config key of the object that Hydra could not create, with a dot after it."""
-    key = str(error).partition("full_key:")[2].strip()
-    return f"{key}." if key else ""
-
-
-def _is_not_there(error: BaseException | None, target: str) -> bool:
-    """Whether a target does not exist, as opposed to an error while importing the user's module."""
-    while error is not None and error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, ModuleNotFoundError):
-        return f"{target}.".startswith(f"{error.name}.")
-    return isinstance(error, AttributeError) or type(error) is ImportError
 
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, handled like Ctrl-C."""
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed blocks of up to 32 MiB for later allocations.
-
-    By default glibc returns even smaller blocks to the system, and every step faults their pages in
-    again: a training step of a small model took 1.2 times as long on two cores (median of six
-    alternating pairs). The cost is that the process keeps memory after freeing it.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    mmap_threshold, trim_threshold = -3, -1  # of malloc.h
-    libc = ctypes.CDLL(None)
-    libc.mallopt(mmap_threshold, 1 << 25)  # the maximum in glibc
-    libc.mallopt(trim_threshold, 1 << 30)
-
-
-def _raise_file_limit() -> None:
-    """Raise the limit of open files to the hard limit.
-
-    The usual limit is 1,024, and each memory-mapped shard of embeddings is an open file.
-    """
+def _prepare_process() -> None:
+    """Set signals, limits and caches of this process."""
+    # Let Hydra raise exceptions unchanged; the entry point handles them.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    # With a full disk, logging would print a traceback for each line.
+    logging.raiseExceptions = False
+    threading.excepthook = _thread_failed
+    # Lightning would exit with code 0 on SIGTERM; it does not replace an existing handler.
+    signal.signal(signal.SIGTERM, _terminate)
+    # oneDNN and PyTorch cache 1,024 compiled CPU kernels each by default. A kernel is compiled for
+    # one shape and takes half a megabyte, and texts have many shapes.
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "256")
+    # The usual limit is 1,024, and each memory-mapped shard of embeddings is an open file.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS reports infinity, which it rejects
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # By default glibc returns freed blocks to the system, and every step faults their pages in
+    # again: a training step of a small model took 1.2 times as long on two cores (median of six
+    # alternating pairs). The cost is that the process keeps memory after freeing it.
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        mmap_threshold, trim_threshold = -3, -1  # of malloc.h
+        libc.mallopt(mmap_threshold, 1 << 25)  # the maximum in glibc
+        libc.mallopt(trim_threshold, 1 << 30)
 
 
 def _thread_failed(args: Any) -> None:
@@ -299,15 +273,6 @@ def _thread_failed(args: Any) -> None:
     """
     if args.exc_value is None or disk_error(args.exc_value) is None:
         threading.__excepthook__(args)
-
-
-def _bound_kernels() -> None:
-    """Cache at most 256 compiled CPU kernels each in oneDNN and PyTorch; their default is 1,024.
-
-    A kernel is compiled for one shape and takes half a megabyte, and texts have many shapes.
-    """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "256")
 
 
 def _terminate(number: int, frame: Any) -> None:

@@ -12,52 +12,37 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from pydantic import AfterValidator, NonNegativeInt, PositiveInt
 
 from caravan.encoding import Encoding
 
 
 @dataclass(frozen=True)
-class As:
-    """Check a root key as another type than OmegaConf's, which has no Literal and no Union."""
-
-    type: Any
-
-
-@dataclass(frozen=True)
-class Valid:
-    """A check of a root key, which raises ValueError."""
-
-    check: Callable[[Any], Any]
-
-
-@dataclass(frozen=True)
 class Node:
-    """A mapping with a `_target_`, chosen from a group of conf/, in the place that is checked."""
+    """A mapping with a `_target_`, as a value that is checked."""
 
-    target: Any  # what `_target_` names; None where that is unknown
+    target: Any  # what `_target_` names; None if unknown
 
 
 def _chosen(value: Any) -> Any:
     """The validator of what a group of conf/ chooses."""
     if isinstance(value, Node):
         return value
-    if isinstance(value, Mapping) and value:
-        raise ValueError("has no _target_, so no class is chosen")
-    raise ValueError("nothing is chosen")
+    has_keys = isinstance(value, Mapping) and value
+    raise ValueError("has no _target_" if has_keys else "is not chosen")
 
 
 def _printable(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty")
-    if CONTROL.search(text):
+    if re.search(r"[\x00-\x1f\x7f]", text):
         raise ValueError("has a control character")
     return text
 
@@ -68,139 +53,130 @@ def _named(text: str) -> str:
     return text
 
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-NODE = Annotated[Any, Valid(_chosen)]
-OPTIONAL_NODE = Annotated[Any, As(NODE | None)]
-NAMED_NODE = Annotated[Any, As(str | NODE)]
-"""A node, or a name that the receiver knows, such as strategy "auto"."""
-NODES = Annotated[Any, As(dict[str, NODE | None])]
+NODE = Annotated[Any, AfterValidator(_chosen)]
+NODES = dict[str, NODE | None]
 """Nodes by name; null switches one off."""
-NAMES = Annotated[Any, As(str | Annotated[list[str], MinLen(1)])]
-OPTIONAL_NAMES = Annotated[Any, As(str | Annotated[list[str], MinLen(1)] | None)]
-PRECISION = Annotated[str, As(Literal["auto", "bf16", "float32"])]
-PositiveInt = Annotated[int, Gt(0)]
-NonNegativeInt = Annotated[int, Ge(0)]
+PATH = Annotated[str, AfterValidator(_printable)]
+NAME = Annotated[PATH, AfterValidator(_named)]
+NAMES = str | Annotated[list[str], MinLen(1)]
+PRECISION = Literal["auto", "bf16", "float32"]
 LENGTH = Annotated[int, Ge(4)]
-SEED = Annotated[int, Ge(0), Lt(2**32)]
-PATH = Annotated[str, Valid(_printable)]
-NAME = Annotated[PATH, Valid(_named)]
-MEASURES = Annotated[list[str], MinLen(1)]
 
 
 @dataclass
 class Batching:
     """How queries become batches (`caravan.data.datamodule.DataModule`)."""
 
-    queries_per_batch: PositiveInt = MISSING
-    token_budget: PositiveInt | None = MISSING
-    num_workers: NonNegativeInt = MISSING
+    queries_per_batch: PositiveInt
+    token_budget: PositiveInt | None
+    num_workers: NonNegativeInt
 
 
 @dataclass
 class Validation:
     """What the validation during training searches (`caravan.data.datamodule.DataModule`)."""
 
-    passages: PositiveInt | None = MISSING
-    queries: PositiveInt | None = MISSING
-    train_queries: PositiveInt | None = MISSING
-    run: str | None = MISSING
-    run_depth: PositiveInt = MISSING
-    read_lengths: list[LENGTH] = MISSING
+    passages: PositiveInt | None
+    queries: PositiveInt | None
+    train_queries: PositiveInt | None
+    run: str | None
+    run_depth: PositiveInt
+    read_lengths: list[LENGTH]
 
 
 @dataclass
 class GradCaching:
     """How many texts are computed at a time (`caravan.training.gradcache.GradCache`)."""
 
-    chunk: PositiveInt | None = MISSING
+    chunk: PositiveInt | None
 
 
 @dataclass
 class Train:
     """The root of conf/train.yaml."""
 
-    name: NAME = MISSING
-    run_dir: PATH = MISSING
-    cache_dir: PATH = MISSING
-    seed: SEED = MISSING
-    resume: bool = MISSING
-    precision: PRECISION = MISSING
-    ignore_identical_ids: bool = MISSING
-    encoding: Encoding = field(default_factory=Encoding)
-    batching: Batching = field(default_factory=Batching)
-    gradcache: GradCaching = field(default_factory=GradCaching)
-    validation: Validation = field(default_factory=Validation)
-    stage: NODE = MISSING
-    backbone: NODE = MISSING
-    peft: OPTIONAL_NODE = MISSING
-    loss: OPTIONAL_NODE = MISSING
-    sampler: OPTIONAL_NODE = MISSING
-    data: NODE = MISSING
-    index: NODE = MISSING
-    strategy: NAMED_NODE = MISSING
-    trainer: NODE = MISSING
-    optimizer: NODE = MISSING
-    logger: NODES = MISSING
-    callbacks: NODES = MISSING
+    name: NAME
+    run_dir: PATH
+    cache_dir: PATH
+    seed: Annotated[int, Ge(0), Lt(2**32)]
+    resume: bool
+    precision: PRECISION
+    ignore_identical_ids: bool
+    encoding: Encoding
+    batching: Batching
+    gradcache: GradCaching
+    validation: Validation
+    stage: NODE
+    backbone: NODE
+    peft: NODE | None
+    loss: NODE | None
+    sampler: NODE | None
+    data: NODE
+    index: NODE
+    strategy: str | NODE
+    trainer: NODE
+    optimizer: NODE
+    logger: NODES
+    callbacks: NODES
 
 
 @dataclass
 class Rerank:
     """How candidates are reranked (`caravan.retrieval.rerank.Reranking`)."""
 
-    depth: PositiveInt = MISSING
-    weight: Annotated[float, Gt(0), Le(1)] = MISSING
-    rest: Annotated[str, As(Literal["drop", "keep"])] = MISSING
-    judged: bool = MISSING
-    block: PositiveInt = MISSING
-    query_length: LENGTH | None = MISSING
-    passage_length: LENGTH | None = MISSING
-    segment: Annotated[str | None, As(Literal["first", "best"] | None)] = MISSING
-    segment_words: PositiveInt = MISSING
+    depth: PositiveInt
+    weight: Annotated[float, Gt(0), Le(1)]
+    rest: Literal["drop", "keep"]
+    judged: bool
+    block: PositiveInt
+    query_length: LENGTH | None
+    passage_length: LENGTH | None
+    segment: Literal["first", "best"] | None
+    segment_words: PositiveInt
 
 
 @dataclass
 class Pipeline:
     """Retrieve, fuse, rerank: what the roots of evaluate.yaml and search.yaml have in common."""
 
-    name: NAME = MISSING
-    run_dir: PATH = MISSING
-    cache_dir: PATH = MISSING
-    store: PATH = MISSING
-    retriever: NAMES = MISSING
-    reranker: str | None = MISSING
-    rerank: Rerank = field(default_factory=Rerank)
-    query_length: LENGTH | None = MISSING
-    passage_length: LENGTH | None = MISSING
-    token_budget: PositiveInt | None = MISSING
-    num_workers: NonNegativeInt = MISSING
-    precision: PRECISION = MISSING
-    attention: str = MISSING
-    trust_remote_code: bool = MISSING
-    block: PositiveInt = MISSING
-    data: NODE = MISSING
-    index: NODE = MISSING
-    bm25: NODE = MISSING
-    fuse: NODE = MISSING
+    name: NAME
+    run_dir: PATH
+    cache_dir: PATH
+    store: PATH
+    reranker: str | None
+    rerank: Rerank
+    query_length: LENGTH | None
+    passage_length: LENGTH | None
+    token_budget: PositiveInt | None
+    num_workers: NonNegativeInt
+    precision: PRECISION
+    attention: str
+    trust_remote_code: bool
+    block: PositiveInt
+    data: NODE
+    index: NODE
+    bm25: NODE
+    fuse: NODE
 
 
 @dataclass
 class Evaluate(Pipeline):
     """The root of conf/evaluate.yaml."""
 
-    measures: MEASURES = MISSING
-    collections: Annotated[list[str], MinLen(1)] | None = MISSING
-    ignore_identical_ids: bool = MISSING
+    retriever: NAMES
+    measures: Annotated[list[str], MinLen(1)]
+    collections: Annotated[list[str], MinLen(1)] | None
+    ignore_identical_ids: bool
 
 
 @dataclass
 class Search(Pipeline):
     """The root of conf/search.yaml."""
 
-    model: str | None = MISSING
-    retriever: OPTIONAL_NAMES = MISSING  # refers to `model`
-    show: PositiveInt = MISSING
-    reuse: str | None = MISSING
+    model: str | None
+    retriever: NAMES | None  # refers to `model`
+    show: PositiveInt
+    reuse: str | None
 
 
 ROOTS: dict[str, type] = {"train": Train, "evaluate": Evaluate, "search": Search}
@@ -211,41 +187,18 @@ COMMAND = "CARAVAN_COMMAND"
 
 
 def register() -> None:
-    """Make the keys of the roots known to Hydra, as `train_schema` and so on, and the resolvers.
+    """Make the keys of the roots known to Hydra, as `train_schema` and so on, and the resolver.
 
     The keys have no types, because `caravan.cli.check` reports all mistakes where Hydra stops at
     the first. The signature of a `_target_` decides which keys its node may have.
     """
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
-    OmegaConf.register_new_resolver("groups", groups, replace=True)
     for name, root in ROOTS.items():
-        schema: Any = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(root)))
-        for key in fields(root):
-            if key.type in ("NODE", "OPTIONAL_NODE", "NAMED_NODE", "NODES"):
-                schema[key.name] = DictConfig({}, flags={"struct": False})
-            elif isinstance(section := schema.get(key.name), DictConfig):
-                OmegaConf.set_struct(section, False)
-        ConfigStore.instance().store(f"{name}_schema", schema)
-
-
-def groups(name: str, _root_: Any) -> str:
-    """The groups of a program and their options, for its --help.
-
-    The experiments and sweeps are those whose first comment shows a command of the program; search
-    takes those of evaluate.py.
-    """
-    command = f"# python {'evaluate' if name == 'search' else name}.py"
-    options: dict[str, set[str]] = {}
-    for source in _root_.hydra.runtime.config_sources:
-        for group in [*(key.name for key in fields(ROOTS[name])), "experiment", "sweep"]:
-            for file in Path(source.path, group).rglob("*.yaml") if source.schema == "file" else ():
-                whole = group in ("experiment", "sweep")
-                if not whole or command in file.read_text("utf-8", errors="replace"):
-                    folder = file.parent.relative_to(source.path).as_posix()
-                    options.setdefault(folder, set()).add(file.stem)
-    if name == "search":
-        options.pop("sweep", None)
-    return "".join(f"{group}: {', '.join(sorted(options[group]))}\n" for group in sorted(options))
+        keys: dict[str, Any] = {}
+        for key, hint in get_type_hints(root, include_extras=True).items():
+            has_keys = is_dataclass(hint) or hint in (NODE, NODES) or NODE in get_args(hint)
+            keys[key] = DictConfig({}, flags={"struct": False}) if has_keys else MISSING
+        ConfigStore.instance().store(f"{name}_schema", keys)
 
 
 def folder_name(text: str) -> str:

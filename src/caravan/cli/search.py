@@ -9,6 +9,7 @@ import codecs
 import json
 import logging
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -16,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.text import Text
 
 from caravan.cli.evaluate import models_of, systems_of
 from caravan.cli.schema import build
@@ -43,7 +42,12 @@ def search(cfg: DictConfig, queries: list[str] | None, as_json: bool) -> None:
     log.info("%d passages of %s", len(searcher.collection.corpus), searcher.collection.name)
     shown = json_line if as_json else page
     for query in read_queries(as_json) if queries is None else queries:
-        _write(shown(answer(query, searcher, cfg.show)))
+        try:
+            sys.stdout.write(shown(answer(query, searcher, cfg.show)))
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(0) from None
 
 
 def searcher_of(cfg: DictConfig) -> Searcher:
@@ -95,16 +99,10 @@ def answer(query: str, searcher: Searcher, show: int) -> dict[str, Any]:
     hits = []
     for rank, (row, name, (title, text)) in enumerate(texts, start=1):
         places = {stage: ranks.get(row, (None, None)) for stage, ranks in found.items()}
-        hits.append(
-            {
-                "rank": rank,
-                "id": name,
-                "title": title,
-                "text": text,
-                "ranks": {stage: place[0] for stage, place in places.items()},
-                "scores": {stage: place[1] for stage, place in places.items()},
-            }
-        )
+        ranks = {stage: place[0] for stage, place in places.items()}
+        scores = {stage: place[1] for stage, place in places.items()}
+        hit = {"rank": rank, "id": name, "title": title, "text": text}
+        hits.append({**hit, "ranks": ranks, "scores": scores})
     seconds = {result.stage: round(result.seconds, 6) for result in results}
     return {"question": query, "seconds": seconds, "hits": hits}
 
@@ -117,36 +115,19 @@ def json_line(found: dict[str, Any]) -> str:
 
 def page(found: dict[str, Any]) -> str:
     """An answer for a screen: passages with score and rank in each stage, then the times."""
-    console = Console(highlight=False, soft_wrap=True)
-    width = max(console.width - 4, 20)
-    with console.capture() as captured:
-        console.print()
-        for hit in found["hits"]:
-            head = printable(" ".join(part for part in (hit["id"], hit["title"]) if part))
-            console.print(Text(f"{hit['rank']:>2}  ").append(head, style="bold"))
-            scores = [
-                f"{stage} -" if rank is None else f"{stage} {hit['scores'][stage]:.4g} ({rank})"
-                for stage, rank in hit["ranks"].items()
-            ]
-            console.print(Text(f"    {'   '.join(scores)}", style="cyan"))
-            text = printable(" ".join(hit["text"].split()))
-            lines = textwrap.wrap(text, width, max_lines=LINES, placeholder=" ...")
-            console.print(Text("\n".join(f"    {line}" for line in lines)))
-        if not found["hits"]:
-            console.print("    nothing found")
-        times = ", ".join(f"{stage} {_time(taken)}" for stage, taken in found["seconds"].items())
-        console.print(Text(f"\n    score (rank) by stage; {times}\n", style="dim"))
-    return captured.get()
-
-
-def _time(seconds: float) -> str:
-    return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
-
-
-def _write(text: str) -> None:
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+    width = max(shutil.get_terminal_size().columns - 4, 20)
+    lines = [""]
+    for hit in found["hits"]:
+        head = " ".join(part for part in (hit["id"], hit["title"]) if part)
+        scores = [
+            f"{stage} -" if rank is None else f"{stage} {hit['scores'][stage]:.4g} ({rank})"
+            for stage, rank in hit["ranks"].items()
+        ]
+        text = printable(" ".join(hit["text"].split()))
+        lines += [f"{hit['rank']:>2}  {printable(head)}", f"    {'   '.join(scores)}"]
+        wrapped = textwrap.wrap(text, width, max_lines=LINES, placeholder=" ...")
+        lines += [f"    {line}" for line in wrapped]
+    if not found["hits"]:
+        lines.append("    nothing found")
+    times = ", ".join(f"{stage} {1000 * taken:.1f} ms" for stage, taken in found["seconds"].items())
+    return "\n".join([*lines, "", f"    score (rank) by stage; {times}", "", ""])

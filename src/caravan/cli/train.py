@@ -3,37 +3,54 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
-from caravan.cli.check import is_class
+from caravan.cli.check import (
+    Checker,
+    Mistake,
+    Rule,
+    is_class,
+    measures_are_computed,
+    model_folder,
+)
 from caravan.cli.schema import build, recorded
-from caravan.cli.signatures import locate
+from caravan.cli.signatures import did_you_mean, locate
+from caravan.cli.sources import KeyPath, dotted
+from caravan.data.negatives import Negatives, Sampler
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import hardware
 from caravan.models.backbone import INHERITED, FromFolder
 from caravan.training import fit
+from caravan.training.adaptation import Adaptation
+from caravan.training.fsdp import FullySharded
+from caravan.training.losses import Likelihood, Loss
+from caravan.training.reranker import Reranker
+from caravan.training.retriever import Retriever
 
-PARTS = (
-    "data",
-    "backbone",
-    "peft",
-    "stage",
-    "loss",
-    "optimizer",
-    "encoding",
-    "sampler",
-    "trainer",
-    "strategy",
-    "logger",
-    "callbacks",
-    "batching",
-    "validation",
+SAME = ("backbone", "peft", "stage", "loss", "optimizer", "sampler", "trainer", "strategy")
+"""Keys of the root that `fit.Training` calls the same."""
+OF_RUN = (
+    *("precision", "strategy", "logger", "callbacks", "plugins", "default_root_dir"),
+    *("use_distributed_sampler", "num_sanity_val_steps"),
 )
+"""Arguments of the Trainer that a run passes itself."""
+AT_LEAST = {
+    "max_steps": -1,
+    "max_epochs": -1,
+    "gradient_clip_val": 0,
+    "accumulate_grad_batches": 1,
+    "log_every_n_steps": 1,
+    "val_check_interval": 0.0001,
+}
+"""What Lightning refuses late, or not at all."""
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -45,34 +62,22 @@ def train(cfg: DictConfig) -> float | None:
     cfg = completed(cfg)
     hardware.refuse_attention(cfg.backbone.get("attention", "auto"))
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    parts = build(cfg, *PARTS)
-    validation = parts["validation"]
-    train_queries, read_lengths = (validation.pop(key) for key in ("train_queries", "read_lengths"))
+    parts = build(cfg, *SAME, "data", "logger", "callbacks")
+    validation = {**settings["validation"], "ignore_identical_ids": cfg.ignore_identical_ids}
     run = fit.Training(
-        name=cfg.name,
+        **{name: parts[name] for name in SAME},
+        **{name: settings[name] for name in ("name", "seed", "resume", "precision", "batching")},
         run_dir=Path(cfg.run_dir),
         cache_dir=Path(cfg.cache_dir),
         source=parts["data"],
-        backbone=parts["backbone"],
-        peft=parts["peft"],
-        stage=parts["stage"],
-        loss=parts["loss"],
-        optimizer=parts["optimizer"],
-        encoding=Encoding(**parts["encoding"]),
-        sampler=parts["sampler"],
-        trainer=parts["trainer"],
+        encoding=Encoding(**settings["encoding"]),
         max_steps=cfg.trainer.max_steps,
-        strategy=parts["strategy"],
         loggers=[logger for logger in (parts["logger"] or {}).values() if logger is not None],
         callbacks=[callback for callback in parts["callbacks"].values() if callback is not None],
-        batching=parts["batching"],
-        validation={**validation, "ignore_identical_ids": cfg.ignore_identical_ids},
-        train_queries=train_queries,
-        read_lengths=read_lengths,
+        train_queries=validation.pop("train_queries"),
+        read_lengths=validation.pop("read_lengths"),
+        validation=validation,
         gradcache=cfg.gradcache.chunk,
-        seed=cfg.seed,
-        resume=cfg.resume,
-        precision=cfg.precision,
         settings=settings,
         config=recorded(cfg),
         facts={**source_facts(parts["data"]), "recipe": recipe(cfg)},
@@ -86,30 +91,26 @@ def completed(cfg: DictConfig) -> DictConfig:
     Accepts a config that has not been checked. If the folder cannot be read, which the check
     reports, they become the default values.
     """
-    folder = _folder_of(cfg)
-    if folder is None or not isinstance(cfg.get("encoding"), DictConfig):
-        return cfg
     try:
-        inherited = FromFolder.inherited(Path(folder))
-    except InputError:
-        inherited = {name: getattr(Encoding(), name) for name in INHERITED}
-    cfg = copy.deepcopy(cfg)
-    direction = inherited.pop("bidirectional")
-    for node, values in (("backbone", {"bidirectional": direction}), ("encoding", inherited)):
-        for name, value in values.items():
-            if OmegaConf.to_container(cfg[node], resolve=False).get(name, value) is None:
-                cfg[node][name] = value
-    return cfg
-
-
-def _folder_of(cfg: DictConfig) -> str | None:
-    """The model folder from which the backbone is initialized, if it is a `FromFolder`."""
-    try:
-        kind = locate(str(OmegaConf.select(cfg, "backbone._target_")))
+        target = locate(str(OmegaConf.select(cfg, "backbone._target_")))
         folder = OmegaConf.select(cfg, "backbone.folder")
     except (LookupError, OmegaConfBaseException):
-        return None
-    return folder if is_class(kind, FromFolder) and isinstance(folder, str) else None
+        return cfg
+    encoding = cfg.get("encoding")
+    if not is_class(target, FromFolder) or not isinstance(encoding, DictConfig):
+        return cfg
+    try:
+        inherited = FromFolder.inherited(Path(str(folder)))
+    except InputError:
+        inherited = {name: getattr(Encoding(), name) for name in INHERITED}
+    direction = inherited.pop("bidirectional")
+    cfg = copy.deepcopy(cfg)
+    for node, values in ((cfg.backbone, {"bidirectional": direction}), (cfg.encoding, inherited)):
+        raw: Any = OmegaConf.to_container(node, resolve=False)
+        for name, value in values.items():
+            if raw.get(name, value) is None:
+                node[name] = value
+    return cfg
 
 
 def source_facts(source: Any) -> dict[str, Any]:
@@ -122,28 +123,181 @@ def source_facts(source: Any) -> dict[str, Any]:
 def recipe(cfg: DictConfig) -> dict[str, Any]:
     """The hyperparameters for the model card; unset ones are omitted."""
 
-    def class_of(node: Any) -> str:
-        if node is None:
-            return ""
-        if node.get("losses") is not None:
-            return " + ".join(map(class_of, node.losses))
-        return str(node.get("_target_")).rpartition(".")[2]
-
     def given(place: str) -> Any:
         return OmegaConf.select(cfg, place)
 
+    def class_of(place: str) -> str:
+        return str(given(f"{place}._target_") or "").rpartition(".")[2]
+
+    losses = range(len(given("loss.losses") or ()))
     accumulated = given("trainer.accumulate_grad_batches") or 1
     rows = {
-        "stage": class_of(cfg.stage),
-        "loss": class_of(cfg.loss),
+        "stage": class_of("stage"),
+        "loss": " + ".join(class_of(f"loss.losses[{i}]") for i in losses) or class_of("loss"),
         "temperature": given("loss.temperature"),
         "queries an update": cfg.batching.queries_per_batch * accumulated,
         "negatives a query": given("sampler.number"),
         "negatives from": ", ".join(Path(run).name for run in given("sampler.runs") or ()),
-        "optimizer": class_of(cfg.optimizer),
+        "optimizer": class_of("optimizer"),
         "learning rate": given("optimizer.lr"),
         "warm-up steps": given("optimizer.warmup_steps"),
         "LoRA": None if given("peft.rank") is None else f"rank {given('peft.rank')}",
         "seed": cfg.seed,
     }
     return {name: value for name, value in rows.items() if value not in (None, "")}
+
+
+def stage_suits_the_encoding(config: Checker) -> Iterator[Mistake]:
+    """The model folder says what the stage has trained."""
+    kind, place = config.get("encoding.kind"), ("encoding", "kind")
+    if config.is_a("stage", Reranker) and kind != "reranker":
+        yield Mistake(place, "the stage trains a reranker; set it to reranker")
+    if config.is_a("stage", (Retriever, Adaptation)) and kind != "retriever":
+        yield Mistake(place, "the stage trains an embedding model; set it to retriever")
+    direction = config.get("backbone.bidirectional") or False
+    if config.get("encoding.bidirectional") != direction:
+        text = "it follows backbone.bidirectional; set that"
+        yield Mistake(("encoding", "bidirectional"), text)
+    if config.is_a("stage", Adaptation) and direction is True:
+        text = "LLaRA adaptation needs causal attention; set it to false here, and to true"
+        text += " when a retriever is fine-tuned from the adapted model"
+        yield Mistake(("backbone", "bidirectional"), text)
+    if config.is_a("backbone", FromFolder):
+        yield from model_folder(config, ("backbone", "folder"), config.get("backbone.folder"))
+
+
+def reranker_has_candidates(config: Checker) -> Iterator[Mistake]:
+    """A reranker is validated on a run, and trained on negatives."""
+    if not config.is_a("stage", Reranker) or config.get("trainer.max_steps") == 0:
+        return
+    if config.get("validation.run") is None:
+        text = "the validation of a reranker needs the candidates of the dev queries; give a run"
+        text += " (evaluate.py data.split=dev)"
+        yield Mistake(("validation", "run"), text, "folder")
+    if config.get("validation.train_queries") is not None:
+        text = "a reranker has candidates for the dev queries only; leave it null, and rerank a run"
+        text += " of the training queries with evaluate.py"
+        yield Mistake(("validation", "train_queries"), text)
+    if config.get("sampler.number") == 0 and not any(_likelihoods(config)):
+        text = "a reranker compares a positive with its negatives; set it to 1 or more"
+        yield Mistake(("sampler", "number"), text)
+
+
+def loss_has_its_scores(config: Checker) -> Iterator[Mistake]:
+    """Distillation needs the scores of a teacher; Likelihood needs log probabilities."""
+    sampler: Any = config.targets.get(("sampler",))
+    by_run = (Sampler.teacher_scores, Negatives.teacher_scores)
+    own = isinstance(sampler, type) and Sampler in sampler.__mro__
+    gives_scores = own and sampler.teacher_scores not in by_run
+    if config.get("sampler.teacher") is None:
+        if config.get("sampler.teacher_margin") is not None:
+            text = "it needs the scores of a run; set sampler.teacher"
+            yield Mistake(("sampler", "teacher_margin"), text)
+        for path, target, node in () if gives_scores else config.nodes("loss"):
+            teaches = node.get("needs_teacher")
+            if teaches is None and isinstance(target, type) and Loss in target.__mro__:
+                loss: type[Loss] = target
+                teaches = loss.needs_teacher is True  # a property where it depends on arguments
+            if teaches:
+                text = "it learns from the scores of a teacher; give a run with them:"
+                yield Mistake((*path, "_target_"), f"{text} sampler.teacher", "folder")
+    if config.get("encoding.scoring") != "likelihood":
+        for path in _likelihoods(config):
+            text = "its scores are log probabilities; choose stage=reranker_likelihood"
+            yield Mistake((*path, "_target_"), text)
+
+
+def _likelihoods(config: Checker) -> Iterator[KeyPath]:
+    """The paths of the losses by likelihood, also inside of other losses."""
+    return (path for path, target, _ in config.nodes("loss") if is_class(target, Likelihood))
+
+
+def parts_work_together(config: Checker) -> Iterator[Mistake]:
+    """Parts that are valid alone and that no run can combine."""
+    adapts, sharded = config.is_a("stage", Adaptation), config.is_a("strategy", FullySharded)
+    if adapts and config.get("gradcache.chunk") is not None:
+        text = "the adaptation loss compares no texts; lower batching.queries_per_batch instead"
+        yield Mistake(("gradcache", "chunk"), text)
+    if config.get("peft.quant_type") is not None and sharded:
+        text = "4-bit weights cannot be sharded; choose strategy=ddp, or peft=lora"
+        yield Mistake(("peft", "quant_type"), text)
+    padded = adapts or config.get("encoding.scoring") == "likelihood"
+    if padded and config.get("backbone.attention") == "unpadded":
+        text = "adaptation and likelihoods need padding; set it to auto or sdpa"
+        yield Mistake(("backbone", "attention"), text)
+    if config.get("backbone.compile") is True:
+        if config.get("backbone.checkpointing") == "selective":
+            text = "torch.compile chooses what to keep of a layer; set it to true or false"
+            yield Mistake(("backbone", "checkpointing"), text)
+        if sharded:
+            text = "FSDP copies the layers without their compilation; set it to false, or choose"
+            yield Mistake(("backbone", "compile"), f"{text} strategy=ddp")
+
+
+def trainer_suits_the_run(config: Checker) -> Iterator[Mistake]:
+    """Arguments of the Trainer that the run passes itself, or that would never end."""
+    if not config.is_a("trainer", Trainer):
+        return
+    for group in ("stage", "trainer"):
+        if config.get(f"{group}._partial_") is not True:
+            text = "it must be true, since the run adds arguments; leave the override out"
+            yield Mistake((group, "_partial_"), text)
+    for name in OF_RUN:
+        if name in config.cfg.trainer:
+            hint = f"set {name} at the root" if name in config.cfg else "leave it out"
+            yield Mistake(("trainer", name), f"the run passes it to the Trainer itself; {hint}")
+    given = {name: config.get(f"trainer.{name}") for name in (*AT_LEAST, "max_time")}
+    for name, least in AT_LEAST.items():
+        value = given[name]
+        if isinstance(value, int | float) and not value >= least:  # NaN is not
+            text = f"it must be greater than or equal to {least}, not {value}"
+            yield Mistake(("trainer", name), text)
+    if given["max_steps"] == given["max_epochs"] == -1 and given["max_time"] is None:
+        yield Mistake(("trainer",), "it would never end; set trainer.max_steps or .max_epochs")
+    every = given["val_check_interval"]
+    if isinstance(every, float) and config.get("trainer.check_val_every_n_epoch") is None:
+        text = f"it counts batches over all epochs: it must be a whole number, not {every}; for a"
+        text += " part of an epoch set trainer.check_val_every_n_epoch=1"
+        yield Mistake(("trainer", "val_check_interval"), text)
+    devices, nodes = config.get("trainer.devices"), config.get("trainer.num_nodes")
+    devices = len(devices) if isinstance(devices, ListConfig) else devices
+    queries = config.get("batching.queries_per_batch")
+    counts = [str(one) for one in (devices, nodes, queries)]
+    if all(map(str.isdigit, counts)) and given["max_steps"] != 0:
+        ranks = int(counts[0]) * int(counts[1])
+        if int(counts[2]) < ranks:
+            text = f"{queries} queries cannot be split over {ranks} ranks; set it to {ranks}"
+            yield Mistake(("batching", "queries_per_batch"), f"{text} or more")
+
+
+def callbacks_suit_the_run(config: Checker) -> Iterator[Mistake]:
+    """Monitored values are logged, and the best checkpoints do not overwrite one another."""
+    measures: list[Any] = []
+    for path, _, _ in config.nodes("callbacks"):
+        measures += config.get(dotted((*path, "measures"))) or []
+    logged = [f"val/{name}" for name in measures]
+    if config.is_a("stage", Reranker):
+        logged += [f"val/first_stage/{name}" for name in measures]
+    for path, target, node in config.nodes("callbacks"):
+        watched = config.get(dotted((*path, "monitor")))
+        monitors = is_class(target, (EarlyStopping, ModelCheckpoint)) and isinstance(watched, str)
+        if monitors and watched.startswith("val/") and logged and watched not in logged:
+            near = did_you_mean(watched, logged)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(logged)}"
+            yield Mistake((*path, "monitor"), f"the validation does not log {watched}; {hint}")
+        kept, name = node.get("save_top_k", 1), node.get("filename")
+        several = isinstance(kept, int) and kept not in (0, 1)
+        if is_class(target, ModelCheckpoint) and several and name and "{" not in name:
+            text = f'the checkpoints would overwrite each other; set "{dotted(path)}.filename='
+            yield Mistake((*path, "save_top_k"), f"{text}'best-{{step}}'\", with both quotes")
+
+
+RULES: list[Rule] = [
+    measures_are_computed,
+    stage_suits_the_encoding,
+    reranker_has_candidates,
+    loss_has_its_scores,
+    parts_work_together,
+    trainer_suits_the_run,
+    callbacks_suit_the_run,
+]

@@ -80,7 +80,7 @@ class Packed(Movable):
         return replace(self, chunks=self.chunks + self.chunks[-1:] * extra, extra=extra)
 
     def rows_of(
-        self, compute: Callable[[Chunk], Tensor], after: Callable[[int], None] | None = None
+        self, compute: Callable[[Chunk], Tensor], after: Callable[[int], object] | None = None
     ) -> Tensor:
         """Rows [N, ...] of the texts, in their order.
 

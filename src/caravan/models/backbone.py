@@ -6,7 +6,6 @@ in float32; the precision of the arithmetic is up to the trainer or the encoder.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -48,8 +47,6 @@ class Backbone(Protocol):
     >>> model = TinyBert("tiny_bert", checkpointing=True).model(tokenizer=None)
     >>> model(torch.tensor([[5, 6, 7]])).last_hidden_state.shape
     torch.Size([1, 3, 32])
-
-    With a `tokenizer` method too, `backbone._target_=my_package.TinyBert` trains it.
 
     Attributes:
         name: hub id or folder; recorded as the base model.
@@ -108,7 +105,6 @@ class BaseBackbone(Backbone):
     quantization = None
     dtype = torch.float32
     head_is_new = False
-
     name: str
     attention: str = "auto"
     checkpointing: Checkpointing = False
@@ -127,8 +123,7 @@ class BaseBackbone(Backbone):
         self.quantization = None if peft is None else peft.quantization()
 
     def adapted(self, peft: Any, model: nn.Module, rows: Sequence[int] = ()) -> nn.Module:
-        adapted: nn.Module = peft.apply(model, rows)
-        return adapted
+        return peft.apply(model, rows)
 
     def prepared(self, model: nn.Module) -> nn.Module:
         """The model with this backbone's attention direction, checkpointing and compilation."""
@@ -160,9 +155,8 @@ class Pretrained(BaseBackbone):
         compile: bool = False,
     ) -> None:
         if name is None and gguf_file is None:
-            raise InputError(
-                "nothing-chosen", "backbone.name is null; set it, or backbone.gguf_file"
-            )
+            text = "backbone.name is null; set it, or backbone.gguf_file"
+            raise InputError("nothing-chosen", text)
         given = name or str(gguf_file)
         super().__init__(given, attention, checkpointing, bidirectional, compile, trust_remote_code)
         self.revision = revision
@@ -173,25 +167,23 @@ class Pretrained(BaseBackbone):
         if self._copied["gguf_file"] is not None or self._copied["layers"] is not None:
             self.name = str(local_copy(cache_dir, **self._copied, **self._hub))
             self.revision = self._hub["revision"] = None
-        if self._is_adapter() and not loading.has_tokenizer(self.name, self.revision):
-            base, revision = released_base(self.name, self.revision)
-            tokenizer = loading.load_tokenizer(base, **{**self._hub, "revision": revision})
-        else:
-            tokenizer = loading.load_tokenizer(self.name, **self._hub)
+        name, hub = self.name, self._hub
+        if not loading.has_tokenizer(self.name, self.revision):
+            name, hub = self._source()
+        tokenizer = loading.load_tokenizer(name, **hub)
         if not self.trust_remote_code:
             self.config(tokenizer)  # refuses a model with remote code before data is read
         return tokenizer
 
     def config(self, tokenizer: Any) -> Any:
-        if self._is_adapter():
-            base, revision = released_base(self.name, self.revision)
-            return loading.load_config(base, **{**self._hub, "revision": revision})
-        return loading.load_config(self.name, **self._hub)
+        name, hub = self._source()
+        return loading.load_config(name, **hub)
 
     def model(self, tokenizer: Any) -> nn.Module:
+        model = self.prepared(self._load(loading.load_weights))
         if self._is_adapter():
-            return load_adapter(self._base(), self.name, self.revision, trainable=True)
-        return self.prepared(self._load(loading.load_weights))
+            return load_adapter(model, self.name, self.revision, trainable=True)
+        return model
 
     def language_model(self, tokenizer: Any) -> Any:
         if self._is_adapter():
@@ -202,8 +194,8 @@ class Pretrained(BaseBackbone):
     def scorer(self, tokenizer: Any) -> nn.Module:
         pad_id = tokenizer.pad_token_id
         if self._is_adapter():
-            headed = with_head(self._base(), pad_id)
-            return load_adapter(headed, self.name, self.revision, trainable=True)
+            model = with_head(self.prepared(self._load(loading.load_weights)), pad_id)
+            return load_adapter(model, self.name, self.revision, trainable=True)
         scorer, self.head_is_new = self._load(loading.load_scorer, pad_id=pad_id)
         return self.prepared(scorer)
 
@@ -215,15 +207,17 @@ class Pretrained(BaseBackbone):
     def _is_adapter(self) -> bool:
         return is_adapter(self.name, self.revision)
 
-    def _load(self, load: Any, **settings: Any) -> Any:
-        settings |= {"attention": self.attention, "quantization": self.quantization}
-        return load(self.name, dtype=self.dtype, **settings, **self._hub)
-
-    def _base(self) -> nn.Module:
-        """The base that a released adapter names."""
+    def _source(self) -> tuple[str, dict[str, Any]]:
+        """Name and hub settings of the weights: those of the base that a released adapter names."""
+        if not self._is_adapter():
+            return self.name, self._hub
         base, revision = released_base(self.name, self.revision)
-        hub: Any = {**self._hub, "revision": revision}
-        return self.prepared(loading.load_weights(base, self.dtype, self.attention, **hub))
+        return base, {**self._hub, "revision": revision}
+
+    def _load(self, load: Any, **settings: Any) -> Any:
+        name, hub = self._source()
+        settings |= {"attention": self.attention, "quantization": self.quantization}
+        return load(name, dtype=self.dtype, **settings, **hub)
 
 
 class FromFolder(BaseBackbone):
@@ -238,8 +232,7 @@ class FromFolder(BaseBackbone):
         The others: see `BaseBackbone`.
 
     Raises:
-        InputError: If a bidirectional model would become causal, or remote code is needed and not
-            allowed.
+        InputError: If a bidirectional model would become causal, or remote code is not allowed.
     """
 
     def __init__(
@@ -267,9 +260,6 @@ class FromFolder(BaseBackbone):
         """The settings of `Encoding` that a training from a folder has by default.
 
         A retriever cannot use the prompts of a reranker, but the direction of attention stays.
-
-        Raises:
-            InputError: If it is not a model folder.
         """
         encoding, _ = read_encoding(folder)
         if encoding.kind == "reranker":
@@ -358,12 +348,3 @@ class FromFolder(BaseBackbone):
         model, *_ = model_folder.load(self.folder, dtype, trust_remote_code=trusted)
         model.transformer.requires_grad_(True)  # a merged adapter leaves its base frozen
         return loading.set_attention(model.transformer, self.attention)
-
-
-def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Trainable and total parameters; one of four bits counts as one."""
-    total = 0
-    for parameter in model.parameters():
-        packed = getattr(parameter, "quant_state", None)
-        total += parameter.numel() if packed is None else math.prod(packed.shape)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad), total

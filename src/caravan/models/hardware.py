@@ -6,6 +6,7 @@ float32. Similarities, softmax and losses are float32 in any case, and so are tr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,3 +110,12 @@ def settle_precisions(network: nn.Module, bf16: bool) -> None:
     """Convert each weight to its precision in training (`precisions`)."""
     for weight, dtype in precisions(network, bf16):
         weight.data = weight.data.to(dtype)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Trainable and total parameters; one of four bits counts as one."""
+    total = 0
+    for parameter in model.parameters():
+        packed = getattr(parameter, "quant_state", None)
+        total += parameter.numel() if packed is None else math.prod(packed.shape)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), total

@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from caravan.errors import InputError
-from caravan.models.backbone import parameter_counts
+from caravan.models.hardware import parameter_counts
 from caravan.training.checkpoints import LAST, absolute, relative
 from caravan.training.fsdp import FullySharded
 

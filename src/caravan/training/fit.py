@@ -37,7 +37,8 @@ from caravan.errors import InputError, first_line
 from caravan.export import model_card
 from caravan.files import replacing, writing
 from caravan.models import folder, hardware
-from caravan.models.backbone import Backbone, FromFolder, parameter_counts
+from caravan.models.backbone import Backbone, FromFolder
+from caravan.models.hardware import parameter_counts
 from caravan.models.loading import add_slots
 from caravan.models.positions import refuse_too_long
 from caravan.training.callbacks import FitSummary

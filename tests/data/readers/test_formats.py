@@ -12,7 +12,7 @@ import pytest
 from tests.files import judged, put, records
 from tests.refusals import refused
 
-from caravan.cli.suite import members
+from caravan.cli.evaluate import members
 from caravan.data.collection import Collection
 from caravan.data.readers.labelled import Beir, Tsv
 from caravan.data.readers.msmarco import MsMarcoDocument, MsMarcoPassage
