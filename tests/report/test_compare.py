@@ -172,6 +172,18 @@ def test_run_files_alone_are_judged_by_a_file_of_qrels(
     assert (query.text, query.passages[0].id[0]) == ("", "p")
 
 
+def test_run_files_that_are_all_short_are_scored(evaluations: Evaluations, tmp_path: Path) -> None:
+    found = []
+    for path in (_bm25(evaluations), evaluations.theirs):
+        short = tmp_path / path.name
+        lines = path.read_text().splitlines(keepends=True)
+        short.write_text("".join(line for line in lines if int(line.split()[3]) <= 3))
+        found.append(System(path.stem, short))
+    alone = compare(found, read_judged(found, evaluations.beir / "qrels/train.tsv"), ["MRR@10"])
+    assert alone.depths == [3, 3]
+    assert len(alone.pairs["MRR@10"]) == 1
+
+
 def test_names_get_the_folders_above_them_until_they_differ(
     evaluations: Evaluations, monkeypatch: pytest.MonkeyPatch
 ) -> None:

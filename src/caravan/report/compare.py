@@ -127,11 +127,15 @@ def compare(
         runs.append(run)
         missing.append(scores["missing"])
         depths.append(depth_of(run, system.depth))
-        cut = too_deep(names, depths[-1], len(judged.corpus))
         for name in names:
-            found = np.array(list(scores["per_query"][name].values()))
-            rows[name].append(np.full_like(found, np.nan) if name in cut else found)
+            rows[name].append(np.array(list(scores["per_query"][name].values())))
     values = {name: np.stack(of) for name, of in rows.items()}
+    for i, (system, reached) in enumerate(zip(systems, depths, strict=True)):
+        # A run file may be short because there were few hits: its scores are unfair only beside a
+        # deeper run.
+        if system.depth is not None or reached < max(depths):
+            for name in too_deep(names, reached, len(judged.corpus)):
+                values[name][i] = np.nan
     couples = [
         couple
         for couple in combinations(range(len(systems)), 2)
