@@ -51,6 +51,39 @@ def test_special_characters_have_a_remedy_that_can_be_pasted() -> None:
 
 
 @pytest.mark.parametrize(
+    ("root", "override", "answer"),
+    [
+        ("train", "model=mini", "did you mean backbone=minilm?"),
+        ("train", "dataset=beir", "did you mean data=beir?"),
+        ("evaluate", "model=runs/x/model", "did you mean retriever=runs/x/model?"),
+        ("train", "+backbone=minilm", "write backbone=minilm, without +"),
+        ("train", "backbone=minlm", "did you mean backbone=minilm?"),
+    ],
+)
+def test_names_of_other_projects_and_hydras_plus_are_answered_with_what_to_type(
+    conf: Path, lines: Lines, root: str, override: str, answer: str
+) -> None:
+    (conf / "backbone/minilm.yaml").write_text("{_target_: parts.Part}")
+    given = ["retriever=bm25"] if root == "evaluate" else []
+    (line,) = lines(override, *given, root=root)
+    assert line.startswith(f"{override} (command line): ")
+    assert line.endswith(answer)
+
+
+def test_a_wrong_option_in_defaults_is_reported_with_its_line(conf: Path, lines: Lines) -> None:
+    text = "# @package _global_\ndefaults:\n  - override /data: biir\n"
+    (conf / "experiment/wrong.yaml").write_text(text)
+    (line,) = lines("experiment=wrong")
+    assert "experiment/wrong.yaml:3: there is no data/biir; did you mean data=beir?" in line
+
+
+def test_a_choice_that_another_file_sets_to_null_is_reported(conf: Path, lines: Lines) -> None:
+    (conf / "experiment/without.yaml").write_text("# @package _global_\nloss: null\n")
+    (line,) = lines("experiment=without", "loss=infonce")
+    assert "experiment/without.yaml:2 sets loss to null; remove it" in line
+
+
+@pytest.mark.parametrize(
     ("root", "key"),
     [
         ("train", "seed"),

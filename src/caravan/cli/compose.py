@@ -20,13 +20,11 @@ from typing import Any
 
 import hydra
 import yaml
-from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -35,10 +33,19 @@ from caravan.cli import schema, sources, sweeps
 from caravan.cli.check import Checker, Mistake
 from caravan.cli.signatures import did_you_mean
 from caravan.cli.sources import KeyPath, dotted, key_of, shown
-from caravan.errors import InputError, first_line
+from caravan.errors import InputError
 
 WHOLE = {"experiment", "sweep"}
 """Groups whose options may set anything; null unless chosen."""
+ALIASES = {
+    **dict.fromkeys(("model", "encoder", "base_model", "network"), ("backbone", "retriever")),
+    **dict.fromkeys(("dataset", "datamodule", "corpus", "collection"), ("data",)),
+    **dict.fromkeys(("optim", "optimiser"), ("optimizer",)),
+    **dict.fromkeys(("criterion", "objective"), ("loss",)),
+    **dict.fromkeys(("adapter", "lora"), ("peft",)),
+    **dict.fromkeys(("exp", "recipe"), ("experiment",)),
+}
+"""Names of other projects for groups and settings."""
 FAILURES = (
     *(HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError),
     *(TypeError, AttributeError, AssertionError, RecursionError),
@@ -65,10 +72,7 @@ def compose(conf: Path, name: str, overrides: list[str], more: Path | None = Non
 
 
 def check(cfg: DictConfig, root: type) -> list[Mistake]:
-    """All mistakes in a composed config: invalid keys and values, then rules across objects.
-
-    Args: cfg without Hydra's node, interpolations may be unresolved; root, the dataclass of it.
-    """
+    """All mistakes in a composed config: invalid keys and values, then rules across objects."""
     if root is schema.Train:
         from caravan.cli import train  # imports Lightning
 
@@ -154,17 +158,6 @@ def preflight(argv: list[str], conf: Path, name: str) -> list[str]:
         return sweep.arguments(argv) if several else [composer.quoted.get(x, x) for x in argv]
 
 
-class _FurtherFolder(SearchPathPlugin):
-    """Adds the folder of `--config-dir`, since `initialize_config_dir` accepts one folder only."""
-
-    folder: Path | None = None
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        if self.folder is not None:
-            before = SearchPathQuery(provider="schema")
-            search_path.prepend("command-line", f"file://{self.folder}", before)
-
-
 class Composer(AbstractContextManager["Composer"]):
     """Composes a primary config, any number of times; restores Hydra's state on exit.
 
@@ -184,15 +177,15 @@ class Composer(AbstractContextManager["Composer"]):
             raise mistaken([f"{file}: too many values, with aliases expanded" for file in large])
         self._before = HydraConfig.instance().cfg
         schema.register()
-        Plugins.instance().register(_FurtherFolder)
-        _FurtherFolder.folder = more.absolute() if more else None
+        Plugins.instance().register(sources.FurtherFolder)
+        sources.FurtherFolder.folder = more.absolute() if more else None
         self._hydra = hydra.initialize_config_dir(
             str(self.folders[0]), job_name=job or name, version_base="1.3"
         )
-        _FurtherFolder.folder = None
+        sources.FurtherFolder.folder = None
         self.loader = GlobalHydra.instance().config_loader()
         self.parser = OverridesParser.create(config_loader=self.loader)
-        self._groups = dict.fromkeys(WHOLE, True)
+        self._groups: dict[str, list[str]] = {}
         self.quoted: dict[str, str] = {}
         """Overrides as typed, and with quotes."""
 
@@ -236,11 +229,16 @@ class Composer(AbstractContextManager["Composer"]):
         if again != kept:
             kept, cfg = again, self.compose(again)
             found = check(without_hydra(cfg), self.root)
-        if found := [one for one in found if not one.path or one.path[0] not in lost]:
-            keys = [key_of(text) for text in kept if not self._is_group(text)]
-            origin = sources.Origins(keys, list(self._files(kept)))
-            lines += [f"{dotted(one.path)} ({origin(one.path)}): {one.text}" for one in found]
-        return cfg, [*lines, *_of_hydra(cfg)]
+        keys = [key_of(text) for text in kept if not self._is_group(text)]
+        origin = sources.Origins(keys, list(self._files(kept)))
+        for one in found:
+            if not one.path or one.path[0] not in lost:
+                lines.append(f"{dotted(one.path)} ({origin(one.path)}): {one.text}")
+        return cfg, [
+            *lines,
+            *sources.split_over_folders(cfg),
+            *self._without_effect(cfg, kept, origin),
+        ]
 
     def _problem(self, text: str) -> str | None:
         """What is wrong with an override alone."""
@@ -249,6 +247,12 @@ class Composer(AbstractContextManager["Composer"]):
         except HydraException as error:
             return sources.unreadable(text, str(error))
         key = override.key_or_group
+        if key in ALIASES and key not in self.known:
+            group = next(name for name in ALIASES[key] if name in self.known)
+            value, options = str(override.value()), self._options(group)
+            starts = [name for name in options if name.startswith(value)]
+            near = starts[0] if starts else did_you_mean(value, options or [value])
+            return f"{self.name} has no setting {key!r}; did you mean {group}={near or '<option>'}?"
         if not self._is_group(text) or override.is_delete() or key.startswith("hydra/"):
             return None
         if isinstance(override.value(), dict):
@@ -259,12 +263,14 @@ class Composer(AbstractContextManager["Composer"]):
             return f"write {text.lstrip('+')}, without +"
         return None
 
+    def _options(self, group: str) -> list[str]:
+        if group not in self._groups:
+            self._groups[group] = self.loader.get_group_options(group, None, self.name)
+        return self._groups[group]
+
     def _is_group(self, text: str) -> bool:
         """Whether an override chooses an option of a group."""
-        key = key_of(text)
-        if key not in self._groups:
-            self._groups[key] = bool(self.loader.get_group_options(key, None, self.name))
-        return self._groups[key]
+        return key_of(text) in WHOLE or bool(self._options(key_of(text)))
 
     def _is_known(self, text: str) -> bool:
         """Whether the key of an override is one of this program, of Hydra, or a group."""
@@ -315,37 +321,28 @@ class Composer(AbstractContextManager["Composer"]):
 
     def _explain(self, error: Exception, file: str) -> str:
         """Describe an exception while composing in one line; `file` was read last."""
-        text = " ".join(str(error).partition("Config search path:")[0].split())
-        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-            mark = error.problem_mark
-            return f"{shown(Path(mark.name))}:{mark.line + 1}: not YAML: {error.problem}"
-        if isinstance(error, UnicodeDecodeError):
-            return f"{file}.yaml: not UTF-8: {error.reason}"
-        if isinstance(error, RecursionError):
-            return f"{file} is nested too deeply, or its defaults include {file} again"
         if isinstance(error, MissingConfigException):
-            group, _, option = (error.missing_cfg_file or "").rpartition("/")
-            options = self.loader.get_group_options(group, None, self.name)
-            near = did_you_mean(option, options)
+            wanted = Path(error.missing_cfg_file or "")
+            group = wanted.parent.as_posix()
+            options = self._options(group)
+            near = did_you_mean(wanted.name, options)
             hint = f"did you mean {group}={near}?" if near else f"there are {', '.join(options)}"
-            return f"there is no {error.missing_cfg_file}; {hint}"
-        if text.startswith("Could not append to config"):
-            return "it is already set; remove the +"
+            files = [
+                folder / f"{name}.yaml" for folder in self.folders for name in (file, self.name)
+            ]
+            return f"{sources.selected_by(files, wanted)}there is no {wanted}; {hint}"
         group = re.split(r"[./]", file)[0]
-        if text.startswith("Could not override") and group in self.known:
+        if str(error).startswith("Could not override") and group in self.known:
             return f"{group} has no such setting, or is null; choose {group}=<option>"
-        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
-        return f"{text} {first_line(cause)}" if cause else text or repr(error)
+        return sources.explain(error, file)
 
-
-def _of_hydra(cfg: DictConfig) -> Iterator[str]:
-    """Report Hydra settings that would split a run over two folders."""
-    try:
-        run_dir, log_dir = cfg.get("run_dir"), cfg.hydra.run.dir
-    except OmegaConfBaseException:
-        return  # reported already
-    if isinstance(run_dir, str) and log_dir != run_dir:
-        yield f"hydra.run.dir: this moves only the log; set run_dir={log_dir} instead"
-    if cfg.hydra.job.chdir is True:
-        text = "paths are relative to the working directory of the command; remove it"
-        yield f"hydra.job.chdir: {text}"
+    def _without_effect(
+        self, cfg: DictConfig, overrides: list[str], origin: sources.Origins
+    ) -> Iterator[str]:
+        """Report choices from groups that a later file sets to null."""
+        for text in overrides:
+            group = key_of(text)
+            if text[0] != "~" and self._is_group(text) and cfg.get(group, text) is None:
+                where = origin((group,))
+                if f"/{group}/" not in where and where != "command line":
+                    yield f"{text} (command line): {where} sets {group} to null; remove it"

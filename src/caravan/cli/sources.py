@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from caravan.errors import first_line
 
 KeyPath = tuple[str | int, ...]
 MOST_VALUES = 10_000
@@ -66,6 +73,57 @@ def unreadable(text: str, reason: str) -> str:
     special = set('"$`\\!') & set(instead.replace("$HOME", ""))
     typed = shlex.quote(instead) if special else f'"{instead}"'
     return f"{reason}; put it into quotes: {typed}"
+
+
+def explain(error: Exception, file: str) -> str:
+    """Describe an exception while composing in one line; `file` was read last."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"{shown(Path(mark.name))}:{mark.line + 1}: not YAML: {error.problem}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"{file}.yaml: not UTF-8: {error.reason}"
+    if isinstance(error, RecursionError):
+        return f"{file} is nested too deeply, or its defaults include {file} again"
+    text = " ".join(str(error).split())
+    if text.startswith("Could not append to config"):
+        return "it is already set; remove the +"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
+    return f"{text} {first_line(cause)}" if cause else text or repr(error)
+
+
+def selected_by(files: list[Path], wanted: Path) -> str:
+    """`file:line: ` of the defaults that select the option `wanted` of a group, or nothing."""
+    choice = re.compile(rf"\b{re.escape(wanted.parent.name)}\b.*:\s*{re.escape(wanted.name)}\b")
+    for path in files:
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+        for number, line in enumerate(lines, start=1):
+            if choice.search(line):
+                return f"{shown(path)}:{number}: "
+    return ""
+
+
+def split_over_folders(cfg: DictConfig) -> Iterator[str]:
+    """Report Hydra settings that would split a run over two folders."""
+    try:
+        run_dir, log_dir = cfg.get("run_dir"), cfg.hydra.run.dir
+    except OmegaConfBaseException:
+        return  # reported already
+    if isinstance(run_dir, str) and log_dir != run_dir:
+        yield f"hydra.run.dir: this moves only the log; set run_dir={log_dir} instead"
+    if cfg.hydra.job.chdir is True:
+        text = "paths are relative to the working directory of the command; remove it"
+        yield f"hydra.job.chdir: {text}"
+
+
+class FurtherFolder(SearchPathPlugin):
+    """Adds the folder of `--config-dir`, since `initialize_config_dir` accepts one folder only."""
+
+    folder: Path | None = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if self.folder is not None:
+            before = SearchPathQuery(provider="schema")
+            search_path.prepend("command-line", f"file://{self.folder}", before)
 
 
 class Origins:

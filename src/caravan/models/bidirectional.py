@@ -15,12 +15,13 @@ from torch import nn
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 
-DECODERS = frozenset(
-    "apertus arcee cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text gemma4_text glm glm4"  # noqa: SIM905
-    " gpt2 gpt_neox gpt_oss granite granitemoe llama ministral ministral3 mistral mixtral olmo"
-    " olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3"
-    " starcoder2".split()
-)
+DECODERS = {
+    "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2",
+    "gemma3_text", "gemma4_text", "glm", "glm4", "gpt2", "gpt_neox", "gpt_oss", "granite",
+    "granitemoe", "llama", "ministral", "ministral3", "mistral", "mixtral", "olmo", "olmo2",
+    "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss",
+    "smollm3", "starcoder2",
+}  # fmt: skip
 """Model types (`config.model_type`) for which tests show that every layer respects
 `config.is_causal`, custom masks and position ids."""
 
