@@ -69,7 +69,7 @@ def test_a_notebook_without_the_quickstart_names_the_command(
     monkeypatch.setenv("CARAVAN_HOME", str(tmp_path))
     notebook = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    with pytest.raises(SystemExit, match=r"run `make quickstart`, or name"):
+    with pytest.raises(SystemExit, match=r"run `make (quickstart|ablation)`, or name"):
         exec(compile(first.source, name, "exec"), {})
 
 
