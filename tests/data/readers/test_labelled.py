@@ -100,6 +100,7 @@ def test_each_split_may_have_separate_queries(tmp_path: Path) -> None:
         ("qrels/test.tsv", QRELS + "1\tb\thigh", "invalid-grade", ":5"),
         ("qrels/test.tsv", QRELS + "1\tb\t1.0", "invalid-grade", ":5"),
         ("qrels/test.tsv", "1\ta\tx\n", "invalid-grade", ":1"),  # not taken for a header
+        ("qrels/test.tsv", QRELS.splitlines()[0] + "\n" + QRELS, "invalid-grade", ":2"),
         ("qrels/test.tsv", "query-id\tscore\tcorpus-id\n1\t1\t0\n", "unknown-column", ":1"),
         ("qrels/test.tsv", QRELS + "1\tnone\t1", "unknown-id", ":5"),
         ("qrels/test.tsv", QRELS + "\n9\ta\t1", "unknown-id", ":6"),

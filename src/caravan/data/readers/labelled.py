@@ -82,13 +82,13 @@ def judgements(file: Path) -> Iterator[tuple[str, Judgement]]:
 
 def _judgements(file: Path) -> Iterator[tuple[str, Judgement]]:
     width = 0
-    for number, line in lines(file):
+    for at, (number, line) in enumerate(lines(file)):
         text, place = line.strip("\r\n"), f"{file}:{number}"
         cells = text.split("\t") if "\t" in text else WORD.findall(text)
         cells = [cell.strip(ASCII_SPACE) for cell in cells]
         is_grade = GRADE.fullmatch(cells[-1])
-        if not width and not is_grade and column_name(cells[0]) in QUERY_IDS:
-            passages = [at for at, cell in enumerate(cells) if column_name(cell) in PASSAGE_IDS]
+        if at == 0 and not is_grade and column_name(cells[0]) in QUERY_IDS:
+            passages = [i for i, cell in enumerate(cells) if column_name(cell) in PASSAGE_IDS]
             if passages and len(cells) - 2 not in passages:
                 raise InputError(
                     "unknown-column",
