@@ -11,6 +11,7 @@ import logging
 import os
 import traceback
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -110,19 +111,29 @@ def damage(path: Path) -> str | None:
 
 
 def _defect(state: Any) -> str | None:
-    """What is missing in a checkpoint that can be read, or NaN."""
+    """What is missing or impossible in a checkpoint that can be read."""
     if not isinstance(state, dict):
         return "it holds no state of training"
     for name, kind in _PARTS.items():
         if not isinstance(state.get(name), kind):
             return f"it has no {name}"
-    if not state["state_dict"] or not state["optimizer_states"]:
-        return "it has no weights, or no state of the optimizer"
-    if not all(state["callbacks"].values()):  # Lightning would skip one without a state
-        return "a part of its callbacks has no state"
-    for name, weight in state["state_dict"].items():
-        if not isinstance(weight, Tensor) or not is_finite(weight):
+    for name in ("loops", "callbacks"):
+        if not all(isinstance(part, dict) and part for part in state[name].values()):
+            return f"a part of its {name} has no state"
+    weights, optimizers = state["state_dict"], state["optimizer_states"]
+    if not weights or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        return "it has no weights"
+    for name, weight in weights.items():
+        if not is_finite(weight):
             return f"{name} is NaN or infinite, as after a training that has diverged"
+    moments: Counter[tuple[Any, ...]] = Counter()
+    for optimizer in optimizers or [None]:
+        if not isinstance(optimizer, dict) or not {"state", "param_groups"} <= optimizer.keys():
+            return "it has no state of the optimizer"
+        averages = [of["exp_avg"] for of in optimizer["state"].values() if "exp_avg" in of]
+        moments.update((average.dtype, *average.shape) for average in averages)
+    if not moments <= Counter((weight.dtype, *weight.shape) for weight in weights.values()):
+        return "its weights and its optimizer have different shapes or types"
     return None
 
 
@@ -133,12 +144,15 @@ def refuse_damage(error: Exception, path: Path | None) -> None:
         and frame.f_code.co_name.startswith(("restore", "resume"))
         for frame, _ in traceback.walk_tb(error.__traceback__)
     )
-    if restoring and path and not isinstance(error, torch.OutOfMemoryError | InputError):
-        raise InputError(
-            "damaged-checkpoint",
-            f"{path} cannot be restored ({first_line(error)}); remove it to resume from an earlier"
-            " checkpoint or to train from the start",
-        ) from None
+    if not restoring or path is None or isinstance(error, torch.OutOfMemoryError):
+        return
+    if isinstance(error, InputError):  # of `Stage.on_load_checkpoint`, which knows no file
+        raise InputError(error.code, f"{path}: {error}") from None
+    raise InputError(
+        "damaged-checkpoint",
+        f"{path} cannot be restored ({first_line(error)}); remove it to resume from an earlier"
+        " checkpoint or to train from the start",
+    ) from None
 
 
 def relative(state: Any, run_dir: Path) -> Any:

@@ -296,6 +296,6 @@ class Stage(pl.LightningModule, ABC):
         if stored != wanted:
             raise InputError(
                 "other-model",
-                f"the checkpoint is of another model: {len(wanted - stored)} trainable weights are"
+                f"it is a checkpoint of another model: {len(wanted - stored)} trainable weights are"
                 f" missing and {len(stored - wanted)} are not used; choose another run_dir",
             )
