@@ -61,7 +61,7 @@ ablation: $(Q)/pipeline/metrics.json
 	@$(PY) -m caravan.report page $(Q)
 
 test: .venv/.tested-with
-	$(PY) -m pytest -q -n 2
+	$(PY) -m pytest -q -n 2 --dist worksteal
 
 # The quick tests again, with the lines that they miss.
 coverage: .venv/.tested-with

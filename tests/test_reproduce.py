@@ -40,6 +40,7 @@ def composed() -> list[tuple[list[str], Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_file_that_a_command_reads_is_written_by_another_one(
     composed: list[tuple[list[str], Any]],
 ) -> None:
