@@ -51,6 +51,7 @@ def test_every_file_that_a_command_reads_is_written_by_another_one(
             assert any(line.startswith(f"{folder}/") for folder in written), (overrides, line)
 
 
+@pytest.mark.slow
 def test_no_two_commands_write_the_same_folder(composed: list[tuple[list[str], Any]]) -> None:
     seen: dict[str, list[str]] = {}
     for overrides, cfg in composed:
