@@ -52,8 +52,15 @@ def test_an_adapter_on_the_first_layers_finds_its_base_again(
     assert loaded.transformer.config.num_hidden_layers == 1
 
 
+def test_a_model_that_is_available_is_used_as_it_is(base: str, tmp_path: Path) -> None:
+    assert local_copy(tmp_path, base) is None
+    assert local_copy(tmp_path, base, gguf_file="not/read.gguf") is None
+    assert not list(tmp_path.glob("models/*"))
+
+
 def test_a_copy_is_written_once_and_again_when_damaged(base: str, tmp_path: Path) -> None:
     copy = local_copy(tmp_path, base, layers=1)
+    assert copy is not None
     weights = copy / "model.safetensors"
     content, written = weights.read_bytes(), weights.stat().st_mtime_ns
     assert local_copy(tmp_path, base, layers=1) == copy

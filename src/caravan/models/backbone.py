@@ -164,8 +164,8 @@ class Pretrained(BaseBackbone):
         self._hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
-        if self._copied["gguf_file"] is not None or self._copied["layers"] is not None:
-            self.name = str(local_copy(cache_dir, **self._copied, **self._hub))
+        if copy := local_copy(cache_dir, **self._copied, **self._hub):
+            self.name = str(copy)
             self.revision = self._hub["revision"] = None
         name, hub = self.name, self._hub
         if not loading.has_tokenizer(self.name, self.revision):

