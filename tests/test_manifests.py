@@ -90,3 +90,20 @@ def test_a_damaged_json_file_is_named(text: str, tmp_path: Path) -> None:
     path.write_text(text)
     with refused("damaged-file", str(path)):
         manifests.read_json(path)
+
+
+def test_a_file_that_changes_while_it_is_hashed_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, digest = tmp_path / "corpus.arrow", manifests.content_digest
+    path.write_bytes(b"passages")
+
+    def changed_meanwhile(file: Path) -> str:
+        found = digest(file)
+        file.write_bytes(b"other passages")
+        return found
+
+    monkeypatch.setattr(manifests, "content_digest", changed_meanwhile)
+    record = manifests.content(path)
+    monkeypatch.setattr(manifests, "content_digest", digest)
+    assert not manifests.is_as_written(path, record)

@@ -103,7 +103,8 @@ def content_digest(path: Path, size: int | None = None) -> str:
 
 def content(path: Path) -> dict[str, Any]:
     """A file's digest, and the size and times by which `is_as_written` knows it unread."""
-    return {"xxh3": content_digest(path), "state": _state(path)}
+    state = _state(path)  # before the digest: a change meanwhile is seen at the next read
+    return {"xxh3": content_digest(path), "state": state}
 
 
 def is_as_written(path: Path, record: Any) -> bool:

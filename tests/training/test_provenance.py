@@ -132,3 +132,13 @@ def test_other_versions_are_reported(
     (copied / "model.manifest.json").unlink()
     train(beir, copied, *STEPS, "resume=true")
     assert f"torch {versions['torch']} -> 9" in caplog.text
+
+
+def test_a_run_dir_of_one_character_changes_no_recorded_number(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(beir, Path("1"), *STEPS)
+    recorded = manifests.read(Path("1/config.yaml"))
+    assert recorded is not None
+    assert recorded["inputs"]["optimizer"]["lr"] == 0.01

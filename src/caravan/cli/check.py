@@ -280,7 +280,8 @@ and asks for classes with `config.is_a`, so that a user's subclass is treated as
 
 def measures_are_computed(config: Checker) -> Iterator[Mistake]:
     """Each measure is known, and the search is as deep: R@1000 of 100 results is R@100."""
-    if "k" not in (config.get("index") or {"k": None}):
+    index = config.get("index")
+    if isinstance(index, DictConfig) and index and "k" not in index:
         yield Mistake(("index", "k"), "it is removed, but needed; leave ~index.k out")
     for path, node in [((), config.cfg), *((path, node) for path, _, node in config.nodes())]:
         measures = config.get(dotted((*path, "measures")))

@@ -225,6 +225,10 @@ def parts_work_together(config: Checker) -> Iterator[Mistake]:
     if padded and config.get("backbone.attention") == "unpadded":
         text = "adaptation and likelihoods need padding; set it to auto or sdpa"
         yield Mistake(("backbone", "attention"), text)
+    attention = str(config.get("backbone.attention"))
+    if attention.startswith("flash") and config.get("trainer.accelerator") == "cpu":
+        text = f"{attention} runs on GPUs only; set it to auto or sdpa"
+        yield Mistake(("backbone", "attention"), text)
     if config.get("backbone.compile") is True:
         if config.get("backbone.checkpointing") == "selective":
             text = "torch.compile chooses what to keep of a layer; set it to true or false"

@@ -175,6 +175,13 @@ class Negatives(Sampler):
         """
         self._qrels, self._collection, self._seed = qrels, collection, seed
         self._own = own_passages(collection, qrels.queries)
+        others = len(collection.corpus) - self._most_excluded()
+        if self.number > others:
+            raise InputError(
+                "corpus-too-small",
+                f"sampler.number={self.number}: the positives of one query leave {others} of the"
+                f" {len(collection.corpus)} passages; set it to {others} or less",
+            )
         texts = collection.queries, collection.corpus
         self._runs = [
             read_run(collection.run_path(path), *texts, depth=self.depth) for path in self.paths
@@ -208,6 +215,14 @@ class Negatives(Sampler):
         texts = self._collection.corpus.get(self.excluded(query_row))
         ((_, asked),) = self._collection.queries.get([query_row])
         return text_keys([*texts, ("", asked)])
+
+    def _most_excluded(self) -> int:
+        """The largest number of excluded passages of a query."""
+        queries, relevant = self._qrels.queries, self._qrels.grades >= 1
+        place = np.searchsorted(queries, self._qrels.query_rows[relevant])
+        own = self._qrels.passage_rows[relevant] == self._own[place]
+        counts = np.bincount(place, minlength=len(queries)) + (self._own >= 0)
+        return int((counts - np.bincount(place[own], minlength=len(queries))).max(initial=0))
 
     def group(self, query_row: int, epoch: int, position: int) -> np.ndarray:
         """See `Sampler`; raises "corpus-too-small" if the corpus has too few other texts."""

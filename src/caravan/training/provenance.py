@@ -8,7 +8,6 @@ mean another run, which must neither overwrite the first nor continue it.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -59,10 +58,17 @@ def inputs_of(settings: dict[str, Any], collection: Collection | None) -> dict[s
             "run_digest": None if candidates is None else _run_digest(candidates, collection),
         },
     }
-    # Where the run is written is no input.
-    run_dir = json.dumps(str(settings["run_dir"]))[1:-1]
-    found: dict[str, Any] = json.loads(json.dumps(inputs).replace(run_dir, "<run_dir>"))
+    found: dict[str, Any] = _without(inputs, str(settings["run_dir"]))
     return found
+
+
+def _without(tree: Any, run_dir: str) -> Any:
+    """The inputs with the run_dir in texts replaced: where a run is written is no input."""
+    if isinstance(tree, dict):
+        return {key: _without(value, run_dir) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_without(value, run_dir) for value in tree]
+    return tree.replace(run_dir, "<run_dir>") if isinstance(tree, str) else tree
 
 
 def _run_digest(name: str, collection: Collection | None) -> str:

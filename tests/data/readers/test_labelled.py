@@ -87,6 +87,7 @@ def test_each_split_may_have_separate_queries(tmp_path: Path) -> None:
         ("corpus.jsonl", '{"text": "x"}', "malformed-line", ":1"),
         ("corpus.jsonl", '{"_id": 1.5, "text": "x"}', "malformed-line", ":1"),
         ("corpus.jsonl", '{"_id": "a"}', "malformed-line", ":1"),
+        ("corpus.jsonl", '{"_id": "1", "docid": "17", "text": "x"}', "malformed-line", ":1"),
         ("corpus.jsonl", '{"_id": "a", "text": ["x"]}', "malformed-line", ":1"),
         ("corpus.jsonl", '{"_id": "a", "title": 1, "text": ""}', "malformed-line", ":1"),
         ("corpus.jsonl", '{"_id": "a b", "text": "x"}', "invalid-id", ":1"),

@@ -68,8 +68,9 @@ def test_a_dataset_streams_into_a_collection(tmp_path: Path) -> None:
     assert _texts(source, tmp_path) == [(f"Title {i}", f"camel {i}") for i in range(3)]
     put(folder, {"train.jsonl": '{"body": "salt", "head": null}\n{"body": " "}\n'})
     assert _texts(source, tmp_path) == [("", "salt")]
-    with refused("malformed-line", "data.text"):
-        HubTexts(str(folder)).collection(tmp_path)
+    for columns in ({}, {"text": "body", "title": "haed"}):
+        with refused("unknown-column", "there are body, head"):
+            HubTexts(str(folder), **columns).collection(tmp_path)
     with refused("folder-not-found", "absent"):
         HubTexts(str(tmp_path / "absent")).collection(tmp_path)
     first = source.collection(tmp_path)

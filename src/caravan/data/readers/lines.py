@@ -202,7 +202,10 @@ def text_of(
 def record_of(place: str, fields: dict[str, Any]) -> Record:
     """Id, title and text of an object."""
     remedy = 'every line is one object such as {"_id": "7", "title": "...", "text": "..."}'
-    id_key = next((key for key in ID_KEYS if key in fields), ID_KEYS[0])
+    id_keys = [key for key in ID_KEYS if key in fields]
+    if len({str(fields[key]) for key in id_keys}) > 1:
+        raise malformed(place, f"several ids ({', '.join(id_keys)})", "keep one of them")
+    id_key = id_keys[0] if id_keys else ID_KEYS[0]
     text_key = next((key for key in TEXT_KEYS if key in fields), TEXT_KEYS[0])
     name = string(place, id_of(fields.get(id_key)), id_key, remedy)
     return name, *text_of(place, fields, remedy, text_key)

@@ -114,6 +114,10 @@ class HubTexts(Source):
         remedy = "set data.text and data.title to columns of texts"
         found = rows([self.path], self.config, self.subset, self.revision, remedy)
         for place, row in found:
+            for column in (self.text, self.title):
+                if column and column not in row:
+                    text = f"{place}: no column {column!r}; there are {', '.join(row)}"
+                    raise InputError("unknown-column", text)
             yield text_of(place, row, remedy, self.text, self.title)
 
 
