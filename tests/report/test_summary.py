@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,17 @@ def test_a_table_without_runs_says_why_nothing_is_tested(tmp_path: Path, report:
     code, printed, _ = report("table", tmp_path)
     assert code == 0
     assert "not tested: there is no run" in printed
+
+
+def test_a_run_that_has_changed_since_it_was_scored_is_not_tested(
+    evaluations: Evaluations, tmp_path: Path, report: Report
+) -> None:
+    shutil.copytree(evaluations.folder, tmp_path / "runs")
+    (run,) = (tmp_path / "runs/bm25/runs").glob("*.trec")
+    lines = run.read_text().splitlines(keepends=True)
+    run.write_text("".join(line for line in lines if line.split()[3] != "1"))
+    shutil.copytree(evaluations.folder.parent / "cache", tmp_path / "cache")
+    code, printed, _ = report("table", tmp_path / "runs")
+    assert code == 0
+    assert "not tested: " in printed
+    assert f"{run.name} has changed since it was scored" in printed

@@ -112,7 +112,22 @@ def _comparison(folder: Path, systems: Records) -> Comparison | None:
         home = folder / row["folder"]
         chosen.append(System(name, home / row["run"], home, judged_on(row), (), row.get("depth")))
     against = None if len(chosen) <= ALL_PAIRS else len(chosen) - 1
-    return compare(chosen, read_judged(chosen), shallow, against=against)
+    found = compare(chosen, read_judged(chosen), shallow, against=against)
+    refuse_changed(found, list(systems.values())[-MOST_SYSTEMS:])
+    return found
+
+
+def refuse_changed(comparison: Comparison, records: Sequence[Mapping[str, Any]]) -> None:
+    """Raise an InputError if a run file no longer has the scores in its metrics.json."""
+    for i, record in enumerate(records):
+        for measure in comparison.values:
+            was, now = record["overall"].get(measure), comparison.mean(i, measure)
+            if was is not None and now is not None and abs(was - now) > 1e-6:
+                raise InputError(
+                    "changed-run",
+                    f"{comparison.systems[i].run} has changed since it was scored ({measure} was"
+                    f" {was:.4f} and is {now:.4f}); evaluate again",
+                )
 
 
 def comparison_sections(
@@ -218,7 +233,9 @@ def steps(folder: Path, systems: Records) -> dict[str, Pair]:
         return {}
     names, measures = list(systems), measures_of(systems.values())
     found = [read_system(folder / of["folder"] / of["run"]) for of in systems.values()]
-    (pairs,) = compare(found, read_judged(found), measures[:1]).pairs.values()
+    comparison = compare(found, read_judged(found), measures[:1])
+    refuse_changed(comparison, list(systems.values()))
+    (pairs,) = comparison.pairs.values()
     return {names[pair.b]: pair for pair in pairs if pair.b == pair.a + 1}
 
 
