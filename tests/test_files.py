@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -214,3 +215,20 @@ def test_the_cache_is_never_made_writable_by_everybody(tmp_path: Path) -> None:
         os.umask(before)
     for made in (folder, folder.parent):
         assert not made.stat().st_mode & 0o002
+
+
+def test_without_locks_only_scratch_files_of_yesterday_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    old, new = (tmp_path / f".x.{digits}.part" for digits in ("00000000", "11111111"))
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (0, 0))
+    with replacing(tmp_path / "x") as scratch:
+        scratch.write_text("x")
+    assert not old.exists()
+    assert new.exists()

@@ -30,6 +30,8 @@ from caravan.errors import InputError, disk_error
 LOCK = ".lock"
 TRUST = "CARAVAN_TRUST_CACHE"
 """Environment variable; 1 trusts a cache folder whoever owns it."""
+ORPHAN_S = 24 * 3600
+"""Without locks, a scratch that has not changed for so long is an orphan."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' fcntl.h and fs.h
 
@@ -116,10 +118,19 @@ def _remove_orphans(path: Path) -> None:
 
 
 def _remove_orphan(scratch: Path) -> None:
-    """Remove a scratch that no process holds; raises an OSError without locks."""
+    """Remove a scratch that no process holds; without locks, one that is a day old.
+
+    Raises:
+        OSError: Another process holds it, or may hold it.
+    """
     held = os.open(scratch, os.O_RDONLY if scratch.is_dir() else os.O_RDWR)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            age = time.time() - os.fstat(held).st_mtime
+            if error.errno not in _NO_LOCKS or age < ORPHAN_S:
+                raise
         if scratch.is_dir():
             shutil.rmtree(scratch)
         else:
