@@ -194,7 +194,7 @@ def test_settings_that_no_evaluation_can_have(lines: Lines, overrides: str, want
 
 
 class Scoring(Sampler):
-    """A sampler with scores of its own."""
+    """A sampler that gives scores."""
 
     number = 1
 

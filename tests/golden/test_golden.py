@@ -326,8 +326,8 @@ def test_files_are_what_they_were(kind: str, pipeline: Pipeline) -> None:
 def test_a_stopped_training_goes_on_to_the_same_weights(pipeline: Pipeline) -> None:
     runs = pipeline.home / "runs"
     _, second = sorted((runs / "resumed/tensorboard").glob("events*"))
-    begun = curve(second, "train/loss")[0][0]
-    assert 1 < begun <= STOPPED_AFTER, "the second command began anew, or nothing was stopped"
+    first = curve(second, "train/loss")[0][0]
+    assert 1 < first <= STOPPED_AFTER, "the second command started over, or nothing was stopped"
     best_step, _ = max(curve(runs / "retriever/tensorboard", "val/MRR@10"), key=lambda at: at[1])
     assert best_step > STOPPED_AFTER, "the best weights are older than the stop: compares nothing"
     one, other = (weights(runs / name / "model") for name in ("retriever", "resumed"))

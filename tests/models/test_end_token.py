@@ -64,9 +64,9 @@ def test_a_folder_that_was_saved_with_two_ends_keeps_them(released: Path, tmp_pa
     older = _adopt(released, tmp_path / "older")
     record = json.loads((older / "caravan.json").read_text())
     (older / "caravan.json").write_text(json.dumps({**record, "append_eos": True}))
-    begun = ["trainer.max_steps=0", *from_folder(older), f"run_dir={tmp_path / 'begun'}"]
-    train(compose(ROOT / "conf", "train", [*begun, "precision=float32"]))
-    for model in (older, tmp_path / "begun" / "model"):
+    continued = ["trainer.max_steps=0", *from_folder(older), f"run_dir={tmp_path / 'continued'}"]
+    train(compose(ROOT / "conf", "train", [*continued, "precision=float32"]))
+    for model in (older, tmp_path / "continued" / "model"):
         tokenizer = AutoTokenizer.from_pretrained(model)
         (ids,) = Templates(tokenizer, read_encoding(model)[0]).passages([("", "salt road")])
         assert ids == [*_plain(released, "passage: salt road"), tokenizer.eos_token_id]

@@ -142,6 +142,6 @@ def test_a_reranker_of_each_family_trains_saves_and_scores_as_plain_transformers
             expected.append(score[0])
     close(found, torch.stack(expected))
     assert found.std() > 1e-3
-    begun = transformers.AutoModel.from_pretrained(tmp_path / "base").state_dict()
+    initial = transformers.AutoModel.from_pretrained(tmp_path / "base").state_dict()
     trained = model.plain.get_submodule(model.plain.base_model_prefix).state_dict()
-    assert any(not torch.equal(trained[key], weight) for key, weight in begun.items())
+    assert any(not torch.equal(trained[key], weight) for key, weight in initial.items())
