@@ -219,7 +219,7 @@ def rows() -> dict[str, dict[str, Any]]:
     )
     for row in parity:
         row["commands"] = [f'python -m pytest -q -n0 -m "" {row["test"]}']
-        row |= {"expect": {"test": "passes"}, "fast": True}
+        row |= {"expect": {"test": "passes"}, "fast": True, "seconds": 15}
     return {row["id"]: row for row in (*small, *parity)}
 
 
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in chosen:
         if arguments.fast and not row.get("fast"):
             continue
-        show(f"{row['id']}: {row['claim']}")
+        show(f"{row['id']} (about {row['seconds']} s): {row['claim']}")
         verdicts[row["id"]] = verdict(row, commands)
         show(f"  {verdicts[row['id']]}")
     for name, text in verdicts.items():

@@ -119,8 +119,8 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
 
 
 def _row(name: str, *commands: str, **settings: Any) -> dict[str, Any]:
-    row = {"id": name, "claim": "c", "commands": list(commands), "expect": {"test": "passes"}}
-    return row | settings
+    row = {"id": name, "claim": "c", "seconds": 1, "commands": list(commands)}
+    return row | {"expect": {"test": "passes"}} | settings
 
 
 def _measured() -> dict[str, Any]:
