@@ -67,8 +67,8 @@ class Commands:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         self.environment = {**os.environ, "PATH": path, "MINILM": str(folder)}
 
-    def run(self, command: str) -> float:
-        """Run a command unless it has finished; returns its seconds.
+    def run(self, command: str) -> dict[str, Any]:
+        """Run a command unless it has finished; returns its `seconds` and the `date`.
 
         Raises:
             CommandError: If it fails, now or for an earlier row.
@@ -80,27 +80,31 @@ class Commands:
             if name := re.search(r"\bname=(reproduce/\S+)", command):
                 shutil.rmtree(Path("runs", name[1]), ignore_errors=True)
             done = {}
-        if not done.get("finished"):
-            show(f"  {command}")
-            seconds = done.get("seconds", 0.0)
-            self._write(command, code, seconds, finished=False)
-            start, log = time.monotonic(), OUT / "logs" / f"{digest(command)[:8]}.txt"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            line = command if self.data is None else command.replace("/data/", f"{self.data}/")
-            with log.open("a") as file:
-                status = subprocess.run(
-                    ["bash", "-c", line], stdout=file, stderr=file, env=self.environment
-                ).returncode
-            seconds += time.monotonic() - start
-            self._write(command, code, seconds, finished=status == 0)
-            if status:
-                self.failed.add(command)
-                raise CommandError(f"exit status {status}, see {log}: {command}")
-        return float(self.done[command]["seconds"])
+        if done.get("finished"):
+            return done
+        show(f"  {command}")
+        seconds = done.get("seconds", 0.0)
+        self._write(command, code, seconds, finished=False)
+        start = time.monotonic()
+        log = OUT / "logs" / f"{digest(command)[:8]}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        line = command if self.data is None else command.replace("/data/", f"{self.data}/")
+        with log.open("a") as file:
+            status = subprocess.run(
+                ["bash", "-c", line], stdout=file, stderr=file, env=self.environment
+            ).returncode
+        seconds += time.monotonic() - start
+        if status:
+            self.failed.add(command)
+            raise CommandError(f"exit status {status}, see {log}: {command}")
+        return self._write(command, code, seconds, finished=True)
 
-    def _write(self, command: str, code: str, seconds: float, finished: bool) -> None:
-        self.done[command] = {"code": code, "seconds": round(seconds, 1), "finished": finished}
+    def _write(self, command: str, code: str, seconds: float, finished: bool) -> dict[str, Any]:
+        date = datetime.datetime.now(datetime.UTC).date().isoformat()
+        record = {"code": code, "finished": finished, "seconds": round(seconds, 1), "date": date}
+        self.done[command] = record
         manifests.write_json(self.record, self.done)
+        return record
 
 
 def measure(row: dict[str, Any], commands: Commands) -> dict[str, Any]:
@@ -111,11 +115,9 @@ def measure(row: dict[str, Any], commands: Commands) -> dict[str, Any]:
 
     Raises:
         CommandError: If a command fails.
+        InputError: If an evaluation cannot be read.
     """
-    seconds = 0.0
-    for command in row["commands"]:
-        for one in typed(command):
-            seconds += commands.run(one)
+    done = [commands.run(one) for command in row["commands"] for one in typed(command)]
     expect = row["expect"]
     if "values" in expect:
         values, passed = _values(expect, row["tolerance"])
@@ -127,17 +129,19 @@ def measure(row: dict[str, Any], commands: Commands) -> dict[str, Any]:
         "passed": passed,
         "values": values,
         "row": row_digest(row),
-        "seconds": round(seconds),
+        "seconds": round(sum(of["seconds"] for of in done)),
         "seeds": list(seeds_of(row)),
-        "versions": {"python": platform.python_version(), **manifests.versions()},
+        "versions": versions(),
         "machine": machine(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": max(of["date"] for of in done),
     }
 
 
 def _values(expect: dict[str, Any], tolerance: float) -> tuple[dict[str, float], bool]:
     """The metrics of an evaluation, and whether each is within the tolerance."""
-    metrics = (read_metrics(Path(expect["of"])) or {})["overall"]
+    metrics = (read_metrics(Path(expect["of"])) or {}).get("overall", {})
+    if missing := [name for name in expect["values"] if name not in metrics]:
+        raise CommandError(f"{expect['of']}/metrics.json has no {', '.join(missing)}")
     values = {name: round(metrics[name], 4) for name in expect["values"]}
     far = [
         name for name, value in values.items() if abs(value - expect["values"][name]) > tolerance
@@ -179,6 +183,10 @@ def typed(command: str) -> list[str]:
     return list(dict.fromkeys(command.replace("$SEED", str(seed)) for seed in SEEDS))
 
 
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **manifests.versions()}
+
+
 def needs_data(row: dict[str, Any]) -> bool:
     return any("/data/" in command for command in row["commands"])
 
@@ -193,13 +201,14 @@ def machine() -> str:
 
 
 def code_digest(tests: bool) -> str:
-    """A digest of the code and configs that commands run, with or without the tests."""
+    """A digest of the code, configs and libraries of the commands, with or without the tests."""
     root = HERE.parent
     folders = [root / "src", root / "conf", HERE / "conf", *([root / "tests"] if tests else ())]
     files = [root / "train.py", root / "evaluate.py"]
     files += [path for folder in folders for path in folder.rglob("*.*")]
     code = [path for path in sorted(files) if path.suffix in (".py", ".yaml")]
-    return digest("".join(f"{path.relative_to(root)}\n{path.read_text()}" for path in code))
+    texts = [f"{path.relative_to(root)}\n{path.read_text()}" for path in code]
+    return digest("".join([*texts, json.dumps(versions())]))
 
 
 def row_digest(row: dict[str, Any]) -> str:
