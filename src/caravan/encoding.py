@@ -20,15 +20,18 @@ from caravan.errors import InputError, reading
 
 FILE = "caravan.json"
 FORMAT = 1
-LATER = {"bidirectional", "scoring", "slots"}
+CHAT = ("prefix", "suffix", "instruction", "positive", "negative")
+"""Settings of a chat template, which most models do without."""
+LATER = {"bidirectional", "scoring", "slots", *CHAT}
 """Settings that older folders lack; their models were trained with today's defaults."""
 CHOICES = {
     "kind": ("retriever", "reranker"),
     "pair": ("joined", "pair"),
-    "scoring": ("head", "likelihood"),
+    "scoring": ("head", "likelihood", "token"),
 }
 POOLINGS = ("last", "mean", "cls", "slots")
 """The built-in ones of `caravan.models.pooling`; others are named by a dotted path."""
+INSTRUCTION = "{instruction}"
 SLOTS = ("self", "next")
 """Fields of a template that stand for the slots of LLaRA's two tasks (arXiv 2312.15503)."""
 LONGEST = 1 << 20
@@ -44,7 +47,7 @@ class Encoding:
         query_template, passage_template: the text to tokenize, with `{text}` and, for passages,
             `{title}`; an empty title is left out with the space after it. What follows the last
             field is never truncated. A template may end with `{self}` or `{next}`, the slots of
-            LLaRA's two tasks.
+            LLaRA's two tasks, and have `{instruction}` anywhere.
         append_eos: append the tokenizer's EOS after truncation.
         pooling: the state that becomes the embedding or is scored: "last" real token, "cls" (the
             first token), for retrievers also "mean" of the real tokens or of the "slots"; or the
@@ -54,10 +57,15 @@ class Encoding:
             input has their sum as its limit, and the passage is truncated.
         pair: how a reranker reads two texts: "joined" by a space into one (RankLLaMA), or as the
             tokenizer's "pair" (encoders, and the released checkpoints).
-        scoring: a reranker's score: a linear "head" on one state (RankLLaMA), or the query's
-            "likelihood" after the passage by a language model.
+        scoring: a reranker's score: a linear "head" on one state (RankLLaMA), the query's
+            "likelihood" after the passage by a language model, or the logit of a "token" minus that
+            of another at the last position (Qwen3-Reranker, arXiv 2506.05176, section 2).
         bidirectional: a decoder runs with bidirectional attention (`backbone.bidirectional`).
         slots: number of special tokens that `{self}` and `{next}` stand for.
+        prefix, suffix: of a reranker that reads one text: a chat template around the pair. Each is
+            tokenized alone, and never truncated.
+        instruction: the text that `{instruction}` stands for.
+        positive, negative: with scoring="token", the texts of the two tokens after the suffix.
 
     Raises:
         InputError: With every setting that cannot work.
@@ -75,6 +83,11 @@ class Encoding:
     scoring: str = "head"
     bidirectional: bool = False
     slots: int = 0
+    prefix: str = ""
+    suffix: str = ""
+    instruction: str = ""
+    positive: str = ""
+    negative: str = ""
 
     def __post_init__(self) -> None:
         found = [(name, text) for wrong, name, text in self._checks() if wrong]
@@ -86,6 +99,21 @@ class Encoding:
     def has_custom_pooling(self) -> bool:
         """Whether pooling is a user's own class, which is code to import."""
         return self.pooling not in POOLINGS
+
+    def template(self, side: str, instruction: str | None = None) -> str:
+        """The template of a side, "query" or "passage", with the instruction in its place.
+
+        >>> Encoding(query_template="{instruction}: {text}", instruction="find").template("query")
+        'find: {text}'
+        """
+        own: str = getattr(self, f"{side}_template")
+        given = self.instruction if instruction is None else instruction
+        escaped = given.replace("{", "{{").replace("}", "}}")
+        return own.replace(INSTRUCTION, escaped)
+
+    def settings(self) -> dict[str, Any]:
+        """All settings, without those of a chat template that the model does not have."""
+        return {name: value for name, value in asdict(self).items() if value or name not in CHAT}
 
     def _checks(self) -> Iterator[tuple[bool, str, str]]:
         """(whether it is wrong, setting, what it must be) of every constraint."""
@@ -101,22 +129,42 @@ class Encoding:
         if self.kind == "reranker":
             text = "it must be last (a decoder) or cls (an encoder, stage=reranker_encoder)"
             yield self.pooling in ("mean", "slots"), "pooling", text
+        yield from self._chat_checks()
         problems = [_template_problem(self.query_template, ("text",))]
         problems.append(_template_problem(self.passage_template, ("text", "title")))
         yield bool(problems[0]), "query_template", problems[0]
         yield bool(problems[1]), "passage_template", problems[1]
         if not any(problems):
             yield from self._slot_checks()
-        if self.scoring == "likelihood":
-            text = "only a reranker scores by likelihood; leave it head"
+        if self.scoring != "head":
+            text = "only a reranker scores by a language model; leave it head"
             yield self.kind != "reranker", "scoring", text
-            text = "a likelihood reads the passage, then the query; leave it joined"
+            text = "a language model reads one text; leave it joined"
             yield self.pair != "joined", "pair", text
-            yield self.append_eos, "append_eos", "an EOS is not part of the query; set it to false"
-            text = "a likelihood is causal; set backbone.bidirectional=false"
+            text = "an EOS would follow the last token that counts; set it to false"
+            yield self.append_eos, "append_eos", text
+            text = "a language model is causal; set backbone.bidirectional=false"
             yield self.bidirectional, "bidirectional", text
+        if self.scoring == "likelihood":
             text = "for a likelihood it must end with {text}"
             yield not self.query_template.endswith("{text}"), "query_template", text
+
+    def _chat_checks(self) -> Iterator[tuple[bool, str, str]]:
+        framed = self.kind == "reranker" and self.pair == "joined" and self.scoring != "likelihood"
+        for name in ("prefix", "suffix"):
+            text = "only a reranker that reads one text (encoding.pair=joined) has it"
+            yield bool(getattr(self, name)) and not framed, name, text
+            text = r"it has \n as two characters; give line breaks, in bash as $'...\n...'"
+            yield r"\n" in getattr(self, name), name, text
+        used = INSTRUCTION in self.query_template + self.passage_template
+        yield used and not self.instruction, "instruction", "a template has {instruction}; set it"
+        text = "no template has {instruction}; add it to one, or set this to an empty text"
+        yield bool(self.instruction) and not used, "instruction", text
+        if self.scoring == "token":
+            yield self.pooling != "last", "pooling", "the last position is scored; set it to last"
+            yield not self.positive, "positive", "a score compares two tokens; set it, such as yes"
+            text = "a score compares two tokens; set it to another than encoding.positive"
+            yield self.negative in ("", self.positive), "negative", text
 
     def _slot_checks(self) -> Iterator[tuple[bool, str, str]]:
         slotted = [template_parts(t)[2] for t in (self.query_template, self.passage_template)]
@@ -144,6 +192,7 @@ def _template_problem(template: str, allowed: tuple[str, ...]) -> str:
         return "it lacks {text}"
     if len(slots) > 1 or (slots and not template.endswith(f"{{{slots[0]}}}")):
         return "it may have one of {self} and {next}, last"
+    allowed = (*allowed, "instruction")
     if set(used) - {*allowed, *slots}:
         return f"it may use {', '.join(f'{{{field}}}' for field in sorted(allowed))} only"
     if any(form or conversion for _, _, form, conversion in parsed):
@@ -179,7 +228,7 @@ def write_encoding(folder: Path, encoding: Encoding, facts: dict[str, Any]) -> N
     Args:
         facts: `weights` ("full" or "adapter"), and facts of training such as the base model.
     """
-    record = {"format": FORMAT, **asdict(encoding), "facts": facts}
+    record = {"format": FORMAT, **encoding.settings(), "facts": facts}
     (folder / FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 

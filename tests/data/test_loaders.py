@@ -21,7 +21,8 @@ from caravan.data.batching import Groups, PairBatches, TextBatches
 from caravan.data.collection import Collection
 from caravan.data.loaders import BatchLoader, QueryOrder, TextLoader, TrainLoader
 from caravan.data.negatives import Negatives
-from caravan.data.tokenization import PairTemplates, Templates
+from caravan.data.pairs import PairTemplates
+from caravan.data.tokenization import Templates
 from caravan.data.unlabelled import JointTemplates, Unlabelled
 from caravan.encoding import Encoding
 from caravan.errors import InputError, is_termination, sentence

@@ -11,13 +11,8 @@ from tests.refusals import refused
 from tests.tiny import WORDS
 
 from caravan.data import tokenization as module
-from caravan.data.tokenization import (
-    LEAST,
-    PairTemplates,
-    Template,
-    Templates,
-    special_tokens,
-)
+from caravan.data.pairs import LEAST, PairTemplates
+from caravan.data.tokenization import Template, Templates, special_tokens
 from caravan.encoding import Encoding
 
 LONG = "camel caravan desert dune " * 50
@@ -323,3 +318,48 @@ def test_a_template_with_a_format_is_refused() -> None:
     for field in ("{text:%d}", "{text!x}", "{text:>9}"):
         with refused("invalid-encoding", "encoding.passage_template"):
             Encoding(passage_template=f"{{title}} {field}")
+
+
+CHAT = replace(
+    JOINED,
+    append_eos=False,
+    scoring="token",
+    prefix="<s>salt:\n",
+    query_template="{instruction} query: {text}\ndocument:",
+    passage_template="{title} {text}",
+    suffix="</s>\nroute:",
+    instruction="oasis {trade}",
+    positive=" salt",
+    negative=" silk",
+    query_length=40,
+    passage_length=40,
+)
+
+
+def test_a_chat_template_is_read_whole_around_a_truncated_document(tokenizer: Any) -> None:
+    templates = PairTemplates(tokenizer, CHAT)
+    query, passages = ("", "camel {water}"), [("Title", "dune"), ("", "silk road " * 60)]
+    for passage, pair in zip(passages, templates.pairs([query] * 2, passages), strict=True):
+        document = " ".join(filter(None, passage))
+        body = f"oasis {{trade}} query: camel {{water}}\ndocument: {document}"
+        parts = [
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (CHAT.prefix, body, CHAT.suffix)
+        ]
+        parts[1] = parts[1][: 80 - len(parts[0]) - len(parts[2])]
+        assert pair.ids == [token for part in parts for token in part]
+
+
+def test_a_query_that_leaves_a_chat_template_no_room_for_the_document_is_refused(
+    tokenizer: Any,
+) -> None:
+    templates = PairTemplates(tokenizer, CHAT)
+    with refused("query-too-long", "encoding.query_length"):
+        templates.pairs([("", "camel " * 60)], [("", "salt " * 20)])
+
+
+def test_a_bos_that_the_tokenizer_adds_comes_once(tokenizer: Any) -> None:
+    for prefix in ("<s>salt:\n", "salt:\n"):
+        templates = PairTemplates(tokenizer, replace(CHAT, prefix=prefix))
+        (pair,) = templates.pairs([("", "tent")], [("", "well")])
+        assert tokenizer.decode(pair.ids).startswith("<s>salt:\n")

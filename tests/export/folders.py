@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.models.small import language_model_of
 from tests.tiny import WORDS, tiny_backbone
 
 from caravan.data.batch import pack
-from caravan.data.tokenization import PairTemplates, Templates
+from caravan.data.pairs import PairTemplates, answer_ids
+from caravan.data.tokenization import Templates
 from caravan.encoding import Encoding, read_encoding
 from caravan.models import folder
 from caravan.models.adapters import LoRA
@@ -25,6 +27,7 @@ from caravan.models.llara import Layout, SlotEncoder
 from caravan.models.loading import add_slots, fit_vocabulary
 from caravan.models.query_likelihood import QueryLikelihood
 from caravan.models.tiny_llama import train_bpe
+from caravan.models.token_scorer import TokenScorer
 
 TEXTS = [
     "camels",
@@ -57,6 +60,18 @@ PLAIN = {"query_template": "{text}", "passage_template": "{title} {text}", "appe
 JOINED = {"kind": "reranker", "passage_template": "document: {title} {text}"}
 PAIR = {"kind": "reranker", "pair": "pair", **PLAIN}
 LIKELIHOOD = {"kind": "reranker", "scoring": "likelihood", **PLAIN, "query_template": "ask: {text}"}
+TOKEN = {
+    "kind": "reranker",
+    "scoring": "token",
+    "append_eos": False,
+    "prefix": "<s>judge:\n",
+    "query_template": "{instruction} ask: {text}\ndocument:",
+    "passage_template": "{title} {text}",
+    "suffix": "</s>\nanswer:",
+    "instruction": 'the {salt} "route"',
+    "positive": " salt",
+    "negative": " silk",
+}
 ODD: list[dict[str, Any]] = [
     {"passage_template": "{text} ({title})"},
     {"passage_template": "{text} {text}"},
@@ -150,7 +165,7 @@ def make(
     """Save a model folder of a random model.
 
     Args:
-        on: a "decoder" or an "encoder".
+        on: a "decoder" or an "encoder"; with scoring="token" also an architecture.
         lora: as an adapter on a base beside `path`.
         released: a reranker with the head of its architecture.
         tokens: one of `tokenizers`, in place of the usual one.
@@ -164,6 +179,19 @@ def make(
     if own.scoring == "likelihood":
         network: Any = QueryLikelihood(tiny_backbone().language_model(given), own)
         folder.save(path, network, given, own, {})
+        return path
+    if own.scoring == "token":
+        language_model = tiny_backbone().language_model(given)
+        if on != "decoder":  # an architecture, with an output layer of its own
+            settings = {"vocab_size": len(given), "tie_word_embeddings": False}
+            language_model = language_model_of(on, **settings)
+        if lora:
+            language_model.save_pretrained(path.parent / "base")
+            given.save_pretrained(path.parent / "base")
+            plain = Pretrained(str(path.parent / "base")).language_model(given)
+            language_model = _shaken(LoRA(rank=2, alpha=4).apply(plain))
+        network = TokenScorer(language_model, own, answer_ids(given, own))
+        folder.save(path, network, given, own, {"name": "tiny"})
         return path
     base = tiny_backbone().model(given) if on == "decoder" else bert()
     if lora:

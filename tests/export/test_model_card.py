@@ -21,6 +21,7 @@ from tests.export.folders import (
     PAIRS,
     PLAIN,
     SLOTS,
+    TOKEN,
     assert_card_computes,
     assert_close,
     make,
@@ -58,6 +59,7 @@ def set_facts(folder: Path, **facts: Any) -> None:
         pytest.param({"lora": True, **SLOTS}, id="slots, adapter"),
         pytest.param({"on": "encoder", **PLAIN, "pooling": "mean"}, id="encoder"),
         pytest.param({"lora": True, **JOINED}, id="reranker, adapter", marks=slow),
+        pytest.param({"lora": True, **TOKEN}, id="token, adapter"),
         pytest.param({"pad": "</s>", **JOINED}, id="padding is EOS"),
         pytest.param(
             {"on": "encoder", "released": True, **PAIR, "pooling": "cls"}, id="released encoder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.export.folders import (
     SLOTS,
     TEXTS,
     TITLED,
+    TOKEN,
     assert_close,
     make,
     run_card,
@@ -27,6 +29,7 @@ from tests.export.folders import (
 from tests.refusals import refused
 
 from caravan.data.tokenization import Templates
+from caravan.encoding import read_encoding, write_encoding
 from caravan.export import prompts, verify
 from caravan.export import sentence_transformers as exporter
 from caravan.export.sentence_transformers import export
@@ -97,6 +100,8 @@ def test_both_sides_of_a_router_can_share_their_weights_in_memory(tmp_path: Path
             {"on": "encoder", "released": True, **PAIR, "pooling": "cls"}, id="released encoder"
         ),
         *(pytest.param(one, id=f"encoder {i}", marks=slow) for i, one in enumerate(OWN_HEAD)),
+        pytest.param({"lora": True, **TOKEN}, id="token, adapter"),
+        pytest.param({"on": "qwen3", **TOKEN}, id="token, untied"),
     ],
 )
 def test_scores_of_pairs_are_the_model_folders(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -109,6 +114,18 @@ def test_scores_of_pairs_are_the_model_folders(settings: dict[str, Any], tmp_pat
     ranked = model.rank(given[0][0], [passage for _, passage in given[: len(TITLED)]])
     order = expected[: len(TITLED)].argsort(descending=True)
     assert [row["corpus_id"] for row in ranked] == order.tolist()
+
+
+def test_the_prompt_of_a_call_replaces_the_instruction(tmp_path: Path) -> None:
+    path = make(tmp_path / "model", **TOKEN)
+    export(path, tmp_path / "out")
+    model = run_card(tmp_path / "out")["model"]
+    given = [(query, passage) for query, (title, passage) in PAIRS if not title]
+    found = model.predict(given, prompt="find {it}")
+    own, facts = read_encoding(path)
+    facts.pop("chat_ids")
+    write_encoding(path, replace(own, instruction="find {it}"), facts)
+    assert_close(found, folders.scores(path, [(query, ("", text)) for query, text in given]))
 
 
 def test_a_query_that_leaves_its_passage_no_room_is_an_error(tmp_path: Path) -> None:

@@ -18,13 +18,14 @@ from tests.export.folders import (
     PAIRS,
     PLAIN,
     SLOTS,
+    TOKEN,
     assert_card_computes,
     assert_close,
     make,
 )
 from tests.refusals import refused
 
-from caravan.data.tokenization import PairTemplates
+from caravan.data.pairs import PairTemplates
 from caravan.export import sentence_transformers, verify
 from caravan.export.transformers import export
 from caravan.models import folder
@@ -62,6 +63,8 @@ def load(out: Path) -> tuple[Any, dict[str, Any]]:
         ),
         pytest.param(ODD[2], id="title with words", marks=slow),
         pytest.param(LIKELIHOOD, id="likelihood"),
+        pytest.param(TOKEN, id="token"),
+        pytest.param({"on": "qwen3", "lora": True, **TOKEN}, id="token, untied, adapter"),
     ],
 )
 def test_full_weights_load_whole_and_compute_the_same_by_the_cards_code(
@@ -72,6 +75,26 @@ def test_full_weights_load_whole_and_compute_the_same_by_the_cards_code(
     assert load(out)[1] == {}
     assert_card_computes(path, out)
     assert_card_computes(out, out)  # the export is a model folder, too
+
+
+@pytest.mark.parametrize("settings", [{"lora": True}, {"on": "qwen3"}])
+def test_the_difference_of_two_rows_is_the_head_of_a_classifier(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    path, out = make(tmp_path / "model", **settings, **TOKEN), tmp_path / "out"
+    export(path, out, classifier=True)
+    model, report = load(out)
+    assert (model.config.num_labels, report) == (1, {})
+    assert_card_computes(path, out)
+    assert_close(folders.scores(out, PAIRS), folders.scores(path, PAIRS))  # a model folder, too
+    with refused("not-token-scored", str(out)):
+        export(out, tmp_path / "again", classifier=True)
+
+
+def test_scores_that_are_not_linear_in_the_state_have_no_classifier(tmp_path: Path) -> None:
+    path = make(tmp_path / "model", on="gemma2", **TOKEN)
+    with refused("not-expressible", "Gemma2ForCausalLM caps"):
+        export(path, tmp_path / "out", classifier=True)
 
 
 def test_a_decoder_scores_padded_batches_though_its_eos_was_its_padding(tmp_path: Path) -> None:

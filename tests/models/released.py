@@ -16,7 +16,7 @@ from tokenizers import processors
 from torch import Tensor
 
 RETRIEVERS = ["repllama_passage_7b", "repllama_document_7b"]
-RERANKERS = ["rankllama_passage_7b", "rankllama_document_7b"]
+RERANKERS = ["rankllama_passage_7b"]
 RETRIEVER, RERANKER = RETRIEVERS[0], RERANKERS[0]
 CONFIG_OF_THAT_TIME = {
     "auto_mapping": None,

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer
 
 from caravan.cli.compose import compose
 from caravan.cli.train import train
-from caravan.data.tokenization import PairTemplates, Templates, without_second_end
+from caravan.data.pairs import PairTemplates
+from caravan.data.tokenization import Templates, without_second_end
 from caravan.encoding import Encoding, read_encoding
 
 

@@ -17,7 +17,8 @@ from caravan.cli.compose import compose
 from caravan.cli.train import train
 from caravan.data.batch import pack
 from caravan.data.collection import Collection
-from caravan.data.tokenization import PairTemplates, Templates
+from caravan.data.pairs import PairTemplates
+from caravan.data.tokenization import Templates
 from caravan.models import folder
 
 SHAPE = {

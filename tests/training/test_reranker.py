@@ -13,8 +13,8 @@ from tests.commands import evaluate, train
 from tests.refusals import refused
 
 from caravan.data.collection import Collection
+from caravan.data.pairs import PairTemplates
 from caravan.data.runs import read_run
-from caravan.data.tokenization import PairTemplates
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.models import folder

@@ -19,9 +19,10 @@ from caravan.data.batch import (
 )
 from caravan.data.collection import Collection
 from caravan.data.negatives import Sampler
+from caravan.data.pairs import PairTemplates
 from caravan.data.qrels import Qrels
 from caravan.data.texts import Texts, text_keys
-from caravan.data.tokenization import PairTemplates, Templates
+from caravan.data.tokenization import Templates
 from caravan.errors import InputError
 
 

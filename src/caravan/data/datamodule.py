@@ -17,9 +17,10 @@ from caravan.data.batching import PairBatches, TextBatches, TrainingSet
 from caravan.data.collection import Collection
 from caravan.data.loaders import QueryOrder, TextLoader, TrainLoader, limited, rank_share
 from caravan.data.negatives import own_passages, warn_if_queries_are_passages
+from caravan.data.pairs import PairTemplates
 from caravan.data.qrels import Qrels
 from caravan.data.runs import Run, read_run
-from caravan.data.tokenization import PairTemplates, Templates
+from caravan.data.tokenization import Templates
 from caravan.distributed import is_main_process
 from caravan.errors import InputError
 

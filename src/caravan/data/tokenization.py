@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from caravan.distributed import is_main_process
 from caravan.encoding import Encoding, slot_tokens, template_parts
@@ -20,7 +20,6 @@ from caravan.errors import InputError
 
 log = logging.getLogger(__name__)
 
-LEAST = 16  # tokens kept of every document; a longer query is truncated
 CHARACTERS_A_TOKEN = 16
 SPARE_TOKENS = 16
 _WORD_END = re.compile(r"(?<=\S)(?=[ \t\n])")
@@ -82,7 +81,7 @@ def special_tokens(tokenizer: Any, pair: bool = False) -> tuple[list[int], list[
     return gaps[0], gaps[1] if pair else [], whole[end:]
 
 
-def _around(
+def around(
     tokenizer: Any, encoding: Encoding, pair: bool = False
 ) -> tuple[list[int], list[int], list[int]]:
     """`special_tokens`, with the EOS if the encoding appends one."""
@@ -163,11 +162,12 @@ def check_room(setting: str, room: int, taken: int) -> None:
     if room < 1:
         raise InputError("no-room-for-text", problem.format("no room"))
     if room < taken:
-        _warn_once(problem.format(f"only {room} tokens"))
+        warn_once(problem.format(f"only {room} tokens"))
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Log a warning in the main process, the first time only."""
     if is_main_process():
         log.warning(message)
 
@@ -181,9 +181,9 @@ class Templates:
     def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
         self.tokenizer, self.encoding = tokenizer, encoding
         self.pad_id = int(tokenizer.pad_token_id or 0)
-        self.before, _, self.after = _around(tokenizer, encoding)
-        self._query = Template(encoding.query_template)
-        self._passage = Template(encoding.passage_template)
+        self.before, _, self.after = around(tokenizer, encoding)
+        self._query = Template(encoding.template("query"))
+        self._passage = Template(encoding.template("passage"))
         self.tails, self._room = {}, {}
         for side, template, length in (
             ("query", self._query, encoding.query_length),
@@ -206,141 +206,3 @@ class Templates:
         room, tail = self._room[side], self.tails[side]
         encoded = token_ids(self.tokenizer, texts, room)
         return [[*self.before, *ids[:room], *tail] for ids in encoded]
-
-
-class Pair(NamedTuple):
-    ids: list[int]
-    second: int  # start of the passage, for models with token types; of the query for a likelihood
-
-
-class PairTemplates:
-    """Tokenizes (query, passage) pairs for a reranker, as one joined text or as a pair.
-
-    RankLLaMA (arXiv 2310.08319, section 2.2) uses `query: {query} document: {title} {text}` with an
-    EOS as one text; its released checkpoints, and encoders, use a pair with special tokens. The
-    document is truncated, never the EOS; the query only if it leaves the document fewer than
-    `LEAST` tokens (`cut` counts such pairs). For a likelihood the document and the query's prompt
-    are the condition. `section` is the config section of the lengths, for messages.
-
-    Raises: InputError, as `Templates`, and "invalid-template".
-    """
-
-    def __init__(self, tokenizer: Any, encoding: Encoding, section: str = "encoding") -> None:
-        self.tokenizer, self.encoding = tokenizer, encoding
-        self.pad_id = int(tokenizer.pad_token_id or 0)
-        likelihood = encoding.scoring == "likelihood"
-        self.typed = likelihood or "token_type_ids" in tokenizer.model_input_names
-        self.length = encoding.query_length + encoding.passage_length
-        paired = encoding.pair == "pair"
-        self.before, self.between, self.after = _around(tokenizer, encoding, paired)
-        self._query = Template(encoding.query_template)
-        self._passage = Template(encoding.passage_template)
-        prompt: list[int] = []
-        if likelihood:
-            self.after = []  # the likelihood is that of the query's tokens only
-            self._before_query = f" {self._query.render('', '')}"
-            prompt = plain_ids(tokenizer, [self._before_query])[0]
-            ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-            self._start = next((token for token in ends if token is not None), None)
-        if self._passage.suffix:
-            raise InputError(
-                "invalid-template", "encoding.passage_template of a reranker must end with {text}"
-            )
-        self.room = self.length - len(self.before) - len(self.between) - len(self.after)
-        left = max(self.room - len(prompt), 0)
-        if left < 2 * LEAST:
-            raise InputError(
-                "no-room-for-text",
-                f"{section}.query_length + {section}.passage_length = {self.length} leaves {left}"
-                f" tokens for the texts, which need {2 * LEAST}; increase one of them",
-            )
-        self.cut = 0
-
-    def pairs(
-        self, queries: Sequence[tuple[str, str]], passages: Sequence[tuple[str, str]]
-    ) -> list[Pair]:
-        """Token ids of (title, text) queries and passages; the query's title is ignored."""
-        firsts = [self._query.render("", text) + self._query.suffix for _, text in queries]
-        seconds = [self._passage.render(title, text) for title, text in passages]
-        if self.encoding.scoring == "likelihood":
-            return self._conditioned(firsts, seconds)
-        if self.encoding.pair == "pair":
-            return self._paired(firsts, seconds)
-        return self._joined(firsts, seconds)
-
-    def _joined(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
-        texts = [f"{first} {second}" for first, second in zip(firsts, seconds, strict=True)]
-        most = self.room - LEAST
-        # A token has at least one byte, so only long queries can have too many tokens.
-        suspects = [text for text in dict.fromkeys(firsts) if len(text.encode()) > most]
-        counted = token_ids(self.tokenizer, suspects, self.room)
-        long = {text for text, ids in zip(suspects, counted, strict=True) if len(ids) > most}
-        encoded = token_ids(self.tokenizer, texts, self.room, list(map(len, firsts)))
-        pairs = []
-        for first, text, ids in zip(firsts, texts, encoded, strict=True):
-            if first in long and len(ids) > self.room:
-                ids = self._without_end_of_query(first, text)
-            whole = [*self.before, *ids[: self.room], *self.after]
-            pairs.append(Pair(whole, len(whole)))
-        return pairs
-
-    def _without_end_of_query(self, first: str, text: str) -> list[int]:
-        text = beginning(text, self.room, start=len(first))  # includes LEAST tokens of the document
-        ids, of_query = self._with_offsets([text], len(first))[0]
-        self._count_cut()
-        document = ids[of_query : of_query + LEAST]
-        return [*ids[: self.room - len(document)], *document]
-
-    def _with_offsets(self, texts: list[str], end: int) -> list[tuple[list[int], int]]:
-        """Ids of texts, and the number of ids within the first `end` characters."""
-        encoded = self.tokenizer(
-            texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        within = (sum(stop <= end for _, stop in of) for of in encoded["offset_mapping"])
-        return list(zip(encoded["input_ids"], within, strict=True))
-
-    def _paired(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
-        distinct = list(dict.fromkeys(firsts))  # a query occurs with many passages
-        known = dict(zip(distinct, plain_ids(self.tokenizer, distinct), strict=True))
-        pairs = []
-        encoded = token_ids(self.tokenizer, seconds, self.room)
-        for first, passage in zip(firsts, encoded, strict=True):
-            query = self._fitting(known[first], passage)
-            head = [*self.before, *query, *self.between]
-            ids = [*head, *passage[: self.room - len(query)], *self.after]
-            pairs.append(Pair(ids, len(head) if self.typed else len(ids)))
-        return pairs
-
-    def _conditioned(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
-        """Pairs of passage and query, of which the query is scored by its likelihood."""
-        texts = [f" {first}" for first in firsts]
-        distinct = list(dict.fromkeys(texts))
-        # A token that spans the end of the prompt and the start of the text is part of the query.
-        coded = self._with_offsets(distinct, len(self._before_query)) if distinct else []
-        known = dict(zip(distinct, coded, strict=True))
-        pairs = []
-        encoded = token_ids(self.tokenizer, seconds, self.room)
-        for text, passage in zip(texts, encoded, strict=True):
-            query, prompt = known[text]
-            query = self._fitting(query, passage)
-            head = [*self.before, *passage[: self.room - len(query)]]
-            if not head and not prompt and self._start is not None:
-                head, query = [self._start], query[: self.room - 1]  # scores the first token too
-            pairs.append(Pair([*head, *query], len(head) + prompt))
-        return pairs
-
-    def _fitting(self, query: list[int], passage: list[int]) -> list[int]:
-        """The query, truncated to leave at least `LEAST` tokens of the passage."""
-        most = self.room - min(LEAST, len(passage))
-        if len(query) > most:
-            self._count_cut()
-        return query[:most]
-
-    def _count_cut(self) -> None:
-        self.cut += 1
-        if self.cut == 1:
-            log.warning(
-                "a query was truncated to the %d tokens that encoding.query_length +"
-                " encoding.passage_length leave for it; increase one of them",
-                self.room - LEAST,
-            )

@@ -48,7 +48,7 @@ class JointTemplates:
         single = Templates(tokenizer, encoding)
         self.tokenizer = tokenizer
         self.before, self.pad_id = single.before, single.pad_id
-        self._text = Template(encoding.passage_template)
+        self._text = Template(encoding.template("passage"))
         ends = [
             Template(f"{{text}}{prompt}").tail(tokenizer, encoding, single.after)
             for prompt in prompts

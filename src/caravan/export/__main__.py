@@ -29,6 +29,11 @@ def main() -> int:
         command.add_argument("model", type=Path, help="a model folder, such as runs/mine/model")
         if name != "card":
             command.add_argument("out", type=Path, help="a folder that is new or empty")
+    parsers["transformers"].add_argument(
+        "--classifier",
+        action="store_true",
+        help="a reranker scored by two tokens as AutoModelForSequenceClassification",
+    )
     card = parsers["card"]
     card.epilog = "then: hf upload <user>/<name> <model folder>"
     card.add_argument(
@@ -59,7 +64,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.command == "transformers":
         from caravan.export import transformers
 
-        transformers.export(options.model, options.out)
+        transformers.export(options.model, options.out, options.classifier)
     else:
         from caravan.export import sentence_transformers
 

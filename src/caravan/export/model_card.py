@@ -14,12 +14,12 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from caravan import manifests
-from caravan.data.tokenization import PairTemplates, Template, Templates
+from caravan.data.pairs import PairTemplates, answer_ids
+from caravan.data.tokenization import Template, Templates
 from caravan.encoding import FILE, Encoding, read_encoding
 from caravan.errors import InputError, reading
 from caravan.files import replacing
@@ -135,7 +135,7 @@ def _write(
         remote_code=bool(facts.get(FACT)),
         results=results,
         measures=list(dict.fromkeys(result.metric_name for result in results)),
-        settings=_cells(asdict(encoding)),
+        settings=_cells(encoding.settings()),
         training=_cells(training),
         versions=", ".join(versions),
         **variables,
@@ -235,7 +235,7 @@ def _cells(rows: dict[str, Any]) -> dict[str, str]:
 
 def usage(tokenizer: Any, encoding: Encoding) -> dict[str, Any]:
     """The template's variables for plain transformers: token ids, lengths, and f-strings."""
-    query, passage = Template(encoding.query_template), Template(encoding.passage_template)
+    query, passage = (Template(encoding.template(side)) for side in ("query", "passage"))
     pooled = _POOLED.get(encoding.pooling, f"states[-{encoding.slots}:].mean(dim=0)")
     if encoding.normalize:
         pooled = f"torch.nn.functional.normalize({pooled}, dim=0)"
@@ -254,6 +254,7 @@ def usage(tokenizer: Any, encoding: Encoding) -> dict[str, Any]:
         "tokens": PairTemplates(tokenizer, encoding),
         "query": _f_string(rendered, "query"),
         "prompt_length": rendered.index(TEXT),
+        "answers": answer_ids(tokenizer, encoding) if encoding.scoring == "token" else None,
     }
 
 

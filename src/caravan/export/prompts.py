@@ -8,15 +8,19 @@ prompt before the first text of a pair only, and tokenizes the two apart.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from caravan.data.tokenization import LEAST, PairTemplates, Template
+from caravan.data.pairs import LEAST, PairTemplates
+from caravan.data.tokenization import Template
 from caravan.errors import InputError
 from caravan.export import verify
 from caravan.export.model_card import TEXT, TITLE, fields, quoted
 
+INSTRUCTION = "\3"
+"""Stands for the instruction in a rendered template, as `TEXT` for the text."""
 QUERIES = ("camels", verify.QUERY, "naïve 北 🐪", "  spaces ", "")
 SPARE = 8
 """Tokens that a query's suffix and special tokens may take in addition."""
@@ -96,8 +100,8 @@ class Pairing:
                 f" sentence-transformers computes; {REMEDY}",
             )
         self.longest = self.templates.room - LEAST
-        self.passage = Prompt.of("passage_template", encoding.passage_template)
-        between = self.passage.before or Template(encoding.query_template).suffix
+        self.passage = Prompt.of("passage_template", encoding.template("passage"))
+        between = self.passage.before or Template(encoding.template("query")).suffix
         # A chat template gives no token types.
         self.chat = encoding.pair == "joined" or (bool(between) and not self.templates.typed)
         if between and not self.chat:
@@ -108,7 +112,7 @@ class Pairing:
             )
         self.prompt = ""
         if not self.chat:
-            self.prompt = Prompt.of("query_template", encoding.query_template).before
+            self.prompt = Prompt.of("query_template", encoding.template("query")).before
 
     def settings(self) -> dict[str, Any]:
         """The `processing_kwargs` of a Transformer: how its tokenizer is called."""
@@ -120,7 +124,8 @@ class Pairing:
 
     def probes(self) -> list[tuple[str, tuple[str, str]]]:
         """Queries with passages (title, text), of which only the passage is truncated, if any."""
-        template, tokenizer = Template(self.encoding.query_template), self.templates.tokenizer
+        template = Template(self.encoding.template("query"))
+        tokenizer = self.templates.tokenizer
         rendered = [template.render("", query) for query in QUERIES]
         known = tokenizer(rendered, add_special_tokens=False)["input_ids"]
         lengths = [len(ids) + SPARE for ids in known]
@@ -158,20 +163,27 @@ class Pairing:
         def special(ids: list[int]) -> str:
             return "".join(tokenizer.convert_ids_to_tokens(ids))
 
-        own, query = self.templates, Template(self.encoding.query_template)
-        before = special(own.before) + (gap if own.before else "")
+        own, query = self.templates, Template(self.encoding.template("query", INSTRUCTION))
+        before = special(own.opening) + (gap if own.opening else "") + self.encoding.prefix
         between = special(own.between) + (gap if own.between else "")
         if self.encoding.pair == "joined":
             between = " "
-        opening, *rest = (query.render("", TEXT) + query.suffix).split(TEXT)
-        parts = [quoted(before + opening)]
-        for literal in rest:
-            parts += ["messages[0].content", quoted(literal)]
-        parts += [quoted(between + self.passage.before), "messages[1].content"]
-        parts += [quoted(special(own.after))]
-        roles = "messages|map(attribute='role')|list != ['query', 'document']"
+        rendered = before + query.render("", TEXT) + query.suffix + between + self.passage.before
+        fields = {TEXT: "pair[0].content", INSTRUCTION: "instruction"}
+        pieces = re.split(f"([{TEXT}{INSTRUCTION}])", rendered)
+        parts = [fields.get(piece) or quoted(piece) for piece in pieces]
+        parts += ["pair[1].content", quoted(self.encoding.suffix + special(own.closing))]
+        # sentence-transformers has the prompt of a call in a message of the system.
+        prompt = "messages|selectattr('role', 'eq', 'system')|map(attribute='content')|list"
+        pair = "messages|rejectattr('role', 'eq', 'system')|list"
+        settings = f"{{% set pair = {pair if self.encoding.instruction else 'messages'} %}}"
+        if self.encoding.instruction:
+            default = quoted(self.encoding.instruction)
+            settings += f"{{% set instruction = ({prompt} + [{default}])|first %}}"
+        roles = "pair|map(attribute='role')|list != ['query', 'document']"
         error = "raise_exception('give pairs of a query and a passage')"
-        return f"{{% if {roles} %}}{{{{ {error} }}}}{{% endif %}}{{{{ {' ~ '.join(parts)} }}}}"
+        check = f"{{% if {roles} %}}{{{{ {error} }}}}{{% endif %}}"
+        return f"{settings}{check}{{{{ {' ~ '.join(parts)} }}}}"
 
 
 def framed(

@@ -22,6 +22,7 @@ from caravan.export import model_card, verify
 from caravan.export.prompts import Pairing, Prompt, framed
 from caravan.models import folder as model_folder
 from caravan.models.crossencoder import head_of
+from caravan.models.token_scorer import TokenScorer
 from caravan.retrieval.inference import Inference
 
 POOLINGS = {"last": "lasttoken", "mean": "mean", "cls": "cls", "slots": "mean"}
@@ -66,8 +67,8 @@ def _write_retriever(folder: Path, out: Path) -> dict[str, Any]:
         "document": (encoding.passage_length, templates.passages, "passage"),
     }
     prompts = {
-        "query": Prompt.of("query_template", encoding.query_template),
-        "document": Prompt.of("passage_template", encoding.passage_template),
+        "query": Prompt.of("query_template", encoding.template("query")),
+        "document": Prompt.of("passage_template", encoding.template("passage")),
     }
     texts, expected = {}, {}
     for task, (length, encode, side) in sides.items():
@@ -132,6 +133,7 @@ def _modules_after(config: Any, tokenizer: Any, encoding: Encoding) -> list[Any]
 def _write_reranker(folder: Path, out: Path) -> dict[str, Any]:
     """Write and compare a CrossEncoder; returns variables of the card."""
     from sentence_transformers import CrossEncoder
+    from sentence_transformers.cross_encoder.modules import LogitScore
     from sentence_transformers.sentence_transformer import modules as library
 
     reference = Inference(folder, precision="float32")
@@ -142,12 +144,17 @@ def _write_reranker(folder: Path, out: Path) -> dict[str, Any]:
     del reference  # there may not be enough memory for two
     model = model_folder.load(folder)[0]
     scorer, head = model.transformer, head_of(model.transformer)
-    modules = []
+    modules: list[Any] = []
     text = {"method": "forward", "method_output_name": "logits"}
-    if head is not None and head[0] == "score":
+    task, output = "sequence-classification", "scores"
+    if isinstance(model, TokenScorer):
+        modules = [LogitScore(*model.tokens)]
+        task, output = "text-generation", "causal_logits"
+    elif head is not None and head[0] == "score":
         # The head reads a token's state, found by the attention mask; transformers' own code looks
         # for the padding's id, which can be the EOS. Encoders released with a head keep that.
         linear, text = head[1], FORWARD
+        task, output = "feature-extraction", "token_embeddings"
         modules = [
             library.Pooling(linear.in_features, POOLINGS[pairing.encoding.pooling]),
             library.Dense(
@@ -167,10 +174,10 @@ def _write_reranker(folder: Path, out: Path) -> dict[str, Any]:
         message = {"message": {**text, "format": "flat"}} if pairing.chat else {}
         first = library.Transformer(
             scratch,
-            transformer_task="feature-extraction" if modules else "sequence-classification",
+            transformer_task=task,
             processing_kwargs=pairing.settings(),
             modality_config={"text": text, **message},
-            module_output_name="token_embeddings" if modules else "scores",
+            module_output_name=output,
         )
     exported = CrossEncoder(
         modules=[first, *modules],

@@ -7,24 +7,28 @@ not.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from caravan.data.tokenization import PairTemplates
+from caravan.data.pairs import PairTemplates, chat_facts
 from caravan.encoding import Encoding, write_encoding
 from caravan.errors import InputError
 from caravan.export import model_card, verify
 from caravan.models import folder as model_folder
-from caravan.models.crossencoder import Headed
+from caravan.models.crossencoder import CrossEncoder, Headed
 from caravan.models.loading import load_language_model
+from caravan.models.token_scorer import TokenScorer
 
 
-def export(folder: Path, out: Path) -> None:
+def export(folder: Path, out: Path, classifier: bool = False) -> None:
     """Export full weights for transformers; an adapter is merged.
 
     Args:
         folder: the model folder.
         out: the new folder; it must not exist, or be empty.
+        classifier: export a reranker that is scored by two tokens as a model for sequence
+            classification, whose head is the difference of the two rows of the output layer.
 
     Raises:
         InputError: If the folder cannot be loaded or needs remote code, its head has no class in
@@ -32,6 +36,8 @@ def export(folder: Path, out: Path) -> None:
     """
     with verify.new_folder(folder, out) as scratch:
         model, tokenizer, encoding, facts = model_folder.load(folder)
+        if classifier:
+            model, encoding = _classifier(folder, model, encoding)
         if isinstance(model.transformer, Headed):
             raise InputError(
                 "head-not-in-transformers",
@@ -49,11 +55,23 @@ def export(folder: Path, out: Path) -> None:
         verify.save_transformer(weights, scratch)
         del weights  # there may not be enough memory for two
         tokenizer.save_pretrained(scratch)
-        write_encoding(scratch, encoding, {**facts, "weights": "full"})
+        facts = {**facts, **chat_facts(tokenizer, encoding), "weights": "full"}
+        write_encoding(scratch, encoding, facts)
         verify.compare(folder, verify.outputs(folder), verify.outputs(scratch))
         usage = model_card.usage(tokenizer, encoding)
         variables = {"transformers": True, "auto_class": name, "padding": "saved", **usage}
         model_card.write_export(folder, scratch, "transformers", [encoding.kind], variables)
+
+
+def _classifier(folder: Path, model: Any, encoding: Encoding) -> tuple[Any, Encoding]:
+    """A reranker that is scored by two tokens, as one with a head that computes the same."""
+    if not isinstance(model, TokenScorer):
+        raise InputError(
+            "not-token-scored",
+            f"{folder} is not a reranker with encoding.scoring=token; leave --classifier out",
+        )
+    scored = replace(encoding, scoring="head")
+    return CrossEncoder(model.as_classifier(), scored), scored
 
 
 def _set_padding(tokenizer: Any, encoding: Encoding) -> int | None:

@@ -187,8 +187,8 @@ class Pretrained(BaseBackbone):
 
     def language_model(self, tokenizer: Any) -> Any:
         if self._is_adapter():
-            text = f"{self.name} is an adapter; a likelihood needs a language model: set its base"
-            raise InputError("no-language-model", text)
+            raise InputError("no-language-model", f"{self.name} is an adapter; set its base")
+        loading.refuse_classifier(self.name, **self._hub)
         return self.prepared(self._load(loading.load_language_model))
 
     def scorer(self, tokenizer: Any) -> nn.Module:
@@ -302,11 +302,11 @@ class FromFolder(BaseBackbone):
         """The transformer with its output layer, which the folder or its base must have."""
         if self.keeps_adapter:
             return self.prepared(self._base(loading.load_language_model))
-        likelihood = self.encoding.scoring == "likelihood"
-        if self.full and not likelihood and self.quantization is None:
+        whole = self.encoding.scoring != "head"
+        if self.full and not whole and self.quantization is None:
             return self.prepared(self._loader(loading.load_language_model)(self.name))
         full = self._full_model()
-        if likelihood:
+        if whole:
             return self.prepared(full)
         # The adapter is of the trunk alone; the output layer is its base's.
         model = self._base(loading.load_language_model)

@@ -127,10 +127,13 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(states, self.packed, self.bias, "none", [], "")
 
 
-def pack_linears(model: nn.Module) -> int:
+def pack_linears(model: nn.Module, but: nn.Module | None = None) -> int:
     """Replace every `nn.Linear` below the model by a `PackedLinear`, in place.
 
     The model can neither be trained nor saved afterwards.
+
+    Args:
+        but: a layer that is left as it is.
 
     Returns:
         The number of layers; 0 where this PyTorch lacks the operators.
@@ -141,7 +144,7 @@ def pack_linears(model: nn.Module) -> int:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear
+        if type(child) is nn.Linear and child is not but
     ]
     for parent, name, child in linears:
         setattr(parent, name, PackedLinear(child))

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from caravan.data.pairs import CHAT_IDS, answer_ids, chat_facts
 from caravan.encoding import Encoding, read_encoding, write_encoding
 from caravan.errors import InputError, reading
 from caravan.files import replacing_folder
@@ -45,6 +46,7 @@ from caravan.models.loading import (
 from caravan.models.positions import refuse_too_long
 from caravan.models.query_likelihood import QueryLikelihood
 from caravan.models.remote_code import FACT, is_allowed, is_remote_code
+from caravan.models.token_scorer import TokenScorer
 
 ADAPTER = "adapter_model.safetensors"
 HEAD = "score.safetensors"
@@ -72,8 +74,9 @@ def save(
         transformer = merged(copy.deepcopy(transformer))  # a random base that is not saved
         adapter = False
     remote = any(map(is_remote_code, (tokenizer, *transformer.modules())))
-    facts = {key: value for key, value in facts.items() if key != BASE_WEIGHTS}
+    facts = {key: facts[key] for key in facts.keys() - {BASE_WEIGHTS, CHAT_IDS}}
     facts["weights"] = "adapter" if adapter else "full"
+    facts |= chat_facts(tokenizer, encoding)
     facts[FACT] = remote or encoding.has_custom_pooling
     if isinstance(model, SlotEncoder) and transformer is model.transformer and not adapter:
         facts["language_model"] = type(transformer).__name__
@@ -142,6 +145,7 @@ def load(
         raise InputError("incomplete-folder", text)
     trusted = is_allowed(folder, encoding, facts, trust_remote_code)
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trusted)
+    _check_chat_ids(folder, tokenizer, encoding, facts)
     model_class: Any = BiEncoder
     if encoding.kind == "retriever":
         transformer = _backbone(folder, dtype, facts, tokenizer, trusted)
@@ -149,6 +153,8 @@ def load(
         model_class, transformer = CrossEncoder, _scorer(folder, dtype, adapter, trusted)
     else:
         model_class = QueryLikelihood
+        if encoding.scoring == "token":
+            model_class = partial(TokenScorer, tokens=answer_ids(tokenizer, encoding))
         fetch = partial(load_language_model, dtype=dtype, trust_remote_code=trusted)
         transformer = _with_adapter(fetch, folder) if adapter else fetch(str(folder))
     if encoding.bidirectional:  # an adapter's base has another config
@@ -156,6 +162,19 @@ def load(
     if attention != "auto":
         transformer = set_attention(transformer, attention)
     return model_class(transformer, encoding).eval(), tokenizer, encoding, facts
+
+
+def _check_chat_ids(
+    folder: Path, tokenizer: Any, encoding: Encoding, facts: dict[str, Any]
+) -> None:
+    """Refuse a tokenizer that reads the chat template, or the scored tokens, as other ids."""
+    found = chat_facts(tokenizer, encoding).get(CHAT_IDS)
+    if facts.get(CHAT_IDS, found) != found:
+        raise InputError(
+            "other-token-ids",
+            f"{folder}: its tokenizer reads the chat template or the scored tokens as other ids"
+            " than caravan.json records; restore the tokenizer's files, or save the model again",
+        )
 
 
 def load_base(folder: Path, load: Callable[..., _Loaded]) -> _Loaded:

@@ -187,6 +187,21 @@ def load_language_model(
     return load_weights(name, dtype, auto=AutoModelForCausalLM, **settings)
 
 
+def refuse_classifier(name: str, trust_remote_code: bool = False, **hub: Any) -> None:
+    """Refuse a model with a trained head where its output layer would be used instead.
+
+    Raises:
+        InputError: If the architecture is one for sequence classification.
+    """
+    kinds = load_config(name, trust_remote_code, **hub).architectures or ()
+    if any(kind.endswith(CLASSIFIER) for kind in kinds):
+        raise InputError(
+            "no-language-model",
+            f"{name} is a {kinds[0]}, whose trained head would be left out; set"
+            " encoding.scoring=head to score with it",
+        )
+
+
 def load_scorer(
     name: str,
     dtype: torch.dtype | str,

@@ -7,7 +7,7 @@ therefore computed from at most `MOST_LOGITS` at a time and recomputed in the ba
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,20 +39,39 @@ def log_probabilities(model: Any, states: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat([checkpointed(part, *some) for some in parts])
 
 
+def token_logits(model: Any, states: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Logits [n, T] float32 of T tokens alone, given states [n, d]."""
+    head = model.get_output_embeddings()
+    rows = list(tokens)
+    bias = None if head.bias is None else head.bias[rows].float()
+    with torch.autocast(states.device.type, enabled=False):
+        found = nn.functional.linear(states.float(), head.weight[rows].float(), bias)
+    return _formed(model, found)
+
+
+def logit_form(model: Any) -> tuple[float, float | None]:
+    """The factor of a model's logits, and the cap on them if it has one (Granite, Gemma 2)."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def _formed(model: Any, logits: Tensor) -> Tensor:
+    scale, cap = logit_form(model)
+    logits = logits * scale
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
 def output_layer(model: Any) -> Callable[[Tensor], Tensor]:
     """A function from states [..., d] to logits [..., V] in float32 or higher, as in the model."""
     head = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
 
     def logits(states: Tensor) -> Tensor:
         # With FSDP, weights are gathered in bf16 outside autocast, where states may be float32.
         # A layer packed for the CPU has no `weight` and accepts states of any dtype.
         weight = getattr(head, "weight", None)
         found: Tensor = head(states if weight is None else states.to(weight.dtype))
-        found = (found.float() if found.dtype.itemsize < 4 else found) * scale
-        return cap * torch.tanh(found / cap) if cap else found
+        return _formed(model, found.float() if found.dtype.itemsize < 4 else found)
 
     return logits
 

@@ -23,7 +23,8 @@ from caravan import manifests
 from caravan.data.batch import EncodeBatch, PairBatch
 from caravan.data.batching import PairBatches, TextBatches
 from caravan.data.loaders import TextLoader
-from caravan.data.tokenization import PairTemplates, Templates
+from caravan.data.pairs import PairTemplates
+from caravan.data.tokenization import Templates
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
@@ -34,6 +35,7 @@ from caravan.models.crossencoder import CrossEncoder
 from caravan.models.digests import folder_digest
 from caravan.models.positions import refuse_too_long
 from caravan.models.remote_code import FACT
+from caravan.models.token_scorer import TokenScorer
 from caravan.progress import progress
 from caravan.retrieval.store import Compute, Embeddings, Store
 
@@ -112,7 +114,7 @@ class Inference:
             trust_remote_code=self.trust_remote_code,
         )
         if self.device.type == "cpu":
-            pack_linears(model)
+            pack_linears(model, model.output_layer if isinstance(model, TokenScorer) else None)
         if self.lengths:
             refuse_too_long(model.transformer, self.encoding, self._section)
         return model.to(self.device), tokenizer

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from caravan.data.batch import RerankBatch
+from caravan.data.pairs import answer_ids
 from caravan.models.crossencoder import CrossEncoder
 from caravan.models.query_likelihood import QueryLikelihood
+from caravan.models.token_scorer import TokenScorer
 from caravan.training import parallel
 from caravan.training.stage import Stage
 
@@ -25,10 +27,14 @@ class Reranker(Stage):
     """A cross-encoder with its loss and optimizer."""
 
     def build(self) -> CrossEncoder:
+        if self.encoding.scoring == "head":
+            return CrossEncoder(self.adapted(self.backbone.scorer(self.tokenizer)), self.encoding)
         if self.encoding.scoring == "likelihood":
             language_model = self.backbone.language_model(self.tokenizer)
             return QueryLikelihood(self.adapted(language_model), self.encoding)
-        return CrossEncoder(self.adapted(self.backbone.scorer(self.tokenizer)), self.encoding)
+        answers = answer_ids(self.tokenizer, self.encoding)  # refused before weights are loaded
+        language_model = self.backbone.language_model(self.tokenizer)
+        return TokenScorer(self.adapted(language_model), self.encoding, answers)
 
     def training_step(self, batch: RerankBatch, batch_idx: int) -> Tensor:
         return self.loss_of(lambda scores: self._loss(scores, batch), batch_idx, batch.pairs)

@@ -22,7 +22,8 @@ from caravan.data.batch import EncodeBatch, Packed
 from caravan.data.batching import Groups
 from caravan.data.collection import Collection
 from caravan.data.negatives import Sampler
-from caravan.data.tokenization import PairTemplates, Templates
+from caravan.data.pairs import PairTemplates
+from caravan.data.tokenization import Templates
 from caravan.data.unlabelled import Unlabelled
 from caravan.encoding import Encoding
 from caravan.errors import InputError
@@ -107,8 +108,8 @@ class Stage(pl.LightningModule, ABC):
 
     @property
     def uses_output_layer(self) -> bool:
-        """Whether the language model's output layer computes logits, which need memory too."""
-        return self.encoding.scoring == "likelihood"
+        """Whether the network is a language model with its output layer."""
+        return self.encoding.scoring != "head"
 
     def outline(self) -> Any:
         """The transformer with adapters on the meta device; None if that is not possible."""

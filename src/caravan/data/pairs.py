@@ -1,0 +1,251 @@
+"""Tokenization of pairs: a query and a passage as the input of a reranker.
+
+RankLLaMA (arXiv 2310.08319, section 2.2) uses `query: {query} document: {title} {text}` with an EOS
+as one text; its released checkpoints, and encoders, use a pair with special tokens. A language
+model that is scored by a token reads a chat template around the one text (Qwen3-Reranker).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import reprlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from caravan.data.tokenization import (
+    Template,
+    around,
+    beginning,
+    plain_ids,
+    token_ids,
+    warn_once,
+)
+from caravan.encoding import Encoding
+from caravan.errors import InputError
+
+log = logging.getLogger(__name__)
+
+LEAST = 16  # tokens kept of every document; a longer query is truncated, or refused
+CHAT_IDS = "chat_ids"
+"""Key in the facts of a model folder: ids of the chat template, and of the scored tokens."""
+_MARKERS = re.compile(r"<\|[^|<>]+\|>")
+
+
+class Pair(NamedTuple):
+    ids: list[int]
+    second: int  # start of the passage, for models with token types; of the query for a likelihood
+
+
+class PairTemplates:
+    """Tokenizes (query, passage) pairs for a reranker, as one joined text or as a pair.
+
+    The document is truncated, never what follows it; the query only if it leaves the document fewer
+    than `LEAST` tokens (`cut` counts such pairs), and never within a chat template, where such a
+    query is an error. For a likelihood the document and the query's prompt are the condition.
+    `section` is the config section of the lengths, for messages.
+
+    Attributes:
+        opening, closing: special tokens before the prefix and after the suffix.
+        before, between, after: ids around the texts, with prefix and suffix.
+
+    Raises: InputError, as `Templates`, "invalid-template", and from `pairs` "query-too-long".
+    """
+
+    def __init__(self, tokenizer: Any, encoding: Encoding, section: str = "encoding") -> None:
+        self.tokenizer, self.encoding = tokenizer, encoding
+        self.pad_id = int(tokenizer.pad_token_id or 0)
+        likelihood = encoding.scoring == "likelihood"
+        self.typed = likelihood or "token_type_ids" in tokenizer.model_input_names
+        self.length = encoding.query_length + encoding.passage_length
+        paired = encoding.pair == "pair"
+        self.opening, self.between, self.closing = around(tokenizer, encoding, paired)
+        prefix, suffix = chat_ids(tokenizer, encoding)
+        if self.opening == prefix[: len(self.opening)]:
+            self.opening = []  # the chat template has the BOS
+        if suffix or encoding.scoring == "token":
+            self.closing = [tokenizer.eos_token_id] if encoding.append_eos else []
+        self.before, self.after = [*self.opening, *prefix], [*suffix, *self.closing]
+        self._query = Template(encoding.template("query"))
+        self._passage = Template(encoding.template("passage"))
+        prompt: list[int] = []
+        if likelihood:
+            self.after = []  # the likelihood is that of the query's tokens only
+            self._before_query = f" {self._query.render('', '')}"
+            prompt = plain_ids(tokenizer, [self._before_query])[0]
+            ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+            self._start = next((token for token in ends if token is not None), None)
+        if self._passage.suffix:
+            raise InputError(
+                "invalid-template", "encoding.passage_template of a reranker must end with {text}"
+            )
+        self.room = self.length - len(self.before) - len(self.between) - len(self.after)
+        left = max(self.room - len(prompt), 0)
+        if left < 2 * LEAST:
+            raise InputError(
+                "no-room-for-text",
+                f"{section}.query_length + {section}.passage_length = {self.length} leaves {left}"
+                f" tokens for the texts, which need {2 * LEAST}; increase one of them",
+            )
+        self._section, self.cut = section, 0
+
+    def pairs(
+        self, queries: Sequence[tuple[str, str]], passages: Sequence[tuple[str, str]]
+    ) -> list[Pair]:
+        """Token ids of (title, text) queries and passages; the query's title is ignored."""
+        firsts = [self._query.render("", text) + self._query.suffix for _, text in queries]
+        seconds = [self._passage.render(title, text) for title, text in passages]
+        if self.encoding.scoring == "likelihood":
+            return self._conditioned(firsts, seconds)
+        if self.encoding.pair == "pair":
+            return self._paired(firsts, seconds)
+        return self._joined(firsts, seconds)
+
+    def _joined(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
+        texts = [f"{first} {second}" for first, second in zip(firsts, seconds, strict=True)]
+        most = self.room - LEAST
+        # A token has at least one byte, so only long queries can have too many tokens.
+        suspects = [text for text in dict.fromkeys(firsts) if len(text.encode()) > most]
+        counted = token_ids(self.tokenizer, suspects, self.room)
+        long = {text for text, ids in zip(suspects, counted, strict=True) if len(ids) > most}
+        encoded = token_ids(self.tokenizer, texts, self.room, list(map(len, firsts)))
+        pairs = []
+        for first, text, ids in zip(firsts, texts, encoded, strict=True):
+            if first in long and len(ids) > self.room:
+                if self.encoding.prefix or self.encoding.suffix:
+                    self._refuse_query(first)
+                ids = self._without_end_of_query(first, text)
+            whole = [*self.before, *ids[: self.room], *self.after]
+            pairs.append(Pair(whole, len(whole)))
+        return pairs
+
+    def _refuse_query(self, first: str) -> None:
+        section, taken = self._section, len(plain_ids(self.tokenizer, [first])[0])
+        raise InputError(
+            "query-too-long",
+            f"a query takes {taken} tokens with its instruction ({reprlib.repr(first)}), and"
+            f" {section}.query_length + {section}.passage_length = {self.length} leaves"
+            f" {self.room - LEAST} for it; increase one of them",
+        )
+
+    def _without_end_of_query(self, first: str, text: str) -> list[int]:
+        text = beginning(text, self.room, start=len(first))  # includes LEAST tokens of the document
+        ids, of_query = self._with_offsets([text], len(first))[0]
+        self._count_cut()
+        document = ids[of_query : of_query + LEAST]
+        return [*ids[: self.room - len(document)], *document]
+
+    def _with_offsets(self, texts: list[str], end: int) -> list[tuple[list[int], int]]:
+        """Ids of texts, and the number of ids within the first `end` characters."""
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        within = (sum(stop <= end for _, stop in of) for of in encoded["offset_mapping"])
+        return list(zip(encoded["input_ids"], within, strict=True))
+
+    def _paired(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
+        distinct = list(dict.fromkeys(firsts))  # a query occurs with many passages
+        known = dict(zip(distinct, plain_ids(self.tokenizer, distinct), strict=True))
+        pairs = []
+        encoded = token_ids(self.tokenizer, seconds, self.room)
+        for first, passage in zip(firsts, encoded, strict=True):
+            query = self._fitting(known[first], passage)
+            head = [*self.before, *query, *self.between]
+            ids = [*head, *passage[: self.room - len(query)], *self.after]
+            pairs.append(Pair(ids, len(head) if self.typed else len(ids)))
+        return pairs
+
+    def _conditioned(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
+        """Pairs of passage and query, of which the query is scored by its likelihood."""
+        texts = [f" {first}" for first in firsts]
+        distinct = list(dict.fromkeys(texts))
+        # A token that spans the end of the prompt and the start of the text is part of the query.
+        coded = self._with_offsets(distinct, len(self._before_query)) if distinct else []
+        known = dict(zip(distinct, coded, strict=True))
+        pairs = []
+        encoded = token_ids(self.tokenizer, seconds, self.room)
+        for text, passage in zip(texts, encoded, strict=True):
+            query, prompt = known[text]
+            query = self._fitting(query, passage)
+            head = [*self.before, *passage[: self.room - len(query)]]
+            if not head and not prompt and self._start is not None:
+                head, query = [self._start], query[: self.room - 1]  # scores the first token too
+            pairs.append(Pair([*head, *query], len(head) + prompt))
+        return pairs
+
+    def _fitting(self, query: list[int], passage: list[int]) -> list[int]:
+        """The query, truncated to leave at least `LEAST` tokens of the passage."""
+        most = self.room - min(LEAST, len(passage))
+        if len(query) > most:
+            self._count_cut()
+        return query[:most]
+
+    def _count_cut(self) -> None:
+        self.cut += 1
+        if self.cut == 1:
+            log.warning(
+                "a query was truncated to the %d tokens that encoding.query_length +"
+                " encoding.passage_length leave for it; increase one of them",
+                self.room - LEAST,
+            )
+
+
+def chat_ids(tokenizer: Any, encoding: Encoding) -> tuple[list[int], list[int]]:
+    """Ids of the prefix and of the suffix, each tokenized alone, as by Qwen3-Reranker's code."""
+    prefix, suffix = (
+        plain_ids(tokenizer, [text])[0] if text else []
+        for text in (encoding.prefix, encoding.suffix)
+    )
+    for marker in _MARKERS.findall(encoding.prefix + encoding.suffix):
+        if len(plain_ids(tokenizer, [marker])[0]) > 1:
+            warn_once(
+                f"{tokenizer.name_or_path} has no token {marker}, so encoding.prefix and"
+                " encoding.suffix are not its chat template; set them before you use it untrained"
+            )
+            break
+    return prefix, suffix
+
+
+def answer_ids(tokenizer: Any, encoding: Encoding) -> tuple[int, int]:
+    """Ids of the positive and the negative token, as they follow the suffix.
+
+    Raises:
+        InputError: If one is not a single token there.
+    """
+    suffix = plain_ids(tokenizer, [encoding.suffix])[0] if encoding.suffix else []
+    found = []
+    for name in ("positive", "negative"):
+        text = getattr(encoding, name)
+        whole = plain_ids(tokenizer, [encoding.suffix + text])[0]
+        ids = whole[len(suffix) :]
+        if whole[: len(suffix)] != suffix:
+            problem = f"merges with the end of encoding.suffix, {encoding.suffix[-16:]!r},"
+        elif len(ids) != 1:
+            problem = f"is {len(ids)} tokens"
+        elif ids[0] == tokenizer.unk_token_id:
+            problem = "is unknown"
+        else:
+            found += ids
+            continue
+        raise InputError(
+            "not-a-token",
+            f"encoding.{name}={text!r} {problem} in the vocabulary of"
+            f" {tokenizer.name_or_path or 'the tokenizer'}; choose a text that is one token there",
+        )
+    if found[0] == found[1]:
+        raise InputError(
+            "not-a-token",
+            f"encoding.negative={encoding.negative!r} is the same token as encoding.positive;"
+            " choose another",
+        )
+    return found[0], found[1]
+
+
+def chat_facts(tokenizer: Any, encoding: Encoding) -> dict[str, Any]:
+    """The chat template and the scored tokens as ids, for `caravan.json`; empty without them."""
+    facts: dict[str, Any] = {}
+    if encoding.prefix or encoding.suffix:
+        facts["prefix"], facts["suffix"] = chat_ids(tokenizer, encoding)
+    if encoding.scoring == "token":
+        facts["positive"], facts["negative"] = answer_ids(tokenizer, encoding)
+    return {CHAT_IDS: facts} if facts else {}
