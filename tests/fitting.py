@@ -32,6 +32,9 @@ from caravan.training.retriever import Retriever
 MEASURES = ["MRR@10", "nDCG@10", "R@100"]
 PROMPTS = {"self_prompt": " camel:", "next_prompt": " caravan:", "tasks": "ebae+ebar+lm"}
 
+TOKEN: dict[str, Any] = {"scoring": "token", "append_eos": False, "suffix": "\nso:"}
+TOKEN |= {"positive": " salt", "negative": " silk"}
+
 
 class KilledError(Exception):
     pass
@@ -116,6 +119,7 @@ class Fit:
         parts = (backbone or tiny_backbone(), peft, self.tokenizer)
         optimizer = optimizer or AdamW(lr=1e-2, warmup_steps=2)
         module: Any
+        reranks = stage in ("reranker", "token")
         if stage == "adaptation":
             encoding = replace(
                 self.encoding,
@@ -123,8 +127,9 @@ class Fit:
                 passage_template="{title} {text} camel:",
             )
             module = Adaptation(*parts, encoding, optimizer, 0, **PROMPTS, words=6)
-        elif stage == "reranker":
-            encoding = replace(self.encoding, kind="reranker")
+        elif reranks:
+            scoring = TOKEN if stage == "token" else {}
+            encoding = replace(self.encoding, kind="reranker", **scoring)
             module = Reranker(*parts, encoding, InfoNCE(1.0), optimizer, 0, gradcache)
         else:
             module = Retriever(*parts, self.encoding, InfoNCE(0.05), optimizer, 0, gradcache)
@@ -137,11 +142,11 @@ class Fit:
             queries_per_batch=queries_per_batch,
             token_budget=token_budget,
             num_workers=workers,
-            run=str(self.candidates) if stage == "reranker" else None,
+            run=str(self.candidates) if reranks else None,
         )
         losses, run_file = Losses(), str(self.folder / "run.trec")
         evaluation: pl.Callback = RetrievalEvaluation(Faiss(k=100), MEASURES, run_file)
-        if stage == "reranker":
+        if reranks:
             evaluation = RerankingEvaluation(MEASURES, run_file)
         best = ModelCheckpoint(
             self.folder / "checkpoints",

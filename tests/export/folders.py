@@ -71,6 +71,7 @@ TOKEN = {
     "instruction": 'the {salt} "route"',
     "positive": " salt",
     "negative": " silk",
+    "passage_length": 60,
 }
 ODD: list[dict[str, Any]] = [
     {"passage_template": "{text} ({title})"},

@@ -21,11 +21,13 @@ from caravan.cli.train import train
 from caravan.data.batch import pack
 from caravan.data.pairs import PairTemplates, answer_ids
 from caravan.encoding import Encoding
+from caravan.export import sentence_transformers
 from caravan.models import folder
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import FromFolder, Pretrained
 from caravan.models.cpu import pack_linears
-from caravan.models.loading import set_attention
+from caravan.models.loading import load_tokenizer, set_attention
+from caravan.models.released import check_released
 from caravan.models.token_scorer import TokenScorer
 
 TOKEN = Encoding(
@@ -194,6 +196,26 @@ def test_a_folder_is_a_language_model_of_transformers_with_the_ids_of_its_templa
     (tmp_path / "m" / "caravan.json").write_text(json.dumps(record))
     with refused("other-token-ids", str(tmp_path / "m")):
         folder.load(tmp_path / "m")
+
+
+def test_the_files_of_sentence_transformers_must_agree(tokenizer: Any, tmp_path: Path) -> None:
+    model = TokenScorer(
+        tiny_backbone().language_model(tokenizer), TOKEN, answer_ids(tokenizer, TOKEN)
+    )
+    folder.save(tmp_path / "m", model, tokenizer, TOKEN, {})
+    released = str(tmp_path / "released")
+    sentence_transformers.export(tmp_path / "m", Path(released))
+    own = load_tokenizer(released)
+    check_released(released, None, own, TOKEN)
+    for change, code in (
+        ({"negative": " tent"}, "other-tokens"),
+        ({"instruction": "the silk route"}, "other-chat-template"),
+    ):
+        with refused(code, released, "encoding."):
+            check_released(released, None, own, replace(TOKEN, **change))
+    (tmp_path / "released" / "modules.json").write_text('[{"type": "a.Pooling", "path": "1"}]')
+    with refused("not-token-scored", "Pooling"):
+        check_released(released, None, own, TOKEN)
 
 
 @pytest.mark.parametrize(

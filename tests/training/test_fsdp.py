@@ -25,7 +25,7 @@ SETTINGS["every_n_steps"] = 100  # it validates after the last update, and saves
 @pytest.fixture(scope="module")
 def one_process(module_fit: Fit) -> dict[str, tuple[Fit, Fitted]]:
     found = {}
-    for stage in ("retriever", "reranker", "adaptation"):
+    for stage in ("retriever", "reranker", "token", "adaptation"):
         fit = module_fit.into(stage)
         found[stage] = fit, fit(stage=stage, **SETTINGS)
     return found
@@ -38,6 +38,7 @@ def one_process(module_fit: Fit) -> dict[str, tuple[Fit, Fitted]]:
         ("retriever", "fsdp", False),
         ("reranker", "ddp", False),
         ("reranker", "fsdp", True),
+        ("token", "fsdp", True),
         ("adaptation", "ddp", False),
         ("adaptation", "fsdp", False),
     ],

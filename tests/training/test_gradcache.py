@@ -23,11 +23,11 @@ DROPOUT["peft"] = LoRA(rank=2, alpha=4, dropout=0.5)
 
 @pytest.fixture(scope="module")
 def whole(module_fit: Fit) -> dict[str, Fitted]:
-    stages = ("retriever", "reranker")
+    stages = ("retriever", "reranker", "token")
     return {name: module_fit(stage=name, **SETTINGS, queries_per_batch=7) for name in stages}
 
 
-@pytest.mark.parametrize(("stage", "chunk"), [("retriever", 1), ("reranker", 2)])
+@pytest.mark.parametrize(("stage", "chunk"), [("retriever", 1), ("reranker", 2), ("token", 1)])
 def test_cached_gradients_are_those_of_the_whole_batch(
     whole: dict[str, Fitted], fit: Fit, stage: str, chunk: int
 ) -> None:

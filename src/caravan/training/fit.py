@@ -37,10 +37,11 @@ from caravan.errors import InputError, first_line
 from caravan.export import model_card
 from caravan.files import replacing, writing
 from caravan.models import folder, hardware
-from caravan.models.backbone import Backbone, FromFolder
+from caravan.models.backbone import Backbone, FromFolder, Pretrained
 from caravan.models.hardware import parameter_counts
 from caravan.models.loading import add_slots
 from caravan.models.positions import refuse_too_long
+from caravan.models.released import check_released
 from caravan.training.callbacks import FitSummary
 from caravan.training.checkpoints import AtomicCheckpoints, best_weights, refuse_damage, resumable
 from caravan.training.evaluation import evaluate_again, validate_at_least_once
@@ -156,6 +157,9 @@ def _module(run: Training, collection: Collection | None) -> Stage:
 def _adopt(run: Training, collection: Collection | None) -> None:
     """Save a backbone, released or random, as a model folder."""
     module = _module(run, collection)
+    if module.encoding.kind == "reranker" and isinstance(run.backbone, Pretrained):
+        name, revision = run.backbone.name, run.backbone.revision
+        check_released(name, revision, module.tokenizer, module.encoding)
     module.configure_model()
     if run.backbone.head_is_new:
         raise InputError(
