@@ -63,6 +63,7 @@ class PairTemplates:
         prefix, suffix = chat_ids(tokenizer, encoding)
         if self.opening == prefix[: len(self.opening)]:
             self.opening = []  # the chat template has the BOS
+        self._framed = bool(prefix or suffix) or encoding.scoring == "token"
         if suffix or encoding.scoring == "token":
             self.closing = [tokenizer.eos_token_id] if encoding.append_eos else []
         self.before, self.after = [*self.opening, *prefix], [*suffix, *self.closing]
@@ -112,7 +113,7 @@ class PairTemplates:
         pairs = []
         for first, text, ids in zip(firsts, texts, encoded, strict=True):
             if first in long and len(ids) > self.room:
-                if self.encoding.prefix or self.encoding.suffix:
+                if self._framed:
                     self._refuse_query(first)
                 ids = self._without_end_of_query(first, text)
             whole = [*self.before, *ids[: self.room], *self.after]
