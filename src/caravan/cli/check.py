@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
@@ -118,7 +118,8 @@ class Checker:
         if refers:
             return UNKNOWN
         if isinstance(value, ListConfig):
-            return [self._value(value, i, (*path, i)) for i in range(len(value))]
+            kind = next(iter(get_args(hint)), None)
+            return [self._value(value, i, (*path, i), kind) for i in range(len(value))]
         if "_target_" in value.keys():  # noqa: SIM118  `in` denies what is ???
             return self._node(value, path)
         if is_dataclass(hint):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from caravan.cli.check import (
     neighbour,
 )
 from caravan.cli.schema import build, recorded
+from caravan.data.segments import Reading
 from caravan.errors import InputError
 from caravan.files import listed
 from caravan.report.records import to_depth
@@ -99,7 +100,7 @@ def systems_of(cfg: DictConfig) -> Systems:
         retrievers=names if isinstance(names, list) else [names],
         reranker=None if cfg.reranker is None else Path(cfg.reranker),
         rerank=Reranking(**settings["rerank"]),
-        lengths={name: settings[name] for name in ("query_length", "passage_length")},
+        reading=Reading(**{one.name: settings[one.name] for one in fields(Reading)}),
         block=cfg.block,
         **parts,
     )

@@ -24,6 +24,7 @@ from caravan.cli.schema import build, recorded
 from caravan.cli.signatures import did_you_mean, locate
 from caravan.cli.sources import KeyPath, dotted
 from caravan.data.negatives import Negatives, Sampler
+from caravan.data.segments import Reading
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import hardware
@@ -75,7 +76,7 @@ def train(cfg: DictConfig) -> float | None:
         loggers=[logger for logger in (parts["logger"] or {}).values() if logger is not None],
         callbacks=[callback for callback in parts["callbacks"].values() if callback is not None],
         train_queries=validation.pop("train_queries"),
-        read_lengths=validation.pop("read_lengths"),
+        readings=[Reading(**one) for one in validation.pop("readings")],
         validation=validation,
         gradcache=cfg.gradcache.chunk,
         settings=settings,

@@ -116,7 +116,7 @@ def lines(drawn: Sequence[Line], x_label: str, y_label: str) -> Draw:
                 color=f"C{i}",
                 # With marks, a dash is new only when the colours repeat.
                 linestyle=DASHES[(i // COLOURS if few else i) % len(DASHES)],
-                marker=MARKS[i % len(MARKS)] if few else None,
+                marker=MARKS[i % len(MARKS)] if few or len(line.x) == 1 else None,
             )
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
