@@ -1,4 +1,5 @@
-# make quickstart | ablation | test | test-all | coverage | check | bench | docs | ledger; each sets up .venv.
+# make quickstart | ablation | reproduce | test | test-all | coverage | check | bench | docs | ledger;
+# each sets up .venv.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PY := .venv/bin/python
@@ -8,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP := $(PY) -m pip install --no-compile --quiet --disable-pip-version-check
 Q := runs/quickstart
 
-.PHONY: quickstart ablation test test-all coverage check bench docs ledger clean
+.PHONY: quickstart ablation reproduce test test-all coverage check bench docs ledger clean
 
 # BM25 over the training queries gives the hard negatives; adapt a language model and train a
 # retriever from it; fuse it with BM25 over the dev queries, whose candidates the reranker is watched
@@ -85,9 +86,13 @@ bench: .venv/.tested-with
 	$(PY) benchmarks/gradcache.py
 	$(PY) benchmarks/settings.py
 
-# The tables of docs/papers.md, from reproduce/*.yaml.
+# Measure the fast rows of the ledger; DATA=/data adds those on SciFact.
+reproduce: .venv/.pretrained
+	$(PY) reproduce/run.py --fast $(if $(DATA),--data $(DATA))
+
+# The tables of docs/papers.md and docs/results.md, from reproduce/*.yaml and measured.json.
 ledger: .venv/.installed
-	$(PY) reproduce/tables.py
+	$(PY) -m reproduce.tables
 
 docs: .venv/.tested-with
 	$(PY) -m sphinx --builder html --fail-on-warning --keep-going --quiet --conf-dir docs . docs/_build
