@@ -83,14 +83,14 @@ def grids(
             scores.setdefault(tuple(key), {})[reading] = score
         grid = [[of.get(reading, math.nan) for reading in order] for of in scores.values()]
         cells = [
-            [*map(str, key), *(NONE if pd.isna(x) else form.format(x) for x in of)]
+            [*map(str, key), *(_cell(x, form) for x in of)]
             for key, of in zip(scores, grid, strict=True)
         ]
         for column, form_of in FORMATS.items():
             if column in found and found[column].notna().any():
                 of = found.groupby("reading")[column].mean()[order]
                 blank = [""] * (len(trained) - 1)
-                cells.append([column, *blank, *(form_of.format(x) for x in of)])
+                cells.append([column, *blank, *(_cell(x, form_of) for x in of)])
         made.append(
             Table(
                 f"sweep-{slug(side)}",
@@ -130,6 +130,10 @@ def plots(
             name = f"sweep-{slug(side)}-{slug(measure)}"
             made.append(Plot(name, caption, lines(drawn, x, measure), 2.8 + 0.12 * len(drawn)))
     return made
+
+
+def _cell(value: float, form: str) -> str:
+    return NONE if pd.isna(value) else form.format(value)
 
 
 def _reading(row: pd.Series) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -59,7 +59,7 @@ class _Stage(_Shape):
 class _Reading(_Shape):
     query_length: Count | None
     passage_length: Count | None
-    segment: str | None
+    segment: Literal["first", "best"] | None
     segment_words: Count
     scores: dict[str, Number]
     tokens_per_query: Number | None = None

@@ -160,7 +160,7 @@ def tables(sweep: Sweep) -> list[Table]:
     cells = sweep.rows.astype(str)
     for name in sweep.measures:
         cells[name] = [_digits(name, value) for value in sweep.rows[name]]
-    made = []
+    made: list[Table] = []
     if sweep.trained and sweep.scores and set(readings.COLUMNS) & set(sweep.varied):
         first, form = sweep.scores[0], "{:.4f}"
         made += readings.grids(sweep.name, sweep.means(), sweep.trained, first, form)
