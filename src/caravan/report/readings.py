@@ -66,14 +66,11 @@ def _sides(means: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
             yield name, found.assign(reading=labels)
 
 
-def grids(
-    sweep: str, means: pd.DataFrame, trained: Sequence[str], measure: str, form: str
-) -> list[Table]:
+def grids(sweep: str, means: pd.DataFrame, trained: Sequence[str], measure: str) -> list[Table]:
     """For each side, a table of training (rows) x reading (columns), with the cost below.
 
     Args:
         means: one row for each training and reading; columns `trained`, `COLUMNS`, measures.
-        form: the format of the measure.
     """
     made = []
     for side, found in _sides(means):
@@ -83,7 +80,7 @@ def grids(
             scores.setdefault(tuple(key), {})[reading] = score
         grid = [[of.get(reading, math.nan) for reading in order] for of in scores.values()]
         cells = [
-            [*map(str, key), *(_cell(x, form) for x in of)]
+            [*map(str, key), *(_cell(x, "{:.4f}") for x in of)]
             for key, of in zip(scores, grid, strict=True)
         ]
         for column, form_of in FORMATS.items():
@@ -121,15 +118,33 @@ def plots(
             continue
         x = known[-1]
         for measure in measures:
-            drawn = []
-            for key, of in found.groupby([*trained, SEGMENT], sort=False):
-                of = of.sort_values(x)
-                tokens = [float(f"{value:.3g}") for value in of[x]]
-                drawn.append(Line(_label(trained, key), tokens, of[measure].tolist()))
+            drawn = _lines(found, trained, x, measure)
             caption = f"{sweep}: {measure} over {x} at inference, a line for each training."
-            name = f"sweep-{slug(side)}-{slug(measure)}"
-            made.append(Plot(name, caption, lines(drawn, x, measure), 2.8 + 0.12 * len(drawn)))
+            if (found[SEGMENT] != NONE).any():
+                caption += " Hollow marks are those of segments."
+            made.append(
+                Plot(f"sweep-{slug(side)}-{slug(measure)}", caption, lines(drawn, x, measure))
+            )
     return made
+
+
+def _lines(found: pd.DataFrame, trained: Sequence[str], x: str, measure: str) -> list[Line]:
+    """A line for each training; those of its segments have its colour and mark."""
+    drawn: list[Line] = []
+    first: dict[Any, int] = {}  # the line of each training
+    named = set()
+    for (*key, segment), of in found.groupby([*trained, SEGMENT], sort=False):
+        of = of.sort_values(x)
+        points = [float(f"{value:.3g}") for value in of[x]], of[measure].tolist()
+        names = [name.rpartition(".")[2] for name in trained]
+        label = ", ".join(f"{name}={value}" for name, value in zip(names, key, strict=True))
+        like = first.setdefault(tuple(key), len(drawn))
+        if like == len(drawn):
+            drawn.append(Line(label if segment == NONE else f"{label}, {segment}", *points))
+        else:
+            drawn.append(Line("" if segment in named else segment, *points, like=like))
+            named.add(segment)
+    return drawn
 
 
 def _cell(value: float, form: str) -> str:
@@ -139,10 +154,3 @@ def _cell(value: float, form: str) -> str:
 def _reading(row: pd.Series) -> str:
     """The heading of a column of a grid."""
     return ", ".join(str(row[name]) for name in COLUMNS if row[name] != NONE)
-
-
-def _label(trained: Sequence[str], key: Sequence[Any]) -> str:
-    """The name of a line: the training, and the segments if it reads any."""
-    names = [name.rpartition(".")[2] for name in trained]
-    parts = [f"{name}={value}" for name, value in zip(names, key, strict=False)]
-    return ", ".join(parts if key[-1] == NONE else [*parts, str(key[-1])])

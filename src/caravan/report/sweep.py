@@ -154,6 +154,7 @@ def tables(sweep: Sweep) -> list[Table]:
     """The jobs, and their means over seeds if there are several seeds; none without a score."""
     if not sweep.measures:
         return []
+    reads = bool(set(readings.COLUMNS) & set(sweep.varied))
     note = depth_note({sweep.labels[run]: record for run, record in sweep.records.items()})
     scores = sweep.rows[sweep.measures].astype(float)
     scores[[name for name in scores if name not in sweep.scores]] = float("nan")
@@ -161,13 +162,12 @@ def tables(sweep: Sweep) -> list[Table]:
     for name in sweep.measures:
         cells[name] = [_digits(name, value) for value in sweep.rows[name]]
     made: list[Table] = []
-    if sweep.trained and sweep.scores and set(readings.COLUMNS) & set(sweep.varied):
-        first, form = sweep.scores[0], "{:.4f}"
-        made += readings.grids(sweep.name, sweep.means(), sweep.trained, first, form)
+    if sweep.trained and sweep.scores and reads:
+        made += readings.grids(sweep.name, sweep.means(), sweep.trained, sweep.scores[0])
     made.append(
         Table(
             "sweep",
-            f"{sweep.name}, a row for each job{'.' if note else ''}{note}",
+            f"{sweep.name}, a row for each job{' and reading' * reads}{'.' if note else ''}{note}",
             list(cells),
             cells.to_numpy().tolist(),
             max(1, len(sweep.varied)),
