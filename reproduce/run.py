@@ -77,8 +77,7 @@ class Commands:
             raise CommandError(f"failed before: {command}")
         code, done = self.code["pytest" in command], self.done.get(command, {})
         if done and not (self.keep or done["code"] == code):
-            if name := re.search(r"\bname=(reproduce/\S+)", command):
-                shutil.rmtree(Path("runs", name[1]), ignore_errors=True)
+            shutil.rmtree(run_dir(command), ignore_errors=True)
             done = {}
         if done.get("finished"):
             return done
@@ -97,6 +96,8 @@ class Commands:
         if status:
             self.failed.add(command)
             raise CommandError(f"exit status {status}, see {log}: {command}")
+        # Half a gigabyte and more a training, and no longer needed.
+        shutil.rmtree(run_dir(command) / "checkpoints", ignore_errors=True)
         return self._write(command, code, seconds, finished=True)
 
     def _write(self, command: str, code: str, seconds: float, finished: bool) -> dict[str, Any]:
@@ -185,6 +186,12 @@ def typed(command: str) -> list[str]:
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **manifests.versions()}
+
+
+def run_dir(command: str) -> Path:
+    """The folder below `OUT` that a command writes; one that does not exist if it names none."""
+    name = re.search(r"\bname=reproduce/(\S+)", command)
+    return OUT / (name[1] if name else digest(command))
 
 
 def needs_data(row: dict[str, Any]) -> bool:

@@ -159,6 +159,7 @@ def test_a_finished_command_is_repeated_only_with_other_code(runner: Runner) -> 
     output = Path("runs/reproduce/x1/output")
     output.parent.mkdir()
     output.touch()
+    assert not run.run_dir("echo 2 >> log").exists()
     runner(rows)
     runner(rows, "--keep", code="other")
     assert len(Path("log").read_text().split()) == 4
