@@ -96,10 +96,9 @@ def entry(
                     raise SystemExit(USER)
                 sweep = None
                 if not ANSWERED & set(sys.argv[1:]):
-                    from caravan.cli import compose, sweeps  # they import torch
+                    from caravan.cli import compose  # it imports torch
 
-                    sys.argv[1:] = compose.preflight(sys.argv[1:], conf, name)
-                    sweep = sweeps.folder_of(sys.argv[1:])
+                    sys.argv[1:], sweep = compose.preflight(sys.argv[1:], conf, name)
                 failed = False
                 try:
                     program(_job(task, root))()
@@ -133,6 +132,7 @@ def _job(task: Task, root: type) -> Task:
         sweep = settings.mode == RunMode.MULTIRUN
         if not is_main_process():
             logging.getLogger().setLevel(logging.WARNING)
+        cfg.run_dir = settings.run.dir
         if sweep:
             cfg.run_dir = os.path.join(settings.sweep.dir, settings.sweep.subdir).rstrip("/")
         try:
@@ -156,7 +156,7 @@ def _job(task: Task, root: type) -> Task:
     def checked(cfg: DictConfig) -> Any:
         from caravan.cli import compose
 
-        compose.refuse(cfg, root)
+        compose.refuse([f"{one.key}: {one.text}" for one in compose.check(cfg, root)])
         try:
             return task(cfg)
         except RuntimeError as error:

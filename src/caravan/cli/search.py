@@ -52,7 +52,7 @@ def search(cfg: DictConfig, queries: list[str] | None, as_json: bool) -> None:
 
 def searcher_of(cfg: DictConfig) -> Searcher:
     """The search of a config, with all models loaded and the corpus indexed."""
-    collection = build(cfg, "data")["data"].collection(Path(cfg.cache_dir))
+    collection = build(cfg, "data").collection(Path(cfg.cache_dir))
     store = Store(Path(cfg.store), None if cfg.reuse is None else Path(cfg.reuse))
     return open_searcher(collection, systems_of(cfg), store, models_of(cfg))
 
