@@ -215,7 +215,7 @@ TOGETHER = (
         "index.k=5": "set index.k=10",
         "callbacks.mine.patience=3": "callbacks.mine (command line): it has no _target_",
         "loss._target_=???": "loss._target_ (command line): it is not set (???)",
-        "validation.run_depth=1,2": "add --multirun",
+        "validation.run_depth=1,2": "several values; add -m",
     },
     {"+experiment=no": "+experiment=no (command line): write experiment=no, without +"},
 )
@@ -306,28 +306,6 @@ name: 2024_11_29
         "name": 16,
     }
     assert places == {f"{key} (conf/experiment/typos.yaml:{line}" for key, line in wanted.items()}
-
-
-@pytest.mark.parametrize(
-    ("text", "place"),
-    [
-        (
-            "name: x\ntrainer:\n  max_steps: 3\n   max_epochs: 4",
-            "conf/experiment/x.yaml:5: not YAML",
-        ),
-        ("defaults:\n  - override /backbone: tiny_lama", "there is no backbone/tiny_lama; did you"),
-        ("name: ${nme}", "name (conf/experiment/x.yaml:2)"),
-    ],
-)
-def test_a_file_that_cannot_be_composed(conf: Path, lines: Lines, text: str, place: str) -> None:
-    (conf / "experiment/x.yaml").write_text(f"# @package _global_\n{text}\n")
-    (line,) = lines("experiment=x")
-    assert place in line
-
-
-def test_a_composed_config_is_typed(conf: Path) -> None:
-    cfg = compose(conf, "train", ["name=2024", "optimizer.rate=1", "trainer.val_check_interval=5"])
-    assert (cfg.name, cfg.run_dir, cfg.trainer.val_check_interval) == ("2024", "runs/2024", 5)
 
 
 def test_own_configs_come_from_a_further_folder(conf: Path, lines: Lines, tmp_path: Path) -> None:

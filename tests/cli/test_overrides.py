@@ -130,6 +130,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("hydra: {job: {chdir: true}}", "hydra.job.chdir"),
         ('name: "a\\0b"', "name ("),
         ("- name", "experiment/wild"),
+        ("name: x\ntrainer:\n  max_steps: 3\n   max_epochs: 4", "wild.yaml:5: not YAML"),
+        ("name: ${nme}", "name (conf/experiment/wild.yaml:2): ${nme} refers to no setting"),
         ("name", "name ("),
         ("name: jos\udce9", "experiment/wild.yaml"),
     ],

@@ -324,6 +324,9 @@ class Composer(AbstractContextManager["Composer"]):
             return f"{file}.yaml: not UTF-8: {error.reason}"
         if isinstance(error, RecursionError):
             return f"{file} is nested too deeply, or its defaults include {file} again"
+        if "Ambiguous value" in text or "requires --multirun" in text:
+            remedy = "put a list into brackets, or a text into quotes"
+            return f"several values; add -m to run them all, {remedy}"
         if text.startswith("Could not append to config"):
             return "it is already set; remove the +"
         if text.startswith("Could not override") and top(file) in self.known:

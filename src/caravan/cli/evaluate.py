@@ -1,5 +1,7 @@
 """The task of `evaluate.py`: build an evaluation from the config, run it and print its metrics.
 
+`searcher_of` builds what `python -m caravan.search` answers queries with.
+
     python evaluate.py retriever=<model folder>|bm25|<run file> data=beir data.path=<folder>
     python evaluate.py retriever=[bm25,<model folder>] fuse=rrf reranker=<model folder>
     python evaluate.py retriever=bm25 data=beir data.path=/data/beir 'collections=[scifact,quora]'
@@ -29,8 +31,10 @@ from caravan.report.suites import show_suite
 from caravan.report.summary import show_stages
 from caravan.retrieval import pipeline
 from caravan.retrieval.inference import Models
+from caravan.retrieval.interactive import Searcher, open_searcher
 from caravan.retrieval.pipeline import Evaluation
 from caravan.retrieval.rerank import Reranking
+from caravan.retrieval.store import Store
 from caravan.retrieval.systems import Component, Systems
 
 CORPUS = ("corpus.jsonl", "corpus.jsonl.gz")
@@ -95,6 +99,13 @@ def systems_of(cfg: DictConfig) -> Systems:
         block=cfg.block,
         **parts,
     )
+
+
+def searcher_of(cfg: DictConfig) -> Searcher:
+    """The search of a config, with all models loaded and the corpus indexed."""
+    collection = build(cfg, "data").collection(Path(cfg.cache_dir))
+    store = Store(Path(cfg.store), None if cfg.reuse is None else Path(cfg.reuse))
+    return open_searcher(collection, systems_of(cfg), store, models_of(cfg))
 
 
 def _open(cfg: DictConfig, models: Models) -> Evaluation:

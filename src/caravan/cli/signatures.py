@@ -80,8 +80,8 @@ def takes(target: Any, node: bool = True) -> type[BaseModel] | None:
         parameters = inspect.signature(target).parameters.values()
     except (ValueError, TypeError):
         return None
-    function = inspect.unwrap(target.__init__ if isinstance(target, type) else target)
-    scope = getattr(function, "__globals__", {})
+    maker = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    scope = getattr(inspect.unwrap(maker), "__globals__", {})
     config = ConfigDict(arbitrary_types_allowed=True, strict=True, extra="forbid")
     fields: dict[str, Any] = {name: (hint, None) for name, hint in RESERVED.items() if node}
     for one in parameters:
@@ -97,7 +97,7 @@ def takes(target: Any, node: bool = True) -> type[BaseModel] | None:
         f"field_{name}": (hint, Field(default, alias=name))
         for name, (hint, default) in fields.items()
     }
-    return create_model("Arguments", __config__=config, **aliased)  # type: ignore[call-overload, no-any-return]
+    return create_model("Arguments", __config__=config, **aliased)  # type: ignore[call-overload]
 
 
 def _resolved(annotation: Any, scope: dict[str, Any], config: ConfigDict) -> Any:
