@@ -132,9 +132,10 @@ def _job(task: Task, root: type) -> Task:
         sweep = settings.mode == RunMode.MULTIRUN
         if not is_main_process():
             logging.getLogger().setLevel(logging.WARNING)
-        cfg.run_dir = settings.run.dir
         if sweep:
             cfg.run_dir = os.path.join(settings.sweep.dir, settings.sweep.subdir).rstrip("/")
+        else:
+            cfg.run_dir = settings.run.dir
         try:
             # Other ranks write no files, and a search needs no exclusive run_dir.
             alone = is_main_process() and root is not schema.Search

@@ -72,8 +72,8 @@ def unreadable(text: str, reason: str) -> str:
     if not equals:
         return "no setting; write key=value"
     if given.startswith("~"):
-        instead = f"\"{name}='$HOME{given[1:]}'\""
-        return f"the shell does not expand ~ there; put it into quotes: {instead}"
+        home = f"\"{name}='$HOME{given[1:]}'\""
+        return f"the shell does not expand ~ there; put it into quotes: {home}"
     reason = f"cannot be read: {reason.splitlines()[0]}"
     instead = quoted(name, given)
     if instead is None or given[:1] in "[{'\"" or "Error while evaluating" in reason:
