@@ -245,7 +245,7 @@ def test_all_mistakes_are_reported_at_once(lines: Lines, mistakes: dict[str, str
         ("", "retriever (conf/evaluate.yaml"),
         ("retriever=bm25 reranker=HOME/retriever", "is a retriever; give the folder of"),
         ("retriever=[bm25,HOME/reranker]", "is a reranker; give the folder of a retriever"),
-        ("retriever=bm25 reranker=HOME/some.trec", "some.trec: no such model folder"),
+        ("retriever=bm25 reranker=HOME/some.trec", "some.trec is a file; give the model folder"),
         ("retriever=bm25 reranker=HOME/empty", "empty has no caravan.json"),
         (
             "retriever=HOME/remote",

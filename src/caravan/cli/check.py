@@ -253,6 +253,7 @@ def _wanted(error: Any) -> str:
     if error["type"] in NO_OBJECT:
         return OBJECT
     text = re.sub("^(Input|Value|List)( error,)? (should (be )?)?", "", error["msg"])
+    text = text.split(" after validation")[0]
     text = text.replace("valid array", "list").replace("an object", "a mapping")
     return text.replace("None", "null")
 
@@ -304,31 +305,36 @@ def model_folder(config: Config, key: str, kind: str = "", setting: str = SETTIN
     """A model folder is there, suits its stage, and may run the code that it needs.
 
     Args:
-        key: of its path; a "retriever" may also be bm25, a run file, or a list of all these.
+        key: of its path; for a "retriever" also bm25, a run file (not in a search), or a list.
         kind: of the model; "" for any.
         setting: the key that allows remote code.
     """
-    given = config.get(key)
+    given, runs = config.get(key), kind == "retriever" and "model" not in config.values
     names = {f"{key}[{i}]": name for i, name in enumerate(given)} if isinstance(given, list) else {}
     for place, name in (names or {key: given}).items():
         of_each = place in config.references and config.get("collections")  # a run of each
-        if name in (None, "bm25") or of_each or (kind == "retriever" and Path(name).is_file()):
+        if name in (None, "bm25") or of_each:
             continue
-        if not Path(name).exists():
+        text, folder = "", Path(name)
+        if not folder.exists():
             bm25 = did_you_mean(name, ["bm25"] if kind == "retriever" else [])
-            near = bm25 or neighbour(Path(name))
+            near = bm25 or neighbour(folder)
             stage = " stage=reranker" if kind == "reranker" else ""
             hint = f"; did you mean {near}?" if near else adoption(name, stage)
-            config.add(key, f"there is no folder {name}{hint}", "folder")
-            continue
-        try:
-            encoding, facts = read_encoding(Path(name))
-            is_allowed(Path(name), encoding, facts, config.get(setting) is True)
-        except InputError as error:
-            config.add(key, str(error), "folder")
-            continue
-        if kind not in ("", encoding.kind):
-            config.add(key, f"{name} is a {encoding.kind}; give the folder of a {kind}", "folder")
+            text = f"there is no folder {'or run file ' if runs else ''}{name}{hint}"
+        elif folder.is_file():
+            if not runs:
+                text = f"{name} is a file; give the model folder of a {kind or 'training'}"
+        else:
+            try:
+                encoding, facts = read_encoding(folder)
+                is_allowed(folder, encoding, facts, config.get(setting) is True)
+                if kind not in ("", encoding.kind):
+                    text = f"{name} is a {encoding.kind}; give the folder of a {kind}"
+            except InputError as error:
+                text = str(error)
+        if text:
+            config.add(key, text, "folder")
 
 
 def neighbour(path: Path) -> str | None:
