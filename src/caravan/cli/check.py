@@ -114,7 +114,7 @@ class Config:
         if isinstance(node, ListConfig):
             return [self._value(node, i, (*path, i), referred) for i in range(len(node))]
         values = {str(key): self._value(node, key, (*path, str(key)), referred) for key in node}
-        if "_target_" in values and not referred:
+        if "_target_" in values and path and not referred:
             name = values["_target_"]
             self.targets[path] = None
             try:
