@@ -183,17 +183,18 @@ class Config:
     def _explain(self, path: KeyPath, errors: list[Any]) -> None:
         """Add the mistake of a key; the type of a union has an error for each of its members."""
         key, kinds, first = dotted(path), {one["type"] for one in errors}, errors[0]
-        above = self._at(path[:-1])
-        owner = dotted(path[:-1]) or "the config"
-        owner = above.get("_target_", owner) if isinstance(above, dict) else owner
+        above, node = self._at(path[:-1]), path[:-1] in self.targets
+        owner = above["_target_"] if node else dotted(path[:-1]) or "the config"
         value, text = first["input"], " or ".join(dict.fromkeys(map(_wanted, errors)))
-        if first["type"] == "missing":
+        if first["type"] == "missing" and isinstance(above, list):  # of a tuple
+            self.add(dotted(path[:-1]), "it has too few values")
+        elif first["type"] == "missing":
             if above.get("_partial_") is not True and "_args_" not in above:
                 self.add(key, f"{owner} needs it; give {key}=<value>")
         elif kinds & {"extra_forbidden", "unexpected_keyword_argument"}:
             names = self._neighbours(path)
             listed = f"; it takes {', '.join(sorted(names))}" if 0 < len(names) <= 12 else ""
-            hint = self._meant(path, names | RESERVED.keys()) or listed
+            hint = self._meant(path, names | RESERVED.keys() if node else names) or listed
             self.add(key, f"{owner} has no setting {path[-1]!r}{hint}")
         elif isinstance(value, dict) and kinds & NO_OBJECT:
             self._no_object(path)
