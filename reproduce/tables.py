@@ -1,4 +1,4 @@
-"""Render the ledger into the tables of docs/papers.md.
+"""Render the ledger into the tables of docs/papers.md and docs/results.md.
 
 python reproduce/tables.py
 """
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from reproduce import run
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "papers.md"
+PAGES = [HERE.parent / "docs" / name for name in ("papers.md", "results.md")]
 PAPERS = ("repllama", "rankllama", "llara")
 
 
@@ -43,15 +44,13 @@ def published(results: list[dict[str, Any]], name: str) -> str:
 
 
 def commands(results: list[dict[str, Any]]) -> str:
-    """The command and the last measured values of every result."""
+    """The command and the status of every published result."""
     rows = []
     for one in results:
-        values, measured = one["published"], one["measured"] or {}
-        metric = ", ".join(values) if len(values) < 4 else "all"
-        found = ", ".join(str(value) for value in measured.values()) or "not measured"
+        metric = ", ".join(one["published"]) if len(one["published"]) < 4 else "all"
         what = f"{one['row']}, {one['table']}: {metric}"
-        rows.append([what, f"± {one['tolerance']}", found, f"`{one['command']}`"])
-    return table(["result", "tolerance", "measured", "command"], rows)
+        rows.append([what, f"± {one['tolerance']}", "not run", f"`{one['command']}`"])
+    return table(["result", "tolerance", "status", "command"], rows)
 
 
 def steps(paper: dict[str, Any]) -> str:
@@ -63,18 +62,78 @@ def steps(paper: dict[str, Any]) -> str:
     return table(["step", "hours, 1 A800", "16", "GiB per GPU", "command"], rows)
 
 
-def render(page: str) -> str:
-    """The page with its tables, between `<!-- ledger: name -->` and `<!-- end -->`, renewed."""
+def expected(row: dict[str, Any]) -> str:
+    """The expectation of a measured row."""
+    expect = row["expect"]
+    if "values" in expect:
+        values = ", ".join(f"{name} {value}" for name, value in expect["values"].items())
+        return f"{values}, ± {row['tolerance']}"
+    return "ahead with every seed, p < .05" if "better" in expect else f"equals {row['peer']}"
+
+
+def found(row: dict[str, Any], record: dict[str, Any]) -> str:
+    """The measured values of a row."""
+    values = record["values"]
+    if "better" not in row["expect"]:
+        return ", ".join(f"{name} {value}" for name, value in values.items())
+    ahead, behind = (" / ".join(f"{x:.3f}" for x in values[key]) for key in ("better", "than"))
+    p = "< 1e-4" if values["p"] < 1e-4 else f"= {values['p']}"
+    return (
+        f"{values['measure']} {ahead}, not {behind}: {values['difference']:+.3f}, p {p},"
+        f" {values['queries']:,} queries"
+    )
+
+
+def measured(group: str | None) -> str:
+    """The measured rows of a group with their status; None: the tests."""
+    records, rows = run.read(run.MEASURED), []
+    for name, row in run.rows().items():
+        if row.get("group") != group:
+            continue
+        record = records.get(name, {})
+        cells = ["", "not run", ""]
+        if record.get("row") == run.row_digest(row):  # else of other commands
+            status = "measured: " + ("as expected" if record["passed"] else "not as expected")
+            cells = [found(row, record), status, f"{record['date']}, {record['seconds']} s"]
+        about = [f"`{name}`", row["claim"]]
+        about += [] if group is None else [f"{row['collection']} ({row['source']})"]
+        rows.append([*about, expected(row), *cells])
+    head = ["row", "claim", *([] if group is None else ["collection (source)"])]
+    return table([*head, "expected", "measured", "status", "date, time"], rows)
+
+
+def machines() -> str:
+    """Where the measured rows were measured."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name, record in run.read(run.MEASURED).items():
+        versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
+        rows.setdefault((record["machine"], versions), []).append(f"`{name}`")
+    return table(
+        ["machine", "versions", "rows"], [[*where, ", ".join(of)] for where, of in rows.items()]
+    )
+
+
+def tables() -> dict[str, str]:
+    """Every table by its name in `<!-- ledger: name -->`."""
     papers = ledger()
     results = [result for paper in papers.values() for result in paper["results"]]
-    tables = {name: published(results, name) for name in {one["table"] for one in results}}
-    tables |= {f"steps {name}": steps(paper) for name, paper in papers.items()}
-    tables["commands"] = commands(results)
-    for name, text in tables.items():
-        before, start, rest = page.partition(f"<!-- ledger: {name} -->\n")
-        page = before + start + "\n" + text + "\n\n" + rest[rest.index("<!-- end -->") :]
+    found = {name: published(results, name) for name in {one["table"] for one in results}}
+    found |= {f"steps {name}": steps(paper) for name, paper in papers.items()}
+    groups = {row.get("group") for row in run.rows().values()}
+    found |= {f"measured {group or 'tests'}": measured(group) for group in groups}
+    return {**found, "commands": commands(results), "machines": machines()}
+
+
+def render(page: str) -> str:
+    """The page with its tables, between `<!-- ledger: name -->` and `<!-- end -->`, renewed."""
+    for name, text in tables().items():
+        mark = f"<!-- ledger: {name} -->\n"
+        if mark in page:
+            before, _, rest = page.partition(mark)
+            page = before + mark + "\n" + text + "\n\n" + rest[rest.index("<!-- end -->") :]
     return page
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(PAGE.read_text()))
+    for path in PAGES:
+        path.write_text(render(path.read_text()))

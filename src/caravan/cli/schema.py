@@ -118,6 +118,7 @@ class Rerank:
 
     depth: PositiveInt
     weight: Annotated[float, Gt(0), Le(1)]
+    normalise: Literal["minmax", "zscore", "none"]
     rest: Literal["drop", "keep"]
     judged: bool
     block: PositiveInt

@@ -27,8 +27,10 @@ class Reranking:
 
     Attributes:
         depth: candidates per query, from the top.
-        weight: weight of the reranker's score; the first-stage score has weight 1 - `weight`. Both
-            are scaled to 0..1 per query. With weight 1 the reranker's score is not scaled.
+        weight: weight of the reranker's score; the first-stage score has weight 1 - `weight`. With
+            weight 1 the reranker's score is used as it is.
+        normalise: how both are scaled before they are added, see
+            `caravan.retrieval.fusion.Weighted`.
         rest: "drop" candidates ranked below `depth`, or "keep" them at the end in their old order.
         judged: also score the judged passages of each query, for a run used as a teacher.
         block: pairs per block.
@@ -40,6 +42,7 @@ class Reranking:
 
     depth: int = 100
     weight: float = 1.0
+    normalise: Literal["minmax", "zscore", "none"] = "minmax"
     rest: Literal["drop", "keep"] = "drop"
     judged: bool = False
     block: int = 2048
@@ -89,7 +92,8 @@ class Reranker:
         scores = self.scores(query_rows, passage_rows, queries, corpus, save)
         run = Run.from_flat(query_rows, passage_rows, scores, all_queries=candidates.query_rows)
         if self.settings.weight < 1:
-            run = Weighted([self.settings.weight, 1 - self.settings.weight])([run, top])
+            weights = [self.settings.weight, 1 - self.settings.weight]
+            run = Weighted(weights, self.settings.normalise)([run, top])
         return run if self.settings.rest == "drop" else _with_rest(run, candidates, len(corpus))
 
     def scores(

