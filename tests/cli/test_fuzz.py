@@ -14,7 +14,7 @@ from caravan.cli.compose import Composer, preflight
 from caravan.errors import InputError
 
 SECONDS = 10
-"""The longest that a mutant may take."""
+"""The longest that a mutant may take, of the processor: other programs may slow this one."""
 OVERRIDES = {
     "train": (
         "name=some/run", "seed=3", "data=beir", "data.path=.", "data.split=dev", "resume=true",
@@ -117,9 +117,9 @@ def mutated_yaml(seed: int) -> bytes:
 
 def check(composer: Composer, overrides: list[str]) -> None:
     """Compose and check; what composes resolves, and a name is the text that was typed."""
-    started = time.monotonic()
+    started = time.process_time()
     cfg, lines = composer.collect(overrides)
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
     assert all(line.strip() and "Traceback" not in line for line in lines)
     if lines or cfg is None:
         return
@@ -152,10 +152,10 @@ def test_many_mutated_overrides_are_run_or_answered(conf: Path, root: str, start
     for seed in range(start, start + 40):
         overrides = mutated_overrides(root, seed)
         for flags in ([], ["-m"]):
-            started = time.monotonic()
+            started = time.process_time()
             with contextlib.suppress(InputError):
                 preflight([*flags, "--", *overrides], conf, root)
-            assert time.monotonic() - started < SECONDS, overrides
+            assert time.process_time() - started < SECONDS, overrides
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from tests.commands import ROOT, evaluate
 
 from caravan.cli.compose import compose
-from caravan.cli.search import searcher_of
+from caravan.cli.evaluate import searcher_of
 from caravan.data.collection import Collection
 from caravan.data.runs import read_run
 from caravan.retrieval import store

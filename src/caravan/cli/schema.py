@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -20,23 +19,16 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from pydantic import AfterValidator, NonNegativeInt, PositiveInt
+from pydantic_core import PydanticCustomError
 
 from caravan.encoding import Encoding
 
 
-@dataclass(frozen=True)
-class Node:
-    """A mapping with a `_target_`, as a value that is checked."""
-
-    target: Any  # what `_target_` names; None if unknown
-
-
 def _chosen(value: Any) -> Any:
     """The validator of what a group of conf/ chooses."""
-    if isinstance(value, Node):
-        return value
-    has_keys = isinstance(value, Mapping) and value
-    raise ValueError("has no _target_" if has_keys else "is not chosen")
+    if not isinstance(value, dict) or "_target_" not in value:
+        raise PydanticCustomError("no_object", "a mapping with a _target_")
+    return value
 
 
 def _printable(text: str) -> str:
@@ -228,16 +220,12 @@ def recorded(cfg: DictConfig) -> str:
     return text if command is None else f"# {' '.join(command.split())}\n{text}"
 
 
-def build(cfg: DictConfig, *names: str) -> dict[str, Any]:
-    """The objects that nodes of the root describe; a value without `_target_` is plain data.
+def build(cfg: DictConfig, name: str) -> Any:
+    """The object that a node of the root describes; a value without `_target_` is plain data.
 
     Lists and mappings become Python's own: an adapter could not save a ListConfig, for example.
     """
     from hydra.utils import instantiate
 
-    return {
-        name: instantiate(cfg[name], _convert_="all")
-        if isinstance(cfg[name], DictConfig)
-        else cfg[name]
-        for name in names
-    }
+    node = cfg[name]
+    return instantiate(node, _convert_="all") if isinstance(node, DictConfig) else node
