@@ -198,6 +198,13 @@ def test_a_folder_is_a_language_model_of_transformers_with_the_ids_of_its_templa
         folder.load(tmp_path / "m")
 
 
+def test_an_answer_that_the_tokenizer_would_join_with_the_suffix_is_read_alone(
+    tokenizer: Any,
+) -> None:
+    joined = replace(TOKEN, suffix="answer: sal", positive="t", negative="r")
+    assert answer_ids(tokenizer, joined) == tuple(tokenizer.convert_tokens_to_ids(["t", "r"]))
+
+
 def test_the_files_of_sentence_transformers_must_agree(tokenizer: Any, tmp_path: Path) -> None:
     model = TokenScorer(
         tiny_backbone().language_model(tokenizer), TOKEN, answer_ids(tokenizer, TOKEN)
@@ -223,7 +230,7 @@ def test_the_files_of_sentence_transformers_must_agree(tokenizer: Any, tmp_path:
     [
         ({"positive": "yes"}, "encoding.positive='yes' is 2 tokens"),
         ({"negative": "  silk"}, "encoding.negative='  silk' is 2 tokens"),
-        ({"suffix": "answer: s", "positive": "alt"}, "encoding.positive='alt' merges with the end"),
+        ({"suffix": "answer: ", "positive": "salt"}, "encoding.positive='salt' merges with"),
     ],
 )
 def test_a_text_that_is_not_one_token_after_the_suffix_is_refused(
