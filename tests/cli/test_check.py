@@ -180,7 +180,7 @@ TOGETHER = (
         "data=beir": "data.path (conf/data/beir.yaml:2): it is not set (???); give data.path=",
         "encoding.poling=cls": "encoding has no setting 'poling'; did you mean encoding.pooling?",
         "batching.token_budget=0": "greater than 0, not 0",
-        "validation.read_lengths=[64,2]": "validation.read_lengths[1] (command line)",
+        "validation.readings=[{segment:best},{query_length:2}]": "validation.readings[1].query_l",
         "gradcache=3": "gradcache (command line)",
         "precision=bf61": "did you mean bf16?",
         "name=": "name (command line): it is empty",

@@ -21,7 +21,7 @@ OVERRIDES = {
         "encoding.pooling=mean", "encoding.query_template='query: {text}'", "loss.rate=1e-3",
         "trainer.max_steps=5", "loss.options={a:3}", "loss.betas=[0.9,0.99]", "precision=bf16",
         "backbone=tiny_llama", "+callbacks.mine={_target_:parts.Part}", "~callbacks.best",
-        "run_dir=runs/${name}", "validation.read_lengths=[64,128]", "cache_dir=.cache",
+        "run_dir=runs/${name}", "validation.readings=[{query_length:8}]", "cache_dir=.cache",
     ),
     "evaluate": (
         "retriever=bm25", "name=x", "measures=[MRR@10,R@100]", "index.k=1000", "data=beir",
@@ -56,7 +56,7 @@ trainer:
   max_steps: 5
 callbacks:
   mine: {_target_: parts.Part, size: 3}
-validation: {read_lengths: [64, 128]}
+validation: {readings: [{passage_length: 64}, {segment: best}]}
 """
 PIECES = (
     "? x", "- y", "*c", "&d [*d]", "<<: *c", "!!python/name:os.system", "!x", "| \n  text", "---",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from caravan.cli.check import Config, Rule, measures_are_computed, model_folder, neighbour
 from caravan.cli.schema import build, recorded
+from caravan.data.segments import Reading
 from caravan.errors import InputError
 from caravan.files import listed
 from caravan.report.records import to_depth
@@ -95,7 +96,7 @@ def systems_of(cfg: DictConfig) -> Systems:
         retrievers=names if isinstance(names, list) else [names],
         reranker=None if cfg.reranker is None else Path(cfg.reranker),
         rerank=Reranking(**settings["rerank"]),
-        lengths={name: settings[name] for name in ("query_length", "passage_length")},
+        reading=Reading(**{one.name: settings[one.name] for one in fields(Reading)}),
         block=cfg.block,
         **parts,
     )

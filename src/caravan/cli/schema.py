@@ -64,6 +64,16 @@ class Batching:
     num_workers: NonNegativeInt
 
 
+@dataclass(kw_only=True)
+class Read:
+    """How much of a text is read (`caravan.data.segments.Reading`)."""
+
+    query_length: LENGTH | None = None
+    passage_length: LENGTH | None = None
+    segment: Literal["first", "best"] | None = None
+    segment_words: PositiveInt = 150
+
+
 @dataclass
 class Validation:
     """What the validation during training searches (`caravan.data.datamodule.DataModule`)."""
@@ -73,7 +83,7 @@ class Validation:
     train_queries: PositiveInt | None
     run: str | None
     run_depth: PositiveInt
-    read_lengths: list[LENGTH]
+    readings: list[Read]
 
 
 @dataclass
@@ -112,8 +122,8 @@ class Train:
     callbacks: NODES
 
 
-@dataclass
-class Rerank:
+@dataclass(kw_only=True)
+class Rerank(Read):
     """How candidates are reranked (`caravan.retrieval.rerank.Reranking`)."""
 
     depth: PositiveInt
@@ -122,14 +132,10 @@ class Rerank:
     rest: Literal["drop", "keep"]
     judged: bool
     block: PositiveInt
-    query_length: LENGTH | None
-    passage_length: LENGTH | None
-    segment: Literal["first", "best"] | None
-    segment_words: PositiveInt
 
 
-@dataclass
-class Pipeline:
+@dataclass(kw_only=True)
+class Pipeline(Read):
     """Retrieve, fuse, rerank: what the roots of evaluate.yaml and search.yaml have in common."""
 
     name: NAME
@@ -138,8 +144,6 @@ class Pipeline:
     store: PATH
     reranker: str | None
     rerank: Rerank
-    query_length: LENGTH | None
-    passage_length: LENGTH | None
     token_budget: PositiveInt | None
     num_workers: NonNegativeInt
     precision: PRECISION
@@ -152,7 +156,7 @@ class Pipeline:
     fuse: NODE
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Evaluate(Pipeline):
     """The root of conf/evaluate.yaml."""
 
@@ -162,7 +166,7 @@ class Evaluate(Pipeline):
     ignore_identical_ids: bool
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Search(Pipeline):
     """The root of conf/search.yaml."""
 

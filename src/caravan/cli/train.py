@@ -15,6 +15,7 @@ from caravan.cli.check import Config, Rule, is_class, measures_are_computed, mod
 from caravan.cli.schema import build, recorded
 from caravan.cli.signatures import did_you_mean, locate
 from caravan.data.negatives import Negatives, Sampler
+from caravan.data.segments import Reading
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import hardware
@@ -66,7 +67,7 @@ def train(cfg: DictConfig) -> float | None:
         loggers=[logger for logger in (parts["logger"] or {}).values() if logger is not None],
         callbacks=[callback for callback in parts["callbacks"].values() if callback is not None],
         train_queries=validation.pop("train_queries"),
-        read_lengths=validation.pop("read_lengths"),
+        readings=[Reading(**one) for one in validation.pop("readings")],
         validation=validation,
         gradcache=cfg.gradcache.chunk,
         settings=settings,
