@@ -15,15 +15,15 @@ import numpy as np
 
 from caravan.data.collection import Qrels
 from caravan.data.runs import Run
-from caravan.data.segments import Segments
+from caravan.data.segments import Reading, cut
 from caravan.retrieval.fusion import Weighted
 from caravan.retrieval.inference import Inference
 from caravan.retrieval.store import Compute, Shards
 
 
 @dataclass(frozen=True)
-class Reranking:
-    """Settings of reranking.
+class Reranking(Reading):
+    """Settings of reranking; those of how pairs are read are in `Reading`.
 
     Attributes:
         depth: candidates per query, from the top.
@@ -34,10 +34,6 @@ class Reranking:
         rest: "drop" candidates ranked below `depth`, or "keep" them at the end in their old order.
         judged: also score the judged passages of each query, for a run used as a teacher.
         block: pairs per block.
-        query_length, passage_length: in tokens; override those of the model folder.
-        segment: None scores the document up to `passage_length`; "first" scores its first segment;
-            "best" scores all segments and takes the highest score.
-        segment_words: words per segment.
     """
 
     depth: int = 100
@@ -46,16 +42,6 @@ class Reranking:
     rest: Literal["drop", "keep"] = "drop"
     judged: bool = False
     block: int = 2048
-    query_length: int | None = None
-    passage_length: int | None = None
-    segment: Literal["first", "best"] | None = None
-    segment_words: int = 150
-
-    @property
-    def lengths(self) -> dict[str, int]:
-        """The lengths that override those of the model folder."""
-        lengths = {"query_length": self.query_length, "passage_length": self.passage_length}
-        return {name: length for name, length in lengths.items() if length is not None}
 
 
 Save = Callable[[int, Compute], Shards]
@@ -105,22 +91,12 @@ class Reranker:
         save: Save | None = None,
     ) -> np.ndarray:
         """Scores [N] float32 of pairs; arguments as in `rerank`."""
-        counts = None
-        if self.settings.segment is not None and len(passage_rows):
-            corpus = Segments(corpus, passage_rows, self.settings.segment_words)
-            passage_rows, counts = corpus.of(passage_rows)
-            if self.settings.segment == "first":
-                passage_rows, counts = passage_rows[np.cumsum(counts) - counts], None
-            else:
-                query_rows = np.repeat(query_rows, counts)
-        block = self.settings.block
+        read = cut(corpus, passage_rows, self.settings)
+        query_rows, block = read.repeated(query_rows), self.settings.block
         count = -(-len(query_rows) // block)
-        compute = self.model.score_rows(queries, corpus, query_rows, passage_rows, block)
+        compute = self.model.score_rows(queries, read.texts, query_rows, read.rows, block)
         blocks = compute(list(range(count))) if save is None else save(count, compute)
-        scores = np.concatenate([np.empty(0, dtype=np.float32), *blocks])
-        if counts is None:
-            return scores
-        return np.maximum.reduceat(scores, np.cumsum(counts) - counts)
+        return read.best(np.concatenate([np.empty(0, dtype=np.float32), *blocks]))
 
 
 def _with_judged(
