@@ -154,7 +154,7 @@ class Encoding:
         for name in ("prefix", "suffix"):
             text = "only a reranker that reads one text (encoding.pair=joined) has it"
             yield bool(getattr(self, name)) and not framed, name, text
-            text = r"it has \n as two characters; give line breaks, in bash as $'...\n...'"
+            text = "it has \\n as two characters; give line breaks, in bash as $'\"...\\n...\"'"
             yield r"\n" in getattr(self, name), name, text
         used = INSTRUCTION in self.query_template + self.passage_template
         yield used and not self.instruction, "instruction", "a template has {instruction}; set it"
