@@ -188,7 +188,7 @@ class _Chunk:
             self.counts["compared"] += len(ranked) - int(lacking.sum())
             self._remove(LACKING, lacking[self.at])
             lowest = self._lowest(of_positives)
-            lowest[lacking] = 0  # instead of infinity; their passages are removed
+            lowest[np.isinf(lowest)] = 0  # queries whose passages are all removed already
             if rules.absolute_margin is not None:
                 margin = np.float32(rules.absolute_margin)
                 self._remove("absolute_margin", scores + margin > lowest[self.at])
