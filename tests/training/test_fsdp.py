@@ -62,7 +62,7 @@ def test_two_ranks_equal_one_process(
     names = set(one.metrics) - {"train/tokens_per_second", "train/padding"}
     assert {f"val/{measure}" for measure in MEASURES} < names
     for name in names:
-        assert two["metrics"][name] == pytest.approx(one.metrics[name], abs=1e-5), name
+        assert two["metrics"][name] == pytest.approx(one.metrics[name], rel=2e-5, abs=1e-5), name
     assert_close(first.state()["state_dict"], fit.state()["state_dict"])
     if stage == "masked":  # by fewer columns from the first step on
         step, unmasked = min(one.losses), one_process["retriever"][1]
