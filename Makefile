@@ -7,18 +7,30 @@ PY := .venv/bin/python
 # Where this variable is set (many containers), every import would compile its modules again.
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(PY) -m pip install --no-compile --quiet --disable-pip-version-check
-Q := runs/quickstart
 
 .PHONY: quickstart ablation reproduce test test-all coverage check bench docs ledger clean
 
-# BM25 over the training queries gives the hard negatives; adapt a language model and train a
-# retriever from it; fuse it with BM25 over the dev queries, whose candidates the reranker is watched
-# on while it trains; then the test queries, stage by stage. A stage runs when the code or a stage
-# before it has changed since, and then it reuses what is still valid.
+# BM25's run over the training queries has the hard negatives. Adapt a language model, train a
+# retriever from it, and fuse it with BM25 over the dev queries: the candidates on which the
+# reranker is validated. Then evaluate every stage on the test queries. A stage runs again when the
+# code or a stage before it has changed, and reuses what is still valid.
 CODE := train.py evaluate.py $(shell find src conf -name '*.py' -o -name '*.yaml')
+NAME := quickstart$(SEED:%=-seed-%)
+Q := runs/$(NAME)
 NEGATIVES := runs/negatives/pydocs/metrics.json
-CANDIDATES := runs/candidates/pydocs/metrics.json
+CANDIDATES := runs/candidates/$(NAME)
 MODEL := model/caravan.json
+
+# make quickstart SEED=2: with another seed, in runs/quickstart-seed-2.
+ifdef SEED
+adapt := seed=$(SEED) name=$(NAME)/train/adapt
+retriever := seed=$(SEED) name=$(NAME)/train/retriever backbone.folder=$(Q)/train/adapt/model
+reranker := seed=$(SEED) name=$(NAME)/train/reranker backbone.folder=$(Q)/train/adapt/model \
+	validation.run=$(CANDIDATES)/runs/fused.dev.trec
+pipeline := store=$(Q)/store 'retriever=[bm25,$(Q)/train/retriever/model]'
+candidates := $(pipeline)
+pipeline += reranker=$(Q)/train/reranker/model name=$(NAME)/pipeline
+endif
 
 quickstart: $(Q)/pipeline/metrics.json
 	@$(PY) -m caravan.report table $(Q)
@@ -32,23 +44,23 @@ $(NEGATIVES): .venv/.installed $(CODE)
 	@touch $@
 
 $(Q)/train/adapt/$(MODEL): $(NEGATIVES)
-	$(PY) train.py experiment=quickstart/adapt resume=true
+	$(PY) train.py experiment=quickstart/adapt resume=true $(adapt)
 	@touch $@
 
 $(Q)/train/retriever/$(MODEL): $(Q)/train/adapt/$(MODEL)
-	$(PY) train.py experiment=quickstart/retriever resume=true
+	$(PY) train.py experiment=quickstart/retriever resume=true $(retriever)
 	@touch $@
 
-$(CANDIDATES): $(Q)/train/retriever/$(MODEL)
-	$(PY) evaluate.py experiment=quickstart/pipeline reranker=null data.split=dev index.k=100 'measures=[MRR@10,R@100]' name=candidates/pydocs
+$(CANDIDATES)/metrics.json: $(Q)/train/retriever/$(MODEL)
+	$(PY) evaluate.py experiment=quickstart/pipeline reranker=null data.split=dev index.k=100 'measures=[MRR@10,R@100]' name=candidates/$(NAME) $(candidates)
 	@touch $@
 
-$(Q)/train/reranker/$(MODEL): $(CANDIDATES)
-	$(PY) train.py experiment=quickstart/reranker resume=true
+$(Q)/train/reranker/$(MODEL): $(CANDIDATES)/metrics.json
+	$(PY) train.py experiment=quickstart/reranker resume=true $(reranker)
 	@touch $@
 
 $(Q)/pipeline/metrics.json: $(Q)/train/reranker/$(MODEL)
-	$(PY) evaluate.py experiment=quickstart/pipeline
+	$(PY) evaluate.py experiment=quickstart/pipeline $(pipeline)
 	$(PY) -m caravan.report page $(Q)
 	@touch $@
 

@@ -15,10 +15,9 @@ from tests.commands import ROOT
 from tests.retrieval.test_interactive import open_search
 
 from caravan.cli.compose import compose
-from caravan.cli.search import answer, json_line, page, read_queries
 from caravan.data.collection import Collection
 from caravan.errors import InputError
-from caravan.search import main
+from caravan.search import answer, json_line, main, page, read_queries
 
 
 def test_an_answer_has_texts_scores_and_ranks_of_each_stage(

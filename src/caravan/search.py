@@ -10,18 +10,31 @@ once: a second start, or one after an evaluation, reads the embeddings from disk
 
 from __future__ import annotations
 
+import codecs
+import json
+import logging
 import os
+import shutil
 import sys
+import textwrap
 from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from caravan.cli.main import entry
+from caravan.errors import CONTROLS, printable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from caravan.retrieval.interactive import Searcher
+
 CONF = Path(__file__).resolve().parents[2] / "conf"
+PROMPT = "question> "
+LINES = 3
+"""Lines of a passage on a screen."""
+log = logging.getLogger("caravan")
 
 
 def main() -> None:
@@ -41,9 +54,18 @@ def main() -> None:
 
     @entry("search", CONF, "-m caravan.search")
     def run(cfg: DictConfig) -> None:
-        from caravan.cli.search import search
+        from caravan.cli.evaluate import searcher_of  # imports torch
 
-        search(cfg, options.ask, options.json)
+        searcher = searcher_of(cfg)
+        log.info("%d passages of %s", len(searcher.collection.corpus), searcher.collection.name)
+        shown = json_line if options.json else page
+        for query in options.ask or read_queries(options.json):
+            try:
+                sys.stdout.write(shown(answer(query, searcher, cfg.show)))
+                sys.stdout.flush()
+            except BrokenPipeError:  # the reader has read enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise SystemExit(0) from None
 
     run()
 
@@ -53,6 +75,82 @@ def _query(text: str) -> str:
     if not query:
         raise ArgumentTypeError("it is empty; write a question after it, in quotes")
     return query
+
+
+def read_queries(quiet: bool) -> Iterator[str]:
+    """Queries typed at a terminal, until Ctrl-D or Ctrl-C, or the lines of standard input.
+
+    Args:
+        quiet: print the prompt to standard error, because a script reads standard output.
+    """
+    if not sys.stdin.isatty():
+        for number, line in enumerate(sys.stdin.buffer):
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
+            if query := text.decode("utf-8", "replace").strip():
+                yield query
+        return
+    import readline  # noqa: F401 (arrows and history in input(); Windows has none)
+
+    while True:
+        try:
+            if quiet:
+                sys.stderr.write(PROMPT)
+                sys.stderr.flush()
+            query = input("" if quiet else PROMPT).strip()
+        except (EOFError, KeyboardInterrupt):
+            sys.stderr.write("\n")
+            return
+        if query:
+            yield query
+
+
+def answer(query: str, searcher: Searcher, show: int) -> dict[str, Any]:
+    """One answer as plain data.
+
+    Returns:
+        `question`; `seconds` of each stage; `hits`, the best first, each with `rank`, `id`,
+        `title`, `text`, and its rank and score in each stage, None where the stage lacks it.
+    """
+    results = searcher(query)
+    corpus = searcher.collection.corpus
+    rows = results[-1].run.of(0)[0][:show]
+    found = {result.stage: result.ranks() for result in results}
+    texts = zip(rows.tolist(), corpus.ids(rows), corpus.get(rows), strict=True)
+    hits = []
+    for rank, (row, name, (title, text)) in enumerate(texts, start=1):
+        places = {stage: ranks.get(row, (None, None)) for stage, ranks in found.items()}
+        ranks = {stage: place[0] for stage, place in places.items()}
+        scores = {stage: place[1] for stage, place in places.items()}
+        hit = {"rank": rank, "id": name, "title": title, "text": text}
+        hits.append({**hit, "ranks": ranks, "scores": scores})
+    seconds = {result.stage: round(result.seconds, 6) for result in results}
+    return {"question": query, "seconds": seconds, "hits": hits}
+
+
+def json_line(found: dict[str, Any]) -> str:
+    """An answer for a script; control characters are escaped, because a terminal may show it."""
+    line = json.dumps(found, ensure_ascii=False)
+    return CONTROLS.sub(lambda control: f"\\u{ord(control[0]):04x}", line) + "\n"
+
+
+def page(found: dict[str, Any]) -> str:
+    """An answer for a screen: passages with score and rank in each stage, then the times."""
+    width = max(shutil.get_terminal_size().columns - 4, 20)
+    lines = [""]
+    for hit in found["hits"]:
+        head = " ".join(part for part in (hit["id"], hit["title"]) if part)
+        scores = [
+            f"{stage} -" if rank is None else f"{stage} {hit['scores'][stage]:.4g} ({rank})"
+            for stage, rank in hit["ranks"].items()
+        ]
+        text = printable(" ".join(hit["text"].split()))
+        lines += [f"{hit['rank']:>2}  {printable(head)}", f"    {'   '.join(scores)}"]
+        wrapped = textwrap.wrap(text, width, max_lines=LINES, placeholder=" ...")
+        lines += [f"    {line}" for line in wrapped]
+    if not found["hits"]:
+        lines.append("    nothing found")
+    times = ", ".join(f"{stage} {1000 * taken:.1f} ms" for stage, taken in found["seconds"].items())
+    return "\n".join([*lines, "", f"    score (rank) by stage; {times}", "", ""])
 
 
 if __name__ == "__main__":

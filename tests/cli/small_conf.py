@@ -37,6 +37,70 @@ class Evaluation:
 class Checkpoint:
     def __init__(self, monitor: str | None = None): ...
 '''
+APP = """
+import json
+import logging
+import os
+import signal
+import sys
+import types
+
+# The rules of training import Lightning; none of them is about the small configs.
+sys.modules["caravan.cli.train"] = types.SimpleNamespace(RULES=[], completed=lambda cfg: cfg)
+
+from caravan.cli.main import entry
+from caravan.errors import InputError, OccupiedError
+
+
+class Refuses:
+    def __init__(self):
+        raise InputError("empty-corpus", "the corpus is empty: corpus.jsonl:1; give another folder")
+
+
+@entry("train")
+def main(cfg):
+    from hydra.utils import instantiate
+
+    if cfg.name == "refuses":
+        raise InputError("empty-corpus", "the corpus is empty: corpus.jsonl:1; give another folder")
+    if cfg.name == "resolves":
+        str(cfg.loss.name)
+    if cfg.name == "instantiates":
+        instantiate(cfg.loss)
+    if cfg.name == "refuses_twice":
+        raise InputError("mistakes", "2 mistakes:\\n  the first\\n  the second")
+    if cfg.name == "refuses_inside":
+        instantiate({"_target_": "app.Refuses"})
+    if cfg.name == "worker_terminated":
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+    if cfg.name == "terminated":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if cfg.name == "fails":
+        raise ZeroDivisionError("a defect")
+    if cfg.name == "stopped":
+        raise KeyboardInterrupt
+    if cfg.name == "stopped_by_lightning":
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise SystemExit(1)
+    if cfg.name == "waits":
+        print("waits", flush=True)
+        input()
+    logging.getLogger("caravan.some.module").info("hello from %s", cfg.name)
+    if os.path.exists(os.path.join(cfg.run_dir, "out.json")) and "OTHER_DATA" in os.environ:
+        raise OccupiedError("run-dir-in-use", f"{cfg.run_dir} holds another run")
+    with open(os.path.join(cfg.run_dir, "out.json"), "w") as file:
+        json.dump({"cwd": os.getcwd(), "run_dir": cfg.run_dir, "seed": cfg.seed}, file)
+    with open(os.path.join(cfg.run_dir, "metrics.json"), "w") as file:
+        json.dump({"monitored": "val/MRR@10", "best": 0.25, "resume": cfg.resume,
+                   "loss": cfg.loss.get("name")}, file)
+
+
+if __name__ == "__main__":
+    main()
+"""
+"""A program whose jobs end in the way that `name` says."""
 FILES = {
     "stage": "{_target_: parts.Part, _partial_: true}",
     "backbone": "{_target_: parts.Part, size: 3}",

@@ -14,14 +14,14 @@ from caravan.cli.compose import Composer, preflight
 from caravan.errors import InputError
 
 SECONDS = 10
-"""The longest that a mutant may take."""
+"""The longest that a mutant may take, of the processor: other programs may slow this one."""
 OVERRIDES = {
     "train": (
         "name=some/run", "seed=3", "data=beir", "data.path=.", "data.split=dev", "resume=true",
         "encoding.pooling=mean", "encoding.query_template='query: {text}'", "loss.rate=1e-3",
         "trainer.max_steps=5", "loss.options={a:3}", "loss.betas=[0.9,0.99]", "precision=bf16",
         "backbone=tiny_llama", "+callbacks.mine={_target_:parts.Part}", "~callbacks.best",
-        "run_dir=runs/${name}", "validation.read_lengths=[64,128]", "cache_dir=.cache",
+        "run_dir=runs/${name}", "validation.readings=[{query_length:8}]", "cache_dir=.cache",
     ),
     "evaluate": (
         "retriever=bm25", "name=x", "measures=[MRR@10,R@100]", "index.k=1000", "data=beir",
@@ -56,7 +56,7 @@ trainer:
   max_steps: 5
 callbacks:
   mine: {_target_: parts.Part, size: 3}
-validation: {read_lengths: [64, 128]}
+validation: {readings: [{passage_length: 64}, {segment: best}]}
 """
 PIECES = (
     "? x", "- y", "*c", "&d [*d]", "<<: *c", "!!python/name:os.system", "!x", "| \n  text", "---",
@@ -117,9 +117,9 @@ def mutated_yaml(seed: int) -> bytes:
 
 def check(composer: Composer, overrides: list[str]) -> None:
     """Compose and check; what composes resolves, and a name is the text that was typed."""
-    started = time.monotonic()
+    started = time.process_time()
     cfg, lines = composer.collect(overrides)
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
     assert all(line.strip() and "Traceback" not in line for line in lines)
     if lines or cfg is None:
         return
@@ -152,10 +152,10 @@ def test_many_mutated_overrides_are_run_or_answered(conf: Path, root: str, start
     for seed in range(start, start + 40):
         overrides = mutated_overrides(root, seed)
         for flags in ([], ["-m"]):
-            started = time.monotonic()
+            started = time.process_time()
             with contextlib.suppress(InputError):
                 preflight([*flags, "--", *overrides], conf, root)
-            assert time.monotonic() - started < SECONDS, overrides
+            assert time.process_time() - started < SECONDS, overrides
 
 
 @pytest.mark.slow

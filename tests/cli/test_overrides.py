@@ -20,7 +20,7 @@ def test_a_text_that_looks_like_a_number_stays_as_it_was_typed(conf: Path, text:
     overrides = [f"name={text}", "data=beir", "data.path=.", f"data.split={text}"]
     cfg = compose(conf, "train", overrides)
     assert (cfg.name, cfg.run_dir, cfg.data.split) == (text, f"runs/{text}", text)
-    assert preflight(overrides, conf, "train")[0] in (f"name={text}", f"name='{text}'")
+    assert preflight(overrides, conf, "train")[0][0] in (f"name={text}", f"name='{text}'")
 
 
 def test_a_number_stays_a_number(conf: Path) -> None:
@@ -128,9 +128,10 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("name: x\ndefaults: [/experiment: wild]", "experiment/wild"),
         ("1: x", "1 ("),
         ("hydra: {job: {chdir: true}}", "hydra.job.chdir"),
-        ("hydra: {run: {dir: x}}", "hydra.run.dir"),
         ('name: "a\\0b"', "name ("),
         ("- name", "experiment/wild"),
+        ("name: x\ntrainer:\n  max_steps: 3\n   max_epochs: 4", "wild.yaml:5: not YAML"),
+        ("name: ${nme}", "name (conf/experiment/wild.yaml:2): ${nme} refers to no setting"),
         ("name", "name ("),
         ("name: jos\udce9", "experiment/wild.yaml"),
     ],
@@ -165,11 +166,18 @@ class TestSweeps:
         assert "did you mean trainer.max_steps?" in line
         assert "add -m" in lines("sweep=rates")[-1]
 
+    def test_the_command_line_goes_before_what_a_file_varies(self, conf: Path) -> None:
+        text = "# @package _global_\nhydra: {sweeper: {params: {seed: '1,x', loss.size: '1,2'}}}\n"
+        (conf / "sweep" / "seeds.yaml").write_text(text)
+        argv, _ = preflight(["-m", "sweep=seeds", "seed=3"], conf, "train")
+        assert argv[:4] == ["-m", "sweep=seeds", "seed=3", "loss.size=1,2"]
+
     def test_folders_of_jobs_are_named_by_what_differs(self, conf: Path) -> None:
         given = ["-m", "seed=1,2", "name=n", "backbone=tiny_llama"]
-        argv = preflight(given, conf, "train")
+        argv, folder = preflight(given, conf, "train")
         assert argv[-2].endswith("exclude_keys=[run_dir,name,backbone]")
         assert argv[-1] == "hydra.sweep.dir='runs/n'"
+        assert folder == Path("runs/n")
 
     @pytest.mark.parametrize(
         "override",
@@ -186,7 +194,7 @@ class TestSweeps:
 
     def test_texts_are_put_into_quotes(self, conf: Path) -> None:
         for values, quoted in (("1_1,a,true", "'1_1',a,'true'"), ("choice(1_1,2)", "'1_1','2'")):
-            argv = preflight(["-m", f"loss.name={values}"], conf, "train")
+            argv, _ = preflight(["-m", f"loss.name={values}"], conf, "train")
             assert argv[1] == f"loss.name={quoted}"
 
     @pytest.mark.parametrize(

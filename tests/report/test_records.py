@@ -46,10 +46,13 @@ def whole(evaluations: Evaluations, tmp_path_factory: pytest.TempPathFactory) ->
     record |= {"monitored": "val/MRR@10", "best": 0.4, "train_seconds": 2.5, "memory_gib": 0.1}
     (training / "metrics.json").write_text(json.dumps(record))
     (training / "config.yaml").write_text("# python train.py name=r\nloss: {_target_: a.B}\n")
+    reading = {"query_length": None, "passage_length": 16, "segment": None, "segment_words": 9}
+    reading |= {"scores": {"MRR@10": 0.1}, "tokens_per_query": 8.5, "seconds": 0.1}
+    read = [reading, {**reading, "passage_length": None, "query_length": 8, "segment": "best"}]
     for seed in (1, 2):
         job = home / "sweep" / f"seed={seed}"
         jobs.write(job, ["lr=1", f"seed={seed}"], jobs.FINISHED)
-        (job / "metrics.json").write_text(json.dumps({**record, "read": {"16": {"MRR@10": 0.1}}}))
+        (job / "metrics.json").write_text(json.dumps({**record, "read": read}))
     own = {"group": "a", "digest": "d", "split": "test", "stages": {"bm25": {"MRR@10": 0.1}}}
     suite = {"collections": {"a": own}, "failed": {"b": "broken"}, "overall": {"MRR@10": 0.1}}
     suite |= {"system": "bm25", "collection": {"name": "a", "digest": "e"}, "split": "test"}

@@ -54,19 +54,6 @@ def test_a_sweep_ends_in_text_csv_and_a_plot(
     assert "2 seeds" in plots(collect(sweep))[0].caption
 
 
-def test_a_model_that_is_evaluated_at_several_lengths_has_a_row_for_each(tmp_path: Path) -> None:
-    for trained in (64, 128):
-        read = {str(length): {"MRR@10": trained / length / 10} for length in (64, 128)}
-        _job(tmp_path, [f"encoding.passage_length={trained}"], {"read": read})
-    found = collect(tmp_path)
-    assert found.varied == ["encoding.passage_length", "read at"]
-    row = {"encoding.passage_length": 128, "read at": 64, "MRR@10": 0.2}
-    assert row in found.rows.to_dict("records")
-    (plot,) = plots(found)
-    assert plot.name == "sweep-MRR-10"
-    assert "over encoding.passage_length, a line for each read at" in plot.caption
-
-
 @pytest.mark.parametrize(("sizes", "shown"), [((1000, 100), ["trained", "GiB"]), ((9, 9), [])])
 def test_jobs_show_their_sizes_if_these_differ(
     sizes: tuple[int, int], shown: list[str], tmp_path: Path

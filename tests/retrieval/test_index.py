@@ -12,6 +12,7 @@ from tests.refusals import refused
 
 from caravan.retrieval.index import (
     ArrayBlocks,
+    BestSegments,
     Exact,
     Faiss,
     measured_recall,
@@ -144,6 +145,30 @@ def test_vectors_that_cannot_be_searched_are_refused(index: Faiss | Exact) -> No
     index.build(ArrayBlocks(vectors(40)))
     with refused("not-finite", "queries"):
         index.search(np.full((1, 16), np.inf, dtype=np.float32))
+
+
+@pytest.mark.parametrize("index", [Faiss(), Exact(), Faiss("IVF16,Flat", nprobe=16)])
+def test_documents_are_found_by_their_best_segment(
+    index: Faiss | Exact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("caravan.retrieval.index.MOST_FOUND", 300)  # a few queries at a time
+    counts = np.random.default_rng(3).integers(1, 6, 120)
+    counts[7] = 400
+    segments, queries = vectors(int(counts.sum())), vectors(10, seed=1)
+    start = int(counts[:7].sum())
+    segments[start : start + 400] = queries[0]  # one document has the best 400 segments
+    documents = BestSegments(index, counts)
+    documents.build(ArrayBlocks(segments, 50))
+    every = queries.astype(np.float64) @ segments.astype(np.float64).T
+    best = np.maximum.reduceat(every, np.cumsum(counts) - counts, axis=1)
+    for k in (25, 120):
+        scores, rows = documents.search(queries, k)
+        expected = np.argsort(-best, axis=1, kind="stable")[:, :k]
+        np.testing.assert_allclose(scores, np.take_along_axis(best, expected, 1), atol=1e-6)
+        np.testing.assert_allclose(scores, np.take_along_axis(best, rows, 1), atol=1e-6)
+        assert all(len(set(row)) == k for row in rows.tolist())
+    assert measured_recall(rows, queries, ArrayBlocks(segments), counts) == 1
+    assert (documents.search(queries, 130)[1][:, 120:] == -1).all()
 
 
 def test_recall_counts_what_exact_search_found() -> None:

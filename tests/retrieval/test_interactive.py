@@ -10,7 +10,7 @@ import pytest
 from tests.commands import ROOT, evaluate
 
 from caravan.cli.compose import compose
-from caravan.cli.search import searcher_of
+from caravan.cli.evaluate import searcher_of
 from caravan.data.collection import Collection
 from caravan.data.runs import read_run
 from caravan.retrieval import store
@@ -54,7 +54,8 @@ def test_every_stage_finds_what_an_evaluation_finds_with_its_products(
     retrievers = f"[bm25,{folders['retriever']}]"
     fused = ("fuse=weighted", "fuse.normalise=zscore")
     rerank = ("rerank.depth=7", "rerank.weight=0.4", "rerank.rest=keep", "rerank.segment=best")
-    settings = (f"reranker={folders['reranker']}", *fused, *rerank, "rerank.segment_words=5", FLOAT)
+    segments = ("segment=best", "segment_words=6", "rerank.segment_words=5")
+    settings = (f"reranker={folders['reranker']}", *fused, *rerank, *segments, FLOAT)
     evaluate(beir, tmp_path / "run", retrievers, *settings)
     products = tmp_path / "run" / "store"
     before = {path: path.stat().st_mtime_ns for path in products.rglob("*")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,18 +116,24 @@ def test_candidates_below_the_depth_are_dropped_kept_in_their_order_or_added_if_
         assert kept.of(row)[0].tolist() == [*dropped.of(row)[0], *run.of(row)[0][4:]]
 
 
+@pytest.mark.parametrize(
+    ("normalise", "scale"),
+    [
+        ("minmax", lambda scores: (scores - scores.min()) / (scores.max() - scores.min())),
+        ("none", lambda scores: scores),
+    ],
+)
 def test_a_weight_below_one_mixes_in_the_candidates_own_score(
-    reranker: Path, collection: Collection
+    reranker: Path, collection: Collection, normalise: str, scale: Callable[..., np.ndarray]
 ) -> None:
     run = candidates(collection)
     pure = rerank(opened(reranker), run, collection)
-    mixed = rerank(opened(reranker, weight=0.25), run, collection)
+    mixed = rerank(opened(reranker, weight=0.25, normalise=normalise), run, collection)
     for row in run.query_rows:
         parts = []
         for part in (pure, run):
             rows, scores = part.of(row)
-            share = (scores - scores.min()) / (scores.max() - scores.min())
-            parts.append(dict(zip(rows.tolist(), share, strict=True)))
+            parts.append(dict(zip(rows.tolist(), scale(scores), strict=True)))
         for passage, score in zip(*mixed.of(row), strict=True):
             expected = 0.25 * parts[0][passage] + 0.75 * parts[1][passage]
             assert score == pytest.approx(expected, abs=1e-5)

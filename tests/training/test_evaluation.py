@@ -14,6 +14,7 @@ from tests.two_ranks import TwoRanks
 
 from caravan.data.collection import Collection, Qrels
 from caravan.data.runs import Run, read_run
+from caravan.data.segments import Cut
 from caravan.retrieval.index import Exact
 from caravan.training.evaluation import (
     PASSAGES,
@@ -41,6 +42,7 @@ def test_passages_are_searched_once_in_any_order_and_low_grades_do_not_count(
         relevant_from=relevant_from,
         ignore_identical_ids=False,
         without_own=lambda run, depth: run.top(depth),
+        passages_read=Cut(collection.corpus, np.arange(8)),
     )
     trainer: Any = SimpleNamespace(
         sanity_checking=False, datamodule=data, global_rank=0, world_size=1, is_global_zero=True
@@ -50,7 +52,8 @@ def test_passages_are_searched_once_in_any_order_and_low_grades_do_not_count(
     batches += [(PASSAGES, rows, [[float(row), 1.0] for row in rows]) for rows in parts]
     for loader, rows, vectors in batches:
         out = {"rows": torch.tensor(rows), "vectors": torch.tensor(vectors)}
-        evaluation.on_validation_batch_end(trainer, module, out, None, 0, loader)  # type: ignore[arg-type]
+        batch = SimpleNamespace(tokens=2)
+        evaluation.on_validation_batch_end(trainer, module, out, batch, 0, loader)
     evaluation.on_validation_epoch_end(trainer, module)
     assert logged == {"val/MRR@10": mrr}
     run = read_run(tmp_path / "run.trec", collection.queries, collection.corpus)

@@ -113,16 +113,21 @@ def test_a_run_shorter_than_its_validation_interval_validates_at_its_end(
 def test_the_best_weights_are_evaluated_on_training_queries_and_at_other_lengths(
     beir: Path, tmp_path: Path
 ) -> None:
-    settings = ("validation.train_queries=10", "validation.read_lengths=[8]")
+    readings = "{},{passage_length:10},{query_length:8},{segment:best,segment_words:6}"
+    settings = ("validation.train_queries=10", f"validation.readings=[{readings}]")
     best = train(beir, tmp_path / "r", *settings, "trainer.max_steps=40")
     found = metrics(tmp_path / "r")
     assert set(found["train"]) == {"MRR@10", "nDCG@10", "R@100"}
     assert found["train"]["MRR@10"] > found["best"] == best  # of queries that it was trained on
-    assert found["read"]["8"] != found["train"]
+    trained, *_ = found["read"]
+    assert trained["scores"]["MRR@10"] == pytest.approx(best)
+    assert trained["seconds"] > 0 < trained["memory_gib"] < 64
     assert found["trained_parameters"] == found["parameters"] > 0
     # The last validation's run and curves are not overwritten.
     runs = tmp_path / "r" / "runs"
-    texts = [(runs / f"{name}.trec").read_text() for name in ("validation", "read_8")]
+    texts = [
+        (runs / f"{name}.trec").read_text() for name in ("validation", "read_passage_length_10")
+    ]
     assert texts[0] != texts[1]
     assert curve(tmp_path / "r", "val/MRR@10") == list(range(4, 44, 4))
 
@@ -175,7 +180,7 @@ def test_a_mistake_is_found_before_a_model_is_made_or_anything_is_written(
 @pytest.mark.parametrize(
     ("processes", "length", "code", "place"),
     [
-        ("1", 5, "no-room-for-text", "validation.read_lengths=5: "),
+        ("1", 5, "no-room-for-text", "validation.readings: "),
         ("2", 24, "wrong-world-size", "trainer.devices"),
     ],
 )
@@ -191,7 +196,7 @@ def test_what_cannot_train_is_refused_before_training(
     monkeypatch.setenv("WORLD_SIZE", processes)
     prompt = "encoding.passage_template='{text} camel caravan desert dune'"
     with refused(code, place):
-        train(beir, tmp_path / "r", prompt, f"validation.read_lengths=[{length}]")
+        train(beir, tmp_path / "r", prompt, f"validation.readings=[{{passage_length:{length}}}]")
     assert not (tmp_path / "r" / "checkpoints").exists()
 
 

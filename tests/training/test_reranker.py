@@ -21,6 +21,7 @@ from caravan.models import folder
 from caravan.retrieval.metrics import score_run
 
 LENGTHS = ("encoding.query_length=16", "encoding.passage_length=32")
+READINGS = "validation.readings=[{passage_length:32},{segment:best,segment_words:5}]"
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def settings(runs: dict[str, str]) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(beir: Path, settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("reranker") / "run"
-    train(beir, run_dir, *settings, "validation.read_lengths=[32]")
+    train(beir, run_dir, *settings, READINGS)
     return run_dir
 
 
@@ -76,8 +77,10 @@ def test_the_folder_has_the_head_and_gives_the_scores_of_the_validation(
     assert (encoding.kind, encoding.pooling, encoding.passage_length) == ("reranker", "last", 32)
     assert model.plain.score.weight.abs().sum() > 0
     best = json.loads((finished / "metrics.json").read_text())
-    assert best["read"]["32"]["MRR@10"] == pytest.approx(best["best"])
-    run = read_run(finished / "runs" / "read_32.trec", collection.queries, collection.corpus)
+    assert best["read"][0]["scores"]["MRR@10"] == pytest.approx(best["best"])
+    run = read_run(
+        finished / "runs" / "read_passage_length_32.trec", collection.queries, collection.corpus
+    )
     templates = PairTemplates(tokenizer, encoding)
     for row in run.query_rows[:2]:
         rows, scores = run.of(row)
@@ -89,6 +92,22 @@ def test_the_folder_has_the_head_and_gives_the_scores_of_the_validation(
                 for p in pairs
             ]
         np.testing.assert_allclose(found, scores, atol=1e-4)
+
+
+def test_the_best_segments_in_a_validation_are_those_of_an_evaluation(
+    finished: Path, runs: dict[str, str], beir: Path, collection: Collection, tmp_path: Path
+) -> None:
+    settings = (f"reranker={finished / 'model'}", "rerank.segment=best", "rerank.segment_words=5")
+    more = ("data.split=dev", "precision=float32", "measures=[MRR@5]", "index.k=12")
+    again = evaluate(beir, tmp_path / "run", runs["dev"], *settings, *more)
+    name = "read_segment_best_segment_words_5.trec"
+    paths = [finished / "runs" / name, tmp_path / "run" / again["run"]]
+    validated, evaluated = (read_run(path, collection.queries, collection.corpus) for path in paths)
+    for row in validated.query_rows.tolist():
+        scores = dict(zip(*validated.of(row), strict=True))
+        assert scores == pytest.approx(dict(zip(*evaluated.of(row), strict=True)), abs=1e-4)
+    read = json.loads((finished / "metrics.json").read_text())["read"]
+    assert read[1]["tokens_per_query"] > read[0]["tokens_per_query"]  # all, and prompts repeat
 
 
 def test_without_a_trained_head_or_candidates_a_reranker_is_refused(

@@ -8,6 +8,7 @@ of `caravan.cli.schema`. A class states its own constraints, as annotations (`Li
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
@@ -16,321 +17,325 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from caravan.cli.schema import MOVED, Node
+from caravan.cli.schema import MOVED
 from caravan.cli.signatures import RESERVED, did_you_mean, locate, takes
-from caravan.cli.sources import KeyPath, dotted
 from caravan.encoding import adoption, read_encoding
 from caravan.errors import InputError, first_line
-from caravan.models.remote_code import FACT, SETTING
+from caravan.models.remote_code import SETTING, is_allowed
 from caravan.retrieval.metrics import parse_measure
 
+KeyPath = tuple[str | int, ...]
+UNKNOWN = {"_target_": None}
+"""In the place of a value that is missing or cannot be resolved; a node is not validated again."""
 CIRCULAR = "it refers to itself"
-UNKNOWN = Node(None)
-"""In the place of a value that is broken, or is checked where it stands."""
-CLASS_ERRORS = {"value_error", "is_instance_of", "dataclass_exact_type", "model_type"}
+OBJECT = "a mapping with a _target_"
+NO_OBJECT = {"no_object", "needs_python_object", "callable_type"}
+"""Types of pydantic's errors where an object is expected, which JSON cannot have."""
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """What is wrong at a place in the config, with its remedy.
+    """What is wrong with a key of the config, with its remedy.
 
     `kind` is "missing" (a `???` to fill in), "unquoted" (a number where a text is expected, such as
     the name 2024), "folder" (a file or folder that is not there, or not yet), or "wrong".
     """
 
-    path: KeyPath
+    key: str
     text: str
     kind: str = "wrong"
 
 
-class Checker:
-    """Walks a config, and collects its mistakes and the targets of its nodes.
+def dotted(path: KeyPath) -> str:
+    """A path as it is written on the command line."""
+    words = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in path]
+    return "".join(words).removeprefix(".")
+
+
+class Config:
+    """A composed config as plain data, with its mistakes.
 
     Args:
         cfg: the config, its interpolations unresolved.
         root: the dataclass of its root.
+
+    Attributes:
+        values: plain data, with `UNKNOWN` for what is missing or cannot be resolved.
+        targets: the class or function of each node, None where it cannot be imported.
+        references: the keys whose values are interpolations.
     """
 
     def __init__(self, cfg: DictConfig, root: type) -> None:
-        self.cfg = cfg
         self.targets: dict[KeyPath, Any] = {}
-        self._found: list[Mistake] = []
-        self._references: set[KeyPath] = set()
-        self._arguments(cfg, (), root, "the config")
+        self._found: dict[str, Mistake] = {}
+        self.references: set[str] = set()
+        self.values: dict[str, Any] = self._plain(cfg, ())
+        for path, target in {(): root, **self.targets}.items():
+            self._validate(path, target)
 
+    @property
     def mistakes(self) -> list[Mistake]:
         """What was found; mistakes in references are left out if there are others."""
-        own = [one for one in self._found if one.path not in self._references]
-        return list(dict.fromkeys(own or self._found))
+        own = [one for key, one in self._found.items() if key not in self.references]
+        return own or list(self._found.values())
+
+    def add(self, key: str, text: str, kind: str = "wrong") -> None:
+        """Add a mistake, unless the key has one."""
+        self._found.setdefault(key, Mistake(key, text, kind))
 
     def get(self, key: str) -> Any:
-        """A value, or None where there is none, it is `???`, or its interpolation is broken."""
-        try:
-            return OmegaConf.select(self.cfg, key)
-        except OmegaConfBaseException:
-            return None
+        """A value as plain data; None where there is none, or where something is wrong with it."""
+        value: Any = self.values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        wrong = any(re.match(rf"{re.escape(key)}\b", other) for other in self._found)
+        return None if wrong or value == UNKNOWN else value
 
-    def nodes(self, group: str | None = None) -> Iterator[tuple[KeyPath, Any, DictConfig]]:
-        """(path, target, node) of all nodes, or of those that a key of the root holds."""
+    def nodes(self, group: str | None = None) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+        """(key, target, values) of all nodes, or of those that a key of the root holds."""
         for path, target in self.targets.items():
             if group in (None, path[0]):
-                yield path, target, self.get(dotted(path))
+                yield dotted(path), target, self._at(path)
 
-    def is_a(self, group: str, kind: type | tuple[type, ...]) -> bool:
+    def is_a(self, group: str, *kinds: type) -> bool:
         """Whether a node of the root makes an object of a class, or of a subclass."""
-        return is_class(self.targets.get((group,)), kind)
+        return is_class(self.targets.get((group,)), *kinds)
 
-    def _add(self, path: KeyPath, text: str, kind: str = "wrong") -> None:
-        self._found.append(Mistake(path, text, kind))
+    def _at(self, path: KeyPath) -> Any:
+        value: Any = self.values
+        for part in path:
+            value = value[part]
+        return value
 
-    def _arguments(
-        self, node: DictConfig, path: KeyPath, target: Any, owner: str
-    ) -> dict[str, Any]:
-        """Check the keys and values of a node, a section or the root; returns the values."""
-        model, hints = takes(target, node=path in self.targets)
-        given = {
-            str(key): self._value(node, key, (*path, str(key)), hints.get(str(key))) for key in node
-        }
-        try:
-            if model is not None:
-                model.model_validate(given)
-        except ValidationError as error:
-            self._explain(error, path, given, owner, list(hints))
-        return given
+    def _plain(self, node: Any, path: KeyPath, referred: bool = False) -> Any:
+        """A container as plain data; collects its nodes and what cannot be resolved."""
+        if isinstance(node, ListConfig):
+            return [self._value(node, i, (*path, i), referred) for i in range(len(node))]
+        values = {str(key): self._value(node, key, (*path, str(key)), referred) for key in node}
+        if "_target_" in values and path and not referred:
+            name = values["_target_"]
+            self.targets[path] = None
+            try:
+                self.targets[path] = None if name == UNKNOWN else locate(str(name))
+            except LookupError as error:
+                self.add(dotted((*path, "_target_")), str(error))
+        return values
 
-    def _value(self, parent: Any, key: Any, path: KeyPath, hint: Any = None) -> Any:
-        """A value as plain data, with `Node` where a node or a section is."""
-        if OmegaConf.is_missing(parent, key):
-            self._add(path, f"it is not set (???); give {dotted(path)}=<value>", "missing")
+    def _value(self, parent: Any, name: Any, path: KeyPath, referred: bool) -> Any:
+        key, refers = dotted(path), OmegaConf.is_interpolation(parent, name)
+        if OmegaConf.is_missing(parent, name):
+            self.add(key, f"it is not set (???); give {key}=<value>", "missing")
             return UNKNOWN
         try:
-            value = parent[key]
+            value = parent[name]
         except OmegaConfBaseException as error:
-            self._broken(parent, key, path, error)
+            raw: Any = OmegaConf.to_container(parent, resolve=False)
+            self._broken(key, str(raw[name]), error)
             return UNKNOWN
-        refers = OmegaConf.is_interpolation(parent, key)
-        if refers:
-            self._references.add(path)
+        if refers or referred:
+            self.references.add(key)
         if not isinstance(value, DictConfig | ListConfig):
             return value
-        if refers:
+        if refers and referred:  # it may contain itself
             return UNKNOWN
-        if isinstance(value, ListConfig):
-            return [self._value(value, i, (*path, i)) for i in range(len(value))]
-        if "_target_" in value.keys():  # noqa: SIM118  `in` denies what is ???
-            return self._node(value, path)
-        if is_dataclass(hint):
-            self._section(value, path, hint)
-            return UNKNOWN
-        return {str(name): self._value(value, name, (*path, str(name))) for name in value}
+        return self._plain(value, path, refers or referred)
 
-    def _node(self, node: DictConfig, path: KeyPath) -> Node:
-        name, target = "", None
-        try:
-            name = "" if OmegaConf.is_missing(node, "_target_") else str(node["_target_"])
-            target = locate(name) if name else None
-        except LookupError as error:
-            self._add((*path, "_target_"), str(error))
-        except OmegaConfBaseException:
-            pass  # a broken interpolation, reported with the other keys
-        self.targets[path] = target
-        self._arguments(node, path, target, name)
-        return Node(target)
-
-    def _section(self, value: DictConfig, path: KeyPath, kind: Any) -> None:
-        """A section, and the constraints between its keys, which its dataclass checks."""
-        before = len(self._found)
-        given = self._arguments(value, path, kind, dotted(path))
-        if len(self._found) > before or UNKNOWN in given.values():
-            return
-        try:
-            kind(**given)
-        except InputError as error:
-            for problem in re.split(rf"; (?={re.escape(dotted(path))}\.)", str(error)):
-                key, _, text = problem.partition(" ")
-                self._add(tuple(key.split(".")), f"it {text}")
-
-    def _broken(self, parent: Any, key: Any, path: KeyPath, error: OmegaConfBaseException) -> None:
+    def _broken(self, key: str, raw: str, error: OmegaConfBaseException) -> None:
         """An interpolation without a value; one that refers to a broken value is left out."""
         text = first_line(error)
-        lost = re.fullmatch(r"Interpolation key '(.+)' not found", text)
-        if isinstance(error, InterpolationToMissingValueError):
-            return  # reported where the value stands
+        lost = re.fullmatch("Interpolation key '(.+)' not found", text)
         if "Recursive interpolation" in text:
-            if all(one.text != CIRCULAR for one in self._found):  # once for the whole circle
-                self._add(path, CIRCULAR)
-        elif lost is None:
+            if all(one.text != CIRCULAR for one in self._found.values()):
+                self.add(key, CIRCULAR)
+        elif lost is None and not isinstance(error, InterpolationToMissingValueError):
             reason = text.partition("raised while resolving interpolation: ")[2] or text
-            self._add(path, f"its value cannot be found: {reason}")
-        else:
-            raw: Any = OmegaConf.to_container(parent, resolve=False)
-            if lost[1] in str(raw[key]):
-                self._add(path, f"${{{lost[1]}}} refers to no setting")
+            self.add(key, f"it has no value: {reason}")
+        elif lost and lost[1] in raw:
+            self.add(key, f"${{{lost[1]}}} refers to no setting")
 
-    def _explain(
-        self,
-        error: ValidationError,
-        path: KeyPath,
-        given: dict[str, Any],
-        owner: str,
-        names: list[str],
-    ) -> None:
-        """Add a mistake for each value that pydantic refuses."""
-        problems: dict[KeyPath, list[Any]] = {}
-        for one in error.errors(include_url=False):
-            name, inner = str(one["loc"][0]), (*path, str(one["loc"][0]))
-            if isinstance(one["input"], Node):
-                continue
-            if one["type"] == "extra_forbidden":
-                hint = self._meant(inner, given[name], names)
-                self._add(inner, f"{owner} has no setting {name!r}{hint}")
-            elif one["type"] != "missing":
-                problems.setdefault(_place(path, one["loc"], given), []).append(one)
-            elif "_target_" not in given:
-                self._add(inner, f"it is removed, but needed; leave ~{dotted(inner)} out")
-            elif given.get("_partial_") is not True and "_args_" not in given:
-                self._add(path, f"{owner} needs {name!r}; give {dotted(inner)}=<value>")
-        for place, ones in problems.items():
-            inside = any(other != place and other[: len(place)] == place for other in problems)
+    def _validate(self, path: KeyPath, target: Any) -> None:
+        """Validate the arguments of a node, or the keys of the root."""
+        model, given = takes(target, node=bool(path)), self._at(path)
+        if model is None:
+            return
+        places: dict[KeyPath, list[Any]] = {}
+        try:
+            data = json.dumps(given, ensure_ascii=False, default=str)
+            valid = model.model_validate_json(data.encode(errors="replace"))
+            for name, value in vars(valid).items() if path else ():
+                # A mapping with the keys of a class would reach the target as a mapping.
+                items = value if isinstance(value, list | tuple) else [value]
+                if any(is_dataclass(one) or isinstance(one, BaseModel) for one in items):
+                    self._no_object((*path, name.removeprefix("field_")))
+        except ValidationError as error:
+            for one in error.errors(include_url=False):
+                place = _place(one["loc"], given)
+                if place is not None:
+                    last = one["loc"][-1:] if one["type"] == "missing" else ()
+                    places.setdefault((*path, *place, *last), []).append(one)
+        for place, errors in places.items():
+            inside = any(other != place and other[: len(place)] == place for other in places)
             if not inside:
-                self._refused(place, ones)
+                self._explain(place, errors)
 
-    def _refused(self, path: KeyPath, ones: list[Any]) -> None:
-        """Add the mistake of one value; a union has an error for each of its types."""
-        value, kinds = ones[0]["input"], {one["type"] for one in ones}
-        text = " or ".join(dict.fromkeys(map(_wanted, ones)))
-        if value == {}:
-            self._add(path, f"nothing is chosen; give {dotted(path)}=<option>", "missing")
-        elif isinstance(value, dict) and kinds & CLASS_ERRORS:
-            above: Any = self.get(dotted(path[:-1])) if len(path) > 1 else self.cfg
-            near = did_you_mean(str(path[-1]), [str(key) for key in above if key != path[-1]])
-            place = dotted((*path[:-1], near)) if near else f"{dotted(path)}._target_=<class>"
-            hint = f"did you mean {place}?" if near else f"give {place}"
-            self._add(path, f"it has no _target_, so no class is chosen; {hint}")
+    def _explain(self, path: KeyPath, errors: list[Any]) -> None:
+        """Add the mistake of a key; the type of a union has an error for each of its members."""
+        key, kinds, first = dotted(path), {one["type"] for one in errors}, errors[0]
+        above, node = self._at(path[:-1]), path[:-1] in self.targets
+        owner = above["_target_"] if node else dotted(path[:-1]) or "the config"
+        value, text = first["input"], " or ".join(dict.fromkeys(map(_wanted, errors)))
+        if first["type"] == "missing" and isinstance(above, list):  # of a tuple
+            self.add(dotted(path[:-1]), "it has too few values")
+        elif first["type"] == "missing":
+            if above.get("_partial_") is not True and "_args_" not in above:
+                self.add(key, f"{owner} needs it; give {key}=<value>")
+        elif kinds & {"extra_forbidden", "unexpected_keyword_argument"}:
+            names = self._neighbours(path)
+            listed = f"; it takes {', '.join(sorted(names))}" if 0 < len(names) <= 12 else ""
+            hint = self._meant(path, names | RESERVED.keys() if node else names) or listed
+            self.add(key, f"{owner} has no setting {path[-1]!r}{hint}")
+        elif isinstance(value, dict) and kinds & NO_OBJECT:
+            self._no_object(path)
+        elif isinstance(value, list) and kinds == {"needs_python_object"}:
+            pass  # a collection of objects, perhaps
+        elif kinds == {"value_error"} and text.startswith(f"{key}."):  # of a section's dataclass
+            for problem in re.split(rf"; (?={re.escape(key)}\.)", text):
+                inner, _, rest = problem.partition(" ")
+                self.add(inner, f"it {rest}")
         elif kinds == {"value_error"}:
-            self._add(path, f"it {text}; it is {value!r}")
+            self.add(key, f"it {text}; it is {value!r}")
         elif "string_type" in kinds and isinstance(value, bool | int | float):
             kind = "wrong" if isinstance(path[-1], int) else "unquoted"
             text = f"it must be {text}, not {value!r}; for a text put it into quotes"
-            self._add(path, f"{text}: \"{dotted(path)}='...'\"", kind)
+            self.add(key, f"{text}: \"{key}='...'\"", kind)
         else:
             words = {dict: "a mapping", list: "a list", type(None): "null"}
-            choices = [name for one in ones for name in re.findall(r"'([^']*)'", one["msg"])]
+            choices = [name for one in errors for name in re.findall(r"'([^']*)'", one["msg"])]
             near = did_you_mean(str(value), choices)
             hint = f"; did you mean {near}?" if near else ""
-            self._add(path, f"it must be {text}, not {words.get(type(value), repr(value))}{hint}")
+            self.add(key, f"it must be {text}, not {words.get(type(value), repr(value))}{hint}")
 
-    def _meant(self, path: KeyPath, value: Any, names: list[str]) -> str:
-        """A hint at the key that was meant: a neighbour, or one of that name elsewhere."""
+    def _no_object(self, path: KeyPath) -> None:
+        """A mapping where a node is expected; it is empty if no option of a group is chosen."""
+        key, empty = dotted(path), self._at(path) == {}
+        hint = f"; give {key}=<option>" if empty else self._meant(path, self._neighbours(path))
+        hint = hint or f"; give {key}._target_=<class>"
+        text = f"it has no _target_, so no class is chosen{hint}"
+        self.add(key, text, "missing" if empty else "wrong")
+
+    def _neighbours(self, path: KeyPath) -> set[str]:
+        """The keys that may be beside a key: those of the config, and arguments of a target."""
+        model, keys = takes(self.targets.get(path[:-1]), node=False), self._at(path[:-1])
+        names = {str(one.alias) for one in model.model_fields.values()} if model else set()
+        return (names | {str(one) for one in keys}) - {str(path[-1]), *RESERVED}
+
+    def _meant(self, path: KeyPath, names: set[str]) -> str:
+        """A hint at the key that was meant: one of `names` beside it, or one elsewhere."""
         name = str(path[-1])
         if len(path) == 1 and name in MOVED:
-            return f"; set {MOVED[name].format(value)}"
-        if near := did_you_mean(name, [*names, *RESERVED]):
+            return f"; set {MOVED[name].format(self._at(path))}"
+        if near := did_you_mean(name, names):
             return f"; did you mean {dotted((*path[:-1], near))}?"
-        elsewhere = {
-            leaf.rpartition(".")[2]: leaf for leaf in _leaves(self.cfg, without=dotted(path))
-        }
-        if near := did_you_mean(name, elsewhere, cutoff=0.8):
-            return f"; did you mean {elsewhere[near]}?"
-        return f"; it takes {', '.join(names)}" if 0 < len(names) <= 12 else ""
+        others = [one for one in _paths(self.values) if one[: len(path)] != path]
+        elsewhere = {str(one[-1]): dotted(one) for one in others}
+        near = did_you_mean(name, elsewhere, cutoff=0.8)
+        return f"; did you mean {elsewhere[near]}?" if near else ""
 
 
-def is_class(target: Any, kind: type | tuple[type, ...]) -> bool:
-    """Whether a target is a class, or a subclass of it."""
-    return isinstance(target, type) and issubclass(target, kind)
+def is_class(target: Any, *kinds: type) -> bool:
+    """Whether a target is one of some classes, which may be protocols, or derived from one."""
+    return isinstance(target, type) and not set(kinds).isdisjoint(target.__mro__)
 
 
 def _wanted(error: Any) -> str:
     """The type or range that an error of pydantic names, as the end of "it must be"."""
-    text = re.sub(r"^(Input|String|Value|List|Tuple)( error,)? (should (be )?)?", "", error["msg"])
-    return text.split(", unable to")[0].split(", got a")[0].replace("None", "null")
+    if error["type"] in NO_OBJECT:
+        return OBJECT
+    text = re.sub("^(Input|Value|List)( error,)? (should (be )?)?", "", error["msg"])
+    text = text.split(" after validation")[0]
+    text = text.replace("valid array", "list").replace("an object", "a mapping")
+    return text.replace("None", "null")
 
 
-def _place(path: KeyPath, loc: tuple[Any, ...], given: Any) -> KeyPath:
-    """The path of an error, without the types of a union that pydantic names in it."""
+def _place(loc: tuple[Any, ...], given: Any) -> KeyPath | None:
+    """Where an error is, without types of a union that pydantic names; None inside of a node."""
+    place: KeyPath = ()
     for part in loc:
-        inside = isinstance(given, dict) and part in given
-        if inside or (isinstance(given, list) and part in range(len(given))):
-            given, path = given[part], (*path, part)
-    return path
+        in_list = isinstance(given, list) and part in range(len(given))
+        if in_list or (isinstance(given, dict) and part in given):
+            given, place = given[part], (*place, part)
+            if isinstance(given, dict) and "_target_" in given:
+                return None
+    return place
 
 
-def _leaves(cfg: DictConfig, without: str) -> list[str]:
-    """The dotted names of all keys in a config, except for the key `without` and its inside."""
-
-    def below(tree: Any, path: tuple[str, ...]) -> Iterator[str]:
-        for key, value in tree.items() if isinstance(tree, dict) else ():
-            name = ".".join((*path, str(key)))
-            if name != without:
-                yield name
-                yield from below(value, (*path, str(key)))
-
-    return list(below(OmegaConf.to_container(cfg, resolve=False), ()))
+def _paths(tree: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
+    """The paths of all keys in plain data."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        yield (*path, key)
+        yield from _paths(value, (*path, key))
 
 
-Rule = Callable[[Checker], Iterator[Mistake]]
+Rule = Callable[[Config], None]
 """A rule between objects, which no signature can state; see `RULES` of `.train` and `.evaluate`.
 
-It reads values with `config.get`, which gives None for a broken value (that is reported already),
-and asks for classes with `config.is_a`, so that a user's subclass is treated as its base.
+It reads values with `config.get` and classes with `config.is_a`, so that a user's subclass is
+treated as its base, and adds mistakes with `config.add`.
 """
 
 
-def measures_are_computed(config: Checker) -> Iterator[Mistake]:
+def measures_are_computed(config: Config) -> None:
     """Each measure is known, and the search is as deep: R@1000 of 100 results is R@100."""
-    index = config.get("index")
-    if isinstance(index, DictConfig) and index and "k" not in index:
-        yield Mistake(("index", "k"), "it is removed, but needed; leave ~index.k out")
-    for path, node in [((), config.cfg), *((path, node) for path, _, node in config.nodes())]:
-        measures = config.get(dotted((*path, "measures")))
-        depths = [0]
-        for i, measure in enumerate(measures if isinstance(measures, ListConfig) else ()):
+    if config.get("index") and "k" not in config.values["index"]:
+        config.add("index.k", "it is needed; give index.k=<depth>")
+    for key in ("", *(f"{key}." for key, _, node in config.nodes() if "measures" in node)):
+        depths, depth = [0], config.get(f"{key}index.k")
+        for i, measure in enumerate(config.get(f"{key}measures") or ()):
             try:
                 depths.append(parse_measure(measure).cutoff)
             except InputError as error:
-                yield Mistake((*path, "measures", i), str(error))
-        depth = config.get(dotted((*path, "index", "k")))
-        if "index" in node and isinstance(depth, int) and depth < max(depths):
+                config.add(f"{key}measures[{i}]", str(error))
+        if depth is not None and depth < max(depths):
             text = f"they need a depth of {max(depths)}, but the search returns k={depth}"
-            yield Mistake((*path, "measures"), f"{text}; set index.k={max(depths)}")
+            config.add(f"{key}measures", f"{text}; set index.k={max(depths)}")
 
 
-def model_folder(
-    config: Checker, path: KeyPath, name: Any, kind: str = "", files: bool = False
-) -> Iterator[Mistake]:
-    """Whether a model folder is there, suits its stage, and may run the code that it needs.
+def model_folder(config: Config, key: str, kind: str = "", setting: str = SETTING) -> None:
+    """A model folder is there, suits its stage, and may run the code that it needs.
 
     Args:
-        name: the value at `path`.
+        key: of its path; for a "retriever" also bm25, a run file (not in a search), or a list.
         kind: of the model; "" for any.
-        files: it may also be a run file.
+        setting: the key that allows remote code.
     """
-    if not isinstance(name, str):
-        return
-    folder, text = Path(name), ""
-    if not folder.exists():
-        near = did_you_mean(name, ["bm25"]) if kind == "retriever" else None
-        near = near or neighbour(folder)
-        stage = " stage=reranker" if kind == "reranker" else ""
-        hint = f"; did you mean {near}?" if near else adoption(name, stage)
-        text = f"there is no folder {name}{' (nor run file, nor bm25)' if files else ''}{hint}"
-    elif folder.is_file():
-        text = "" if files else f"{name} is a file; give the model folder of a {kind or 'training'}"
-    else:
-        try:
-            encoding, facts = read_encoding(folder)
-        except InputError as error:
-            text = str(error)
+    given, runs = config.get(key), kind == "retriever" and "model" not in config.values
+    names = {f"{key}[{i}]": name for i, name in enumerate(given)} if isinstance(given, list) else {}
+    for place, name in (names or {key: given}).items():
+        of_each = place in config.references and config.get("collections")  # a run of each
+        if name in (None, "bm25") or of_each:
+            continue
+        text, folder = "", Path(name)
+        if not folder.exists():
+            bm25 = did_you_mean(name, ["bm25"] if kind == "retriever" else [])
+            near = bm25 or neighbour(folder)
+            stage = " stage=reranker" if kind == "reranker" else ""
+            hint = f"; did you mean {near}?" if near else adoption(name, stage)
+            text = f"there is no folder {'or run file ' if runs else ''}{name}{hint}"
+        elif folder.is_file():
+            if not runs:
+                text = f"{name} is a file; give the model folder of a {kind or 'training'}"
         else:
-            setting = SETTING if kind else f"backbone.{SETTING}"
-            if kind and encoding.kind != kind:
-                text = f"{name} is a {encoding.kind}; give the folder of a {kind}"
-            elif facts.get(FACT) and config.get(setting) is not True:
-                text = f"{name} needs remote code: review that code, then set {setting}=true"
-    if text:
-        yield Mistake(path, text, "folder")
+            try:
+                encoding, facts = read_encoding(folder)
+                is_allowed(folder, encoding, facts, config.get(setting) is True)
+                if kind not in ("", encoding.kind):
+                    text = f"{name} is a {encoding.kind}; give the folder of a {kind}"
+            except InputError as error:
+                text = str(error)
+        if text:
+            config.add(key, text, "folder")
 
 
 def neighbour(path: Path) -> str | None:

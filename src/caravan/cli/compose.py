@@ -12,8 +12,7 @@ from __future__ import annotations
 import os
 import re
 from argparse import ArgumentParser
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from caravan.cli import schema, sources, sweeps
-from caravan.cli.check import Checker, Mistake
+from caravan.cli.check import Config, Mistake
 from caravan.cli.signatures import did_you_mean
-from caravan.cli.sources import KeyPath, dotted, key_of, shown
-from caravan.errors import InputError
+from caravan.cli.sources import TYPED, key_of, origin, shown, top
+from caravan.errors import InputError, first_line
 
 WHOLE = {"experiment", "sweep"}
 """Groups whose options may set anything; null unless chosen."""
@@ -66,8 +65,8 @@ def compose(conf: Path, name: str, overrides: list[str], more: Path | None = Non
     """
     with Composer(conf, name, more) as composer:
         cfg, lines = composer.collect(overrides)
-    if lines or cfg is None:
-        raise mistaken(lines)
+    refuse(lines)
+    assert cfg is not None
     return without_hydra(cfg)
 
 
@@ -81,29 +80,22 @@ def check(cfg: DictConfig, root: type) -> list[Mistake]:
         from caravan.cli import evaluate
 
         rules = evaluate.RULES
-    config = Checker(cfg, root)
-    found = config.mistakes()
-    wrong = {mistake.path for mistake in found}
+    config = Config(cfg, root)
     for rule in rules:
-        try:
-            found += [mistake for mistake in rule(config) if mistake.path not in wrong]
-        except OmegaConfBaseException:
-            if not wrong:  # otherwise the rule failed on a value that is already reported
-                raise
-    return found
+        rule(config)
+    return config.mistakes
 
 
-def refuse(cfg: DictConfig, root: type) -> None:
-    """Raise an InputError with all mistakes in the config of a job."""
-    if found := check(cfg, root):
-        raise mistaken([f"{dotted(one.path)}: {one.text}" for one in found])
+def refuse(lines: list[str]) -> None:
+    """Raise one error for all mistakes.
 
-
-def mistaken(lines: list[str]) -> InputError:
-    """One error for all mistakes."""
-    count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
-    head = f"{count} in the config; nothing was started:"
-    return InputError("config-mistakes", "\n".join([head, *(f"  {line}" for line in lines)]))
+    Raises:
+        InputError: With one line per mistake.
+    """
+    if lines:
+        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        head = f"{count} in the config; nothing was started:"
+        raise InputError("config-mistakes", "\n".join([head, *(f"  {line}" for line in lines)]))
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
@@ -112,7 +104,7 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(cfg, keys)
 
 
-def preflight(argv: list[str], conf: Path, name: str) -> list[str]:
+def preflight(argv: list[str], conf: Path, name: str) -> tuple[list[str], Path | None]:
     """Check the config of a run, or the configs of the jobs of a sweep.
 
     Args:
@@ -120,42 +112,43 @@ def preflight(argv: list[str], conf: Path, name: str) -> list[str]:
 
     Returns:
         The arguments for Hydra: strings that Hydra would parse as numbers are quoted, and a sweep
-        has the values of its file and one folder with a subfolder per job.
+        has the values of its file and one folder with a subfolder per job. And this folder.
 
-    Raises: InputError with one line per mistake.
+    Raises:
+        InputError: With one line per mistake.
     """
     parser = ArgumentParser(add_help=False)
     parser.add_argument("overrides", nargs="*")
-    for flags in ("-h --help", "--hydra-help", "--version", "-sc --shell-completion"):
-        parser.add_argument(*flags.split(), dest="answer", action="store_true")
     for flags in ("-m --multirun", "-r --run", "--resolve"):
         parser.add_argument(*flags.split(), action="store_true")
     for flags in ("-cp --config-path", "-cn --config-name", "-cd --config-dir", "-c --cfg"):
         parser.add_argument(*flags.split())
-    for flags in ("-p --package", "--experimental-rerun"):
-        parser.add_argument(*flags.split())
+    parser.add_argument("-p", "--package")
     parser.add_argument("-i", "--info", nargs="?", const="all")
     args, unknown = parser.parse_known_args(argv)
-    if unknown or args.answer or args.experimental_rerun:
-        return argv  # handled by Hydra
+    if unknown:
+        return argv, None  # handled by Hydra
     more = Path(args.config_dir) if args.config_dir else None
     if more is not None and not more.is_dir():
         raise InputError("folder-not-found", f"--config-dir {more}: there is no such folder")
     folder = conf if args.config_path is None else Path(conf.parent, args.config_path)
     with Composer(folder, args.config_name or name, more, job=name) as composer:
-        if args.cfg or args.info:  # show an incomplete config if it can be composed
+        if args.cfg or args.info:  # an incomplete config is shown if it can be composed
             lines = composer.collect(args.overrides)[1]
-            try:
+            with suppress(*FAILURES):
                 composer.compose(args.overrides)
-            except FAILURES:
-                if lines:
-                    raise mistaken(lines) from None
-            return [composer.quoted.get(text, text) for text in argv]
-        sweep = sweeps.Sweep(composer, args.overrides)
-        several = args.multirun or sweep.multirun
-        if lines := sweep.check() if several else sweep.without_multirun():
-            raise mistaken(lines)
-        return sweep.arguments(argv) if several else [composer.quoted.get(x, x) for x in argv]
+                lines = []
+        else:
+            sweep = sweeps.Sweep(composer, args.overrides)
+            if args.multirun or (sweep.cfg and sweep.cfg.hydra.mode == RunMode.MULTIRUN):
+                refuse(sweep.mistakes())
+                return sweep.arguments(argv)
+            same = sweep.single == args.overrides
+            lines = sweep.lines if same else composer.collect(args.overrides)[1]
+            if sweep.in_file:
+                lines.append("sweep (command line): it names several jobs; add -m to run them")
+        refuse(lines)
+        return [composer.quoted.get(text, text) for text in argv], None
 
 
 class Composer(AbstractContextManager["Composer"]):
@@ -172,9 +165,9 @@ class Composer(AbstractContextManager["Composer"]):
         self.name, self.root = name, schema.ROOTS[job or name]
         self.known = {*WHOLE, *(field.name for field in fields(self.root))}
         self.folders = [folder.absolute() for folder in (conf, more) if folder is not None]
-        files = (file for folder in self.folders for file in folder.rglob("*.yaml"))
-        if large := [shown(file) for file in files if sources.has_too_many_values(file)]:
-            raise mistaken([f"{file}: too many values, with aliases expanded" for file in large])
+        self._files = [file for folder in self.folders for file in folder.rglob("*.yaml")]
+        large = [shown(one) for one in self._files if sources.has_too_many_values(one)]
+        refuse([f"{file}: too many values, with aliases expanded" for file in large])
         self._before = HydraConfig.instance().cfg
         schema.register()
         Plugins.instance().register(sources.FurtherFolder)
@@ -209,36 +202,44 @@ class Composer(AbstractContextManager["Composer"]):
         Raises:
             InputError: If conf/ itself cannot be composed.
         """
-        mistakes = {text: self._problem(text) for text in overrides}
+        problems = {text: self._problem(text) for text in overrides}
         # An unknown key is added, so that the check of all keys suggests what was meant.
         valid = [
-            text if text.startswith("~") or self._is_known(text) else f"++{text.lstrip('+')}"
-            for text, mistake in mistakes.items()
-            if mistake is None
+            text if text[0] == "~" or self._is_known(text) else f"++{text.lstrip('+')}"
+            for text, why in problems.items()
+            if why is None
         ]
         cfg, kept, failed = self._compose_what_works(valid)
-        lines = [
-            f"{text} (command line): {why}" for text, why in {**mistakes, **failed}.items() if why
-        ]
-        lost = {re.split(r"[./]", key_of(text))[0] for text in overrides} if lines else set()
-        lost -= {re.split(r"[./]", key_of(text))[0] for text in kept}
+        problems |= failed
+        lines = [f"{text} (command line): {why}" for text, why in problems.items() if why]
+        lost = {top(text) for text, why in problems.items() if why} - {top(text) for text in kept}
         if lost & WHOLE:
             return None, lines  # further mistakes would be those of another config
         found = check(without_hydra(cfg), self.root)
-        again = self._as_typed(kept, found)
-        if again != kept:
-            kept, cfg = again, self.compose(again)
+        # Hydra parses texts as numbers where it can: 2024_11_29 is 20241129, 1e3 is 1000.0.
+        unquoted = {one.key for one in found if one.kind == "unquoted"}
+        for text in kept:
+            if key_of(text) in unquoted and (instead := sources.quoted(*text.split("=", 1))):
+                self.quoted[text] = instead
+        if self.quoted.keys() & set(kept):
+            kept = [self.quoted.get(text, text) for text in kept]
+            cfg = self.compose(kept)
             found = check(without_hydra(cfg), self.root)
-        keys = [key_of(text) for text in kept if not self._is_group(text)]
-        origin = sources.Origins(keys, list(self._files(kept)))
-        for one in found:
-            if not one.path or one.path[0] not in lost:
-                lines.append(f"{dotted(one.path)} ({origin(one.path)}): {one.text}")
-        return cfg, [
-            *lines,
-            *sources.split_over_folders(cfg),
-            *self._without_effect(cfg, kept, origin),
+        origins = self._origins(kept)
+        lines += [
+            f"{one.key} ({origin(one.key, origins)}): {one.text}"
+            for one in found
+            if top(one.key) not in lost
         ]
+        if cfg.hydra.job.chdir is True:
+            text = "paths are relative to the working directory of the command; remove it"
+            lines.append(f"hydra.job.chdir: {text}")
+        for text in kept:  # a choice without effect
+            group, where = key_of(text), origin(key_of(text), origins)
+            null = text[0] != "~" and self._is_group(text) and cfg.get(group, text) is None
+            if null and f"/{group}/" not in where and where != TYPED:
+                lines.append(f"{text} (command line): {where} sets {group} to null; remove it")
+        return cfg, lines
 
     def _problem(self, text: str) -> str | None:
         """What is wrong with an override alone."""
@@ -246,16 +247,16 @@ class Composer(AbstractContextManager["Composer"]):
             override = sources.parse(text, self.parser)
         except HydraException as error:
             return sources.unreadable(text, str(error))
-        key = override.key_or_group
+        key, value = override.key_or_group, override.value()
         if key in ALIASES and key not in self.known:
             group = next(name for name in ALIASES[key] if name in self.known)
-            value, options = str(override.value()), self._options(group)
-            starts = [name for name in options if name.startswith(value)]
-            near = starts[0] if starts else did_you_mean(value, options or [value])
+            options = self._options(group) or [str(value)]
+            starts = [name for name in options if name.startswith(str(value))]
+            near = starts[0] if starts else did_you_mean(str(value), options)
             return f"{self.name} has no setting {key!r}; did you mean {group}={near or '<option>'}?"
         if not self._is_group(text) or override.is_delete() or key.startswith("hydra/"):
             return None
-        if isinstance(override.value(), dict):
+        if isinstance(value, dict):
             return f"{key} is a group; choose {key}=<option>, and set {key}.<setting>=<value>"
         if key not in self.known and override.package is None:
             return f"{self.name} has no group {key!r}"
@@ -274,75 +275,70 @@ class Composer(AbstractContextManager["Composer"]):
 
     def _is_known(self, text: str) -> bool:
         """Whether the key of an override is one of this program, of Hydra, or a group."""
-        key = re.split(r"[./]", key_of(text))[0]
-        return key in self.known or key == "hydra" or self._is_group(text)
+        return top(text) in {*self.known, "hydra"} or self._is_group(text)
 
-    def _files(self, overrides: list[str]) -> Iterator[tuple[Path, KeyPath]]:
-        """The files of a composed config with their packages, the last file first."""
+    def _origins(self, overrides: list[str]) -> dict[str, str]:
+        """Where each key of a config is set: the command line, or the last file, with its line."""
+        files = []
         composed = self.loader.compute_defaults_list(self.name, overrides, RunMode.RUN)
-        for default in reversed(composed.defaults):
+        for default in composed.defaults:
             package = (default.package or "").replace("_global_", "")
-            for folder in self.folders:
-                if (file := folder / f"{default.config_path}.yaml").is_file():
-                    yield file, tuple(package.split(".")) if package else ()
-                    break
-
-    def _as_typed(self, overrides: list[str], found: list[Mistake]) -> list[str]:
-        """Quote strings that Hydra would parse as numbers: 2024_11_29 is 20241129, 1e3 1000.0."""
-        texts = {dotted(one.path) for one in found if one.kind == "unquoted"}
-        for text in overrides:
-            key, _, given = text.partition("=")
-            if key.lstrip("+") in texts and (instead := sources.quoted(key, given)):
-                self.quoted[text] = instead
-        return [self.quoted.get(text, text) for text in overrides]
+            named = [folder / f"{default.config_path}.yaml" for folder in self.folders]
+            files += [(file, package) for file in named if file in self._files][:1]
+        groups = [text for text in overrides if self._is_group(text)]
+        return sources.origins(files, groups, [one for one in overrides if one not in groups])
 
     def _compose_what_works(
         self, overrides: list[str]
     ) -> tuple[DictConfig, list[str], dict[str, str]]:
         """Compose the valid overrides; returns the config, these, and why others are not."""
-        try:
+        with suppress(*FAILURES):
             return self.compose(overrides), overrides, {}
-        except FAILURES:
-            pass
         try:
             cfg = self.compose([])
         except FAILURES as error:
-            raise mistaken([self._explain(error, self.name)]) from error
+            refuse([self._explain(error, self.name)])
         kept: list[str] = []
-        failed: dict[str, str] = {}
+        failed = {}
         for text in sorted(overrides, key=lambda one: not self._is_group(one)):
             try:
                 cfg = self.compose([*kept, text])
                 kept.append(text)
             except FAILURES as error:
-                file = f"{key_of(text)}/{text.partition('=')[2]}"
-                failed[text] = self._explain(error, file)
+                failed[text] = self._explain(error, f"{key_of(text)}/{text.partition('=')[2]}")
         return cfg, kept, failed
 
     def _explain(self, error: Exception, file: str) -> str:
         """Describe an exception while composing in one line; `file` was read last."""
+        text = " ".join(str(error).split())
         if isinstance(error, MissingConfigException):
             wanted = Path(error.missing_cfg_file or "")
-            group = wanted.parent.as_posix()
-            options = self._options(group)
+            group, options = wanted.parent.as_posix(), self._options(wanted.parent.as_posix())
             near = did_you_mean(wanted.name, options)
             hint = f"did you mean {group}={near}?" if near else f"there are {', '.join(options)}"
-            files = [
-                folder / f"{name}.yaml" for folder in self.folders for name in (file, self.name)
-            ]
-            return f"{sources.selected_by(files, wanted)}there is no {wanted}; {hint}"
-        group = re.split(r"[./]", file)[0]
-        if str(error).startswith("Could not override") and group in self.known:
-            return f"{group} has no such setting, or is null; choose {group}=<option>"
-        return sources.explain(error, file)
+            return f"{self._selected_by(wanted)}there is no {wanted}; {hint}"
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            mark = error.problem_mark
+            return f"{shown(Path(mark.name))}:{mark.line + 1}: not YAML: {error.problem}"
+        if isinstance(error, UnicodeDecodeError):
+            return f"{file}.yaml: not UTF-8: {error.reason}"
+        if isinstance(error, RecursionError):
+            return f"{file} is nested too deeply, or its defaults include {file} again"
+        if "Ambiguous value" in text or "requires --multirun" in text:
+            remedy = "put a list into brackets, or a text into quotes"
+            return f"several values; add -m to run them all, {remedy}"
+        if text.startswith("Could not append to config"):
+            return "it is already set; remove the +"
+        if text.startswith("Could not override") and top(file) in self.known:
+            return f"{top(file)} has no such setting, or is null; choose {top(file)}=<option>"
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
+        return f"{text} {first_line(cause)}" if cause else text or repr(error)
 
-    def _without_effect(
-        self, cfg: DictConfig, overrides: list[str], origin: sources.Origins
-    ) -> Iterator[str]:
-        """Report choices from groups that a later file sets to null."""
-        for text in overrides:
-            group = key_of(text)
-            if text[0] != "~" and self._is_group(text) and cfg.get(group, text) is None:
-                where = origin((group,))
-                if f"/{group}/" not in where and where != "command line":
-                    yield f"{text} (command line): {where} sets {group} to null; remove it"
+    def _selected_by(self, wanted: Path) -> str:
+        """`file:line: ` of the defaults that select an option of a group, or nothing."""
+        choice = rf"\b{re.escape(wanted.parent.name)}\b.*:\s*{re.escape(wanted.name)}\b"
+        for file in self._files:
+            for number, line in enumerate(file.read_text("utf-8", "replace").splitlines(), 1):
+                if re.search(choice, line):
+                    return f"{shown(file)}:{number}: "
+        return ""

@@ -1,5 +1,7 @@
 """The task of `evaluate.py`: build an evaluation from the config, run it and print its metrics.
 
+`searcher_of` builds what `python -m caravan.search` answers queries with.
+
     python evaluate.py retriever=<model folder>|bm25|<run file> data=beir data.path=<folder>
     python evaluate.py retriever=[bm25,<model folder>] fuse=rrf reranker=<model folder>
     python evaluate.py retriever=bm25 data=beir data.path=/data/beir 'collections=[scifact,quora]'
@@ -13,23 +15,16 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from caravan.cli.check import (
-    Checker,
-    Mistake,
-    Rule,
-    measures_are_computed,
-    model_folder,
-    neighbour,
-)
+from caravan.cli.check import Config, Rule, measures_are_computed, model_folder, neighbour
 from caravan.cli.schema import build, recorded
+from caravan.data.segments import Reading
 from caravan.errors import InputError
 from caravan.files import listed
 from caravan.report.records import to_depth
@@ -37,8 +32,10 @@ from caravan.report.suites import show_suite
 from caravan.report.summary import show_stages
 from caravan.retrieval import pipeline
 from caravan.retrieval.inference import Models
+from caravan.retrieval.interactive import Searcher, open_searcher
 from caravan.retrieval.pipeline import Evaluation
 from caravan.retrieval.rerank import Reranking
+from caravan.retrieval.store import Store
 from caravan.retrieval.systems import Component, Systems
 
 CORPUS = ("corpus.jsonl", "corpus.jsonl.gz")
@@ -92,25 +89,28 @@ def systems_of(cfg: DictConfig) -> Systems:
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     parts = {}
     for name in ("bm25", "index", "fuse"):
-        _part(cfg, name)
-        parts[name] = Component(partial(_part, cfg, name), settings[name])
+        build(cfg, name)
+        parts[name] = Component(partial(build, cfg, name), settings[name])
     names = settings["retriever"]
     return Systems(
         retrievers=names if isinstance(names, list) else [names],
         reranker=None if cfg.reranker is None else Path(cfg.reranker),
         rerank=Reranking(**settings["rerank"]),
-        lengths={name: settings[name] for name in ("query_length", "passage_length")},
+        reading=Reading(**{one.name: settings[one.name] for one in fields(Reading)}),
         block=cfg.block,
         **parts,
     )
 
 
-def _part(cfg: DictConfig, name: str) -> Any:
-    return build(cfg, name)[name]
+def searcher_of(cfg: DictConfig) -> Searcher:
+    """The search of a config, with all models loaded and the corpus indexed."""
+    collection = build(cfg, "data").collection(Path(cfg.cache_dir))
+    store = Store(Path(cfg.store), None if cfg.reuse is None else Path(cfg.reuse))
+    return open_searcher(collection, systems_of(cfg), store, models_of(cfg))
 
 
 def _open(cfg: DictConfig, models: Models) -> Evaluation:
-    data = _part(cfg, "data")
+    data = build(cfg, "data")
     return Evaluation(
         collection=data.collection(Path(cfg.cache_dir)),
         split=data.split,
@@ -226,60 +226,47 @@ def _parts(base: Path, name: str) -> list[str]:
     return [f"{name}/{path.name}" for path in listed(base / name) if is_one(path)]
 
 
-def retrievers_can_search(config: Checker) -> Iterator[Mistake]:
-    """Exactly one setting of search names what searches, and each of several runs has a weight."""
+def retrievers_can_search(config: Config) -> None:
+    """Exactly one setting of search names what searches; models are there, and fit their stage."""
     model, given = config.get("model"), config.get("retriever")
-    if "model" in config.cfg:
-        if given is None and not OmegaConf.is_missing(config.cfg, "retriever"):
-            yield Mistake(("model",), "nothing searches; give a model folder, or retriever=bm25")
-        elif model is not None and not OmegaConf.is_interpolation(config.cfg, "retriever"):
-            yield Mistake(("model",), "retriever is given too; leave one of them out")
+    if "model" in config.values and "retriever" in config.values:
+        if given is None:
+            config.add("model", "nothing searches; give a model folder, or retriever=bm25")
+        elif model not in (None, given):
+            config.add("model", "retriever is given too; leave one of them out")
     weights = config.get("fuse.weights")
-    several = isinstance(given, ListConfig) and len(given) > 1
-    if several and isinstance(weights, ListConfig) and len(given) != len(weights):
+    several = isinstance(given, list) and len(given) > 1 and weights is not None
+    if several and len(given) != len(weights):
         text = f"there are {len(weights)} weights for {len(given)} runs; give one for each"
-        yield Mistake(("fuse", "weights"), text)
+        config.add("fuse.weights", text)
+    model_folder(config, "retriever" if model is None else "model", "retriever")
+    model_folder(config, "reranker", "reranker")
 
 
-def folders_suit_their_stage(config: Checker) -> Iterator[Mistake]:
-    """Model folders and runs are there and fit: reported before hours of encoding, not after."""
-    given = config.get("retriever")
-    place = ("retriever",) if config.get("model") is None else ("model",)
-    holder: Any = given if isinstance(given, ListConfig) else config.cfg
-    for i, name in enumerate(given if isinstance(given, ListConfig) else [given]):
-        key = i if isinstance(given, ListConfig) else place[0]
-        of_each = config.get("collections") and OmegaConf.is_interpolation(holder, key)
-        if name != "bm25" and not of_each:
-            files = "model" not in config.cfg
-            yield from model_folder(config, place, name, "retriever", files=files)
-    yield from model_folder(config, ("reranker",), config.get("reranker"), "reranker")
-
-
-def collections_are_there(config: Checker) -> Iterator[Mistake]:
+def collections_are_there(config: Config) -> None:
     """Each entry of `collections` is a folder in data.path, or a pattern that matches some."""
-    entries, path = config.get("collections"), config.get("data.path")
-    if entries is not None and "path" not in (config.get("data") or {}):
+    entries, path = config.get("collections") or [], config.get("data.path")
+    data = config.values.get("data")
+    if config.get("collections") is not None and data and "path" not in data:
         text = "the data is one collection; choose data=beir data.path=<the folder of them all>"
-        yield Mistake(("collections",), text)
-    if not isinstance(entries, ListConfig) or not isinstance(path, str) or not Path(path).is_dir():
+        config.add("collections", text)
+    if not isinstance(path, str) or not Path(path).is_dir():
         return
-    base = Path(path)
-    for i, name in enumerate(entry for entry in entries if isinstance(entry, str)):
-        found = members(base, [name])
+    for i, name in enumerate(entries):
+        found = members(Path(path), [name])
         if ".." in Path(name).parts or Path(name).is_absolute():
-            # its metrics would be elsewhere too
-            text = f"{name} is not in {base}; set data.path to a folder above all of them"
-            yield Mistake(("collections", i), text)
-        elif not found or not all((base / one.name).is_dir() for one in found):
-            near = neighbour(base / name)
+            # Its metrics would be elsewhere too.
+            text = f"{name} is not in {path}; set data.path to a folder above all of them"
+            config.add(f"collections[{i}]", text)
+        elif not found or not all(Path(path, one.name).is_dir() for one in found):
+            near = neighbour(Path(path, name))
             hint = f"; did you mean {near}?" if near else ""
-            text = f"there is no collection {base / name} (a folder with corpus.jsonl){hint}"
-            yield Mistake(("collections", i), text, "folder")
+            text = f"there is no collection {path}/{name} (a folder with corpus.jsonl){hint}"
+            config.add(f"collections[{i}]", text, "folder")
 
 
 RULES: list[Rule] = [
     measures_are_computed,
     retrievers_can_search,
-    folders_suit_their_stage,
     collections_are_there,
 ]

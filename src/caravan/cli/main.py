@@ -96,10 +96,9 @@ def entry(
                     raise SystemExit(USER)
                 sweep = None
                 if not ANSWERED & set(sys.argv[1:]):
-                    from caravan.cli import compose, sweeps  # they import torch
+                    from caravan.cli import compose  # it imports torch
 
-                    sys.argv[1:] = compose.preflight(sys.argv[1:], conf, name)
-                    sweep = sweeps.folder_of(sys.argv[1:])
+                    sys.argv[1:], sweep = compose.preflight(sys.argv[1:], conf, name)
                 failed = False
                 try:
                     program(_job(task, root))()
@@ -135,6 +134,8 @@ def _job(task: Task, root: type) -> Task:
             logging.getLogger().setLevel(logging.WARNING)
         if sweep:
             cfg.run_dir = os.path.join(settings.sweep.dir, settings.sweep.subdir).rstrip("/")
+        else:
+            cfg.run_dir = settings.run.dir
         try:
             # Other ranks write no files, and a search needs no exclusive run_dir.
             alone = is_main_process() and root is not schema.Search
@@ -156,7 +157,7 @@ def _job(task: Task, root: type) -> Task:
     def checked(cfg: DictConfig) -> Any:
         from caravan.cli import compose
 
-        compose.refuse(cfg, root)
+        compose.refuse([f"{one.key}: {one.text}" for one in compose.check(cfg, root)])
         try:
             return task(cfg)
         except RuntimeError as error:

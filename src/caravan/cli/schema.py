@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -20,23 +19,16 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from pydantic import AfterValidator, NonNegativeInt, PositiveInt
+from pydantic_core import PydanticCustomError
 
 from caravan.encoding import Encoding
 
 
-@dataclass(frozen=True)
-class Node:
-    """A mapping with a `_target_`, as a value that is checked."""
-
-    target: Any  # what `_target_` names; None if unknown
-
-
 def _chosen(value: Any) -> Any:
     """The validator of what a group of conf/ chooses."""
-    if isinstance(value, Node):
-        return value
-    has_keys = isinstance(value, Mapping) and value
-    raise ValueError("has no _target_" if has_keys else "is not chosen")
+    if not isinstance(value, dict) or "_target_" not in value:
+        raise PydanticCustomError("no_object", "a mapping with a _target_")
+    return value
 
 
 def _printable(text: str) -> str:
@@ -72,6 +64,16 @@ class Batching:
     num_workers: NonNegativeInt
 
 
+@dataclass(kw_only=True)
+class Read:
+    """How much of a text is read (`caravan.data.segments.Reading`)."""
+
+    query_length: LENGTH | None = None
+    passage_length: LENGTH | None = None
+    segment: Literal["first", "best"] | None = None
+    segment_words: PositiveInt = 150
+
+
 @dataclass
 class Validation:
     """What the validation during training searches (`caravan.data.datamodule.DataModule`)."""
@@ -81,7 +83,7 @@ class Validation:
     train_queries: PositiveInt | None
     run: str | None
     run_depth: PositiveInt
-    read_lengths: list[LENGTH]
+    readings: list[Read]
 
 
 @dataclass
@@ -120,23 +122,20 @@ class Train:
     callbacks: NODES
 
 
-@dataclass
-class Rerank:
+@dataclass(kw_only=True)
+class Rerank(Read):
     """How candidates are reranked (`caravan.retrieval.rerank.Reranking`)."""
 
     depth: PositiveInt
     weight: Annotated[float, Gt(0), Le(1)]
+    normalise: Literal["minmax", "zscore", "none"]
     rest: Literal["drop", "keep"]
     judged: bool
     block: PositiveInt
-    query_length: LENGTH | None
-    passage_length: LENGTH | None
-    segment: Literal["first", "best"] | None
-    segment_words: PositiveInt
 
 
-@dataclass
-class Pipeline:
+@dataclass(kw_only=True)
+class Pipeline(Read):
     """Retrieve, fuse, rerank: what the roots of evaluate.yaml and search.yaml have in common."""
 
     name: NAME
@@ -145,8 +144,6 @@ class Pipeline:
     store: PATH
     reranker: str | None
     rerank: Rerank
-    query_length: LENGTH | None
-    passage_length: LENGTH | None
     token_budget: PositiveInt | None
     num_workers: NonNegativeInt
     precision: PRECISION
@@ -159,7 +156,7 @@ class Pipeline:
     fuse: NODE
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Evaluate(Pipeline):
     """The root of conf/evaluate.yaml."""
 
@@ -169,7 +166,7 @@ class Evaluate(Pipeline):
     ignore_identical_ids: bool
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Search(Pipeline):
     """The root of conf/search.yaml."""
 
@@ -223,16 +220,12 @@ def recorded(cfg: DictConfig) -> str:
     return text if command is None else f"# {' '.join(command.split())}\n{text}"
 
 
-def build(cfg: DictConfig, *names: str) -> dict[str, Any]:
-    """The objects that nodes of the root describe; a value without `_target_` is plain data.
+def build(cfg: DictConfig, name: str) -> Any:
+    """The object that a node of the root describes; a value without `_target_` is plain data.
 
     Lists and mappings become Python's own: an adapter could not save a ListConfig, for example.
     """
     from hydra.utils import instantiate
 
-    return {
-        name: instantiate(cfg[name], _convert_="all")
-        if isinstance(cfg[name], DictConfig)
-        else cfg[name]
-        for name in names
-    }
+    node = cfg[name]
+    return instantiate(node, _convert_="all") if isinstance(node, DictConfig) else node

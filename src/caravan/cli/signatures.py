@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import collections.abc
 import difflib
 import functools
 import importlib
 import inspect
-import types
-from collections.abc import Hashable, Iterable
-from enum import Enum
-from pathlib import PurePath
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any, Literal, get_type_hints
 
-import pydantic
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, create_model
 from pydantic_core import SchemaError
 
 from caravan.errors import first_line
@@ -26,12 +22,9 @@ RESERVED = {
     "_convert_": Literal["none", "partial", "object", "all"],
     "_args_": list[Any],
 }
-UNRESOLVABLE = (
-    *(NameError, AttributeError, TypeError, SyntaxError),
-    *(SchemaError, pydantic.PydanticUserError),
-)
+"""Keys of a node that Hydra itself uses."""
+UNRESOLVABLE = (NameError, AttributeError, TypeError, SyntaxError, SchemaError, PydanticUserError)
 """What an annotation raises that only a type checker can read; its argument may be anything."""
-Takes = tuple[type[BaseModel] | None, dict[str, Any]]
 
 
 def did_you_mean(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -41,14 +34,12 @@ def did_you_mean(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | 
 
 
 def locate(target: str) -> Any:
-    """The object that a dotted path names; its modules are imported.
+    """Import the class or function that a dotted path names.
 
     Raises:
-        LookupError: with a similar name.
+        LookupError: With a similar name, or why the import failed.
     """
     place, _, name = target.rpartition(".")
-    if not place:
-        raise LookupError(f"{target!r} is not a dotted path such as package.module.Class")
     try:
         found = _found(target)
         names = [] if callable(found) else dir(_found(place))
@@ -57,91 +48,66 @@ def locate(target: str) -> Any:
         raise LookupError(f"{target} cannot be imported: {reason}") from error
     if callable(found):
         return found
-    near = did_you_mean(name, [one for one in names if one[0] != "_"])
+    near = did_you_mean(name, [one for one in names if one[0] != "_" and one != name])
     hint = f"; did you mean {place}.{near}?" if near else ""
-    raise LookupError(f"there is no class or function {target}{hint}")
+    raise LookupError(f"there is no class or function {target!r}{hint}")
 
 
 def _found(path: str) -> Any:
     """A module, or an attribute of one; None if there is none."""
+    place, _, name = path.rpartition(".")
+    if not name:
+        return None
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError as error:
         if not f"{path}.".startswith(f"{error.name}."):
             raise
-    place, _, name = path.rpartition(".")
-    return getattr(_found(place), name, None) if place else None
-
-
-def takes(target: Any, node: bool = True) -> Takes:
-    """A model of the arguments of a target, and their types by name; (None, {}) if unknown.
-
-    Args:
-        node: it may have Hydra's own keys too, such as `_partial_`.
-    """
-    return _takes(target, node) if isinstance(target, Hashable) else (None, {})
+    return getattr(_found(place), name, None)
 
 
 @functools.cache
-def _takes(target: Any, node: bool) -> Takes:
+def takes(target: Any, node: bool = True) -> type[BaseModel] | None:
+    """A model of the arguments of a class or function; None for some of C, which have no signature.
+
+    It validates JSON in strict mode, whose types are those of YAML: a list is accepted for a tuple,
+    and a text for a path or an enum, but no text for a number.
+
+    Args:
+        node: the arguments may include `RESERVED`.
+    """
     try:
-        signature = inspect.signature(target)
-    except (ValueError, TypeError):  # some of C have none
-        return None, {}
-    function = target
-    for kind in inspect.getmro(target) if isinstance(target, type) else ():
-        function = vars(kind).get("__init__") or vars(kind).get("__new__")
-        if function is not None:
-            break
-    scope = getattr(inspect.unwrap(function), "__globals__", {})
+        parameters = inspect.signature(target).parameters.values()
+    except (ValueError, TypeError):
+        return None
+    maker = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    scope = getattr(inspect.unwrap(maker), "__globals__", {})
     config = ConfigDict(arbitrary_types_allowed=True, strict=True, extra="forbid")
-    hints: dict[str, Any] = {}
-    # A field has an alias, since an argument may have a name that a field may not have.
-    fields: dict[str, Any] = {
-        f"field{name}": (hint, Field(default=None, alias=name))
-        for name, hint in (RESERVED if node else {}).items()
-    }
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
+    fields: dict[str, Any] = {name: (hint, None) for name, hint in RESERVED.items() if node}
+    for one in parameters:
+        if one.kind is one.VAR_KEYWORD:
             config["extra"] = "allow"
-        elif parameter.kind not in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
-            hint = hints[name] = _resolved(parameter.annotation, scope, config)
-            if parameter.default is parameter.empty:
-                fields[f"field_{len(fields)}"] = (hint, Field(alias=name))
-            else:  # None is a value of `x: int = None`, as libraries write it
-                hint = hint | None if parameter.default is None else hint
-                fields[f"field_{len(fields)}"] = (hint, Field(default=None, alias=name))
-    return pydantic.create_model("Arguments", __config__=config, **fields), hints
+        elif one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD):
+            hint = _resolved(one.annotation, scope, config)
+            # None is a value of `x: int = None`, as libraries write it.
+            hint = hint | None if one.default is None else hint
+            fields[one.name] = (hint, ... if one.default is one.empty else None)
+    # A field has an alias, because an argument may have a name that a field cannot have.
+    aliased = {
+        f"field_{name}": (hint, Field(default, alias=name))
+        for name, (hint, default) in fields.items()
+    }
+    return create_model("Arguments", __config__=config, **aliased)  # type: ignore[call-overload]
 
 
 def _resolved(annotation: Any, scope: dict[str, Any], config: ConfigDict) -> Any:
-    """An annotation in which pydantic can validate data of YAML; Any where it cannot be read."""
+    """The type of an annotation; Any where it cannot be evaluated or is unknown to pydantic."""
     if annotation is inspect.Parameter.empty:
         return Any
+    holder = SimpleNamespace(__annotations__={"it": annotation})
     try:
-        holder = types.SimpleNamespace(__annotations__={"it": annotation})
-        hint = _of_yaml(get_type_hints(holder, scope, include_extras=True)["it"])
-        pydantic.create_model("Probe", __config__=config, field=(hint, ...))
+        hint = get_type_hints(holder, scope, include_extras=True)["it"]
+        create_model("Probe", __config__=config, field=(hint, ...)).model_rebuild()
     except UNRESOLVABLE:
         return Any
-    return hint
-
-
-def _of_yaml(hint: Any) -> Any:
-    """A type hint for data of YAML, which has lists for tuples and texts for paths."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return Annotated[_of_yaml(arguments[0]), *arguments[1:]]
-    if origin in (Union, types.UnionType):
-        return Union[tuple(map(_of_yaml, arguments))]  # noqa: UP007
-    if origin in (dict, list, collections.abc.Mapping, collections.abc.Sequence):
-        return origin[tuple(map(_of_yaml, arguments))]
-    if origin in (collections.abc.Iterable, collections.abc.Collection):
-        return collections.abc.Sequence[_of_yaml(arguments[0])]  # type: ignore[misc]
-    if origin in (tuple, set, frozenset):
-        inner = tuple(one if one is ... else _of_yaml(one) for one in arguments)
-        return Annotated[origin[inner], Strict(False)]
-    loose = (PurePath, Enum, tuple, set, frozenset)
-    if isinstance(hint, type) and origin is None and issubclass(hint, loose):
-        return Annotated[hint, Strict(False)]
     return hint

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
-from caravan.cli.check import (
-    Checker,
-    Mistake,
-    Rule,
-    is_class,
-    measures_are_computed,
-    model_folder,
-)
+from caravan.cli.check import Config, Rule, is_class, measures_are_computed, model_folder
 from caravan.cli.schema import build, recorded
 from caravan.cli.signatures import did_you_mean, locate
-from caravan.cli.sources import KeyPath, dotted
 from caravan.data.negatives import Negatives, Sampler
+from caravan.data.segments import Reading
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import hardware
@@ -62,7 +54,7 @@ def train(cfg: DictConfig) -> float | None:
     cfg = completed(cfg)
     hardware.refuse_attention(cfg.backbone.get("attention", "auto"))
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    parts = build(cfg, *SAME, "data", "logger", "callbacks")
+    parts = {name: build(cfg, name) for name in (*SAME, "data", "logger", "callbacks")}
     validation = {**settings["validation"], "ignore_identical_ids": cfg.ignore_identical_ids}
     run = fit.Training(
         **{name: parts[name] for name in SAME},
@@ -75,7 +67,7 @@ def train(cfg: DictConfig) -> float | None:
         loggers=[logger for logger in (parts["logger"] or {}).values() if logger is not None],
         callbacks=[callback for callback in parts["callbacks"].values() if callback is not None],
         train_queries=validation.pop("train_queries"),
-        read_lengths=validation.pop("read_lengths"),
+        readings=[Reading(**one) for one in validation.pop("readings")],
         validation=validation,
         gradcache=cfg.gradcache.chunk,
         settings=settings,
@@ -123,11 +115,11 @@ def source_facts(source: Any) -> dict[str, Any]:
 def recipe(cfg: DictConfig) -> dict[str, Any]:
     """The hyperparameters for the model card; unset ones are omitted."""
 
-    def given(place: str) -> Any:
-        return OmegaConf.select(cfg, place)
+    def given(key: str) -> Any:
+        return OmegaConf.select(cfg, key)
 
-    def class_of(place: str) -> str:
-        return str(given(f"{place}._target_") or "").rpartition(".")[2]
+    def class_of(key: str) -> str:
+        return str(given(f"{key}._target_") or "").rpartition(".")[2]
 
     losses = range(len(given("loss.losses") or ()))
     accumulated = given("trainer.accumulate_grad_batches") or 1
@@ -147,153 +139,144 @@ def recipe(cfg: DictConfig) -> dict[str, Any]:
     return {name: value for name, value in rows.items() if value not in (None, "")}
 
 
-def stage_suits_the_encoding(config: Checker) -> Iterator[Mistake]:
+def stage_suits_the_encoding(config: Config) -> None:
     """The model folder says what the stage has trained."""
-    kind, place = config.get("encoding.kind"), ("encoding", "kind")
+    kind, direction = config.get("encoding.kind"), config.get("backbone.bidirectional") or False
     if config.is_a("stage", Reranker) and kind != "reranker":
-        yield Mistake(place, "the stage trains a reranker; set it to reranker")
-    if config.is_a("stage", (Retriever, Adaptation)) and kind != "retriever":
-        yield Mistake(place, "the stage trains an embedding model; set it to retriever")
-    direction = config.get("backbone.bidirectional") or False
+        config.add("encoding.kind", "the stage trains a reranker; set it to reranker")
+    if config.is_a("stage", Retriever, Adaptation) and kind != "retriever":
+        config.add("encoding.kind", "the stage trains an embedding model; set it to retriever")
     if config.get("encoding.bidirectional") != direction:
-        text = "it follows backbone.bidirectional; set that"
-        yield Mistake(("encoding", "bidirectional"), text)
+        config.add("encoding.bidirectional", "it follows backbone.bidirectional; set that")
     if config.is_a("stage", Adaptation) and direction is True:
         text = "LLaRA adaptation needs causal attention; set it to false here, and to true"
         text += " when a retriever is fine-tuned from the adapted model"
-        yield Mistake(("backbone", "bidirectional"), text)
+        config.add("backbone.bidirectional", text)
     if config.is_a("backbone", FromFolder):
-        yield from model_folder(config, ("backbone", "folder"), config.get("backbone.folder"))
+        model_folder(config, "backbone.folder", setting="backbone.trust_remote_code")
 
 
-def reranker_has_candidates(config: Checker) -> Iterator[Mistake]:
+def reranker_has_candidates(config: Config) -> None:
     """A reranker is validated on a run, and trained on negatives."""
     if not config.is_a("stage", Reranker) or config.get("trainer.max_steps") == 0:
         return
     if config.get("validation.run") is None:
         text = "the validation of a reranker needs the candidates of the dev queries; give a run"
-        text += " (evaluate.py data.split=dev)"
-        yield Mistake(("validation", "run"), text, "folder")
+        config.add("validation.run", f"{text} (evaluate.py data.split=dev)", "folder")
     if config.get("validation.train_queries") is not None:
         text = "a reranker has candidates for the dev queries only; leave it null, and rerank a run"
         text += " of the training queries with evaluate.py"
-        yield Mistake(("validation", "train_queries"), text)
-    if config.get("sampler.number") == 0 and not any(_likelihoods(config)):
+        config.add("validation.train_queries", text)
+    if config.get("sampler.number") == 0 and not _likelihoods(config):
         text = "a reranker compares a positive with its negatives; set it to 1 or more"
-        yield Mistake(("sampler", "number"), text)
+        config.add("sampler.number", text)
 
 
-def loss_has_its_scores(config: Checker) -> Iterator[Mistake]:
+def loss_has_its_scores(config: Config) -> None:
     """Distillation needs the scores of a teacher; Likelihood needs log probabilities."""
     sampler: Any = config.targets.get(("sampler",))
     by_run = (Sampler.teacher_scores, Negatives.teacher_scores)
-    own = isinstance(sampler, type) and Sampler in sampler.__mro__
-    gives_scores = own and sampler.teacher_scores not in by_run
+    gives_scores = is_class(sampler, Sampler) and sampler.teacher_scores not in by_run
     if config.get("sampler.teacher") is None:
         if config.get("sampler.teacher_margin") is not None:
             text = "it needs the scores of a run; set sampler.teacher"
-            yield Mistake(("sampler", "teacher_margin"), text)
-        for path, target, node in () if gives_scores else config.nodes("loss"):
+            config.add("sampler.teacher_margin", text)
+        for key, target, node in () if gives_scores else config.nodes("loss"):
             teaches = node.get("needs_teacher")
-            if teaches is None and isinstance(target, type) and Loss in target.__mro__:
-                loss: type[Loss] = target
-                teaches = loss.needs_teacher is True  # a property where it depends on arguments
+            if teaches is None and is_class(target, Loss):
+                teaches = target.needs_teacher is True  # a property if it depends on arguments
             if teaches:
                 text = "it learns from the scores of a teacher; give a run with them:"
-                yield Mistake((*path, "_target_"), f"{text} sampler.teacher", "folder")
-    if config.get("encoding.scoring") != "likelihood":
-        for path in _likelihoods(config):
+                config.add(f"{key}._target_", f"{text} sampler.teacher", "folder")
+    for key in _likelihoods(config):
+        if config.get("encoding.scoring") != "likelihood":
             text = "its scores are log probabilities; choose stage=reranker_likelihood"
-            yield Mistake((*path, "_target_"), text)
+            config.add(f"{key}._target_", text)
 
 
-def _likelihoods(config: Checker) -> Iterator[KeyPath]:
-    """The paths of the losses by likelihood, also inside of other losses."""
-    return (path for path, target, _ in config.nodes("loss") if is_class(target, Likelihood))
+def _likelihoods(config: Config) -> list[str]:
+    """The keys of the losses by likelihood, also inside of other losses."""
+    return [key for key, target, _ in config.nodes("loss") if is_class(target, Likelihood)]
 
 
-def parts_work_together(config: Checker) -> Iterator[Mistake]:
+def parts_work_together(config: Config) -> None:
     """Parts that are valid alone and that no run can combine."""
     adapts, sharded = config.is_a("stage", Adaptation), config.is_a("strategy", FullySharded)
     if adapts and config.get("gradcache.chunk") is not None:
         text = "the adaptation loss compares no texts; lower batching.queries_per_batch instead"
-        yield Mistake(("gradcache", "chunk"), text)
-    if config.get("peft.quant_type") is not None and sharded:
+        config.add("gradcache.chunk", text)
+    if sharded and config.get("peft.quant_type") is not None:
         text = "4-bit weights cannot be sharded; choose strategy=ddp, or peft=lora"
-        yield Mistake(("peft", "quant_type"), text)
+        config.add("peft.quant_type", text)
     padded = adapts or config.get("encoding.scoring") == "likelihood"
-    if padded and config.get("backbone.attention") == "unpadded":
-        text = "adaptation and likelihoods need padding; set it to auto or sdpa"
-        yield Mistake(("backbone", "attention"), text)
     attention = str(config.get("backbone.attention"))
+    if padded and attention == "unpadded":
+        text = "adaptation and likelihoods need padding; set it to auto or sdpa"
+        config.add("backbone.attention", text)
     if attention.startswith("flash") and config.get("trainer.accelerator") == "cpu":
-        text = f"{attention} runs on GPUs only; set it to auto or sdpa"
-        yield Mistake(("backbone", "attention"), text)
+        config.add("backbone.attention", f"{attention} runs on GPUs only; set it to auto or sdpa")
     if config.get("backbone.compile") is True:
         if config.get("backbone.checkpointing") == "selective":
             text = "torch.compile chooses what to keep of a layer; set it to true or false"
-            yield Mistake(("backbone", "checkpointing"), text)
+            config.add("backbone.checkpointing", text)
         if sharded:
             text = "FSDP copies the layers without their compilation; set it to false, or choose"
-            yield Mistake(("backbone", "compile"), f"{text} strategy=ddp")
+            config.add("backbone.compile", f"{text} strategy=ddp")
 
 
-def trainer_suits_the_run(config: Checker) -> Iterator[Mistake]:
+def trainer_suits_the_run(config: Config) -> None:
     """Arguments of the Trainer that the run passes itself, or that would never end."""
     if not config.is_a("trainer", Trainer):
         return
     for group in ("stage", "trainer"):
         if config.get(f"{group}._partial_") is not True:
             text = "it must be true, since the run adds arguments; leave the override out"
-            yield Mistake((group, "_partial_"), text)
+            config.add(f"{group}._partial_", text)
     for name in OF_RUN:
-        if name in config.cfg.trainer:
-            hint = f"set {name} at the root" if name in config.cfg else "leave it out"
-            yield Mistake(("trainer", name), f"the run passes it to the Trainer itself; {hint}")
+        if name in config.values["trainer"]:
+            hint = f"set {name} at the root" if name in config.values else "leave it out"
+            config.add(f"trainer.{name}", f"the run passes it to the Trainer itself; {hint}")
     given = {name: config.get(f"trainer.{name}") for name in (*AT_LEAST, "max_time")}
     for name, least in AT_LEAST.items():
         value = given[name]
-        if isinstance(value, int | float) and not value >= least:  # NaN is not
+        if value is not None and not value >= least:  # NaN is not
             text = f"it must be greater than or equal to {least}, not {value}"
-            yield Mistake(("trainer", name), text)
+            config.add(f"trainer.{name}", text)
     if given["max_steps"] == given["max_epochs"] == -1 and given["max_time"] is None:
-        yield Mistake(("trainer",), "it would never end; set trainer.max_steps or .max_epochs")
+        config.add("trainer", "it would never end; set trainer.max_steps or .max_epochs")
     every = given["val_check_interval"]
     if isinstance(every, float) and config.get("trainer.check_val_every_n_epoch") is None:
         text = f"it counts batches over all epochs: it must be a whole number, not {every}; for a"
         text += " part of an epoch set trainer.check_val_every_n_epoch=1"
-        yield Mistake(("trainer", "val_check_interval"), text)
+        config.add("trainer.val_check_interval", text)
     devices, nodes = config.get("trainer.devices"), config.get("trainer.num_nodes")
-    devices = len(devices) if isinstance(devices, ListConfig) else devices
+    devices = len(devices) if isinstance(devices, list) else devices
     queries = config.get("batching.queries_per_batch")
-    counts = [str(one) for one in (devices, nodes, queries)]
-    if all(map(str.isdigit, counts)) and given["max_steps"] != 0:
-        ranks = int(counts[0]) * int(counts[1])
-        if int(counts[2]) < ranks:
+    if all(str(one).isdigit() for one in (devices, nodes, queries)) and given["max_steps"] != 0:
+        ranks = int(devices) * int(nodes)
+        if queries < ranks:
             text = f"{queries} queries cannot be split over {ranks} ranks; set it to {ranks}"
-            yield Mistake(("batching", "queries_per_batch"), f"{text} or more")
+            config.add("batching.queries_per_batch", f"{text} or more")
 
 
-def callbacks_suit_the_run(config: Checker) -> Iterator[Mistake]:
+def callbacks_suit_the_run(config: Config) -> None:
     """Monitored values are logged, and the best checkpoints do not overwrite one another."""
-    measures: list[Any] = []
-    for path, _, _ in config.nodes("callbacks"):
-        measures += config.get(dotted((*path, "measures"))) or []
+    nodes = list(config.nodes("callbacks"))
+    measures = [name for _, _, node in nodes for name in node.get("measures") or ()]
     logged = [f"val/{name}" for name in measures]
     if config.is_a("stage", Reranker):
         logged += [f"val/first_stage/{name}" for name in measures]
-    for path, target, node in config.nodes("callbacks"):
-        watched = config.get(dotted((*path, "monitor")))
-        monitors = is_class(target, (EarlyStopping, ModelCheckpoint)) and isinstance(watched, str)
-        if monitors and watched.startswith("val/") and logged and watched not in logged:
+    for key, target, node in nodes:
+        watched = str(config.get(f"{key}.monitor"))
+        monitors = is_class(target, EarlyStopping, ModelCheckpoint) and logged
+        if monitors and watched.startswith("val/") and watched not in logged:
             near = did_you_mean(watched, logged)
             hint = f"did you mean {near}?" if near else f"there are {', '.join(logged)}"
-            yield Mistake((*path, "monitor"), f"the validation does not log {watched}; {hint}")
-        kept, name = node.get("save_top_k", 1), node.get("filename")
-        several = isinstance(kept, int) and kept not in (0, 1)
-        if is_class(target, ModelCheckpoint) and several and name and "{" not in name:
-            text = f'the checkpoints would overwrite each other; set "{dotted(path)}.filename='
-            yield Mistake((*path, "save_top_k"), f"{text}'best-{{step}}'\", with both quotes")
+            config.add(f"{key}.monitor", f"the validation does not log {watched}; {hint}")
+        several = node.get("save_top_k", 1) not in (0, 1)
+        if is_class(target, ModelCheckpoint) and several and "{" not in node.get("filename", "{"):
+            text = f'the checkpoints would overwrite each other; set "{key}.filename='
+            config.add(f"{key}.save_top_k", f"{text}'best-{{step}}'\", with both quotes")
 
 
 RULES: list[Rule] = [

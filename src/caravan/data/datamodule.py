@@ -19,6 +19,7 @@ from caravan.data.loaders import QueryOrder, TextLoader, TrainLoader, limited, r
 from caravan.data.negatives import own_passages, warn_if_queries_are_passages
 from caravan.data.qrels import Qrels
 from caravan.data.runs import Run, read_run
+from caravan.data.segments import Cut, Reading, cut
 from caravan.data.tokenization import PairTemplates, Templates
 from caravan.distributed import is_main_process
 from caravan.errors import InputError
@@ -75,6 +76,8 @@ class DataModule(pl.LightningDataModule):
         self.dev_qrels = _NONE
         self.relevant_from = 1  # the lowest relevant grade in metrics without grades
         self.candidates: Run | None = None
+        self.reading = Reading()  # its lengths are those of the templates
+        self.passages_read: Cut  # what the latest loaders read: passages, or their segments
         if dev_split is not None:
             self.set_validation(dev_split, queries, passages, run, run_depth)
 
@@ -189,12 +192,15 @@ class DataModule(pl.LightningDataModule):
         if isinstance(templates, PairTemplates):
             run = self.candidates
             assert run is not None  # `set_validation` reads the candidates for pair templates
-            rows = np.repeat(run.query_rows, run.counts), run.passage_rows
-            return [self._loader(PairBatches(queries, corpus, *rows, templates, *sizes))]
-        asked, searched = self.dev_qrels.queries, self.dev_passages
+            read = self.passages_read = cut(corpus, run.passage_rows, self.reading)
+            query_rows = read.repeated(np.repeat(run.query_rows, run.counts))
+            rows = (query_rows, read.rows)
+            return [self._loader(PairBatches(queries, read.texts, *rows, templates, *sizes))]
+        asked = self.dev_qrels.queries
+        read = self.passages_read = cut(corpus, self.dev_passages, self.reading)
         return [
             self._loader(TextBatches(queries, asked, templates, "query", *sizes)),
-            self._loader(TextBatches(corpus, searched, templates, "passage", *sizes)),
+            self._loader(TextBatches(read.texts, read.rows, templates, "passage", *sizes)),
         ]
 
     def _loader(self, batches: TextBatches | PairBatches) -> DataLoader[Any]:

@@ -8,12 +8,50 @@ takes a corpus takes segments.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from caravan.data.texts import Texts
 
 READ = 1024  # documents at once
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How much of a text a retriever or a reranker reads.
+
+    Attributes:
+        query_length, passage_length: in tokens; None keeps the length of the model folder.
+        segment: None reads the document up to `passage_length`; "first" reads its first segment;
+            "best" reads all segments, and the highest score is that of the document.
+        segment_words: words per segment.
+    """
+
+    query_length: int | None = None
+    passage_length: int | None = None
+    segment: Literal["first", "best"] | None = None
+    segment_words: int = 150
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The lengths that override those of the model folder."""
+        lengths = {"query_length": self.query_length, "passage_length": self.passage_length}
+        return {name: length for name, length in lengths.items() if length is not None}
+
+    @property
+    def name(self) -> str:
+        """The name of the run of this reading, without its ending."""
+        settings = {**self.lengths, **self.segments}.items()
+        return "_".join(["read", *(f"{name}_{value}" for name, value in settings)])
+
+    @property
+    def segments(self) -> dict[str, Any]:
+        """The settings of segments, for the inputs of a product; empty without segments."""
+        if self.segment is None:
+            return {}
+        return {"segment": self.segment, "segment_words": self.segment_words}
 
 
 class Segments:
@@ -56,6 +94,10 @@ class Segments:
         at = np.searchsorted(self.starts, segments, side="right")
         return self.starts[at] == segments + 1
 
+    def documents(self, segments: np.ndarray) -> np.ndarray:
+        """The corpus rows of the documents that the segments belong to."""
+        return self.rows[np.searchsorted(self.starts, segments, side="right") - 1]
+
     def get(self, segments: Sequence[int] | np.ndarray) -> list[tuple[str, str]]:
         """(title, text) of segments; each has its document's title."""
         segments = np.asarray(segments)
@@ -68,3 +110,48 @@ class Segments:
             start = int(number) * self.words
             found.append((title, " ".join(words[start : start + self.words])))
         return found
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The texts that are read of n documents: the documents, or segments of each.
+
+    Attributes:
+        texts: the corpus or its `Segments`.
+        rows: rows of `texts`, document by document.
+        counts: segments of each document [n]; None if each has one row.
+    """
+
+    texts: Any
+    rows: np.ndarray
+    counts: np.ndarray | None = None
+
+    def repeated(self, values: np.ndarray) -> np.ndarray:
+        """A value for each row, from one for each document [n]."""
+        return values if self.counts is None else np.repeat(values, self.counts)
+
+    def best(self, scores: np.ndarray) -> np.ndarray:
+        """The highest score of each document [n], from one for each row."""
+        if self.counts is None:
+            return scores
+        return np.maximum.reduceat(scores, np.cumsum(self.counts) - self.counts)
+
+    def documents(self, rows: np.ndarray) -> np.ndarray:
+        """The corpus rows of the documents that rows of `texts` belong to."""
+        return self.texts.documents(rows) if isinstance(self.texts, Segments) else rows
+
+
+def cut(corpus: Any, rows: np.ndarray, reading: Reading) -> Cut:
+    """Cut documents as the reading says.
+
+    Args:
+        corpus: `caravan.data.texts.Texts`.
+        rows: [n] of the corpus; any order, repeats allowed.
+    """
+    if reading.segment is None or not len(rows):
+        return Cut(corpus, rows)
+    segments = Segments(corpus, rows, reading.segment_words)
+    numbers, counts = segments.of(rows)
+    if reading.segment == "first":
+        return Cut(segments, numbers[np.cumsum(counts) - counts])
+    return Cut(segments, numbers, counts)

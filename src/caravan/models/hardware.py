@@ -6,8 +6,11 @@ float32. Similarities, softmax and losses are float32 in any case, and so are tr
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,6 +113,27 @@ def settle_precisions(network: nn.Module, bf16: bool) -> None:
     """Convert each weight to its precision in training (`precisions`)."""
     for weight, dtype in precisions(network, bf16):
         weight.data = weight.data.to(dtype)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Measure the peak memory from now on: of a GPU, or of this process (Linux only)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """GiB since `reset_peak_memory`; None where the system does not measure it."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    kib = re.search(r"VmHWM:\s*(\d+) kB", status)
+    return round(int(kib[1]) / 2**20, 3) if kib else None
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """The embedded collection: the documentation of Python and of the packages installed here.
 
-The first paragraph of a docstring is a query, what follows is the passage that answers it. Every
-machine that runs Caravan has some 27,000 such pairs, so that training, evaluation and search need
-no download. Names are no part of the passages: with them the task would be one of matching words.
+The first paragraph of a docstring is a query, and the rest is the relevant passage. Every machine
+that runs Caravan has about 27,000 such pairs, so training, evaluation and search need no download.
+Passages do not contain the names of functions, which would make the task one of matching words.
 
     python evaluate.py retriever=bm25 data=pydocs
 """
@@ -14,11 +14,8 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from caravan.data.collection import Collection
 from caravan.data.readers.labelled import Beir
@@ -27,6 +24,13 @@ from caravan.errors import InputError
 from caravan.files import cache_folder, locked, scratch_folder
 from caravan.progress import track
 from caravan.quickstart.docstrings import STDLIB, installed_sources, read, required_by
+from caravan.quickstart.duplicates import (
+    Families,
+    Pair,
+    drop_near_duplicates,
+    gather_queries,
+    merge_passages,
+)
 
 RECIPE = 1
 """Version of the rules below: another version is another collection."""
@@ -38,20 +42,9 @@ REQUIREMENTS = (
 )  # fmt: skip
 """What Caravan itself needs (but for plots); with what these need, the collection's packages."""
 
-MAX_POSITIVES = 5  # a query that so many passages answer ("Perform a step.") asks for nothing
-MAX_QUERIES = 3  # a passage that answers more different queries than this says nothing
-MAX_FAMILY = 10  # larger families of look-alikes are trained on, never tested on
-SHINGLE = 4  # words
-MIN_SHINGLES = 8  # a passage with fewer is made of numbers and its own name
-DUPLICATE = 0.7  # from this share of common shingles on, two passages are one
-RELATED = 0.4  # from this share on, they stay in the same split
+MAX_FAMILY = 10  # larger families are used for training only
 
-FUNCTION_WORDS = {
-    "a", "an", "and", "as", "be", "by", "for", "from", "if", "in", "is", "it", "its", "of", "on",
-    "or", "that", "the", "this", "to", "with",
-}  # fmt: skip
 WORD = re.compile(r"\w+")
-PIECE = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")  # of camelCase and snake_case names
 ROLE = re.compile(r":[a-z][a-z:]*:`[~!]?([^`<]+?)(?:\s*<[^`]*>)?`")
 RULE = re.compile(r"^[ \t]*([=~\-^\"#*+_.])\1{2,}[ \t]*\n?", re.M)  # ---- under a heading
 SIGNATURE = re.compile(r"[\w.]+\s*\([^()]*(\([^()]*\)[^()]*)*\)\s*(->.*)?")
@@ -72,25 +65,6 @@ LICENCE = re.compile(
     r"|do not edit",
     re.I,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A docstring cut in two; keys are the words alone, lower case."""
-
-    name: str  # module:Class.method
-    query: str
-    text: str
-    query_key: str
-    text_key: str
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """A query and the groups (by number) whose passage answers it."""
-
-    pair: Pair  # the first of those that ask it
-    answers: list[int]
 
 
 class PyDocs(Source):
@@ -174,9 +148,9 @@ class PyDocs(Source):
         """Write (name, docstring) as a BEIR folder, with `about.json` about what was left out."""
         dropped: Counter[str] = Counter()
         families = Families()
-        groups = merge(self._pairs(found, dropped), dropped)
-        groups = distinct(groups, families, dropped)
-        queries = ask(groups, families, dropped)
+        groups = merge_passages(self._pairs(found, dropped), dropped)
+        groups = drop_near_duplicates(groups, families, dropped)
+        queries = gather_queries(groups, families, dropped)
         kept = sorted({at for query in queries for at in query.answers})
         if not kept:
             raise InputError(
@@ -194,8 +168,8 @@ class PyDocs(Source):
             answers = dict.fromkeys(unit_of(groups[at][0].name, self.unit) for at in query.answers)
             qrels[split] += (f"{query.pair.name}\t{name}\t1\n" for name in answers)
         corpus = ({"_id": name, "text": "\n\n".join(parts)} for name, parts in texts.items())
-        asked = ({"_id": query.pair.name, "text": query.pair.query} for query in queries)
-        for part, rows in (("corpus", corpus), ("queries", asked)):
+        query_rows = ({"_id": query.pair.name, "text": query.pair.query} for query in queries)
+        for part, rows in (("corpus", corpus), ("queries", query_rows)):
             with open(folder / f"{part}.jsonl", "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         (folder / "qrels").mkdir()
@@ -249,101 +223,6 @@ def cut(name: str, docstring: str) -> Pair | None:
     return Pair(name, " ".join(query.split()), text, _words(query), _words(text))
 
 
-def merge(pairs: Iterable[Pair], dropped: Counter[str]) -> list[list[Pair]]:
-    """Pairs with the same passage in one group: one passage, several queries."""
-    groups: dict[str, dict[str, Pair]] = defaultdict(dict)
-    for pair in pairs:
-        if groups[pair.text_key].setdefault(pair.query_key, pair) is not pair:
-            dropped["copy"] += 1
-    for key in [key for key, group in groups.items() if len(group) > MAX_QUERIES]:
-        dropped["generic passage"] += len(groups.pop(key))
-    return [list(group.values()) for group in groups.values()]
-
-
-def ask(groups: Sequence[list[Pair]], families: Families, dropped: Counter[str]) -> list[Query]:
-    """The queries of all groups, each once with every group that answers it.
-
-    Groups that share a query, or are asked for in the same words, become a family.
-    """
-    queries: dict[str, Query] = {}
-    for at, group in enumerate(groups):
-        for pair in group:
-            query = queries.setdefault(pair.query_key, Query(pair, []))
-            query.answers.append(at)
-            families.join([groups[query.answers[0]][0].name, group[0].name])
-    kept = [query for query in queries.values() if len(query.answers) <= MAX_POSITIVES]
-    for query in queries.values():
-        if len(query.answers) > MAX_POSITIVES:
-            dropped["generic query"] += len(query.answers)
-    same_words: dict[frozenset[str], str] = {}  # in another order or form
-    for query in kept:
-        words = query.pair.query_key.split()
-        bag = frozenset(word.rstrip("s") for word in words if word not in FUNCTION_WORDS)
-        name = groups[query.answers[0]][0].name
-        if bag:
-            families.join([name, same_words.setdefault(bag, name)])
-    return kept
-
-
-def distinct(
-    groups: Iterable[list[Pair]], families: Families, dropped: Counter[str]
-) -> list[list[Pair]]:
-    """Groups whose passage is not nearly that of an earlier one, own names and numbers aside.
-
-    The later group goes with its queries, for what tells it from the earlier one may be just what
-    its queries ask for. Passages that are only related become a family, for the splits.
-    """
-    kept: list[list[Pair]] = []
-    sketches: list[set[int]] = []
-    holders: dict[int, list[int]] = defaultdict(list)  # a shingle -> the first groups that have it
-    numbers: dict[str, int] = {}
-    for group in track(groups, "comparing passages", unit="passages"):
-        sketch = _shingles(group[0], numbers)
-        if len(sketch) < MIN_SHINGLES:
-            dropped["short passage"] += len(group)
-            continue
-        step = 4 if len(sketch) > 64 else 1  # a quarter of a long passage tells enough
-        sample = [shingle for shingle in sketch if shingle % step == 0]
-        common: Counter[int] = Counter()
-        for shingle in sample:
-            common.update(holders.get(shingle, ()))
-        nearest, likeness = 0, 0.0
-        for other, _ in common.most_common(6):
-            both = len(sketch & sketches[other])
-            share = both / (len(sketch) + len(sketches[other]) - both)
-            if share > likeness:
-                nearest, likeness = other, share
-        if likeness >= DUPLICATE:
-            dropped["near-duplicate"] += len(group)
-            continue
-        if likeness >= RELATED:
-            families.join([kept[nearest][0].name, group[0].name])
-        for shingle in sample:
-            if len(holders[shingle]) < 256:  # a phrase of so many passages tells nothing
-                holders[shingle].append(len(kept))
-        kept.append(group)
-        sketches.append(sketch)
-    return kept
-
-
-class Families:
-    """Names that must stay in one split: a union-find, named by the first in order."""
-
-    def __init__(self) -> None:
-        self._parent: dict[str, str] = {}
-
-    def of(self, name: str) -> str:
-        while (parent := self._parent.get(name, name)) != name:
-            self._parent[name] = self._parent.get(parent, parent)
-            name = parent
-        return name
-
-    def join(self, names: Sequence[str]) -> None:
-        roots = sorted({self.of(name) for name in names})
-        for root in roots[1:]:
-            self._parent[root] = roots[0]
-
-
 def split_of(name: str, held_out: float) -> str:
     """train, dev or test, by a hash of the qualified name."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
@@ -370,20 +249,3 @@ def unit_of(name: str, unit: str) -> str:
 
 def _words(text: str) -> str:
     return " ".join(WORD.findall(text.lower()))
-
-
-def _shingles(pair: Pair, numbers: dict[str, int]) -> set[int]:
-    """Hashes of all runs of `SHINGLE` words; own names and numbers are one blank."""
-    own = {piece.lower() for piece in PIECE.findall(pair.name) if len(piece) > 2}
-    pieces = (piece.lower() for piece in PIECE.findall(pair.text))
-    blanked = ["" if piece in own or piece[0].isdigit() else piece for piece in pieces]
-    values = np.array([numbers.setdefault(word, len(numbers)) for word in blanked], dtype=np.uint64)
-    blank = np.array([not word for word in blanked], dtype=bool)
-    values = np.delete(values, 1 + np.flatnonzero(blank[1:] & blank[:-1]))  # a run of them is one
-    hashes = np.zeros(max(len(values) - SHINGLE + 1, 1), dtype=np.uint64)
-    for at in range(min(SHINGLE, len(values))):
-        hashes = (
-            hashes * np.uint64(0x9E3779B97F4A7C15) + values[at : at + len(hashes)] + np.uint64(1)
-        )
-        hashes ^= hashes >> np.uint64(29)
-    return set(hashes.tolist())

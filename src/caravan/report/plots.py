@@ -98,6 +98,7 @@ class Line:
     x: Sequence[float]
     y: Sequence[float]
     spread: Sequence[float] | None = None  # drawn as bars if one is not 0
+    like: int | None = None  # the line whose colour and mark it has, hollow
 
 
 def lines(drawn: Sequence[Line], x_label: str, y_label: str) -> Draw:
@@ -106,7 +107,10 @@ def lines(drawn: Sequence[Line], x_label: str, y_label: str) -> Draw:
     def draw(axes: Any) -> None:
         x = sorted({value for line in drawn for value in line.x})
         few = len(x) <= FEW
-        for i, line in enumerate(drawn):
+        for number, line in enumerate(drawn):
+            i = number if line.like is None else line.like
+            # With marks, a dash is new only when the colours repeat.
+            dash = DASHES[(i // COLOURS if few else i) % len(DASHES)]
             axes.errorbar(
                 line.x,
                 line.y,
@@ -114,9 +118,9 @@ def lines(drawn: Sequence[Line], x_label: str, y_label: str) -> Draw:
                 label=line.label or None,
                 capsize=3,
                 color=f"C{i}",
-                # With marks, a dash is new only when the colours repeat.
-                linestyle=DASHES[(i // COLOURS if few else i) % len(DASHES)],
-                marker=MARKS[i % len(MARKS)] if few else None,
+                linestyle=dash if line.like is None else ":",
+                marker=MARKS[i % len(MARKS)] if few or line.like is not None else None,
+                markerfacecolor=None if line.like is None else "none",
             )
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)

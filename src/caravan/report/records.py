@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -31,7 +31,6 @@ def _measure(name: str) -> str:
 # Integers beyond the bounds cannot be printed as scores are.
 Number = Annotated[float, Field(gt=-1e15, lt=1e15, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=10**15)]
-Length = Annotated[str, Field(pattern="^[0-9]+$")]
 Scores = dict[Annotated[str, AfterValidator(_measure)], Number]
 
 
@@ -57,6 +56,18 @@ class _Stage(_Shape):
     depth: Count | None = None
 
 
+class _Reading(_Shape):
+    query_length: Count | None
+    passage_length: Count | None
+    segment: Literal["first", "best"] | None
+    segment_words: Count
+    scores: dict[str, Number]
+    tokens_per_query: Number | None = None
+    tokens_per_passage: Number | None = None
+    seconds: Number | None = None
+    memory_gib: Number | None = None
+
+
 class _Run(_Shape):
     """Of a training or an evaluation, finished or not."""
 
@@ -72,7 +83,7 @@ class _Run(_Shape):
     overall: dict[str, Number] | None = None
     validation: dict[str, Number] | None = None
     train: dict[str, Number] | None = None
-    read: dict[Length, dict[str, Number]] | None = None
+    read: list[_Reading] | None = None
     facts: dict[str, Any] | None = None
     stages: list[_Stage] | None = None
 

@@ -19,19 +19,17 @@ import pandas as pd
 
 from caravan.errors import InputError, printable
 from caravan.files import replacing
-from caravan.report import jobs
+from caravan.report import jobs, readings
 from caravan.report.plots import Line, Plot, intervals, lines
 from caravan.report.records import read_metrics
 from caravan.report.tables import NONE, Table, best, depth_note, slug
 from caravan.report.tables import show as show_block
 
 SEED = "seed"
-READ = "read at"
-"""The column of the length at which a model was evaluated, if there are several."""
 SECONDS = "seconds"
 SIZES = {"trained_parameters": "trained", "memory_gib": "GiB"}
 """Names in a training's metrics.json, and their columns, which are shown if jobs differ."""
-FORMATS = {SECONDS: "{:.1f}", "trained": "{:,.0f}", "GiB": "{:.1f}"}
+FORMATS = {**readings.FORMATS, SECONDS: "{:.1f}", "trained": "{:,.0f}", "GiB": "{:.1f}"}
 """Of the measures that are no scores; they are the last columns."""
 
 
@@ -62,6 +60,11 @@ class Sweep:
         return [name for name in self.varied if name != SEED]
 
     @property
+    def trained(self) -> list[str]:
+        """The settings that differ between trainings, without the seed and the readings."""
+        return [name for name in self.others if name not in readings.COLUMNS]
+
+    @property
     def measures(self) -> list[str]:
         return [name for name in self.rows if name not in self.varied]
 
@@ -74,6 +77,10 @@ class Sweep:
         """A row for each setting but the seed; columns (measure, "mean" | "std" | "count")."""
         groups = self.rows.groupby(self.others or (lambda _: self.name), sort=False)
         return groups[self.measures].agg(["mean", "std", "count"])
+
+    def means(self) -> pd.DataFrame:
+        """The means of `averaged`, with the settings as columns."""
+        return self.averaged().xs("mean", axis=1, level=1).reset_index(names=self.others or None)
 
 
 def collect(folder: Path) -> Sweep:
@@ -114,10 +121,13 @@ def collect(folder: Path) -> Sweep:
         for run in done
         for metrics in _metrics(records[run])
     ]
-    if any(READ in row for row in rows):
-        varied = [*varied, READ]
-        rows = [{READ: NONE, **row} for row in rows]
+    if read := [
+        name for name in readings.COLUMNS if len({row.get(name, NONE) for row in rows}) > 1
+    ]:
+        varied = [*varied, *read]
+        rows = [{**dict.fromkeys(read, NONE), **row} for row in rows]
         rows.sort(key=lambda row: [_order(row[name]) for name in varied])
+    rows = [{k: row[k] for k in row if k not in readings.COLUMNS or k in read} for row in rows]
     measures = list(dict.fromkeys(name for row in rows for name in row if name not in varied))
     measures.sort(key=lambda name: list(FORMATS).index(name) if name in FORMATS else -1)
     table = pd.DataFrame(rows, columns=[*varied, *measures], dtype=object)
@@ -129,37 +139,41 @@ def collect(folder: Path) -> Sweep:
 
 
 def _metrics(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The metrics of one job; several if its model was evaluated at several lengths."""
+    """The metrics of one job; several if its model was evaluated with several readings."""
     seconds = record.get("train_seconds", record.get("seconds"))
     watched = {record["monitored"]: record["best"]} if {"monitored", "best"} <= set(record) else {}
     scores = record.get("overall") or record.get("validation") or watched
     common = {f"train {name}": value for name, value in record.get("train", {}).items()}
     common |= {} if seconds is None else {SECONDS: round(seconds, 1)}
     common |= {column: record[name] for name, column in SIZES.items() if name in record}
-    for length, read in (record.get("read") or {None: scores}).items():
-        yield {**({} if length is None else {READ: int(length)}), **read, **common}
+    for read in list(readings.rows(record)) or [scores]:
+        yield {**read, **common}
 
 
 def tables(sweep: Sweep) -> list[Table]:
     """The jobs, and their means over seeds if there are several seeds; none without a score."""
     if not sweep.measures:
         return []
+    reads = bool(set(readings.COLUMNS) & set(sweep.varied))
     note = depth_note({sweep.labels[run]: record for run, record in sweep.records.items()})
     scores = sweep.rows[sweep.measures].astype(float)
     scores[[name for name in scores if name not in sweep.scores]] = float("nan")
     cells = sweep.rows.astype(str)
     for name in sweep.measures:
         cells[name] = [_digits(name, value) for value in sweep.rows[name]]
-    made = [
+    made: list[Table] = []
+    if sweep.trained and sweep.scores and reads:
+        made += readings.grids(sweep.name, sweep.means(), sweep.trained, sweep.scores[0])
+    made.append(
         Table(
             "sweep",
-            f"{sweep.name}, a row for each job{'.' if note else ''}{note}",
+            f"{sweep.name}, a row for each job{' and reading' * reads}{'.' if note else ''}{note}",
             list(cells),
             cells.to_numpy().tolist(),
             max(1, len(sweep.varied)),
             best(scores.to_numpy(), len(sweep.varied)),
         )
-    ]
+    )
     if SEED in sweep.varied:
         means = sweep.averaged()
         settings = means.index.to_frame(index=False)[sweep.others].astype(str)
@@ -194,10 +208,16 @@ def show(folder: Path) -> list[tuple[str, str]]:
 
 
 def plots(sweep: Sweep) -> list[Plot]:
-    """A plot for each measure that varies, or of the first measure if none does."""
+    """A plot for each measure that varies, or of the first measure if none does.
+
+    Over the tokens that are read, where models were evaluated with several readings.
+    """
     known = [name for name in sweep.scores if sweep.rows[name].notna().any()]
     vary = [name for name in known if sweep.rows[name].nunique() > 1]
-    return [_plot(sweep, name) for name in vary or known[:1]]
+    vary = vary or known[:1]
+    if sweep.trained and set(readings.COLUMNS) & set(sweep.varied):
+        return readings.plots(sweep.name, sweep.means(), sweep.trained, vary)
+    return [_plot(sweep, name) for name in vary]
 
 
 def _plot(sweep: Sweep, measure: str) -> Plot:

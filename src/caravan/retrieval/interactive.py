@@ -25,7 +25,7 @@ from caravan.retrieval.bm25 import BM25, open_index
 from caravan.retrieval.fusion import Fusion
 from caravan.retrieval.inference import Models, TextList
 from caravan.retrieval.rerank import Reranker
-from caravan.retrieval.stages import encode
+from caravan.retrieval.stages import encode_corpus
 from caravan.retrieval.store import Store
 from caravan.retrieval.systems import Systems
 
@@ -123,18 +123,19 @@ def _search_bm25(bm25: BM25, k: int, query: str) -> Run:
 def _dense(
     folder: Path, collection: Collection, systems: Systems, store: Store, models: Models
 ) -> Callable[[str], Run]:
-    model = models.new(folder, "retriever", systems.overridden_lengths)
+    model = models.new(folder, "retriever", systems.reading.lengths)
     trained_on = str(model.facts.get("collection") or "").rpartition(" ")[0]
     if trained_on and trained_on != collection.name:  # as without data=
         log.warning(
             f"searching {collection.name}, but {folder} was trained on {trained_on}; data= chooses"
             " another collection"
         )
-    passages = encode(model, models.inputs(folder), systems.block, collection, store)
-    index = systems.index.make()
+    inputs = models.inputs(folder)
+    passages, segments = encode_corpus(model, inputs, systems, collection, store)
+    index = systems.make_index(segments)
     index.build(passages)
     model.load()
-    k = min(systems.k, passages.rows)
+    k = min(systems.k, len(collection.corpus))
 
     def search(query: str) -> Run:
         vectors = model.embed([("", query)], "query").astype(np.float16)  # as on disk

@@ -15,44 +15,33 @@ import numpy as np
 
 from caravan.data.collection import Qrels
 from caravan.data.runs import Run
-from caravan.data.segments import Segments
+from caravan.data.segments import Reading, cut
 from caravan.retrieval.fusion import Weighted
 from caravan.retrieval.inference import Inference
 from caravan.retrieval.store import Compute, Shards
 
 
 @dataclass(frozen=True)
-class Reranking:
-    """Settings of reranking.
+class Reranking(Reading):
+    """Settings of reranking; those of how pairs are read are in `Reading`.
 
     Attributes:
         depth: candidates per query, from the top.
-        weight: weight of the reranker's score; the first-stage score has weight 1 - `weight`. Both
-            are scaled to 0..1 per query. With weight 1 the reranker's score is not scaled.
+        weight: weight of the reranker's score; the first-stage score has weight 1 - `weight`. With
+            weight 1 the reranker's score is used as it is.
+        normalise: how both are scaled before they are added, see
+            `caravan.retrieval.fusion.Weighted`.
         rest: "drop" candidates ranked below `depth`, or "keep" them at the end in their old order.
         judged: also score the judged passages of each query, for a run used as a teacher.
         block: pairs per block.
-        query_length, passage_length: in tokens; override those of the model folder.
-        segment: None scores the document up to `passage_length`; "first" scores its first segment;
-            "best" scores all segments and takes the highest score.
-        segment_words: words per segment.
     """
 
     depth: int = 100
     weight: float = 1.0
+    normalise: Literal["minmax", "zscore", "none"] = "minmax"
     rest: Literal["drop", "keep"] = "drop"
     judged: bool = False
     block: int = 2048
-    query_length: int | None = None
-    passage_length: int | None = None
-    segment: Literal["first", "best"] | None = None
-    segment_words: int = 150
-
-    @property
-    def lengths(self) -> dict[str, int]:
-        """The lengths that override those of the model folder."""
-        lengths = {"query_length": self.query_length, "passage_length": self.passage_length}
-        return {name: length for name, length in lengths.items() if length is not None}
 
 
 Save = Callable[[int, Compute], Shards]
@@ -89,7 +78,8 @@ class Reranker:
         scores = self.scores(query_rows, passage_rows, queries, corpus, save)
         run = Run.from_flat(query_rows, passage_rows, scores, all_queries=candidates.query_rows)
         if self.settings.weight < 1:
-            run = Weighted([self.settings.weight, 1 - self.settings.weight])([run, top])
+            weights = [self.settings.weight, 1 - self.settings.weight]
+            run = Weighted(weights, self.settings.normalise)([run, top])
         return run if self.settings.rest == "drop" else _with_rest(run, candidates, len(corpus))
 
     def scores(
@@ -101,22 +91,12 @@ class Reranker:
         save: Save | None = None,
     ) -> np.ndarray:
         """Scores [N] float32 of pairs; arguments as in `rerank`."""
-        counts = None
-        if self.settings.segment is not None and len(passage_rows):
-            corpus = Segments(corpus, passage_rows, self.settings.segment_words)
-            passage_rows, counts = corpus.of(passage_rows)
-            if self.settings.segment == "first":
-                passage_rows, counts = passage_rows[np.cumsum(counts) - counts], None
-            else:
-                query_rows = np.repeat(query_rows, counts)
-        block = self.settings.block
+        read = cut(corpus, passage_rows, self.settings)
+        query_rows, block = read.repeated(query_rows), self.settings.block
         count = -(-len(query_rows) // block)
-        compute = self.model.score_rows(queries, corpus, query_rows, passage_rows, block)
+        compute = self.model.score_rows(queries, read.texts, query_rows, read.rows, block)
         blocks = compute(list(range(count))) if save is None else save(count, compute)
-        scores = np.concatenate([np.empty(0, dtype=np.float32), *blocks])
-        if counts is None:
-            return scores
-        return np.maximum.reduceat(scores, np.cumsum(counts) - counts)
+        return read.best(np.concatenate([np.empty(0, dtype=np.float32), *blocks]))
 
 
 def _with_judged(

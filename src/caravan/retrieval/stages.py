@@ -23,6 +23,7 @@ from caravan import manifests
 from caravan.data.collection import Collection, Qrels
 from caravan.data.negatives import own_passages, warn_if_queries_are_passages
 from caravan.data.runs import Run, canonical, read_run, write_run
+from caravan.data.segments import cut
 from caravan.distributed import is_main_process, wait_until
 from caravan.errors import InputError
 from caravan.retrieval.bm25 import index_inputs, open_index
@@ -54,28 +55,46 @@ class Ranking:
         return float(sum(value for key, value in self.facts.items() if key.endswith(suffix)))
 
 
-def encode(
+def encode_corpus(
     model: Inference,
     inputs: dict[str, Any],
-    block: int,
+    systems: Systems,
     collection: Collection,
     store: Store,
-    split: str | None = None,
-) -> Embeddings:
-    """Embed a corpus, or the judged queries of a split; reuses embeddings in the store.
+) -> tuple[Embeddings, np.ndarray | None]:
+    """Embed the passages of a collection, or their segments; reuses embeddings in the store.
 
     Args:
         inputs: the result of `Models.inputs`.
-        block: texts per shard.
+
+    Returns:
+        The embeddings, and how many each passage has if each of its segments has one
+        (`Systems.make_index`).
     """
-    inputs = {**inputs, "collection": collection.digest, "block": block}
-    if split is None:
-        texts, rows = collection.corpus, np.arange(len(collection.corpus))
-        inputs["length"] = model.lengths.get("passage_length")
-        return model.encode_rows(texts, rows, "passage", block, store, "passages", inputs)
-    texts, rows = collection.queries, collection.qrels(split).queries
-    inputs |= {"length": model.lengths.get("query_length"), "split": split}
-    return model.encode_rows(texts, rows, "query", block, store, f"queries.{split}", inputs)
+    reading, block = systems.reading, systems.block
+    read = cut(collection.corpus, np.arange(len(collection.corpus)), reading)
+    length = {"length": model.lengths.get("passage_length")}
+    inputs = {**inputs, **length, **reading.segments}
+    inputs |= {"collection": collection.digest, "block": block}
+    name = "segments" if reading.segments else "passages"
+    rows = model.encode_rows(read.texts, read.rows, "passage", block, store, name, inputs)
+    return rows, read.counts
+
+
+def encode_queries(
+    model: Inference,
+    inputs: dict[str, Any],
+    systems: Systems,
+    collection: Collection,
+    store: Store,
+    split: str,
+) -> np.ndarray:
+    """Embeddings [Q, d] float32 of the judged queries of a split; arguments: `encode_corpus`."""
+    texts, rows, block = collection.queries, collection.qrels(split).queries, systems.block
+    inputs = {**inputs, "length": model.lengths.get("query_length"), "split": split}
+    inputs |= {"collection": collection.digest, "block": block}
+    name = f"queries.{split}"
+    return model.encode_rows(texts, rows, "query", block, store, name, inputs).read()
 
 
 class Stages:
@@ -133,37 +152,38 @@ class Stages:
 
     def dense(self, folder: Path) -> Ranking:
         """Embed corpus and queries with a model folder, build the index and search."""
-        lengths, block = self.systems.overridden_lengths, self.systems.block
-        model_inputs = self.models.inputs(folder)
+        reading, model_inputs = self.systems.reading, self.models.inputs(folder)
 
         def search() -> tuple[Run, Facts] | None:
             times = [time.monotonic()]
-            model = self.models.open(folder, "retriever", lengths)
-            product = (model, model_inputs, block, self.collection, self.store)
-            passages = encode(*product)
+            model = self.models.open(folder, "retriever", reading.lengths)
+            product = (model, model_inputs, self.systems, self.collection, self.store)
+            passages, segments = encode_corpus(*product)
             times.append(time.monotonic())
-            queries = encode(*product, self.split).read()
+            queries = encode_queries(*product, self.split)
             times.append(time.monotonic())
             if not is_main_process():
                 return None
-            index = self.systems.index.make()
+            index = self.systems.make_index(segments)
             index.build(passages)
             times.append(time.monotonic())
-            scores, rows = index.search(queries, min(self._depth, passages.rows))
+            depth = min(self._depth, len(self.collection.corpus))
+            scores, rows = index.search(queries, depth)
             times.append(time.monotonic())
             names = ("encode_s", "encode_query_s", "index_s", "search_query_s")
             facts: Facts = dict(zip(names, np.diff(times).tolist(), strict=True))
             facts |= {"device": str(model.device), "precision": model.precision}
             if index.approximate:
-                facts["recall_against_exact"] = measured_recall(rows, queries, passages)
+                facts["recall_against_exact"] = measured_recall(rows, queries, passages, segments)
                 log.info("recall against exact search: %.4f", facts["recall_against_exact"])
             return self._cut(Run.from_topk(self.qrels.queries, scores, rows)), facts
 
         inputs = {
             **model_inputs,
-            **lengths,
+            **reading.lengths,
+            **reading.segments,
             "collection": self.collection.digest,
-            "block": block,
+            "block": self.systems.block,
             "index": self.systems.index.settings,
             "k": self.k,
             "versions": manifests.versions((*manifests.LIBRARIES, "faiss-cpu")),

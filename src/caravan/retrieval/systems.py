@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from caravan import manifests
+from caravan.data.segments import Reading
 from caravan.encoding import FILE
+from caravan.retrieval.index import BestSegments, Index
 from caravan.retrieval.inference import Models
 from caravan.retrieval.rerank import Reranking
 
@@ -34,7 +38,7 @@ class Systems:
         index: `caravan.retrieval.index.Index`; its setting `k` is the depth of all runs.
         fuse: `caravan.retrieval.fusion`.
         reranker: a model folder or None.
-        lengths: `query_length` and `passage_length` of retrievers, None for a folder's own.
+        reading: how much of a text the retrievers read.
         block: texts per shard of embeddings.
     """
 
@@ -44,7 +48,7 @@ class Systems:
     fuse: Component
     reranker: Path | None = None
     rerank: Reranking = field(default_factory=Reranking)
-    lengths: Mapping[str, int | None] = field(default_factory=dict)
+    reading: Reading = field(default_factory=Reading)
     block: int = 16384
 
     def __len__(self) -> int:
@@ -56,9 +60,14 @@ class Systems:
         """The depth of all runs."""
         return int(self.index.settings["k"])
 
-    @property
-    def overridden_lengths(self) -> dict[str, int]:
-        return {name: length for name, length in self.lengths.items() if length is not None}
+    def make_index(self, counts: np.ndarray | None) -> Index:
+        """An index of documents.
+
+        Args:
+            counts: segments of each document, of which the best one counts; None without segments.
+        """
+        index: Index = self.index.make()
+        return index if counts is None else BestSegments(index, counts)
 
     def check_lengths(self, models: Models) -> None:
         """Compare all lengths with the models' positions, before the first stage takes hours.
@@ -68,7 +77,7 @@ class Systems:
         """
         for name in self.retrievers:
             if Path(name).is_dir():
-                models.new(Path(name), "retriever", self.overridden_lengths).check_lengths()
+                models.new(Path(name), "retriever", self.reading.lengths).check_lengths()
         if self.reranker is not None and self.reranker.is_dir():
             models.new(self.reranker, "reranker", self.rerank.lengths).check_lengths()
 
@@ -90,7 +99,9 @@ class Systems:
         if "bm25" in self.retrievers:
             inputs["bm25"] = self.bm25.settings
         if dense:
-            inputs |= {"index": self.index.settings, **self.lengths}
+            unset = {"query_length": None, "passage_length": None}
+            inputs |= {"index": self.index.settings, **unset, **self.reading.lengths}
+            inputs |= self.reading.segments
         if len(self.retrievers) > 1:
             inputs["fuse"] = self.fuse.settings
         if self.reranker is not None:

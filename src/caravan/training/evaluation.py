@@ -8,9 +8,11 @@ of a fixed run. The metrics are the same on every rank; checkpoints and early st
 from __future__ import annotations
 
 import logging
+import time
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,15 @@ from torchmetrics import MeanMetric
 
 from caravan.data.datamodule import DataModule
 from caravan.data.runs import Run, canonical, write_run
+from caravan.data.segments import Reading
 from caravan.distributed import is_main_process
-from caravan.retrieval.index import ArrayBlocks
+from caravan.models import hardware
+from caravan.retrieval.index import ArrayBlocks, BestSegments
 from caravan.retrieval.metrics import per_query, spelled
 from caravan.training import parallel
 from caravan.training.callbacks import in_words
 from caravan.training.optim import batches_in_run
+from caravan.training.stage import Stage
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +50,13 @@ class Evaluation(pl.Callback, ABC):
     def __init__(self, measures: Sequence[str], run_file: str) -> None:
         self.measures, self.run_file = list(measures), Path(run_file)
         self._outputs: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
+        self._tokens: Counter[int] = Counter()  # by loader, without padding
+        self._started = self._seconds = 0.0  # until the last batch is computed
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._outputs.clear()
+        self._tokens.clear()
+        self._started = time.monotonic()
 
     def on_validation_batch_end(
         self,
@@ -61,13 +70,34 @@ class Evaluation(pl.Callback, ABC):
         for name, rows in outputs.items():
             rows = rows.float() if rows.is_floating_point() else rows
             self._outputs[dataloader_idx, name].append(rows.cpu())
+        self._tokens[dataloader_idx] += batch.tokens
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._seconds = time.monotonic() - self._started
         self.evaluate(trainer.datamodule, trainer, pl_module)
 
     @abstractmethod
     def evaluate(self, data: DataModule, trainer: Any, module: Any) -> None:
         """Log the metrics and, on rank 0, write the run."""
+
+    def cost(self, data: DataModule, device: torch.device) -> dict[str, float]:
+        """Tokens that the latest validation read, and its seconds of encoding or scoring.
+
+        Padding does not count; batches that ranks repeat to stay in step do.
+        """
+        cost = {
+            f"tokens_per_{name}": round(self._read(loader, device) / max(count, 1), 1)
+            for name, loader, count in self.texts(data)
+        }
+        return {**cost, "seconds": round(self._seconds, 3)}
+
+    @abstractmethod
+    def texts(self, data: DataModule) -> list[tuple[str, int, int]]:
+        """The kinds of texts that a validation reads: name, loader and number of texts."""
+
+    def _read(self, loader: int, device: torch.device) -> int:
+        """The tokens that all ranks have read from a loader."""
+        return int(_all_ranks(torch.tensor([self._tokens[loader]]), device).sum())
 
     def gathered(self, loader: int, name: str, device: torch.device) -> np.ndarray:
         """The outputs of all ranks under one name [N, ...], once."""
@@ -111,11 +141,15 @@ class RetrievalEvaluation(Evaluation):
 
     def evaluate(self, data: DataModule, trainer: Any, module: Any) -> None:
         query_rows, queries = self._vectors(QUERIES, module.device)
-        passage_rows, passages = self._vectors(PASSAGES, module.device)
+        rows, passages = self._vectors(PASSAGES, module.device)
+        documents = data.passages_read.documents(rows)
+        passage_rows, counts = np.unique(documents, return_counts=True)
         mine = slice(trainer.global_rank, None, trainer.world_size)  # this rank's queries
-        self.index.build(ArrayBlocks(passages))
-        depth = min(self.index.k + data.ignore_identical_ids, len(passages))
-        scores, found = self.index.search(queries[mine], depth)
+        whole = len(passage_rows) == len(rows)
+        index = self.index if whole else BestSegments(self.index, counts)
+        index.build(ArrayBlocks(passages))
+        depth = min(self.index.k + data.ignore_identical_ids, len(passage_rows))
+        scores, found = index.search(queries[mine], depth)
         found = np.where(found >= 0, passage_rows[found], -1)
         run = data.without_own(Run.from_topk(query_rows[mine], scores, found), self.index.k)
         self.log_means("val", run, query_rows[mine], data, module)
@@ -123,6 +157,10 @@ class RetrievalEvaluation(Evaluation):
         rows, scores, found = (_all_ranks(column, module.device) for column in columns)
         if trainer.is_global_zero:
             self.write(data.without_own(Run.from_topk(rows, scores, found), self.index.k), data)
+
+    def texts(self, data: DataModule) -> list[tuple[str, int, int]]:
+        queries, passages = len(data.dev_qrels.queries), len(data.dev_passages)
+        return [("query", QUERIES, queries), ("passage", PASSAGES, passages)]
 
     def _vectors(self, loader: int, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
         """Rows [N] ascending and vectors [N, d] of all ranks, each row once."""
@@ -142,11 +180,14 @@ class RerankingEvaluation(Evaluation):
 
     def evaluate(self, data: DataModule, trainer: Any, module: Any) -> None:
         names = ("query_rows", "passage_rows", "scores")
-        columns = [self.gathered(0, name, module.device) for name in names]
-        pairs = columns[0] * len(data.collection.corpus) + columns[1]
-        first = np.unique(pairs, return_index=True)[1]  # ranks repeat a batch to stay in step
-        query_rows, passage_rows, scores = (column[first] for column in columns)
-        run = Run.from_flat(query_rows, passage_rows, scores)
+        query_rows, rows, scores = (self.gathered(0, name, module.device) for name in names)
+        size = len(data.collection.corpus)
+        # A pair has several scores if it is read by segments, or if ranks repeat a batch.
+        pairs = query_rows * size + data.passages_read.documents(rows)
+        pairs, places = np.unique(pairs, return_inverse=True)
+        best = np.full(len(pairs), -np.inf, dtype=scores.dtype)
+        np.maximum.at(best, places, scores)
+        run = Run.from_flat(pairs // size, pairs % size, best)
         assert data.candidates is not None  # a reranker's data module has them
         # Every rank has all pairs, and computes the metrics of its share of the queries.
         mine = data.dev_qrels.queries[trainer.global_rank :: trainer.world_size]
@@ -154,6 +195,10 @@ class RerankingEvaluation(Evaluation):
             self.log_means(name, ranked.only(mine), mine, data, module)
         if trainer.is_global_zero:
             self.write(run, data)
+
+    def texts(self, data: DataModule) -> list[tuple[str, int, int]]:
+        assert data.candidates is not None
+        return [("query", 0, len(data.candidates.query_rows))]  # with all its candidates
 
 
 def evaluate_again(
@@ -174,6 +219,27 @@ def evaluate_again(
         for key, value in metrics.items()
         if key.startswith("val/") and "first_stage" not in key
     }
+
+
+def evaluate_reading(
+    reading: Reading, module: Stage, data: DataModule, trainer: Any
+) -> dict[str, Any]:
+    """Metrics and cost of one more validation after training, with other lengths or segments.
+
+    Returns:
+        The fields of the reading; `scores`, {measure: value}; `tokens_per_query` and, of a
+        retriever, `tokens_per_passage`; `seconds` of encoding or scoring; `memory_gib`, the
+        peak of the GPU, or of the main process on a CPU (None where it cannot be measured).
+    """
+    device = trainer.strategy.root_device
+    data.templates, data.reading = module.reading(reading.lengths), reading
+    hardware.reset_peak_memory(device)
+    found = {**asdict(reading), "scores": evaluate_again(reading.name, module, data, trainer)}
+    for callback in trainer.callbacks:
+        if isinstance(callback, Evaluation):
+            found |= callback.cost(data, device)
+    data.templates, data.reading = module.reading(), Reading()
+    return {**found, "memory_gib": hardware.peak_memory(device)}
 
 
 def validate_at_least_once(trainer: pl.Trainer, batches: int) -> None:

@@ -29,6 +29,7 @@ from rich import get_console
 from caravan import manifests
 from caravan.data.collection import Collection
 from caravan.data.datamodule import DataModule
+from caravan.data.segments import Reading
 from caravan.data.tokenization import without_second_end
 from caravan.data.unlabelled import Unlabelled
 from caravan.distributed import is_main_process, world_size
@@ -43,7 +44,11 @@ from caravan.models.loading import add_slots
 from caravan.models.positions import refuse_too_long
 from caravan.training.callbacks import FitSummary
 from caravan.training.checkpoints import AtomicCheckpoints, best_weights, refuse_damage, resumable
-from caravan.training.evaluation import evaluate_again, validate_at_least_once
+from caravan.training.evaluation import (
+    evaluate_again,
+    evaluate_reading,
+    validate_at_least_once,
+)
 from caravan.training.fsdp import FullySharded
 from caravan.training.gradcache import GradCache
 from caravan.training.memory import Need, memory_needed
@@ -82,7 +87,7 @@ class Training:
     loggers: Sequence[Any] = ()
     callbacks: Sequence[pl.Callback] = ()
     train_queries: int | None = None
-    read_lengths: Sequence[int] = ()
+    readings: Sequence[Reading] = ()
     gradcache: int | None = None
     seed: int = 0
     resume: bool = False
@@ -184,9 +189,9 @@ def _fit(run: Training, collection: Collection) -> float | None:
     data = _data(run, module, collection)
     trainer = _trainer(run, precision, validates=data.dev_split is not None)
     outline = module.outline()
-    for length in (None, *run.read_lengths):  # now instead of in the first validation
-        encoding = module.reading(length).encoding
-        place = "encoding." if length is None else "validation.read_lengths: encoding."
+    for lengths in ({}, *(reading.lengths for reading in run.readings)):
+        encoding = module.reading(lengths).encoding  # now instead of in the first validation
+        place = "validation.readings: encoding." if lengths else "encoding."
         if outline is not None:
             refuse_too_long(outline, encoding, place)
     needed = memory_needed(module, outline, data, trainer)
@@ -292,11 +297,8 @@ def _finish(
             best = None if (score := watched.best_model_score) is None else float(score)
     found: dict[str, Any] = {}
     if data.dev_split is not None:
-        for length in run.read_lengths:
-            data.templates = module.reading(length)
-            read = evaluate_again(f"read_{length}", module, data, trainer)
-            found.setdefault("read", {})[length] = read
-        data.templates = module.reading()
+        if run.readings:
+            found["read"] = [evaluate_reading(one, module, data, trainer) for one in run.readings]
         if run.train_queries is not None:
             passages = run.validation["passages"]
             data.set_validation(run.source.train_split, run.train_queries, passages)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -80,16 +80,15 @@ class Stage(pl.LightningModule, ABC):
         # Frozen weights are not in a checkpoint; `on_load_checkpoint` checks strictly.
         self.strict_loading = False
 
-    def reading(self, passage_length: int | None = None) -> Templates | PairTemplates:
-        """The templates of the encoding, or of that with one of `validation.read_lengths`."""
+    def reading(self, lengths: Mapping[str, int] | None = None) -> Templates | PairTemplates:
+        """The templates of the encoding, or with the lengths of one of `validation.readings`."""
         kind = PairTemplates if self.encoding.kind == "reranker" else Templates
-        if passage_length is None:
+        if not lengths:
             return kind(self.tokenizer, self.encoding)
         try:
-            return kind(self.tokenizer, replace(self.encoding, passage_length=passage_length))
+            return kind(self.tokenizer, replace(self.encoding, **lengths))  # type: ignore[arg-type]
         except InputError as error:
-            place = f"validation.read_lengths={passage_length}"
-            raise InputError(error.code, f"{place}: {error}") from None
+            raise InputError(error.code, f"validation.readings: {error}") from None
 
     def training_set(
         self, collection: Collection, split: str, sampler: Sampler, token_budget: int

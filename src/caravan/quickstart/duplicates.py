@@ -1,0 +1,162 @@
+"""Copies, near-copies and shared queries among docstrings, for clean judgements and splits.
+
+Passages with the same words become one, near-copies are dropped, and passages that are related or
+share a query become a family, which stays in one split.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from caravan.progress import track
+
+MAX_POSITIVES = 5  # a query with more relevant passages ("Perform a step.") is too general
+MAX_QUERIES = 3  # a passage with more different queries is too general
+SHINGLE = 4  # words
+MIN_SHINGLES = 8  # a passage with fewer consists of numbers and its own name
+DUPLICATE = 0.7  # near-copies share at least this fraction of their shingles
+RELATED = 0.4  # passages that share this fraction stay in the same split
+
+FUNCTION_WORDS = {
+    "a", "an", "and", "as", "be", "by", "for", "from", "if", "in", "is", "it", "its", "of", "on",
+    "or", "that", "the", "this", "to", "with",
+}  # fmt: skip
+PIECE = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")  # of camelCase and snake_case names
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A docstring in two parts. Keys are the words alone, in lower case."""
+
+    name: str  # module:Class.method
+    query: str
+    text: str
+    query_key: str
+    text_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A query and the groups (by number) whose passage is relevant to it."""
+
+    pair: Pair  # the first with this query
+    answers: list[int]
+
+
+def merge_passages(pairs: Iterable[Pair], dropped: Counter[str]) -> list[list[Pair]]:
+    """Pairs with the same passage in one group: one passage, several queries."""
+    groups: dict[str, dict[str, Pair]] = defaultdict(dict)
+    for pair in pairs:
+        if groups[pair.text_key].setdefault(pair.query_key, pair) is not pair:
+            dropped["copy"] += 1
+    for key in [key for key, group in groups.items() if len(group) > MAX_QUERIES]:
+        dropped["generic passage"] += len(groups.pop(key))
+    return [list(group.values()) for group in groups.values()]
+
+
+def gather_queries(
+    groups: Sequence[list[Pair]], families: Families, dropped: Counter[str]
+) -> list[Query]:
+    """The queries of all groups, each once, with every group that is relevant to it.
+
+    Groups that share a query, or have queries of the same words, become a family.
+    """
+    queries: dict[str, Query] = {}
+    for at, group in enumerate(groups):
+        for pair in group:
+            query = queries.setdefault(pair.query_key, Query(pair, []))
+            query.answers.append(at)
+            families.join([groups[query.answers[0]][0].name, group[0].name])
+    kept = [query for query in queries.values() if len(query.answers) <= MAX_POSITIVES]
+    for query in queries.values():
+        if len(query.answers) > MAX_POSITIVES:
+            dropped["generic query"] += len(query.answers)
+    same_words: dict[frozenset[str], str] = {}  # in another order or form
+    for query in kept:
+        words = query.pair.query_key.split()
+        bag = frozenset(word.rstrip("s") for word in words if word not in FUNCTION_WORDS)
+        name = groups[query.answers[0]][0].name
+        if bag:
+            families.join([name, same_words.setdefault(bag, name)])
+    return kept
+
+
+def drop_near_duplicates(
+    groups: Iterable[list[Pair]], families: Families, dropped: Counter[str]
+) -> list[list[Pair]]:
+    """Drop groups whose passage nearly equals an earlier one, apart from own names and numbers.
+
+    Their queries are dropped too: a query may depend on just those names and numbers. Passages
+    that are only related become a family, which stays in one split.
+    """
+    kept: list[list[Pair]] = []
+    sketches: list[set[int]] = []
+    holders: dict[int, list[int]] = defaultdict(list)  # a shingle -> the first groups that have it
+    numbers: dict[str, int] = {}
+    for group in track(groups, "comparing passages", unit="passages"):
+        sketch = _shingles(group[0], numbers)
+        if len(sketch) < MIN_SHINGLES:
+            dropped["short passage"] += len(group)
+            continue
+        step = 4 if len(sketch) > 64 else 1  # a quarter of a long passage is enough
+        sample = [shingle for shingle in sketch if shingle % step == 0]
+        common: Counter[int] = Counter()
+        for shingle in sample:
+            common.update(holders.get(shingle, ()))
+        nearest, likeness = 0, 0.0
+        for other, _ in common.most_common(6):
+            both = len(sketch & sketches[other])
+            share = both / (len(sketch) + len(sketches[other]) - both)
+            if share > likeness:
+                nearest, likeness = other, share
+        if likeness >= DUPLICATE:
+            dropped["near-duplicate"] += len(group)
+            continue
+        if likeness >= RELATED:
+            families.join([kept[nearest][0].name, group[0].name])
+        for shingle in sample:
+            if len(holders[shingle]) < 256:  # a common phrase is no evidence
+                holders[shingle].append(len(kept))
+        kept.append(group)
+        sketches.append(sketch)
+    return kept
+
+
+class Families:
+    """Names that must stay in one split: a union-find, named by the first in order."""
+
+    def __init__(self) -> None:
+        self._parent: dict[str, str] = {}
+
+    def of(self, name: str) -> str:
+        while (parent := self._parent.get(name, name)) != name:
+            self._parent[name] = self._parent.get(parent, parent)
+            name = parent
+        return name
+
+    def join(self, names: Sequence[str]) -> None:
+        roots = sorted({self.of(name) for name in names})
+        for root in roots[1:]:
+            self._parent[root] = roots[0]
+
+
+def _shingles(pair: Pair, numbers: dict[str, int]) -> set[int]:
+    """Hashes of all sequences of `SHINGLE` words; own names and numbers become one blank."""
+    own = {piece.lower() for piece in PIECE.findall(pair.name) if len(piece) > 2}
+    pieces = (piece.lower() for piece in PIECE.findall(pair.text))
+    blanked = ["" if piece in own or piece[0].isdigit() else piece for piece in pieces]
+    values = np.array([numbers.setdefault(word, len(numbers)) for word in blanked], dtype=np.uint64)
+    blank = np.array([not word for word in blanked], dtype=bool)
+    values = np.delete(values, 1 + np.flatnonzero(blank[1:] & blank[:-1]))  # a run of them is one
+    hashes = np.zeros(max(len(values) - SHINGLE + 1, 1), dtype=np.uint64)
+    for at in range(min(SHINGLE, len(values))):
+        hashes = (
+            hashes * np.uint64(0x9E3779B97F4A7C15) + values[at : at + len(hashes)] + np.uint64(1)
+        )
+        hashes ^= hashes >> np.uint64(29)
+    return set(hashes.tolist())

@@ -1,0 +1,156 @@
+"""Trainings whose models were evaluated with several text lengths, and the cost of each.
+
+`read` in the metrics.json of a training is a list, one entry for each of `validation.readings`
+(`caravan.training.evaluation.evaluate_reading`). A sweep of such trainings has, for each side whose
+length varies, a table of training x reading with the cost below, and a plot of the score over the
+tokens that are read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pandas as pd
+
+from caravan.report.plots import Line, Plot, lines
+from caravan.report.tables import NONE, Table, best, slug
+
+QUERY, PASSAGE, SEGMENT = "query read at", "passage read at", "segments"
+COLUMNS = (QUERY, PASSAGE, SEGMENT)
+COSTS = {
+    "tokens_per_query": ("tokens/query", "{:,.1f}"),
+    "tokens_per_passage": ("tokens/passage", "{:,.1f}"),
+    "seconds": ("read seconds", "{:,.2f}"),
+    "memory_gib": ("read GiB", "{:.2f}"),
+}
+"""Names in an entry of `read`, their columns and formats."""
+FORMATS = dict(COSTS.values())
+TOKENS = [column for column, _ in COSTS.values()][:2]
+
+
+def rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each reading: what differs from training, the scores, and the cost."""
+    for of in record.get("read", []):
+        segment = NONE
+        if of["segment"] is not None:
+            segment = f"{of['segment']} of {of['segment_words']} words"
+        values = (of["query_length"], of["passage_length"], segment)
+        cells = {
+            name: NONE if value is None else value
+            for name, value in zip(COLUMNS, values, strict=True)
+        }
+        cost = {column: of[name] for name, (column, _) in COSTS.items() if name in of}
+        yield {**cells, **of["scores"], **cost}
+
+
+def _sides(means: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The rows that differ from training in the passage, in the query, and in both.
+
+    Args:
+        means: one row for each training and reading.
+    """
+    means = means.assign(**{name: NONE for name in COLUMNS if name not in means})
+    means = means.sort_values(SEGMENT, key=lambda of: of != NONE, kind="stable")  # whole ones first
+    query = means[QUERY] != NONE
+    passage = (means[PASSAGE] != NONE) | (means[SEGMENT] != NONE)
+    for name, chosen in (
+        ("passage", passage & ~query),
+        ("query", query & ~passage),
+        ("query and passage", query & passage),
+    ):
+        found = means[chosen]
+        labels = [_reading(row) for _, row in found.iterrows()]
+        if len(set(labels)) > 1:
+            yield name, found.assign(reading=labels)
+
+
+def grids(sweep: str, means: pd.DataFrame, trained: Sequence[str], measure: str) -> list[Table]:
+    """For each side, a table of training (rows) x reading (columns), with the cost below.
+
+    Args:
+        means: one row for each training and reading; columns `trained`, `COLUMNS`, measures.
+    """
+    made = []
+    for side, found in _sides(means):
+        order = list(dict.fromkeys(found["reading"]))
+        scores: dict[Any, dict[str, float]] = {}
+        for *key, reading, score in found[[*trained, "reading", measure]].to_numpy().tolist():
+            scores.setdefault(tuple(key), {})[reading] = score
+        grid = [[of.get(reading, math.nan) for reading in order] for of in scores.values()]
+        cells = [
+            [*map(str, key), *(_cell(x, "{:.4f}") for x in of)]
+            for key, of in zip(scores, grid, strict=True)
+        ]
+        for column, form_of in FORMATS.items():
+            if column in found and found[column].notna().any():
+                of = found.groupby("reading")[column].mean()[order]
+                blank = [""] * (len(trained) - 1)
+                cells.append([column, *blank, *(_cell(x, form_of) for x in of)])
+        made.append(
+            Table(
+                f"sweep-{slug(side)}",
+                f"{sweep}: {measure} by training (rows) and {side} length at inference (columns),"
+                " the best training of each column in bold; below, the mean cost of each column.",
+                [*trained, *order],
+                cells,
+                max(1, len(trained)),
+                best(grid, len(trained)),
+            )
+        )
+    return made
+
+
+def plots(
+    sweep: str, means: pd.DataFrame, trained: Sequence[str], measures: Sequence[str]
+) -> list[Plot]:
+    """For each side and measure, the score over the tokens that are read.
+
+    Args:
+        means: as in `grids`.
+    """
+    made = []
+    for side, found in _sides(means):
+        known = [name for name in TOKENS if name in found and found[name].notna().all()]
+        known = [name for name in known if name.removeprefix("tokens/") in side] or known
+        if not known:
+            continue
+        x = known[-1]
+        for measure in measures:
+            drawn = _lines(found, trained, x, measure)
+            caption = f"{sweep}: {measure} over {x} at inference, a line for each training."
+            if (found[SEGMENT] != NONE).any():
+                caption += " Hollow marks are those of segments."
+            made.append(
+                Plot(f"sweep-{slug(side)}-{slug(measure)}", caption, lines(drawn, x, measure))
+            )
+    return made
+
+
+def _lines(found: pd.DataFrame, trained: Sequence[str], x: str, measure: str) -> list[Line]:
+    """A line for each training; those of its segments have its colour and mark."""
+    drawn: list[Line] = []
+    first: dict[Any, int] = {}  # the line of each training
+    named = set()
+    for (*key, segment), of in found.groupby([*trained, SEGMENT], sort=False):
+        of = of.sort_values(x)
+        points = [float(f"{value:.3g}") for value in of[x]], of[measure].tolist()
+        names = [name.rpartition(".")[2] for name in trained]
+        label = ", ".join(f"{name}={value}" for name, value in zip(names, key, strict=True))
+        like = first.setdefault(tuple(key), len(drawn))
+        if like == len(drawn):
+            drawn.append(Line(label if segment == NONE else f"{label}, {segment}", *points))
+        else:
+            drawn.append(Line("" if segment in named else segment, *points, like=like))
+            named.add(segment)
+    return drawn
+
+
+def _cell(value: float, form: str) -> str:
+    return NONE if pd.isna(value) else form.format(value)
+
+
+def _reading(row: pd.Series) -> str:
+    """The heading of a column of a grid."""
+    return ", ".join(str(row[name]) for name in COLUMNS if row[name] != NONE)
