@@ -219,9 +219,10 @@ def code_digest(tests: bool) -> str:
 
 
 def row_digest(row: dict[str, Any]) -> str:
-    """A digest of commands and expectation: measured values belong to these."""
-    keys = ("commands", "expect", "tolerance")
-    return digest(json.dumps([row.get(key) for key in keys]))
+    """A digest of commands, recipes and expectation: measured values belong to these."""
+    names = re.findall(r"experiment=(small/\w+)", " ".join(row["commands"]))
+    recipes = [(HERE / f"conf/experiment/{name}.yaml").read_text() for name in sorted({*names})]
+    return digest(json.dumps([row["commands"], recipes, row["expect"], row.get("tolerance")]))
 
 
 def digest(text: str) -> str:

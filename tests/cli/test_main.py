@@ -225,7 +225,7 @@ REFUSED = "the corpus is empty: corpus.jsonl:1; give another folder"
         ("stopped_by_lightning", 130, RESUME),
         ("terminated", 143, RESUME),
         ("worker_terminated", 143, RESUME),
-        ("worker_terminated -m seed=1,2", 143, RESUME),
+        ("worker_terminated seed=1,2 -m", 143, RESUME),
         ("fails", 1, "ZeroDivisionError: a defect"),
     ],
 )

@@ -107,8 +107,12 @@ class Sweep:
         left_out = [key for key in keys if key not in swept and not key.startswith("hydra")]
         cfg = self.composer.compose([quoted.get(text, text) for text in self.single])
         folder = cfg.hydra.sweep.dir
+        given = {*self.single, *self.varied}
+        flags = [text for text in argv if text not in given]
+        overrides = [text for text in argv if text in given]  # together, also before a last -m
         return [
-            *(now.get(text, text) for text in [*argv, *self.in_file]),
+            *flags,
+            *(now.get(text, text) for text in [*overrides, *self.in_file]),
             f"hydra.job.config.override_dirname.exclude_keys=[{','.join(left_out)}]",
             f"hydra.sweep.dir='{folder}'",
         ], Path(folder)
