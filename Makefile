@@ -91,12 +91,12 @@ check: .venv/.tested-with
 	.venv/bin/nbstripout --verify notebooks/*.ipynb
 
 bench: .venv/.tested-with
-	$(PY) benchmarks/encode.py
-	$(PY) benchmarks/train_step.py
-	$(PY) benchmarks/rerank.py
-	$(PY) benchmarks/adaptation.py
-	$(PY) benchmarks/gradcache.py
-	$(PY) benchmarks/settings.py
+	$(PY) benchmarks/encode.py --save
+	$(PY) benchmarks/train_step.py --save
+	$(PY) benchmarks/rerank.py --save
+	$(PY) benchmarks/adaptation.py --save
+	$(PY) benchmarks/gradcache.py --save
+	$(PY) benchmarks/settings.py --save
 
 # Measure the fast rows of the ledger; DATA=/data adds those on SciFact.
 reproduce: .venv/.pretrained

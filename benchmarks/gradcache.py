@@ -8,11 +8,10 @@ two passages of 48 tokens for each, in float32.
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import torch
-from common import apart, highest, report
+from common import apart, arguments, highest, report
 from torch import Tensor
 
 from caravan.data.batch import Packed, pack
@@ -54,8 +53,8 @@ def measured(queries: int, chunk: int | None) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chunk", type=int, default=16, help="texts a piece")
+    parser = arguments(__doc__)
+    parser.add_argument("--chunk", type=int, default=16, help="texts a chunk")
     parser.add_argument("--queries", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--whole", type=int, default=256, help="the largest batch without caching")
     options = parser.parse_args()
@@ -72,13 +71,13 @@ def main() -> None:
         rows.append(row)
         row["over the first"] = peak / rows[0]["peak MB"]
     report(
-        "gradcache",
-        f"Gradient caching, {options.chunk} texts a piece",
+        f"Gradient caching, {options.chunk} texts a chunk",
         rows,
         [
             "Peaks are those of a process that does this and nothing else, libraries and model"
             " counted in. `gradients apart` compares their norms, as a share.",
         ],
+        options.save,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, arguments, collection, paired, report, texts_of
+from common import ROOT, collection, minilm, minilm_arguments, paired, report, texts_of
 from sentence_transformers import CrossEncoder as Peer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -50,7 +50,7 @@ def saved(weights: Path, to: Path) -> tuple[Path, Path]:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = minilm_arguments(__doc__)
     parser.add_argument("--pairs", type=int, default=1000)
     options = parser.parse_args()
     data = collection(options.data)
@@ -61,7 +61,7 @@ def main() -> None:
     pairs = list(zip(queries, texts_of(data.corpus, passage_rows), strict=True))
     table: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        peer_folder, our_folder = saved(options.model, Path(scratch))
+        peer_folder, our_folder = saved(minilm(options.model), Path(scratch))
         for label, precision, dtype in (
             ("both float32", "float32", torch.float32),
             ("both bf16", "bf16", torch.bfloat16),
@@ -85,10 +85,10 @@ def main() -> None:
             timing = paired(ours, theirs, options.repeats)
             table.append({"precision": label, **timing, "largest difference": f"{apart:.1e}"})
     report(
-        "rerank",
         f"Scoring {options.pairs:,} pairs of {data.name} with MiniLM, 256 tokens",
         table,
         ["`ratio` is sentence-transformers' time over ours, the median of pairs taken in turn."],
+        options.save,
     )
 
 

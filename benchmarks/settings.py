@@ -9,12 +9,11 @@ process of its own.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import Any
 
 import torch
-from common import apart, highest, paired, report
+from common import apart, arguments, highest, paired, report
 
 from caravan.data.batch import pack
 from caravan.encoding import Encoding
@@ -97,7 +96,7 @@ def of_one(number: int, setting: dict[str, Any]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--texts", type=int, default=64, help="texts a step")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of steps")
     options = parser.parse_args()
@@ -119,7 +118,6 @@ def main() -> None:
         )
         sys.stderr.write(f"{rows[-1]}\n")
     report(
-        "settings",
         f"A training step of {options.texts} texts of 16 to 256 tokens under each setting",
         rows,
         [
@@ -129,6 +127,7 @@ def main() -> None:
             "The default is attention=auto, no recomputation, not compiled, the fused AdamW, and"
             " bf16 where the processor has it.",
         ],
+        options.save,
     )
 
 

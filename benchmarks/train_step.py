@@ -17,7 +17,16 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-from common import ROOT, arguments, collection, encoding, report, summary, texts_of
+from common import (
+    ROOT,
+    collection,
+    encoding,
+    minilm,
+    minilm_arguments,
+    report,
+    summary,
+    texts_of,
+)
 from datasets import Dataset
 from sentence_transformers import (
     SentenceTransformer,
@@ -123,10 +132,11 @@ def theirs(options: Any, corpus: Any, precision: str) -> float:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = minilm_arguments(__doc__)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=6)
     options = parser.parse_args()
+    options.model = minilm(options.model)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     corpus = collection(options.data)
     table = []
@@ -137,13 +147,13 @@ def main() -> None:
         ]
         table.append({"precision": precision, **summary(pairs)})
     report(
-        "train_step",
         f"A training step of {options.batch} pairs of {corpus.name} with MiniLM, 256 tokens",
         table,
         [
             "`ratio` is sentence-transformers' median step over ours, the median of runs in turn.",
             "The peer pads each text to the longest of its batch; Caravan sorts by length.",
         ],
+        options.save,
     )
 
 

@@ -114,6 +114,7 @@ class Fit:
         token_budget: int = 128,
         backbone: Any = None,
         shards_in_bf16: bool = False,
+        loss: Any = None,
         **trainer_settings: Any,
     ) -> Fitted:
         parts = (backbone or tiny_backbone(), peft, self.tokenizer)
@@ -132,7 +133,8 @@ class Fit:
             encoding = replace(self.encoding, kind="reranker", **scoring)
             module = Reranker(*parts, encoding, InfoNCE(1.0), optimizer, 0, gradcache)
         else:
-            module = Retriever(*parts, self.encoding, InfoNCE(0.05), optimizer, 0, gradcache)
+            loss = loss or InfoNCE(0.05)
+            module = Retriever(*parts, self.encoding, loss, optimizer, 0, gradcache)
         module.bf16 = shards_in_bf16
         data = DataModule(
             self.collection,

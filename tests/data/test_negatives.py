@@ -84,27 +84,16 @@ def test_top_takes_the_best_ranks_of_all_runs_in_turn(
     assert negatives.group(query, 0, 0)[1:].tolist() == list(dict.fromkeys(blend))[:4]
 
 
-def test_depth_and_skip_bound_the_candidates(
+def test_depth_and_range_bound_the_candidates(
     collection: Collection, qrels: Qrels, runs: list[str]
 ) -> None:
     query = int(qrels.queries[1])
-    negatives = _opened(collection, qrels, runs=runs[:1], number=2, depth=6, skip=3)
     positives = qrels.positives(query)
-    ranked = negatives._runs[0].of(query)[0]
-    assert len(ranked) == 6
-    assert negatives.candidates(query, int(positives[0]), positives).tolist() == ranked[3:].tolist()
-
-
-def test_margin_keeps_what_scores_well_below_the_positive(
-    collection: Collection, qrels: Qrels, runs: list[str]
-) -> None:
-    query = int(qrels.queries[1])
-    negatives = _opened(collection, qrels, runs=runs[:1], number=2, margin=5.0)
-    positives = qrels.positives(query)
-    rows, scores = negatives._runs[0].of(query)
-    kept = negatives.candidates(query, int(positives[0]), positives)
-    assert kept.tolist() == rows[scores <= scores[0] - 5.0].tolist()
-    assert 0 < len(kept) < len(rows) - 1
+    whole = _opened(collection, qrels, runs=runs[:1], number=2, depth=6)
+    ranked = whole.candidates(query, positives).tolist()
+    assert len(ranked) == 5  # without the positive
+    negatives = _opened(collection, qrels, runs=runs[:1], number=2, depth=6, range_min=2)
+    assert negatives.candidates(query, positives).tolist() == ranked[2:]
 
 
 def test_too_few_candidates_are_filled_up_from_the_corpus(
@@ -173,9 +162,12 @@ def test_neither_the_querys_own_passage_nor_copies_of_the_positive_are_negatives
     "settings",
     [
         {"number": -1},
-        {"depth": 5, "skip": 5},
-        {"margin": float("nan")},
-        {"margin": float("inf")},
+        {"depth": 5, "range_min": 5},
+        {"range_min": -1},
+        {"range_min": 4, "range_max": 4},
+        {"min_score": 0.5, "max_score": 0.4},
+        {"absolute_margin": float("nan")},
+        {"relative_margin": float("inf")},
         {"teacher": "a.trec", "teacher_margin": float("nan")},
     ],
 )

@@ -13,6 +13,7 @@ from caravan.data.batch import Chunk, pack
 from caravan.models.adapters import LoRA
 from caravan.training import gradcache
 from caravan.training.gradcache import GradCache
+from caravan.training.losses import InfoNCE
 
 WHOLE = 1000
 """More texts than any chunk has: the chunks of the batch stay as they are."""
@@ -36,6 +37,15 @@ def test_cached_gradients_are_those_of_the_whole_batch(
     for name in ("train/loss", "train/accuracy", "train/gradient_norm", "train/negatives"):
         assert cached.metrics[name] == pytest.approx(whole[stage].metrics[name], rel=1e-4)
     assert cached.losses == pytest.approx(whole[stage].losses, rel=1e-4)
+
+
+def test_the_mask_of_false_negatives_is_that_of_the_whole_batch(fit: Fit) -> None:
+    settings = {**SETTINGS, "queries_per_batch": 7}
+    settings["loss"] = InfoNCE(0.05, false_negative_margin=0.01)
+    expected, cached = fit(**settings), fit(**settings, gradcache=GradCache(2))
+    assert_close(expected.weights, cached.weights)
+    assert 0 < expected.metrics["train/masked"] < 1
+    assert cached.metrics["train/masked"] == expected.metrics["train/masked"]
 
 
 def test_dropout_is_the_same_in_both_passes(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:

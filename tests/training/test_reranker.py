@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.commands import evaluate, train
 from tests.refusals import refused
 
+from caravan import manifests
 from caravan.data.collection import Collection
 from caravan.data.pairs import PairTemplates
 from caravan.data.runs import read_run
@@ -37,6 +38,7 @@ def runs(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
 @pytest.fixture(scope="module")
 def settings(runs: dict[str, str]) -> list[str]:
     read = [f"sampler.runs=[{runs['train']}]", f"validation.run={runs['dev']}"]
+    read.append("sampler.range_max=9")
     steps = ["trainer.max_steps=12", "trainer.val_check_interval=6"]
     return ["stage=reranker", *read, *LENGTHS, *steps, "callbacks.resume_point.every_n_steps=2"]
 
@@ -68,6 +70,12 @@ def test_it_learns_and_is_validated_on_the_candidates_in_both_orders(
     for name, run in (("val/first_stage", candidates), ("val", reordered)):
         overall = score_run(run, collection.qrels("dev"), *texts, ["MRR@10"])["overall"]
         assert curves[f"{name}/MRR@10"][-1] == pytest.approx(overall["MRR@10"], abs=1e-6)
+
+
+def test_the_manifest_has_the_counts_of_the_rules(finished: Path, runs: dict[str, str]) -> None:
+    counts = manifests.facts(finished / "model")["sampler"][runs["train"]]
+    assert counts["removed"].keys() == {"range_max"}
+    assert counts["candidates"] - counts["kept"] == counts["removed"]["range_max"] > 0
 
 
 def test_the_folder_has_the_head_and_gives_the_scores_of_the_validation(

@@ -17,7 +17,7 @@ from caravan.data.collection import write_collection
 from caravan.data.negatives import Negatives
 from caravan.data.tokenization import Templates
 from caravan.encoding import Encoding
-from caravan.training.losses import InfoNCE
+from caravan.training.losses import InfoNCE, compute, false_negatives
 from caravan.training.optim import AdamW
 from caravan.training.retriever import Retriever
 
@@ -53,8 +53,11 @@ def _scores(module: Retriever, batch: TrainBatch) -> tuple[Tensor, Tensor]:
     return module.scores(*embedded, batch)[:2]
 
 
-def _naive_loss(module: Retriever, batch: TrainBatch) -> Tensor:
-    """RepLLaMA's loss query by query and passage by passage, in float64."""
+def _naive_loss(module: Retriever, batch: TrainBatch, margin: float | None = None) -> Tensor:
+    """RepLLaMA's loss query by query and passage by passage, in float64.
+
+    Passages more similar than the positive by more than a margin do not count.
+    """
     queries = module.model.embed(batch.queries).double()
     passages = module.model.embed(batch.passages).double()
     rows, group = batch.passage_rows.reshape(-1).tolist(), batch.passage_rows.shape[1]
@@ -62,17 +65,29 @@ def _naive_loss(module: Retriever, batch: TrainBatch) -> Tensor:
     for i, query in enumerate(queries):
         positives = set(batch.excluded_keys[i].tolist())
         kept = [j for j, row in enumerate(rows) if j == i * group or row not in positives]
+        if margin is not None:
+            limit = query @ passages[i * group] + margin
+            kept = [j for j in kept if j == i * group or query @ passages[j] <= limit]
         scores = torch.stack([query @ passages[j] for j in kept]) / 0.05
         losses.append(torch.logsumexp(scores, 0) - scores[kept.index(i * group)])
     return torch.stack(losses).mean()
 
 
-def test_loss_and_gradient_equal_a_naive_reference(tokenizer: Any, encoding: Encoding) -> None:
+@pytest.mark.parametrize("margin", [None, 0.02, -0.02])
+def test_loss_and_gradient_equal_a_naive_reference(
+    tokenizer: Any, encoding: Encoding, margin: float | None
+) -> None:
     # Query 0 has two positives (1, 8), 8 stands in query 1's group; 2 is positive of query 2 and
     # a negative of query 0; the group of query 2 repeats query 1's positive.
     batch = _batch([[1, 2, 3], [4, 8, 6], [2, 4, 9]], [[1, 8], [4], [2]])
     module = _module(tokenizer, encoding)
-    loss, reference = InfoNCE(0.05)(*_scores(module, batch)), _naive_loss(module, batch)
+    scores, targets = _scores(module, batch)
+    objective = InfoNCE(0.05, margin)
+    loss, reference = compute(objective, scores, targets, None), _naive_loss(module, batch, margin)
+    masked = false_negatives(objective, scores, targets)
+    assert (masked is None) == (margin is None)
+    if masked is not None:
+        assert 0 < masked.sum() < scores.isfinite().sum() - 3, scores
     torch.testing.assert_close(loss.double(), reference, atol=1e-5, rtol=1e-5)
     weights = [p for p in module.parameters() if p.requires_grad]
     ours, theirs = (torch.autograd.grad(of, weights) for of in (loss, reference))

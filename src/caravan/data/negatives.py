@@ -14,14 +14,14 @@ same rule masks passages of other queries in a batch (`excluded_keys`,
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from caravan.data.collection import OWN, Collection
+from caravan.data.mining import Positives, Rules, mine
 from caravan.data.qrels import Qrels
 from caravan.data.runs import Run, read_run
 from caravan.data.texts import text_keys
@@ -111,6 +111,10 @@ class Sampler(Protocol):
         """
         return None
 
+    def facts(self) -> dict[str, Any]:
+        """Facts about the negatives for the manifest of the training; called after `open`."""
+        return {}
+
 
 def _invalid(problem: str) -> InputError:
     return InputError("invalid-setting", f"sampler.{problem}")
@@ -123,15 +127,13 @@ class Negatives(Sampler):
         runs: run files over the training queries, or data:negatives for the negatives that the
             collection includes; without runs, passages are drawn from the corpus.
         number: negatives per query.
-        depth: passages per query that are candidates in each run, from the top.
-        skip: passages at the top of each run to skip; many of them are unjudged positives.
+        depth: passages per query that are read from each run, from the top.
         choose: "random" samples from the candidates; "top" takes the best, interleaving the runs.
-        margin: keep a candidate only if its score in the run is at most the positive's minus this.
-            If the run lacks the positive, all candidates are kept.
+        absolute_margin, relative_margin, max_score, min_score, range_min, range_max: rules that
+            leave probable positives out of each run (`caravan.data.mining.Rules`).
         teacher: a run with teacher scores for the loss; `evaluate.py` with a reranker and
             rerank.judged=true writes one.
-        teacher_margin: drop a candidate if its teacher score is above the positive's minus this:
-            it is probably an unjudged positive. Candidates without a score are kept.
+        teacher_margin: a rule like `absolute_margin` by the teacher's scores.
     """
 
     def __init__(
@@ -139,39 +141,48 @@ class Negatives(Sampler):
         runs: Sequence[str] = (),
         number: int = 15,
         depth: int = 200,
-        skip: int = 0,
         choose: str = "random",
-        margin: float | None = None,
+        absolute_margin: float | None = None,
+        relative_margin: float | None = None,
+        max_score: float | None = None,
+        min_score: float | None = None,
+        range_min: int = 0,
+        range_max: int | None = None,
         teacher: str | None = None,
         teacher_margin: float | None = None,
     ) -> None:
         if choose not in ("random", "top"):
             raise _invalid(f"choose is {choose!r}; it must be random or top")
-        if number < 0 or skip < 0 or depth <= skip:
+        if number < 0 or depth <= range_min:
             raise _invalid(
-                f"number={number}, skip={skip} must be 0 or more, and depth={depth} above skip"
+                f"number={number} must be 0 or more, and depth={depth} above range_min={range_min}"
             )
-        for name, value in (("margin", margin), ("teacher_margin", teacher_margin)):
-            if value is not None and not math.isfinite(value):
-                raise _invalid(f"{name} is {value}; it must be finite, or null")
         if teacher_margin is not None and teacher is None:
             raise _invalid("teacher_margin needs a run of scores: set sampler.teacher")
+        self.rules = Rules(
+            absolute_margin,
+            relative_margin,
+            max_score,
+            min_score,
+            teacher_margin,
+            range_min,
+            range_max,
+        )
         self.paths = [Path(path) for path in runs]
         self.teacher_path = teacher and Path(teacher)
-        self.teacher_margin = teacher_margin
         self._teacher: Run | None = None
         self.number = number
         self.depth = depth
-        self.skip = skip
         self.choose = choose
-        self.margin = margin
         self._runs: list[Run] = []
+        self._facts: dict[str, Any] = {}
 
     def open(self, collection: Collection, qrels: Qrels, seed: int) -> None:
         """Read the runs. Must be called once before `group`.
 
         Raises:
-            InputError: "other-queries" if a run ranks none of the training queries.
+            InputError: "other-queries" if a run ranks none of the training queries;
+                "no-positive-scores" if it has no positive that a margin could compare with.
         """
         self._qrels, self._collection, self._seed = qrels, collection, seed
         self._own = own_passages(collection, qrels.queries)
@@ -203,6 +214,16 @@ class Negatives(Sampler):
                     f"{path} ranks none of the training queries; write one with evaluate.py over"
                     " the training split",
                 )
+        if self.rules.names:
+            positives = Positives.of(qrels, self._own, len(collection.corpus))
+            for i, (path, run) in enumerate(zip(self.paths, self._runs, strict=True)):
+                self._runs[i], self._facts[str(path)] = mine(
+                    run, positives, self.rules, str(path), self._teacher
+                )
+
+    def facts(self) -> dict[str, Any]:
+        """Of each run, how many candidates the rules removed (`caravan.data.mining.mine`)."""
+        return self._facts
 
     def excluded(self, query_row: int) -> np.ndarray:
         """Passage rows that are never negatives of a query: its positives, then own passage."""
@@ -231,7 +252,7 @@ class Negatives(Sampler):
         positive = int(positives[rng.integers(len(positives))])
         taken = self.excluded(query_row)
         keys = self.excluded_keys(query_row)
-        pool = self.candidates(query_row, positive, taken)
+        pool = self.candidates(query_row, taken)
         chosen = np.empty(0, dtype=np.int64)
         # Read only the drawn passages: copies are rare, and comparing the texts of all candidates
         # would cost a hundred times as much.
@@ -257,31 +278,19 @@ class Negatives(Sampler):
                 break
         return found
 
-    def candidates(self, query_row: int, positive: int, excluded: np.ndarray) -> np.ndarray:
+    def candidates(self, query_row: int, excluded: np.ndarray) -> np.ndarray:
         """All passage rows that can be hard negatives of a query, ordered by rank in the runs.
 
         They may include copies of the positives, which `group` drops.
         """
-        ranked = []
-        for run in self._runs:
-            rows, scores = run.of(query_row)
-            allowed = ~np.isin(rows, excluded)
-            allowed[: self.skip] = False
-            own = scores[rows == positive]
-            if self.margin is not None and len(own):
-                allowed &= scores <= own[0] - self.margin
-            ranked.append(rows[allowed])
+        ranked = [run.of(query_row)[0] for run in self._runs]
+        ranked = [rows[~np.isin(rows, excluded)] for rows in ranked]
         if not ranked:
             return np.empty(0, dtype=np.int64)
         rank = np.concatenate([np.arange(len(rows)) for rows in ranked])
         blended = np.concatenate(ranked)[np.argsort(rank, kind="stable")]
         first = np.unique(blended, return_index=True)[1]
-        pool = blended[np.sort(first)]
-        if self.teacher_margin is None:
-            return pool
-        scored = self.teacher_scores(query_row, np.concatenate(([positive], pool)))
-        assert scored is not None  # a margin needs a teacher
-        return pool[~(scored[1:] > scored[0] - self.teacher_margin)]
+        return blended[np.sort(first)]
 
     def _drawn(
         self,

@@ -66,7 +66,7 @@ class Run:
     def top(self, k: int) -> Run:
         """The `k` best passages of each query."""
         rank = np.arange(len(self.passage_rows)) - np.repeat(self.offsets[:-1], self.counts)
-        return self._filtered(rank < k)
+        return self.where(rank < k)
 
     def only(self, query_rows: np.ndarray) -> Run:
         """The run of some of its queries."""
@@ -84,9 +84,9 @@ class Run:
             passages: the row to leave out for each, [Q]; -1 for none.
         """
         query_rows = np.repeat(self.query_rows, self.counts)
-        return self._filtered(self.passage_rows != passages[np.searchsorted(queries, query_rows)])
+        return self.where(self.passage_rows != passages[np.searchsorted(queries, query_rows)])
 
-    def _filtered(self, lines: np.ndarray) -> Run:
+    def where(self, lines: np.ndarray) -> Run:
         """The run of some of its lines, [N] bool; all queries stay."""
         kept = np.concatenate(([0], np.cumsum(lines)))[self.offsets]
         return Run(self.query_rows, kept, self.passage_rows[lines], self.scores[lines], self.tag)

@@ -130,6 +130,7 @@ def train(run: Training) -> float | None:
         best = _fit(run, collection)
     if is_main_process():
         facts = {"best": best, "versions": manifests.versions(), "files": file_digests(model_dir)}
+        facts["sampler"] = {} if run.sampler is None else run.sampler.facts()
         manifests.write(model_dir, inputs, facts)
         log.info("model folder %s", model_dir)
     return best

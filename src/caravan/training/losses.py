@@ -16,6 +16,7 @@ from torch.nn import functional
 from caravan.errors import InputError
 
 Temperature = Annotated[PositiveFloat, AllowInfNan(False)]
+Margin = Annotated[float, AllowInfNan(False)]
 
 
 class Loss(Protocol):
@@ -46,6 +47,8 @@ class Loss(Protocol):
     """
 
     needs_teacher: bool = False
+    false_negative_margin: float | None = None
+    """If set, `compute` masks columns that score above the positive plus this."""
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor: ...
 
@@ -56,13 +59,20 @@ class InfoNCE(Loss):
     Over a batch's passages it is RepLLaMA's loss (arXiv 2310.08319, section 2.1), over the query's
     own group, with temperature 1, RankLLaMA's listwise softmax (section 2.2).
 
+    Args:
+        false_negative_margin: leave out columns that score above the positive plus this, as
+            Qwen3-Embedding does with 0.1 (arXiv 2506.05176, section 3); None keeps all. It is in
+            the unit of the scores before the temperature. `compute` applies it.
+
     >>> scores, targets = torch.tensor([[0.9, 0.8], [0.1, 0.2]]), torch.tensor([0, 1])
     >>> round(InfoNCE(temperature=0.1)(scores, targets).item(), 4)
     0.3133
     """
 
-    def __init__(self, temperature: Temperature = 0.01) -> None:
-        self.temperature = temperature
+    def __init__(
+        self, temperature: Temperature = 0.01, false_negative_margin: Margin | None = None
+    ) -> None:
+        self.temperature, self.false_negative_margin = temperature, false_negative_margin
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(scores / self.temperature, targets)
@@ -210,20 +220,47 @@ class Sum:
         return any(loss.needs_teacher for loss in self.losses)
 
 
-def compute(loss: Loss | Sum, scores: Tensor, positive: Tensor, teacher: Tensor | None) -> Tensor:
+def false_negatives(loss: Loss | Sum, scores: Tensor, positive: Tensor) -> Tensor | None:
+    """Columns that `loss`, or a part of it, masks by `false_negative_margin`, [Q, N] bool.
+
+    None without a margin. Arguments as for `compute`.
+    """
+    if isinstance(loss, Sum):
+        parts = [false_negatives(part, scores, positive) for part in loss.losses]
+        masks = [mask for mask in parts if mask is not None]
+        return torch.stack(masks).any(dim=0) if masks else None
+    if loss.false_negative_margin is None:
+        return None
+    columns = positive.unsqueeze(1)
+    above = scores > scores.gather(1, columns) + loss.false_negative_margin
+    return above.scatter(1, columns, False)  # a margin below 0 must not mask the positive
+
+
+def compute(
+    loss: Loss | Sum,
+    scores: Tensor,
+    positive: Tensor,
+    teacher: Tensor | None,
+    divisor: float = 1.0,
+) -> Tensor:
     """The value of a loss, given the targets of its kind.
 
     Args:
         scores: [Q, N] float32. positive: [Q] int64. teacher: [Q, N] float32, or None.
+        divisor: the temperature of the sum that a loss is part of.
 
     Raises:
         InputError: The loss needs a teacher, and there is none.
     """
     if isinstance(loss, Sum):
-        total, scores = scores.new_zeros(()), scores / loss.temperature
+        total, divisor = scores.new_zeros(()), divisor * loss.temperature
         for part, weight in zip(loss.losses, loss.weights, strict=True):
-            total = total + weight * compute(part, scores, positive, teacher)
+            total = total + weight * compute(part, scores, positive, teacher, divisor)
         return total
+    masked = false_negatives(loss, scores, positive)
+    scores = scores / divisor
+    if masked is not None:
+        scores = scores.masked_fill(masked, -torch.inf)
     if not loss.needs_teacher:
         return loss(scores, positive)
     if teacher is None:

@@ -234,9 +234,15 @@ class Stage(pl.LightningModule, ABC):
         self.log("train/loss", loss, prog_bar=True, **over_ranks)
         if scores.shape[1] > 1:
             hits = (scores.argmax(dim=1) == targets).float().mean()
-            negatives = scores.isfinite().sum(dim=1).float().mean() - 1
+            negatives = scores.isfinite().sum(dim=1).float() - 1  # [Q]
+            masked = losses.false_negatives(self.loss, scores, targets)
+            if masked is not None:
+                each = masked.sum(dim=1).float()
+                share = (each / negatives.clamp(min=1)).mean()
+                self.log("train/masked", share * weight, **over_ranks)
+                negatives = negatives - each
             self.log("train/accuracy", hits * weight, **over_ranks)
-            self.log("train/negatives", negatives * weight, **over_ranks)
+            self.log("train/negatives", negatives.mean() * weight, **over_ranks)
         return loss
 
     def rows_of(self, texts: Packed) -> Tensor:

@@ -1,0 +1,108 @@
+"""Every benchmark starts, ends and prints its table, on tiny shapes."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.tiny import WORDS
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"common"}
+PEER = "--data BEIR --model MINILM --repeats 1"
+OPTIONS = {
+    "adaptation": "--words 8 --texts 2 --vocabularies 200 --repeats 1",
+    "encode": f"{PEER} --passages 4",
+    "gpu": "--device cpu --shapes tiny --longest 16 --tokens 64",
+    "gradcache": "--queries 2 4 --whole 2 --chunk 2",
+    "rerank": f"{PEER} --pairs 4",
+    "settings": "--texts 2 --repeats 1",
+    "train_step": f"{PEER} --batch 4 --steps 1",
+}
+ROWS = {
+    "adaptation": ["| 200 |"],
+    "encode": ["| both float32 |", "| each one's default |", "| 16 |"],
+    "gpu": ["| tiny | encode | 16 | plain loop |", "| tiny | qlora | 16 | unpadded |"],
+    "gradcache": ["| 2 |", "| 4 |"],
+    "rerank": ["| both float32 |", "| both bf16 |"],
+    "settings": ["| attention=eager |", "| precision=float32 |"],
+    "train_step": ["| float32 |", "| bf16 |"],
+}
+SLOW = {"encode", "gpu", "rerank", "settings", "train_step"}
+
+
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as that of MiniLM, of a BERT with a few thousand random weights."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("minilm")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=64)
+    tokenizer.save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=256,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name in sorted(SCRIPTS)
+    ],
+)
+def test_a_benchmark_prints_its_table_with_the_commit_and_the_processor(
+    name: str,
+    beir: Path,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setenv("CARAVAN_CACHE", str(tmp_path))
+    benchmark: Any = importlib.import_module(name)
+    monkeypatch.setattr(benchmark, "apart", here, raising=False)
+    if name == "settings":  # compilation takes a minute
+        few = [setting for setting in benchmark.SETTINGS if "compile" not in setting]
+        monkeypatch.setattr(benchmark, "SETTINGS", few)
+    options = OPTIONS[name].replace("BEIR", str(beir))
+    if "MINILM" in options:
+        options = options.replace("MINILM", str(request.getfixturevalue("minilm")))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *options.split()])
+    benchmark.main()
+    printed = capsys.readouterr().out
+    for row in ROWS[name]:
+        assert row in printed
+    *_, made = printed.strip().splitlines()
+    assert made.startswith(f"`python benchmarks/{name}.py ")
+    assert "commit" in made
+    assert "threads of " in made
+    if name == "gpu":  # a failed row has the error in place of the rate
+        assert printed.count("% |") == 9
+
+
+@pytest.mark.slow
+def test_a_benchmark_measures_memory_in_processes_of_its_own() -> None:
+    command = [sys.executable, "benchmarks/gradcache.py", *OPTIONS["gradcache"].split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "| 2 |" in done.stdout
+
+
+def here(measure: Callable[..., Any], *given: Any) -> Any:
+    """In place of `common.apart`: measure in this process, which has imported everything."""
+    return measure(*given)
