@@ -104,7 +104,8 @@ def results_table(systems: Records, name: str = "results", p_values: Sequence[st
     first = next(iter(systems.values()))
     caption = (
         f"{where(first)}: {first['queries']:,} queries, {first['passages']:,} passages; best in"
-        " bold. Seconds: embed or index the corpus, and search; or rerank."
+        " bold. Seconds: embed or index the corpus, and search; or rerank. What was on disk takes"
+        " none."
     )
     cells = [
         [name, *map(score, row), f"{of['seconds']:,.1f}"]
