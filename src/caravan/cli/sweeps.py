@@ -107,9 +107,9 @@ class Sweep:
         left_out = [key for key in keys if key not in swept and not key.startswith("hydra")]
         cfg = self.composer.compose([quoted.get(text, text) for text in self.single])
         folder = cfg.hydra.sweep.dir
-        given = {*self.single, *self.varied}
-        flags = [text for text in argv if text not in given]
-        overrides = [text for text in argv if text in given]  # together, also before a last -m
+        known = {*self.single, *self.varied}
+        flags = [text for text in argv if text not in known]
+        overrides = [text for text in argv if text in known]  # together, also before a last -m
         return [
             *flags,
             *(now.get(text, text) for text in [*overrides, *self.in_file]),

@@ -193,7 +193,7 @@ def refuse_classifier(name: str, trust_remote_code: bool = False, **hub: Any) ->
     Raises:
         InputError: If the architecture is one for sequence classification.
     """
-    kinds = load_config(name, trust_remote_code, **hub).architectures or ()
+    kinds: list[str] = load_config(name, trust_remote_code, **hub).architectures or []
     if any(kind.endswith(CLASSIFIER) for kind in kinds):
         raise InputError(
             "no-language-model",

@@ -97,4 +97,4 @@ class TokenScorer(CrossEncoder):
         scorer: Any = with_head(model.base_model)
         scorer.score = Head(rows.shape[1], 1, bias=False)
         scorer.score.weight.copy_(scale * (rows[positive] - rows[negative]))
-        return scorer  # type: ignore[no-any-return]
+        return scorer
