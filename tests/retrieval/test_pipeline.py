@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import ir_measures
 import pytest
 from omegaconf import OmegaConf
-from tests.commands import ROOT, evaluate, evaluate_arguments, train
+from tests.commands import ROOT, evaluate, train
 from tests.files import put
 from tests.refusals import refused
 from tests.tiny import write_beir
-from tests.two_ranks import TwoRanks
 
 from caravan import manifests
 from caravan.cli.compose import compose
@@ -322,53 +318,3 @@ def test_queries_that_are_passages_are_reported(
     assert "queries are also passages" not in caplog.text
     evaluate(counterarguments, tmp_path / "warned", "bm25", SHORT)
     assert "counter: 6 of 6 queries are also passages" in caplog.text
-
-
-def test_two_processes_write_what_one_writes_and_one_resumes_their_work(
-    beir: Path, folders: dict[str, str], tmp_path: Path, two_ranks: TwoRanks
-) -> None:
-    def contents(folder: Path) -> dict[str, bytes]:
-        paths = (path for end in ("npy", "trec") for path in sorted(folder.rglob(f"*.{end}")))
-        return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-    blocks = ("block=8", "rerank.block=16", "rerank.depth=5", "index.k=20", SHORT)
-    asked = (f"[bm25,{folders['retriever']}]", f"reranker={folders['reranker']}", *blocks)
-    evaluate(beir, tmp_path / "one", *asked)
-    metrics = two_ranks(evaluate, beir, tmp_path / "two", *asked)
-    assert metrics[0]["stages"]
-    assert metrics[1] == {}
-    one = contents(tmp_path / "one")
-    assert sum(name.startswith("store/passages.") for name in one) == 8
-    assert contents(tmp_path / "two") == one
-    for number in (1, 6):  # as if they had been killed
-        (shard,) = (tmp_path / "two" / "store").glob(f"passages.*/{number:08d}.npy")
-        shard.unlink()
-    (tmp_path / "two/runs/retriever.test.trec").unlink()
-    evaluate(beir, tmp_path / "two", *asked)
-    assert contents(tmp_path / "two") == one
-
-
-@pytest.mark.slow
-def test_an_evaluation_killed_at_any_moment_ends_in_the_same_bytes(
-    model: Path, tmp_path: Path
-) -> None:
-    beir = write_beir(tmp_path / "data", passages=3000, queries=200)
-
-    def command(name: str) -> list[str]:
-        given = evaluate_arguments(beir, tmp_path / name, model, "block=50", "precision=float32")
-        return [sys.executable, str(ROOT / "evaluate.py"), *given]
-
-    subprocess.run(command("whole"), check=True, capture_output=True)
-    for blocks in (5, 20, 40):
-        process = subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL)
-        while len(list((tmp_path / "killed").rglob("0*.npy"))) < blocks:
-            assert process.poll() is None, "it ended before it was killed"
-            time.sleep(0.005)
-        process.kill()
-        process.wait()
-    subprocess.run(command("killed"), check=True, capture_output=True)
-    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.npy")]
-    files.append(Path("runs/retriever.test.trec"))
-    assert len(files) > 60
-    for path in files:
-        assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "killed" / path).read_bytes()

@@ -1,0 +1,72 @@
+"""Evaluations by two processes, and after a kill: the bytes of one process that was not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.commands import ROOT, evaluate, evaluate_arguments, train
+from tests.tiny import write_beir
+from tests.two_ranks import TwoRanks
+
+SHORT = "measures=[MRR@5]"
+
+
+@pytest.fixture(scope="module")
+def model(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    train(beir, run_dir, "trainer.max_steps=0")
+    return run_dir / "model"
+
+
+def test_two_processes_write_what_one_writes_and_one_resumes_their_work(
+    beir: Path, folders: dict[str, str], tmp_path: Path, two_ranks: TwoRanks
+) -> None:
+    def contents(folder: Path) -> dict[str, bytes]:
+        paths = (path for end in ("npy", "trec") for path in sorted(folder.rglob(f"*.{end}")))
+        return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+    blocks = ("block=8", "rerank.block=16", "rerank.depth=5", "index.k=20", SHORT)
+    overrides = (f"[bm25,{folders['retriever']}]", f"reranker={folders['reranker']}", *blocks)
+    evaluate(beir, tmp_path / "one", *overrides)
+    metrics = two_ranks(evaluate, beir, tmp_path / "two", *overrides)
+    assert metrics[0]["stages"]
+    assert metrics[1] == {}
+    one = contents(tmp_path / "one")
+    assert sum(name.startswith("store/passages.") for name in one) == 8
+    assert contents(tmp_path / "two") == one
+    for number in (1, 6):  # as if they had been killed
+        (shard,) = (tmp_path / "two" / "store").glob(f"passages.*/{number:08d}.npy")
+        shard.unlink()
+    (tmp_path / "two/runs/retriever.test.trec").unlink()
+    evaluate(beir, tmp_path / "two", *overrides)
+    assert contents(tmp_path / "two") == one
+
+
+@pytest.mark.slow
+def test_an_evaluation_killed_at_any_moment_ends_in_the_same_bytes(
+    model: Path, tmp_path: Path
+) -> None:
+    beir = write_beir(tmp_path / "data", passages=3000, queries=200)
+
+    def command(name: str) -> list[str]:
+        given = evaluate_arguments(beir, tmp_path / name, model, "block=50", "precision=float32")
+        return [sys.executable, str(ROOT / "evaluate.py"), *given]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    for blocks in (5, 20, 40):
+        process = subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL)
+        while len(list((tmp_path / "killed").rglob("0*.npy"))) < blocks:
+            assert process.poll() is None, "it ended before it was killed"
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    subprocess.run(command("killed"), check=True, capture_output=True)
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.npy")]
+    files.append(Path("runs/retriever.test.trec"))
+    assert len(files) > 60
+    for path in files:
+        assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "killed" / path).read_bytes()
