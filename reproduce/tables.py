@@ -79,7 +79,7 @@ def found(row: dict[str, Any], record: dict[str, Any]) -> str:
     ahead, behind = (" / ".join(f"{x:.3f}" for x in values[key]) for key in ("better", "than"))
     p = "< 1e-4" if values["p"] < 1e-4 else f"= {values['p']}"
     return (
-        f"{values['measure']} {ahead}, not {behind}: {values['difference']:+.3f}, p {p},"
+        f"{values['measure']} {ahead} against {behind}: {values['difference']:+.3f}, p {p},"
         f" {values['queries']:,} queries"
     )
 
