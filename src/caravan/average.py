@@ -30,10 +30,17 @@ from caravan.errors import InputError, OccupiedError, answering, reading
 from caravan.files import replacing_folder
 from caravan.models.digests import adapter_base, folder_digest
 
-CONFIGS = ("config.json", "adapter_config.json")
+CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 COMPARED = (".json", ".model", ".txt", ".py")  # the tokenizer and remote code
 NOT_COMPARED = {
-    *("transformers_version", "_name_or_path", "peft_version", "inference_mode", "lora_dropout"),
+    *(
+        "transformers_version",
+        "_name_or_path",
+        "_from_model_config",
+        "peft_version",
+        "inference_mode",
+        "lora_dropout",
+    ),
     *("base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora"),
 }
 """Settings of a config that do not change what is averaged, or are compared or combined here."""
@@ -57,7 +64,7 @@ def main() -> int:
 
 
 def average(models: Sequence[Path], output: Path) -> None:
-    """Write the average of model folders, which is not repeated if it exists already.
+    """Average model folders into `output`, unless it holds this average already.
 
     Raises:
         InputError: "too-few-models"; "settings-differ" with the setting and the two folders;
@@ -66,8 +73,10 @@ def average(models: Sequence[Path], output: Path) -> None:
     """
     from caravan.export import model_card
 
-    if len({model.resolve() for model in models}) < max(2, len(models)):
-        raise InputError("too-few-models", "an average needs two different model folders or more")
+    if len(models) < 2:
+        raise InputError("too-few-models", "an average needs at least two model folders")
+    if len({model.resolve() for model in models}) < len(models):
+        raise InputError("too-few-models", "a model folder is given twice; name each one once")
     facts = _common_facts(models)
     inputs = {"average": {str(model): folder_digest(model) for model in models}}
     if manifests.matches(output, inputs):
@@ -238,8 +247,9 @@ def _write_weights(models: Sequence[Path], scratch: Path, scales: list[float] | 
             for key, (name, _) in members[0].items():
                 if name == file_name:
                     weights = [member[key][1].get_tensor(key) for member in members]
+                    for model, weight in zip(models, weights, strict=True):
+                        check_finite(str(model), {key: weight})
                     averages[key] = mean(key, weights).contiguous()
-            check_finite(str(models[0]), averages)
             save_file(averages, scratch / file_name, metadata={"format": "pt"})
 
 

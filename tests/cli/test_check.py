@@ -186,7 +186,7 @@ TOGETHER = (
         "name=": "name (command line): it is empty",
         "callbacks.bset.monitor=x": "did you mean callbacks.best?",
         "callbacks.evaluation.measures=[MRR]": "callbacks.evaluation.measures[0] (command line)",
-        "optimizer.rate=${nme}": "${nme} refers to no setting",
+        "optimizer.rate=${nme}": "${nme} does not refer to a setting",
         "sampler.size=${oc.env:CARAVAN_NO_SUCH}": "'CARAVAN_NO_SUCH' not found",
         "nonsense": "no setting; write key=value",
         "cache_dir=~/models": "\"cache_dir='$HOME/models'\"",

@@ -13,6 +13,7 @@ from tests.cli.small_conf import CONF
 
 from caravan.cli.compose import compose, preflight
 from caravan.cli.sources import parse, unreadable
+from caravan.errors import InputError
 
 
 @pytest.mark.parametrize("text", ["2024_11_29", "1e3", "1_1", "0123456", "true", "inf", "-5", "5."])
@@ -131,7 +132,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ('name: "a\\0b"', "name ("),
         ("- name", "experiment/wild"),
         ("name: x\ntrainer:\n  max_steps: 3\n   max_epochs: 4", "wild.yaml:5: not YAML"),
-        ("name: ${nme}", "name (conf/experiment/wild.yaml:2): ${nme} refers to no setting"),
+        ("name: ${nme}", "name (conf/experiment/wild.yaml:2): ${nme} does not refer to a setting"),
         ("name", "name ("),
         ("name: jos\udce9", "experiment/wild.yaml"),
     ],
@@ -226,3 +227,10 @@ class TestSweeps:
 def _without_plugins(target: str) -> None:
     if "submitit" in target:
         raise LookupError(f"there is no class or function {target}")
+
+
+def test_every_missing_folder_of_a_list_is_reported() -> None:
+    with pytest.raises(InputError) as caught:
+        preflight(["retriever=[runs/none/a,runs/none/b]"], CONF, "evaluate")
+    assert "runs/none/a" in str(caught.value)
+    assert "runs/none/b" in str(caught.value)

@@ -12,7 +12,7 @@ import pytest
 from tests.refusals import refused
 from tests.tiny import WORDS
 
-from caravan.data.pairs import LEAST, PairTemplates
+from caravan.data.pairs import MIN_PASSAGE, PairTemplates
 from caravan.encoding import Encoding
 
 JOINED = Encoding(
@@ -58,7 +58,7 @@ def test_a_query_that_fills_the_input_leaves_the_document_its_least(
     oasis = tokenizer("oasis oasis", add_special_tokens=False)["input_ids"][-1]
     for pair in pairs:
         assert len(pair.ids) == 64
-        assert sum(token == oasis for token in pair.ids[-LEAST - 1 :]) >= 6
+        assert sum(token == oasis for token in pair.ids[-MIN_PASSAGE - 1 :]) >= 6
     assert len([record for record in caplog.records if "was truncated" in record.message]) == 1
 
 
@@ -137,7 +137,7 @@ def test_a_query_that_fills_the_length_leaves_a_likelihood_some_of_the_document(
     templates = PairTemplates(tokenizer, LIKELIHOOD)
     (found,) = templates.pairs([_texts(500)], [_texts(500, 1)])
     document = tokenizer(f"document: {_texts(500, 1)[1]}")["input_ids"]
-    assert found.ids[: 1 + LEAST] == document[: 1 + LEAST]
+    assert found.ids[: 1 + MIN_PASSAGE] == document[: 1 + MIN_PASSAGE]
     assert len(found.ids) == 16 + 48
     assert templates.cut == 1
 

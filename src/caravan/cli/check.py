@@ -28,7 +28,7 @@ from caravan.retrieval.metrics import parse_measure
 
 KeyPath = tuple[str | int, ...]
 UNKNOWN = {"_target_": None}
-"""In the place of a value that is missing or cannot be resolved; a node is not validated again."""
+"""Stands for a missing or unresolvable value; as a node, it is not validated again."""
 CIRCULAR = "it refers to itself"
 OBJECT = "a mapping with a _target_"
 NO_OBJECT = {"no_object", "needs_python_object", "callable_type"}
@@ -37,10 +37,10 @@ NO_OBJECT = {"no_object", "needs_python_object", "callable_type"}
 
 @dataclass(frozen=True)
 class Mistake:
-    """What is wrong with a key of the config, with its remedy.
+    """An error in a key of the config, and how to fix it.
 
     `kind` is "missing" (a `???` to fill in), "unquoted" (a number where a text is expected, such as
-    the name 2024), "folder" (a file or folder that is not there, or not yet), or "wrong".
+    the name 2024), "folder" (a file or folder that does not exist, or not yet), or "wrong".
     """
 
     key: str
@@ -153,7 +153,7 @@ class Config:
             reason = text.partition("raised while resolving interpolation: ")[2] or text
             self.add(key, f"it has no value: {reason}")
         elif lost and lost[1] in raw:
-            self.add(key, f"${{{lost[1]}}} refers to no setting")
+            self.add(key, f"${{{lost[1]}}} does not refer to a setting")
 
     def _validate(self, path: KeyPath, target: Any) -> None:
         """Validate the arguments of a node, or the keys of the root."""
@@ -287,7 +287,7 @@ treated as its base, and adds mistakes with `config.add`.
 
 
 def measures_are_computed(config: Config) -> None:
-    """Each measure is known, and the search is as deep: R@1000 of 100 results is R@100."""
+    """Measures are known, and the search is deep enough: R@1000 of 100 results would be R@100."""
     if config.get("index") and "k" not in config.values["index"]:
         config.add("index.k", "it is needed; give index.k=<depth>")
     for key in ("", *(f"{key}." for key, _, node in config.nodes() if "measures" in node)):
@@ -303,7 +303,7 @@ def measures_are_computed(config: Config) -> None:
 
 
 def model_folder(config: Config, key: str, kind: str = "", setting: str = SETTING) -> None:
-    """A model folder is there, suits its stage, and may run the code that it needs.
+    """A model folder exists, has the right kind, and may run the remote code that it needs.
 
     Args:
         key: of its path; for a "retriever" also bm25, a run file (not in a search), or a list.
@@ -335,7 +335,7 @@ def model_folder(config: Config, key: str, kind: str = "", setting: str = SETTIN
             except InputError as error:
                 text = str(error)
         if text:
-            config.add(key, text, "folder")
+            config.add(place, text, "folder")
 
 
 def neighbour(path: Path) -> str | None:

@@ -26,7 +26,7 @@ from caravan.errors import InputError
 
 log = logging.getLogger(__name__)
 
-LEAST = 16  # tokens kept of every document; a longer query is truncated, or refused
+MIN_PASSAGE = 16  # tokens kept of a passage; a query that leaves fewer is truncated or refused
 CHAT_IDS = "chat_ids"
 """Key in the facts of a model folder: ids of the chat template, and of the scored tokens."""
 _MARKERS = re.compile(r"<\|[^|<>]+\|>")
@@ -40,9 +40,9 @@ class Pair(NamedTuple):
 class PairTemplates:
     """Tokenizes (query, passage) pairs for a reranker, as one joined text or as a pair.
 
-    The document is truncated, never what follows it; the query only if it leaves the document fewer
-    than `LEAST` tokens (`cut` counts such pairs), and never within a chat template, where such a
-    query is an error. For a likelihood the document and the query's prompt are the condition.
+    The document is truncated. The query is truncated only if it leaves fewer than `MIN_PASSAGE`
+    tokens for the document (`cut` counts such pairs); in a chat template such a query is an error.
+    For a likelihood the document and the query's prompt are the condition.
     `section` is the config section of the lengths, for messages.
 
     Attributes:
@@ -82,11 +82,11 @@ class PairTemplates:
             )
         self.room = self.length - len(self.before) - len(self.between) - len(self.after)
         left = max(self.room - len(prompt), 0)
-        if left < 2 * LEAST:
+        if left < 2 * MIN_PASSAGE:
             raise InputError(
                 "no-room-for-text",
                 f"{section}.query_length + {section}.passage_length = {self.length} leaves {left}"
-                f" tokens for the texts, which need {2 * LEAST}; increase one of them",
+                f" tokens for the texts, which need {2 * MIN_PASSAGE}; increase one of them",
             )
         self._section, self.cut = section, 0
 
@@ -104,7 +104,7 @@ class PairTemplates:
 
     def _joined(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
         texts = [f"{first} {second}" for first, second in zip(firsts, seconds, strict=True)]
-        most = self.room - LEAST
+        most = self.room - MIN_PASSAGE
         # A token has at least one byte, so only long queries can have too many tokens.
         suspects = [text for text in dict.fromkeys(firsts) if len(text.encode()) > most]
         counted = token_ids(self.tokenizer, suspects, self.room)
@@ -126,14 +126,16 @@ class PairTemplates:
             "query-too-long",
             f"a query takes {taken} tokens with its instruction ({reprlib.repr(first)}), and"
             f" {section}.query_length + {section}.passage_length = {self.length} leaves"
-            f" {self.room - LEAST} for it; increase one of them",
+            f" {self.room - MIN_PASSAGE} for it; increase one of them",
         )
 
     def _without_end_of_query(self, first: str, text: str) -> list[int]:
-        text = beginning(text, self.room, start=len(first))  # includes LEAST tokens of the document
+        text = beginning(
+            text, self.room, start=len(first)
+        )  # includes MIN_PASSAGE tokens of the document
         ids, of_query = self._with_offsets([text], len(first))[0]
-        self._count_cut()
-        document = ids[of_query : of_query + LEAST]
+        self._count_cut(self.room - MIN_PASSAGE)
+        document = ids[of_query : of_query + MIN_PASSAGE]
         return [*ids[: self.room - len(document)], *document]
 
     def _with_offsets(self, texts: list[str], end: int) -> list[tuple[list[int], int]]:
@@ -175,19 +177,19 @@ class PairTemplates:
         return pairs
 
     def _fitting(self, query: list[int], passage: list[int]) -> list[int]:
-        """The query, truncated to leave at least `LEAST` tokens of the passage."""
-        most = self.room - min(LEAST, len(passage))
+        """The query, truncated to leave at least `MIN_PASSAGE` tokens of the passage."""
+        most = self.room - min(MIN_PASSAGE, len(passage))
         if len(query) > most:
-            self._count_cut()
+            self._count_cut(most)
         return query[:most]
 
-    def _count_cut(self) -> None:
+    def _count_cut(self, kept: int) -> None:
         self.cut += 1
         if self.cut == 1:
+            section = self._section
             log.warning(
-                "a query was truncated to the %d tokens that encoding.query_length +"
-                " encoding.passage_length leave for it; increase one of them",
-                self.room - LEAST,
+                f"a query was truncated to the {kept} tokens that {section}.query_length +"
+                f" {section}.passage_length leave for it; increase one of them"
             )
 
 

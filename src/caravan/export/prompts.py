@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from caravan.data.pairs import LEAST, PairTemplates
+from caravan.data.pairs import MIN_PASSAGE, PairTemplates
 from caravan.data.tokenization import Template
 from caravan.errors import InputError
 from caravan.export import verify
@@ -99,7 +99,7 @@ class Pairing:
                 f"{folder} scores by the query's likelihood, which no module of"
                 f" sentence-transformers computes; {REMEDY}",
             )
-        self.longest = self.templates.room - LEAST
+        self.longest = self.templates.room - MIN_PASSAGE
         self.passage = Prompt.of("passage_template", encoding.template("passage"))
         between = self.passage.before or Template(encoding.template("query")).suffix
         # A chat template gives no token types.

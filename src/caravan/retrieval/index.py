@@ -117,9 +117,13 @@ class Faiss:
         faiss.omp_set_num_threads(torch.get_num_threads())
         _require_rows(blocks)
         factory = f"index.factory='{self.factory}'"
-        with _refused("unknown-index", f"{factory} is not an index of faiss, such as HNSW32"):
+        with _refused(
+            "unknown-index", f"{factory} is not a factory string of faiss, such as HNSW32"
+        ):
             index = faiss.index_factory(blocks.dim, self.factory, faiss.METRIC_INNER_PRODUCT)
         self._set(index, "efConstruction", self.ef_construction)
+        self._set(index, "nprobe", self.nprobe)
+        self._set(index, "efSearch", self.ef_search)
         if not index.is_trained:
             sample = _sample(blocks, self.train_rows)
             few = f"{len(sample)} of {blocks.rows} passages; use fewer lists or index=flat"
@@ -127,8 +131,6 @@ class Faiss:
                 index.train(sample)
         for start, block in track(blocks, f"index {self.factory}", unit="blocks"):
             index.add(_float32(block, f"passages from row {start}"))
-        self._set(index, "nprobe", self.nprobe)
-        self._set(index, "efSearch", self.ef_search)
         self._index = index
 
     def search(self, queries: np.ndarray, k: int | None = None) -> Found:
@@ -249,7 +251,7 @@ def _unpack(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class BestSegments:
-    """An index of documents, which have the score of their best segment (MaxP, arXiv 1905.09217).
+    """An index of documents, scored by their best segments (MaxP, arXiv 1905.09217).
 
     A search repeats with more segments until each query has k documents.
 
@@ -298,7 +300,7 @@ def measured_recall(
 ) -> float:
     """Recall of rows [Q, k] for queries [Q, d] against exact search over the blocks.
 
-    The mean of |both| / |exact| over `sample` evenly spaced queries, at depth k.
+    The mean of |exact ∩ found| / |exact| over `sample` evenly spaced queries, at depth k.
 
     Args:
         counts: segments of each document, if the rows are documents (`BestSegments`).
