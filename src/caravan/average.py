@@ -83,7 +83,8 @@ def average(models: Sequence[Path], output: Path) -> None:
         log.info("%s exists already, from the same models", output)
         return
     if output.exists():
-        raise OccupiedError("output-occupied", f"{output} exists; choose another --output, or delete it")
+        problem = f"{output} exists; choose another --output, or delete it"
+        raise OccupiedError("output-occupied", problem)
     facts["average"] = inputs["average"]
     adapters = facts["weights"] == "adapter"
     with replacing_folder(output) as scratch:
