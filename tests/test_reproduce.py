@@ -102,7 +102,7 @@ Runner = Callable[..., int]
 
 @pytest.fixture
 def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
-    """`run.py` over rows of a test, in a folder of its own."""
+    """`run.py` over rows of a test, in a separate folder."""
     home = tmp_path / "reproduce"
     home.mkdir()
     (home / "parity.yaml").write_text("rows: []")

@@ -183,7 +183,7 @@ def make(
         return path
     if own.scoring == "token":
         language_model = tiny_backbone().language_model(given)
-        if on != "decoder":  # an architecture, with an output layer of its own
+        if on != "decoder":  # this architecture has another output layer
             settings = {"vocab_size": len(given), "tie_word_embeddings": False}
             language_model = language_model_of(on, **settings)
         if lora:

@@ -10,7 +10,7 @@ from typing import Any
 import ir_measures
 import pytest
 from omegaconf import OmegaConf
-from tests.commands import ROOT, evaluate, train
+from tests.commands import ROOT, evaluate
 from tests.files import put
 from tests.refusals import refused
 from tests.tiny import write_beir
@@ -24,13 +24,6 @@ from caravan.retrieval import stages, store
 from caravan.retrieval.metrics import score_run
 
 SHORT = "measures=[MRR@5]"
-
-
-@pytest.fixture(scope="module")
-def model(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("trained") / "run"
-    train(beir, run_dir, "trainer.max_steps=0")
-    return run_dir / "model"
 
 
 @pytest.fixture

@@ -8,18 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.commands import ROOT, evaluate, evaluate_arguments, train
+from tests.commands import ROOT, evaluate, evaluate_arguments
 from tests.tiny import write_beir
 from tests.two_ranks import TwoRanks
 
 SHORT = "measures=[MRR@5]"
-
-
-@pytest.fixture(scope="module")
-def model(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("trained") / "run"
-    train(beir, run_dir, "trainer.max_steps=0")
-    return run_dir / "model"
 
 
 def test_two_processes_write_what_one_writes_and_one_resumes_their_work(
