@@ -199,7 +199,9 @@ class Config:
         elif isinstance(value, dict) and kinds & NO_OBJECT:
             self._no_object(path)
         elif isinstance(value, list) and kinds == {"needs_python_object"}:
-            pass  # a collection of objects, perhaps
+            # A collection of objects is no value of JSON; its items must be nodes.
+            if not all(isinstance(one, dict) and "_target_" in one for one in value):
+                self.add(key, f"it must be {OBJECT}, or a list of these, not a list of values")
         elif kinds == {"value_error"} and text.startswith(f"{key}."):  # of a section's dataclass
             for problem in re.split(rf"; (?={re.escape(key)}\.)", text):
                 inner, _, rest = problem.partition(" ")
