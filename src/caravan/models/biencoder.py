@@ -6,6 +6,8 @@ batch nor on the padding side.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from caravan.data.batch import Chunk, Packed
@@ -59,3 +61,19 @@ class BiEncoder(nn.Module):
     def embed(self, texts: Packed) -> Tensor:
         """Embeddings [N, d] float32 of packed texts, in the order of the texts."""
         return texts.rows_of(self.of)
+
+
+def embedding_size(config: Any) -> int:
+    """The dimensions of the embeddings of a model, from its config of transformers."""
+    return int(config.get_text_config().hidden_size)
+
+
+def cut(embeddings: Tensor, dim: int, normalize: bool) -> Tensor:
+    """The first `dim` dimensions of embeddings [n, d], scaled to unit length again if `normalize`.
+
+    Whole embeddings are returned as they are.
+    """
+    if dim == embeddings.shape[1]:
+        return embeddings
+    first = embeddings[:, :dim]
+    return nn.functional.normalize(first, dim=-1) if normalize else first
