@@ -209,7 +209,7 @@ def test_with_dims_the_loss_is_the_sum_over_cut_and_whole_embeddings(
             teacher = torch.full((3, 9), torch.nan)
             for i, own in enumerate(batch.teacher):
                 teacher[i, 3 * i : 3 * i + 3] = own
-        expected = expected + compute(loss, scores, targets, teacher)
+        expected = expected + compute(loss, scores, targets, teacher.double())
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
     weights = [p for p in module.parameters() if p.requires_grad]
     ours, theirs = (torch.autograd.grad(of, weights) for of in (found, expected))

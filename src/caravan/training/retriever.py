@@ -20,7 +20,7 @@ from torch import Tensor
 from caravan.data.batch import TrainBatch
 from caravan.encoding import Encoding
 from caravan.errors import InputError
-from caravan.models.biencoder import BiEncoder, cut, embedding_size
+from caravan.models.biencoder import BiEncoder, cut, refuse_large
 from caravan.training import parallel
 from caravan.training.gradcache import GradCache
 from caravan.training.losses import Loss, Sum
@@ -55,12 +55,14 @@ class Retriever(Stage):
         self.in_batch, self.cross_device = in_batch, cross_device
 
     def build(self) -> BiEncoder:
-        size = embedding_size(self.backbone.config(self.tokenizer))
+        config = self.backbone.config(self.tokenizer)
+        refuse_large(config, self.encoding.dim)  # before weights are read
+        size = self.encoding.dim or config.get_text_config().hidden_size
         if self._dims and self._dims[-1] > size:
             raise InputError(
                 "dim-too-large",
-                f"loss.dims: {self._dims[-1]} is more than the {size} dimensions of an embedding of"
-                f" {self.backbone.name}; leave out sizes above {size}",
+                f"loss.dims: {self._dims[-1]} is more than the {size} dimensions of an embedding;"
+                f" leave out sizes above {size}",
             )
         return BiEncoder(self.adapted(self.backbone.model(self.tokenizer)), self.encoding)
 
