@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.commands import ROOT, train, train_arguments
+from tests.commands import ROOT, from_folder, train, train_arguments
 from tests.refusals import refused
 from tests.tiny import write_beir
 
@@ -103,6 +103,17 @@ def test_the_log_has_summary_progress_validations_and_warnings(
 
 
 @pytest.mark.parametrize("end", ["trainer.max_steps=2", "trainer.max_epochs=1"])
+def test_the_folder_has_the_instruction_of_its_collection_and_the_next_training_too(
+    beir: Path, instructed: Path, tmp_path: Path
+) -> None:
+    encoding, _ = read_encoding(instructed)
+    assert encoding.instruction == "camel"
+    assert encoding.instructions == {"one": "salt road", "tiny": "camel"}
+    more = ("trainer.max_steps=0", "encoding.query_length=24", *from_folder(instructed))
+    train(beir, tmp_path / "next", *more)
+    assert read_encoding(tmp_path / "next" / "model")[0] == encoding
+
+
 def test_a_run_shorter_than_its_validation_interval_validates_at_its_end(
     beir: Path, tmp_path: Path, end: str
 ) -> None:
