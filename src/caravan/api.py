@@ -49,9 +49,7 @@ class Retriever(Inference):
         """Dimensions of an embedding."""
         return self.encode_queries([""]).shape[1]
 
-    def encode_queries(
-        self, queries: Sequence[Text], instruction: str | None = None
-    ) -> np.ndarray:
+    def encode_queries(self, queries: Sequence[Text], instruction: str | None = None) -> np.ndarray:
         """Embeddings [N, dim] float32 of queries."""
         return self._encode(_pairs(queries, "query"), "query", instruction)
 

@@ -9,10 +9,11 @@ Defaults are RepLLaMA's (arXiv 2310.08319, section 2).
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 import string
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ POOLINGS = ("last", "mean", "cls", "slots")
 INSTRUCTION = "{instruction}"
 SLOTS = ("self", "next")
 """Fields of a template that stand for the slots of LLaRA's two tasks (arXiv 2312.15503)."""
+_FIELDS = re.compile(r"\{\{|\}\}|\{[^{}]*\}")
 LONGEST = 1 << 20
 """Tokens; no model reads longer texts."""
 
@@ -239,15 +241,16 @@ def _template_problem(template: str, allowed: tuple[str, ...]) -> str:
 
 
 def template_parts(template: str) -> tuple[str, str, str]:
-    """A template's body up to its last text, what follows that, and the slots at its end.
+    """A template's body up to its last field, the text after it, and the slots at its end.
 
     >>> template_parts("{title} {text}, in eight words: {self}")
     ('{title} {text}', ', in eight words: ', 'self')
     """
     slots = next((name for name in SLOTS if template.endswith(f"{{{name}}}")), "")
     rest = template.removesuffix(f"{{{slots}}}") if slots else template
-    end = rest.rfind("}") + 1
-    return rest[:end], rest[end:], slots
+    fields = (found.end() for found in _FIELDS.finditer(rest) if found[0] not in ("{{", "}}"))
+    end = max(fields, default=0)
+    return rest[:end], rest[end:].replace("{{", "{").replace("}}", "}"), slots
 
 
 def slot_tokens(encoding: Encoding, slots: str) -> list[str]:

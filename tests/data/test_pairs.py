@@ -236,9 +236,7 @@ def test_a_bos_that_the_tokenizer_adds_comes_once(tokenizer: Any) -> None:
 
 def test_a_query_has_its_own_instruction_before_its_document(tokenizer: Any) -> None:
     asked, long = "camel {water}", ("", "silk road " * 60)
-    likelihood = replace(
-        LIKELIHOOD, query_template="{instruction} ask: {text}", instruction="gold"
-    )
+    likelihood = replace(LIKELIHOOD, query_template="{instruction} ask: {text}", instruction="gold")
     for encoding in (CHAT, likelihood):
         found = PairTemplates(tokenizer, encoding).pairs(
             [("", asked), ("tent {well}", asked)], [long, long]

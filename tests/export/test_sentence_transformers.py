@@ -152,7 +152,10 @@ def test_each_collection_has_a_prompt(settings: dict[str, Any], tmp_path: Path) 
         write_encoding(path, replace(own, instruction=text, instructions={}), facts)
         if own.kind == "retriever":
             prompt = None if name is None else f"{name}-query"
-            found, expected = model.encode_query(texts, prompt_name=prompt), folders.embeddings(path)
+            found, expected = (
+                model.encode_query(texts, prompt_name=prompt),
+                folders.embeddings(path),
+            )
             assert_close(found, expected[0][:3])
         else:
             found = model.predict([(query, text) for query, (_, text) in pairs], prompt_name=name)

@@ -102,7 +102,6 @@ def test_the_log_has_summary_progress_validations_and_warnings(
     assert max(float(value) for _, value in found) == pytest.approx(best, abs=1e-4)
 
 
-@pytest.mark.parametrize("end", ["trainer.max_steps=2", "trainer.max_epochs=1"])
 def test_the_folder_has_the_instruction_of_its_collection_and_the_next_training_too(
     beir: Path, instructed: Path, tmp_path: Path
 ) -> None:
@@ -114,6 +113,7 @@ def test_the_folder_has_the_instruction_of_its_collection_and_the_next_training_
     assert read_encoding(tmp_path / "next" / "model")[0] == encoding
 
 
+@pytest.mark.parametrize("end", ["trainer.max_steps=2", "trainer.max_epochs=1"])
 def test_a_run_shorter_than_its_validation_interval_validates_at_its_end(
     beir: Path, tmp_path: Path, end: str
 ) -> None:

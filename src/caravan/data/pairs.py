@@ -193,9 +193,7 @@ class PairTemplates:
             pairs.append(Pair(ids, len(head) if self.typed else len(ids)))
         return pairs
 
-    def _conditioned(
-        self, firsts: list[str], prompts: list[int], seconds: list[str]
-    ) -> list[Pair]:
+    def _conditioned(self, firsts: list[str], prompts: list[int], seconds: list[str]) -> list[Pair]:
         """Pairs of passage and query, of which the query is scored by its likelihood.
 
         Args:

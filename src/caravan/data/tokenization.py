@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from caravan.distributed import is_main_process
-from caravan.encoding import Encoding, slot_tokens, template_parts
+from caravan.encoding import INSTRUCTION, Encoding, slot_tokens, template_parts
 from caravan.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -209,7 +209,9 @@ class Templates:
         if any(instruction for instruction, _ in texts):
             warn_if_unused(self.encoding)
         sides = [self._side("query", instruction) for instruction, _ in texts]
-        rendered = [side.template.render("", text) for side, (_, text) in zip(sides, texts, strict=True)]
+        rendered = [
+            side.template.render("", text) for side, (_, text) in zip(sides, texts, strict=True)
+        ]
         return self._encode(rendered, sides)
 
     def passages(self, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
@@ -223,8 +225,10 @@ class Templates:
             tail = template.tail(self.tokenizer, self.encoding, self.after)
             length = getattr(self.encoding, f"{name}_length")
             room = length - len(self.before) - len(tail)
-            prompt = plain_ids(self.tokenizer, [template.render("", "").rstrip()])[0]
-            taken = length - room + len(prompt)
+            taken = length - room
+            if INSTRUCTION in getattr(self.encoding, f"{name}_template"):
+                prompt = template.render("", "").rstrip()
+                taken += len(plain_ids(self.tokenizer, [prompt])[0])
             check_room(f"encoding.{name}_length={length}", length - taken, taken)
             if len(self._sides) > MOST_INSTRUCTIONS:
                 self._sides.clear()

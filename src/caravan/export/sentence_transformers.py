@@ -70,7 +70,7 @@ def _write_retriever(folder: Path, out: Path) -> dict[str, Any]:
         "query": Prompt.of("query_template", encoding.template("query")),
         "document": Prompt.of("passage_template", encoding.template("passage")),
     }
-    own = of_collections(encoding)
+    named = of_collections(encoding)
     texts, expected = {}, {}
     for task, (length, encode, side) in sides.items():
         probes = verify.probes(length)
@@ -78,7 +78,7 @@ def _write_retriever(folder: Path, out: Path) -> dict[str, Any]:
             probes = [("", text) for _, text in probes]
         texts[task] = [text for text in probes if encode([text])[0]]
         expected[task] = reference.embed(texts[task], side)
-        for name in own[task]:
+        for name in named[task]:
             instruction = encoding.instruction_of(name.removesuffix(f"-{task}"))
             expected[name] = reference.embed(texts[task], side, instruction)
     del reference  # there may not be enough memory for two
@@ -106,7 +106,9 @@ def _write_retriever(folder: Path, out: Path) -> dict[str, Any]:
         first = library.Router({task: [one] for task, one in transformers.items()}, None, False)
     exported = SentenceTransformer(
         modules=[first, *modules],
-        prompts={task: prompts[task].before for task in prompts} | own["query"] | own["document"],
+        prompts={task: prompts[task].before for task in prompts}
+        | named["query"]
+        | named["document"],
         # A text without a task is read as a passage; a Router needs the task.
         default_prompt_name="document" if prompts["document"].before and not routed else None,
         similarity_fn_name="cosine" if encoding.normalize else "dot",
@@ -118,9 +120,9 @@ def _write_retriever(folder: Path, out: Path) -> dict[str, Any]:
     for task, prompt in prompts.items():
         given = [prompt.given(*text) for text in texts[task]]
         encode_side = saved.encode_query if task == "query" else saved.encode_document
-        for name in (task, *own[task]):
+        for name in (task, *named[task]):
             verify.compare(folder, expected[name], encode_side(given, prompt_name=name))
-    return {"routed": routed, "named": list(own["query"]), **prompts["document"].card()}
+    return {"routed": routed, "named": list(named["query"]), **prompts["document"].card()}
 
 
 def _modules_after(config: Any, tokenizer: Any, encoding: Encoding) -> list[Any]:
