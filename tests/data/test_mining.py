@@ -132,6 +132,7 @@ def test_the_counts_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "caravan"):
         _, facts = mine(_run(SCORES), POSITIVES, Rules(absolute_margin=0.045), "a.trec")
     assert facts["queries_without_positive_score"] == 2  # 4 and 8
+    assert caplog.records[0].levelname == "WARNING"  # most queries have no candidate
     (line,) = caplog.messages
     for part in ("a.trec: 8 of 14", "positive_without_score 2", "absolute_margin 4", "2 lack"):
         assert part in line
