@@ -123,7 +123,9 @@ def mine(
     """
     counts: Counter[str] = Counter()
     keep = np.zeros(len(run.passage_rows), dtype=bool)
-    edges = np.searchsorted(run.offsets, np.arange(LINES_AT_ONCE, len(keep), LINES_AT_ONCE)).tolist()
+    edges = np.searchsorted(
+        run.offsets, np.arange(LINES_AT_ONCE, len(keep), LINES_AT_ONCE)
+    ).tolist()
     for first, end in pairwise(sorted({0, *edges, len(run)})):
         chunk = _Chunk(_part(run, first, end), positives, counts)
         keep[run.offsets[first] : run.offsets[end]] = chunk.kept(rules, teacher)
