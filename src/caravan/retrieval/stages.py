@@ -79,8 +79,9 @@ def encode_corpus(
     inputs |= {"collection": collection.digest, "block": block}
     name = "segments" if reading.segments else "passages"
     own = instruction_for(model.encoding, collection.name)
-    texts = (read.texts, read.rows, "passage")
-    return model.encode_rows(*texts, block, store, name, inputs, **own), read.counts
+    where: Any = (block, store, name, inputs)
+    rows = model.encode_rows(read.texts, read.rows, "passage", *where, **own)
+    return rows, read.counts
 
 
 def encode_queries(

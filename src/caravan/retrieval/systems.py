@@ -112,7 +112,7 @@ class Systems:
             inputs["rerank"] = {k: v for k, v in asdict(self.rerank).items() if k != "block"}
         if dense or self.reranker is not None:
             inputs |= {"precision": models.precision, "attention": models.attention}
-        names = [*self.retrievers, *([] if self.reranker is None else [self.reranker])]
+        names = [*self.retrievers, *([] if self.reranker is None else [str(self.reranker)])]
         folders = [Path(name) for name in names if is_model(Path(name))]
         found = [instruction_for(read_encoding(one)[0], collection) for one in folders]
         if any(found):
