@@ -135,8 +135,8 @@ def _modules_after(config: Any, tokenizer: Any, encoding: Encoding) -> list[Any]
     modules = [library.Pooling(size, POOLINGS[encoding.pooling])]
     if encoding.dim:
         first = torch.eye(encoding.dim, size)
-        plain = {"bias": False, "activation_function": torch.nn.Identity()}
-        modules.append(library.Dense(size, encoding.dim, **plain, init_weight=first))
+        none = torch.nn.Identity()
+        modules.append(library.Dense(size, encoding.dim, False, none, init_weight=first))
     if encoding.pooling == "slots":
         slots = [token for name in SLOTS for token in slot_tokens(encoding, name)]
         ids = dict(zip(tokenizer.convert_tokens_to_ids(slots), slots, strict=True))
