@@ -28,7 +28,8 @@ def verdict(measure: str, names: Sequence[str], pairs: Iterable[Pair], verb: str
     >>> verdict("MRR@10", ["bm25", "fused"], [pair])
     'MRR@10: fused beats bm25 by 0.0200 (p = .004).'
     """
-    parts, rest = [], []
+    parts: list[str] = []
+    rest: list[bool] = []
     for pair in pairs:
         a, b = (pair.b, pair.a) if pair.difference < 0 else (pair.a, pair.b)
         p = p_value(pair.p).replace("<", "< ")
