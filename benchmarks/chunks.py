@@ -17,8 +17,6 @@ from common import arguments, report
 from caravan.data import batch
 from caravan.models.hardware import GPU_CHUNK
 
-BATCHES = 20
-
 
 def share(rng: np.random.Generator, texts: int, mean: int, longest: int) -> tuple[int, float]:
     """Chunks of some texts, and the padded tokens for each token."""
@@ -27,12 +25,12 @@ def share(rng: np.random.Generator, texts: int, mean: int, longest: int) -> tupl
     return len(found.chunks), found.padded / found.tokens
 
 
-def counted(ranks: int, rule: str) -> dict[str, int | float | str]:
+def counted(ranks: int, rule: str, batches: int) -> dict[str, int | float | str]:
     """A row of the table: the means over some batches."""
     rng = np.random.default_rng(0)
     queries = 128 // ranks
     found = [
-        (*share(rng, queries, 10, 32), *share(rng, queries * 16, 75, 196)) for _ in range(BATCHES)
+        (*share(rng, queries, 10, 32), *share(rng, queries * 16, 75, 196)) for _ in range(batches)
     ]
     names = ("query chunks", "padded / real", "passage chunks", "padded / real ")
     means = map(float, np.mean(found, axis=0))
@@ -40,12 +38,14 @@ def counted(ranks: int, rule: str) -> dict[str, int | float | str]:
 
 
 def main() -> None:
-    options = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--batches", type=int, default=20)
+    options = parser.parse_args()
     rows = []
     for ranks in (1, 8, 32):
         with mock.patch.object(batch, "SMALL", 0):
-            rows.append(counted(ranks, "before"))
-        rows.append(counted(ranks, "now"))
+            rows.append(counted(ranks, "before", options.batches))
+        rows.append(counted(ranks, "now", options.batches))
     note = f"Counted on token lengths alone, budget {GPU_CHUNK:,}; no model runs."
     report("Chunks of one rank's share of a RepLLaMA batch", rows, [note], options.save)
 

@@ -17,7 +17,7 @@ SCRIPTS = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"common"
 PEER = "--data BEIR --model MINILM --repeats 1"
 OPTIONS = {
     "adaptation": "--words 8 --texts 2 --vocabularies 200 --repeats 1",
-    "chunks": "",
+    "chunks": "--batches 1",
     "encode": f"{PEER} --passages 4",
     "gpu": "--device cpu --shapes tiny --longest 16 --tokens 64",
     "gradcache": "--queries 2 4 --whole 2 --chunk 2",
