@@ -66,6 +66,18 @@ def folders(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 
 
 @pytest.fixture(scope="session")
+def instructed(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a retriever, trained with an instruction, that has those of "one" too."""
+    to = tmp_path_factory.mktemp("instructed")
+    train(
+        *(beir, to / "run", "trainer.max_steps=4", "encoding.query_length=24"),
+        "encoding.query_template='{instruction} query: {text}'",
+        *("encoding.instruction=camel", "encoding.instructions={one: salt road}"),
+    )
+    return to / "run" / "model"
+
+
+@pytest.fixture(scope="session")
 def tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 

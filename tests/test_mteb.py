@@ -102,6 +102,31 @@ def test_a_retriever_and_a_reranker_have_the_metrics_of_evaluate(
     assert 0 < wanted["nDCG@10"] < 1
 
 
+def test_a_task_has_the_instruction_of_its_collection_or_its_own_prompt(
+    beir: Path, instructed: Path, tmp_path: Path
+) -> None:
+    task = local_task(beir, "Retrieval")
+    from caravan.mteb import load
+
+    model = load(instructed, precision="float32")
+    wanted = evaluate(beir, tmp_path / "tiny", instructed, *FLOAT)["overall"]
+    task.metadata = task.metadata.model_copy(update={"name": "Tiny", "prompt": "silk"})
+    assert metrics_of(model, task) == pytest.approx(wanted, abs=1e-5)
+    assert model.instruction(task.metadata) == "camel"
+    assert model.instruction(task.metadata.model_copy(update={"name": "One"})) == "salt road"
+    for prompt, text in (("silk", "silk"), ({"query": "gold"}, "gold"), (None, "camel")):
+        unknown = task.metadata.model_copy(update={"name": "Local", "prompt": prompt})
+        assert model.instruction(unknown) == text
+    plain: Any = caravan.load(instructed, precision="float32")
+    from mteb.types import PromptType
+
+    own = [{"text": ["tent silk"], "query": ["tent"], "instruction": ["silk"]}]
+    found = model.encode(own, task_metadata=task.metadata, prompt_type=PromptType.query)
+    assert np.array_equal(found, plain.encode_queries(["tent"], instruction="silk"))
+    assert np.array_equal(found, plain.encode_queries([("silk", "tent")]))
+    assert not np.allclose(found, plain.encode_queries(["tent"]), atol=1e-3)
+
+
 def test_texts_are_read_by_the_sides_that_mteb_names(folders: dict[str, str]) -> None:
     pytest.importorskip("mteb")
     from mteb.types import PromptType

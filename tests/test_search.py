@@ -76,7 +76,7 @@ def test_the_command_answers_each_query_with_a_line_of_json(beir: Path, tmp_path
     done = search(tmp_path, *given, "--ask", "salt = gold?", "--ask", "  unheard")
     assert done.returncode == 0, done.stderr
     answers: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [one["question"] for one in answers] == ["salt = gold?", "unheard"]
+    assert [one["query"] for one in answers] == ["salt = gold?", "unheard"]
     assert [len(one["hits"]) for one in answers] == [2, 0]
     assert all(one["seconds"]["bm25"] > 0 for one in answers)
 

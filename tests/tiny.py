@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,3 +67,13 @@ def tiny_backbone(layers: int = 2) -> TinyLlama:
     return TinyLlama(
         vocab_size=400, hidden_size=32, layers=layers, heads=2, intermediate_size=48, max_length=64
     )
+
+
+def other_instruction(folder: Path, to: Path, text: str) -> Path:
+    """A copy of a model folder with one instruction, for all collections."""
+    shutil.copytree(folder, to)
+    record = json.loads((to / "caravan.json").read_text())
+    record["instruction"] = text
+    del record["instructions"]
+    (to / "caravan.json").write_text(json.dumps(record))
+    return to

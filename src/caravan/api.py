@@ -26,7 +26,7 @@ from caravan.retrieval.index import ArrayBlocks, Exact
 from caravan.retrieval.inference import Inference
 
 Text = str | tuple[str, str]
-"""A text, or a title and a text."""
+"""A passage: a text, or a title and a text. A query: a text, or an instruction and a text."""
 
 
 @dataclass(frozen=True)
@@ -38,28 +38,41 @@ class Hit:
 
 
 class Retriever(Inference):
-    """Embeds queries and passages; returned by `caravan.load`."""
+    """Embeds queries and passages; returned by `caravan.load`.
+
+    `instruction` of a method is for all its texts; None is the default of the model. That of a
+    collection is `model.encoding.instruction_of(name)`.
+    """
 
     @property
     def dim(self) -> int:
         """Dimensions of an embedding."""
         return self.encode_queries([""]).shape[1]
 
-    def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
+    def encode_queries(self, queries: Sequence[Text], instruction: str | None = None) -> np.ndarray:
         """Embeddings [N, dim] float32 of queries."""
-        return self._encode(_queries(queries), "query")
+        return self._encode(_pairs(queries, "query"), "query", instruction)
 
-    def encode_passages(self, passages: Sequence[Text]) -> np.ndarray:
-        """Embeddings [N, dim] float32 of passages, each a text, or a title and a text."""
-        return self._encode(_passages(passages), "passage")
+    def encode_passages(
+        self, passages: Sequence[Text], instruction: str | None = None
+    ) -> np.ndarray:
+        """Embeddings [N, dim] float32 of passages."""
+        return self._encode(_pairs(passages, "passage"), "passage", instruction)
 
-    def score(self, queries: Sequence[str], passages: Sequence[Text]) -> np.ndarray:
+    def score(
+        self, queries: Sequence[Text], passages: Sequence[Text], instruction: str | None = None
+    ) -> np.ndarray:
         """Similarities [N] float32 of queries with passages, pair by pair."""
         _check_pairs(queries, passages)
-        return np.einsum("nd,nd->n", self.encode_queries(queries), self.encode_passages(passages))
+        vectors = self.encode_passages(passages, instruction)
+        return np.einsum("nd,nd->n", self.encode_queries(queries, instruction), vectors)
 
     def search(
-        self, queries: Sequence[str], passages: Sequence[Text] | np.ndarray, k: int = 10
+        self,
+        queries: Sequence[Text],
+        passages: Sequence[Text] | np.ndarray,
+        k: int = 10,
+        instruction: str | None = None,
     ) -> list[list[Hit]]:
         """The k most similar passages of each query, the best first.
 
@@ -67,8 +80,11 @@ class Retriever(Inference):
             passages: texts, or their embeddings by `encode_passages`.
         """
         _check_k(k)
-        vectors = passages if isinstance(passages, np.ndarray) else self.encode_passages(passages)
-        query_vectors = self.encode_queries(queries)
+        if isinstance(passages, np.ndarray):
+            vectors = passages
+        else:
+            vectors = self.encode_passages(passages, instruction)
+        query_vectors = self.encode_queries(queries, instruction)
         if not len(vectors) or not len(query_vectors):
             return [[] for _ in query_vectors]
         dim = query_vectors.shape[1]
@@ -82,30 +98,43 @@ class Retriever(Inference):
         index.build(ArrayBlocks(np.ascontiguousarray(vectors, dtype=np.float32)))
         return _hits(*index.search(query_vectors))
 
-    def _encode(self, texts: list[tuple[str, str]], side: str) -> np.ndarray:
+    def _encode(
+        self, texts: list[tuple[str, str]], side: str, instruction: str | None
+    ) -> np.ndarray:
         if not texts:
             return np.empty((0, self.dim), dtype=np.float32)
-        return self.embed(texts, side)
+        return self.embed(texts, side, instruction)
 
 
 class Reranker(Inference):
-    """Scores pairs of a query and a passage; returned by `caravan.load`."""
+    """Scores pairs of a query and a passage; returned by `caravan.load`.
 
-    def score(self, queries: Sequence[str], passages: Sequence[Text]) -> np.ndarray:
+    For `instruction` see `Retriever`.
+    """
+
+    def score(
+        self, queries: Sequence[Text], passages: Sequence[Text], instruction: str | None = None
+    ) -> np.ndarray:
         """Scores [N] float32 of queries with passages, pair by pair; higher is better."""
         _check_pairs(queries, passages)
         if not len(queries):
             return np.empty(0, dtype=np.float32)
-        return self.score_pairs(_queries(queries), _passages(passages))
+        asked, texts = _pairs(queries, "query"), _pairs(passages, "passage")
+        return self.score_pairs(asked, texts, instruction)
 
     def search(
-        self, queries: Sequence[str], passages: Sequence[Text], k: int = 10
+        self,
+        queries: Sequence[Text],
+        passages: Sequence[Text],
+        k: int = 10,
+        instruction: str | None = None,
     ) -> list[list[Hit]]:
         """The k passages with the highest scores of each query; scores every pair."""
         _check_k(k)
-        texts = _passages(passages)
+        texts = _pairs(passages, "passage")
         repeated = [query for query in _listed(queries) for _ in texts]
-        scores = self.score(repeated, texts * len(queries)).reshape(len(queries), len(texts))
+        flat = self.score(repeated, texts * len(queries), instruction)
+        scores = flat.reshape(len(queries), len(texts))
         rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return _hits(np.take_along_axis(scores, rows, axis=1), rows)
 
@@ -149,23 +178,16 @@ def _listed(texts: Sequence[Any]) -> Sequence[Any]:
     return texts
 
 
-def _queries(queries: Sequence[str]) -> list[tuple[str, str]]:
-    for row, query in enumerate(_listed(queries)):
-        if not isinstance(query, str):
-            raise InputError(
-                "not-a-text", f"query {row} is of type {type(query).__name__}; give texts"
-            )
-    return [("", query) for query in queries]
-
-
-def _passages(passages: Sequence[Text]) -> list[tuple[str, str]]:
-    pairs: list[Any] = [("", one) if isinstance(one, str) else one for one in _listed(passages)]
+def _pairs(texts: Sequence[Text], side: str) -> list[tuple[str, str]]:
+    """(title, text) of passages, (instruction, text) of queries; "" where there is only a text."""
+    pairs: list[Any] = [("", one) if isinstance(one, str) else one for one in _listed(texts)]
     for row, pair in enumerate(pairs):
         whole = isinstance(pair, tuple | list) and len(pair) == 2
         if not whole or not all(isinstance(part, str) for part in pair):
+            before = "an instruction" if side == "query" else "a title"
             raise InputError(
                 "not-a-text",
-                f"passage {row} is of type {type(pair).__name__}; give texts, or pairs of a title"
+                f"{side} {row} is of type {type(pair).__name__}; give texts, or pairs of {before}"
                 " and a text",
             )
     return pairs

@@ -78,14 +78,15 @@ def average(models: Sequence[Path], output: Path) -> None:
     if len({model.resolve() for model in models}) < len(models):
         raise InputError("too-few-models", "a model folder is given twice; name each one once")
     facts = _common_facts(models)
-    inputs = {"average": {str(model): folder_digest(model) for model in models}}
-    if manifests.matches(output, inputs):
-        log.info("%s exists already, from the same models", output)
-        return
+    facts["average"] = {str(model): folder_digest(model) for model in models}
     if output.exists():
-        problem = f"{output} exists; choose another --output, or delete it"
-        raise OccupiedError("output-occupied", problem)
-    facts["average"] = inputs["average"]
+        made_from = read_encoding(output)[1].get("average") if (output / FILE).exists() else None
+        if made_from != facts["average"]:
+            problem = f"{output} exists; choose another --output, or delete it"
+            raise OccupiedError("output-occupied", problem)
+        log.info("%s exists already, from the same models", output)
+        model_card.write(output)  # a kill may have left the folder without it
+        return
     adapters = facts["weights"] == "adapter"
     with replacing_folder(output) as scratch:
         for path in sorted(models[0].glob("[!.]*")):
@@ -96,7 +97,6 @@ def average(models: Sequence[Path], output: Path) -> None:
         _write_weights(models, scratch, _scales(models) if adapters else None)
         write_encoding(scratch, read_encoding(models[0])[0], facts)
     model_card.write(output)
-    manifests.write(output, inputs, {"versions": manifests.versions()})
     log.info("model folder %s, the average of %d models", output, len(models))
 
 

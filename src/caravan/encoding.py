@@ -9,10 +9,11 @@ Defaults are RepLLaMA's (arXiv 2310.08319, section 2).
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 import string
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from caravan.errors import InputError, reading
 
 FILE = "caravan.json"
 FORMAT = 1
-CHAT = ("prefix", "suffix", "instruction", "positive", "negative")
-"""Settings of a chat template, which most models do without."""
+CHAT = ("prefix", "suffix", "instruction", "instructions", "positive", "negative")
+"""Settings of instructions and chat templates, which most models do without."""
 LATER = {"bidirectional", "scoring", "slots", *CHAT}
 """Settings that older folders lack; their models were trained with today's defaults."""
 CHOICES = {
@@ -34,6 +35,7 @@ POOLINGS = ("last", "mean", "cls", "slots")
 INSTRUCTION = "{instruction}"
 SLOTS = ("self", "next")
 """Fields of a template that stand for the slots of LLaRA's two tasks (arXiv 2312.15503)."""
+_FIELDS = re.compile(r"\{\{|\}\}|\{[^{}]*\}")
 LONGEST = 1 << 20
 """Tokens; no model reads longer texts."""
 
@@ -64,7 +66,10 @@ class Encoding:
         slots: number of special tokens that `{self}` and `{next}` stand for.
         prefix, suffix: of a reranker that reads one text: a chat template around the pair. Each is
             tokenized alone, and never truncated.
-        instruction: the text that `{instruction}` stands for.
+        instruction: the text that `{instruction}` stands for, unless the collection or the query
+            has its own.
+        instructions: the instructions of collections, by name. Upper case and punctuation of a name
+            do not count.
         positive, negative: with scoring="token", the texts of the two tokens after the suffix.
 
     Raises:
@@ -86,6 +91,7 @@ class Encoding:
     prefix: str = ""
     suffix: str = ""
     instruction: str = ""
+    instructions: Mapping[str, str] = field(default_factory=dict)
     positive: str = ""
     negative: str = ""
 
@@ -111,8 +117,31 @@ class Encoding:
         escaped = given.replace("{", "{{").replace("}", "}}")
         return own.replace(INSTRUCTION, escaped)
 
+    @property
+    def uses_instruction(self) -> bool:
+        """Whether a template has `{instruction}`."""
+        return INSTRUCTION in self.query_template + self.passage_template
+
+    def instruction_of(self, collection: str) -> str | None:
+        """The instruction of a collection; None if it has none of its own.
+
+        >>> encoding = Encoding(
+        ...     query_template="{instruction}: {text}", instruction="find",
+        ...     instructions={"scifact": "verify"},
+        ... )
+        >>> encoding.instruction_of("SciFact"), encoding.instruction_of("squad")
+        ('verify', None)
+        """
+        known = {_plain(name): text for name, text in self.instructions.items()}
+        return known.get(_plain(collection))
+
+    def instructed(self, collection: str) -> Encoding:
+        """The encoding with the instruction of a collection in place of the default, if any."""
+        own = self.instruction_of(collection)
+        return self if own is None else replace(self, instruction=own)
+
     def settings(self) -> dict[str, Any]:
-        """All settings, without those of a chat template that the model does not have."""
+        """All settings, without those of instructions and templates that the model lacks."""
         return {name: value for name, value in asdict(self).items() if value or name not in CHAT}
 
     def _checks(self) -> Iterator[tuple[bool, str, str]]:
@@ -156,10 +185,16 @@ class Encoding:
             yield bool(getattr(self, name)) and not framed, name, text
             text = "it has \\n as two characters; give line breaks, in bash as $'\"...\\n...\"'"
             yield r"\n" in getattr(self, name), name, text
-        used = INSTRUCTION in self.query_template + self.passage_template
+        used = self.uses_instruction
         yield used and not self.instruction, "instruction", "a template has {instruction}; set it"
         text = "no template has {instruction}; add it to one, or set this to an empty text"
         yield bool(self.instruction) and not used, "instruction", text
+        text = "no template has {instruction}; add it to one, or leave this empty"
+        yield bool(self.instructions) and not used, "instructions", text
+        text = "it must have a text for each name of a collection"
+        own = self.instructions.items()
+        valid = all(isinstance(one, str) and one and _plain(name) for name, one in own)
+        yield not valid, "instructions", text
         if self.scoring == "token":
             yield self.pooling != "last", "pooling", "the last position is scored; set it to last"
             yield not self.positive, "positive", "a score compares two tokens; set it, such as yes"
@@ -177,6 +212,11 @@ class Encoding:
             text = "both templates must end with {self} or {next}"
             yield self.pooling == "slots" and not all(slotted), "pooling", text
             yield self.append_eos, "append_eos", "slots come last; set it to false"
+
+
+def _plain(name: str) -> str:
+    """A collection's name without what data sources and benchmarks write differently."""
+    return "".join(filter(str.isalnum, name.casefold()))
 
 
 def _template_problem(template: str, allowed: tuple[str, ...]) -> str:
@@ -201,15 +241,16 @@ def _template_problem(template: str, allowed: tuple[str, ...]) -> str:
 
 
 def template_parts(template: str) -> tuple[str, str, str]:
-    """A template's body up to its last text, what follows that, and the slots at its end.
+    """A template's body up to its last field, the text after it, and the slots at its end.
 
     >>> template_parts("{title} {text}, in eight words: {self}")
     ('{title} {text}', ', in eight words: ', 'self')
     """
     slots = next((name for name in SLOTS if template.endswith(f"{{{name}}}")), "")
     rest = template.removesuffix(f"{{{slots}}}") if slots else template
-    end = rest.rfind("}") + 1
-    return rest[:end], rest[end:], slots
+    fields = (found.end() for found in _FIELDS.finditer(rest) if found[0] not in ("{{", "}}"))
+    end = max(fields, default=0)
+    return rest[:end], rest[end:].replace("{{", "{").replace("}}", "}"), slots
 
 
 def slot_tokens(encoding: Encoding, slots: str) -> list[str]:
@@ -262,7 +303,7 @@ def read_encoding(folder: Path) -> tuple[Encoding, dict[str, Any]]:
         text = f"{path}: 'facts' lacks 'weights' (full or adapter); save the model again"
         raise InputError("invalid-encoding", text)
     record.pop("temperature", None)  # older folders have it here; it is the loss's
-    kinds = {field.name: type(field.default) for field in fields(Encoding)}
+    kinds = {name: type(value) for name, value in asdict(Encoding()).items()}
     problems = [f"unknown {reprlib.repr(name)}" for name in sorted(record.keys() - kinds.keys())]
     problems += [f"missing {name!r}" for name in sorted(kinds.keys() - record.keys() - LATER)]
     texts = ("name", "base_model", "collection")

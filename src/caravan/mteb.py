@@ -7,11 +7,14 @@
     print(mteb.evaluate(load("runs/mine/retriever/model"), tasks))
 
 A retriever becomes an MTEB encoder, a reranker a cross-encoder. Prompts, EOS, lengths and pooling
-are the folder's; MTEB's own prompts are for models without any. Needs the extra `mteb`.
+are the folder's. If its templates have {instruction}, a task has the instruction of the collection
+of that name (SciFact: scifact), else the task's own prompt in MTEB, else the model's default.
+Needs the extra `mteb`.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +27,7 @@ from caravan import api
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.models.digests import adapter_base, folder_digest
+from caravan.retrieval.inference import instruction_for
 
 try:
     from mteb.models.model_meta import ModelMeta, ScoringFunction
@@ -34,7 +38,9 @@ except ImportError:
     ) from None
 
 Batches = Iterable[dict[str, Any]]
-"""MTEB's DataLoader: of queries `text`, of passages `title` and `body` too, each a list."""
+"""MTEB's DataLoader of lists: `text`; of queries `query` and `instruction` if each has its own; of
+passages `title` and `body` if there are titles."""
+log = logging.getLogger(__name__)
 
 
 class _Wrapped:
@@ -63,7 +69,39 @@ class _Wrapped:
                 f"device={device}: the model is loaded on {self.model.device}; leave it out, and"
                 " choose a GPU, or none, with CUDA_VISIBLE_DEVICES",
             )
+        self._noted: set[str] = set()
         self.mteb_model_meta = self._meta()
+
+    def instruction(self, task: Any) -> str | None:
+        """The instruction of a task; None for the model's default.
+
+        Args:
+            task: MTEB's TaskMetadata.
+        """
+        encoding = self.model.encoding
+        if task is None or not encoding.uses_instruction:
+            return None
+        own, prompt = encoding.instruction_of(task.name), task.prompt
+        if own is not None:
+            return str(own)
+        prompt = prompt.get("query") if isinstance(prompt, dict) else prompt
+        if prompt:
+            if task.name not in self._noted:
+                self._noted.add(task.name)
+                log.info(f"{task.name}: the instruction is MTEB's prompt of the task: {prompt!r}")
+            return str(prompt)
+        return instruction_for(encoding, task.name)["instruction"]
+
+    def queries(self, inputs: Batches) -> list[api.Text]:
+        """Queries; with their own instructions, if they have some and the templates a place."""
+        found: list[api.Text] = []
+        for batch in inputs:
+            if self.model.encoding.uses_instruction and {"query", "instruction"} <= batch.keys():
+                own = [instruction or "" for instruction in batch["instruction"]]
+                found += zip(own, batch["query"], strict=True)
+            else:
+                found += batch["text"]
+        return found
 
     def _meta(self) -> ModelMeta:
         encoding, facts = self.model.encoding, self.model.facts
@@ -102,18 +140,25 @@ class Encoder(_Wrapped):
     """A retriever as MTEB's EncoderProtocol."""
 
     def encode(
-        self, inputs: Batches, *, prompt_type: PromptType | None = None, **kwargs: Any
+        self,
+        inputs: Batches,
+        *,
+        task_metadata: Any = None,
+        prompt_type: PromptType | None = None,
+        **kwargs: Any,
     ) -> np.ndarray:
         """Embeddings [N, dim] float32.
 
         Args:
+            task_metadata: the task, which determines the instruction.
             prompt_type: queries or documents; without one (classification, say) texts are
                 passages.
-            kwargs: of MTEB, about the task and batches; they change no embedding.
+            kwargs: of MTEB, about batches; they change no embedding.
         """
+        instruction = self.instruction(task_metadata)
         if prompt_type == PromptType.query:
-            return self.model.encode_queries(_texts(inputs))
-        return self.model.encode_passages(_passages(inputs))
+            return self.model.encode_queries(self.queries(inputs), instruction)
+        return self.model.encode_passages(_passages(inputs), instruction)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Dot products [N, M] float32, as `evaluate.py` ranks."""
@@ -129,13 +174,17 @@ class Encoder(_Wrapped):
 class CrossEncoder(_Wrapped):
     """A reranker as MTEB's CrossEncoderProtocol."""
 
-    def predict(self, inputs1: Batches, inputs2: Batches, **kwargs: Any) -> np.ndarray:
+    def predict(
+        self, inputs1: Batches, inputs2: Batches, *, task_metadata: Any = None, **kwargs: Any
+    ) -> np.ndarray:
         """Scores [N] float32 of queries with passages, pair by pair; the higher the better.
 
         Args:
-            kwargs: of MTEB, about the task and batches; they change no score.
+            task_metadata: the task, which determines the instruction.
+            kwargs: of MTEB, about batches; they change no score.
         """
-        return self.model.score(_texts(inputs1), _passages(inputs2))
+        instruction = self.instruction(task_metadata)
+        return self.model.score(self.queries(inputs1), _passages(inputs2), instruction)
 
 
 def load(
@@ -148,11 +197,6 @@ def load(
     encoding = read_encoding(Path(folder))[0]
     wrapped = Encoder if encoding.kind == "retriever" else CrossEncoder
     return wrapped(folder, None, None, precision, token_budget, trust_remote_code)
-
-
-def _texts(inputs: Batches) -> list[str]:
-    """Queries, each with the instruction of its task if there is one."""
-    return [text for batch in inputs for text in batch["text"]]
 
 
 def _passages(inputs: Batches) -> list[api.Text]:

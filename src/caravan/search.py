@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from caravan.retrieval.interactive import Searcher
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-PROMPT = "question> "
+PROMPT = "query> "
 LINES = 3
 """Lines of a passage on a screen."""
 log = logging.getLogger("caravan")
@@ -41,7 +41,7 @@ def main() -> None:
     """Parse --ask and --json; all other arguments are Hydra's, as in `evaluate.py`."""
     parser = ArgumentParser(
         prog="python -m caravan.search",
-        usage="%(prog)s [key=value ...] [--ask QUESTION] [--json]; see --help",
+        usage="%(prog)s [key=value ...] [--ask QUERY] [--json]; see --help",
         add_help=False,
         allow_abbrev=False,
     )
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options, settings = parser.parse_known_args()
     if {"-m", "--multirun"} & set(settings):
-        parser.error("-m: a search has no jobs; leave it out, and see evaluate.py for sweeps")
+        parser.error("-m: a search cannot be swept; sweep evaluate.py, or leave -m out")
     sys.argv[1:] = settings
 
     @entry("search", CONF, "-m caravan.search")
@@ -59,7 +59,7 @@ def main() -> None:
         searcher = searcher_of(cfg)
         log.info("%d passages of %s", len(searcher.collection.corpus), searcher.collection.name)
         shown = json_line if options.json else page
-        for query in options.ask or read_queries(options.json):
+        for query in options.ask or read_queries(options.json or not sys.stdout.isatty()):
             try:
                 sys.stdout.write(shown(answer(query, searcher, cfg.show)))
                 sys.stdout.flush()
@@ -73,7 +73,7 @@ def main() -> None:
 def _query(text: str) -> str:
     query = os.fsencode(text).decode("utf-8", "replace").strip()
     if not query:
-        raise ArgumentTypeError("it is empty; write a question after it, in quotes")
+        raise ArgumentTypeError("it is empty; write a query after it, in quotes")
     return query
 
 
@@ -81,7 +81,7 @@ def read_queries(quiet: bool) -> Iterator[str]:
     """Queries typed at a terminal, until Ctrl-D or Ctrl-C, or the lines of standard input.
 
     Args:
-        quiet: print the prompt to standard error, because a script reads standard output.
+        quiet: standard output is read by a script, so the prompt is printed to standard error.
     """
     if not sys.stdin.isatty():
         for number, line in enumerate(sys.stdin.buffer):
@@ -108,7 +108,7 @@ def answer(query: str, searcher: Searcher, show: int) -> dict[str, Any]:
     """One answer as plain data.
 
     Returns:
-        `question`; `seconds` of each stage; `hits`, the best first, each with `rank`, `id`,
+        `query`; `seconds` of each stage; `hits`, the best first, each with `rank`, `id`,
         `title`, `text`, and its rank and score in each stage, None where the stage lacks it.
     """
     results = searcher(query)
@@ -124,7 +124,7 @@ def answer(query: str, searcher: Searcher, show: int) -> dict[str, Any]:
         hit = {"rank": rank, "id": name, "title": title, "text": text}
         hits.append({**hit, "ranks": ranks, "scores": scores})
     seconds = {result.stage: round(result.seconds, 6) for result in results}
-    return {"question": query, "seconds": seconds, "hits": hits}
+    return {"query": query, "seconds": seconds, "hits": hits}
 
 
 def json_line(found: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from tests.cli.conftest import Lines
 from tests.cli.small_conf import CONF
+from tests.refusals import refused
 
 from caravan.cli.compose import compose, preflight
 from caravan.cli.sources import parse, unreadable
@@ -27,6 +28,13 @@ def test_a_text_that_looks_like_a_number_stays_as_it_was_typed(conf: Path, text:
 def test_a_number_stays_a_number(conf: Path) -> None:
     cfg = compose(conf, "train", ["loss.size=1_0", "loss.rate=1e-3", "seed=2"])
     assert (cfg.loss.size, cfg.loss.rate, cfg.seed) == (10, 1e-3, 2)
+
+
+@pytest.mark.parametrize("text", ["optimizer=[3]", "optimizer=3", "backbone={name: x}"])
+def test_a_value_in_place_of_a_groups_option_is_refused(conf: Path, text: str) -> None:
+    group = text.split("=")[0]
+    with refused("config-mistakes", f"{text} (command line): {group} is a group; choose"):
+        compose(conf, "train", [text])
 
 
 def test_special_characters_have_a_remedy_that_can_be_pasted() -> None:

@@ -61,8 +61,8 @@ def _by_loop(**rules: Any) -> tuple[dict[int, list[int]], dict[str, int]]:
             teacher = TEACHER.get(query, {}).get(row, -np.inf)
             if row in of or (query, row) == (1, 1):
                 continue
-            if lowest == -np.inf and mining.LACKING in removed:
-                rule = mining.LACKING
+            if lowest == -np.inf and mining.NO_SCORE in removed:
+                rule = mining.NO_SCORE
             elif "absolute_margin" in rules and score > lowest - rules["absolute_margin"]:
                 rule = "absolute_margin"
             elif "relative_margin" in rules and score > relative:
@@ -113,7 +113,7 @@ def test_a_rule_removes_what_it_should_and_nothing_else(
     lines: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(mining, "LINES", lines)
+    monkeypatch.setattr(mining, "LINES_AT_ONCE", lines)
     kept, facts = mine(_run(SCORES), POSITIVES, Rules(**rules), "a.trec", _run(TEACHER))
     expected, removed = _by_loop(**rules)
     assert {query: kept.of(query)[0].tolist() for query in SCORES} == expected
@@ -132,6 +132,7 @@ def test_the_counts_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "caravan"):
         _, facts = mine(_run(SCORES), POSITIVES, Rules(absolute_margin=0.045), "a.trec")
     assert facts["queries_without_positive_score"] == 2  # 4 and 8
+    assert caplog.records[0].levelname == "WARNING"  # most queries have no candidate
     (line,) = caplog.messages
     for part in ("a.trec: 8 of 14", "positive_without_score 2", "absolute_margin 4", "2 lack"):
         assert part in line

@@ -232,3 +232,20 @@ def test_a_bos_that_the_tokenizer_adds_comes_once(tokenizer: Any) -> None:
         templates = PairTemplates(tokenizer, replace(CHAT, prefix=prefix))
         (pair,) = templates.pairs([("", "tent")], [("", "well")])
         assert tokenizer.decode(pair.ids).startswith("<s>salt:\n")
+
+
+def test_a_query_has_its_own_instruction_before_its_document(tokenizer: Any) -> None:
+    asked, long = "camel {water}", ("", "silk road " * 60)
+    likelihood = replace(LIKELIHOOD, query_template="{instruction} ask: {text}", instruction="gold")
+    for encoding in (CHAT, likelihood):
+        found = PairTemplates(tokenizer, encoding).pairs(
+            [("", asked), ("tent {well}", asked)], [long, long]
+        )
+        other = PairTemplates(tokenizer, replace(encoding, instruction="tent {well}"))
+        assert found[0] == PairTemplates(tokenizer, encoding).pairs([("", asked)], [long])[0]
+        assert found[1] == other.pairs([("", asked)], [long])[0]
+        for pair, words in zip(found, (encoding.instruction, "tent {well}"), strict=True):
+            text = tokenizer.decode(pair.ids)
+            assert words in text
+            assert asked in text
+            assert len(pair.ids) == encoding.query_length + encoding.passage_length

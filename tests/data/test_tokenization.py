@@ -123,3 +123,40 @@ def test_a_template_with_a_format_is_refused() -> None:
     for field in ("{text:%d}", "{text!x}", "{text:>9}"):
         with refused("invalid-encoding", "encoding.passage_template"):
             Encoding(passage_template=f"{{title}} {field}")
+
+
+@pytest.mark.parametrize("template", ["{instruction} query: {text}", "{text} {instruction}:"])
+def test_a_query_has_its_own_instruction_which_is_never_truncated(
+    template: str, tokenizer: Any, encoding: Encoding
+) -> None:
+    own = replace(encoding, query_template=template, instruction="salt")
+    found = Templates(tokenizer, own).queries(
+        [("", LONG), ("camel {water}", LONG), ("", "dune"), ("camel {water}", "dune")]
+    )
+    other = replace(own, instruction="camel {water}")
+    assert found[::2] == Templates(tokenizer, own).queries([("", LONG), ("", "dune")])
+    assert found[1::2] == Templates(tokenizer, other).queries([("", LONG), ("", "dune")])
+    for ids, words in zip(found[:2], ("salt", "camel {water}"), strict=True):
+        assert len(ids) == encoding.query_length
+        assert words in tokenizer.decode(ids)
+        assert ids[-1] == tokenizer.eos_token_id
+
+
+def test_an_instruction_that_leaves_no_room_for_the_query_is_refused(
+    tokenizer: Any, encoding: Encoding
+) -> None:
+    own = replace(encoding, query_template="{instruction} {text}", instruction="camel water " * 9)
+    with refused("no-room-for-text", "encoding.query_length=16"):
+        Templates(tokenizer, own)
+    short = Templates(tokenizer, replace(own, instruction="salt"))
+    with refused("no-room-for-text", "encoding.query_length=16"):
+        short.queries([("camel water " * 9, "dune")])
+
+
+def test_instructions_of_queries_that_no_template_uses_are_reported_once(
+    tokenizer: Any, encoding: Encoding, caplog: pytest.LogCaptureFixture
+) -> None:
+    templates = Templates(tokenizer, encoding)
+    plain = templates.queries([("", "dune")])
+    assert templates.queries([("salt", "dune")]) == templates.queries([("silk", "dune")]) == plain
+    assert caplog.text.count("{instruction}") <= 1  # once in a process

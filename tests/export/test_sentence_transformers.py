@@ -128,6 +128,40 @@ def test_the_prompt_of_a_call_replaces_the_instruction(tmp_path: Path) -> None:
     assert_close(found, folders.scores(path, [(query, ("", text)) for query, text in given]))
 
 
+INSTRUCTED = {
+    "query_template": "{instruction} ask: {text}",
+    "instruction": "camel",
+    "instructions": {"scifact": "the {salt} route", "squad": "gold"},
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [INSTRUCTED, {**TOKEN, **INSTRUCTED}, {**PAIR, **INSTRUCTED}],
+    ids=["retriever", "token", "pair"],
+)
+def test_each_collection_has_a_prompt(settings: dict[str, Any], tmp_path: Path) -> None:
+    path = make(tmp_path / "model", **settings)
+    export(path, tmp_path / "out")
+    model = run_card(tmp_path / "out")["model"]
+    own, facts = read_encoding(path)
+    texts, pairs = TEXTS[:3], [(query, text) for query, text in PAIRS if not text[0]]
+    for name in (None, "scifact", "squad"):
+        text = "camel" if name is None else own.instructions[name]
+        facts.pop("chat_ids", None)
+        write_encoding(path, replace(own, instruction=text, instructions={}), facts)
+        if own.kind == "retriever":
+            prompt = None if name is None else f"{name}-query"
+            found, expected = (
+                model.encode_query(texts, prompt_name=prompt),
+                folders.embeddings(path),
+            )
+            assert_close(found, expected[0][:3])
+        else:
+            found = model.predict([(query, text) for query, (_, text) in pairs], prompt_name=name)
+            assert_close(found, folders.scores(path, pairs))
+
+
 def test_a_query_that_leaves_its_passage_no_room_is_an_error(tmp_path: Path) -> None:
     path = make(tmp_path / "model", "encoder", **PAIR, pooling="cls")
     export(path, tmp_path / "out")

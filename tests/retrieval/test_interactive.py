@@ -92,3 +92,14 @@ def test_a_collection_that_the_model_was_not_trained_on_is_reported(
     (model / "caravan.json").write_text(json.dumps(record))
     open_search(beir, tmp_path, f"retriever={model}")
     assert (f"{model} was trained on other" in caplog.text) == (name == "other")
+
+
+def test_a_query_has_the_instruction_of_the_collection(
+    beir: Path, instructed: Path, collection: Collection, tmp_path: Path
+) -> None:
+    settings = (FLOAT, "data.name=one")
+    evaluate(beir, tmp_path / "run", instructed, *settings)
+    search = open_search(beir, tmp_path, f"model={instructed}", *settings)
+    assert compare_with_runs(search, tmp_path / "run" / "runs", collection)
+    default = open_search(beir, tmp_path, f"model={instructed}", FLOAT)("salt")[-1].ranks()
+    assert search("salt")[-1].ranks() != default

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tests.commands import evaluate
 from tests.refusals import refused
-from tests.tiny import write_beir
+from tests.tiny import other_instruction, write_beir
 
 from caravan.files import claimed
 from caravan.retrieval import stages
@@ -164,3 +164,29 @@ def test_a_collection_whose_folder_another_evaluation_holds_is_refused(
         evaluate(home, tmp_path / "all", "bm25", "collections=[one,two]", SHORT)
     assert (tmp_path / "all/one/metrics.json").exists()
     assert not (tmp_path / "all/two/config.yaml").exists()
+
+
+def test_each_collection_has_its_instruction_and_an_unknown_one_the_default(
+    home: Path, instructed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "caravan")
+    float32 = ("precision=float32", SHORT)
+    metrics = evaluate(home, tmp_path / "all", instructed, "collections=[one,two]", *float32)
+    assert caplog.text.count("the model has no instruction for two (it has those of") == 1
+    assert "no instruction for one" not in caplog.text
+    for name, text in (("one", "salt road"), ("two", "camel")):
+        alone = other_instruction(instructed, tmp_path / name, text)
+        wanted = evaluate(home / name, tmp_path / "alone" / name, alone, *float32)
+        assert metrics["collections"][name]["overall"] == wanted["overall"]
+        runs = (tmp_path / part / name / "runs/retriever.test.trec" for part in ("all", "alone"))
+        assert len({run.read_bytes() for run in runs}) == 1
+    # Of one store, other instructions find no embeddings of queries, but those of passages.
+    run_dir, store = tmp_path / "renamed", f"store={tmp_path / 'all' / 'store' / 'one'}"
+    renamed = evaluate(home / "one", run_dir, instructed, *float32, store, "data.name=three")
+    products = [path.name for path in (tmp_path / "all/store/one").glob("*.manifest.json")]
+    assert sorted(name.partition(".")[0] for name in products) == ["passages", *["queries"] * 2]
+    with refused("occupied-run-dir", "instructions"):
+        evaluate(home / "one", run_dir, instructed, *float32, store, "data.name=one")
+    ranked = (one / "runs/retriever.test.trec" for one in (run_dir, tmp_path / "all" / "one"))
+    assert len({run.read_bytes() for run in ranked}) == 2
+    assert renamed["collection"]["name"] == "three"

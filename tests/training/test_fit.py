@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.commands import ROOT, train, train_arguments
+from tests.commands import ROOT, from_folder, train, train_arguments
 from tests.refusals import refused
 from tests.tiny import write_beir
 
@@ -100,6 +100,17 @@ def test_the_log_has_summary_progress_validations_and_warnings(
     found = re.findall(r"validation after update (\d): MRR@10 (\d\.\d{4}), nDCG", caplog.text)
     assert [step for step, _ in found] == ["2", "4"]
     assert max(float(value) for _, value in found) == pytest.approx(best, abs=1e-4)
+
+
+def test_the_folder_has_the_instruction_of_its_collection_and_the_next_training_too(
+    beir: Path, instructed: Path, tmp_path: Path
+) -> None:
+    encoding, _ = read_encoding(instructed)
+    assert encoding.instruction == "camel"
+    assert encoding.instructions == {"one": "salt road", "tiny": "camel"}
+    more = ("trainer.max_steps=0", "encoding.query_length=24", *from_folder(instructed))
+    train(beir, tmp_path / "next", *more)
+    assert read_encoding(tmp_path / "next" / "model")[0] == encoding
 
 
 @pytest.mark.parametrize("end", ["trainer.max_steps=2", "trainer.max_epochs=1"])

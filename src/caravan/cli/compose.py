@@ -260,7 +260,8 @@ class Composer(AbstractContextManager["Composer"]):
             return f"{self.name} has no setting {key!r}; did you mean {group}={near or '<option>'}?"
         if not self._is_group(text) or override.is_delete() or key.startswith("hydra/"):
             return None
-        if isinstance(value, dict):
+        names = value if isinstance(value, list) else [value]
+        if any(isinstance(name, dict | list | int | float) for name in names):
             return f"{key} is a group; choose {key}=<option>, and set {key}.<setting>=<value>"
         if key not in self.known and override.package is None:
             return f"{self.name} has no group {key!r}"

@@ -18,7 +18,7 @@ from caravan.cli.signatures import did_you_mean, locate
 from caravan.data.negatives import Negatives, Sampler
 from caravan.data.segments import Reading
 from caravan.distributed import is_main_process
-from caravan.encoding import Encoding
+from caravan.encoding import INSTRUCTION, Encoding
 from caravan.errors import InputError
 from caravan.models import hardware
 from caravan.models.backbone import INHERITED, FromFolder, Pretrained
@@ -32,7 +32,7 @@ from caravan.training.retriever import Retriever
 
 log = logging.getLogger(__name__)
 
-MAY_BE_NULL = {*INHERITED, "query_length", "passage_length", "instruction"} - {"bidirectional"}
+MAY_BE_NULL = {*INHERITED, "query_length", "passage_length"} - {"bidirectional"}
 """Settings of the encoding that are null where the backbone's files state them."""
 DEFAULTS = {"retriever": Encoding(), "reranker": Encoding("reranker", passage_length=164)}
 SAME = ("backbone", "peft", "stage", "loss", "optimizer", "sampler", "trainer", "strategy")
@@ -111,6 +111,10 @@ def completed(cfg: DictConfig) -> tuple[DictConfig, dict[str, str]]:
         cfg.backbone.bidirectional = found.settings["bidirectional"]
     for name in unset:
         cfg.encoding[name] = found.settings.get(name, values[name])
+    templates = [_given(cfg, f"encoding.{side}_template") for side in ("query", "passage")]
+    if not any(INSTRUCTION in str(template) for template in templates):
+        for name in unset & {"instruction", "instructions"}:
+            cfg.encoding[name] = values[name]
     return cfg, {f"encoding.{name}": text for name, text in found.problems.items() if name in unset}
 
 

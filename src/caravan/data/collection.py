@@ -27,7 +27,7 @@ from caravan.data.texts import Place, Record, Texts, write_texts
 from caravan.errors import InputError
 from caravan.files import scratch_folder
 
-FORMAT = 2
+FORMAT = 3
 """Version of the folder's layout; a folder of another version is rebuilt."""
 
 FILES = re.compile(

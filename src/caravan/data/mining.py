@@ -25,8 +25,10 @@ from caravan.data.runs import Run
 from caravan.distributed import is_main_process
 from caravan.errors import InputError
 
-LINES = 1 << 21  # of a run, filtered at once
-LACKING = "positive_without_score"  # counted as a rule that the margins add
+LINES_AT_ONCE = 1 << 21
+MANY = 0.1
+"""Share of training queries without a candidate above which the log has a warning."""
+NO_SCORE = "positive_without_score"  # counted as a rule that the margins add
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class Rules:
         teacher_margin: remove a passage if its teacher score is above the positive's minus this.
             Passages without a teacher score stay, as do all of a query whose positives have none.
         range_min, range_max: keep ranks range_min to range_max - 1 of what is left, from 0.
+            The range_max of `mine_hard_negatives` counts before its other rules.
     """
 
     absolute_margin: float | None = None
@@ -74,7 +77,7 @@ class Rules:
     def names(self) -> list[str]:
         """The rules that are set; none keep all passages."""
         chosen = [of.name for of in fields(self) if getattr(self, of.name) != of.default]
-        return [LACKING, *chosen] if self.compare else chosen
+        return [NO_SCORE, *chosen] if self.compare else chosen
 
 
 def _invalid(problem: str) -> InputError:
@@ -120,7 +123,9 @@ def mine(
     """
     counts: Counter[str] = Counter()
     keep = np.zeros(len(run.passage_rows), dtype=bool)
-    edges = np.searchsorted(run.offsets, np.arange(LINES, len(keep), LINES)).tolist()
+    edges = np.searchsorted(
+        run.offsets, np.arange(LINES_AT_ONCE, len(keep), LINES_AT_ONCE)
+    ).tolist()
     for first, end in pairwise(sorted({0, *edges, len(run)})):
         chunk = _Chunk(_part(run, first, end), positives, counts)
         keep[run.offsets[first] : run.offsets[end]] = chunk.kept(rules, teacher)
@@ -144,12 +149,15 @@ def mine(
     if rules.compare:
         facts["queries_without_positive_score"] = counts["lacking"]
     if is_main_process():
+        without = facts["queries_without_candidates"] / max(len(trained), 1)
+        level = logging.WARNING if without > MANY else logging.INFO
         removed = ", ".join(f"{rule} {counts[rule]:,}" for rule in rules.names)
         lacking = f"; {counts['lacking']:,} lack the score of a positive" if rules.compare else ""
-        log.info(
+        log.log(
+            level,
             f"{name}: {facts['kept']:,} of {facts['candidates']:,} candidates left; removed by"
             f" {removed}; {facts['queries_without_candidates']:,} of {len(trained):,} training"
-            f" queries have no candidate{lacking}"
+            f" queries have no candidate{lacking}",
         )
     return kept, facts
 
@@ -186,7 +194,7 @@ class _Chunk:
             ranked = np.unique(self.place)
             self.counts["lacking"] += int(lacking.sum())
             self.counts["compared"] += len(ranked) - int(lacking.sum())
-            self._remove(LACKING, lacking[self.at])
+            self._remove(NO_SCORE, lacking[self.at])
             lowest = self._lowest(of_positives)
             lowest[np.isinf(lowest)] = 0  # queries whose passages are all removed already
             if rules.absolute_margin is not None:
@@ -201,7 +209,7 @@ class _Chunk:
             self._remove("min_score", scores < np.float32(rules.min_score))
         if rules.teacher_margin is not None:
             assert teacher is not None  # a margin needs a teacher
-            keys, taught = self._of(teacher)
+            keys, taught = self._keys_and_scores(teacher)
             limit = self._lowest(_values(keys, taught, self.positive_keys))
             limit -= np.float32(rules.teacher_margin)
             self._remove("teacher_margin", _values(keys, taught, self.keys) > limit[self.at])
@@ -223,7 +231,7 @@ class _Chunk:
         np.minimum.at(lowest, self.place[known], scores[known])
         return lowest
 
-    def _of(self, other: Run) -> tuple[np.ndarray, np.ndarray]:
+    def _keys_and_scores(self, other: Run) -> tuple[np.ndarray, np.ndarray]:
         """Keys, ascending, and scores of another run for the queries of this chunk."""
         ends = self.run.query_rows[0], self.run.query_rows[-1] + 1
         part = _part(other, *np.searchsorted(other.query_rows, ends).tolist())

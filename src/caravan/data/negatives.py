@@ -48,7 +48,7 @@ def warn_if_queries_are_passages(collection: Collection, queries: np.ndarray) ->
     own = own_passages(collection, queries)
     both = np.flatnonzero(own >= 0)
     sample = both[:: -(-len(both) // SAMPLED_QUERIES) or 1]
-    asked = text_keys(collection.queries.get(queries[sample]))
+    asked = text_keys([("", text) for _, text in collection.queries.get(queries[sample])])
     passages = collection.corpus.get(own[sample])
     same = asked == text_keys(passages)
     same |= asked == text_keys([("", text) for _, text in passages])

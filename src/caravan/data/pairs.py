@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from caravan.data.tokenization import (
+    MOST_INSTRUCTIONS,
     Template,
     around,
     beginning,
     plain_ids,
     token_ids,
+    warn_if_unused,
     warn_once,
 )
 from caravan.encoding import Encoding
@@ -35,6 +37,14 @@ _MARKERS = re.compile(r"<\|[^|<>]+\|>")
 class Pair(NamedTuple):
     ids: list[int]
     second: int  # start of the passage, for models with token types; of the query for a likelihood
+
+
+class _Sides(NamedTuple):
+    """The templates with one instruction, and what stands before the text of a query."""
+
+    query: Template
+    passage: Template
+    before_query: str
 
 
 class PairTemplates:
@@ -67,16 +77,15 @@ class PairTemplates:
         if suffix or encoding.scoring == "token":
             self.closing = [tokenizer.eos_token_id] if encoding.append_eos else []
         self.before, self.after = [*self.opening, *prefix], [*suffix, *self.closing]
-        self._query = Template(encoding.template("query"))
-        self._passage = Template(encoding.template("passage"))
+        self._sides: dict[str, _Sides] = {}
+        own = self._templates("")
         prompt: list[int] = []
         if likelihood:
             self.after = []  # the likelihood is that of the query's tokens only
-            self._before_query = f" {self._query.render('', '')}"
-            prompt = plain_ids(tokenizer, [self._before_query])[0]
+            prompt = plain_ids(tokenizer, [own.before_query])[0]
             ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
             self._start = next((token for token in ends if token is not None), None)
-        if self._passage.suffix:
+        if own.passage.suffix:
             raise InputError(
                 "invalid-template", "encoding.passage_template of a reranker must end with {text}"
             )
@@ -93,14 +102,34 @@ class PairTemplates:
     def pairs(
         self, queries: Sequence[tuple[str, str]], passages: Sequence[tuple[str, str]]
     ) -> list[Pair]:
-        """Token ids of (title, text) queries and passages; the query's title is ignored."""
-        firsts = [self._query.render("", text) + self._query.suffix for _, text in queries]
-        seconds = [self._passage.render(title, text) for title, text in passages]
+        """Token ids of queries, (instruction, text) each, and (title, text) passages.
+
+        An empty instruction stands for the encoding's.
+        """
+        if any(instruction for instruction, _ in queries):
+            warn_if_unused(self.encoding)
+        sides = [self._templates(instruction) for instruction, _ in queries]
+        firsts = [
+            side.query.render("", text) + side.query.suffix
+            for side, (_, text) in zip(sides, queries, strict=True)
+        ]
+        seconds = [side.passage.render(*text) for side, text in zip(sides, passages, strict=True)]
         if self.encoding.scoring == "likelihood":
-            return self._conditioned(firsts, seconds)
+            return self._conditioned(firsts, [len(side.before_query) for side in sides], seconds)
         if self.encoding.pair == "pair":
             return self._paired(firsts, seconds)
         return self._joined(firsts, seconds)
+
+    def _templates(self, instruction: str) -> _Sides:
+        if instruction not in self._sides:
+            query, passage = (
+                Template(self.encoding.template(side, instruction or None))
+                for side in ("query", "passage")
+            )
+            if len(self._sides) > MOST_INSTRUCTIONS:
+                self._sides.clear()
+            self._sides[instruction] = _Sides(query, passage, f" {query.render('', '')}")
+        return self._sides[instruction]
 
     def _joined(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
         texts = [f"{first} {second}" for first, second in zip(firsts, seconds, strict=True)]
@@ -133,17 +162,23 @@ class PairTemplates:
         text = beginning(
             text, self.room, start=len(first)
         )  # includes MIN_PASSAGE tokens of the document
-        ids, of_query = self._with_offsets([text], len(first))[0]
+        ids, of_query = self._with_offsets([(text, len(first))])[0]
         self._count_cut(self.room - MIN_PASSAGE)
         document = ids[of_query : of_query + MIN_PASSAGE]
         return [*ids[: self.room - len(document)], *document]
 
-    def _with_offsets(self, texts: list[str], end: int) -> list[tuple[list[int], int]]:
-        """Ids of texts, and the number of ids within the first `end` characters."""
+    def _with_offsets(self, texts: list[tuple[str, int]]) -> list[tuple[list[int], int]]:
+        """For each (text, n), its ids and the number of ids within the first n characters."""
         encoded = self.tokenizer(
-            texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            [text for text, _ in texts],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            verbose=False,
         )
-        within = (sum(stop <= end for _, stop in of) for of in encoded["offset_mapping"])
+        within = (
+            sum(stop <= end for _, stop in of)
+            for of, (_, end) in zip(encoded["offset_mapping"], texts, strict=True)
+        )
         return list(zip(encoded["input_ids"], within, strict=True))
 
     def _paired(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
@@ -158,12 +193,16 @@ class PairTemplates:
             pairs.append(Pair(ids, len(head) if self.typed else len(ids)))
         return pairs
 
-    def _conditioned(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
-        """Pairs of passage and query, of which the query is scored by its likelihood."""
-        texts = [f" {first}" for first in firsts]
+    def _conditioned(self, firsts: list[str], prompts: list[int], seconds: list[str]) -> list[Pair]:
+        """Pairs of passage and query, of which the query is scored by its likelihood.
+
+        Args:
+            prompts: characters before the text of each query, with a space.
+        """
+        texts = [(f" {first}", end) for first, end in zip(firsts, prompts, strict=True)]
         distinct = list(dict.fromkeys(texts))
         # A token that spans the end of the prompt and the start of the text is part of the query.
-        coded = self._with_offsets(distinct, len(self._before_query)) if distinct else []
+        coded = self._with_offsets(distinct) if distinct else []
         known = dict(zip(distinct, coded, strict=True))
         pairs = []
         encoded = token_ids(self.tokenizer, seconds, self.room)

@@ -41,7 +41,7 @@ _OTHER_SPACE = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 _SCHEMA = pa.schema([(column, pa.large_string()) for column in ("id", "title", "text")])
 
 Record = tuple[str, str, str]
-"""(id, title, text) of a passage; a query has an empty title."""
+"""(id, title, text) of a passage; (id, instruction, text) of a query, mostly with ""."""
 
 Rows = Sequence[int] | slice | np.ndarray
 

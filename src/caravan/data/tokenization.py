@@ -12,16 +12,18 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from caravan.distributed import is_main_process
-from caravan.encoding import Encoding, slot_tokens, template_parts
+from caravan.encoding import INSTRUCTION, Encoding, slot_tokens, template_parts
 from caravan.errors import InputError
 
 log = logging.getLogger(__name__)
 
 CHARACTERS_A_TOKEN = 16
 SPARE_TOKENS = 16
+MOST_INSTRUCTIONS = 1024
+"""Instructions of queries whose templates are kept."""
 _WORD_END = re.compile(r"(?<=\S)(?=[ \t\n])")
 
 
@@ -172,6 +174,23 @@ def warn_once(message: str) -> None:
         log.warning(message)
 
 
+def warn_if_unused(encoding: Encoding) -> None:
+    """Log once that queries have instructions, if the templates have no place for them."""
+    if not encoding.uses_instruction:
+        warn_once(
+            "queries have instructions of their own (prompt), which are not used; add"
+            " {instruction} to encoding.query_template"
+        )
+
+
+class _Side(NamedTuple):
+    """What is around the texts of one side, and the tokens that it leaves for prompt and text."""
+
+    template: Template
+    tail: list[int]
+    room: int
+
+
 class Templates:
     """Tokenizes inputs of a retriever; `before` and `tails[side]` are the ids around every text.
 
@@ -182,27 +201,44 @@ class Templates:
         self.tokenizer, self.encoding = tokenizer, encoding
         self.pad_id = int(tokenizer.pad_token_id or 0)
         self.before, _, self.after = around(tokenizer, encoding)
-        self._query = Template(encoding.template("query"))
-        self._passage = Template(encoding.template("passage"))
-        self.tails, self._room = {}, {}
-        for side, template, length in (
-            ("query", self._query, encoding.query_length),
-            ("passage", self._passage, encoding.passage_length),
-        ):
-            self.tails[side] = template.tail(tokenizer, encoding, self.after)
-            taken = len(self.before) + len(self.tails[side])
-            self._room[side] = length - taken
-            check_room(f"encoding.{side}_length={length}", length - taken, taken)
+        self._sides: dict[tuple[str, str], _Side] = {}
+        self.tails = {side: self._side(side).tail for side in ("query", "passage")}
 
     def queries(self, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """Token ids of (title, text) queries; the title is ignored."""
-        return self._encode([self._query.render("", text) for _, text in texts], "query")
+        """Token ids of queries, (instruction, text) each; "" stands for the encoding's."""
+        if any(instruction for instruction, _ in texts):
+            warn_if_unused(self.encoding)
+        sides = [self._side("query", instruction) for instruction, _ in texts]
+        rendered = [
+            side.template.render("", text) for side, (_, text) in zip(sides, texts, strict=True)
+        ]
+        return self._encode(rendered, sides)
 
     def passages(self, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
         """Token ids of (title, text) passages."""
-        return self._encode([self._passage.render(*text) for text in texts], "passage")
+        side = self._side("passage")
+        return self._encode([side.template.render(*text) for text in texts], [side] * len(texts))
 
-    def _encode(self, texts: list[str], side: str) -> list[list[int]]:
-        room, tail = self._room[side], self.tails[side]
+    def _side(self, name: str, instruction: str = "") -> _Side:
+        if (name, instruction) not in self._sides:
+            template = Template(self.encoding.template(name, instruction or None))
+            tail = template.tail(self.tokenizer, self.encoding, self.after)
+            length = getattr(self.encoding, f"{name}_length")
+            room = length - len(self.before) - len(tail)
+            taken = length - room
+            if INSTRUCTION in getattr(self.encoding, f"{name}_template"):
+                prompt = template.render("", "").rstrip()
+                taken += len(plain_ids(self.tokenizer, [prompt])[0])
+            check_room(f"encoding.{name}_length={length}", length - taken, taken)
+            if len(self._sides) > MOST_INSTRUCTIONS:
+                self._sides.clear()
+            self._sides[name, instruction] = _Side(template, tail, room)
+        return self._sides[name, instruction]
+
+    def _encode(self, texts: list[str], sides: Sequence[_Side]) -> list[list[int]]:
+        room = max((side.room for side in sides), default=0)
         encoded = token_ids(self.tokenizer, texts, room)
-        return [[*self.before, *ids[:room], *tail] for ids in encoded]
+        return [
+            [*self.before, *ids[: side.room], *side.tail]
+            for ids, side in zip(encoded, sides, strict=True)
+        ]

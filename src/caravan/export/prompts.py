@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from caravan.data.pairs import MIN_PASSAGE, PairTemplates
 from caravan.data.tokenization import Template
+from caravan.encoding import INSTRUCTION as FIELD
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.export import verify
 from caravan.export.model_card import TEXT, TITLE, fields, quoted
@@ -73,6 +75,32 @@ class Prompt(NamedTuple):
         return {"titled": f"f{quoted(self.titled)}" if self.titled else ""}
 
 
+def of_collections(encoding: Encoding) -> dict[str, dict[str, str]]:
+    """A retriever's prompts with the instructions of collections: {task: {name: prompt}}.
+
+    They are named for the collection and the task, as MTEB finds them: `scifact-query`.
+
+    Raises:
+        InputError: If the tokens after a text depend on the instruction.
+    """
+    found: dict[str, dict[str, str]] = {"query": {}, "document": {}}
+    for task, side in (("query", "query"), ("document", "passage")):
+        setting = f"{side}_template"
+        if FIELD not in getattr(encoding, setting):
+            continue
+        for name in encoding.instructions:
+            template = encoding.instructed(name).template(side)
+            if Template(template).suffix != Template(encoding.template(side)).suffix:
+                raise InputError(
+                    "not-expressible",
+                    f"encoding.{setting} has {{instruction}} after {{text}}, and collections have"
+                    " their own instructions, where sentence-transformers has prompts before a"
+                    f" text only; {REMEDY}",
+                )
+            found[task][f"{name}-{task}"] = Prompt.of(setting, template).before
+    return found
+
+
 class Pairing:
     """A reranker's pairs as a CrossEncoder reads them.
 
@@ -113,6 +141,21 @@ class Pairing:
         self.prompt = ""
         if not self.chat:
             self.prompt = Prompt.of("query_template", encoding.template("query")).before
+        if encoding.instructions and FIELD in encoding.passage_template:
+            raise InputError(
+                "not-expressible",
+                f"{folder} has instructions of collections before its passages, where"
+                f" sentence-transformers has a prompt before the first text only; {REMEDY}",
+            )
+
+    def prompts(self) -> dict[str, str]:
+        """The prompts of a CrossEncoder: "query" if it has one, and those of collections."""
+        found = {"query": self.prompt} if self.prompt else {}
+        for name in self.encoding.instructions:
+            own = self.encoding.instructed(name)
+            prompt = Prompt.of("query_template", own.template("query")).before
+            found[name] = own.instruction if self.chat else prompt
+        return found
 
     def settings(self) -> dict[str, Any]:
         """The `processing_kwargs` of a Transformer: how its tokenizer is called."""

@@ -19,7 +19,7 @@ import torch
 from caravan.encoding import SLOTS, Encoding, read_encoding, slot_tokens
 from caravan.errors import InputError
 from caravan.export import model_card, verify
-from caravan.export.prompts import Pairing, Prompt, framed
+from caravan.export.prompts import Pairing, Prompt, framed, of_collections
 from caravan.models import folder as model_folder
 from caravan.models.crossencoder import head_of
 from caravan.models.token_scorer import TokenScorer
@@ -70,10 +70,17 @@ def _write_retriever(folder: Path, out: Path) -> dict[str, Any]:
         "query": Prompt.of("query_template", encoding.template("query")),
         "document": Prompt.of("passage_template", encoding.template("passage")),
     }
+    named = of_collections(encoding)
     texts, expected = {}, {}
     for task, (length, encode, side) in sides.items():
-        texts[task] = [text for text in verify.probes(length) if encode([text])[0]]
+        probes = verify.probes(length)
+        if task == "query":
+            probes = [("", text) for _, text in probes]
+        texts[task] = [text for text in probes if encode([text])[0]]
         expected[task] = reference.embed(texts[task], side)
+        for name in named[task]:
+            instruction = encoding.instruction_of(name.removesuffix(f"-{task}"))
+            expected[name] = reference.embed(texts[task], side, instruction)
     del reference  # there may not be enough memory for two
     model = model_folder.load(folder)[0]
     modules = _modules_after(model.backbone.config.get_text_config(), tokenizer, encoding)
@@ -99,7 +106,9 @@ def _write_retriever(folder: Path, out: Path) -> dict[str, Any]:
         first = library.Router({task: [one] for task, one in transformers.items()}, None, False)
     exported = SentenceTransformer(
         modules=[first, *modules],
-        prompts={task: prompt.before for task, prompt in prompts.items()},
+        prompts={task: prompts[task].before for task in prompts}
+        | named["query"]
+        | named["document"],
         # A text without a task is read as a passage; a Router needs the task.
         default_prompt_name="document" if prompts["document"].before and not routed else None,
         similarity_fn_name="cosine" if encoding.normalize else "dot",
@@ -111,8 +120,9 @@ def _write_retriever(folder: Path, out: Path) -> dict[str, Any]:
     for task, prompt in prompts.items():
         given = [prompt.given(*text) for text in texts[task]]
         encode_side = saved.encode_query if task == "query" else saved.encode_document
-        verify.compare(folder, expected[task], encode_side(given))
-    return {"routed": routed, **prompts["document"].card()}
+        for name in (task, *named[task]):
+            verify.compare(folder, expected[name], encode_side(given, prompt_name=name))
+    return {"routed": routed, "named": list(named["query"]), **prompts["document"].card()}
 
 
 def _modules_after(config: Any, tokenizer: Any, encoding: Encoding) -> list[Any]:
@@ -140,7 +150,12 @@ def _write_reranker(folder: Path, out: Path) -> dict[str, Any]:
     pairing = Pairing(reference.templates, folder)
     probes = pairing.probes()
     queries = [("", query) for query, _ in probes]
-    expected = reference.score_pairs(queries, [passage for _, passage in probes])
+    passages, encoding = [passage for _, passage in probes], reference.encoding
+    texts = {None: None, **{name: encoding.instruction_of(name) for name in encoding.instructions}}
+    expected = {
+        name: reference.score_pairs(queries, passages, instruction)
+        for name, instruction in texts.items()
+    }
     del reference  # there may not be enough memory for two
     model = model_folder.load(folder)[0]
     scorer, head = model.transformer, head_of(model.transformer)
@@ -181,7 +196,7 @@ def _write_reranker(folder: Path, out: Path) -> dict[str, Any]:
         )
     exported = CrossEncoder(
         modules=[first, *modules],
-        prompts={"query": pairing.prompt} if pairing.prompt else None,
+        prompts=pairing.prompts() or None,
         default_prompt_name="query" if pairing.prompt else None,
         activation_fn=torch.nn.Identity(),
         device="cpu",
@@ -190,9 +205,11 @@ def _write_reranker(folder: Path, out: Path) -> dict[str, Any]:
     del exported, first, modules
     saved = CrossEncoder(str(out), device="cpu", local_files_only=True)
     given = [(query, pairing.passage.given(*passage)) for query, passage in probes]
-    verify.compare(folder, expected, saved.predict(given))
+    for name, scores in expected.items():
+        verify.compare(folder, scores, saved.predict(given, prompt_name=name))
     return {
         "chat": pairing.chat,
+        "named": list(pairing.encoding.instructions),
         "tokens": pairing.templates,
         "longest": pairing.longest,
         **pairing.passage.card(),

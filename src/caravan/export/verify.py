@@ -49,8 +49,9 @@ def outputs(folder: Path) -> np.ndarray:
     model = Inference(folder, precision="float32")
     if model.encoding.kind == "reranker":
         return model.score_pairs([("", QUERY)] * len(TEXTS), TEXTS)
-    texts = [text for text in TEXTS if model.templates.queries([text])[0]]
-    return np.concatenate([model.embed(texts, side) for side in ("query", "passage")])
+    texts = [text for text in TEXTS if model.templates.queries([("", text[1])])[0]]
+    queries = model.embed([("", text) for _, text in texts], "query")
+    return np.concatenate([queries, model.embed(texts, "passage")])
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from caravan.models.remote_code import is_allowed
 
 INHERITED = (
     *("query_template", "passage_template", "append_eos"),
-    *("pooling", "normalize", "slots", "bidirectional"),
+    *("pooling", "normalize", "slots", "bidirectional", "instruction", "instructions"),
 )
 """Settings of `Encoding` that the next training takes from a model folder, unless it sets them."""
 

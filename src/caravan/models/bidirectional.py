@@ -32,8 +32,8 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside its adapter; itself if it has none."""
-    return model.get_base_model() if has_adapter(model) else model
+    """The model inside its adapter; itself if it is not wrapped (it may have PEFT's mark)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:

@@ -23,7 +23,7 @@ from caravan.data.batch import Chunk, Packed
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import cpu, varlen
-from caravan.models.bidirectional import check_decoder, has_adapter, is_causal, unwrapped
+from caravan.models.bidirectional import check_decoder, has_adapter, unwrapped
 from caravan.models.biencoder import BiEncoder
 from caravan.models.output_layer import (
     MOST_LOGITS,
@@ -107,14 +107,9 @@ class SlotEncoder(BiEncoder):
                 " prompts needs; set backbone.attention=sdpa",
             )
         check_decoder(transformer, "LLaRA adaptation")
-        head = language_model.get_output_embeddings()
-        if head is None or not is_causal(transformer):
-            name = type(language_model).__name__
-            text = f"{name} is no causal language model, which adaptation needs"
-            raise InputError("no-language-model", text)
-        self.head = head
+        check_output_layer(language_model, "LLaRA adaptation")
+        self.head = language_model.get_output_embeddings()
         self._language_model = [language_model]  # a list, so that it is not a submodule
-        check_output_layer(language_model)
 
     @property
     def language_model(self) -> Any:
@@ -222,7 +217,8 @@ def set_losses(
     size = max(MOST_LOGITS // (vocabulary(model) * slots.shape[1]), 1)
     sizes = counts.split(size)
     sets = tokens.split([int(some.sum()) for some in sizes])
-    parts = [checkpointed(part, *some) for some in zip(slots.split(size), sets, sizes, strict=True)]
+    several = zip(slots.split(size), sets, sizes, strict=True)
+    parts = [checkpointed(part, *some) if len(slots) > size else part(*some) for some in several]
     losses, shares = (torch.cat(rows) for rows in zip(*parts, strict=True))
     return losses, shares
 

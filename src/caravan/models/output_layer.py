@@ -1,7 +1,8 @@
 """The output layer: states to logits over the vocabulary, in parts to save memory.
 
 With a vocabulary of 128 thousand, the logits of one text of 512 tokens take 256 MiB. Losses are
-therefore computed from at most `MOST_LOGITS` at a time and recomputed in the backward pass.
+therefore computed from at most `MOST_LOGITS` at a time; if there are more, they are recomputed in
+the backward pass.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from caravan.errors import InputError
+from caravan.models.bidirectional import is_causal
 
 MOST_LOGITS = 1 << 25
 """Maximum number of logits in memory: 128 MiB in float32 for any vocabulary."""
@@ -35,6 +37,8 @@ def log_probabilities(model: Any, states: Tensor, tokens: Tensor) -> Tensor:
         return -nn.functional.cross_entropy(logits(some), ids, reduction="none")
 
     size = max(MOST_LOGITS // vocabulary(model), 1)
+    if len(states) <= size:
+        return part(states, tokens)
     parts = zip(states.split(size), tokens.split(size), strict=True)
     return torch.cat([checkpointed(part, *some) for some in parts])
 
@@ -77,14 +81,23 @@ def output_layer(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def check_output_layer(model: Any) -> None:
-    """Check on a few tokens that the logits are the output layer applied to the trunk's states.
+def check_output_layer(model: Any, feature: str) -> None:
+    """Check that a model is causal and that its logits are its output layer applied to its states.
 
-    Some models have a transform between the two (ModernBERT's decoder, BERT).
+    Some models have a transform between the two (ModernBERT's decoder, BERT). The logits are
+    compared on a few tokens.
+
+    Args:
+        feature: the setting or stage that needs it, for the message.
 
     Raises:
-        InputError: If the logits differ, or are not finite.
+        InputError: "no-language-model", "model-not-supported", "diverged-model".
     """
+    if model.get_output_embeddings() is None or not is_causal(model):
+        raise InputError(
+            "no-language-model",
+            f"{feature}: {type(model).__name__} is not a causal language model; choose a decoder",
+        )
     device = model.get_output_embeddings().weight.device
     ids = (torch.arange(5, 11, device=device) % vocabulary(model)).unsqueeze(0)
     training = model.training

@@ -11,8 +11,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from caravan.encoding import Encoding
-from caravan.errors import InputError
-from caravan.models.bidirectional import is_causal
 from caravan.models.crossencoder import CrossEncoder
 from caravan.models.output_layer import check_output_layer, log_probabilities
 from caravan.models.pooling import right_padded
@@ -33,13 +31,7 @@ class QueryLikelihood(CrossEncoder):
     def __init__(self, scorer: nn.Module, encoding: Encoding) -> None:
         nn.Module.__init__(self)
         self.scorer = scorer
-        if not is_causal(scorer) or self.plain.get_output_embeddings() is None:
-            raise InputError(
-                "no-language-model",
-                f"encoding.scoring=likelihood: {type(self.plain).__name__} is not a causal language"
-                " model; choose a decoder, or encoding.scoring=head",
-            )
-        check_output_layer(self.plain)
+        check_output_layer(self.plain, "encoding.scoring=likelihood")
         refuse_too_long(scorer, encoding)
 
     def forward(

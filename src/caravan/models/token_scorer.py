@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from caravan.encoding import Encoding
 from caravan.errors import InputError
-from caravan.models.bidirectional import is_causal
 from caravan.models.crossencoder import CrossEncoder, Head, with_head
 from caravan.models.output_layer import check_output_layer, logit_form, token_logits
 from caravan.models.pooling import Last, pooled_states
@@ -38,13 +37,7 @@ class TokenScorer(CrossEncoder):
         nn.Module.__init__(self)
         self.scorer, self.tokens = scorer, tokens
         self.pooling = Last()
-        if not is_causal(scorer) or self.output_layer is None:
-            raise InputError(
-                "no-language-model",
-                f"encoding.scoring=token: {type(self.plain).__name__} is not a causal language"
-                " model; choose a decoder, or encoding.scoring=head",
-            )
-        check_output_layer(self.plain)
+        check_output_layer(self.plain, "encoding.scoring=token")
         refuse_too_long(scorer, encoding)
 
     @property

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from caravan.data.batching import PairBatches, TextBatches
 from caravan.data.loaders import TextLoader
 from caravan.data.pairs import PairTemplates
 from caravan.data.tokenization import Templates
-from caravan.encoding import read_encoding
+from caravan.distributed import is_main_process
+from caravan.encoding import INSTRUCTION, Encoding, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
 from caravan.models import hardware
@@ -104,6 +105,7 @@ class Inference:
         self.precision, self.device = hardware.resolve(precision), hardware.device()
         self.token_budget, self.num_workers = hardware.chunk(token_budget), num_workers
         self.attention, self.trust_remote_code = attention, trust_remote_code
+        self._latest: tuple[str | None, Any] | None = None
 
     @cached_property
     def _loaded(self) -> tuple[BiEncoder | CrossEncoder, Any]:
@@ -127,9 +129,25 @@ class Inference:
     @cached_property
     def templates(self) -> Any:
         """Tokenizes texts (`Templates`) or pairs (`PairTemplates`)."""
-        if self.encoding.kind == "retriever":
-            return Templates(self._loaded[1], self.encoding)
-        return PairTemplates(self._loaded[1], self.encoding, self._section.rstrip("."))
+        return self._templates(self.encoding)
+
+    def reading(self, instruction: str | None) -> Any:
+        """The templates with an instruction; None for that of the encoding.
+
+        Raises:
+            InputError: "invalid-encoding" if the encoding has no place for an instruction.
+        """
+        if instruction in (None, self.encoding.instruction):
+            return self.templates
+        if self._latest is None or self._latest[0] != instruction:
+            encoding = replace(self.encoding, instruction=instruction)
+            self._latest = instruction, self._templates(encoding)
+        return self._latest[1]
+
+    def _templates(self, encoding: Encoding) -> Any:
+        if encoding.kind == "retriever":
+            return Templates(self._loaded[1], encoding)
+        return PairTemplates(self._loaded[1], encoding, self._section.rstrip("."))
 
     @property
     def _section(self) -> str:
@@ -151,16 +169,28 @@ class Inference:
             self.folder, self.encoding, self._section, self.trust_remote_code
         )
 
-    def embed(self, texts: Sequence[tuple[str, str]], side: str) -> np.ndarray:
-        """Embeddings [N, d] float32 of (title, text) pairs; `side` is "query" or "passage"."""
-        return self._in_memory(self._texts(TextList(texts), np.arange(len(texts)), side, BLOCK))
+    def embed(
+        self, texts: Sequence[tuple[str, str]], side: str, instruction: str | None = None
+    ) -> np.ndarray:
+        """Embeddings [N, d] float32 of texts in memory.
+
+        Args:
+            texts: (title, text) of passages; ("" or its own instruction, text) of queries.
+            side: "query" or "passage".
+            instruction: of the collection; None for that of the encoding.
+        """
+        rows = np.arange(len(texts))
+        return self._in_memory(self._texts(TextList(texts), rows, side, BLOCK, instruction))
 
     def score_pairs(
-        self, queries: Sequence[tuple[str, str]], passages: Sequence[tuple[str, str]]
+        self,
+        queries: Sequence[tuple[str, str]],
+        passages: Sequence[tuple[str, str]],
+        instruction: str | None = None,
     ) -> np.ndarray:
-        """Scores [N] float32 of pairs in memory, (title, text) each."""
+        """Scores [N] float32 of pairs in memory; arguments as in `embed`."""
         texts, rows = (TextList(queries), TextList(passages)), np.arange(len(queries))
-        return self._in_memory(self._pairs(*texts, rows, rows, BLOCK))
+        return self._in_memory(self._pairs(*texts, rows, rows, BLOCK, instruction))
 
     def encode_rows(
         self,
@@ -171,6 +201,7 @@ class Inference:
         store: Store,
         name: str,
         inputs: dict[str, Any],
+        instruction: str | None = None,
     ) -> Embeddings:
         """Embed the texts of a collection into a store; an interrupted call can be resumed.
 
@@ -180,11 +211,14 @@ class Inference:
             side: "query" or "passage".
             block: texts per shard.
             name, inputs: see `caravan.retrieval.store.Store`.
+            instruction: see `embed`; it is added to the inputs.
         """
-        blocks = partial(self._texts, texts, rows, side, block)
+        blocks = partial(self._texts, texts, rows, side, block, instruction)
         task = "encode {} queries" if side == "query" else "encode {} passages"
         compute = partial(self._on_disk, blocks, len(rows), task, torch.float16)
         inputs = {**inputs, "resolved_precision": self.precision}
+        if INSTRUCTION in getattr(self.encoding, f"{side}_template"):
+            inputs["instruction"] = instruction
         shards = store.shards(name, inputs, -(-len(rows) // block), compute)
         return Embeddings(shards, len(rows), block)
 
@@ -195,6 +229,7 @@ class Inference:
         query_rows: np.ndarray,
         passage_rows: np.ndarray,
         block: int,
+        instruction: str | None = None,
     ) -> Compute:
         """Return a function that takes block numbers and yields the scores [n] float32 of each.
 
@@ -202,19 +237,29 @@ class Inference:
             queries, corpus: `caravan.data.texts.Texts`.
             query_rows, passage_rows: rows of the pairs, [N] int64.
             block: pairs per block.
+            instruction: see `embed`.
         """
-        blocks = partial(self._pairs, queries, corpus, query_rows, passage_rows, block)
+        rows = (query_rows, passage_rows, block)
+        blocks = partial(self._pairs, queries, corpus, *rows, instruction)
         return partial(self._on_disk, blocks, len(query_rows), "rerank {} pairs", torch.float32)
 
-    def _texts(self, texts: Any, rows: np.ndarray, side: str, block: int) -> TextBatches:
-        return TextBatches(texts, rows, self.templates, side, block, self.token_budget)
+    def _texts(
+        self, texts: Any, rows: np.ndarray, side: str, block: int, instruction: str | None
+    ) -> TextBatches:
+        templates = self.reading(instruction)
+        return TextBatches(texts, rows, templates, side, block, self.token_budget)
 
     def _pairs(
-        self, queries: Any, corpus: Any, query_rows: Any, passage_rows: Any, block: int
+        self,
+        queries: Any,
+        corpus: Any,
+        query_rows: Any,
+        passage_rows: Any,
+        block: int,
+        instruction: str | None,
     ) -> PairBatches:
-        return PairBatches(
-            queries, corpus, query_rows, passage_rows, self.templates, block, self.token_budget
-        )
+        texts, templates = (queries, corpus, query_rows, passage_rows), self.reading(instruction)
+        return PairBatches(*texts, templates, block, self.token_budget)
 
     def _in_memory(self, blocks: TextBatches | PairBatches) -> np.ndarray:
         parts = [self._rows(blocks[i].packed()) for i in range(len(blocks))]
@@ -256,6 +301,29 @@ class Inference:
                 " weights are damaged, or its training diverged; train or download it again",
             )
         return rows
+
+
+def instruction_for(encoding: Encoding, collection: str) -> dict[str, str]:
+    """The instruction of a collection, as the argument and the input that it is.
+
+    A collection without one gets the default, which is logged once. Empty if no template has a
+    place for an instruction.
+    """
+    if not encoding.uses_instruction:
+        return {}
+    own = encoding.instruction_of(collection)
+    if own is None and is_main_process():
+        _note_default(collection, encoding.instruction, tuple(encoding.instructions))
+    return {"instruction": encoding.instruction if own is None else own}
+
+
+@cache
+def _note_default(collection: str, instruction: str, known: tuple[str, ...]) -> None:
+    others = f" (it has those of {', '.join(known)})" if known else ""
+    log.info(
+        f"the model has no instruction for {collection}{others}; its default is used:"
+        f" {instruction!r}"
+    )
 
 
 class Models:

@@ -23,7 +23,7 @@ from caravan.data.runs import Run, canonical
 from caravan.errors import InputError
 from caravan.retrieval.bm25 import BM25, open_index
 from caravan.retrieval.fusion import Fusion
-from caravan.retrieval.inference import Models, TextList
+from caravan.retrieval.inference import Models, TextList, instruction_for
 from caravan.retrieval.rerank import Reranker
 from caravan.retrieval.stages import encode_corpus
 from caravan.retrieval.store import Store
@@ -112,7 +112,8 @@ def open_searcher(
         model = models.new(systems.reranker, "reranker", systems.rerank.lengths)
         model.num_workers = 0  # a query has too few pairs
         model.load()
-        reranker = Reranker(model, systems.rerank)
+        own = instruction_for(model.encoding, collection.name)
+        reranker = Reranker(model, systems.rerank, **own)
     return Searcher(collection, retrievers, systems.fuse.make(), reranker, systems.k)
 
 
@@ -136,9 +137,10 @@ def _dense(
     index.build(passages)
     model.load()
     k = min(systems.k, len(collection.corpus))
+    own = instruction_for(model.encoding, collection.name)
 
     def search(query: str) -> Run:
-        vectors = model.embed([("", query)], "query").astype(np.float16)  # as on disk
+        vectors = model.embed([("", query)], "query", **own).astype(np.float16)  # as on disk
         return Run.from_topk(ROW, *index.search(vectors.astype(np.float32), k))
 
     return search

@@ -63,7 +63,7 @@ class Evaluation:
             "collection": collection.digest,
             "split": split,
             "ignore_identical_ids": ignore_identical_ids,
-            **systems.inputs(models),
+            **systems.inputs(models, collection.name),
         }
         refuse_another(run_dir, inputs)
         _write_config(run_dir, config, inputs)

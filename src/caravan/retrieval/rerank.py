@@ -49,11 +49,16 @@ Save = Callable[[int, Compute], Shards]
 
 
 class Reranker:
-    """Reranks runs with a cross-encoder, opened with `settings.lengths`."""
+    """Reranks runs with a cross-encoder, opened with `settings.lengths`.
 
-    def __init__(self, model: Inference, settings: Reranking) -> None:
+    `instruction` is that of the collection; None for that of the model.
+    """
+
+    def __init__(
+        self, model: Inference, settings: Reranking, instruction: str | None = None
+    ) -> None:
         self.model = model
-        self.settings = settings
+        self.settings, self.instruction = settings, instruction
 
     def rerank(
         self,
@@ -94,7 +99,8 @@ class Reranker:
         read = cut(corpus, passage_rows, self.settings)
         query_rows, block = read.repeated(query_rows), self.settings.block
         count = -(-len(query_rows) // block)
-        compute = self.model.score_rows(queries, read.texts, query_rows, read.rows, block)
+        pairs = (queries, read.texts, query_rows, read.rows)
+        compute = self.model.score_rows(*pairs, block, self.instruction)
         blocks = compute(list(range(count))) if save is None else save(count, compute)
         return read.best(np.concatenate([np.empty(0, dtype=np.float32), *blocks]))
 

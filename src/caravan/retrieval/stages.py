@@ -25,10 +25,11 @@ from caravan.data.negatives import own_passages, warn_if_queries_are_passages
 from caravan.data.runs import Run, canonical, read_run, write_run
 from caravan.data.segments import cut
 from caravan.distributed import is_main_process, wait_until
+from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.retrieval.bm25 import index_inputs, open_index
 from caravan.retrieval.index import measured_recall
-from caravan.retrieval.inference import Inference, Models
+from caravan.retrieval.inference import Inference, Models, instruction_for
 from caravan.retrieval.rerank import Reranker
 from caravan.retrieval.store import Embeddings, Store
 from caravan.retrieval.systems import Systems
@@ -77,7 +78,9 @@ def encode_corpus(
     inputs = {**inputs, **length, **reading.segments}
     inputs |= {"collection": collection.digest, "block": block}
     name = "segments" if reading.segments else "passages"
-    rows = model.encode_rows(read.texts, read.rows, "passage", block, store, name, inputs)
+    own = instruction_for(model.encoding, collection.name)
+    where: Any = (block, store, name, inputs)
+    rows = model.encode_rows(read.texts, read.rows, "passage", *where, **own)
     return rows, read.counts
 
 
@@ -93,8 +96,9 @@ def encode_queries(
     texts, rows, block = collection.queries, collection.qrels(split).queries, systems.block
     inputs = {**inputs, "length": model.lengths.get("query_length"), "split": split}
     inputs |= {"collection": collection.digest, "block": block}
+    own = instruction_for(model.encoding, collection.name)
     name = f"queries.{split}"
-    return model.encode_rows(texts, rows, "query", block, store, name, inputs).read()
+    return model.encode_rows(texts, rows, "query", block, store, name, inputs, **own).read()
 
 
 class Stages:
@@ -180,6 +184,7 @@ class Stages:
 
         inputs = {
             **model_inputs,
+            **instruction_for(read_encoding(folder)[0], self.collection.name),
             **reading.lengths,
             **reading.segments,
             "collection": self.collection.digest,
@@ -239,14 +244,16 @@ class Stages:
         """Rerank the candidates with a model folder."""
         settings = self.systems.rerank
         values = asdict(settings)
+        model = self.models.open(folder, "reranker", settings.lengths)
+        own = instruction_for(model.encoding, self.collection.name)
         scored_from = {
             **self.models.inputs(folder),
+            **own,
             "collection": self.collection.digest,
             "candidates": candidates.digest,
             "split": self.split,  # rerank.judged adds its judged pairs
             **{name: value for name, value in values.items() if name not in ("weight", "rest")},
         }
-        model = self.models.open(folder, "reranker", settings.lengths)
 
         def search() -> tuple[Run, Facts]:
             run = self.read(candidates)
@@ -257,7 +264,7 @@ class Stages:
             product = {**scored_from, "resolved_precision": model.precision}
             save = partial(self.store.shards, f"scores.{self.split}", product)
             texts = (self.collection.queries, self.collection.corpus)
-            reranked = Reranker(model, settings).rerank(run, *texts, save, self.qrels)
+            reranked = Reranker(model, settings, **own).rerank(run, *texts, save, self.qrels)
             facts = {"rerank_query_s": time.monotonic() - started}
             return reranked, {**facts, "device": str(model.device), "precision": model.precision}
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from caravan import manifests
 from caravan.data.segments import Reading
-from caravan.encoding import FILE
+from caravan.encoding import FILE, read_encoding
 from caravan.retrieval.index import BestSegments, Index
-from caravan.retrieval.inference import Models
+from caravan.retrieval.inference import Models, instruction_for
 from caravan.retrieval.rerank import Reranking
 
 
@@ -81,10 +81,13 @@ class Systems:
         if self.reranker is not None and self.reranker.is_dir():
             models.new(self.reranker, "reranker", self.rerank.lengths).check_lengths()
 
-    def inputs(self, models: Models) -> dict[str, Any]:
+    def inputs(self, models: Models, collection: str) -> dict[str, Any]:
         """The systems and settings that determine the results of an evaluation.
 
         Chunk sizes and versions, which change only the last digits, are in each stage's manifest.
+
+        Args:
+            collection: its name, which determines the instructions.
         """
 
         def digest(name: str) -> str:
@@ -109,6 +112,11 @@ class Systems:
             inputs["rerank"] = {k: v for k, v in asdict(self.rerank).items() if k != "block"}
         if dense or self.reranker is not None:
             inputs |= {"precision": models.precision, "attention": models.attention}
+        names = [*self.retrievers, *([] if self.reranker is None else [str(self.reranker)])]
+        folders = [Path(name) for name in names if is_model(Path(name))]
+        found = [instruction_for(read_encoding(one)[0], collection) for one in folders]
+        if any(found):
+            inputs["instructions"] = [one.get("instruction") for one in found]
         return inputs
 
 

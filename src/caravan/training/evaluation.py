@@ -232,13 +232,14 @@ def evaluate_reading(
         peak of the GPU, or of the main process on a CPU (None where it cannot be measured).
     """
     device = trainer.strategy.root_device
-    data.templates, data.reading = module.reading(reading.lengths), reading
+    name = data.collection.name
+    data.templates, data.reading = module.reading(name, reading.lengths), reading
     hardware.reset_peak_memory(device)
     found = {**asdict(reading), "scores": evaluate_again(reading.name, module, data, trainer)}
     for callback in trainer.callbacks:
         if isinstance(callback, Evaluation):
             found |= callback.cost(data, device)
-    data.templates, data.reading = module.reading(), Reading()
+    data.templates, data.reading = module.reading(name), Reading()
     return {**found, "memory_gib": hardware.peak_memory(device)}
 
 

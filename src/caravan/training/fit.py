@@ -16,7 +16,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +177,14 @@ def _adopt(run: Training, collection: Collection | None) -> None:
     _save(run, module.model, module, facts)
 
 
-def _save(run: Training, network: Any, module: Stage, facts: dict[str, Any]) -> None:
-    folder.save(run.run_dir / "model", network, module.tokenizer, module.encoding, facts)
+def _save(
+    run: Training, network: Any, module: Stage, facts: dict[str, Any], trained_on: str | None = None
+) -> None:
+    encoding = module.encoding
+    if trained_on is not None and encoding.uses_instruction:
+        own = {trained_on: encoding.instructed(trained_on).instruction}
+        encoding = replace(encoding, instructions={**encoding.instructions, **own})
+    folder.save(run.run_dir / "model", network, module.tokenizer, encoding, facts)
     model_card.write(run.run_dir / "model", tokenizer=module.tokenizer)
 
 
@@ -195,7 +201,8 @@ def _fit(run: Training, collection: Collection) -> float | None:
     trainer = _trainer(run, precision, validates=data.dev_split is not None)
     outline = module.outline()
     for lengths in ({}, *(reading.lengths for reading in run.readings)):
-        encoding = module.reading(lengths).encoding  # now instead of in the first validation
+        # now instead of in the first validation
+        encoding = module.reading(collection.name, lengths).encoding
         place = "validation.readings: encoding." if lengths else "encoding."
         if outline is not None:
             refuse_too_long(outline, encoding, place)
@@ -230,7 +237,7 @@ def _data(run: Training, module: Stage, collection: Collection) -> DataModule:
     unlabelled = isinstance(training, Unlabelled) and not collection.splits
     return DataModule(
         collection,
-        module.reading(),
+        module.reading(collection.name),
         training,
         None if unlabelled else run.source.dev_split,
         **{**run.batching, "token_budget": budget},
@@ -326,7 +333,7 @@ def _finish(
                 "queries": len(data.dev_qrels.queries),
                 "passages": None if data.candidates is not None else len(data.dev_passages),
             }
-        _save(run, network, module, facts)
+        _save(run, network, module, facts, data.collection.name)
         trained, total = parameter_counts(network)
         found |= {"trained_parameters": trained, "parameters": total}
         found |= {} if used is None else {"memory_gib": round(used / 2**30, 3)}

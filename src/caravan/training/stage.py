@@ -81,13 +81,21 @@ class Stage(pl.LightningModule, ABC):
         # Frozen weights are not in a checkpoint; `on_load_checkpoint` checks strictly.
         self.strict_loading = False
 
-    def reading(self, lengths: Mapping[str, int] | None = None) -> Templates | PairTemplates:
-        """The templates of the encoding, or with the lengths of one of `validation.readings`."""
+    def reading(
+        self, collection: str = "", lengths: Mapping[str, int] | None = None
+    ) -> Templates | PairTemplates:
+        """The templates of the encoding, with the instruction of a collection.
+
+        Args:
+            collection: name of the collection.
+            lengths: those of one of `validation.readings`.
+        """
         kind = PairTemplates if self.encoding.kind == "reranker" else Templates
+        encoding = self.encoding.instructed(collection)
         if not lengths:
-            return kind(self.tokenizer, self.encoding)
+            return kind(self.tokenizer, encoding)
         try:
-            return kind(self.tokenizer, replace(self.encoding, **lengths))  # type: ignore[arg-type]
+            return kind(self.tokenizer, replace(encoding, **lengths))  # type: ignore[arg-type]
         except InputError as error:
             raise InputError(error.code, f"validation.readings: {error}") from None
 
@@ -96,7 +104,8 @@ class Stage(pl.LightningModule, ABC):
     ) -> Groups | Unlabelled:
         """The training data: the queries of a split with their groups of passages."""
         qrels = collection.qrels(split)
-        groups = Groups(collection, qrels, sampler, self.reading(), token_budget, self.seed)
+        templates = self.reading(collection.name)
+        groups = Groups(collection, qrels, sampler, templates, token_budget, self.seed)
         if not len(groups):
             raise InputError(
                 "no-relevant-passages",

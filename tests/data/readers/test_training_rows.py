@@ -148,18 +148,20 @@ def test_rows_without_ids_are_read_as_json_reads_them(
 
     texts = dict.fromkeys(text for row in TEXTS for text in (*row["pos"], *row["neg"]))
     assert records(found.corpus) == [(name_of(text), "", text) for text in texts]
-    queries = dict.fromkeys(row["query"] for row in TEXTS)
-    assert records(found.queries) == [(name_of(text), "", text) for text in queries]
+    prompt = TEXTS[0]["prompt"]  # the instruction of its query
+    hump = name_of(f"{prompt}\nwhat is in a hump")
+    moves = name_of("what moves")
+    queries = [(hump, prompt, "what is in a hump"), (moves, "", "what moves")]
+    assert records(found.queries) == queries
     assert judged(found, "train") == {
-        (name_of(row["query"]), name_of(text)): 1 for row in TEXTS for text in row["pos"]
+        (moves if "moves" in row["query"] else hump, name_of(text)): 1
+        for row in TEXTS
+        for text in row["pos"]
     }
     first = [name_of(text) for text in (*TEXTS[0]["pos"], *TEXTS[0]["neg"])]
     scored = list(zip(first, [9, 7.5, -2.25, -8], strict=True))
-    assert run_of(found, "teacher") == {name_of("what is in a hump"): scored}
-    assert negatives_of(found) == {
-        name_of("what is in a hump"): first[2:],
-        name_of("what moves"): first[:1],
-    }
+    assert run_of(found, "teacher") == {hump: scored}
+    assert negatives_of(found) == {hump: first[2:], moves: first[:1]}
 
 
 @pytest.mark.parametrize("saved", ["parquet", "disk"])
@@ -273,6 +275,7 @@ def changed(row: int, **fields: Any) -> Rows:
         (BY_ID, "missing-corpus", 1),
         ([{"pos": ["x"]}], "malformed-line", 1),
         ([{"query": "x", "pos": "y"}], "malformed-line", 1),
+        ([{"query": "x", "pos": ["y"], "prompt": 1}], "malformed-line", 1),
         ([{"query": "x", "pos": ["y"], "neg": [1]}], "malformed-line", 1),
         ([{"query": "x", "pos": ["y"], "pos_scores": [1, 2]}], "malformed-line", 1),
         ([{"query": "x", "pos": ["y"], "pos_scores": ["1"]}], "invalid-score", 1),

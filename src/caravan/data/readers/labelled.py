@@ -122,7 +122,11 @@ class LabelledFiles:
 
     def read_queries(self) -> Iterator[tuple[str, Record]]:
         """(place, query), each query once."""
-        found = (placed for file in self.queries for placed in records(file, QUERIES))
+        found = (
+            (place, (name, "", text))  # a title is not read
+            for file in self.queries
+            for place, (name, _, text) in records(file, QUERIES)
+        )
         # in one file, a repeated id is a mistake
         return found if len(self.queries) == 1 else unique_records(found, "queries")
 

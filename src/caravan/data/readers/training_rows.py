@@ -4,8 +4,8 @@
      "text": "...", "score": 0.9}], "negative_passages": [...]}   Tevatron, texts inline
     {"query_id": "q", "query_text": "...", "positive_document_ids": ["p"],
      "negative_document_ids": ["n"]}                              Tevatron, beside a corpus
-    {"query": "...", "pos": ["..."], "neg": ["..."], "pos_scores": [0.9], "neg_scores": [0.1]}
-                                                                  FlagEmbedding
+    {"query": "...", "pos": ["..."], "neg": ["..."], "pos_scores": [0.9], "neg_scores": [0.1],
+     "prompt": "..."}                                             FlagEmbedding
 
 Each as jsonl files or as a Hugging Face dataset. The id of a text without one is its hash. The
 positives become judgements, the rest becomes runs, which are used like any other run:
@@ -13,6 +13,7 @@ positives become judgements, the rest becomes runs, which are used like any othe
     data:negatives    the negatives in the order of the row    sampler.runs=[data:negatives]
     data:teacher      the scores of positives and negatives    sampler.teacher=data:teacher
 
+The "prompt" of a row is the instruction of its query, for {instruction} in the templates.
 Rows are read once. While their passages stream into the corpus, the rest waits in a scratch folder.
 """
 
@@ -77,6 +78,7 @@ class Row(NamedTuple):
 
     id: str
     query: str
+    instruction: str  # the prompt of a row, or ""
     positives: list[Passage]
     negatives: list[Passage]  # the hardest first, if the row has an order
 
@@ -146,7 +148,7 @@ class Tevatron(Source):
 class FlagEmbedding(Source):
     """Training rows of FlagEmbedding, https://github.com/FlagOpen/FlagEmbedding.
 
-    "prompt" and "type" of a row are ignored: the encoding sets how a query is prompted.
+    "prompt" of a row is the instruction of its query; "type" is ignored.
 
     Args:
         path: a file of rows, or a folder whose files are all read; or a Hugging Face dataset of
@@ -192,7 +194,8 @@ def row_of(place: str, fields: dict[str, Any], has_corpus: bool = False) -> Row:
     if keys is None:
         raise malformed(place, f"none of {INLINE[0]}, {BY_ID[0]} and {TEXTS[0]}", REMEDY)
     query = string(place, fields.get("query", fields.get("query_text")), "query", REMEDY)
-    name = id_of_text(query)
+    instruction = string(place, fields.get("prompt") or "", "prompt", REMEDY)
+    name = id_of_text(f"{instruction}\n{query}" if instruction else query)
     if keys is not TEXTS:
         name = string(place, id_of(fields.get("query_id", name)), "query_id", REMEDY)
     sides = []
@@ -215,7 +218,7 @@ def row_of(place: str, fields: dict[str, Any], has_corpus: bool = False) -> Row:
             f"{place}: the row names its passages by id, and there is no corpus: give the file or"
             " dataset that has them as data.corpus",
         )
-    return Row(name, query, *sides)
+    return Row(name, query, instruction, *sides)
 
 
 def _passage(place: str, keys: tuple[str, str], value: Any, score: Any) -> Passage:
@@ -291,21 +294,21 @@ class TrainingRows:
                 yield from map(json.loads, file)
 
         def queries() -> Iterator[tuple[str, Record]]:
-            found = ((place, (name, "", text)) for place, _, name, text, *_ in read())
+            found = ((place, (name, own, text)) for place, _, name, text, own, *_ in read())
             return unique_records(found, "queries")
 
         def positives(split: str) -> Iterator[tuple[str, Judgement]]:
-            for place, own, query, _, passages, _ in read():
+            for place, own, query, _, _, passages, _ in read():
                 if own == split:
                     yield from ((place, (query, passage, 1)) for passage, _ in passages)
 
         def negatives() -> Iterator[tuple[str, Scored]]:
-            for place, _, query, _, _, passages in read():
+            for place, _, query, _, _, _, passages in read():
                 for rank, (passage, _) in enumerate(passages, 1):
                     yield place, (query, passage, 1 / rank)
 
         def teacher() -> Iterator[tuple[str, Scored]]:
-            for place, _, query, _, own, others in read():
+            for place, _, query, _, _, own, others in read():
                 for passage, score in (*own, *others):
                     if score is not None:
                         yield place, (query, passage, score)
@@ -342,7 +345,8 @@ class TrainingRows:
                     for name in (row.id, *(one.id for one in passages)):
                         check_id(name, place)
                     sides = ([one[:2] for one in side] for side in (row.positives, row.negatives))
-                    file.write(f"{json.dumps([place, split, row.id, row.query, *sides])}\n")
+                    query = (row.id, row.query, row.instruction)
+                    file.write(f"{json.dumps([place, split, *query, *sides])}\n")
                     for one in passages:
                         if one.text is not None and self.corpus is None:
                             yield place, (one.id, one.title, one.text)
