@@ -75,6 +75,7 @@ class DataModule(pl.LightningDataModule):
         self.ignore_identical_ids = ignore_identical_ids
         self.training = training
         self.dev_qrels = _NONE
+        self.dev_passages = np.empty(0, dtype=np.int64)
         self.relevant_from = 1  # the lowest relevant grade in metrics without grades
         self.candidates: Run | None = None
         self.reading = Reading()  # its lengths are those of the templates

@@ -239,8 +239,7 @@ class Stage(pl.LightningModule, ABC):
         # With this weight, the average over ranks is the mean over the union batch.
         weight = parallel.weight(counts)
         loss = loss * weight
-        over_ranks: dict[str, Any] = {"batch_size": len(scores), "sync_dist": True}
-        self.log("train/loss", loss, prog_bar=True, **over_ranks)
+        values = {"loss": loss}
         if scores.shape[1] > 1:
             hits = (scores.argmax(dim=1) == targets).float().mean()
             negatives = scores.isfinite().sum(dim=1).float() - 1  # [Q]
@@ -248,11 +247,21 @@ class Stage(pl.LightningModule, ABC):
             if masked is not None:
                 each = masked.sum(dim=1).float()
                 share = (each / negatives.clamp(min=1)).mean()
-                self.log("train/masked", share * weight, **over_ranks)
+                values["masked"] = share * weight
                 negatives = negatives - each
-            self.log("train/accuracy", hits * weight, **over_ranks)
-            self.log("train/negatives", negatives.mean() * weight, **over_ranks)
+            values |= {"accuracy": hits * weight, "negatives": negatives.mean() * weight}
+        self.log_over_ranks(values, len(scores))
         return loss
+
+    def log_over_ranks(self, values: dict[str, Tensor], texts: int) -> None:
+        """Log `train/<name>`: the means over ranks of single values, in one reduction.
+
+        Args:
+            texts: in this rank's batch.
+        """
+        means = parallel.mean(torch.stack([value.detach().float() for value in values.values()]))
+        for name, value in zip(values, means, strict=True):
+            self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=texts)
 
     def rows_of(self, texts: Packed) -> Tensor:
         """The network's output [N, ...] for texts, in their order."""
