@@ -339,6 +339,6 @@ def adoption(name: str, stage: str = "") -> str:
         return ""
     return (
         f"; to adopt a model of the hub run: python train.py{stage} backbone=hf"
-        f" backbone.name={name} trainer.max_steps=0 name={parts[1]} (with its prompts and pooling"
-        f" as encoding.*), then set runs/{parts[1]}/model"
+        f" backbone.name={name} trainer.max_steps=0 name={parts[1]} (with prompts and pooling as"
+        f" encoding.*, unless its files have them), then set runs/{parts[1]}/model"
     )
