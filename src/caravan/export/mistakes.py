@@ -138,8 +138,9 @@ class Scores:
         self.model, self.templates, self.length = model, model.templates, model.templates.length
         self._given = _given(self.length)
         tokenizer, encoding = self.templates.tokenizer, model.encoding
-        none = {"query_template": "{text}", "passage_template": "{text}"}
-        bare = replace(encoding, prefix="", suffix="", instruction="", **none)
+        none: dict[str, Any] = {"query_template": "{text}", "passage_template": "{text}"}
+        none |= {"prefix": "", "suffix": "", "instruction": "", "instructions": {}}
+        bare = replace(encoding, **none)
         long = replace(encoding, passage_length=4 * self.length + LONG)
         self._bare, self._long = PairTemplates(tokenizer, bare), PairTemplates(tokenizer, long)
 
