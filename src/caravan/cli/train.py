@@ -185,6 +185,7 @@ def recipe(cfg: DictConfig) -> dict[str, Any]:
         "stage": class_of("stage"),
         "loss": " + ".join(class_of(f"loss.losses[{i}]") for i in losses) or class_of("loss"),
         "temperature": given("loss.temperature"),
+        "dimensions": ", ".join(map(str, given("loss.dims") or ())),
         "queries an update": cfg.batching.queries_per_batch * accumulated,
         "negatives a query": given("sampler.number"),
         "negatives from": ", ".join(Path(run).name for run in given("sampler.runs") or ()),
@@ -231,7 +232,11 @@ def reranker_has_candidates(config: Config) -> None:
 
 
 def loss_has_its_scores(config: Config) -> None:
-    """Distillation needs the scores of a teacher; Likelihood needs log probabilities."""
+    """A loss has the scores of a teacher, log probabilities or embeddings, if it needs them."""
+    if config.get("loss.dims") is not None and not config.is_a("stage", Retriever):
+        config.add(
+            "loss.dims", "it cuts embeddings, which only stage=retriever has; set it to null"
+        )
     sampler: Any = config.targets.get(("sampler",))
     by_run = (Sampler.teacher_scores, Negatives.teacher_scores)
     gives_scores = is_class(sampler, Sampler) and sampler.teacher_scores not in by_run
