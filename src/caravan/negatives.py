@@ -38,7 +38,8 @@ def main() -> int:
     arguments, settings = parser.parse_known_args()
     if flags := [text for text in settings if text.startswith("-")]:
         parser.error(f"{flags[0]}: unknown option; settings are key=value, as for train.py")
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
     return answering(lambda: _run(arguments, settings))
 
 

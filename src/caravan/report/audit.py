@@ -137,10 +137,8 @@ class Audit:
     def verdict(self) -> str:
         """How many candidates are suspected, and whether the runs differ in their share."""
         scored = self.pairs["gap"].notna().sum()
-        suspected, unusable = (
-            self.pairs["suspected"].sum(),
-            self.usable()["without_usable"].iloc[-1],
-        )
+        suspected = self.pairs["suspected"].sum()
+        unusable = self.usable()["without_usable"].iloc[-1]
         text = (
             f"The teacher suspects {suspected:,} of {scored:,} hard negatives"
             f" ({suspected / scored:.1%}) to be relevant, and {unusable:,} of {self.queries:,}"
@@ -149,9 +147,7 @@ class Audit:
         known = self.lines[self.lines["gap"].notna()]
         shares = known.pivot_table("suspected", "source", "query", sort=False).dropna(axis=1)
         if len(shares) < 2 or shares.shape[1] < 2:
-            return (
-                f"{text} No test: fewer than two runs have scored candidates of the same queries."
-            )
+            return f"{text} No test: no two runs have scored candidates of the same queries."
         couples = list(combinations(range(len(shares)), 2))
         tests = paired_tests(shares.to_numpy(dtype=float), couples)
         return f"{text} {verdict('Share of suspects', list(shares.index), tests, 'exceeds')}"
