@@ -121,6 +121,8 @@ def test_new_judgements_can_be_trained_with(
         (["relabel", "--teacher", "DEV", "--held-out", "DEV"], "bm25.dev.trec"),
         (["audit", "sampler.rnus=[TRAIN]", "--teacher", "TRAIN"], "sampler.runs"),
         (["audit", "-m", "seed=1,2"], "-m"),
+        (["audit", "stage=adaptation"], "stage="),
+        (["relabel", "--held-out", "DEV", "--precision", "90"], "--precision"),
     ],
 )
 def test_mistakes_are_refused(

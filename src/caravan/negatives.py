@@ -59,9 +59,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--teacher", help="a run over the training queries")
     held_out = "the teacher's run over data.dev_split, whose judgements choose the threshold"
     add("--held-out", required=True, help=held_out)
-    add("--precision", type=float, default=0.9, help="wanted on the held-out judgements (0.9)")
+    add("--precision", type=_share, default=0.9, help="wanted on the held-out judgements (0.9)")
     add("--output", type=Path, help="a folder (run_dir/relabel)")
     return parser
+
+
+def _share(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError("must be above 0, and at most 1")
+    return float(text)
 
 
 def _run(given: argparse.Namespace, settings: list[str]) -> None:
@@ -70,6 +76,10 @@ def _run(given: argparse.Namespace, settings: list[str]) -> None:
 
     cfg = compose(CONF, "train", settings)
     source, sampler = build(cfg, "data"), build(cfg, "sampler")
+    if sampler is None:
+        raise InputError(
+            "no-negatives", "a training without labels has no negatives; choose stage="
+        )
     given.teacher = given.teacher or cfg.sampler.get("teacher")
     given.output = given.output or Path(cfg.run_dir, given.command)
     if given.teacher is None:

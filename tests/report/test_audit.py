@@ -172,3 +172,5 @@ def test_a_teacher_without_scores_of_positives_is_refused(
     others = {key: value for key, value in teacher.items() if key[1] % EACH > 1}
     with refused("no-teacher-scores", "rerank.judged=true"):
         _audit(planted, others)
+    with refused("invalid-setting", "teacher_margin is nan"):
+        _audit(planted, teacher, float("nan"))

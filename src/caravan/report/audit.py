@@ -178,8 +178,10 @@ def audit(
             query's positives minus this.
 
     Raises:
-        InputError: "no-teacher-scores", no candidate has a score together with a positive.
+        InputError: "no-teacher-scores", no candidate has a score together with a positive;
+            "invalid-setting", the margin is not finite.
     """
+    Rules(teacher_margin=teacher_margin)  # raises for NaN, by which nothing would be suspected
     of_lines, rules = found
     relevant = qrels.grades >= 1
     judged = _pairs(qrels.query_rows[relevant], qrels.passage_rows[relevant])
