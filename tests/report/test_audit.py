@@ -11,7 +11,7 @@ from caravan.data.collection import Collection, write_collection
 from caravan.data.mining import Positives, Rules, mine
 from caravan.data.qrels import Qrels
 from caravan.data.runs import Run
-from caravan.report.audit import ALL, Audit, audit, candidates, examples, page
+from caravan.report.audit import ALL, RECALLS, Audit, audit, candidates, examples, page
 
 QUERIES, EACH = 60, 10
 """Each query has ten passages of its own in the run: 0 and 1 are judged, 2 and 3 planted."""
@@ -88,7 +88,7 @@ def _audit(
 def test_precision_and_recall_on_planted_false_negatives(
     margin: float, planted: Collection, teacher: dict[tuple[int, int], float]
 ) -> None:
-    (row,) = _audit(planted, teacher, margin, hide=True).planted().to_dict("records")
+    row, *others = _audit(planted, teacher, margin, hide=True).planted().to_dict("records")
     suspects = {
         (q, place)
         for q in range(QUERIES)
@@ -98,7 +98,11 @@ def test_precision_and_recall_on_planted_false_negatives(
     found = {(q, place) for q, place in suspects if place in (2, 3)}
     counts = {"hidden": 2 * QUERIES, "suspected": len(suspects), "found": len(found)}
     shares = {"precision": len(found) / len(suspects), "recall": len(found) / (2 * QUERIES)}
-    assert row == pytest.approx({**counts, **shares})
+    assert row == pytest.approx({"margin": margin, **counts, **shares})
+    for other, recall in zip(others, RECALLS, strict=True):
+        assert recall <= other["recall"] <= recall + 0.05
+        again = _audit(planted, teacher, other["margin"], hide=True).planted().iloc[0]
+        assert again.to_dict() == pytest.approx(other)
     # As in docs/training.md.
     assert [round(share, 2) for share in shares.values()] == MEASURED[margin]
 

@@ -34,6 +34,8 @@ from caravan.report.verdict import verdict
 BANDS = (5, 10, 20, 50, 100, 200, 500, 1000)
 """The last ranks of the bands of ranks."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+RECALLS = (0.25, 0.5, 0.75, 0.9)
+"""Shares of the hidden positives that the margins of a table find."""
 EXAMPLES = 20
 PAIR = ["query", "passage"]
 ALL = "all runs"
@@ -69,11 +71,13 @@ class Audit:
         lines: those of `candidates`, with `teacher` (its score, NaN without one), `gap` (of the
             positives' lowest teacher score to it), `suspected`, `copy`, `near_copy`, `hidden`.
         queries: audited.
+        teacher_margin: as for `audit`.
         rules: of each run, how many passages the sampler's rules removed.
     """
 
     lines: pd.DataFrame
     queries: int
+    teacher_margin: float
     rules: dict[str, dict[str, Any]]
 
     @property
@@ -121,18 +125,24 @@ class Audit:
         return pd.DataFrame(rows, columns=names)
 
     def planted(self) -> pd.DataFrame:
-        """Precision and recall on hidden positives; without a row if none is a candidate.
+        """Precision and recall on hidden positives, at the margin and at those of `RECALLS`.
 
         Only queries with a hidden candidate count. A suspect that is relevant and was never judged
-        counts as wrong, so the precision is a lower bound.
+        counts as wrong, so the precision is a lower bound. Without a row if none is a candidate.
         """
         pairs = self.pairs
         of = pairs[pairs["query"].isin(pairs.loc[pairs["hidden"], "query"])]
-        found = (of["suspected"] & of["hidden"]).sum()
-        hidden, suspected = of["hidden"].sum(), of["suspected"].sum()
-        row = [hidden, suspected, found, found / max(suspected, 1), found / max(hidden, 1)]
-        names = ["hidden", "suspected", "found", "precision", "recall"]
-        return pd.DataFrame([row] if hidden else [], columns=names)
+        gaps = np.sort(of.loc[of["hidden"], "gap"].fillna(np.inf))
+        margins = [float(gaps[int(recall * len(gaps))]) for recall in RECALLS if len(gaps)]
+        # Three digits, as the page shows them, are what can be typed.
+        margins = [np.ceil(margin * 1000 + 1e-3) / 1000 for margin in margins if margin < np.inf]
+        rows = []
+        for margin in [self.teacher_margin, *margins] if len(gaps) else []:
+            suspected = of["gap"] < margin
+            found, count = int((suspected & of["hidden"]).sum()), int(suspected.sum())
+            rows.append([margin, len(gaps), count, found, found / max(count, 1), found / len(gaps)])
+        names = ["margin", "hidden", "suspected", "found", "precision", "recall"]
+        return pd.DataFrame(rows, columns=names)
 
     def verdict(self) -> str:
         """How many candidates are suspected, and whether the runs differ in their share."""
@@ -196,11 +206,12 @@ def audit(
             "the teacher scores no candidate together with a positive of its query; write its run"
             " over the training queries with evaluate.py, with rerank.judged=true",
         )
-    of_lines["suspected"] = of_lines["teacher"] > lowest - np.float32(teacher_margin)
+    of_lines["suspected"] = of_lines["gap"] < teacher_margin
     of_lines = of_lines.merge(_copies(collection, judged, of_lines), on=PAIR)
     planted = _pairs(hidden.query_rows, hidden.passage_rows) if hidden else judged[:0]
     marked = of_lines.merge(planted, on=PAIR, how="left", indicator="hidden")["hidden"]
-    return Audit(of_lines.assign(hidden=marked == "both"), judged["query"].nunique(), rules)
+    queries = judged["query"].nunique()
+    return Audit(of_lines.assign(hidden=marked == "both"), queries, teacher_margin, rules)
 
 
 def _pairs(query_rows: Any, passage_rows: Any) -> pd.DataFrame:
@@ -262,7 +273,8 @@ def page(found: Audit, collection: Collection, qrels: Qrels, teacher: str, comma
     usable = "Usable: neither suspected, nor a copy or near-copy of a positive."
     hidden = (
         "Hidden positives among the candidates, suspects of their queries, and suspects that are"
-        " hidden positives. Precision is a lower bound: a suspect may be relevant and unjudged."
+        " hidden positives; at the margin of the audit, then at others. Precision is a lower bound:"
+        " a suspect may be relevant and unjudged."
     )
     sections = [
         Section(
