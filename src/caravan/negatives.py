@@ -114,7 +114,7 @@ def _audit(
     if given.hide:
         qrels, hidden = _without_one(qrels, rng)
     of_rule = None
-    if sampler.rules.teacher_margin is not None:
+    if sampler.rules.teacher_margin is not None and sampler.teacher_path:
         of_rule = run_over(collection, sampler.teacher_path, qrels)
     names = distinct([path_names(path) for path in sampler.paths])
     runs = [
@@ -150,9 +150,10 @@ def _without_one(qrels: Qrels, rng: np.random.Generator) -> tuple[Qrels, Qrels]:
     order = rng.permutation(np.flatnonzero(qrels.grades >= 1))
     _, first, counts = np.unique(qrels.query_rows[order], return_index=True, return_counts=True)
     at = order[first[counts > 1]]
-    columns = qrels.query_rows, qrels.passage_rows, qrels.grades
-    kept = Qrels(*(np.delete(column, at) for column in columns), qrels.unknown)
-    return kept, Qrels(*(column[at] for column in columns))
+    queries, passages, grades = qrels.query_rows, qrels.passage_rows, qrels.grades
+    rest = np.delete(np.arange(len(qrels)), at)
+    kept = Qrels(queries[rest], passages[rest], grades[rest], qrels.unknown)
+    return kept, Qrels(queries[at], passages[at], grades[at])
 
 
 def _scored(
@@ -166,7 +167,9 @@ def _scored(
     models = Models(cfg.precision, cfg.batching.token_budget, cfg.batching.num_workers)
     reranker = Reranker(models.open(folder, "reranker", {}), Reranking())
     texts = collection.queries, collection.corpus
-    run = Run.from_flat(*pairs.T, reranker.scores(*pairs.T, *texts))
+    queries, passages = pairs.T
+    scores = reranker.scores(queries, passages, *texts)
+    run = Run.from_flat(queries, passages, scores)
     write_run(output / "teacher.trec", run, *texts)
     log.info("the teacher's scores are also a run: %s", output / "teacher.trec")
     return run
