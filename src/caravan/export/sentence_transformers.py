@@ -151,11 +151,10 @@ def _write_reranker(folder: Path, out: Path) -> dict[str, Any]:
     probes = pairing.probes()
     queries = [("", query) for query, _ in probes]
     passages, encoding = [passage for _, passage in probes], reference.encoding
-    texts = {None: None, **{name: encoding.instruction_of(name) for name in encoding.instructions}}
-    expected = {
-        name: reference.score_pairs(queries, passages, instruction)
-        for name, instruction in texts.items()
-    }
+    expected: dict[str | None, Any] = {None: reference.score_pairs(queries, passages)}
+    for name in encoding.instructions:
+        own = encoding.instruction_of(name)
+        expected[name] = reference.score_pairs(queries, passages, own)
     del reference  # there may not be enough memory for two
     model = model_folder.load(folder)[0]
     scorer, head = model.transformer, head_of(model.transformer)

@@ -79,8 +79,8 @@ def encode_corpus(
     inputs |= {"collection": collection.digest, "block": block}
     name = "segments" if reading.segments else "passages"
     own = instruction_for(model.encoding, collection.name)
-    where: Any = (block, store, name, inputs)
-    rows = model.encode_rows(read.texts, read.rows, "passage", *where, **own)
+    texts = (read.texts, read.rows, "passage", block, store, name, inputs)
+    rows = model.encode_rows(*texts, own.get("instruction"))
     return rows, read.counts
 
 

@@ -11,7 +11,6 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from caravan.distributed import is_main_process
@@ -47,8 +46,10 @@ def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -
         return None
     data.setup()
     ranks = trainer.num_devices * trainer.num_nodes
-    each = min(-(-data.queries_per_batch // ranks), len(data.training))
-    tokens = data.training[0, np.arange(each)].packed().padded
+    first = next(iter(data.training.order(data.queries_per_batch, 0, ranks)), None)
+    if first is None:
+        return None  # the loader reports that there are too few texts
+    tokens = data.training[first].packed().padded
     if module.gradcache is not None:  # only one chunk has activations at a time
         lengths = module.encoding.query_length, module.encoding.passage_length
         longest = sum(lengths) if module.encoding.kind == "reranker" else max(lengths)

@@ -94,6 +94,10 @@ class Retriever(Stage):
             targets = (first + torch.arange(len(queries), device=queries.device)) * group
             scores = queries @ passages.T
             columns = keys.expand(len(queries), -1)  # [Q, N]
+            if batch.in_batch is not None:
+                group_of = torch.arange(len(keys), device=keys.device) // group
+                others = group_of != targets.unsqueeze(1) // group
+                scores = scores.masked_fill(others & ~batch.in_batch.unsqueeze(1), -torch.inf)
         else:
             scores = torch.einsum("qd,qgd->qg", queries, passages.view(len(queries), group, -1))
             targets = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
