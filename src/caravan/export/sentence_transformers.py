@@ -204,8 +204,8 @@ def _write_reranker(folder: Path, out: Path) -> dict[str, Any]:
     del exported, first, modules
     saved = CrossEncoder(str(out), device="cpu", local_files_only=True)
     given = [(query, pairing.passage.given(*passage)) for query, passage in probes]
-    for name, scores in expected.items():
-        verify.compare(folder, scores, saved.predict(given, prompt_name=name))
+    for prompt, scores in expected.items():
+        verify.compare(folder, scores, saved.predict(given, prompt_name=prompt))
     return {
         "chat": pairing.chat,
         "named": list(pairing.encoding.instructions),
