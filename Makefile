@@ -97,6 +97,7 @@ bench: .venv/.tested-with
 	$(PY) benchmarks/adaptation.py --save
 	$(PY) benchmarks/gradcache.py --save
 	$(PY) benchmarks/settings.py --save
+	$(PY) benchmarks/chunks.py --save
 
 # Measure the fast rows of the ledger; DATA=/data adds those on SciFact.
 reproduce: .venv/.pretrained

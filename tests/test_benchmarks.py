@@ -17,6 +17,7 @@ SCRIPTS = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"common"
 PEER = "--data BEIR --model MINILM --repeats 1"
 OPTIONS = {
     "adaptation": "--words 8 --texts 2 --vocabularies 200 --repeats 1",
+    "chunks": "--batches 1",
     "encode": f"{PEER} --passages 4",
     "gpu": "--device cpu --shapes tiny --longest 16 --tokens 64",
     "gradcache": "--queries 2 4 --whole 2 --chunk 2",
@@ -26,6 +27,7 @@ OPTIONS = {
 }
 ROWS = {
     "adaptation": ["| 200 |"],
+    "chunks": ["| 1 | before |", "| 32 | now |"],
     "encode": ["| both float32 |", "| each one's default |", "| 16 |"],
     "gpu": ["| tiny | encode | 16 | plain loop |", "| tiny | qlora | 16 | unpadded |"],
     "gradcache": ["| 2 |", "| 4 |"],

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -144,14 +145,18 @@ def test_a_shallower_run_is_neither_scored_nor_tested_by_a_deeper_measure(
 
 def test_examples_have_ranks_and_texts(pair: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
     gained, lost = examples(pair, 0, 1, 3)
-    differences = np.sort(pair.values["MRR@10"][1] - pair.values["MRR@10"][0])
-    assert [one.after - one.before for one in lost.queries] == pytest.approx(differences[:3])
-    assert all(one.after > one.before for one in gained.queries)
+    differences = pair.values["MRR@10"][1] - pair.values["MRR@10"][0]
+    ids = pair.judged.queries.ids(pair.query_rows)
+    of = [[differences[ids.index(one.id)] for one in some.queries] for some in (lost, gained)]
+    assert of[0] == pytest.approx(np.sort(differences)[:3])
+    assert of[1] == pytest.approx(-np.sort(-differences)[:3])
     for one in (*gained.queries, *lost.queries):
         ((_, query),) = pair.judged.queries.get(pair.judged.queries.rows([one.id]))
         assert one.text == " ".join(query.split())
-        assert {rank for passage in one.passages for rank in passage.ranks} >= {1}
-        assert any(passage.grade >= 1 for passage in one.passages)
+        assert {"bm25", "theirs"} == {
+            run for passage in one.passages for run in re.findall(r"\b1 in (\w+)", passage.place)
+        }
+        assert any(passage.relevant for passage in one.passages)
         for passage in one.passages:
             ((_, text),) = pair.judged.corpus.get(pair.judged.corpus.rows([passage.id]))
             assert passage.text == " ".join(text.split())

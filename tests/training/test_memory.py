@@ -11,7 +11,7 @@ from tests.refusals import refused
 from torch import Tensor, nn
 
 from caravan.models.adapters import LoRA
-from caravan.training.memory import in_words, need, refuse_too_large
+from caravan.training.memory import in_words, need, refuse_too_large, refuse_validation
 
 TOKENS = 4 * 96
 SEVEN_B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -83,3 +83,9 @@ def test_a_device_that_is_too_small_is_refused_with_the_remedy(largest: str, rem
     needed[largest] = 2.0**50
     with refused("out-of-memory", "the cpu has", in_words(needed), remedy):
         refuse_too_large(needed, torch.device("cpu"))
+
+
+def test_a_validation_whose_embeddings_do_not_fit_is_refused_before_training() -> None:
+    refuse_validation(100_000, 384, processes=1)
+    with refused("out-of-memory", "8,841,823 passages", "validation.passages=100000"):
+        refuse_validation(8_841_823, 4096, processes=8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,3 +34,17 @@ def test_a_rank_whose_peer_is_killed_reports_it_in_a_sentence() -> None:
     pair.close()
     assert not failed
     assert "another process of this run has ended" in message
+
+
+def _in_pieces() -> list[np.ndarray]:
+    counts = [(5, 2), (0, 3), (4, 4), (0, 0)]
+    rank = dist.get_rank()
+    parts = [torch.arange(pair[rank])[:, None] + 10.0 * rank for pair in counts]
+    return [parallel.gather_to_host(part, torch.device("cpu"), at_once=2) for part in parts]
+
+
+def test_rows_gathered_in_pieces_are_in_the_order_of_the_ranks(two_ranks: TwoRanks) -> None:
+    one, other = two_ranks(_in_pieces)
+    expected = [[0, 1, 2, 3, 4, 10, 11], [10, 11, 12], [0, 1, 2, 3, 10, 11, 12, 13], []]
+    assert [rows[:, 0].tolist() for rows in one] == expected
+    assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))

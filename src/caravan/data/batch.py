@@ -102,7 +102,10 @@ class Packed(Movable):
 
 
 PADDING = 0.1
-"""The largest share of padding in a chunk, before its width is rounded."""
+"""The largest share of padding in a chunk that is not small, before its width is rounded."""
+SMALL = 4096
+"""Tokens of a chunk below which a GPU waits for the next operation, whatever the padding. Budgets
+up to this are those of CPUs, which lose nothing with small chunks."""
 
 
 def rounded(width: int) -> int:
@@ -134,8 +137,8 @@ class TokenIds:
     def packed(self, token_budget: int, pad_id: int = 0) -> Packed:
         """Sort texts by length and cut them into chunks of at most `token_budget` padded tokens.
 
-        A chunk ends earlier if its padding would pass a tenth, and a longer text is a chunk alone.
-        If its texts differ in length, the width of a chunk is `rounded`.
+        A chunk that is not small ends earlier if its padding would pass a tenth, and a longer text
+        is a chunk alone. If its texts differ in length, the width of a chunk is `rounded`.
 
         Args:
             token_budget: the largest n * L of a chunk [n, L].
@@ -144,13 +147,15 @@ class TokenIds:
         lengths = self.lengths.astype(np.int64)
         starts = np.cumsum(lengths) - lengths
         order = np.argsort(-lengths, kind="stable")
+        small = SMALL if token_budget > SMALL else 0
         chunks, start, padded = [], 0, 0
         while start < len(order):
             width = max(int(lengths[order[start]]), 1)
             rows = order[start : start + max(token_budget // width, 1)]
             # Sorted by length, so the share of real tokens falls with every text that is added.
-            filled = lengths[rows].cumsum() / (width * np.arange(1, len(rows) + 1))
-            rows = rows[: max(int((filled >= 1 - PADDING).sum()), 1)]
+            padded_tokens = width * np.arange(1, len(rows) + 1)
+            dense = lengths[rows].cumsum() >= (1 - PADDING) * padded_tokens
+            rows = rows[: max(int((dense | (padded_tokens <= small)).sum()), 1)]
             if lengths[rows[-1]] < width:
                 longest = max(int(lengths[order[0]]), 1)  # no wider than a model can read
                 width = min(rounded(width), longest)

@@ -139,7 +139,7 @@ def mine(
     kept = run.where(keep)
     trained = np.unique(positives.query_rows)
     left = np.isin(trained, kept.query_rows[kept.counts > 0]).sum()
-    facts = {
+    facts: dict[str, Any] = {
         "candidates": counts["candidates"],
         "removed": {rule: counts[rule] for rule in rules.names},
         "kept": len(kept.passage_rows),

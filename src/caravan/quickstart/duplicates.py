@@ -11,15 +11,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from caravan.data.shingles import NEAR_COPY, resemblance, shingles
 from caravan.progress import track
 
 MAX_POSITIVES = 5  # a query with more relevant passages ("Perform a step.") is too general
 MAX_QUERIES = 3  # a passage with more different queries is too general
-SHINGLE = 4  # words
 MIN_SHINGLES = 8  # a passage with fewer consists of numbers and its own name
-DUPLICATE = 0.7  # near-copies share at least this fraction of their shingles
 RELATED = 0.4  # passages that share this fraction stay in the same split
 
 FUNCTION_WORDS = {
@@ -110,11 +107,10 @@ def drop_near_duplicates(
             common.update(holders.get(shingle, ()))
         nearest, likeness = 0, 0.0
         for other, _ in common.most_common(6):
-            both = len(sketch & sketches[other])
-            share = both / (len(sketch) + len(sketches[other]) - both)
+            share = resemblance(sketch, sketches[other])
             if share > likeness:
                 nearest, likeness = other, share
-        if likeness >= DUPLICATE:
+        if likeness >= NEAR_COPY:
             dropped["near-duplicate"] += len(group)
             continue
         if likeness >= RELATED:
@@ -146,17 +142,9 @@ class Families:
 
 
 def _shingles(pair: Pair, numbers: dict[str, int]) -> set[int]:
-    """Hashes of all sequences of `SHINGLE` words; own names and numbers become one blank."""
+    """The `shingles` of a passage; own names and numbers become one blank."""
     own = {piece.lower() for piece in PIECE.findall(pair.name) if len(piece) > 2}
     pieces = (piece.lower() for piece in PIECE.findall(pair.text))
     blanked = ["" if piece in own or piece[0].isdigit() else piece for piece in pieces]
-    values = np.array([numbers.setdefault(word, len(numbers)) for word in blanked], dtype=np.uint64)
-    blank = np.array([not word for word in blanked], dtype=bool)
-    values = np.delete(values, 1 + np.flatnonzero(blank[1:] & blank[:-1]))  # a run of them is one
-    hashes = np.zeros(max(len(values) - SHINGLE + 1, 1), dtype=np.uint64)
-    for at in range(min(SHINGLE, len(values))):
-        hashes = (
-            hashes * np.uint64(0x9E3779B97F4A7C15) + values[at : at + len(hashes)] + np.uint64(1)
-        )
-        hashes ^= hashes >> np.uint64(29)
-    return set(hashes.tolist())
+    pairs = zip(blanked, [None, *blanked], strict=False)  # a run of blanks is one
+    return shingles([word for word, before in pairs if word or before != ""], numbers)

@@ -53,12 +53,13 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     """Print the comparison of two systems or more, and write its page with --html."""
-    from caravan.report.compare import DEPTH, compare
+    from caravan.report.compare import compare
     from caravan.report.evaluations import comparison_tables
     from caravan.report.examples import examples
     from caravan.report.page import of_comparison, save
     from caravan.report.systems import read_judged, read_system, with_distinct_names
     from caravan.report.tables import show
+    from caravan.report.verdict import of_comparison as of_verdict
 
     systems = with_distinct_names([read_system(path) for path in arguments.folders])
     measures = arguments.measures.split(",") if arguments.measures else []
@@ -69,16 +70,13 @@ def _compare(arguments: argparse.Namespace) -> None:
     for some in examples(comparison, 0, len(systems) - 1, arguments.queries):
         show(f"{some.title}\n")
         for query in some.queries:
-            change = f"{some.measure} {query.before:.3f} → {query.after:.3f}"
-            show(f"{query.text or query.id}   {change}")
+            show(f"{query.text or query.id}   {query.line}")
             for passage in query.passages:
-                ranks = " → ".join(str(rank or f">{DEPTH}") for rank in passage.ranks)
-                relevance = "relevant" if passage.grade >= 1 else "not judged relevant"
-                relevance += f" (grade {passage.grade})" if passage.grade > 1 else ""
-                show(f"  {ranks}  {passage.id}, {relevance}")
+                show(f"  {passage.id}: {passage.label.lower()}, {passage.place}")
                 if text := f"{passage.title} {passage.text}".strip():
                     text = text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
                     show(f"     {text}")
+    show(of_verdict(comparison))
     if (html := arguments.html) is not None:
         command = shlex.join(["python", "-m", "caravan.report", *sys.argv[1:]])
         save(of_comparison(comparison, command, arguments.queries), html)

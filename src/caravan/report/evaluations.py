@@ -38,6 +38,7 @@ from caravan.report.tables import (
     signed,
     slug,
 )
+from caravan.report.verdict import LEVEL, verdict
 from caravan.retrieval.metrics import parse_measure
 
 SHOWN = 3
@@ -46,20 +47,21 @@ MOST_SYSTEMS = 12
 """Systems scored query by query; more would make a page slow to write and long to read."""
 ALL_PAIRS = 6
 """Up to this many systems, all pairs are tested; beyond, each against the best."""
-LEVEL = 0.05
-"""Below this p, a difference counts as significant in the verdict."""
 DEEP = 100
 """Measures with a deeper cutoff are only in the tables: they need every run read whole."""
 
 
 def evaluation_sections(
     folder: Path, records: Mapping[Path, dict[str, Any]], names: Mapping[str, str]
-) -> list[Section]:
-    """All sections of evaluations, by collection and split.
+) -> tuple[list[Section], list[tuple[str, Comparison | str]]]:
+    """All sections of evaluations, and the comparison of each collection and split.
 
     Args:
         records: of runs below `folder`; those without scores are left out.
         names: names of systems by folder below `folder`, if they are not those of the table.
+
+    Returns:
+        The sections; and for each collection its name, and the comparison or why there is none.
     """
     groups: dict[tuple[str, str], Records] = {}
     for home, record in records.items():
@@ -68,24 +70,28 @@ def evaluation_sections(
             _, digest, split = judged_on(record)
             groups.setdefault((digest, split), {})[str(home.relative_to(folder))] = record
     sections: list[Section] = []
+    found: list[tuple[str, Comparison | str]] = []
     for number, group in enumerate(groups.values(), 1):
-        sections += _sections(folder, group, names, f"{number}-" if len(groups) > 1 else "")
-    return sections
+        prefix, systems = f"{number}-" if len(groups) > 1 else "", rows(group, names)
+        comparison: Comparison | str = "No test: no run is deep enough for its measures."
+        try:
+            comparison = _comparison(folder, systems) or comparison
+        except InputError as error:
+            comparison = f"No test: {error}."
+        sections += _sections(group, systems, comparison, prefix)
+        found.append((where(next(iter(group.values()))), comparison))
+    return sections, found
 
 
 def _sections(
-    folder: Path, records: Records, names: Mapping[str, str], prefix: str
+    records: Records, systems: Records, comparison: Comparison | str, prefix: str
 ) -> Iterator[Section]:
     """The sections of one collection and split; a prefix of names if a page has several."""
-    systems = rows(records, names)
     title = f": {where(next(iter(records.values())))}" if prefix else ""
     results: list[Any] = [results_table(systems, f"{prefix}results")]
-    comparison = None
-    try:
-        comparison = _comparison(folder, systems)
-    except InputError as error:
-        results.append(f"Scores of single queries and texts are left out: {error}.")
-    if comparison is not None:
+    if isinstance(comparison, str):
+        results.append(f"Scores of single queries and texts are left out. {comparison}")
+    else:
         cut = len(systems) - len(comparison.systems)
         results += [f"The {cut} weakest systems are not compared query by query."] if cut else []
         results += means(comparison, prefix)
@@ -97,7 +103,7 @@ def _sections(
             stages.append(stages_table(record, f"{prefix}stages{stem}", lead))
     if stages:
         yield Section(f"Stage by stage{title}", f"{prefix}stages", stages)
-    if comparison is not None and (last := len(comparison.systems) - 1):
+    if not isinstance(comparison, str) and (last := len(comparison.systems) - 1):
         yield from comparison_sections(comparison, [(last - 1, last)], prefix)
 
 
@@ -217,7 +223,7 @@ def _significance(comparison: Comparison) -> Table:
         [*heads, "gain", "keep", "lose"],
         cells,
         labels=2,
-        strong=frozenset((i, 4) for i, (_, pair) in enumerate(found) if pair.corrected < 0.05),
+        strong=frozenset((i, 4) for i, (_, pair) in enumerate(found) if pair.corrected < LEVEL),
     )
 
 
@@ -239,20 +245,6 @@ def steps(folder: Path, systems: Records) -> dict[str, Pair]:
     return {names[pair.b]: pair for pair in pairs if pair.b == pair.a + 1}
 
 
-def verdict(systems: Records, tests: Mapping[str, Pair]) -> str:
-    """One sentence: which systems are better than the one in the row before."""
-    names, (measure, *_) = list(systems), measures_of(systems.values())
-    parts = []
-    for name, pair in tests.items():
-        before, p = names[pair.a], p_value(pair.p).replace("<", "< ")
-        p = p if p.startswith("<") else f"= {p}"
-        if pair.p < LEVEL:
-            parts.append(f"{name} beats {before} by {pair.difference:.4f} (p {p})")
-        else:
-            parts.append(f"{name} does not differ significantly from {before} (p {p})")
-    return f"{measure}: {', '.join(parts)}."
-
-
 def show_table(folder: Path) -> None:
     """Print the table, its verdict and the paths of run files; write `summary.json`."""
     systems = collect(folder)
@@ -264,7 +256,8 @@ def show_table(folder: Path) -> None:
     except InputError as error:
         sentence = f"not tested: {error}"
     else:
-        sentence = verdict(systems, tests) if tests else ""
+        measure = measures_of(systems.values())[0]
+        sentence = verdict(measure, list(systems), tests.values()) if tests else ""
     for name, pair in tests.items():
         scores[name]["p"] = pair.p
     write_json(path, scores)

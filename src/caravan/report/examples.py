@@ -1,4 +1,4 @@
-"""Example queries of a comparison: those that gain or lose most between two systems."""
+"""Example queries of a report: a query, and passages with what is known of each."""
 
 from __future__ import annotations
 
@@ -17,89 +17,84 @@ RELEVANT = 2
 
 @dataclass(frozen=True)
 class Passage:
-    """A passage as it is shown, with its ranks in both rankings."""
+    """A passage as it is shown; title and text are cut."""
 
     id: str
     title: str
     text: str
-    grade: int  # 0 if it is not judged, or not relevant
-    ranks: tuple[int | None, int | None]  # from 1; None if it is not in the first DEPTH
+    relevant: bool
+    label: str  # such as "Relevant (grade 2)"
+    place: str  # such as its ranks
 
 
 @dataclass(frozen=True)
 class Query:
-    """A query and its scores by two systems."""
+    """A query as it is shown, and a line about it, such as its scores."""
 
     id: str
     text: str
-    before: float
-    after: float
-    relevant: int  # the number of relevant passages
+    line: str
     passages: list[Passage]
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Queries that gain, or lose, most from one system (before) to another (after)."""
-
-    before: str
-    after: str
-    change: str  # gain or lose
-    measure: str
+    title: str
     queries: Sequence[Query]
-
-    @property
-    def title(self) -> str:
-        return f"{self.before} → {self.after}: queries that {self.change} most"
 
 
 def examples(comparison: Comparison, a: int, b: int, count: int) -> list[Examples]:
     """The `count` queries that gain most from system a to b in the first measure, and lose most."""
-    names, measure = comparison.names, comparison.measure
-    values = comparison.values[measure]
-    differences = values[b] - values[a]
+    differences = np.subtract(*comparison.values[comparison.measure][[b, a]])
     order = np.argsort(-differences, kind="stable")
     chosen = {
         "gain": [i for i in order[:count].tolist() if differences[i] > 0],
         "lose": [i for i in order[::-1][:count].tolist() if differences[i] < 0],
     }
-    found = {change: [_query(comparison, a, b, i) for i in at] for change, at in chosen.items()}
+    names = f"{comparison.names[a]} → {comparison.names[b]}"
     return [
-        Examples(names[a], names[b], change, measure, queries)
-        for change, queries in found.items()
-        if queries
+        Examples(f"{names}: queries that {change} most", [_query(comparison, a, b, i) for i in at])
+        for change, at in chosen.items()
+        if at
     ]
 
 
 def _query(comparison: Comparison, a: int, b: int, query: int) -> Query:
     judged, row = comparison.judged, int(comparison.query_rows[query])
     grades = {int(p): int(g) for p, g in zip(*judged.qrels.of(row), strict=True)}
-    ranks = [
-        {p: rank for rank, p in enumerate(comparison.runs[i].of(row)[0][:DEPTH].tolist(), 1)}
+    ranks = {
+        comparison.names[i]: {
+            p: rank for rank, p in enumerate(comparison.runs[i].of(row)[0][:DEPTH].tolist(), 1)
+        }
         for i in (a, b)
-    ]
-    tops = [passage for ranked in ranks for passage, rank in ranked.items() if rank == 1]
+    }
+    tops = [passage for of in ranks.values() for passage, rank in of.items() if rank == 1]
     relevant = [passage for passage, grade in grades.items() if grade >= 1]
-    relevant.sort(key=lambda p: min(ranked.get(p, DEPTH + 1) for ranked in ranks))
+    relevant.sort(key=lambda p: min(of.get(p, DEPTH + 1) for of in ranks.values()))
     wanted = list(dict.fromkeys([*relevant[:RELEVANT], *tops]))
     texts, query_text = [("", "")] * len(wanted), ""
     if judged.has_texts:
         texts = judged.corpus.get(wanted)
         ((_, query_text),) = judged.queries.get([row])
     names = judged.corpus.ids(np.array(wanted, np.int64))
-    passages = [
-        Passage(
-            name,
-            _short(title, CHARACTERS // 4),
-            _short(text, CHARACTERS),
-            grades.get(passage, 0),
-            (ranks[0].get(passage), ranks[1].get(passage)),
-        )
-        for passage, name, (title, text) in zip(wanted, names, texts, strict=True)
-    ]
+    passages = []
+    for passage, name, text in zip(wanted, names, texts, strict=True):
+        grade = grades.get(passage, 0)
+        label = "Relevant" if grade >= 1 else "Not judged relevant"
+        label += f" (grade {grade})" if grade > 1 else ""
+        places = [f"{of.get(passage, f'below {DEPTH}')} in {run}" for run, of in ranks.items()]
+        place = f"rank {', '.join(places)}"
+        passages.append(Passage(name, *shortened(*text), grade >= 1, label, place))
     before, after = comparison.values[comparison.measure][[a, b], query].tolist()
+    line = f"{comparison.measure} from {before:.3f} to {after:.3f}"
+    line += f", {len(relevant)} relevant passages" if len(relevant) != 1 else ""
     (name,) = judged.queries.ids(np.array([row], np.int64))
-    return Query(name, _short(query_text, CHARACTERS), before, after, len(relevant), passages)
+    return Query(name, shortened("", query_text)[1], line, passages)
+
+
+def shortened(title: str, text: str) -> tuple[str, str]:
+    """A title and a text, each cut to what is shown."""
+    return _short(title, CHARACTERS // 4), _short(text, CHARACTERS)
 
 
 def _short(text: str, most: int) -> str:

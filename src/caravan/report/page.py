@@ -25,7 +25,7 @@ from markupsafe import Markup, escape
 
 from caravan.errors import InputError
 from caravan.files import replacing
-from caravan.report import jobs, plots, sweep, tables
+from caravan.report import jobs, plots, sweep, tables, verdict
 from caravan.report.compare import Comparison
 from caravan.report.evaluations import (
     comparison_sections,
@@ -64,12 +64,14 @@ Curves = dict[str, tuple[list[int], list[float]]]
 
 @dataclass(frozen=True)
 class Page:
-    """A title, a line below it, sections, and the command that makes the page again."""
+    """A title, a line and the verdict below it, sections, and the command that makes it again."""
 
     title: str
     line: str
     sections: Sequence[Section]
     command: str
+    verdict: str
+    note: str = "Scores are those of ir_measures; a query that a run lacks counts 0."
 
 
 def show(folder: Path) -> None:
@@ -132,18 +134,20 @@ def of_comparison(comparison: Comparison, command: str, count: int) -> Page:
     results = [comparison_tables(comparison)[0], *means(comparison)]
     sections = comparison_sections(comparison, couples, count=count)
     line = f"{' · '.join(comparison.names)}, on {comparison.queries:,} queries"
-    return Page("A comparison", line, [Section("Results", "results", results), *sections], command)
+    sections = [Section("Results", "results", results), *sections]
+    return Page("A comparison", line, sections, command, verdict.of_comparison(comparison))
 
 
 def _of_runs(folder: Path) -> Page:
     """The page of one run directory, or of all those below a folder."""
     homes = [path.parent for path in sorted(folder.rglob("metrics.json"))]
     records = {home: read_metrics(home) or {} for home in homes}
-    sections, counts, names = [], [], {}
+    sections, counts, names, over_seeds = [], [], {}, None
     own, _ = jobs.read(folder)
     if own and folder not in own:
         found = sweep.collect(folder)
         sections.append(_of_sweep(found))
+        over_seeds = verdict.of_sweep(found)
         counts.append(f"a sweep over {', '.join(found.varied) or 'nothing'}")
         names = {str(home.relative_to(folder)): label for home, label in found.labels.items()}
         # Each job is one system: its last stage.
@@ -160,7 +164,8 @@ def _of_runs(folder: Path) -> Page:
         message = f"{folder} holds no run with metrics (metrics.json)"
         raise InputError("no-runs", f"{message}; make one with train.py or evaluate.py")
     sections += _of_suites(suites)
-    sections += evaluation_sections(folder, records, names)
+    of_evaluations, comparisons = evaluation_sections(folder, records, names)
+    sections += of_evaluations
     sections += training_sections(folder, trained, names)
     counts += [f"{len(evaluations)} evaluations"] if evaluations else []
     counts += [f"{len(trained)} trainings"] if trained else []
@@ -170,7 +175,9 @@ def _of_runs(folder: Path) -> Page:
     line = ", ".join(counts)
     line += f"; last metrics of {datetime.fromtimestamp(max(times)):%Y-%m-%d}" if times else ""
     command = shlex.join(["python", "-m", "caravan.report", "page", str(folder)])
-    return Page(folder.resolve().name, line, sections, command)
+    texts = [over_seeds] if over_seeds else []
+    texts += [verdict.of_evaluations(comparisons)] if comparisons or not texts else []
+    return Page(folder.resolve().name, line, sections, command, " ".join(texts))
 
 
 def _of_sweep(found: sweep.Sweep) -> Section:

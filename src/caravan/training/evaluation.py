@@ -127,12 +127,12 @@ class Evaluation(pl.Callback, ABC):
 
     def _read(self, loader: int, device: torch.device) -> int:
         """The tokens that all ranks have read from a loader."""
-        return int(_all_ranks(torch.tensor([self._tokens[loader]]), device).sum())
+        return int(parallel.gather_to_host(torch.tensor([self._tokens[loader]]), device).sum())
 
     def gathered(self, loader: int, name: str, device: torch.device) -> np.ndarray:
         """The outputs of all ranks under one name [N, ...], once."""
         # Over a whole corpus vectors are gigabytes: free each copy once the next one exists.
-        return _all_ranks(torch.cat(self._outputs.pop((loader, name))), device)
+        return parallel.gather_to_host(torch.cat(self._outputs.pop((loader, name))), device)
 
     def means(
         self, run: Run, query_rows: np.ndarray, data: Validation, module: Any
@@ -192,7 +192,7 @@ class RetrievalEvaluation(Evaluation):
         run = data.without_own(Run.from_topk(query_rows[mine], scores, found), self.index.k)
         metrics = self.means(run, query_rows[mine], data, module)
         columns = [torch.from_numpy(column) for column in (query_rows[mine], scores, found)]
-        rows, scores, found = (_all_ranks(column, module.device) for column in columns)
+        rows, scores, found = (parallel.gather_to_host(column, module.device) for column in columns)
         if trainer.is_global_zero:
             self.write(data.without_own(Run.from_topk(rows, scores, found), self.index.k), data)
         return metrics
@@ -304,10 +304,3 @@ def validate_at_least_once(trainer: pl.Trainer, batches: int) -> None:
                 f" validating after {last}"
             )
         trainer.val_check_interval = last
-
-
-def _all_ranks(rows: Tensor, device: torch.device) -> np.ndarray:
-    if parallel.world() == 1:
-        return rows.numpy()
-    rows = rows.to(device)
-    return parallel.gather(rows, parallel.sizes(len(rows), device)).cpu().numpy()

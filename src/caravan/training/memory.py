@@ -63,6 +63,9 @@ def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -
         log.debug("no estimate of memory: %s", error)
         return None
     refuse_too_large(needed, trainer.strategy.root_device)
+    if module.encoding.kind == "retriever":
+        width = outline.config.get_text_config().hidden_size
+        refuse_validation(len(data.dev_passages), width, trainer.num_devices)
     if is_main_process() and sum(needed.values()) >= 1e8:  # less fits on any device
         log.info("memory at the peak of a step: at least %s", in_words(needed))
     return needed
@@ -116,7 +119,7 @@ def in_words(needed: Need) -> str:
 
 def refuse_too_large(needed: Need, device: torch.device) -> None:
     """Raise an InputError if a device has less memory than needed."""
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = host_memory()
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory
     if sum(needed.values()) <= available:
@@ -130,3 +133,25 @@ def refuse_too_large(needed: Need, device: torch.device) -> None:
         f"training needs at least {in_words(needed)} and the {device.type} has"
         f" {available / GIB:.1f} GiB; {remedy}",
     )
+
+
+def refuse_validation(passages: int, width: int, processes: int) -> None:
+    """Raise an InputError if the embeddings of a validation do not fit into main memory.
+
+    Args:
+        passages, width: their shape; each process has all of them in float32, and their index.
+        processes: of this machine.
+    """
+    size, available = 2 * FLOAT * passages * width * processes, host_memory()
+    if size > available:
+        raise InputError(
+            "out-of-memory",
+            f"a validation over {passages:,} passages needs {size / GIB:.1f} GiB in"
+            f" {processes} processes, and the machine has {available / GIB:.1f} GiB; set"
+            " validation.passages=100000",
+        )
+
+
+def host_memory() -> int:
+    """Bytes of main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -40,6 +41,24 @@ def gather(rows: Tensor, counts: list[int]) -> Tensor:
     padding = rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])
     received = _Gather.apply(torch.cat((rows, padding)))
     return torch.cat([part[:count] for part, count in zip(received, counts, strict=True)])
+
+
+def gather_to_host(rows: Tensor, device: torch.device, at_once: int = 1 << 14) -> np.ndarray:
+    """The rows [n_r, ...] of all ranks in rank order, without gradient.
+
+    Args:
+        device: of the collectives; it holds `at_once` rows of each rank at a time, not all.
+    """
+    if world() == 1:
+        return rows.numpy()
+    counts = sizes(len(rows), device)
+    parts: list[list[Tensor]] = [[] for _ in counts]
+    for start in range(0, max(*counts, 1), at_once):  # none at all has a shape too
+        here = [min(max(count - start, 0), at_once) for count in counts]
+        found = gather(rows[start : start + at_once].to(device), here).cpu()
+        for of_rank, part in zip(parts, found.split(here), strict=True):
+            of_rank.append(part)
+    return torch.cat([part for of_rank in parts for part in of_rank]).numpy()
 
 
 class _Gather(torch.autograd.Function):

@@ -1,0 +1,193 @@
+"""Print what a report of a problem needs, and what keeps this machine from its full speed.
+
+    python -m caravan.doctor
+
+Each line is a fact; a line that starts with "!" is a problem, with its remedy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from caravan import manifests
+
+LIBRARIES = (
+    *("torch", "pytorch-lightning", "transformers", "tokenizers", "peft", "bitsandbytes"),
+    *("hydra-core", "datasets", "numpy"),
+)
+FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12")
+"""Packages that install the same module; the one installed last is imported."""
+LEAST_FREE = 10 * 2**30
+LEAST_SHARED = 2**30
+"""Bytes of /dev/shm that NCCL and workers of DataLoaders never exceeded."""
+HUB_TIMEOUT_S = 3
+
+
+def main() -> int:
+    argparse.ArgumentParser(
+        prog="python -m caravan.doctor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
+    for line in report():
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+    return 0
+
+
+def report() -> Iterator[str]:
+    """The lines of the report."""
+    for part in (software, processors, gpus, faiss, limits, cache, hub):
+        yield from part()
+
+
+def software() -> Iterator[str]:
+    """The versions of the libraries."""
+    yield f"python {platform.python_version()}, {platform.platform()}"
+    yield ", ".join(" ".join(one) for one in manifests.versions(LIBRARIES).items())
+
+
+def processors() -> Iterator[str]:
+    """CPU cores that this process may use, and the precision in which they compute."""
+    import torch
+
+    from caravan.models import hardware
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = torch.get_num_threads()
+    if not torch.cuda.is_available():
+        precision = hardware.resolve("auto")
+        slow = "" if precision == "bf16" else " (no AVX512-BF16 or AMX: two to four times slower)"
+        yield f"precision {precision} on {cores} cores{slow}"
+    if cores is not None and threads < cores:
+        yield (
+            f"! {threads} of {cores} cores are used; unset OMP_NUM_THREADS if this process may"
+            " have all"
+        )
+
+
+def gpus() -> Iterator[str]:
+    """The GPUs, whether one process can use them all, and what PyTorch needs to see them."""
+    import torch
+
+    from caravan.models import hardware
+
+    cuda = torch.version.cuda
+    driver = _driver()
+    if not torch.cuda.is_available():
+        yield "no GPU is used"
+        if driver and cuda:
+            yield (
+                f"! driver {driver} is installed, but torch {torch.__version__} (CUDA {cuda}) finds"
+                " no GPU: update the driver (CUDA 13: 580 or newer), or install a build for your"
+                " driver (docs/installation.md)"
+            )
+        elif driver:
+            yield (
+                f"! driver {driver} is installed, but torch {torch.__version__} is built for CPUs;"
+                " install requirements-gpu.txt"
+            )
+        return
+    count = torch.cuda.device_count()
+    yield f"CUDA {cuda}, driver {driver or 'unknown'}, precision {hardware.resolve('auto')}"
+    for i in range(count):
+        found = torch.cuda.get_device_properties(i)
+        free = torch.cuda.mem_get_info(i)[0] / 2**30
+        yield (
+            f"cuda:{i} {found.name}, {found.total_memory / 2**30:.0f} GiB ({free:.0f} free),"
+            f" compute capability {found.major}.{found.minor}"
+        )
+    if not hardware.has_bf16():
+        yield "! no bf16 on this GPU: models compute in float32, four to eight times slower"
+    if count > 1:
+        yield (
+            f"{count - 1} GPUs are idle unless you start torchrun --nproc-per-node {count}"
+            f" evaluate.py ..., or train with strategy=ddp trainer.devices={count}"
+        )
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's kernel driver, without its tools."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", text)
+    return found[1] if found else None
+
+
+def faiss() -> Iterator[str]:
+    """The installed faiss; two packages of it overwrite each other's files."""
+    found = []
+    for name in FAISS:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    yield ", ".join(found) or "! faiss is not installed; run: pip install faiss-cpu"
+    if len(found) > 1:
+        names = " ".join(one.split()[0] for one in found)
+        yield f"! several packages hold faiss; run: pip uninstall {names}, then install one"
+
+
+def limits() -> Iterator[str]:
+    """Open files, and the shared memory of workers."""
+    import resource  # not on Windows
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield f"open files: {soft:,} (raised to {hard:,} when a program starts)"
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        total = shutil.disk_usage(shared).total
+        yield f"/dev/shm: {_size(total)}"
+        if total < LEAST_SHARED:
+            yield "! /dev/shm is small for NCCL on several GPUs; docker run --shm-size=8g raises it"
+
+
+def cache() -> Iterator[str]:
+    """The folder of collections and its disk."""
+    folder = Path(os.environ.get("CARAVAN_CACHE", ".cache")).absolute()
+    there = next(one for one in (folder, *folder.parents) if one.exists())
+    free = shutil.disk_usage(there).free
+    yield f"cache: {folder}, {_size(free)} free"
+    if not os.access(there, os.W_OK):
+        owner = there.owner()
+        yield f"! {there} belongs to {owner} and cannot be written; set CARAVAN_CACHE to another"
+    if free < LEAST_FREE:
+        yield (
+            f"! less than {_size(LEAST_FREE)} are free; 8.8 million passages take 72 GB with 4,096"
+            " dimensions"
+        )
+
+
+def hub() -> Iterator[str]:
+    """Whether models and datasets can be downloaded."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        yield "hub: HF_HUB_OFFLINE is set, so only cached models load"
+        return
+    try:
+        HfApi().model_info("gpt2", timeout=HUB_TIMEOUT_S)
+        yield f"hub: {constants.ENDPOINT} answers"
+    except Exception:  # noqa: BLE001 - of httpx or of httpx2, by the hub's version
+        yield (
+            f"! hub: {constants.ENDPOINT} does not answer; set HF_ENDPOINT to a mirror, or give"
+            " folders as backbone.name"
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

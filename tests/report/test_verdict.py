@@ -1,0 +1,107 @@
+"""The first sentences of a page against the tests of scipy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+from tests.report.conftest import Evaluations
+
+from caravan.report import jobs, page
+from caravan.report.compare import compare, paired_tests
+from caravan.report.sweep import collect
+from caravan.report.systems import read_judged, read_system
+from caravan.report.verdict import NAMED, of_comparison, of_evaluations, of_sweep, verdict
+
+
+def _first_sentence(html: Path) -> str:
+    return html.read_text().partition('<p class="verdict">')[2].partition("</p>")[0]
+
+
+def test_better_worse_and_equal_systems_are_named_in_the_right_order() -> None:
+    values = np.random.default_rng(0).random((3, 200))
+    values[1] = values[0] + 0.1 + 0.01 * values[2]
+    pairs = paired_tests(values, [(0, 1), (1, 0), (0, 2)])
+    text = verdict("MRR@10", ["a", "b", "c"], pairs)
+    assert text.count("b beats a by 0.1") == 2
+    assert "c does not differ significantly from a" in text or (
+        "a does not differ significantly from c" in text
+    )
+
+
+def test_pairs_beyond_the_first_are_counted() -> None:
+    values = np.random.default_rng(0).random((NAMED + 4, 50))
+    values[-1] += 1
+    last = len(values) - 1
+    names = [f"s{i}" for i in range(len(values))]
+    text = verdict("MRR@10", names, paired_tests(values, [(i, last) for i in range(last)]))
+    assert text.count("beats") == NAMED
+    assert text.endswith("; 3 of 3 more pairs differ significantly.")
+
+
+def test_the_best_system_is_compared_with_each_other_by_the_corrected_p(
+    evaluations: Evaluations,
+) -> None:
+    systems = [read_system(evaluations.folder / name) for name in ("bm25", "pipeline")]
+    found = compare([*systems, read_system(evaluations.theirs)], read_judged(systems))
+    text = of_comparison(found)
+    for name, other in (("bm25", 0), ("pipeline", 1)):
+        (pair,) = (one for one in found.pairs["MRR@10"] if {one.a, one.b} == {other, 2})
+        verb = "beats" if pair.corrected < 0.05 else "does not differ significantly from"
+        assert f"{name} {verb} theirs" in text or f"theirs {verb} {name}" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_page_of_one_system_or_without_its_collection_says_that_nothing_is_tested(
+    evaluations: Evaluations,
+) -> None:
+    one = _first_sentence(page.write(evaluations.folder / "bm25"))
+    scores = evaluations.per_query(evaluations.folder / "bm25/runs/bm25.train.trec", "MRR@10")
+    assert f"MRR@10 {sum(scores.values()) / 40:.4f} ±" in one
+    assert "no test of one system" in one
+    assert of_evaluations([]).startswith("No test")
+    assert of_evaluations([("a", "No test: x.")] * 3).startswith("No test: none of 3 collections")
+
+
+def test_many_collections_are_counted(evaluations: Evaluations) -> None:
+    systems = [read_system(evaluations.folder / "bm25"), read_system(evaluations.theirs)]
+    found = compare(systems, read_judged(systems))
+    better = [pair.corrected < 0.05 for pair in found.pairs[found.measure]]
+    assert f"{3 * sum(better)} of 3 collections" in of_evaluations([("one", found)] * 3)
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+def test_settings_are_tested_over_three_seeds_or_more(seeds: int, tmp_path: Path) -> None:
+    scores = {"1e-4": [0.1, 0.12, 0.13, 0.1, 0.11], "1e-3": [0.3, 0.31, 0.35, 0.29, 0.31]}
+    for rate, values in scores.items():
+        for seed, value in enumerate(values[: seeds + 1]):
+            run_dir = tmp_path / f"{rate}-{seed}"
+            lost = seed == seeds  # by a failed job
+            state = jobs.FAILED if lost and rate == "1e-3" else jobs.FINISHED
+            jobs.write(run_dir, [f"optimizer.lr={rate}", f"seed={seed}"], state)
+            metrics = {"validation": {"MRR@10": value}, "train_seconds": 1.0}
+            (run_dir / "metrics.json").write_text(json.dumps(metrics))
+    text = of_sweep(collect(tmp_path)) or ""
+    if seeds == 1:
+        assert text.startswith("No test")
+        return
+    best, other = scores["1e-3"][:seeds], scores["1e-4"][:seeds]
+    spread = f"{np.mean(best):.4f} ± {np.std(best, ddof=1):.4f}"
+    assert f"optimizer.lr=0.001 has MRR@10 {spread}" in text
+    if seeds < 3:
+        assert "no test: fewer than 3 seeds" in text
+        return
+    assert ttest_rel(best, other).pvalue < 0.05
+    difference = np.mean(best) - np.mean(other)
+    assert f"optimizer.lr=0.001 beats optimizer.lr=0.0001 by {difference:.4f} (p " in text
+
+
+def test_a_sweep_without_seeds_has_no_verdict_of_its_own(tmp_path: Path) -> None:
+    for rate in "12":
+        jobs.write(tmp_path / rate, [f"optimizer.lr={rate}"], jobs.FINISHED)
+        (tmp_path / rate / "metrics.json").write_text('{"validation": {"MRR@10": 0.1}}')
+    assert of_sweep(collect(tmp_path)) is None
+    assert _first_sentence(page.write(tmp_path)).startswith("No test: there are no scores of")
