@@ -65,7 +65,8 @@ def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -
     refuse_too_large(needed, trainer.strategy.root_device)
     if module.encoding.kind == "retriever":
         width = outline.config.get_text_config().hidden_size
-        refuse_validation(len(data.dev_passages), width, trainer.num_devices)
+        passages = sum(len(one.passages) for one in data.validations)
+        refuse_validation(passages, width, trainer.num_devices)
     if is_main_process() and sum(needed.values()) >= 1e8:  # less fits on any device
         log.info("memory at the peak of a step: at least %s", in_words(needed))
     return needed
