@@ -245,6 +245,11 @@ class Batch(Movable):
     def chunks(self) -> int:
         return sum(len(texts.chunks) for texts in self.packed)
 
+    @property
+    def largest(self) -> int:
+        """The tokens of the largest chunk, with padding."""
+        return max(chunk.input_ids.numel() for texts in self.packed for chunk in texts.chunks)
+
 
 @dataclass(frozen=True)
 class TrainBatch(Batch):

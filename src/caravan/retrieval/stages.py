@@ -74,8 +74,7 @@ def encode_corpus(
     """
     reading, block = systems.reading, systems.block
     read = cut(collection.corpus, np.arange(len(collection.corpus)), reading)
-    length = {"length": model.lengths.get("passage_length")}
-    inputs = {**inputs, **length, **reading.segments}
+    inputs = {**inputs, **_encoded(model, "passage"), **reading.segments}
     inputs |= {"collection": collection.digest, "block": block}
     name = "segments" if reading.segments else "passages"
     own = instruction_for(model.encoding, collection.name)
@@ -94,11 +93,18 @@ def encode_queries(
 ) -> np.ndarray:
     """Embeddings [Q, d] float32 of the judged queries of a split; arguments: `encode_corpus`."""
     texts, rows, block = collection.queries, collection.qrels(split).queries, systems.block
-    inputs = {**inputs, "length": model.lengths.get("query_length"), "split": split}
+    inputs = {**inputs, **_encoded(model, "query"), "split": split}
     inputs |= {"collection": collection.digest, "block": block}
     own = instruction_for(model.encoding, collection.name)
     name = f"queries.{split}"
     return model.encode_rows(texts, rows, "query", block, store, name, inputs, **own).read()
+
+
+def _encoded(model: Inference, side: str) -> dict[str, int | None]:
+    """The settings of a side's embeddings that are not those of the model folder."""
+    given = model.overrides
+    dim = {"dim": given["dim"]} if "dim" in given else {}
+    return {"length": given.get(f"{side}_length"), **dim}
 
 
 class Stages:
@@ -160,7 +166,7 @@ class Stages:
 
         def search() -> tuple[Run, Facts] | None:
             times = [time.monotonic()]
-            model = self.models.open(folder, "retriever", reading.lengths)
+            model = self.models.open(folder, "retriever", self.systems.overrides)
             product = (model, model_inputs, self.systems, self.collection, self.store)
             passages, segments = encode_corpus(*product)
             times.append(time.monotonic())
@@ -177,6 +183,7 @@ class Stages:
             names = ("encode_s", "encode_query_s", "index_s", "search_query_s")
             facts: Facts = dict(zip(names, np.diff(times).tolist(), strict=True))
             facts |= {"device": str(model.device), "precision": model.precision}
+            facts["dim"] = passages.dim
             if index.approximate:
                 facts["recall_against_exact"] = measured_recall(rows, queries, passages, segments)
                 log.info("recall against exact search: %.4f", facts["recall_against_exact"])
@@ -185,7 +192,7 @@ class Stages:
         inputs = {
             **model_inputs,
             **instruction_for(read_encoding(folder)[0], self.collection.name),
-            **reading.lengths,
+            **self.systems.overrides,
             **reading.segments,
             "collection": self.collection.digest,
             "block": self.systems.block,
