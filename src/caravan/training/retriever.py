@@ -113,14 +113,14 @@ class Retriever(Stage):
                 first = sum(counts[: parallel.rank()])
             targets = (first + torch.arange(len(queries), device=queries.device)) * group
             columns = keys.expand(len(queries), -1)  # [Q, N]
-            if batch.in_batch is not None:
-                group_of = torch.arange(len(keys), device=keys.device) // group
-                others = group_of != targets.unsqueeze(1) // group
-                scores = scores.masked_fill(others & ~batch.in_batch.unsqueeze(1), -torch.inf)
         else:
             targets = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
             columns = batch.passage_keys  # [Q, G]
         masked = no_negative(columns, batch.excluded_keys, targets)
+        if self.in_batch and batch.in_batch is not None:
+            group_of = torch.arange(columns.shape[1], device=targets.device) // group
+            others = group_of != targets.unsqueeze(1) // group  # [Q, N]
+            masked |= others & ~batch.in_batch.unsqueeze(1)
 
         def similarities(dim: int) -> Tensor:
             one, other = (cut(all_, dim, self.encoding.normalize) for all_ in (queries, passages))
