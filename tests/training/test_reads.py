@@ -98,7 +98,7 @@ def test_a_training_writes_instructions_and_validates_what_it_does_not_train_on(
     best = train(home, tmp_path / "run", *more)
     encoding, facts = read_encoding(tmp_path / "run" / "model")
     assert encoding.instructions == {"one": "salt", "two": "camel", "three": "camel"}
-    assert facts["validation"]["collection"] == "one, two, three"
+    assert facts["validation"]["collection"] == "mean of one, two, three"
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert found["best"] == best
     scores = found["read"][0]["scores"]

@@ -79,9 +79,10 @@ class Reads:
 
 def validated(validations: Sequence[Validation]) -> dict[str, Any]:
     """Facts of the validation for the model card; numbers are sums over the collections."""
+    names = ", ".join(one.collection.name for one in validations)
     searched = [len(one.passages) for one in validations if one.candidates is None]
     return {
-        "collection": ", ".join(one.collection.name for one in validations),
+        "collection": names if len(validations) == 1 else f"mean of {names}",
         "split": ", ".join(dict.fromkeys(one.split for one in validations)),
         "queries": sum(len(one.qrels.queries) for one in validations),
         "passages": sum(searched) if searched else None,
