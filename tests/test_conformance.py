@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.export.folders import JOINED, PAIR, TOKEN, make
+from tests.export.folders import JOINED, PAIR, PLAIN, TOKEN, make
 from tests.refusals import refused
 
 from caravan import conformance
@@ -51,6 +51,8 @@ class Stub:
     def _ids(self, text: str) -> list[int]:
         start, *ids = self.tokenizer(self.mistakes.get("prompt", "") + text)["input_ids"]
         end = [self.tokenizer.eos_token_id] * self.mistakes.get("ends", 1)
+        if not self.encoding.append_eos:  # BERT's [SEP]
+            end = [ids.pop()]
         room = self.mistakes.get("length", self.encoding.passage_length) - 1 - len(end)
         if self.mistakes.get("cut") == "end":
             return [start, *ids, *end][: room + 1 + len(end)]
@@ -198,6 +200,17 @@ def test_other_weights_are_not_explained(
             weight.normal_(std=0.3)
     findings = check(retriever, Server(f"{serve(other)}/v1/embeddings"))
     assert not any(finding.explained for finding in findings)
+
+
+def test_a_model_with_learned_positions_is_checked_too(
+    tmp_path: Path, serve: Callable[[Stub], str]
+) -> None:
+    plain = {**PLAIN, "pooling": "mean", "query_length": 80, "passage_length": 80}
+    path = make(tmp_path / "model", on="encoder", **plain)
+    stub = Stub(path)
+    stub.mistakes = {"pooling": "cls"}
+    for finding in check(path, Server(f"{serve(stub)}/v1/embeddings")):
+        assert list(finding.causes) == ["pooling"]
 
 
 LONG = {"query_length": 40, "passage_length": 80}

@@ -28,7 +28,7 @@ import numpy as np
 from caravan.encoding import read_encoding
 from caravan.errors import InputError, answering, first_line, printable, reading
 from caravan.export import verify
-from caravan.export.mistakes import Causes, Embeddings, Scores, Text
+from caravan.export.mistakes import Causes, Embeddings, Scores, Text, fits
 from caravan.retrieval.inference import Inference
 
 TIMEOUT_S = 300
@@ -197,7 +197,7 @@ def _explained(
     best: tuple[float, Causes] = (np.inf, {})
     own, seen = np.inf, []
     for mistake, read in side.readings(texts, plain):
-        if read in seen:
+        if read in seen or not fits(side.model, read):
             continue
         seen.append(read)
         for more, values in side.values(read):

@@ -218,6 +218,10 @@ def stage_suits_the_encoding(config: Config) -> None:
         text = "LLaRA adaptation needs causal attention; set it to false here, and to true"
         text += " when a retriever is fine-tuned from the adapted model"
         config.add("backbone.bidirectional", text)
+    for side in ("query", "passage"):
+        if r"\n" in str(config.get(f"encoding.{side}_template")):
+            text = "it has \\n as two characters; give line breaks, in bash as $'\"...\\n...\"'"
+            config.add(f"encoding.{side}_template", text)
     if config.is_a("backbone", FromFolder):
         model_folder(config, "backbone.folder", setting="backbone.trust_remote_code")
 

@@ -19,7 +19,9 @@ from torch import Tensor
 from caravan.data.pairs import PairTemplates
 from caravan.data.tokenization import Template, plain_ids
 from caravan.export import verify
+from caravan.models.bidirectional import unwrapped
 from caravan.models.pooling import Cls, Last, Mean, pooled_states, pooling_of
+from caravan.models.positions import positions
 from caravan.retrieval.inference import Inference
 
 LONG = 2048
@@ -195,6 +197,13 @@ class Scores:
         if self.templates.typed:
             types = (torch.arange(ids.shape[1], device=ids.device) >= text.second).long()[None]
         return float(self.model.model(ids, torch.ones_like(ids), True, types))
+
+
+def fits(model: Inference, texts: Sequence[Text]) -> bool:
+    """Whether the model has positions for all texts as read; no server can read longer ones."""
+    loaded: Any = model.model
+    limit = positions(unwrapped(loaded.transformer).base_model)
+    return limit is None or max(len(text.ids) for text in texts) <= limit
 
 
 def _given(length: int) -> list[tuple[str, str]]:
