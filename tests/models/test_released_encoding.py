@@ -19,7 +19,7 @@ from tests.models.small import model_of
 from tests.refusals import refused
 
 from caravan.cli.compose import compose
-from caravan.cli.train import train
+from caravan.cli.train import completed, train
 from caravan.encoding import Encoding, read_encoding
 from caravan.export.prompts import framed
 from caravan.export.sentence_transformers import export
@@ -116,6 +116,11 @@ def test_an_adopted_bi_encoder_scores_as_sentence_transformers_does(
     assert encoding.query_length == encoding.passage_length == LONGEST
     assert not encoding.append_eos
     if kind == "qwen3":
+        given = ["backbone=hf", f"backbone.name={tmp_path / 'released'}"]
+        cfg, _ = completed(
+            compose(ROOT / "conf", "train", [*given, "encoding.query_template='{text}'"])
+        )
+        assert cfg.encoding.instruction == ""
         assert encoding.query_template == "Instruct: {instruction}\nQuery:{text}"
         assert encoding.instruction in INSTRUCT
 

@@ -225,32 +225,38 @@ class Stage(pl.LightningModule, ABC):
         return self.gradcache(self.model.of, chunks, loss, share=1 / accumulated)
 
     def compute_loss(
-        self, scores: Tensor, targets: Tensor, teacher: Tensor | None, counts: list[int]
+        self,
+        scores: Sequence[Tensor],
+        targets: Tensor,
+        teacher: Tensor | None,
+        counts: list[int],
     ) -> Tensor:
         """Compute and log the loss, weighted by this rank's share of the queries.
 
         Args:
-            scores, teacher: [Q, N] float32. targets: [Q] int64. counts: queries of each rank.
+            scores: [Q, N] float32 each; the loss is summed over them, and the last ones are logged.
+            targets: [Q] int64. teacher: [Q, N] float32. counts: queries of each rank.
         """
         assert self.loss is not None
         # In bf16, logits at temperature 0.01 would be rounded to steps of 0.4.
         with torch.autocast(self.device.type, enabled=False):
-            loss = losses.compute(self.loss, scores, targets, teacher)
+            each = [losses.compute(self.loss, one, targets, teacher) for one in scores]
+            loss = torch.stack(each).sum()
         # With this weight, the average over ranks is the mean over the union batch.
         weight = parallel.weight(counts)
         loss = loss * weight
-        values = {"loss": loss}
-        if scores.shape[1] > 1:
-            hits = (scores.argmax(dim=1) == targets).float().mean()
-            negatives = scores.isfinite().sum(dim=1).float() - 1  # [Q]
-            masked = losses.false_negatives(self.loss, scores, targets)
+        values, last = {"loss": loss}, scores[-1]
+        if last.shape[1] > 1:
+            hits = (last.argmax(dim=1) == targets).float().mean()
+            negatives = last.isfinite().sum(dim=1).float() - 1  # [Q]
+            masked = losses.false_negatives(self.loss, last, targets)
             if masked is not None:
-                each = masked.sum(dim=1).float()
-                share = (each / negatives.clamp(min=1)).mean()
+                number = masked.sum(dim=1).float()
+                share = (number / negatives.clamp(min=1)).mean()
                 values["masked"] = share * weight
-                negatives = negatives - each
+                negatives = negatives - number
             values |= {"accuracy": hits * weight, "negatives": negatives.mean() * weight}
-        self.log_over_ranks(values, len(scores))
+        self.log_over_ranks(values, len(last))
         return loss
 
     def log_over_ranks(self, values: dict[str, Tensor], texts: int) -> None:
