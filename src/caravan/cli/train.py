@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from caravan.cli.check import Config, Rule, is_class, measures_are_computed, model_folder
 from caravan.cli.schema import build, recorded
 from caravan.cli.signatures import did_you_mean, locate
+from caravan.data.mixture import Mixture
 from caravan.data.negatives import Negatives, Sampler
 from caravan.data.segments import Reading
 from caravan.distributed import is_main_process
@@ -165,9 +166,15 @@ def _log_encoding(cfg: DictConfig, given: Any) -> None:
 
 def source_facts(source: Any) -> dict[str, Any]:
     """The dataset's id on the hub and its language, if the data source knows them."""
-    named = {"datasets": getattr(source, "hub_id", None)}
-    named["language"] = getattr(source, "language", None)
-    return {name: [value] for name, value in named.items() if value is not None}
+    sources = [source]
+    if isinstance(source, Mixture):
+        sources = [entry.source for entry in source.entries.values()]
+    names = {"datasets": "hub_id", "language": "language"}
+    found = {
+        fact: list(dict.fromkeys(filter(None, (getattr(one, name, None) for one in sources))))
+        for fact, name in names.items()
+    }
+    return {fact: values for fact, values in found.items() if values}
 
 
 def recipe(cfg: DictConfig) -> dict[str, Any]:
@@ -223,16 +230,47 @@ def reranker_has_candidates(config: Config) -> None:
     """A reranker is validated on a run, and trained on negatives."""
     if not config.is_a("stage", Reranker) or config.get("trainer.max_steps") == 0:
         return
-    if config.get("validation.run") is None:
+    entries = _entries(config)
+    given = [entry.get("validation_run") for entry in entries.values()]
+    if config.get("validation.run") is None and (not given or None in given):
         text = "the validation of a reranker needs the candidates of the dev queries; give a run"
         config.add("validation.run", f"{text} (evaluate.py data.split=dev)", "folder")
     if config.get("validation.train_queries") is not None:
         text = "a reranker has candidates for the dev queries only; leave it null, and rerank a run"
         text += " of the training queries with evaluate.py"
         config.add("validation.train_queries", text)
-    if config.get("sampler.number") == 0 and not _likelihoods(config):
-        text = "a reranker compares a positive with its negatives; set it to 1 or more"
-        config.add("sampler.number", text)
+    numbers = {"sampler.number": config.get("sampler.number")}
+    for name, entry in entries.items():
+        numbers[f"data.entries.{name}.number"] = entry.get("number")
+    for key, number in numbers.items():
+        if number == 0 and not _likelihoods(config):
+            text = "a reranker compares a positive with its negatives; set it to 1 or more"
+            config.add(key, text)
+
+
+def mixture_can_be_trained(config: Config) -> None:
+    """A mixture has collections, and each query something to be compared with."""
+    if not config.is_a("data", Mixture):
+        return
+    entries, stage = _entries(config), config.get("stage") or {}
+    if not entries and config.get("data.entries") is not None:
+        text = "there is no collection; add them as"
+        config.add("data.entries", f"{text} +data@data.entries.<name>.source=<option>", "missing")
+    for name, entry in entries.items():
+        key, number = f"data.entries.{name}", entry.get("number")
+        number = config.get("sampler.number") if number is None else number
+        if entry.get("in_batch") is True and stage.get("in_batch") is False:
+            config.add(f"{key}.in_batch", "stage.in_batch is false; set that to true")
+        if entry.get("in_batch") is False and number == 0:
+            text = "without negatives of the batch a query needs its own; set number to 1 or more"
+            config.add(f"{key}.in_batch", text)
+
+
+def _entries(config: Config) -> dict[str, dict[str, Any]]:
+    """The entries of a mixture; none of another data source."""
+    found = config.get("data.entries") if config.is_a("data", Mixture) else None
+    entries = found if isinstance(found, dict) else {}
+    return {name: entry for name, entry in entries.items() if isinstance(entry, dict)}
 
 
 def loss_has_its_scores(config: Config) -> None:
@@ -330,9 +368,10 @@ def callbacks_suit_the_run(config: Config) -> None:
     """Monitored values are logged, and the best checkpoints do not overwrite one another."""
     nodes = list(config.nodes("callbacks"))
     measures = [name for _, _, node in nodes for name in node.get("measures") or ()]
-    logged = [f"val/{name}" for name in measures]
     if config.is_a("stage", Reranker):
-        logged += [f"val/first_stage/{name}" for name in measures]
+        measures += [f"first_stage/{name}" for name in measures]
+    logged = [f"val/{name}" for name in measures]
+    logged += [f"val/{entry}/{name}" for entry in _entries(config) for name in measures]
     for key, target, node in nodes:
         watched = str(config.get(f"{key}.monitor"))
         monitors = is_class(target, EarlyStopping, ModelCheckpoint) and logged
@@ -350,6 +389,7 @@ RULES: list[Rule] = [
     measures_are_computed,
     stage_suits_the_encoding,
     reranker_has_candidates,
+    mixture_can_be_trained,
     loss_has_its_scores,
     parts_work_together,
     trainer_suits_the_run,

@@ -28,9 +28,9 @@ from caravan.distributed import is_main_process, wait_until
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.retrieval.bm25 import index_inputs, open_index
-from caravan.retrieval.index import measured_recall
 from caravan.retrieval.inference import Inference, Models, instruction_for
 from caravan.retrieval.rerank import Reranker
+from caravan.retrieval.segments import measured_recall
 from caravan.retrieval.store import Embeddings, Store
 from caravan.retrieval.systems import Systems
 
@@ -78,8 +78,8 @@ def encode_corpus(
     inputs |= {"collection": collection.digest, "block": block}
     name = "segments" if reading.segments else "passages"
     own = instruction_for(model.encoding, collection.name)
-    where: Any = (block, store, name, inputs)
-    rows = model.encode_rows(read.texts, read.rows, "passage", *where, **own)
+    texts = (read.texts, read.rows, "passage", block, store, name, inputs)
+    rows = model.encode_rows(*texts, own.get("instruction"))
     return rows, read.counts
 
 
@@ -176,6 +176,9 @@ class Stages:
                 return None
             index = self.systems.make_index(segments)
             index.build(passages)
+            size = index.bytes_per_vector
+            if size is not None:
+                log.info(f"index of {passages.rows:,} vectors, {size:,} bytes each")
             times.append(time.monotonic())
             depth = min(self._depth, len(self.collection.corpus))
             scores, rows = index.search(queries, depth)
@@ -183,7 +186,7 @@ class Stages:
             names = ("encode_s", "encode_query_s", "index_s", "search_query_s")
             facts: Facts = dict(zip(names, np.diff(times).tolist(), strict=True))
             facts |= {"device": str(model.device), "precision": model.precision}
-            facts["dim"] = passages.dim
+            facts |= {"dim": passages.dim, "bytes_per_vector": size}
             if index.approximate:
                 facts["recall_against_exact"] = measured_recall(rows, queries, passages, segments)
                 log.info("recall against exact search: %.4f", facts["recall_against_exact"])

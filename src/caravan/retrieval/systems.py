@@ -12,9 +12,10 @@ import numpy as np
 from caravan import manifests
 from caravan.data.segments import Reading
 from caravan.encoding import FILE, read_encoding
-from caravan.retrieval.index import BestSegments, Index
+from caravan.retrieval.index import Index
 from caravan.retrieval.inference import Models, instruction_for
 from caravan.retrieval.rerank import Reranking
+from caravan.retrieval.segments import BestSegments
 
 
 @dataclass(frozen=True)
