@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```([\w{}-]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SETTING = r"(?:-\S+ |['\"~+]*[\w./@]+=).*|--.*"
+ANSI_C = re.compile(r"\$'([^']*)'")
+"""Bash's quotes for text with line breaks, which shlex does not know."""
 PROGRAM = re.compile(rf"(?:^|\s)(?:-m caravan\.)?(train|evaluate|search)(?:\.py)? ({SETTING})$")
 
 
@@ -49,6 +51,7 @@ def command(line: str) -> tuple[str, list[str]] | None:
     if line.lstrip().startswith(("$ ", "#", "for ")) or (match := PROGRAM.search(line)) is None:
         return None
     typed = re.sub(r"<[^>]+>", "given", re.sub(r" --ask .*| --json.*| < .*", "", match[2]))
+    typed = ANSI_C.sub(lambda found: shlex.quote(found[1].replace("\\n", "\n")), typed)
     arguments = shlex.split(typed, comments=True)
     return match[1], arguments + ["..."] * line.startswith(("train.py", "evaluate.py"))
 

@@ -88,6 +88,12 @@ def test_a_retriever_and_a_reranker_have_the_metrics_of_evaluate(
     wanted = evaluate(beir, tmp_path / "run", folders["retriever"], *FLOAT)["overall"]
     assert metrics_of(model, task) == pytest.approx(wanted, abs=1e-5)
     assert 0 < wanted["nDCG@10"] < 1
+    short = load(folders["retriever"], precision="float32", dim=8)
+    names = [one.mteb_model_meta.name for one in (model, short)]
+    assert (short.mteb_model_meta.embed_dim, names[1]) == (8, f"{names[0]}-8d")
+    other = evaluate(beir, tmp_path / "short", folders["retriever"], "dim=8", *FLOAT)["overall"]
+    assert metrics_of(short, task) == pytest.approx(other, abs=1e-5)
+    assert other != wanted
     settings = (f"reranker={folders['reranker']}", "rerank.depth=20", "index.k=20", *FLOAT)
     wanted = evaluate(beir, tmp_path / "reranked", "bm25", *settings)["overall"]
     first = tmp_path / "reranked" / "runs" / "bm25.test.trec"

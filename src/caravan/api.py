@@ -144,6 +144,7 @@ def load(
     precision: str = "auto",
     token_budget: int | None = None,
     trust_remote_code: bool = False,
+    dim: int | None = None,
 ) -> Retriever | Reranker:
     """Load a model folder.
 
@@ -153,10 +154,11 @@ def load(
             float32 to compare with other libraries.
         token_budget: padded tokens that are computed at a time; None chooses by device.
         trust_remote_code: run remote code of the model; review it first.
+        dim: of a retriever: keep the first dimensions of an embedding; None is as in training.
 
     Raises:
-        InputError: If the folder is not a model folder, a file is missing or damaged, or the model
-            needs remote code and `trust_remote_code` is false.
+        InputError: If the folder is not a model folder, a file is missing or damaged, the model
+            needs remote code and `trust_remote_code` is false, or it has fewer dimensions.
     """
     retrieves = read_encoding(Path(folder))[0].kind == "retriever"
     model = (Retriever if retrieves else Reranker)(
@@ -164,6 +166,7 @@ def load(
         precision=precision,
         token_budget=token_budget,
         trust_remote_code=trust_remote_code,
+        overrides={"dim": dim},
     )
     model.load()
     return model
@@ -200,7 +203,7 @@ def _check_k(k: int) -> None:
         )
 
 
-def _check_pairs(queries: Sequence[str], passages: Sequence[Text]) -> None:
+def _check_pairs(queries: Sequence[Text], passages: Sequence[Text]) -> None:
     if len(_listed(queries)) != len(_listed(passages)):
         raise InputError(
             "uneven-pairs",

@@ -37,6 +37,11 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def world_size() -> int:
     """The number of processes started together by torchrun or srun; 1 for one alone."""
     return max(_number("WORLD_SIZE") or _number("SLURM_STEP_NUM_TASKS") or 1, 1)

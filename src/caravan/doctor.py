@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from caravan import manifests
+from caravan import distributed, manifests
 
 LIBRARIES = (
     *("torch", "pytorch-lightning", "transformers", "tokenizers", "peft", "bitsandbytes"),
@@ -61,13 +61,13 @@ def processors() -> Iterator[str]:
 
     from caravan.models import hardware
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = distributed.cores()
     threads = torch.get_num_threads()
     if not torch.cuda.is_available():
         precision = hardware.resolve("auto")
         slow = "" if precision == "bf16" else " (no AVX512-BF16 or AMX: two to four times slower)"
         yield f"precision {precision} on {cores} cores{slow}"
-    if cores is not None and threads < cores:
+    if threads < cores:
         yield (
             f"! {threads} of {cores} cores are used; unset OMP_NUM_THREADS if this process may"
             " have all"

@@ -23,7 +23,7 @@ FILE = "caravan.json"
 FORMAT = 1
 CHAT = ("prefix", "suffix", "instruction", "instructions", "positive", "negative")
 """Settings of instructions and chat templates, which most models do without."""
-LATER = {"bidirectional", "scoring", "slots", *CHAT}
+LATER = {"bidirectional", "scoring", "slots", "dim", *CHAT}
 """Settings that older folders lack; their models were trained with today's defaults."""
 CHOICES = {
     "kind": ("retriever", "reranker"),
@@ -55,6 +55,8 @@ class Encoding:
             first token), for retrievers also "mean" of the real tokens or of the "slots"; or the
             dotted path of your own `caravan.models.pooling.Pooling`.
         normalize: scale embeddings to unit length.
+        dim: an embedding is the first `dim` dimensions of the state, cut before it is normalized; 0
+            is all of them.
         query_length, passage_length: tokens, including prompts and special tokens. A reranker's
             input has their sum as its limit, and the passage is truncated.
         pair: how a reranker reads two texts: "joined" by a space into one (RankLLaMA), or as the
@@ -82,6 +84,7 @@ class Encoding:
     append_eos: bool = True
     pooling: str = "last"
     normalize: bool = True
+    dim: int = 0
     query_length: int = 32
     passage_length: int = 196
     pair: str = "joined"
@@ -141,8 +144,9 @@ class Encoding:
         return self if own is None else replace(self, instruction=own)
 
     def settings(self) -> dict[str, Any]:
-        """All settings, without those of instructions and templates that the model lacks."""
-        return {name: value for name, value in asdict(self).items() if value or name not in CHAT}
+        """All settings, without `dim`, instructions and templates if the model lacks them."""
+        unset = ("dim", *CHAT)
+        return {name: value for name, value in asdict(self).items() if value or name not in unset}
 
     def _checks(self) -> Iterator[tuple[bool, str, str]]:
         """(whether it is wrong, setting, what it must be) of every constraint."""
@@ -155,7 +159,9 @@ class Encoding:
         dotted = "." in self.pooling and self.pooling.replace(".", "").isidentifier()
         text = f"it must be one of {', '.join(POOLINGS)}, or the path of a class"
         yield self.has_custom_pooling and not dotted, "pooling", text
+        yield self.dim < 0, "dim", "it must be 0 (all dimensions) or more"
         if self.kind == "reranker":
+            yield self.dim > 0, "dim", "only a retriever has embeddings; set it to 0"
             text = "it must be last (a decoder) or cls (an encoder, stage=reranker_encoder)"
             yield self.pooling in ("mean", "slots"), "pooling", text
         yield from self._chat_checks()
@@ -333,6 +339,6 @@ def adoption(name: str, stage: str = "") -> str:
         return ""
     return (
         f"; to adopt a model of the hub run: python train.py{stage} backbone=hf"
-        f" backbone.name={name} trainer.max_steps=0 name={parts[1]} (with its prompts and pooling"
-        f" as encoding.*), then set runs/{parts[1]}/model"
+        f" backbone.name={name} trainer.max_steps=0 name={parts[1]} (with prompts and pooling as"
+        f" encoding.*, unless its files have them), then set runs/{parts[1]}/model"
     )

@@ -50,6 +50,7 @@ def refuse_unreachable(
         ) from None
 
 
+@cache
 def is_available(name: str, revision: str | None = None) -> bool:
     """Whether a model is a local folder, is cached, or is on a Hub that answers."""
     from huggingface_hub import HfApi, try_to_load_from_cache

@@ -50,7 +50,8 @@ class _Wrapped:
         folder: a model folder; MTEB calls it the model's name.
         revision: ignored; results are filed under the digest of the folder.
         device: None, or the type of the device that folders are loaded on.
-        precision, token_budget, trust_remote_code: see `caravan.load`.
+        precision, token_budget, trust_remote_code, dim: see `caravan.load`. MTEB files results with
+            another `dim` under another name.
     """
 
     def __init__(
@@ -61,8 +62,9 @@ class _Wrapped:
         precision: str = "auto",
         token_budget: int | None = None,
         trust_remote_code: bool = False,
+        dim: int | None = None,
     ) -> None:
-        self.model: Any = api.load(folder, precision, token_budget, trust_remote_code)
+        self.model: Any = api.load(folder, precision, token_budget, trust_remote_code, dim)
         if device is not None and torch.device(device).type != self.model.device.type:
             raise InputError(
                 "wrong-device",
@@ -109,6 +111,8 @@ class _Wrapped:
         longest = (encoding.query_length, encoding.passage_length)
         plain = {"{text}", "{title} {text}"}
         name = re.sub(r"[^\w.-]+", "-", str(facts.get("name") or self.model.folder.name))
+        if "dim" in self.model.overrides:
+            name += f"-{self.model.overrides['dim']}d"
         similarity = (ScoringFunction.DOT_PRODUCT, ScoringFunction.COSINE)[encoding.normalize]
         base = facts.get("base_model")
         if facts["weights"] == "adapter":
@@ -192,11 +196,12 @@ def load(
     precision: str = "auto",
     token_budget: int | None = None,
     trust_remote_code: bool = False,
+    dim: int | None = None,
 ) -> Encoder | CrossEncoder:
     """A model folder for `mteb.evaluate`; arguments and errors are those of `caravan.load`."""
     encoding = read_encoding(Path(folder))[0]
     wrapped = Encoder if encoding.kind == "retriever" else CrossEncoder
-    return wrapped(folder, None, None, precision, token_budget, trust_remote_code)
+    return wrapped(folder, None, None, precision, token_budget, trust_remote_code, dim)
 
 
 def _passages(inputs: Batches) -> list[api.Text]:

@@ -46,7 +46,8 @@ import sys
 import types
 
 # The rules of training import Lightning; none of them is about the small configs.
-sys.modules["caravan.cli.train"] = types.SimpleNamespace(RULES=[], completed=lambda cfg: cfg)
+train = types.SimpleNamespace(RULES=[], completed=lambda cfg: (cfg, {}))
+sys.modules["caravan.cli.train"] = train
 
 from caravan.cli.main import entry
 from caravan.errors import InputError, OccupiedError

@@ -178,6 +178,7 @@ TOGETHER = (
         "loss._partail_=true": "did you mean loss._partial_?",
         "peft._target_=parts.Prt": "peft._target_ (command line): there is no class",
         "data=beir": "data.path (conf/data/beir.yaml:2): it is not set (???); give data.path=",
+        "encoding.query_template='q:\\n{text}'": "encoding.query_template (command line): it has",
         "encoding.poling=cls": "encoding has no setting 'poling'; did you mean encoding.pooling?",
         "batching.token_budget=0": "greater than 0, not 0",
         "validation.readings=[{segment:best},{query_length:2}]": "validation.readings[1].query_l",

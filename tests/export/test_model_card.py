@@ -243,3 +243,15 @@ def test_dataset_and_language_of_the_training_are_listed(tmp_path: Path) -> None
     write(path)
     assert metadata(path).datasets == ["wikimedia/wikipedia"]
     assert metadata(path).language == ["en"]
+
+
+def test_the_card_serves_the_model_and_checks_the_server(tmp_path: Path) -> None:
+    served = write(make(tmp_path / "retriever")).read_text()
+    assert "vllm serve exported --runner pooling --dtype float32 --max-model-len 44\n" in served
+    assert "conformance path/to/this/folder http://localhost:8000/v1/embeddings\n" in served
+    token = write(make(tmp_path / "token", **TOKEN)).read_text()
+    assert "transformers --classifier path/to/this/folder exported\n" in token
+    assert "conformance path/to/this/folder http://localhost:8000/score\n" in token
+    # A server has one tokenizer for both sides, and adds no EOS to a pair.
+    for name, settings in (("slots", SLOTS), ("joined", JOINED)):
+        assert "vllm" not in write(make(tmp_path / name, **settings)).read_text()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.export import folders
 from tests.export.folders import (
     JOINED,
@@ -22,6 +24,7 @@ from tests.export.folders import (
     TEXTS,
     TITLED,
     TOKEN,
+    assert_card_computes,
     assert_close,
     make,
     run_card,
@@ -42,7 +45,7 @@ slow = pytest.mark.slow
     [
         pytest.param({}, id="decoder", marks=slow),
         pytest.param({"append_eos": False, "pooling": "mean", "normalize": False}, id="dot"),
-        pytest.param({"lora": True}, id="adapter"),
+        pytest.param({"lora": True, "dim": 8}, id="adapter, shorter"),
         pytest.param({**PLAIN, "append_eos": True}, id="without prompts", marks=slow),
         pytest.param(LLARA, id="LLaRA", marks=slow),
         pytest.param({"lora": True, **SLOTS}, id="slots of an adapter"),
@@ -60,6 +63,22 @@ def test_embeddings_of_queries_and_passages_are_the_model_folders(
     assert_close(model.encode_query(TEXTS, batch_size=4), queries)
     given = [f"{title} {text}" if title else text for title, text in TITLED]
     assert_close(model.encode_document(given, batch_size=4), passages)
+
+
+@pytest.mark.parametrize("exporter", ["sentence_transformers", "transformers"])
+def test_an_export_can_have_shorter_embeddings(exporter: str, tmp_path: Path) -> None:
+    path, out = make(tmp_path / "model"), tmp_path / "out"
+    importlib.import_module(f"caravan.export.{exporter}").export(path, out, dim=8)
+    _, whole = folders.embeddings(path)
+    expected = torch.nn.functional.normalize(whole[:, :8], dim=-1)[: len(TEXTS)]
+    if exporter == "transformers":
+        assert_card_computes(out, out)
+        assert_close(folders.embeddings(out)[1][: len(TEXTS)], expected)
+    else:
+        model = run_card(out)["model"]
+        assert_close(model.encode_document(TEXTS), expected)
+        assert model.get_embedding_dimension() == 8
+    assert "| dim | `8` |" in (out / "README.md").read_text()
 
 
 def test_a_text_without_a_task_is_a_passage_or_refused(tmp_path: Path) -> None:

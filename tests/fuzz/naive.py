@@ -261,7 +261,7 @@ def tevatron(path: Path, corpus: Path | None = None) -> Read:
         sides = [row.get(f"positive_{ends}"), row.get(f"negative_{ends}", [])]
         sides[1] = [] if sides[1] is None else sides[1]
         need(all(isinstance(side, list) for side in sides), "no list")
-        found.append((name, query, *(list(map(passage, side)) for side in sides)))
+        found.append((name, "", query, *(list(map(passage, side)) for side in sides)))
     return _trained(found, None if corpus is None else jsonl(corpus, "docid"))
 
 
@@ -277,19 +277,20 @@ def flagembedding(path: Path) -> Read:
             need(isinstance(scores, list) and len(scores) == len(texts), "not as many scores")
             pairs = zip(map(as_text, texts), map(_score, scores), strict=True)
             sides.append([Passage(_hashed(text), "", text, score) for text, score in pairs])
-        query = as_text(row.get("query"))
-        found.append((_hashed(query), query, *sides))
+        query, prompt = as_text(row.get("query")), as_text(row.get("prompt") or "")
+        name = _hashed(f"{prompt}\n{query}" if prompt else query)
+        found.append((name, prompt, query, *sides))
     return _trained(found, None)
 
 
 def _trained(found: list[Any], corpus: list[Record] | None) -> Read:
-    """What rows of (query id, query, positives, negatives) are as a collection."""
+    """What rows of (query id, prompt, query, positives, negatives) are as a collection."""
     need(found, "no row")
     texts: dict[str, Record] = {}
     queries: dict[str, Record] = {}
     judged, negatives, teacher = [], [], []
-    for name, query, *sides in found:
-        need(queries.setdefault(name, (name, "", query))[2] == query, "two texts of a query")
+    for name, prompt, query, *sides in found:
+        need(queries.setdefault(name, (name, prompt, query))[2] == query, "two texts of a query")
         for one in sides[0] + sides[1]:
             record = (one.id, one.title, one.text)
             need(texts.setdefault(one.id, record) == record, "two texts of a passage")

@@ -16,7 +16,7 @@ from tests.fuzz.mutations import put as put_mutant
 from caravan.data.collection import Collection
 from caravan.data.readers.labelled import Beir, Tsv
 from caravan.data.readers.msmarco import MsMarcoDocument, MsMarcoPassage
-from caravan.data.readers.training_rows import FlagEmbedding, Tevatron
+from caravan.data.readers.training_rows import TrainingRows
 
 TREC_COLUMNS = ("qid", "Q0", "pid", "rank", "score", "tag")
 
@@ -159,7 +159,7 @@ LAYOUTS = {
                 )
             )
         },
-        lambda to: Tevatron(str(to / "rows.jsonl")),
+        lambda to: TrainingRows(str(to / "rows.jsonl")),
         lambda to: naive.tevatron(to / "rows.jsonl"),
     ),
     "tevatron beside a corpus": Layout(
@@ -172,17 +172,22 @@ LAYOUTS = {
             ),
             "corpus.jsonl": _jsonl({"docid": i, "title": t, "text": x} for i, t, x in PASSAGES),
         },
-        lambda to: Tevatron(str(to / "rows.jsonl"), corpus=str(to / "corpus.jsonl")),
+        lambda to: TrainingRows(str(to / "rows.jsonl"), corpus=str(to / "corpus.jsonl")),
         lambda to: naive.tevatron(to / "rows.jsonl", to / "corpus.jsonl"),
     ),
     "flagembedding": Layout(
         {
             "rows.jsonl": _jsonl(
-                {**row, "pos_scores": [0.5], "neg_scores": [0.25, None], "prompt": "x"}
+                {
+                    **{key: row[key] for key in row if key != "query_id"},
+                    "pos_scores": [0.5],
+                    "neg_scores": [0.25, None],
+                    "prompt": "x",
+                }
                 for row in _rows(lambda p: p[2], "pos", "neg", "query")
             )
         },
-        lambda to: FlagEmbedding(str(to / "rows.jsonl")),
+        lambda to: TrainingRows(str(to / "rows.jsonl")),
         lambda to: naive.flagembedding(to / "rows.jsonl"),
     ),
 }

@@ -60,7 +60,7 @@ RERANKER = (
         "stage=reranker",
         "backbone=from_folder",
         "backbone.folder=runs/adapt/model",
-        "loss=listwise",
+        "loss=infonce",
     ),
     *("sampler.runs=[runs/mined/runs/retriever.train.trec]", "sampler.number=3"),
     *("sampler.depth=20", "validation.run=runs/candidates/runs/bm25.dev.trec"),

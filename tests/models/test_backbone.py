@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from bitsandbytes.nn import Linear4bit
 from tests.models.small import TEXTS, close, model_of, padded, saved_base, shaken
 from tests.refusals import refused
 from tests.tiny import tiny_backbone
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from caravan.data.batch import pack
 from caravan.encoding import Encoding
@@ -171,6 +173,20 @@ def test_a_quantized_base_passes_gradients_after_a_validation(
     assert all(grad is not None and bool(grad.any()) for grad in grads.values())
 
 
+class _Operations(TorchDispatchMode):
+    """Counts the operations that are dispatched."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.counts[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
 def test_a_frozen_base_in_bf16_computes_what_it_computed_under_autocast(
     base: str, tokenizer: Any
 ) -> None:
@@ -184,14 +200,17 @@ def test_a_frozen_base_in_bf16_computes_what_it_computed_under_autocast(
     assert {layer.weight.dtype for layer in halved} == {torch.bfloat16}
     assert {p.dtype for p in models[1].parameters() if p.requires_grad} == {torch.float32}
     ids = torch.tensor([[5, 6, 7, 8]])
-    found, gradients = [], []
+    found, gradients, copies = [], [], []
     for model in models:
-        with torch.autocast("cpu", torch.bfloat16):
+        counted = Counter[str]()
+        with torch.autocast("cpu", torch.bfloat16), _Operations(counted):
             out = model(input_ids=ids).last_hidden_state
+        copies.append(counted["aten._to_copy.default"])
         out.square().sum().backward()
         found.append(out)
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert torch.equal(*found)
+    assert copies[1] < copies[0] - 14  # fewer than without the copies of the base's weights
     assert len(gradients[0]) == 28
     assert all(map(torch.equal, *gradients))
     unsaved = LORA.apply(tiny_backbone().model(tokenizer))  # it is saved with its base, merged

@@ -154,7 +154,7 @@ def test_later_stages_stay_bidirectional(base: Path, beir: Path, tmp_path: Path)
     given = ["backbone=hf", f"backbone.name={base}", "backbone.bidirectional=true"]
     first = _train(beir, tmp_path / "first", *given, *lora)
     run = tmp_path / "eval" / evaluate(beir, tmp_path / "eval", first)["run"]
-    reranks = ["stage=reranker", "loss=listwise", f"validation.run={run}", "data.dev_split=test"]
+    reranks = ["stage=reranker", "loss=infonce", f"validation.run={run}", "data.dev_split=test"]
     second = _train(beir, tmp_path / "second", *from_folder(first), *reranks, *lora)
     third = _train(beir, tmp_path / "third", *from_folder(second), *lora)
     for saved in (second, third):

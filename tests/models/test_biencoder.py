@@ -114,3 +114,18 @@ def test_a_users_pooling_is_used_and_its_folder_needs_the_command_to_trust_it(
 def test_a_path_that_leads_to_no_pooling_is_refused(path: str, code: str, custom: Encoding) -> None:
     with refused(code, f"encoding.pooling={path}"):
         BiEncoder(model_of("qwen3"), replace(custom, pooling=path))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_shorter_embeddings_are_the_first_dimensions_normalized_again(
+    encoder: BiEncoder, encoding: Encoding, normalize: bool
+) -> None:
+    whole = replace(encoding, normalize=normalize)
+    short = BiEncoder(encoder.backbone, replace(whole, dim=8))
+    texts = pack(TEXTS, 100)
+    with torch.no_grad():
+        expected = BiEncoder(encoder.backbone, whole).embed(texts)[:, :8]
+        expected = torch.nn.functional.normalize(expected, dim=-1) if normalize else expected
+        close(short.embed(texts), expected)
+    with refused("dim-too-large", "encoding.dim is 33", "32"):
+        BiEncoder(encoder.backbone, replace(encoding, dim=33))

@@ -167,6 +167,7 @@ def test_an_adapter_or_head_that_is_not_finite_is_refused(
         (lambda c: c.update(poling="last"), "invalid-encoding", "unknown 'poling'"),
         (lambda c: c.update(pooling="max"), "invalid-encoding", "encoding.pooling is 'max'"),
         (lambda c: c.update(query_length="32"), "invalid-encoding", "'query_length' is '32'"),
+        (lambda c: c.update(dim=-1), "invalid-encoding", "encoding.dim is -1"),
         (lambda c: c.update(append_eos=1), "invalid-encoding", "'append_eos' is 1"),
         (lambda c: c.update(format=99), "unknown-format", "caravan.json"),
         (lambda c: c.update(passage_template="{body}"), "invalid-encoding", "passage_template"),

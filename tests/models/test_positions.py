@@ -80,10 +80,10 @@ def test_lengths_of_an_evaluation_are_compared_before_weights_are_read(
     folder.save(tmp_path / "m", model, tokenizer, encoding, {})
     monkeypatch.setattr(folder, "load_weights", lambda *_, **__: pytest.fail("weights are read"))
     most = 64 if retrieves else 48
-    Inference(tmp_path / "m", lengths={"passage_length": most}).check_lengths()
+    Inference(tmp_path / "m", overrides={"passage_length": most}).check_settings()
     place = "passage_length is 65" if retrieves else "rerank.query_length + rerank.passage_length"
     with refused("too-long", place):
-        Inference(tmp_path / "m", lengths={"passage_length": most + 1}).check_lengths()
+        Inference(tmp_path / "m", overrides={"passage_length": most + 1}).check_settings()
     monkeypatch.undo()
     record = json.loads((tmp_path / "m" / "caravan.json").read_text())
     record["passage_length"] = most + 1

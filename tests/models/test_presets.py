@@ -121,7 +121,7 @@ def test_a_reranker_of_each_family_trains_saves_and_scores_as_plain_transformers
     run.write_text("".join(lines))
     encodes = preset in ENCODERS
     stage = "reranker_encoder" if encodes else "reranker"
-    reranks = [f"stage={stage}", "loss=listwise", f"validation.run={run}"]
+    reranks = [f"stage={stage}", "loss=infonce", f"validation.run={run}"]
     reranks += ["encoding.query_length=16", "encoding.passage_length=32"]
     saved = _train(preset, tokenizer, peft, beir, tmp_path, *reranks)
     model, own, encoding, _ = folder.load(saved, kind="reranker")

@@ -195,6 +195,13 @@ def test_a_sweep_has_its_table_plots_tests_queries_and_failed_jobs(
         for measure, text in zip(("MRR@10", "nDCG@10", "R@5"), scores, strict=True):
             assert text == f"{sum(evaluations.per_query(run, measure).values()) / 40:.4f}"
     assert "a sweep over" not in Parsed(page.write(folder / "k1-4")).text
+    for k1, size in (("0.1", 64), ("4", 16)):  # the larger vectors are what others are tested with
+        path = folder / f"k1-{k1}/metrics.json"
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({**record, "facts": {"bytes_per_vector": size}}))
+    page.write(folder)
+    tests = (folder / "report/significance.md").read_text().splitlines()[4:]
+    assert {line.split("|")[2].strip() for line in tests} == {"bm25.k1=4 → bm25.k1=0.1"}
     (folder / "multirun.yaml").touch()
     found = Parsed(page.write(tmp_path / "sweeps"))  # the jobs of a sweep below are evaluations
     assert "a sweep over" not in found.text

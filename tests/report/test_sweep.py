@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from tests.refusals import refused
 
 from caravan.report import jobs
@@ -94,3 +95,25 @@ def test_two_sweeps_are_not_one_table(mark: str, tmp_path: Path) -> None:
     assert collect(tmp_path).varied == ["sampler.number"]
     _job(tmp_path / "failed", ["seed=1"], None)
     assert [name for name, _ in collect(tmp_path).failed] == ["failed/seed=1"]
+
+
+def test_jobs_that_differ_in_bytes_are_plotted_over_them_on_a_logarithmic_axis(
+    tmp_path: Path,
+) -> None:
+    for index, size in (("exact", 2), ("int8", 1)):
+        for dim in ("8", "16", "null"):
+            bytes_ = size * (32 if dim == "null" else int(dim))
+            record = {**SCORED, "facts": {"bytes_per_vector": bytes_}}
+            _job(tmp_path, [f"dim={dim}", f"index={index}"], record)
+    found = collect(tmp_path)
+    assert (found.measures, found.scores) == (["MRR@10", "bytes/vector"], ["MRR@10"])
+    (plot,) = plots(found)
+    assert "over bytes/vector, a line for each index" in plot.caption
+    axes = Figure().add_subplot()
+    plot.draw(axes)
+    assert axes.get_xscale() == "log"
+    drawn = [bars[0].get_xdata() for bars in axes.containers]
+    assert [list(x) for x in drawn] == [[16, 32, 64], [8, 16, 32]]
+    for run in found.records:  # the same bytes in all jobs
+        (run / "metrics.json").write_text(json.dumps({**SCORED, "facts": {"bytes_per_vector": 8}}))
+    assert collect(tmp_path).measures == ["MRR@10"]

@@ -77,6 +77,21 @@ def test_scores_are_those_of_bm25s(
     assert run.counts[-2:].tolist() == [0, 0]
 
 
+def test_processes_find_what_one_finds(
+    tmp_path: Path, words: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lexical = BM25()
+    lexical.build(words.corpus, tmp_path / "index")
+    queries = [*WORDS, "", "salt camel", "zebra"] * 10
+    rows = np.arange(len(queries))
+    one = lexical.search(queries, rows, k=5)
+    monkeypatch.setattr(bm25, "LARGE", 0)
+    monkeypatch.setattr(bm25, "cores", lambda: 2)
+    two = lexical.search(queries, rows, k=5)
+    for name in ("query_rows", "offsets", "passage_rows", "scores"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+
+
 def test_the_same_corpus_gives_the_same_bytes(tmp_path: Path, words: Collection) -> None:
     for name in ("one", "two"):
         BM25().build(words.corpus, tmp_path / name)

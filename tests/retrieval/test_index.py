@@ -12,11 +12,10 @@ from tests.refusals import refused
 
 from caravan.retrieval.index import (
     ArrayBlocks,
-    BestSegments,
     Exact,
     Faiss,
-    measured_recall,
 )
+from caravan.retrieval.segments import BestSegments, measured_recall
 
 CONF = Path(__file__).parents[2] / "conf" / "index"
 
@@ -151,7 +150,7 @@ def test_vectors_that_cannot_be_searched_are_refused(index: Faiss | Exact) -> No
 def test_documents_are_found_by_their_best_segment(
     index: Faiss | Exact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("caravan.retrieval.index.MOST_FOUND", 300)  # a few queries at a time
+    monkeypatch.setattr("caravan.retrieval.segments.MOST_FOUND", 300)  # a few queries at a time
     counts = np.random.default_rng(3).integers(1, 6, 120)
     counts[7] = 400
     segments, queries = vectors(int(counts.sum())), vectors(10, seed=1)
@@ -183,13 +182,13 @@ def test_recall_counts_what_exact_search_found() -> None:
 def test_every_setting_of_the_project_builds_and_searches() -> None:
     passages, queries = vectors(2000, 32), vectors(20, 32, seed=1)
     names = sorted(path.stem for path in CONF.glob("*.yaml"))
-    assert names == ["exact", "flat", "hnsw", "ivf"]
+    assert names == ["binary", "exact", "flat", "hnsw", "int8", "ivf"]
     for name in names:
         index = instantiate(OmegaConf.load(CONF / f"{name}.yaml"))
         assert index.k == 1000
         index.build(ArrayBlocks(passages))
         recall = measured_recall(index.search(queries, 10)[1], queries, ArrayBlocks(passages))
-        assert index.approximate == (name in ("hnsw", "ivf"))
+        assert index.approximate == (name not in ("exact", "flat"))
         assert recall >= (0.9 if index.approximate else 1)
 
 

@@ -16,11 +16,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.commands import ROOT, evaluate_arguments
+from tests.commands import ROOT, evaluate, evaluate_arguments
 from tests.refusals import refused
 from tests.tiny import WORDS, write_beir
 
+import caravan
+from caravan.cli.compose import compose
+from caravan.cli.evaluate import searcher_of
 from caravan.data.collection import Collection
+from caravan.data.runs import read_run
 from caravan.data.tokenization import Templates
 from caravan.encoding import Encoding
 from caravan.models import folder as model_folder
@@ -76,7 +80,7 @@ def test_workers_and_budget_change_nothing_but_rounding_and_lengths_do(
 
     one = encoded("one")
     np.testing.assert_allclose(one, encoded("two", token_budget=1000, num_workers=1), atol=1e-3)
-    assert not np.allclose(one, encoded("cut", lengths={"passage_length": 8}), atol=1e-2)
+    assert not np.allclose(one, encoded("cut", overrides={"passage_length": 8}), atol=1e-2)
     assert (one * encoded("bf16", precision="bf16")).sum(axis=1).min() > 0.999
 
 
@@ -146,3 +150,42 @@ def test_an_evaluation_needs_few_file_descriptors_and_no_shared_memory(
         run = ["bash", "-c", limited]
     done = subprocess.run(run, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_front_door_cuts_embeddings_to_the_same_dim(
+    beir: Path, collection: Collection, folders: dict[str, str], tmp_path: Path
+) -> None:
+    folder, dim = folders["retriever"], ("dim=8", "precision=float32")
+    evaluation = evaluate(beir, tmp_path / "run", folder, *dim)
+    assert evaluation["facts"]["dim"] == 8
+    given = [f"model={folder}", *dim, "data=beir", f"data.path={beir}", f"run_dir={tmp_path / 's'}"]
+    given += [f"cache_dir={tmp_path / 'cache'}", f"reuse={tmp_path}", "num_workers=0"]
+    searcher = searcher_of(compose(ROOT / "conf", "search", given))
+    assert not (tmp_path / "s").exists()  # it reuses the embeddings of the evaluation
+    model: Any = caravan.load(folder, precision="float32", dim=8)
+    whole: Any = caravan.load(folder, precision="float32")
+    passages, queries = (
+        of.get(np.arange(len(of))) for of in (collection.corpus, collection.queries)
+    )
+    texts = [text for _, text in queries]
+    vectors, first = model.encode_passages(passages), whole.encode_passages(passages)[:, :8]
+    np.testing.assert_allclose(vectors, first / np.linalg.norm(first, axis=1)[:, None], atol=1e-6)
+    (stored,) = (tmp_path / "run/store").glob("passages.*/*.npy")
+    np.testing.assert_allclose(np.load(stored), vectors, atol=1e-3)
+    run = read_run(tmp_path / "run/runs/retriever.test.trec", collection.queries, collection.corpus)
+    for row in run.query_rows.tolist():
+        rows, scores = run.of(row)
+        hits = model.search([texts[row]], vectors, k=60)[0]
+        assert searcher(texts[row])[-1].run.of(0)[0].tolist() == rows.tolist()
+        found = {hit.row: hit.score for hit in hits}
+        np.testing.assert_allclose([found[one] for one in rows.tolist()], scores, atol=2e-3)
+
+
+def test_more_dimensions_than_a_model_has_are_refused_before_weights_are_read(
+    beir: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_folder, "load_weights", lambda *_, **__: pytest.fail("read"))
+    with refused("dim-too-large", "dim is 64", "32"):
+        evaluate(beir, tmp_path / "run", folders["retriever"], "dim=64")
+    with refused("invalid-encoding", "encoding.dim is 8"):
+        caravan.load(folders["reranker"], dim=8)

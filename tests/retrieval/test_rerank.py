@@ -48,7 +48,7 @@ def candidates(collection: Collection, depth: int = 9, seed: int = 0) -> Run:
 
 def opened(folder: Path, **settings: Any) -> Reranker:
     chosen = Reranking(**settings)
-    model = Inference(folder, "reranker", "float32", token_budget=256, lengths=chosen.lengths)
+    model = Inference(folder, "reranker", "float32", token_budget=256, overrides=chosen.lengths)
     return Reranker(model, chosen)
 
 

@@ -207,7 +207,7 @@ def test_a_retriever_inherits_the_prompts_of_the_adapted_model(
     folder.load(tmp_path / "tuned" / "model")
     prompt = "{text} {self}" if adapted.slots else "{text} The original sentence:"
     cfg = compose(ROOT / "conf", "train", [*init, f"encoding.query_template='{prompt}'"])
-    cfg = completed(cfg)
+    cfg, _ = completed(cfg)
     assert cfg.encoding.query_template == prompt
     assert cfg.encoding.passage_template == adapted.passage_template
 

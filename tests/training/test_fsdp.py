@@ -25,6 +25,7 @@ STAGES: dict[str, dict[str, Any]] = {
     name: {"stage": name} for name in ("retriever", "reranker", "token", "adaptation")
 }
 STAGES["masked"] = {"stage": "retriever", "loss": InfoNCE(0.05, false_negative_margin=0.01)}
+STAGES["sizes"] = {"stage": "retriever", "loss": InfoNCE(0.05, dims=[8, 16])}
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,8 @@ def one_process(module_fit: Fit) -> dict[str, tuple[Fit, Fitted]]:
         ("retriever", "ddp", True),
         ("retriever", "fsdp", False),
         ("masked", "ddp", True),
+        ("sizes", "ddp", True),
+        ("sizes", "fsdp", False),
         ("reranker", "ddp", False),
         ("reranker", "fsdp", True),
         ("token", "fsdp", True),

@@ -39,9 +39,9 @@ def test_cached_gradients_are_those_of_the_whole_batch(
     assert cached.losses == pytest.approx(whole[stage].losses, rel=1e-4)
 
 
-def test_the_mask_of_false_negatives_is_that_of_the_whole_batch(fit: Fit) -> None:
+def test_masks_and_sizes_of_the_loss_are_those_of_the_whole_batch(fit: Fit) -> None:
     settings = {**SETTINGS, "queries_per_batch": 7}
-    settings["loss"] = InfoNCE(0.05, false_negative_margin=0.01)
+    settings["loss"] = InfoNCE(0.05, false_negative_margin=0.01, dims=[8, 16])
     expected, cached = fit(**settings), fit(**settings, gradcache=GradCache(2))
     assert_close(expected.weights, cached.weights)
     assert 0 < expected.metrics["train/masked"] < 1

@@ -140,6 +140,8 @@ def test_a_sum_gives_each_loss_its_own_targets_and_divides_the_scores_once() -> 
     assert both.needs_teacher
     with refused("mismatched-lengths", "2 losses and 1 weights"):
         Sum([InfoNCE(), KL()], [1.0])
+    with refused("misplaced-dims", "loss.losses"):
+        Sum([InfoNCE(dims=[8]), KL()])
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.3, -0.5])

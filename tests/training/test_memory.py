@@ -11,6 +11,7 @@ from tests.refusals import refused
 from torch import Tensor, nn
 
 from caravan.models.adapters import LoRA
+from caravan.models.hardware import settle_precisions
 from caravan.training.memory import in_words, need, refuse_too_large, refuse_validation
 
 TOKENS = 4 * 96
@@ -52,6 +53,28 @@ def test_activations_are_what_autograd_saves(bf16: bool, heads: int) -> None:
     model = _llama(num_key_value_heads=heads)
     found = need(model, TOKENS, bf16)["activations"]
     assert found == pytest.approx(_saved(model, bf16), rel=0.1)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [{}, {"hidden_size": 256, "intermediate_size": 704}])
+def test_activations_of_adapters_are_what_autograd_saves(
+    bf16: bool, dropout: float, shape: dict[str, int]
+) -> None:
+    adapted: Any = LoRA(rank=4, dropout=dropout).apply(_llama(**shape)).train()
+    adapted.active_peft_config.base_model_name_or_path = "base"
+    settle_precisions(adapted, bf16)
+    found = need(adapted, TOKENS, bf16)["activations"]
+    assert found == pytest.approx(_saved(adapted, bf16), rel=0.1)
+
+
+def test_recomputation_holds_one_block_of_one_chunk() -> None:
+    model = _llama()
+    layers = need(model, TOKENS, True, recomputes=True, chunk=0)["activations"]
+    assert layers == 3 * TOKENS * 4 * 128  # the input of each layer
+    block = need(model, TOKENS // 4, True)["activations"] / 3
+    found = need(model, TOKENS, True, recomputes=True, chunk=TOKENS // 4)["activations"]
+    assert found == pytest.approx(layers + block)
 
 
 def test_a_7b_shape_is_counted_without_its_weights() -> None:

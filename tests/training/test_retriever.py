@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.refusals import refused
 from tests.tiny import tiny_backbone
 from torch import Tensor
 
@@ -17,7 +19,16 @@ from caravan.data.collection import write_collection
 from caravan.data.negatives import Negatives
 from caravan.data.tokenization import Templates
 from caravan.encoding import Encoding
-from caravan.training.losses import InfoNCE, compute, false_negatives
+from caravan.training.losses import (
+    BCE,
+    KL,
+    InfoNCE,
+    MarginMSE,
+    RankNet,
+    Sum,
+    compute,
+    false_negatives,
+)
 from caravan.training.optim import AdamW
 from caravan.training.retriever import Retriever
 
@@ -40,9 +51,10 @@ def _batch(passage_rows: list[list[int]], positives: list[list[int]]) -> TrainBa
     )
 
 
-def _module(tokenizer: Any, encoding: Encoding, **settings: Any) -> Retriever:
+def _module(tokenizer: Any, encoding: Encoding, loss: Any = None, **settings: Any) -> Retriever:
+    loss = loss or InfoNCE(0.05)
     module = Retriever(
-        tiny_backbone(), None, tokenizer, encoding, InfoNCE(0.05), AdamW(), seed=0, **settings
+        tiny_backbone(), None, tokenizer, encoding, loss, AdamW(), seed=0, **settings
     )
     module.configure_model()
     return module
@@ -50,7 +62,8 @@ def _module(tokenizer: Any, encoding: Encoding, **settings: Any) -> Retriever:
 
 def _scores(module: Retriever, batch: TrainBatch) -> tuple[Tensor, Tensor]:
     embedded = module.model.embed(batch.queries), module.model.embed(batch.passages)
-    return module.scores(*embedded, batch)[:2]
+    scores, targets, _ = module.scores(*embedded, batch)
+    return scores[-1], targets
 
 
 def _naive_loss(module: Retriever, batch: TrainBatch, margin: float | None = None) -> Tensor:
@@ -135,10 +148,77 @@ def test_similarities_are_float32_under_bf16_autocast(
     module = _module(tokenizer, encoding)
     batch = _batch([[1, 2, 3], [4, 8, 6]], [[1], [4]])
     seen: list[Tensor] = []
-    monkeypatch.setattr(module, "compute_loss", lambda scores, *_: seen.append(scores))
+    monkeypatch.setattr(module, "compute_loss", lambda scores, *_: seen.extend(scores))
     embedded = [torch.randn(2, 32), torch.randn(6, 32)]
     monkeypatch.setattr(module, "rows_of", lambda texts: embedded[len(texts) == 6])
     with torch.autocast("cpu", torch.bfloat16):
         module.training_step(batch, 0)
     queries, passages = (vectors.double() for vectors in embedded)
     torch.testing.assert_close(seen[0].double(), queries @ passages.T, atol=1e-6, rtol=1e-5)
+
+
+def _naive_scores(module: Retriever, batch: TrainBatch, dim: int) -> Tensor:
+    """Similarities of embeddings cut to `dim` and scaled again, pair by pair, in float64."""
+    queries, passages = (
+        [vector[:dim] / vector[:dim].norm() for vector in module.model.embed(texts).double()]
+        for texts in (batch.queries, batch.passages)
+    )
+    rows, group = batch.passage_rows.reshape(-1).tolist(), batch.passage_rows.shape[1]
+    scores = []
+    for i, query in enumerate(queries):
+        positives = set(batch.excluded_keys[i].tolist())
+        if module.in_batch:
+            columns, target = range(len(rows)), i * group
+        else:
+            columns, target = range(i * group, i * group + group), i * group
+        scores += [
+            query @ passages[j]
+            if j == target or rows[j] not in positives
+            else query.new_tensor(-torch.inf)
+            for j in columns
+        ]
+    return torch.stack(scores).view(len(queries), -1)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        InfoNCE(0.05, dims=[8, 16]),
+        InfoNCE(0.05, 0.02, dims=[8]),
+        BCE(temperature=0.5, dims=[8]),
+        RankNet(temperature=0.5, dims=[8]),
+        KL(temperature=0.05, dims=[4, 8, 16]),
+        MarginMSE(0.5, dims=[8, 32]),
+        Sum([InfoNCE(1.0), KL(temperature=1.0)], temperature=0.05, dims=[8]),
+    ],
+    ids=["infonce", "masked", "bce", "ranknet", "kl", "margin_mse", "sum"],
+)
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_with_dims_the_loss_is_the_sum_over_cut_and_whole_embeddings(
+    tokenizer: Any, encoding: Encoding, loss: Any, in_batch: bool
+) -> None:
+    module = _module(tokenizer, encoding, loss, in_batch=in_batch)
+    batch = _batch([[1, 2, 3], [4, 8, 6], [2, 4, 9]], [[1, 8], [4], [2]])
+    batch = replace(batch, teacher=torch.tensor([[3.0, 1, torch.nan], [2, 2, 0], [1, 0, 5]]))
+    found = module.training_step(batch, 0)
+    expected = torch.zeros((), dtype=torch.float64)
+    for dim in sorted({*loss.dims, 32}):
+        scores = _naive_scores(module, batch, dim)
+        targets, teacher = torch.arange(3) * (3 if in_batch else 0), batch.teacher
+        if in_batch:
+            teacher = torch.full((3, 9), torch.nan)
+            for i, own in enumerate(batch.teacher):
+                teacher[i, 3 * i : 3 * i + 3] = own
+        expected = expected + compute(loss, scores, targets, teacher.double())
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    weights = [p for p in module.parameters() if p.requires_grad]
+    ours, theirs = (torch.autograd.grad(of, weights) for of in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-3)
+
+
+def test_dims_above_the_size_of_an_embedding_are_refused(
+    tokenizer: Any, encoding: Encoding
+) -> None:
+    with refused("dim-too-large", "loss.dims", "64", "32"):
+        _module(tokenizer, encoding, InfoNCE(dims=[16, 64]))

@@ -72,15 +72,19 @@ def compose(conf: Path, name: str, overrides: list[str], more: Path | None = Non
 
 def check(cfg: DictConfig, root: type) -> list[Mistake]:
     """All mistakes in a composed config: invalid keys and values, then rules across objects."""
+    unread: dict[str, str] = {}
     if root is schema.Train:
         from caravan.cli import train  # imports Lightning
 
-        cfg, rules = train.completed(cfg), train.RULES
+        cfg, unread = train.completed(cfg)
+        rules = train.RULES
     else:
         from caravan.cli import evaluate
 
         rules = evaluate.RULES
     config = Config(cfg, root)
+    for key, text in unread.items():
+        config.add(key, text)
     for rule in rules:
         rule(config)
     return config.mistakes

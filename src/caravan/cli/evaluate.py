@@ -50,7 +50,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             raised at the end, with those that failed.
     """
     models = models_of(cfg)
-    systems_of(cfg).check_lengths(models)
+    systems_of(cfg).check_settings(models)
     if cfg.collections is None:
         evaluation = _open(cfg, models)
         metrics = pipeline.evaluate(evaluation)
@@ -97,6 +97,7 @@ def systems_of(cfg: DictConfig) -> Systems:
         reranker=None if cfg.reranker is None else Path(cfg.reranker),
         rerank=Reranking(**settings["rerank"]),
         reading=Reading(**{one.name: settings[one.name] for one in fields(Reading)}),
+        dim=cfg.dim,
         block=cfg.block,
         **parts,
     )

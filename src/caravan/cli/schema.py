@@ -142,6 +142,7 @@ class Pipeline(Read):
     run_dir: PATH
     cache_dir: PATH
     store: PATH
+    dim: NonNegativeInt | None
     reranker: str | None
     rerank: Rerank
     token_budget: PositiveInt | None

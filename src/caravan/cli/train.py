@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from caravan.cli.check import Config, Rule, is_class, measures_are_computed, model_folder
 from caravan.cli.schema import build, recorded
 from caravan.cli.signatures import did_you_mean, locate
+from caravan.data.mixture import Mixture
 from caravan.data.negatives import Negatives, Sampler
 from caravan.data.segments import Reading
-from caravan.encoding import Encoding
+from caravan.distributed import is_main_process
+from caravan.encoding import INSTRUCTION, Encoding
 from caravan.errors import InputError
 from caravan.models import hardware
-from caravan.models.backbone import INHERITED, FromFolder
+from caravan.models.backbone import INHERITED, FromFolder, Pretrained
+from caravan.models.released import Released, released_encoding
 from caravan.training import fit
 from caravan.training.adaptation import Adaptation
 from caravan.training.fsdp import FullySharded
@@ -27,6 +31,11 @@ from caravan.training.losses import Likelihood, Loss
 from caravan.training.reranker import Reranker
 from caravan.training.retriever import Retriever
 
+log = logging.getLogger(__name__)
+
+MAY_BE_NULL = {*INHERITED, "query_length", "passage_length"} - {"bidirectional"}
+"""Settings of the encoding that are null where the backbone's files state them."""
+DEFAULTS = {"retriever": Encoding(), "reranker": Encoding("reranker", passage_length=164)}
 SAME = ("backbone", "peft", "stage", "loss", "optimizer", "sampler", "trainer", "strategy")
 """Keys of the root that `fit.Training` calls the same."""
 OF_RUN = (
@@ -51,7 +60,12 @@ def train(cfg: DictConfig) -> float | None:
     Returns:
         The monitored metric of the best checkpoint, for sweepers; None without validation.
     """
-    cfg = completed(cfg)
+    given = cfg.encoding
+    cfg, unread = completed(cfg)
+    if unread:  # in a config that was not checked
+        text = "; ".join(f"{key}: {reason}" for key, reason in unread.items())
+        raise InputError("config-mistakes", text)
+    _log_encoding(cfg, given)
     hardware.refuse_attention(cfg.backbone.get("attention", "auto"))
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     parts = {name: build(cfg, name) for name in (*SAME, "data", "logger", "callbacks")}
@@ -77,39 +91,90 @@ def train(cfg: DictConfig) -> float | None:
     return fit.train(run)
 
 
-def completed(cfg: DictConfig) -> DictConfig:
-    """A config in which values replace the nulls that a backbone takes from its model folder.
+def completed(cfg: DictConfig) -> tuple[DictConfig, dict[str, str]]:
+    """A config in which values replace the nulls of the encoding, and what could not be read.
 
-    Accepts a config that has not been checked. If the folder cannot be read, which the check
-    reports, they become the default values.
+    The values are those of the backbone's files (a model folder, or files of
+    sentence-transformers), else the defaults. Accepts a config that has not been checked; a model
+    folder that cannot be read is reported by the check.
+
+    Returns:
+        The config, and for each key that needs a value, the reason why its files give none.
     """
-    try:
-        target = locate(str(OmegaConf.select(cfg, "backbone._target_")))
-        folder = OmegaConf.select(cfg, "backbone.folder")
-    except (LookupError, OmegaConfBaseException):
-        return cfg
-    encoding = cfg.get("encoding")
-    if not is_class(target, FromFolder) or not isinstance(encoding, DictConfig):
-        return cfg
-    try:
-        inherited = FromFolder.inherited(Path(str(folder)))
-    except InputError:
-        inherited = {name: getattr(Encoding(), name) for name in INHERITED}
-    direction = inherited.pop("bidirectional")
+    if not isinstance(cfg.get("encoding"), DictConfig):
+        return cfg, {}
     cfg = copy.deepcopy(cfg)
-    for node, values in ((cfg.backbone, {"bidirectional": direction}), (cfg.encoding, inherited)):
-        raw: Any = OmegaConf.to_container(node, resolve=False)
-        for name, value in values.items():
-            if raw.get(name, value) is None:
-                node[name] = value
-    return cfg
+    raw: Any = OmegaConf.to_container(cfg.encoding, resolve=False)
+    unset = {name for name in MAY_BE_NULL if raw.get(name, "") is None}
+    values: dict[str, Any] = vars(DEFAULTS[_kind(cfg)])
+    found = _of_files(cfg)
+    if "bidirectional" in found.settings and _given(cfg, "backbone.bidirectional") is None:
+        cfg.backbone.bidirectional = found.settings["bidirectional"]
+    for name in unset:
+        cfg.encoding[name] = found.settings.get(name, values[name])
+    templates = [_given(cfg, f"encoding.{side}_template") for side in ("query", "passage")]
+    if not any(INSTRUCTION in str(template) for template in templates):
+        for name in unset & {"instruction", "instructions"}:
+            cfg.encoding[name] = values[name]
+    return cfg, {f"encoding.{name}": text for name, text in found.problems.items() if name in unset}
+
+
+def _of_files(cfg: DictConfig) -> Released:
+    """What the files of the backbone state about the encoding."""
+    try:
+        target = locate(str(_given(cfg, "backbone._target_")))
+    except LookupError:
+        return Released({}, {})
+    if is_class(target, FromFolder):
+        try:
+            return Released(FromFolder.inherited(Path(str(_given(cfg, "backbone.folder")))), {})
+        except InputError:
+            return Released({"bidirectional": False}, {})
+    name, revision = _given(cfg, "backbone.name"), _given(cfg, "backbone.revision")
+    if not is_class(target, Pretrained) or not isinstance(name, str):
+        return Released({}, {})
+    return released_encoding(name, revision and str(revision), _kind(cfg))
+
+
+def _given(cfg: DictConfig, key: str) -> Any:
+    """A value of a config; None where there is none."""
+    try:
+        return OmegaConf.select(cfg, key)
+    except OmegaConfBaseException:
+        return None
+
+
+def _kind(cfg: DictConfig) -> str:
+    return "reranker" if _given(cfg, "encoding.kind") == "reranker" else "retriever"
+
+
+def _log_encoding(cfg: DictConfig, given: Any) -> None:
+    """Log the settings that come from files of sentence-transformers, and those that differ."""
+    stated = {} if "folder" in cfg.backbone else _of_files(cfg).settings
+    taken = [f"{key}={value!r}" for key, value in stated.items() if given.get(key) is None]
+    differing = [
+        f"{key}={cfg.encoding[key]!r}, there {value!r}"
+        for key, value in stated.items()
+        if cfg.encoding[key] != value
+    ]
+    if taken and is_main_process():
+        log.info("encoding from the files of %s: %s", cfg.backbone.name, ", ".join(taken))
+    if differing and is_main_process():
+        text = "the encoding differs from the files of %s: %s"
+        log.warning(text, cfg.backbone.name, "; ".join(differing))
 
 
 def source_facts(source: Any) -> dict[str, Any]:
     """The dataset's id on the hub and its language, if the data source knows them."""
-    named = {"datasets": getattr(source, "hub_id", None)}
-    named["language"] = getattr(source, "language", None)
-    return {name: [value] for name, value in named.items() if value is not None}
+    sources = [source]
+    if isinstance(source, Mixture):
+        sources = [entry.source for entry in source.entries.values()]
+    names = {"datasets": "hub_id", "language": "language"}
+    found = {
+        fact: list(dict.fromkeys(filter(None, (getattr(one, name, None) for one in sources))))
+        for fact, name in names.items()
+    }
+    return {fact: values for fact, values in found.items() if values}
 
 
 def recipe(cfg: DictConfig) -> dict[str, Any]:
@@ -127,6 +192,7 @@ def recipe(cfg: DictConfig) -> dict[str, Any]:
         "stage": class_of("stage"),
         "loss": " + ".join(class_of(f"loss.losses[{i}]") for i in losses) or class_of("loss"),
         "temperature": given("loss.temperature"),
+        "dimensions": ", ".join(map(str, given("loss.dims") or ())),
         "queries an update": cfg.batching.queries_per_batch * accumulated,
         "negatives a query": given("sampler.number"),
         "negatives from": ", ".join(Path(run).name for run in given("sampler.runs") or ()),
@@ -152,6 +218,10 @@ def stage_suits_the_encoding(config: Config) -> None:
         text = "LLaRA adaptation needs causal attention; set it to false here, and to true"
         text += " when a retriever is fine-tuned from the adapted model"
         config.add("backbone.bidirectional", text)
+    for side in ("query", "passage"):
+        if r"\n" in str(config.get(f"encoding.{side}_template")):
+            text = "it has \\n as two characters; give line breaks, in bash as $'\"...\\n...\"'"
+            config.add(f"encoding.{side}_template", text)
     if config.is_a("backbone", FromFolder):
         model_folder(config, "backbone.folder", setting="backbone.trust_remote_code")
 
@@ -160,20 +230,55 @@ def reranker_has_candidates(config: Config) -> None:
     """A reranker is validated on a run, and trained on negatives."""
     if not config.is_a("stage", Reranker) or config.get("trainer.max_steps") == 0:
         return
-    if config.get("validation.run") is None:
+    entries = _entries(config)
+    given = [entry.get("validation_run") for entry in entries.values()]
+    if config.get("validation.run") is None and (not given or None in given):
         text = "the validation of a reranker needs the candidates of the dev queries; give a run"
         config.add("validation.run", f"{text} (evaluate.py data.split=dev)", "folder")
     if config.get("validation.train_queries") is not None:
         text = "a reranker has candidates for the dev queries only; leave it null, and rerank a run"
         text += " of the training queries with evaluate.py"
         config.add("validation.train_queries", text)
-    if config.get("sampler.number") == 0 and not _likelihoods(config):
-        text = "a reranker compares a positive with its negatives; set it to 1 or more"
-        config.add("sampler.number", text)
+    numbers = {"sampler.number": config.get("sampler.number")}
+    for name, entry in entries.items():
+        numbers[f"data.entries.{name}.number"] = entry.get("number")
+    for key, number in numbers.items():
+        if number == 0 and not _likelihoods(config):
+            text = "a reranker compares a positive with its negatives; set it to 1 or more"
+            config.add(key, text)
+
+
+def mixture_can_be_trained(config: Config) -> None:
+    """A mixture has collections, and each query something to be compared with."""
+    if not config.is_a("data", Mixture):
+        return
+    entries, stage = _entries(config), config.get("stage") or {}
+    if not entries and config.get("data.entries") is not None:
+        text = "there is no collection; add them as"
+        config.add("data.entries", f"{text} +data@data.entries.<name>.source=<option>", "missing")
+    for name, entry in entries.items():
+        key, number = f"data.entries.{name}", entry.get("number")
+        number = config.get("sampler.number") if number is None else number
+        if entry.get("in_batch") is True and stage.get("in_batch") is False:
+            config.add(f"{key}.in_batch", "stage.in_batch is false; set that to true")
+        if entry.get("in_batch") is False and number == 0:
+            text = "without negatives of the batch a query needs its own; set number to 1 or more"
+            config.add(f"{key}.in_batch", text)
+
+
+def _entries(config: Config) -> dict[str, dict[str, Any]]:
+    """The entries of a mixture; none of another data source."""
+    found = config.get("data.entries") if config.is_a("data", Mixture) else None
+    entries = found if isinstance(found, dict) else {}
+    return {name: entry for name, entry in entries.items() if isinstance(entry, dict)}
 
 
 def loss_has_its_scores(config: Config) -> None:
-    """Distillation needs the scores of a teacher; Likelihood needs log probabilities."""
+    """A loss has the scores of a teacher, log probabilities or embeddings, if it needs them."""
+    if config.get("loss.dims") is not None and not config.is_a("stage", Retriever):
+        config.add(
+            "loss.dims", "it cuts embeddings, which only stage=retriever has; set it to null"
+        )
     sampler: Any = config.targets.get(("sampler",))
     by_run = (Sampler.teacher_scores, Negatives.teacher_scores)
     gives_scores = is_class(sampler, Sampler) and sampler.teacher_scores not in by_run
@@ -263,9 +368,10 @@ def callbacks_suit_the_run(config: Config) -> None:
     """Monitored values are logged, and the best checkpoints do not overwrite one another."""
     nodes = list(config.nodes("callbacks"))
     measures = [name for _, _, node in nodes for name in node.get("measures") or ()]
-    logged = [f"val/{name}" for name in measures]
     if config.is_a("stage", Reranker):
-        logged += [f"val/first_stage/{name}" for name in measures]
+        measures += [f"first_stage/{name}" for name in measures]
+    logged = [f"val/{name}" for name in measures]
+    logged += [f"val/{entry}/{name}" for entry in _entries(config) for name in measures]
     for key, target, node in nodes:
         watched = str(config.get(f"{key}.monitor"))
         monitors = is_class(target, EarlyStopping, ModelCheckpoint) and logged
@@ -283,6 +389,7 @@ RULES: list[Rule] = [
     measures_are_computed,
     stage_suits_the_encoding,
     reranker_has_candidates,
+    mixture_can_be_trained,
     loss_has_its_scores,
     parts_work_together,
     trainer_suits_the_run,

@@ -245,6 +245,11 @@ class Batch(Movable):
     def chunks(self) -> int:
         return sum(len(texts.chunks) for texts in self.packed)
 
+    @property
+    def largest(self) -> int:
+        """The tokens of the largest chunk, with padding."""
+        return max(chunk.input_ids.numel() for texts in self.packed for chunk in texts.chunks)
+
 
 @dataclass(frozen=True)
 class TrainBatch(Batch):
@@ -258,6 +263,8 @@ class TrainBatch(Batch):
     # up by repeating the first
     excluded_keys: Tensor
     teacher: Tensor | None = None  # [Q, G] float32, a teacher's scores; NaN where it has none
+    # [Q] bool: other queries' passages are negatives of the query; None: for all
+    in_batch: Tensor | None = None
 
 
 @dataclass(frozen=True)

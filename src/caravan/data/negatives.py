@@ -13,6 +13,7 @@ same rule masks passages of other queries in a batch (`excluded_keys`,
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,6 +138,20 @@ class Sampler(Protocol):
         """Facts about the negatives for the manifest of the training; called after `open`."""
         return {}
 
+    def variant(self, runs: Sequence[str] | None, number: int | None) -> Sampler:
+        """A copy for one collection of a mixture, not yet opened.
+
+        Args:
+            runs, number: settings of the collection; None keeps those of the sampler.
+        """
+        if runs is not None or number is not None:
+            raise InputError(
+                "not-supported",
+                f"sampler {type(self).__name__} has no runs and number of its own for a"
+                " collection; leave them out of data.entries, or define its method variant",
+            )
+        return copy.copy(self)
+
 
 def _invalid(problem: str) -> InputError:
     return InputError("invalid-setting", f"sampler.{problem}")
@@ -234,6 +249,14 @@ class Negatives(Sampler):
     def facts(self) -> dict[str, Any]:
         """Of each run, how many candidates the rules removed (`caravan.data.mining.mine`)."""
         return self._facts
+
+    def variant(self, runs: Sequence[str] | None, number: int | None) -> Negatives:
+        """See `Sampler`."""
+        other = copy.copy(self)
+        other.number = self.number if number is None else number
+        other.paths = self.paths if runs is None else [Path(path) for path in runs]
+        other._facts = {}
+        return other
 
     def excluded(self, query_row: int) -> np.ndarray:
         """Passage rows that are never negatives of a query: its positives, then own passage."""

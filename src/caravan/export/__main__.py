@@ -29,6 +29,8 @@ def main() -> int:
         command.add_argument("model", type=Path, help="a model folder, such as runs/mine/model")
         if name != "card":
             command.add_argument("out", type=Path, help="a folder that is new or empty")
+            first = "keep the first N dimensions of an embedding"
+            command.add_argument("--dim", type=int, metavar="N", help=first)
     parsers["transformers"].add_argument(
         "--classifier",
         action="store_true",
@@ -64,11 +66,11 @@ def _run(options: argparse.Namespace) -> None:
     if options.command == "transformers":
         from caravan.export import transformers
 
-        transformers.export(options.model, options.out, options.classifier)
+        transformers.export(options.model, options.out, options.dim, options.classifier)
     else:
         from caravan.export import sentence_transformers
 
-        sentence_transformers.export(options.model, options.out)
+        sentence_transformers.export(options.model, options.out, options.dim)
     sys.stdout.write(f"wrote {options.out}; its README.md has code that loads it\n")
 
 

@@ -76,6 +76,7 @@ def write(
     return _write(
         folder / README,
         folder,
+        encoding,
         results,
         variables,
         library_name="caravan",
@@ -87,27 +88,39 @@ def write(
 
 
 def write_export(
-    folder: Path, out: Path, library: str, tags: list[str], variables: dict[str, Any]
+    folder: Path,
+    out: Path,
+    encoding: Encoding,
+    library: str,
+    tags: list[str],
+    variables: dict[str, Any],
 ) -> None:
     """Write the README.md of an exported folder, with the validation metric of its model folder.
 
     Args:
         folder: the model folder.
+        encoding: of the exported folder.
         library: the Hub's name of the library that loads the exported folder.
         variables: of the template, in addition to those of every card.
     """
     results = _validated(*read_encoding(folder))
     metadata: dict[str, Any] = {"library_name": library, "tags": ["caravan", *tags]}
-    _write(out / README, folder, results, {"exported": True, **variables}, **metadata)
+    variables = {"exported": True, **variables}
+    _write(out / README, folder, encoding, results, variables, **metadata)
 
 
 def _write(
-    path: Path, folder: Path, results: list[Any], variables: dict[str, Any], **metadata: Any
+    path: Path,
+    folder: Path,
+    encoding: Encoding,
+    results: list[Any],
+    variables: dict[str, Any],
+    **metadata: Any,
 ) -> Path:
     """Fill the template; `metadata` are fields of ModelCardData, None for unknown ones."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    encoding, facts = read_encoding(folder)
+    facts = read_encoding(folder)[1]
     adapter = facts["weights"] == "adapter"
     base = hub_base(folder, facts)
     name = facts.get("name") or "model"
@@ -212,9 +225,9 @@ def _stage_results(folder: Path, evaluation: Path, record: dict[str, Any]) -> It
             how += f"; the top {inputs['depth']} of {before} reranked"
             if inputs.get("weight", 1) != 1:
                 how += f" with a weight of {inputs['weight']}"
-        for length in ("query_length", "passage_length"):
-            if inputs.get(length) is not None:
-                how += f"; {length}={inputs[length]}"
+        for setting in ("query_length", "passage_length", "dim"):
+            if inputs.get(setting) is not None:
+                how += f"; {setting}={inputs[setting]}"
         before = stage["stage"]
         if inputs.get("model") != digest or manifest["facts"].get("run_xxh3") != stage["run_xxh3"]:
             continue
@@ -237,6 +250,8 @@ def usage(tokenizer: Any, encoding: Encoding) -> dict[str, Any]:
     """The template's variables for plain transformers: token ids, lengths, and f-strings."""
     query, passage = (Template(encoding.template(side)) for side in ("query", "passage"))
     pooled = _POOLED.get(encoding.pooling, f"states[-{encoding.slots}:].mean(dim=0)")
+    if encoding.dim:
+        pooled += f"[:{encoding.dim}]"
     if encoding.normalize:
         pooled = f"torch.nn.functional.normalize({pooled}, dim=0)"
     text, titled = _f_string(passage.render("", TEXT)), passage.render(TITLE, TEXT)

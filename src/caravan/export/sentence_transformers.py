@@ -3,8 +3,9 @@
 Prompts become sentence-transformers' prompts. Tokens after a text (EOS, the end of a prompt, slots)
 are added by the tokenizer's post-processor, and truncation leaves room for them. Where they differ
 between queries and passages, a Router has a Transformer for each side. The mean over slots is a
-mean over tokens of which only the slots have a weight (WordWeights). For a reranker's pairs see
-`caravan.export.prompts`. Encodings that need more are refused.
+mean over tokens of which only the slots have a weight (WordWeights). Shorter embeddings are cut by
+a linear layer (Dense) before they are normalized, because `truncate_dim` cuts them afterwards. For
+a reranker's pairs see `caravan.export.prompts`. Encodings that need more are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from caravan.encoding import SLOTS, Encoding, read_encoding, slot_tokens
+from caravan.encoding import SLOTS, Encoding, slot_tokens
 from caravan.errors import InputError
 from caravan.export import model_card, verify
 from caravan.export.prompts import Pairing, Prompt, framed, of_collections
@@ -29,12 +30,13 @@ POOLINGS = {"last": "lasttoken", "mean": "mean", "cls": "cls", "slots": "mean"}
 FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 
-def export(folder: Path, out: Path) -> None:
+def export(folder: Path, out: Path, dim: int | None = None) -> None:
     """Export a retriever as a SentenceTransformer, or a reranker as a CrossEncoder.
 
     Args:
         folder: the model folder.
         out: the new folder; it must not exist, or be empty.
+        dim: the first dimensions of an embedding that are kept; None is as in the model folder.
 
     Raises:
         InputError: If sentence-transformers is not installed or cannot express the encoding, the
@@ -47,19 +49,19 @@ def export(folder: Path, out: Path) -> None:
             "sentence-transformers is not installed; run: pip install 'sentence-transformers>=6.2'",
         )
     with verify.new_folder(folder, out) as scratch:
-        kind = read_encoding(folder)[0].kind
-        write = _write_retriever if kind == "retriever" else _write_reranker
-        variables = {"sentence_transformers": True, **write(folder, scratch)}
-        tags = ["sentence-transformers", kind]
-        model_card.write_export(folder, scratch, tags[0], tags, variables)
+        encoding = Inference(folder, overrides={"dim": dim}).encoding
+        write = _write_retriever if encoding.kind == "retriever" else _write_reranker
+        variables = {"sentence_transformers": True, **write(folder, scratch, dim)}
+        tags = ["sentence-transformers", encoding.kind]
+        model_card.write_export(folder, scratch, encoding, tags[0], tags, variables)
 
 
-def _write_retriever(folder: Path, out: Path) -> dict[str, Any]:
+def _write_retriever(folder: Path, out: Path, dim: int | None) -> dict[str, Any]:
     """Write and compare a SentenceTransformer; returns variables of the card."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules as library
 
-    reference = Inference(folder, precision="float32")
+    reference = Inference(folder, precision="float32", overrides={"dim": dim})
     encoding, templates = reference.encoding, reference.templates
     tokenizer = templates.tokenizer
     sides = {
@@ -126,10 +128,15 @@ def _write_retriever(folder: Path, out: Path) -> dict[str, Any]:
 
 
 def _modules_after(config: Any, tokenizer: Any, encoding: Encoding) -> list[Any]:
-    """The modules after the Transformer: WordWeights for slots, Pooling, Normalize."""
+    """The modules after the Transformer: WordWeights for slots, Pooling, Dense, Normalize."""
     from sentence_transformers.sentence_transformer import modules as library
 
-    modules = [library.Pooling(config.hidden_size, POOLINGS[encoding.pooling])]
+    size = config.hidden_size
+    modules = [library.Pooling(size, POOLINGS[encoding.pooling])]
+    if encoding.dim:
+        first = torch.eye(encoding.dim, size)
+        none = torch.nn.Identity()
+        modules.append(library.Dense(size, encoding.dim, False, none, init_weight=first))
     if encoding.pooling == "slots":
         slots = [token for name in SLOTS for token in slot_tokens(encoding, name)]
         ids = dict(zip(tokenizer.convert_tokens_to_ids(slots), slots, strict=True))
@@ -140,22 +147,21 @@ def _modules_after(config: Any, tokenizer: Any, encoding: Encoding) -> list[Any]
     return modules
 
 
-def _write_reranker(folder: Path, out: Path) -> dict[str, Any]:
+def _write_reranker(folder: Path, out: Path, dim: int | None) -> dict[str, Any]:
     """Write and compare a CrossEncoder; returns variables of the card."""
     from sentence_transformers import CrossEncoder
     from sentence_transformers.cross_encoder.modules import LogitScore
     from sentence_transformers.sentence_transformer import modules as library
 
-    reference = Inference(folder, precision="float32")
+    reference = Inference(folder, precision="float32", overrides={"dim": dim})
     pairing = Pairing(reference.templates, folder)
     probes = pairing.probes()
     queries = [("", query) for query, _ in probes]
     passages, encoding = [passage for _, passage in probes], reference.encoding
-    texts = {None: None, **{name: encoding.instruction_of(name) for name in encoding.instructions}}
-    expected = {
-        name: reference.score_pairs(queries, passages, instruction)
-        for name, instruction in texts.items()
-    }
+    expected: dict[str | None, Any] = {None: reference.score_pairs(queries, passages)}
+    for name in encoding.instructions:
+        own = encoding.instruction_of(name)
+        expected[name] = reference.score_pairs(queries, passages, own)
     del reference  # there may not be enough memory for two
     model = model_folder.load(folder)[0]
     scorer, head = model.transformer, head_of(model.transformer)
@@ -205,8 +211,8 @@ def _write_reranker(folder: Path, out: Path) -> dict[str, Any]:
     del exported, first, modules
     saved = CrossEncoder(str(out), device="cpu", local_files_only=True)
     given = [(query, pairing.passage.given(*passage)) for query, passage in probes]
-    for name, scores in expected.items():
-        verify.compare(folder, scores, saved.predict(given, prompt_name=name))
+    for prompt, scores in expected.items():
+        verify.compare(folder, scores, saved.predict(given, prompt_name=prompt))
     return {
         "chat": pairing.chat,
         "named": list(pairing.encoding.instructions),

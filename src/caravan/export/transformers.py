@@ -21,12 +21,13 @@ from caravan.models.loading import load_language_model
 from caravan.models.token_scorer import TokenScorer
 
 
-def export(folder: Path, out: Path, classifier: bool = False) -> None:
+def export(folder: Path, out: Path, dim: int | None = None, classifier: bool = False) -> None:
     """Export full weights for transformers; an adapter is merged.
 
     Args:
         folder: the model folder.
         out: the new folder; it must not exist, or be empty.
+        dim: the first dimensions of an embedding that are kept; None is as in the model folder.
         classifier: export a reranker that is scored by two tokens as a model for sequence
             classification, whose head is the difference of the two rows of the output layer.
 
@@ -36,6 +37,8 @@ def export(folder: Path, out: Path, classifier: bool = False) -> None:
     """
     with verify.new_folder(folder, out) as scratch:
         model, tokenizer, encoding, facts = model_folder.load(folder)
+        if dim is not None:
+            encoding = replace(encoding, dim=dim)
         if classifier:
             model, encoding = _classifier(folder, model, encoding)
         if isinstance(model.transformer, Headed):
@@ -57,10 +60,11 @@ def export(folder: Path, out: Path, classifier: bool = False) -> None:
         tokenizer.save_pretrained(scratch)
         facts = {**facts, **chat_facts(tokenizer, encoding), "weights": "full"}
         write_encoding(scratch, encoding, facts)
-        verify.compare(folder, verify.outputs(folder), verify.outputs(scratch))
+        verify.compare(folder, verify.outputs(folder, dim), verify.outputs(scratch))
         usage = model_card.usage(tokenizer, encoding)
         variables = {"transformers": True, "auto_class": name, "padding": "saved", **usage}
-        model_card.write_export(folder, scratch, "transformers", [encoding.kind], variables)
+        tags = [encoding.kind]
+        model_card.write_export(folder, scratch, encoding, "transformers", tags, variables)
 
 
 def _classifier(folder: Path, model: Any, encoding: Encoding) -> tuple[Any, Encoding]:

@@ -44,9 +44,9 @@ def probes(length: int) -> list[tuple[str, str]]:
     return [*TEXTS, *(("", text) for text in fit), ("Dunes", " ".join(words)), ("", "a" * length)]
 
 
-def outputs(folder: Path) -> np.ndarray:
+def outputs(folder: Path, dim: int | None = None) -> np.ndarray:
     """Embeddings [N, d] of `TEXTS` as queries and passages, or scores [N] of a query with them."""
-    model = Inference(folder, precision="float32")
+    model = Inference(folder, precision="float32", overrides={"dim": dim})
     if model.encoding.kind == "reranker":
         return model.score_pairs([("", QUERY)] * len(TEXTS), TEXTS)
     texts = [text for text in TEXTS if model.templates.queries([("", text[1])])[0]]

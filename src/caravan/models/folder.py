@@ -29,7 +29,7 @@ from caravan.errors import InputError, reading
 from caravan.files import replacing_folder
 from caravan.models.adapters import load_adapter, merged
 from caravan.models.bidirectional import has_adapter, make_bidirectional
-from caravan.models.biencoder import BiEncoder
+from caravan.models.biencoder import BiEncoder, refuse_large
 from caravan.models.crossencoder import CrossEncoder, Headed, head_of, with_head
 from caravan.models.digests import adapter_base, weights_digest
 from caravan.models.llara import SlotEncoder
@@ -251,17 +251,18 @@ def _read_head(scorer: Any, folder: Path) -> bool:
     return not missing
 
 
-def refuse_lengths(
+def refuse_unsuitable(
     folder: Path, encoding: Encoding, section: str = "encoding.", trust_remote_code: bool = False
 ) -> None:
-    """Check that a folder's model has enough positions for the lengths, without reading weights.
+    """Check the lengths and the size of embeddings against a folder's model, without its weights.
 
     Args:
-        encoding: the folder's encoding with the lengths of an evaluation.
-        section: prefix of the lengths in the config, with its dot, for messages.
+        encoding: the folder's encoding with the settings of an evaluation.
+        section: prefix of these settings in the config, with its dot, for messages.
 
     Raises:
-        InputError: If a text could have more tokens than the model has positions.
+        InputError: If a text could have more tokens than the model has positions, or an embedding
+            more dimensions than its states.
     """
     from transformers import AutoModel
 
@@ -270,6 +271,7 @@ def refuse_lengths(
     if facts["weights"] == "adapter":
         name, hub["revision"] = adapter_base(folder)
     config = load_config(name, is_allowed(folder, own, facts, trust_remote_code), **hub)
+    refuse_large(config, encoding.dim, section)
     if is_remote_code(config):
         return  # its classes are unknown before loading, which checks the folder's lengths
     with reading(name, "no model could be loaded"), torch.device("meta"):

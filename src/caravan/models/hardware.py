@@ -110,9 +110,19 @@ def precisions(network: nn.Module, bf16: bool) -> Iterator[tuple[nn.Parameter, t
 
 
 def settle_precisions(network: nn.Module, bf16: bool) -> None:
-    """Convert each weight to its precision in training (`precisions`)."""
+    """Convert each weight to its precision in training (`precisions`).
+
+    In bf16, adapters take their inputs as they are: autocast converts them, and PEFT would first
+    write a float32 copy of each.
+    """
     for weight, dtype in precisions(network, bf16):
         weight.data = weight.data.to(dtype)
+    if bf16 and any(map(has_adapter, network.modules())):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for layer in network.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.cast_input_dtype_enabled = False
 
 
 def reset_peak_memory(device: torch.device) -> None:

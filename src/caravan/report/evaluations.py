@@ -16,7 +16,13 @@ from caravan.manifests import write_json
 from caravan.report.compare import OVERLAPS, RESAMPLES, Comparison, Pair, compare, mean_interval
 from caravan.report.examples import examples
 from caravan.report.plots import Plot, intervals
-from caravan.report.records import Records, has_scores, judged_on, refuse_partial
+from caravan.report.records import (
+    Records,
+    bytes_per_vector,
+    has_scores,
+    judged_on,
+    refuse_partial,
+)
 from caravan.report.summary import (
     collect,
     measures_of,
@@ -46,7 +52,10 @@ SHOWN = 3
 MOST_SYSTEMS = 12
 """Systems scored query by query; more would make a page slow to write and long to read."""
 ALL_PAIRS = 6
-"""Up to this many systems, all pairs are tested; beyond, each against the best."""
+"""Up to this many systems, all pairs are tested; beyond, each against the best.
+
+Systems that differ in the bytes of a vector are tested against the one with most.
+"""
 DEEP = 100
 """Measures with a deeper cutoff are only in the tables: they need every run read whole."""
 
@@ -113,13 +122,20 @@ def _comparison(folder: Path, systems: Records) -> Comparison | None:
     if not measures:
         return None
     shallow = [name for name in measures if parse_measure(name).cutoff <= DEEP] or measures[:1]
+    sizes = {name: bytes_per_vector(row) or 0 for name, row in systems.items()}
+    by_size = all(sizes.values()) and len(set(sizes.values())) > 1
+    order = list(systems)
+    if by_size:
+        order.append(order.pop(order.index(max(order, key=lambda name: sizes[name]))))
+    rows_of = {name: systems[name] for name in order[-MOST_SYSTEMS:]}
     chosen = []
-    for name, row in list(systems.items())[-MOST_SYSTEMS:]:
+    for name, row in rows_of.items():
         home = folder / row["folder"]
         chosen.append(System(name, home / row["run"], home, judged_on(row), (), row.get("depth")))
-    against = None if len(chosen) <= ALL_PAIRS else len(chosen) - 1
+    all_pairs = len(chosen) <= ALL_PAIRS and not by_size
+    against = None if all_pairs else len(chosen) - 1
     found = compare(chosen, read_judged(chosen), shallow, against=against)
-    refuse_changed(found, list(systems.values())[-MOST_SYSTEMS:])
+    refuse_changed(found, list(rows_of.values()))
     return found
 
 

@@ -101,8 +101,8 @@ class Line:
     like: int | None = None  # the line whose colour and mark it has, hollow
 
 
-def lines(drawn: Sequence[Line], x_label: str, y_label: str) -> Draw:
-    """Lines over numbers; if these are few and double, on a logarithmic axis."""
+def lines(drawn: Sequence[Line], x_label: str, y_label: str, logarithmic: bool = False) -> Draw:
+    """Lines over numbers, on a logarithmic axis if `logarithmic`, or if they are few and double."""
 
     def draw(axes: Any) -> None:
         x = sorted({value for line in drawn for value in line.x})
@@ -124,10 +124,11 @@ def lines(drawn: Sequence[Line], x_label: str, y_label: str) -> Draw:
             )
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
+        doubled = len(x) > 2 and x[0] > 0 and x[-1] / x[0] >= 8
+        if logarithmic or (few and doubled):
+            axes.set_xscale("log")
         if few:
-            if len(x) > 2 and x[0] > 0 and x[-1] / x[0] >= 8:
-                axes.set_xscale("log")
-                axes.minorticks_off()
+            axes.minorticks_off()
             axes.set_xticks(x, [f"{value:g}" for value in x])
         if len(drawn) > 1:
             longest = max(len(line.label) for line in drawn)

@@ -68,6 +68,10 @@ class _Reading(_Shape):
     memory_gib: Number | None = None
 
 
+class _Facts(_Shape):
+    bytes_per_vector: Count | None = None
+
+
 class _Run(_Shape):
     """Of a training or an evaluation, finished or not."""
 
@@ -84,7 +88,7 @@ class _Run(_Shape):
     validation: dict[str, Number] | None = None
     train: dict[str, Number] | None = None
     read: list[_Reading] | None = None
-    facts: dict[str, Any] | None = None
+    facts: _Facts | None = None
     stages: list[_Stage] | None = None
 
 
@@ -186,6 +190,12 @@ def _member(of: dict[str, Any]) -> dict[str, Any]:
 def has_scores(record: dict[str, Any]) -> bool:
     """Whether it is of an evaluation with scores, even if its run is too short for all of them."""
     return "run" in record and bool(record.get("overall") or record.get("too_deep"))
+
+
+def bytes_per_vector(record: Mapping[str, Any]) -> int | None:
+    """The bytes of a passage's vector that the search of an evaluation reads; None if unknown."""
+    size: int | None = record.get("facts", {}).get("bytes_per_vector")
+    return size
 
 
 def judged_on(record: dict[str, Any]) -> JudgedOn:

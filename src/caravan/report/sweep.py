@@ -21,7 +21,7 @@ from caravan.errors import InputError, printable
 from caravan.files import replacing
 from caravan.report import jobs, readings
 from caravan.report.plots import Line, Plot, intervals, lines
-from caravan.report.records import read_metrics
+from caravan.report.records import bytes_per_vector, read_metrics
 from caravan.report.tables import NONE, Table, best, depth_note, slug
 from caravan.report.tables import show as show_block
 
@@ -29,7 +29,17 @@ SEED = "seed"
 SECONDS = "seconds"
 SIZES = {"trained_parameters": "trained", "memory_gib": "GiB"}
 """Names in a training's metrics.json, and their columns, which are shown if jobs differ."""
-FORMATS = {**readings.FORMATS, SECONDS: "{:.1f}", "trained": "{:,.0f}", "GiB": "{:.1f}"}
+BYTES = "bytes/vector"
+"""A column if jobs differ in it."""
+DIM = "dim"
+"""The setting that determines the bytes, together with the index."""
+FORMATS = {
+    **readings.FORMATS,
+    SECONDS: "{:.1f}",
+    "trained": "{:,.0f}",
+    "GiB": "{:.1f}",
+    BYTES: "{:,.0f}",
+}
 """Of the measures that are no scores; they are the last columns."""
 
 
@@ -132,6 +142,9 @@ def collect(folder: Path) -> Sweep:
     measures.sort(key=lambda name: list(FORMATS).index(name) if name in FORMATS else -1)
     table = pd.DataFrame(rows, columns=[*varied, *measures], dtype=object)
     table[measures] = table[measures].apply(pd.to_numeric)
+    if BYTES in table and table[BYTES].nunique() < 2:
+        table = table.drop(columns=BYTES)
+        measures.remove(BYTES)
     trained, memory = SIZES.values()
     if trained not in table or table[trained].nunique() < 2:
         table = table.drop(columns=[trained, memory], errors="ignore")
@@ -146,6 +159,7 @@ def _metrics(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     common = {f"train {name}": value for name, value in record.get("train", {}).items()}
     common |= {} if seconds is None else {SECONDS: round(seconds, 1)}
     common |= {column: record[name] for name, column in SIZES.items() if name in record}
+    common |= {} if (size := bytes_per_vector(record)) is None else {BYTES: size}
     for read in list(readings.rows(record)) or [scores]:
         yield {**read, **common}
 
@@ -223,10 +237,11 @@ def plots(sweep: Sweep) -> list[Plot]:
 def _plot(sweep: Sweep, measure: str) -> Plot:
     """A line over the numeric setting with the most values, one for each of the other settings.
 
-    Dots if no setting is numeric.
+    Over the bytes of a vector if jobs differ in them; dots if no setting is numeric.
     """
-    of = sweep.averaged()[measure]
-    of = of[of["count"] > 0].fillna({"std": 0.0})
+    averaged = sweep.averaged()
+    of = averaged[measure]
+    averaged, of = averaged[of["count"] > 0], of[of["count"] > 0].fillna({"std": 0.0})
     means = of.reset_index(names=sweep.others or ["sweep"])
     numeric = [
         name
@@ -235,6 +250,10 @@ def _plot(sweep: Sweep, measure: str) -> Plot:
     ]
     across = max(numeric, key=lambda name: means[name].nunique(), default=None)
     beside = [name for name in sweep.others if name != across]
+    sized = BYTES in sweep.measures
+    if sized:
+        across, beside = BYTES, [name for name in sweep.others if name != DIM]
+        means[BYTES] = averaged[BYTES, "mean"].to_numpy()
     labels = [", ".join(f"{name}={row[name]}" for name in beside) for _, row in means.iterrows()]
     seeds = int(means["count"].max())
     spread = f" Mean and standard deviation over {seeds} seeds." if seeds > 1 else ""
@@ -243,12 +262,14 @@ def _plot(sweep: Sweep, measure: str) -> Plot:
         shown = [label or sweep.name for label in labels]
         draw = intervals(shown, means["mean"].tolist(), means["std"].tolist(), measure)
         return Plot(name, f"{title} of each setting.{spread}", draw, 0.8 + 0.3 * len(shown))
-    drawn = [
-        Line(label, part[across].tolist(), part["mean"].tolist(), part["std"].tolist())
-        for label, part in means.groupby(pd.Series(labels, means.index), sort=False)
-    ]
+    drawn = []
+    for label, part in means.groupby(pd.Series(labels, means.index), sort=False):
+        part = part.sort_values(across, kind="stable")
+        values = (part[name].tolist() for name in (across, "mean", "std"))
+        drawn.append(Line(label, *values))
     each = f", a line for each {', '.join(beside)}" if beside else ""
-    return Plot(name, f"{title} over {across}{each}.{spread}", lines(drawn, across, measure))
+    draw = lines(drawn, across, measure, logarithmic=sized)
+    return Plot(name, f"{title} over {across}{each}.{spread}", draw)
 
 
 def _value(text: str) -> Any:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import multiprocessing
 import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +32,7 @@ from caravan import manifests
 from caravan.data.collection import Collection
 from caravan.data.runs import Run, canonical
 from caravan.data.texts import Texts
+from caravan.distributed import cores
 from caravan.errors import InputError
 from caravan.files import scratch_folder
 from caravan.progress import track
@@ -38,6 +41,8 @@ from caravan.retrieval.store import Store
 log = logging.getLogger(__name__)
 
 BLOCK_ROWS = 16_384
+LARGE = 1e10
+"""Queries times passages above which processes search in parallel: ten seconds' work or more."""
 FILES = (
     "data.csc.index.npy",
     "indices.csc.index.npy",
@@ -101,6 +106,7 @@ class BM25:
         self.stopwords, self.stemmer, self.tokenizer = stopwords, stemmer, tokenizer
         self._index: Any = None
         self._corpus: Any = None
+        self._folder: Path | str = ""
 
     def build(self, corpus: Texts, folder: Path | str) -> None:
         """Index the corpus into `folder`, and open the index.
@@ -128,20 +134,27 @@ class BM25:
     def open(self, corpus: Texts, folder: Path | str) -> None:
         """Open the index of a corpus memory-mapped."""
         self._index, self._corpus = bm25s.BM25.load(folder, mmap=True), corpus
+        self._folder = folder
 
     def search(self, texts: Sequence[str], query_rows: np.ndarray, k: int = 1000) -> Run:
         """The run of the queries: at most `k` passages with a score above 0 each, in canonical
         order. Of passages that tie at the cut, those of lower row are kept.
+
+        With much work, each core that this process may use searches a part of the queries; the
+        processes share the memory-mapped index.
         """
-        found: list[tuple[np.ndarray, np.ndarray]] = []
-        unknown: list[str] = []
         words = self._tokens(list(texts), return_ids=False)
-        shown = track(texts, "BM25 search", len(texts), unit="queries")
-        for text, of in zip(shown, words, strict=True):
-            ids = self._index.get_tokens_ids(of)
-            found.append(_best(self._index.get_scores_from_ids(ids), k))
-            if not ids:
-                unknown.append(text)
+        ids = [self._index.get_tokens_ids(of) for of in words]
+        unknown = [text for text, of in zip(texts, ids, strict=True) if not of]
+        processes = cores() if len(texts) * len(self._corpus) > LARGE else 1
+        if processes == 1:
+            results = (_searched(self._index, of, k) for of in ids)
+            found = list(track(results, "BM25 search", len(texts), unit="queries"))
+        else:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(processes, context, _open, (self._folder, k)) as pool:
+                results = pool.map(_search, ids, chunksize=64)
+                found = list(track(results, "BM25 search", len(texts), unit="queries"))
         if 2 * len(unknown) > len(texts):
             log.warning(
                 f"BM25 finds nothing for {len(unknown)} of {len(texts)} queries, of which no token"
@@ -265,6 +278,25 @@ def _blocks(corpus: Texts) -> Iterator[list[str]]:
     while block := list(itertools.islice(rows, BLOCK_ROWS)):
         texts = corpus.get(slice(block[0], block[-1] + 1))
         yield [f"{title} {text}" if title else text for title, text in texts]
+
+
+def _searched(index: Any, ids: list[int], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and scores of the `k` best passages for the ids of a query's tokens."""
+    return _best(index.get_scores_from_ids(ids), k)
+
+
+_opened: tuple[Any, int]
+"""In a process that searches for another: the index, and k."""
+
+
+def _open(folder: Path | str, k: int) -> None:
+    global _opened
+    _opened = bm25s.BM25.load(folder, mmap=True), k
+
+
+def _search(ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    index, k = _opened
+    return _searched(index, ids, k)
 
 
 def _best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -22,8 +22,8 @@ from caravan.progress import track
 SEARCH_CHUNK = 1024
 """Queries per call of faiss; the progress bar advances after each call."""
 DEEPER = 4
-"""Segments searched per document, and the factor by which a search goes deeper."""
-MOST_FOUND = 1 << 24  # segments found at a time for all queries together, 12 bytes each
+"""Candidates per result, of documents by their segments and of compressed vectors."""
+MOST_FOUND = 1 << 24  # candidates found at a time for all queries together, 12 bytes each
 
 Found = tuple[np.ndarray, np.ndarray]
 """Scores [Q, k] float32, best first, and rows [Q, k] int64; -inf and -1 beyond the corpus."""
@@ -44,7 +44,7 @@ class Index(Protocol):
     Select a custom class by its dotted path: `index._target_=my_package.MyIndex`.
 
     >>> class Brute:
-    ...     k, approximate = 2, False
+    ...     k, approximate, bytes_per_vector = 2, False, None
     ...
     ...     def build(self, blocks):
     ...         self.vectors = np.concatenate([vectors for _, vectors in blocks])
@@ -62,6 +62,7 @@ class Index(Protocol):
 
     k: int  # default number of passages per query
     approximate: bool  # may miss passages; an evaluation then measures the recall
+    bytes_per_vector: int | None  # that a search reads of each passage; None if unknown
 
     def build(self, blocks: Blocks) -> None:
         """Index all blocks, replacing those of an earlier call."""
@@ -106,6 +107,7 @@ class Faiss:
         self.factory, self.k, self.train_rows = factory, k, train_rows
         self.nprobe, self.ef_search, self.ef_construction = nprobe, ef_search, ef_construction
         self.approximate = factory != "Flat"
+        self.bytes_per_vector: int | None = None
         self._index: Any = None
 
     def build(self, blocks: Blocks) -> None:
@@ -120,7 +122,7 @@ class Faiss:
         with _refused(
             "unknown-index", f"{factory} is not a factory string of faiss, such as HNSW32"
         ):
-            index = faiss.index_factory(blocks.dim, self.factory, faiss.METRIC_INNER_PRODUCT)
+            index = self.created(blocks.dim)
         self._set(index, "efConstruction", self.ef_construction)
         self._set(index, "nprobe", self.nprobe)
         self._set(index, "efSearch", self.ef_search)
@@ -130,22 +132,30 @@ class Faiss:
             with _refused("index-training-failed", f"{factory} cannot be trained on {few}"):
                 index.train(sample)
         for start, block in track(blocks, f"index {self.factory}", unit="blocks"):
-            index.add(_float32(block, f"passages from row {start}"))
-        self._index = index
+            index.add(self.codes(float32(block, f"passages from row {start}")))
+        self._index, self.bytes_per_vector = index, _code_size(index)
 
     def search(self, queries: np.ndarray, k: int | None = None) -> Found:
         """The `k` passages of greatest dot product for each of queries [Q, d]."""
         faiss.omp_set_num_threads(torch.get_num_threads())
         k = self.k if k is None else k
-        queries = _float32(queries, "the queries")
+        queries = float32(queries, "the queries")
         scores = np.empty((len(queries), k), dtype=np.float32)
         rows = np.empty((len(queries), k), dtype=np.int64)
         starts = range(0, len(queries), SEARCH_CHUNK)
         for start in track(starts, "search", len(starts), unit=f"x {SEARCH_CHUNK} queries"):
             span = slice(start, start + SEARCH_CHUNK)
-            scores[span], rows[span] = self._index.search(queries[span], k)
+            scores[span], rows[span] = self._index.search(self.codes(queries[span]), k)
         scores[rows < 0] = -np.inf
         return scores, rows
+
+    def created(self, dim: int) -> Any:
+        """An empty index of faiss for vectors of a size."""
+        return faiss.index_factory(dim, self.factory, faiss.METRIC_INNER_PRODUCT)
+
+    def codes(self, vectors: np.ndarray) -> np.ndarray:
+        """What the index takes for vectors [n, d] float32."""
+        return vectors
 
     def _set(self, index: Any, name: str, value: int | None) -> None:
         if value is None:
@@ -178,6 +188,7 @@ class Exact:
     ) -> None:
         self.k, self.device = k, device
         self.query_chunk, self.passage_chunk = query_chunk, passage_chunk
+        self.bytes_per_vector: int | None = None
         self._blocks: Blocks | None = None
 
     def build(self, blocks: Blocks) -> None:
@@ -185,6 +196,8 @@ class Exact:
         _require_rows(blocks)
         assert blocks.rows < 2**32  # a row takes 32 bits of a key
         self._blocks = blocks
+        _, first = next(iter(blocks))
+        self.bytes_per_vector = first[0].nbytes
 
     def search(self, queries: np.ndarray, k: int | None = None) -> Found:
         """The `k` passages of greatest dot product for each of queries [Q, d]."""
@@ -192,13 +205,13 @@ class Exact:
         k = self.k if k is None else k
         name = "cuda" if self.device == "auto" and torch.cuda.is_available() else self.device
         device = torch.device("cpu" if name == "auto" else name)
-        query_vectors = torch.from_numpy(_float32(queries, "the queries")).to(device)
+        query_vectors = torch.from_numpy(float32(queries, "the queries")).to(device)
         keys = torch.full((len(query_vectors), k), EMPTY, dtype=torch.int64, device=device)
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")  # never TF32 or bf16, whatever training uses
         try:
             for start, block in track(self._blocks, "exact search", unit="blocks"):
-                vectors = torch.from_numpy(_float32(block, f"passages from row {start}")).to(device)
+                vectors = torch.from_numpy(float32(block, f"passages from row {start}")).to(device)
                 for i in range(0, len(vectors), self.passage_chunk):
                     chunk = vectors[i : i + self.passage_chunk]
                     for j in range(0, len(query_vectors), self.query_chunk):
@@ -250,70 +263,6 @@ def _unpack(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return scores.masked_fill(nothing, -torch.inf), rows
 
 
-class BestSegments:
-    """An index of documents, scored by their best segments (MaxP, arXiv 1905.09217).
-
-    A search repeats with more segments until each query has k documents.
-
-    Args:
-        index: of the segments, which are in the order of their documents.
-        counts: segments of each document [D].
-    """
-
-    def __init__(self, index: Index, counts: np.ndarray) -> None:
-        self.index, self.k, self.approximate = index, index.k, index.approximate
-        self.ends = np.cumsum(counts)
-
-    def build(self, blocks: Blocks) -> None:
-        """Index the segments in all blocks."""
-        self.index.build(blocks)
-
-    def search(self, queries: np.ndarray, k: int | None = None) -> Found:
-        """Scores and numbers of the `k` best documents for queries [Q, d]."""
-        k = self.k if k is None else k
-        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
-        rows = np.full((len(queries), k), -1, dtype=np.int64)
-        left, segments = np.arange(len(queries)), int(self.ends[-1])
-        depth = min(DEEPER * k, segments)
-        while len(left):
-            unfinished = []
-            step = max(MOST_FOUND // depth, 1)
-            for some in (left[i : i + step] for i in range(0, len(left), step)):
-                found = self.index.search(queries[some], depth)
-                for query, of, at in zip(some, *found, strict=True):
-                    documents = np.searchsorted(self.ends, at[at >= 0], side="right")
-                    best = np.sort(np.unique(documents, return_index=True)[1])[:k]
-                    if len(best) < k and depth < segments and at[-1] >= 0:
-                        unfinished.append(query)
-                    scores[query, : len(best)] = of[best]
-                    rows[query, : len(best)] = documents[best]
-            left, depth = np.array(unfinished), min(DEEPER * depth, segments)
-        return scores, rows
-
-
-def measured_recall(
-    rows: np.ndarray,
-    queries: np.ndarray,
-    blocks: Blocks,
-    counts: np.ndarray | None = None,
-    sample: int = 256,
-) -> float:
-    """Recall of rows [Q, k] for queries [Q, d] against exact search over the blocks.
-
-    The mean of |exact ∩ found| / |exact| over `sample` evenly spaced queries, at depth k.
-
-    Args:
-        counts: segments of each document, if the rows are documents (`BestSegments`).
-    """
-    picked = np.unique(np.linspace(0, len(queries) - 1, min(sample, len(queries))).astype(int))
-    exact: Index = Exact() if counts is None else BestSegments(Exact(), counts)
-    exact.build(blocks)
-    most = blocks.rows if counts is None else len(counts)
-    found = exact.search(queries[picked], min(rows.shape[1], most))[1]
-    both = [np.isin(one, other).mean() for one, other in zip(found, rows[picked], strict=True)]
-    return float(np.mean(both))
-
-
 def _sample(blocks: Blocks, size: int) -> np.ndarray:
     """A fixed uniform sample of `size` vectors, [size, dim]."""
     picked = np.arange(blocks.rows)
@@ -322,11 +271,26 @@ def _sample(blocks: Blocks, size: int) -> np.ndarray:
     sample = np.empty((len(picked), blocks.dim), dtype=np.float32)
     for start, block in track(blocks, "sample to train the index", unit="blocks"):
         low, high = np.searchsorted(picked, [start, start + len(block)])
-        sample[low:high] = _float32(block[picked[low:high] - start], f"passages from row {start}")
+        sample[low:high] = float32(block[picked[low:high] - start], f"passages from row {start}")
     return sample
 
 
-def _float32(vectors: np.ndarray, what: str) -> np.ndarray:
+def _code_size(index: Any) -> int | None:
+    """Bytes of a vector's code in an index of faiss; None if unknown, as for a graph."""
+    if isinstance(index, faiss.IndexBinary):
+        return int(index.code_size)
+    try:
+        return int(index.sa_code_size())
+    except RuntimeError:
+        return None
+
+
+def float32(vectors: np.ndarray, what: str) -> np.ndarray:
+    """Contiguous vectors in float32.
+
+    Raises:
+        InputError: A value is not finite; `what` names the vectors in the message.
+    """
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     if not np.isfinite(vectors).all():
         raise InputError(

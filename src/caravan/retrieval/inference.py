@@ -72,10 +72,11 @@ class Inference:
         token_budget: padded tokens per chunk; None chooses by device.
         num_workers: worker processes for tokenization.
         attention, trust_remote_code: see `caravan.models.folder.load`.
-        lengths: `query_length` and `passage_length` that override those of the folder.
+        overrides: settings that replace those of the folder's encoding: `query_length`,
+            `passage_length`, `dim`; None keeps the folder's.
 
     Attributes:
-        encoding, facts: those of the folder (`caravan.encoding.read_encoding`), `lengths` applied.
+        encoding, facts: those of the folder (`caravan.encoding.read_encoding`), with `overrides`.
         precision: "bf16" or "float32".
 
     Raises:
@@ -91,7 +92,7 @@ class Inference:
         num_workers: int = 0,
         attention: str = "auto",
         trust_remote_code: bool = False,
-        lengths: Mapping[str, int] | None = None,
+        overrides: Mapping[str, int | None] | None = None,
     ) -> None:
         self.folder = Path(folder)
         encoding, self.facts = read_encoding(self.folder)
@@ -100,8 +101,9 @@ class Inference:
                 "wrong-model-kind",
                 f"{folder} is a {encoding.kind}; give the folder of a {kind}",
             )
-        self.lengths = dict(lengths or {})
-        self.encoding = replace(encoding, **self.lengths)  # type: ignore[arg-type]
+        given = (overrides or {}).items()
+        self.overrides = {name: value for name, value in given if value is not None}
+        self.encoding = replace(encoding, **self.overrides)  # type: ignore[arg-type]
         self.precision, self.device = hardware.resolve(precision), hardware.device()
         self.token_budget, self.num_workers = hardware.chunk(token_budget), num_workers
         self.attention, self.trust_remote_code = attention, trust_remote_code
@@ -117,8 +119,10 @@ class Inference:
         )
         if self.device.type == "cpu":
             pack_linears(model, model.output_layer if isinstance(model, TokenScorer) else None)
-        if self.lengths:
+        if self.overrides:
             refuse_too_long(model.transformer, self.encoding, self._section)
+        if "dim" in self.overrides:
+            model.cut_to(self.encoding.dim, self._section)
         return model.to(self.device), tokenizer
 
     @property
@@ -151,8 +155,8 @@ class Inference:
 
     @property
     def _section(self) -> str:
-        """The prefix of the settings that determine the lengths."""
-        if not self.lengths:
+        """The prefix of the settings that determine lengths and size, for messages."""
+        if not self.overrides:
             return "encoding."
         return "" if self.encoding.kind == "retriever" else "rerank."
 
@@ -160,12 +164,12 @@ class Inference:
         """Load the weights now."""
         _ = self.templates
 
-    def check_lengths(self) -> None:
-        """Raise an InputError if a text could have more tokens than the model has positions.
+    def check_settings(self) -> None:
+        """Raise an InputError if the model has too few positions or dimensions.
 
         Reads no weights.
         """
-        model_folder.refuse_lengths(
+        model_folder.refuse_unsuitable(
             self.folder, self.encoding, self._section, self.trust_remote_code
         )
 
@@ -358,15 +362,15 @@ class Models:
             "versions": manifests.versions(),
         }
 
-    def new(self, folder: Path, kind: str, lengths: Mapping[str, int]) -> Inference:
+    def new(self, folder: Path, kind: str, overrides: Mapping[str, int]) -> Inference:
         """Open a model without closing the current one."""
         settings = (self.precision, self.token_budget, self.num_workers, self.attention)
-        return Inference(folder, kind, *settings, self.trust_remote_code, lengths)
+        return Inference(folder, kind, *settings, self.trust_remote_code, overrides)
 
-    def open(self, folder: Path, kind: str, lengths: Mapping[str, int]) -> Inference:
+    def open(self, folder: Path, kind: str, overrides: Mapping[str, int]) -> Inference:
         """Open a model in place of the current one; returns the current one if it matches."""
-        key = (folder, kind, tuple(sorted(lengths.items())))
+        key = (folder, kind, tuple(sorted(overrides.items())))
         if self._open is None or self._open[0] != key:
             self._open = None  # free its memory before loading the next one
-            self._open = key, self.new(folder, kind, lengths)
+            self._open = key, self.new(folder, kind, overrides)
         return self._open[1]

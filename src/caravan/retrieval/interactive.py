@@ -95,7 +95,7 @@ def open_searcher(
         raise InputError(
             "empty-corpus", f"{collection.name} has no passage to search; choose another data="
         )
-    systems.check_lengths(models)
+    systems.check_settings(models)
     retrievers: dict[str, Callable[[str], Run]] = {}
     for name in systems.retrievers:
         kind = "bm25" if name == "bm25" else "retriever"
@@ -124,12 +124,13 @@ def _search_bm25(bm25: BM25, k: int, query: str) -> Run:
 def _dense(
     folder: Path, collection: Collection, systems: Systems, store: Store, models: Models
 ) -> Callable[[str], Run]:
-    model = models.new(folder, "retriever", systems.reading.lengths)
-    trained_on = str(model.facts.get("collection") or "").rpartition(" ")[0]
-    if trained_on and trained_on != collection.name:  # as without data=
+    model = models.new(folder, "retriever", systems.overrides)
+    known = str(model.facts.get("collection") or "").split(", ")  # each with its digest
+    trained_on = [one.rpartition(" ")[0] for one in known if one]
+    if trained_on and collection.name not in trained_on:  # as without data=
         log.warning(
-            f"searching {collection.name}, but {folder} was trained on {trained_on}; data= chooses"
-            " another collection"
+            f"searching {collection.name}, but {folder} was trained on {', '.join(trained_on)};"
+            " data= chooses another collection"
         )
     inputs = models.inputs(folder)
     passages, segments = encode_corpus(model, inputs, systems, collection, store)

@@ -28,9 +28,9 @@ from caravan.distributed import is_main_process, wait_until
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.retrieval.bm25 import index_inputs, open_index
-from caravan.retrieval.index import measured_recall
 from caravan.retrieval.inference import Inference, Models, instruction_for
 from caravan.retrieval.rerank import Reranker
+from caravan.retrieval.segments import measured_recall
 from caravan.retrieval.store import Embeddings, Store
 from caravan.retrieval.systems import Systems
 
@@ -74,13 +74,12 @@ def encode_corpus(
     """
     reading, block = systems.reading, systems.block
     read = cut(collection.corpus, np.arange(len(collection.corpus)), reading)
-    length = {"length": model.lengths.get("passage_length")}
-    inputs = {**inputs, **length, **reading.segments}
+    inputs = {**inputs, **_encoded(model, "passage"), **reading.segments}
     inputs |= {"collection": collection.digest, "block": block}
     name = "segments" if reading.segments else "passages"
     own = instruction_for(model.encoding, collection.name)
-    where: Any = (block, store, name, inputs)
-    rows = model.encode_rows(read.texts, read.rows, "passage", *where, **own)
+    texts = (read.texts, read.rows, "passage", block, store, name, inputs)
+    rows = model.encode_rows(*texts, own.get("instruction"))
     return rows, read.counts
 
 
@@ -94,11 +93,18 @@ def encode_queries(
 ) -> np.ndarray:
     """Embeddings [Q, d] float32 of the judged queries of a split; arguments: `encode_corpus`."""
     texts, rows, block = collection.queries, collection.qrels(split).queries, systems.block
-    inputs = {**inputs, "length": model.lengths.get("query_length"), "split": split}
+    inputs = {**inputs, **_encoded(model, "query"), "split": split}
     inputs |= {"collection": collection.digest, "block": block}
     own = instruction_for(model.encoding, collection.name)
     name = f"queries.{split}"
     return model.encode_rows(texts, rows, "query", block, store, name, inputs, **own).read()
+
+
+def _encoded(model: Inference, side: str) -> dict[str, int | None]:
+    """The settings of a side's embeddings that are not those of the model folder."""
+    given = model.overrides
+    dim = {"dim": given["dim"]} if "dim" in given else {}
+    return {"length": given.get(f"{side}_length"), **dim}
 
 
 class Stages:
@@ -160,7 +166,7 @@ class Stages:
 
         def search() -> tuple[Run, Facts] | None:
             times = [time.monotonic()]
-            model = self.models.open(folder, "retriever", reading.lengths)
+            model = self.models.open(folder, "retriever", self.systems.overrides)
             product = (model, model_inputs, self.systems, self.collection, self.store)
             passages, segments = encode_corpus(*product)
             times.append(time.monotonic())
@@ -170,6 +176,9 @@ class Stages:
                 return None
             index = self.systems.make_index(segments)
             index.build(passages)
+            size = index.bytes_per_vector
+            if size is not None:
+                log.info(f"index of {passages.rows:,} vectors, {size:,} bytes each")
             times.append(time.monotonic())
             depth = min(self._depth, len(self.collection.corpus))
             scores, rows = index.search(queries, depth)
@@ -177,6 +186,7 @@ class Stages:
             names = ("encode_s", "encode_query_s", "index_s", "search_query_s")
             facts: Facts = dict(zip(names, np.diff(times).tolist(), strict=True))
             facts |= {"device": str(model.device), "precision": model.precision}
+            facts |= {"dim": passages.dim, "bytes_per_vector": size}
             if index.approximate:
                 facts["recall_against_exact"] = measured_recall(rows, queries, passages, segments)
                 log.info("recall against exact search: %.4f", facts["recall_against_exact"])
@@ -185,7 +195,7 @@ class Stages:
         inputs = {
             **model_inputs,
             **instruction_for(read_encoding(folder)[0], self.collection.name),
-            **reading.lengths,
+            **self.systems.overrides,
             **reading.segments,
             "collection": self.collection.digest,
             "block": self.systems.block,

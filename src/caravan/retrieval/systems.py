@@ -12,9 +12,10 @@ import numpy as np
 from caravan import manifests
 from caravan.data.segments import Reading
 from caravan.encoding import FILE, read_encoding
-from caravan.retrieval.index import BestSegments, Index
+from caravan.retrieval.index import Index
 from caravan.retrieval.inference import Models, instruction_for
 from caravan.retrieval.rerank import Reranking
+from caravan.retrieval.segments import BestSegments
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Systems:
         fuse: `caravan.retrieval.fusion`.
         reranker: a model folder or None.
         reading: how much of a text the retrievers read.
+        dim: the first dimensions of an embedding that are kept; None is as in the model folder.
         block: texts per shard of embeddings.
     """
 
@@ -49,6 +51,7 @@ class Systems:
     reranker: Path | None = None
     rerank: Reranking = field(default_factory=Reranking)
     reading: Reading = field(default_factory=Reading)
+    dim: int | None = None
     block: int = 16384
 
     def __len__(self) -> int:
@@ -60,6 +63,11 @@ class Systems:
         """The depth of all runs."""
         return int(self.index.settings["k"])
 
+    @property
+    def overrides(self) -> dict[str, int]:
+        """The settings that replace those of the retrievers' encodings."""
+        return self.reading.lengths | ({} if self.dim is None else {"dim": self.dim})
+
     def make_index(self, counts: np.ndarray | None) -> Index:
         """An index of documents.
 
@@ -69,17 +77,17 @@ class Systems:
         index: Index = self.index.make()
         return index if counts is None else BestSegments(index, counts)
 
-    def check_lengths(self, models: Models) -> None:
-        """Compare all lengths with the models' positions, before the first stage takes hours.
+    def check_settings(self, models: Models) -> None:
+        """Check lengths and dimensions against the models, before the first stage takes hours.
 
         Raises:
-            InputError: If a text could be longer than a model has positions for.
+            InputError: If a model has too few positions or dimensions.
         """
         for name in self.retrievers:
             if Path(name).is_dir():
-                models.new(Path(name), "retriever", self.reading.lengths).check_lengths()
+                models.new(Path(name), "retriever", self.overrides).check_settings()
         if self.reranker is not None and self.reranker.is_dir():
-            models.new(self.reranker, "reranker", self.rerank.lengths).check_lengths()
+            models.new(self.reranker, "reranker", self.rerank.lengths).check_settings()
 
     def inputs(self, models: Models, collection: str) -> dict[str, Any]:
         """The systems and settings that determine the results of an evaluation.
@@ -103,7 +111,7 @@ class Systems:
             inputs["bm25"] = self.bm25.settings
         if dense:
             unset = {"query_length": None, "passage_length": None}
-            inputs |= {"index": self.index.settings, **unset, **self.reading.lengths}
+            inputs |= {"index": self.index.settings, **unset, **self.overrides}
             inputs |= self.reading.segments
         if len(self.retrievers) > 1:
             inputs["fuse"] = self.fuse.settings

@@ -115,7 +115,7 @@ class Adaptation(Stage):
 
     def training_step(self, batch: AdaptationBatch, batch_idx: int) -> Tensor:
         read = self.model.read(self.in_step(batch.texts), tokens=self.lm > 0)
-        settings: dict[str, Any] = {"batch_size": len(batch.counts), "sync_dist": True}
+        values: dict[str, Tensor] = {}
         total = read.slots.new_zeros(())
         language_model = self.model.language_model
         if self.weights:
@@ -133,16 +133,12 @@ class Adaptation(Stage):
                     counts > 0, losses[:, i], hits[:, i], counts.clamp(min=1).log()
                 )
                 total = total + weight * loss
-                self.log(f"train/{task}", loss, **settings)
-                self.log(f"train/{task}_above_floor", loss - floor, **settings)
-                self.log(f"train/{task}_hits", share, **settings)
-                (empty,) = _means(None, (counts == 0).float())
-                self.log(f"train/{task}_empty", empty, **settings)
+                values |= {task: loss, f"{task}_above_floor": loss - floor, f"{task}_hits": share}
+                (values[f"{task}_empty"],) = _means(None, (counts == 0).float())
         if self.lm:
-            (loss,) = _means(None, token_losses(language_model, read))
-            total = total + self.lm * loss
-            self.log("train/lm", loss, **settings)
-        self.log("train/loss", total, prog_bar=True, **settings)
+            (values["lm"],) = _means(None, token_losses(language_model, read))
+            total = total + self.lm * values["lm"]
+        self.log_over_ranks({**values, "loss": total}, len(batch.counts))
         return total
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Protocol
 
 import torch
-from pydantic import AllowInfNan, PositiveFloat
+from pydantic import AfterValidator, AllowInfNan, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,6 +17,15 @@ from caravan.errors import InputError
 
 Temperature = Annotated[PositiveFloat, AllowInfNan(False)]
 Margin = Annotated[float, AllowInfNan(False)]
+
+
+def _increasing(dims: list[int]) -> list[int]:
+    if not dims or dims != sorted(set(dims)):
+        raise ValueError("must list increasing sizes, such as [64, 128, 256]")
+    return dims
+
+
+Dims = Annotated[list[PositiveInt], AfterValidator(_increasing)]
 
 
 class Loss(Protocol):
@@ -49,6 +58,8 @@ class Loss(Protocol):
     needs_teacher: bool = False
     false_negative_margin: float | None = None
     """If set, `compute` masks columns that score above the positive plus this."""
+    dims: Sequence[int] | None = None
+    """If set, a retriever sums the loss over embeddings cut to these sizes and whole ones."""
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor: ...
 
@@ -70,9 +81,13 @@ class InfoNCE(Loss):
     """
 
     def __init__(
-        self, temperature: Temperature = 0.01, false_negative_margin: Margin | None = None
+        self,
+        temperature: Temperature = 0.01,
+        false_negative_margin: Margin | None = None,
+        dims: Dims | None = None,
     ) -> None:
         self.temperature, self.false_negative_margin = temperature, false_negative_margin
+        self.dims = dims
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(scores / self.temperature, targets)
@@ -98,8 +113,13 @@ class BCE(Loss):
         positive_weight: of a positive's term; above 1 it balances one positive and many negatives.
     """
 
-    def __init__(self, positive_weight: float = 1.0, temperature: Temperature = 0.01) -> None:
-        self.positive_weight, self.temperature = positive_weight, temperature
+    def __init__(
+        self,
+        positive_weight: float = 1.0,
+        temperature: Temperature = 0.01,
+        dims: Dims | None = None,
+    ) -> None:
+        self.positive_weight, self.temperature, self.dims = positive_weight, temperature, dims
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
         scores = scores / self.temperature
@@ -124,8 +144,13 @@ class RankNet(Loss):
         needs_teacher: order the columns by the teacher's scores, not positive before negative.
     """
 
-    def __init__(self, needs_teacher: bool = False, temperature: Temperature = 0.01) -> None:
-        self.needs_teacher, self.temperature = needs_teacher, temperature
+    def __init__(
+        self,
+        needs_teacher: bool = False,
+        temperature: Temperature = 0.01,
+        dims: Dims | None = None,
+    ) -> None:
+        self.needs_teacher, self.temperature, self.dims = needs_teacher, temperature, dims
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
         scores = scores / self.temperature
@@ -151,8 +176,8 @@ class MarginMSE(Loss):
 
     needs_teacher = True
 
-    def __init__(self, temperature: Temperature = 0.01) -> None:
-        self.temperature = temperature
+    def __init__(self, temperature: Temperature = 0.01, dims: Dims | None = None) -> None:
+        self.temperature, self.dims = temperature, dims
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
         scores = scores / self.temperature
@@ -175,9 +200,13 @@ class KL(Loss):
     needs_teacher = True
 
     def __init__(
-        self, teacher_temperature: Temperature = 1.0, temperature: Temperature = 0.01
+        self,
+        teacher_temperature: Temperature = 1.0,
+        temperature: Temperature = 0.01,
+        dims: Dims | None = None,
     ) -> None:
         self.teacher_temperature, self.temperature = teacher_temperature, temperature
+        self.dims = dims
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
         scores = scores / self.temperature
@@ -195,7 +224,8 @@ class Sum:
     """A weighted sum of losses, each with its own kind of targets (see `compute`).
 
     Args:
-        losses: with a temperature of 1, since the sum divides the scores by its own.
+        losses: with a temperature of 1, since the sum divides the scores by its own. They have
+            the sum's `dims`.
         weights: one for each loss; None is 1 for all.
     """
 
@@ -204,10 +234,15 @@ class Sum:
         losses: Sequence[Loss | Sum],
         weights: Sequence[float] | None = None,
         temperature: Temperature = 0.01,
+        dims: Dims | None = None,
     ) -> None:
         self.losses = list(losses)
         self.weights = [1.0] * len(self.losses) if weights is None else list(weights)
-        self.temperature = temperature
+        self.temperature, self.dims = temperature, dims
+        if any(loss.dims is not None for loss in self.losses):
+            raise InputError(
+                "misplaced-dims", "loss.losses: a part has dims; set loss.dims instead"
+            )
         if not self.losses or len(self.losses) != len(self.weights):
             raise InputError(
                 "mismatched-lengths",

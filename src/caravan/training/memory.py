@@ -11,11 +11,11 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from caravan.distributed import is_main_process
 from caravan.errors import InputError
+from caravan.models.bidirectional import has_adapter
 from caravan.models.hardware import frozen_linears
 from caravan.training.fsdp import FullySharded
 
@@ -47,24 +47,28 @@ def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -
         return None
     data.setup()
     ranks = trainer.num_devices * trainer.num_nodes
-    each = min(-(-data.queries_per_batch // ranks), len(data.training))
-    tokens = data.training[0, np.arange(each)].packed().padded
+    first = next(iter(data.training.order(data.queries_per_batch, 0, ranks)), None)
+    if first is None:
+        return None  # the loader reports that there are too few texts
+    batch = data.training[first].packed()
+    tokens, chunk = batch.padded, batch.largest
     if module.gradcache is not None:  # only one chunk has activations at a time
         lengths = module.encoding.query_length, module.encoding.passage_length
         longest = sum(lengths) if module.encoding.kind == "reranker" else max(lengths)
-        tokens = min(tokens, module.gradcache.chunk * longest)
+        tokens = chunk = min(tokens, module.gradcache.chunk * longest)
     quantised = module.backbone.quantization is not None
     shares = ranks if isinstance(trainer.strategy, FullySharded) else 1
     recomputes = bool(module.backbone.checkpointing)
     try:
-        needed = need(outline, tokens, module.bf16, recomputes, quantised, shares)
+        needed = need(outline, tokens, module.bf16, recomputes, quantised, shares, chunk)
     except (AttributeError, TypeError) as error:  # the shape is not that of a transformer
         log.debug("no estimate of memory: %s", error)
         return None
     refuse_too_large(needed, trainer.strategy.root_device)
     if module.encoding.kind == "retriever":
         width = outline.config.get_text_config().hidden_size
-        refuse_validation(len(data.dev_passages), width, trainer.num_devices)
+        passages = sum(len(one.passages) for one in data.validations)
+        refuse_validation(passages, width, trainer.num_devices)
     if is_main_process() and sum(needed.values()) >= 1e8:  # less fits on any device
         log.info("memory at the peak of a step: at least %s", in_words(needed))
     return needed
@@ -77,6 +81,7 @@ def need(
     recomputes: bool = False,
     quantised: bool = False,
     shares: int = 1,
+    chunk: int | None = None,
 ) -> Need:
     """The memory of a training step.
 
@@ -87,6 +92,8 @@ def need(
         recomputes: whether activations are recomputed (`caravan.models.preparing`).
         quantised: whether frozen linear layers have four bits (QLoRA).
         shares: ranks over which the weights are sharded (FSDP).
+        chunk: the padded tokens of the largest chunk; the backward pass recomputes a block of one
+            chunk at a time. None: of all.
     """
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -100,14 +107,33 @@ def need(
     width, heads = config.hidden_size, config.num_attention_heads
     inner = getattr(config, "intermediate_size", None) or 4 * width
     shared = (getattr(config, "num_key_value_heads", None) or heads) / heads
-    block = 7.6 * FLOAT * width + unit * ((1 + 2 * shared) * width + 4 * inner)
+    norms = 5.05 if frozen else 7.6  # frozen norms keep no inputs for their own gradients
+    block = norms * FLOAT * width + unit * ((1 + 2 * shared) * width + 4 * inner)
     layers = config.num_hidden_layers
+    block += _dropped(model) * (unit + 1) / layers  # the remaining values and the mask
+    activations = tokens * layers * (FLOAT * width if recomputes else block)
+    if recomputes:
+        activations += (tokens if chunk is None else chunk) * block
     return {
         "weights": stored / shares,
         "gradients": FLOAT * trained / shares,
         "optimizer": 2 * FLOAT * trained / shares,
-        "activations": tokens * (layers * FLOAT * width + block if recomputes else layers * block),
+        "activations": activations,
     }
+
+
+def _dropped(model: Any) -> int:
+    """The inputs of all adapters with dropout, per token."""
+    if not any(map(has_adapter, model.modules())):
+        return 0
+    from peft.tuners.lora import LoraLayer
+
+    layers = (layer for layer in model.modules() if isinstance(layer, LoraLayer))
+    return sum(
+        layer.in_features
+        for layer in layers
+        if any(isinstance(one, torch.nn.Dropout) for one in layer.lora_dropout.values())
+    )
 
 
 def in_words(needed: Need) -> str:

@@ -43,6 +43,15 @@ def gather(rows: Tensor, counts: list[int]) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(received, counts, strict=True)])
 
 
+def mean(values: Tensor) -> Tensor:
+    """The mean over ranks of a tensor that every rank has, without gradient."""
+    if world() == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / world()
+
+
 def gather_to_host(rows: Tensor, device: torch.device, at_once: int = 1 << 14) -> np.ndarray:
     """The rows [n_r, ...] of all ranks in rank order, without gradient.
 

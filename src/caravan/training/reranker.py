@@ -44,7 +44,7 @@ class Reranker(Stage):
         queries, group = batch.passage_rows.shape
         targets = torch.zeros(queries, dtype=torch.int64, device=scores.device)
         counts = parallel.sizes(queries, scores.device)
-        return self.compute_loss(scores.view(queries, group), targets, batch.teacher, counts)
+        return self.compute_loss([scores.view(queries, group)], targets, batch.teacher, counts)
 
     def validation_step(
         self, batch: Any, batch_idx: int, dataloader_idx: int = 0

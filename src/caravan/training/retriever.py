@@ -5,6 +5,9 @@
 Every query is scored against every passage of the batch, over all ranks. A column is masked if its
 text is that of a positive of the query or of the passage with the query's id. Texts are compared by
 their digests, since copies of a passage may have different ids.
+
+With `loss.dims` the loss is summed over embeddings cut to these sizes, scaled to unit length again,
+and over whole ones (Matryoshka, arXiv 2205.13147, section 3, with weights of 1).
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from torch import Tensor
 
 from caravan.data.batch import TrainBatch
 from caravan.encoding import Encoding
-from caravan.models.biencoder import BiEncoder
+from caravan.errors import InputError
+from caravan.models.biencoder import BiEncoder, cut, refuse_large
 from caravan.training import parallel
 from caravan.training.gradcache import GradCache
 from caravan.training.losses import Loss, Sum
@@ -51,7 +55,22 @@ class Retriever(Stage):
         self.in_batch, self.cross_device = in_batch, cross_device
 
     def build(self) -> BiEncoder:
+        config = self.backbone.config(self.tokenizer)
+        refuse_large(config, self.encoding.dim)  # before weights are read
+        size = self.encoding.dim or config.get_text_config().hidden_size
+        if self._dims and self._dims[-1] > size:
+            raise InputError(
+                "dim-too-large",
+                f"loss.dims: {self._dims[-1]} is more than the {size} dimensions of an embedding;"
+                f" leave out sizes above {size}",
+            )
         return BiEncoder(self.adapted(self.backbone.model(self.tokenizer)), self.encoding)
+
+    @property
+    def _dims(self) -> list[int]:
+        """The sizes of `loss.dims`, increasing."""
+        assert self.loss is not None
+        return list(self.loss.dims or ())
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         return self.loss_of(
@@ -68,20 +87,21 @@ class Retriever(Stage):
         teacher = batch.teacher  # [Q, G], of the query's own group
         if teacher is not None:
             own = targets.unsqueeze(1) + torch.arange(teacher.shape[1], device=targets.device)
-            teacher = torch.full_like(scores, torch.nan).scatter(1, own, teacher)
+            teacher = torch.full_like(scores[-1], torch.nan).scatter(1, own, teacher)
         return self.compute_loss(scores, targets, teacher, counts)
 
     def scores(
         self, queries: Tensor, passages: Tensor, batch: TrainBatch
-    ) -> tuple[Tensor, Tensor, list[int]]:
+    ) -> tuple[list[Tensor], Tensor, list[int]]:
         """Scores of this rank's queries against the passages of all ranks, or fewer.
 
         Args:
             queries: [Q, d] float32. passages: [Q * G, d] float32, group by group.
 
         Returns:
-            scores [Q, N] float32, -inf where masked; targets [Q] int64; the queries of each rank.
-            N is all ranks' passages, this rank's without `cross_device`, or G without `in_batch`.
+            scores [Q, N] float32, -inf where masked, of each size in `loss.dims` and of whole
+            embeddings; targets [Q] int64; the queries of each rank. N is all ranks' passages, this
+            rank's without `cross_device`, or G without `in_batch`.
         """
         group = batch.passage_rows.shape[1]
         counts = parallel.sizes(len(queries), queries.device)
@@ -92,14 +112,26 @@ class Retriever(Stage):
                 keys = parallel.gather(keys, [n * group for n in counts])
                 first = sum(counts[: parallel.rank()])
             targets = (first + torch.arange(len(queries), device=queries.device)) * group
-            scores = queries @ passages.T
             columns = keys.expand(len(queries), -1)  # [Q, N]
         else:
-            scores = torch.einsum("qd,qgd->qg", queries, passages.view(len(queries), group, -1))
             targets = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
             columns = batch.passage_keys  # [Q, G]
         masked = no_negative(columns, batch.excluded_keys, targets)
-        return scores.masked_fill(masked, -torch.inf), targets, counts
+        if self.in_batch and batch.in_batch is not None:
+            group_of = torch.arange(columns.shape[1], device=targets.device) // group
+            others = group_of != targets.unsqueeze(1) // group  # [Q, N]
+            masked |= others & ~batch.in_batch.unsqueeze(1)
+
+        def similarities(dim: int) -> Tensor:
+            one, other = (cut(all_, dim, self.encoding.normalize) for all_ in (queries, passages))
+            if self.in_batch:
+                return one @ other.T
+            return torch.einsum("qd,qgd->qg", one, other.view(len(one), group, -1))
+
+        whole = queries.shape[1]
+        dims = [dim for dim in self._dims if dim < whole]
+        scores = [similarities(dim).masked_fill(masked, -torch.inf) for dim in (*dims, whole)]
+        return scores, targets, counts
 
 
 def no_negative(columns: Tensor, excluded: Tensor, targets: Tensor) -> Tensor:

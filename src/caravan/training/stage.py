@@ -225,34 +225,49 @@ class Stage(pl.LightningModule, ABC):
         return self.gradcache(self.model.of, chunks, loss, share=1 / accumulated)
 
     def compute_loss(
-        self, scores: Tensor, targets: Tensor, teacher: Tensor | None, counts: list[int]
+        self,
+        scores: Sequence[Tensor],
+        targets: Tensor,
+        teacher: Tensor | None,
+        counts: list[int],
     ) -> Tensor:
         """Compute and log the loss, weighted by this rank's share of the queries.
 
         Args:
-            scores, teacher: [Q, N] float32. targets: [Q] int64. counts: queries of each rank.
+            scores: [Q, N] float32 each; the loss is summed over them, and the last ones are logged.
+            targets: [Q] int64. teacher: [Q, N] float32. counts: queries of each rank.
         """
         assert self.loss is not None
         # In bf16, logits at temperature 0.01 would be rounded to steps of 0.4.
         with torch.autocast(self.device.type, enabled=False):
-            loss = losses.compute(self.loss, scores, targets, teacher)
+            each = [losses.compute(self.loss, one, targets, teacher) for one in scores]
+            loss = torch.stack(each).sum()
         # With this weight, the average over ranks is the mean over the union batch.
         weight = parallel.weight(counts)
         loss = loss * weight
-        over_ranks: dict[str, Any] = {"batch_size": len(scores), "sync_dist": True}
-        self.log("train/loss", loss, prog_bar=True, **over_ranks)
-        if scores.shape[1] > 1:
-            hits = (scores.argmax(dim=1) == targets).float().mean()
-            negatives = scores.isfinite().sum(dim=1).float() - 1  # [Q]
-            masked = losses.false_negatives(self.loss, scores, targets)
+        values, last = {"loss": loss}, scores[-1]
+        if last.shape[1] > 1:
+            hits = (last.argmax(dim=1) == targets).float().mean()
+            negatives = last.isfinite().sum(dim=1).float() - 1  # [Q]
+            masked = losses.false_negatives(self.loss, last, targets)
             if masked is not None:
-                each = masked.sum(dim=1).float()
-                share = (each / negatives.clamp(min=1)).mean()
-                self.log("train/masked", share * weight, **over_ranks)
-                negatives = negatives - each
-            self.log("train/accuracy", hits * weight, **over_ranks)
-            self.log("train/negatives", negatives.mean() * weight, **over_ranks)
+                number = masked.sum(dim=1).float()
+                share = (number / negatives.clamp(min=1)).mean()
+                values["masked"] = share * weight
+                negatives = negatives - number
+            values |= {"accuracy": hits * weight, "negatives": negatives.mean() * weight}
+        self.log_over_ranks(values, len(last))
         return loss
+
+    def log_over_ranks(self, values: dict[str, Tensor], texts: int) -> None:
+        """Log `train/<name>`: the means over ranks of single values, in one reduction.
+
+        Args:
+            texts: in this rank's batch.
+        """
+        means = parallel.mean(torch.stack([value.detach().float() for value in values.values()]))
+        for name, value in zip(values, means, strict=True):
+            self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=texts)
 
     def rows_of(self, texts: Packed) -> Tensor:
         """The network's output [N, ...] for texts, in their order."""

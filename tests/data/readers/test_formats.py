@@ -17,7 +17,7 @@ from caravan.data.collection import Collection
 from caravan.data.readers.labelled import Beir, Tsv
 from caravan.data.readers.msmarco import MsMarcoDocument, MsMarcoPassage
 from caravan.data.readers.texts import TextFiles
-from caravan.data.readers.training_rows import FlagEmbedding, Tevatron
+from caravan.data.readers.training_rows import TrainingRows
 from caravan.data.runs import Run, read_run, write_run
 
 READERS: dict[str, tuple[Callable[[str], Any], dict[str, str]]] = {
@@ -56,7 +56,7 @@ READERS: dict[str, tuple[Callable[[str], Any], dict[str, str]]] = {
         },
     ),
     "tevatron": (
-        Tevatron,
+        TrainingRows,
         {
             "train.jsonl": '{{"query_id": "{q}", "query_text": "camel", '
             '"positive_document_ids": ["{p}"], "negative_document_ids": []}}\n',
@@ -64,7 +64,7 @@ READERS: dict[str, tuple[Callable[[str], Any], dict[str, str]]] = {
         },
     ),
     "flagembedding": (
-        lambda path: FlagEmbedding(f"{path}/train.jsonl", dev=f"{path}/dev.jsonl"),
+        lambda path: TrainingRows(f"{path}/train.jsonl", dev=f"{path}/dev.jsonl"),
         dict.fromkeys(("train.jsonl", "dev.jsonl"), '{{"query": "camel", "pos": ["fat"]}}\n'),
     ),
 }
@@ -141,7 +141,7 @@ def test_hidden_files_are_neither_texts_nor_rows_nor_collections(tmp_path: Path)
     assert len(TextFiles(str(tmp_path / "texts")).collection(tmp_path / "cache").corpus) == 1
     row = '{"query": "camel", "pos": ["fat"], "neg": ["salt"]}\n'
     put(tmp_path / "rows", {"a.jsonl": row, "._a.jsonl": "\0\5"})
-    assert len(FlagEmbedding(str(tmp_path / "rows")).collection(tmp_path / "cache").corpus) == 2
+    assert len(TrainingRows(str(tmp_path / "rows")).collection(tmp_path / "cache").corpus) == 2
     put(tmp_path, {"suite/one/corpus.jsonl": "", "suite/._one/corpus.jsonl": ""})
     put(tmp_path, {"suite/forum/a/corpus.jsonl": "", "suite/forum/._a/corpus.jsonl": ""})
     names = [member.name for member in members(tmp_path / "suite", ["*"])]

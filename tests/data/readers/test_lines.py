@@ -18,11 +18,11 @@ CONVERT = """
 import resource, sys
 from caravan.data import texts
 from caravan.data.readers.msmarco import MsMarcoPassage
-from caravan.data.readers.training_rows import Tevatron
+from caravan.data.readers.training_rows import TrainingRows
 reader, cache, *sources = sys.argv[1:]
 texts.BATCH_BYTES = 2**20  # growth shows in files of some megabytes
 for source in sources:
-    found = {"msmarco": MsMarcoPassage, "tevatron": Tevatron}[reader](source).collection(cache)
+    found = {"msmarco": MsMarcoPassage, "tevatron": TrainingRows}[reader](source).collection(cache)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(len(found.corpus), peak / 1024, flush=True)
 """

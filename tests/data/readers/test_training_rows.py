@@ -17,7 +17,7 @@ from tests.refusals import refused
 from caravan import progress
 from caravan.data.collection import Collection
 from caravan.data.negatives import Negatives
-from caravan.data.readers.training_rows import FlagEmbedding, Tevatron
+from caravan.data.readers.training_rows import TrainingRows
 from caravan.data.runs import read_run
 
 Rows = list[dict[str, Any]]
@@ -68,11 +68,11 @@ def jsonl(rows: Rows) -> str:
 
 
 def tevatron(path: Path, **settings: Any) -> Collection:
-    return Tevatron(str(path), **settings).collection(path.parent / "cache")
+    return TrainingRows(str(path), **settings).collection(path.parent / "cache")
 
 
 def flagembedding(path: Path, **settings: Any) -> Collection:
-    return FlagEmbedding(str(path), **settings).collection(path.parent / "cache")
+    return TrainingRows(str(path), **settings).collection(path.parent / "cache")
 
 
 def file_of(folder: Path, rows: Rows, zipped: bool = False) -> Path:
@@ -297,8 +297,6 @@ def test_a_wrong_row_is_reported_with_its_line(
 def test_files_that_hold_no_rows_are_named(tmp_path: Path) -> None:
     with refused("file-not-found", "absent.jsonl"):
         tevatron(file_of(tmp_path, BY_ID), corpus=str(tmp_path / "absent.jsonl"))
-    with refused("file-of-dataset", "train.parquet"):
-        tevatron(put(tmp_path, {"train.parquet": "PAR1"}) / "train.parquet")
     (tmp_path / "empty").mkdir()
     with refused("dataset-not-loaded", "empty"):
         flagembedding(tmp_path / "empty")

@@ -1,4 +1,4 @@
-"""Lines, columns, JSON objects and dataset rows, each with its place; and digests of files.
+"""Lines, columns and JSON objects of text files, each with its place; and digests of files.
 
 Text files are plain or gzipped, whatever their name, and stream line by line; errors name file and
 line. A digest is of the bytes, so that a collection is found again wherever its files are and
@@ -18,9 +18,8 @@ from typing import IO, Any, TypeVar
 
 from caravan import manifests
 from caravan.data.texts import Record
-from caravan.errors import InputError, first_line
+from caravan.errors import InputError
 from caravan.files import cache_folder, listed
-from caravan.hub import refuse_unreachable
 
 BLOCK_BYTES = 1 << 24  # of lines in memory at once
 KEPT_FROM_BYTES = 1 << 26  # smaller files are hashed in some milliseconds
@@ -36,14 +35,12 @@ ID_KEYS, TEXT_KEYS = ("_id", "docid", "id"), ("text", "contents")
 ARCHIVES = {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
 """First bytes of packed files that cannot be read."""
 NOT_DATA = {"readme", "license", "licence", "notice"}
-SAVED = ("dataset_dict.json", "state.json")
-"""Files that `Dataset.save_to_disk` writes."""
 
 T = TypeVar("T")
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
+def opened(file: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
     """The bytes of a file, unpacked if they are gzip."""
     with open(file, "rb") as raw:
         start = raw.peek(8)
@@ -67,7 +64,7 @@ def line_blocks(file: Path) -> Iterator[tuple[int, list[bytes]]]:
     """
     before = 0
     try:
-        with _opened(file) as found:
+        with opened(file) as found:
             while block := found.readlines(BLOCK_BYTES):
                 if not before:
                     block[0] = block[0].removeprefix(b"\xef\xbb\xbf")
@@ -214,63 +211,6 @@ def record_of(place: str, fields: dict[str, Any]) -> Record:
 def id_of(value: Any) -> Any:
     """The value, as a string if it is an integer."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def rows(
-    paths: Sequence[str],
-    config: str | None,
-    subset: str,
-    revision: str | None,
-    remedy: str,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of files of jsonl, or of one split of Hugging Face datasets.
-
-    Args:
-        paths: files, folders that `datasets` reads or that `save_to_disk` wrote, or hub ids.
-        config, subset, revision: of a dataset; `subset` is its split.
-        remedy: says what a row should be.
-
-    Raises:
-        InputError: "empty-file", "file-not-found", "dataset-not-loaded", "malformed-line", ...
-    """
-    for path in paths:
-        file = Path(path)
-        if file.is_file() and path.endswith((".parquet", ".arrow")):
-            raise InputError("file-of-dataset", f"{path}: give the folder of the dataset instead")
-        if path.endswith((".jsonl", ".json", ".gz")) and not file.is_file():
-            raise InputError("file-not-found", f"there is no file {path}: correct the path")
-        if file.is_file():
-            yield from some(file, objects(file, remedy))
-        else:
-            yield from some(path, _dataset_rows(path, config, subset, revision))
-
-
-def _dataset_rows(
-    path: str, config: str | None, subset: str, revision: str | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    from datasets import DatasetDict, load_dataset, load_from_disk  # takes a second
-
-    refuse_unreachable(path, revision, "dataset")
-    try:
-        if any((Path(path) / name).is_file() for name in SAVED):
-            saved: Any = load_from_disk(path)
-            if not isinstance(saved, DatasetDict):
-                saved = {"train": saved, **({str(saved.split): saved} if saved.split else {})}
-            found = saved.get(subset)
-            if found is None:
-                raise ValueError(f"it has no split {subset!r}; there are {', '.join(saved)}")
-        else:
-            found = load_dataset(path, config, split=subset, revision=revision, streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:  # what `datasets` raises is among them
-        raise InputError(
-            "dataset-not-loaded",
-            f"{path}: the dataset cannot be loaded ({first_line(error)}); give its files instead",
-        ) from None
-    try:
-        for number, row in enumerate(found):
-            yield f"{path}, row {number}", row
-    except (OSError, ValueError, RecursionError) as error:  # pyarrow's are ValueErrors
-        raise InputError("damaged-file", f"{path} is damaged ({first_line(error)})") from None
 
 
 def one_of(folder: Path, names: Iterable[str]) -> Path | None:

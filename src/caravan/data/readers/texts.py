@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from caravan.data.collection import Collection, write_collection
-from caravan.data.readers.lines import contents, digest, lines, objects, rows, text_of
+from caravan.data.readers.lines import contents, digest, lines, objects, text_of
+from caravan.data.readers.tables import rows
 from caravan.data.source import Source, cache_key, cached_collection
 from caravan.errors import InputError
 from caravan.files import listed
