@@ -17,17 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-from common import (
-    ROOT,
-    collection,
-    encoding,
-    minilm,
-    minilm_arguments,
-    report,
-    summary,
-    texts_of,
-)
+from common import ROOT, report, summary
 from datasets import Dataset
+from minilm import collection, encoding, minilm, minilm_arguments, texts_of
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -72,10 +64,9 @@ def ours(options: Any, corpus: Any, precision: str) -> float:
         backbone, None, tokenizer, encoding(), InfoNCE(0.05), AdamW(lr=2e-5, warmup_steps=1), seed=0
     )
     data = DataModule(
-        corpus,
-        module.reading(),
+        corpus.name,
         module.training_set(corpus, "train", Negatives(number=0), token_budget=2048),
-        dev_split=None,
+        validations=(),
         queries_per_batch=options.batch,
         token_budget=2048,
         num_workers=1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from tests.tiny import tiny_backbone
 from torch import Tensor
 
 from caravan.data.collection import Collection
-from caravan.data.datamodule import DataModule
+from caravan.data.mixture import Entry, Part, open_parts
 from caravan.data.negatives import Negatives
 from caravan.data.runs import Run, write_run
 from caravan.encoding import Encoding
@@ -26,6 +27,7 @@ from caravan.training.evaluation import RerankingEvaluation, RetrievalEvaluation
 from caravan.training.fsdp import FullySharded
 from caravan.training.losses import InfoNCE
 from caravan.training.optim import AdamW
+from caravan.training.reads import Reads
 from caravan.training.reranker import Reranker
 from caravan.training.retriever import Retriever
 
@@ -85,6 +87,7 @@ class Fit:
     encoding: Encoding
     candidates: Path
     folder: Path
+    source: Any = None  # a mixture, instead of the collection
 
     def into(self, name: str) -> Fit:
         """The same, in another folder below this one."""
@@ -115,6 +118,7 @@ class Fit:
         backbone: Any = None,
         shards_in_bf16: bool = False,
         loss: Any = None,
+        in_batch: bool = True,
         **trainer_settings: Any,
     ) -> Fitted:
         parts = (backbone or tiny_backbone(), peft, self.tokenizer)
@@ -134,17 +138,21 @@ class Fit:
             module = Reranker(*parts, encoding, InfoNCE(1.0), optimizer, 0, gradcache)
         else:
             loss = loss or InfoNCE(0.05)
-            module = Retriever(*parts, self.encoding, loss, optimizer, 0, gradcache)
+            module = Retriever(*parts, self.encoding, loss, optimizer, 0, gradcache, in_batch)
         module.bf16 = shards_in_bf16
-        data = DataModule(
-            self.collection,
-            module.reading(),
-            module.training_set(self.collection, "train", Negatives(number=2), token_budget),
-            "dev",
-            queries_per_batch=queries_per_batch,
-            token_budget=token_budget,
-            num_workers=workers,
-            run=str(self.candidates) if reranks else None,
+        run = str(self.candidates) if reranks else None
+        sampler = Negatives(number=2)
+        splits: Any = SimpleNamespace(train_split="train", dev_split="dev")
+        parts = [Part("", self.collection, Entry(splits), sampler)]
+        if self.source is not None:
+            parts = open_parts(self.source, self.folder / "cache", sampler)
+        reads = Reads(self.source, parts, module, {"run": run})
+        data = reads.data_module(
+            {
+                "queries_per_batch": queries_per_batch,
+                "token_budget": token_budget,
+                "num_workers": workers,
+            }
         )
         losses, run_file = Losses(), str(self.folder / "run.trec")
         evaluation: pl.Callback = RetrievalEvaluation(Faiss(k=100), MEASURES, run_file)

@@ -203,7 +203,7 @@ def _check_k(k: int) -> None:
         )
 
 
-def _check_pairs(queries: Sequence[str], passages: Sequence[Text]) -> None:
+def _check_pairs(queries: Sequence[Text], passages: Sequence[Text]) -> None:
     if len(_listed(queries)) != len(_listed(passages)):
         raise InputError(
             "uneven-pairs",

@@ -8,9 +8,8 @@ import torch
 from tests.refusals import refused
 
 from caravan.data.batch import pack
-from caravan.data.batching import Groups, TextBatches
+from caravan.data.batching import Groups, QueryOrder, TextBatches
 from caravan.data.collection import Collection
-from caravan.data.loaders import QueryOrder
 from caravan.data.negatives import Negatives
 from caravan.data.texts import text_keys
 from caravan.data.tokenization import Templates

@@ -17,9 +17,9 @@ import torch
 from torch.utils.data import Dataset
 
 from caravan.data.batch import EncodeBatch, TokenIds, Unpacked
-from caravan.data.batching import Groups, PairBatches, TextBatches
+from caravan.data.batching import Groups, PairBatches, QueryOrder, TextBatches
 from caravan.data.collection import Collection
-from caravan.data.loaders import BatchLoader, QueryOrder, TextLoader, TrainLoader
+from caravan.data.loaders import BatchLoader, TextLoader, TrainLoader
 from caravan.data.negatives import Negatives
 from caravan.data.pairs import PairTemplates
 from caravan.data.tokenization import Templates

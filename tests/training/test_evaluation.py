@@ -38,14 +38,19 @@ def test_passages_are_searched_once_in_any_order_and_low_grades_do_not_count(
     )
     data = SimpleNamespace(
         collection=collection,
-        dev_qrels=Qrels(np.array([3, 3]), np.array([7, 5]), np.array([1, 2])),
+        name="",
+        qrels=Qrels(np.array([3, 3]), np.array([7, 5]), np.array([1, 2])),
         relevant_from=relevant_from,
         ignore_identical_ids=False,
         without_own=lambda run, depth: run.top(depth),
-        passages_read=Cut(collection.corpus, np.arange(8)),
+        read=Cut(collection.corpus, np.arange(8)),
     )
     trainer: Any = SimpleNamespace(
-        sanity_checking=False, datamodule=data, global_rank=0, world_size=1, is_global_zero=True
+        sanity_checking=False,
+        datamodule=SimpleNamespace(validations=[data]),
+        global_rank=0,
+        world_size=1,
+        is_global_zero=True,
     )
     evaluation = RetrievalEvaluation(Exact(k=4), ["MRR@10"], str(tmp_path / "run.trec"))
     batches = [(QUERIES, [3], [[1.0, 0.0]])]
@@ -67,13 +72,11 @@ def logged(queries: list[int]) -> dict[str, float]:
     scores = -np.sort(-rng.random((COUNT, 50)))
     run = Run.from_topk(np.array(queries, dtype=np.int64), scores[queries], rows[queries])
     qrels = Qrels(np.arange(COUNT), rng.integers(0, 50, COUNT), np.ones(COUNT))
-    found: dict[str, float] = {}
-    log = lambda name, value, **_: found.update({name: float(value)})  # noqa: E731
-    module = SimpleNamespace(device=torch.device("cpu"), log=log)
+    module = SimpleNamespace(device=torch.device("cpu"))
     collection = SimpleNamespace(corpus=None)  # no scores tie
-    data: Any = SimpleNamespace(relevant_from=1, dev_qrels=qrels, collection=collection)
-    RerankingEvaluation(MEASURES, "").log_means("val", run, np.array(queries), data, module)
-    return found
+    data: Any = SimpleNamespace(relevant_from=1, qrels=qrels, collection=collection)
+    found = RerankingEvaluation(MEASURES, "").means(run, np.array(queries), data, module)
+    return {name: float(value) for name, value in found.items()}
 
 
 def on_rank() -> tuple[dict[str, float], dict[str, float]]:
@@ -86,6 +89,6 @@ def test_two_ranks_log_the_mean_over_all_queries(two_ranks: TwoRanks) -> None:
     assert one == other
     assert one[0] == pytest.approx(logged(list(range(COUNT))), abs=1e-6)
     # The mean of the ranks' means is another number.
-    means = [logged(part)["val/MRR@10"] for part in ([0, 1, 2, 3, 4], [5, 6])]
-    assert abs(one[0]["val/MRR@10"] - np.mean(means)) > 1e-3
-    assert one[1]["val/R@100"] == 1  # a rank without queries does not lower the mean
+    means = [logged(part)["MRR@10"] for part in ([0, 1, 2, 3, 4], [5, 6])]
+    assert abs(one[0]["MRR@10"] - np.mean(means)) > 1e-3
+    assert one[1]["R@100"] == 1  # a rank without queries does not lower the mean

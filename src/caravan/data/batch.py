@@ -263,6 +263,8 @@ class TrainBatch(Batch):
     # up by repeating the first
     excluded_keys: Tensor
     teacher: Tensor | None = None  # [Q, G] float32, a teacher's scores; NaN where it has none
+    # [Q] bool: other queries' passages are negatives of the query; None: for all
+    in_batch: Tensor | None = None
 
 
 @dataclass(frozen=True)

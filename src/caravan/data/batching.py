@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
+from torch.utils.data import Sampler as BatchSampler
 
 from caravan.data.batch import (
     EncodeBatch,
@@ -40,10 +41,34 @@ class Permutation:
         return self._latest[1]
 
 
-class TrainingSet(Protocol):
-    """Training batches: item (epoch, positions) has these positions of the epoch's permutation.
+class QueryOrder(BatchSampler[Any]):
+    """The batches of an epoch for one rank: (epoch, positions [n] in the epoch's permutation).
 
-    Implemented by `Groups` and `caravan.data.unlabelled.Unlabelled`.
+    A batch has the same queries on any number of ranks; each rank takes a consecutive share.
+    The last batch of an epoch may be smaller. It is split evenly over the ranks, or dropped if it
+    has fewer queries than ranks, since every rank needs a query.
+    """
+
+    def __init__(self, queries: int, batch: int, rank: int = 0, world: int = 1) -> None:
+        bounds = [(start, min(start + batch, queries)) for start in range(0, queries, batch)]
+        self.bounds = [(start, end) for start, end in bounds if end - start >= world]
+        self.rank, self.world = rank, world
+        self.epoch, self.start = 0, 0
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __iter__(self) -> Iterator[Any]:
+        first, self.start = self.start, 0
+        for start, end in self.bounds[first:]:
+            yield self.epoch, np.array_split(np.arange(start, end), self.world)[self.rank]
+
+
+class TrainingSet(Protocol):
+    """Training batches: an item is what `order` yields, such as the positions of an epoch.
+
+    Implemented by `Groups`, `caravan.data.unlabelled.Unlabelled` and
+    `caravan.data.mixture.MixedSet`.
     """
 
     seed: int
@@ -51,7 +76,10 @@ class TrainingSet(Protocol):
     def __len__(self) -> int:
         """Queries or texts per epoch."""
 
-    def __getitem__(self, item: tuple[int, np.ndarray]) -> Unpacked[Any]: ...
+    def order(self, batch: int, rank: int = 0, world: int = 1) -> QueryOrder:
+        """The batches of one rank, a pure function of (seed, epoch); arguments: `QueryOrder`."""
+
+    def __getitem__(self, item: Any) -> Unpacked[Any]: ...
 
     def open(self) -> None:
         """Read the files that batches need; called once, before workers are forked."""
@@ -95,6 +123,10 @@ class Groups(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.query_rows)
+
+    def order(self, batch: int, rank: int = 0, world: int = 1) -> QueryOrder:
+        """See `TrainingSet`."""
+        return QueryOrder(len(self), batch, rank, world)
 
     def summary(self, name: str, batch: int, accumulated: int) -> str:
         """See `TrainingSet`."""

@@ -1,8 +1,7 @@
-"""The order of batches, and the DataLoaders with their worker processes.
+"""The DataLoaders with their worker processes.
 
-The order of an epoch depends only on (seed, epoch). A batch has the same queries on any number of
-ranks; each rank takes a consecutive share. The position is two integers, so a checkpoint in the
-middle of an epoch resumes at the next batch.
+The position in training is two integers, epoch and batch, so a checkpoint in the middle of an epoch
+resumes at the next batch.
 
 Workers tokenize and send numpy arrays (`caravan.data.batch.Unpacked`), which the main process packs
 into tensors. A failing worker ends the run instead of hanging it.
@@ -18,37 +17,14 @@ from collections.abc import Iterator
 from multiprocessing.queues import Queue
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from caravan.data.batch import Unpacked
-from caravan.data.batching import TrainingSet
+from caravan.data.batching import QueryOrder, TrainingSet
 from caravan.errors import InputError
 
 log = logging.getLogger(__name__)
-
-
-class QueryOrder(Sampler[tuple[int, np.ndarray]]):
-    """The batches of an epoch for one rank: (epoch, positions [n] in the epoch's permutation).
-
-    The last batch of an epoch may be smaller. It is split evenly over the ranks, or dropped if it
-    has fewer queries than ranks, since every rank needs a query.
-    """
-
-    def __init__(self, queries: int, batch: int, rank: int = 0, world: int = 1) -> None:
-        bounds = [(start, min(start + batch, queries)) for start in range(0, queries, batch)]
-        self.bounds = [(start, end) for start, end in bounds if end - start >= world]
-        self.rank, self.world = rank, world
-        self.epoch, self.start = 0, 0
-
-    def __len__(self) -> int:
-        return len(self.bounds)
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        first, self.start = self.start, 0
-        for start, end in self.bounds[first:]:
-            yield self.epoch, np.array_split(np.arange(start, end), self.world)[self.rank]
 
 
 def limited(batches: int, limit: int | float) -> int:

@@ -13,6 +13,7 @@ same rule masks passages of other queries in a batch (`excluded_keys`,
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,44 +21,36 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from caravan.data.collection import OWN, Collection
+from caravan.data.collection import OWN, Collection, own_passages
 from caravan.data.mining import Positives, Rules, mine
 from caravan.data.qrels import Qrels
 from caravan.data.runs import Run, read_run
 from caravan.data.texts import text_keys
 from caravan.errors import InputError
 
-SAMPLED_QUERIES = 64  # texts that `warn_if_queries_are_passages` compares
-
 log = logging.getLogger(__name__)
 
 
-def own_passages(collection: Collection, queries: np.ndarray) -> np.ndarray:
-    """The row of the passage with each query's id, [Q] int64; -1 if there is none."""
-    return collection.corpus.rows(collection.queries.ids(queries))
+def run_over(
+    collection: Collection, path: str | Path, qrels: Qrels, depth: int | None = None
+) -> Run:
+    """Read a run, also one of the collection, that ranks some of the judged queries.
 
+    Args:
+        path, depth: as for `Collection.run_path` and `read_run`.
 
-def warn_if_queries_are_passages(collection: Collection, queries: np.ndarray) -> None:
-    """Warn if queries have the id and the text of a passage, and would retrieve themselves.
-
-    In BEIR's ArguAna each query is an argument of the corpus, and the task is to find its
-    counterargument. BEIR's code drops the passage with the query's id in every collection
-    (`ignore_identical_ids`, Thakur et al. 2021, arXiv 2104.08663). In other collections equal ids
-    are often just equal numbers, and the passage may be relevant, so dropping it is a setting.
+    Raises:
+        InputError: "other-queries" if it ranks none of them.
     """
-    own = own_passages(collection, queries)
-    both = np.flatnonzero(own >= 0)
-    sample = both[:: -(-len(both) // SAMPLED_QUERIES) or 1]
-    asked = text_keys([("", text) for _, text in collection.queries.get(queries[sample])])
-    passages = collection.corpus.get(own[sample])
-    same = asked == text_keys(passages)
-    same |= asked == text_keys([("", text) for _, text in passages])
-    if same.any() and 2 * same.sum() >= len(sample):
-        log.warning(
-            "%s: %d of %d queries are also passages of the corpus with the same id; to drop these"
-            " passages from the results, as BEIR does, set ignore_identical_ids=true",
-            collection.name, len(both), len(queries),
-        )  # fmt: skip
+    file = collection.run_path(path)
+    run = read_run(file, collection.queries, collection.corpus, depth=depth)
+    if not np.isin(qrels.queries, run.query_rows).any():
+        raise InputError(
+            "other-queries",
+            f"{path} ranks none of the judged queries of its split; write one with evaluate.py"
+            " over that split",
+        )
+    return run
 
 
 class Sampler(Protocol):
@@ -114,6 +107,20 @@ class Sampler(Protocol):
     def facts(self) -> dict[str, Any]:
         """Facts about the negatives for the manifest of the training; called after `open`."""
         return {}
+
+    def variant(self, runs: Sequence[str] | None, number: int | None) -> Sampler:
+        """A copy for one collection of a mixture, not yet opened.
+
+        Args:
+            runs, number: settings of the collection; None keeps those of the sampler.
+        """
+        if runs is not None or number is not None:
+            raise InputError(
+                "not-supported",
+                f"sampler {type(self).__name__} has no runs and number of its own for a"
+                " collection; leave them out of data.entries, or define its method variant",
+            )
+        return copy.copy(self)
 
 
 def _invalid(problem: str) -> InputError:
@@ -193,27 +200,15 @@ class Negatives(Sampler):
                 f"sampler.number={self.number}: the positives of one query leave {others} of the"
                 f" {len(collection.corpus)} passages; set it to {others} or less",
             )
-        texts = collection.queries, collection.corpus
-        self._runs = [
-            read_run(collection.run_path(path), *texts, depth=self.depth) for path in self.paths
-        ]
+        self._runs = [run_over(collection, path, qrels, self.depth) for path in self.paths]
         if not self.paths and self.number and "negatives" in collection.runs:
             log.warning(
                 "%s includes negatives, which are not used; to use them, set"
                 " sampler.runs=[%snegatives]",
                 collection.name, OWN,
             )  # fmt: skip
-        checked = list(zip(self.paths, self._runs, strict=True))
         if self.teacher_path:
-            self._teacher = read_run(collection.run_path(self.teacher_path), *texts)
-            checked.append((self.teacher_path, self._teacher))
-        for path, run in checked:
-            if not np.isin(qrels.queries, run.query_rows).any():
-                raise InputError(
-                    "other-queries",
-                    f"{path} ranks none of the training queries; write one with evaluate.py over"
-                    " the training split",
-                )
+            self._teacher = run_over(collection, self.teacher_path, qrels)
         if self.rules.names:
             positives = Positives.of(qrels, self._own, len(collection.corpus))
             for i, (path, run) in enumerate(zip(self.paths, self._runs, strict=True)):
@@ -224,6 +219,14 @@ class Negatives(Sampler):
     def facts(self) -> dict[str, Any]:
         """Of each run, how many candidates the rules removed (`caravan.data.mining.mine`)."""
         return self._facts
+
+    def variant(self, runs: Sequence[str] | None, number: int | None) -> Negatives:
+        """See `Sampler`."""
+        other = copy.copy(self)
+        other.number = self.number if number is None else number
+        other.paths = self.paths if runs is None else [Path(path) for path in runs]
+        other._facts = {}
+        return other
 
     def excluded(self, query_row: int) -> np.ndarray:
         """Passage rows that are never negatives of a query: its positives, then own passage."""

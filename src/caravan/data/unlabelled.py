@@ -15,7 +15,7 @@ from bm25s.stopwords import STOPWORDS_EN_PLUS
 from torch.utils.data import Dataset
 
 from caravan.data.batch import AdaptationBatch, Fields, TokenIds, Unpacked
-from caravan.data.batching import Permutation
+from caravan.data.batching import Permutation, QueryOrder
 from caravan.data.segments import Segments
 from caravan.data.texts import Texts
 from caravan.data.tokenization import Template, Templates, check_room, plain_ids, token_ids
@@ -155,6 +155,10 @@ class Unlabelled(Dataset[Unpacked[AdaptationBatch]]):
 
     def open(self) -> None:
         """See `caravan.data.batching.TrainingSet`; there is nothing to read."""
+
+    def order(self, batch: int, rank: int = 0, world: int = 1) -> QueryOrder:
+        """See `caravan.data.batching.TrainingSet`."""
+        return QueryOrder(len(self), batch, rank, world)
 
     def summary(self, name: str, batch: int, accumulated: int) -> str:
         """See `caravan.data.batching.TrainingSet`."""

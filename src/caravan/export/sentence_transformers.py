@@ -158,11 +158,10 @@ def _write_reranker(folder: Path, out: Path, dim: int | None) -> dict[str, Any]:
     probes = pairing.probes()
     queries = [("", query) for query, _ in probes]
     passages, encoding = [passage for _, passage in probes], reference.encoding
-    texts = {None: None, **{name: encoding.instruction_of(name) for name in encoding.instructions}}
-    expected = {
-        name: reference.score_pairs(queries, passages, instruction)
-        for name, instruction in texts.items()
-    }
+    expected: dict[str | None, Any] = {None: reference.score_pairs(queries, passages)}
+    for name in encoding.instructions:
+        own = encoding.instruction_of(name)
+        expected[name] = reference.score_pairs(queries, passages, own)
     del reference  # there may not be enough memory for two
     model = model_folder.load(folder)[0]
     scorer, head = model.transformer, head_of(model.transformer)
@@ -212,8 +211,8 @@ def _write_reranker(folder: Path, out: Path, dim: int | None) -> dict[str, Any]:
     del exported, first, modules
     saved = CrossEncoder(str(out), device="cpu", local_files_only=True)
     given = [(query, pairing.passage.given(*passage)) for query, passage in probes]
-    for name, scores in expected.items():
-        verify.compare(folder, scores, saved.predict(given, prompt_name=name))
+    for prompt, scores in expected.items():
+        verify.compare(folder, scores, saved.predict(given, prompt_name=prompt))
     return {
         "chat": pairing.chat,
         "named": list(pairing.encoding.instructions),

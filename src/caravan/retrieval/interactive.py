@@ -20,10 +20,11 @@ import numpy as np
 
 from caravan.data.collection import Collection
 from caravan.data.runs import Run, canonical
+from caravan.data.tokenization import instruction_for
 from caravan.errors import InputError
 from caravan.retrieval.bm25 import BM25, open_index
 from caravan.retrieval.fusion import Fusion
-from caravan.retrieval.inference import Models, TextList, instruction_for
+from caravan.retrieval.inference import Models, TextList
 from caravan.retrieval.rerank import Reranker
 from caravan.retrieval.stages import encode_corpus
 from caravan.retrieval.store import Store
@@ -125,11 +126,12 @@ def _dense(
     folder: Path, collection: Collection, systems: Systems, store: Store, models: Models
 ) -> Callable[[str], Run]:
     model = models.new(folder, "retriever", systems.overrides)
-    trained_on = str(model.facts.get("collection") or "").rpartition(" ")[0]
-    if trained_on and trained_on != collection.name:  # as without data=
+    known = str(model.facts.get("collection") or "").split(", ")  # each with its digest
+    trained_on = [one.rpartition(" ")[0] for one in known if one]
+    if trained_on and collection.name not in trained_on:  # as without data=
         log.warning(
-            f"searching {collection.name}, but {folder} was trained on {trained_on}; data= chooses"
-            " another collection"
+            f"searching {collection.name}, but {folder} was trained on {', '.join(trained_on)};"
+            " data= chooses another collection"
         )
     inputs = models.inputs(folder)
     passages, segments = encode_corpus(model, inputs, systems, collection, store)

@@ -48,20 +48,22 @@ class FitSummary(pl.Callback):
         data = trainer.datamodule
         sharded = ", sharded weights" if isinstance(trainer.strategy, FullySharded) else ""
         accumulated = trainer.accumulate_grad_batches
-        trains_on = data.training.summary(data.collection.name, data.queries_per_batch, accumulated)
+        trains_on = data.training.summary(data.name, data.queries_per_batch, accumulated)
         batches = data.batches_per_epoch(trainer)
         lines = [
             f"{trainer.world_size} x {device.type}, {self.precision}{sharded};"
             f" {trained:,} trainable parameters of {total:,}",
             f"{trains_on}; {trainer.max_steps:,} updates, {batches:,} batches an epoch",
         ]
-        queries = len(data.dev_qrels.queries)
-        if data.candidates is not None:
-            candidates = len(data.candidates.passage_rows)
-            lines.append(f"validation: {candidates:,} candidates of {queries:,} queries")
-        elif queries:
-            passages = f"{len(data.dev_passages):,} of {len(data.collection.corpus):,} passages"
-            lines.append(f"validation: {queries:,} queries over {passages}")
+        for one in data.validations:
+            queries = len(one.qrels.queries)
+            name = f" of {one.name}" if one.name else ""
+            if one.candidates is not None:
+                candidates = len(one.candidates.passage_rows)
+                lines.append(f"validation{name}: {candidates:,} candidates of {queries:,} queries")
+            else:
+                passages = f"{len(one.passages):,} of {len(one.collection.corpus):,} passages"
+                lines.append(f"validation{name}: {queries:,} queries over {passages}")
         for line in lines:
             log.info(line)
 

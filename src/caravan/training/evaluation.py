@@ -25,6 +25,7 @@ from torchmetrics import MeanMetric
 from caravan.data.datamodule import DataModule
 from caravan.data.runs import Run, canonical, write_run
 from caravan.data.segments import Reading
+from caravan.data.validation import Validation
 from caravan.distributed import is_main_process
 from caravan.models import hardware
 from caravan.retrieval.index import ArrayBlocks
@@ -41,12 +42,19 @@ QUERIES, PASSAGES = 0, 1  # a retriever's validation loaders, in this order
 
 
 class Evaluation(pl.Callback, ABC):
-    """Collects the outputs of a validation; `evaluate` makes a run of them and logs its metrics.
+    """Collects the outputs of a validation; `evaluate` makes a run of them and computes metrics.
+
+    Logged are `val/<measure>` and, of several collections, `val/<name>/<measure>` of each; then
+    `val/<measure>` is their mean, in which each collection counts the same.
 
     Args:
         measures: which metrics are logged.
-        run_file: where the run of the latest validation is written.
+        run_file: where the run of the latest validation is written, or of several collections
+            `<stem>.<name>.trec`.
     """
+
+    loaders: int
+    """Loaders of a collection (`caravan.data.validation.Validation.batches`)."""
 
     def __init__(self, measures: Sequence[str], run_file: str) -> None:
         self.measures, self.run_file = list(measures), Path(run_file)
@@ -75,25 +83,47 @@ class Evaluation(pl.Callback, ABC):
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._seconds = time.monotonic() - self._started
-        self.evaluate(trainer.datamodule, trainer, pl_module)
+        validations = trainer.datamodule.validations
+        found = [
+            self.evaluate(data, i * self.loaders, trainer, pl_module)
+            for i, data in enumerate(validations)
+        ]
+        for i, measure in enumerate(found[0] if found else ()):
+            values = [one[measure] for one in found]
+            if len(validations) > 1:
+                for data, value in zip(validations, values, strict=True):
+                    name = f"val/{data.name}/{measure}"
+                    pl_module.log(name, value, rank_zero_only=False)
+            mean = torch.stack(values).mean()
+            pl_module.log(f"val/{measure}", mean, prog_bar=i == 0, rank_zero_only=False)
 
     @abstractmethod
-    def evaluate(self, data: DataModule, trainer: Any, module: Any) -> None:
-        """Log the metrics and, on rank 0, write the run."""
+    def evaluate(
+        self, data: Validation, loader: int, trainer: Any, module: Any
+    ) -> dict[str, Tensor]:
+        """The metrics of a collection, by measure; writes the run on rank 0.
 
-    def cost(self, data: DataModule, device: torch.device) -> dict[str, float]:
+        Args:
+            loader: the first loader of the collection.
+        """
+
+    def cost(self, validations: Sequence[Validation], device: torch.device) -> dict[str, float]:
         """Tokens that the latest validation read, and its seconds of encoding or scoring.
 
         Padding does not count; batches that ranks repeat to stay in step do.
         """
+        tokens, texts = Counter[str](), Counter[str]()
+        for i, data in enumerate(validations):
+            for name, loader, count in self.texts(data):
+                tokens[name] += self._read(i * self.loaders + loader, device)
+                texts[name] += count
         cost = {
-            f"tokens_per_{name}": round(self._read(loader, device) / max(count, 1), 1)
-            for name, loader, count in self.texts(data)
+            f"tokens_per_{name}": round(tokens[name] / max(texts[name], 1), 1) for name in texts
         }
         return {**cost, "seconds": round(self._seconds, 3)}
 
     @abstractmethod
-    def texts(self, data: DataModule) -> list[tuple[str, int, int]]:
+    def texts(self, data: Validation) -> list[tuple[str, int, int]]:
         """The kinds of texts that a validation reads: name, loader and number of texts."""
 
     def _read(self, loader: int, device: torch.device) -> int:
@@ -105,45 +135,53 @@ class Evaluation(pl.Callback, ABC):
         # Over a whole corpus vectors are gigabytes: free each copy once the next one exists.
         return parallel.gather_to_host(torch.cat(self._outputs.pop((loader, name))), device)
 
-    def log_means(
-        self, name: str, run: Run, query_rows: np.ndarray, data: DataModule, module: Any
-    ) -> None:
-        """Log `<name>/<measure>`: the means over the queries of all ranks, the same on each rank.
+    def means(
+        self, run: Run, query_rows: np.ndarray, data: Validation, module: Any
+    ) -> dict[str, Tensor]:
+        """Each measure's mean over the queries of all ranks, the same on each rank, float64.
 
         Args:
             query_rows: this rank's queries [n]; one without results has 0.
         """
         names = spelled(self.measures, data.relevant_from)
-        share = data.dev_qrels.only(query_rows)
+        share = data.qrels.only(query_rows)
         values = per_query(canonical(run, data.collection.corpus), share, names)
-        for i, (measure, spelling) in enumerate(zip(self.measures, names, strict=True)):
+        found = {}
+        for measure, spelling in zip(self.measures, names, strict=True):
             # Sums and counts over ranks, which may have different numbers of queries, or none.
             mean = MeanMetric().set_dtype(torch.float64).to(module.device)
             mean.update(torch.from_numpy(values[spelling]).to(module.device))
-            shown = name == "val" and i == 0
-            module.log(f"{name}/{measure}", mean.compute(), prog_bar=shown, rank_zero_only=False)
+            found[measure] = mean.compute()
+        return found
 
-    def write(self, run: Run, data: DataModule) -> None:
-        self.run_file.parent.mkdir(parents=True, exist_ok=True)
-        write_run(self.run_file, run, data.collection.queries, data.collection.corpus)
+    def write(self, run: Run, data: Validation) -> None:
+        path = self.run_file
+        if data.name:
+            path = path.with_name(f"{path.stem}.{data.name}{path.suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_run(path, run, data.collection.queries, data.collection.corpus)
 
 
 class RetrievalEvaluation(Evaluation):
-    """Searches the validation's passages for its queries and logs `val/<measure>`.
+    """Searches the validation's passages for its queries.
 
     Args:
         index: a `caravan.retrieval.index.Index`; every rank builds it over all passages.
         The others: see `Evaluation`.
     """
 
+    loaders = 2
+
     def __init__(self, index: Any, measures: Sequence[str], run_file: str) -> None:
         super().__init__(measures, run_file)
         self.index = index
 
-    def evaluate(self, data: DataModule, trainer: Any, module: Any) -> None:
-        query_rows, queries = self._vectors(QUERIES, module.device)
-        rows, passages = self._vectors(PASSAGES, module.device)
-        documents = data.passages_read.documents(rows)
+    def evaluate(
+        self, data: Validation, loader: int, trainer: Any, module: Any
+    ) -> dict[str, Tensor]:
+        query_rows, queries = self._vectors(loader + QUERIES, module.device)
+        rows, passages = self._vectors(loader + PASSAGES, module.device)
+        documents = data.read.documents(rows)
         passage_rows, counts = np.unique(documents, return_counts=True)
         mine = slice(trainer.global_rank, None, trainer.world_size)  # this rank's queries
         whole = len(passage_rows) == len(rows)
@@ -153,14 +191,15 @@ class RetrievalEvaluation(Evaluation):
         scores, found = index.search(queries[mine], depth)
         found = np.where(found >= 0, passage_rows[found], -1)
         run = data.without_own(Run.from_topk(query_rows[mine], scores, found), self.index.k)
-        self.log_means("val", run, query_rows[mine], data, module)
+        metrics = self.means(run, query_rows[mine], data, module)
         columns = [torch.from_numpy(column) for column in (query_rows[mine], scores, found)]
         rows, scores, found = (parallel.gather_to_host(column, module.device) for column in columns)
         if trainer.is_global_zero:
             self.write(data.without_own(Run.from_topk(rows, scores, found), self.index.k), data)
+        return metrics
 
-    def texts(self, data: DataModule) -> list[tuple[str, int, int]]:
-        queries, passages = len(data.dev_qrels.queries), len(data.dev_passages)
+    def texts(self, data: Validation) -> list[tuple[str, int, int]]:
+        queries, passages = len(data.qrels.queries), len(data.passages)
         return [("query", QUERIES, queries), ("passage", PASSAGES, passages)]
 
     def _vectors(self, loader: int, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
@@ -174,30 +213,35 @@ class RetrievalEvaluation(Evaluation):
 
 
 class RerankingEvaluation(Evaluation):
-    """Reorders fixed candidates by their scores and logs `val/<measure>`.
+    """Reorders fixed candidates by their scores.
 
     The metrics of the candidates' own order are logged as `val/first_stage/<measure>`.
     """
 
-    def evaluate(self, data: DataModule, trainer: Any, module: Any) -> None:
+    loaders = 1
+
+    def evaluate(
+        self, data: Validation, loader: int, trainer: Any, module: Any
+    ) -> dict[str, Tensor]:
         names = ("query_rows", "passage_rows", "scores")
-        query_rows, rows, scores = (self.gathered(0, name, module.device) for name in names)
+        query_rows, rows, scores = (self.gathered(loader, name, module.device) for name in names)
         size = len(data.collection.corpus)
         # A pair has several scores if it is read by segments, or if ranks repeat a batch.
-        pairs = query_rows * size + data.passages_read.documents(rows)
+        pairs = query_rows * size + data.read.documents(rows)
         pairs, places = np.unique(pairs, return_inverse=True)
         best = np.full(len(pairs), -np.inf, dtype=scores.dtype)
         np.maximum.at(best, places, scores)
         run = Run.from_flat(pairs // size, pairs % size, best)
-        assert data.candidates is not None  # a reranker's data module has them
+        assert data.candidates is not None  # a reranker's validation has them
         # Every rank has all pairs, and computes the metrics of its share of the queries.
-        mine = data.dev_qrels.queries[trainer.global_rank :: trainer.world_size]
-        for name, ranked in (("val", run), ("val/first_stage", data.candidates)):
-            self.log_means(name, ranked.only(mine), mine, data, module)
+        mine = data.qrels.queries[trainer.global_rank :: trainer.world_size]
+        metrics = self.means(run.only(mine), mine, data, module)
+        before = self.means(data.candidates.only(mine), mine, data, module)
         if trainer.is_global_zero:
             self.write(run, data)
+        return metrics | {f"first_stage/{measure}": value for measure, value in before.items()}
 
-    def texts(self, data: DataModule) -> list[tuple[str, int, int]]:
+    def texts(self, data: Validation) -> list[tuple[str, int, int]]:
         assert data.candidates is not None
         return [("query", 0, len(data.candidates.query_rows))]  # with all its candidates
 
@@ -233,14 +277,16 @@ def evaluate_reading(
         peak of the GPU, or of the main process on a CPU (None where it cannot be measured).
     """
     device = trainer.strategy.root_device
-    name = data.collection.name
-    data.templates, data.reading = module.reading(name, reading.lengths), reading
+    for one in data.validations:
+        one.templates = module.reading(one.collection.name, reading.lengths)
+        one.reading = reading
     hardware.reset_peak_memory(device)
     found = {**asdict(reading), "scores": evaluate_again(reading.name, module, data, trainer)}
     for callback in trainer.callbacks:
         if isinstance(callback, Evaluation):
-            found |= callback.cost(data, device)
-    data.templates, data.reading = module.reading(name), Reading()
+            found |= callback.cost(data.validations, device)
+    for one in data.validations:
+        one.templates, one.reading = module.reading(one.collection.name), Reading()
     return {**found, "memory_gib": hardware.peak_memory(device)}
 
 

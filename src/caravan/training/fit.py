@@ -27,11 +27,10 @@ from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, Pr
 from rich import get_console
 
 from caravan import manifests
-from caravan.data.collection import Collection
 from caravan.data.datamodule import DataModule
+from caravan.data.mixture import Part, instructed, open_parts, texts_of
 from caravan.data.segments import Reading
 from caravan.data.tokenization import without_second_end
-from caravan.data.unlabelled import Unlabelled
 from caravan.distributed import is_main_process, world_size
 from caravan.encoding import Encoding
 from caravan.errors import InputError, first_line
@@ -55,6 +54,7 @@ from caravan.training.gradcache import GradCache
 from caravan.training.memory import Need, memory_needed
 from caravan.training.optim import AdamW, updates
 from caravan.training.provenance import file_digests, finished, inputs_of, refuse_other_run
+from caravan.training.reads import Reads, validated
 from caravan.training.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Training:
     settings: dict[str, Any]  # the resolved config, which determines the inputs of the run
     config: str  # the same as text, for config.yaml
     batching: dict[str, Any]  # arguments of `DataModule`
-    validation: dict[str, Any] = field(default_factory=dict)  # further arguments of `DataModule`
+    validation: dict[str, Any] = field(default_factory=dict)  # arguments of `Validation`
     peft: Any = None
     loss: Any = None
     sampler: Any = None  # draws the negatives; None for adaptation
@@ -107,10 +107,12 @@ def train(run: Training) -> float | None:
     """
     # Saving a released model as a model folder needs no collection.
     reads = run.max_steps != 0 or run.backbone.trains_tokenizer
-    collection: Any = run.source.collection(run.cache_dir) if reads else None
-    if run.max_steps != 0 and collection.splits:
-        collection.qrels(run.source.dev_split)  # report a missing split before loading a model
-    inputs = inputs_of(run.settings, collection)
+    parts = open_parts(run.source, run.cache_dir, run.sampler) if reads else []
+    for part in parts if run.max_steps != 0 else ():
+        if part.collection.splits:
+            part.collection.qrels(part.dev_split)  # report a missing split before loading a model
+    run.encoding = instructed(run.encoding, parts)
+    inputs = inputs_of(run.settings, parts)
     model_dir, config = run.run_dir / "model", run.run_dir / "config.yaml"
     record = finished(model_dir, inputs, run.resume)
     if record is not None:
@@ -125,25 +127,26 @@ def train(run: Training) -> float | None:
         manifests.remove(model_dir)
     best = None
     if run.max_steps == 0:
-        _adopt(run, collection)
+        _adopt(run, parts)
     else:
-        best = _fit(run, collection)
+        best = _fit(run, parts)
     if is_main_process():
         facts = {"best": best, "versions": manifests.versions(), "files": file_digests(model_dir)}
-        facts["sampler"] = {} if run.sampler is None else run.sampler.facts()
+        samplers = {part.name: part.sampler.facts() for part in parts if part.sampler is not None}
+        facts["sampler"] = samplers.pop("", samplers)
         manifests.write(model_dir, inputs, facts)
         log.info("model folder %s", model_dir)
     return best
 
 
-def _module(run: Training, collection: Collection | None) -> Stage:
+def _module(run: Training, parts: Sequence[Part]) -> Stage:
     """The LightningModule with its tokenizer; `configure_model` loads the weights."""
     # Silence Lightning's hints about unused devices; `FitSummary` logs the devices in use.
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     pl.seed_everything(run.seed, workers=True, verbose=False)
-    encoding, tokenizer = run.encoding, run.backbone.tokenizer(collection, run.cache_dir)
+    encoding, tokenizer = run.encoding, run.backbone.tokenizer(texts_of(parts), run.cache_dir)
     if not (isinstance(run.backbone, FromFolder) and run.backbone.encoding.append_eos):
         encoding = without_second_end(tokenizer, encoding)  # otherwise keep the trained encoding
     add_slots(tokenizer, encoding)
@@ -160,9 +163,9 @@ def _module(run: Training, collection: Collection | None) -> Stage:
     )
 
 
-def _adopt(run: Training, collection: Collection | None) -> None:
+def _adopt(run: Training, parts: Sequence[Part]) -> None:
     """Save a backbone, released or random, as a model folder."""
-    module = _module(run, collection)
+    module = _module(run, parts)
     if module.encoding.kind == "reranker" and isinstance(run.backbone, Pretrained):
         name, revision = run.backbone.name, run.backbone.revision
         check_released(name, revision, module.tokenizer, module.encoding)
@@ -178,34 +181,40 @@ def _adopt(run: Training, collection: Collection | None) -> None:
 
 
 def _save(
-    run: Training, network: Any, module: Stage, facts: dict[str, Any], trained_on: str | None = None
+    run: Training,
+    network: Any,
+    module: Stage,
+    facts: dict[str, Any],
+    trained_on: Sequence[Part] = (),
 ) -> None:
     encoding = module.encoding
-    if trained_on is not None and encoding.uses_instruction:
-        own = {trained_on: encoding.instructed(trained_on).instruction}
+    if encoding.uses_instruction:
+        names = [part.collection.name for part in trained_on]
+        own = {name: encoding.instructed(name).instruction for name in names}
         encoding = replace(encoding, instructions={**encoding.instructions, **own})
     folder.save(run.run_dir / "model", network, module.tokenizer, encoding, facts)
     model_card.write(run.run_dir / "model", tokenizer=module.tokenizer)
 
 
-def _fit(run: Training, collection: Collection) -> float | None:
+def _fit(run: Training, parts: Sequence[Part]) -> float | None:
     """Train with Lightning and save the best weights; returns their monitored metric."""
     checkpoint = resumable(run.run_dir / "checkpoints") if run.resume else None
     if is_main_process():
         resumed = f", resumed from {checkpoint}" if checkpoint else ""
         log.info("%s in %s%s", run.name, run.run_dir, resumed)
-    module = _module(run, collection)
+    module = _module(run, parts)
     precision = hardware.resolve(run.precision)
     module.bf16 = precision == "bf16"
-    data = _data(run, module, collection)
-    trainer = _trainer(run, precision, validates=data.dev_split is not None)
+    reads = Reads(run.source, parts, module, run.validation)
+    data = reads.data_module(run.batching)
+    trainer = _trainer(run, precision, validates=bool(data.validations))
     outline = module.outline()
     for lengths in ({}, *(reading.lengths for reading in run.readings)):
-        # now instead of in the first validation
-        encoding = module.reading(collection.name, lengths).encoding
         place = "validation.readings: encoding." if lengths else "encoding."
-        if outline is not None:
-            refuse_too_long(outline, encoding, place)
+        for part in parts:  # now instead of in the first validation
+            encoding = module.reading(part.collection.name, lengths).encoding
+            if outline is not None:
+                refuse_too_long(outline, encoding, place)
     needed = memory_needed(module, outline, data, trainer)
     batches = data.batches_per_epoch(trainer)
     # End by updates instead of epochs: Lightning's epoch counter may lag after a resume.
@@ -216,7 +225,7 @@ def _fit(run: Training, collection: Collection) -> float | None:
         if isinstance(run.optimizer, AdamW):
             run.optimizer.warn_if_warmup_outlasts(last)
     trainer.callbacks.insert(0, FitSummary(precision))
-    if data.dev_split is not None:
+    if data.validations:
         validate_at_least_once(trainer, batches)
     started = time.monotonic()
     try:
@@ -227,22 +236,7 @@ def _fit(run: Training, collection: Collection) -> float | None:
     except Exception as error:
         refuse_damage(error, checkpoint)
         raise
-    return _finish(run, module, data, trainer, time.monotonic() - started, needed)
-
-
-def _data(run: Training, module: Stage, collection: Collection) -> DataModule:
-    """The DataModule; its dev_split is None for unlabelled text."""
-    budget = hardware.chunk(run.batching["token_budget"])
-    training = module.training_set(collection, run.source.train_split, run.sampler, budget)
-    unlabelled = isinstance(training, Unlabelled) and not collection.splits
-    return DataModule(
-        collection,
-        module.reading(collection.name),
-        training,
-        None if unlabelled else run.source.dev_split,
-        **{**run.batching, "token_budget": budget},
-        **run.validation,
-    )
+    return _finish(run, module, reads, data, trainer, time.monotonic() - started, needed)
 
 
 def _trainer(run: Training, precision: str, validates: bool) -> Any:
@@ -292,6 +286,7 @@ def _invalid(error: Exception, place: str) -> InputError:
 def _finish(
     run: Training,
     module: Stage,
+    reads: Reads,
     data: DataModule,
     trainer: pl.Trainer,
     seconds: float,
@@ -308,32 +303,27 @@ def _finish(
             module.load_weights(best_weights(Path(watched.best_model_path)))
             best = None if (score := watched.best_model_score) is None else float(score)
     found: dict[str, Any] = {}
-    if data.dev_split is not None:
+    validations = data.validations
+    if validations:
         if run.readings:
             found["read"] = [evaluate_reading(one, module, data, trainer) for one in run.readings]
         if run.train_queries is not None:
-            passages = run.validation["passages"]
-            data.set_validation(run.source.train_split, run.train_queries, passages)
+            data.validations = reads.validations("train_split", queries=run.train_queries, run=None)
             found["train"] = evaluate_again("train_queries", module, data, trainer)
     network = module.whole()
     if trainer.is_global_zero:
         summary = {
             "name": run.name,
             "base_model": run.backbone.name,
-            "collection": f"{data.collection.name} ({data.collection.digest[:12]})",
+            "collection": reads.names(),
             "updates": trainer.global_step,
             "monitored": monitor,
             "best": best,
         }
         facts = {**summary, **run.facts}
-        if data.dev_split is not None:
-            facts["validation"] = {
-                "collection": data.collection.name,
-                "split": data.dev_split,
-                "queries": len(data.dev_qrels.queries),
-                "passages": None if data.candidates is not None else len(data.dev_passages),
-            }
-        _save(run, network, module, facts, data.collection.name)
+        if validations:
+            facts["validation"] = validated(validations)
+        _save(run, network, module, facts, reads.parts)
         trained, total = parameter_counts(network)
         found |= {"trained_parameters": trained, "parameters": total}
         found |= {} if used is None else {"memory_gib": round(used / 2**30, 3)}

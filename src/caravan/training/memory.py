@@ -11,7 +11,6 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from caravan.distributed import is_main_process
@@ -48,8 +47,10 @@ def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -
         return None
     data.setup()
     ranks = trainer.num_devices * trainer.num_nodes
-    each = min(-(-data.queries_per_batch // ranks), len(data.training))
-    batch = data.training[0, np.arange(each)].packed()
+    first = next(iter(data.training.order(data.queries_per_batch, 0, ranks)), None)
+    if first is None:
+        return None  # the loader reports that there are too few texts
+    batch = data.training[first].packed()
     tokens, chunk = batch.padded, batch.largest
     if module.gradcache is not None:  # only one chunk has activations at a time
         lengths = module.encoding.query_length, module.encoding.passage_length
@@ -66,7 +67,8 @@ def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -
     refuse_too_large(needed, trainer.strategy.root_device)
     if module.encoding.kind == "retriever":
         width = outline.config.get_text_config().hidden_size
-        refuse_validation(len(data.dev_passages), width, trainer.num_devices)
+        passages = sum(len(one.passages) for one in data.validations)
+        refuse_validation(passages, width, trainer.num_devices)
     if is_main_process() and sum(needed.values()) >= 1e8:  # less fits on any device
         log.info("memory at the peak of a step: at least %s", in_words(needed))
     return needed

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from caravan import manifests
-from caravan.data.collection import Collection
+from caravan.data.mixture import Part
 from caravan.errors import InputError, OccupiedError
 from caravan.models import hardware
 from caravan.models.digests import files_digest, folder_digest
@@ -35,7 +35,7 @@ MAY_CHANGE = (
 """Settings that a resumed run may change: how long it trains, where, and how it is monitored."""
 
 
-def inputs_of(settings: dict[str, Any], collection: Collection | None) -> dict[str, Any]:
+def inputs_of(settings: dict[str, Any], parts: Sequence[Part]) -> dict[str, Any]:
     """The inputs that determine the weights, from the resolved config as plain data."""
     kept: dict[str, Any] = {}
     for key, value in settings.items():
@@ -43,23 +43,37 @@ def inputs_of(settings: dict[str, Any], collection: Collection | None) -> dict[s
             value = {name: of for name, of in value.items() if f"{key}.{name}" not in NOT_INPUTS}
         if key not in NOT_INPUTS:
             kept[key] = value
-    sampler, candidates = settings["sampler"] or {}, settings["validation"]["run"]
-    runs = [*(sampler.get("runs") or ()), *filter(None, [sampler.get("teacher")])]
+    digests = {part.name: _digests(settings, part) for part in parts} or {"": _digests(settings)}
+    if "" not in digests:  # of a mixture: each by the names of its collections
+        names = digests[parts[0].name]
+        digests[""] = {key: {name: of[key] for name, of in digests.items()} for key in names}
     name, model_dir = settings["backbone"].get("name"), settings["backbone"].get("folder")
     inputs = {
-        "collection": collection.digest if collection else None,
-        "runs": {str(run): _run_digest(run, collection) for run in runs},
+        "collection": digests[""]["collection"],
+        "runs": digests[""]["runs"],
         "backbone_digest": files_digest(Path(name)) if name and Path(name).is_dir() else None,
         "folder_digest": model_dir and folder_digest(Path(model_dir)),
         **kept,
         "precision": hardware.resolve(settings["precision"]),
-        "validation": {
-            **settings["validation"],
-            "run_digest": None if candidates is None else _run_digest(candidates, collection),
-        },
+        "validation": {**settings["validation"], "run_digest": digests[""]["validation"]},
     }
     found: dict[str, Any] = _without(inputs, str(settings["run_dir"]))
     return found
+
+
+def _digests(settings: dict[str, Any], part: Part | None = None) -> dict[str, Any]:
+    """Digests of a collection, of the runs over its queries, and of its candidates."""
+    sampler, candidates = settings["sampler"] or {}, settings["validation"]["run"]
+    runs, collection = sampler.get("runs") or (), None
+    if part is not None:
+        collection, candidates = part.collection, part.entry.validation_run or candidates
+        runs = runs if part.entry.runs is None else part.entry.runs
+    runs = [*runs, *filter(None, [sampler.get("teacher")])]
+    return {
+        "collection": collection.digest if collection else None,
+        "runs": {str(run): _run_digest(run, collection) for run in runs},
+        "validation": None if candidates is None else _run_digest(candidates, collection),
+    }
 
 
 def _without(tree: Any, run_dir: str) -> Any:
@@ -71,7 +85,7 @@ def _without(tree: Any, run_dir: str) -> Any:
     return tree.replace(run_dir, "<run_dir>") if isinstance(tree, str) else tree
 
 
-def _run_digest(name: str, collection: Collection | None) -> str:
+def _run_digest(name: str, collection: Any) -> str:
     path = Path(name if collection is None else collection.run_path(name))
     if not path.is_file():
         raise InputError(

@@ -117,6 +117,10 @@ class Retriever(Stage):
             targets = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
             columns = batch.passage_keys  # [Q, G]
         masked = no_negative(columns, batch.excluded_keys, targets)
+        if self.in_batch and batch.in_batch is not None:
+            group_of = torch.arange(columns.shape[1], device=targets.device) // group
+            others = group_of != targets.unsqueeze(1) // group  # [Q, N]
+            masked |= others & ~batch.in_batch.unsqueeze(1)
 
         def similarities(dim: int) -> Tensor:
             one, other = (cut(all_, dim, self.encoding.normalize) for all_ in (queries, passages))

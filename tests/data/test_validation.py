@@ -10,11 +10,9 @@ import pytest
 from tests.commands import train
 from tests.refusals import refused
 
-from caravan.data.batching import Groups
 from caravan.data.collection import Collection, Qrels
-from caravan.data.datamodule import DataModule
-from caravan.data.negatives import Negatives
 from caravan.data.tokenization import Templates
+from caravan.data.validation import Validation
 from caravan.encoding import Encoding
 
 
@@ -31,19 +29,6 @@ class Judged:
         return self._dev if split == "dev" else self._collection.qrels(split)
 
 
-def _data(collection: Any, templates: Templates, **validation: Any) -> DataModule:
-    qrels, sampler = collection.qrels("train"), Negatives(number=2)
-    return DataModule(
-        *(collection, templates),
-        Groups(collection, qrels, sampler, templates, 128, seed=0),
-        "dev",
-        queries_per_batch=6,
-        token_budget=128,
-        num_workers=0,
-        **validation,
-    )
-
-
 @pytest.fixture
 def templates(tokenizer: Any, encoding: Encoding) -> Templates:
     return Templates(tokenizer, encoding)
@@ -58,14 +43,14 @@ def test_a_split_without_relevant_passages_cannot_be_validated(
     collection: Collection, templates: Templates
 ) -> None:
     with refused("empty-split", "data.dev_split"):
-        _data(Judged(collection, _dev([0, 0, 0])), templates)
+        Validation(Judged(collection, _dev([0, 0, 0])), templates, "dev")  # type: ignore[arg-type]
 
 
 def test_validation_asks_only_queries_that_can_be_scored(
     collection: Collection, templates: Templates
 ) -> None:
-    judged = Judged(collection, _dev([0, 1, 0, 2, 0, 0, 1, 0]))
-    queries = _data(judged, templates, queries=2).dev_qrels.queries.tolist()
+    judged: Any = Judged(collection, _dev([0, 1, 0, 2, 0, 0, 1, 0]))
+    queries = Validation(judged, templates, "dev", queries=2).qrels.queries.tolist()
     assert len(queries) == 2
     assert set(queries) < {1, 3, 6}
 
@@ -107,7 +92,7 @@ def test_a_query_that_is_a_passage_does_not_find_itself_in_validation(
 def test_the_subset_that_is_searched_holds_all_judged_passages(
     collection: Collection, templates: Templates
 ) -> None:
-    data = _data(collection, templates, passages=20)
-    assert len(data.dev_passages) == 20
-    assert np.isin(data.dev_qrels.passage_rows, data.dev_passages).all()
-    assert (np.diff(data.dev_passages) > 0).all()
+    data = Validation(collection, templates, "dev", passages=20)
+    assert len(data.passages) == 20
+    assert np.isin(data.qrels.passage_rows, data.passages).all()
+    assert (np.diff(data.passages) > 0).all()
