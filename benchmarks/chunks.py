@@ -13,6 +13,7 @@ from unittest import mock
 
 import numpy as np
 from common import arguments, report
+from shapes import msmarco, tokens_of
 
 from caravan.data import batch
 from caravan.models.hardware import GPU_CHUNK
@@ -20,8 +21,7 @@ from caravan.models.hardware import GPU_CHUNK
 
 def share(rng: np.random.Generator, texts: int, mean: int, longest: int) -> tuple[int, float]:
     """Chunks of some texts, and the padded tokens for each token."""
-    lengths = rng.lognormal(np.log(mean), 0.35, texts).astype(np.int32).clip(4, longest)
-    found = batch.TokenIds(np.zeros(lengths.sum(), np.int32), lengths).packed(GPU_CHUNK)
+    found = tokens_of(msmarco(rng, texts, mean, longest), 1000).packed(GPU_CHUNK)
     return len(found.chunks), found.padded / found.tokens
 
 

@@ -14,18 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import (
-    apart,
-    collection,
-    highest,
-    minilm,
-    minilm_arguments,
-    model_folder,
-    paired,
-    report,
-    table,
-    texts_of,
-)
+from common import apart, highest, paired, report, table
+from minilm import collection, minilm, minilm_arguments, model_folder, texts_of
 from sentence_transformers import SentenceTransformer
 
 from caravan.data.collection import Collection

@@ -1,323 +1,199 @@
-"""A Llama of 1B and of 7B shape on a GPU: tokens/s, share of the card's matrix rate, peak memory.
+"""Correctness, speed and memory on a GPU: a Llama of 7B shape with random weights.
 
-    python benchmarks/gpu.py [--shapes 1b 7b] [--longest 196 2048] [--data <BEIR folder>]
+    python benchmarks/gpu.py --out results                                 # at most 420 s
+    python benchmarks/gpu.py --out results --part profile                  # at most 240 s
+    python benchmarks/gpu.py --out results --device cpu --shape tiny       # tries the script
 
-Weights are random, so nothing is downloaded. Texts have lengths from an eighth of the longest to
-the longest, evenly. Three systems: a plain loop over transformers, which pads unsorted
-batches; Caravan's chunks of similar length, padded; and without padding.
-Encoding, training with LoRA of rank 32, and with QLoRA. With --data the corpus of a BEIR folder, at
-most 512 tokens a passage, is encoded too. `--device cpu --shapes tiny` tries the script on a CPU.
+Rows are written to `gpu.jsonl` and `gpu.md` (`gpu_profile.*`) in the folder as they are measured. A
+row whose estimated time exceeds what is left is skipped, and a row that fails stops no other.
+`--rows step search` measures only rows with one of these words in their name.
+
+Needs no network, no Hydra and no installed Caravan. Where torch, transformers, pytorch-lightning
+and peft are installed, add the wheels pydantic, pydantic-core, annotated-types, xxhash, bm25s and
+faiss-cpu; for QLoRA bitsandbytes, for its kernel flash-attn.
 """
 
 from __future__ import annotations
 
-import gc
+import argparse
+import faulthandler
+import json
+import logging
 import sys
-import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
 import torch
-from common import arguments, collection, rendered, table, texts_of, written
-from torch import Tensor, nn
+from common import rendered
+from gpu_kernels import kernel, kernels
+from gpu_rows import Bench, Found, build, ceilings, encode, profile, search, step
+from shapes import SHAPES, even, scifact, use_older_kernel
 
-from caravan.data.batch import Packed, pack
-from caravan.encoding import Encoding
-from caravan.models.adapters import LoRA
-from caravan.models.backbone import Pretrained
-from caravan.models.biencoder import BiEncoder
-from caravan.models.hardware import settle_precisions
-from caravan.models.tiny_llama import train_bpe
-from caravan.training.optim import AdamW
+from caravan import doctor
 
-SHAPES: dict[str, dict[str, int]] = {
-    "7b": {
-        "vocab_size": 32_000,
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "intermediate_size": 11_008,
-    },
-    "1b": {
-        "vocab_size": 128_256,
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 8192,
-    },
-    "tiny": {  # to try the script where there is no GPU
-        "vocab_size": 1000,
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 128,
-    },
-}
-SYSTEMS = ("plain loop", "padded", "unpadded")
-CHUNK = 32_768  # padded tokens at a time, of each system
+SECONDS = {"measure": 400, "profile": 220}
+GRACE = 20  # seconds for the imports before, and for a row that takes longer than estimated
+H200 = 788e12  # operations a second in bf16 of the GPU for which times are estimated
+Row = tuple[str, float, Callable[[Bench], Iterator[Found]]]
+"""Name, estimated seconds, and the function that measures it."""
+NOTES = [
+    "Shares of a rate are those of the matrix product measured in bf16 (search: in float32). They"
+    " count real tokens only, and all passes: forward, recomputation, backward to the activations"
+    " (frozen weights have no gradient), and the first pass of gradient caching. A share in a"
+    " profile is that of the time without the profiler (operations) or of the busy time.",
+]
 
 
-def synchronized(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def measured(bench: Bench) -> list[Row]:
+    """The rows of the first part, the most important ones first."""
+    main = bench.shape
+    rows: list[Row] = [("ceilings", 8, ceilings)]
+    for name, settings in kernels():
+        rows.append((f"kernel: {name}", 3, partial(kernel, **settings)))
+    rows.append((f"build {main}", 8, partial(build, shape=main)))
+
+    def encoding(shape: str, seconds: float, longest: int, *systems: str) -> None:
+        lengths = even(bench.size.tokens, longest)
+        for system in systems:
+            work = partial(encode, shape=shape, lengths=lengths, system=system)
+            rows.append((f"encode {shape}, {longest} tokens, {system}", seconds, work))
+
+    def training(shape: str, seconds: float, gpus: int, what: str = "", **settings: Any) -> None:
+        work = partial(step, shape=shape, gpus=gpus, **settings)
+        rows.append((f"step {shape}, 1 of {gpus} GPUs{what}", seconds, work))
+
+    encoding(main, 7, 196, "unsorted", "sdpa", "unpadded")
+    encoding(main, 7, 512, "sdpa", "unpadded")
+    work = partial(encode, shape=main, lengths=scifact(bench.size.passages), system="sdpa")
+    rows.append((f"encode {main}, SciFact whole", 45, work))
+    training(main, 14, 8)
+    training(main, 12, 8, ", unpadded", attention="unpadded")
+    training(main, 6, 32)
+    training(main, 6, 32, ", unpadded", attention="unpadded")
+    training(main, 12, 8, ", norms and embeddings in bf16", bf16_norms=True)
+    training(main, 12, 8, ", selective recomputation", checkpointing="selective")
+    training(main, 30, 1, ", gradient caching", cached=True)
+    training(main, 25, 1)
+    training(main, 25, 1, ", unpadded", attention="unpadded")
+    training(main, 25, 8, ", QLoRA", four_bits=True)
+    rows.append((f"search {main}", 35, partial(search, shape=main)))
+    if main == "7b":
+        encoding("1b", 5, 196, "sdpa", "unpadded")
+        training("1b", 8, 8)
+        training("1b", 8, 8, ", unpadded", attention="unpadded")
+    return rows
 
 
-def seconds(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
-    """The fastest of some runs after one that is not counted."""
-    work()
-    found = []
-    for _ in range(repeats):
-        started = synchronized(device)
-        work()
-        found.append(synchronized(device) - started)
-    return min(found)
+def profiled(bench: Bench) -> list[Row]:
+    """The rows of the second part."""
+    main, lengths = bench.shape, even(bench.size.tokens, 196)
+    compiled = partial(encode, shape=main, lengths=lengths, system="sdpa", compiled=True)
+    few = f"profile: step {main}, 1 of 32 GPUs"
+    unpadded = partial(profile, shape=main, gpus=32, attention="unpadded")
+    return [
+        ("ceilings", 8, ceilings),
+        (f"profile: encode {main}", 20, partial(profile, shape=main)),
+        (f"profile: step {main}, 1 of 8 GPUs", 40, partial(profile, shape=main, gpus=8)),
+        (few, 25, partial(profile, shape=main, gpus=32)),
+        (f"{few}, unpadded", 25, unpadded),
+        (f"compiled: encode {main}, 196 tokens", 70, compiled),
+    ]
 
 
-def matrix_rate(device: torch.device, size: int) -> float:
-    """Floating-point operations a second that a large product in bf16 reaches."""
-    one, other = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / seconds(lambda: one @ other, device, 10)
+class Results:
+    """The rows so far: lines of JSON that are appended, and a page that is written anew."""
+
+    def __init__(self, folder: Path, name: str, notes: list[str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lines, self.page = folder / f"{name}.jsonl", folder / f"{name}.md"
+        self.started, self.notes = datetime.now().isoformat(timespec="seconds"), notes
+        self.rows: list[dict[str, str]] = []
+        self.missing: list[str] = []
+
+    def add(self, name: str, what: str, value: float | str, unit: str, of: float | str) -> None:
+        row = {"name": name, "what": what, "value": value, "unit": unit, "share": of}
+        with self.lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"run": self.started, **row}) + "\n")
+        long = isinstance(value, float | int) and abs(value) >= 1000
+        number = value if isinstance(value, str) else f"{value:,.0f}" if long else f"{value:.3g}"
+        part = of if isinstance(of, str) else f"{of:.0%}"
+        self.rows.append({**row, "value": number, "share": part})  # type: ignore[dict-item]
+        sys.stderr.write(f"{name} | {what} | {number} {unit} | {part}\n")
+        self.page.write_text(self.text(), "utf-8")
+
+    def omit(self, name: str, reason: str) -> None:
+        self.missing.append(f"{name} ({reason.partition(':')[0]})")
+        self.add(name, reason, "", "", "")
+
+    def text(self) -> str:
+        done = (
+            f"Not measured: {'; '.join(self.missing)}."
+            if self.missing
+            else "Every row was measured."
+        )
+        return rendered("A Llama with random weights on one device", self.rows, [*self.notes, done])
 
 
-def lengths_of(number: int, longest: int) -> list[int]:
-    rng = torch.Generator().manual_seed(0)
-    return torch.randint(longest // 8, longest + 1, (number,), generator=rng).tolist()
-
-
-def operations(shape: dict[str, int], lengths: list[int]) -> float:
-    """Of one pass forward over real tokens: products with weights, and causal attention."""
-    width, heads = shape["hidden_size"], shape["num_attention_heads"]
-    shared = shape["num_key_value_heads"] / heads
-    weights = (2 + 2 * shared) * width**2 + 3 * width * shape["intermediate_size"]
-    tokens, pairs = sum(lengths), sum(n * n for n in lengths) / 2
-    return shape["num_hidden_layers"] * (2 * weights * tokens + 4 * width * pairs)
-
-
-def saved(shape: dict[str, int], to: Path, device: torch.device) -> Path:
-    """A folder of random weights in bf16."""
-    from transformers import LlamaConfig, LlamaModel
-
-    config = LlamaConfig(**shape, use_cache=False, max_position_embeddings=4096)  # type: ignore[arg-type]
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    with device:
-        model = LlamaModel(config)
-    torch.set_default_dtype(default)
-    model.save_pretrained(to)
-    return to
-
-
-def built(folder: Path, system: str, kind: str, recompute: Any, device: torch.device) -> BiEncoder:
-    attention = "unpadded" if system == "unpadded" else "sdpa"
-    backbone = Pretrained(str(folder), attention=attention, checkpointing=recompute)
-    if kind == "encode":
-        backbone.dtype = torch.bfloat16
-        return BiEncoder(backbone.model(None), Encoding()).to(device).eval()
-    peft = LoRA(rank=32, dropout=0.0, quant_type="nf4" if kind == "qlora" else None)
-    backbone.quantization = peft.quantization()
-    # Ours as a run has them, embeddings and norms in float32; the loop as one would load it.
-    backbone.dtype = torch.bfloat16 if system == "plain loop" or kind == "lora" else torch.float32
-    network = BiEncoder(peft.apply(backbone.model(None)), Encoding())
-    if system != "plain loop":
-        settle_precisions(network, bf16=True)
-    return network.to(device).train()
-
-
-def batches(ids: list[list[int]], system: str) -> Iterator[Packed]:
-    """The texts as they are computed: the plain loop pads them in the order in which they come."""
-    if system != "plain loop":
-        yield pack(ids, CHUNK)
-        return
-    each = max(CHUNK // max(map(len, ids)), 1)
-    for start in range(0, len(ids), each):
-        yield as_they_come(ids[start : start + each])
-
-
-def as_they_come(ids: list[list[int]]) -> Packed:
-    from caravan.data.batch import Chunk
-
-    width = max(map(len, ids))
-    rows = torch.zeros(len(ids), width, dtype=torch.int64)
-    mask = torch.zeros_like(rows)
-    for row, real, text in zip(rows, mask, ids, strict=True):
-        row[: len(text)], real[: len(text)] = torch.tensor(text), 1
-    chunk = Chunk(rows, mask, bool(mask.all()))
-    return Packed((chunk,), torch.arange(len(ids)), sum(map(len, ids)), rows.numel())
-
-
-def embed(network: BiEncoder, packed: Packed, system: str) -> Tensor:
-    if system != "plain loop":
-        return network.embed(packed)
-    chunk = packed.chunks[0]
-    mask = chunk.attention_mask
-    states = network.backbone(input_ids=chunk.input_ids, attention_mask=mask).last_hidden_state
-    last = states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
-    return nn.functional.normalize(last.float(), dim=-1)
-
-
-def measure(
-    folder: Path,
-    shape: dict[str, int],
-    kind: str,
-    system: str,
-    longest: int,
-    options: Any,
-    rate: float,
-    device: torch.device,
-) -> dict[str, Any]:
-    """A row of the table."""
-    number = max(options.tokens[kind] * 16 // (9 * longest), 2) // 2 * 2
-    lengths = lengths_of(number, longest)
-    rng = torch.Generator().manual_seed(1)
-    ids = [torch.randint(3, shape["vocab_size"], (n,), generator=rng).tolist() for n in lengths]
-    row: dict[str, Any] = {"shape": options.shape, "work": kind, "longest": longest}
-    row["system"] = system
-    try:
-        return {**row, **_measured(folder, shape, kind, system, ids, options, rate, device)}
-    except Exception as error:  # noqa: BLE001 - the other rows are worth having
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        sys.stderr.write(f"{row}: {reason}\n")
-        return {**row, "tokens/s": reason, "of the rate": "", "peak GiB": ""}
-
-
-def _measured(
-    folder: Path,
-    shape: dict[str, int],
-    kind: str,
-    system: str,
-    ids: list[list[int]],
-    options: Any,
-    rate: float,
-    device: torch.device,
-) -> dict[str, Any]:
-    lengths = list(map(len, ids))
-    given = [packed.to(device) for packed in batches(ids, system)]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    recompute = {"lora": options.recompute, "qlora": True}.get(kind, False)
-    network = built(folder, system, kind, recompute, device)
-    if kind == "encode":
-
-        def work() -> None:
-            with torch.inference_mode():
-                for packed in given:
-                    embed(network, packed, system)
-
-    else:
-        optimizer = AdamW(lr=1e-4).build(network, 100)["optimizer"]
-
-        def work() -> None:
-            with torch.autocast(device.type, torch.bfloat16):
-                rows = torch.cat([embed(network, packed, system) for packed in given])
-            scores = rows[0::2] @ rows[1::2].T / 0.05
-            targets = torch.arange(len(scores), device=device)
-            nn.functional.cross_entropy(scores, targets).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    took = seconds(work, device)
-    passes = 1 if kind == "encode" else 2  # frozen weights get no gradient
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-    return {
-        "tokens/s": f"{sum(lengths) / took:,.0f}",
-        "of the rate": f"{passes * operations(shape, lengths) / took / rate:.0%}",
-        "peak GiB": f"{peak:.1f}",
-    }
-
-
-def corpus(options: Any, folder: Path, device: torch.device) -> list[str]:
-    """Seconds to encode a corpus whose words a BPE of 32,000 entries cuts into tokens."""
-    found = collection(options.data)
-    texts = texts_of(found.corpus, range(len(found.corpus)))
-    vocabulary = min(32_000, SHAPES[options.shape]["vocab_size"])
-    bpe = train_bpe(iter(texts), vocabulary)
-    ids = [encoding.ids[:512] for encoding in bpe.encode_batch(texts)]
-    rows = []
-    for system in SYSTEMS:
-        network = built(folder, system, "encode", False, device)
-        given = [packed.to(device) for packed in batches(ids, system)]
-
-        def work(
-            network: BiEncoder = network, given: list[Packed] = given, system: str = system
-        ) -> None:
-            with torch.inference_mode():
-                for packed in given:
-                    embed(network, packed, system)
-
-        took = seconds(work, device, 1)
-        rows.append({"system": system, "seconds": took, "tokens": sum(map(len, ids))})
-        del network
-        released(device)
-    return ["", f"Encoding {found.name}, {len(ids):,} passages, {options.shape}:", "", *table(rows)]
-
-
-def released(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def measure(bench: Bench, rows: list[Row], words: list[str], results: Results, ends: float) -> None:
+    """Measure each row that one of the words names and that can be done until `ends`."""
+    for name, estimate, work in rows:
+        if name != "ceilings" and not any(word in name for word in words):
+            continue
+        slower = max(1.0, H200 / bench.rates.get("bf16", H200)) if bench.on_gpu else 1.0
+        left = max(ends - time.monotonic(), 0.0)
+        if estimate * slower > left:
+            takes = f"takes about {estimate * slower:.0f} s, {left:.0f} s are left"
+            results.omit(name, f"skipped: {takes}")
+            continue
+        try:
+            for found in work(bench):
+                results.add(name, *found)
+        except ImportError as error:
+            results.omit(name, f"not available: {error}")
+        except Exception as error:  # noqa: BLE001 - the other rows are worth having
+            text = (str(error).strip() or "no message").splitlines()[0].replace("|", "/")
+            results.omit(name, f"failed: {type(error).__name__}: {text[:150]}")
+            with suppress(RuntimeError):  # after some errors of CUDA every call fails
+                bench.models.release()
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--shapes", nargs="+", default=["1b", "7b"], choices=list(SHAPES))
-    parser.add_argument("--longest", nargs="+", type=int, default=[196, 2048], help="tokens")
-    parser.add_argument("--work", nargs="+", default=["encode", "lora", "qlora"])
-    parser.add_argument("--tokens", type=int, default=0, help="real tokens a step; 0: by the work")
-    parser.add_argument("--recompute", default="selective", help="LoRA: false, true or selective")
-    parser.add_argument("--data", type=Path, help="a BEIR folder whose corpus is encoded too")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--name", default="gpu", help="of the file that --save writes")
+    description = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=description)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--part", choices=list(SECONDS), default="measure")
+    parser.add_argument("--shape", choices=list(SHAPES), default="7b")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--rows", nargs="+", default=[""], help="words in the names of rows")
+    parser.add_argument("--seconds", type=float, help="within which all rows must end")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("there is no GPU here; --device cpu --shapes tiny tries the script without one")
-    device = torch.device(options.device)
-    options.recompute = {"true": True, "false": False}.get(options.recompute, options.recompute)
-    sizes = {"encode": 131_072, "lora": 8_192, "qlora": 16_384}
-    options.tokens = {kind: options.tokens or sizes[kind] for kind in sizes}
-    rate = matrix_rate(device, 8192 if device.type == "cuda" else 512)
-    rows: list[dict[str, Any]] = []
-    encoded: list[str] = []
-    for name in options.shapes:
-        options.shape = name
-        shape = SHAPES[options.shape]
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = saved(shape, Path(scratch), device)
-            released(device)
-            for kind in options.work:
-                for longest in options.longest:
-                    for system in SYSTEMS:
-                        given = (folder, shape, kind, system, longest, options, rate, device)
-                        rows.append(measure(*given))
-                        sys.stderr.write(f"{rows[-1]}\n")
-                        released(device)
-                        save(rows, encoded, rate, device, options)
-            if options.data:
-                encoded += corpus(options, folder, device)
-                save(rows, encoded, rate, device, options)
-    sys.stdout.write(save(rows, encoded, rate, device, options))
-
-
-def save(
-    rows: list[dict[str, Any]], encoded: list[str], rate: float, device: torch.device, options: Any
-) -> str:
-    """The page so far, written with --save: what ends the script early leaves the rows before."""
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    notes = [
-        f"Measured matrix rate of {card}: {rate / 1e12:.3g}e12 operations a second in bf16."
-        " `of the rate` counts real tokens: one pass for encoding, two for training adapters,"
-        " whatever is computed again.",
-        *encoded,
-    ]
-    page = rendered("Llama shapes from random weights, mixed lengths", rows, notes)
-    if options.save:
-        written(options.name, page)
-    return page
+        sys.exit("there is no GPU here; --device cpu --shape tiny tries the script without one")
+    limit = SECONDS[options.part] if options.seconds is None else options.seconds
+    ends = time.monotonic() + limit
+    warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    older = use_older_kernel() if options.device == "cuda" else None
+    facts = "; ".join([*doctor.software(), *doctor.gpus(), *([older] if older else [])])
+    first = options.part == "measure"
+    results = Results(options.out, "gpu" if first else "gpu_profile", [*NOTES, "", f"{facts}."])
+    bench = Bench(options.device, options.shape)
+    # Ends the process even if a kernel hangs.
+    faulthandler.dump_traceback_later(limit + GRACE, exit=True, file=sys.__stderr__)
+    try:
+        rows = measured(bench) if first else profiled(bench)
+        measure(bench, rows, options.rows, results, ends)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    sys.stdout.write(results.text())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, collection, minilm, minilm_arguments, paired, report, texts_of
+from common import ROOT, paired, report
+from minilm import collection, minilm, minilm_arguments, texts_of
 from sentence_transformers import CrossEncoder as Peer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

@@ -17,17 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-from common import (
-    ROOT,
-    collection,
-    encoding,
-    minilm,
-    minilm_arguments,
-    report,
-    summary,
-    texts_of,
-)
+from common import ROOT, report, summary
 from datasets import Dataset
+from minilm import collection, encoding, minilm, minilm_arguments, texts_of
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.tiny import WORDS
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"common"}
+SHARED = {"common", "gpu_kernels", "gpu_rows", "minilm", "shapes"}
+SCRIPTS = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - SHARED
 PEER = "--data BEIR --model MINILM --repeats 1"
 OPTIONS = {
     "adaptation": "--words 8 --texts 2 --vocabularies 200 --repeats 1",
     "chunks": "--batches 1",
     "encode": f"{PEER} --passages 4",
-    "gpu": "--device cpu --shapes tiny --longest 16 --tokens 64",
+    "gpu": "--device cpu --shape tiny --seconds 3600 --out OUT",
     "gradcache": "--queries 2 4 --whole 2 --chunk 2",
     "rerank": f"{PEER} --pairs 4",
     "settings": "--texts 2 --repeats 1",
@@ -29,7 +32,14 @@ ROWS = {
     "adaptation": ["| 200 |"],
     "chunks": ["| 1 | before |", "| 32 | now |"],
     "encode": ["| both float32 |", "| each one's default |", "| 16 |"],
-    "gpu": ["| tiny | encode | 16 | plain loop |", "| tiny | qlora | 16 | unpadded |"],
+    "gpu": [
+        "| ceilings | matrix product, bf16 |",
+        "| kernel: auto on the CPU, bfloat16 | gradient, gradient caching |",
+        "| encode tiny, SciFact whole | 8 texts |",
+        "| step tiny, 1 of 32 GPUs, unpadded | a step |",
+        "| step tiny, 1 of 8 GPUs, QLoRA | a step |",
+        "| search tiny | 20 queries, 2,000 x 64 |",
+    ],
     "gradcache": ["| 2 |", "| 4 |"],
     "rerank": ["| both float32 |", "| both bf16 |"],
     "settings": ["| attention=eager |", "| precision=float32 |"],
@@ -82,7 +92,7 @@ def test_a_benchmark_prints_its_table_with_the_commit_and_the_processor(
     if name == "settings":  # compilation takes a minute
         few = [setting for setting in benchmark.SETTINGS if "compile" not in setting]
         monkeypatch.setattr(benchmark, "SETTINGS", few)
-    options = OPTIONS[name].replace("BEIR", str(beir))
+    options = OPTIONS[name].replace("BEIR", str(beir)).replace("OUT", str(tmp_path))
     if "MINILM" in options:
         options = options.replace("MINILM", str(request.getfixturevalue("minilm")))
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *options.split()])
@@ -94,8 +104,80 @@ def test_a_benchmark_prints_its_table_with_the_commit_and_the_processor(
     assert made.startswith(f"`python benchmarks/{name}.py ")
     assert "commit" in made
     assert "threads of " in made
-    if name == "gpu":  # a failed row has the error in place of the rate
-        assert printed.count("% |") == 9
+    assert "failed" not in printed
+    assert "WRONG" not in printed
+
+
+GPU = "sys.path.insert(0, 'benchmarks'); import gpu; gpu.main()"
+"""Runs benchmarks/gpu.py without packages that an image for GPUs may lack."""
+MISSING = "hydra omegaconf bitsandbytes datasets ir_measures Stemmer flash_attn"
+
+
+def on_a_bare_image(out: Path, *options: str) -> tuple[str, list[dict[str, Any]]]:
+    """The page of benchmarks/gpu.py and its lines of JSON."""
+    code = f"import sys; sys.modules.update(dict.fromkeys('{MISSING}'.split())); {GPU}"
+    tiny = ["--device", "cpu", "--shape", "tiny", "--out", str(out)]
+    command = [sys.executable, "-c", code, *tiny, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (out / "gpu.md").read_text() == done.stdout
+    lines = (out / "gpu.jsonl").read_text().splitlines()
+    return done.stdout, [json.loads(line) for line in lines]
+
+
+@pytest.mark.slow
+def test_a_row_that_cannot_be_measured_stops_no_other_and_is_named(tmp_path: Path) -> None:
+    page, rows = on_a_bare_image(tmp_path, "--rows", "QLoRA", "flash", "search")
+    assert {row["name"] for row in rows if row["value"] == ""} == {
+        "kernel: flash_attention_2, bfloat16",
+        "step tiny, 1 of 8 GPUs, QLoRA",
+    }
+    assert rows[-1]["name"] == "search tiny"
+    assert "Not measured: kernel: flash_attention_2, bfloat16 (not available); step tiny" in page
+
+
+def test_the_kernel_of_an_older_pytorch_gets_keys_for_each_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    shapes: Any = importlib.import_module("shapes")
+    from torch.nn.attention import varlen as of_torch
+
+    def older(query: Any, key: Any, value: Any, *bounds: Any, window_size: Any = None) -> Any:
+        return key, value, bounds, window_size
+
+    monkeypatch.setattr(of_torch, "varlen_attn", older)
+    monkeypatch.setattr(shapes.varlen, "kernel", shapes.varlen.kernel.__wrapped__)
+    assert "older kernel" in shapes.use_older_kernel()
+    query, key = torch.zeros(5, 4, 8), torch.randn(5, 2, 8)
+    kernel = shapes.varlen.kernel()
+    found, value, *rest = kernel(query, key, key, 1, 2, window_size=(3, 0), enable_gqa=True)
+    assert rest == [(1, 2), (3, 0)]
+    assert torch.equal(found, key[:, [0, 0, 1, 1]])
+    assert torch.equal(value, found)
+    assert kernel(query, query, query, enable_gqa=False)[0] is query
+
+
+@pytest.mark.slow
+def test_rows_that_would_end_after_the_deadline_are_skipped(tmp_path: Path) -> None:
+    page, rows = on_a_bare_image(tmp_path, "--seconds", "0")
+    assert len(rows) > 20
+    assert all(row["what"].startswith("skipped") for row in rows)
+    assert "ceilings (skipped); " in page
+
+
+@pytest.mark.slow
+def test_a_profile_lists_the_operations_that_take_longest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    options = "--device cpu --shape tiny --part profile --rows profile --out"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options.split(), str(tmp_path)])
+    importlib.import_module("gpu").main()
+    printed = capsys.readouterr().out
+    assert "| profile: encode tiny | aten::" in printed
+    assert "| profile: step tiny, 1 of 8 GPUs | aten::" in printed
+    assert "failed" not in printed
+    assert (tmp_path / "gpu_profile.md").read_text() == printed
 
 
 @pytest.mark.slow

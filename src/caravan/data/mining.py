@@ -151,7 +151,7 @@ def mine(
     if is_main_process():
         without = facts["queries_without_candidates"] / max(len(trained), 1)
         level = logging.WARNING if without > MANY else logging.INFO
-        removed = ", ".join(f"{rule} {counts[rule]:,}" for rule in rules.names)
+        removed = ", ".join(f"{rule} {counts[rule]:,}" for rule in rules.names) or "no rule"
         lacking = f"; {counts['lacking']:,} lack the score of a positive" if rules.compare else ""
         log.log(
             level,

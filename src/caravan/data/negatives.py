@@ -61,6 +61,28 @@ def warn_if_queries_are_passages(collection: Collection, queries: np.ndarray) ->
         )  # fmt: skip
 
 
+def run_over(
+    collection: Collection, path: str | Path, qrels: Qrels, depth: int | None = None
+) -> Run:
+    """Read a run, also one of the collection, that ranks some of the judged queries.
+
+    Args:
+        path, depth: as for `Collection.run_path` and `read_run`.
+
+    Raises:
+        InputError: "other-queries" if it ranks none of them.
+    """
+    file = collection.run_path(path)
+    run = read_run(file, collection.queries, collection.corpus, depth=depth)
+    if not np.isin(qrels.queries, run.query_rows).any():
+        raise InputError(
+            "other-queries",
+            f"{path} ranks none of the judged queries of its split; write one with evaluate.py"
+            " over that split",
+        )
+    return run
+
+
 class Sampler(Protocol):
     """The interface of a sampler; `docs/extending.md` has an example.
 
@@ -208,27 +230,15 @@ class Negatives(Sampler):
                 f"sampler.number={self.number}: the positives of one query leave {others} of the"
                 f" {len(collection.corpus)} passages; set it to {others} or less",
             )
-        texts = collection.queries, collection.corpus
-        self._runs = [
-            read_run(collection.run_path(path), *texts, depth=self.depth) for path in self.paths
-        ]
+        self._runs = [run_over(collection, path, qrels, self.depth) for path in self.paths]
         if not self.paths and self.number and "negatives" in collection.runs:
             log.warning(
                 "%s includes negatives, which are not used; to use them, set"
                 " sampler.runs=[%snegatives]",
                 collection.name, OWN,
             )  # fmt: skip
-        checked = list(zip(self.paths, self._runs, strict=True))
         if self.teacher_path:
-            self._teacher = read_run(collection.run_path(self.teacher_path), *texts)
-            checked.append((self.teacher_path, self._teacher))
-        for path, run in checked:
-            if not np.isin(qrels.queries, run.query_rows).any():
-                raise InputError(
-                    "other-queries",
-                    f"{path} ranks none of the training queries; write one with evaluate.py over"
-                    " the training split",
-                )
+            self._teacher = run_over(collection, self.teacher_path, qrels)
         if self.rules.names:
             positives = Positives.of(qrels, self._own, len(collection.corpus))
             for i, (path, run) in enumerate(zip(self.paths, self._runs, strict=True)):

@@ -60,14 +60,15 @@ def rows(
 def _cells(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of a .csv or .tsv file with a header; every cell is a text."""
     csv.field_size_limit(2**31 - 1)
-    tabs = file.name.removesuffix(".gz").endswith(".tsv")
-    # Quotes are part of a text between tabs, as in all other .tsv files.
-    quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+    settings: dict[str, Any] = {}
+    if file.name.removesuffix(".gz").endswith(".tsv"):
+        # Quotes are part of a text between tabs, as in all other .tsv files.
+        settings = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     number = 0
     try:
         with opened(file) as found:
-            text = io.TextIOWrapper(found, "utf-8-sig", newline="")
-            reader = csv.DictReader(text, delimiter="\t" if tabs else ",", quoting=quoting)
+            stream: Any = found
+            reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), **settings)
             for row in reader:
                 number = reader.line_num
                 if None in row or None in row.values():
@@ -78,11 +79,11 @@ def _cells(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     )
                 yield f"{file}:{number}", row
     except UnicodeDecodeError:
-        text = f"{file}: a line after {number} is not UTF-8: convert it, such as with iconv"
-        raise InputError("not-utf8", text) from None
+        problem = f"{file}: a line after {number} is not UTF-8: convert it, such as with iconv"
+        raise InputError("not-utf8", problem) from None
     except (EOFError, OSError, zlib.error, csv.Error) as error:
-        text = f"{file} is damaged after line {number} ({first_line(error)}): write it again"
-        raise InputError("damaged-file", text) from None
+        problem = f"{file} is damaged after line {number} ({first_line(error)}): write it again"
+        raise InputError("damaged-file", problem) from None
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,0 +1,208 @@
+"""Audit the hard negatives of a training, and relabel the false ones.
+
+    python -m caravan.negatives audit data=beir data.path=my-data 'sampler.runs=[bm25.trec]' \\
+        --teacher runs/reranker/model
+    python -m caravan.negatives relabel data=beir data.path=my-data --teacher train.trec \\
+        --held-out dev.trec --precision 0.9
+
+Settings (key=value) are those of train.py: data, sampler, seed, run_dir. So the command line of a
+training audits its own negatives, with the rules of its sampler. The teacher is a run with scores
+of positives and candidates (by default sampler.teacher), or a reranker's model folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caravan.errors import InputError, OccupiedError, answering
+
+if TYPE_CHECKING:
+    import numpy as np
+    from omegaconf import DictConfig
+
+    from caravan.data.collection import Collection
+    from caravan.data.qrels import Qrels
+    from caravan.data.runs import Run
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+log = logging.getLogger("caravan")
+
+
+def main() -> int:
+    parser = _parser()
+    arguments, settings = parser.parse_known_args()
+    if flags := [text for text in settings if text.startswith("-")]:
+        parser.error(f"{flags[0]}: unknown option; settings are key=value, as for train.py")
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    return answering(lambda: _run(arguments, settings))
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    program = "python -m caravan.negatives"
+    parser = argparse.ArgumentParser(prog=program, description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("audit", help="audit.html, audit.json and tables").add_argument
+    add("--teacher", help="a run over the training queries, or a reranker's model folder")
+    add("--teacher-margin", type=float, default=0.0, help="as sampler.teacher_margin (0)")
+    add("--queries", type=int, default=1000, help="audited, drawn at random (1000); 0: all")
+    hide = "hide a positive of each query that has several, to measure how many the audit finds"
+    add("--hide", action="store_true", help=hide)
+    add("--output", type=Path, help="a folder (run_dir/audit)")
+    add = commands.add_parser("relabel", help="new qrels, with a manifest").add_argument
+    add("--teacher", help="a run over the training queries")
+    held_out = "the teacher's run over data.dev_split, whose judgements choose the threshold"
+    add("--held-out", required=True, help=held_out)
+    add("--precision", type=_share, default=0.9, help="wanted on the held-out judgements (0.9)")
+    add("--output", type=Path, help="a folder (run_dir/relabel)")
+    return parser
+
+
+def _share(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError("must be above 0, and at most 1")
+    return float(text)
+
+
+def _run(given: argparse.Namespace, settings: list[str]) -> None:
+    from caravan.cli.compose import compose
+    from caravan.cli.schema import build
+
+    cfg = compose(CONF, "train", settings)
+    source, sampler = build(cfg, "data"), build(cfg, "sampler")
+    if sampler is None:
+        raise InputError(
+            "no-negatives", "a training without labels has no negatives; choose stage="
+        )
+    given.teacher = given.teacher or cfg.sampler.get("teacher")
+    given.output = given.output or Path(cfg.run_dir, given.command)
+    if given.teacher is None:
+        raise InputError("no-teacher", "give --teacher: a run, or a reranker's model folder")
+    collection = source.collection(Path(cfg.cache_dir))
+    if given.command == "audit":
+        _audit(given, cfg, collection, source.train_split, sampler)
+    else:
+        _relabel(given, collection, source.train_split, source.dev_split)
+
+
+def _audit(
+    given: argparse.Namespace, cfg: DictConfig, collection: Collection, split: str, sampler: Any
+) -> None:
+    import numpy as np
+
+    from caravan.data.mining import Positives
+    from caravan.data.negatives import Negatives, own_passages, run_over
+    from caravan.manifests import write_json
+    from caravan.report.audit import PAIR, audit, candidates, page
+    from caravan.report.page import save
+    from caravan.report.records import distinct, path_names
+
+    if not isinstance(sampler, Negatives) or not sampler.paths:
+        raise InputError("no-runs", "there is no run to audit; give those of the training as"
+                         " sampler.runs=[...]")  # fmt: skip
+    qrels, rng = collection.qrels(split), np.random.default_rng(cfg.seed)
+    queries = np.unique(qrels.query_rows[qrels.grades >= 1])
+    if 0 < given.queries < len(queries):
+        queries = np.sort(rng.choice(queries, given.queries, replace=False))
+    qrels, hidden = qrels.only(queries), None
+    if given.hide:
+        qrels, hidden = _without_one(qrels, rng)
+    of_rule = None
+    if sampler.rules.teacher_margin is not None and sampler.teacher_path:
+        of_rule = run_over(collection, sampler.teacher_path, qrels)
+    names = distinct([path_names(path) for path in sampler.paths])
+    runs = [
+        run_over(collection, path, qrels, sampler.depth).only(queries) for path in sampler.paths
+    ]
+    own = own_passages(collection, qrels.queries)
+    positives = Positives.of(qrels, own, len(collection.corpus))
+    found = candidates(dict(zip(names, runs, strict=True)), positives, sampler.rules, of_rule)
+    if Path(given.teacher).is_dir():
+        pairs = np.unique([*found[0][PAIR].to_numpy(), *zip(*positives[:2], strict=True)], axis=0)
+        teacher = _scored(Path(given.teacher), pairs, cfg, collection, given.output)
+    else:
+        teacher = run_over(collection, given.teacher, qrels)
+    seen = audit(found, collection, qrels, teacher, given.teacher_margin, hidden)
+    command = shlex.join(["python", "-m", "caravan.negatives", *sys.argv[1:]])
+    html = given.output / "audit.html"
+    save(page(seen, collection, qrels, given.teacher, command), html)
+    made_from = {"collection": collection.digest, "split": split, "runs": list(cfg.sampler.runs)}
+    made_from |= {"teacher": given.teacher, "teacher_margin": given.teacher_margin}
+    write_json(html.with_suffix(".json"), {**made_from, **seen.as_json()})
+    log.info(seen.verdict())
+    log.info(
+        "page %s, numbers %s, tables %s", html, html.with_suffix(".json"), given.output / "audit"
+    )
+
+
+def _without_one(qrels: Qrels, rng: np.random.Generator) -> tuple[Qrels, Qrels]:
+    """The judgements without a random positive of each query that has several, and these."""
+    import numpy as np
+
+    from caravan.data.qrels import Qrels
+
+    order = rng.permutation(np.flatnonzero(qrels.grades >= 1))
+    _, first, counts = np.unique(qrels.query_rows[order], return_index=True, return_counts=True)
+    at = order[first[counts > 1]]
+    queries, passages, grades = qrels.query_rows, qrels.passage_rows, qrels.grades
+    rest = np.delete(np.arange(len(qrels)), at)
+    kept = Qrels(queries[rest], passages[rest], grades[rest], qrels.unknown)
+    return kept, Qrels(queries[at], passages[at], grades[at])
+
+
+def _scored(
+    folder: Path, pairs: np.ndarray, cfg: DictConfig, collection: Collection, output: Path
+) -> Run:
+    """Score pairs of a query and a passage, rows [N, 2]; the scores are also written as a run."""
+    from caravan.data.runs import Run, write_run
+    from caravan.retrieval.inference import Models
+    from caravan.retrieval.rerank import Reranker, Reranking
+
+    models = Models(cfg.precision, cfg.batching.token_budget, cfg.batching.num_workers)
+    reranker = Reranker(models.open(folder, "reranker", {}), Reranking())
+    texts = collection.queries, collection.corpus
+    queries, passages = pairs.T
+    scores = reranker.scores(queries, passages, *texts)
+    run = Run.from_flat(queries, passages, scores)
+    write_run(output / "teacher.trec", run, *texts)
+    log.info("the teacher's scores are also a run: %s", output / "teacher.trec")
+    return run
+
+
+def _relabel(given: argparse.Namespace, collection: Collection, split: str, dev: str) -> None:
+    from caravan import manifests
+    from caravan.data.negatives import own_passages, run_over
+    from caravan.data.relabel import choose_threshold, relabel, write_qrels
+
+    inputs: dict[str, Any] = {"collection": collection.digest, "precision": given.precision}
+    runs = []
+    for name, path, of in (("teacher", given.teacher, split), ("held_out", given.held_out, dev)):
+        file = collection.run_path(path)
+        runs.append(run_over(collection, path, collection.qrels(of)))
+        inputs[name] = {"run": path, "xxh3": manifests.content_digest(file), "split": of}
+    qrels, path = collection.qrels(split), given.output / f"{split}.tsv"
+    if path.exists() and not manifests.matches(path, inputs):
+        raise OccupiedError("output-occupied", f"{path} was made from other inputs, or elsewhere;"
+                            " choose another --output, or delete it")  # fmt: skip
+    relevant_from = collection.relevant_from.get(dev, 1)
+    threshold = choose_threshold(runs[1], collection.qrels(dev), given.precision, relevant_from)
+    own = own_passages(collection, qrels.queries)
+    new, against = relabel(runs[0], qrels, own, threshold.score)
+    write_qrels(path, [qrels, new], collection)
+    facts = {"threshold": threshold._asdict(), "original": len(qrels), "relabelled": len(new)}
+    facts |= {"queries_with_new": len(new.queries), "judged_not_relevant_but_above": against}
+    facts["unknown_left_out"] = len(qrels.unknown.query_rows) + len(qrels.unknown.queries)
+    manifests.write(path, inputs, facts)
+    log.info("threshold %.4f: precision %.3f, recall %.3f on held-out judgements", *threshold[:3])
+    log.info("%s: %d judgements, then %d new ones", path, len(qrels), len(new))
+    log.info("to train with them, copy it to the qrels of data=beir as a new data.train_split")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

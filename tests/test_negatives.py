@@ -1,0 +1,142 @@
+"""The commands on the tiny collection: files, hidden positives, a reranker as the teacher."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.commands import evaluate
+
+import caravan
+from caravan import manifests
+from caravan.data.collection import Collection
+from caravan.data.readers.labelled import Beir
+from caravan.data.runs import read_run
+from caravan.negatives import main
+
+Command = Callable[..., tuple[int, str]]
+"""`python -m caravan.negatives` on the tiny collection: its exit code and errors."""
+
+
+@pytest.fixture(scope="module")
+def runs(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """BM25's runs over the training and the dev queries."""
+    home = tmp_path_factory.mktemp("runs")
+    for split in ("train", "dev"):
+        given = (f"data.split={split}", "index.k=60", "measures=[MRR@10]")
+        evaluate(beir, home / split, "bm25", *given)
+    return {split: home / f"{split}/runs/bm25.{split}.trec" for split in ("train", "dev")}
+
+
+@pytest.fixture
+def command(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    def run(name: str, *arguments: object) -> tuple[int, str]:
+        data = ["data=beir", f"data.path={beir}", f"cache_dir={tmp_path / 'cache'}"]
+        given = [
+            *data,
+            f"run_dir={tmp_path / 'run'}",
+            "precision=float32",
+            "batching.num_workers=0",
+        ]
+        monkeypatch.setattr("sys.argv", ["negatives", name, *given, *map(str, arguments)])
+        return main(), capsys.readouterr().err
+
+    return run
+
+
+def test_an_audit_by_a_reranker_hides_positives_and_writes_its_scores_as_a_run(
+    command: Command,
+    runs: dict[str, Path],
+    folders: dict[str, str],
+    collection: Collection,
+    tmp_path: Path,
+) -> None:
+    sampler = (f"sampler.runs=[{runs['train']}]", "sampler.depth=8")
+    code, error = command("audit", *sampler, "--teacher", folders["reranker"], "--hide")
+    assert code == 0, error
+    folder = tmp_path / "run/audit"
+    run = read_run(folder / "teacher.trec", collection.queries, collection.corpus)
+    qrels = collection.qrels("train")
+    for query in (0, 5):
+        rows, scores = run.of(query)
+        assert set(qrels.positives(query)) - set(rows) <= set(qrels.positives(query)[1:])
+        ((_, asked),) = collection.queries.get([query])
+        texts = collection.corpus.get(rows)
+        expected = caravan.load(folders["reranker"], precision="float32").score(
+            [asked] * len(texts), texts
+        )
+        assert scores == pytest.approx(expected, abs=1e-4)
+    found = json.loads((folder / "audit.json").read_text())
+    assert found["queries"][0]["queries"] == 16
+    ranked = read_run(runs["train"], collection.queries, collection.corpus, depth=8)
+    hidden = 0
+    several = [q for q in qrels.queries.tolist() if len(qrels.positives(q)) > 1]
+    assert len(several) == 4
+    for query in several:
+        hidden += np.isin(qrels.positives(query), ranked.of(query)[0]).any()
+    assert 0 < found["hidden_positives"][0]["hidden"] <= hidden
+    assert found["verdict"] in (folder / "audit.html").read_text()
+    assert "| bm25.train.trec | 1-5 |" in (folder / "audit/suspects.md").read_text()
+
+
+def test_new_judgements_can_be_trained_with(
+    command: Command, runs: dict[str, Path], beir: Path, collection: Collection, tmp_path: Path
+) -> None:
+    given = ("--teacher", runs["train"], "--held-out", runs["dev"], "--precision")
+    code, error = command("relabel", *given, "0.1")
+    assert code == 0, error
+    path = tmp_path / "run/relabel/train.tsv"
+    facts = manifests.facts(path)
+    old = (beir / "qrels/train.tsv").read_text().splitlines()
+    lines = path.read_text().splitlines()
+    assert set(lines[: len(old)]) == set(old)
+    assert len(lines) - len(old) == facts["relabelled"] > 0
+    assert facts["original"] == len(old) - 1
+    assert facts["threshold"]["precision"] >= 0.1
+    assert (manifests.read(path) or {})["inputs"]["teacher"]["split"] == "train"
+    code, error = command("relabel", *given, "0.1")
+    assert code == 0, error
+    code, error = command("relabel", *given, "0.05")  # would overwrite other judgements
+    assert (code, str(path) in error) == (2, True)
+    assert path.read_text().splitlines() == lines
+    again = tmp_path / "data"
+    shutil.copytree(beir, again)
+    shutil.copy(path, again / "qrels/relabelled.tsv")
+    read = Beir(str(again)).collection(tmp_path / "cache").qrels("relabelled")
+    assert len(read) == len(collection.qrels("train")) + facts["relabelled"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (["audit", "--teacher", "DEV"], "sampler.runs=[...]"),
+        (["audit", "sampler.runs=[TRAIN]"], "--teacher"),
+        (["audit", "sampler.runs=[DEV]", "--teacher", "TRAIN"], "bm25.dev.trec"),
+        (["relabel", "--teacher", "DEV", "--held-out", "DEV"], "bm25.dev.trec"),
+        (["audit", "sampler.rnus=[TRAIN]", "--teacher", "TRAIN"], "sampler.runs"),
+        (["audit", "-m", "seed=1,2"], "-m"),
+        (["audit", "stage=adaptation"], "stage="),
+        (["relabel", "--held-out", "DEV", "--precision", "90"], "--precision"),
+    ],
+)
+def test_mistakes_are_refused(
+    arguments: list[str],
+    place: str,
+    command: Command,
+    runs: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = [
+        t.replace("TRAIN", str(runs["train"])).replace("DEV", str(runs["dev"])) for t in arguments
+    ]
+    try:
+        code, error = command(*texts)
+    except SystemExit as stopped:  # of argparse
+        code, error = int(stopped.code or 0), capsys.readouterr().err
+    assert (code, place in error) == (2, True), error
