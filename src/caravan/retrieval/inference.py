@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from caravan.data.batching import PairBatches, TextBatches
 from caravan.data.loaders import TextLoader
 from caravan.data.pairs import PairTemplates
 from caravan.data.tokenization import Templates
-from caravan.distributed import is_main_process
 from caravan.encoding import INSTRUCTION, Encoding, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
@@ -165,10 +164,7 @@ class Inference:
         _ = self.templates
 
     def check_settings(self) -> None:
-        """Raise an InputError if the model has too few positions or dimensions.
-
-        Reads no weights.
-        """
+        """Raise an InputError if the model has too few positions or dimensions, without weights."""
         model_folder.refuse_unsuitable(
             self.folder, self.encoding, self._section, self.trust_remote_code
         )
@@ -305,29 +301,6 @@ class Inference:
                 " weights are damaged, or its training diverged; train or download it again",
             )
         return rows
-
-
-def instruction_for(encoding: Encoding, collection: str) -> dict[str, str]:
-    """The instruction of a collection, as the argument and the input that it is.
-
-    A collection without one gets the default, which is logged once. Empty if no template has a
-    place for an instruction.
-    """
-    if not encoding.uses_instruction:
-        return {}
-    own = encoding.instruction_of(collection)
-    if own is None and is_main_process():
-        _note_default(collection, encoding.instruction, tuple(encoding.instructions))
-    return {"instruction": encoding.instruction if own is None else own}
-
-
-@cache
-def _note_default(collection: str, instruction: str, known: tuple[str, ...]) -> None:
-    others = f" (it has those of {', '.join(known)})" if known else ""
-    log.info(
-        f"the model has no instruction for {collection}{others}; its default is used:"
-        f" {instruction!r}"
-    )
 
 
 class Models:
