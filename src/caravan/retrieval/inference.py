@@ -164,10 +164,7 @@ class Inference:
         _ = self.templates
 
     def check_settings(self) -> None:
-        """Raise an InputError if the model has too few positions or dimensions.
-
-        Reads no weights.
-        """
+        """Raise an InputError if the model has too few positions or dimensions, without weights."""
         model_folder.refuse_unsuitable(
             self.folder, self.encoding, self._section, self.trust_remote_code
         )

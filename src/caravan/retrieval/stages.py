@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from caravan import manifests
-from caravan.data.collection import Collection, Qrels
-from caravan.data.negatives import own_passages, warn_if_queries_are_passages
+from caravan.data.collection import Collection, Qrels, own_passages, warn_if_queries_are_passages
 from caravan.data.runs import Run, canonical, read_run, write_run
 from caravan.data.segments import cut
 from caravan.data.tokenization import instruction_for
