@@ -174,29 +174,6 @@ def warn_once(message: str) -> None:
         log.warning(message)
 
 
-def instruction_for(encoding: Encoding, collection: str) -> dict[str, str]:
-    """The instruction of a collection, as an argument and as an input of products.
-
-    A collection without one gets the default, which is logged once. Empty if no template has a
-    place for an instruction.
-    """
-    if not encoding.uses_instruction:
-        return {}
-    own = encoding.instruction_of(collection)
-    if own is None and is_main_process():
-        _note_default(collection, encoding.instruction, tuple(encoding.instructions))
-    return {"instruction": encoding.instruction if own is None else own}
-
-
-@functools.cache
-def _note_default(collection: str, instruction: str, known: tuple[str, ...]) -> None:
-    others = f" (it has those of {', '.join(known)})" if known else ""
-    log.info(
-        f"the model has no instruction for {collection}{others}; its default is used:"
-        f" {instruction!r}"
-    )
-
-
 def warn_if_unused(encoding: Encoding) -> None:
     """Log once that queries have instructions, if the templates have no place for them."""
     if not encoding.uses_instruction:
