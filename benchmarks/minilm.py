@@ -48,7 +48,8 @@ def collection(data: Path | None) -> Collection:
 def encoding() -> Encoding:
     """MiniLM's settings, from conf/backbone/minilm.yaml."""
     cfg = compose(ROOT / "conf", "train", ["backbone=minilm"])
-    return Encoding(**cfg.encoding)
+    # null is the default, unless the files of a backbone state something else.
+    return Encoding(**{name: value for name, value in cfg.encoding.items() if value is not None})
 
 
 def model_folder(weights: Path, to: Path) -> Path:

@@ -10,6 +10,7 @@ import gc
 import inspect
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -198,7 +199,13 @@ class Models:
 
 
 def quantize(model: nn.Module, device: torch.device) -> None:
-    """Replace the linear layers by those of bitsandbytes in NF4, in place, as transformers does."""
+    """Replace the linear layers by those of bitsandbytes in NF4, in place, as transformers does.
+
+    Raises:
+        ImportError: If bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ImportError("bitsandbytes is not installed")
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     model.requires_grad_(False)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.tiny import WORDS
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +133,28 @@ def test_a_row_that_cannot_be_measured_stops_no_other_and_is_named(tmp_path: Pat
     }
     assert rows[-1]["name"] == "search tiny"
     assert "Not measured: kernel: flash_attention_2, bfloat16 (not available); step tiny" in page
+
+
+def test_the_kernel_of_an_older_pytorch_gets_keys_for_each_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    shapes: Any = importlib.import_module("shapes")
+    from torch.nn.attention import varlen as of_torch
+
+    def older(query: Any, key: Any, value: Any, *bounds: Any, window_size: Any = None) -> Any:
+        return key, value, bounds, window_size
+
+    monkeypatch.setattr(of_torch, "varlen_attn", older)
+    monkeypatch.setattr(shapes.varlen, "kernel", shapes.varlen.kernel.__wrapped__)
+    assert "older kernel" in shapes.use_older_kernel()
+    query, key = torch.zeros(5, 4, 8), torch.randn(5, 2, 8)
+    kernel = shapes.varlen.kernel()
+    found, value, *rest = kernel(query, key, key, 1, 2, window_size=(3, 0), enable_gqa=True)
+    assert rest == [(1, 2), (3, 0)]
+    assert torch.equal(found, key[:, [0, 0, 1, 1]])
+    assert torch.equal(value, found)
+    assert kernel(query, query, query, enable_gqa=False)[0] is query
 
 
 @pytest.mark.slow

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 from caravan import api
+from caravan.data.tokenization import instruction_for
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.models.digests import adapter_base, folder_digest
-from caravan.retrieval.inference import instruction_for
 
 try:
     from mteb.models.model_meta import ModelMeta, ScoringFunction

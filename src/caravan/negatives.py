@@ -96,8 +96,9 @@ def _audit(
 ) -> None:
     import numpy as np
 
+    from caravan.data.collection import own_passages
     from caravan.data.mining import Positives
-    from caravan.data.negatives import Negatives, own_passages, run_over
+    from caravan.data.negatives import Negatives, run_over
     from caravan.manifests import write_json
     from caravan.report.audit import PAIR, audit, candidates, page
     from caravan.report.page import save
@@ -177,7 +178,8 @@ def _scored(
 
 def _relabel(given: argparse.Namespace, collection: Collection, split: str, dev: str) -> None:
     from caravan import manifests
-    from caravan.data.negatives import own_passages, run_over
+    from caravan.data.collection import own_passages
+    from caravan.data.negatives import run_over
     from caravan.data.relabel import choose_threshold, relabel, write_qrels
 
     inputs: dict[str, Any] = {"collection": collection.digest, "precision": given.precision}

@@ -10,9 +10,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import hydra
 import pytest
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 from pydantic import PositiveInt
 from tests.cli.conftest import Lines
@@ -325,8 +324,8 @@ def test_own_configs_come_from_a_further_folder(conf: Path, lines: Lines, tmp_pa
 
 def test_a_notebook_composes_with_hydra_alone() -> None:
     schema.register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra_compose("train", ["experiment=quickstart/unadapted"])
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("train", ["experiment=quickstart/unadapted"])
     assert check(cfg, schema.Train) == []
     OmegaConf.update(cfg, "trainer.max_step", 3, force_add=True)
     assert [one.key for one in check(cfg, schema.Train)] == ["trainer.max_step"]
@@ -334,10 +333,10 @@ def test_a_notebook_composes_with_hydra_alone() -> None:
 
 def test_unequal_overrides_have_unequal_folders() -> None:
     texts = ["in/a/b", "in/a_b", "in:a;b", "in a b", "IN/A_B", "'in/a_b'", "é", "e\u0301", "日"]
-    texts += ["x" * 300 + end for end in "ab"] + ["日" * 100 + end for end in "ab"]
-    names = [schema.folder_name(f"data.path={text}") for text in texts]
-    on_a_mac = {unicodedata.normalize("NFC", name).casefold() for name in names}
-    assert len(on_a_mac) == len(texts)
+    texts += [part + end for part in ("x" * 300, "日" * 100) for end in "ab"]
+    names = [schema.folder_name(f"data.path={one}") for one in texts]
+    on_macos = {unicodedata.normalize("NFC", name).casefold() for name in names}
+    assert len(on_macos) == len(texts)
     assert max(len(name.encode()) for name in names) <= 120
     assert not any(set("/:;' ") & set(name) for name in names)
     assert schema.folder_name("optimizer.lr=1e-3,seed=1") == "optimizer.lr=1e-3,seed=1"

@@ -134,13 +134,13 @@ def check(composer: Composer, overrides: list[str]) -> None:
 @pytest.mark.parametrize("root", ["train", "evaluate"])
 def test_mutated_overrides_compose_or_are_answered(conf: Path, root: str) -> None:
     with Composer(conf, root) as composer:
-        for seed in range(16):
+        for seed in range(8):
             check(composer, mutated_overrides(root, seed))
 
 
 def test_mutated_experiments_compose_or_are_answered(conf: Path) -> None:
     with Composer(conf, "train") as composer:
-        for seed in range(16):
+        for seed in range(8):
             (conf / "experiment/mutant.yaml").write_bytes(mutated_yaml(seed))
             check(composer, ["experiment=mutant"])
 

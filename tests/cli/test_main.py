@@ -98,6 +98,7 @@ def test_a_second_process_in_a_run_dir_is_refused_at_once(
     assert (home / "runs/waits/seed=0/out.json").exists()
 
 
+@pytest.mark.slow
 def test_jobs_of_a_sweep_write_into_folders_of_their_own(app: Program, home: Path) -> None:
     (home / "conf/sweep/seeds.yaml").write_text(
         "# @package _global_\nname: many\nhydra: {sweeper: {params: {seed: '1,2'}}}\n"
@@ -121,6 +122,7 @@ def test_jobs_of_a_sweep_write_into_folders_of_their_own(app: Program, home: Pat
     assert '"run_dir": "runs/many/loss.name=c,seed=2", "seed": 2' in out
 
 
+@pytest.mark.slow
 def test_a_sweep_file_may_name_a_folder_by_the_jobs_seed(app: Program, home: Path) -> None:
     (home / "conf/sweep/seeds.yaml").write_text(
         "# @package _global_\nname: many\n"
@@ -239,6 +241,7 @@ def test_how_a_job_ends(name: str, code: int, last: str, app: Program, home: Pat
         assert REFUSED in (home / f"runs/{name}/log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_jobs_keep_their_results_apart_and_their_values_as_typed(app: Program, home: Path) -> None:
     texts = ["a/b", "a_b", "a:b", "A/B", "1_1", "11", "1e3"]
     done = app("-m", f"loss.name={','.join(texts)}", "name=2024_1")

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden.json"
 UPDATE = os.environ.get("CARAVAN_UPDATE_GOLDENS") == "1"

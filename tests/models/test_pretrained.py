@@ -34,7 +34,8 @@ def test_minilm_embeds_as_transformers_and_sentence_transformers_do() -> None:
     assert spec is not None
     assert spec.origin is not None
     minilm = Path(spec.origin).parent / "model"
-    encoding = Encoding(**compose(ROOT / "conf", "train", ["backbone=minilm"]).encoding)
+    given = compose(ROOT / "conf", "train", ["backbone=minilm"]).encoding
+    encoding = Encoding(**{name: value for name, value in given.items() if value is not None})
     backbone = Pretrained(str(minilm))
     tokenizer = backbone.tokenizer(None, minilm)
     model = BiEncoder(backbone.model(tokenizer), encoding).eval()

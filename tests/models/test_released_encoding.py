@@ -19,7 +19,8 @@ from tests.models.small import model_of
 from tests.refusals import refused
 
 from caravan.cli.compose import compose
-from caravan.cli.train import completed, train
+from caravan.cli.inherited import completed
+from caravan.cli.train import train
 from caravan.encoding import Encoding, read_encoding
 from caravan.export.prompts import framed
 from caravan.export.sentence_transformers import export
@@ -37,6 +38,12 @@ CASES: dict[str, dict[str, Any]] = {
         "similarity_fn_name": "cosine",
     },
     "distilbert": {"modes": "cls", "similarity_fn_name": "dot"},
+    "electra": {
+        "modes": "mean",
+        "normalize": True,
+        "similarity_fn_name": "cosine",
+        "truncate_dim": 24,
+    },
     "qwen3": {"modes": "lasttoken", "prompts": {"query": INSTRUCT}, "normalize": True},
     "mistral": {
         "modes": "lasttoken",
@@ -48,7 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def _tokenizer(kind: str) -> Any:
     """Of encoders a WordPiece; of decoders a BPE that pads left and appends an end token."""
-    if kind in ("bert", "distilbert"):
+    if kind in ("bert", "distilbert", "electra"):
         return folders.tokenizer("encoder")
     plain = folders.tokenizer("decoder")
     end = plain.pad_token_id if kind == "qwen3" else plain.eos_token_id
@@ -65,6 +72,7 @@ def _saved(
     normalize: bool = False,
     prompts: dict[str, str] | None = None,
     similarity_fn_name: str | None = None,
+    truncate_dim: int | None = None,
 ) -> Any:
     """A SentenceTransformer of random weights, saved by sentence-transformers."""
     library = pytest.importorskip("sentence_transformers")
@@ -79,6 +87,7 @@ def _saved(
         modules=[first, modules.Pooling(32, modes), *after],
         prompts=prompts,
         similarity_fn_name=similarity_fn_name,
+        truncate_dim=truncate_dim,
         device="cpu",
     )
     model.save_pretrained(str(to / "released"), create_model_card=False)
@@ -125,8 +134,9 @@ def test_an_adopted_bi_encoder_scores_as_sentence_transformers_does(
         assert encoding.instruction in INSTRUCT
 
 
-def test_an_export_adopted_again_has_the_same_encoding(tmp_path: Path) -> None:
-    settings = {**PLAIN, "pooling": "mean", "query_template": "q: {text}", "append_eos": False}
+@pytest.mark.parametrize("dim", [0, 24])
+def test_an_export_adopted_again_has_the_same_encoding(dim: int, tmp_path: Path) -> None:
+    settings = {**PLAIN, "pooling": "mean", "query_template": "q: {text}", "dim": dim}
     path = make(tmp_path / "model", on="encoder", **settings)
     export(path, tmp_path / "out")
     adopted = _adopt(tmp_path / "out", tmp_path / "run")
@@ -184,7 +194,7 @@ def _write(folder: Path, name: str, content: Any) -> None:
 
 def test_the_files_of_older_versions_are_read(released: Path) -> None:
     expected: dict[str, Any] = {"pooling": "mean", "normalize": True, **PLAIN}
-    expected |= {"query_length": 50, "passage_length": 50}
+    expected |= {"query_length": 50, "passage_length": 50, "dim": 0}
     assert released_encoding(str(released)) == (expected, {})
     (released / "sentence_bert_config.json").unlink()
     assert released_encoding(str(released)).settings["query_length"] == 60
@@ -205,7 +215,12 @@ def test_the_files_of_older_versions_are_read(released: Path) -> None:
         ("sentence_bert_config.json", {"query_expansion": {"n": 1}}, "pooling", "expands"),
         ("sentence_bert_config.json", {"config_args": {"n": 1}}, "pooling", "config_args"),
         ("tokenizer_config.json", {"truncation_side": "left"}, "pooling", "on the left"),
-        ("config_sentence_transformers.json", {"truncate_dim": 8}, "normalize", "truncate_dim"),
+        (
+            "config_sentence_transformers.json",
+            {"truncate_dim": 8, "similarity_fn_name": "dot"},
+            "normalize",
+            "truncate_dim",
+        ),
         (
             "config_sentence_transformers.json",
             {"prompts": {"query": "q: ", "passage": "p: "}},

@@ -16,7 +16,7 @@ from tests.commands import ROOT, from_folder, train, train_arguments
 from tests.tiny import tiny_backbone
 
 from caravan.cli.compose import compose
-from caravan.cli.train import completed
+from caravan.cli.inherited import completed
 from caravan.cli.train import train as train_config
 from caravan.data.batch import AdaptationBatch, pack
 from caravan.data.collection import Collection

@@ -129,7 +129,7 @@ def test_without_an_intact_checkpoint_a_resume_is_refused(
     assert not (killed / "model").exists()
 
 
-@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("steps", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_run_that_was_moved_keeps_its_best_checkpoint(
     beir: Path, tmp_path: Path, steps: int
 ) -> None:

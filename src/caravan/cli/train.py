@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
 from caravan.cli.check import Config, Rule, is_class, measures_are_computed, model_folder
+from caravan.cli.inherited import completed, log_encoding
 from caravan.cli.schema import build, recorded
-from caravan.cli.signatures import did_you_mean, locate
+from caravan.cli.signatures import did_you_mean
 from caravan.data.mixture import Mixture
 from caravan.data.negatives import Negatives, Sampler
 from caravan.data.segments import Reading
-from caravan.distributed import is_main_process
-from caravan.encoding import INSTRUCTION, Encoding
+from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import hardware
-from caravan.models.backbone import INHERITED, FromFolder, Pretrained
-from caravan.models.released import Released, released_encoding
+from caravan.models.backbone import FromFolder
 from caravan.training import fit
 from caravan.training.adaptation import Adaptation
 from caravan.training.fsdp import FullySharded
@@ -31,11 +27,6 @@ from caravan.training.losses import Likelihood, Loss
 from caravan.training.reranker import Reranker
 from caravan.training.retriever import Retriever
 
-log = logging.getLogger(__name__)
-
-MAY_BE_NULL = {*INHERITED, "query_length", "passage_length"} - {"bidirectional"}
-"""Settings of the encoding that are null where the backbone's files state them."""
-DEFAULTS = {"retriever": Encoding(), "reranker": Encoding("reranker", passage_length=164)}
 SAME = ("backbone", "peft", "stage", "loss", "optimizer", "sampler", "trainer", "strategy")
 """Keys of the root that `fit.Training` calls the same."""
 OF_RUN = (
@@ -65,7 +56,7 @@ def train(cfg: DictConfig) -> float | None:
     if unread:  # in a config that was not checked
         text = "; ".join(f"{key}: {reason}" for key, reason in unread.items())
         raise InputError("config-mistakes", text)
-    _log_encoding(cfg, given)
+    log_encoding(cfg, given)
     hardware.refuse_attention(cfg.backbone.get("attention", "auto"))
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     parts = {name: build(cfg, name) for name in (*SAME, "data", "logger", "callbacks")}
@@ -89,79 +80,6 @@ def train(cfg: DictConfig) -> float | None:
         facts={**source_facts(parts["data"]), "recipe": recipe(cfg)},
     )
     return fit.train(run)
-
-
-def completed(cfg: DictConfig) -> tuple[DictConfig, dict[str, str]]:
-    """A config in which values replace the nulls of the encoding, and what could not be read.
-
-    The values are those of the backbone's files (a model folder, or files of
-    sentence-transformers), else the defaults. Accepts a config that has not been checked; a model
-    folder that cannot be read is reported by the check.
-
-    Returns:
-        The config, and for each key that needs a value, the reason why its files give none.
-    """
-    if not isinstance(cfg.get("encoding"), DictConfig):
-        return cfg, {}
-    cfg = copy.deepcopy(cfg)
-    raw: Any = OmegaConf.to_container(cfg.encoding, resolve=False)
-    unset = {name for name in MAY_BE_NULL if raw.get(name, "") is None}
-    values: dict[str, Any] = vars(DEFAULTS[_kind(cfg)])
-    found = _of_files(cfg)
-    if "bidirectional" in found.settings and _given(cfg, "backbone.bidirectional") is None:
-        cfg.backbone.bidirectional = found.settings["bidirectional"]
-    for name in unset:
-        cfg.encoding[name] = found.settings.get(name, values[name])
-    templates = [_given(cfg, f"encoding.{side}_template") for side in ("query", "passage")]
-    if not any(INSTRUCTION in str(template) for template in templates):
-        for name in unset & {"instruction", "instructions"}:
-            cfg.encoding[name] = values[name]
-    return cfg, {f"encoding.{name}": text for name, text in found.problems.items() if name in unset}
-
-
-def _of_files(cfg: DictConfig) -> Released:
-    """What the files of the backbone state about the encoding."""
-    try:
-        target = locate(str(_given(cfg, "backbone._target_")))
-    except LookupError:
-        return Released({}, {})
-    if is_class(target, FromFolder):
-        try:
-            return Released(FromFolder.inherited(Path(str(_given(cfg, "backbone.folder")))), {})
-        except InputError:
-            return Released({"bidirectional": False}, {})
-    name, revision = _given(cfg, "backbone.name"), _given(cfg, "backbone.revision")
-    if not is_class(target, Pretrained) or not isinstance(name, str):
-        return Released({}, {})
-    return released_encoding(name, revision and str(revision), _kind(cfg))
-
-
-def _given(cfg: DictConfig, key: str) -> Any:
-    """A value of a config; None where there is none."""
-    try:
-        return OmegaConf.select(cfg, key)
-    except OmegaConfBaseException:
-        return None
-
-
-def _kind(cfg: DictConfig) -> str:
-    return "reranker" if _given(cfg, "encoding.kind") == "reranker" else "retriever"
-
-
-def _log_encoding(cfg: DictConfig, given: Any) -> None:
-    """Log the settings that come from files of sentence-transformers, and those that differ."""
-    stated = {} if "folder" in cfg.backbone else _of_files(cfg).settings
-    taken = [f"{key}={value!r}" for key, value in stated.items() if given.get(key) is None]
-    differing = [
-        f"{key}={cfg.encoding[key]!r}, there {value!r}"
-        for key, value in stated.items()
-        if cfg.encoding[key] != value
-    ]
-    if taken and is_main_process():
-        log.info("encoding from the files of %s: %s", cfg.backbone.name, ", ".join(taken))
-    if differing and is_main_process():
-        text = "the encoding differs from the files of %s: %s"
-        log.warning(text, cfg.backbone.name, "; ".join(differing))
 
 
 def source_facts(source: Any) -> dict[str, Any]:

@@ -21,44 +21,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from caravan.data.collection import OWN, Collection
+from caravan.data.collection import OWN, Collection, own_passages
 from caravan.data.mining import Positives, Rules, mine
 from caravan.data.qrels import Qrels
 from caravan.data.runs import Run, read_run
 from caravan.data.texts import text_keys
 from caravan.errors import InputError
 
-SAMPLED_QUERIES = 64  # texts that `warn_if_queries_are_passages` compares
-
 log = logging.getLogger(__name__)
-
-
-def own_passages(collection: Collection, queries: np.ndarray) -> np.ndarray:
-    """The row of the passage with each query's id, [Q] int64; -1 if there is none."""
-    return collection.corpus.rows(collection.queries.ids(queries))
-
-
-def warn_if_queries_are_passages(collection: Collection, queries: np.ndarray) -> None:
-    """Warn if queries have the id and the text of a passage, and would retrieve themselves.
-
-    In BEIR's ArguAna each query is an argument of the corpus, and the task is to find its
-    counterargument. BEIR's code drops the passage with the query's id in every collection
-    (`ignore_identical_ids`, Thakur et al. 2021, arXiv 2104.08663). In other collections equal ids
-    are often just equal numbers, and the passage may be relevant, so dropping it is a setting.
-    """
-    own = own_passages(collection, queries)
-    both = np.flatnonzero(own >= 0)
-    sample = both[:: -(-len(both) // SAMPLED_QUERIES) or 1]
-    asked = text_keys([("", text) for _, text in collection.queries.get(queries[sample])])
-    passages = collection.corpus.get(own[sample])
-    same = asked == text_keys(passages)
-    same |= asked == text_keys([("", text) for _, text in passages])
-    if same.any() and 2 * same.sum() >= len(sample):
-        log.warning(
-            "%s: %d of %d queries are also passages of the corpus with the same id; to drop these"
-            " passages from the results, as BEIR does, set ignore_identical_ids=true",
-            collection.name, len(both), len(queries),
-        )  # fmt: skip
 
 
 def run_over(

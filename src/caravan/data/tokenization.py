@@ -242,3 +242,26 @@ class Templates:
             [*self.before, *ids[: side.room], *side.tail]
             for ids, side in zip(encoded, sides, strict=True)
         ]
+
+
+def instruction_for(encoding: Encoding, collection: str) -> dict[str, str]:
+    """The instruction of a collection, as the argument and the input that it is.
+
+    A collection without one gets the default, which is logged once. Empty if no template has a
+    place for an instruction.
+    """
+    if not encoding.uses_instruction:
+        return {}
+    own = encoding.instruction_of(collection)
+    if own is None and is_main_process():
+        _note_default(collection, encoding.instruction, tuple(encoding.instructions))
+    return {"instruction": encoding.instruction if own is None else own}
+
+
+@functools.cache
+def _note_default(collection: str, instruction: str, known: tuple[str, ...]) -> None:
+    others = f" (it has those of {', '.join(known)})" if known else ""
+    log.info(
+        f"the model has no instruction for {collection}{others}; its default is used:"
+        f" {instruction!r}"
+    )

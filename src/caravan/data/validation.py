@@ -10,8 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from caravan.data.batching import PairBatches, TextBatches
-from caravan.data.collection import Collection
-from caravan.data.negatives import own_passages, warn_if_queries_are_passages
+from caravan.data.collection import Collection, own_passages, warn_if_queries_are_passages
 from caravan.data.pairs import PairTemplates
 from caravan.data.runs import Run, read_run
 from caravan.data.segments import Cut, Reading, cut
@@ -34,7 +33,7 @@ class Validation:
         run, run_depth: a run over the queries; its top passages are in the subset, or for a
             reranker are the candidates to rerank.
         ignore_identical_ids: drop the passage with the query's id from its results, as in
-            `evaluate.py` (`caravan.data.negatives.warn_if_queries_are_passages`).
+            `evaluate.py` (`caravan.data.collection.warn_if_queries_are_passages`).
         name: in logs, if a training validates several collections.
 
     Attributes:

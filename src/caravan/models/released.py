@@ -16,13 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from caravan.data.pairs import PairTemplates, answer_ids
 from caravan.encoding import INSTRUCTION, LONGEST, Encoding
 from caravan.errors import InputError, reading
 from caravan.hub import is_available
 
 Reader = Callable[[str], Any]
-"""Returns the content of a JSON file by its name; None if there is none."""
+"""Returns the content of a file by its name; None if there is none."""
 
 MODULES, SETTINGS = "modules.json", "config_sentence_transformers.json"
 TRANSFORMER = [
@@ -46,6 +48,7 @@ FLAGS = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 """Older configs of a Pooling have a flag for each mode."""
+OUTPUTS = ("module_input_name", "module_output_name")
 SCORE = "LogitScore"
 INCREASING = {"Identity", "Sigmoid", "Tanh", "LogSigmoid"}
 """Activations of torch that keep the order of the scores."""
@@ -83,34 +86,36 @@ def released_encoding(name: str, revision: str | None = None, kind: str = "retri
 
 
 def _retriever(name: str, read: Reader, modules: list[dict[str, Any]]) -> Released:
-    """The encoding of a bi-encoder: Transformer, Pooling and perhaps Normalize."""
+    """The encoding of a bi-encoder: Transformer, Pooling, perhaps a cut and Normalize."""
     problems: dict[str, str] = {}
     settings: dict[str, Any] = {"append_eos": False}  # the tokenizer adds it, or nothing does
     config, transformer = read(SETTINGS) or {}, _transformer(read)
     prompts = {key: text for key, text in (config.get("prompts") or {}).items() if text}
-
-    pooling, problem = _pooling(read, modules, transformer, bool(prompts))
+    cuts = [_cut(read, module) for module in modules]
+    uncut = [module for module, cut in zip(modules, cuts, strict=True) if not cut]
+    pooling, problem = _pooling(read, uncut, transformer, bool(prompts))
     if problem:
         text = f"{name} {problem}, which a model folder cannot do"
         problems["pooling"] = f"{text}; set it to use the transformer without that"
     else:
         settings["pooling"] = pooling
-
     scaled = any(_kind(module) == "Normalize" for module in modules)
-    similarity, dimensions = config.get("similarity_fn_name"), config.get("truncate_dim")
-    width = (read("config.json") or {}).get("hidden_size")
+    similarity = config.get("similarity_fn_name")
+    truncated = config.get("truncate_dim") or (cuts[-1] if scaled else 0)  # after Normalize
     settings["normalize"] = scaled or similarity == "cosine"
-    if dimensions is not None and dimensions != width:
+    # A folder cuts embeddings before it normalizes them; a cosine does not depend on the order.
+    dims = {*cuts, truncated} - {0, (read("config.json") or {}).get("hidden_size")}
+    settings["dim"] = min(dims, default=0)
+    if truncated and scaled and similarity == "dot":
         problems["normalize"] = (
-            f"{name} truncates embeddings to {dimensions} dimensions (truncate_dim), which a model"
-            " folder cannot do; set it to adopt the whole embeddings"
+            f"{name} truncates normalized embeddings (truncate_dim) and compares them by the dot"
+            " product, which a model folder cannot do; set it to true for the cosine"
         )
     elif not scaled and similarity not in ("cosine", "dot"):
         problems["normalize"] = (
             f"{name} names {similarity or 'no'} similarity and has no Normalize; set it to true"
             " for the cosine (the default of sentence-transformers), to false for the dot product"
         )
-
     for side, key, others in (
         ("query", "query", prompts.keys() - {"document", "passage", "corpus"}),
         ("passage", "document", prompts.keys() & {"passage", "corpus"}),
@@ -134,6 +139,20 @@ def _retriever(name: str, read: Reader, modules: list[dict[str, Any]]) -> Releas
     settings["query_length"] = transformer.get("query_length") or longest
     settings["passage_length"] = transformer.get("document_length") or longest
     return Released(settings, problems)
+
+
+def _cut(read: Reader, module: dict[str, Any]) -> int:
+    """How many dimensions a Dense keeps that only cuts embeddings, as in an export; 0 if none."""
+    if _kind(module) != "Dense":
+        return 0
+    config = read(f"{module['path']}/config.json") or {}
+    weights = read(f"{module['path']}/model.safetensors") or {}
+    plain = str(config.get("activation_function")).endswith(".Identity")
+    outputs = {config.get(key) or "sentence_embedding" for key in OUTPUTS}
+    if list(weights) != ["linear.weight"] or not plain or outputs != {"sentence_embedding"}:
+        return 0
+    weight = weights["linear.weight"].float()
+    return len(weight) if torch.equal(weight, torch.eye(*weight.shape)) else 0
 
 
 def _pooling(
@@ -313,11 +332,18 @@ def _kind(module: dict[str, Any]) -> str:
 
 
 def _read(name: str, file: str, revision: str | None) -> Any:
-    """A JSON file of a hub id or folder; None if there is none, or if the hub gives none."""
+    """A JSON file, or weights, of a hub id or folder; None if there are none.
+
+    A file that the hub does not give counts as missing.
+    """
+    from safetensors.torch import load_file
     from transformers.utils import cached_file
 
     optional = ("missing_entries", "gated_repo", "connection_errors")
     given: dict[str, Any] = {f"_raise_exceptions_for_{problem}": False for problem in optional}
     with reading(f"{name}/{file}", "it cannot be read"):
         path = cached_file(name, file, revision=revision, **given)
-        return None if path is None else json.loads(Path(path).read_text("utf-8"))
+        if path is None:
+            return None
+        weights = file.endswith(".safetensors")
+        return load_file(path) if weights else json.loads(Path(path).read_bytes())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from caravan.data.batching import PairBatches, TextBatches
 from caravan.data.loaders import TextLoader
 from caravan.data.pairs import PairTemplates
 from caravan.data.tokenization import Templates
-from caravan.distributed import is_main_process
 from caravan.encoding import INSTRUCTION, Encoding, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
@@ -165,10 +164,7 @@ class Inference:
         _ = self.templates
 
     def check_settings(self) -> None:
-        """Raise an InputError if the model has too few positions or dimensions.
-
-        Reads no weights.
-        """
+        """Raise an InputError if the model has too few positions or dimensions, without weights."""
         model_folder.refuse_unsuitable(
             self.folder, self.encoding, self._section, self.trust_remote_code
         )
@@ -194,7 +190,7 @@ class Inference:
     ) -> np.ndarray:
         """Scores [N] float32 of pairs in memory; arguments as in `embed`."""
         texts, rows = (TextList(queries), TextList(passages)), np.arange(len(queries))
-        return self._in_memory(self._pairs(*texts, rows, rows, BLOCK, instruction))
+        return self._in_memory(self._pairs(texts, (rows, rows), BLOCK, instruction))
 
     def encode_rows(
         self,
@@ -243,8 +239,8 @@ class Inference:
             block: pairs per block.
             instruction: see `embed`.
         """
-        rows = (query_rows, passage_rows, block)
-        blocks = partial(self._pairs, queries, corpus, *rows, instruction)
+        texts, rows = (queries, corpus), (query_rows, passage_rows)
+        blocks = partial(self._pairs, texts, rows, block, instruction)
         return partial(self._on_disk, blocks, len(query_rows), "rerank {} pairs", torch.float32)
 
     def _texts(
@@ -254,16 +250,10 @@ class Inference:
         return TextBatches(texts, rows, templates, side, block, self.token_budget)
 
     def _pairs(
-        self,
-        queries: Any,
-        corpus: Any,
-        query_rows: Any,
-        passage_rows: Any,
-        block: int,
-        instruction: str | None,
+        self, texts: tuple[Any, Any], rows: tuple[Any, Any], block: int, instruction: str | None
     ) -> PairBatches:
-        texts, templates = (queries, corpus, query_rows, passage_rows), self.reading(instruction)
-        return PairBatches(*texts, templates, block, self.token_budget)
+        """Pairs of queries and passages (`texts`), by the rows of each."""
+        return PairBatches(*texts, *rows, self.reading(instruction), block, self.token_budget)
 
     def _in_memory(self, blocks: TextBatches | PairBatches) -> np.ndarray:
         parts = [self._rows(blocks[i].packed()) for i in range(len(blocks))]
@@ -305,29 +295,6 @@ class Inference:
                 " weights are damaged, or its training diverged; train or download it again",
             )
         return rows
-
-
-def instruction_for(encoding: Encoding, collection: str) -> dict[str, str]:
-    """The instruction of a collection, as the argument and the input that it is.
-
-    A collection without one gets the default, which is logged once. Empty if no template has a
-    place for an instruction.
-    """
-    if not encoding.uses_instruction:
-        return {}
-    own = encoding.instruction_of(collection)
-    if own is None and is_main_process():
-        _note_default(collection, encoding.instruction, tuple(encoding.instructions))
-    return {"instruction": encoding.instruction if own is None else own}
-
-
-@cache
-def _note_default(collection: str, instruction: str, known: tuple[str, ...]) -> None:
-    others = f" (it has those of {', '.join(known)})" if known else ""
-    log.info(
-        f"the model has no instruction for {collection}{others}; its default is used:"
-        f" {instruction!r}"
-    )
 
 
 class Models:

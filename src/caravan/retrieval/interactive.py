@@ -20,10 +20,11 @@ import numpy as np
 
 from caravan.data.collection import Collection
 from caravan.data.runs import Run, canonical
+from caravan.data.tokenization import instruction_for
 from caravan.errors import InputError
 from caravan.retrieval.bm25 import BM25, open_index
 from caravan.retrieval.fusion import Fusion
-from caravan.retrieval.inference import Models, TextList, instruction_for
+from caravan.retrieval.inference import Models, TextList
 from caravan.retrieval.rerank import Reranker
 from caravan.retrieval.stages import encode_corpus
 from caravan.retrieval.store import Store

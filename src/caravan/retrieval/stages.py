@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 
 from caravan import manifests
-from caravan.data.collection import Collection, Qrels
-from caravan.data.negatives import own_passages, warn_if_queries_are_passages
+from caravan.data.collection import Collection, Qrels, own_passages, warn_if_queries_are_passages
 from caravan.data.runs import Run, canonical, read_run, write_run
 from caravan.data.segments import cut
+from caravan.data.tokenization import instruction_for
 from caravan.distributed import is_main_process, wait_until
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.retrieval.bm25 import index_inputs, open_index
-from caravan.retrieval.inference import Inference, Models, instruction_for
+from caravan.retrieval.inference import Inference, Models
 from caravan.retrieval.rerank import Reranker
 from caravan.retrieval.segments import measured_recall
 from caravan.retrieval.store import Embeddings, Store

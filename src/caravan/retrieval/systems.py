@@ -11,9 +11,10 @@ import numpy as np
 
 from caravan import manifests
 from caravan.data.segments import Reading
+from caravan.data.tokenization import instruction_for
 from caravan.encoding import FILE, read_encoding
 from caravan.retrieval.index import Index
-from caravan.retrieval.inference import Models, instruction_for
+from caravan.retrieval.inference import Models
 from caravan.retrieval.rerank import Reranking
 from caravan.retrieval.segments import BestSegments
 
