@@ -205,7 +205,7 @@ def _explained(
                 raise InputError(
                     "other-dimension",
                     f"the server returns {found.shape[-1]} dimensions and the folder"
-                    f" {values.shape[-1]}; it serves another model, or truncates embeddings",
+                    f" {values.shape[-1]}; it serves another model, or cuts embeddings elsewhere",
                 )
             difference = _difference(found, values)
             own = min(own, difference) if not mistake and not more else own

@@ -114,6 +114,7 @@ class Embeddings:
         for scaled in (encoding.normalize, not encoding.normalize):
             for name, pooling in poolings.items():
                 pooled = torch.cat([pooling(one, torch.ones(one.shape[:2])) for one in states])
+                pooled = pooled[:, : encoding.dim or None]
                 causes = {}
                 if name != encoding.pooling:
                     causes["pooling"] = f"{name} instead of {encoding.pooling}"

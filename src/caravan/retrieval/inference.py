@@ -190,7 +190,7 @@ class Inference:
     ) -> np.ndarray:
         """Scores [N] float32 of pairs in memory; arguments as in `embed`."""
         texts, rows = (TextList(queries), TextList(passages)), np.arange(len(queries))
-        return self._in_memory(self._pairs(*texts, rows, rows, BLOCK, instruction))
+        return self._in_memory(self._pairs(texts, (rows, rows), BLOCK, instruction))
 
     def encode_rows(
         self,
@@ -239,8 +239,8 @@ class Inference:
             block: pairs per block.
             instruction: see `embed`.
         """
-        rows = (query_rows, passage_rows, block)
-        blocks = partial(self._pairs, queries, corpus, *rows, instruction)
+        texts, rows = (queries, corpus), (query_rows, passage_rows)
+        blocks = partial(self._pairs, texts, rows, block, instruction)
         return partial(self._on_disk, blocks, len(query_rows), "rerank {} pairs", torch.float32)
 
     def _texts(
@@ -250,16 +250,10 @@ class Inference:
         return TextBatches(texts, rows, templates, side, block, self.token_budget)
 
     def _pairs(
-        self,
-        queries: Any,
-        corpus: Any,
-        query_rows: Any,
-        passage_rows: Any,
-        block: int,
-        instruction: str | None,
+        self, texts: tuple[Any, Any], rows: tuple[Any, Any], block: int, instruction: str | None
     ) -> PairBatches:
-        texts, templates = (queries, corpus, query_rows, passage_rows), self.reading(instruction)
-        return PairBatches(*texts, templates, block, self.token_budget)
+        """Pairs of queries and passages (`texts`), by the rows of each."""
+        return PairBatches(*texts, *rows, self.reading(instruction), block, self.token_budget)
 
     def _in_memory(self, blocks: TextBatches | PairBatches) -> np.ndarray:
         parts = [self._rows(blocks[i].packed()) for i in range(len(blocks))]
