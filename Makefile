@@ -23,9 +23,10 @@ MODEL := model/caravan.json
 
 # make quickstart SEED=2: with another seed, in runs/quickstart-seed-2.
 ifdef SEED
-adapt := seed=$(SEED) name=$(NAME)/train/adapt
-retriever := seed=$(SEED) name=$(NAME)/train/retriever backbone.folder=$(Q)/train/adapt/model
-reranker := seed=$(SEED) name=$(NAME)/train/reranker backbone.folder=$(Q)/train/adapt/model \
+seed := seed=$(SEED)
+adapt := $(seed) name=$(NAME)/train/adapt
+retriever := $(seed) name=$(NAME)/train/retriever backbone.folder=$(Q)/train/adapt/model
+reranker := $(seed) name=$(NAME)/train/reranker backbone.folder=$(Q)/train/adapt/model \
 	validation.run=$(CANDIDATES)/runs/fused.dev.trec
 pipeline := store=$(Q)/store 'retriever=[bm25,$(Q)/train/retriever/model]'
 candidates := $(pipeline)
@@ -66,10 +67,10 @@ $(Q)/pipeline/metrics.json: $(Q)/train/reranker/$(MODEL)
 
 # The retriever without adaptation, trained for as long as both take, and without any training.
 ablation: $(Q)/pipeline/metrics.json
-	$(PY) train.py experiment=quickstart/unadapted resume=true
-	$(PY) train.py experiment=quickstart/unadapted trainer.max_steps=0 name=quickstart/train/untrained resume=true
-	$(PY) evaluate.py retriever=$(Q)/train/untrained/model name=quickstart/untrained
-	$(PY) evaluate.py retriever=$(Q)/train/unadapted/model name=quickstart/unadapted
+	$(PY) train.py experiment=quickstart/unadapted resume=true $(seed) name=$(NAME)/train/unadapted
+	$(PY) train.py experiment=quickstart/unadapted trainer.max_steps=0 resume=true $(seed) name=$(NAME)/train/untrained
+	$(PY) evaluate.py retriever=$(Q)/train/untrained/model name=$(NAME)/untrained
+	$(PY) evaluate.py retriever=$(Q)/train/unadapted/model name=$(NAME)/unadapted
 	@$(PY) -m caravan.report table $(Q)
 	@$(PY) -m caravan.report page $(Q)
 

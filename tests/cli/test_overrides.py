@@ -37,6 +37,15 @@ def test_a_value_in_place_of_a_groups_option_is_refused(conf: Path, text: str) -
         compose(conf, "train", [text])
 
 
+@pytest.mark.parametrize("text", ["--optimizer", "--optimizer.lr=1e-3"])
+def test_a_setting_typed_as_an_option_is_answered_with_how_to_write_it(
+    conf: Path, text: str
+) -> None:
+    key = text.strip("-").split("=")[0]
+    with refused("unknown-option", f"{text}: settings have no dashes: {key}="):
+        preflight([text, "adamw"], conf, "train")
+
+
 def test_special_characters_have_a_remedy_that_can_be_pasted() -> None:
     names = (
         "josé",

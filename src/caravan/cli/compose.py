@@ -115,11 +115,8 @@ def preflight(argv: list[str], conf: Path, name: str) -> tuple[list[str], Path |
         argv: the command line without the program; conf, name: as for `compose`.
 
     Returns:
-        The arguments for Hydra: strings that Hydra would parse as numbers are quoted, and a sweep
-        has the values of its file and one folder with a subfolder per job. And this folder.
-
-    Raises:
-        InputError: With one line per mistake.
+        The arguments for Hydra (strings that it would parse as numbers are quoted, a sweep has the
+        values of its file), and the folder of a sweep. Raises an InputError as `refuse` does.
     """
     parser = ArgumentParser(add_help=False)
     parser.add_argument("overrides", nargs="*")
@@ -131,6 +128,9 @@ def preflight(argv: list[str], conf: Path, name: str) -> tuple[list[str], Path |
     parser.add_argument("-i", "--info", nargs="?", const="all")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
+        key = unknown[0].lstrip("-").partition("=")[0]
+        if top(key) in {field.name for field in fields(schema.ROOTS[name])}:
+            raise InputError("unknown-option", f"{unknown[0]}: settings have no dashes: {key}=...")
         return argv, None  # handled by Hydra
     more = Path(args.config_dir) if args.config_dir else None
     if more is not None and not more.is_dir():

@@ -175,7 +175,8 @@ def write_collection(
     place = where or (lambda part, n: f"{part}, record {n + 1}")
     if unknown_ids not in ("refuse", "count"):
         raise InputError(
-            "invalid-setting", f"unknown_ids is {unknown_ids!r}: it must be 'refuse' or 'count'"
+            "invalid-setting",
+            f"data.unknown_ids is {unknown_ids!r}: it must be 'refuse' or 'count'",
         )
     if folder.exists():
         raise InputError(

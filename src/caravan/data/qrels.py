@@ -162,7 +162,7 @@ class RowLookup:
                 "unknown-id",
                 f"{self.place(part, before + at)}: the {kind} id {name!r} is unknown (lines with"
                 f" unknown ids in {part}: {int(unknown.sum())}); correct it, or set"
-                " unknown_ids=count to accept such lines",
+                " data.unknown_ids=count to accept such lines",
             )
         self.skipped["unknown_ids"] += int(unknown.sum())
         return ~unknown

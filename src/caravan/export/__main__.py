@@ -44,7 +44,7 @@ def main() -> int:
     card.add_argument("--license", help="an identifier of the Hub, such as apache-2.0")
     card.add_argument("--language", action="append", help="a code such as en; may be repeated")
     card.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that the tokenizer brings along"
+        "--trust-remote-code", action="store_true", help="run the code in the tokenizer's folder"
     )
     options = parser.parse_args()
     return answering(lambda: _run(options))

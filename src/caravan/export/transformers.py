@@ -1,6 +1,6 @@
 """A model folder for transformers' Auto classes.
 
-The exported folder stays a model folder: `caravan.json` comes along, and Caravan opens it by the
+The exported folder stays a model folder: it keeps `caravan.json`, and Caravan opens it with the
 same classes. Its README.md has code that applies prompts, EOS and lengths, which transformers does
 not.
 """

@@ -56,7 +56,9 @@ def records(
 
 
 def _json_records(file: Path) -> Iterator[tuple[str, Record]]:
-    for place, fields in objects(file, "every line is one JSON object"):
+    for place, fields in objects(
+        file, 'every line is one object such as {"_id": "p1", "text": "..."}'
+    ):
         yield place, record_of(place, fields)
 
 

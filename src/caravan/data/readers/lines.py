@@ -164,7 +164,7 @@ def objects(file: Path, remedy: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in lines(file):
         place = f"{file}:{number}"
         try:
-            found = json.loads(line)
+            found = json.loads(line.rstrip("\r\n"))  # a column of the line, not of the next
         except json.JSONDecodeError as error:
             problem = f"not JSON ({error.msg}, column {error.colno})"
             raise malformed(place, problem, remedy) from None
