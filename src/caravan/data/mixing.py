@@ -174,7 +174,7 @@ class MixedSet(Dataset[Any]):
             for part, share, own in named
         )
         unit = "each query" if self.mixed else "each batch"
-        return f"{unit} is drawn from {len(self.sets)} collections; " + "; ".join(each)
+        return f"{unit} is drawn from one collection: " + "; ".join(each)
 
     def __getitem__(self, item: list[Queries]) -> Unpacked[Any]:
         return joined([self._batch(*queries) for queries in item])
