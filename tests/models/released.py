@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from tokenizers import processors
 from torch import Tensor
 
-RETRIEVERS = ["repllama_passage_7b", "repllama_document_7b"]
 RERANKERS = ["rankllama_passage_7b"]
-RETRIEVER, RERANKER = RETRIEVERS[0], RERANKERS[0]
+RETRIEVER, RERANKER = "repllama_passage_7b", RERANKERS[0]
 CONFIG_OF_THAT_TIME = {
     "auto_mapping": None,
     "bias": "none",
