@@ -78,6 +78,8 @@ def found(row: dict[str, Any], record: dict[str, Any]) -> str:
         return ", ".join(f"{name} {value}" for name, value in values.items())
     ahead, behind = (" / ".join(f"{x:.3f}" for x in values[key]) for key in ("better", "than"))
     p = "< 1e-4" if values["p"] < 1e-4 else f"= {values['p']}"
+    if "p_seeds" in values:
+        p += f" over queries, p = {values['p_seeds']} over seeds"
     return (
         f"{values['measure']} {ahead} against {behind}: {values['difference']:+.3f}, p {p},"
         f" {values['queries']:,} queries"

@@ -120,9 +120,9 @@ def settle_precisions(network: nn.Module, bf16: bool) -> None:
     if bf16 and any(map(has_adapter, network.modules())):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        for layer in network.modules():
-            if isinstance(layer, BaseTunerLayer):
-                layer.cast_input_dtype_enabled = False
+        adapted_layers: Any = (m for m in network.modules() if isinstance(m, BaseTunerLayer))
+        for layer in adapted_layers:
+            layer.cast_input_dtype_enabled = False
 
 
 def reset_peak_memory(device: torch.device) -> None:

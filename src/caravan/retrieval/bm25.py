@@ -148,8 +148,10 @@ class BM25:
         unknown = [text for text, of in zip(texts, ids, strict=True) if not of]
         processes = cores() if len(texts) * len(self._corpus) > LARGE else 1
         if processes == 1:
-            results = (_searched(self._index, of, k) for of in ids)
-            found = list(track(results, "BM25 search", len(texts), unit="queries"))
+            found = [
+                _searched(self._index, of, k)
+                for of in track(ids, "BM25 search", len(texts), unit="queries")
+            ]
         else:
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(processes, context, _open, (self._folder, k)) as pool:

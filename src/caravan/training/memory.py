@@ -128,7 +128,7 @@ def _dropped(model: Any) -> int:
         return 0
     from peft.tuners.lora import LoraLayer
 
-    layers = (layer for layer in model.modules() if isinstance(layer, LoraLayer))
+    layers: Any = (layer for layer in model.modules() if isinstance(layer, LoraLayer))
     return sum(
         layer.in_features
         for layer in layers
