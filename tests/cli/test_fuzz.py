@@ -132,12 +132,14 @@ def check(composer: Composer, overrides: list[str]) -> None:
 
 
 @pytest.mark.parametrize("root", ["train", "evaluate"])
+@pytest.mark.slow
 def test_mutated_overrides_compose_or_are_answered(conf: Path, root: str) -> None:
     with Composer(conf, root) as composer:
         for seed in range(8):
             check(composer, mutated_overrides(root, seed))
 
 
+@pytest.mark.slow
 def test_mutated_experiments_compose_or_are_answered(conf: Path) -> None:
     with Composer(conf, "train") as composer:
         for seed in range(8):

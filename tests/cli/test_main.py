@@ -253,6 +253,7 @@ def test_jobs_keep_their_results_apart_and_their_values_as_typed(app: Program, h
     assert {"1_1", "11", "1e3"} <= {record["overrides"]["loss.name"] for record in records}
 
 
+@pytest.mark.slow
 def test_a_failing_job_does_not_stop_the_others_and_the_end_names_it(
     app: Program, home: Path
 ) -> None:

@@ -116,6 +116,7 @@ def test_a_backbone_without_a_language_model_is_refused_by_name() -> None:
         BaseBackbone("mine").language_model(None)
 
 
+@pytest.mark.slow
 def test_layers_are_compiled_one_by_one(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """And give the same gradient with adapters, which are added later."""
     compiled = []

@@ -149,6 +149,7 @@ def test_a_trained_folder_embeds_as_plain_transformers_does(
             close(loaded.embed(pack([text], 100)), expected)
 
 
+@pytest.mark.slow
 def test_later_stages_stay_bidirectional(base: Path, beir: Path, tmp_path: Path) -> None:
     lora = ["peft=lora", "peft.rank=2", "peft.alpha=4"]
     given = ["backbone=hf", f"backbone.name={base}", "backbone.bidirectional=true"]

@@ -171,6 +171,7 @@ def test_the_kernel_is_called_for_what_sdpa_computes(
     close(computed(True), computed(False), atol=0.02, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_a_run_without_padding_gives_the_same_weights_and_metrics(
     beir: Path, tmp_path: Path
 ) -> None:

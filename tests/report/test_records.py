@@ -94,7 +94,7 @@ def _report_of_damaged(
 @pytest.mark.parametrize(
     "numbers",
     [
-        range(30),
+        range(10),
         *(pytest.param(range(i, i + 60), marks=pytest.mark.slow) for i in range(60, 600, 60)),
     ],
     ids=str,

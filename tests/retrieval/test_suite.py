@@ -136,6 +136,7 @@ def test_what_ends_all_collections(
         evaluate(home, tmp_path / "run", "bm25", NAMES)
 
 
+@pytest.mark.slow
 def test_one_index_is_held_at_a_time(
     home: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -233,6 +233,7 @@ def test_unlabelled_text_is_enough(tmp_path: Path) -> None:
     folder.load(tmp_path / "run" / "model")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_gives_the_same_weights(beir: Path, tmp_path: Path) -> None:
     released = ("stage=adaptation_released", "encoding.slots=2", "optimizer.schedule=constant")
     settings = (*released, *LORA, "resume=true")

@@ -60,6 +60,7 @@ def test_dropout_and_accumulation_repeat_after_a_resume(fit: Fit) -> None:
         fit(steps=12, resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_on_four_bits_resumes_exactly(fit: Fit, saved: str) -> None:
     def backbone() -> Pretrained:
         made = Pretrained(saved)

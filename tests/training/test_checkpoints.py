@@ -130,6 +130,7 @@ def test_without_an_intact_checkpoint_a_resume_is_refused(
 
 
 @pytest.mark.parametrize("steps", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
 def test_a_run_that_was_moved_keeps_its_best_checkpoint(
     beir: Path, tmp_path: Path, steps: int
 ) -> None:

@@ -78,6 +78,7 @@ def test_two_ranks_equal_one_process(
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_adapters_with_dropout_and_cached_gradients_equal_those_of_ddp(
     fit: Fit, two_ranks: TwoRanks, saved: str
 ) -> None:

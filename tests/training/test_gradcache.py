@@ -48,6 +48,7 @@ def test_masks_and_sizes_of_the_loss_are_those_of_the_whole_batch(fit: Fit) -> N
     assert cached.metrics["train/masked"] == expected.metrics["train/masked"]
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_in_both_passes(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = fit(**DROPOUT).weights
     assert_close(expected, fit(**DROPOUT, gradcache=GradCache(WHOLE)).weights)

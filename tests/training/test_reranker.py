@@ -128,6 +128,7 @@ def test_without_a_trained_head_or_candidates_a_reranker_is_refused(
         train(beir, tmp_path / "s", "stage=reranker")
 
 
+@pytest.mark.slow
 def test_a_likelihood_learns_the_order_of_its_training_queries_without_negatives(
     beir: Path, runs: dict[str, str], tmp_path: Path
 ) -> None:
