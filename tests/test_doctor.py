@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -78,3 +80,12 @@ def test_idle_gpus_and_missing_bf16_are_named(monkeypatch: pytest.MonkeyPatch) -
     assert any(line.startswith("! no bf16") for line in lines)
     assert lines[-1].startswith("7 GPUs are idle")
     assert "--nproc-per-node 8" in lines[-1]
+
+
+def test_a_reader_that_stops_early_ends_the_report_without_a_traceback() -> None:
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-m", "caravan.doctor"], **pipes) as report:
+        report.stdout.close()
+        error = report.stderr.read()
+    assert report.returncode == 0
+    assert "Traceback" not in error

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from caravan import distributed, manifests
+from caravan.errors import answering
 
 LIBRARIES = (
     *("torch", "pytorch-lightning", "transformers", "tokenizers", "peft", "bitsandbytes"),
@@ -37,10 +38,13 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
+    return answering(_show)
+
+
+def _show() -> None:
     for line in report():
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
-    return 0
 
 
 def report() -> Iterator[str]:
