@@ -177,7 +177,7 @@ def step(
     few, _ = share(vocabulary, max(size.queries // 32, 1), size.group)
     gc.collect()  # the last row's trainer and its optimizer
     network = bench.models.trainee(shape, **settings)
-    # A step of the whole batch takes too long for a warm-up of its own.
+    # A step of the whole batch takes too long for a separate warm-up.
     batches = [few, batch] if gpus == 1 else [batch] * 3
     timed = fit(bench, network, batches, GradCache(CHUNK_TEXTS) if cached else None, profiler)
     peak = hardware.peak_memory(bench.device) or 0.0

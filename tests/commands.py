@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +56,20 @@ def evaluate_arguments(beir: Path, run_dir: Path, retriever: Any, *overrides: st
 def evaluate(beir: Path, run_dir: Path, retriever: Any, *overrides: str) -> dict[str, Any]:
     given = evaluate_arguments(beir, run_dir, retriever, *overrides)
     return evaluate_config(compose(ROOT / "conf", "evaluate", given))
+
+
+def run_whole_and_killed(command: Callable[[str], list[str]]) -> None:
+    """Run `command("whole")`, and `command("killed")`, which is killed several times."""
+    started = time.monotonic()
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    whole, kills = time.monotonic() - started, 0
+    for tenth in (4, 6, 7, 8, 9):
+        process = subprocess.Popen(command("killed"), stderr=subprocess.PIPE)
+        try:
+            process.wait(timeout=whole * tenth / 10)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    subprocess.run(command("killed"), check=True, capture_output=True)
+    assert kills >= 2

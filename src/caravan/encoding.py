@@ -126,7 +126,7 @@ class Encoding:
         return INSTRUCTION in self.query_template + self.passage_template
 
     def instruction_of(self, collection: str) -> str | None:
-        """The instruction of a collection; None if it has none of its own.
+        """The instruction of a collection; None if there is none for it.
 
         >>> encoding = Encoding(
         ...     query_template="{instruction}: {text}", instruction="find",

@@ -14,7 +14,7 @@ from caravan.data.runs import Run
 from caravan.report.audit import ALL, RECALLS, Audit, audit, candidates, examples, page
 
 QUERIES, EACH = 60, 10
-"""Each query has ten passages of its own in the run: 0 and 1 are judged, 2 and 3 planted."""
+"""Each query has ten different passages in the run: 0 and 1 are judged, 2 and 3 planted."""
 MEASURED = {0.0: [1.0, 0.7], 1.5: [0.92, 0.94]}
 """Precision and recall by teacher_margin."""
 COPY, NEAR, UNRANKED = 5, 6, 7

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.commands import ROOT, from_folder, train, train_arguments
+from tests.commands import ROOT, from_folder, run_whole_and_killed, train, train_arguments
 from tests.refusals import refused
 from tests.tiny import write_beir
 
@@ -233,19 +230,6 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(tmp_path: Path) 
         given = train_arguments(beir, tmp_path / name, *steps, "resume=true")
         return [sys.executable, str(ROOT / "train.py"), *given]
 
-    started = time.monotonic()
-    subprocess.run(command("whole"), check=True, capture_output=True)
-    whole = time.monotonic() - started
-    kills = 0
-    for tenth in (4, 6, 7, 8, 9):
-        process = subprocess.Popen(command("killed"), stderr=subprocess.PIPE)
-        try:
-            process.wait(timeout=whole * tenth / 10)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    subprocess.run(command("killed"), check=True, capture_output=True)
-    assert kills >= 2
+    run_whole_and_killed(command)
     one, other = (tmp_path / name / WEIGHTS for name in ("whole", "killed"))
     assert one.read_bytes() == other.read_bytes()

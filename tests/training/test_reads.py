@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.commands import ROOT, TINY, evaluate
+from tests.commands import ROOT, TINY, evaluate, run_whole_and_killed
 from tests.fitting import Fit, KillAt, assert_close, on_ranks
 from tests.refusals import refused
 from tests.tiny import write_beir
@@ -157,18 +154,6 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(home: Path, tmp_
         given = arguments(home, tmp_path / name, *steps)
         return [sys.executable, str(ROOT / "train.py"), *given]
 
-    started = time.monotonic()
-    subprocess.run(command("whole"), check=True, capture_output=True)
-    whole, kills = time.monotonic() - started, 0
-    for tenth in (4, 6, 7, 8, 9):
-        process = subprocess.Popen(command("killed"), stderr=subprocess.PIPE)
-        try:
-            process.wait(timeout=whole * tenth / 10)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    subprocess.run(command("killed"), check=True, capture_output=True)
-    assert kills >= 2
+    run_whole_and_killed(command)
     names = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "killed")]
     assert len({name.read_bytes() for name in names}) == 1

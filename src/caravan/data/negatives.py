@@ -117,7 +117,7 @@ class Sampler(Protocol):
         if runs is not None or number is not None:
             raise InputError(
                 "not-supported",
-                f"sampler {type(self).__name__} has no runs and number of its own for a"
+                f"sampler {type(self).__name__} cannot have other runs or another number for a"
                 " collection; leave them out of data.entries, or define its method variant",
             )
         return copy.copy(self)

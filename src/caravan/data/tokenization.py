@@ -178,7 +178,7 @@ def warn_if_unused(encoding: Encoding) -> None:
     """Log once that queries have instructions, if the templates have no place for them."""
     if not encoding.uses_instruction:
         warn_once(
-            "queries have instructions of their own (prompt), which are not used; add"
+            "queries have instructions (prompt), which are not used; add"
             " {instruction} to encoding.query_template"
         )
 
