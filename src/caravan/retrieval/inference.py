@@ -248,8 +248,7 @@ class Inference:
     def _texts(
         self, texts: Any, rows: np.ndarray, side: str, block: int, instruction: str | None
     ) -> TextBatches:
-        templates = self.reading(instruction)
-        return TextBatches(texts, rows, templates, side, block, self.token_budget)
+        return TextBatches(texts, rows, self.reading(instruction), side, block, self.token_budget)
 
     def _pairs(
         self, texts: tuple[Any, Any], rows: tuple[Any, Any], block: int, instruction: str | None
@@ -273,7 +272,7 @@ class Inference:
         """Yield the results of the missing blocks, with log lines and a progress bar.
 
         Args:
-            make: the blocks of all texts or pairs: `size` of them, cut at `limit` tokens.
+            make: the blocks of all `size` texts or pairs, cut at `limit` tokens.
         """
         blocks = make()  # loads the model
         left = sum(min(blocks.batch_size, size - i * blocks.batch_size) for i in missing)
