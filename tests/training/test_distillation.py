@@ -21,6 +21,7 @@ from caravan.cli.compose import compose
 from caravan.data.batch import TrainBatch, pack
 from caravan.data.batching import Groups
 from caravan.data.collection import Collection
+from caravan.data.mixture import Entry, Mixture, open_parts
 from caravan.data.negatives import Negatives
 from caravan.data.readers.labelled import Beir
 from caravan.data.tokenization import Templates
@@ -29,6 +30,7 @@ from caravan.training.distillation import Distillation
 from caravan.training.gradcache import GradCache
 from caravan.training.losses import InfoNCE
 from caravan.training.optim import AdamW
+from caravan.training.reads import Reads
 from caravan.training.retriever import Retriever
 
 WIDTH = 16
@@ -129,6 +131,37 @@ def test_a_batch_has_the_teachers_embeddings_of_its_texts(
         (batch.teacher_passages, model.encode_passages(collection.corpus.get(passages))),
     ):
         np.testing.assert_allclose(found.float().numpy(), wanted, atol=2e-3)
+
+
+def test_a_mixed_batch_has_the_embeddings_of_each_collection(
+    teacher: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
+) -> None:
+    names, folder = ("one", "two"), teacher.parent / "model" / "model"
+    for seed, name in enumerate(names):
+        write_beir(tmp_path / "data" / name, seed=seed)
+    given = ("collections=[one,two]", "data.split=train", "measures=[MRR@10]")
+    evaluate(tmp_path / "data", tmp_path / "run", folder, *given)
+    source = Mixture(
+        {name: Entry(Beir(str(tmp_path / "data" / name))) for name in names}, mixed=True
+    )
+    parts = open_parts(source, tmp_path / "cache", Negatives(number=1))
+    module = _module(tokenizer, encoding, of_width(tmp_path / "run"))
+    batching = {"queries_per_batch": 9, "token_budget": 64, "num_workers": 0}
+    training: Any = Reads(source, parts, module, {}).data_module(batching).training
+    training.open()
+    item = next(iter(training.order(9)))
+    batch, model, first = training[item].packed(), caravan.load(folder), 0
+    assert len(item) == 2
+    for entry, epoch, positions in item:
+        collection, own = parts[entry].collection, slice(first, first + len(positions))
+        asked = collection.queries.get(training.sets[entry].permutation(epoch)[positions])
+        read = collection.corpus.get(batch.passage_rows[own].flatten().numpy())
+        for found, wanted in (
+            (batch.teacher_queries[own], model.encode_queries([text for _, text in asked])),
+            (batch.teacher_passages[2 * own.start : 2 * own.stop], model.encode_passages(read)),
+        ):
+            np.testing.assert_allclose(found.float().numpy(), wanted, atol=2e-3)
+        first = own.stop
 
 
 def test_chunks_and_two_ranks_train_as_the_whole_batch(

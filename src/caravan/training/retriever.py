@@ -104,16 +104,14 @@ class Retriever(Stage):
     def _loss(self, queries: Tensor, passages: Tensor, batch: TrainBatch) -> Tensor:
         """The loss of the network's outputs for queries [Q, d] and passages [Q * G, d]."""
         distance = None
-        if self.distillation is not None:
-            assert batch.teacher_queries is not None
-            assert batch.teacher_passages is not None
-            (queries, student_queries), (passages, student_passages) = (
-                self.distillation.split(rows) for rows in (queries, passages)
-            )
-            distance = self.distillation(
-                (student_queries, student_passages), (batch.teacher_queries, batch.teacher_passages)
-            )
         with torch.autocast(self.device.type, enabled=False):  # similarities are float32
+            if self.distillation is not None:
+                assert batch.teacher_queries is not None
+                assert batch.teacher_passages is not None
+                teachers = batch.teacher_queries, batch.teacher_passages
+                queries, compared_queries = self.distillation.split(queries)
+                passages, compared_passages = self.distillation.split(passages)
+                distance = self.distillation((compared_queries, compared_passages), teachers)
             scores, targets, counts = self.scores(queries, passages, batch)
         teacher = batch.teacher  # [Q, G], of the query's own group
         if teacher is not None:
