@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -268,7 +268,7 @@ def open_run(
     long = path.is_file() and path.stat().st_size >= KEPT_FROM
     if not long or not os.access(kept.parent, os.W_OK):
         return read_run(path, queries, corpus, depth)
-    inputs = {"run": manifests.content_digest(path), "depth": depth, "format": 1}
+    inputs: dict[str, Any] = {"run": manifests.content_digest(path), "depth": depth, "format": 1}
     folder = kept / manifests.digest(inputs)
     kept.mkdir(exist_ok=True)
     with locked(kept / LOCK):  # the first process parses, the others wait
@@ -280,11 +280,11 @@ def open_run(
                     np.save(scratch / f"{name}.npy", getattr(run, name))
             files = {name: manifests.content(folder / f"{name}.npy") for name in ARRAYS}
             manifests.write(folder, inputs, {"tag": run.tag, "files": files})
-    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS]
-    return Run(*arrays, manifests.facts(folder)["tag"])
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    return Run(**arrays, tag=manifests.facts(folder)["tag"])
 
 
-def _intact(folder: Path, inputs: dict[str, object]) -> bool:
+def _intact(folder: Path, inputs: dict[str, Any]) -> bool:
     if not manifests.matches(folder, inputs):
         return False
     files = manifests.facts(folder)["files"]
