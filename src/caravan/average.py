@@ -104,8 +104,8 @@ def _composed(model: Path, settings: list[str]) -> DictConfig:
     if taken := sorted(given & {kind, "collections"}):
         raise InputError(
             "invalid-setting",
-            f"--evaluate {taken[0]}=: the {kind} is each of the models, on one collection; leave"
-            " it out",
+            f"--evaluate {taken[0]}=: each model is evaluated as the {kind}, on one collection;"
+            f" leave {taken[0]} out",
         )
     return compose(CONF, "evaluate", [*settings, quoted(kind, str(model)) or f"{kind}={model}"])
 
