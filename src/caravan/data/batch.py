@@ -270,6 +270,9 @@ class TrainBatch(Batch):
     teacher: Tensor | None = None  # [Q, G] float32, a teacher's scores; NaN where it has none
     # [Q] bool: other queries' passages are negatives of the query; None: for all
     in_batch: Tensor | None = None
+    # [Q, t] and [Q * G, t] float16, a teacher's embeddings of the texts
+    teacher_queries: Tensor | None = None
+    teacher_passages: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -173,8 +173,8 @@ class Shards:
         if number not in self._verified:
             record = self._record(number)
             if record is None or manifests.content_digest(path, record["bytes"]) != record["xxh3"]:
-                log.warning("%s is damaged; it is computed again", path)
                 self.write([number])
+                log.warning("%s was damaged; it has been computed again", path)
             self._verified.add(number)
         array: np.ndarray = np.load(path, mmap_mode="r")
         return array
@@ -216,6 +216,15 @@ class Embeddings:
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         for start in self.span[:: self.block]:
             yield start, self.shards.read(start // self.block)
+
+    def get(self, rows: np.ndarray) -> np.ndarray:
+        """Embeddings [n, dim] float16 of rows [n], in their order."""
+        found = np.empty((len(rows), self.dim), dtype=np.float16)
+        numbers, places = np.divmod(rows, self.block)
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            found[here] = self.shards.read(number)[places[here]]
+        return found
 
     def parts(self, size: int) -> list[Embeddings]:
         """Parts of about `size` rows, whole shards each."""
