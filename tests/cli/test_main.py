@@ -73,8 +73,12 @@ def test_a_run_writes_into_run_dir_alone(given: str, app: Program, home: Path) -
 
 @pytest.mark.parametrize(
     ("second", "code"),
-    [(["run_dir='runs/waits/seed=0'"], 2), (["-m", "run_dir=runs/waits", "seed=0,1"], 1)],
-    ids=["alone", "in a sweep"],
+    [
+        pytest.param(["run_dir='runs/waits/seed=0'"], 2, id="alone"),
+        pytest.param(
+            *(["-m", "run_dir=runs/waits", "seed=0,1"], 1), id="in a sweep", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_a_second_process_in_a_run_dir_is_refused_at_once(
     app: Program, home: Path, second: list[str], code: int
@@ -242,6 +246,7 @@ def test_how_a_job_ends(name: str, code: int, last: str, app: Program, home: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_jobs_keep_their_results_apart_and_their_values_as_typed(app: Program, home: Path) -> None:
     texts = ["a/b", "a_b", "a:b", "A/B", "1_1", "11", "1e3"]
     done = app("-m", f"loss.name={','.join(texts)}", "name=2024_1")
@@ -271,6 +276,7 @@ def test_a_failing_job_does_not_stop_the_others_and_the_end_names_it(
     assert (home / "runs/mixed/name=fine/out.json").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_started_again_resumes_its_jobs_and_keeps_their_records(
     app: Program, home: Path
 ) -> None:
