@@ -202,7 +202,8 @@ def step(
 
 def search(bench: Bench, shape: str) -> Iterator[Found]:
     """Exact search over float16 vectors in main memory."""
-    from caravan.retrieval.index import ArrayBlocks, Exact
+    from caravan.retrieval.exact import Exact
+    from caravan.retrieval.index import ArrayBlocks
 
     bench.models.release()
     size, dim = bench.size, SHAPES[shape]["hidden_size"]

@@ -23,6 +23,7 @@ from caravan.retrieval.index import Faiss
 from caravan.training.adaptation import Adaptation
 from caravan.training.callbacks import LastCheckpoint, Throughput
 from caravan.training.checkpoints import AtomicCheckpoints
+from caravan.training.distillation import Distillation
 from caravan.training.evaluation import RerankingEvaluation, RetrievalEvaluation
 from caravan.training.fsdp import FullySharded
 from caravan.training.losses import InfoNCE
@@ -119,6 +120,7 @@ class Fit:
         shards_in_bf16: bool = False,
         loss: Any = None,
         in_batch: bool = True,
+        distillation: Distillation | None = None,
         **trainer_settings: Any,
     ) -> Fitted:
         parts = (backbone or tiny_backbone(), peft, self.tokenizer)
@@ -138,7 +140,8 @@ class Fit:
             module = Reranker(*parts, encoding, InfoNCE(1.0), optimizer, 0, gradcache)
         else:
             loss = loss or InfoNCE(0.05)
-            module = Retriever(*parts, self.encoding, loss, optimizer, 0, gradcache, in_batch)
+            given = (self.encoding, loss, optimizer, 0, gradcache, in_batch)
+            module = Retriever(*parts, *given, distillation=distillation)
         module.bf16 = shards_in_bf16
         run = str(self.candidates) if reranks else None
         sampler = Negatives(number=2)

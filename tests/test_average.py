@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy import stats
+from tests.commands import evaluate
 from tests.refusals import refused
 from tests.tiny import tiny_backbone
 from torch import Tensor
@@ -23,7 +25,11 @@ from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
 from caravan.models.digests import folder_digest
+from caravan.report.compare import holm
+from caravan.report.tables import p_value
 
+Command = Callable[..., int]
+"""`python -m caravan.average`: its exit code."""
 FACTS = {"base_model": "tiny", "best": 0.5, "updates": 3}
 
 
@@ -132,10 +138,64 @@ def test_models_with_other_settings_are_refused_by_name(
     assert not output.exists()
 
 
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    def run(models: list[Path], *evaluated: object) -> int:
+        line = ["average", *models, "--output", tmp_path / "average/model", *evaluated]
+        monkeypatch.setattr(sys, "argv", list(map(str, line)))
+        return main()
+
+    return run
+
+
 def test_the_command_reports_a_mistake_in_a_sentence(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Command, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["average", str(base), str(tmp_path / "none"), "--output", str(tmp_path / "average")]
-    monkeypatch.setattr(sys, "argv", line)
-    assert main() == 2
+    assert command([base, tmp_path / "none"]) == 2
     assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+def test_the_average_is_evaluated_and_tested_against_each_member(
+    command: Command,
+    member: Callable[..., Path],
+    beir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    models, run_dir = [member(1), member(2)], tmp_path / "dev"
+    settings = ("precision=float32", "measures=[nDCG@10]")
+    data = ("data=beir", f"data.path={beir}", f"cache_dir={tmp_path / 'cache'}", "num_workers=0")
+    given = ("--evaluate", *data, f"run_dir={run_dir}", *settings)
+    assert command(models, *given) == 0
+    shown = capsys.readouterr().out
+    values = []
+    for model in (*models, tmp_path / "average/model"):
+        alone = evaluate(
+            beir, tmp_path / f"alone/{model.parent.name}{model.name}", model, *settings
+        )
+        name = model.parent.name if model.name == "model" else model.name
+        found = json.loads((run_dir / name / "metrics.json").read_text())
+        assert found["per_query"] == alone["per_query"]
+        values.append([*alone["per_query"]["nDCG@10"].values()])
+    p = [stats.ttest_rel(values[-1], of).pvalue for of in values[:-1]]
+    sentence = shown.strip().splitlines()[-1]
+    assert p[0] != p[1]
+    for of, corrected in zip(values, holm(p), strict=False):
+        assert f"{abs(sum(values[-1]) - sum(of)) / len(of):.4f}" in sentence or corrected >= 0.05
+        assert p_value(corrected) in sentence
+    assert {path.name for path in run_dir.iterdir()} == {"seed1", "seed2", "average", "store"}
+    assert command(models, *given) == 0  # reuses the average and the evaluations
+    assert capsys.readouterr().out == shown
+
+
+def test_a_mistake_in_the_evaluation_is_found_before_the_models_are_averaged(
+    command: Command,
+    member: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    models = [member(1), member(2)]
+    for settings, place in ((["data.pth=x"], "data.pth"), (["retriever=bm25"], "retriever")):
+        assert command(models, "--evaluate", *settings) == 2
+        assert place in capsys.readouterr().err
+    assert not (tmp_path / "average").exists()

@@ -38,6 +38,8 @@ class Stub:
             return {"data": [{"id": "tiny"}]}
         if url.endswith("/v1/embeddings"):
             rows = self._embed(body["input"])
+            if "in_a_batch" in self.mistakes and len(rows) > 1:
+                rows = [self.mistakes["in_a_batch"]] * len(rows)
             return {"data": [{"index": i, "embedding": row} for i, row in enumerate(rows)][::-1]}
         passages = body["text_2"] if url.endswith("score") else body["texts"]
         query = body["text_1"] if url.endswith("score") else body["query"]
@@ -189,6 +191,15 @@ def test_the_mistake_of_a_server_is_named(
         assert finding.explained
         assert finding.conforms == (not causes)
     assert stub.requests[-1]["model"] == "tiny"
+
+
+@pytest.mark.parametrize("row", [[float("nan")] * 32, None, [[0.1] * 32], "AAAA"])
+def test_an_answer_without_numbers_is_refused_also_if_only_a_batch_has_it(
+    row: Any, retriever: Path, stub: Stub, serve: Callable[[Stub], str]
+) -> None:
+    stub.mistakes = {"in_a_batch": row}
+    with refused("unknown-answer", "/v1/embeddings"):
+        check(retriever, Server(f"{serve(stub)}/v1/embeddings"))
 
 
 def test_other_weights_are_not_explained(

@@ -22,7 +22,8 @@ import numpy as np
 
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
-from caravan.retrieval.index import ArrayBlocks, Exact
+from caravan.retrieval.exact import Exact
+from caravan.retrieval.index import ArrayBlocks
 from caravan.retrieval.inference import Inference
 
 Text = str | tuple[str, str]

@@ -1,6 +1,8 @@
 """Average model folders: the mean of their weights, as a new model folder.
 
     python -m caravan.average runs/seed1/model runs/seed2/model --output runs/average/model
+    python -m caravan.average runs/seed1/model runs/seed2/model --output runs/average/model \\
+        --evaluate data=beir data.path=my-data data.split=dev name=average/dev
 
 Models that were trained from the same weights with other seeds, data or learning rates can be
 averaged (model soups, arXiv 2203.05482). Encoding, architecture and tokenizer must agree, and
@@ -9,11 +11,15 @@ adapters must have the same base. Weights are averaged in float32, and stored in
 The mean of LoRA matrices A and B is not the mean of the adapters, whose updates are products B A.
 The average of n adapters of rank r is therefore an adapter of rank n r with the stacked matrices,
 whose product is the mean of the products.
+
+--evaluate also evaluates the members and the average, with settings (key=value) of evaluate.py, in
+folders below run_dir, and tests the average against each member over the queries.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import re
@@ -22,14 +28,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from caravan import manifests
 from caravan.encoding import FILE, read_encoding, write_encoding
 from caravan.errors import InputError, OccupiedError, answering, reading
-from caravan.files import replacing_folder
+from caravan.files import claimed, replacing_folder
 from caravan.models.digests import adapter_base, folder_digest
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from caravan.report.compare import Comparison
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
 CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 COMPARED = (".json", ".model", ".txt", ".py")  # the tokenizer and remote code
 NOT_COMPARED = {
@@ -47,7 +59,7 @@ NOT_COMPARED = {
 OF_ONE_MODEL = {"name", "updates", "monitored", "best", "validation"}
 """Facts of a member that are not facts of the average."""
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("caravan")
 
 
 def main() -> int:
@@ -58,9 +70,74 @@ def main() -> int:
     )
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="a model folder")
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
+    evaluate = "evaluate the models and their average, with settings of evaluate.py"
+    parser.add_argument("--evaluate", nargs="*", metavar="KEY=VALUE", help=evaluate)
     arguments = parser.parse_args()
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    return answering(lambda: average(arguments.models, arguments.output))
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    return answering(lambda: _run(arguments.models, arguments.output, arguments.evaluate))
+
+
+def _run(models: list[Path], output: Path, settings: list[str] | None) -> None:
+    if settings is None:
+        average(models, output)
+        return
+    cfg = _composed(models[0], settings)  # reports mistakes before any work
+    average(models, output)
+    from caravan.report.evaluations import comparison_tables
+    from caravan.report.tables import show
+    from caravan.report.verdict import of_comparison
+
+    comparison = compare_with_members(models, output, cfg)
+    for table in comparison_tables(comparison):
+        show(table)
+    show(of_comparison(comparison))
+
+
+def _composed(model: Path, settings: list[str]) -> DictConfig:
+    """The config of the evaluation of a model."""
+    from caravan.cli.compose import compose
+    from caravan.cli.sources import key_of, quoted
+
+    kind = read_encoding(model)[0].kind
+    given = {key_of(text) for text in settings}
+    if taken := sorted(given & {kind, "collections"}):
+        raise InputError(
+            "invalid-setting",
+            f"--evaluate {taken[0]}=: each model is evaluated as the {kind}, on one collection;"
+            f" leave {taken[0]} out",
+        )
+    return compose(CONF, "evaluate", [*settings, quoted(kind, str(model)) or f"{kind}={model}"])
+
+
+def compare_with_members(models: Sequence[Path], output: Path, cfg: DictConfig) -> Comparison:
+    """Evaluate models and their average in folders below `run_dir`, and test them over the queries.
+
+    Args:
+        cfg: a checked config of `evaluate.py`; its retriever or reranker is replaced.
+
+    Returns:
+        Each model, then the average, which is tested against the others (p after Holm).
+    """
+    from caravan.cli.evaluate import evaluate
+    from caravan.report.compare import compare
+    from caravan.report.records import distinct, path_names
+    from caravan.report.systems import read_judged, read_system, with_distinct_names
+
+    folders = [*models, output]
+    paths = [one.resolve() for one in folders]
+    named = [path_names(path.parent if path.name == "model" else path) for path in paths]
+    systems = []
+    for folder, name in zip(folders, distinct(named), strict=True):
+        one = copy.deepcopy(cfg)
+        one[read_encoding(folder)[0].kind] = str(folder)
+        one.store = cfg.store  # below the common run_dir
+        one.run_dir = str(Path(cfg.run_dir, name))
+        with claimed(Path(one.run_dir)):
+            evaluate(one)
+        systems.append(read_system(Path(one.run_dir)))
+    systems = with_distinct_names(systems)
+    return compare(systems, read_judged(systems), against=len(models))
 
 
 def average(models: Sequence[Path], output: Path) -> None:

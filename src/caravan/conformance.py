@@ -94,7 +94,14 @@ class Server:
                 rows = answer["data"] if "data" in answer else answer["results"]
             keys = ("embedding", "score", "relevance_score")
             found = {row["index"]: next(row[key] for key in keys if key in row) for row in rows}
-            return np.array([found[i] for i in range(len(texts))], dtype=np.float32)
+            numbers = np.array([found[i] for i in range(len(texts))], dtype=np.float32)
+        if numbers.ndim != 3 - len(texts[0].sent) or not np.isfinite(numbers).all():
+            raise InputError(
+                "unknown-answer",
+                f"{self.url}: its answer for {len(texts)} texts has null, NaN or infinite values,"
+                " or not one embedding or score for each; serve the model in float32",
+            )
+        return numbers
 
     @staticmethod
     def _answer(url: str, data: bytes | None = None) -> Any:

@@ -56,6 +56,7 @@ class Stand:
     suite: Path
     models: dict[str, str]  # retriever, reranker, adapted
     runs: dict[str, Path]  # by split; and "beir", a folder of runs of each collection
+    embedded: Path  # an evaluation of the retriever over the training queries
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,9 @@ def stand(
         write_beir(home / "suite" / name)
     evaluate(home / "suite", home / "beir", "bm25", "collections=[one,two]", "measures=[MRR@10]")
     runs["beir"] = home / "beir"
-    stand = Stand(beir, decoder, encoder, texts, home / "suite", {**folders}, runs)
+    embedded = home / "embedded"
+    evaluate(beir, embedded, folders["retriever"], "data.split=train", "measures=[MRR@10]")
+    stand = Stand(beir, decoder, encoder, texts, home / "suite", {**folders}, runs, embedded)
     given = _training("llara/adapt", stand, home / "adapted")
     places = [f"run_dir={home / 'adapted'}", f"cache_dir={home / 'cache'}", "trainer.max_steps=0"]
     train_config(compose(ROOT / "conf", "train", [*given, *places]))
@@ -117,6 +120,8 @@ def _training(name: str, stand: Stand, run_dir: Path, group: str = "experiment")
         given += ["data=beir", f"data.path={stand.beir}", f"sampler.runs=[{stand.runs['train']}]"]
     if cfg.validation.run is not None or cfg.encoding.kind == "reranker":
         given.append(f"validation.run={stand.runs['dev']}")
+    if cfg.distillation.teacher is not None:
+        given += [f"distillation.teacher={stand.embedded}", "backbone.layers=1"]
     if cfg.sampler is not None and cfg.sampler.teacher is not None:
         given.append(f"sampler.teacher={stand.runs['train']}")
     return given

@@ -1,12 +1,15 @@
 """Runs in memory, their order, and what is read from and written to files."""
 
 import gzip
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tests.refusals import refused
 
+from caravan import manifests
 from caravan.data import runs
 from caravan.data.collection import Collection, write_collection
 from caravan.data.readers import lines
@@ -267,3 +270,44 @@ def test_missing_and_broken_gzip_files_are_named(tmp_path: Path, names: Collecti
     for content in (whole[:-12], whole[:30] + b"\0\0\0" + whole[33:]):
         with refused("damaged-file", "x"):
             read_run(text_of(tmp_path, content, "x.gz"), names.queries, names.corpus)
+
+
+@pytest.mark.parametrize("damage", [None, "cut", "file", "manifest", "changed run"])
+def test_a_long_run_is_parsed_once_and_again_if_anything_has_changed(
+    names: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str | None
+) -> None:
+    monkeypatch.setattr(runs, "KEPT_FROM", 1)
+    collection, path, parsed = names, tmp_path / "x.trec", []
+    monkeypatch.setattr(runs, "read_run", lambda *given: parsed.append(given) or read_run(*given))
+    kept = collection.folder / "parsed"
+    shutil.rmtree(kept, ignore_errors=True)
+    write_run(path, random_run(1), collection.queries, collection.corpus)
+    collection.read_run(path, 7)
+    (arrays,) = [one for one in kept.iterdir() if one.is_dir()]
+    file = arrays / "scores.npy"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-8])
+    elif damage == "file":
+        file.unlink()
+    elif damage == "manifest":
+        manifests.path_of(arrays).write_text("{}")
+    elif damage == "changed run":
+        write_run(path, random_run(2), collection.queries, collection.corpus)
+    found = collection.read_run(path, 7)
+    assert len(parsed) == (1 if damage is None else 2)
+    expected = read_run(path, collection.queries, collection.corpus, 7)
+    assert same(found, expected)
+    assert found.tag == expected.tag
+    Collection.open(collection.folder)  # the kept arrays are no damage
+
+
+def test_a_long_run_is_read_where_nothing_can_be_kept(
+    names: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "KEPT_FROM", 1)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    path = tmp_path / "x.trec"
+    write_run(path, random_run(1), names.queries, names.corpus)
+    shutil.rmtree(names.folder / "parsed", ignore_errors=True)
+    assert same(names.read_run(path), read_run(path, names.queries, names.corpus))
+    assert not (names.folder / "parsed").exists()

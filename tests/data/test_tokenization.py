@@ -53,6 +53,12 @@ def test_an_empty_title_leaves_no_double_space() -> None:
     assert template.render("title", "text") == "passage: title text"
 
 
+def test_an_escaped_title_is_text_also_without_a_title() -> None:
+    template = Template("{{title}} {{{title} {text}")
+    assert template.render("", "camels") == "{title} {camels"
+    assert template.render("Salt", "camels") == "{title} {Salt camels"
+
+
 def test_braces_in_a_text_are_text() -> None:
     assert Template("passage: {title} {text}").render("{text}", "{x}") == "passage: {text} {x}"
 

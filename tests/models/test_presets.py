@@ -42,15 +42,14 @@ ARCHITECTURES: dict[str, Any] = {
     "qwen3_4b": lambda: transformers.Qwen3Config(**GROUPED, head_dim=64),
     "llama2_7b": lambda: transformers.LlamaConfig(**{**GROUPED, "num_key_value_heads": 2}),
     "llama3_1_8b": lambda: transformers.LlamaConfig(**GROUPED, rope_parameters=LONG),
-    "mistral_7b": lambda: transformers.MistralConfig(**GROUPED, sliding_window=None),
     "gemma3_1b": lambda: transformers.Gemma3TextConfig(**GROUPED, head_dim=16, sliding_window=8),
 }
 OWN = {"from_folder", "hf", "tiny_llama"}
 """No architecture, and one that has tests of its own."""
-FAMILIES = {"minilm", "modernbert_base", "smollm2_135m", "mistral_7b", "qwen3_0_6b", "gemma3_1b"}
+FAMILIES = {"minilm", "modernbert_base", "smollm2_135m", "qwen3_0_6b", "gemma3_1b"}
 """A preset of each architecture among them."""
 ENCODERS = {"minilm", "bert_base", "modernbert_base"}
-QUICK = {("minilm", "none"), ("mistral_7b", "none"), ("qwen3_4b", "lora")}
+QUICK = {("minilm", "none"), ("smollm2_135m", "none"), ("qwen3_4b", "lora")}
 TRAINED = [
     pytest.param(preset, peft, marks=[] if number % 3 == place else [pytest.mark.slow])
     for number, preset in enumerate(sorted(ARCHITECTURES))

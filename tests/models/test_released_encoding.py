@@ -5,8 +5,10 @@ sentence-transformers is the judge of scores; folders of older versions are writ
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,14 @@ from caravan.cli.train import train
 from caravan.encoding import Encoding, read_encoding
 from caravan.export.prompts import framed
 from caravan.export.sentence_transformers import export
-from caravan.models.released import check_released, released_encoding
+from caravan.models.released import released_encoding
+from caravan.models.released_pairs import check_released
 
 INSTRUCT = "Instruct: Given a query, {find} passages\nQuery:"
 E5_MISTRAL = "Instruct: Find the well\nQuery: "
 GIVEN = [f"{title} {text}" if title else text for title, text in TITLED]
 LONGEST = 110
+LOGITS = {"method": "forward", "method_output_name": "logits"}
 STAGE = "stage=reranker_encoder"
 CASES: dict[str, dict[str, Any]] = {
     "bert": {
@@ -196,6 +200,14 @@ def test_the_files_of_older_versions_are_read(released: Path) -> None:
     expected: dict[str, Any] = {"pooling": "mean", "normalize": True, **PLAIN}
     expected |= {"query_length": 50, "passage_length": 50, "dim": 0}
     assert released_encoding(str(released)) == (expected, {})
+    lengths = {"query_length": 20, "document_length": 40}
+    _write(released, "sentence_bert_config.json", lengths)
+    found = released_encoding(str(released)).settings
+    assert (found["query_length"], found["passage_length"]) == (20, 40)
+    called = {"processing_kwargs": {"text": {"max_length": 30}}}  # it wins
+    _write(released, "sentence_bert_config.json", lengths | called)
+    found = released_encoding(str(released)).settings
+    assert (found["query_length"], found["passage_length"]) == (30, 30)
     (released / "sentence_bert_config.json").unlink()
     assert released_encoding(str(released)).settings["query_length"] == 60
     (released / "modules.json").unlink()
@@ -211,6 +223,13 @@ def test_the_files_of_older_versions_are_read(released: Path) -> None:
         ("1_Pooling/config.json", {"pooling_mode": "weightedmean"}, "pooling", "weightedmean"),
         ("1_Pooling/config.json", {"pooling_mode": ["cls", "max"]}, "pooling", "cls and max"),
         ("1_Pooling/config.json", 5, "pooling", "cannot be read"),
+        ("1_Pooling/config.json", {}, "pooling", "lacks the config"),
+        (
+            "config_sentence_transformers.json",
+            {"similarity_fn_name": "manhattan"},
+            "normalize",
+            "manhattan",
+        ),
         ("sentence_bert_config.json", {"do_lower_case": True}, "pooling", "do_lower_case"),
         ("sentence_bert_config.json", {"query_expansion": {"n": 1}}, "pooling", "expands"),
         ("sentence_bert_config.json", {"config_args": {"n": 1}}, "pooling", "config_args"),
@@ -276,3 +295,47 @@ def test_a_cross_encoder_that_would_rank_otherwise_is_refused(
     _write(tmp_path, file, content)
     with refused(code or "not-readable", str(tmp_path)):
         check_released(str(tmp_path), None, tokenizer, encoding)
+
+
+CHAT = (
+    "{% for m in messages %}{% if loop.last %}[SEP]{% endif %}{{ m['content'] }}"
+    "{% if m['role'] == 'document' %}?{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "code", "change"),
+    [
+        ("sentence_bert_config.json", {"do_lower_case": True}, "not-readable", {}),
+        ("sentence_bert_config.json", {"config_kwargs": {"n": 1}}, "not-readable", {}),
+        ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "not-readable", {}),
+        (
+            "sentence_bert_config.json",
+            {"processing_kwargs": {"text": {"add_special_tokens": False}}},
+            "not-readable",
+            {},
+        ),
+        ("tokenizer_config.json", {"truncation_side": "left"}, "not-readable", {}),
+        ("sentence_bert_config.json", {}, "other-pair", {"pair": "joined"}),
+        ("sentence_bert_config.json", {}, "other-pair", {"query_template": "ask: {text}"}),
+        (
+            "sentence_bert_config.json",
+            {"modality_config": dict.fromkeys(("text", "message"), LOGITS)},
+            "other-chat-template",
+            {},
+        ),
+    ],
+)
+def test_a_cross_encoder_that_reads_pairs_otherwise_is_refused(
+    file: str, content: Any, code: str, change: dict[str, Any], tmp_path: Path
+) -> None:
+    tokenizer = copy.deepcopy(folders.tokenizer("encoder"))
+    tokenizer.chat_template = CHAT
+    encoding = Encoding(kind="reranker", pair="pair", pooling="cls", **PLAIN)
+    scored = {"transformer_task": "sequence-classification", "modality_config": {"text": LOGITS}}
+    _write(tmp_path, "modules.json", _modules("Transformer"))
+    _write(tmp_path, "sentence_bert_config.json", scored)
+    check_released(str(tmp_path), None, tokenizer, encoding)
+    _write(tmp_path, file, {**(scored if file.startswith("sentence") else {}), **content})
+    with refused(code, str(tmp_path)):
+        check_released(str(tmp_path), None, tokenizer, replace(encoding, **change))

@@ -28,7 +28,7 @@ from caravan.models.adapters import LoRA
 from caravan.models.backbone import FromFolder, Pretrained
 from caravan.models.cpu import pack_linears
 from caravan.models.loading import load_tokenizer, set_attention
-from caravan.models.released import check_released
+from caravan.models.released_pairs import check_released
 from caravan.models.token_scorer import TokenScorer
 
 TOKEN = Encoding(

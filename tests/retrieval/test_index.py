@@ -10,9 +10,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from tests.refusals import refused
 
+from caravan.retrieval.exact import Exact
 from caravan.retrieval.index import (
     ArrayBlocks,
-    Exact,
     Faiss,
 )
 from caravan.retrieval.segments import BestSegments, measured_recall

@@ -84,7 +84,7 @@ def test_workers_and_budget_change_nothing_but_rounding_and_lengths_do(
     assert (one * encoded("bf16", precision="bf16")).sum(axis=1).min() > 0.999
 
 
-def test_encoding_logs_its_start_and_advances_by_chunk(
+def test_encoding_logs_its_start_and_what_is_cut_and_advances_by_chunk(
     model: Path,
     collection: Collection,
     tmp_path: Path,
@@ -95,9 +95,16 @@ def test_encoding_logs_its_start_and_advances_by_chunk(
     shown = lambda *_: contextlib.nullcontext(steps.append)  # noqa: E731
     monkeypatch.setattr(inference, "progress", shown)
     caplog.set_level(logging.INFO, "caravan")
+    texts = collection.corpus.get(np.arange(60))
+    templates = Inference(model, "retriever", num_workers=0).templates
+    full = sum(len(ids) == 24 for ids in templates.passages(texts))
+    assert 0 < full < 60
     for _ in range(2):
         encode(model, collection, tmp_path, block=1000)
-        assert caplog.messages == [f"encode 60 passages with {model} on cpu, float32"]
+        assert caplog.messages == [
+            f"encode 60 passages with {model} on cpu, float32",
+            f"{full} of 60 passages have 24 tokens: what is longer is cut",
+        ]
     assert sum(steps) == 60
     assert len(steps) >= 2  # in the only block
 

@@ -11,7 +11,8 @@ from tests.commands import evaluate
 from tests.retrieval.test_index import reference, vectors
 
 from caravan.retrieval import quantized
-from caravan.retrieval.index import ArrayBlocks, Exact
+from caravan.retrieval.exact import Exact
+from caravan.retrieval.index import ArrayBlocks
 from caravan.retrieval.quantized import Binary, Rescored
 from caravan.retrieval.segments import BestSegments
 

@@ -6,11 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.commands import ROOT, evaluate, evaluate_arguments
 from tests.tiny import write_beir
 from tests.two_ranks import TwoRanks
+
+from caravan.retrieval import stages
 
 SHORT = "measures=[MRR@5]"
 
@@ -37,6 +40,32 @@ def test_two_processes_write_what_one_writes_and_one_resumes_their_work(
     (tmp_path / "two/runs/retriever.test.trec").unlink()
     evaluate(beir, tmp_path / "two", *overrides)
     assert contents(tmp_path / "two") == one
+
+
+def in_parts(beir: Path, run_dir: Path, *overrides: str) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "PART", 16)
+        return evaluate(beir, run_dir, *overrides)
+
+
+def test_parts_that_two_processes_search_give_the_run_of_one_search(
+    beir: Path, folders: dict[str, str], tmp_path: Path, two_ranks: TwoRanks
+) -> None:
+    overrides = (folders["retriever"], "block=8", "index.k=20", SHORT)
+    evaluate(beir, tmp_path / "whole", *overrides)
+    whole = (tmp_path / "whole/runs/retriever.test.trec").read_bytes()
+    metrics = two_ranks(in_parts, beir, tmp_path / "parts", *overrides)
+    assert metrics[0]["overall"]
+    run = tmp_path / "parts/runs/retriever.test.trec"
+    assert run.read_bytes() == whole
+    parts = sorted((tmp_path / "parts/store").glob("found.*/*.npy"))
+    assert len(parts) == 4
+    parts[2].unlink()  # as if it had been killed
+    run.unlink()
+    kept = parts[0].stat().st_mtime_ns
+    in_parts(beir, tmp_path / "parts", *overrides)
+    assert run.read_bytes() == whole
+    assert parts[0].stat().st_mtime_ns == kept
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ def test_one_index_is_held_at_a_time(
         build(self, blocks)
 
     monkeypatch.setattr(Faiss, "build", watched)
-    metrics = evaluate(home, tmp_path / "run", folders["retriever"], NAMES, SHORT)
+    metrics = evaluate(home, tmp_path / "run", folders["retriever"], NAMES, SHORT, "index=flat")
     assert metrics["failed"] == {}
     assert len(built) == 4
 

@@ -15,7 +15,7 @@ from tests.two_ranks import TwoRanks
 from caravan.data.collection import Collection, Qrels
 from caravan.data.runs import Run, read_run
 from caravan.data.segments import Cut
-from caravan.retrieval.index import Exact
+from caravan.retrieval.exact import Exact
 from caravan.training.evaluation import (
     PASSAGES,
     QUERIES,

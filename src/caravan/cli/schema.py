@@ -18,7 +18,14 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-from pydantic import AfterValidator, NonNegativeInt, PositiveInt
+from pydantic import (
+    AfterValidator,
+    AllowInfNan,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 from pydantic_core import PydanticCustomError
 
 from caravan.encoding import Encoding
@@ -94,6 +101,17 @@ class GradCaching:
 
 
 @dataclass
+class Distilling:
+    """A teacher's embeddings to learn (`caravan.training.distillation.Distillation`)."""
+
+    teacher: str | None
+    loss: Literal["cosine", "mse"]
+    weight: Annotated[PositiveFloat, AllowInfNan(False)]
+    scores_weight: Annotated[NonNegativeFloat, AllowInfNan(False)]
+    projection: bool
+
+
+@dataclass
 class Train:
     """The root of conf/train.yaml."""
 
@@ -107,6 +125,7 @@ class Train:
     encoding: Encoding
     batching: Batching
     gradcache: GradCaching
+    distillation: Distilling
     validation: Validation
     stage: NODE
     backbone: NODE

@@ -22,6 +22,7 @@ from caravan.models import hardware
 from caravan.models.backbone import FromFolder
 from caravan.training import fit
 from caravan.training.adaptation import Adaptation
+from caravan.training.distillation import Distillation
 from caravan.training.fsdp import FullySharded
 from caravan.training.losses import Likelihood, Loss
 from caravan.training.reranker import Reranker
@@ -61,6 +62,7 @@ def train(cfg: DictConfig) -> float | None:
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     parts = {name: build(cfg, name) for name in (*SAME, "data", "logger", "callbacks")}
     validation = {**settings["validation"], "ignore_identical_ids": cfg.ignore_identical_ids}
+    given_teacher = settings["distillation"]["teacher"]
     run = fit.Training(
         **{name: parts[name] for name in SAME},
         **{name: settings[name] for name in ("name", "seed", "resume", "precision", "batching")},
@@ -75,6 +77,7 @@ def train(cfg: DictConfig) -> float | None:
         readings=[Reading(**one) for one in validation.pop("readings")],
         validation=validation,
         gradcache=cfg.gradcache.chunk,
+        distillation=Distillation(**settings["distillation"]) if given_teacher else None,
         settings=settings,
         config=recorded(cfg),
         facts={**source_facts(parts["data"]), "recipe": recipe(cfg)},
@@ -112,6 +115,7 @@ def recipe(cfg: DictConfig) -> dict[str, Any]:
         "temperature": given("loss.temperature"),
         "dimensions": ", ".join(map(str, given("loss.dims") or ())),
         "queries an update": cfg.batching.queries_per_batch * accumulated,
+        "teacher of embeddings": Path(given("distillation.teacher") or "").name,
         "negatives a query": given("sampler.number"),
         "negatives from": ", ".join(Path(run).name for run in given("sampler.runs") or ()),
         "optimizer": class_of("optimizer"),
@@ -192,11 +196,19 @@ def _entries(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def loss_has_its_scores(config: Config) -> None:
-    """A loss has the scores of a teacher, log probabilities or embeddings, if it needs them."""
+    """A loss has a teacher's scores or embeddings, or log probabilities, if it needs them."""
     if config.get("loss.dims") is not None and not config.is_a("stage", Retriever):
         config.add(
             "loss.dims", "it cuts embeddings, which only stage=retriever has; set it to null"
         )
+    teacher = config.get("distillation.teacher")
+    if teacher is not None and not config.is_a("stage", Retriever):
+        text = "only stage=retriever has embeddings to compare with a teacher's; set it to null"
+        config.add("distillation.teacher", text)
+    elif teacher is not None and not Path(teacher).is_dir():
+        text = f"there is no folder {teacher}; embed the passages and the training queries with"
+        text += " evaluate.py retriever=<teacher> data.split=train, and set its folder"
+        config.add("distillation.teacher", text, "folder")
     sampler: Any = config.targets.get(("sampler",))
     by_run = (Sampler.teacher_scores, Negatives.teacher_scores)
     gives_scores = is_class(sampler, Sampler) and sampler.teacher_scores not in by_run

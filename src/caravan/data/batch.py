@@ -74,6 +74,11 @@ class Packed(Movable):
         split = (chunk.split(texts) for chunk in self.chunks)
         return replace(self, chunks=tuple(chain.from_iterable(split)))
 
+    def full(self, length: int) -> int:
+        """The number of texts of `length` tokens or more."""
+        masks = (chunk.attention_mask for chunk in self.chunks)
+        return sum(int((mask.sum(dim=1) >= length).sum()) for mask in masks)
+
     def lengthened(self, chunks: int) -> Packed:
         """Pad to `chunks` chunks by repeating the last one; keeps ranks in step."""
         extra = chunks - len(self.chunks)
@@ -265,6 +270,9 @@ class TrainBatch(Batch):
     teacher: Tensor | None = None  # [Q, G] float32, a teacher's scores; NaN where it has none
     # [Q] bool: other queries' passages are negatives of the query; None: for all
     in_batch: Tensor | None = None
+    # [Q, t] and [Q * G, t] float16, a teacher's embeddings of the texts
+    teacher_queries: Tensor | None = None
+    teacher_passages: Tensor | None = None
 
 
 @dataclass(frozen=True)

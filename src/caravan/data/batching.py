@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -100,7 +100,13 @@ class Groups(Dataset[Any]):
     Args:
         templates: `Templates` give batches of queries and passages (retriever), `PairTemplates`
             batches of pairs (reranker).
+
+    Attributes:
+        teacher_embeddings: a function of query rows [Q] and passage rows [Q, G] that returns the
+            fields of a teacher's embeddings (`TrainBatch`); None without a teacher.
     """
+
+    teacher_embeddings: Callable[[np.ndarray, np.ndarray], Fields] | None = None
 
     def __init__(
         self,
@@ -167,6 +173,8 @@ class Groups(Dataset[Any]):
             "excluded_keys": self._excluded(query_rows),
             **shared,
         }
+        if self.teacher_embeddings is not None:
+            fields |= self.teacher_embeddings(query_rows, groups)
         return Unpacked(TrainBatch, fields, self.token_budget, self.templates.pad_id)
 
     def _excluded(self, query_rows: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ import numpy as np
 
 from caravan import manifests
 from caravan.data.qrels import Judgement, Qrels, RowLookup, Scored, Unknown
-from caravan.data.runs import write_run
+from caravan.data.runs import Run, open_run, write_run
 from caravan.data.texts import Place, Record, Texts, text_keys, write_texts
 from caravan.errors import InputError
 from caravan.files import scratch_folder
@@ -32,6 +32,7 @@ FORMAT = 3
 
 FILES = re.compile(
     r"collection\.json|(corpus|queries)\.(arrow|ids\.npy)|qrels/[^/]+\.npz|runs/[^/]+\.trec"
+    r"|parsed/([^/]+/)?[^/]+\.(npy|json|lock)"
 )
 """Paths of the files in a collection's folder."""
 
@@ -139,6 +140,11 @@ class Collection:
             problem = f"collection {self.name} has no run {name}; its runs: {there}"
             raise InputError("unknown-run", problem)
         return self.folder / "runs" / f"{own}.trec"
+
+    def read_run(self, name: str | Path, depth: int | None = None) -> Run:
+        """Read a run; arguments and errors as for `run_path` and `caravan.data.runs.read_run`."""
+        path, parsed = self.run_path(name), self.folder / "parsed"
+        return open_run(path, self.queries, self.corpus, parsed, depth)
 
 
 def write_collection(

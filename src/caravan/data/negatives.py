@@ -24,7 +24,7 @@ import numpy as np
 from caravan.data.collection import OWN, Collection, own_passages
 from caravan.data.mining import Positives, Rules, mine
 from caravan.data.qrels import Qrels
-from caravan.data.runs import Run, read_run
+from caravan.data.runs import Run
 from caravan.data.texts import text_keys
 from caravan.errors import InputError
 
@@ -37,13 +37,12 @@ def run_over(
     """Read a run, also one of the collection, that ranks some of the judged queries.
 
     Args:
-        path, depth: as for `Collection.run_path` and `read_run`.
+        path, depth: as for `Collection.read_run`.
 
     Raises:
         InputError: "other-queries" if it ranks none of them.
     """
-    file = collection.run_path(path)
-    run = read_run(file, collection.queries, collection.corpus, depth=depth)
+    run = collection.read_run(path, depth)
     if not np.isin(qrels.queries, run.query_rows).any():
         raise InputError(
             "other-queries",

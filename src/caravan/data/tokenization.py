@@ -129,7 +129,8 @@ class Template:
 
     def __init__(self, template: str) -> None:
         self.body, self.suffix, self.slots = template_parts(template)
-        self.untitled = re.sub(r"\{title\}\s?", "", self.body)
+        # Escaped braces stay, as in "{{title}}".
+        self.untitled = re.sub(r"(\{\{|\}\})|\{title\}\s?", r"\1", self.body)
 
     def render(self, title: str, text: str) -> str:
         """The text before the suffix; an empty title leaves no double space.

@@ -12,7 +12,7 @@ import numpy as np
 from caravan.data.batching import PairBatches, TextBatches
 from caravan.data.collection import Collection, own_passages, warn_if_queries_are_passages
 from caravan.data.pairs import PairTemplates
-from caravan.data.runs import Run, read_run
+from caravan.data.runs import Run
 from caravan.data.segments import Cut, Reading, cut
 from caravan.data.tokenization import Templates
 from caravan.distributed import is_main_process
@@ -146,5 +146,4 @@ class Validation:
         return rows
 
     def _top(self, run: str, depth: int) -> Run:
-        path = self.collection.run_path(run)
-        return read_run(path, self.collection.queries, self.collection.corpus, depth=depth)
+        return self.collection.read_run(run, depth)

@@ -19,7 +19,7 @@ from itertools import combinations
 import numpy as np
 from scipy import stats
 
-from caravan.data.runs import Run, read_run
+from caravan.data.runs import Run
 from caravan.progress import track
 from caravan.report.systems import Judged, System
 from caravan.report.tables import depth_note
@@ -122,7 +122,7 @@ def compare(
     runs, missing, depths = [], [], []
     rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for system in track(list(systems), "score", total=len(systems), unit="runs"):
-        run = read_run(system.run, judged.queries, judged.corpus, depth=depth)
+        run = judged.read_run(system.run, depth)
         scores = score_run(run, judged.qrels, judged.queries, judged.corpus, names)
         runs.append(run)
         missing.append(scores["missing"])

@@ -19,6 +19,7 @@ import yaml
 from caravan.data.collection import Collection
 from caravan.data.qrels import Qrels, RowLookup
 from caravan.data.readers.labelled import judgements
+from caravan.data.runs import Run, read_run
 from caravan.errors import InputError
 from caravan.report.records import (
     JudgedOn,
@@ -75,6 +76,13 @@ class Judged:
     corpus: Any
     qrels: Qrels
     relevant_from: int = 1  # the lowest relevant grade
+    collection: Collection | None = None
+
+    def read_run(self, path: Path, depth: int) -> Run:
+        """The `depth` best of each query; raises as `caravan.data.runs.read_run`."""
+        if self.collection is not None:
+            return self.collection.read_run(path, depth)
+        return read_run(path, self.queries, self.corpus, depth)
 
     @property
     def has_texts(self) -> bool:
@@ -161,7 +169,8 @@ def read_judged(systems: Sequence[System], qrels: Path | None = None) -> Judged:
     _, digest, split = next(iter(known.values()))
     found = find(digest, homes[0])
     qrels_of_split, relevant_from = found.qrels(split), found.relevant_from.get(split, 1)
-    return Judged(found.name, split, found.queries, found.corpus, qrels_of_split, relevant_from)
+    texts = found.queries, found.corpus
+    return Judged(found.name, split, *texts, qrels_of_split, relevant_from, found)
 
 
 def find(digest: str, home: Path) -> Collection:

@@ -1,7 +1,6 @@
-"""The `Index` interface, faiss indexes by factory string, and exact search in torch.
+"""The `Index` interface, and indexes by factory string of faiss (Douze et al., arXiv 2401.08281).
 
-`Faiss` (Douze et al., arXiv 2401.08281) stores vectors as its factory string specifies. `Exact`
-reads the corpus block by block for every search, so its memory does not grow with the corpus.
+`caravan.retrieval.exact` searches without faiss.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ class Faiss:
             InputError: If faiss cannot build the index, or a vector is not finite.
         """
         faiss.omp_set_num_threads(torch.get_num_threads())
-        _require_rows(blocks)
+        require_rows(blocks)
         factory = f"index.factory='{self.factory}'"
         with _refused(
             "unknown-index", f"{factory} is not a factory string of faiss, such as HNSW32"
@@ -166,103 +165,6 @@ class Faiss:
             faiss.ParameterSpace().set_index_parameter(index, name, value)
 
 
-class Exact:
-    """Exact search: computes all dot products in float32, reading the blocks for every search.
-
-    Ties are ordered by ascending row for any chunk size and device: each score is packed with its
-    row into a unique 64-bit key.
-
-    Args:
-        query_chunk, passage_chunk: size of the largest score matrix in memory.
-        device: `auto` uses the GPU if there is one.
-    """
-
-    approximate = False
-
-    def __init__(
-        self,
-        k: PositiveInt = 1000,
-        query_chunk: PositiveInt = 1024,
-        passage_chunk: PositiveInt = 16_384,
-        device: str = "auto",
-    ) -> None:
-        self.k, self.device = k, device
-        self.query_chunk, self.passage_chunk = query_chunk, passage_chunk
-        self.bytes_per_vector: int | None = None
-        self._blocks: Blocks | None = None
-
-    def build(self, blocks: Blocks) -> None:
-        """Keep a reference to the blocks, which each search reads."""
-        _require_rows(blocks)
-        assert blocks.rows < 2**32  # a row takes 32 bits of a key
-        self._blocks = blocks
-        _, first = next(iter(blocks))
-        self.bytes_per_vector = first[0].nbytes
-
-    def search(self, queries: np.ndarray, k: int | None = None) -> Found:
-        """The `k` passages of greatest dot product for each of queries [Q, d]."""
-        assert self._blocks is not None  # build comes first
-        k = self.k if k is None else k
-        name = "cuda" if self.device == "auto" and torch.cuda.is_available() else self.device
-        device = torch.device("cpu" if name == "auto" else name)
-        query_vectors = torch.from_numpy(float32(queries, "the queries")).to(device)
-        keys = torch.full((len(query_vectors), k), EMPTY, dtype=torch.int64, device=device)
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")  # never TF32 or bf16, whatever training uses
-        try:
-            for start, block in track(self._blocks, "exact search", unit="blocks"):
-                vectors = torch.from_numpy(float32(block, f"passages from row {start}")).to(device)
-                for i in range(0, len(vectors), self.passage_chunk):
-                    chunk = vectors[i : i + self.passage_chunk]
-                    for j in range(0, len(query_vectors), self.query_chunk):
-                        span = slice(j, j + self.query_chunk)
-                        keys[span] = _merge(keys[span], query_vectors[span] @ chunk.T, start + i)
-        finally:
-            torch.set_float32_matmul_precision(precision)
-        scores, rows = _unpack(keys.cpu())
-        return scores.numpy(), rows.numpy()
-
-
-EMPTY = -(2**63)
-LOW = 2**32 - 1
-
-
-def _merge(keys: torch.Tensor, scores: torch.Tensor, start: int) -> torch.Tensor:
-    """Merge scores [q, n] of the rows from `start` into the greatest keys [q, k].
-
-    Scores below the worst key are dropped first: sorting all takes longer than the dot products.
-    """
-    worst, _ = _unpack(keys[:, -1:])
-    better = scores >= worst
-    counts = better.sum(dim=1)
-    width = int(counts.max())
-    if width < scores.shape[1] // 4:
-        queries, found = better.nonzero(as_tuple=True)
-        first = (counts.cumsum(0) - counts)[queries]
-        place = torch.arange(len(found), device=scores.device) - first
-        fresh = keys.new_full((len(scores), width), EMPTY)
-        fresh[queries, place] = _pack(scores[queries, found], found + start)
-    else:
-        rows = torch.arange(start, start + scores.shape[1], device=scores.device)
-        fresh = _pack(scores, rows)
-    return torch.cat([keys, fresh], dim=1).topk(keys.shape[1], dim=1).values
-
-
-def _pack(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Pack float32 scores and rows into int64 keys ordered by score, then by descending row."""
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
-    return (ordered.long() << 32) | (LOW - rows)
-
-
-def _unpack(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    ordered = (keys >> 32).int()
-    scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    nothing = keys == EMPTY
-    rows = (LOW - (keys & LOW)).masked_fill(nothing, -1)
-    return scores.masked_fill(nothing, -torch.inf), rows
-
-
 def _sample(blocks: Blocks, size: int) -> np.ndarray:
     """A fixed uniform sample of `size` vectors, [size, dim]."""
     picked = np.arange(blocks.rows)
@@ -293,15 +195,19 @@ def float32(vectors: np.ndarray, what: str) -> np.ndarray:
     """
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     if not np.isfinite(vectors).all():
-        raise InputError(
-            "not-finite",
-            f"the vectors of {what} hold NaN or infinite values; check whether the model has "
-            "diverged and encode them again",
-        )
+        raise not_finite(what)
     return vectors
 
 
-def _require_rows(blocks: Blocks) -> None:
+def not_finite(what: str) -> InputError:
+    return InputError(
+        "not-finite",
+        f"the vectors of {what} hold NaN or infinite values; check whether the model has "
+        "diverged and encode them again",
+    )
+
+
+def require_rows(blocks: Blocks) -> None:
     if not blocks.rows:
         raise InputError("empty-corpus", "there are no vectors to search: the corpus is empty")
 

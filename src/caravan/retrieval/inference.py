@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from caravan import manifests
-from caravan.data.batch import EncodeBatch, PairBatch
+from caravan.data.batch import EncodeBatch, Packed, PairBatch
 from caravan.data.batching import PairBatches, TextBatches
 from caravan.data.loaders import TextLoader
 from caravan.data.pairs import PairTemplates
@@ -215,7 +215,8 @@ class Inference:
         """
         blocks = partial(self._texts, texts, rows, side, block, instruction)
         task = "encode {} queries" if side == "query" else "encode {} passages"
-        compute = partial(self._on_disk, blocks, len(rows), task, torch.float16)
+        limit = getattr(self.encoding, f"{side}_length")
+        compute = partial(self._on_disk, blocks, len(rows), task, torch.float16, limit)
         inputs = {**inputs, "resolved_precision": self.precision}
         if INSTRUCTION in getattr(self.encoding, f"{side}_template"):
             inputs["instruction"] = instruction
@@ -241,13 +242,13 @@ class Inference:
         """
         texts, rows = (queries, corpus), (query_rows, passage_rows)
         blocks = partial(self._pairs, texts, rows, block, instruction)
-        return partial(self._on_disk, blocks, len(query_rows), "rerank {} pairs", torch.float32)
+        limit, size = self.encoding.query_length + self.encoding.passage_length, len(query_rows)
+        return partial(self._on_disk, blocks, size, "rerank {} pairs", torch.float32, limit)
 
     def _texts(
         self, texts: Any, rows: np.ndarray, side: str, block: int, instruction: str | None
     ) -> TextBatches:
-        templates = self.reading(instruction)
-        return TextBatches(texts, rows, templates, side, block, self.token_budget)
+        return TextBatches(texts, rows, self.reading(instruction), side, block, self.token_budget)
 
     def _pairs(
         self, texts: tuple[Any, Any], rows: tuple[Any, Any], block: int, instruction: str | None
@@ -256,7 +257,7 @@ class Inference:
         return PairBatches(*texts, *rows, self.reading(instruction), block, self.token_budget)
 
     def _in_memory(self, blocks: TextBatches | PairBatches) -> np.ndarray:
-        parts = [self._rows(blocks[i].packed()) for i in range(len(blocks))]
+        parts = [self._rows(_packed(blocks[i].packed())) for i in range(len(blocks))]
         return torch.cat(parts).float().cpu().numpy()
 
     def _on_disk(
@@ -265,27 +266,29 @@ class Inference:
         size: int,
         task: str,
         dtype: torch.dtype,
+        limit: int,
         missing: list[int],
     ) -> Iterator[np.ndarray]:
-        """Yield the results of the missing blocks, with a log line and a progress bar.
+        """Yield the results of the missing blocks, with log lines and a progress bar.
 
         Args:
-            make: the blocks of all texts or pairs, of which there are `size`.
+            make: the blocks of all `size` texts or pairs, cut at `limit` tokens.
         """
         blocks = make()  # loads the model
         left = sum(min(blocks.batch_size, size - i * blocks.batch_size) for i in missing)
         device = hardware.named(self.device)
         log.info(f"{task.format(f'{left:,}')} with {self.folder} on {device}, {self.precision}")
-        with progress(task.replace("{} ", ""), left, task.rpartition(" ")[2]) as done:
-            for batch in TextLoader(blocks, missing, self.num_workers):
-                yield self._rows(batch, done).to(dtype).cpu().numpy()
+        unit, full = task.rpartition(" ")[2], 0
+        with progress(task.replace("{} ", ""), left, unit) as done:
+            for packed in map(_packed, TextLoader(blocks, missing, self.num_workers)):
+                full += packed.full(limit)
+                yield self._rows(packed, done).to(dtype).cpu().numpy()
+        if full:
+            log.info(f"{full:,} of {left:,} {unit} have {limit} tokens: what is longer is cut")
 
-    def _rows(
-        self, batch: EncodeBatch | PairBatch, done: Callable[[int], object] | None = None
-    ) -> Tensor:
+    def _rows(self, packed: Packed, done: Callable[[int], object] | None = None) -> Tensor:
         """Embeddings [N, d] or scores [N]; calls `done` with the number of texts of each chunk."""
         with torch.inference_mode():
-            packed = batch.texts if isinstance(batch, EncodeBatch) else batch.pairs
             rows = packed.to(self.device, non_blocking=True).rows_of(self.model.of, done)
             finite = bool(rows.isfinite().all())
         if not finite:
@@ -295,6 +298,10 @@ class Inference:
                 " weights are damaged, or its training diverged; train or download it again",
             )
         return rows
+
+
+def _packed(batch: EncodeBatch | PairBatch) -> Packed:
+    return batch.texts if isinstance(batch, EncodeBatch) else batch.pairs
 
 
 class Models:

@@ -26,9 +26,8 @@ from caravan.retrieval.bm25 import BM25, open_index
 from caravan.retrieval.fusion import Fusion
 from caravan.retrieval.inference import Models, TextList
 from caravan.retrieval.rerank import Reranker
-from caravan.retrieval.stages import encode_corpus
 from caravan.retrieval.store import Store
-from caravan.retrieval.systems import Systems
+from caravan.retrieval.systems import Systems, encode_corpus
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from caravan.retrieval.index import DEEPER, MOST_FOUND, Blocks, Exact, Found, Index
+from caravan.retrieval.exact import Exact
+from caravan.retrieval.index import DEEPER, MOST_FOUND, Blocks, Found, Index
 
 
 class BestSegments:

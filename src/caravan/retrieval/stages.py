@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,19 +22,23 @@ import numpy as np
 from caravan import manifests
 from caravan.data.collection import Collection, Qrels, own_passages, warn_if_queries_are_passages
 from caravan.data.runs import Run, canonical, read_run, write_run
-from caravan.data.segments import cut
 from caravan.data.tokenization import instruction_for
 from caravan.distributed import is_main_process, wait_until
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.retrieval.bm25 import index_inputs, open_index
-from caravan.retrieval.inference import Inference, Models
+from caravan.retrieval.exact import Exact, found, merged
+from caravan.retrieval.index import Found
+from caravan.retrieval.inference import Models
 from caravan.retrieval.rerank import Reranker
 from caravan.retrieval.segments import measured_recall
 from caravan.retrieval.store import Embeddings, Store
-from caravan.retrieval.systems import Systems
+from caravan.retrieval.systems import Systems, encode_corpus, encode_queries
 
 log = logging.getLogger(__name__)
+
+PART = 1 << 18
+"""Passages, about, of a part of the corpus in exact search: the work of one process at a time."""
 
 Facts = dict[str, Any]
 """How a run was computed. Keys ending in `_s` are seconds, in `_query_s` seconds on queries."""
@@ -54,57 +58,6 @@ class Ranking:
     def seconds(self, suffix: str = "_s") -> float:
         """Seconds of the stage, or with the suffix `_query_s` those spent on queries."""
         return float(sum(value for key, value in self.facts.items() if key.endswith(suffix)))
-
-
-def encode_corpus(
-    model: Inference,
-    inputs: dict[str, Any],
-    systems: Systems,
-    collection: Collection,
-    store: Store,
-) -> tuple[Embeddings, np.ndarray | None]:
-    """Embed the passages of a collection, or their segments; reuses embeddings in the store.
-
-    Args:
-        inputs: the result of `Models.inputs`.
-
-    Returns:
-        The embeddings, and how many each passage has if each of its segments has one
-        (`Systems.make_index`).
-    """
-    reading, block = systems.reading, systems.block
-    read = cut(collection.corpus, np.arange(len(collection.corpus)), reading)
-    inputs = {**inputs, **_encoded(model, "passage"), **reading.segments}
-    inputs |= {"collection": collection.digest, "block": block}
-    name = "segments" if reading.segments else "passages"
-    own = instruction_for(model.encoding, collection.name)
-    texts = (read.texts, read.rows, "passage", block, store, name, inputs)
-    rows = model.encode_rows(*texts, own.get("instruction"))
-    return rows, read.counts
-
-
-def encode_queries(
-    model: Inference,
-    inputs: dict[str, Any],
-    systems: Systems,
-    collection: Collection,
-    store: Store,
-    split: str,
-) -> np.ndarray:
-    """Embeddings [Q, d] float32 of the judged queries of a split; arguments: `encode_corpus`."""
-    texts, rows, block = collection.queries, collection.qrels(split).queries, systems.block
-    inputs = {**inputs, **_encoded(model, "query"), "split": split}
-    inputs |= {"collection": collection.digest, "block": block}
-    own = instruction_for(model.encoding, collection.name)
-    name = f"queries.{split}"
-    return model.encode_rows(texts, rows, "query", block, store, name, inputs, **own).read()
-
-
-def _encoded(model: Inference, side: str) -> dict[str, int | None]:
-    """The settings of a side's embeddings that are not those of the model folder."""
-    given = model.overrides
-    dim = {"dim": given["dim"]} if "dim" in given else {}
-    return {"length": given.get(f"{side}_length"), **dim}
 
 
 class Stages:
@@ -172,16 +125,22 @@ class Stages:
             times.append(time.monotonic())
             queries = encode_queries(*product, self.split)
             times.append(time.monotonic())
-            if not is_main_process():
-                return None
             index = self.systems.make_index(segments)
+            parts = passages.parts(PART) if isinstance(index, Exact) else []
+            if len(parts) < 2 and not is_main_process():
+                return None
             index.build(passages)
             size = index.bytes_per_vector
             if size is not None:
                 log.info(f"index of {passages.rows:,} vectors, {size:,} bytes each")
             times.append(time.monotonic())
             depth = min(self._depth, len(self.collection.corpus))
-            scores, rows = index.search(queries, depth)
+            if isinstance(index, Exact) and len(parts) > 1:
+                scores, rows = self._search_parts(index, queries, parts, depth, inputs)
+                if not is_main_process():
+                    return None
+            else:
+                scores, rows = index.search(queries, depth)
             times.append(time.monotonic())
             names = ("encode_s", "encode_query_s", "index_s", "search_query_s")
             facts: Facts = dict(zip(names, np.diff(times).tolist(), strict=True))
@@ -205,6 +164,23 @@ class Stages:
             **self._ignoring,
         }
         return self._ranking("retriever", inputs, search, self.k, together=True)
+
+    def _search_parts(
+        self,
+        index: Exact,
+        queries: np.ndarray,
+        parts: Sequence[Embeddings],
+        depth: int,
+        inputs: dict[str, Any],
+    ) -> Found:
+        """Search parts of the corpus, each process its share; a killed search resumes."""
+
+        product = {**inputs, "split": self.split, "part": PART}
+
+        def compute(numbers: list[int]) -> Iterator[np.ndarray]:
+            return (index.keys(queries, parts[number], depth) for number in numbers)
+
+        return found(merged(self.store.shards("found", product, len(parts), compute)))
 
     def given(self, path: Path) -> Ranking:
         """Read a run file (TREC or MS MARCO) of any system, limited to the split's queries."""

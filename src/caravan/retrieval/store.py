@@ -9,6 +9,7 @@ A product is reused only if all its inputs are equal. The inputs are:
 - Embeddings: model folder, collection, length, precision, attention, token budget, block, remote
   code, versions of Caravan, torch, transformers and tokenizers; for queries also the split.
 - Scores: as embeddings, with the candidates and the settings of the reranker.
+- What exact search found in each part of a large corpus: as the run.
 - Runs: the inputs of their products, depth, index or fusion, `ignore_identical_ids`.
 
 Collections, model folders and runs are represented by digests of their content. Evaluations can
@@ -172,8 +173,8 @@ class Shards:
         if number not in self._verified:
             record = self._record(number)
             if record is None or manifests.content_digest(path, record["bytes"]) != record["xxh3"]:
-                log.warning("%s is damaged; it is computed again", path)
                 self.write([number])
+                log.warning("%s was damaged; it has been computed again", path)
             self._verified.add(number)
         array: np.ndarray = np.load(path, mmap_mode="r")
         return array
@@ -200,17 +201,37 @@ class Embeddings:
     """Embeddings on disk in row order; shard i starts at row i * block (`index.Blocks`).
 
     Iterating yields `(start_row, vectors [n, dim] float16)`, memory-mapped.
+
+    Args:
+        rows: of all shards.
+        span: the rows of a part, from a multiple of `block`; None for all.
     """
 
-    def __init__(self, shards: Shards, rows: int, block: int) -> None:
-        self.shards = shards
-        self.rows = rows
-        self.block = block
+    def __init__(self, shards: Shards, rows: int, block: int, span: range | None = None) -> None:
+        self.shards, self.block = shards, block
+        self.span = range(rows) if span is None else span
+        self.rows = len(self.span)
         self.dim = int(shards.read(0).shape[1])
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        for start in range(0, self.rows, self.block):
+        for start in self.span[:: self.block]:
             yield start, self.shards.read(start // self.block)
+
+    def get(self, rows: np.ndarray) -> np.ndarray:
+        """Embeddings [n, dim] float16 of rows [n], in their order."""
+        found = np.empty((len(rows), self.dim), dtype=np.float16)
+        numbers, places = np.divmod(rows, self.block)
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            found[here] = self.shards.read(number)[places[here]]
+        return found
+
+    def parts(self, size: int) -> list[Embeddings]:
+        """Parts of about `size` rows, whole shards each."""
+        step = max(size // self.block, 1) * self.block
+        starts = range(0, self.rows, step)
+        spans = [range(start, min(start + step, self.rows)) for start in starts]
+        return [Embeddings(self.shards, self.rows, self.block, span) for span in spans]
 
     def read(self) -> np.ndarray:
         """All embeddings [rows, dim] float32; for queries, or a corpus that fits in memory."""

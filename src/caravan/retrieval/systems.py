@@ -1,4 +1,4 @@
-"""What an evaluation or a search runs: retrievers, fusion, a reranker, and their settings."""
+"""What an evaluation or a search runs, with its settings; and the embeddings of a collection."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from caravan import manifests
-from caravan.data.segments import Reading
+from caravan.data.collection import Collection
+from caravan.data.segments import Reading, cut
 from caravan.data.tokenization import instruction_for
 from caravan.encoding import FILE, read_encoding
 from caravan.retrieval.index import Index
-from caravan.retrieval.inference import Models
+from caravan.retrieval.inference import Inference, Models
 from caravan.retrieval.rerank import Reranking
 from caravan.retrieval.segments import BestSegments
+from caravan.retrieval.store import Embeddings, Store
 
 
 @dataclass(frozen=True)
@@ -132,3 +134,54 @@ class Systems:
 def is_model(path: Path) -> bool:
     """Whether a retriever is meant as a model folder and not as a run file."""
     return path.is_dir() or path.name == FILE
+
+
+def encode_corpus(
+    model: Inference,
+    inputs: dict[str, Any],
+    systems: Systems,
+    collection: Collection,
+    store: Store,
+) -> tuple[Embeddings, np.ndarray | None]:
+    """Embed the passages of a collection, or their segments; reuses embeddings in the store.
+
+    Args:
+        inputs: the result of `Models.inputs`.
+
+    Returns:
+        The embeddings, and how many each passage has if each of its segments has one
+        (`Systems.make_index`).
+    """
+    reading, block = systems.reading, systems.block
+    read = cut(collection.corpus, np.arange(len(collection.corpus)), reading)
+    inputs = {**inputs, **_encoded(model, "passage"), **reading.segments}
+    inputs |= {"collection": collection.digest, "block": block}
+    name = "segments" if reading.segments else "passages"
+    own = instruction_for(model.encoding, collection.name)
+    texts = (read.texts, read.rows, "passage", block, store, name, inputs)
+    rows = model.encode_rows(*texts, own.get("instruction"))
+    return rows, read.counts
+
+
+def encode_queries(
+    model: Inference,
+    inputs: dict[str, Any],
+    systems: Systems,
+    collection: Collection,
+    store: Store,
+    split: str,
+) -> np.ndarray:
+    """Embeddings [Q, d] float32 of the judged queries of a split; arguments: `encode_corpus`."""
+    texts, rows, block = collection.queries, collection.qrels(split).queries, systems.block
+    inputs = {**inputs, **_encoded(model, "query"), "split": split}
+    inputs |= {"collection": collection.digest, "block": block}
+    own = instruction_for(model.encoding, collection.name)
+    name = f"queries.{split}"
+    return model.encode_rows(texts, rows, "query", block, store, name, inputs, **own).read()
+
+
+def _encoded(model: Inference, side: str) -> dict[str, int | None]:
+    """The settings of a side's embeddings that are not those of the model folder."""
+    given = model.overrides
+    dim = {"dim": given["dim"]} if "dim" in given else {}
+    return {"length": given.get(f"{side}_length"), **dim}

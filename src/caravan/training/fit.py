@@ -41,9 +41,10 @@ from caravan.models.backbone import Backbone, FromFolder, Pretrained
 from caravan.models.hardware import parameter_counts
 from caravan.models.loading import add_slots
 from caravan.models.positions import refuse_too_long
-from caravan.models.released import check_released
+from caravan.models.released_pairs import check_released
 from caravan.training.callbacks import FitSummary
 from caravan.training.checkpoints import AtomicCheckpoints, best_weights, refuse_damage, resumable
+from caravan.training.distillation import Distillation
 from caravan.training.evaluation import (
     evaluate_again,
     evaluate_reading,
@@ -90,6 +91,7 @@ class Training:
     train_queries: int | None = None
     readings: Sequence[Reading] = ()
     gradcache: int | None = None
+    distillation: Distillation | None = None
     seed: int = 0
     resume: bool = False
     precision: str = "auto"
@@ -113,6 +115,8 @@ def train(run: Training) -> float | None:
             part.collection.qrels(part.dev_split)  # report a missing split before loading a model
     run.encoding = instructed(run.encoding, parts)
     inputs = inputs_of(run.settings, parts)
+    if run.distillation is not None:
+        inputs["embeddings"] = run.distillation.inputs(parts)
     model_dir, config = run.run_dir / "model", run.run_dir / "config.yaml"
     record = finished(model_dir, inputs, run.resume)
     if record is not None:
@@ -150,7 +154,11 @@ def _module(run: Training, parts: Sequence[Part]) -> Stage:
     if not (isinstance(run.backbone, FromFolder) and run.backbone.encoding.append_eos):
         encoding = without_second_end(tokenizer, encoding)  # otherwise keep the trained encoding
     add_slots(tokenizer, encoding)
-    cached = {} if run.gradcache is None else {"gradcache": GradCache(run.gradcache)}
+    optional: dict[str, Any] = {}  # not all stages have them
+    if run.gradcache is not None:
+        optional["gradcache"] = GradCache(run.gradcache)
+    if run.distillation is not None:
+        optional["distillation"] = run.distillation
     return run.stage(
         backbone=run.backbone,
         peft=run.peft,
@@ -159,7 +167,7 @@ def _module(run: Training, parts: Sequence[Part]) -> Stage:
         loss=run.loss,
         optimizer=run.optimizer,
         seed=run.seed,
-        **cached,
+        **optional,
     )
 
 

@@ -43,6 +43,8 @@ def inputs_of(settings: dict[str, Any], parts: Sequence[Part]) -> dict[str, Any]
             value = {name: of for name, of in value.items() if f"{key}.{name}" not in NOT_INPUTS}
         if key not in NOT_INPUTS:
             kept[key] = value
+    if not settings["distillation"]["teacher"]:
+        del kept["distillation"]  # as in trainings of older versions
     digests = {part.name: _digests(settings, part) for part in parts} or {"": _digests(settings)}
     if "" not in digests:  # of a mixture: each by the names of its collections
         names = digests[parts[0].name]

@@ -18,10 +18,15 @@ import torch
 from torch import Tensor
 
 from caravan.data.batch import TrainBatch
+from caravan.data.batching import Groups
+from caravan.data.collection import Collection
+from caravan.data.negatives import Sampler
+from caravan.data.unlabelled import Unlabelled
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models.biencoder import BiEncoder, cut, refuse_large
 from caravan.training import parallel
+from caravan.training.distillation import Distillation
 from caravan.training.gradcache import GradCache
 from caravan.training.losses import Loss, Sum
 from caravan.training.optim import AdamW
@@ -35,6 +40,7 @@ class Retriever(Stage):
         in_batch: use the other queries' passages as negatives too.
         cross_device: those of the other ranks as well. Without it the loss depends on the number
             of ranks.
+        distillation: of a teacher's embeddings; None trains by the scores alone.
         The others: see `Stage`.
     """
 
@@ -50,9 +56,19 @@ class Retriever(Stage):
         gradcache: GradCache | None = None,
         in_batch: bool = True,
         cross_device: bool = True,
+        distillation: Distillation | None = None,
     ) -> None:
         super().__init__(backbone, peft, tokenizer, encoding, loss, optimizer, seed, gradcache)
         self.in_batch, self.cross_device = in_batch, cross_device
+        self.distillation = distillation
+
+    def training_set(
+        self, collection: Collection, split: str, sampler: Sampler, token_budget: int
+    ) -> Groups | Unlabelled:
+        found = super().training_set(collection, split, sampler, token_budget)
+        if self.distillation is not None and isinstance(found, Groups):
+            found.teacher_embeddings = self.distillation.embeddings(collection, split)
+        return found
 
     def build(self) -> BiEncoder:
         config = self.backbone.config(self.tokenizer)
@@ -64,7 +80,12 @@ class Retriever(Stage):
                 f"loss.dims: {self._dims[-1]} is more than the {size} dimensions of an embedding;"
                 f" leave out sizes above {size}",
             )
-        return BiEncoder(self.adapted(self.backbone.model(self.tokenizer)), self.encoding)
+        if self.distillation is not None:
+            self.distillation.refuse_width(size)
+        transformer = self.adapted(self.backbone.model(self.tokenizer))
+        if self.distillation is None:
+            return BiEncoder(transformer, self.encoding)
+        return self.distillation.network(transformer, self.encoding, size)
 
     @property
     def _dims(self) -> list[int]:
@@ -81,14 +102,22 @@ class Retriever(Stage):
         )
 
     def _loss(self, queries: Tensor, passages: Tensor, batch: TrainBatch) -> Tensor:
-        """The loss of embeddings of queries [Q, d] and passages [Q * G, d]."""
+        """The loss of the network's outputs for queries [Q, d] and passages [Q * G, d]."""
+        distance = None
         with torch.autocast(self.device.type, enabled=False):  # similarities are float32
+            if self.distillation is not None:
+                assert batch.teacher_queries is not None
+                assert batch.teacher_passages is not None
+                teachers = batch.teacher_queries, batch.teacher_passages
+                queries, compared_queries = self.distillation.split(queries)
+                passages, compared_passages = self.distillation.split(passages)
+                distance = self.distillation((compared_queries, compared_passages), teachers)
             scores, targets, counts = self.scores(queries, passages, batch)
         teacher = batch.teacher  # [Q, G], of the query's own group
         if teacher is not None:
             own = targets.unsqueeze(1) + torch.arange(teacher.shape[1], device=targets.device)
             teacher = torch.full_like(scores[-1], torch.nan).scatter(1, own, teacher)
-        return self.compute_loss(scores, targets, teacher, counts)
+        return self.compute_loss(scores, targets, teacher, counts, distance)
 
     def scores(
         self, queries: Tensor, passages: Tensor, batch: TrainBatch

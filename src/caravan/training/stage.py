@@ -33,6 +33,7 @@ from caravan.models.hardware import settle_precisions
 from caravan.models.loading import add_slots, fit_vocabulary
 from caravan.models.remote_code import is_remote_code
 from caravan.training import fsdp, losses, parallel
+from caravan.training.distillation import Distillation
 from caravan.training.gradcache import GradCache, undisturbed
 from caravan.training.losses import Loss, Sum
 from caravan.training.optim import AdamW, updates
@@ -56,6 +57,8 @@ class Stage(pl.LightningModule, ABC):
 
     forward_methods: Sequence[str] = ()
     """Methods of the network other than `forward` for which FSDP must gather weights."""
+    distillation: Distillation | None = None
+    """Of a teacher's embeddings; a retriever's only."""
 
     def __init__(
         self,
@@ -230,12 +233,14 @@ class Stage(pl.LightningModule, ABC):
         targets: Tensor,
         teacher: Tensor | None,
         counts: list[int],
+        distance: Tensor | None = None,
     ) -> Tensor:
         """Compute and log the loss, weighted by this rank's share of the queries.
 
         Args:
             scores: [Q, N] float32 each; the loss is summed over them, and the last ones are logged.
             targets: [Q] int64. teacher: [Q, N] float32. counts: queries of each rank.
+            distance: from a teacher's embeddings, with `distillation`.
         """
         assert self.loss is not None
         # In bf16, logits at temperature 0.01 would be rounded to steps of 0.4.
@@ -245,7 +250,12 @@ class Stage(pl.LightningModule, ABC):
         # With this weight, the average over ranks is the mean over the union batch.
         weight = parallel.weight(counts)
         loss = loss * weight
-        values, last = {"loss": loss}, scores[-1]
+        values: dict[str, Tensor] = {}
+        if self.distillation is not None and distance is not None:
+            values["distance"] = distance * weight
+            loss = self.distillation.scores_weight * loss
+            loss = loss + self.distillation.weight * values["distance"]
+        values["loss"], last = loss, scores[-1]
         if last.shape[1] > 1:
             hits = (last.argmax(dim=1) == targets).float().mean()
             negatives = last.isfinite().sum(dim=1).float() - 1  # [Q]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from datasets import Dataset
+from pyarrow import parquet
 from tests.files import judged, put, records
 from tests.refusals import refused
 
@@ -137,10 +140,12 @@ def test_ids_of_nemo_are_those_of_a_corpus(tmp_path: Path) -> None:
     [
         ({"anchor": 1}, {}, "malformed-line", "anchor"),
         ({"positive": None}, {}, "malformed-line", "positive"),
+        ({"positive": ""}, {}, "malformed-line", "positive"),
         ({"positive": ["a", 2]}, {}, "malformed-line", "positive"),
         ({"score": [1.0]}, {}, "malformed-line", "score"),
         ({"score": ["x", 1]}, {}, "invalid-score", "'x'"),
         ({"label": 0.7}, {}, "invalid-label", "label"),
+        ({"label": None}, {}, "invalid-label", "label"),
         ({}, {"positive": "answer"}, "malformed-line", "answer"),
         ({}, {"query": None}, "malformed-line", "query"),
     ],
@@ -159,6 +164,21 @@ def test_a_score_without_a_label_is_no_judgement(tmp_path: Path) -> None:
     with refused("malformed-line", "pairs.csv:2", "score"):
         rows(path)
     assert judged(rows(path, columns={"score": None}), "train")
+
+
+def test_a_date_is_no_score() -> None:
+    with refused("invalid-score", "x", "2026"):
+        row_of("x", {**TRIPLETS[0], "score": [1, date(2026, 1, 2)]})
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    put(tmp_path, {"rows.csv": "anchor,positive,positive\na,b,c\n"})
+    names = ["anchor", "positive", "positive"]
+    table = pyarrow.Table.from_arrays([pyarrow.array([name]) for name in names], names=names)
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    for name in ("rows.csv", "rows.parquet"):
+        with refused("malformed-line", name, "'positive'"):
+            rows(tmp_path / name)
 
 
 def test_files_that_are_no_tables_are_named(tmp_path: Path) -> None:

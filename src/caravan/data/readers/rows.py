@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,8 +122,8 @@ def row_of(
     instruction = string(place, only("instruction") or "", "prompt", REMEDY)
     name = id_of_text(f"{instruction}\n{query}" if instruction else query)
     name = string(place, id_of(only("id", name)), "query_id", REMEDY)
-    if only("positive") is None:
-        raise malformed(place, f"{names['positive'][0]} is null", REMEDY)
+    if only("positive") is None or (only("positive") == "" and names["positive"][0] not in LISTS):
+        raise malformed(place, f"{names['positive'][0]} is null or empty", REMEDY)
     positives = _side(place, names["positive"], fields)
     negatives = _side(place, names["negative"], fields)
     if names["positive"][0] not in LISTS:
@@ -188,7 +189,7 @@ def _marked(
     if scores is not None:
         every = [*positives, *negatives]
         given = scores if isinstance(scores, list) else [scores]
-        if len(given) != len(every) or (len(every) == 1 and labels is None):
+        if len(given) != len(every) or (len(every) == 1 and not names["label"]):
             one = "it is not known whether its passage is relevant"
             many = f"it has {len(every)} passages"
             raise malformed(
@@ -202,7 +203,7 @@ def _marked(
             for one, value in zip(every, given, strict=True)
         ]
         positives, negatives = every[: len(positives)], every[len(positives) :]
-    if labels is None:
+    if not names["label"]:
         return positives, negatives
     given = labels if isinstance(labels, list) else [labels]
     if len(given) != len(positives) or any(_number(one) not in (0, 1) for one in given):
@@ -233,7 +234,8 @@ def _score(place: str, value: Any) -> float | None:
     """A teacher's score; None if there is none."""
     if value is None:
         return None
-    if isinstance(value, bool | str | list | dict) or not abs(value) <= LARGEST:
+    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    if not number or not abs(value) <= LARGEST:
         raise InputError(
             "invalid-score", f"{place}: the score {value!r} is not a finite number in float32"
         )

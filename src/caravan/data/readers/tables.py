@@ -69,6 +69,7 @@ def _cells(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with opened(file) as found:
             stream: Any = found
             reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), **settings)
+            _refuse_twice(f"{file}:1", reader.fieldnames or ())
             for row in reader:
                 number = reader.line_num
                 if None in row or None in row.values():
@@ -86,13 +87,24 @@ def _cells(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError("damaged-file", problem) from None
 
 
+def _refuse_twice(place: str, names: Sequence[str]) -> None:
+    """Refuse two columns of one name, of which a row would have the last."""
+    twice = [name for name in dict.fromkeys(names) if name and names.count(name) > 1]
+    if twice:
+        raise malformed(place, f"several columns named {twice[0]!r}", "rename or remove them")
+
+
 def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
+        found = parquet.ParquetFile(file)
+        _refuse_twice(str(file), found.schema_arrow.names)
+        for batch in found.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 yield f"{file}, row {number}", row
                 number += 1
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # pyarrow's are ValueErrors
         raise InputError("damaged-file", f"{file} is damaged ({first_line(error)})") from None
 
