@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from tests.cli.conftest import Lines
 from tests.cli.small_conf import CONF
 
@@ -94,6 +96,25 @@ def test_a_sweep_starts_with_its_command(path: Path) -> None:
     except InputError as error:  # runs, models and data that are not here
         found = str(error).splitlines()[1:]
         assert all("there is no" in line or "remote code" in line for line in found), found
+
+
+def test_the_jobs_of_the_scoring_sweep_differ_in_the_scoring_alone() -> None:
+    """The same backbone, batches, updates, texts and lengths; a suffix only for two tokens."""
+    own = {"scoring", "append_eos", "positive", "negative", "suffix"}
+    jobs: dict[str, Any] = {}
+    with Composer(CONF, "train") as composer:
+        sweep = composer.compose(["sweep=reranker_scoring"]).hydra.sweeper.params
+        for stage in str(sweep.stage).split(","):
+            cfg = without_hydra(composer.compose(["sweep=reranker_scoring", f"stage={stage}"]))
+            jobs[cfg.encoding.scoring] = OmegaConf.to_container(cfg, resolve=False)
+    suffixes = {name: job["encoding"]["suffix"] for name, job in jobs.items()}
+    rest = []
+    for job in jobs.values():
+        job["encoding"] = {key: job["encoding"][key] for key in job["encoding"].keys() - own}
+        rest.append(job)
+    assert set(jobs) == {"head", "token", "likelihood"}
+    assert rest[1:] == rest[:-1]
+    assert suffixes["head"] == suffixes["likelihood"] == "" != suffixes["token"]
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,8 @@ def _training(name: str, stand: Stand, run_dir: Path, group: str = "experiment")
     if "folder" in cfg.backbone:
         given.append(f"backbone.folder={stand.models['adapted']}")
     elif "name" in cfg.backbone:
-        base = stand.encoder if "MiniLM" in cfg.backbone.name else stand.decoder
-        given.append(f"backbone.name={base}")
+        base = stand.encoder if "MiniLM" in (cfg.backbone.name or "") else stand.decoder
+        given += [f"backbone.name={base}", "backbone.layers=null"]
     else:
         given += [text for text in TINY if text.startswith("backbone.")]
     adapts = cfg.stage._target_.endswith("Adaptation")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from tests.commands import ROOT
 from tests.models.small import GROUPED, TEXTS, close, language_model_of, padded, shaken
 from tests.refusals import refused
@@ -160,23 +161,33 @@ def test_a_released_model_is_adopted_by_one_command(
     close(_of_folder(tmp_path / "head" / "model"), expected)
 
 
+@pytest.mark.parametrize("quant_type", [None, "nf4"], ids=["LoRA", "QLoRA"])
 def test_an_adapters_folder_scores_as_before_and_is_trained_further(
-    tokenizer: Any, tmp_path: Path
+    quant_type: str | None, tokenizer: Any, tmp_path: Path
 ) -> None:
     _saved(tmp_path / "base", tokenizer)
-    lora = LoRA(rank=4, alpha=8, dropout=0.0)
-    scorer = shaken(lora.apply(Pretrained(str(tmp_path / "base")).language_model(tokenizer)))
+    lora = LoRA(rank=4, alpha=8, dropout=0.0, quant_type=quant_type)
+    base = Pretrained(str(tmp_path / "base"))
+    base.use_adapters(lora)
     answers = answer_ids(tokenizer, TOKEN)
-    model = TokenScorer(scorer, TOKEN, answers).eval()
-    folder.save(tmp_path / "m", model, tokenizer, TOKEN, {})
+    model = TokenScorer(shaken(lora.apply(base.language_model(tokenizer))), TOKEN, answers)
+    four_bits = [one for one in model.modules() if isinstance(one, Linear4bit)]
+    assert len(four_bits) == (14 if quant_type else 0)  # not the output layer
+    model.train().score(pack(TEXTS, 64)).sum().backward()
+    trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name and bool(grad.any()) for name, grad in trained.items())
+    folder.save(tmp_path / "m", model.eval(), tokenizer, TOKEN, {})
     spec = FromFolder(str(tmp_path / "m"))
-    merged = TokenScorer(spec.language_model(tokenizer), TOKEN, answers).eval()
+    merged = TokenScorer(spec.language_model(tokenizer), TOKEN, answers)
     spec.use_adapters(lora)
-    kept = spec.adapted(lora, spec.language_model(tokenizer))
+    kept = TokenScorer(spec.adapted(lora, spec.language_model(tokenizer)), TOKEN, answers)
+    loaded = folder.load(tmp_path / "m")[0]  # the base in full precision, as `merged`
     with torch.no_grad():
-        expected = model.score(pack(TEXTS, 64))
-        for other in (folder.load(tmp_path / "m")[0], merged, TokenScorer(kept, TOKEN, answers)):
-            close(other.eval().score(pack(TEXTS, 64)), expected)
+        scores = [one.eval().score(pack(TEXTS, 64)) for one in (model, kept, loaded, merged)]
+    close(scores[1], scores[0])
+    close(scores[3], scores[2])
+    if quant_type is None:
+        close(scores[2], scores[0])
 
 
 def test_a_folder_is_a_language_model_of_transformers_with_the_ids_of_its_template(
