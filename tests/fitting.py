@@ -226,6 +226,17 @@ def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], atol: float =
         torch.testing.assert_close(other[name], weight, atol=atol, rtol=1e-4, msg=name)
 
 
+def assert_loss_and_gradient(
+    module: Any, found: Tensor, expected: Tensor, atol: float = 2e-5, rtol: float = 1e-3
+) -> None:
+    """A loss and its gradient by the trainable weights equal those of a reference."""
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    weights = [p for p in module.parameters() if p.requires_grad]
+    ours, theirs = (torch.autograd.grad(of, weights) for of in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=atol, rtol=rtol)
+
+
 def on_ranks(fit: Fit, strategy: str, bf16: bool = False, **settings: Any) -> dict[str, Any]:
     """Metrics and losses of a fit on several ranks ("ddp" or "fsdp"), which can be sent."""
     sharded = strategy == "fsdp"

@@ -11,7 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.commands import ROOT, evaluate, train, train_arguments
-from tests.fitting import Fit, Fitted, KillAt, Sgd, assert_close, on_ranks, same_weights
+from tests.fitting import (
+    Fit,
+    Fitted,
+    KillAt,
+    Sgd,
+    assert_close,
+    assert_loss_and_gradient,
+    on_ranks,
+    same_weights,
+)
 from tests.refusals import refused
 from tests.tiny import tiny_backbone, write_beir
 from tests.two_ranks import TwoRanks
@@ -107,11 +116,7 @@ def test_loss_and_gradient_equal_a_naive_reference(
     scores = embedded[0] @ embedded[1].T / 0.05
     terms = [row.logsumexp(0) - row[2 * i] for i, row in enumerate(scores)]
     expected = scores_weight * sum(terms) / 3 + 0.7 * (sides[0] + sides[1]) / 2
-    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
-    weights = [p for p in module.parameters() if p.requires_grad]
-    ours, theirs = (torch.autograd.grad(of, weights) for of in (found, expected))
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-3)
+    assert_loss_and_gradient(module, found, expected)
 
 
 def test_a_batch_has_the_teachers_embeddings_of_its_texts(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.fitting import assert_loss_and_gradient
 from tests.refusals import refused
 from tests.tiny import tiny_backbone
 from torch import Tensor
@@ -101,11 +102,7 @@ def test_loss_and_gradient_equal_a_naive_reference(
     assert (masked is None) == (margin is None)
     if masked is not None:
         assert 0 < masked.sum() < scores.isfinite().sum() - 3, scores
-    torch.testing.assert_close(loss.double(), reference, atol=1e-5, rtol=1e-5)
-    weights = [p for p in module.parameters() if p.requires_grad]
-    ours, theirs = (torch.autograd.grad(of, weights) for of in (loss, reference))
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert_loss_and_gradient(module, loss, reference, atol=1e-5, rtol=1e-4)
 
 
 def test_copies_by_text_and_the_querys_own_passage_are_not_negatives_in_the_batch(
@@ -210,11 +207,7 @@ def test_with_dims_the_loss_is_the_sum_over_cut_and_whole_embeddings(
             for i, own in enumerate(batch.teacher):
                 teacher[i, 3 * i : 3 * i + 3] = own
         expected = expected + compute(loss, scores, targets, teacher.double())
-    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
-    weights = [p for p in module.parameters() if p.requires_grad]
-    ours, theirs = (torch.autograd.grad(of, weights) for of in (found, expected))
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-3)
+    assert_loss_and_gradient(module, found, expected)
 
 
 def test_dims_above_the_size_of_an_embedding_are_refused(
