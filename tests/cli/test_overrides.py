@@ -46,6 +46,22 @@ def test_a_setting_typed_as_an_option_is_answered_with_how_to_write_it(
         preflight([text, "adamw"], conf, "train")
 
 
+@pytest.mark.parametrize(
+    ("flags", "place"),
+    [
+        (["-m", "--cfg", "job"], "--cfg cannot be combined with --multirun"),
+        (["--multirun", "--info", "searchpath"], "--info cannot be combined with --multirun"),
+        (["--cfg", "job", "--run"], "--cfg cannot be combined with --run"),
+        (["--resolve"], "--resolve is an option of --cfg"),
+    ],
+)
+def test_flags_that_hydra_refuses_together_are_refused(
+    flags: list[str], place: str, conf: Path
+) -> None:
+    with refused("conflicting-flags", place):
+        preflight([*flags, "name=x"], conf, "train")
+
+
 def test_special_characters_have_a_remedy_that_can_be_pasted() -> None:
     names = (
         "josé",

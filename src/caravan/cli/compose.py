@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-from argparse import ArgumentParser
 from contextlib import AbstractContextManager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -118,15 +117,7 @@ def preflight(argv: list[str], conf: Path, name: str) -> tuple[list[str], Path |
         The arguments for Hydra (strings that it would parse as numbers are quoted, a sweep has the
         values of its file), and the folder of a sweep. Raises an InputError as `refuse` does.
     """
-    parser = ArgumentParser(add_help=False)
-    parser.add_argument("overrides", nargs="*")
-    for flags in ("-m --multirun", "-r --run", "--resolve"):
-        parser.add_argument(*flags.split(), action="store_true")
-    for flags in ("-cp --config-path", "-cn --config-name", "-cd --config-dir", "-c --cfg"):
-        parser.add_argument(*flags.split())
-    parser.add_argument("-p", "--package")
-    parser.add_argument("-i", "--info", nargs="?", const="all")
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = sources.flags(argv)
     if unknown:
         key = unknown[0].lstrip("-").partition("=")[0]
         if top(key) in {field.name for field in fields(schema.ROOTS[name])}:
