@@ -111,7 +111,7 @@ def test_settings_are_tested_over_three_seeds_or_more(seeds: int, tmp_path: Path
         return
     best, other = scores["1e-3"][:seeds], scores["1e-4"][:seeds]
     spread = f"{np.mean(best):.4f} ± {np.std(best, ddof=1):.4f}"
-    assert f"optimizer.lr=0.001 has the highest MRR@10 {spread}" in text
+    assert f"optimizer.lr=0.001 has the highest MRR@10, {spread}" in text
     if seeds < 3:
         assert "no test: fewer than 3 seeds" in text
         return

@@ -60,6 +60,8 @@ FACTS = {
     "train_seconds": ("seconds", "{:,.0f}"),
 }
 """Values of a training's metrics.json: their columns, and their formats."""
+TEXTS = ("base_model", "collection", "monitored")
+"""The first of `FACTS`, which are no numbers."""
 Curves = dict[str, tuple[list[int], list[float]]]
 """(updates, values) of one training, by tag."""
 
@@ -266,11 +268,15 @@ def training_sections(
 
 def _trainings_table(trainings: Mapping[str, dict[str, Any]]) -> Table:
     """What metrics.json has of each training, by name."""
-    watched = {of["monitored"] for of in trainings.values() if of.get("monitored")}
-    facts = dict(FACTS)
-    if len(watched) == 1:  # the heading of the values instead of a column
-        del facts["monitored"]
-        facts["best"] = (f"best {watched.pop()}", FACTS["best"][1])
+    facts, caption = dict(FACTS), "Trainings, with the best validation of each. GiB: peak memory"
+    for key in TEXTS:  # what all share
+        found = {of.get(key) for of in trainings.values()}
+        if len(found) == 1 and (text := found.pop()):
+            head, _ = facts.pop(key)
+            if key == "monitored":
+                facts["best"] = (f"best {text}", FACTS["best"][1])
+            else:
+                caption += f"; {head}: {text}"
     cells = [
         [
             name,
@@ -281,9 +287,9 @@ def _trainings_table(trainings: Mapping[str, dict[str, Any]]) -> Table:
         ]
         for name, of in trainings.items()
     ]
-    caption = "Trainings, with the best validation of each. GiB: peak memory."
     heads = ["training", *(name for name, _ in facts.values())]
-    return Table("trainings", caption, heads, cells, labels=heads.index("updates") - 1)
+    labels = 1 + sum(key in facts for key in TEXTS)
+    return Table("trainings", f"{caption}.", heads, cells, labels)
 
 
 def command_sections(folder: Path, homes: Sequence[Path]) -> list[Section]:

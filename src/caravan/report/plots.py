@@ -106,6 +106,12 @@ class Line:
     like: int | None = None  # the line whose colour and mark it has, hollow
 
 
+def _wrapped(label: str, letters: int) -> list[str]:
+    """The lines of a label, which may also break after a slash or a comma."""
+    marked = re.sub(r"(?<=[/,])(?=\S)", "\0 ", label)
+    return [line.replace("\0 ", "").rstrip("\0") for line in wrap(marked, letters)]
+
+
 def lines(drawn: Sequence[Line], x_label: str, y_label: str, logarithmic: bool = False) -> Draw:
     """Lines over numbers, on a logarithmic axis if `logarithmic`, or if they are few and double."""
 
@@ -120,7 +126,7 @@ def lines(drawn: Sequence[Line], x_label: str, y_label: str, logarithmic: bool =
                 line.x,
                 line.y,
                 yerr=line.spread if any(line.spread or ()) else None,
-                label="\n".join(wrap(line.label, LETTERS)) or None,
+                label="\n".join(_wrapped(line.label, LETTERS)) or None,
                 capsize=3,
                 color=f"C{i}",
                 linestyle=dash if line.like is None else ":",
@@ -139,7 +145,7 @@ def lines(drawn: Sequence[Line], x_label: str, y_label: str, logarithmic: bool =
         if len(drawn) > 1:
             labels = [line.label for line in drawn if line.label]
             columns = max(1, min(len(labels), LETTERS // (max(map(len, labels)) + 5)))
-            rows = [len(wrap(label, LETTERS)) for label in labels[::columns]]
+            rows = [len(_wrapped(label, LETTERS)) for label in labels[::columns]]
             axes.figure.set_figheight(HEIGHT + TEXT * sum(rows) + GAP * len(rows))
             axes.figure.legend(loc="outside lower center", ncols=columns)
 
@@ -156,7 +162,7 @@ def intervals(
         above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8}
         for place, value in enumerate(values):
             axes.annotate(f"{value:.3f}", (value, place), **above)
-        wrapped = [wrap(label, LETTERS // 2) for label in labels]
+        wrapped = [_wrapped(label, LETTERS // 2) for label in labels]
         most = max(map(len, wrapped))
         axes.figure.set_figheight(0.8 + max(ROW, TEXT * most + GAP) * len(labels))
         axes.set_yticks(range(len(labels)), ["\n".join(parts) for parts in wrapped])

@@ -234,7 +234,7 @@ def tables(sweep: Sweep) -> list[Table]:
             [_spread(name, of[name]) for name in sweep.measures] for _, of in means.iterrows()
         ]
         rows = [[*key, *of] for key, of in zip(settings.to_numpy(), spreads, strict=True)]
-        title = f"{sweep.name}, mean and standard deviation over seeds"
+        title = f"{sweep.name}: mean ± standard deviation over seeds."
         heads = [*sweep.others, *sweep.measures]
         made.append(Table("sweep-seeds", title, heads, rows, max(1, len(sweep.others))))
     return made

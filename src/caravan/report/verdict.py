@@ -151,7 +151,8 @@ def of_sweep(sweep: Sweep) -> str:
         return f"No test: fewer than 2 seeds have {measure} of all settings."
     table = table.loc[table.mean(axis=1).sort_values().index]
     last, best = len(table) - 1, table.iloc[-1]
-    text = f"{best.name} has {'the highest' if last else 'the'} {measure} {best.mean():.4f}"
+    what = f"the highest {measure}," if last else measure
+    text = f"{best.name} has {what} {best.mean():.4f}"
     text += f" ± {best.std():.4f} (mean and standard deviation over {seeds} seeds)"
     if not last or seeds < SEEDS:
         return f"{text}; no test: {f'fewer than {SEEDS} seeds' if last else 'one setting'}."
