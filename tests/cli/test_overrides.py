@@ -231,7 +231,9 @@ class TestSweeps:
         ("overrides", "wanted"),
         [
             ("-m seed=1,2 trainer.devices=2", "trainer.devices"),
-            ("-m seed=1,2 trainer.num_nodes=2", "trainer.num_nodes"),
+            pytest.param(
+                "-m seed=1,2 trainer.num_nodes=2", "trainer.num_nodes", marks=pytest.mark.slow
+            ),
             ("-m seed=1,2 trainer.devices=[0]", None),
             ("-m seed=1,2 hydra/sweeper=ax", "hydra/sweeper/ax"),
             ("-m seed=1,2 hydra/launcher=slurm", "hydra/launcher"),

@@ -128,7 +128,7 @@ def _by_the_model_card(plain: Any, tokenizer: Any, encoding: Encoding) -> Tensor
     return torch.stack(scores)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_released_model_is_adopted_by_one_command(
     tied: bool, beir: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
