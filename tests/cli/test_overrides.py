@@ -84,6 +84,18 @@ def test_special_characters_have_a_remedy_that_can_be_pasted() -> None:
         assert value == name.replace("~", "$HOME")
 
 
+def test_a_value_that_the_shell_divided_at_spaces_has_a_remedy_that_can_be_pasted(
+    lines: Lines,
+) -> None:
+    found = lines("lost", "name=my", "long", "run", "seed=1")
+    assert [line.partition(" ")[0] for line in found] == ["lost", "long", "run"]
+    assert "quotes" not in found[0]
+    for line in found[1:]:
+        (pasted,) = shlex.split(line.partition("quotes: ")[2])
+        assert parse(pasted, OverridesParser.create()).value() == "my long run"
+        assert lines(pasted) == []
+
+
 @pytest.mark.parametrize(
     ("root", "override", "answer"),
     [
@@ -235,7 +247,9 @@ class TestSweeps:
         ("overrides", "wanted"),
         [
             ("-m seed=1,2 trainer.devices=2", "trainer.devices"),
-            ("-m seed=1,2 trainer.num_nodes=2", "trainer.num_nodes"),
+            pytest.param(
+                "-m seed=1,2 trainer.num_nodes=2", "trainer.num_nodes", marks=pytest.mark.slow
+            ),
             ("-m seed=1,2 trainer.devices=[0]", None),
             ("-m seed=1,2 hydra/sweeper=ax", "hydra/sweeper/ax"),
             ("-m seed=1,2 hydra/launcher=slurm", "hydra/launcher"),

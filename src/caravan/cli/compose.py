@@ -197,7 +197,8 @@ class Composer(AbstractContextManager["Composer"]):
         Raises:
             InputError: If conf/ itself cannot be composed.
         """
-        problems = {text: self._problem(text) for text in overrides}
+        whole = sources.divided(overrides)
+        problems = {text: self._problem(text, whole.get(text, "")) for text in overrides}
         # An unknown key is added, so that the check of all keys suggests what was meant.
         valid = [
             text if text[0] == "~" or self._is_known(text) else f"++{text.lstrip('+')}"
@@ -236,12 +237,12 @@ class Composer(AbstractContextManager["Composer"]):
                 lines.append(f"{text} (command line): {where} sets {group} to null; remove it")
         return cfg, lines
 
-    def _problem(self, text: str) -> str | None:
-        """What is wrong with an override alone."""
+    def _problem(self, text: str, whole: str) -> str | None:
+        """What is wrong with an override alone; `whole`: see `sources.divided`."""
         try:
             override = sources.parse(text, self.parser)
         except HydraException as error:
-            return sources.unreadable(text, str(error))
+            return sources.unreadable(text, str(error), whole)
         key, value = override.key_or_group, override.value()
         if key in ALIASES and key not in self.known:
             group = next(name for name in ALIASES[key] if name in self.known)

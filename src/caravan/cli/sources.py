@@ -96,11 +96,35 @@ def quoted(key: str, given: str) -> str | None:
     return text if same else None
 
 
-def unreadable(text: str, reason: str) -> str:
-    """Why an override cannot be read, with the text to type instead."""
+def divided(overrides: list[str]) -> dict[str, str]:
+    """The words without a key after an override, and the whole that a shell divides at spaces.
+
+    >>> divided(["name=my", "long", "run", "seed=1"])
+    {'long': 'name=my long run', 'run': 'name=my long run'}
+    """
+    parts: list[str] = []
+    words: dict[str, list[str]] = {}
+    for text in overrides:
+        if "=" in text or text[0] == "~":
+            parts = [text]
+        elif parts:
+            parts.append(text)
+            words[text] = parts
+    return {text: " ".join(parts) for text, parts in words.items()}
+
+
+def unreadable(text: str, reason: str, whole: str = "") -> str:
+    """Why an override cannot be read, with the text to type instead.
+
+    Args:
+        whole: see `divided`.
+    """
     name, equals, given = text.partition("=")
     if not equals:
-        return "no setting; write key=value"
+        name, _, given = whole.partition("=")
+        instead = quoted(name, given) if given else None
+        remedy = f"; put a value with spaces into quotes: {_typed(instead)}" if instead else ""
+        return f"no setting; write key=value{remedy}"
     if given.startswith("~"):
         home = f"\"{name}='$HOME{given[1:]}'\""
         return f"the shell does not expand ~ there; put it into quotes: {home}"
@@ -108,8 +132,12 @@ def unreadable(text: str, reason: str) -> str:
     instead = quoted(name, given)
     if instead is None or given[:1] in "[{'\"" or "Error while evaluating" in reason:
         return reason
-    typed = shlex.quote(instead) if set('"$`\\!') & set(instead) else f'"{instead}"'
-    return f"{reason}; put it into quotes: {typed}"
+    return f"{reason}; put it into quotes: {_typed(instead)}"
+
+
+def _typed(override: str) -> str:
+    """An override as it is typed into a shell."""
+    return shlex.quote(override) if set('"$`\\!') & set(override) else f'"{override}"'
 
 
 def lines_of(tree: yaml.Node | None, key: str = "", line: int = 1) -> Iterator[tuple[str, int]]:
