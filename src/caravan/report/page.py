@@ -62,6 +62,8 @@ FACTS = {
 """Values of a training's metrics.json: their columns, and their formats."""
 TEXTS = ("base_model", "collection", "monitored")
 """The first of `FACTS`, which are no numbers."""
+BREAKS = r"(?<=[/,_])|(?<=[a-z]\.)(?=[a-z])"
+"""Where lines may break within paths and names, but not within numbers."""
 Curves = dict[str, tuple[list[int], list[float]]]
 """(updates, values) of one training, by tag."""
 
@@ -104,8 +106,7 @@ def save(page: Page, path: Path) -> Path:
     )
 
     def breaks(text: str) -> Markup:
-        """Lines may break within paths and names."""
-        return Markup("<wbr>").join(escape(part) for part in re.split("(?<=[/,_])", text))
+        return Markup("<wbr>").join(escape(part) for part in re.split(BREAKS, text))
 
     def source(plot: Plot, theme: str) -> str:
         svg = plot.svg(theme, page=True).encode()

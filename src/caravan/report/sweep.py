@@ -234,9 +234,10 @@ def tables(sweep: Sweep) -> list[Table]:
             [_spread(name, of[name]) for name in sweep.measures] for _, of in means.iterrows()
         ]
         rows = [[*key, *of] for key, of in zip(settings.to_numpy(), spreads, strict=True)]
-        title = f"{sweep.name}: mean ± standard deviation over seeds."
+        title = f"{sweep.name}: mean ± standard deviation over seeds, best mean in bold."
         heads = [*sweep.others, *sweep.measures]
-        made.append(Table("sweep-seeds", title, heads, rows, max(1, len(sweep.others))))
+        strong = best(means.xs("mean", axis=1, level=1)[sweep.scores].to_numpy(), len(sweep.others))
+        made.append(Table("sweep-seeds", title, heads, rows, max(1, len(sweep.others)), strong))
     return made
 
 
