@@ -181,8 +181,10 @@ class TokenIds:
     @classmethod
     def joined(cls, parts: Sequence[TokenIds]) -> TokenIds:
         """The texts of all parts, in their order."""
-        columns = zip(*((part.ids, part.lengths, part.seconds) for part in parts), strict=True)
-        return cls(*(None if c[0] is None else np.concatenate(c) for c in columns))
+        ids, lengths = ([getattr(one, name) for one in parts] for name in ("ids", "lengths"))
+        seconds = [one.seconds for one in parts if one.seconds is not None]
+        joined = np.concatenate(seconds) if seconds else None
+        return cls(np.concatenate(ids), np.concatenate(lengths), joined)
 
     def packed(self, token_budget: int, pad_id: int = 0, pads: bool = True) -> Packed:
         """Sort texts by length and cut them into chunks of at most `token_budget` tokens.

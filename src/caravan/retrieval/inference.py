@@ -28,7 +28,7 @@ from caravan.data.tokenization import Templates
 from caravan.encoding import INSTRUCTION, Encoding, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
-from caravan.models import hardware
+from caravan.models import hardware, varlen
 from caravan.models.biencoder import BiEncoder
 from caravan.models.cpu import pack_linears
 from caravan.models.crossencoder import CrossEncoder
@@ -122,7 +122,9 @@ class Inference:
             refuse_too_long(model.transformer, self.encoding, self._section)
         if "dim" in self.overrides:
             model.cut_to(self.encoding.dim, self._section)
-        return model.to(self.device), tokenizer
+        model = model.to(self.device)
+        varlen.try_out(model, self.device)
+        return model, tokenizer
 
     @property
     def model(self) -> BiEncoder | CrossEncoder:

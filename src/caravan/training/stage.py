@@ -211,6 +211,11 @@ class Stage(pl.LightningModule, ABC):
             raise RuntimeError("the model is built by configure_model()")
         return self.network
 
+    def on_fit_start(self) -> None:
+        # Only now is the model on its device.
+        with self.trainer.precision_plugin.forward_context():
+            varlen.try_out(self.model, self.device)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout is a function of (seed, batch, rank), so a resumed run reproduces it exactly.
         torch.manual_seed(
