@@ -202,6 +202,7 @@ def test_a_killed_run_resumes_with_the_weights_of_its_projection(teacher: Path, 
     )
 
 
+@pytest.mark.slow
 def test_a_student_is_an_ordinary_model_folder_and_learns_the_embeddings(
     teacher: Path, beir: Path, tmp_path: Path
 ) -> None:

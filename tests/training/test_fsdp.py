@@ -110,7 +110,9 @@ def test_a_run_resumes_under_another_strategy_and_number_of_ranks(
     assert fit.state()["global_step"] == whole.state()["global_step"] == 8
 
 
-@pytest.mark.parametrize("peft", [None, LoRA(rank=2, alpha=4, dropout=0.0)])
+@pytest.mark.parametrize(
+    "peft", [None, pytest.param(LoRA(rank=2, alpha=4, dropout=0.0), marks=pytest.mark.slow)]
+)
 def test_weights_stored_in_bf16_are_trained_as_float32_with_activations_recomputed(
     fit: Fit, two_ranks: TwoRanks, saved: str, peft: Any
 ) -> None:

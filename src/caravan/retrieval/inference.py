@@ -25,7 +25,7 @@ from caravan.data.batching import PairBatches, TextBatches
 from caravan.data.loaders import TextLoader
 from caravan.data.pairs import PairTemplates
 from caravan.data.tokenization import Templates
-from caravan.encoding import INSTRUCTION, Encoding, read_encoding
+from caravan.encoding import Encoding, has_instruction, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
 from caravan.models import hardware, varlen
@@ -220,7 +220,7 @@ class Inference:
         limit = getattr(self.encoding, f"{side}_length")
         compute = partial(self._on_disk, blocks, len(rows), task, torch.float16, limit)
         inputs = {**inputs, "resolved_precision": self.precision}
-        if INSTRUCTION in getattr(self.encoding, f"{side}_template"):
+        if has_instruction(getattr(self.encoding, f"{side}_template")):
             inputs["instruction"] = instruction
         shards = store.shards(name, inputs, -(-len(rows) // block), compute)
         return Embeddings(shards, len(rows), block)
