@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.fitting import MEASURES, Fit, Fitted, KillAt, Sgd, assert_close, on_ranks
+from tests.tiny import tiny_backbone
 from tests.two_ranks import TwoRanks
 from transformers import LlamaConfig, LlamaModel
 
@@ -26,6 +27,8 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 STAGES["masked"] = {"stage": "retriever", "loss": InfoNCE(0.05, false_negative_margin=0.01)}
 STAGES["sizes"] = {"stage": "retriever", "loss": InfoNCE(0.05, dims=[8, 16])}
+STAGES["unpadded"] = {"stage": "retriever", "backbone": tiny_backbone()}
+STAGES["unpadded"]["backbone"].attention = "unpadded"
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,7 @@ def one_process(module_fit: Fit) -> dict[str, tuple[Fit, Fitted]]:
         ("masked", "ddp", True),
         ("sizes", "ddp", True),
         ("sizes", "fsdp", False),
+        ("unpadded", "fsdp", False),
         ("reranker", "ddp", False),
         ("reranker", "fsdp", True),
         ("token", "fsdp", True),
