@@ -119,7 +119,7 @@ def kernel(
             note(f"gradient, checkpointing={recompute}", error(gradient(network), gradients))
         network = model_of(kind, attention, torch.float32, device, True)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = GradCache(3)(network.of, [packed.split(3)], weighted)
+            loss = GradCache(3)(network.of, packed.split(3), weighted)
         loss.backward()
         note("gradient, gradient caching", error(gradient(network), gradients))
     for what, value in errors.items():

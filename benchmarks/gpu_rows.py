@@ -15,7 +15,7 @@ from shapes import SHAPES, TINY, Models, Size, even, operations, outline, share,
 from torch.utils.data import DataLoader
 
 from caravan.encoding import Encoding
-from caravan.models import hardware
+from caravan.models import hardware, varlen
 from caravan.models.backbone import BaseBackbone
 from caravan.models.preparing import prepared
 from caravan.training.gradcache import GradCache
@@ -173,8 +173,9 @@ def step(
 ) -> Iterator[Found]:
     """One GPU's share of RepLLaMA's batch. `settings`: of `Models.trainee`."""
     vocabulary, size = SHAPES[shape]["vocab_size"], bench.size
-    batch, lengths = share(vocabulary, max(size.queries // gpus, 1), size.group)
-    few, _ = share(vocabulary, max(size.queries // 32, 1), size.group)
+    pads = settings.get("attention") != varlen.NAME
+    batch, lengths = share(vocabulary, max(size.queries // gpus, 1), size.group, pads)
+    few, _ = share(vocabulary, max(size.queries // 32, 1), size.group, pads)
     gc.collect()  # the last row's trainer and its optimizer
     network = bench.models.trainee(shape, **settings)
     # A step of the whole batch takes too long for a separate warm-up.
@@ -185,12 +186,13 @@ def step(
     recomputes = settings.get("checkpointing", True)
     passes = 2 + (recomputes is True) + cached
     rate = bench.share(passes * operations(shape, lengths) / took)
-    yield f"{batch.chunks} chunks, {passes} passes", batch.tokens / took, "tokens/s", rate
+    texts = batch.texts
+    yield f"{len(texts.chunks)} chunks, {passes} passes", texts.tokens / took, "tokens/s", rate
     yield "a step", took, "s", ""
     if shape == "7b":
         yield "RepLLaMA-passage, one epoch", took * UPDATES / 3600, "h", ""
     # As in `caravan.training.memory.memory_needed`.
-    kept, largest = batch.padded, batch.largest
+    kept, largest = texts.padded, texts.largest
     if cached:
         kept = largest = min(kept, CHUNK_TEXTS * Encoding().passage_length)
     four_bits = settings.get("four_bits", False)

@@ -27,7 +27,9 @@ def texts(number: int, tokens: int) -> Packed:
     return pack(torch.randint(3, VOCABULARY, (number, tokens), generator=rng).tolist(), 2048)
 
 
-def loss(queries: Tensor, passages: Tensor) -> Tensor:
+def loss(rows: Tensor) -> Tensor:
+    """Of n queries, then 2n passages."""
+    queries, passages = rows.tensor_split([len(rows) // 3])
     scores = queries @ passages.T / TEMPERATURE
     return torch.nn.functional.cross_entropy(scores, 2 * torch.arange(len(queries)))
 
@@ -40,12 +42,12 @@ def measured(queries: int, chunk: int | None) -> tuple[float, float, float]:
     shape = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=VOCABULARY, intermediate_size=688, use_cache=False, **shape)
     model = BiEncoder(LlamaModel(config), Encoding())
-    batch = texts(queries, 16), texts(2 * queries, 48)
+    batch = Packed.joined([texts(queries, 16), texts(2 * queries, 48)])
     started = time.perf_counter()
     if chunk is None:
-        value = loss(*(model.embed(packed) for packed in batch))
+        value = loss(model.embed(batch))
     else:
-        value = GradCache(chunk)(model.of, [packed.split(chunk) for packed in batch], loss)
+        value = GradCache(chunk)(model.of, batch.split(chunk), loss)
     value.backward()
     seconds = time.perf_counter() - started
     gradients = [p.grad for p in model.parameters() if p.grad is not None]

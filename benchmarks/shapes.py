@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from caravan.data.batch import Chunk, Packed, TokenIds, TrainBatch
+from caravan.data.batch import Chunk, Fields, Packed, TokenIds, TrainBatch, Unpacked
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models import varlen
@@ -93,17 +93,23 @@ def unsorted(texts: TokenIds, budget: int) -> Packed:
         some = rows[start : start + each]
         mask = pad_sequence([torch.ones_like(row) for row in some], batch_first=True)
         chunks.append(Chunk(pad_sequence(some, batch_first=True), mask, bool(mask.all())))
-    padded = sum(chunk.input_ids.numel() for chunk in chunks)
-    return Packed(tuple(chunks), torch.arange(len(rows)), len(texts.ids), padded)
+    return Packed(tuple(chunks), torch.arange(len(rows)), len(texts.ids))
 
 
-def share(vocabulary: int, queries: int, group: int) -> tuple[TrainBatch, list[int]]:
+def share(
+    vocabulary: int, queries: int, group: int, pads: bool = True, seed: int = 0
+) -> tuple[TrainBatch, list[int]]:
     """One GPU's share of a RepLLaMA batch, and the lengths of its texts."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     lengths = msmarco(rng, queries, 10, 32), msmarco(rng, queries * group, 75, 196)
-    texts = [tokens_of(each, vocabulary).packed(GPU_CHUNK) for each in lengths]
-    rows = torch.arange(queries * group).view(queries, group)
-    batch = TrainBatch(*texts, passage_rows=rows, passage_keys=rows, excluded_keys=rows[:, :1])
+    rows = np.arange(queries * group).reshape(queries, group)
+    fields: Fields = {
+        "texts": tuple(tokens_of(each, vocabulary) for each in lengths),
+        "passage_rows": rows,
+        "passage_keys": rows,
+        "excluded_keys": rows[:, :1],
+    }
+    batch = Unpacked(TrainBatch, fields, GPU_CHUNK, 0, pads).packed()
     return batch, np.concatenate(lengths).tolist()
 
 

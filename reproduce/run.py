@@ -43,6 +43,8 @@ HERE = Path(__file__).parent
 MEASURED = HERE / "measured.json"
 OUT = Path("runs/reproduce")
 SEEDS = (1, 2, 3)
+LIBRARIES = (*manifests.LIBRARIES, "peft", "bm25s", "gguf")
+"""Their versions are recorded; rows measured before 2026-12 have the first three alone."""
 NO_DATA = "needs --data"
 LEVEL = 0.05
 """Below this p a difference counts."""
@@ -216,7 +218,7 @@ def typed(command: str) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **manifests.versions()}
+    return {"python": platform.python_version(), **manifests.versions(LIBRARIES)}
 
 
 def run_dir(command: str) -> Path:

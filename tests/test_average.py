@@ -155,6 +155,7 @@ def test_the_command_reports_a_mistake_in_a_sentence(
     assert str(tmp_path / "none") in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_average_is_evaluated_and_tested_against_each_member(
     command: Command,
     member: Callable[..., Path],

@@ -30,7 +30,7 @@ OPTIONS = {
 }
 ROWS = {
     "adaptation": ["| 200 |"],
-    "chunks": ["| 1 | before |", "| 32 | now |"],
+    "chunks": ["| 1 | padded, before |", "| 32 | unpadded, now | 1 |"],
     "encode": ["| both float32 |", "| each one's default |", "| 16 |"],
     "gpu": [
         "| ceilings | matrix product, bf16 |",

@@ -253,6 +253,7 @@ def test_the_code_of_the_pages_runs(
     assert capsys.readouterr().out.count("Salt") >= 2
 
 
+@pytest.mark.slow
 def test_the_built_pages_have_no_broken_link_and_need_no_network(tmp_path: Path) -> None:
     sphinx = [sys.executable, "-m", "sphinx", "--builder", "html", "--fail-on-warning"]
     given = ["--keep-going", "--quiet", "--conf-dir", "docs", "--doctree-dir", str(tmp_path / "d")]

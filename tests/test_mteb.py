@@ -74,6 +74,7 @@ def metrics_of(model: Any, task: Any) -> dict[str, float]:
     return {ours: scores[theirs] for theirs, ours in METRICS.items()}
 
 
+@pytest.mark.slow
 def test_a_retriever_and_a_reranker_have_the_metrics_of_evaluate(
     beir: Path, collection: Collection, folders: dict[str, str], tmp_path: Path
 ) -> None:

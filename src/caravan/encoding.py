@@ -118,12 +118,12 @@ class Encoding:
         own: str = getattr(self, f"{side}_template")
         given = self.instruction if instruction is None else instruction
         escaped = given.replace("{", "{{").replace("}", "}}")
-        return own.replace(INSTRUCTION, escaped)
+        return _FIELDS.sub(lambda found: escaped if found[0] == INSTRUCTION else found[0], own)
 
     @property
     def uses_instruction(self) -> bool:
         """Whether a template has `{instruction}`."""
-        return INSTRUCTION in self.query_template + self.passage_template
+        return has_instruction(self.query_template) or has_instruction(self.passage_template)
 
     def instruction_of(self, collection: str) -> str | None:
         """The instruction of a collection; None if there is none for it.
@@ -220,6 +220,11 @@ class Encoding:
             yield self.append_eos, "append_eos", "slots come last; set it to false"
 
 
+def has_instruction(template: str) -> bool:
+    """Whether a template has `{instruction}`; `{{instruction}}` is text."""
+    return INSTRUCTION in _FIELDS.findall(template)
+
+
 def _plain(name: str) -> str:
     """A collection's name without what data sources and benchmarks write differently."""
     return "".join(filter(str.isalnum, name.casefold()))
@@ -239,8 +244,9 @@ def _template_problem(template: str, allowed: tuple[str, ...]) -> str:
     if len(slots) > 1 or (slots and not template.endswith(f"{{{slots[0]}}}")):
         return "it may have one of {self} and {next}, last"
     allowed = (*allowed, "instruction")
-    if set(used) - {*allowed, *slots}:
-        return f"it may use {', '.join(f'{{{field}}}' for field in sorted(allowed))} only"
+    if unknown := [field for field in used if field not in {*allowed, *slots}]:
+        known = " and ".join(f"{{{field}}}" for field in sorted(allowed))
+        return f"{{{unknown[0]}}} is unknown; use {known}, and {{{{ and }}}} for braces"
     if any(form or conversion for _, _, form, conversion in parsed):
         return "it has a ':' or '!' in a field; write {text} alone"
     return ""

@@ -30,7 +30,7 @@ from caravan.encoding import read_encoding
 
 CONF = ROOT / "conf" / "experiment"
 NAMES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))
-QUICK = {"papers/rankllama_document", "llara/adapt", "eval/msmarco_passage"}
+QUICK = {"papers/rankllama_document", "llara/adapt"}
 EVALUATED = {name for name in NAMES if name.startswith("eval/")} | {"quickstart/pipeline"}
 STEP = (
     *("trainer.max_steps=1", "trainer.max_epochs=1", "trainer.val_check_interval=1"),

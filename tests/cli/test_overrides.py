@@ -46,6 +46,22 @@ def test_a_setting_typed_as_an_option_is_answered_with_how_to_write_it(
         preflight([text, "adamw"], conf, "train")
 
 
+@pytest.mark.parametrize(
+    ("flags", "place"),
+    [
+        (["-m", "--cfg", "job"], "--cfg cannot be combined with --multirun"),
+        (["--multirun", "--info", "searchpath"], "--info cannot be combined with --multirun"),
+        (["--cfg", "job", "--run"], "--cfg cannot be combined with --run"),
+        (["--resolve"], "--resolve is an option of --cfg"),
+    ],
+)
+def test_flags_that_hydra_refuses_together_are_refused(
+    flags: list[str], place: str, conf: Path
+) -> None:
+    with refused("conflicting-flags", place):
+        preflight([*flags, "name=x"], conf, "train")
+
+
 def test_special_characters_have_a_remedy_that_can_be_pasted() -> None:
     names = (
         "josé",
@@ -66,6 +82,18 @@ def test_special_characters_have_a_remedy_that_can_be_pasted() -> None:
         (pasted,) = shlex.split(line.partition("quotes: ")[2])
         value = parse(pasted, OverridesParser.create()).value()
         assert value == name.replace("~", "$HOME")
+
+
+def test_a_value_that_the_shell_divided_at_spaces_has_a_remedy_that_can_be_pasted(
+    lines: Lines,
+) -> None:
+    found = lines("lost", "name=my", "long", "run", "seed=1")
+    assert [line.partition(" ")[0] for line in found] == ["lost", "long", "run"]
+    assert "quotes" not in found[0]
+    for line in found[1:]:
+        (pasted,) = shlex.split(line.partition("quotes: ")[2])
+        assert parse(pasted, OverridesParser.create()).value() == "my long run"
+        assert lines(pasted) == []
 
 
 @pytest.mark.parametrize(
@@ -219,7 +247,9 @@ class TestSweeps:
         ("overrides", "wanted"),
         [
             ("-m seed=1,2 trainer.devices=2", "trainer.devices"),
-            ("-m seed=1,2 trainer.num_nodes=2", "trainer.num_nodes"),
+            pytest.param(
+                "-m seed=1,2 trainer.num_nodes=2", "trainer.num_nodes", marks=pytest.mark.slow
+            ),
             ("-m seed=1,2 trainer.devices=[0]", None),
             ("-m seed=1,2 hydra/sweeper=ax", "hydra/sweeper/ax"),
             ("-m seed=1,2 hydra/launcher=slurm", "hydra/launcher"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.refusals import refused
 
-from caravan.data.batch import pack
+from caravan.data.batch import TokenIds, pack
 from caravan.data.batching import Groups, QueryOrder, TextBatches
 from caravan.data.collection import Collection
 from caravan.data.negatives import Negatives
@@ -86,6 +86,21 @@ def test_padding_ends_no_chunk_that_is_too_small_for_a_gpu() -> None:
         assert all(chunk.input_ids.numel() > 4000 for chunk in chunks[:-1])  # a text less than 4096
 
 
+def test_without_padding_only_the_budget_ends_a_chunk() -> None:
+    rng = np.random.default_rng(0)
+    lengths = [int(n) for n in rng.integers(1, 30, 60)]
+    texts = [[7] * n for n in lengths]
+    packed = TokenIds.of(texts).packed(200, pads=False)
+    assert _texts(packed) == texts
+    sizes = [int(chunk.attention_mask.sum()) for chunk in packed.chunks]
+    assert (max(sizes), packed.padded) == (packed.largest, sum(lengths))
+    *full, last = sizes
+    assert all(200 - 30 < size <= 200 for size in full)
+    assert last <= 200
+    wide = TokenIds.of([[7] * 50, *[[7]] * 20]).packed(200, pads=False)
+    assert [chunk.input_ids.numel() for chunk in wide.chunks] == [400, 13]
+
+
 def test_packed_pairs_have_token_types() -> None:
     (chunk,) = pack([[2, 5, 3, 6, 3], [2, 5, 5, 3, 6, 3]], 100, seconds=[3, 4]).chunks
     assert chunk.token_types is not None
@@ -103,9 +118,11 @@ def test_a_batch_holds_each_query_with_its_own_group(
 ) -> None:
     batch = groups[(0, np.arange(5))].packed()
     rows = groups.permutation(0)[:5]
-    assert _texts(batch.queries) == groups.templates.queries(collection.queries.get(rows))
     flat = batch.passage_rows.reshape(-1).numpy()
-    assert _texts(batch.passages) == groups.templates.passages(collection.corpus.get(flat))
+    assert _texts(batch.texts) == [
+        *groups.templates.queries(collection.queries.get(rows)),
+        *groups.templates.passages(collection.corpus.get(flat)),
+    ]
     keys = text_keys(collection.corpus.get(slice(None)))
     assert np.array_equal(batch.passage_keys, keys[batch.passage_rows])
     for row, group, excluded in zip(rows, batch.passage_rows, batch.excluded_keys, strict=True):

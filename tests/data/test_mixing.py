@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tests.refusals import refused
 from tests.tiny import write_beir
 
+from caravan.data.batch import TrainBatch
 from caravan.data.batching import Groups
 from caravan.data.collection import Collection
 from caravan.data.mixing import BLOCK, Draw, MixedSet, MixtureOrder
@@ -22,6 +25,13 @@ from caravan.data.tokenization import Templates
 from caravan.encoding import Encoding
 
 SIZES = [40, 7, 20]
+
+
+def lengths(batch: TrainBatch) -> tuple[list[int], list[int]]:
+    """Tokens of the queries and of the passages."""
+    rows = torch.cat([chunk.attention_mask.sum(dim=1) for chunk in batch.texts.chunks])
+    queries, passages = batch.sides(batch.texts.restore(rows))
+    return queries.tolist(), passages.tolist()
 
 
 def listed(queries: Any) -> list[tuple[int, int, list[int]]]:
@@ -146,7 +156,8 @@ def test_a_mixed_batch_joins_the_queries_of_several_collections(
     batch = whole[item].packed()
     parts = [sets[entry][epoch, positions].packed() for entry, epoch, positions in item]
     assert batch.in_batch is None
-    assert batch.queries.tokens == sum(part.queries.tokens for part in parts)
+    sides = zip(*map(lengths, parts), strict=True)
+    assert list(lengths(batch)) == [list(chain(*of_parts)) for of_parts in sides]
     for name in ("passage_rows", "passage_keys"):
         rows = [row for part in parts for row in getattr(part, name).tolist()]
         assert getattr(batch, name).tolist() == rows

@@ -148,6 +148,30 @@ def test_a_query_has_its_own_instruction_which_is_never_truncated(
         assert ids[-1] == tokenizer.eos_token_id
 
 
+def test_only_the_fields_of_a_template_are_replaced(tokenizer: Any, encoding: Encoding) -> None:
+    own = replace(
+        encoding,
+        query_template="{{instruction}} {{{instruction}}}: {text}",
+        instruction="{instruction} or {text}",
+        query_length=64,
+    )
+    found = Templates(tokenizer, own).queries([("", "{instruction}"), ("{title}", "{text}")])
+    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
+    assert texts == [
+        "{instruction} {{instruction} or {text}}: {instruction}",
+        "{instruction} {{title}}: {text}",
+    ]
+    escaped = Encoding(query_template="{{instruction}} {text}")
+    assert not escaped.uses_instruction
+    assert Template(escaped.template("query")).render("", "salt") == "{instruction} salt"
+
+
+@pytest.mark.parametrize("field", ["{titel}", "{}", "{text.x}"])
+def test_an_unknown_field_of_a_template_is_refused_by_name(field: str) -> None:
+    with refused("invalid-encoding", "encoding.passage_template", f"{field} is unknown"):
+        Encoding(passage_template=f"{field} {{text}}")
+
+
 def test_an_instruction_that_leaves_no_room_for_the_query_is_refused(
     tokenizer: Any, encoding: Encoding
 ) -> None:

@@ -55,6 +55,7 @@ def test_validation_asks_only_queries_that_can_be_scored(
     assert set(queries) < {1, 3, 6}
 
 
+@pytest.mark.slow
 def test_trainings_of_two_seeds_validate_the_same_queries_and_passages(
     beir: Path, tmp_path: Path
 ) -> None:

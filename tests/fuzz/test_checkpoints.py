@@ -144,7 +144,7 @@ CASES = [
 ]
 
 
-@amounts(3, 40)  # of 30 and more of each file
+@amounts(2, 40)  # of 30 and more of each file
 @pytest.mark.parametrize(("file", "finished"), CASES)
 def test_a_resume_over_damaged_files_ends_with_the_same_weights(
     run: Run, file: str, finished: bool, number: int, tmp_path: Path

@@ -106,7 +106,7 @@ def _products(done: Done, part: str) -> list[Path]:
     )
 
 
-@amounts(2, 40)  # of 33 and more of each file
+@amounts(1, 40)  # of 33 and more of each file
 @pytest.mark.parametrize(
     "part", ["run/store", "run/runs", "run/metrics.json", "run/config.yaml", "cache/collections"]
 )

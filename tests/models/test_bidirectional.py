@@ -198,6 +198,7 @@ def test_a_bidirectional_reranker_scores_as_plain_transformers_does(
     assert expected.std() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_retriever_from_an_adapted_model_may_be_bidirectional(beir: Path, tmp_path: Path) -> None:
     adapt(beir, tmp_path / "adapted", "stage=adaptation_released", "trainer.max_steps=0")
     given = [*from_folder(tmp_path / "adapted" / "model"), "backbone.bidirectional=true"]

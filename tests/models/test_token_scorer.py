@@ -128,7 +128,7 @@ def _by_the_model_card(plain: Any, tokenizer: Any, encoding: Encoding) -> Tensor
     return torch.stack(scores)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_released_model_is_adopted_by_one_command(
     tied: bool, beir: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -216,7 +216,9 @@ def test_an_answer_that_the_tokenizer_would_join_with_the_suffix_is_read_alone(
     assert answer_ids(tokenizer, joined) == tuple(tokenizer.convert_tokens_to_ids(["t", "r"]))
 
 
-def test_the_files_of_sentence_transformers_must_agree(tokenizer: Any, tmp_path: Path) -> None:
+def test_the_files_of_sentence_transformers_must_agree(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = TokenScorer(
         tiny_backbone().language_model(tokenizer), TOKEN, answer_ids(tokenizer, TOKEN)
     )
@@ -225,6 +227,9 @@ def test_the_files_of_sentence_transformers_must_agree(tokenizer: Any, tmp_path:
     sentence_transformers.export(tmp_path / "m", Path(released))
     own = load_tokenizer(released)
     check_released(released, None, own, TOKEN)
+    assert "truncate" not in caplog.text
+    check_released(released, None, own, replace(TOKEN, passage_length=TOKEN.passage_length + 1))
+    assert f"the files of {released} truncate a pair at" in caplog.text
     for change, code in (
         ({"negative": " tent"}, "other-tokens"),
         ({"instruction": "the silk route"}, "other-chat-template"),

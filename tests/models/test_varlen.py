@@ -12,6 +12,7 @@ from tests.commands import evaluate, train
 from tests.models.small import TEXTS, close, model_of, padded
 from tests.refusals import refused
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from caravan.data.batch import Packed, pack
 from caravan.encoding import Encoding
@@ -21,7 +22,9 @@ from caravan.models.bidirectional import make_bidirectional
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, with_head
 from caravan.models.loading import set_attention
-from caravan.models.preparing import prepared
+from caravan.retrieval.inference import Inference
+
+CPU = torch.device("cpu")
 
 
 def embedded(backbone: Any, texts: Packed, pooling: str = "last", **settings: Any) -> Tensor:
@@ -101,12 +104,14 @@ def test_pairs_get_the_scores_of_padded_ones(name: str) -> None:
     assert varlen.is_enabled(getattr(scorer, scorer.base_model_prefix))
 
 
-def test_dropout_of_attention_weights_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = set_attention(model_of("bert"), "unpadded")
-    prepared(backbone, False, False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with refused("attention-not-supported", "BertModel", "attention_probs_dropout_prob"):
-        prepared(backbone, False, False)
+def test_dropout_of_attention_weights_is_refused_by_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(varlen, "has_kernel", lambda states: True)
+    backbone = set_attention(model_of("bert"), "unpadded").bfloat16()
+    varlen.try_out(BiEncoder(set_attention(model_of("bert"), "sdpa"), Encoding()), CPU)
+    with refused("attention-not-supported", "BertSelfAttention", "backbone.attention=auto"):
+        embedded(backbone.train(), pack(TEXTS, 1000))
 
 
 def test_a_custom_mask_is_computed_as_sdpa_does() -> None:
@@ -123,10 +128,45 @@ def test_a_custom_mask_is_computed_as_sdpa_does() -> None:
 def test_a_gpu_without_the_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     varlen.kernel.cache_clear()
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(varlen, "has_kernel", lambda states: True)
+    backbone: Any = set_attention(model_of("qwen3"), "unpadded")
+    varlen.try_out(BiEncoder(backbone, Encoding()), CPU)  # float32 needs no kernel
     with refused("attention-not-supported", "PyTorch"):
-        set_attention(model_of("qwen3"), "unpadded")
+        varlen.try_out(BiEncoder(backbone.bfloat16(), Encoding()), CPU)
     varlen.kernel.cache_clear()
+
+
+@pytest.mark.parametrize("fault", [None, "no kernel image", "mixes texts", "NaN"])
+def test_a_folder_is_tried_on_the_device_and_in_the_precision_of_the_run(
+    fault: str | None, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device has a kernel, which only bf16 uses."""
+
+    def of_device(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *_: Any, **given: Any) -> Tensor:
+        if fault == "no kernel image":
+            raise RuntimeError(fault)
+        edges = [0, len(q)] if fault == "mixes texts" else bounds.tolist()
+        parts = [[x[a:b].transpose(0, 1) for x in (q, k, v)] for a, b in itertools.pairwise(edges)]
+        found = [sdpa(*part, is_causal=True, scale=given["scale"]) for part in parts]
+        return torch.cat(found, dim=1).transpose(0, 1) * (torch.nan if fault == "NaN" else 1)
+
+    def to(model: BiEncoder, device: torch.device) -> BiEncoder:
+        monkeypatch.setattr(varlen, "has_kernel", lambda states: True)
+        return model
+
+    monkeypatch.setattr(BiEncoder, "to", to)
+    monkeypatch.setattr(varlen, "kernel", lambda: of_device)
+    opened = {
+        precision: Inference(folders["retriever"], precision=precision, attention="unpadded")
+        for precision in ("float32", "bf16")
+    }
+    opened["float32"].load()
+    if fault is None:
+        opened["bf16"].load()
+    else:
+        reason = "differ" if fault in ("mixes texts", "NaN") else fault
+        with refused("attention-not-supported", "on cpu", reason, "attention=auto"):
+            opened["bf16"].load()
 
 
 @pytest.mark.parametrize("heads", [4, 2])

@@ -69,7 +69,7 @@ def test_the_page_has_results_stages_tests_queries_curves_and_configs(
 ) -> None:
     first = ["results", "stages", "differences", "queries"]
     assert parsed.sections == [*first, "training", "made"]
-    for text in ("1 trainings", "paired t-test", "Jaccard@10", "95 % confidence interval"):
+    for text in ("1 training;", "paired t-test", "Jaccard@10", "95 % confidence interval"):
         assert text in parsed.text
     assert "python train.py name=r" in parsed.text
     assert "seed: 7" in parsed.text

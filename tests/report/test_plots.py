@@ -9,7 +9,18 @@ import pytest
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from caravan.report.plots import COLOURS, STYLES, THEMES, Line, Plot, intervals, lines, write
+from caravan.report.plots import (
+    COLOURS,
+    HEIGHT,
+    STYLES,
+    THEMES,
+    WIDTH,
+    Line,
+    Plot,
+    intervals,
+    lines,
+    write,
+)
 
 CSS = (STYLES / "page.css").read_text()
 CSS_COLOURS = [
@@ -69,3 +80,19 @@ def test_few_values_have_a_tick_each_and_a_logarithmic_axis_if_they_double(
     lines([Line("", x, [0.1] * len(x))], "updates", "loss")(axes)
     assert axes.get_xticks().tolist() == x
     assert axes.get_xscale() == scale
+
+
+def test_long_labels_leave_room_for_the_axes() -> None:
+    labels = [f"sampler.runs=[{'runs/' * 20}{i}.trec] sampler.depth={i}" for i in range(9)]
+    for draw in (
+        lines([Line(label, [1, 2], [0.1, 0.2]) for label in labels], "updates", "loss"),
+        intervals(labels, [0.1] * 9, [0.01] * 9, "MRR@10"),
+    ):
+        with matplotlib.style.context(STYLES / "plots.mplstyle"):
+            figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+            axes = figure.add_subplot()
+            draw(axes)
+            figure.draw_without_rendering()
+        inches = axes.get_position().size * figure.get_size_inches()
+        assert inches[0] > WIDTH / 3
+        assert inches[1] > HEIGHT / 2

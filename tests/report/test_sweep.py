@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,34 @@ def test_values_stay_apart_and_equal_ones_are_labelled_by_their_folders(tmp_path
     assert set(found.rows["x"]) == {"1_1", 11, "a/m", "b/m", "nan", 0.001, "\u2013"}
     assert len(set(found.labels.values())) == len(values) + 1
     assert {"x=0.001,y=1", "x=1e-3,y=1"} <= set(found.labels.values())
+
+
+def test_long_paths_are_named_by_their_ends_and_whole_in_the_csv(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = ("runs/negatives/a_long_name_of_a_collection/runs", "runs/negatives/mined/runs")
+    lists = [
+        f"[{folders[0]}/bm25.train.trec]",
+        "[" + ",".join(f"{f}/bm25.train.trec" for f in folders) + "]",
+    ]
+    for text in lists:
+        for margin in ("null", "0.05"):
+            overrides = [f"sampler.runs={text}", f"sampler.relative_margin={margin}"]
+            run_dir = tmp_path / str(len(list(tmp_path.iterdir())))
+            jobs.write(run_dir, overrides, jobs.FINISHED)
+            score = 0.1 if margin == "null" else 0.2
+            (run_dir / "metrics.json").write_text(json.dumps({"overall": {"MRR@10": score}}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of matplotlib, if labels leave no room for the axes
+        show(tmp_path)
+    one = "a_long_name_of_a_collection/runs/bm25.train.trec"
+    assert set(collect(tmp_path).rows["sampler.runs"]) == {
+        f"[{one}]",
+        f"[{one},mined/runs/bm25.train.trec]",
+    }
+    assert folders[0] not in capsys.readouterr().out
+    with (tmp_path / "sweep.csv").open() as file:
+        assert {row["sampler.runs"] for row in csv.DictReader(file)} == set(lists)
 
 
 @pytest.mark.parametrize("mark", ["multirun.yaml", "sweep.txt"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 from scipy.stats import ttest_rel
 from tests.report.conftest import Evaluations
 
+from caravan.manifests import write_json
 from caravan.report import jobs, page
 from caravan.report.compare import compare, paired_tests
 from caravan.report.sweep import collect
 from caravan.report.systems import read_judged, read_system
-from caravan.report.verdict import NAMED, of_comparison, of_evaluations, of_sweep, verdict
+from caravan.report.verdict import NAMED, findings, of_comparison, of_evaluations, of_sweep, verdict
 
 
 def _first_sentence(html: Path) -> str:
@@ -26,10 +28,19 @@ def test_better_worse_and_equal_systems_are_named_in_the_right_order() -> None:
     values[1] = values[0] + 0.1 + 0.01 * values[2]
     pairs = paired_tests(values, [(0, 1), (1, 0), (0, 2)])
     text = verdict("MRR@10", ["a", "b", "c"], pairs)
-    assert text.count("b beats a by 0.1") == 2
+    assert text.startswith("MRR@10: b beats a by 0.1")
+    assert text.count("a by 0.1") == 2
     assert "c does not differ significantly from a" in text or (
         "a does not differ significantly from c" in text
     )
+
+
+def test_equal_settings_are_left_out_of_the_other_system() -> None:
+    values = np.random.default_rng(0).random((2, 200))
+    values[1] = values[0] + 0.1 + 0.01 * values[1]
+    names = ["bm25 k1=0.9 b=0.4", "bm25 k1=0.9 b=0.8"]
+    text = findings(names, paired_tests(values, [(0, 1)]), known=names[1])
+    assert text.startswith("It beats bm25 b=0.4 by 0.1")
 
 
 def test_pairs_beyond_the_first_are_counted() -> None:
@@ -38,8 +49,8 @@ def test_pairs_beyond_the_first_are_counted() -> None:
     last = len(values) - 1
     names = [f"s{i}" for i in range(len(values))]
     text = verdict("MRR@10", names, paired_tests(values, [(i, last) for i in range(last)]))
-    assert text.count("beats") == NAMED
-    assert text.endswith("; 3 of 3 more pairs differ significantly.")
+    assert text.count(" by ") == NAMED
+    assert text.endswith("; of 3 more pairs, 3 differ significantly.")
 
 
 def test_the_best_system_is_compared_with_each_other_by_the_corrected_p(
@@ -48,10 +59,17 @@ def test_the_best_system_is_compared_with_each_other_by_the_corrected_p(
     systems = [read_system(evaluations.folder / name) for name in ("bm25", "pipeline")]
     found = compare([*systems, read_system(evaluations.theirs)], read_judged(systems))
     text = of_comparison(found)
+    best = max(range(3), key=lambda i: found.mean(i, "MRR@10") or 0.0)
+    score = f"{found.mean(best, 'MRR@10'):.4f} over {found.queries} queries"
+    assert text.startswith(f"{found.names[best]} has the highest MRR@10, {score}. ")
     for name, other in (("bm25", 0), ("pipeline", 1)):
         (pair,) = (one for one in found.pairs["MRR@10"] if {one.a, one.b} == {other, 2})
         verb = "beats" if pair.corrected < 0.05 else "does not differ significantly from"
-        assert f"{name} {verb} theirs" in text or f"theirs {verb} {name}" in text
+        ahead, behind = (
+            (name, "theirs") if (pair.difference < 0) == (pair.a == other) else ("theirs", name)
+        )
+        ahead = "[Ii]t" if ahead == found.names[best] else ahead
+        assert re.search(rf"{ahead} {verb} ([^;]* and |[^;]*, )?{behind} ", text)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -62,15 +80,27 @@ def test_a_page_of_one_system_or_without_its_collection_says_that_nothing_is_tes
     scores = evaluations.per_query(evaluations.folder / "bm25/runs/bm25.train.trec", "MRR@10")
     assert f"MRR@10 {sum(scores.values()) / 40:.4f} ±" in one
     assert "no test of one system" in one
-    assert of_evaluations([]).startswith("No test")
     assert of_evaluations([("a", "No test: x.")] * 3).startswith("No test: none of 3 collections")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_page_of_trainings_has_what_they_reached(tmp_path: Path) -> None:
+    for name, best in (("a", 0.25), ("b", 0.5)):
+        record = {"monitored": "val/MRR@10", "best": best, "updates": 12}
+        write_json(tmp_path / name / "metrics.json", record)
+    text = _first_sentence(page.write(tmp_path))
+    assert text.startswith("a reached val/MRR@10 0.2500 in 12 updates; b reached val/MRR@10 0.5000")
+    one = _first_sentence(page.write(tmp_path / "b"))
+    assert one == "b reached val/MRR@10 0.5000 in 12 updates; no test of one training."
 
 
 def test_many_collections_are_counted(evaluations: Evaluations) -> None:
     systems = [read_system(evaluations.folder / "bm25"), read_system(evaluations.theirs)]
     found = compare(systems, read_judged(systems))
     better = [pair.corrected < 0.05 for pair in found.pairs[found.measure]]
-    assert f"{3 * sum(better)} of 3 collections" in of_evaluations([("one", found)] * 3)
+    text = of_evaluations([("one", found)] * 3)
+    assert text.startswith("Best system: bm25 on 3 of 3 collections.")
+    assert f"than the next on {3 * sum(better)} of 3 collections" in text
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3, 5])
@@ -84,24 +114,26 @@ def test_settings_are_tested_over_three_seeds_or_more(seeds: int, tmp_path: Path
             jobs.write(run_dir, [f"optimizer.lr={rate}", f"seed={seed}"], state)
             metrics = {"validation": {"MRR@10": value}, "train_seconds": 1.0}
             (run_dir / "metrics.json").write_text(json.dumps(metrics))
-    text = of_sweep(collect(tmp_path)) or ""
+    text = of_sweep(collect(tmp_path))
     if seeds == 1:
         assert text.startswith("No test")
         return
     best, other = scores["1e-3"][:seeds], scores["1e-4"][:seeds]
     spread = f"{np.mean(best):.4f} ± {np.std(best, ddof=1):.4f}"
-    assert f"optimizer.lr=0.001 has MRR@10 {spread}" in text
+    assert f"optimizer.lr=0.001 has the highest MRR@10, {spread}" in text
     if seeds < 3:
         assert "no test: fewer than 3 seeds" in text
         return
     assert ttest_rel(best, other).pvalue < 0.05
     difference = np.mean(best) - np.mean(other)
-    assert f"optimizer.lr=0.001 beats optimizer.lr=0.0001 by {difference:.4f} (p " in text
+    assert f". It beats optimizer.lr=0.0001 by {difference:.4f} (p " in text
 
 
-def test_a_sweep_without_seeds_has_no_verdict_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_a_sweep_without_seeds_has_its_best_setting_and_no_test(tmp_path: Path) -> None:
     for rate in "12":
         jobs.write(tmp_path / rate, [f"optimizer.lr={rate}"], jobs.FINISHED)
-        (tmp_path / rate / "metrics.json").write_text('{"validation": {"MRR@10": 0.1}}')
-    assert of_sweep(collect(tmp_path)) is None
-    assert _first_sentence(page.write(tmp_path)).startswith("No test: there are no scores of")
+        metrics = {"validation": {"MRR@10": int(rate) / 10}}
+        (tmp_path / rate / "metrics.json").write_text(json.dumps(metrics))
+    text = _first_sentence(page.write(tmp_path))
+    assert text.startswith("optimizer.lr=2 has the highest MRR@10, 0.2000, of 2 settings; no test")

@@ -142,7 +142,9 @@ def test_what_counts_zero_is_reported(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "2 judgements of passages unknown to the corpus" in caplog.text
 
 
-@pytest.mark.parametrize("change", ["data.split=dev", "bm25.k1=2"])
+@pytest.mark.parametrize(
+    "change", ["data.split=dev", pytest.param("bm25.k1=2", marks=pytest.mark.slow)]
+)
 def test_another_evaluation_is_refused_until_the_metrics_are_removed(
     change: str, beir: Path, model: Path, tmp_path: Path, written: list[str]
 ) -> None:

@@ -100,6 +100,7 @@ def test_an_interrupted_evaluation_resumes_to_the_same_run_beside_whole_passages
     assert runs[0].read_bytes() != (tmp_path / "whole" / whole["run"]).read_bytes()
 
 
+@pytest.mark.slow
 def test_segments_can_be_fused_and_reranked_and_an_approximate_index_has_its_recall(
     beir: Path, folders: dict[str, str], tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_metrics_are_those_of_each_collection_alone_and_their_mean(
     assert metrics == json.loads((tmp_path / "all/metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_mean_is_not_overwritten_by_that_of_other_collections_or_systems(
     home: Path, tmp_path: Path
 ) -> None:

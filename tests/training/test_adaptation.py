@@ -191,7 +191,7 @@ def test_a_trained_slot_is_in_the_folder(
     ("stage", "peft"),
     [
         ("adaptation", ()),
-        ("adaptation_released", LORA),
+        pytest.param("adaptation_released", LORA, marks=pytest.mark.slow),
     ],
 )
 def test_a_retriever_inherits_the_prompts_of_the_adapted_model(

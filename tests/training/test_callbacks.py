@@ -50,6 +50,7 @@ def test_a_killed_run_resumes_exactly(whole: Fitted, fit: Fit, kills: list[KillA
     resumes(fit, *kills, whole=whole)
 
 
+@pytest.mark.slow
 def test_dropout_and_accumulation_repeat_after_a_resume(fit: Fit) -> None:
     peft = LoRA(rank=2, alpha=4, dropout=0.5)
     resumes(fit, KillAt(3), peft=peft, accumulate=2)
@@ -76,7 +77,10 @@ def test_a_run_on_four_bits_resumes_exactly(fit: Fit, saved: str) -> None:
 
 # Validations after batches 3, 5 and 9 fall between the two batches of an update, or on an epoch's
 # last batch, which is an update of its own.
-@pytest.mark.parametrize(("interval", "step"), [(3, 3), (5, 5), (9, 4)])
+@pytest.mark.parametrize(
+    ("interval", "step"),
+    [(3, 3), *(pytest.param(*of, marks=pytest.mark.slow) for of in ((5, 5), (9, 4)))],
+)
 def test_a_validation_between_the_batches_of_an_update_loses_no_gradient(
     fit: Fit, interval: int, step: int
 ) -> None:

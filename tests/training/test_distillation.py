@@ -71,8 +71,7 @@ def _batch(width: int) -> TrainBatch:
     rng = torch.Generator().manual_seed(0)
     rows = torch.arange(6).view(3, 2)
     return TrainBatch(
-        queries=pack(texts[:3], 64),
-        passages=pack(texts[3:], 64),
+        texts=pack(texts, 64),
         passage_rows=rows,
         passage_keys=rows,
         excluded_keys=rows[:, :1],
@@ -99,9 +98,7 @@ def test_loss_and_gradient_equal_a_naive_reference(
     module, batch = _module(tokenizer, encoding, distillation), _batch(distillation.width)
     found = module.training_step(batch, 0)
 
-    embedded = [
-        module.model.embed(texts)[:, :32].double() for texts in (batch.queries, batch.passages)
-    ]
+    embedded = batch.sides(module.model.embed(batch.texts)[:, :32].double())
     sides = []
     for students, teachers in zip(
         embedded, (batch.teacher_queries, batch.teacher_passages), strict=True
@@ -205,6 +202,7 @@ def test_a_killed_run_resumes_with_the_weights_of_its_projection(teacher: Path, 
     )
 
 
+@pytest.mark.slow
 def test_a_student_is_an_ordinary_model_folder_and_learns_the_embeddings(
     teacher: Path, beir: Path, tmp_path: Path
 ) -> None:

@@ -57,7 +57,7 @@ def test_passages_are_searched_once_in_any_order_and_low_grades_do_not_count(
     batches += [(PASSAGES, rows, [[float(row), 1.0] for row in rows]) for rows in parts]
     for loader, rows, vectors in batches:
         out = {"rows": torch.tensor(rows), "vectors": torch.tensor(vectors)}
-        batch = SimpleNamespace(tokens=2)
+        batch = SimpleNamespace(texts=SimpleNamespace(tokens=2))
         evaluation.on_validation_batch_end(trainer, module, out, batch, 0, loader)
     evaluation.on_validation_epoch_end(trainer, module)
     assert logged == {"val/MRR@10": mrr}

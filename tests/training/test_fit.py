@@ -118,6 +118,7 @@ def test_a_run_shorter_than_its_validation_interval_validates_at_its_end(
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_evaluated_on_training_queries_and_at_other_lengths(
     beir: Path, tmp_path: Path
 ) -> None:
@@ -140,6 +141,7 @@ def test_the_best_weights_are_evaluated_on_training_queries_and_at_other_lengths
     assert curve(tmp_path / "r", "val/MRR@10") == list(range(4, 44, 4))
 
 
+@pytest.mark.slow
 def test_cached_gradients_fit_on_a_device_that_is_too_small_without(
     beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,7 +191,7 @@ def test_a_mistake_is_found_before_a_model_is_made_or_anything_is_written(
     ("processes", "length", "code", "place"),
     [
         ("1", 5, "no-room-for-text", "validation.readings: "),
-        ("2", 24, "wrong-world-size", "trainer.devices"),
+        pytest.param("2", 24, "wrong-world-size", "trainer.devices", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_train_is_refused_before_training(

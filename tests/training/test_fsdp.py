@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.fitting import MEASURES, Fit, Fitted, KillAt, Sgd, assert_close, on_ranks
+from tests.tiny import tiny_backbone
 from tests.two_ranks import TwoRanks
 from transformers import LlamaConfig, LlamaModel
 
@@ -26,6 +27,8 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 STAGES["masked"] = {"stage": "retriever", "loss": InfoNCE(0.05, false_negative_margin=0.01)}
 STAGES["sizes"] = {"stage": "retriever", "loss": InfoNCE(0.05, dims=[8, 16])}
+STAGES["unpadded"] = {"stage": "retriever", "backbone": tiny_backbone()}
+STAGES["unpadded"]["backbone"].attention = "unpadded"
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,7 @@ def one_process(module_fit: Fit) -> dict[str, tuple[Fit, Fitted]]:
         ("masked", "ddp", True),
         ("sizes", "ddp", True),
         ("sizes", "fsdp", False),
+        ("unpadded", "fsdp", False),
         ("reranker", "ddp", False),
         ("reranker", "fsdp", True),
         ("token", "fsdp", True),
@@ -106,7 +110,9 @@ def test_a_run_resumes_under_another_strategy_and_number_of_ranks(
     assert fit.state()["global_step"] == whole.state()["global_step"] == 8
 
 
-@pytest.mark.parametrize("peft", [None, LoRA(rank=2, alpha=4, dropout=0.0)])
+@pytest.mark.parametrize(
+    "peft", [None, pytest.param(LoRA(rank=2, alpha=4, dropout=0.0), marks=pytest.mark.slow)]
+)
 def test_weights_stored_in_bf16_are_trained_as_float32_with_activations_recomputed(
     fit: Fit, two_ranks: TwoRanks, saved: str, peft: Any
 ) -> None:

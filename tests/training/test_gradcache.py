@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.fitting import Fit, Fitted, Sgd, assert_close
+from tests.tiny import tiny_backbone
 from torch import Tensor
 
 from caravan.data.batch import Chunk, pack
@@ -14,6 +15,7 @@ from caravan.models.adapters import LoRA
 from caravan.training import gradcache
 from caravan.training.gradcache import GradCache
 from caravan.training.losses import InfoNCE
+from caravan.training.retriever import Retriever
 
 WHOLE = 1000
 """More texts than any chunk has: the chunks of the batch stay as they are."""
@@ -37,6 +39,23 @@ def test_cached_gradients_are_those_of_the_whole_batch(
     for name in ("train/loss", "train/accuracy", "train/gradient_norm", "train/negatives"):
         assert cached.metrics[name] == pytest.approx(whole[stage].metrics[name], rel=1e-4)
     assert cached.losses == pytest.approx(whole[stage].losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_queries_and_passages_in_one_chunk_train_as_in_separate_chunks(
+    fit: Fit, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In-batch negatives, attention without padding."""
+    settings = {**SETTINGS, "queries_per_batch": 7, "token_budget": 256}
+    settings["gradcache"] = None if chunk is None else GradCache(chunk)
+    backbone = tiny_backbone()
+    backbone.attention = "unpadded"
+    together = fit(**settings, backbone=backbone)
+    monkeypatch.setattr(Retriever, "pads", True)
+    apart = fit(**settings, backbone=backbone)
+    assert together.metrics["train/padding"] == 0 < apart.metrics["train/padding"]
+    assert together.losses == pytest.approx(apart.losses, rel=1e-6)
+    assert_close(apart.weights, together.weights, atol=1e-6)
 
 
 def test_masks_and_sizes_of_the_loss_are_those_of_the_whole_batch(fit: Fit) -> None:
@@ -93,7 +112,7 @@ def test_only_one_chunk_has_a_graph_at_a_time() -> None:
         return Traced.apply(rows) if torch.is_grad_enabled() else rows
 
     texts = pack([[i] * (1 + i % 4) for i in range(40)], 8)
-    loss = GradCache(3)(compute, [texts], lambda rows: (rows**2).sum())
+    loss = GradCache(3)(compute, texts, lambda rows: (rows**2).sum())
     assert len(alive) > 20
     assert torch.tensor(alive).cumsum(0).max() == 1
     loss.backward()

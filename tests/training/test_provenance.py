@@ -61,7 +61,13 @@ def test_a_run_is_not_resumed_over_another_collection(finished: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "lost", [(), ("metrics.json",), ("config.yaml.manifest.json",)], ids=["whole", "early", "old"]
+    "lost",
+    [
+        (),
+        pytest.param(("metrics.json",), marks=pytest.mark.slow),
+        pytest.param(("config.yaml.manifest.json",), marks=pytest.mark.slow),
+    ],
+    ids=["whole", "early", "old"],
 )
 def test_a_training_does_not_replace_an_evaluation(
     lost: tuple[str, ...], beir: Path, tmp_path: Path
@@ -98,7 +104,7 @@ def test_other_weights_in_the_backbones_folder_are_another_run(copied: Path, bei
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("model/model.safetensors", Path.unlink),
+        pytest.param("model/model.safetensors", Path.unlink, marks=pytest.mark.slow),
         ("metrics.json", lambda path: path.write_text(path.read_text() + " ")),
     ],
     ids=["lost weights", "changed metrics"],
@@ -117,6 +123,7 @@ def test_the_files_of_a_finished_run_are_verified(
         assert (copied / name).read_bytes() == content
 
 
+@pytest.mark.slow
 def test_other_versions_are_reported(
     copied: Path, beir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -134,6 +141,7 @@ def test_other_versions_are_reported(
     assert f"torch {versions['torch']} -> 9" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_dir_of_one_character_changes_no_recorded_number(
     beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,7 +55,7 @@ def train(*given: Any) -> float | None:
     return train_config(compose(ROOT / "conf", "train", arguments(*given)))
 
 
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("mixed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_killed_training_resumes_exactly_and_the_mean_of_collections_is_monitored(
     mixture: Fit, home: Path, mixed: bool
 ) -> None:
@@ -120,7 +120,11 @@ def test_a_training_writes_instructions_and_validates_what_it_does_not_train_on(
         (["data.entries.two.in_batch=false", "sampler.number=0"], "data.entries.two.in_batch"),
         (["data.entries.two.in_batch=true", "stage.in_batch=false"], "data.entries.two.in_batch"),
         (["callbacks.best.monitor=val/four/MRR@10"], "does not log val/four/MRR@10"),
-        (["stage=reranker", "loss=listwise", "data.entries.one.number=0"], "entries.one.number"),
+        pytest.param(
+            ["stage=reranker", "loss=listwise", "data.entries.one.number=0"],
+            "entries.one.number",
+            marks=pytest.mark.slow,
+        ),
         (["data.alpha=2"], "data.alpha"),
     ],
 )

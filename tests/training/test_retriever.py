@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,11 @@ def _batch(passage_rows: list[list[int]], positives: list[list[int]]) -> TrainBa
         rng = np.random.default_rng(row)
         return rng.integers(5, 300, 3 + row % 9).tolist()
 
+    queries = range(1000, 1000 + len(passage_rows))
     most = max(map(len, positives))
     filled = [rows + rows[:1] * (most - len(rows)) for rows in positives]
     return TrainBatch(
-        queries=pack([text(1000 + i) for i in range(len(passage_rows))], 64),
-        passages=pack([text(row) for group in passage_rows for row in group], 64),
+        texts=pack([text(row) for row in (*queries, *chain(*passage_rows))], 64),
         passage_rows=torch.tensor(passage_rows),
         passage_keys=torch.tensor(passage_rows),
         excluded_keys=torch.tensor(filled),
@@ -62,8 +63,7 @@ def _module(tokenizer: Any, encoding: Encoding, loss: Any = None, **settings: An
 
 
 def _scores(module: Retriever, batch: TrainBatch) -> tuple[Tensor, Tensor]:
-    embedded = module.model.embed(batch.queries), module.model.embed(batch.passages)
-    scores, targets, _ = module.scores(*embedded, batch)
+    scores, targets, _ = module.scores(*batch.sides(module.model.embed(batch.texts)), batch)
     return scores[-1], targets
 
 
@@ -72,8 +72,7 @@ def _naive_loss(module: Retriever, batch: TrainBatch, margin: float | None = Non
 
     Passages more similar than the positive by more than a margin do not count.
     """
-    queries = module.model.embed(batch.queries).double()
-    passages = module.model.embed(batch.passages).double()
+    queries, passages = batch.sides(module.model.embed(batch.texts).double())
     rows, group = batch.passage_rows.reshape(-1).tolist(), batch.passage_rows.shape[1]
     losses = []
     for i, query in enumerate(queries):
@@ -133,7 +132,7 @@ def test_without_in_batch_negatives_a_query_has_its_own_group(
     module = _module(tokenizer, encoding, in_batch=False)
     with torch.no_grad():
         scores, targets = _scores(module, batch)
-        queries, passages = module.model.embed(batch.queries), module.model.embed(batch.passages)
+        queries, passages = batch.sides(module.model.embed(batch.texts))
     assert scores.shape == (2, 3)
     assert targets.tolist() == [0, 0]
     torch.testing.assert_close(scores[1], queries[1] @ passages[3:].T)
@@ -146,19 +145,19 @@ def test_similarities_are_float32_under_bf16_autocast(
     batch = _batch([[1, 2, 3], [4, 8, 6]], [[1], [4]])
     seen: list[Tensor] = []
     monkeypatch.setattr(module, "compute_loss", lambda scores, *_: seen.extend(scores))
-    embedded = [torch.randn(2, 32), torch.randn(6, 32)]
-    monkeypatch.setattr(module, "rows_of", lambda texts: embedded[len(texts) == 6])
+    embedded = torch.randn(8, 32)
+    monkeypatch.setattr(module, "rows_of", lambda texts: embedded)
     with torch.autocast("cpu", torch.bfloat16):
         module.training_step(batch, 0)
-    queries, passages = (vectors.double() for vectors in embedded)
+    queries, passages = embedded[:2].double(), embedded[2:].double()
     torch.testing.assert_close(seen[0].double(), queries @ passages.T, atol=1e-6, rtol=1e-5)
 
 
 def _naive_scores(module: Retriever, batch: TrainBatch, dim: int) -> Tensor:
     """Similarities of embeddings cut to `dim` and scaled again, pair by pair, in float64."""
     queries, passages = (
-        [vector[:dim] / vector[:dim].norm() for vector in module.model.embed(texts).double()]
-        for texts in (batch.queries, batch.passages)
+        [vector[:dim] / vector[:dim].norm() for vector in vectors.double()]
+        for vectors in batch.sides(module.model.embed(batch.texts))
     )
     rows, group = batch.passage_rows.reshape(-1).tolist(), batch.passage_rows.shape[1]
     scores = []

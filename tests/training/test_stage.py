@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from tests.fitting import MEASURES, Fit, Sgd, same_weights
+from tests.refusals import refused
 from tests.tiny import tiny_backbone
 
 from caravan.data.runs import read_run
 from caravan.encoding import Encoding
+from caravan.models import varlen
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained
 from caravan.models.hardware import settle_precisions
@@ -34,6 +37,26 @@ def test_gradients_are_limited_by_norm_by_value_or_not_at_all(fit: Fit) -> None:
     by_value = fit(**settings, gradient_clip_val=1e-3, gradient_clip_algorithm="value").weights
     most = max(float((by_value[name] - start[name]).abs().max()) for name in start)
     assert most == pytest.approx(0.5e-3, rel=1e-3)
+
+
+def test_attention_without_padding_is_tried_once_the_model_is_on_its_device(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device has a kernel that fails, and bf16 alone uses it."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no kernel image")
+
+    def move(_: Any) -> None:
+        monkeypatch.setattr(varlen, "has_kernel", lambda states: True)
+
+    monkeypatch.setattr(SingleDeviceStrategy, "model_to_device", move)
+    monkeypatch.setattr(varlen, "kernel", lambda: fails)
+    backbone = tiny_backbone()
+    backbone.attention = "unpadded"
+    fit(backbone=backbone, steps=1)
+    with refused("attention-not-supported", "on cpu", "no kernel image", "attention=auto"):
+        fit(backbone=backbone, steps=1, precision="bf16-mixed")
 
 
 def test_training_lowers_the_loss_and_the_metrics_are_those_of_the_run(fit: Fit) -> None:

@@ -283,8 +283,7 @@ def _paths(tree: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
 Rule = Callable[[Config], None]
 """A rule between objects, which no signature can state; see `RULES` of `.train` and `.evaluate`.
 
-It reads values with `config.get` and classes with `config.is_a`, so that a user's subclass is
-treated as its base, and adds mistakes with `config.add`.
+It reads values with `config.get`, classes with `config.is_a` (also subclasses), and calls `add`.
 """
 
 
@@ -293,15 +292,18 @@ def measures_are_computed(config: Config) -> None:
     if config.get("index") and "k" not in config.values["index"]:
         config.add("index.k", "it is needed; give index.k=<depth>")
     for key in ("", *(f"{key}." for key, _, node in config.nodes() if "measures" in node)):
-        depths, depth = [0], config.get(f"{key}index.k")
+        depths: dict[str, int] = {}
         for i, measure in enumerate(config.get(f"{key}measures") or ()):
             try:
-                depths.append(parse_measure(measure).cutoff)
+                depths[measure] = parse_measure(measure).cutoff
             except InputError as error:
                 config.add(f"{key}measures[{i}]", str(error))
-        if depth is not None and depth < max(depths):
-            text = f"they need a depth of {max(depths)}, but the search returns k={depth}"
-            config.add(f"{key}measures", f"{text}; set index.k={max(depths)}")
+        depth, deepest = config.get(f"{key}index.k"), max(depths.values(), default=0)
+        if depth is not None and depth < deepest:
+            kept = [f'"{one}"' if "(" in one else one for one in depths if depths[one] <= depth]
+            fewer = f"'{key}measures=[{','.join(kept)}]' or " if kept else ""
+            text = f"they need a depth of {deepest}, but the search returns k={depth}; set {fewer}"
+            config.add(f"{key}measures", f"{text}index.k={deepest}")
 
 
 def model_folder(config: Config, key: str, kind: str = "", setting: str = SETTING) -> None:

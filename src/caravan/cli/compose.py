@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-from argparse import ArgumentParser
 from contextlib import AbstractContextManager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -118,15 +117,7 @@ def preflight(argv: list[str], conf: Path, name: str) -> tuple[list[str], Path |
         The arguments for Hydra (strings that it would parse as numbers are quoted, a sweep has the
         values of its file), and the folder of a sweep. Raises an InputError as `refuse` does.
     """
-    parser = ArgumentParser(add_help=False)
-    parser.add_argument("overrides", nargs="*")
-    for flags in ("-m --multirun", "-r --run", "--resolve"):
-        parser.add_argument(*flags.split(), action="store_true")
-    for flags in ("-cp --config-path", "-cn --config-name", "-cd --config-dir", "-c --cfg"):
-        parser.add_argument(*flags.split())
-    parser.add_argument("-p", "--package")
-    parser.add_argument("-i", "--info", nargs="?", const="all")
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = sources.flags(argv)
     if unknown:
         key = unknown[0].lstrip("-").partition("=")[0]
         if top(key) in {field.name for field in fields(schema.ROOTS[name])}:
@@ -206,7 +197,8 @@ class Composer(AbstractContextManager["Composer"]):
         Raises:
             InputError: If conf/ itself cannot be composed.
         """
-        problems = {text: self._problem(text) for text in overrides}
+        whole = sources.divided(overrides)
+        problems = {text: self._problem(text, whole.get(text, "")) for text in overrides}
         # An unknown key is added, so that the check of all keys suggests what was meant.
         valid = [
             text if text[0] == "~" or self._is_known(text) else f"++{text.lstrip('+')}"
@@ -245,12 +237,12 @@ class Composer(AbstractContextManager["Composer"]):
                 lines.append(f"{text} (command line): {where} sets {group} to null; remove it")
         return cfg, lines
 
-    def _problem(self, text: str) -> str | None:
-        """What is wrong with an override alone."""
+    def _problem(self, text: str, whole: str) -> str | None:
+        """What is wrong with an override alone; `whole`: see `sources.divided`."""
         try:
             override = sources.parse(text, self.parser)
         except HydraException as error:
-            return sources.unreadable(text, str(error))
+            return sources.unreadable(text, str(error), whole)
         key, value = override.key_or_group, override.value()
         if key in ALIASES and key not in self.known:
             group = next(name for name in ALIASES[key] if name in self.known)

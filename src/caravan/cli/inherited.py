@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from caravan.cli.check import is_class
 from caravan.cli.signatures import locate
 from caravan.distributed import is_main_process
-from caravan.encoding import INSTRUCTION, Encoding
+from caravan.encoding import Encoding, has_instruction
 from caravan.errors import InputError
 from caravan.models.backbone import INHERITED, FromFolder, Pretrained
 from caravan.models.released import Released, released_encoding
@@ -47,7 +47,7 @@ def completed(cfg: DictConfig) -> tuple[DictConfig, dict[str, str]]:
     for name in unset:
         cfg.encoding[name] = found.settings.get(name, values[name])
     templates = [_given(cfg, f"encoding.{side}_template") for side in ("query", "passage")]
-    if not any(INSTRUCTION in str(template) for template in templates):
+    if not any(has_instruction(str(template)) for template in templates):
         for name in unset & {"instruction", "instructions"}:
             cfg.encoding[name] = values[name]
     return cfg, {f"encoding.{name}": text for name, text in found.problems.items() if name in unset}
@@ -85,7 +85,7 @@ def _kind(cfg: DictConfig) -> str:
 def log_encoding(cfg: DictConfig, given: Any) -> None:
     """Log the settings that come from files of sentence-transformers, and those that differ."""
     stated = {} if "folder" in cfg.backbone else _of_files(cfg).settings
-    taken = [f"{key}={value!r}" for key, value in stated.items() if given.get(key) is None]
+    taken = [_described(key, value) for key, value in stated.items() if given.get(key) is None]
     differing = [
         f"{key}={cfg.encoding[key]!r}, there {value!r}"
         for key, value in stated.items()
@@ -96,3 +96,14 @@ def log_encoding(cfg: DictConfig, given: Any) -> None:
     if differing and is_main_process():
         text = "the encoding differs from the files of %s: %s"
         log.warning(text, cfg.backbone.name, "; ".join(differing))
+
+
+def _described(key: str, value: Any) -> str:
+    """A setting in words if its value alone says little, else as it is typed."""
+    if key == "normalize":
+        return "embeddings are normalized" if value else "embeddings are not normalized"
+    if key == "append_eos" and not value:
+        return "no EOS is appended"
+    if key == "dim":
+        return f"the first {value} dimensions" if value else "all dimensions"
+    return f"{key}={value!r}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+from caravan.errors import InputError
 
 TYPED = "command line"
 MOST_VALUES = 10_000
@@ -30,6 +33,33 @@ class FurtherFolder(SearchPathPlugin):
         if self.folder is not None:
             before = SearchPathQuery(provider="schema")
             search_path.prepend("command-line", f"file://{self.folder}", before)
+
+
+def flags(argv: list[str]) -> tuple[Namespace, list[str]]:
+    """Hydra's flags and `overrides` of a command line, and the options that are unknown.
+
+    Raises:
+        InputError: "conflicting-flags", which Hydra would refuse with a traceback.
+    """
+    parser = ArgumentParser(add_help=False)
+    parser.add_argument("overrides", nargs="*")
+    for names in ("-m --multirun", "-r --run", "--resolve"):
+        parser.add_argument(*names.split(), action="store_true")
+    for names in ("-cp --config-path", "-cn --config-name", "-cd --config-dir", "-c --cfg"):
+        parser.add_argument(*names.split())
+    parser.add_argument("-p", "--package")
+    parser.add_argument("-i", "--info", nargs="?", const="all")
+    args, unknown = parser.parse_known_args(argv)
+    given = [f"--{name}" for name in ("cfg", "info", "run", "multirun") if getattr(args, name)]
+    if len(given) > 1:
+        remedy = f"leave out {' and '.join(given[1:])}"
+        if args.multirun and not args.run:
+            remedy += ", and give each setting one value"
+        text = f"{given[0]} cannot be combined with {given[1]}: it is for one job; {remedy}"
+        raise InputError("conflicting-flags", text)
+    if args.resolve and not args.cfg:
+        raise InputError("conflicting-flags", "--resolve is an option of --cfg; add --cfg job")
+    return args, unknown
 
 
 def key_of(text: str) -> str:
@@ -66,11 +96,35 @@ def quoted(key: str, given: str) -> str | None:
     return text if same else None
 
 
-def unreadable(text: str, reason: str) -> str:
-    """Why an override cannot be read, with the text to type instead."""
+def divided(overrides: list[str]) -> dict[str, str]:
+    """The words without a key after an override, and the whole that a shell divides at spaces.
+
+    >>> divided(["name=my", "long", "run", "seed=1"])
+    {'long': 'name=my long run', 'run': 'name=my long run'}
+    """
+    parts: list[str] = []
+    words: dict[str, list[str]] = {}
+    for text in overrides:
+        if "=" in text or text[0] == "~":
+            parts = [text]
+        elif parts:
+            parts.append(text)
+            words[text] = parts
+    return {text: " ".join(parts) for text, parts in words.items()}
+
+
+def unreadable(text: str, reason: str, whole: str = "") -> str:
+    """Why an override cannot be read, with the text to type instead.
+
+    Args:
+        whole: see `divided`.
+    """
     name, equals, given = text.partition("=")
     if not equals:
-        return "no setting; write key=value"
+        name, _, given = whole.partition("=")
+        instead = quoted(name, given) if given else None
+        remedy = f"; put a value with spaces into quotes: {_typed(instead)}" if instead else ""
+        return f"no setting; write key=value{remedy}"
     if given.startswith("~"):
         home = f"\"{name}='$HOME{given[1:]}'\""
         return f"the shell does not expand ~ there; put it into quotes: {home}"
@@ -78,8 +132,12 @@ def unreadable(text: str, reason: str) -> str:
     instead = quoted(name, given)
     if instead is None or given[:1] in "[{'\"" or "Error while evaluating" in reason:
         return reason
-    typed = shlex.quote(instead) if set('"$`\\!') & set(instead) else f'"{instead}"'
-    return f"{reason}; put it into quotes: {typed}"
+    return f"{reason}; put it into quotes: {_typed(instead)}"
+
+
+def _typed(override: str) -> str:
+    """An override as it is typed into a shell."""
+    return shlex.quote(override) if set('"$`\\!') & set(override) else f'"{override}"'
 
 
 def lines_of(tree: yaml.Node | None, key: str = "", line: int = 1) -> Iterator[tuple[str, int]]:

@@ -2,14 +2,14 @@
 
 Padding texts of different lengths to one another wastes work. A batch holds its texts as chunks of
 similar length, each within a token budget, padded on the right; `Packed.order` restores the order
-of the texts.
+of the texts. For a model without padding (`caravan.models.varlen`), chunks are as few as possible.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -63,11 +63,31 @@ class Packed(Movable):
     chunks: tuple[Chunk, ...]
     order: Tensor  # [N] int64, a permutation
     tokens: int  # real tokens
-    padded: int  # tokens with padding
+    pads: bool = True  # whether the model computes the padding
     extra: int = 0  # repeated chunks at the end, see `lengthened`
+
+    @classmethod
+    def joined(cls, parts: Sequence[Packed]) -> Packed:
+        """The texts of all parts, in their order; each part keeps its chunks."""
+        starts = accumulate(map(len, parts[:-1]), initial=0)
+        order = torch.cat([part.order + start for part, start in zip(parts, starts, strict=True)])
+        chunks = tuple(chain.from_iterable(part.chunks for part in parts))
+        return cls(chunks, order, sum(part.tokens for part in parts), parts[0].pads)
 
     def __len__(self) -> int:
         return len(self.order)
+
+    @property
+    def padded(self) -> int:
+        """The tokens that the model computes."""
+        padded = sum(chunk.input_ids.numel() for chunk in self.chunks)
+        return padded if self.pads else self.tokens
+
+    @property
+    def largest(self) -> int:
+        """The tokens that the model computes of the largest chunk."""
+        sizes = (c.input_ids.numel() if self.pads else c.attention_mask.sum() for c in self.chunks)
+        return max(map(int, sizes))
 
     def split(self, texts: int) -> Packed:
         """The same texts in chunks of at most `texts` each."""
@@ -125,6 +145,25 @@ def rounded(width: int) -> int:
     return -(-width // step) * step
 
 
+def first_chunk(lengths: np.ndarray, token_budget: int, pads: bool = True) -> int:
+    """The number of texts in the next chunk.
+
+    Args:
+        lengths: tokens of the remaining texts [n], longest first.
+        token_budget: the most tokens of a chunk, with padding if the model `pads`. Without, the
+            padded ids of a chunk, and the states to be pooled, may have twice as many.
+    """
+    width = max(int(lengths[0]), 1)
+    lengths = lengths[: (token_budget if pads else 2 * token_budget) // width or 1]
+    real, padded = lengths.cumsum(), width * np.arange(1, len(lengths) + 1)
+    fits = real <= token_budget
+    if pads:
+        # Sorted by length, so the share of real tokens falls with every text that is added.
+        small = SMALL if token_budget > SMALL else 0
+        fits = (real >= (1 - PADDING) * padded) | (padded <= small)
+    return max(int(fits.sum()), 1)
+
+
 @dataclass(frozen=True)
 class TokenIds:
     """Token ids of N texts, end to end; 4 bytes a token."""
@@ -139,29 +178,34 @@ class TokenIds:
         ids = np.fromiter(chain.from_iterable(texts), np.int32, int(lengths.sum()))
         return cls(ids, lengths, None if seconds is None else np.asarray(seconds, dtype=np.int32))
 
-    def packed(self, token_budget: int, pad_id: int = 0) -> Packed:
-        """Sort texts by length and cut them into chunks of at most `token_budget` padded tokens.
+    @classmethod
+    def joined(cls, parts: Sequence[TokenIds]) -> TokenIds:
+        """The texts of all parts, in their order."""
+        ids, lengths = ([getattr(one, name) for one in parts] for name in ("ids", "lengths"))
+        seconds = [one.seconds for one in parts if one.seconds is not None]
+        joined = np.concatenate(seconds) if seconds else None
+        return cls(np.concatenate(ids), np.concatenate(lengths), joined)
 
-        A chunk that is not small ends earlier if its padding would pass a tenth, and a longer text
-        is a chunk alone. If its texts differ in length, the width of a chunk is `rounded`.
+    def packed(self, token_budget: int, pad_id: int = 0, pads: bool = True) -> Packed:
+        """Sort texts by length and cut them into chunks of at most `token_budget` tokens.
+
+        For a model that `pads`, padding counts; a chunk that is not small ends earlier if its
+        padding would pass a tenth, and if its texts differ in length, its width is `rounded`. A
+        longer text is a chunk alone.
 
         Args:
-            token_budget: the largest n * L of a chunk [n, L].
+            token_budget: see `first_chunk`.
             pad_id: fills the padding; the attention mask hides it, so any valid id will do.
         """
         lengths = self.lengths.astype(np.int64)
         starts = np.cumsum(lengths) - lengths
         order = np.argsort(-lengths, kind="stable")
-        small = SMALL if token_budget > SMALL else 0
-        chunks, start, padded = [], 0, 0
+        chunks, start = [], 0
         while start < len(order):
             width = max(int(lengths[order[start]]), 1)
-            rows = order[start : start + max(token_budget // width, 1)]
-            # Sorted by length, so the share of real tokens falls with every text that is added.
-            padded_tokens = width * np.arange(1, len(rows) + 1)
-            dense = lengths[rows].cumsum() >= (1 - PADDING) * padded_tokens
-            rows = rows[: max(int((dense | (padded_tokens <= small)).sum()), 1)]
-            if lengths[rows[-1]] < width:
+            number = first_chunk(lengths[order[start:]], token_budget, pads)
+            rows = order[start : start + number]
+            if pads and lengths[rows[-1]] < width:
                 longest = max(int(lengths[order[0]]), 1)  # no wider than a model can read
                 width = min(rounded(width), longest)
                 rows = rows[: max(token_budget // width, 1)]
@@ -176,9 +220,8 @@ class TokenIds:
                 )
             mask = torch.from_numpy(real.astype(np.int64))
             chunks.append(Chunk(torch.from_numpy(ids), mask, bool(real.all()), types))
-            padded += ids.size
             start += len(rows)
-        return Packed(tuple(chunks), torch.from_numpy(order), int(lengths.sum()), padded)
+        return Packed(tuple(chunks), torch.from_numpy(order), int(lengths.sum()), pads)
 
 
 def pack(
@@ -199,7 +242,8 @@ def pack(
     return TokenIds.of(texts, seconds).packed(token_budget, pad_id)
 
 
-Fields = Mapping[str, TokenIds | np.ndarray | None]
+Field = TokenIds | tuple[TokenIds, ...] | np.ndarray | None
+Fields = Mapping[str, Field]
 
 
 @dataclass(frozen=True)
@@ -211,57 +255,37 @@ class Unpacked(Generic[B]):
 
     Attributes:
         kind: class of the batch, such as `EncodeBatch`.
-        fields: of that class. `TokenIds` become `Packed`, other arrays become tensors.
-        token_budget, pad_id: see `TokenIds.packed`.
+        fields: of that class. `TokenIds`, or a tuple of them, become one `Packed`; other arrays
+            become tensors.
+        token_budget, pad_id, pads: see `TokenIds.packed`.
     """
 
     kind: Callable[..., B]
     fields: Fields
     token_budget: int
     pad_id: int
+    pads: bool = True
 
     def packed(self) -> B:
         """The batch, as tensors; called in the main process."""
         return self.kind(**{name: self._tensors(value) for name, value in self.fields.items()})
 
-    def _tensors(self, value: TokenIds | np.ndarray | None) -> Packed | Tensor | None:
+    def _tensors(self, value: Field) -> Packed | Tensor | None:
+        packing = self.token_budget, self.pad_id, self.pads
+        if isinstance(value, tuple):
+            if self.pads:  # queries are much shorter than passages
+                return Packed.joined([part.packed(*packing) for part in value])
+            value = TokenIds.joined(value)
         if isinstance(value, TokenIds):
-            return value.packed(self.token_budget, self.pad_id)
+            return value.packed(*packing)
         return None if value is None else torch.from_numpy(value)
 
 
-class Batch(Movable):
-    """A batch whose texts are its `Packed` fields."""
-
-    @property
-    def packed(self) -> list[Packed]:
-        values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
-        return [value for value in values if isinstance(value, Packed)]
-
-    @property
-    def tokens(self) -> int:
-        return sum(texts.tokens for texts in self.packed)
-
-    @property
-    def padded(self) -> int:
-        return sum(texts.padded for texts in self.packed)
-
-    @property
-    def chunks(self) -> int:
-        return sum(len(texts.chunks) for texts in self.packed)
-
-    @property
-    def largest(self) -> int:
-        """The tokens of the largest chunk, with padding."""
-        return max(chunk.input_ids.numel() for texts in self.packed for chunk in texts.chunks)
-
-
 @dataclass(frozen=True)
-class TrainBatch(Batch):
+class TrainBatch(Movable):
     """Q queries, each with its group of G passages: a positive, then G - 1 negatives."""
 
-    queries: Packed  # Q texts
-    passages: Packed  # Q * G texts, group by group
+    texts: Packed  # Q queries, then their Q * G passages, group by group
     passage_rows: Tensor  # [Q, G] int64; column 0 is the positive
     passage_keys: Tensor  # [Q, G] int64, a digest of each passage's title and text
     # [Q, M] int64, digests that are never negatives of a query (`Negatives.excluded_keys`); filled
@@ -274,18 +298,23 @@ class TrainBatch(Batch):
     teacher_queries: Tensor | None = None
     teacher_passages: Tensor | None = None
 
+    def sides(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Split rows [Q + Q * G, ...] of the texts into those of queries and of passages."""
+        queries, passages = rows.split([len(self.passage_rows), self.passage_rows.numel()])
+        return queries, passages
+
 
 @dataclass(frozen=True)
-class RerankBatch(Batch):
+class RerankBatch(Movable):
     """Q queries, each read together with the G passages of its group, the positive first."""
 
-    pairs: Packed  # Q * G texts, group by group
+    texts: Packed  # Q * G pairs, group by group
     passage_rows: Tensor  # [Q, G] int64
     teacher: Tensor | None = None  # [Q, G] float32, a teacher's scores; NaN where it has none
 
 
 @dataclass(frozen=True)
-class AdaptationBatch(Batch):
+class AdaptationBatch(Movable):
     """Q texts that end with the prompts of T tasks, and the tokens that each task predicts."""
 
     texts: Packed
@@ -294,18 +323,18 @@ class AdaptationBatch(Batch):
 
 
 @dataclass(frozen=True)
-class PairBatch(Batch):
+class PairBatch(Movable):
     """N pairs to score, with the rows of their query and passage in the collection."""
 
     stay = ("query_rows", "passage_rows")
 
     query_rows: Tensor  # [N] int64
     passage_rows: Tensor  # [N] int64
-    pairs: Packed
+    texts: Packed
 
 
 @dataclass(frozen=True)
-class EncodeBatch(Batch):
+class EncodeBatch(Movable):
     """N texts to embed, with their integer rows in the collection."""
 
     stay = ("rows",)

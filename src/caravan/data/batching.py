@@ -100,6 +100,7 @@ class Groups(Dataset[Any]):
     Args:
         templates: `Templates` give batches of queries and passages (retriever), `PairTemplates`
             batches of pairs (reranker).
+        token_budget, pads: see `caravan.data.batch.TokenIds.packed`.
 
     Attributes:
         teacher_embeddings: a function of query rows [Q] and passage rows [Q, G] that returns the
@@ -116,13 +117,14 @@ class Groups(Dataset[Any]):
         templates: Templates | PairTemplates,
         token_budget: int,
         seed: int,
+        pads: bool = True,
     ) -> None:
         self.collection = collection
         self.qrels = qrels
         self.query_rows = np.array([q for q in qrels.queries if len(qrels.positives(int(q)))])
         self.negatives = negatives
         self.templates = templates
-        self.token_budget = token_budget
+        self.token_budget, self.pads = token_budget, pads
         self.seed = seed
         self.permutation = Permutation(self.query_rows, seed)
         self._opened = False
@@ -161,21 +163,22 @@ class Groups(Dataset[Any]):
         queries = self.collection.queries.get(query_rows)
         passages = self.collection.corpus.get(groups.reshape(-1))
         shared = {"passage_rows": groups, "teacher": self._teacher(query_rows, groups)}
+        packing = self.token_budget, self.templates.pad_id, self.pads
         if isinstance(self.templates, PairTemplates):
             repeated = [query for query in queries for _ in range(groups.shape[1])]
             pairs = pair_ids(self.templates, repeated, passages)
-            fields: Fields = {"pairs": pairs, **shared}
-            return Unpacked(RerankBatch, fields, self.token_budget, self.templates.pad_id)
+            fields: Fields = {"texts": pairs, **shared}
+            return Unpacked(RerankBatch, fields, *packing)
+        read = self.templates.queries(queries), self.templates.passages(passages)
         fields = {
-            "queries": TokenIds.of(self.templates.queries(queries)),
-            "passages": TokenIds.of(self.templates.passages(passages)),
+            "texts": tuple(map(TokenIds.of, read)),
             "passage_keys": text_keys(passages).reshape(groups.shape),
             "excluded_keys": self._excluded(query_rows),
             **shared,
         }
         if self.teacher_embeddings is not None:
             fields |= self.teacher_embeddings(query_rows, groups)
-        return Unpacked(TrainBatch, fields, self.token_budget, self.templates.pad_id)
+        return Unpacked(TrainBatch, fields, *packing)
 
     def _excluded(self, query_rows: np.ndarray) -> np.ndarray:
         """Keys of the texts that are never negatives of each query, [Q, M] int64."""
@@ -261,5 +264,5 @@ class PairBatches(Dataset[Unpacked[PairBatch]]):
             self.queries.get(rows["query_rows"]),
             self.corpus.get(rows["passage_rows"]),
         )
-        fields: Fields = {**rows, "pairs": pair_ids(self.templates, queries, passages)}
+        fields: Fields = {**rows, "texts": pair_ids(self.templates, queries, passages)}
         return Unpacked(PairBatch, fields, self.token_budget, self.templates.pad_id)

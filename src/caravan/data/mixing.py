@@ -199,12 +199,10 @@ def joined(batches: Sequence[Unpacked[Any]]) -> Unpacked[Any]:
 def _joined(values: list[Any]) -> Any:
     if all(value is None for value in values):
         return None
+    if isinstance(values[0], tuple):
+        return tuple(_joined(list(parts)) for parts in zip(*values, strict=True))
     if isinstance(values[0], TokenIds):
-        seconds = None
-        if values[0].seconds is not None:
-            seconds = np.concatenate([value.seconds for value in values])
-        ids, lengths = ([getattr(one, name) for one in values] for name in ("ids", "lengths"))
-        return TokenIds(np.concatenate(ids), np.concatenate(lengths), seconds)
+        return TokenIds.joined(values)
     known = next(value for value in values if value is not None)
     if any(value is None for value in values):  # a teacher of some collections
         raise InputError(

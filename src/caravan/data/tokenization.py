@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from caravan.distributed import is_main_process
-from caravan.encoding import INSTRUCTION, Encoding, slot_tokens, template_parts
+from caravan.encoding import Encoding, has_instruction, slot_tokens, template_parts
 from caravan.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -227,7 +227,7 @@ class Templates:
             length = getattr(self.encoding, f"{name}_length")
             room = length - len(self.before) - len(tail)
             taken = length - room
-            if INSTRUCTION in getattr(self.encoding, f"{name}_template"):
+            if has_instruction(getattr(self.encoding, f"{name}_template")):
                 prompt = template.render("", "").rstrip()
                 taken += len(plain_ids(self.tokenizer, [prompt])[0])
             check_room(f"encoding.{name}_length={length}", length - taken, taken)

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 from caravan.data.pairs import MIN_PASSAGE, PairTemplates
 from caravan.data.tokenization import Template
-from caravan.encoding import INSTRUCTION as FIELD
-from caravan.encoding import Encoding
+from caravan.encoding import Encoding, has_instruction
 from caravan.errors import InputError
 from caravan.export import verify
 from caravan.export.model_card import TEXT, TITLE, fields, quoted
@@ -86,7 +85,7 @@ def of_collections(encoding: Encoding) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {"query": {}, "document": {}}
     for task, side in (("query", "query"), ("document", "passage")):
         setting = f"{side}_template"
-        if FIELD not in getattr(encoding, setting):
+        if not has_instruction(getattr(encoding, setting)):
             continue
         for name in encoding.instructions:
             template = encoding.instructed(name).template(side)
@@ -141,7 +140,7 @@ class Pairing:
         self.prompt = ""
         if not self.chat:
             self.prompt = Prompt.of("query_template", encoding.template("query")).before
-        if encoding.instructions and FIELD in encoding.passage_template:
+        if encoding.instructions and has_instruction(encoding.passage_template):
             raise InputError(
                 "not-expressible",
                 f"{folder} has instructions of collections before its passages, where"

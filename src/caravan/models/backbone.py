@@ -50,6 +50,8 @@ class Backbone(Protocol):
 
     Attributes:
         name: hub id or folder; recorded as the base model.
+        attention: transformers' implementation; "auto" is `caravan.models.cpu` where suitable,
+            "unpadded" is `caravan.models.varlen`.
         checkpointing: recompute activations in the backward pass.
         bidirectional: each token attends to the whole text; False for an encoder, which does so
             anyway.
@@ -60,6 +62,7 @@ class Backbone(Protocol):
     """
 
     name: str
+    attention: str
     checkpointing: Checkpointing
     bidirectional: bool
     trains_tokenizer: bool
@@ -94,8 +97,6 @@ class BaseBackbone(Backbone):
     """Settings and defaults that backbones share.
 
     Args:
-        attention: transformers' implementation; "auto" is `caravan.models.cpu` where suitable,
-            "unpadded" is `caravan.models.varlen`.
         compile: compile the layers by torch.compile.
         trust_remote_code: run remote code (`caravan.models.remote_code`).
         The others: see `Backbone`.

@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from caravan.errors import InputError
-from caravan.models import varlen
 from caravan.models.bidirectional import blocks, make_bidirectional
 
 Checkpointing = bool | Literal["selective"]
@@ -50,8 +49,6 @@ def prepared(
         make_bidirectional(model)
     if checkpointing:
         _checkpoint_activations(model.base_model, checkpointing)  # without the head
-    if varlen.is_enabled(model):
-        varlen.check_dropout(model)
     if compile:
         # Beyond dynamo's default limit of versions a layer would run uncompiled.
         limits: Any = torch._dynamo.config

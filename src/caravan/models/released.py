@@ -130,7 +130,7 @@ def _retriever(name: str, read: Reader, modules: list[dict[str, Any]]) -> Releas
                 f"{name} has no prompt named {key}, but others ({listed}); set it to the prompt"
                 f" to use and {fields}, or to {fields} alone"
             )
-    longest = _longest(read, transformer)
+    longest = longest_text(read, transformer)
     for side, key in (("query", "query_length"), ("passage", "document_length")):
         settings[f"{side}_length"] = _called(transformer) or transformer.get(key) or longest
     return Released(settings, problems)
@@ -228,7 +228,7 @@ def _pair_lengths(read: Reader) -> dict[str, int]:
     architectures = (read("config.json") or {}).get("architectures") or [""]
     if not architectures[0].endswith("ForSequenceClassification"):
         return {}
-    longest = _longest(read, transformer_config(read))
+    longest = longest_text(read, transformer_config(read))
     query = min(32, longest // 4)
     return {"query_length": query, "passage_length": longest - query}
 
@@ -244,7 +244,7 @@ def _called(transformer: dict[str, Any]) -> int:
     return int(processing.get("max_length") or 0)
 
 
-def _longest(read: Reader, transformer: dict[str, Any]) -> int:
+def longest_text(read: Reader, transformer: dict[str, Any]) -> int:
     """Tokens of the longest text, with special tokens, that is not truncated."""
     if given := _called(transformer) or transformer.get("max_seq_length"):
         return int(given)

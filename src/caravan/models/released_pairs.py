@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from caravan.data.pairs import PairTemplates, answer_ids
+from caravan.data.tokenization import warn_once
 from caravan.encoding import Encoding
 from caravan.errors import InputError, reading
 from caravan.models.released import (
@@ -19,6 +20,7 @@ from caravan.models.released import (
     SETTINGS,
     Reader,
     kind_of,
+    longest_text,
     reader,
     reading_problem,
     transformer_config,
@@ -59,6 +61,13 @@ def check_released(name: str, revision: str | None, tokenizer: Any, encoding: En
             if problem:
                 raise InputError("not-readable", f"{name} {problem}; choose another model")
         prompt = _prompt(read)
+        longest = longest_text(read, transformer)
+    length = encoding.query_length + encoding.passage_length
+    if encoding.scoring != "head" and length > longest:  # for a head, the lengths are compared
+        warn_once(
+            f"encoding.query_length + encoding.passage_length is {length}, and the files of {name}"
+            f" truncate a pair at {longest} tokens; lower them to read no more"
+        )
     template = tokenizer.chat_template
     if modules is not None:
         chat = "message" in (transformer.get("modality_config") or {})

@@ -28,7 +28,7 @@ from caravan.errors import InputError
 from caravan.report.compare import paired_tests
 from caravan.report.examples import Examples, Passage, Query, shortened
 from caravan.report.page import Page
-from caravan.report.tables import NONE, Section, Table
+from caravan.report.tables import MINUS, NONE, Section, Table
 from caravan.report.verdict import verdict
 
 BANDS = (5, 10, 20, 50, 100, 200, 500, 1000)
@@ -262,8 +262,9 @@ def page(found: Audit, collection: Collection, qrels: Qrels, teacher: str, comma
     """
     suspects = (
         "Candidates by rank in their run. Suspected: the teacher scores them above the lowest"
-        " positive of the query minus the margin; share: of the candidates that it scores, in a row"
-        f" and down to it. Near-copies share {NEAR_COPY:.0%} of the word shingles of a positive."
+        f" positive of the query minus the margin ({found.teacher_margin:g}); share: of the"
+        " candidates that it scores, in a row and down to it. Near-copies share"
+        f" {NEAR_COPY:.0%} of the word shingles of a positive."
     )
     gaps = (
         "Quantiles of the gap of the lowest positive to the candidates; below 0 the candidate"
@@ -298,7 +299,7 @@ def _table(name: str, caption: str, frame: pd.DataFrame, labels: int = 1) -> Tab
         if isinstance(value, str):
             return value
         if isinstance(value, float | np.floating):
-            return NONE if np.isnan(value) else f"{value:.3f}"
+            return NONE if np.isnan(value) else f"{value:.3f}".replace("-", MINUS)
         return f"{value:,}"
 
     heads = [column.replace("_", " ") for column in frame]

@@ -179,8 +179,8 @@ def means(comparison: Comparison, prefix: str = "") -> list[Plot]:
         f"{comparison.judged.title}: mean {measure} over {comparison.queries:,} queries, with its"
         " 95 % confidence interval (t)."
     )
-    draw, height = intervals(names, mean, half, measure), 0.8 + 0.3 * len(names)
-    return [Plot(f"{prefix}means-{slug(measure)}", caption, draw, height)]
+    draw = intervals(names, mean, half, measure)
+    return [Plot(f"{prefix}means-{slug(measure)}", caption, draw)]
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:

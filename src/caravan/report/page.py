@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import importlib.metadata
 import logging
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from caravan.report.evaluations import (
 )
 from caravan.report.plots import Line, Plot, lines
 from caravan.report.records import has_scores, read_metrics
-from caravan.report.suites import collect_suites, read_suites, suites_table
+from caravan.report.suites import collect_suites, means_sentence, read_suites, suites_table
 from caravan.report.tables import NONE, Code, Section, Table, slug
 
 FILE = "report.html"
@@ -47,6 +48,7 @@ POINTS = 300
 """Drawn of a curve; more cannot be seen."""
 TAGS = ("train/", "val/")
 """The curves that are read; learning rates and epochs follow from the config."""
+SCORES = "Scores are those of ir_measures; a query that a run lacks counts 0."
 FACTS = {
     "base_model": ("base model", "{}"),
     "collection": ("collection", "{}"),
@@ -58,6 +60,10 @@ FACTS = {
     "train_seconds": ("seconds", "{:,.0f}"),
 }
 """Values of a training's metrics.json: their columns, and their formats."""
+TEXTS = ("base_model", "collection", "monitored")
+"""The first of `FACTS`, which are no numbers."""
+BREAKS = r"(?<=[/,_])|(?<=[a-z]\.)(?=[a-z])"
+"""Where lines may break within paths and names, but not within numbers."""
 Curves = dict[str, tuple[list[int], list[float]]]
 """(updates, values) of one training, by tag."""
 
@@ -71,7 +77,7 @@ class Page:
     sections: Sequence[Section]
     command: str
     verdict: str
-    note: str = "Scores are those of ir_measures; a query that a run lacks counts 0."
+    note: str = SCORES
 
 
 def show(folder: Path) -> None:
@@ -100,8 +106,7 @@ def save(page: Page, path: Path) -> Path:
     )
 
     def breaks(text: str) -> Markup:
-        """Lines may break within paths, after a slash."""
-        return Markup("/<wbr>").join(escape(part) for part in text.split("/"))
+        return Markup("<wbr>").join(escape(part) for part in re.split(BREAKS, text))
 
     def source(plot: Plot, theme: str) -> str:
         svg = plot.svg(theme, page=True).encode()
@@ -142,13 +147,14 @@ def _of_runs(folder: Path) -> Page:
     """The page of one run directory, or of all those below a folder."""
     homes = [path.parent for path in sorted(folder.rglob("metrics.json"))]
     records = {home: read_metrics(home) or {} for home in homes}
-    sections, counts, names, over_seeds = [], [], {}, None
+    sections, counts, names = [], [], {}
+    texts, of_sweep = [], None
     own, _ = jobs.read(folder)
     if own and folder not in own:
         found = sweep.collect(folder)
         sections.append(_of_sweep(found))
-        over_seeds = verdict.of_sweep(found)
-        counts.append(f"a sweep over {', '.join(found.varied) or 'nothing'}")
+        of_sweep = found
+        counts.append(f"a sweep over {verdict.listed(found.varied or ['nothing'])}")
         names = {str(home.relative_to(folder)): label for home, label in found.labels.items()}
         # Each job is one system: its last stage.
         for home, record in found.records.items():
@@ -163,21 +169,28 @@ def _of_runs(folder: Path) -> Page:
     if not evaluations and not trained and not sections:
         message = f"{folder} holds no run with metrics (metrics.json)"
         raise InputError("no-runs", f"{message}; make one with train.py or evaluate.py")
-    sections += _of_suites(suites)
+    if suites:
+        section, text = _of_suites(suites)
+        sections.append(section)
+        texts += [text] if text else []
     of_evaluations, comparisons = evaluation_sections(folder, records, names)
     sections += of_evaluations
-    sections += training_sections(folder, trained, names)
-    counts += [f"{len(evaluations)} evaluations"] if evaluations else []
-    counts += [f"{len(trained)} trainings"] if trained else []
+    if of_sweep and (sweep.SEED in of_sweep.varied or not comparisons):
+        texts.insert(0, verdict.of_sweep(of_sweep))
+    texts += [verdict.of_evaluations(comparisons)] if comparisons else []
+    labels = {home: names.get(place := _name(home, folder), place) for home in trained}
+    texts = texts or [verdict.of_trainings({labels[home]: of for home, of in trained.items()})]
+    sections += training_sections(trained, labels)
+    for number, noun in ((len(evaluations), "evaluation"), (len(trained), "training")):
+        counts += [verdict.count(number, noun)] if number else []
     configs = sorted(folder.rglob("config.yaml"), key=lambda path: path.stat().st_mtime)
     sections += command_sections(folder, [path.parent for path in configs])
     times = [(home / "metrics.json").stat().st_mtime for home, record in records.items() if record]
     line = ", ".join(counts)
     line += f"; last metrics of {datetime.fromtimestamp(max(times)):%Y-%m-%d}" if times else ""
     command = shlex.join(["python", "-m", "caravan.report", "page", str(folder)])
-    texts = [over_seeds] if over_seeds else []
-    texts += [verdict.of_evaluations(comparisons)] if comparisons or not texts else []
-    return Page(folder.resolve().name, line, sections, command, " ".join(texts))
+    note = SCORES if comparisons else ""
+    return Page(folder.resolve().name, line, sections, command, " ".join(texts), note)
 
 
 def _of_sweep(found: sweep.Sweep) -> Section:
@@ -187,17 +200,17 @@ def _of_sweep(found: sweep.Sweep) -> Section:
     return Section("Sweep", "sweep", blocks)
 
 
-def _of_suites(suites: Mapping[Path, dict[str, Any]]) -> list[Section]:
-    """The table of all suites; if none is finished at all, the error says why."""
-    if not suites:
-        return []
+def _of_suites(suites: Mapping[Path, dict[str, Any]]) -> tuple[Section, str]:
+    """The table of all suites with its sentence; if none is finished at all, the error says why."""
+    sentence = ""
     try:
         finished = [home for home, record in suites.items() if record["collections"]]
         scores, notes = collect_suites(read_suites(finished or list(suites)))
         blocks: list[Any] = [suites_table(scores), *notes]
+        sentence = means_sentence(scores)
     except InputError as error:
         blocks = [f"There is no table of all: {error}."]
-    return [Section("All collections", "overview", blocks)]
+    return Section("All collections", "overview", blocks), sentence
 
 
 def read_curves(run_dir: Path) -> Curves:
@@ -230,18 +243,13 @@ def read_curves(run_dir: Path) -> Curves:
 
 
 def training_sections(
-    folder: Path,
-    trainings: Mapping[Path, dict[str, Any]],
-    labels: Mapping[str, str],
+    trainings: Mapping[Path, dict[str, Any]], names: Mapping[Path, str]
 ) -> list[Section]:
-    """The trainings below a folder, and their curves.
+    """Trainings, and their curves.
 
     Args:
-        trainings: `metrics.json` by run directory.
-        labels: names of trainings by folder below `folder`, if they are not those of their folders.
+        trainings: `metrics.json` by run directory; names: by run directory.
     """
-    places = {home: _name(home, folder) for home in trainings}
-    names = {home: labels.get(place, place) for home, place in places.items()}
     shown = dict(list(trainings.items())[:MOST])
     if not shown:
         return []
@@ -251,7 +259,8 @@ def training_sections(
     curves = {names[home]: read_curves(home) for home in shown}
     watched = [record["monitored"] for record in shown.values() if record.get("monitored")]
     for tag in dict.fromkeys(("train/loss", *watched)):
-        if drawn := [Line(name, *of[tag]) for name, of in curves.items() if tag in of]:
+        drawn = [Line(name, *of[tag]) for name, of in curves.items() if tag in of]
+        if any(len(line.x) > 1 for line in drawn):  # a dot is no curve
             ends = ", ".join(f"{line.label}: {line.y[-1]:.4f}" for line in drawn)
             caption = f"{tag} over updates; at the end {ends}."
             blocks.append(Plot(f"curves-{slug(tag)}", caption, lines(drawn, "updates", tag)))
@@ -260,19 +269,28 @@ def training_sections(
 
 def _trainings_table(trainings: Mapping[str, dict[str, Any]]) -> Table:
     """What metrics.json has of each training, by name."""
+    facts, caption = dict(FACTS), "Trainings, with the best validation of each. GiB: peak memory"
+    for key in TEXTS:  # what all share
+        found = {of.get(key) for of in trainings.values()}
+        if len(found) == 1 and (text := found.pop()):
+            head, _ = facts.pop(key)
+            if key == "monitored":
+                facts["best"] = (f"best {text}", FACTS["best"][1])
+            else:
+                caption += f"; {head}: {text}"
     cells = [
         [
             name,
             *(
                 NONE if of.get(key) is None else form.format(of[key])
-                for key, (_, form) in FACTS.items()
+                for key, (_, form) in facts.items()
             ),
         ]
         for name, of in trainings.items()
     ]
-    caption = "Trainings, with the best value of the measure that each monitored."
-    heads = ["training", *(name for name, _ in FACTS.values())]
-    return Table("trainings", caption, heads, cells, labels=4)
+    heads = ["training", *(name for name, _ in facts.values())]
+    labels = 1 + sum(key in facts for key in TEXTS)
+    return Table("trainings", f"{caption}.", heads, cells, labels)
 
 
 def command_sections(folder: Path, homes: Sequence[Path]) -> list[Section]:

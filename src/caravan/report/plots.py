@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import matplotlib.style
@@ -23,8 +24,12 @@ from caravan.files import replacing
 
 STYLES = Path(__file__).parent / "templates"
 THEMES = ("light", "dark")
-WIDTH, HEIGHT = 4.2, 2.8
-"""Inches. Letters of 8 and 9 points fit a paper as they are, and can be read on a phone."""
+WIDTH, HEIGHT = 4.2, 2.6
+"""Inches, without a legend. Letters of 8 and 9 points fit a paper, and can be read on a phone."""
+LETTERS = 52
+"""In a line of a legend; a label is half as wide."""
+ROW, TEXT, GAP = 0.3, 0.14, 0.06
+"""Inches of a row of `intervals`, of a line of text, and between labels."""
 FEW = 12
 """Lines with up to this many points have a mark at each."""
 COLOURS = 8
@@ -42,12 +47,12 @@ class Plot:
     Args:
         name: the stem of its files, unique within a report.
         caption: fit for a paper: what is drawn, over what, and what the bars stand for.
+        draw: may change the height of the figure.
     """
 
     name: str
     caption: str
     draw: Draw
-    height: float = HEIGHT
 
     def svg(self, theme: str = "light", page: bool = False) -> str:
         """The plot as SVG; the same bytes for equal plots.
@@ -65,7 +70,7 @@ class Plot:
         styles = [STYLES / "plots.mplstyle", STYLES / f"{theme}.mplstyle"]
         fonts = {"svg.fonttype": "none" if page else "path"}
         with matplotlib.style.context([*styles, fonts]):
-            figure = Figure(figsize=(WIDTH, self.height), layout="constrained")
+            figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
             FigureCanvasAgg(figure)
             self.draw(figure.add_subplot())
             out = io.BytesIO()
@@ -101,6 +106,12 @@ class Line:
     like: int | None = None  # the line whose colour and mark it has, hollow
 
 
+def _wrapped(label: str, letters: int) -> list[str]:
+    """The lines of a label, which may also break after a slash or a comma."""
+    marked = re.sub(r"(?<=[/,])(?=\S)", "\0 ", label)
+    return [line.replace("\0 ", "").rstrip("\0") for line in wrap(marked, letters)]
+
+
 def lines(drawn: Sequence[Line], x_label: str, y_label: str, logarithmic: bool = False) -> Draw:
     """Lines over numbers, on a logarithmic axis if `logarithmic`, or if they are few and double."""
 
@@ -115,24 +126,27 @@ def lines(drawn: Sequence[Line], x_label: str, y_label: str, logarithmic: bool =
                 line.x,
                 line.y,
                 yerr=line.spread if any(line.spread or ()) else None,
-                label=line.label or None,
+                label="\n".join(_wrapped(line.label, LETTERS)) or None,
                 capsize=3,
                 color=f"C{i}",
                 linestyle=dash if line.like is None else ":",
                 marker=MARKS[i % len(MARKS)] if few or line.like is not None else None,
                 markerfacecolor=None if line.like is None else "none",
             )
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
         doubled = len(x) > 2 and x[0] > 0 and x[-1] / x[0] >= 8
-        if logarithmic or (few and doubled):
+        log = logarithmic or (few and doubled)
+        axes.set_xlabel(f"{x_label} (log scale)" if log else x_label)
+        axes.set_ylabel(y_label)
+        if log:
             axes.set_xscale("log")
         if few:
             axes.minorticks_off()
             axes.set_xticks(x, [f"{value:g}" for value in x])
         if len(drawn) > 1:
-            longest = max(len(line.label) for line in drawn)
-            columns = max(1, min(len(drawn), 48 // (longest + 6)))
+            labels = [line.label for line in drawn if line.label]
+            columns = max(1, min(len(labels), LETTERS // (max(map(len, labels)) + 5)))
+            rows = [len(_wrapped(label, LETTERS)) for label in labels[::columns]]
+            axes.figure.set_figheight(HEIGHT + TEXT * sum(rows) + GAP * len(rows))
             axes.figure.legend(loc="outside lower center", ncols=columns)
 
     return draw
@@ -148,7 +162,10 @@ def intervals(
         above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8}
         for place, value in enumerate(values):
             axes.annotate(f"{value:.3f}", (value, place), **above)
-        axes.set_yticks(range(len(labels)), labels)
+        wrapped = [_wrapped(label, LETTERS // 2) for label in labels]
+        most = max(map(len, wrapped))
+        axes.figure.set_figheight(0.8 + max(ROW, TEXT * most + GAP) * len(labels))
+        axes.set_yticks(range(len(labels)), ["\n".join(parts) for parts in wrapped])
         axes.set_ylim(len(labels) - 0.4, -0.7)
         axes.set_xlabel(x)
         axes.locator_params(axis="x", nbins=6)

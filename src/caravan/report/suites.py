@@ -18,7 +18,7 @@ import pandas as pd
 from caravan.errors import InputError, printable
 from caravan.files import replacing
 from caravan.report.records import Records, distinct, path_names, read_metrics, to_depth
-from caravan.report.tables import NONE, Table, depth_note, score, show
+from caravan.report.tables import NONE, Table, best, depth_note, score, show
 
 MEAN = "mean"
 
@@ -128,8 +128,19 @@ def suites_table(scores: pd.DataFrame) -> Table:
     title = measures[0] if several else systems[0]
     shown = scores.xs(title, axis=1, level=1 if several else 0)
     cells = [[row, *map(score, values)] for row, *values in shown.itertuples(name=None)]
-    caption = f"{title}: all collections weigh the same in a mean."
-    return Table("overview", caption, ["collection", *shown.columns], cells)
+    caption = f"{title} of each collection, which all weigh the same in a mean"
+    caption += "; best of each row in bold." if several else "."
+    highest = best(shown.T.to_numpy(), 0) if several else ()
+    strong = frozenset((row, column + 1) for column, row in highest)
+    return Table("overview", caption, ["collection", *shown.columns], cells, strong=strong)
+
+
+def means_sentence(scores: pd.DataFrame) -> str:
+    """The mean of each system by the first measure, the best first; empty if none has one."""
+    measure = scores.columns.unique(1)[0]
+    means = scores.loc[MEAN].xs(measure, level=1).dropna().sort_values(ascending=False)
+    found = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
+    return f"Mean {measure} of the collections: {found}." if found else ""
 
 
 def show_suites(suites: Records, folder: Path | None = None) -> None:

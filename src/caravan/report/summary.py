@@ -104,8 +104,8 @@ def results_table(systems: Records, name: str = "results", p_values: Sequence[st
     first = next(iter(systems.values()))
     caption = (
         f"{where(first)}: {first['queries']:,} queries, {first['passages']:,} passages; best in"
-        " bold. Seconds: embed or index the corpus, and search; or rerank. What was on disk takes"
-        " none."
+        " bold. Seconds: to embed or index the corpus and to search, or to rerank, without what was"
+        " on disk already."
     )
     cells = [
         [name, *map(score, row), f"{of['seconds']:,.1f}"]

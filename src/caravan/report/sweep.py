@@ -10,7 +10,7 @@ has the mean and the standard deviation. `evaluate.py -m` and `train.py -m` end 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from caravan.errors import InputError, printable
 from caravan.files import replacing
 from caravan.report import jobs, readings
 from caravan.report.plots import Line, Plot, intervals, lines
-from caravan.report.records import bytes_per_vector, read_metrics
+from caravan.report.records import bytes_per_vector, distinct, path_names, read_metrics
 from caravan.report.tables import NONE, Table, best, depth_note, slug
 from caravan.report.tables import show as show_block
 
@@ -41,6 +41,15 @@ FORMATS = {
     BYTES: "{:,.0f}",
 }
 """Of the measures that are no scores; they are the last columns."""
+NOTES = {
+    SECONDS: "training, or indexing and search",
+    "trained": "weights that are updated",
+    "GiB": "peak memory",
+    BYTES: "what a search reads of each passage",
+}
+"""What the captions explain."""
+WORD = re.compile(r"[^\s\[\]{},='\"]+")
+"""A path, or another part of a value."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class Sweep:
         records: the metrics.json of each, by run_dir.
         labels: what sets each apart, such as `rerank.depth=5`, by run_dir.
         failed: (job, reason) of the others.
+        whole: values whose paths are shortened in `rows` and `labels`, by setting.
     """
 
     name: str
@@ -63,6 +73,7 @@ class Sweep:
     records: dict[Path, dict[str, Any]]
     labels: dict[Path, str]
     failed: list[tuple[str, str]]
+    whole: dict[str, dict[str, str]]
 
     @property
     def others(self) -> list[str]:
@@ -112,10 +123,13 @@ def collect(folder: Path) -> Sweep:
     settings = {run: {key: of.get(key, NONE) for key in names} for run, of in overrides.items()}
     varied = [name for name in names if len({of[name] for of in settings.values()}) > 1]
     varied.sort(key=lambda name: name == SEED)
+    short = {name: shortened(of[name] for of in settings.values()) for name in varied}
+    for of in settings.values():
+        of |= {name: short[name].get(of[name], of[name]) for name in varied}
     places = {run_dir: str(run_dir.relative_to(folder)) for run_dir in found}
     done = [run_dir for run_dir, record in found.items() if record["state"] == jobs.FINISHED]
     done.sort(key=lambda run_dir: [_order(settings[run_dir][name]) for name in varied])
-    texts = [", ".join(f"{name}={settings[run][name]}" for name in varied) for run in done]
+    texts = [label(settings[run], varied) for run in done]
     labels = {
         run: text if text and texts.count(text) == 1 else places[run]
         for run, text in zip(done, texts, strict=True)
@@ -148,7 +162,30 @@ def collect(folder: Path) -> Sweep:
     trained, memory = SIZES.values()
     if trained not in table or table[trained].nunique() < 2:
         table = table.drop(columns=[trained, memory], errors="ignore")
-    return Sweep(folder.name, varied, table, records, labels, failed)
+    whole = {name: {new: old for old, new in of.items()} for name, of in short.items() if of}
+    return Sweep(folder.name, varied, table, records, labels, failed, whole)
+
+
+def label(settings: Mapping[Any, Any], names: Sequence[str]) -> str:
+    """Settings as they are typed."""
+    return " ".join(f"{name}={settings[name]}" for name in names)
+
+
+def shortened(values: Iterable[Any]) -> dict[str, str]:
+    """The texts among values whose paths can be named by their ends, and these short texts.
+
+    >>> list(shortened(["[runs/a/bm25.trec,runs/b/dense.trec]", "runs/c/bm25.trec", 3]).values())
+    ['[a/bm25.trec,dense.trec]', 'c/bm25.trec']
+    """
+    texts = [value for value in dict.fromkeys(values) if isinstance(value, str)]
+    words = list(dict.fromkeys(word for text in texts for word in WORD.findall(text)))
+    ends = [path_names(Path(word)) if "/" in word.strip("/") else [] for word in words]
+    # "model" is the end of every model folder.
+    ends = [names[1:] if names[:1] == ["model"] else names for names in ends]
+    candidates = [[*names, word] for names, word in zip(ends, words, strict=True)]
+    names = dict(zip(words, distinct(candidates), strict=True))
+    found = {text: WORD.sub(lambda match: names[match[0]], text) for text in texts}
+    return {old: new for old, new in found.items() if old != new}
 
 
 def _metrics(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -170,6 +207,8 @@ def tables(sweep: Sweep) -> list[Table]:
         return []
     reads = bool(set(readings.COLUMNS) & set(sweep.varied))
     note = depth_note({sweep.labels[run]: record for run, record in sweep.records.items()})
+    parts = [f"a row for each job{' and reading' * reads}", "best in bold"]
+    parts += [f"{name}: {text}" for name, text in NOTES.items() if name in sweep.measures]
     scores = sweep.rows[sweep.measures].astype(float)
     scores[[name for name in scores if name not in sweep.scores]] = float("nan")
     cells = sweep.rows.astype(str)
@@ -181,7 +220,7 @@ def tables(sweep: Sweep) -> list[Table]:
     made.append(
         Table(
             "sweep",
-            f"{sweep.name}, a row for each job{' and reading' * reads}{'.' if note else ''}{note}",
+            f"{sweep.name}: {'; '.join(parts)}.{note}",
             list(cells),
             cells.to_numpy().tolist(),
             max(1, len(sweep.varied)),
@@ -195,9 +234,10 @@ def tables(sweep: Sweep) -> list[Table]:
             [_spread(name, of[name]) for name in sweep.measures] for _, of in means.iterrows()
         ]
         rows = [[*key, *of] for key, of in zip(settings.to_numpy(), spreads, strict=True)]
-        title = f"{sweep.name}, mean and standard deviation over seeds"
+        title = f"{sweep.name}: mean ± standard deviation over seeds, best mean in bold."
         heads = [*sweep.others, *sweep.measures]
-        made.append(Table("sweep-seeds", title, heads, rows, max(1, len(sweep.others))))
+        strong = best(means.xs("mean", axis=1, level=1)[sweep.scores].to_numpy(), len(sweep.others))
+        made.append(Table("sweep-seeds", title, heads, rows, max(1, len(sweep.others)), strong))
     return made
 
 
@@ -210,7 +250,7 @@ def show(folder: Path) -> list[tuple[str, str]]:
     with replacing(folder / "sweep.txt") as path:
         path.write_text("\n".join(table.text() for table in made), "utf-8")
     with replacing(folder / "sweep.csv") as path:
-        sweep.rows.to_csv(path, index=False)
+        sweep.rows.replace(sweep.whole).to_csv(path, index=False)
     written = ["sweep.txt", "sweep.csv"]
     for plot in plots(sweep)[:1]:
         plot.write(folder / "sweep")
@@ -254,19 +294,19 @@ def _plot(sweep: Sweep, measure: str) -> Plot:
     if sized:
         across, beside = BYTES, [name for name in sweep.others if name != DIM]
         means[BYTES] = averaged[BYTES, "mean"].to_numpy()
-    labels = [", ".join(f"{name}={row[name]}" for name in beside) for _, row in means.iterrows()]
+    labels = [label(row, beside) for row in means.to_dict("records")]
     seeds = int(means["count"].max())
     spread = f" Mean and standard deviation over {seeds} seeds." if seeds > 1 else ""
     name, title = f"sweep-{slug(measure)}", f"{sweep.name}: {measure}"
     if across is None:
-        shown = [label or sweep.name for label in labels]
+        shown = [text or sweep.name for text in labels]
         draw = intervals(shown, means["mean"].tolist(), means["std"].tolist(), measure)
-        return Plot(name, f"{title} of each setting.{spread}", draw, 0.8 + 0.3 * len(shown))
+        return Plot(name, f"{title} of each setting.{spread}", draw)
     drawn = []
-    for label, part in means.groupby(pd.Series(labels, means.index), sort=False):
+    for text, part in means.groupby(pd.Series(labels, means.index), sort=False):
         part = part.sort_values(across, kind="stable")
         values = (part[name].tolist() for name in (across, "mean", "std"))
-        drawn.append(Line(label, *values))
+        drawn.append(Line(text, *values))
     each = f", a line for each {', '.join(beside)}" if beside else ""
     draw = lines(drawn, across, measure, logarithmic=sized)
     return Plot(name, f"{title} over {across}{each}.{spread}", draw)

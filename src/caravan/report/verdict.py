@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
 
 from caravan.report.compare import Comparison, Pair, mean_interval, paired_tests
-from caravan.report.sweep import SEED, Sweep
+from caravan.report.sweep import SEED, Sweep, label
 from caravan.report.tables import p_value
 
 LEVEL = 0.05
@@ -16,9 +20,8 @@ NAMED = 4
 SEEDS = 3
 """Without this many seeds, settings are not tested."""
 
-NOTHING = (
-    "No test: there are no scores of single queries, and no setting was repeated with other seeds."
-)
+NOTHING = "Nothing to compare: no training or evaluation has ended with a score."
+NO_SEEDS = "no setting was repeated with other seeds"
 
 
 def verdict(measure: str, names: Sequence[str], pairs: Iterable[Pair], verb: str = "beats") -> str:
@@ -28,20 +31,60 @@ def verdict(measure: str, names: Sequence[str], pairs: Iterable[Pair], verb: str
     >>> verdict("MRR@10", ["bm25", "fused"], [pair])
     'MRR@10: fused beats bm25 by 0.0200 (p = .004).'
     """
-    parts: list[str] = []
+    return f"{measure}: {findings(names, pairs, verb)}"
+
+
+def findings(
+    names: Sequence[str], pairs: Iterable[Pair], verb: str = "beats", known: str | None = None
+) -> str:
+    """The sentence of `verdict` without the measure.
+
+    Settings that both of a pair have are left out of the second.
+
+    Args:
+        known: the system that the sentence before is about.
+    """
+    found: dict[str, list[str]] = {}
     rest: list[bool] = []
-    for pair in pairs:
+    for number, pair in enumerate(pairs):
         a, b = (pair.b, pair.a) if pair.difference < 0 else (pair.a, pair.b)
         p = p_value(pair.p).replace("<", "< ")
         p = p if p.startswith("<") else f"= {p}"
-        if len(parts) == NAMED:
+        common = {word for word in names[b].split() if "=" in word}
+        other = " ".join(word for word in names[a].split() if word not in common) or names[a]
+        ahead = "it" if names[b] == known else names[b]
+        if number >= NAMED:
             rest.append(pair.p < LEVEL)
         elif pair.p < LEVEL:
-            parts.append(f"{names[b]} {verb} {names[a]} by {abs(pair.difference):.4f} (p {p})")
+            text = f"{other} by {abs(pair.difference):.4f} (p {p})"
+            found.setdefault(f"{ahead} {verb}", []).append(text)
         else:
-            parts.append(f"{names[b]} does not differ significantly from {names[a]} (p {p})")
-    more = f"; {sum(rest)} of {len(rest)} more pairs differ significantly" if rest else ""
-    return f"{measure}: {', '.join(parts)}{more}."
+            start = f"{ahead} does not differ significantly from"
+            found.setdefault(start, []).append(f"{other} (p {p})")
+    parts = [f"{start} {listed(of)}" for start, of in found.items()]
+    if rest:
+        parts.append(f"of {count(len(rest), 'more pair')}, {sum(rest)} differ significantly")
+    text = "; ".join(parts)
+    return f"It{text[2:]}." if text.startswith("it ") else f"{text}."
+
+
+def listed(texts: Sequence[str]) -> str:
+    """Texts as a list in a sentence.
+
+    >>> listed(["a", "b", "c"])
+    'a, b and c'
+    """
+    *first, last = texts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def count(number: int, noun: str) -> str:
+    """A number and its noun.
+
+    >>> count(1, "training"), count(2, "training")
+    ('1 training', '2 trainings')
+    """
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _against_last(pairs: Iterable[Pair], last: int) -> list[Pair]:
@@ -51,19 +94,30 @@ def _against_last(pairs: Iterable[Pair], last: int) -> list[Pair]:
 
 
 def of_comparison(comparison: Comparison) -> str:
-    """The last system, which is the best of a page, against each of the others."""
+    """The best system, then the last, which is the best of a page, against each of the others."""
     measure, names = comparison.measure, comparison.names
+    ranked = _ranked(comparison)
+    if not ranked:
+        return f"No test: no run is deep enough for {measure}."
+    best = ranked[-1]
+    mean, half = mean_interval(comparison.values[measure][best])
+    over = f"over {comparison.queries:,} queries"
     if len(names) < 2:
-        if comparison.mean(0, measure) is None:
-            return f"No test: the run is not deep enough for {measure}."
-        mean, half = mean_interval(comparison.values[measure][0])
-        return f"{names[0]} has {measure} {mean:.4f} ± {half:.4f} (95 %); no test of one system."
+        interval = f"{mean:.4f} ± {half:.4f} (95 % confidence interval)"
+        return f"{names[0]} has {measure} {interval} {over}; no test of one system."
+    first = f"{names[best]} has the highest {measure}, {mean:.4f} {over}"
     pairs = _against_last(comparison.pairs[measure], len(names) - 1)
     if not pairs:
-        return f"No test: a run is not deep enough for {measure}."
+        return f"{first}; no test: a run is not deep enough for {measure}."
     if comparison.queries < 2:
-        return f"No test: one query says nothing about {measure} of others."
-    return verdict(measure, names, pairs)
+        return f"{first}; no test of one query."
+    return f"{first}. {findings(names, pairs, known=names[best])}"
+
+
+def _ranked(comparison: Comparison) -> list[int]:
+    """The systems whose runs are deep enough, the best last."""
+    means = [comparison.mean(i, comparison.measure) for i in range(len(comparison.names))]
+    return [i for _, i in sorted((mean, i) for i, mean in enumerate(means) if mean is not None)]
 
 
 def of_evaluations(found: Sequence[tuple[str, Comparison | str]]) -> str:
@@ -76,44 +130,64 @@ def of_evaluations(found: Sequence[tuple[str, Comparison | str]]) -> str:
         texts = [one if isinstance(one, str) else of_comparison(one) for _, one in found]
         named = zip(found, texts, strict=True)
         texts = [f"On {name}, {text}" for (name, _), text in named] if len(found) > 1 else texts
-        return " ".join(texts) or NOTHING
-    best = []
+        return " ".join(texts)
+    ahead: Counter[str] = Counter()
+    better = []
     for _, one in found:
-        if not isinstance(one, str) and len(one.names) > 1:
-            last = len(one.names) - 1
-            best += [
-                pair.corrected < LEVEL
-                for pair in one.pairs[one.measure]
-                if {pair.a, pair.b} == {last - 1, last}
-            ]
-    if not best:
+        if not isinstance(one, str) and len(ranked := _ranked(one)) > 1:
+            ahead[one.names[ranked[-1]]] += 1
+            pairs = one.pairs[one.measure]
+            better += [p.corrected < LEVEL for p in pairs if {p.a, p.b} == {*ranked[-2:]}]
+    if not better:
         return f"No test: none of {len(found)} collections has two systems that can be tested."
+    most = [f"{name} on {number}" for name, number in ahead.most_common(NAMED)]
     return (
-        f"The best system is significantly better than the next on {sum(best)} of {len(best)}"
-        f" collections, and not on {len(best) - sum(best)}."
+        f"Best system: {', '.join(most)} of {ahead.total()} collections. It is significantly better"
+        f" than the next on {sum(better)} of {len(better)} collections."
     )
 
 
-def of_sweep(sweep: Sweep) -> str | None:
-    """The best setting against the others over seeds, by the first measure.
-
-    None if the sweep has no seeds, so that only scores of single queries could be tested.
-    """
-    if SEED not in sweep.varied or not sweep.scores:
-        return None
+def of_sweep(sweep: Sweep) -> str:
+    """The best setting, by the first measure, and the test against the others over seeds."""
+    if not sweep.scores:
+        return NOTHING
     measure, settings = sweep.scores[0], sweep.rows[sweep.others].to_dict("records")
-    labels = [", ".join(f"{k}={v}" for k, v in of.items()) or sweep.name for of in settings]
+    labels = [label(of, sweep.others) or sweep.name for of in settings]
+    if SEED not in sweep.varied:
+        at = int(np.argmax(sweep.rows[measure].fillna(-np.inf)))
+        text = f"{labels[at]} has the highest {measure}, {sweep.rows[measure].iloc[at]:.4f}"
+        return f"{text}, of {count(len(labels), 'setting')}; no test: {NO_SEEDS}."
     table = sweep.rows.assign(label=labels).pivot_table(measure, "label", SEED).dropna(axis=1)
     seeds = table.shape[1]
     if seeds < 2:
         return f"No test: fewer than 2 seeds have {measure} of all settings."
     table = table.loc[table.mean(axis=1).sort_values().index]
     last, best = len(table) - 1, table.iloc[-1]
-    text = (
-        f"{best.name} has {measure} {best.mean():.4f} ± {best.std():.4f} (mean, standard deviation)"
-        f" over {seeds} seeds"
-    )
+    what = f"the highest {measure}," if last else measure
+    text = f"{best.name} has {what} {best.mean():.4f}"
+    text += f" ± {best.std():.4f} (mean and standard deviation over {seeds} seeds)"
     if not last or seeds < SEEDS:
         return f"{text}; no test: {f'fewer than {SEEDS} seeds' if last else 'one setting'}."
     pairs = paired_tests(table.to_numpy(), [(i, last) for i in range(last)])
-    return f"{text}. {verdict(measure, list(table.index), _against_last(pairs, last))}"
+    names = list(table.index)
+    return f"{text}. {findings(names, _against_last(pairs, last), known=names[last])}"
+
+
+def of_trainings(trainings: Mapping[str, Mapping[str, Any]]) -> str:
+    """The values that trainings monitored; what is best is not known, as a loss may be monitored.
+
+    Args:
+        trainings: `metrics.json` by name.
+    """
+    known = {n: of for n, of in trainings.items() if {"best", "monitored"} <= set(of)}
+    if not known:
+        return NOTHING
+    texts = [
+        f"{name} reached {of['monitored']} {of['best']:.4f} in {count(of['updates'], 'update')}"
+        for name, of in list(known.items())[:NAMED]
+    ]
+    texts += [f"{len(known) - NAMED} more are below"] if len(known) > NAMED else []
+    if len(known) < 2:
+        return f"{texts[0]}; no test of one training."
+    why = f"a validation records no scores of single queries, and {NO_SEEDS}"
+    return f"{'; '.join(texts)}. No test: {why}."

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from caravan import manifests
-from caravan.data.batch import EncodeBatch, Packed, PairBatch
+from caravan.data.batch import Packed
 from caravan.data.batching import PairBatches, TextBatches
 from caravan.data.loaders import TextLoader
 from caravan.data.pairs import PairTemplates
 from caravan.data.tokenization import Templates
-from caravan.encoding import INSTRUCTION, Encoding, read_encoding
+from caravan.encoding import Encoding, has_instruction, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
-from caravan.models import hardware
+from caravan.models import hardware, varlen
 from caravan.models.biencoder import BiEncoder
 from caravan.models.cpu import pack_linears
 from caravan.models.crossencoder import CrossEncoder
@@ -122,7 +122,9 @@ class Inference:
             refuse_too_long(model.transformer, self.encoding, self._section)
         if "dim" in self.overrides:
             model.cut_to(self.encoding.dim, self._section)
-        return model.to(self.device), tokenizer
+        model = model.to(self.device)
+        varlen.try_out(model, self.device)
+        return model, tokenizer
 
     @property
     def model(self) -> BiEncoder | CrossEncoder:
@@ -218,7 +220,7 @@ class Inference:
         limit = getattr(self.encoding, f"{side}_length")
         compute = partial(self._on_disk, blocks, len(rows), task, torch.float16, limit)
         inputs = {**inputs, "resolved_precision": self.precision}
-        if INSTRUCTION in getattr(self.encoding, f"{side}_template"):
+        if has_instruction(getattr(self.encoding, f"{side}_template")):
             inputs["instruction"] = instruction
         shards = store.shards(name, inputs, -(-len(rows) // block), compute)
         return Embeddings(shards, len(rows), block)
@@ -257,7 +259,7 @@ class Inference:
         return PairBatches(*texts, *rows, self.reading(instruction), block, self.token_budget)
 
     def _in_memory(self, blocks: TextBatches | PairBatches) -> np.ndarray:
-        parts = [self._rows(_packed(blocks[i].packed())) for i in range(len(blocks))]
+        parts = [self._rows(blocks[i].packed().texts) for i in range(len(blocks))]
         return torch.cat(parts).float().cpu().numpy()
 
     def _on_disk(
@@ -280,9 +282,9 @@ class Inference:
         log.info(f"{task.format(f'{left:,}')} with {self.folder} on {device}, {self.precision}")
         unit, full = task.rpartition(" ")[2], 0
         with progress(task.replace("{} ", ""), left, unit) as done:
-            for packed in map(_packed, TextLoader(blocks, missing, self.num_workers)):
-                full += packed.full(limit)
-                yield self._rows(packed, done).to(dtype).cpu().numpy()
+            for batch in TextLoader(blocks, missing, self.num_workers):
+                full += batch.texts.full(limit)
+                yield self._rows(batch.texts, done).to(dtype).cpu().numpy()
         if full:
             log.info(f"{full:,} of {left:,} {unit} have {limit} tokens: what is longer is cut")
 
@@ -298,10 +300,6 @@ class Inference:
                 " weights are damaged, or its training diverged; train or download it again",
             )
         return rows
-
-
-def _packed(batch: EncodeBatch | PairBatch) -> Packed:
-    return batch.texts if isinstance(batch, EncodeBatch) else batch.pairs
 
 
 class Models:

@@ -143,8 +143,8 @@ class Throughput(pl.Callback):
         now = time.monotonic()
         self._seconds += now - self._since
         self._since = now
-        self._tokens += batch.tokens
-        self._padded += batch.padded
+        self._tokens += batch.texts.tokens
+        self._padded += batch.texts.padded
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:
             # Ranks have about equally many tokens, so the sum is estimated from rank 0.
             tokens = self._tokens * trainer.world_size

@@ -79,7 +79,7 @@ class Evaluation(pl.Callback, ABC):
         for name, rows in outputs.items():
             rows = rows.float() if rows.is_floating_point() else rows
             self._outputs[dataloader_idx, name].append(rows.cpu())
-        self._tokens[dataloader_idx] += batch.tokens
+        self._tokens[dataloader_idx] += batch.texts.tokens
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._seconds = time.monotonic() - self._started

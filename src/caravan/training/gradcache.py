@@ -16,7 +16,7 @@ its reduction, and the step returns the last chunk's loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -41,42 +41,35 @@ class GradCache:
     def __call__(
         self,
         compute: Compute,
-        texts: Sequence[Packed],
-        loss: Callable[..., Tensor],
+        texts: Packed,
+        loss: Callable[[Tensor], Tensor],
         share: float = 1.0,
     ) -> Tensor:
         """Compute the loss and backpropagate all chunks but the last; the caller does that one.
 
         Args:
             compute: maps a chunk of n texts to the network's output [n, ...].
-            texts: packed texts that the loss compares, such as queries and passages.
-            loss: maps the outputs for each of `texts`, in their order, to a scalar.
+            texts: all texts that the loss compares, such as queries and passages.
+            loss: maps the outputs [N, ...] for the texts, in their order, to a scalar.
             share: the factor by which the caller scales the loss before its backward pass.
         """
-        device = texts[0].order.device
-        chunks, states, leaves = [], [], []
-        for packed in texts:
-            rows = []
-            own = len(packed.chunks) - packed.extra
-            for i, chunk in enumerate(packed.chunks):
-                chunks.append(chunk)
-                states.append(_random_state(device))
-                with torch.no_grad(), undisturbed(device) if i >= own else nullcontext():
-                    rows.append(compute(chunk))
-            leaves.append(packed.restore(torch.cat(rows)).requires_grad_())
+        device = texts.order.device
+        states, rows = [], []
+        own = len(texts.chunks) - texts.extra
+        for i, chunk in enumerate(texts.chunks):
+            states.append(_random_state(device))
+            with torch.no_grad(), undisturbed(device) if i >= own else nullcontext():
+                rows.append(compute(chunk))
+        leaf = texts.restore(torch.cat(rows)).requires_grad_()
         # Autocast caches cast weights; those cast without gradient would not propagate one.
         torch.clear_autocast_cache()
-        value = loss(*leaves)
+        value = loss(leaf)
         _backward(value, device)
-        gradients = [
-            gradient
-            for packed, leaf in zip(texts, leaves, strict=True)
-            for gradient in _by_chunk(packed, leaf)
-        ]
-        for i, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients, strict=True)):
+        passes = zip(texts.chunks, states, _by_chunk(texts, leaf), strict=True)
+        for i, (chunk, state, gradient) in enumerate(passes):
             _set_random_state(state, device)
             part = (compute(chunk) * gradient).sum()
-            if i + 1 < len(chunks):
+            if i + 1 < len(texts.chunks):
                 _backward(part * share, device)
         # The value is the loss, and the gradient is that of the last chunk.
         return value.detach() + part - part.detach()

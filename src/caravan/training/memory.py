@@ -50,8 +50,8 @@ def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -
     first = next(iter(data.training.order(data.queries_per_batch, 0, ranks)), None)
     if first is None:
         return None  # the loader reports that there are too few texts
-    batch = data.training[first].packed()
-    tokens, chunk = batch.padded, batch.largest
+    texts = data.training[first].packed().texts
+    tokens, chunk = texts.padded, texts.largest
     if module.gradcache is not None:  # only one chunk has activations at a time
         lengths = module.encoding.query_length, module.encoding.passage_length
         longest = sum(lengths) if module.encoding.kind == "reranker" else max(lengths)

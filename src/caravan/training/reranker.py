@@ -37,7 +37,7 @@ class Reranker(Stage):
         return TokenScorer(self.adapted(language_model), self.encoding, answers)
 
     def training_step(self, batch: RerankBatch, batch_idx: int) -> Tensor:
-        return self.loss_of(lambda scores: self._loss(scores, batch), batch_idx, batch.pairs)
+        return self.loss_of(lambda scores: self._loss(scores, batch), batch_idx, batch.texts)
 
     def _loss(self, scores: Tensor, batch: RerankBatch) -> Tensor:
         """The loss of the scores [Q * G] of all pairs, group by group."""
@@ -53,5 +53,5 @@ class Reranker(Stage):
         return {
             "query_rows": batch.query_rows,
             "passage_rows": batch.passage_rows,
-            "scores": self.rows_of(batch.pairs),
+            "scores": self.rows_of(batch.texts),
         }

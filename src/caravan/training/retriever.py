@@ -94,12 +94,10 @@ class Retriever(Stage):
         return list(self.loss.dims or ())
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
-        return self.loss_of(
-            lambda queries, passages: self._loss(queries, passages, batch),
-            batch_idx,
-            batch.queries,
-            batch.passages,
-        )
+        def loss(rows: Tensor) -> Tensor:
+            return self._loss(*batch.sides(rows), batch)
+
+        return self.loss_of(loss, batch_idx, batch.texts)
 
     def _loss(self, queries: Tensor, passages: Tensor, batch: TrainBatch) -> Tensor:
         """The loss of the network's outputs for queries [Q, d] and passages [Q * G, d]."""

@@ -27,6 +27,7 @@ from caravan.data.tokenization import Templates
 from caravan.data.unlabelled import Unlabelled
 from caravan.encoding import Encoding
 from caravan.errors import InputError
+from caravan.models import varlen
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import Backbone
 from caravan.models.hardware import settle_precisions
@@ -108,7 +109,7 @@ class Stage(pl.LightningModule, ABC):
         """The training data: the queries of a split with their groups of passages."""
         qrels = collection.qrels(split)
         templates = self.reading(collection.name)
-        groups = Groups(collection, qrels, sampler, templates, token_budget, self.seed)
+        groups = Groups(collection, qrels, sampler, templates, token_budget, self.seed, self.pads)
         if not len(groups):
             raise InputError(
                 "no-relevant-passages",
@@ -116,6 +117,12 @@ class Stage(pl.LightningModule, ABC):
                 " another split with data.train_split",
             )
         return groups
+
+    @property
+    def pads(self) -> bool:
+        """Whether the network computes padding; a released encoder's head does in any case."""
+        released_head = self.encoding.kind == "reranker" and self.encoding.pooling == "cls"
+        return self.backbone.attention != varlen.NAME or released_head
 
     @property
     def uses_output_layer(self) -> bool:
@@ -204,6 +211,11 @@ class Stage(pl.LightningModule, ABC):
             raise RuntimeError("the model is built by configure_model()")
         return self.network
 
+    def on_fit_start(self) -> None:
+        # Only now is the model on its device.
+        with self.trainer.precision_plugin.forward_context():
+            varlen.try_out(self.model, self.device)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout is a function of (seed, batch, rank), so a resumed run reproduces it exactly.
         torch.manual_seed(
@@ -217,14 +229,14 @@ class Stage(pl.LightningModule, ABC):
         """Return rows [N] and vectors [N, d], which `RetrievalEvaluation` collects and searches."""
         return {"rows": batch.rows, "vectors": self.rows_of(batch.texts)}
 
-    def loss_of(self, loss: Callable[..., Tensor], batch_idx: int, *texts: Packed) -> Tensor:
-        """Compute the loss from the network's outputs for each of `texts`, in their order."""
+    def loss_of(self, loss: Callable[[Tensor], Tensor], batch_idx: int, texts: Packed) -> Tensor:
+        """Compute the loss from the network's outputs [N, ...] for the texts, in their order."""
         if self.gradcache is None:
-            return loss(*map(self.rows_of, texts))
+            return loss(self.rows_of(texts))
         accumulated = self.trainer.accumulate_grad_batches
         if batch_idx % accumulated == 0:
             self.optimizers().zero_grad()  # type: ignore[union-attr]
-        chunks = [self.in_step(packed.split(self.gradcache.chunk)) for packed in texts]
+        chunks = self.in_step(texts.split(self.gradcache.chunk))
         return self.gradcache(self.model.of, chunks, loss, share=1 / accumulated)
 
     def compute_loss(

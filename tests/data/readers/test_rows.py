@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow
 import pytest
+import yaml
 from datasets import Dataset
 from pyarrow import parquet
 from tests.files import judged, put, records
@@ -179,6 +180,48 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     for name in ("rows.csv", "rows.parquet"):
         with refused("malformed-line", name, "'positive'"):
             rows(tmp_path / name)
+
+
+def test_two_values_of_one_key_are_refused(tmp_path: Path) -> None:
+    good = json.dumps(TRIPLETS[0])
+    inner = '{"query": "q", "positive_passages": [{"docid": "1", "text": "a", "text": "b"}]}'
+    for line, key in ((good.replace('"negative"', '"positive"'), "'positive'"), (inner, "'text'")):
+        put(tmp_path, {"rows.jsonl": f"{good}\n{line}\n"})
+        with refused("malformed-line", "rows.jsonl:2", key):
+            rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("more", "remedies"),
+    [
+        ({"hard_negative": "b"}, ["{negative: hard_negative}", "{negative: null}"]),
+        (
+            {"negative_2": "b", "negativ_1": "c", "negatives": ["d"]},
+            ["{negative: [negative_2, negativ_1, negatives]}", "{negative: negative_2}"],
+        ),
+        ({"hardNegTexts": [{"text": "b"}]}, ["{negative: hardNegTexts}"]),
+        ({"positives": ["b"]}, ["{positive: positives}", "{positive: positive}"]),
+        ({"task_instruction": "find"}, ["{instruction: task_instruction}"]),
+        ({"negative": "b", "similarity_score": [2, "1"]}, ["{score: similarity_score}"]),
+        ({"Label": 0}, ["{label: Label}", "{label: null}"]),
+    ],
+)
+def test_a_column_that_looks_like_a_part_and_is_not_read_is_refused(
+    more: dict[str, Any], remedies: list[str]
+) -> None:
+    fields = {"query": "q", "positive": "a", **more}
+    with refused("unknown-column", "x: ", *remedies):
+        row_of("x", fields)
+    for remedy in remedies:
+        row_of("x", fields, Columns(yaml.safe_load(remedy)))
+
+
+def test_other_columns_are_metadata() -> None:
+    texts = "_id id title url source negative_id positive_title query_type label_name post prompts"
+    metadata = {**dict.fromkeys(texts.split(), "b"), "num_negatives": "3", "negative_score": [1.0]}
+    metadata |= {"negatives": None, "ce_score": 0.5, "prompts": ""}
+    fields = {**TRIPLETS[0], "score": [2, 1]}
+    assert row_of("x", {**fields, **metadata}) == row_of("x", fields)
 
 
 def test_files_that_are_no_tables_are_named(tmp_path: Path) -> None:

@@ -21,12 +21,12 @@ def _texts(source: Any, cache: Path) -> list[tuple[str, str]]:
     return found
 
 
-def test_a_folder_of_texts_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
-    files = {"b.txt": "camel\n\ncaravan\n", "notes.md": "not read"}
+def test_whole_texts_of_a_folder_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    files = {"b.txt": "camel\n\n \ncaravan\n", "notes.md": "not read"}
     files["a.jsonl"] = '{"text": "salt", "title": "Trade"}\n{"text": " "}\n'
     folder = put(tmp_path / "texts", files)
     (folder / "c.txt.gz").write_bytes(gzip.compress(b"dune\n"))
-    expected = [("Trade", "salt"), ("", "camel\ncaravan\n"), ("", "dune\n")]
+    expected = [("Trade", "salt"), ("", "camel\n\n \ncaravan\n"), ("", "dune\n")]
     assert _texts(TextFiles(str(folder)), tmp_path) == expected
 
 

@@ -11,6 +11,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -89,11 +90,11 @@ def decoded(file: Path, number: int, line: bytes) -> str:
         ) from None
 
 
-def lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(line number, line) of each line that is not blank, with its end."""
+def lines(file: Path, blank: bool = False) -> Iterator[tuple[int, str]]:
+    """(line number, line) of each line, with its end; of blank ones only if `blank`."""
     for before, block in line_blocks(file):
         for number, line in enumerate(block, before + 1):
-            if line.strip():
+            if blank or line.strip():
                 yield number, decoded(file, number, line)
 
 
@@ -159,12 +160,28 @@ def _meaning(cell: str) -> str:
     return "text" if name in TEXTS else name
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; one with a key twice is refused, since a dict would keep the last value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise InputError("malformed-line", f"several values of the key {key!r}")
+    return found
+
+
 def objects(file: Path, remedy: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, JSON object) of each line; `remedy` says what a line should be."""
+    """(place, JSON object) of each line; `remedy` says what a line should be.
+
+    Raises:
+        InputError: "malformed-line".
+    """
+    decode = json.JSONDecoder(object_pairs_hook=_unique).decode
     for number, line in lines(file):
         place = f"{file}:{number}"
         try:
-            found = json.loads(line.rstrip("\r\n"))  # a column of the line, not of the next
+            found = decode(line.rstrip("\r\n"))  # a column of the line, not of the next
+        except InputError as error:
+            raise malformed(place, str(error), "keep one of them") from None
         except json.JSONDecodeError as error:
             problem = f"not JSON ({error.msg}, column {error.colno})"
             raise malformed(place, problem, remedy) from None

@@ -13,6 +13,8 @@ corpus; elsewhere a passage is a text or an object. The id of a text without one
 
 from __future__ import annotations
 
+import difflib
+import functools
 import re
 from collections.abc import Mapping
 from decimal import Decimal
@@ -21,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from caravan.data.readers.lines import id_of, malformed, string, text_of
+from caravan.data.readers.lines import TEXTS, id_of, malformed, string, text_of
 from caravan.errors import InputError
 
 LARGEST = float(np.finfo(np.float32).max)  # a run holds scores in float32
@@ -41,6 +43,18 @@ NAMES: dict[str, tuple[str, ...]] = {
 LISTS = {*NAMES["positive"][:3], *NAMES["negative"][:3]}
 """Columns of Tevatron and FlagEmbedding, which are always lists, without a score of the row."""
 NUMBERED = re.compile(r"negative_(\d+)")
+ROLES = {
+    "positive": "positive",
+    "pos": "positive",
+    "negative": "negative",
+    "neg": "negative",
+    "instruction": "instruction",
+    "prompt": "instruction",
+    "score": "score",
+    "label": "label",
+}
+"""Parts by the word at the end of a column's name, before "text" and the like."""
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 REMEDY = (
     "name the columns of your rows, such as data.columns={query: question, positive: answer,"
     " negative: [hard_1, hard_2]}"
@@ -99,6 +113,58 @@ class Columns:
             raise malformed(place, f"no column {missing[0]}; there are {_listed(fields)}", REMEDY)
         return found if part == "negative" else found[:1]
 
+    def refuse_unread(
+        self, place: str, fields: Mapping[str, Any], names: Mapping[str, list[str]]
+    ) -> None:
+        """Refuse columns that are not read, although their name and value suggest a part.
+
+        Args:
+            names: the columns that are read, of each part.
+
+        Raises:
+            InputError: "unknown-column".
+        """
+        sides = (*names["positive"], *names["negative"])
+        read = {*sides, *(f"{name}_scores" for name in sides)}
+        settled = {part for part in ("instruction", "score", "label") if names[part]}
+        if names["positive"][0] in LISTS:
+            settled |= {"score", "label"}  # these layouts have none of a row
+        unread: dict[str, list[str]] = {}
+        for column, value in fields.items():
+            part = suggested(column)
+            if part is None or part in {*settled, *self.given} or column in {*read, *NAMES[part]}:
+                continue
+            first = _number(value[0] if isinstance(value, list) and value else value)
+            kind = int | float if part in ("score", "label") else str | dict
+            if first != "" and isinstance(first, kind):
+                unread.setdefault(part, []).append(column)
+        for part, columns in unread.items():
+            more = [*names[part], *columns] if part == "negative" else columns[:1]
+            raise InputError(
+                "unknown-column",
+                f"{place}: the column {columns[0]} looks like the {part} and is not read: set"
+                f" 'data.columns={{{part}: {_value(more)}}}' to read it, or"
+                f" 'data.columns={{{part}: {_value(names[part])}}}' to ignore it",
+            )
+
+
+@functools.lru_cache(1024)
+def suggested(column: str) -> str | None:
+    """The part that the name of a column suggests.
+
+    >>> suggested("hard_negative"), suggested("negativ_1"), suggested("negative_id")
+    ('negative', 'negative', None)
+    """
+    words = [word.casefold() for word in _WORDS.findall(column)]
+    while words and words[-1].removesuffix("s") in {*TEXTS, "doc"}:
+        words.pop()
+    word = words[-1] if words else ""
+    if len(word) > 4:
+        near = difflib.get_close_matches(word, ROLES, 1, 0.8)
+    else:
+        near = [one for one in (word, word.removesuffix("s")) if one in ROLES]
+    return ROLES[near[0]] if near else None
+
 
 def row_of(
     place: str, fields: dict[str, Any], columns: Columns | None = None, has_corpus: bool = False
@@ -106,7 +172,8 @@ def row_of(
     """A row in any of the layouts.
 
     Raises:
-        InputError: "malformed-line", "invalid-score", "invalid-label", "missing-corpus".
+        InputError: "malformed-line", "unknown-column", "invalid-score", "invalid-label",
+            "missing-corpus".
     """
     columns = columns or Columns()
     names = {part: columns.of(place, part, fields) for part in NAMES}
@@ -114,6 +181,7 @@ def row_of(
         if not names[part]:
             problem = f"no column of a {part}; there are {_listed(fields)}"
             raise malformed(place, problem, REMEDY)
+    columns.refuse_unread(place, fields, names)
 
     def only(part: str, missing: Any = None) -> Any:
         return fields[names[part][0]] if names[part] else missing
@@ -244,3 +312,8 @@ def _score(place: str, value: Any) -> float | None:
 
 def _listed(fields: Mapping[str, Any]) -> str:
     return ", ".join(map(str, list(fields)[:12])) or "none"
+
+
+def _value(names: list[str]) -> str:
+    """Columns as a value of `data.columns`."""
+    return (names[0] if len(names) == 1 else f"[{', '.join(names)}]") if names else "null"

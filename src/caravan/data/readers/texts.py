@@ -60,7 +60,9 @@ class TextFiles(Source):
         read = [[_suffix(file), digest(file, cache_dir)] for file in files]
         found = (one for file in files for one in self._documents(file))
         name = self.name or path.resolve().name
-        return _collection(cache_dir, name, cache_key("texts", read, self.documents), found, path)
+        return _collection(
+            cache_dir, name, cache_key("whole texts", read, self.documents), found, path
+        )
 
     def _documents(self, file: Path) -> Iterator[tuple[str, str]]:
         """(title, text) of each."""
@@ -72,7 +74,7 @@ class TextFiles(Source):
             for _, line in lines(file):
                 yield "", line.strip()
         else:
-            yield "", "".join(line for _, line in lines(file))
+            yield "", "".join(line for _, line in lines(file, blank=True))
 
 
 @dataclass
