@@ -16,7 +16,7 @@ from caravan.report import jobs, page
 from caravan.report.compare import compare, paired_tests
 from caravan.report.sweep import collect
 from caravan.report.systems import read_judged, read_system
-from caravan.report.verdict import NAMED, of_comparison, of_evaluations, of_sweep, verdict
+from caravan.report.verdict import NAMED, findings, of_comparison, of_evaluations, of_sweep, verdict
 
 
 def _first_sentence(html: Path) -> str:
@@ -33,6 +33,14 @@ def test_better_worse_and_equal_systems_are_named_in_the_right_order() -> None:
     assert "c does not differ significantly from a" in text or (
         "a does not differ significantly from c" in text
     )
+
+
+def test_equal_settings_are_left_out_of_the_other_system() -> None:
+    values = np.random.default_rng(0).random((2, 200))
+    values[1] = values[0] + 0.1 + 0.01 * values[1]
+    names = ["bm25 k1=0.9 b=0.4", "bm25 k1=0.9 b=0.8"]
+    text = findings(names, paired_tests(values, [(0, 1)]), known=names[1])
+    assert text.startswith("It beats bm25 b=0.4 by 0.1")
 
 
 def test_pairs_beyond_the_first_are_counted() -> None:
@@ -60,6 +68,7 @@ def test_the_best_system_is_compared_with_each_other_by_the_corrected_p(
         ahead, behind = (
             (name, "theirs") if (pair.difference < 0) == (pair.a == other) else ("theirs", name)
         )
+        ahead = "[Ii]t" if ahead == found.names[best] else ahead
         assert re.search(rf"{ahead} {verb} ([^;]* and |[^;]*, )?{behind} ", text)
 
 
@@ -117,7 +126,7 @@ def test_settings_are_tested_over_three_seeds_or_more(seeds: int, tmp_path: Path
         return
     assert ttest_rel(best, other).pvalue < 0.05
     difference = np.mean(best) - np.mean(other)
-    assert f"optimizer.lr=0.001 beats optimizer.lr=0.0001 by {difference:.4f} (p " in text
+    assert f". It beats optimizer.lr=0.0001 by {difference:.4f} (p " in text
 
 
 @pytest.mark.usefixtures("undrawn")

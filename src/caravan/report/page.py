@@ -62,6 +62,8 @@ FACTS = {
 """Values of a training's metrics.json: their columns, and their formats."""
 TEXTS = ("base_model", "collection", "monitored")
 """The first of `FACTS`, which are no numbers."""
+BREAKS = r"(?<=[/,_])|(?<=[a-z]\.)(?=[a-z])"
+"""Where lines may break within paths and names, but not within numbers."""
 Curves = dict[str, tuple[list[int], list[float]]]
 """(updates, values) of one training, by tag."""
 
@@ -104,8 +106,7 @@ def save(page: Page, path: Path) -> Path:
     )
 
     def breaks(text: str) -> Markup:
-        """Lines may break within paths and names."""
-        return Markup("<wbr>").join(escape(part) for part in re.split("(?<=[/,_])", text))
+        return Markup("<wbr>").join(escape(part) for part in re.split(BREAKS, text))
 
     def source(plot: Plot, theme: str) -> str:
         svg = plot.svg(theme, page=True).encode()
@@ -193,8 +194,11 @@ def _of_runs(folder: Path) -> Page:
 
 
 def _of_sweep(found: sweep.Sweep) -> Section:
-    """The table of a sweep, plots over what it varies, and the jobs that failed."""
-    blocks: list[Any] = [*sweep.tables(found), *sweep.plots(found)[:MOST_MEASURES]]
+    """The shortest tables of a sweep, plots, the other tables, and the jobs that failed."""
+    made = sweep.tables(found)
+    first = [table for table in made if table.name not in sweep.LONG] or made[-1:]
+    rest = [table for table in made if table not in first]
+    blocks: list[Any] = [*first, *sweep.plots(found)[:MOST_MEASURES], *rest]
     blocks += [f"Not finished: {job}: {reason}" for job, reason in found.failed]
     return Section("Sweep", "sweep", blocks)
 

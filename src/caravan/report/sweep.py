@@ -41,6 +41,8 @@ FORMATS = {
     BYTES: "{:,.0f}",
 }
 """Of the measures that are no scores; they are the last columns."""
+LONG = ("sweep", "sweep-seeds")
+"""The tables with a row for each job, and for each setting."""
 NOTES = {
     SECONDS: "training, or indexing and search",
     "trained": "weights that are updated",
@@ -167,8 +169,13 @@ def collect(folder: Path) -> Sweep:
 
 
 def label(settings: Mapping[Any, Any], names: Sequence[str]) -> str:
-    """Settings as they are typed."""
-    return " ".join(f"{name}={settings[name]}" for name in names)
+    """Settings as they are typed, without those that a job lacks.
+
+    >>> label({"lr": 0.1, "segments": "best of 60 words", "dim": NONE}, ["lr", "segments", "dim"])
+    'lr=0.1 segments=best_of_60_words'
+    """
+    given = [f"{name}={settings[name]}" for name in names if settings[name] != NONE]
+    return " ".join(text.replace(" ", "_") for text in given)
 
 
 def shortened(values: Iterable[Any]) -> dict[str, str]:
@@ -234,9 +241,10 @@ def tables(sweep: Sweep) -> list[Table]:
             [_spread(name, of[name]) for name in sweep.measures] for _, of in means.iterrows()
         ]
         rows = [[*key, *of] for key, of in zip(settings.to_numpy(), spreads, strict=True)]
-        title = f"{sweep.name}: mean ± standard deviation over seeds."
+        title = f"{sweep.name}: mean ± standard deviation over seeds, best mean in bold."
         heads = [*sweep.others, *sweep.measures]
-        made.append(Table("sweep-seeds", title, heads, rows, max(1, len(sweep.others))))
+        strong = best(means.xs("mean", axis=1, level=1)[sweep.scores].to_numpy(), len(sweep.others))
+        made.append(Table("sweep-seeds", title, heads, rows, max(1, len(sweep.others)), strong))
     return made
 
 

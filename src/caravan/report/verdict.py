@@ -34,26 +34,38 @@ def verdict(measure: str, names: Sequence[str], pairs: Iterable[Pair], verb: str
     return f"{measure}: {findings(names, pairs, verb)}"
 
 
-def findings(names: Sequence[str], pairs: Iterable[Pair], verb: str = "beats") -> str:
-    """The sentence of `verdict` without the measure."""
+def findings(
+    names: Sequence[str], pairs: Iterable[Pair], verb: str = "beats", known: str | None = None
+) -> str:
+    """The sentence of `verdict` without the measure.
+
+    Settings that both of a pair have are left out of the second.
+
+    Args:
+        known: the system that the sentence before is about.
+    """
     found: dict[str, list[str]] = {}
     rest: list[bool] = []
     for number, pair in enumerate(pairs):
         a, b = (pair.b, pair.a) if pair.difference < 0 else (pair.a, pair.b)
         p = p_value(pair.p).replace("<", "< ")
         p = p if p.startswith("<") else f"= {p}"
+        common = {word for word in names[b].split() if "=" in word}
+        other = " ".join(word for word in names[a].split() if word not in common) or names[a]
+        ahead = "it" if names[b] == known else names[b]
         if number >= NAMED:
             rest.append(pair.p < LEVEL)
         elif pair.p < LEVEL:
-            text = f"{names[a]} by {abs(pair.difference):.4f} (p {p})"
-            found.setdefault(f"{names[b]} {verb}", []).append(text)
+            text = f"{other} by {abs(pair.difference):.4f} (p {p})"
+            found.setdefault(f"{ahead} {verb}", []).append(text)
         else:
-            start = f"{names[b]} does not differ significantly from"
-            found.setdefault(start, []).append(f"{names[a]} (p {p})")
+            start = f"{ahead} does not differ significantly from"
+            found.setdefault(start, []).append(f"{other} (p {p})")
     parts = [f"{start} {listed(of)}" for start, of in found.items()]
     if rest:
         parts.append(f"of {count(len(rest), 'more pair')}, {sum(rest)} differ significantly")
-    return f"{'; '.join(parts)}."
+    text = "; ".join(parts)
+    return f"It{text[2:]}." if text.startswith("it ") else f"{text}."
 
 
 def listed(texts: Sequence[str]) -> str:
@@ -99,7 +111,7 @@ def of_comparison(comparison: Comparison) -> str:
         return f"{first}; no test: a run is not deep enough for {measure}."
     if comparison.queries < 2:
         return f"{first}; no test of one query."
-    return f"{first}. {findings(names, pairs)}"
+    return f"{first}. {findings(names, pairs, known=names[best])}"
 
 
 def _ranked(comparison: Comparison) -> list[int]:
@@ -157,7 +169,8 @@ def of_sweep(sweep: Sweep) -> str:
     if not last or seeds < SEEDS:
         return f"{text}; no test: {f'fewer than {SEEDS} seeds' if last else 'one setting'}."
     pairs = paired_tests(table.to_numpy(), [(i, last) for i in range(last)])
-    return f"{text}. {findings(list(table.index), _against_last(pairs, last))}"
+    names = list(table.index)
+    return f"{text}. {findings(names, _against_last(pairs, last), known=names[last])}"
 
 
 def of_trainings(trainings: Mapping[str, Mapping[str, Any]]) -> str:
