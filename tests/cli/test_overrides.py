@@ -94,6 +94,11 @@ def test_a_value_that_the_shell_divided_at_spaces_has_a_remedy_that_can_be_paste
         (pasted,) = shlex.split(line.partition("quotes: ")[2])
         assert parse(pasted, OverridesParser.create()).value() == "my long run"
         assert lines(pasted) == []
+    (line,) = lines("sampler.runs=[a,", "b]")[1:]
+    (pasted,) = shlex.split(line.partition("quotes: ")[2])
+    assert parse(pasted, OverridesParser.create()).value() == ["a", "b"]
+    (line,) = lines("")  # as of an empty variable of the shell
+    assert "write key=value" in line
 
 
 @pytest.mark.parametrize(

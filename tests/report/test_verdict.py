@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +15,9 @@ from tests.report.conftest import Evaluations
 
 from caravan.manifests import write_json
 from caravan.report import jobs, page
-from caravan.report.compare import compare, paired_tests
+from caravan.report.compare import Comparison, compare, paired_tests
 from caravan.report.sweep import collect
-from caravan.report.systems import read_judged, read_system
+from caravan.report.systems import System, read_judged, read_system
 from caravan.report.verdict import NAMED, findings, of_comparison, of_evaluations, of_sweep, verdict
 
 
@@ -41,6 +43,43 @@ def test_equal_settings_are_left_out_of_the_other_system() -> None:
     names = ["bm25 k1=0.9 b=0.4", "bm25 k1=0.9 b=0.8"]
     text = findings(names, paired_tests(values, [(0, 1)]), known=names[1])
     assert text.startswith("It beats bm25 b=0.4 by 0.1")
+
+
+def test_settings_are_left_out_only_if_all_systems_have_the_same() -> None:
+    values = np.random.default_rng(0).random((3, 50))
+    values[2] += 1
+    names = ["lr=2 dim=2", "lr=2", "lr=1 dim=2"]
+    text = findings(names, paired_tests(values, [(0, 2), (1, 2)]), known=names[2])
+    assert re.findall(r"(?:beats|and) (.*?) by", text) == ["lr=2 dim=2", "lr=2"]
+
+
+def _comparison(rows: list[list[float]], names: str) -> Comparison:
+    values, systems = np.array(rows), [System(name, Path(), None, None, ()) for name in names]
+    tests = paired_tests(values, list(itertools.combinations(range(len(names)), 2)))
+    scores, pairs = {"MRR@10": values}, {"MRR@10": tests}
+    judged: Any = None
+    return Comparison(judged, systems, [], values, scores, [], [], pairs, {}, "t")
+
+
+def test_systems_with_equal_means_share_the_place() -> None:
+    tied = _comparison([[0.5, 0.25, 1], [0.25, 0.5, 1], [0, 0.1, 0]], "abc")
+    text = of_comparison(tied)
+    assert text.startswith("a and b have the highest MRR@10, 0.5833 over 3 queries. ")
+    assert "it" not in text.lower().split()
+    assert of_evaluations([("x", tied)] * 3).startswith("Best system: a on 3, b on 3 of 3 ")
+
+
+def test_the_best_system_comes_first_where_another_is_tested_against_all() -> None:
+    text = of_comparison(_comparison([[0.3, 0.2, 0.4], [0.9, 0.8, 0.7], [0.3, 0.2, 0.3]], "abc"))
+    assert text.startswith("b has the highest MRR@10, 0.8000 over 3 queries. It ")
+    assert "; a does not differ significantly from c" in text
+
+
+def test_one_query_has_no_interval_and_a_shallow_run_is_not_ranked() -> None:
+    one = of_comparison(_comparison([[0.5]], "a"))
+    assert one == "a has MRR@10 0.5000 for one query; no test of one system."
+    text = of_comparison(_comparison([[0.5, 0.5], [np.nan, np.nan], [0.6, 0.8]], "abc"))
+    assert text.startswith("c has the highest MRR@10, 0.7000 over 2 queries, of the 2 runs deep")
 
 
 def test_pairs_beyond_the_first_are_counted() -> None:
@@ -137,3 +176,11 @@ def test_a_sweep_without_seeds_has_its_best_setting_and_no_test(tmp_path: Path) 
         (tmp_path / rate / "metrics.json").write_text(json.dumps(metrics))
     text = _first_sentence(page.write(tmp_path))
     assert text.startswith("optimizer.lr=2 has the highest MRR@10, 0.2000, of 2 settings; no test")
+    for rate in "34":  # one as good as the best, and one without a score
+        jobs.write(tmp_path / rate, [f"optimizer.lr={rate}"], jobs.FINISHED)
+    (tmp_path / "3" / "metrics.json").write_text(json.dumps({"validation": {"MRR@10": 0.2}}))
+    (tmp_path / "4" / "metrics.json").write_text("{}")
+    text = of_sweep(collect(tmp_path))
+    assert text.startswith(
+        "optimizer.lr=2 and optimizer.lr=3 have the highest MRR@10, 0.2000, of 3"
+    )

@@ -201,7 +201,7 @@ class Composer(AbstractContextManager["Composer"]):
         problems = {text: self._problem(text, whole.get(text, "")) for text in overrides}
         # An unknown key is added, so that the check of all keys suggests what was meant.
         valid = [
-            text if text[0] == "~" or self._is_known(text) else f"++{text.lstrip('+')}"
+            text if text.startswith("~") or self._is_known(text) else f"++{text.lstrip('+')}"
             for text, why in problems.items()
             if why is None
         ]

@@ -68,7 +68,7 @@ class Batching:
 
     queries_per_batch: PositiveInt
     token_budget: PositiveInt | None
-    num_workers: NonNegativeInt
+    num_workers: NonNegativeInt | None
 
 
 @dataclass(kw_only=True)
@@ -165,7 +165,7 @@ class Pipeline(Read):
     reranker: str | None
     rerank: Rerank
     token_budget: PositiveInt | None
-    num_workers: NonNegativeInt
+    num_workers: NonNegativeInt | None
     precision: PRECISION
     attention: str
     trust_remote_code: bool

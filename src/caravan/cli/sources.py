@@ -105,7 +105,7 @@ def divided(overrides: list[str]) -> dict[str, str]:
     parts: list[str] = []
     words: dict[str, list[str]] = {}
     for text in overrides:
-        if "=" in text or text[0] == "~":
+        if "=" in text or text.startswith("~"):
             parts = [text]
         elif parts:
             parts.append(text)
@@ -122,7 +122,7 @@ def unreadable(text: str, reason: str, whole: str = "") -> str:
     name, equals, given = text.partition("=")
     if not equals:
         name, _, given = whole.partition("=")
-        instead = quoted(name, given) if given else None
+        instead = whole if given[:1] in ("[", "{") else quoted(name, given) if given else None
         remedy = f"; put a value with spaces into quotes: {_typed(instead)}" if instead else ""
         return f"no setting; write key=value{remedy}"
     if given.startswith("~"):

@@ -194,8 +194,11 @@ def _of_runs(folder: Path) -> Page:
 
 
 def _of_sweep(found: sweep.Sweep) -> Section:
-    """The table of a sweep, plots over what it varies, and the jobs that failed."""
-    blocks: list[Any] = [*sweep.tables(found), *sweep.plots(found)[:MOST_MEASURES]]
+    """The shortest tables of a sweep, plots, the other tables, and the jobs that failed."""
+    made = sweep.tables(found)
+    first = [table for table in made if table.name not in sweep.LONG] or made[-1:]
+    rest = [table for table in made if table not in first]
+    blocks: list[Any] = [*first, *sweep.plots(found)[:MOST_MEASURES], *rest]
     blocks += [f"Not finished: {job}: {reason}" for job, reason in found.failed]
     return Section("Sweep", "sweep", blocks)
 

@@ -17,6 +17,7 @@ from textwrap import wrap
 from typing import Any
 
 import matplotlib.style
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -30,6 +31,8 @@ LETTERS = 52
 """In a line of a legend; a label is half as wide."""
 ROW, TEXT, GAP = 0.3, 0.14, 0.06
 """Inches of a row of `intervals`, of a line of text, and between labels."""
+LETTER = 0.025
+"""Width of a tick's letter, and of some space, as a share of the axis."""
 FEW = 12
 """Lines with up to this many points have a mark at each."""
 COLOURS = 8
@@ -112,6 +115,20 @@ def _wrapped(label: str, letters: int) -> list[str]:
     return [line.replace("\0 ", "").rstrip("\0") for line in wrap(marked, letters)]
 
 
+def _ticks(x: Sequence[float], places: np.ndarray) -> list[str]:
+    """The labels of ticks, without those too close to the one before.
+
+    >>> _ticks([1, 250, 260, 500], np.array([1, 250, 260, 500]))
+    ['1', '250', '', '500']
+    """
+    labels, last = [], -np.inf
+    for value, place in zip(x, places / max(np.ptp(places), 1e-9), strict=True):
+        near = place - last < LETTER * len(f"{value:g}")
+        labels.append("" if near else f"{value:g}")
+        last = last if near else place
+    return labels
+
+
 def lines(drawn: Sequence[Line], x_label: str, y_label: str, logarithmic: bool = False) -> Draw:
     """Lines over numbers, on a logarithmic axis if `logarithmic`, or if they are few and double."""
 
@@ -141,7 +158,7 @@ def lines(drawn: Sequence[Line], x_label: str, y_label: str, logarithmic: bool =
             axes.set_xscale("log")
         if few:
             axes.minorticks_off()
-            axes.set_xticks(x, [f"{value:g}" for value in x])
+            axes.set_xticks(x, _ticks(x, np.log(x) if log else np.array(x)))
         if len(drawn) > 1:
             labels = [line.label for line in drawn if line.label]
             columns = max(1, min(len(labels), LETTERS // (max(map(len, labels)) + 5)))

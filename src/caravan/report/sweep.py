@@ -41,6 +41,8 @@ FORMATS = {
     BYTES: "{:,.0f}",
 }
 """Of the measures that are no scores; they are the last columns."""
+LONG = ("sweep", "sweep-seeds")
+"""The tables with a row for each job, and for each setting."""
 NOTES = {
     SECONDS: "training, or indexing and search",
     "trained": "weights that are updated",
@@ -167,8 +169,13 @@ def collect(folder: Path) -> Sweep:
 
 
 def label(settings: Mapping[Any, Any], names: Sequence[str]) -> str:
-    """Settings as they are typed."""
-    return " ".join(f"{name}={settings[name]}" for name in names)
+    """Settings as they are typed, without those that a job lacks.
+
+    >>> label({"lr": 0.1, "segments": "best of 60 words", "dim": NONE}, ["lr", "segments", "dim"])
+    'lr=0.1 segments=best_of_60_words'
+    """
+    given = [f"{name}={settings[name]}" for name in names if settings[name] != NONE]
+    return " ".join(text.replace(" ", "_") for text in given)
 
 
 def shortened(values: Iterable[Any]) -> dict[str, str]:

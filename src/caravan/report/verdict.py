@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,8 @@ LEVEL = 0.05
 """Below this p, a difference is significant."""
 NAMED = 4
 """Pairs named in a verdict; the others are counted."""
+TIE = 1e-9
+"""A smaller difference of means is rounding."""
 SEEDS = 3
 """Without this many seeds, settings are not tested."""
 
@@ -39,18 +42,20 @@ def findings(
 ) -> str:
     """The sentence of `verdict` without the measure.
 
-    Settings that both of a pair have are left out of the second.
+    Settings that both of a pair have are left out of the second, if all have values of the same.
 
     Args:
-        known: the system that the sentence before is about.
+        known: the system that the sentence before is about; its pairs come first.
     """
     found: dict[str, list[str]] = {}
     rest: list[bool] = []
+    # Else what is left of two names may be the same.
+    alike = len({tuple(re.findall(r"(\S+)=", name)) for name in names}) == 1
     for number, pair in enumerate(pairs):
         a, b = (pair.b, pair.a) if pair.difference < 0 else (pair.a, pair.b)
         p = p_value(pair.p).replace("<", "< ")
         p = p if p.startswith("<") else f"= {p}"
-        common = {word for word in names[b].split() if "=" in word}
+        common = {word for word in names[b].split() if "=" in word and alike}
         other = " ".join(word for word in names[a].split() if word not in common) or names[a]
         ahead = "it" if names[b] == known else names[b]
         if number >= NAMED:
@@ -61,7 +66,8 @@ def findings(
         else:
             start = f"{ahead} does not differ significantly from"
             found.setdefault(start, []).append(f"{other} (p {p})")
-    parts = [f"{start} {listed(of)}" for start, of in found.items()]
+    known_first = sorted(found.items(), key=lambda one: not one[0].startswith("it "))
+    parts = [f"{start} {listed(of)}" for start, of in known_first]
     if rest:
         parts.append(f"of {count(len(rest), 'more pair')}, {sum(rest)} differ significantly")
     text = "; ".join(parts)
@@ -87,6 +93,21 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
+def has(names: Sequence[str]) -> str:
+    """The subject and verb of a sentence.
+
+    >>> has(["a"]), has(["a", "b"])
+    ('a has', 'a and b have')
+    """
+    return f"{listed(names)} {'has' if len(names) < 2 else 'have'}"
+
+
+def _highest(names: Sequence[str], means: Any) -> list[str]:
+    """The names with the highest of the means [n]; those without one (NaN) are left out."""
+    means = np.asarray(means, dtype=float)
+    return [name for name, at in zip(names, means >= np.nanmax(means) - TIE, strict=True) if at]
+
+
 def _against_last(pairs: Iterable[Pair], last: int) -> list[Pair]:
     """The pairs with the last system, the closest first, with their corrected p."""
     found = [replace(pair, p=pair.corrected) for pair in pairs if last in (pair.a, pair.b)]
@@ -99,19 +120,23 @@ def of_comparison(comparison: Comparison) -> str:
     ranked = _ranked(comparison)
     if not ranked:
         return f"No test: no run is deep enough for {measure}."
-    best = ranked[-1]
-    mean, half = mean_interval(comparison.values[measure][best])
-    over = f"over {comparison.queries:,} queries"
+    values = comparison.values[measure]
+    mean, half = mean_interval(values[ranked[-1]])
+    several = comparison.queries > 1
+    over = f"over {comparison.queries:,} queries" if several else "for one query"
     if len(names) < 2:
-        interval = f"{mean:.4f} ± {half:.4f} (95 % confidence interval)"
-        return f"{names[0]} has {measure} {interval} {over}; no test of one system."
-    first = f"{names[best]} has the highest {measure}, {mean:.4f} {over}"
+        interval = f" ± {half:.4f} (95 % confidence interval)" if several else ""
+        return f"{names[0]} has {measure} {mean:.4f}{interval} {over}; no test of one system."
+    best = _highest([names[i] for i in ranked], values[ranked].mean(axis=1))
+    first = f"{has(best)} the highest {measure}, {mean:.4f} {over}"
+    if len(ranked) < len(names):
+        first += f", of the {count(len(ranked), 'run')} deep enough for it"
     pairs = _against_last(comparison.pairs[measure], len(names) - 1)
     if not pairs:
         return f"{first}; no test: a run is not deep enough for {measure}."
-    if comparison.queries < 2:
+    if not several:
         return f"{first}; no test of one query."
-    return f"{first}. {findings(names, pairs, known=names[best])}"
+    return f"{first}. {findings(names, pairs, known=best[0] if len(best) < 2 else None)}"
 
 
 def _ranked(comparison: Comparison) -> list[int]:
@@ -132,17 +157,18 @@ def of_evaluations(found: Sequence[tuple[str, Comparison | str]]) -> str:
         texts = [f"On {name}, {text}" for (name, _), text in named] if len(found) > 1 else texts
         return " ".join(texts)
     ahead: Counter[str] = Counter()
-    better = []
+    collections, better = 0, []
     for _, one in found:
         if not isinstance(one, str) and len(ranked := _ranked(one)) > 1:
-            ahead[one.names[ranked[-1]]] += 1
-            pairs = one.pairs[one.measure]
+            values, pairs = one.values[one.measure], one.pairs[one.measure]
+            ahead.update(_highest([one.names[i] for i in ranked], values[ranked].mean(axis=1)))
+            collections += 1
             better += [p.corrected < LEVEL for p in pairs if {p.a, p.b} == {*ranked[-2:]}]
     if not better:
         return f"No test: none of {len(found)} collections has two systems that can be tested."
     most = [f"{name} on {number}" for name, number in ahead.most_common(NAMED)]
     return (
-        f"Best system: {', '.join(most)} of {ahead.total()} collections. It is significantly better"
+        f"Best system: {', '.join(most)} of {collections} collections. It is significantly better"
         f" than the next on {sum(better)} of {len(better)} collections."
     )
 
@@ -154,23 +180,27 @@ def of_sweep(sweep: Sweep) -> str:
     measure, settings = sweep.scores[0], sweep.rows[sweep.others].to_dict("records")
     labels = [label(of, sweep.others) or sweep.name for of in settings]
     if SEED not in sweep.varied:
-        at = int(np.argmax(sweep.rows[measure].fillna(-np.inf)))
-        text = f"{labels[at]} has the highest {measure}, {sweep.rows[measure].iloc[at]:.4f}"
-        return f"{text}, of {count(len(labels), 'setting')}; no test: {NO_SEEDS}."
+        scored = int(sweep.rows[measure].count())
+        text = f"{has(_highest(labels, sweep.rows[measure]))} the highest {measure},"
+        text += f" {sweep.rows[measure].max():.4f}, of {count(scored, 'setting')}"
+        return f"{text}; no test: {NO_SEEDS}."
     table = sweep.rows.assign(label=labels).pivot_table(measure, "label", SEED).dropna(axis=1)
     seeds = table.shape[1]
     if seeds < 2:
         return f"No test: fewer than 2 seeds have {measure} of all settings."
     table = table.loc[table.mean(axis=1).sort_values().index]
-    last, best = len(table) - 1, table.iloc[-1]
-    what = f"the highest {measure}," if last else measure
-    text = f"{best.name} has {what} {best.mean():.4f}"
-    text += f" ± {best.std():.4f} (mean and standard deviation over {seeds} seeds)"
+    last, names = len(table) - 1, list(table.index)
+    best, score = _highest(names, table.mean(axis=1)), f"{table.iloc[-1].mean():.4f}"
+    text = f"{has(best)} {f'the highest {measure},' if last else measure} {score}"
+    if len(best) < 2:
+        text += f" ± {table.iloc[-1].std():.4f} (mean and standard deviation over {seeds} seeds)"
+    else:
+        text += f" (mean over {seeds} seeds)"
     if not last or seeds < SEEDS:
         return f"{text}; no test: {f'fewer than {SEEDS} seeds' if last else 'one setting'}."
     pairs = paired_tests(table.to_numpy(), [(i, last) for i in range(last)])
-    names = list(table.index)
-    return f"{text}. {findings(names, _against_last(pairs, last), known=names[last])}"
+    known = best[0] if len(best) < 2 else None
+    return f"{text}. {findings(names, _against_last(pairs, last), known=known)}"
 
 
 def of_trainings(trainings: Mapping[str, Mapping[str, Any]]) -> str:

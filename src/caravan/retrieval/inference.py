@@ -69,7 +69,7 @@ class Inference:
         kind: "retriever" or "reranker"; None accepts both.
         precision: "auto", "bf16" or "float32".
         token_budget: padded tokens per chunk; None chooses by device.
-        num_workers: worker processes for tokenization.
+        num_workers: worker processes for tokenization; None: see `caravan.models.hardware.workers`.
         attention, trust_remote_code: see `caravan.models.folder.load`.
         overrides: settings that replace those of the folder's encoding: `query_length`,
             `passage_length`, `dim`; None keeps the folder's.
@@ -88,7 +88,7 @@ class Inference:
         kind: str | None = None,
         precision: str = "auto",
         token_budget: int | None = None,
-        num_workers: int = 0,
+        num_workers: int | None = 0,
         attention: str = "auto",
         trust_remote_code: bool = False,
         overrides: Mapping[str, int | None] | None = None,
@@ -280,9 +280,10 @@ class Inference:
         left = sum(min(blocks.batch_size, size - i * blocks.batch_size) for i in missing)
         device = hardware.named(self.device)
         log.info(f"{task.format(f'{left:,}')} with {self.folder} on {device}, {self.precision}")
+        workers = hardware.workers(self.num_workers, hardware.parameter_counts(self.model)[1])
         unit, full = task.rpartition(" ")[2], 0
         with progress(task.replace("{} ", ""), left, unit) as done:
-            for batch in TextLoader(blocks, missing, self.num_workers):
+            for batch in TextLoader(blocks, missing, min(workers, len(missing))):
                 full += batch.texts.full(limit)
                 yield self._rows(batch.texts, done).to(dtype).cpu().numpy()
         if full:
@@ -313,7 +314,7 @@ class Models:
         self,
         precision: str = "auto",
         token_budget: int | None = None,
-        num_workers: int = 1,
+        num_workers: int | None = None,
         attention: str = "auto",
         trust_remote_code: bool = False,
     ) -> None:

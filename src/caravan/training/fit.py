@@ -214,9 +214,11 @@ def _fit(run: Training, parts: Sequence[Part]) -> float | None:
     precision = hardware.resolve(run.precision)
     module.bf16 = precision == "bf16"
     reads = Reads(run.source, parts, module, run.validation)
-    data = reads.data_module(run.batching)
-    trainer = _trainer(run, precision, validates=bool(data.validations))
     outline = module.outline()
+    size = None if outline is None else parameter_counts(outline)[1]
+    workers = hardware.workers(run.batching["num_workers"], size)
+    data = reads.data_module({**run.batching, "num_workers": workers})
+    trainer = _trainer(run, precision, validates=bool(data.validations))
     for lengths in ({}, *(reading.lengths for reading in run.readings)):
         place = "validation.readings: encoding." if lengths else "encoding."
         for part in parts:  # now instead of in the first validation

@@ -222,6 +222,14 @@ def test_other_columns_are_metadata() -> None:
     metadata |= {"negatives": None, "ce_score": 0.5, "prompts": ""}
     fields = {**TRIPLETS[0], "score": [2, 1]}
     assert row_of("x", {**fields, **metadata}) == row_of("x", fields)
+    words = dict.fromkeys(["introduction", "native", "instructor"], "b")
+    of_triplet = {
+        "quality_score": 0.5,
+        "positive_score": 1,
+        "negative_score": 0.1,
+        "Labels": [1, 0],
+    }
+    assert row_of("x", {**TRIPLETS[0], **words, **of_triplet}) == row_of("x", TRIPLETS[0])
 
 
 def test_files_that_are_no_tables_are_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -49,6 +49,7 @@ ROLES = {
     "negative": "negative",
     "neg": "negative",
     "instruction": "instruction",
+    "instruct": "instruction",
     "prompt": "instruction",
     "score": "score",
     "label": "label",
@@ -129,10 +130,14 @@ class Columns:
         settled = {part for part in ("instruction", "score", "label") if names[part]}
         if names["positive"][0] in LISTS:
             settled |= {"score", "label"}  # these layouts have none of a row
+        # A score of a whole triplet is none of a passage.
+        needed = {"score": _count(fields, sides), "label": _count(fields, names["positive"])}
         unread: dict[str, list[str]] = {}
         for column, value in fields.items():
             part = suggested(column)
             if part is None or part in {*settled, *self.given} or column in {*read, *NAMES[part]}:
+                continue
+            if part in needed and _count(fields, [column]) != needed[part]:
                 continue
             first = _number(value[0] if isinstance(value, list) and value else value)
             kind = int | float if part in ("score", "label") else str | dict
@@ -159,8 +164,8 @@ def suggested(column: str) -> str | None:
     while words and words[-1].removesuffix("s") in {*TEXTS, "doc"}:
         words.pop()
     word = words[-1] if words else ""
-    if len(word) > 4:
-        near = difflib.get_close_matches(word, ROLES, 1, 0.8)
+    if len(word) > 4:  # "introduction" is not a misspelt "instruction"
+        near = difflib.get_close_matches(word, ROLES, 1, 0.9 if len(word) > 5 else 0.8)
     else:
         near = [one for one in (word, word.removesuffix("s")) if one in ROLES]
     return ROLES[near[0]] if near else None
@@ -226,6 +231,14 @@ def _side(place: str, names: list[str], fields: Mapping[str, Any]) -> list[Passa
         pairs = zip(values, scores, strict=True)
         found += [_passage(place, name, value, score) for value, score in pairs]
     return found
+
+
+def _count(fields: Mapping[str, Any], names: Iterable[str]) -> int:
+    """The number of values in some columns."""
+    values = (fields[name] for name in names)
+    return sum(
+        len(value) if isinstance(value, list) else value not in (None, "") for value in values
+    )
 
 
 def _passage(place: str, name: str, value: Any, score: Any) -> Passage:
