@@ -9,7 +9,7 @@ import pytest
 from tests.refusals import refused
 from tests.report.conftest import Report
 
-from caravan.report.suites import collect_suites, read_suites, show_suite
+from caravan.report.suites import collect_suites, means_sentence, read_suites, show_suite
 
 ONE = {"a": {"bm25": 0.1}, "f/x": {"bm25": 0.3}, "f/y": {"bm25": 0.5}}
 
@@ -72,6 +72,8 @@ def test_means_are_over_the_collections_that_all_systems_have(
     means = {name: scores[name, "nDCG@10"]["mean"] for name in scores.columns.unique(0)}
     expected = {"one": 0.2, "two retriever": 0.2, "two reranked": 0.3}
     assert means == pytest.approx(expected)
+    sentence = "Mean nDCG@10 of the collections that all systems have: two reranked 0.3000, "
+    assert means_sentence(scores).startswith(sentence)
     assert scores["one", "nDCG@10"]["f (mean)"] == pytest.approx(0.3)
     assert "2 of 4 collections" in notes[1]
     assert "0.9000" in report("collections", one, two)[1]

@@ -140,7 +140,8 @@ def means_sentence(scores: pd.DataFrame) -> str:
     measure = scores.columns.unique(1)[0]
     means = scores.loc[MEAN].xs(measure, level=1).dropna().sort_values(ascending=False)
     found = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
-    return f"Mean {measure} of the collections: {found}." if found else ""
+    shared = " that all systems have" if len(means) > 1 else ""
+    return f"Mean {measure} of the collections{shared}: {found}." if found else ""
 
 
 def show_suites(suites: Records, folder: Path | None = None) -> None:
