@@ -130,6 +130,7 @@ def test_every_command_composes_and_checks(page: Path, shown: Path) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_config_errors_on_the_pages_are_those_of_the_check(
     shown: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def search(home: Path, *given: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=home, input="")
 
 
+@pytest.mark.slow
 def test_the_command_answers_each_query_with_a_line_of_json(beir: Path, tmp_path: Path) -> None:
     data = ("data=beir", f"data.path={beir}", f"cache_dir={tmp_path / 'cache'}")
     given = (*data, f"run_dir={tmp_path / 'search'}", "retriever=bm25", "show=2", "--json")

@@ -71,6 +71,7 @@ def test_a_run_writes_into_run_dir_alone(given: str, app: Program, home: Path) -
     assert "INFO caravan.some.module: hello from " in (home / "runs/one/log.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("second", "code"),
     [

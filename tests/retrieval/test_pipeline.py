@@ -217,6 +217,7 @@ def test_exact_and_flat_find_the_same_and_an_approximate_index_reports_its_recal
     assert 0.5 < metrics["facts"]["recall_against_exact"] <= 1
 
 
+@pytest.mark.slow
 def test_evaluations_share_a_store_and_overwrite_nothing_of_one_another(
     beir: Path, folders: dict[str, str], tmp_path: Path, written: list[str]
 ) -> None:

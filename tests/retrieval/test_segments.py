@@ -75,6 +75,7 @@ def test_a_passage_has_the_score_of_its_first_or_its_best_segment(
     assert len(list(products.with_name(products.name.split(".manifest")[0]).iterdir())) > 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_resumes_to_the_same_run_beside_whole_passages(
     beir: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,6 +166,7 @@ def test_a_mixed_batch_has_the_embeddings_of_each_collection(
         first = own.stop
 
 
+@pytest.mark.slow
 def test_chunks_and_two_ranks_train_as_the_whole_batch(
     teacher: Path, fit: Fit, two_ranks: TwoRanks
 ) -> None:

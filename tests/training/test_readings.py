@@ -17,6 +17,7 @@ from caravan.data.tokenization import Templates
 from caravan.models import folder
 
 
+@pytest.mark.slow
 def test_each_reading_counts_its_tokens_and_finds_what_an_evaluation_finds(
     beir: Path, collection: Collection, tmp_path: Path
 ) -> None:

@@ -102,6 +102,7 @@ def test_the_folder_has_the_head_and_gives_the_scores_of_the_validation(
         np.testing.assert_allclose(found, scores, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_best_segments_in_a_validation_are_those_of_an_evaluation(
     finished: Path, runs: dict[str, str], beir: Path, collection: Collection, tmp_path: Path
 ) -> None:
