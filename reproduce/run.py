@@ -253,8 +253,10 @@ def code_digest(tests: bool) -> str:
 
 def row_digest(row: dict[str, Any]) -> str:
     """A digest of commands, recipes and expectation: measured values belong to these."""
-    names = re.findall(r"experiment=(small/\w+)", " ".join(row["commands"]))
-    recipes = [(HERE / f"conf/experiment/{name}.yaml").read_text() for name in sorted({*names})]
+    names = re.findall(r"(experiment|sweep)=(\S+)", " ".join(row["commands"]))
+    folders = (HERE / "conf", HERE.parent / "conf")
+    files = [of / kind / f"{name}.yaml" for kind, name in sorted({*names}) for of in folders]
+    recipes = [file.read_text() for file in files if file.is_file()]
     return digest(json.dumps([row["commands"], recipes, row["expect"], row.get("tolerance")]))
 
 
