@@ -4,7 +4,7 @@
     python -m caravan.average runs/seed1/model runs/seed2/model --output runs/average/model \\
         --evaluate data=beir data.path=my-data data.split=dev name=average/dev
 
-Models that were trained from the same weights with other seeds, data or learning rates can be
+Models that were trained from the same weights with different seeds, data or learning rates can be
 averaged (model soups, arXiv 2203.05482). Encoding, architecture and tokenizer must agree, and
 adapters must have the same base. Weights are averaged in float32, and stored in their own dtype.
 
@@ -55,9 +55,9 @@ NOT_COMPARED = {
     ),
     *("base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora"),
 }
-"""Settings of a config that do not change what is averaged, or are compared or combined here."""
+"""Settings that do not affect the average, or that this module compares or combines itself."""
 OF_ONE_MODEL = {"name", "updates", "monitored", "best", "validation"}
-"""Facts of a member that are not facts of the average."""
+"""Facts about a member that do not hold for the average."""
 
 log = logging.getLogger("caravan")
 
@@ -153,7 +153,7 @@ def average(models: Sequence[Path], output: Path) -> None:
     if len(models) < 2:
         raise InputError("too-few-models", "an average needs at least two model folders")
     if len({model.resolve() for model in models}) < len(models):
-        raise InputError("too-few-models", "a model folder is given twice; name each one once")
+        raise InputError("too-few-models", "a model folder is given twice; list each folder once")
     facts = _common_facts(models)
     facts["average"] = {str(model): folder_digest(model) for model in models}
     if output.exists():
@@ -194,7 +194,7 @@ def _common_facts(models: Sequence[Path]) -> dict[str, Any]:
 
 
 def _settings(folder: Path, encoding: Any, facts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Names and values of all that must agree."""
+    """Names and values of all settings that must agree."""
     from caravan.models.folder import BASE_WEIGHTS
     from caravan.models.remote_code import FACT
 
@@ -265,7 +265,7 @@ def _write_adapter_config(models: Sequence[Path], output: Path, scratch: Path) -
 
 
 def _write_weights(models: Sequence[Path], scratch: Path, scales: list[float] | None) -> None:
-    """Write the averages, file by file; `scales`: of adapters.
+    """Write the averages, file by file; `scales`: factors of adapters, None for full weights.
 
     Raises:
         InputError: "weights-mismatch", names, shapes or dtypes differ; "not-finite".
@@ -288,7 +288,7 @@ def _write_weights(models: Sequence[Path], scratch: Path, scales: list[float] | 
         if any(of != shapes[0] for of in shapes) or any(of.dtype != dtype for of in weights):
             raise InputError(
                 "weights-mismatch",
-                f"{name} has several shapes or dtypes in {', '.join(map(str, models))}; average"
+                f"{name} differs in shape or dtype between {', '.join(map(str, models))}; average"
                 " models of one architecture and dtype",
             )
         if rank_at == 0:

@@ -188,7 +188,7 @@ TOGETHER = (
         "callbacks.evaluation.measures=[MRR]": "callbacks.evaluation.measures[0] (command line)",
         "optimizer.rate=${nme}": "${nme} does not refer to a setting",
         "sampler.size=${oc.env:CARAVAN_NO_SUCH}": "'CARAVAN_NO_SUCH' not found",
-        "nonsense": "no setting; write key=value",
+        "nonsense": "not a setting; write key=value",
         "cache_dir=~/models": "\"cache_dir='$HOME/models'\"",
         "+ignore_identical_ids=true": "it is already set; remove the +",
         "hydra.job.nam=x": "hydra.job.nam",

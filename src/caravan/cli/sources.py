@@ -21,7 +21,7 @@ from caravan.errors import InputError
 
 TYPED = "command line"
 MOST_VALUES = 10_000
-"""Of a YAML file, with aliases expanded: each value is composed, checked and recorded."""
+"""The limit of a YAML file, with aliases expanded: each value is composed, checked and recorded."""
 
 
 class FurtherFolder(SearchPathPlugin):
@@ -68,7 +68,7 @@ def key_of(text: str) -> str:
 
 
 def top(text: str) -> str:
-    """The key of the root, or the first part of the group, that an override is about."""
+    """The top-level key, or the first part of the group, of an override."""
     return re.split(r"[./]", key_of(text))[0]
 
 
@@ -86,7 +86,7 @@ def parse(text: str, parser: OverridesParser) -> Override:
 
 
 def quoted(key: str, given: str) -> str | None:
-    """An override whose value is the text as it was given; None where quotes do not help."""
+    """The override with its value in quotes; None if Hydra would still not read the same text."""
     escaped = given.replace("'", "\\'")
     text = f"{key}='{escaped}'"
     try:
@@ -97,7 +97,7 @@ def quoted(key: str, given: str) -> str | None:
 
 
 def divided(overrides: list[str]) -> dict[str, str]:
-    """The words without a key after an override, and the whole that a shell divides at spaces.
+    """Map words without a key to the override that the shell probably split at spaces.
 
     >>> divided(["name=my", "long", "run", "seed=1"])
     {'long': 'name=my long run', 'run': 'name=my long run'}
@@ -123,11 +123,11 @@ def unreadable(text: str, reason: str, whole: str = "") -> str:
     if not equals:
         name, _, given = whole.partition("=")
         instead = whole if given[:1] in ("[", "{") else quoted(name, given) if given else None
-        remedy = f"; put a value with spaces into quotes: {_typed(instead)}" if instead else ""
-        return f"no setting; write key=value{remedy}"
+        remedy = f"; quote a value that contains spaces: {_typed(instead)}" if instead else ""
+        return f"not a setting; write key=value{remedy}"
     if given.startswith("~"):
         home = f"\"{name}='$HOME{given[1:]}'\""
-        return f"the shell does not expand ~ there; put it into quotes: {home}"
+        return f"the shell does not expand ~ there; write {home}"
     reason = f"cannot be read: {reason.splitlines()[0]}"
     instead = quoted(name, given)
     if instead is None or given[:1] in "[{'\"" or "Error while evaluating" in reason:
@@ -153,7 +153,7 @@ def lines_of(tree: yaml.Node | None, key: str = "", line: int = 1) -> Iterator[t
 
 
 def has_too_many_values(file: Path) -> bool:
-    """Whether the aliases of a YAML file, which may refer to each other, stand for too much."""
+    """Whether the aliases of a YAML file expand it to `MOST_VALUES` values or more."""
     text = file.read_bytes()
     if b"*" not in text or b"&" not in text:
         return False
@@ -181,20 +181,20 @@ def origins(files: list[tuple[Path, str]], groups: list[str], values: list[str])
         for key, line in lines_of(tree, package):
             if key and key not in keys and not key.startswith(inside):
                 found[key] = f"{shown(file)}:{line}"
-    for key in keys:  # what is around it may be in no file
+    for key in keys:  # its parents may be in no file
         for end in re.finditer(r"\.", key):
             found.setdefault(key[: end.start()], TYPED)
     return found
 
 
 def origin(key: str, found: dict[str, str]) -> str:
-    """The origin of a key, or of the closest one around it that a file or override sets."""
+    """The origin of a key, or of its closest parent that a file or override sets."""
     while key and key not in found:
         key = re.sub(r"(^|\.)[^.\[]*$|\[\d+\]$", "", key)
     return found.get(key, "no file")
 
 
 def shown(file: Path) -> str:
-    """A path from here if it lies below, else in full."""
+    """A path relative to the working directory if it is inside, else as given."""
     near = os.path.relpath(file)
     return str(file) if near.startswith("..") else near

@@ -85,7 +85,7 @@ class Packed(Movable):
 
     @property
     def largest(self) -> int:
-        """The tokens that the model computes of the largest chunk."""
+        """The tokens that the model computes for the largest chunk."""
         sizes = (c.input_ids.numel() if self.pads else c.attention_mask.sum() for c in self.chunks)
         return max(map(int, sizes))
 
@@ -100,7 +100,7 @@ class Packed(Movable):
         return sum(int((mask.sum(dim=1) >= length).sum()) for mask in masks)
 
     def lengthened(self, chunks: int) -> Packed:
-        """Pad to `chunks` chunks by repeating the last one; keeps ranks in step."""
+        """Repeat the last chunk until there are `chunks`, so that all ranks have as many."""
         extra = chunks - len(self.chunks)
         return replace(self, chunks=self.chunks + self.chunks[-1:] * extra, extra=extra)
 
@@ -129,14 +129,14 @@ class Packed(Movable):
 PADDING = 0.1
 """The largest share of padding in a chunk that is not small, before its width is rounded."""
 SMALL = 4096
-"""Tokens of a chunk below which a GPU waits for the next operation, whatever the padding. Budgets
-up to this are those of CPUs, which lose nothing with small chunks."""
+"""A chunk of at most this many tokens does not fill a GPU, so its padding costs no time. Budgets up
+to this are those of CPUs, which lose nothing with small chunks."""
 
 
 def rounded(width: int) -> int:
     """The next width that a padded chunk may have: sixteen in each octave.
 
-    A CPU's kernels are compiled for each shape; rounding saved a tenth of a reranking's time.
+    CPU kernels are compiled for each shape; rounding made reranking 10 % faster.
 
     >>> rounded(13), rounded(33), rounded(130)
     (13, 34, 136)
@@ -150,8 +150,8 @@ def first_chunk(lengths: np.ndarray, token_budget: int, pads: bool = True) -> in
 
     Args:
         lengths: tokens of the remaining texts [n], longest first.
-        token_budget: the most tokens of a chunk, with padding if the model `pads`. Without, the
-            padded ids of a chunk, and the states to be pooled, may have twice as many.
+        token_budget: the most tokens of a chunk, including padding if the model `pads`. Otherwise
+            the padded ids and states of a chunk may have twice as many.
     """
     width = max(int(lengths[0]), 1)
     lengths = lengths[: (token_budget if pads else 2 * token_budget) // width or 1]
@@ -190,8 +190,8 @@ class TokenIds:
         """Sort texts by length and cut them into chunks of at most `token_budget` tokens.
 
         For a model that `pads`, padding counts; a chunk that is not small ends earlier if its
-        padding would pass a tenth, and if its texts differ in length, its width is `rounded`. A
-        longer text is a chunk alone.
+        padding would exceed a tenth, and if its texts differ in length, its width is `rounded`. A
+        text longer than the budget is a chunk by itself.
 
         Args:
             token_budget: see `first_chunk`.
@@ -250,8 +250,8 @@ Fields = Mapping[str, Field]
 class Unpacked(Generic[B]):
     """A batch as a DataLoader worker sends it: numpy arrays.
 
-    Tensors would be sent as file descriptors of shared memory, two a chunk, which passes the usual
-    limit of 1,024 a process and a container's /dev/shm.
+    Tensors would be sent through shared memory, with two file descriptors per chunk. This can
+    exceed the usual limit of 1,024 descriptors per process, and the size of a container's /dev/shm.
 
     Attributes:
         kind: class of the batch, such as `EncodeBatch`.
@@ -288,8 +288,8 @@ class TrainBatch(Movable):
     texts: Packed  # Q queries, then their Q * G passages, group by group
     passage_rows: Tensor  # [Q, G] int64; column 0 is the positive
     passage_keys: Tensor  # [Q, G] int64, a digest of each passage's title and text
-    # [Q, M] int64, digests that are never negatives of a query (`Negatives.excluded_keys`); filled
-    # up by repeating the first
+    # [Q, M] int64, digests that are never negatives of a query (`Negatives.excluded_keys`); padded
+    # by repeating the first
     excluded_keys: Tensor
     teacher: Tensor | None = None  # [Q, G] float32, a teacher's scores; NaN where it has none
     # [Q] bool: other queries' passages are negatives of the query; None: for all

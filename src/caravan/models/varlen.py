@@ -35,8 +35,8 @@ ARCHITECTURES = frozenset(
 """Model types (`config.model_type`) for which tests show equal states with and without padding.
 Other models may silently ignore text boundaries or compute their own positions (RoBERTa)."""
 TOLERANCE = 0.1
-"""Relative difference of a text's states with and without padding. Rounding to bf16 gives .02 in
-SmolLM2's 30 layers; attention to another text .2 in MiniLM and 1 in SmolLM2."""
+"""Largest relative difference between a text's states with and without padding. Rounding to bf16
+causes .02 in SmolLM2's 30 layers; attention to another text causes .2 in MiniLM, 1 in SmolLM2."""
 
 
 def attention(
@@ -50,7 +50,7 @@ def attention(
     sliding_window: int | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface.
+    """An attention function for transformers' `AttentionInterface`.
 
     Args:
         query: [1, H, T, D] with `cu_seq_lens_q` in the settings, or padded [B, H, L, D].
@@ -161,13 +161,14 @@ def check_architecture(model: Any) -> None:
 def try_out(network: Any, device: torch.device) -> None:
     """Compare the states of two texts with those of the same texts padded (`TOLERANCE`).
 
-    Called on the device and under the autocast of the run, since another kernel runs elsewhere.
+    Does nothing if the network uses another attention. Call it on the device and under the autocast
+    of the run, which determine the kernel.
 
     Args:
-        network: with `of(chunk)` and `transformer`, as `caravan.models.biencoder.BiEncoder`.
+        network: has `of(chunk)` and `transformer`, like `caravan.models.biencoder.BiEncoder`.
 
     Raises:
-        InputError: If the kernel fails, or the states differ. No error with another attention.
+        InputError: If the kernel fails, or the states differ.
     """
     trunk = unwrapped(network.transformer)
     if not is_enabled(trunk):
@@ -198,7 +199,7 @@ def try_out(network: Any, device: torch.device) -> None:
             module.training = True
     unpadded, padded = found
     difference = float(((unpadded - padded).norm(dim=1) / padded.norm(dim=1)).max())
-    if not difference <= TOLERANCE:  # NaN is not
+    if not difference <= TOLERANCE:  # also true for NaN
         raise _unusable(device, f"its states differ by {difference:.0%} from those with padding")
 
 

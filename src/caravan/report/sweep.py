@@ -3,8 +3,8 @@
     python -m caravan.report sweep runs/sweeps/rerank_depth
 
 A row is a job: the settings that differ from job to job, then the metrics of its `metrics.json`.
-Written beside the jobs as sweep.txt, sweep.csv, sweep.png and sweep.svg; a sweep over seeds also
-has the mean and the standard deviation. `evaluate.py -m` and `train.py -m` end with it.
+The files beside the jobs are sweep.txt, sweep.csv, sweep.png and sweep.svg. A sweep over seeds also
+has a table of means and standard deviations. `evaluate.py -m` and `train.py -m` end with the table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SECONDS = "seconds"
 SIZES = {"trained_parameters": "trained", "memory_gib": "GiB"}
 """Names in a training's metrics.json, and their columns, which are shown if jobs differ."""
 BYTES = "bytes/vector"
-"""A column if jobs differ in it."""
+"""This column is shown if jobs differ in it."""
 DIM = "dim"
 """The setting that determines the bytes, together with the index."""
 FORMATS = {
@@ -40,9 +40,9 @@ FORMATS = {
     "GiB": "{:.1f}",
     BYTES: "{:,.0f}",
 }
-"""Of the measures that are no scores; they are the last columns."""
+"""Formats of the columns that are not scores; these columns come last."""
 LONG = ("sweep", "sweep-seeds")
-"""The tables with a row for each job, and for each setting."""
+"""Names of the tables with one row per job, and one row per setting."""
 NOTES = {
     SECONDS: "training, or indexing and search",
     "trained": "weights that are updated",
@@ -93,7 +93,7 @@ class Sweep:
 
     @property
     def scores(self) -> list[str]:
-        """The measures of which more is better."""
+        """The measures for which higher is better."""
         return [name for name in self.measures if name not in FORMATS]
 
     def averaged(self) -> pd.DataFrame:
@@ -179,7 +179,7 @@ def label(settings: Mapping[Any, Any], names: Sequence[str]) -> str:
 
 
 def shortened(values: Iterable[Any]) -> dict[str, str]:
-    """The texts among values whose paths can be named by their ends, and these short texts.
+    """Map texts with paths to shorter texts, in which a path has only its distinct end.
 
     >>> list(shortened(["[runs/a/bm25.trec,runs/b/dense.trec]", "runs/c/bm25.trec", 3]).values())
     ['[a/bm25.trec,dense.trec]', 'c/bm25.trec']
@@ -271,7 +271,7 @@ def show(folder: Path) -> list[tuple[str, str]]:
 def plots(sweep: Sweep) -> list[Plot]:
     """A plot for each measure that varies, or of the first measure if none does.
 
-    Over the tokens that are read, where models were evaluated with several readings.
+    If models were evaluated with several readings, the x-axis is the tokens that they read.
     """
     known = [name for name in sweep.scores if sweep.rows[name].notna().any()]
     vary = [name for name in known if sweep.rows[name].nunique() > 1]
@@ -282,9 +282,9 @@ def plots(sweep: Sweep) -> list[Plot]:
 
 
 def _plot(sweep: Sweep, measure: str) -> Plot:
-    """A line over the numeric setting with the most values, one for each of the other settings.
+    """Lines over the numeric setting with the most values, one per combination of the others.
 
-    Over the bytes of a vector if jobs differ in them; dots if no setting is numeric.
+    The x-axis is the bytes per vector if jobs differ in them; dots if no setting is numeric.
     """
     averaged = sweep.averaged()
     of = averaged[measure]

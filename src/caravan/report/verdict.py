@@ -21,14 +21,14 @@ NAMED = 4
 TIE = 1e-9
 """A smaller difference of means is rounding."""
 SEEDS = 3
-"""Without this many seeds, settings are not tested."""
+"""With fewer seeds, settings are not tested."""
 
 NOTHING = "Nothing to compare: no training or evaluation has ended with a score."
 NO_SEEDS = "no setting was repeated with other seeds"
 
 
 def verdict(measure: str, names: Sequence[str], pairs: Iterable[Pair], verb: str = "beats") -> str:
-    """One sentence on pairs of systems, by their `p`.
+    """One sentence on the differences between pairs of systems, significant by their `p` or not.
 
     >>> pair = Pair(0, 1, 0.02, 0.01, 0.03, 0.004, 0.008, 9, 3, 2)
     >>> verdict("MRR@10", ["bm25", "fused"], [pair])
@@ -42,14 +42,15 @@ def findings(
 ) -> str:
     """The sentence of `verdict` without the measure.
 
-    Settings that both of a pair have are left out of the second, if all have values of the same.
+    If all names have the same settings, those with equal values in both names of a pair are omitted
+    from the second name.
 
     Args:
-        known: the system that the sentence before is about; its pairs come first.
+        known: the system that the previous sentence is about, here "it"; its pairs come first.
     """
     found: dict[str, list[str]] = {}
     rest: list[bool] = []
-    # Else what is left of two names may be the same.
+    # Otherwise two shortened names could be equal.
     alike = len({tuple(re.findall(r"(\S+)=", name)) for name in names}) == 1
     for number, pair in enumerate(pairs):
         a, b = (pair.b, pair.a) if pair.difference < 0 else (pair.a, pair.b)
@@ -115,7 +116,7 @@ def _against_last(pairs: Iterable[Pair], last: int) -> list[Pair]:
 
 
 def of_comparison(comparison: Comparison) -> str:
-    """The best system, then the last, which is the best of a page, against each of the others."""
+    """The best system, and the last (the best on a page) tested against each of the others."""
     measure, names = comparison.measure, comparison.names
     ranked = _ranked(comparison)
     if not ranked:
@@ -168,8 +169,8 @@ def of_evaluations(found: Sequence[tuple[str, Comparison | str]]) -> str:
         return f"No test: none of {len(found)} collections has two systems that can be tested."
     most = [f"{name} on {number}" for name, number in ahead.most_common(NAMED)]
     return (
-        f"Best system: {', '.join(most)} of {collections} collections. It is significantly better"
-        f" than the next on {sum(better)} of {len(better)} collections."
+        f"Best system: {', '.join(most)} of {collections} collections. The best is significantly"
+        f" better than the next on {sum(better)} of {len(better)} collections."
     )
 
 
@@ -187,7 +188,7 @@ def of_sweep(sweep: Sweep) -> str:
     table = sweep.rows.assign(label=labels).pivot_table(measure, "label", SEED).dropna(axis=1)
     seeds = table.shape[1]
     if seeds < 2:
-        return f"No test: fewer than 2 seeds have {measure} of all settings."
+        return f"No test: fewer than 2 seeds have {measure} for every setting."
     table = table.loc[table.mean(axis=1).sort_values().index]
     last, names = len(table) - 1, list(table.index)
     best, score = _highest(names, table.mean(axis=1)), f"{table.iloc[-1].mean():.4f}"
@@ -204,7 +205,7 @@ def of_sweep(sweep: Sweep) -> str:
 
 
 def of_trainings(trainings: Mapping[str, Mapping[str, Any]]) -> str:
-    """The values that trainings monitored; what is best is not known, as a loss may be monitored.
+    """The best monitored value of each training, unranked: of a loss, the lowest is the best.
 
     Args:
         trainings: `metrics.json` by name.
@@ -219,5 +220,5 @@ def of_trainings(trainings: Mapping[str, Mapping[str, Any]]) -> str:
     texts += [f"{len(known) - NAMED} more are below"] if len(known) > NAMED else []
     if len(known) < 2:
         return f"{texts[0]}; no test of one training."
-    why = f"a validation records no scores of single queries, and {NO_SEEDS}"
+    why = f"validation does not record scores of single queries, and {NO_SEEDS}"
     return f"{'; '.join(texts)}. No test: {why}."

@@ -1,8 +1,9 @@
 """Exact search in torch: reads the corpus block by block for every search.
 
 Memory does not grow with the corpus. The best passages of each query are keys: a score and a row,
-packed into an int64 that orders by descending score, then by ascending row. So the result is the
-same for any chunk size and device, and for parts of the corpus that are searched separately.
+packed into an int64; descending keys are in the order of descending scores, then ascending rows.
+Ties are therefore ordered alike for any chunk size and device, and if parts of the corpus are
+searched separately.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from caravan.progress import track
 from caravan.retrieval.index import Blocks, Found, float32, not_finite, require_rows
 
 EMPTY = -(2**63)
-"""The key where nothing is found; the lowest."""
-LOW = 2**32 - 1
+"""The key of a place without a passage; the lowest."""
+LOW = 2**32 - 1  # the bits of a key that hold the row
 
 
 class Exact:
     """Exact search: computes all dot products in float32, reading the blocks for every search.
 
-    Ties are ordered by ascending row for any chunk size and device: each score is packed with its
-    row into a unique 64-bit key.
+    Ties are ordered by ascending row.
 
     Args:
-        query_chunk, passage_chunk: size of the largest score matrix in memory.
+        k: passages per query.
+        query_chunk, passage_chunk: shape of the largest score matrix in memory.
         device: `auto` uses the GPU if there is one.
     """
 
@@ -67,7 +68,7 @@ class Exact:
         device = torch.device("cpu" if name == "auto" else name)
         query_vectors = torch.from_numpy(float32(queries, "the queries")).to(device)
         keys = torch.full((len(query_vectors), k), EMPTY, dtype=torch.int64, device=device)
-        # A GPU multiplies TF32 faster, which holds every float16 value; sums are in float32.
+        # TF32 is faster on GPUs and represents every float16 value exactly; sums are in float32.
         halves = bool((query_vectors.half().float() == query_vectors).all())
         for start, block in track(_loaded(blocks, device), "exact search", unit="blocks"):
             tf32 = halves and block.dtype == torch.float16 and device.type == "cuda"
@@ -130,7 +131,7 @@ def _merge(keys: torch.Tensor, scores: torch.Tensor, start: int) -> torch.Tensor
     """Merge scores [q, n] of the rows from `start` into the greatest keys [q, k].
 
     Only scores that can be among the best are packed: sorting all takes longer than the dot
-    products. Those that equal the last of the best are kept, for the order of their rows.
+    products. Scores equal to the lowest of the best are packed too, since their rows decide.
     """
     k = keys.shape[1]
     least, _ = _unpack(keys[:, -1:])

@@ -5,10 +5,10 @@
 
 The evaluation embeds the passages and the training queries once, into its store
 (`caravan.retrieval.store`); an interrupted one resumes. Training reads the embeddings of each batch
-by row, and loads no teacher.
+by row, and does not load the teacher.
 
-The loss of a text is the squared or the cosine distance of the student's embedding, or of its
-learned linear projection, to the teacher's: Reimers and Gurevych 2020 (arXiv 2004.09813) and
+The loss of a text is the squared or cosine distance between the student's embedding, or a learned
+linear projection of it, and the teacher's: Reimers and Gurevych 2020 (arXiv 2004.09813) and
 sentence-transformers' `MSELoss`; Jasper and Stella (arXiv 2412.19048). As in EmbedDistill (arXiv
 2301.12005), both queries and passages are compared, and the loss is added to that of the scores.
 """
@@ -54,7 +54,7 @@ class TeacherEmbeddings:
     """A teacher's embeddings of the passages of a collection and the queries of a split.
 
     Attributes:
-        query_rows: rows of the queries, increasing; row i of `queries` is the query query_rows[i].
+        query_rows: rows of the queries, increasing; row i of `queries` embeds query_rows[i].
     """
 
     query_rows: np.ndarray
@@ -78,14 +78,15 @@ class Distillation:
     embeddings, also with `loss.dims`.
 
     Args:
-        teacher: folder of an evaluation of the teacher over the training queries, or its store; of
-            several collections, a folder above their evaluations.
-        loss: "mse" is the squared Euclidean distance (the mean over dimensions, as in
-            sentence-transformers, times their number); "cosine" is one minus the similarity.
+        teacher: folder of an evaluation of the teacher over the training queries, or its store;
+            for several collections, a folder that contains their evaluations.
+        loss: "mse" is the squared Euclidean distance, which is sentence-transformers' `MSELoss`
+            times the number of dimensions; "cosine" is one minus the cosine similarity.
         weight: of this loss.
-        scores_weight: of the loss of the scores; 0 trains by the teacher's embeddings alone.
+        scores_weight: of the loss of the scores; 0 trains on the teacher's embeddings alone.
         projection: compare a linear projection of the student's embedding, trained with the model.
-            It is in checkpoints and not in the model folder. Without it, the sizes must be equal.
+            It is saved in checkpoints, but not in the model folder. Without it, the sizes must be
+            equal.
 
     Attributes:
         width: dimensions of the teacher's embeddings.
@@ -138,9 +139,9 @@ class Distillation:
         if not own:
             raise InputError(
                 "other-collection",
-                f"distillation.teacher={self.teacher} has embeddings of another collection than"
-                f" {collection.name} ({digest[:12]}); run evaluate.py with the teacher and the data"
-                " settings of this training",
+                f"distillation.teacher={self.teacher} has no embeddings of the collection"
+                f" {collection.name} ({digest[:12]}), only of others; run evaluate.py"
+                " with the teacher and the data settings of this training",
             )
         found = []
         for kind in (f"queries.{split}", "passages"):
@@ -159,14 +160,14 @@ class Distillation:
             "missing-embeddings",
             f"distillation.teacher={self.teacher} has {problem}; run evaluate.py"
             f" retriever=<model folder> data.split={split} name=<name> over the collection without"
-            " segment=, and set the folder of that evaluation",
+            " the setting segment, and set distillation.teacher to the folder of that evaluation",
         )
 
     def _ambiguous(self, problem: str) -> InputError:
         return InputError(
             "several-teachers",
-            f"distillation.teacher={self.teacher} has {problem}; set the folder of one evaluation,"
-            " or delete the other embeddings",
+            f"distillation.teacher={self.teacher} has {problem}; set it to the folder of one"
+            " evaluation, or delete the other embeddings",
         )
 
     def network(self, backbone: nn.Module, encoding: Encoding, size: int) -> BiEncoder:
@@ -185,7 +186,7 @@ class Distillation:
             )
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs of the training network as embeddings [n, d], and what is compared [n, width]."""
+        """Split outputs in training into embeddings [n, d] and what is compared [n, width]."""
         if not self.projection:
             return rows, rows
         return rows[:, : -self.width], rows[:, -self.width :]
@@ -194,7 +195,7 @@ class Distillation:
         """The mean distance of each side, queries and passages, averaged over both.
 
         Args:
-            students, teachers: [n, width] of each side, any precision.
+            students, teachers: [n, width] of each side, in any floating-point dtype.
         """
         pairs = zip(students, teachers, strict=True)
         sides = [self.distances(one.float(), other.float()).mean() for one, other in pairs]
@@ -215,7 +216,7 @@ class ProjectedEncoder(BiEncoder):
 
     Args:
         size, width: dimensions of an embedding and of its projection.
-        The others: see `BiEncoder`.
+        backbone, encoding: see `BiEncoder`.
     """
 
     def __init__(self, backbone: nn.Module, encoding: Encoding, size: int, width: int) -> None:

@@ -1,4 +1,4 @@
-r"""Gradient caching: large contrastive batches in the memory of one chunk (arXiv 2101.06983).
+"""Gradient caching: large contrastive batches in the memory of one chunk (arXiv 2101.06983).
 
     python train.py gradcache.chunk=16 batching.queries_per_batch=1024 ...
 
@@ -10,8 +10,8 @@ A contrastive loss needs the embeddings of all texts at once, but not their acti
 
 The result is the gradient of the whole batch, at the cost of a second forward pass. The random
 state is restored so that a chunk has the same dropout both times. DistributedDataParallel reduces
-gradients once: all chunks but the last are backpropagated in the training step, before it prepares
-its reduction, and the step returns the last chunk's loss.
+gradients once per step: all chunks but the last are backpropagated within the forward pass of DDP,
+before DDP prepares its reduction, and the step returns the loss of the last chunk.
 """
 
 from __future__ import annotations
@@ -45,13 +45,16 @@ class GradCache:
         loss: Callable[[Tensor], Tensor],
         share: float = 1.0,
     ) -> Tensor:
-        """Compute the loss and backpropagate all chunks but the last; the caller does that one.
+        """Compute the loss and backpropagate all chunks but the last.
 
         Args:
             compute: maps a chunk of n texts to the network's output [n, ...].
             texts: all texts that the loss compares, such as queries and passages.
             loss: maps the outputs [N, ...] for the texts, in their order, to a scalar.
             share: the factor by which the caller scales the loss before its backward pass.
+
+        Returns:
+            The loss, whose backward pass (by the caller) computes the gradient of the last chunk.
         """
         device = texts.order.device
         states, rows = [], []

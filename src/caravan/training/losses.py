@@ -59,7 +59,7 @@ class Loss(Protocol):
     false_negative_margin: float | None = None
     """If set, `compute` masks columns that score above the positive plus this."""
     dims: Sequence[int] | None = None
-    """If set, a retriever sums the loss over embeddings cut to these sizes and whole ones."""
+    """If set, a retriever sums the loss over embeddings truncated to these sizes and full ones."""
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor: ...
 

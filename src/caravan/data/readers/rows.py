@@ -39,9 +39,9 @@ NAMES: dict[str, tuple[str, ...]] = {
     "score": ("score", "scores"),
     "label": ("label", "labels"),
 }
-"""What a row has, and the columns where it is looked for, in this order."""
+"""The parts of a row, and the columns that may hold each, in order of preference."""
 LISTS = {*NAMES["positive"][:3], *NAMES["negative"][:3]}
-"""Columns of Tevatron and FlagEmbedding, which are always lists, without a score of the row."""
+"""Columns of Tevatron and FlagEmbedding: always lists, in rows without a `score` or `label`."""
 NUMBERED = re.compile(r"negative_(\d+)")
 ROLES = {
     "positive": "positive",
@@ -54,7 +54,7 @@ ROLES = {
     "score": "score",
     "label": "label",
 }
-"""Parts by the word at the end of a column's name, before "text" and the like."""
+"""Parts by the last word of a column's name, not counting "text" and the like."""
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 REMEDY = (
     "name the columns of your rows, such as data.columns={query: question, positive: answer,"
@@ -66,7 +66,7 @@ class Passage(NamedTuple):
     """A passage of a row; its text is None if it is in a separate corpus."""
 
     id: str
-    score: float | None  # a teacher's
+    score: float | None  # of a teacher
     title: str = ""
     text: str | None = None
 
@@ -82,11 +82,10 @@ class Row(NamedTuple):
 
 
 class Columns:
-    """Where rows have the parts of `NAMES`.
+    """The columns of a row's parts.
 
     Args:
-        given: the column, or the columns, of a part, in place of those of `NAMES`; null leaves it
-            out.
+        given: column or columns of a part, instead of those in `NAMES`; None leaves the part out.
 
     Raises:
         InputError: "unknown-column".
@@ -97,7 +96,7 @@ class Columns:
         if unknown := sorted(self.given.keys() - NAMES.keys()):
             raise InputError(
                 "unknown-column",
-                f"data.columns.{unknown[0]}: a row has no such part; set {', '.join(NAMES)}",
+                f"data.columns.{unknown[0]}: no such part; the parts are {', '.join(NAMES)}",
             )
         self._names = dict(NAMES)
         for part, names in self.given.items():
@@ -111,13 +110,15 @@ class Columns:
             found += sorted(numbered, key=lambda name: int(name.rpartition("_")[2]))
         missing = [name for name in self._names[part] if name not in found]
         if self.given.get(part) and part != "negative" and missing:
-            raise malformed(place, f"no column {missing[0]}; there are {_listed(fields)}", REMEDY)
+            raise malformed(
+                place, f"no column {missing[0]}; the columns are {_listed(fields)}", REMEDY
+            )
         return found if part == "negative" else found[:1]
 
     def refuse_unread(
         self, place: str, fields: Mapping[str, Any], names: Mapping[str, list[str]]
     ) -> None:
-        """Refuse columns that are not read, although their name and value suggest a part.
+        """Refuse columns whose name and value suggest a part, but which are not read.
 
         Args:
             names: the columns that are read, of each part.
@@ -129,8 +130,8 @@ class Columns:
         read = {*sides, *(f"{name}_scores" for name in sides)}
         settled = {part for part in ("instruction", "score", "label") if names[part]}
         if names["positive"][0] in LISTS:
-            settled |= {"score", "label"}  # these layouts have none of a row
-        # A score of a whole triplet is none of a passage.
+            settled |= {"score", "label"}  # rows in these layouts have neither
+        # The score of a whole triplet is not a score of a passage.
         needed = {"score": _count(fields, sides), "label": _count(fields, names["positive"])}
         unread: dict[str, list[str]] = {}
         for column, value in fields.items():
@@ -184,7 +185,7 @@ def row_of(
     names = {part: columns.of(place, part, fields) for part in NAMES}
     for part in ("query", "positive"):
         if not names[part]:
-            problem = f"no column of a {part}; there are {_listed(fields)}"
+            problem = f"no column for the {part}; the columns are {_listed(fields)}"
             raise malformed(place, problem, REMEDY)
     columns.refuse_unread(place, fields, names)
 
@@ -206,14 +207,14 @@ def row_of(
     if not has_corpus and any(one.text is None for one in (*positives, *negatives)):
         raise InputError(
             "missing-corpus",
-            f"{place}: the row names its passages by id, and there is no corpus: give the file or"
-            " dataset that has them as data.corpus",
+            f"{place}: the row has ids of passages, but there is no corpus: set data.corpus to the"
+            " file or dataset with these passages",
         )
     return Row(name, query, instruction, positives, negatives)
 
 
 def _side(place: str, names: list[str], fields: Mapping[str, Any]) -> list[Passage]:
-    """The passages of some columns; empty texts and nulls are left out, but not in lists."""
+    """The passages of some columns; a column that is null or empty has none."""
     found = []
     for name in names:
         values = fields[name]
@@ -266,16 +267,17 @@ def _marked(
     labels: Any,
     names: Mapping[str, list[str]],
 ) -> tuple[list[Passage], list[Passage]]:
-    """Positives and negatives by the labels of a row, with the scores of a row."""
+    """Move positives with label 0 to the negatives, and set the scores of the row's passages."""
     if scores is not None:
         every = [*positives, *negatives]
         given = scores if isinstance(scores, list) else [scores]
         if len(given) != len(every) or (len(every) == 1 and not names["label"]):
-            one = "it is not known whether its passage is relevant"
-            many = f"it has {len(every)} passages"
+            unlabelled = "the row has no label that says whether its passage is relevant"
+            uneven = f"the number of passages is {len(every)}"
             raise malformed(
                 place,
-                f"{names['score'][0]} is {scores!r} and {one if len(every) == 1 else many}",
+                f"{names['score'][0]} is {scores!r}, but"
+                f" {unlabelled if len(given) == len(every) else uneven}",
                 "give a label, or a score for each passage, or leave the scores out"
                 " (data.columns={score: null})",
             )
@@ -290,8 +292,8 @@ def _marked(
     if len(given) != len(positives) or any(_number(one) not in (0, 1) for one in given):
         raise InputError(
             "invalid-label",
-            f"{place}: {names['label'][0]} is {labels!r}; it must be 0 or 1 for each of"
-            f" {names['positive'][0]}, or left out (data.columns={{label: null}})",
+            f"{place}: {names['label'][0]} is {labels!r}; it must be 0 or 1 for each"
+            f" passage of {names['positive'][0]}, or be left out (data.columns={{label: null}})",
         )
     marked = list(zip(positives, map(_number, given), strict=True))
     relevant = [one for one, label in marked if label]
@@ -299,12 +301,12 @@ def _marked(
 
 
 def id_of_text(text: str) -> str:
-    """The id of a text without one: a hash, so that equal texts are one."""
+    """A hash, as the id of a text that has none; equal texts have equal ids."""
     return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
 
 
 def _number(value: Any) -> Any:
-    """A number of a csv file, which has only texts; other values as they are."""
+    """Convert a number in a csv file, where every value is a text; keep other values."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -318,7 +320,8 @@ def _score(place: str, value: Any) -> float | None:
     number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if not number or not abs(value) <= LARGEST:
         raise InputError(
-            "invalid-score", f"{place}: the score {value!r} is not a finite number in float32"
+            "invalid-score",
+            f"{place}: the score {value!r} is not a finite float32 number; correct it",
         )
     return float(value)
 
