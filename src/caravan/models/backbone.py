@@ -53,8 +53,7 @@ class Backbone(Protocol):
         attention: transformers' implementation; "auto" is `caravan.models.cpu` where suitable,
             "unpadded" is `caravan.models.varlen`.
         checkpointing: recompute activations in the backward pass.
-        bidirectional: each token attends to the whole text; False for an encoder, which does so
-            anyway.
+        bidirectional: each token attends to the whole text; an encoder does so with False, too.
         trains_tokenizer: whether `tokenizer` reads the collection.
         quantization: transformers' config to quantize the base while loading, or None.
         dtype: of the weights when loaded; "auto" is that of the file.

@@ -218,14 +218,10 @@ class Stage(pl.LightningModule, ABC):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout is a function of (seed, batch, rank), so a resumed run reproduces it exactly.
-        torch.manual_seed(
-            (self.seed * 1_000_003 + self.trainer.fit_loop.total_batch_idx) * 4099
-            + self.global_rank
-        )
+        batch_seed = self.seed * 1_000_003 + self.trainer.fit_loop.total_batch_idx
+        torch.manual_seed(batch_seed * 4099 + self.global_rank)
 
-    def validation_step(
-        self, batch: EncodeBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> dict[str, Tensor]:
+    def validation_step(self, batch: EncodeBatch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return rows [N] and vectors [N, d], which `RetrievalEvaluation` collects and searches."""
         return {"rows": batch.rows, "vectors": self.rows_of(batch.texts)}
 
