@@ -89,13 +89,13 @@ def test_a_value_that_the_shell_divided_at_spaces_has_a_remedy_that_can_be_paste
 ) -> None:
     found = lines("lost", "name=my", "long", "run", "seed=1")
     assert [line.partition(" ")[0] for line in found] == ["lost", "long", "run"]
-    assert "quotes" not in found[0]
+    assert "spaces" not in found[0]
     for line in found[1:]:
-        (pasted,) = shlex.split(line.partition("quotes: ")[2])
+        (pasted,) = shlex.split(line.partition("spaces: ")[2])
         assert parse(pasted, OverridesParser.create()).value() == "my long run"
         assert lines(pasted) == []
     (line,) = lines("sampler.runs=[a,", "b]")[1:]
-    (pasted,) = shlex.split(line.partition("quotes: ")[2])
+    (pasted,) = shlex.split(line.partition("spaces: ")[2])
     assert parse(pasted, OverridesParser.create()).value() == ["a", "b"]
     (line,) = lines("")  # as of an empty variable of the shell
     assert "write key=value" in line

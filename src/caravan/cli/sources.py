@@ -127,7 +127,7 @@ def unreadable(text: str, reason: str, whole: str = "") -> str:
         return f"not a setting; write key=value{remedy}"
     if given.startswith("~"):
         home = f"\"{name}='$HOME{given[1:]}'\""
-        return f"the shell does not expand ~ there; write {home}"
+        return f"the shell does not expand ~ there; put it into quotes: {home}"
     reason = f"cannot be read: {reason.splitlines()[0]}"
     instead = quoted(name, given)
     if instead is None or given[:1] in "[{'\"" or "Error while evaluating" in reason:
