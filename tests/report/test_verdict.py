@@ -18,7 +18,15 @@ from caravan.report import jobs, page
 from caravan.report.compare import Comparison, compare, paired_tests
 from caravan.report.sweep import collect
 from caravan.report.systems import System, read_judged, read_system
-from caravan.report.verdict import NAMED, findings, of_comparison, of_evaluations, of_sweep, verdict
+from caravan.report.verdict import (
+    NAMED,
+    NOTHING,
+    findings,
+    of_comparison,
+    of_evaluations,
+    of_sweep,
+    verdict,
+)
 
 
 def _first_sentence(html: Path) -> str:
@@ -184,3 +192,14 @@ def test_a_sweep_without_seeds_has_its_best_setting_and_no_test(tmp_path: Path) 
     assert text.startswith(
         "optimizer.lr=2 and optimizer.lr=3 have the highest MRR@10, 0.2000, of 3"
     )
+
+
+def test_the_highest_loss_of_a_sweep_is_not_its_best(tmp_path: Path) -> None:
+    for rate in "12":
+        jobs.write(tmp_path / rate, [f"optimizer.lr={rate}"], jobs.FINISHED)
+        metrics = {"monitored": "train/loss", "best": int(rate) / 10}
+        (tmp_path / rate / "metrics.json").write_text(json.dumps(metrics))
+    sweep = collect(tmp_path)
+    assert "train/loss" in sweep.measures
+    assert sweep.scores == []
+    assert of_sweep(sweep) == NOTHING

@@ -94,7 +94,7 @@ class Sweep:
     @property
     def scores(self) -> list[str]:
         """The measures for which higher is better."""
-        return [name for name in self.measures if name not in FORMATS]
+        return [name for name in self.measures if name not in FORMATS and "loss" not in name]
 
     def averaged(self) -> pd.DataFrame:
         """A row for each setting but the seed; columns (measure, "mean" | "std" | "count")."""
