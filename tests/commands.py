@@ -58,6 +58,12 @@ def evaluate(beir: Path, run_dir: Path, retriever: Any, *overrides: str) -> dict
     return evaluate_config(compose(ROOT / "conf", "evaluate", given))
 
 
+def products(folder: Path) -> dict[str, bytes]:
+    """The shards and runs of an evaluation, by their path."""
+    paths = (path for end in ("npy", "trec") for path in sorted(folder.rglob(f"*.{end}")))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
 def run_whole_and_killed(command: Callable[[str], list[str]]) -> None:
     """Run `command("whole")`, and `command("killed")`, which is killed several times."""
     started = time.monotonic()

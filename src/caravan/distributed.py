@@ -6,15 +6,13 @@ only one process may run (writing a file, logging) checks `is_main_process`.
 
 from __future__ import annotations
 
-import logging
 import os
-import time
-from collections.abc import Callable
 
-PAUSE_S = 0.2
-WARN_AFTER_S = 60  # an encoded block takes about as long
-
-log = logging.getLogger(__name__)
+LAUNCHERS = (
+    *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
+)
+"""The environment variables that give a process its place among others."""
 
 
 def rank() -> int:
@@ -50,16 +48,6 @@ def world_size() -> int:
 def local_rank() -> int:
     """The rank among the processes of this machine, which selects the device."""
     return _number("LOCAL_RANK") or _number("SLURM_LOCALID") or 0
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    """Poll until `holds()`. If another process fails, its launcher ends this one too."""
-    since, warned = time.monotonic(), False
-    while not holds():
-        time.sleep(PAUSE_S)
-        if not warned and time.monotonic() - since > WARN_AFTER_S:
-            log.warning("waiting for the other processes: %d were started", world_size())
-            warned = True
 
 
 def _number(variable: str) -> int | None:

@@ -15,7 +15,7 @@ from tests.refusals import refused
 from tests.tiny import other_instruction, write_beir
 
 from caravan.files import claimed
-from caravan.retrieval import stages
+from caravan.retrieval import peers, stages
 from caravan.retrieval.index import Faiss
 
 
@@ -132,6 +132,7 @@ def test_what_ends_all_collections(
         raise error
 
     monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setattr(peers, "join", lambda: None)  # the other process is not there
     monkeypatch.setattr(stages.Stages, "bm25", fails)
     with pytest.raises(type(error)):
         evaluate(home, tmp_path / "run", "bm25", NAMES)

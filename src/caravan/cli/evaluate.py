@@ -30,12 +30,12 @@ from caravan.files import listed
 from caravan.report.records import to_depth
 from caravan.report.suites import show_suite
 from caravan.report.summary import show_stages
-from caravan.retrieval import pipeline
+from caravan.retrieval import peers, pipeline
 from caravan.retrieval.inference import Models
 from caravan.retrieval.interactive import Searcher, open_searcher
 from caravan.retrieval.pipeline import Evaluation
 from caravan.retrieval.rerank import Reranking
-from caravan.retrieval.store import Store
+from caravan.retrieval.store import Engine, Store
 from caravan.retrieval.systems import Component, Systems
 
 CORPUS = ("corpus.jsonl", "corpus.jsonl.gz")
@@ -49,10 +49,11 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         InputError: If the data, a model or run_dir is invalid. With several collections, it is
             raised at the end, with those that failed.
     """
-    models = models_of(cfg)
+    peers.join()
+    models, engine = models_of(cfg), engine_of(cfg)
     systems_of(cfg).check_settings(models)
     if cfg.collections is None:
-        evaluation = _open(cfg, models)
+        evaluation = _open(cfg, models, engine)
         metrics = pipeline.evaluate(evaluation)
         if metrics:
             _report(evaluation, metrics)
@@ -60,7 +61,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     configs = each(cfg)
     metrics = pipeline.evaluate_suite(
         Path(cfg.run_dir),
-        {member.folder: partial(_open, one, models) for member, one in configs.items()},
+        {member.folder: partial(_open, one, models, engine) for member, one in configs.items()},
         {member.folder: member.group for member in configs},
         recorded(cfg),
         _report,
@@ -110,7 +111,16 @@ def searcher_of(cfg: DictConfig) -> Searcher:
     return open_searcher(collection, systems_of(cfg), store, models_of(cfg))
 
 
-def _open(cfg: DictConfig, models: Models) -> Evaluation:
+def engine_of(cfg: DictConfig) -> Engine | None:
+    """What computes the shards of the store; None for the processes of this command."""
+    if cfg.engine == "local":
+        return None
+    from caravan.retrieval.cluster import Cluster  # needs Ray, an extra
+
+    return Cluster()
+
+
+def _open(cfg: DictConfig, models: Models, engine: Engine | None) -> Evaluation:
     data = build(cfg, "data")
     return Evaluation(
         collection=data.collection(Path(cfg.cache_dir)),
@@ -122,6 +132,7 @@ def _open(cfg: DictConfig, models: Models) -> Evaluation:
         measures=list(cfg.measures),
         ignore_identical_ids=cfg.ignore_identical_ids,
         config=recorded(cfg),
+        engine=engine,
     )
 
 

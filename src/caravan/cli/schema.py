@@ -184,6 +184,7 @@ class Evaluate(Pipeline):
     measures: Annotated[list[str], MinLen(1)]
     collections: Annotated[list[str], MinLen(1)] | None
     ignore_identical_ids: bool
+    engine: Literal["local", "ray"]
 
 
 @dataclass(kw_only=True)

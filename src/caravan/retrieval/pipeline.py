@@ -25,7 +25,7 @@ from caravan.files import claimed, replacing
 from caravan.retrieval.inference import Models
 from caravan.retrieval.metrics import deepest, depth_of, mean_over_collections, score_run, spelled
 from caravan.retrieval.stages import Ranking, Stages
-from caravan.retrieval.store import Store
+from caravan.retrieval.store import Engine, Store
 from caravan.retrieval.systems import Systems, is_model
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class Evaluation:
         models: opens the model folders; evaluations may share it.
         ignore_identical_ids: drop the passage that has the query's id from each result.
         config: text of run_dir/config.yaml.
+        engine: computes embeddings, scores and parts of a search; None computes them here.
 
     Raises:
         OccupiedError: If run_dir contains a training run or another evaluation.
@@ -57,6 +58,7 @@ class Evaluation:
         measures: Sequence[str] = ("MRR@10", "nDCG@10", "R@100", "R@1000"),
         ignore_identical_ids: bool = False,
         config: str = "",
+        engine: Engine | None = None,
     ) -> None:
         self.systems, self.measures = systems, list(measures)
         inputs = {
@@ -67,8 +69,9 @@ class Evaluation:
         }
         refuse_another(run_dir, inputs)
         _write_config(run_dir, config, inputs)
+        products = Store(store, engine=engine)
         self.stages = Stages(
-            collection, split, run_dir, Store(store), systems, models, ignore_identical_ids
+            collection, split, run_dir, products, systems, models, ignore_identical_ids
         )
         self.rankings: list[Ranking] = []
 

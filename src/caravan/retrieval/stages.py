@@ -23,9 +23,10 @@ from caravan import manifests
 from caravan.data.collection import Collection, Qrels, own_passages, warn_if_queries_are_passages
 from caravan.data.runs import Run, canonical, read_run, write_run
 from caravan.data.tokenization import instruction_for
-from caravan.distributed import is_main_process, wait_until
+from caravan.distributed import is_main_process
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
+from caravan.retrieval import peers
 from caravan.retrieval.bm25 import index_inputs, open_index
 from caravan.retrieval.exact import Exact, found, merged
 from caravan.retrieval.index import Found
@@ -293,12 +294,7 @@ class Stages:
         digest = _finished_digest(path, inputs)
         if digest is not None:
             log.info("%s exists, from the same model, collection, settings and versions", path)
-        elif not is_main_process():
-            if together:
-                search()
-            wait_until(lambda: _finished_digest(path, inputs, warn=False) is not None)
-            digest = _finished_digest(path, inputs) or ""  # awaited above
-        else:
+        elif is_main_process():
             if manifests.read(path) is not None and (lines := manifests.differences(path, inputs)):
                 log.info("recomputing %s, which differs in %s", path, "; ".join(lines[:3]))
             manifests.remove(path)
@@ -308,6 +304,11 @@ class Stages:
             write_run(path, run, self.collection.queries, self.collection.corpus)
             digest = manifests.content_digest(path)
             manifests.write(path, inputs, {**facts, "run_xxh3": digest})
+        elif together:
+            search()
+        # Also if the run exists: rank 0 may have finished it before the others looked.
+        peers.meet(lambda: _finished_digest(path, inputs, warn=False) is not None, path)
+        digest = digest or _finished_digest(path, inputs) or ""
         return Ranking(name, path, inputs, manifests.facts(path), digest, depth)
 
 

@@ -20,7 +20,8 @@ reuses the products of any evaluation. A product that has changed since is compu
 inputs, number, shape, dtype, and digest of the bytes. A shard with a wrong record or size counts as
 missing; its bytes are compared with the digest at the first read. Shards are computed one by one,
 so an interruption does not change their bytes. With several processes (torchrun, srun) each writes
-its share of the shards; they communicate only through the folder.
+its share of the shards into the folder, which all of them see (`caravan.retrieval.peers`). With
+`engine=ray`, actors do (`caravan.retrieval.cluster`).
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from caravan import manifests
-from caravan.distributed import is_main_process, rank, wait_until, world_size
+from caravan.distributed import is_main_process, rank, world_size
 from caravan.errors import InputError
 from caravan.files import replacing
+from caravan.retrieval import peers
 
 RECORD_BYTES = 256
 """Size of the record at the end of each shard: JSON, padded with spaces."""
@@ -45,6 +47,14 @@ SUFFIX = ".manifest.json"
 
 Compute = Callable[[list[int]], Iterable[np.ndarray]]
 """Takes shard numbers and returns their arrays in the same order."""
+
+
+class Engine(Protocol):
+    """Computes shards in other processes, which see the folder."""
+
+    def write(self, shards: Shards, numbers: list[int]) -> None:
+        """Return when these shards are in the folder."""
+
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +65,13 @@ class Store:
     Args:
         folder: where new products are written.
         reuse: finished products in any store below this folder are used as well.
+        engine: computes and writes shards elsewhere; None computes them here.
     """
 
-    def __init__(self, folder: Path, reuse: Path | None = None) -> None:
-        self.folder, self.reuse = folder, reuse
+    def __init__(
+        self, folder: Path, reuse: Path | None = None, engine: Engine | None = None
+    ) -> None:
+        self.folder, self.reuse, self.engine = folder, reuse, engine
 
     def path(self, name: str, inputs: dict[str, Any]) -> Path:
         """The folder of a product, finished or not.
@@ -107,15 +120,16 @@ class Store:
         """
         folder = self.path(name, inputs)
         shards = Shards(folder, inputs, count, compute)
-        missing = shards.missing()
-        if not missing and manifests.matches(folder, inputs):
-            return shards
+        missing, finished = shards.missing(), manifests.matches(folder, inputs)
         folder.mkdir(parents=True, exist_ok=True)
-        shards.write([number for number in missing if number % world_size() == rank()])
-        wait_until(lambda: not shards.missing())
-        if is_main_process():
+        if missing and self.engine is not None:
+            self.engine.write(shards, missing)
+        else:
+            shards.write([number for number in missing if number % world_size() == rank()])
+        peers.meet(lambda: not shards.missing(), folder)
+        if is_main_process() and not finished:
             manifests.write(folder, inputs)
-        wait_until(lambda: manifests.matches(folder, inputs))
+        peers.meet(lambda: manifests.matches(folder, inputs), folder)
         return shards
 
     def files(
@@ -157,15 +171,17 @@ class Shards:
     def path(self, number: int) -> Path:
         return self.folder / f"{number:08d}.npy"
 
-    def missing(self) -> list[int]:
-        """Numbers of absent or incomplete shards; checks only their size and record."""
-        return [number for number in range(self.count) if self._record(number) is None]
+    def missing(self, numbers: Iterable[int] | None = None) -> list[int]:
+        """Which of `numbers` (None: all) are absent or incomplete, by their size and record."""
+        numbers = range(self.count) if numbers is None else numbers
+        return [number for number in numbers if self._record(number) is None]
 
     def write(self, numbers: list[int]) -> None:
-        """Compute and write shards."""
+        """Compute and write shards; ends if another process has ended."""
         for number, array in zip(numbers, self._compute(numbers) if numbers else (), strict=True):
             write_shard(self.path(number), array, {"shard": number, "inputs": self._inputs})
             self._verified.add(number)
+            peers.check()
 
     def read(self, number: int) -> np.ndarray:
         """Memory-map the array of a shard; a damaged shard is recomputed."""

@@ -1,0 +1,213 @@
+"""`engine=ray`: the actors of a Ray cluster, one a device, compute the shards of the store.
+
+The driver runs the stages and hands shard numbers to actors, which write into the folder as a rank
+of torchrun does: all nodes need the folders of the run, its store, the cache and the models. The
+shards of an actor that dies are handed to others. More actors are requested than the cluster has
+devices, so nodes that join get work. `RAY_ADDRESS` names a cluster; without it, Ray starts on this
+machine. Needs the extra `ray`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections import Counter, deque
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from caravan.distributed import LAUNCHERS, world_size
+from caravan.errors import InputError, first_line
+from caravan.progress import progress
+from caravan.retrieval.peers import wait_for_files
+from caravan.retrieval.store import Shards
+
+try:
+    import ray
+    from ray import cloudpickle
+    from ray.exceptions import RayError, RayTaskError
+except ImportError:
+    raise InputError(
+        "missing-extra", "engine=ray needs Ray; run: pip install 'caravan-retrieval[ray]'"
+    ) from None
+
+SPARE = 8
+"""Actors requested beyond those that run, at least."""
+MOST = 8
+"""Shards per call: an actor loads and tokenizes the next one while it computes."""
+ATTEMPTS = 4
+"""How many actors may die on one shard, or in a row while they start."""
+WARN_AFTER_S = 60.0
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """The actor: computes shards on its device."""
+
+    def __init__(self) -> None:
+        self._folder = ""
+        self._shards: Shards | None = None
+        for name in LAUNCHERS:  # of the process that started the node, such as srun
+            os.environ.pop(name, None)
+
+    def start(self, directory: str) -> None:
+        """Move to the working directory of the driver, from which its paths start."""
+        try:
+            os.chdir(directory)
+        except OSError as error:
+            raise _not_shared(directory, error) from None
+
+    def write(self, folder: str, pickled: list[Any], numbers: list[int]) -> None:
+        """Compute and write shards.
+
+        Args:
+            folder: of the shards, which are opened once.
+            pickled: a reference to the shards; in a list, since Ray would fetch it at each call.
+        """
+        try:
+            if folder != self._folder:
+                self._shards = None  # frees its model before the next is loaded
+                self._shards = cloudpickle.loads(ray.get(pickled[0]))
+                self._folder = folder
+            assert self._shards is not None
+            self._shards.write(numbers)
+        except FileNotFoundError as error:
+            raise _not_shared(error.filename, error) from None
+
+
+class Cluster:
+    """Hands shards to actors; see the docstring of this module.
+
+    An actor takes a GPU if the cluster has any, else as many CPUs as torch has threads here
+    (`OMP_NUM_THREADS`).
+
+    Raises:
+        InputError: If several processes were started, or no cluster answers.
+    """
+
+    def __init__(self) -> None:
+        if world_size() > 1:
+            raise InputError(
+                "several-drivers",
+                f"engine=ray starts its own processes, but {world_size()} were started; start"
+                " evaluate.py once, without torchrun or srun",
+            )
+        if not ray.is_initialized():
+            _connect()
+        gpus = ray.cluster_resources().get("GPU", 0)
+        cpus = 1 if gpus else torch.get_num_threads()
+        self._actor = ray.remote(Worker).options(num_cpus=cpus, num_gpus=min(gpus, 1))
+        self._device = "GPU" if gpus else f"{cpus} CPUs"
+        self._idle: list[Any] = []
+        self._calls: dict[Any, tuple[Any, list[int]]] = {}  # to actor and shards; []: it starts
+
+    def write(self, shards: Shards, numbers: list[int]) -> None:
+        """Return when these shards are in the folder."""
+        try:
+            with progress(shards.folder.name.partition(".")[0], len(numbers), "shards") as done:
+                self._write(shards, numbers, done)
+        except BaseException:  # nobody waits for what they compute
+            for actor in [*self._idle, *(actor for actor, _ in self._calls.values())]:
+                _kill(actor)
+            self._idle, self._calls = [], {}
+            raise
+
+    def _write(self, shards: Shards, numbers: list[int], done: Any) -> None:
+        left, deaths = deque(numbers), Counter[int]()
+        pickled = ray.put(cloudpickle.dumps(shards))
+        while left or any(mine for _, mine in self._calls.values()):
+            self._request(len(left))
+            while left and self._idle:
+                size = len(left) // (2 * (len(self._idle) + len(self._calls)))
+                mine = [left.popleft() for _ in range(max(1, min(MOST, size)))]
+                actor = self._idle.pop()
+                call = actor.write.remote(str(shards.folder), [pickled], mine)
+                self._calls[call] = actor, mine
+            ready, _ = ray.wait(list(self._calls), timeout=WARN_AFTER_S)
+            if not ready and not self._running:
+                log.warning("waiting for %s of the Ray cluster: none is free", self._device)
+            for call in ready:
+                actor, mine = self._calls.pop(call)
+                try:
+                    ray.get(call)
+                except RayTaskError as error:  # of the work, not of the actor
+                    raise error.cause from error
+                except RayError as error:
+                    _kill(actor)
+                    missing = shards.missing(mine)
+                    left.extendleft(reversed(missing))
+                    first = missing[0] if missing else -1
+                    deaths[first] += 1
+                    if deaths[first] == ATTEMPTS:
+                        raise _given_up(shards.path(first) if missing else None, error) from error
+                    log.warning("an actor has died: %d of its shards go to others", len(missing))
+                    done(len(mine) - len(missing))
+                    continue
+                deaths[-1] = 0
+                wait_for_files(lambda mine=mine: not shards.missing(mine), shards.folder)
+                done(len(mine))
+                self._idle.append(actor)
+
+    @property
+    def _running(self) -> int:
+        """Actors that have a device."""
+        return len(self._idle) + sum(bool(mine) for _, mine in self._calls.values())
+
+    def _request(self, left: int) -> None:
+        """Request actors for `left` shards; Ray starts them when a device is free."""
+        running = self._running
+        waiting = len(self._calls) + len(self._idle) - running
+        for _ in range(min(left - len(self._idle), max(SPARE, running)) - waiting):
+            actor = self._actor.remote()
+            self._calls[actor.start.remote(os.getcwd())] = actor, []
+
+
+def _connect() -> None:
+    """Connect to the cluster of RAY_ADDRESS, or start one on this machine, quietly."""
+    os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")  # warnings about actors that wait
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    before = signal.getsignal(signal.SIGTERM)
+    address = os.environ.get("RAY_ADDRESS", "local")
+    try:
+        ray.init(
+            address,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise InputError(
+            "no-ray-cluster",
+            f"RAY_ADDRESS={address}: no Ray cluster answers ({first_line(error)}); start it with"
+            " ray start --head, or unset RAY_ADDRESS to use this machine",
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)  # Ray replaces the handler
+
+
+def _kill(actor: Any) -> None:
+    with contextlib.suppress(RayError, ValueError):
+        ray.kill(actor)
+
+
+def _not_shared(path: Any, error: OSError) -> InputError:
+    return InputError(
+        "folder-not-shared",
+        f"{path} does not exist on {socket.gethostname()} ({error.strerror}); engine=ray needs the"
+        " working directory, run_dir, store, cache_dir and the models on every node",
+    )
+
+
+def _given_up(path: Path | None, error: RayError) -> InputError:
+    what = "starting" if path is None else f"computing {path}"
+    return InputError(
+        "actors-died",
+        f"{ATTEMPTS} actors in turn died while {what}, the last with: {first_line(error)} See the"
+        " logs of Ray; without a reason there, most likely for lack of memory. Finished shards are"
+        " kept",
+    )
