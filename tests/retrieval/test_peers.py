@@ -15,6 +15,7 @@ import pytest
 from tests.commands import ROOT, evaluate, evaluate_arguments, products
 from tests.refusals import refused
 from tests.tiny import write_beir
+from tests.two_ranks import LONGEST
 
 from caravan.distributed import LAUNCHERS
 from caravan.retrieval import peers
@@ -84,7 +85,7 @@ def test_a_process_that_stops_for_a_while_is_waited_for(late: int) -> None:
     time.sleep(5)  # longer than all probes
     os.kill(both[late].pid or 0, signal.SIGCONT)
     for process in both:
-        process.join(60)
+        process.join(LONGEST)
         assert process.exitcode == 0
 
 
@@ -112,7 +113,7 @@ def test_when_a_process_is_killed_the_others_end_and_a_restart_gives_the_bytes_o
         time.sleep(0.005)
     started.pop(killed).kill()
     for process in started:
-        output = process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=LONGEST)[0]
         assert process.returncode == 2
         assert f"rank {killed} of 3 has ended" in output
         assert "Traceback" not in output
@@ -134,5 +135,5 @@ def test_four_processes_write_what_one_writes(
         command = [*COMMAND, *evaluate_arguments(beir, tmp_path / "four", *overrides)]
         environment = {**os.environ, **place(rank, 4, port)}
         running.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
-    assert [process.wait(300) for process in running] == [0] * 4
+    assert [process.wait(LONGEST) for process in running] == [0] * 4
     assert products(tmp_path / "four") == products(tmp_path / "one")
