@@ -35,20 +35,19 @@ LONG = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_facto
 LONG |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 ARCHITECTURES: dict[str, Any] = {
     "minilm": lambda: transformers.BertConfig(**SHAPE),
-    "bert_base": lambda: transformers.BertConfig(**SHAPE),
     "modernbert_base": lambda: transformers.ModernBertConfig(**SHAPE),
     "smollm2_135m": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
     "qwen3_0_6b": lambda: transformers.Qwen3Config(**GROUPED, head_dim=32),
     "qwen3_4b": lambda: transformers.Qwen3Config(**GROUPED, head_dim=64),
     "llama2_7b": lambda: transformers.LlamaConfig(**{**GROUPED, "num_key_value_heads": 2}),
     "llama3_1_8b": lambda: transformers.LlamaConfig(**GROUPED, rope_parameters=LONG),
-    "gemma3_1b": lambda: transformers.Gemma3TextConfig(**GROUPED, head_dim=16, sliding_window=8),
+    "hf": lambda: transformers.Gemma3TextConfig(**GROUPED, head_dim=16, sliding_window=8),
 }
-OWN = {"from_folder", "hf", "tiny_llama"}
+OWN = {"from_folder", "tiny_llama"}
 """No architecture, and one that has tests of its own."""
-FAMILIES = {"minilm", "modernbert_base", "smollm2_135m", "qwen3_0_6b", "gemma3_1b"}
+FAMILIES = {"minilm", "modernbert_base", "smollm2_135m", "qwen3_0_6b", "hf"}
 """A preset of each architecture among them."""
-ENCODERS = {"minilm", "bert_base", "modernbert_base"}
+ENCODERS = {"minilm", "modernbert_base"}
 QUICK = {("minilm", "none"), ("smollm2_135m", "none"), ("qwen3_4b", "lora")}
 TRAINED = [
     pytest.param(preset, peft, marks=[] if number % 3 == place else [pytest.mark.slow])
