@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 from collections import Counter, deque
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,9 @@ class Cluster:
             raise
 
     def _write(self, shards: Shards, numbers: list[int], done: Any) -> None:
+        def written(numbers: list[int]) -> bool:
+            return not shards.missing(numbers)
+
         left, deaths = deque(numbers), Counter[int]()
         pickled = ray.put(cloudpickle.dumps(shards))
         while left or any(mine for _, mine in self._calls.values()):
@@ -149,7 +153,7 @@ class Cluster:
                     done(len(mine) - len(missing))
                     continue
                 deaths[-1] = 0
-                wait_for_files(lambda mine=mine: not shards.missing(mine), shards.folder)
+                wait_for_files(partial(written, mine), shards.folder)
                 done(len(mine))
                 self._idle.append(actor)
 

@@ -314,7 +314,7 @@ class Inference:
 @lru_cache(maxsize=1)
 def _opened(*given: Any) -> Inference:
     """The model of a pickled `Inference`."""
-    return Inference(*given[:-1], dict(given[-1]))
+    return Inference(*given[:-1], overrides=dict(given[-1]))
 
 
 class Models:
