@@ -10,12 +10,13 @@ machine. Needs the extra `ray`.
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import logging
 import os
 import signal
 import socket
 from collections import Counter, deque
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from caravan.distributed import LAUNCHERS, world_size
 from caravan.errors import InputError, first_line
 from caravan.progress import progress
+from caravan.retrieval.inference import Inference
 from caravan.retrieval.peers import wait_for_files
 from caravan.retrieval.store import Shards
 
@@ -45,6 +47,21 @@ ATTEMPTS = 4
 WARN_AFTER_S = 60.0
 
 log = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=1)
+def _opened(settings: tuple[tuple[str, Any], ...], overrides: Any) -> Inference:
+    """The model of a driver, which an actor loads once for all its shards."""
+    return Inference(overrides=dict(overrides), **dict(settings))
+
+
+def _without_weights(model: Inference) -> tuple[Any, ...]:
+    names = ("folder", "precision", "num_workers", "attention", "trust_remote_code")
+    settings = {"token_budget": model.given_budget} | {name: getattr(model, name) for name in names}
+    return _opened, (tuple(settings.items()), tuple(model.overrides.items()))
+
+
+copyreg.pickle(Inference, _without_weights)
 
 
 class Worker:

@@ -76,7 +76,7 @@ class Inference:
 
     Attributes:
         encoding, facts: those of the folder (`caravan.encoding.read_encoding`), with `overrides`.
-        precision: "bf16" or "float32".
+        precision, given_budget: "bf16" or "float32"; `token_budget` as given.
 
     Raises:
         InputError: If the folder is not a model folder or has another kind than `kind`.
@@ -104,15 +104,10 @@ class Inference:
         self.overrides = {name: value for name, value in given if value is not None}
         self.encoding = replace(encoding, **self.overrides)  # type: ignore[arg-type]
         self.precision, self.device = hardware.resolve(precision), hardware.device()
-        self.token_budget, self.num_workers = token_budget, num_workers
+        self.token_budget, self.num_workers = hardware.chunk(token_budget), num_workers
         self.attention, self.trust_remote_code = attention, trust_remote_code
+        self.given_budget = token_budget
         self._latest: tuple[str | None, Any] | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Without weights: the process that unpickles it loads them once for all its work.
-        settings = (self.precision, self.token_budget, self.num_workers, self.attention)
-        given = (self.folder, self.encoding.kind, *settings, self.trust_remote_code)
-        return _opened, (*given, tuple(self.overrides.items()))
 
     @cached_property
     def _loaded(self) -> tuple[BiEncoder | CrossEncoder, Any]:
@@ -256,15 +251,13 @@ class Inference:
     def _texts(
         self, texts: Any, rows: np.ndarray, side: str, block: int, instruction: str | None
     ) -> TextBatches:
-        chunk = hardware.chunk(self.token_budget)
-        return TextBatches(texts, rows, self.reading(instruction), side, block, chunk)
+        return TextBatches(texts, rows, self.reading(instruction), side, block, self.token_budget)
 
     def _pairs(
         self, texts: tuple[Any, Any], rows: tuple[Any, Any], block: int, instruction: str | None
     ) -> PairBatches:
         """Pairs of queries and passages (`texts`), by the rows of each."""
-        chunk = hardware.chunk(self.token_budget)
-        return PairBatches(*texts, *rows, self.reading(instruction), block, chunk)
+        return PairBatches(*texts, *rows, self.reading(instruction), block, self.token_budget)
 
     def _in_memory(self, blocks: TextBatches | PairBatches) -> np.ndarray:
         parts = [self._rows(blocks[i].packed().texts) for i in range(len(blocks))]
@@ -309,12 +302,6 @@ class Inference:
                 " weights are damaged, or its training diverged; train or download it again",
             )
         return rows
-
-
-@lru_cache(maxsize=1)
-def _opened(*given: Any) -> Inference:
-    """The model of a pickled `Inference`."""
-    return Inference(*given[:-1], overrides=dict(given[-1]))
 
 
 class Models:
