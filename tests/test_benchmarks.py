@@ -45,7 +45,7 @@ ROWS = {
     "settings": ["| attention=eager |", "| precision=float32 |"],
     "train_step": ["| float32 |", "| bf16 |"],
 }
-SLOW = {"encode", "gpu", "rerank", "settings", "train_step"}
+SLOW = {"chunks", "encode", "gpu", "rerank", "settings", "train_step"}
 
 
 @pytest.fixture(scope="module")
