@@ -46,25 +46,26 @@ class Counter(TorchDispatchMode):
         return function(*args, **(given or {}))
 
 
-def issued(layers: int, repeats: int) -> dict[str, tuple[int, float]]:
-    """The operators of a training step's chunk, padded ("sdpa") or not, and its least seconds."""
+def issued(layers: int, repeats: int) -> tuple[dict[str, int], float]:
+    """The operators of a training step's chunk, padded ("sdpa") or not, and the seconds of one.
+
+    The machine may be busy, so the seconds are those of the fastest chunk.
+    """
     narrow = {"num_hidden_layers": layers, "num_key_value_heads": 2}
-    kinds, counts = ("sdpa", varlen.NAME), {}
+    counts, rates = {}, []
     with (
         mock.patch.dict(SHAPES, narrow=SHAPES["tiny"] | narrow),
         mock.patch.object(varlen, "has_kernel", return_value=True),
         mock.patch.object(varlen, "kernel", return_value=_one_kernel),
     ):
-        cpu = torch.device("cpu")
-        networks = {kind: Models(cpu).trainee("narrow", kind) for kind in kinds}
-        for kind, network in networks.items():
+        for kind in ("sdpa", varlen.NAME):
+            network = Models(torch.device("cpu")).trainee("narrow", kind)
             _step(network)
             with Counter() as counter:
                 _step(network)
             counts[kind] = counter.number
-        # In turn, since the machine may be busy.
-        times = [{kind: _step(networks[kind]) for kind in kinds} for _ in range(repeats)]
-    return {kind: (counts[kind], min(one[kind] for one in times)) for kind in kinds}
+            rates += [_step(network) / counter.number for _ in range(repeats)]
+    return counts, min(rates)
 
 
 def _step(network: Any) -> float:
@@ -83,12 +84,12 @@ def _one_kernel(query: Any, key: Any, value: Any, *bounds: Any, **settings: Any)
 
 
 def counted(
-    ranks: int, rule: str, batches: int, costs: dict[str, tuple[int, float]]
+    ranks: int, rule: str, batches: int, operators: dict[str, int], seconds: float
 ) -> dict[str, int | float | str]:
     """A row of the table: the means over some batches.
 
     Args:
-        costs: operators and seconds of a chunk, by the kind of attention.
+        operators: of a chunk, by the kind of attention. seconds: of an operator.
     """
     pads, small = RULES[rule]
     with mock.patch.object(batch, "SMALL", small):
@@ -97,7 +98,7 @@ def counted(
     padded = rule.startswith("padded")
     computed = np.mean([one.padded / one.tokens if padded else 1.0 for one in texts])
     chunks = np.mean([len(one.chunks) for one in texts])
-    operators, seconds = costs["sdpa" if padded else varlen.NAME]
+    issues = float(chunks * operators["sdpa" if padded else varlen.NAME])
     work = PASSES * np.mean([operations("7b", lengths) for _, lengths in shares])
     return {
         "GPUs": ranks,
@@ -106,8 +107,8 @@ def counted(
         "most": max(len(one.chunks) for one in texts),
         "tokens of a rank": round(float(np.mean([one.tokens for one in texts]))),
         "computed / real tokens": float(computed),
-        "operators": round(chunks * operators),
-        "s to issue them": float(chunks * seconds),
+        "operators": round(issues),
+        "s to issue them": issues * seconds,
         "s on the GPU": float(computed * work / RATE),
     }
 
@@ -120,12 +121,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     costs = issued(options.layers, options.repeats)
-    rows = [counted(ranks, rule, options.batches, costs) for ranks in (1, 8, 32) for rule in RULES]
-    each = " and ".join(f"{number:,} ({1000 * took:.0f} ms)" for number, took in costs.values())
+    rows = [counted(ranks, rule, options.batches, *costs) for ranks in (1, 8, 32) for rule in RULES]
+    each = " and ".join(f"{number:,}" for number in costs[0].values())
     notes = [
         f"Chunks are counted on token lengths alone, budget {GPU_CHUNK:,}. A padded and an unpadded"
         f" chunk have {each} operators in the forward pass, recomputation and backward pass of"
-        f" {options.layers} layers with LoRA, by the processor time of a narrow model on the CPU."
+        f" {options.layers} layers with LoRA. Python and PyTorch need {1e6 * costs[1]:.1f} µs for an"
+        f" operator: processor time of a narrow model on the CPU, fastest of {2 * options.repeats}."
         f" The seconds on the GPU are computed, not measured: {PASSES} passes of the 7B over the"
         f" computed tokens at {RATE / 1e12:.0f} TFLOP/s. No GPU was used."
     ]
