@@ -126,8 +126,8 @@ def main() -> None:
     notes = [
         f"Chunks are counted on token lengths alone, budget {GPU_CHUNK:,}. A padded and an unpadded"
         f" chunk have {each} operators in the forward pass, recomputation and backward pass of"
-        f" {options.layers} layers with LoRA. Python and PyTorch need {1e6 * costs[1]:.1f} µs for an"
-        f" operator: processor time of a narrow model on the CPU, fastest of {2 * options.repeats}."
+        f" {options.layers} layers with LoRA. Python and PyTorch need {1e6 * costs[1]:.1f} µs for"
+        f" each: processor time of a narrow model on the CPU, fastest of {2 * options.repeats}."
         f" The seconds on the GPU are computed, not measured: {PASSES} passes of the 7B over the"
         f" computed tokens at {RATE / 1e12:.0f} TFLOP/s. No GPU was used."
     ]
