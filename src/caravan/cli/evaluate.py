@@ -28,8 +28,7 @@ from caravan.data.segments import Reading
 from caravan.errors import InputError
 from caravan.files import listed
 from caravan.report.records import to_depth
-from caravan.report.suites import show_suite
-from caravan.report.summary import show_stages
+from caravan.report.summary import show_stages, show_suite
 from caravan.retrieval import pipeline
 from caravan.retrieval.inference import Models
 from caravan.retrieval.interactive import Searcher, open_searcher
