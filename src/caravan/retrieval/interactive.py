@@ -49,19 +49,15 @@ class Result:
         return {row: (rank, score) for rank, (row, score) in ranked}
 
 
+@dataclass(frozen=True)
 class Searcher:
     """Searches a collection with a search function per retrieval stage."""
 
-    def __init__(
-        self,
-        collection: Collection,
-        retrievers: Mapping[str, Callable[[str], Run]],
-        fuse: Fusion,
-        reranker: Reranker | None,
-        k: int,
-    ) -> None:
-        self.collection, self.retrievers = collection, retrievers
-        self.fuse, self.reranker, self.k = fuse, reranker, k
+    collection: Collection
+    retrievers: Mapping[str, Callable[[str], Run]]
+    fuse: Fusion
+    reranker: Reranker | None
+    k: int
 
     def __call__(self, query: str) -> list[Result]:
         """The results of all stages in order; the last one's run is the answer."""

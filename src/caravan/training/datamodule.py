@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -87,6 +88,7 @@ class DataModule(pl.LightningDataModule):
         return self.trainer
 
 
+@dataclass
 class Reads:
     """The collections of a training, read by a stage.
 
@@ -96,11 +98,10 @@ class Reads:
         validation: arguments of `Validation`.
     """
 
-    def __init__(
-        self, source: Any, parts: Sequence[Part], module: Stage, validation: Mapping[str, Any]
-    ) -> None:
-        self.source, self.parts, self.module = source, parts, module
-        self.validation = dict(validation)
+    source: Any
+    parts: Sequence[Part]
+    module: Stage
+    validation: Mapping[str, Any]
 
     def data_module(self, batching: Mapping[str, Any]) -> DataModule:
         """The DataModule; without validations for unlabelled text.
