@@ -31,9 +31,9 @@ from caravan.training.retriever import Retriever
 SAME = ("backbone", "peft", "stage", "loss", "optimizer", "sampler", "trainer", "strategy")
 """Keys of the root that `fit.Training` calls the same."""
 OF_RUN = (
-    *("precision", "strategy", "logger", "callbacks", "plugins", "default_root_dir"),
-    *("use_distributed_sampler", "num_sanity_val_steps"),
-)
+    "precision", "strategy", "logger", "callbacks", "plugins", "default_root_dir",
+    "use_distributed_sampler", "num_sanity_val_steps",
+)  # fmt: skip
 """Arguments of the Trainer that a run passes itself."""
 AT_LEAST = {
     "max_steps": -1,

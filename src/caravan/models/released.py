@@ -29,9 +29,9 @@ TRANSFORMER = [
 ]
 """Names that the config of the Transformer has had."""
 HARMLESS = {
-    *("trust_remote_code", "padding_side", "attn_implementation", "dtype", "torch_dtype"),
-    *("unpad_inputs", "use_memory_efficient_attention"),
-}
+    "trust_remote_code", "padding_side", "attn_implementation", "dtype", "torch_dtype",
+    "unpad_inputs", "use_memory_efficient_attention",
+}  # fmt: skip
 """Arguments of the model or tokenizer that change no embedding."""
 UNSCALED = {"dot", "euclidean", "manhattan"}
 """Similarities that depend on the length of embeddings."""
