@@ -13,7 +13,6 @@ from tests.commands import evaluate
 from tests.refusals import refused
 from tests.report.conftest import Evaluations, Report
 
-from caravan.report import examples as showing
 from caravan.report import systems
 from caravan.report.compare import Comparison, compare, examples, holm, paired_tests
 from caravan.report.evaluations import comparison_tables
@@ -148,7 +147,7 @@ def test_examples_have_ranks_and_texts(pair: Comparison, monkeypatch: pytest.Mon
         for passage in one.passages:
             ((_, text),) = pair.judged.corpus.get(pair.judged.corpus.rows([passage.id]))
             assert passage.text == " ".join(text.split())
-    monkeypatch.setattr(showing, "CHARACTERS", 24)
+    monkeypatch.setattr("caravan.report.compare.CHARACTERS", 24)
     cut = examples(pair, 0, 1, 2)[0].queries
     assert all(len(one.text) <= 25 and one.text.endswith(" …") for one in cut[0].passages)
 
