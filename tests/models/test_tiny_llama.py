@@ -47,7 +47,6 @@ def test_copying_initializes_the_product_of_value_and_output(share: float, token
     ("settings", "code", "place"),
     [
         ({"hidden_size": 32, "heads": 3}, "indivisible-width", "heads=3"),
-        ({"copying": -1}, "out-of-range", "backbone.copying"),
     ],
 )
 def test_an_impossible_shape_is_refused(settings: dict[str, Any], code: str, place: str) -> None:
