@@ -20,7 +20,7 @@ from caravan.report.summary import (
     read_suites,
     rows,
     show_stages,
-    show_suite,
+    show_suites,
 )
 
 ONE = {"a": {"bm25": 0.1}, "f/x": {"bm25": 0.3}, "f/y": {"bm25": 0.5}}
@@ -215,7 +215,7 @@ def test_one_system_shows_all_measures_with_the_mean_over_folders(
     assert scores["bm25", "nDCG@10"]["mean"] == pytest.approx((0.1 + 0.4) / 2)
     assert scores["bm25", "R@100"]["f (mean)"] == pytest.approx(0.2)
     assert notes == ["x: not in the mean, as they failed: b"]
-    show_suite(json.loads((folder / "metrics.json").read_text()), folder)
+    show_suites(read_suites([folder]), folder)
     printed = capsys.readouterr().out
     assert "0.2500" in printed
     assert notes[0] in printed

@@ -288,7 +288,7 @@ def show_suites(suites: Records, folder: Path | None = None) -> None:
     """Print the collections of suites with their means.
 
     Args:
-        suites: of `read_suites`.
+        suites: of `read_suites`, or of `records.to_depth` by name.
         folder: of one suite, where collections.csv is written.
     """
     scores, notes = collect_suites(suites)
@@ -301,13 +301,3 @@ def show_suites(suites: Records, folder: Path | None = None) -> None:
         with replacing(path) as scratch:
             scores.set_axis(columns, axis=1).to_csv(scratch, index_label="collection")
         show(f"table {path}")
-
-
-def show_suite(metrics: dict[str, Any], folder: Path) -> None:
-    """Print the collections of one suite, and write collections.csv into its folder.
-
-    Args:
-        metrics: the contents of its `metrics.json`.
-        folder: its run directory.
-    """
-    show_suites({"": to_depth(metrics)}, folder)
