@@ -20,13 +20,13 @@ from caravan.data.negatives import Negatives
 from caravan.data.runs import Run, write_run
 from caravan.encoding import Encoding
 from caravan.retrieval.index import Faiss
+from caravan.training import fsdp
 from caravan.training.adaptation import Adaptation
 from caravan.training.callbacks import LastCheckpoint, Throughput
 from caravan.training.checkpoints import AtomicCheckpoints
 from caravan.training.datamodule import Reads
 from caravan.training.distillation import Distillation
 from caravan.training.evaluation import RerankingEvaluation, RetrievalEvaluation
-from caravan.training.fsdp import FullySharded
 from caravan.training.losses import InfoNCE
 from caravan.training.optim import AdamW
 from caravan.training.reranker import Reranker
@@ -237,15 +237,18 @@ def assert_loss_and_gradient(
         torch.testing.assert_close(one, other, atol=atol, rtol=rtol)
 
 
-def on_ranks(fit: Fit, strategy: str, bf16: bool = False, **settings: Any) -> dict[str, Any]:
-    """Metrics and losses of a fit on several ranks ("ddp" or "fsdp"), which can be sent."""
+def on_ranks(
+    fit: Fit, strategy: str, bf16: bool = False, replicas: int = 1, **settings: Any
+) -> dict[str, Any]:
+    """Metrics and losses of a fit on all ranks ("ddp" or "fsdp"), which can be sent."""
     sharded = strategy == "fsdp"
     if bf16 and not sharded:
         settings["precision"] = "bf16-mixed"
     fitted = fit(
         **settings,
-        devices=2,
-        strategy=FullySharded() if sharded else "ddp",
+        devices=torch.distributed.get_world_size(),
+        strategy=fsdp.FullySharded(replicas) if sharded else "ddp",
         shards_in_bf16=bf16 and sharded,  # without autocast
     )
-    return {"metrics": fitted.metrics, "losses": fitted.losses}
+    held = sum(fsdp.local(weight).numel() for weight in fitted.weights.values())
+    return {"metrics": fitted.metrics, "losses": fitted.losses, "held": held}

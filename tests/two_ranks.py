@@ -1,4 +1,4 @@
-"""Two processes that all tests share, so that a fit on two ranks does not pay for imports."""
+"""Processes that tests share, so that a fit on several ranks does not pay for imports."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ LONGEST = 600  # seconds; more than any test takes on a slow machine
 
 
 class TwoRanks:
-    """A pair of processes, ranks 0 and 1, that call the same function with the same arguments."""
+    """A pair of processes, or more, that call the same function with the same arguments."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 2) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.fitting"])  # imported once, for both
         self.ends, self.processes = [], []
-        for rank in range(2):
+        for rank in range(number):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, port, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, number, port, there), daemon=True)
             process.start()
             self.ends.append(here)
             self.processes.append(process)
@@ -62,9 +62,9 @@ class TwoRanks:
             process.join()
 
 
-def _serve(rank: int, port: int, end: Any) -> None:
+def _serve(rank: int, number: int, port: int, end: Any) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")  # for everything that they run

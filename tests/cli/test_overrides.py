@@ -248,6 +248,10 @@ class TestSweeps:
             pytest.param(
                 "-m seed=1,2 trainer.num_nodes=2", "trainer.num_nodes", marks=pytest.mark.slow
             ),
+            (
+                "-m seed=1,2 trainer.devices=2 hydra.launcher._target_=x.RayLauncher",
+                "trainer.devices",
+            ),
             ("-m seed=1,2 trainer.devices=[0]", None),
             ("-m seed=1,2 hydra/sweeper=ax", "hydra/sweeper/ax"),
             ("-m seed=1,2 hydra/launcher=slurm", "hydra/launcher"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.commands import train
 from tests.fitting import MEASURES, Fit, Fitted, KillAt, Sgd, assert_close, on_ranks
+from tests.refusals import refused
 from tests.tiny import tiny_backbone
 from tests.two_ranks import TwoRanks
 from transformers import LlamaConfig, LlamaModel
@@ -142,6 +145,62 @@ def test_shards_gathered_in_bf16_train_nearly_as_autocast_does(
     for step, loss in mixed["losses"].items():
         assert shards["losses"][step] == pytest.approx(loss, rel=0.05)
     assert {weight.dtype for weight in fit.state()["state_dict"].values()} == {torch.float32}
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> Iterator[TwoRanks]:
+    ranks = TwoRanks(4)
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [False, True])
+def test_two_replicas_of_two_shards_train_as_four_replicas_and_as_four_shards(
+    fit: Fit, four_ranks: TwoRanks, cached: bool
+) -> None:
+    settings: dict[str, Any] = {"steps": 4, "optimizer": Sgd(), "every_n_steps": 100}
+    settings |= {"gradcache": GradCache(2)} if cached else {}
+    ddp = fit.into("ddp")
+    whole = four_ranks(on_ranks, ddp, "ddp", **settings)
+    for name, replicas in {"fsdp": 1, "hsdp": 2, "copies": 4}.items():
+        shards = fit.into(name)
+        ranks = four_ranks(on_ranks, shards, "fsdp", replicas=replicas, **settings)
+        assert sum(rank["held"] for rank in ranks) == replicas * whole[0]["held"]
+        assert ranks[0]["losses"] == pytest.approx(whole[0]["losses"], rel=1e-5)
+        for metric in ("train/loss", "train/gradient_norm", "val/MRR@10"):
+            expected = whole[0]["metrics"][metric]
+            assert ranks[0]["metrics"][metric] == pytest.approx(expected, rel=2e-5), metric
+        assert_close(ddp.state()["state_dict"], shards.state()["state_dict"])
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_replicas_resumes_with_them_and_without(
+    fit: Fit, four_ranks: TwoRanks, saved: str
+) -> None:
+    settings: dict[str, Any] = {"steps": 8, "every_n_steps": 4, "backbone": Pretrained(saved)}
+    settings["peft"] = LoRA(rank=2, alpha=4, dropout=0.0)
+    whole, last = fit.into("whole"), fit.into("last")
+    four_ranks(on_ranks, whole, "fsdp", replicas=2, **settings)
+    for killed in (fit, last):
+        four_ranks(on_ranks, killed, "fsdp", replicas=2, **settings, kill=KillAt(5))
+        assert killed.state()["global_step"] == 4
+    four_ranks(on_ranks, fit, "fsdp", replicas=2, **settings, resume=True)
+    last(**settings, resume=True)
+    for resumed, atol in ((fit, 2e-5), (last, 2e-4)):
+        assert resumed.state()["global_step"] == 8
+        assert_close(whole.state()["state_dict"], resumed.state()["state_dict"], atol=atol)
+
+
+@pytest.mark.slow
+def test_replicas_of_unequal_size_are_refused_before_other_processes_start(
+    beir: Path, tmp_path: Path
+) -> None:
+    with refused("uneven-replicas", "strategy.replicas", "2 ranks", "3 replicas"):
+        train(
+            *(beir, tmp_path / "run", "strategy=fsdp", "strategy.replicas=3"),
+            "trainer.devices=2",
+        )
 
 
 def test_stored_weights_are_mapped_and_not_read(tmp_path: Path, tokenizer: Any) -> None:

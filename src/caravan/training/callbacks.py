@@ -46,7 +46,9 @@ class FitSummary(pl.Callback):
         if not trainer.is_global_zero:
             return
         data = trainer.datamodule
-        sharded = ", sharded weights" if isinstance(trainer.strategy, FullySharded) else ""
+        sharded, strategy = "", trainer.strategy
+        if isinstance(strategy, FullySharded):
+            sharded = f", weights sharded over {strategy.shards} ranks"
         accumulated = trainer.accumulate_grad_batches
         trains_on = data.training.summary(data.name, data.queries_per_batch, accumulated)
         batches = data.batches_per_epoch(trainer)

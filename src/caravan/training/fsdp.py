@@ -1,11 +1,13 @@
 """Fully sharded training: every rank holds its share of each weight (FSDP2, arXiv 2304.11277).
 
     python train.py strategy=fsdp trainer.devices=8 peft=lora ...
+    python train.py strategy=fsdp strategy.replicas=4 trainer.devices=8 trainer.num_nodes=4 ...
 
 Rank 0 builds the network as one process would, with its weights memory-mapped. The other ranks open
 no file: they receive the network's structure, then their share of one weight after the other. A
-block's weights are gathered only while it computes. Checkpoints hold full trainable weights, so a
-run can resume under another strategy or on another number of ranks.
+block's weights are gathered only while it computes. Each of several replicas gathers them among its
+own ranks; only gradients are reduced over all. Checkpoints hold full trainable weights, so a run
+can resume under another strategy or on another number of ranks.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import PositiveInt
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -25,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
@@ -37,20 +40,46 @@ from caravan.errors import InputError
 from caravan.models.bidirectional import blocks
 from caravan.models.hardware import precisions
 
-RANKS = "data_parallel"
-"""Lightning's name of the mesh dimension that weights are sharded over."""
-
 
 class FullySharded(ModelParallelStrategy):
-    """Lightning's FSDP2, over all ranks, with checkpoints like those of one process."""
+    """Lightning's FSDP2, with checkpoints like those of one process.
 
-    def __init__(self) -> None:
+    Args:
+        replicas: copies of the weights. One is sharded over all ranks; with `trainer.num_nodes`,
+            each node has a copy that is sharded within it (HSDP, FSDP1's `HYBRID_SHARD`).
+    """
+
+    def __init__(self, replicas: PositiveInt = 1) -> None:
         super().__init__(save_distributed_checkpoint=False)
+        self.replicas = replicas
+
+    @property
+    def shards(self) -> int:
+        """The number of ranks that a copy of the weights is sharded over.
+
+        Raises:
+            InputError: The replicas would have unequal numbers of ranks.
+        """
+        ranks = self.num_nodes * self.num_processes
+        if ranks % self.replicas:
+            raise InputError(
+                "uneven-replicas",
+                f"strategy.replicas: {ranks} ranks cannot be divided into {self.replicas} replicas"
+                " of equal size; choose a divisor of their number, such as trainer.num_nodes",
+            )
+        return ranks // self.replicas
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        shape = (self.replicas, self.shards)
+        self._data_parallel_size = self.replicas * self.shards
         self._tensor_parallel_size = 1
         super().setup_environment()
+        mesh = self.device_mesh["data_parallel"]
+        if self.replicas > 1:  # ranks are numbered node by node, so a copy stays within one
+            names = ("replicate", "shard")
+            mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = mesh
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -100,6 +129,7 @@ def sharded(
     """The network that rank 0 builds, with this rank's share of every weight.
 
     Args:
+        mesh: all ranks; if it has two dimensions, the weights are replicated over the first one.
         bf16: compute in bf16. The weights stay float32, and gradients are summed in float32.
         forward_methods: methods that compute, beside `forward`.
 
@@ -121,12 +151,12 @@ def sharded(
     (network,) = sent
     if isinstance(network, InputError):
         raise network
-    ranks, policy = mesh[RANKS], MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy()
     if bf16:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
     for block in blocks(network):
-        fully_shard(block, mesh=ranks, mp_policy=replace(policy, output_dtype=None))
-    fully_shard(network, mesh=ranks, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=replace(policy, output_dtype=None))
+    fully_shard(network, mesh=mesh, mp_policy=policy)
     for name in forward_methods:
         register_fsdp_forward_method(network, name)
     # Weight by weight, so that no rank holds a full copy. (set_model_state_dict would convert all

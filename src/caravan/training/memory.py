@@ -45,6 +45,8 @@ def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -
     """
     if outline is None:
         return None
+    strategy = trainer.strategy
+    shares = strategy.shards if isinstance(strategy, FullySharded) else 1
     data.setup()
     ranks = trainer.num_devices * trainer.num_nodes
     first = next(iter(data.training.order(data.queries_per_batch, 0, ranks)), None)
@@ -57,14 +59,13 @@ def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -
         longest = sum(lengths) if module.encoding.kind == "reranker" else max(lengths)
         tokens = chunk = min(tokens, module.gradcache.chunk * longest)
     quantised = module.backbone.quantization is not None
-    shares = ranks if isinstance(trainer.strategy, FullySharded) else 1
     recomputes = bool(module.backbone.checkpointing)
     try:
         needed = need(outline, tokens, module.bf16, recomputes, quantised, shares, chunk)
     except (AttributeError, TypeError) as error:  # the shape is not that of a transformer
         log.debug("no estimate of memory: %s", error)
         return None
-    refuse_too_large(needed, trainer.strategy.root_device)
+    refuse_too_large(needed, strategy.root_device)
     if module.encoding.kind == "retriever":
         width = outline.config.get_text_config().hidden_size
         passages = sum(len(one.passages) for one in data.validations)
