@@ -155,7 +155,8 @@ def _process_sentence(message: str) -> str | None:
     return (
         f"a DataLoader worker {ending}; unless the lines above say why, most likely for lack of"
         " memory (free some, or lower num_workers), or in a bus error because a file of the"
-        " collection was truncated (delete its folder in cache_dir); start the same command again"
+        " collection, such as corpus.arrow, was truncated (delete its folder in cache_dir); start"
+        " the same command again"
     )
 
 
