@@ -28,9 +28,9 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import TrainerCallback
 
-from caravan.data.datamodule import DataModule
 from caravan.data.negatives import Negatives
 from caravan.models.backbone import Pretrained
+from caravan.training.datamodule import DataModule
 from caravan.training.losses import InfoNCE
 from caravan.training.optim import AdamW
 from caravan.training.retriever import Retriever

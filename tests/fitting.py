@@ -24,11 +24,11 @@ from caravan.training import fsdp
 from caravan.training.adaptation import Adaptation
 from caravan.training.callbacks import LastCheckpoint, Throughput
 from caravan.training.checkpoints import AtomicCheckpoints
+from caravan.training.datamodule import Reads
 from caravan.training.distillation import Distillation
 from caravan.training.evaluation import RerankingEvaluation, RetrievalEvaluation
 from caravan.training.losses import InfoNCE
 from caravan.training.optim import AdamW
-from caravan.training.reads import Reads
 from caravan.training.reranker import Reranker
 from caravan.training.retriever import Retriever
 

@@ -20,7 +20,7 @@ SCRIPTS = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - SHARED
 PEER = "--data BEIR --model MINILM --repeats 1"
 OPTIONS = {
     "adaptation": "--words 8 --texts 2 --vocabularies 200 --repeats 1",
-    "chunks": "--batches 1",
+    "chunks": "--batches 1 --layers 1 --repeats 1",
     "encode": f"{PEER} --passages 4",
     "gpu": "--device cpu --shape tiny --seconds 3600 --out OUT",
     "gradcache": "--queries 2 4 --whole 2 --chunk 2",
@@ -45,7 +45,7 @@ ROWS = {
     "settings": ["| attention=eager |", "| precision=float32 |"],
     "train_step": ["| float32 |", "| bf16 |"],
 }
-SLOW = {"encode", "gpu", "rerank", "settings", "train_step"}
+SLOW = {"chunks", "encode", "gpu", "rerank", "settings", "train_step"}
 
 
 @pytest.fixture(scope="module")

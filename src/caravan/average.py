@@ -45,16 +45,9 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 COMPARED = (".json", ".model", ".txt", ".py")  # the tokenizer and remote code
 NOT_COMPARED = {
-    *(
-        "transformers_version",
-        "_name_or_path",
-        "_from_model_config",
-        "peft_version",
-        "inference_mode",
-        "lora_dropout",
-    ),
-    *("base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora"),
-}
+    "transformers_version", "_name_or_path", "_from_model_config", "peft_version", "inference_mode",
+    "lora_dropout", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora",
+}  # fmt: skip
 """Settings that do not affect the average, or that this module compares or combines itself."""
 OF_ONE_MODEL = {"name", "updates", "monitored", "best", "validation"}
 """Facts about a member that do not hold for the average."""

@@ -21,9 +21,9 @@ from caravan import distributed, manifests
 from caravan.errors import answering
 
 LIBRARIES = (
-    *("torch", "pytorch-lightning", "transformers", "tokenizers", "peft", "bitsandbytes"),
-    *("hydra-core", "datasets", "numpy"),
-)
+    "torch", "pytorch-lightning", "transformers", "tokenizers", "peft", "bitsandbytes",
+    "hydra-core", "datasets", "numpy",
+)  # fmt: skip
 FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12")
 """Packages that install the same module; the one installed last is imported."""
 LEAST_FREE = 10 * 2**30

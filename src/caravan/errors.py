@@ -143,28 +143,21 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _process_sentence(message: str) -> str | None:
     """The sentence for a message of torch about a worker or rank that has died."""
-    again = "and start the same command again"
     if _PEER_LOST.search(message):
         return (
             "another process of this run has ended or cannot be reached; see its output, else the"
             " system has killed it, most likely for lack of memory: start all processes again (a"
             " training continues with resume=true)"
         )
-    if not message.startswith(_WORKER):
+    if not message.startswith(_WORKER) or not re.search("exited unexpectedly|killed by", message):
         return None
-    if "Bus error" in message:
-        return (
-            "a DataLoader worker died while it read a file (bus error): a file of the collection,"
-            " such as corpus.arrow, was truncated or is on a failing disk; delete the collection's"
-            f" folder in cache_dir, {again}"
-        )
-    if re.search("exited unexpectedly|killed by signal", message):
-        ending = re.sub(r".*?\d\) ", "", message).split(".")[0]
-        return (
-            f"a DataLoader worker {ending}; unless the lines above say why, most likely for lack of"
-            f" memory: free memory or lower num_workers, {again}"
-        )
-    return None
+    ending = re.sub(r".*?\d\) ", "", message).split(".")[0]
+    return (
+        f"a DataLoader worker {ending}; unless the lines above say why, most likely for lack of"
+        " memory (free some, or lower num_workers), or in a bus error because a file of the"
+        " collection, such as corpus.arrow, was truncated (delete its folder in cache_dir); start"
+        " the same command again"
+    )
 
 
 def _disk_sentence(number: int, name: str | bytes | None) -> str:

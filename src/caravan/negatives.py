@@ -8,6 +8,10 @@
 Settings (key=value) are those of train.py: data, sampler, seed, run_dir. So the command line of a
 training audits its own negatives, with the rules of its sampler. The teacher is a run with scores
 of positives and candidates (by default sampler.teacher), or a reranker's model folder.
+
+relabel judges passages that a teacher scores high as relevant. RLHN (arXiv 2505.16967) relabels the
+false negatives that a strong judge finds among the hard negatives, which raises nDCG@10 on BEIR.
+Here the judge is a run whose scores can be compared across queries, and one threshold.
 """
 
 from __future__ import annotations
@@ -17,19 +21,23 @@ import logging
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+import numpy as np
+from omegaconf import DictConfig
+
+from caravan import manifests
+from caravan.data.collection import Collection, own_passages
+from caravan.data.mining import Positives
+from caravan.data.negatives import Negatives, run_over
+from caravan.data.qrels import Qrels
+from caravan.data.runs import Run, write_run
 from caravan.errors import InputError, OccupiedError, answering
-
-if TYPE_CHECKING:
-    import numpy as np
-    from omegaconf import DictConfig
-
-    from caravan.data.collection import Collection
-    from caravan.data.qrels import Qrels
-    from caravan.data.runs import Run
+from caravan.files import replacing
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+LEAST = 20
+"""Held-out passages above a threshold; the precision of fewer is mostly chance."""
 log = logging.getLogger("caravan")
 
 
@@ -94,12 +102,6 @@ def _run(given: argparse.Namespace, settings: list[str]) -> None:
 def _audit(
     given: argparse.Namespace, cfg: DictConfig, collection: Collection, split: str, sampler: Any
 ) -> None:
-    import numpy as np
-
-    from caravan.data.collection import own_passages
-    from caravan.data.mining import Positives
-    from caravan.data.negatives import Negatives, run_over
-    from caravan.manifests import write_json
     from caravan.report.audit import PAIR, audit, candidates, page
     from caravan.report.page import save
     from caravan.report.records import distinct, path_names
@@ -135,7 +137,7 @@ def _audit(
     save(page(seen, collection, qrels, given.teacher, command), html)
     made_from = {"collection": collection.digest, "split": split, "runs": list(cfg.sampler.runs)}
     made_from |= {"teacher": given.teacher, "teacher_margin": given.teacher_margin}
-    write_json(html.with_suffix(".json"), {**made_from, **seen.as_json()})
+    manifests.write_json(html.with_suffix(".json"), {**made_from, **seen.as_json()})
     log.info(seen.verdict())
     log.info(
         "page %s, numbers %s, tables %s", html, html.with_suffix(".json"), given.output / "audit"
@@ -144,10 +146,6 @@ def _audit(
 
 def _without_one(qrels: Qrels, rng: np.random.Generator) -> tuple[Qrels, Qrels]:
     """The judgements without a random positive of each query that has several, and these."""
-    import numpy as np
-
-    from caravan.data.qrels import Qrels
-
     order = rng.permutation(np.flatnonzero(qrels.grades >= 1))
     _, first, counts = np.unique(qrels.query_rows[order], return_index=True, return_counts=True)
     at = order[first[counts > 1]]
@@ -161,7 +159,6 @@ def _scored(
     folder: Path, pairs: np.ndarray, cfg: DictConfig, collection: Collection, output: Path
 ) -> Run:
     """Score pairs of a query and a passage, rows [N, 2]; the scores are also written as a run."""
-    from caravan.data.runs import Run, write_run
     from caravan.retrieval.inference import Models
     from caravan.retrieval.rerank import Reranker, Reranking
 
@@ -177,11 +174,6 @@ def _scored(
 
 
 def _relabel(given: argparse.Namespace, collection: Collection, split: str, dev: str) -> None:
-    from caravan import manifests
-    from caravan.data.collection import own_passages
-    from caravan.data.negatives import run_over
-    from caravan.data.relabel import choose_threshold, relabel, write_qrels
-
     inputs: dict[str, Any] = {"collection": collection.digest, "precision": given.precision}
     runs = []
     for name, path, of in (("teacher", given.teacher, split), ("held_out", given.held_out, dev)):
@@ -204,6 +196,87 @@ def _relabel(given: argparse.Namespace, collection: Collection, split: str, dev:
     log.info("threshold %.4f: precision %.3f, recall %.3f on held-out judgements", *threshold[:3])
     log.info("%s: %d judgements, then %d new ones", path, len(qrels), len(new))
     log.info("to train with them, copy it to the qrels of data=beir as a new data.train_split")
+
+
+class Threshold(NamedTuple):
+    """The lowest teacher score that is relevant, and what it selects of the held-out passages."""
+
+    score: float
+    precision: float
+    recall: float  # of all relevant passages, retrieved or not
+    selected: int
+
+
+def choose_threshold(run: Run, qrels: Qrels, precision: float, relevant_from: int = 1) -> Threshold:
+    """The lowest score from which on the share of relevant passages is at least `precision`.
+
+    A passage without a judgement counts as not relevant, so the share is a lower bound.
+
+    Args:
+        run: the teacher's, over held-out queries.
+        qrels: the held-out judgements.
+        relevant_from: the lowest relevant grade.
+
+    Raises:
+        InputError: "no-threshold", there is none.
+    """
+    run = run.only(qrels.queries)
+    keys, relevant = _keys(run), qrels.grades >= relevant_from
+    known = qrels.query_rows[relevant] << 32 | qrels.passage_rows[relevant]
+    order = np.argsort(-run.scores, kind="stable")
+    scores, hits = run.scores[order], np.cumsum(np.isin(keys, known)[order])
+    selected = np.arange(1, len(scores) + 1)
+    shares = hits / selected
+    possible = np.append(scores[1:] < scores[:-1], True) & (selected >= LEAST)  # ties stay together
+    chosen = np.flatnonzero(possible & (shares >= precision))
+    if not len(chosen):
+        best = shares[possible].max(initial=0.0)
+        raise InputError(
+            "no-threshold",
+            f"no threshold reaches a precision of {precision:g} on {LEAST} held-out passages or"
+            f" more (the best is {best:.3f}); lower --precision, or use a better teacher",
+        )
+    at = int(chosen[-1])
+    recall = float(hits[at] / max(relevant.sum(), 1))
+    return Threshold(float(scores[at]), float(shares[at]), recall, int(selected[at]))
+
+
+def relabel(run: Run, qrels: Qrels, own: np.ndarray, threshold: float) -> tuple[Qrels, int]:
+    """The passages from the threshold on that have no judgement, as judgements of grade 1.
+
+    Only queries with a judgement get more. Every judgement stays, also one of a passage that is
+    not relevant.
+
+    Args:
+        run: the teacher's, over the queries of `qrels`.
+        own: the passage with the id of each judged query, [Q], -1 for none; it is left out.
+
+    Returns:
+        The new judgements, and how many passages from the threshold on are judged not relevant.
+    """
+    run = run.only(qrels.queries)
+    run = run.where(run.scores >= np.float32(threshold)).without(qrels.queries, own)
+    keys, judged = _keys(run), qrels.query_rows << 32 | qrels.passage_rows
+    new = keys[~np.isin(keys, judged)]
+    against = int(np.isin(keys, judged[qrels.grades < 1]).sum())
+    return Qrels(new >> 32, new & 0xFFFFFFFF, np.ones(len(new), dtype=np.int32)), against
+
+
+def write_qrels(path: Path, parts: list[Qrels], collection: Collection) -> None:
+    """Write judgements in BEIR's form, a part after the other; unknown ids are left out."""
+    lines = ["query-id\tcorpus-id\tscore\n"]
+    for part in parts:
+        queries = collection.queries.ids(part.query_rows)
+        passages = collection.corpus.ids(part.passage_rows)
+        fields = zip(queries, passages, part.grades.tolist(), strict=True)
+        lines += [f"{query}\t{passage}\t{grade}\n" for query, passage, grade in fields]
+    with replacing(path) as scratch:
+        scratch.write_text("".join(lines), "utf-8")
+
+
+def _keys(run: Run) -> np.ndarray:
+    """A pair of query and passage as one integer, [N] int64."""
+    return np.repeat(run.query_rows, run.counts) << 32 | run.passage_rows
 
 
 if __name__ == "__main__":

@@ -155,7 +155,6 @@ def test_the_jobs_of_the_scoring_sweep_differ_in_the_scoring_alone() -> None:
         ("loss.dims=[]", "loss.dims (command line): it must list increasing sizes"),
         ("stage=reranker validation.run=src loss.dims=[32]", "only stage=retriever has"),
         ("optimizer.schedule=steps", "optimizer.schedule"),
-        ("sampler.teacher_margin=0", "sampler.teacher"),
         ("loss=likelihood", "choose stage=reranker_likelihood"),
         ("stage=reranker validation.run=src sampler.number=0", "sampler.number"),
         ("stage=reranker", "validation.run"),

@@ -204,7 +204,7 @@ QUICK_SWEEPS = {"llara_adapt"}
     ],
 )
 def test_the_first_job_of_a_sweep_runs(name: str, stand: Stand, tmp_path: Path) -> None:
-    root = "evaluate" if name == "rerank_depth" else "train"
+    root = "evaluate" if name in ("rerank_depth", "dimension") else "train"
     whole = compose_loosely(root, name, "sweep", hydra=True)
     varied = {str(key): str(values) for key, values in whole.hydra.sweeper.params.items()}
     given = (

@@ -206,7 +206,11 @@ def test_what_hydra_refuses_is_one_line_with_the_key(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "package"),
-    [("joblib", "hydra_joblib_launcher"), ("submitit_local", "hydra_submitit_launcher")],
+    [
+        ("joblib", "hydra_joblib_launcher"),
+        ("submitit_local", "hydra_submitit_launcher"),
+        ("ray", "hydra_ray_launcher._core"),
+    ],
 )
 def test_a_launcher_runs_the_jobs_in_other_processes(
     launcher: str, package: str, app: Program, home: Path

@@ -72,7 +72,6 @@ def test_an_unknown_split_is_refused_with_those_there_are(tmp_path: Path) -> Non
         ({"qrels": {"t": [("1", "a", 1), ("3", "a", 1)]}}, "unknown-id", "3"),
         ({"qrels": {"t": [("1", "z", 1), ("1", "y", 1)]}}, "unknown-id", "z"),
         ({"qrels": {"t": [("1", "a", 1), ("1", "a", 0)]}}, "conflicting-judgements", "1"),
-        ({"unknown_ids": "ignore"}, "invalid-setting", "ignore"),
     ],
 )
 def test_a_mistake_is_named_with_its_place_and_leaves_nothing(

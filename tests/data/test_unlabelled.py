@@ -143,5 +143,3 @@ def test_content_leaves_punctuation_and_stop_words_out(
     assert found.tolist() == sorted(set(expected))
     (empty,) = content(["and the!"], [[]])
     assert len(empty) == 0
-    with refused("invalid-setting", "stage.targets"):
-        Targets(templates, "some")

@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel
 from tests.models.small import ARCHITECTURES, TEXTS, close, config_of, model_of, padded, shaken
 from tests.refusals import refused
-from tests.tiny import tiny_backbone
 from transformers import AutoModelForSequenceClassification
 
 from caravan.data.batch import pack
@@ -20,7 +19,6 @@ from caravan.models import folder
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import FromFolder, Pretrained
 from caravan.models.bidirectional import is_causal
-from caravan.models.biencoder import BiEncoder
 from caravan.models.cpu import pack_linears
 from caravan.models.crossencoder import CrossEncoder, head_of, with_head
 
@@ -76,7 +74,7 @@ def test_a_decoders_folder_scores_as_plain_transformers_and_peft_do(
     with torch.no_grad():
         expected = torch.cat([plain.eval()(torch.tensor([t])).logits[:, 0] for t in TEXTS])
     close(_alone(model), expected)
-    loaded, _, encoding, _ = folder.load(tmp_path / "m", kind="reranker")
+    loaded, _, encoding, _ = folder.load(tmp_path / "m")
     close(_alone(loaded), expected)
     assert encoding == DECODER
 
@@ -124,13 +122,6 @@ def test_pooling_that_does_not_suit_the_architecture_is_refused(
 ) -> None:
     with refused("unsuitable-pooling", "encoding.pooling"):
         CrossEncoder(with_head(model_of(name)), encoding)
-
-
-def test_a_retriever_is_not_a_reranker(tokenizer: Any, tmp_path: Path) -> None:
-    retriever = BiEncoder(tiny_backbone().model(tokenizer), Encoding())
-    folder.save(tmp_path / "m", retriever, tokenizer, Encoding(), {})
-    with refused("wrong-kind", str(tmp_path / "m")):
-        folder.load(tmp_path / "m", kind="reranker")
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "released"])

@@ -122,7 +122,7 @@ def test_a_reranker_of_each_family_trains_saves_and_scores_as_plain_transformers
     reranks = [f"stage={stage}", "loss=infonce", f"validation.run={run}"]
     reranks += ["encoding.query_length=16", "encoding.passage_length=32"]
     saved = _train(preset, tokenizer, peft, beir, tmp_path, *reranks)
-    model, own, encoding, _ = folder.load(saved, kind="reranker")
+    model, own, encoding, _ = folder.load(saved)
     queries, passages = collection.queries.get(range(6)), collection.corpus.get(range(6))
     pairs = PairTemplates(own, encoding).pairs(queries, passages)
     auto: Any = transformers.AutoModelForSequenceClassification

@@ -85,7 +85,7 @@ def test_a_folder_scores_as_before_and_is_a_language_model_of_transformers(
     model = QueryLikelihood(tiny_backbone().language_model(tokenizer), LIKELIHOOD).eval()
     folder.save(tmp_path / "m", model, tokenizer, LIKELIHOOD, {})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
-    loaded, _, encoding, _ = folder.load(tmp_path / "m", kind="reranker")
+    loaded, _, encoding, _ = folder.load(tmp_path / "m")
     assert encoding == LIKELIHOOD
     pairs = pack(PAIRS, 64, seconds=SECONDS)
     with torch.no_grad():

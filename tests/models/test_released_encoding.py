@@ -138,9 +138,8 @@ def test_an_adopted_bi_encoder_scores_as_sentence_transformers_does(
         assert encoding.instruction in INSTRUCT
 
 
-@pytest.mark.parametrize("dim", [0, 24])
-def test_an_export_adopted_again_has_the_same_encoding(dim: int, tmp_path: Path) -> None:
-    settings = {**PLAIN, "pooling": "mean", "query_template": "q: {text}", "dim": dim}
+def test_an_export_adopted_again_has_the_same_encoding(tmp_path: Path) -> None:
+    settings = {**PLAIN, "pooling": "mean", "query_template": "q: {text}"}
     path = make(tmp_path / "model", on="encoder", **settings)
     export(path, tmp_path / "out")
     adopted = _adopt(tmp_path / "out", tmp_path / "run")

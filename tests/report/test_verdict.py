@@ -21,7 +21,6 @@ from caravan.report.systems import System, read_judged, read_system
 from caravan.report.verdict import (
     NAMED,
     NOTHING,
-    findings,
     of_comparison,
     of_evaluations,
     of_sweep,
@@ -45,42 +44,25 @@ def test_better_worse_and_equal_systems_are_named_in_the_right_order() -> None:
     )
 
 
-def test_equal_settings_are_left_out_of_the_other_system() -> None:
-    values = np.random.default_rng(0).random((2, 200))
-    values[1] = values[0] + 0.1 + 0.01 * values[1]
-    names = ["bm25 k1=0.9 b=0.4", "bm25 k1=0.9 b=0.8"]
-    text = findings(names, paired_tests(values, [(0, 1)]), known=names[1])
-    assert text.startswith("It beats bm25 b=0.4 by 0.1")
-
-
-def test_settings_are_left_out_only_if_all_systems_have_the_same() -> None:
-    values = np.random.default_rng(0).random((3, 50))
-    values[2] += 1
-    names = ["lr=2 dim=2", "lr=2", "lr=1 dim=2"]
-    text = findings(names, paired_tests(values, [(0, 2), (1, 2)]), known=names[2])
-    assert re.findall(r"(?:beats|and) (.*?) by", text) == ["lr=2 dim=2", "lr=2"]
-
-
 def _comparison(rows: list[list[float]], names: str) -> Comparison:
     values, systems = np.array(rows), [System(name, Path(), None, None, ()) for name in names]
     tests = paired_tests(values, list(itertools.combinations(range(len(names)), 2)))
     scores, pairs = {"MRR@10": values}, {"MRR@10": tests}
     judged: Any = None
-    return Comparison(judged, systems, [], values, scores, [], [], pairs, {}, "t")
+    return Comparison(judged, systems, [], values, scores, [], [], pairs, {})
 
 
 def test_systems_with_equal_means_share_the_place() -> None:
     tied = _comparison([[0.5, 0.25, 1], [0.25, 0.5, 1], [0, 0.1, 0]], "abc")
     text = of_comparison(tied)
     assert text.startswith("a and b have the highest MRR@10, 0.5833 over 3 queries. ")
-    assert "it" not in text.lower().split()
     assert of_evaluations([("x", tied)] * 3).startswith("Best system: a on 3, b on 3 of 3 ")
 
 
-def test_the_best_system_comes_first_where_another_is_tested_against_all() -> None:
+def test_the_best_system_is_named_where_another_is_tested_against_all() -> None:
     text = of_comparison(_comparison([[0.3, 0.2, 0.4], [0.9, 0.8, 0.7], [0.3, 0.2, 0.3]], "abc"))
-    assert text.startswith("b has the highest MRR@10, 0.8000 over 3 queries. It ")
-    assert "; a does not differ significantly from c" in text
+    assert text.startswith("b has the highest MRR@10, 0.8000 over 3 queries. ")
+    assert "a does not differ significantly from c" in text
 
 
 def test_one_query_has_no_interval_and_a_shallow_run_is_not_ranked() -> None:
@@ -115,7 +97,6 @@ def test_the_best_system_is_compared_with_each_other_by_the_corrected_p(
         ahead, behind = (
             (name, "theirs") if (pair.difference < 0) == (pair.a == other) else ("theirs", name)
         )
-        ahead = "[Ii]t" if ahead == found.names[best] else ahead
         assert re.search(rf"{ahead} {verb} ([^;]* and |[^;]*, )?{behind} ", text)
 
 
@@ -173,7 +154,7 @@ def test_settings_are_tested_over_three_seeds_or_more(seeds: int, tmp_path: Path
         return
     assert ttest_rel(best, other).pvalue < 0.05
     difference = np.mean(best) - np.mean(other)
-    assert f". It beats optimizer.lr=0.0001 by {difference:.4f} (p " in text
+    assert f" optimizer.lr=0.001 beats optimizer.lr=0.0001 by {difference:.4f} (p " in text
 
 
 @pytest.mark.usefixtures("undrawn")

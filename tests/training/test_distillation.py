@@ -35,11 +35,11 @@ from caravan.data.negatives import Negatives
 from caravan.data.readers.labelled import Beir
 from caravan.data.tokenization import Templates
 from caravan.encoding import Encoding
+from caravan.training.datamodule import Reads
 from caravan.training.distillation import Distillation
 from caravan.training.gradcache import GradCache
 from caravan.training.losses import InfoNCE
 from caravan.training.optim import AdamW
-from caravan.training.reads import Reads
 from caravan.training.retriever import Retriever
 
 WIDTH = 16

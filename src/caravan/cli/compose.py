@@ -161,8 +161,6 @@ class Composer(AbstractContextManager["Composer"]):
         self.known = {*WHOLE, *(field.name for field in fields(self.root))}
         self.folders = [folder.absolute() for folder in (conf, more) if folder is not None]
         self._files = [file for folder in self.folders for file in folder.rglob("*.yaml")]
-        large = [shown(one) for one in self._files if sources.has_too_many_values(one)]
-        refuse([f"{file}: too many values, with aliases expanded" for file in large])
         self._before = HydraConfig.instance().cfg
         schema.register()
         Plugins.instance().register(sources.FurtherFolder)

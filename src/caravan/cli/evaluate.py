@@ -28,8 +28,7 @@ from caravan.data.segments import Reading
 from caravan.errors import InputError
 from caravan.files import listed
 from caravan.report.records import to_depth
-from caravan.report.suites import show_suite
-from caravan.report.summary import show_stages
+from caravan.report.summary import show_stages, show_suites
 from caravan.retrieval import peers, pipeline
 from caravan.retrieval.inference import Models
 from caravan.retrieval.interactive import Searcher, open_searcher
@@ -67,7 +66,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         _report,
     )
     if metrics.get("collections"):
-        show_suite(metrics, Path(cfg.run_dir))
+        show_suites({"": to_depth(metrics)}, Path(cfg.run_dir))
     if failed := metrics.get("failed"):
         lines = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
         raise InputError(

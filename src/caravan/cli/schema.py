@@ -64,7 +64,7 @@ LENGTH = Annotated[int, Ge(4)]
 
 @dataclass
 class Batching:
-    """How queries become batches (`caravan.data.datamodule.DataModule`)."""
+    """How queries become batches (`caravan.training.datamodule.DataModule`)."""
 
     queries_per_batch: PositiveInt
     token_budget: PositiveInt | None
@@ -83,7 +83,7 @@ class Read:
 
 @dataclass
 class Validation:
-    """What the validation during training searches (`caravan.data.datamodule.DataModule`)."""
+    """What the validation during training searches (`caravan.training.datamodule.DataModule`)."""
 
     passages: PositiveInt | None
     queries: PositiveInt | None

@@ -7,7 +7,6 @@ import re
 import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import yaml
@@ -20,8 +19,6 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from caravan.errors import InputError
 
 TYPED = "command line"
-MOST_VALUES = 10_000
-"""The limit of a YAML file, with aliases expanded: each value is composed, checked and recorded."""
 
 
 class FurtherFolder(SearchPathPlugin):
@@ -150,20 +147,6 @@ def lines_of(tree: yaml.Node | None, key: str = "", line: int = 1) -> Iterator[t
         children = [(f".{name.value}", name, value) for name, value in tree.value]
     for part, start, value in children:
         yield from lines_of(value, f"{key}{part}".removeprefix("."), start.start_mark.line + 1)
-
-
-def has_too_many_values(file: Path) -> bool:
-    """Whether the aliases of a YAML file expand it to `MOST_VALUES` values or more."""
-    text = file.read_bytes()
-    if b"*" not in text or b"&" not in text:
-        return False
-    try:
-        found = lines_of(yaml.compose(text, Loader=yaml.SafeLoader))
-        return sum(1 for _ in islice(found, MOST_VALUES)) == MOST_VALUES
-    except RecursionError:  # a value within itself
-        return True
-    except yaml.YAMLError:
-        return False  # reported where the file is used
 
 
 def origins(files: list[tuple[Path, str]], groups: list[str], values: list[str]) -> dict[str, str]:

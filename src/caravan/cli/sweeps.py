@@ -135,13 +135,13 @@ def _values(override: Override) -> list[str]:
 
 
 def _of_launcher(cfg: DictConfig) -> Iterator[str]:
-    """A launcher may need a package; a sweep in one process has one device."""
+    """A launcher may need a package; a job that is one process has one device."""
     target = str(OmegaConf.select(cfg, "hydra.launcher._target_"))
     try:
         locate(target)
     except LookupError as error:
         yield f"hydra/launcher: {error}; install its plugin of Hydra, or leave it out"
-    if not target.endswith(".BasicLauncher"):
+    if not target.endswith((".BasicLauncher", ".JoblibLauncher", ".RayLauncher")):
         return
     instead = "start the jobs one by one, or choose hydra/launcher=slurm"
     if world_size() > 1:
@@ -150,4 +150,4 @@ def _of_launcher(cfg: DictConfig) -> Iterator[str]:
         number = OmegaConf.select(cfg, f"trainer.{name}")
         one_device = isinstance(number, ListConfig) and len(number) == 1
         if number not in (None, 1, "1") and not one_device:
-            yield f"trainer.{name}: the jobs of a sweep run in one process; {instead}"
+            yield f"trainer.{name}: a job of this sweep runs in one process; {instead}"

@@ -31,9 +31,9 @@ from caravan.training.retriever import Retriever
 SAME = ("backbone", "peft", "stage", "loss", "optimizer", "sampler", "trainer", "strategy")
 """Keys of the root that `fit.Training` calls the same."""
 OF_RUN = (
-    *("precision", "strategy", "logger", "callbacks", "plugins", "default_root_dir"),
-    *("use_distributed_sampler", "num_sanity_val_steps"),
-)
+    "precision", "strategy", "logger", "callbacks", "plugins", "default_root_dir",
+    "use_distributed_sampler", "num_sanity_val_steps",
+)  # fmt: skip
 """Arguments of the Trainer that a run passes itself."""
 AT_LEAST = {
     "max_steps": -1,
@@ -213,9 +213,6 @@ def loss_has_its_scores(config: Config) -> None:
     by_run = (Sampler.teacher_scores, Negatives.teacher_scores)
     gives_scores = is_class(sampler, Sampler) and sampler.teacher_scores not in by_run
     if config.get("sampler.teacher") is None:
-        if config.get("sampler.teacher_margin") is not None:
-            text = "it needs the scores of a run; set sampler.teacher"
-            config.add("sampler.teacher_margin", text)
         for key, target, node in () if gives_scores else config.nodes("loss"):
             teaches = node.get("needs_teacher")
             if teaches is None and is_class(target, Loss):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -210,49 +211,38 @@ def pair_ids(
     return TokenIds.of([pair.ids for pair in pairs], seconds)
 
 
+@dataclass(eq=False)
 class TextBatches(Dataset[Unpacked[EncodeBatch]]):
     """Texts to embed, `batch_size` rows per item; `side` is "query" or "passage"."""
 
-    def __init__(
-        self,
-        texts: Texts,
-        rows: np.ndarray,
-        templates: Templates,
-        side: str,
-        batch_size: int,
-        token_budget: int,
-    ) -> None:
-        self.texts, self.rows = texts, rows
-        self.encode = templates.queries if side == "query" else templates.passages
-        self.pad_id = templates.pad_id
-        self.batch_size, self.token_budget = batch_size, token_budget
+    texts: Texts
+    rows: np.ndarray
+    templates: Templates
+    side: str
+    batch_size: int
+    token_budget: int
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
 
     def __getitem__(self, index: int) -> Unpacked[EncodeBatch]:
         rows = self.rows[index * self.batch_size : (index + 1) * self.batch_size]
-        fields: Fields = {"rows": rows, "texts": TokenIds.of(self.encode(self.texts.get(rows)))}
-        return Unpacked(EncodeBatch, fields, self.token_budget, self.pad_id)
+        encode = self.templates.queries if self.side == "query" else self.templates.passages
+        fields: Fields = {"rows": rows, "texts": TokenIds.of(encode(self.texts.get(rows)))}
+        return Unpacked(EncodeBatch, fields, self.token_budget, self.templates.pad_id)
 
 
+@dataclass(eq=False)
 class PairBatches(Dataset[Unpacked[PairBatch]]):
     """Pairs to score, `batch_size` pairs per item, of query rows [N] and passage rows [N]."""
 
-    def __init__(
-        self,
-        queries: Texts,
-        corpus: Texts,
-        query_rows: np.ndarray,
-        passage_rows: np.ndarray,
-        templates: PairTemplates,
-        batch_size: int,
-        token_budget: int,
-    ) -> None:
-        self.queries, self.corpus = queries, corpus
-        self.query_rows, self.passage_rows = query_rows, passage_rows
-        self.templates = templates
-        self.batch_size, self.token_budget = batch_size, token_budget
+    queries: Texts
+    corpus: Texts
+    query_rows: np.ndarray
+    passage_rows: np.ndarray
+    templates: PairTemplates
+    batch_size: int
+    token_budget: int
 
     def __len__(self) -> int:
         return -(-len(self.query_rows) // self.batch_size)
@@ -260,9 +250,7 @@ class PairBatches(Dataset[Unpacked[PairBatch]]):
     def __getitem__(self, index: int) -> Unpacked[PairBatch]:
         span = slice(index * self.batch_size, (index + 1) * self.batch_size)
         rows = {"query_rows": self.query_rows[span], "passage_rows": self.passage_rows[span]}
-        queries, passages = (
-            self.queries.get(rows["query_rows"]),
-            self.corpus.get(rows["passage_rows"]),
-        )
+        queries = self.queries.get(rows["query_rows"])
+        passages = self.corpus.get(rows["passage_rows"])
         fields: Fields = {**rows, "texts": pair_ids(self.templates, queries, passages)}
         return Unpacked(PairBatch, fields, self.token_budget, self.templates.pad_id)

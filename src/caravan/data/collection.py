@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from caravan import manifests
-from caravan.data.qrels import Judgement, Qrels, RowLookup, Scored, Unknown
+from caravan.data.qrels import Judgement, Qrels, RowLookup, Scored, Unknown, UnknownIds
 from caravan.data.runs import Run, open_run, write_run
 from caravan.data.texts import Place, Record, Texts, text_keys, write_texts
 from caravan.errors import InputError
@@ -155,7 +155,7 @@ def write_collection(
     qrels: Mapping[str, Iterable[Judgement]],
     *,
     where: Place | None = None,
-    unknown_ids: str = "refuse",
+    unknown_ids: UnknownIds = "refuse",
     runs: Mapping[str, Iterable[Scored]] | None = None,
     relevant_from: Mapping[str, int] | None = None,
 ) -> Collection:
@@ -179,11 +179,6 @@ def write_collection(
     """
     folder = Path(folder)
     place = where or (lambda part, n: f"{part}, record {n + 1}")
-    if unknown_ids not in ("refuse", "count"):
-        raise InputError(
-            "invalid-setting",
-            f"data.unknown_ids is {unknown_ids!r}: it must be 'refuse' or 'count'",
-        )
     if folder.exists():
         raise InputError(
             "folder-exists", f"{folder} exists already: choose another folder or delete it"

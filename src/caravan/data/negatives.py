@@ -17,7 +17,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -147,7 +147,7 @@ class Negatives(Sampler):
         runs: Sequence[str] = (),
         number: int = 15,
         depth: int = 200,
-        choose: str = "random",
+        choose: Literal["random", "top"] = "random",
         absolute_margin: float | None = None,
         relative_margin: float | None = None,
         max_score: float | None = None,
@@ -157,8 +157,6 @@ class Negatives(Sampler):
         teacher: str | None = None,
         teacher_margin: float | None = None,
     ) -> None:
-        if choose not in ("random", "top"):
-            raise _invalid(f"choose is {choose!r}; it must be random or top")
         if number < 0 or depth <= range_min:
             raise _invalid(
                 f"number={number} must be 0 or more, and depth={depth} above range_min={range_min}"

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,10 @@ Judgement = tuple[str, str, int]
 
 Scored = tuple[str, str, float]
 """(query id, passage id, score), a line of a run."""
+
+
+UnknownIds = Literal["refuse", "count"]
+"""What becomes of judgements and run lines with ids that the collection does not have."""
 
 
 class Unknown(NamedTuple):
@@ -91,7 +95,9 @@ class RowLookup:
         skipped: how many lines were left out, by reason.
     """
 
-    def __init__(self, corpus: IdTable, queries: IdTable, place: Place, unknown_ids: str) -> None:
+    def __init__(
+        self, corpus: IdTable, queries: IdTable, place: Place, unknown_ids: UnknownIds
+    ) -> None:
         self.corpus, self.queries, self.place = corpus, queries, place
         self.unknown_ids = unknown_ids
         self.skipped = {"unknown_ids": 0, "repeated_judgements": 0}

@@ -64,8 +64,6 @@ class Segments:
     """
 
     def __init__(self, corpus: Texts, rows: np.ndarray, words: int) -> None:
-        if words < 1:
-            raise ValueError(f"a segment has at least one word, not {words}")
         self.corpus = corpus
         self.words = words
         self.rows = np.unique(rows)  # [D]

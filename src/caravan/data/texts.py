@@ -32,6 +32,9 @@ BATCH_ROWS = 16_384
 BATCH_BYTES = 64 * 2**20  # closes a record batch of long texts early
 MAPPED_BYTES = 64 * 2**20  # about this much of the file stays mapped
 AROUND = 64 * 2**10  # bytes that the kernel maps around one that is touched
+SHINGLE = 4  # words
+NEAR_COPY = 0.7
+"""Near-copies have at least this `resemblance`."""
 
 ASCII_SPACE = " \t\n\r\v\f"
 REFUSED = "\x00-\x20\x7f-\x9f\u2028\u2029"
@@ -257,6 +260,37 @@ def text_keys(texts: Sequence[tuple[str, str]]) -> np.ndarray:
         for title, text in texts
     )
     return np.fromiter(digests, dtype=np.uint64, count=len(texts)).view(np.int64)
+
+
+def shingles(words: Sequence[str], numbers: dict[str, int]) -> set[int]:
+    """Hashes of all sequences of `SHINGLE` words; of fewer words, one hash.
+
+    The share of common shingles finds near-copies (Broder 1997, "On the resemblance").
+
+    Args:
+        numbers: a number for each word, extended here; texts that are compared share it.
+    """
+    values = np.array([numbers.setdefault(word, len(numbers)) for word in words], dtype=np.uint64)
+    hashes = np.zeros(max(len(values) - SHINGLE + 1, 1), dtype=np.uint64)
+    for at in range(min(SHINGLE, len(values))):
+        hashes = (
+            hashes * np.uint64(0x9E3779B97F4A7C15) + values[at : at + len(hashes)] + np.uint64(1)
+        )
+        hashes ^= hashes >> np.uint64(29)
+    return set(hashes.tolist())
+
+
+def resemblance(a: set[int], b: set[int]) -> float:
+    """Jaccard's coefficient of two sets of shingles, neither of them empty.
+
+    >>> numbers = {}
+    >>> texts = ("camels store fat in the hump", "camels store fat in one hump")
+    >>> one, other = (shingles(text.split(), numbers) for text in texts)
+    >>> resemblance(one, one), resemblance(one, other)
+    (1.0, 0.2)
+    """
+    both = len(a & b)
+    return both / (len(a) + len(b) - both)
 
 
 def unique_records(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from bm25s.stopwords import STOPWORDS_EN_PLUS
@@ -22,7 +22,6 @@ from caravan.data.tokenization import Template, Templates, check_room, plain_ids
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 
-TARGETS = ("all", "content")
 TASKS = ("ebae", "ebar")
 
 _NO_WORD = re.compile(r"[\W_]+")
@@ -87,12 +86,7 @@ class Targets:
             (NLTK's list, as in bm25s).
     """
 
-    def __init__(self, templates: JointTemplates, kind: str) -> None:
-        if kind not in TARGETS:
-            raise InputError(
-                "invalid-setting",
-                f"stage.targets is {kind!r}; it must be one of {', '.join(TARGETS)}",
-            )
+    def __init__(self, templates: JointTemplates, kind: Literal["all", "content"]) -> None:
         self.templates = templates
         self.stop_words = frozenset(STOPWORDS_EN_PLUS) if kind == "content" else frozenset()
 
@@ -131,7 +125,7 @@ class Unlabelled(Dataset[Unpacked[AdaptationBatch]]):
         self,
         corpus: Texts,
         templates: JointTemplates,
-        targets: str,
+        targets: Literal["all", "content"],
         words: int,
         tasks: Sequence[str],
         token_budget: int,

@@ -25,7 +25,10 @@ INSTRUCTION = "\3"
 QUERIES = ("camels", verify.QUERY, "naïve 北 🐪", "  spaces ", "")
 SPARE = 8
 """Tokens that a query's suffix and special tokens may take in addition."""
-REMEDY = "export it to transformers instead"
+
+
+def not_expressible(problem: str) -> InputError:
+    return InputError("not-expressible", f"{problem}; export it to transformers instead")
 
 
 class Prompt(NamedTuple):
@@ -57,11 +60,10 @@ class Prompt(NamedTuple):
         whole = parts.render(TITLE, TEXT)
         titled = TITLE in whole
         if rest or (titled and not whole.startswith((before + TITLE, before + TEXT))):
-            raise InputError(
-                "not-expressible",
+            raise not_expressible(
                 f"encoding.{name} {template!r} repeats the text, has a title after it, or starts"
                 " differently with a title, where sentence-transformers has one prompt before a"
-                f" text and no more; {REMEDY}",
+                " text and no more"
             )
         return cls(before, fields(whole[len(before) :]) if titled else "")
 
@@ -90,11 +92,9 @@ def of_collections(encoding: Encoding) -> dict[str, dict[str, str]]:
         for name in encoding.instructions:
             template = encoding.instructed(name).template(side)
             if Template(template).suffix != Template(encoding.template(side)).suffix:
-                raise InputError(
-                    "not-expressible",
+                raise not_expressible(
                     f"encoding.{setting} has {{instruction}} after {{text}}, and collections have"
-                    " their own instructions, where sentence-transformers has prompts before a"
-                    f" text only; {REMEDY}",
+                    " their own instructions, where sentence-transformers has prompts before a text"
                 )
             found[task][f"{name}-{task}"] = Prompt.of(setting, template).before
     return found
@@ -121,10 +121,8 @@ class Pairing:
         self.templates = templates
         self.encoding = encoding
         if encoding.scoring == "likelihood":
-            raise InputError(
-                "not-expressible",
-                f"{folder} scores by the query's likelihood, which no module of"
-                f" sentence-transformers computes; {REMEDY}",
+            raise not_expressible(
+                f"{folder} scores by a likelihood, which sentence-transformers does not compute"
             )
         self.longest = self.templates.room - MIN_PASSAGE
         self.passage = Prompt.of("passage_template", encoding.template("passage"))
@@ -132,19 +130,17 @@ class Pairing:
         # A chat template gives no token types.
         self.chat = encoding.pair == "joined" or (bool(between) and not self.templates.typed)
         if between and not self.chat:
-            raise InputError(
-                "not-expressible",
+            raise not_expressible(
                 f"{folder} reads pairs with token types and with {between!r} between the texts,"
-                f" where sentence-transformers has only a prompt before the first text; {REMEDY}",
+                " where sentence-transformers has only a prompt before the first text"
             )
         self.prompt = ""
         if not self.chat:
             self.prompt = Prompt.of("query_template", encoding.template("query")).before
         if encoding.instructions and has_instruction(encoding.passage_template):
-            raise InputError(
-                "not-expressible",
+            raise not_expressible(
                 f"{folder} has instructions of collections before its passages, where"
-                f" sentence-transformers has a prompt before the first text only; {REMEDY}",
+                " sentence-transformers has a prompt before the first text only"
             )
 
     def prompts(self) -> dict[str, str]:
@@ -246,10 +242,9 @@ def framed(
 
     padding = verify.pad_token(tokenizer)
     if padding is None or not tokenizer.is_fast:
-        raise InputError(
-            "not-expressible",
+        raise not_expressible(
             f"{tokenizer.name_or_path or 'the tokenizer'} is not of the tokenizers library, which"
-            f" can add prompts, or has no special token to pad with; {REMEDY}",
+            " can add prompts, or has no special token to pad with"
         )
     frame = {"before": list(before), "between": list(between), "after": list(after)}
 

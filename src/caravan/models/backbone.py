@@ -28,9 +28,9 @@ from caravan.models.preparing import Checkpointing, prepared
 from caravan.models.remote_code import is_allowed
 
 INHERITED = (
-    *("query_template", "passage_template", "append_eos"),
-    *("pooling", "normalize", "slots", "bidirectional", "instruction", "instructions"),
-)
+    "query_template", "passage_template", "append_eos", "pooling", "normalize", "slots",
+    "bidirectional", "instruction", "instructions",
+)  # fmt: skip
 """Settings of `Encoding` that the next training takes from a model folder, unless it sets them."""
 
 

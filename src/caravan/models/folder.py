@@ -107,7 +107,6 @@ def _settle_base(config: Any, folder: Path) -> str | None:
 def load(
     folder: Path,
     dtype: torch.dtype | str = torch.float32,
-    kind: str | None = None,
     attention: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any, Encoding, dict[str, Any]]:
@@ -115,7 +114,6 @@ def load(
 
     Args:
         dtype: dtype of the transformer's weights; the head of a reranker is float32.
-        kind: the required kind, "retriever" or "reranker"; None accepts both.
         attention: transformers' implementation, or "unpadded" (`caravan.models.varlen`).
         trust_remote_code: run remote code of the model or of its adapter's base
             (`caravan.models.remote_code`).
@@ -124,14 +122,11 @@ def load(
         The model (a BiEncoder or a CrossEncoder in eval mode), tokenizer, encoding and facts.
 
     Raises:
-        InputError: If the folder has another kind or is incomplete, a weight is missing, unused,
+        InputError: If the folder is incomplete, a weight is missing, unused,
             not finite or of the wrong shape, an adapter's base has other weights, the lengths
             exceed the model's positions, or remote code is needed but not allowed.
     """
     encoding, facts = read_encoding(folder)
-    if kind is not None and encoding.kind != kind:
-        text = f"{folder} is a {encoding.kind}; set the folder of a {kind}"
-        raise InputError("wrong-kind", text)
     adapter = facts["weights"] == "adapter"
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
     needed = {

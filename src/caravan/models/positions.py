@@ -7,19 +7,15 @@ and fail with an IndexError at the first longer text. Rotary positions have no s
 
 from __future__ import annotations
 
-import functools
-import logging
 import re
 from typing import Any
 
 from torch import nn
 
-from caravan.distributed import is_main_process
+from caravan.data.tokenization import warn_once
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models.bidirectional import unwrapped
-
-log = logging.getLogger(__name__)
 
 _NAMES = re.compile(r"(?:.*\.)?(wpe|(?!rel)(\w+_)?pos(ition|itions)?(_\w+)?)")
 """Tables of positions: `position_embeddings`, `embed_positions`, `positions_embed`, `wpe`, ..."""
@@ -50,7 +46,7 @@ def refuse_too_long(model: Any, encoding: Encoding, section: str = "encoding.") 
                 f" set {section}{setting} to {limit} or less",
             )
         if isinstance(trained, int) and 0 < trained < length:
-            _warn_once(
+            warn_once(
                 f"{section}{setting} is {length}, and {name} was trained on texts of at most"
                 f" {trained} tokens (max_position_embeddings)"
             )
@@ -74,9 +70,3 @@ def positions(trunk: nn.Module) -> int | None:
         if buffer.is_floating_point() and buffer.dim() == 2 and _NAMES.fullmatch(name):
             limits.append(len(buffer))
     return min(limits, default=None)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    if is_main_process():
-        log.warning(message)

@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from caravan.encoding import INSTRUCTION, LONGEST
 from caravan.errors import InputError, reading
 from caravan.hub import is_available
@@ -31,9 +29,9 @@ TRANSFORMER = [
 ]
 """Names that the config of the Transformer has had."""
 HARMLESS = {
-    *("trust_remote_code", "padding_side", "attn_implementation", "dtype", "torch_dtype"),
-    *("unpad_inputs", "use_memory_efficient_attention"),
-}
+    "trust_remote_code", "padding_side", "attn_implementation", "dtype", "torch_dtype",
+    "unpad_inputs", "use_memory_efficient_attention",
+}  # fmt: skip
 """Arguments of the model or tokenizer that change no embedding."""
 UNSCALED = {"dot", "euclidean", "manhattan"}
 """Similarities that depend on the length of embeddings."""
@@ -47,7 +45,6 @@ FLAGS = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 """Older configs of a Pooling have a flag for each mode."""
-OUTPUTS = ("module_input_name", "module_output_name")
 _INSTRUCT = re.compile(r"(Instruct: )([^\n]+)(\nQuery: ?)")
 """The prompt of Qwen3-Embedding and E5-Mistral."""
 
@@ -80,14 +77,12 @@ def released_encoding(name: str, revision: str | None = None, kind: str = "retri
 
 
 def _retriever(name: str, read: Reader, modules: list[dict[str, Any]]) -> Released:
-    """The encoding of a bi-encoder: Transformer, Pooling, perhaps a cut and Normalize."""
+    """The encoding of a bi-encoder: Transformer, Pooling, perhaps Normalize."""
     problems: dict[str, str] = {}
     settings: dict[str, Any] = {"append_eos": False}  # the tokenizer adds it, or nothing does
     config, transformer = read(SETTINGS) or {}, transformer_config(read)
     prompts = {key: text for key, text in (config.get("prompts") or {}).items() if text}
-    cuts = [_cut(read, module) for module in modules]
-    uncut = [module for module, cut in zip(modules, cuts, strict=True) if not cut]
-    pooling, problem = _pooling(read, uncut, transformer, bool(prompts))
+    pooling, problem = _pooling(read, modules, transformer, bool(prompts))
     if problem:
         text = f"{name} {problem}, which a model folder cannot do"
         problems["pooling"] = f"{text}; set it to use the transformer without that"
@@ -95,11 +90,11 @@ def _retriever(name: str, read: Reader, modules: list[dict[str, Any]]) -> Releas
         settings["pooling"] = pooling
     scaled = any(kind_of(module) == "Normalize" for module in modules)
     similarity = config.get("similarity_fn_name")
-    truncated = config.get("truncate_dim") or (cuts[-1] if scaled else 0)  # after Normalize
+    truncated = config.get("truncate_dim") or 0  # after Normalize
     settings["normalize"] = scaled or similarity == "cosine"
     # A folder cuts embeddings before it normalizes them; a cosine does not depend on the order.
-    dims = {*cuts, truncated} - {0, (read("config.json") or {}).get("hidden_size")}
-    settings["dim"] = min(dims, default=0)
+    whole = truncated == (read("config.json") or {}).get("hidden_size")
+    settings["dim"] = 0 if whole else truncated
     if scaled and (similarity == "manhattan" or (truncated and similarity in UNSCALED)):
         cut = "truncates normalized embeddings (truncate_dim)" if truncated else "has a Normalize"
         problems["normalize"] = (
@@ -134,20 +129,6 @@ def _retriever(name: str, read: Reader, modules: list[dict[str, Any]]) -> Releas
     for side, key in (("query", "query_length"), ("passage", "document_length")):
         settings[f"{side}_length"] = _called(transformer) or transformer.get(key) or longest
     return Released(settings, problems)
-
-
-def _cut(read: Reader, module: dict[str, Any]) -> int:
-    """How many dimensions a Dense keeps that only cuts embeddings, as in an export; 0 if none."""
-    if kind_of(module) != "Dense":
-        return 0
-    config = read(f"{module['path']}/config.json") or {}
-    weights = read(f"{module['path']}/model.safetensors") or {}
-    plain = str(config.get("activation_function")).endswith(".Identity")
-    outputs = {config.get(key) or "sentence_embedding" for key in OUTPUTS}
-    if list(weights) != ["linear.weight"] or not plain or outputs != {"sentence_embedding"}:
-        return 0
-    weight = weights["linear.weight"].float()
-    return len(weight) if torch.equal(weight, torch.eye(*weight.shape)) else 0
 
 
 def _pooling(
@@ -264,18 +245,11 @@ def reader(name: str, revision: str | None) -> Reader:
 
 
 def _read(name: str, file: str, revision: str | None) -> Any:
-    """A JSON file, or weights, of a hub id or folder; None if there are none.
-
-    A file that the hub does not give counts as missing.
-    """
-    from safetensors.torch import load_file
+    """A JSON file of a hub id or folder; None if there is none, or the hub does not give it."""
     from transformers.utils import cached_file
 
     optional = ("missing_entries", "gated_repo", "connection_errors")
     given: dict[str, Any] = {f"_raise_exceptions_for_{problem}": False for problem in optional}
     with reading(f"{name}/{file}", "it cannot be read"):
         path = cached_file(name, file, revision=revision, **given)
-        if path is None:
-            return None
-        weights = file.endswith(".safetensors")
-        return load_file(path) if weights else json.loads(Path(path).read_bytes())
+        return None if path is None else json.loads(Path(path).read_bytes())

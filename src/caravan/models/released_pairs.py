@@ -27,6 +27,8 @@ from caravan.models.released import (
 )
 
 SCORE = "LogitScore"
+MODULES_OF = {"head": ["Transformer"], "token": ["Transformer", SCORE]}
+"""The modules of a CrossEncoder by `Encoding.scoring`."""
 INCREASING = {"Identity", "Sigmoid", "Tanh", "LogSigmoid"}
 """Activations of torch that keep the order of the scores."""
 PAIR = (("", "Which animals cross the desert?"), ("", "Camels cross it, by night."))
@@ -51,15 +53,13 @@ def check_released(name: str, revision: str | None, tokenizer: Any, encoding: En
     read = reader(name, revision)
     with reading(name, "its files of sentence-transformers cannot be read"):
         modules, transformer = read(MODULES), transformer_config(read)
-        if encoding.scoring == "token" and modules is not None:
-            _check_modules(name, read, modules, answer_ids(tokenizer, encoding))
-        elif encoding.scoring == "head":
-            _check_cross_encoder(name, read, modules)
-        scored = TASKS.get(encoding.scoring)
-        if modules is not None and scored is not None:
-            problem = reading_problem(read, transformer, scored, "logits", CALLED)
-            if problem:
-                raise InputError("not-readable", f"{name} {problem}; choose another model")
+        if encoding.scoring in MODULES_OF:
+            _check_activation(name, read)
+            if modules is not None:
+                _check_modules(name, read, modules, tokenizer, encoding)
+                task = TASKS[encoding.scoring]
+                if problem := reading_problem(read, transformer, task, "logits", CALLED):
+                    raise InputError("not-readable", f"{name} {problem}; choose another model")
         prompt = _prompt(read)
         longest = longest_text(read, transformer)
     length = encoding.query_length + encoding.passage_length
@@ -114,41 +114,31 @@ def _check_pair(name: str, tokenizer: Any, encoding: Encoding, prompt: str, chat
 
 
 def _check_modules(
-    name: str, read: Reader, modules: list[dict[str, Any]], answers: tuple[int, int]
+    name: str, read: Reader, modules: list[dict[str, Any]], tokenizer: Any, encoding: Encoding
 ) -> None:
-    """Refuse other modules, other tokens, or an activation that changes the order."""
+    """Refuse other modules, or other tokens."""
     paths = {kind_of(module): str(module["path"]) for module in modules}
-    if list(paths) != ["Transformer", SCORE]:
+    if list(paths) != (expected := MODULES_OF[encoding.scoring]):
         raise InputError(
-            "not-token-scored",
+            "not-readable",
             f"{name} is a folder of sentence-transformers with the modules {', '.join(paths)}, not"
-            f" Transformer, {SCORE}; choose a model that is scored by two tokens, or a plain"
-            " language model",
+            f" {', '.join(expected)}, as for encoding.scoring={encoding.scoring}; choose another"
+            " stage, or another model",
         )
+    if encoding.scoring == "head":
+        return
     score = read(f"{paths[SCORE]}/config.json") or {}
     found = (score.get("true_token_id"), score.get("false_token_id"))
-    if found != answers:
+    if found != (answers := answer_ids(tokenizer, encoding)):
         raise InputError(
             "other-tokens",
             f"{name} is scored by the tokens {found[0]} and {found[1]}, and encoding.positive and"
             f" encoding.negative are {answers[0]} and {answers[1]}; set them to its own",
         )
-    _check_activation(name, read)
-
-
-def _check_cross_encoder(name: str, read: Reader, modules: list[dict[str, Any]] | None) -> None:
-    """Refuse modules or an activation with which scores would be in another order."""
-    kinds = [kind_of(module) for module in modules or ()]
-    if modules is not None and kinds != ["Transformer"]:
-        raise InputError(
-            "not-readable",
-            f"{name} is a folder of sentence-transformers with the modules {', '.join(kinds)}; only"
-            " a head of transformers (...ForSequenceClassification) can be adopted",
-        )
-    _check_activation(name, read)
 
 
 def _check_activation(name: str, read: Reader) -> None:
+    """Refuse an activation that changes the order of scores."""
     config, model = read(SETTINGS) or {}, read("config.json") or {}
     activation = (
         config.get("activation_fn")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import nn
 
 from caravan.errors import InputError
@@ -38,7 +38,7 @@ class TinyLlama(BaseBackbone):
         The others: see `BaseBackbone`.
 
     Raises:
-        InputError: If heads do not divide the width, or copying is negative.
+        InputError: If heads do not divide the width.
     """
 
     trains_tokenizer = True
@@ -49,7 +49,7 @@ class TinyLlama(BaseBackbone):
     heads: PositiveInt = 4
     intermediate_size: PositiveInt = 688
     max_length: PositiveInt = 2048
-    copying: float = 1.0
+    copying: NonNegativeFloat = 1.0
 
     def __post_init__(self) -> None:
         if self.hidden_size % (2 * self.heads):  # rotary positions turn pairs of numbers
@@ -58,9 +58,6 @@ class TinyLlama(BaseBackbone):
                 f"backbone.hidden_size={self.hidden_size} must be a multiple of twice"
                 f" heads={self.heads}",
             )
-        if self.copying < 0:
-            text = f"backbone.copying is {self.copying}; it must be 0 or more"
-            raise InputError("out-of-range", text)
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
         """A BPE, trained on the corpus and queries of a collection."""

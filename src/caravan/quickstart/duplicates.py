@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from caravan.data.shingles import NEAR_COPY, resemblance, shingles
+from caravan.data.texts import NEAR_COPY, resemblance, shingles
 from caravan.progress import track
 
 MAX_POSITIVES = 5  # a query with more relevant passages ("Perform a step.") is too general

@@ -14,6 +14,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +68,7 @@ LICENCE = re.compile(
 )
 
 
+@dataclass
 class PyDocs(Source):
     """Docstrings of `packages` as a collection with splits train, dev and test.
 
@@ -86,33 +88,27 @@ class PyDocs(Source):
     """
 
     language = "en"
+    name: str = "pydocs"
+    packages: list[str] | None = None
+    train_split: str = "train"
+    dev_split: str = "dev"
+    split: str = "test"
+    min_words: int = 15
+    min_query_words: int = 4
+    max_query_words: int = 40
+    held_out: float = 0.045
+    unit: Literal["docstring", "class", "module"] = "docstring"
 
-    def __init__(
-        self,
-        name: str = "pydocs",
-        packages: list[str] | None = None,
-        train_split: str = "train",
-        dev_split: str = "dev",
-        split: str = "test",
-        min_words: int = 15,
-        min_query_words: int = 4,
-        max_query_words: int = 40,
-        held_out: float = 0.045,
-        unit: Literal["docstring", "class", "module"] = "docstring",
-    ) -> None:
-        if not 0 <= held_out <= 0.5:
-            raise InputError("invalid-setting", f"data.held_out={held_out} is not in [0, 0.5]")
-        if min_query_words > max_query_words:
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out <= 0.5:
+            problem = f"data.held_out={self.held_out} is not in [0, 0.5]"
+            raise InputError("invalid-setting", problem)
+        if self.min_query_words > self.max_query_words:
             raise InputError(
                 "invalid-setting",
-                f"data.min_query_words={min_query_words} is above"
-                f" data.max_query_words={max_query_words}, which leaves no query; lower it",
+                f"data.min_query_words={self.min_query_words} is above"
+                f" data.max_query_words={self.max_query_words}, which leaves no query; lower it",
             )
-        self.name, self.packages, self.unit = name, packages, unit
-        self.train_split, self.dev_split, self.split = train_split, dev_split, split
-        self.min_words = min_words
-        self.min_query_words, self.max_query_words = min_query_words, max_query_words
-        self.held_out = held_out
 
     def collection(self, cache_dir: str | Path) -> Collection:
         """Write the BEIR folder under `cache_dir` (half a minute on two cores), and read it.

@@ -34,7 +34,7 @@ def _run(arguments: argparse.Namespace) -> None:
             message = f"there is no folder {folder}; name a run directory, or a folder of several"
             raise InputError("folder-not-found", message)
     if arguments.command == "collections":
-        from caravan.report.suites import read_suites, show_suites
+        from caravan.report.summary import read_suites, show_suites
 
         show_suites(read_suites(folders), folders[0] if len(folders) == 1 else None)
     elif arguments.command == "table":
@@ -53,9 +53,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     """Print the comparison of two systems or more, and write its page with --html."""
-    from caravan.report.compare import compare
+    from caravan.report.compare import compare, examples
     from caravan.report.evaluations import comparison_tables
-    from caravan.report.examples import examples
     from caravan.report.page import of_comparison, save
     from caravan.report.systems import read_judged, read_system, with_distinct_names
     from caravan.report.tables import show
@@ -64,7 +63,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     systems = with_distinct_names([read_system(path) for path in arguments.folders])
     measures = arguments.measures.split(",") if arguments.measures else []
     judged = read_judged(systems, arguments.qrels)
-    comparison = compare(systems, judged, measures, arguments.test)
+    comparison = compare(systems, judged, measures)
     for table in comparison_tables(comparison):
         show(table)
     for some in examples(comparison, 0, len(systems) - 1, arguments.queries):
@@ -102,8 +101,6 @@ def _parser() -> argparse.ArgumentParser:
     add("folders", type=Path, nargs="+", metavar="RUN", help=run)
     add("--qrels", type=Path, metavar="FILE", help="judge by this file (TREC's or BEIR's)")
     add("--measures", metavar="M,M,...", help="such as MRR@10,nDCG@10; the first orders queries")
-    test = "paired t-test (default), or randomisation test"
-    add("--test", default="t", choices=("t", "randomisation"), help=test)
     add("--queries", type=_count, default=3, metavar="N", help="shown of those that gain, and lose")
     page = "write a page too (comparison.html), with plots and tables beside it"
     html = Path("comparison.html")

@@ -2,7 +2,7 @@
 
 A candidate is suspected to be relevant if a teacher scores it above the positives of its query, by
 the rule of `sampler.teacher_margin` (`caravan.data.mining.Rules`). A copy has the words of a
-positive, a near-copy shares most of its word shingles (`caravan.data.shingles`). A usable negative
+positive, a near-copy shares most of its word shingles (`caravan.data.texts`). A usable negative
 is none of these. Positives that were hidden before the audit measure it: they are planted false
 negatives.
 """
@@ -23,10 +23,9 @@ from caravan.data.collection import Collection
 from caravan.data.mining import Positives, Rules, mine
 from caravan.data.qrels import Qrels
 from caravan.data.runs import Run
-from caravan.data.shingles import NEAR_COPY, resemblance, shingles
+from caravan.data.texts import NEAR_COPY, resemblance, shingles
 from caravan.errors import InputError
-from caravan.report.compare import paired_tests
-from caravan.report.examples import Examples, Passage, Query, shortened
+from caravan.report.compare import Examples, Passage, Query, paired_tests, shortened
 from caravan.report.page import Page
 from caravan.report.tables import MINUS, NONE, Section, Table
 from caravan.report.verdict import verdict

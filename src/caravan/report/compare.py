@@ -1,11 +1,11 @@
-"""Compare systems query by query: scores, paired tests, overlap of rankings.
+"""Compare systems query by query: scores, paired tests, overlap of rankings, example queries.
 
 Scores are those of ir_measures (`caravan.retrieval.metrics.score_run`); a query that a run lacks
 counts 0. A run is neither scored nor tested by a measure that looks deeper than the run: R@1000 of
 the first 100 passages of a ranking is lower than that of the whole ranking.
 
 A pair is tested over the queries by scipy: the two-sided paired t-test, which keeps its level on
-retrieval scores (Urbano et al. 2019, SIGIR), or the randomisation test (Smucker et al. 2007, CIKM).
+retrieval scores (Urbano et al. 2019, SIGIR).
 Several pairs are corrected after Holm (1979), a measure at a time: the tests share systems and are
 dependent, and Holm holds under any dependence, unlike Benjamini and Hochberg's procedure.
 """
@@ -26,12 +26,14 @@ from caravan.report.tables import depth_note
 from caravan.retrieval.metrics import deepest, depth_of, score_run, spelled, too_deep
 
 DEFAULT_MEASURES = ("MRR@10", "nDCG@10", "R@100")
-RESAMPLES = 9_999
-"""Of the randomisation test: its smallest p is 1 in 10,000."""
 DEPTH = 100
 """How deep rankings are read for overlaps and examples, whatever the measures."""
 OVERLAPS = (1, 10, 100)
 """Depths of the overlap; at 1 it is the share of queries with the same passage on top."""
+CHARACTERS = 420
+"""Shown of a text, so that a page stays small."""
+RELEVANT = 2
+"""Relevant passages shown of a query: those that a ranking has highest."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,6 @@ class Comparison:
     pairs: dict[str, list[Pair]]  # by measure
     # Of two systems: {k: passages in the first k of both over those of either, mean}.
     jaccard: dict[tuple[int, int], dict[int, float]]
-    test: str
 
     @property
     def names(self) -> list[str]:
@@ -101,7 +102,6 @@ def compare(
     systems: Sequence[System],
     judged: Judged,
     measures: Sequence[str] = (),
-    test: str = "t",
     against: int | None = None,
 ) -> Comparison:
     """Score every system query by query, and test the pairs.
@@ -109,7 +109,6 @@ def compare(
     Args:
         measures: by default those of the first evaluation; with the grade from which the split
             counts a passage as relevant, as in `evaluate.py`.
-        test: "t" or "randomisation".
         against: the one system that the others are tested against; None tests all pairs.
 
     Raises:
@@ -150,16 +149,14 @@ def compare(
         values,
         depths,
         missing,
-        {name: paired_tests(of, couples, test) for name, of in values.items()},
+        {name: paired_tests(of, couples) for name, of in values.items()},
         {(a, b): {k: _jaccard(tops[a], tops[b], k) for k in OVERLAPS} for a, b in couples},
-        test,
     )
 
 
 def paired_tests(
     values: np.ndarray,  # [S, Q]
     couples: Sequence[tuple[int, int]],
-    test: str = "t",
 ) -> list[Pair]:
     """Test each couple (a, b) over the queries, and correct p for their number.
 
@@ -167,7 +164,7 @@ def paired_tests(
     """
     couples = [couple for couple in couples if not np.isnan(values[list(couple)]).any()]
     changes = [values[b] - values[a] for a, b in couples]
-    tested = [_test(change, test) for change in changes]
+    tested = [_test(change) for change in changes]
     corrected = holm([p for _, _, p in tested])
     return [
         Pair(a, b, float(np.mean(x)), *found, p, *(int(c.sum()) for c in (x > 0, x == 0, x < 0)))
@@ -175,7 +172,7 @@ def paired_tests(
     ]
 
 
-def _test(differences: np.ndarray, test: str) -> tuple[float, float, float]:
+def _test(differences: np.ndarray) -> tuple[float, float, float]:
     """(low, high, p) of the mean difference; p is 1 for systems that never differ.
 
     One query has no spread to test: its p is 1 and its interval infinite.
@@ -184,24 +181,12 @@ def _test(differences: np.ndarray, test: str) -> tuple[float, float, float]:
         return 0.0, 0.0, 1.0
     if len(differences) < 2:
         return -np.inf, np.inf, 1.0
-    low = high = float(np.mean(differences))
-    p = 0.0
-    if np.ptp(differences) > 0:  # else t is infinite
-        by_t = stats.ttest_1samp(differences, 0.0)
-        low, high = map(float, by_t.confidence_interval(0.95))
-        p = float(by_t.pvalue)
-    if test == "randomisation":
-        found = stats.permutation_test(
-            (differences,),
-            lambda values, axis: np.mean(values, axis=axis),
-            permutation_type="samples",
-            vectorized=True,
-            n_resamples=RESAMPLES,
-            batch=max(1, (1 << 22) // len(differences)),
-            rng=np.random.default_rng(0),
-        )
-        p = float(found.pvalue)
-    return low, high, p
+    mean = float(np.mean(differences))
+    if np.ptp(differences) == 0:  # t is infinite
+        return mean, mean, 0.0
+    found = stats.ttest_1samp(differences, 0.0)
+    low, high = map(float, found.confidence_interval(0.95))
+    return low, high, float(found.pvalue)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -231,3 +216,90 @@ def _jaccard(a: Sequence[np.ndarray], b: Sequence[np.ndarray], k: int) -> float:
         x, y = set(one[:k].tolist()), set(other[:k].tolist())
         shares.append(len(x & y) / len(x | y) if x or y else 1.0)
     return float(np.mean(shares))
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A passage as it is shown; title and text are cut."""
+
+    id: str
+    title: str
+    text: str
+    relevant: bool
+    label: str  # such as "Relevant (grade 2)"
+    place: str  # such as its ranks
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query as it is shown, and a line about it, such as its scores."""
+
+    id: str
+    text: str
+    line: str
+    passages: list[Passage]
+
+
+@dataclass(frozen=True)
+class Examples:
+    title: str
+    queries: Sequence[Query]
+
+
+def examples(comparison: Comparison, a: int, b: int, count: int) -> list[Examples]:
+    """The `count` queries that gain most from system a to b in the first measure, and lose most."""
+    differences = np.subtract(*comparison.values[comparison.measure][[b, a]])
+    order = np.argsort(-differences, kind="stable")
+    chosen = {
+        "gain": [i for i in order[:count].tolist() if differences[i] > 0],
+        "lose": [i for i in order[::-1][:count].tolist() if differences[i] < 0],
+    }
+    names = f"{comparison.names[a]} → {comparison.names[b]}"
+    return [
+        Examples(f"{names}: queries that {change} most", [_query(comparison, a, b, i) for i in at])
+        for change, at in chosen.items()
+        if at
+    ]
+
+
+def _query(comparison: Comparison, a: int, b: int, query: int) -> Query:
+    judged, row = comparison.judged, int(comparison.query_rows[query])
+    grades = {int(p): int(g) for p, g in zip(*judged.qrels.of(row), strict=True)}
+    ranks = {
+        comparison.names[i]: {
+            p: rank for rank, p in enumerate(comparison.runs[i].of(row)[0][:DEPTH].tolist(), 1)
+        }
+        for i in (a, b)
+    }
+    tops = [passage for of in ranks.values() for passage, rank in of.items() if rank == 1]
+    relevant = [passage for passage, grade in grades.items() if grade >= 1]
+    relevant.sort(key=lambda p: min(of.get(p, DEPTH + 1) for of in ranks.values()))
+    wanted = list(dict.fromkeys([*relevant[:RELEVANT], *tops]))
+    texts, query_text = [("", "")] * len(wanted), ""
+    if judged.has_texts:
+        texts = judged.corpus.get(wanted)
+        ((_, query_text),) = judged.queries.get([row])
+    names = judged.corpus.ids(np.array(wanted, np.int64))
+    passages = []
+    for passage, name, text in zip(wanted, names, texts, strict=True):
+        grade = grades.get(passage, 0)
+        label = "Relevant" if grade >= 1 else "Not judged relevant"
+        label += f" (grade {grade})" if grade > 1 else ""
+        places = [f"{of.get(passage, f'below {DEPTH}')} in {run}" for run, of in ranks.items()]
+        place = f"rank {', '.join(places)}"
+        passages.append(Passage(name, *shortened(*text), grade >= 1, label, place))
+    before, after = comparison.values[comparison.measure][[a, b], query].tolist()
+    line = f"{comparison.measure} from {before:.3f} to {after:.3f}"
+    line += f", {len(relevant)} relevant passages" if len(relevant) != 1 else ""
+    (name,) = judged.queries.ids(np.array([row], np.int64))
+    return Query(name, shortened("", query_text)[1], line, passages)
+
+
+def shortened(title: str, text: str) -> tuple[str, str]:
+    """A title and a text, each cut to what is shown."""
+    return _short(title, CHARACTERS // 4), _short(text, CHARACTERS)
+
+
+def _short(text: str, most: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1].rsplit(" ", 1)[0] + " …"

@@ -13,8 +13,14 @@ from typing import Any
 
 from caravan.errors import InputError
 from caravan.manifests import write_json
-from caravan.report.compare import OVERLAPS, RESAMPLES, Comparison, Pair, compare, mean_interval
-from caravan.report.examples import examples
+from caravan.report.compare import (
+    OVERLAPS,
+    Comparison,
+    Pair,
+    compare,
+    examples,
+    mean_interval,
+)
 from caravan.report.plots import Plot, intervals
 from caravan.report.records import (
     Records,
@@ -229,12 +235,11 @@ def _significance(comparison: Comparison) -> Table:
         ]
         for measure, pair in found
     ]
-    by = "paired t-test" if comparison.test == "t" else f"randomisation test, {RESAMPLES:,} samples"
     heads = ["measure", "A → B", f"B {MINUS} A", "p", "p (Holm)", "95 % interval (t)"]
     return Table(
         "significance",
-        f"{comparison.judged.title}: {by}, two-sided, p corrected after Holm over the pairs of a"
-        " measure; below .05 in bold. Queries that gain, keep and lose from A to B."
+        f"{comparison.judged.title}: paired t-test, two-sided, p corrected after Holm over the"
+        " pairs of a measure; below .05 in bold. Queries that gain, keep and lose from A to B."
         + comparison.depth_note,
         [*heads, "gain", "keep", "lose"],
         cells,

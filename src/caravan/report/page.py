@@ -36,7 +36,7 @@ from caravan.report.evaluations import (
 )
 from caravan.report.plots import Line, Plot, lines
 from caravan.report.records import has_scores, read_metrics
-from caravan.report.suites import collect_suites, means_sentence, read_suites, suites_table
+from caravan.report.summary import collect_suites, means_sentence, read_suites, suites_table
 from caravan.report.tables import NONE, Code, Section, Table, slug
 
 FILE = "report.html"

@@ -118,7 +118,7 @@ class Code:
 class Section:
     """A heading, its anchor, and blocks below it.
 
-    A block is a str, Code, a Table, a `plots.Plot` or `examples.Examples`.
+    A block is a str, Code, a Table, a `plots.Plot` or `compare.Examples`.
     """
 
     title: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -37,42 +36,26 @@ def verdict(measure: str, names: Sequence[str], pairs: Iterable[Pair], verb: str
     return f"{measure}: {findings(names, pairs, verb)}"
 
 
-def findings(
-    names: Sequence[str], pairs: Iterable[Pair], verb: str = "beats", known: str | None = None
-) -> str:
-    """The sentence of `verdict` without the measure.
-
-    If all names have the same settings, those with equal values in both names of a pair are omitted
-    from the second name.
-
-    Args:
-        known: the system that the previous sentence is about, here "it"; its pairs come first.
-    """
+def findings(names: Sequence[str], pairs: Iterable[Pair], verb: str = "beats") -> str:
+    """The sentence of `verdict` without the measure."""
     found: dict[str, list[str]] = {}
     rest: list[bool] = []
-    # Otherwise two shortened names could be equal.
-    alike = len({tuple(re.findall(r"(\S+)=", name)) for name in names}) == 1
     for number, pair in enumerate(pairs):
         a, b = (pair.b, pair.a) if pair.difference < 0 else (pair.a, pair.b)
         p = p_value(pair.p).replace("<", "< ")
         p = p if p.startswith("<") else f"= {p}"
-        common = {word for word in names[b].split() if "=" in word and alike}
-        other = " ".join(word for word in names[a].split() if word not in common) or names[a]
-        ahead = "it" if names[b] == known else names[b]
         if number >= NAMED:
             rest.append(pair.p < LEVEL)
         elif pair.p < LEVEL:
-            text = f"{other} by {abs(pair.difference):.4f} (p {p})"
-            found.setdefault(f"{ahead} {verb}", []).append(text)
+            text = f"{names[a]} by {abs(pair.difference):.4f} (p {p})"
+            found.setdefault(f"{names[b]} {verb}", []).append(text)
         else:
-            start = f"{ahead} does not differ significantly from"
-            found.setdefault(start, []).append(f"{other} (p {p})")
-    known_first = sorted(found.items(), key=lambda one: not one[0].startswith("it "))
-    parts = [f"{start} {listed(of)}" for start, of in known_first]
+            start = f"{names[b]} does not differ significantly from"
+            found.setdefault(start, []).append(f"{names[a]} (p {p})")
+    parts = [f"{start} {listed(of)}" for start, of in found.items()]
     if rest:
         parts.append(f"of {count(len(rest), 'more pair')}, {sum(rest)} differ significantly")
-    text = "; ".join(parts)
-    return f"It{text[2:]}." if text.startswith("it ") else f"{text}."
+    return f"{'; '.join(parts)}."
 
 
 def listed(texts: Sequence[str]) -> str:
@@ -137,7 +120,7 @@ def of_comparison(comparison: Comparison) -> str:
         return f"{first}; no test: a run is not deep enough for {measure}."
     if not several:
         return f"{first}; no test of one query."
-    return f"{first}. {findings(names, pairs, known=best[0] if len(best) < 2 else None)}"
+    return f"{first}. {findings(names, pairs)}"
 
 
 def _ranked(comparison: Comparison) -> list[int]:
@@ -200,8 +183,7 @@ def of_sweep(sweep: Sweep) -> str:
     if not last or seeds < SEEDS:
         return f"{text}; no test: {f'fewer than {SEEDS} seeds' if last else 'one setting'}."
     pairs = paired_tests(table.to_numpy(), [(i, last) for i in range(last)])
-    known = best[0] if len(best) < 2 else None
-    return f"{text}. {findings(names, _against_last(pairs, last), known=known)}"
+    return f"{text}. {findings(names, _against_last(pairs, last))}"
 
 
 def of_trainings(trainings: Mapping[str, Mapping[str, Any]]) -> str:

@@ -6,6 +6,7 @@ Ranks need no calibration (Cormack et al. 2009); scores, normalized query by que
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ Fusion = Callable[[Sequence[Run]], Run]
 """Makes one run of several."""
 
 
+@dataclass
 class ReciprocalRank:
     """The sum over runs of 1 / (k + rank), with ranks from 1.
 
@@ -25,8 +27,8 @@ class ReciprocalRank:
         weights: one per run; None weighs all the same.
     """
 
-    def __init__(self, k: float = 60, weights: Sequence[float] | None = None) -> None:
-        self.k, self.weights = k, weights
+    k: float = 60
+    weights: Sequence[float] | None = None
 
     def __call__(self, runs: Sequence[Run]) -> Run:
         parts = []
@@ -36,6 +38,7 @@ class ReciprocalRank:
         return _added(runs, parts, self.weights)
 
 
+@dataclass
 class Weighted:
     """The weighted sum of scores, normalized for each query and run.
 
@@ -45,12 +48,8 @@ class Weighted:
             gets the run's lowest score ("none": 0).
     """
 
-    def __init__(
-        self,
-        weights: Sequence[float] | None = None,
-        normalise: Literal["minmax", "zscore", "none"] = "minmax",
-    ) -> None:
-        self.weights, self.normalise = weights, normalise
+    weights: Sequence[float] | None = None
+    normalise: Literal["minmax", "zscore", "none"] = "minmax"
 
     def __call__(self, runs: Sequence[Run]) -> Run:
         parts = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -304,6 +304,7 @@ class Inference:
         return rows
 
 
+@dataclass
 class Models:
     """Opens model folders with the settings of one evaluation, keeping one model in memory.
 
@@ -311,16 +312,13 @@ class Models:
     of a suite share the loaded model. Arguments: see `Inference`.
     """
 
-    def __init__(
-        self,
-        precision: str = "auto",
-        token_budget: int | None = None,
-        num_workers: int | None = None,
-        attention: str = "auto",
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.precision, self.token_budget, self.num_workers = precision, token_budget, num_workers
-        self.attention, self.trust_remote_code = attention, trust_remote_code
+    precision: str = "auto"
+    token_budget: int | None = None
+    num_workers: int | None = None
+    attention: str = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
         self.digest = lru_cache(maxsize=None)(folder_digest)
         self._open: tuple[Any, Inference] | None = None
 

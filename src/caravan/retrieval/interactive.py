@@ -21,7 +21,6 @@ import numpy as np
 from caravan.data.collection import Collection
 from caravan.data.runs import Run, canonical
 from caravan.data.tokenization import instruction_for
-from caravan.errors import InputError
 from caravan.retrieval.bm25 import BM25, open_index
 from caravan.retrieval.fusion import Fusion
 from caravan.retrieval.inference import Models, TextList
@@ -49,19 +48,15 @@ class Result:
         return {row: (rank, score) for rank, (row, score) in ranked}
 
 
+@dataclass(frozen=True)
 class Searcher:
     """Searches a collection with a search function per retrieval stage."""
 
-    def __init__(
-        self,
-        collection: Collection,
-        retrievers: Mapping[str, Callable[[str], Run]],
-        fuse: Fusion,
-        reranker: Reranker | None,
-        k: int,
-    ) -> None:
-        self.collection, self.retrievers = collection, retrievers
-        self.fuse, self.reranker, self.k = fuse, reranker, k
+    collection: Collection
+    retrievers: Mapping[str, Callable[[str], Run]]
+    fuse: Fusion
+    reranker: Reranker | None
+    k: int
 
     def __call__(self, query: str) -> list[Result]:
         """The results of all stages in order; the last one's run is the answer."""
@@ -89,12 +84,8 @@ def open_searcher(
     """Load the models, and embed or index the corpus unless the store has it.
 
     Raises:
-        InputError: If the collection has no passage, or a length exceeds a model's positions.
+        InputError: If a length exceeds a model's positions.
     """
-    if not len(collection.corpus):
-        raise InputError(
-            "empty-corpus", f"{collection.name} has no passage to search; choose another data="
-        )
     systems.check_settings(models)
     retrievers: dict[str, Callable[[str], Run]] = {}
     for name in systems.retrievers:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from caravan.data.datamodule import DataModule
 from caravan.data.runs import Run, canonical, write_run
 from caravan.data.segments import Reading
 from caravan.data.validation import Validation
@@ -33,6 +32,7 @@ from caravan.retrieval.metrics import per_query, spelled
 from caravan.retrieval.segments import BestSegments
 from caravan.training import parallel
 from caravan.training.callbacks import in_words
+from caravan.training.datamodule import DataModule
 from caravan.training.optim import batches_in_run
 from caravan.training.stage import Stage
 

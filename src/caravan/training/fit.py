@@ -27,7 +27,6 @@ from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, Pr
 from rich import get_console
 
 from caravan import manifests
-from caravan.data.datamodule import DataModule
 from caravan.data.mixture import Part, instructed, open_parts, texts_of
 from caravan.data.segments import Reading
 from caravan.data.tokenization import without_second_end
@@ -44,6 +43,7 @@ from caravan.models.positions import refuse_too_long
 from caravan.models.released_pairs import check_released
 from caravan.training.callbacks import FitSummary
 from caravan.training.checkpoints import AtomicCheckpoints, best_weights, refuse_damage, resumable
+from caravan.training.datamodule import DataModule, Reads, validated
 from caravan.training.distillation import Distillation
 from caravan.training.evaluation import (
     evaluate_again,
@@ -55,7 +55,6 @@ from caravan.training.gradcache import GradCache
 from caravan.training.memory import Need, memory_needed
 from caravan.training.optim import AdamW, updates
 from caravan.training.provenance import file_digests, finished, inputs_of, refuse_other_run
-from caravan.training.reads import Reads, validated
 from caravan.training.stage import Stage
 
 log = logging.getLogger(__name__)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Protocol
 
 import torch
@@ -64,6 +65,7 @@ class Loss(Protocol):
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor: ...
 
 
+@dataclass
 class InfoNCE(Loss):
     """Cross-entropy of the positive among all columns: -log softmax(scores / temperature)[target].
 
@@ -80,32 +82,28 @@ class InfoNCE(Loss):
     0.3133
     """
 
-    def __init__(
-        self,
-        temperature: Temperature = 0.01,
-        false_negative_margin: Margin | None = None,
-        dims: Dims | None = None,
-    ) -> None:
-        self.temperature, self.false_negative_margin = temperature, false_negative_margin
-        self.dims = dims
+    temperature: Temperature = 0.01
+    false_negative_margin: Margin | None = None
+    dims: Dims | None = None
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(scores / self.temperature, targets)
 
 
+@dataclass
 class Likelihood(Loss):
     """The negative score of the positive, where scores are log probabilities: -scores[target].
 
     Negatives play no part, so `sampler.number` may be 0 (UPR's language model, arXiv 2204.07496).
     """
 
-    def __init__(self, temperature: Temperature = 1.0) -> None:
-        self.temperature = temperature
+    temperature: Temperature = 1.0
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
         return -(scores / self.temperature).gather(1, targets.unsqueeze(1)).mean()
 
 
+@dataclass
 class BCE(Loss):
     """Binary cross-entropy of each column by itself, relevant or not; the mean over all columns.
 
@@ -113,13 +111,9 @@ class BCE(Loss):
         positive_weight: of a positive's term; above 1 it balances one positive and many negatives.
     """
 
-    def __init__(
-        self,
-        positive_weight: float = 1.0,
-        temperature: Temperature = 0.01,
-        dims: Dims | None = None,
-    ) -> None:
-        self.positive_weight, self.temperature, self.dims = positive_weight, temperature, dims
+    positive_weight: float = 1.0
+    temperature: Temperature = 0.01
+    dims: Dims | None = None
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
         scores = scores / self.temperature
@@ -135,6 +129,7 @@ class BCE(Loss):
         return terms / real.sum()
 
 
+@dataclass
 class RankNet(Loss):
     """Logistic loss of each pair of a better and a worse column: log(1 + exp(worse - better)).
 
@@ -144,13 +139,9 @@ class RankNet(Loss):
         needs_teacher: order the columns by the teacher's scores, not positive before negative.
     """
 
-    def __init__(
-        self,
-        needs_teacher: bool = False,
-        temperature: Temperature = 0.01,
-        dims: Dims | None = None,
-    ) -> None:
-        self.needs_teacher, self.temperature, self.dims = needs_teacher, temperature, dims
+    needs_teacher: bool = False
+    temperature: Temperature = 0.01
+    dims: Dims | None = None
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
         scores = scores / self.temperature
@@ -167,6 +158,7 @@ class RankNet(Loss):
         return (terms * pairs).sum() / pairs.sum().clamp(min=1)
 
 
+@dataclass
 class MarginMSE(Loss):
     """Squared error between student's and teacher's margins of positive over negative.
 
@@ -175,9 +167,8 @@ class MarginMSE(Loss):
     """
 
     needs_teacher = True
-
-    def __init__(self, temperature: Temperature = 0.01, dims: Dims | None = None) -> None:
-        self.temperature, self.dims = temperature, dims
+    temperature: Temperature = 0.01
+    dims: Dims | None = None
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
         scores = scores / self.temperature
@@ -190,6 +181,7 @@ class MarginMSE(Loss):
         return squares.sum() / pairs.sum().clamp(min=1)
 
 
+@dataclass
 class KL(Loss):
     """Kullback-Leibler divergence of the student's softmax from the teacher's, over known columns.
 
@@ -198,15 +190,9 @@ class KL(Loss):
     """
 
     needs_teacher = True
-
-    def __init__(
-        self,
-        teacher_temperature: Temperature = 1.0,
-        temperature: Temperature = 0.01,
-        dims: Dims | None = None,
-    ) -> None:
-        self.teacher_temperature, self.temperature = teacher_temperature, temperature
-        self.dims = dims
+    teacher_temperature: Temperature = 1.0
+    temperature: Temperature = 0.01
+    dims: Dims | None = None
 
     def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
         scores = scores / self.temperature

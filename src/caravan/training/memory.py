@@ -20,7 +20,7 @@ from caravan.models.hardware import frozen_linears
 from caravan.training.fsdp import FullySharded
 
 if TYPE_CHECKING:
-    from caravan.data.datamodule import DataModule
+    from caravan.training.datamodule import DataModule
     from caravan.training.stage import Stage
 
 FLOAT = 4  # bytes; of all but frozen linear layers (`caravan.models.hardware.precisions`)

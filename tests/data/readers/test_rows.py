@@ -238,7 +238,6 @@ def test_files_that_are_no_tables_are_named(tmp_path: Path) -> None:
         ("b.csv", "query,positive\nq,a,b\n", "malformed-line", "b.csv:2"),
         ("c.csv", "", "empty-file", "c.csv"),
         ("d.parquet", "PAR1", "damaged-file", "d.parquet"),
-        ("e.arrow", "x", "file-of-dataset", "e.arrow"),
     ):
         path = put(tmp_path, {name: text}) / name
         with refused(code, place):

@@ -56,8 +56,6 @@ def test_a_path_without_text_is_refused(tmp_path: Path) -> None:
         TextFiles(str(tmp_path / "absent")).collection(tmp_path)
     with refused("empty-corpus", "blank.txt"):
         TextFiles(str(put(tmp_path, {"blank.txt": "\n \n"}) / "blank.txt")).collection(tmp_path)
-    with refused("invalid-setting", "data.documents"):
-        TextFiles("x", documents="page")
 
 
 def test_a_dataset_streams_into_a_collection(tmp_path: Path) -> None:

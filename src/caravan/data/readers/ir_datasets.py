@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from caravan.data.collection import Collection
-from caravan.data.qrels import Judgement
+from caravan.data.qrels import Judgement, UnknownIds
 from caravan.data.source import Source, Stream, Streams, cache_key, cached_collection
 from caravan.data.texts import Record, unique_records
 from caravan.errors import InputError, first_line
@@ -46,7 +46,7 @@ class IrDatasets(Source):
     train_split: str = "train"
     dev_split: str = "dev"
     split: str = "test"
-    unknown_ids: str = "refuse"
+    unknown_ids: UnknownIds = "refuse"
 
     def collection(self, cache_dir: str | Path) -> Collection:
         try:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from caravan.data.collection import Collection
-from caravan.data.qrels import Judgement
+from caravan.data.qrels import Judgement, UnknownIds
 from caravan.data.readers.lines import (
     PASSAGE_IDS,
     QUERY_IDS,
@@ -152,7 +152,7 @@ class Folder(Source):
     train_split: str = "train"
     dev_split: str = "dev"
     split: str = "test"
-    unknown_ids: str = "refuse"
+    unknown_ids: UnknownIds = "refuse"
     held_out: float = 0.0
 
     def collection(self, cache_dir: str | Path) -> Collection:

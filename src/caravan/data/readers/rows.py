@@ -13,8 +13,6 @@ corpus; elsewhere a passage is a text or an object. The id of a text without one
 
 from __future__ import annotations
 
-import difflib
-import functools
 import re
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
@@ -43,16 +41,12 @@ NAMES: dict[str, tuple[str, ...]] = {
 LISTS = {*NAMES["positive"][:3], *NAMES["negative"][:3]}
 """Columns of Tevatron and FlagEmbedding: always lists, in rows without a `score` or `label`."""
 NUMBERED = re.compile(r"negative_(\d+)")
-ROLES = {
-    "positive": "positive",
-    "pos": "positive",
-    "negative": "negative",
-    "neg": "negative",
-    "instruction": "instruction",
-    "instruct": "instruction",
-    "prompt": "instruction",
-    "score": "score",
-    "label": "label",
+SUGGESTED = {
+    "positive": re.compile(r"pos(i?tiv\w*)?s?"),
+    "negative": re.compile(r"neg(a?tiv\w*)?s?"),
+    "instruction": re.compile("(instruct(ion)?|prompt)s?"),
+    "score": re.compile("scores?"),
+    "label": re.compile("labels?"),
 }
 """Parts by the last word of a column's name, not counting "text" and the like."""
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
@@ -154,7 +148,6 @@ class Columns:
             )
 
 
-@functools.lru_cache(1024)
 def suggested(column: str) -> str | None:
     """The part that the name of a column suggests.
 
@@ -165,11 +158,7 @@ def suggested(column: str) -> str | None:
     while words and words[-1].removesuffix("s") in {*TEXTS, "doc"}:
         words.pop()
     word = words[-1] if words else ""
-    if len(word) > 4:  # "introduction" is not a misspelt "instruction"
-        near = difflib.get_close_matches(word, ROLES, 1, 0.9 if len(word) > 5 else 0.8)
-    else:
-        near = [one for one in (word, word.removesuffix("s")) if one in ROLES]
-    return ROLES[near[0]] if near else None
+    return next((part for part, name in SUGGESTED.items() if name.fullmatch(word)), None)
 
 
 def row_of(

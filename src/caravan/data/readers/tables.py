@@ -43,8 +43,6 @@ def rows(
     """
     for path in paths:
         file = Path(path)
-        if file.is_file() and path.endswith(".arrow"):
-            raise InputError("file-of-dataset", f"{path}: give the folder of the dataset instead")
         if path.endswith((".jsonl", ".json", ".gz", *TABLES)) and not file.is_file():
             raise InputError("file-not-found", f"there is no file {path}: correct the path")
         if not file.is_file():

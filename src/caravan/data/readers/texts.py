@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from caravan.data.collection import Collection, write_collection
 from caravan.data.readers.lines import contents, digest, lines, objects, text_of
@@ -20,7 +21,6 @@ from caravan.errors import InputError
 from caravan.files import listed
 
 SUFFIXES = (".jsonl", ".txt")
-DOCUMENTS = ("file", "line")
 
 
 @dataclass
@@ -37,16 +37,10 @@ class TextFiles(Source):
 
     path: str
     name: str | None = None
-    documents: str = "file"
+    documents: Literal["file", "line"] = "file"
     train_split: str = ""
     dev_split: str = ""
     split: str = ""
-
-    def __post_init__(self) -> None:
-        if self.documents not in DOCUMENTS:
-            raise InputError(
-                "invalid-setting", f"data.documents is {self.documents!r}; it must be file or line"
-            )
 
     def collection(self, cache_dir: str | Path) -> Collection:
         path = Path(self.path)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from caravan.data.collection import Collection
-from caravan.data.qrels import Judgement, Scored
+from caravan.data.qrels import Judgement, Scored, UnknownIds
 from caravan.data.readers.lines import by_stem, contents, record_of
 from caravan.data.readers.rows import Columns, row_of
 from caravan.data.readers.tables import SAVED, TABLES, rows
@@ -79,7 +79,7 @@ class TrainingRows(Source):
     train_split: str = TRAIN
     dev_split: str = DEV
     split: str = DEV
-    unknown_ids: str = "refuse"
+    unknown_ids: UnknownIds = "refuse"
 
     def collection(self, cache_dir: str | Path) -> Collection:
         columns = Columns(self.columns)

@@ -1,0 +1,162 @@
+"""What a training reads: the LightningDataModule, and the collections and validations of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader
+
+from caravan.data.batching import PairBatches, TextBatches, TrainingSet
+from caravan.data.loaders import TextLoader, TrainLoader, limited, rank_share
+from caravan.data.mixing import MixedSet
+from caravan.data.mixture import Mixture, Part
+from caravan.data.unlabelled import Unlabelled
+from caravan.data.validation import Validation
+from caravan.errors import InputError
+from caravan.models import hardware
+from caravan.training.stage import Stage
+
+FEW_BATCHES = 8  # tokenized in seconds
+
+
+class DataModule(pl.LightningDataModule):
+    """Loaders of a run's training batches and of its validations.
+
+    Args:
+        name: of the collection, or of the mixture of collections.
+        training: the training set (`caravan.training.stage.Stage.training_set`).
+        validations: one for each collection; none for unlabelled text.
+        queries_per_batch: queries (or segments) per forward pass, summed over ranks.
+        token_budget: padded tokens per chunk (see `caravan.data.batch.pack`).
+        num_workers: worker processes for tokenization.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        training: TrainingSet,
+        validations: Sequence[Validation],
+        queries_per_batch: int,
+        token_budget: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__()
+        self.name, self.training, self.validations = name, training, list(validations)
+        self.queries_per_batch = queries_per_batch
+        self.token_budget = token_budget
+        self.num_workers = num_workers
+
+    def setup(self, stage: str | None = None) -> None:
+        self.training.open()
+
+    def train_dataloader(self) -> TrainLoader:
+        trainer = self._trainer
+        ranks = (trainer.global_rank, trainer.world_size)
+        order = self.training.order(self.queries_per_batch, *ranks)
+        if not len(order):
+            raise InputError(
+                "too-few-texts",
+                f"{len(self.training)} training texts are too few for {trainer.world_size} ranks",
+            )
+        per_epoch = limited(len(order), trainer.limit_train_batches)
+        return TrainLoader(self.training, order, self.num_workers, per_epoch)
+
+    def batches_per_epoch(self, trainer: pl.Trainer) -> int:
+        """Batches per epoch on one rank, under `limit_train_batches`; creates no loader."""
+        world = trainer.num_devices * trainer.num_nodes
+        order = self.training.order(self.queries_per_batch, 0, world)
+        return limited(len(order), trainer.limit_train_batches)
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """Loaders of [queries, passages] (retriever) or [pairs] (reranker) of each collection."""
+        found = [one.batches(self.token_budget) for one in self.validations]
+        return [self._loader(batches) for of_one in found for batches in of_one]
+
+    def _loader(self, batches: TextBatches | PairBatches) -> DataLoader[Any]:
+        share = rank_share(len(batches), self._trainer.global_rank, self._trainer.world_size)
+        # a worker copies the memory of this process, too much for a few seconds of tokenizing
+        workers = self.num_workers if len(share) > FEW_BATCHES else 0
+        return TextLoader(batches, share, workers)
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("the loaders belong to a trainer: call trainer.fit first")
+        return self.trainer
+
+
+@dataclass
+class Reads:
+    """The collections of a training, read by a stage.
+
+    Args:
+        source: the data source of the run.
+        parts: its collections (`caravan.data.mixture.open_parts`).
+        validation: arguments of `Validation`.
+    """
+
+    source: Any
+    parts: Sequence[Part]
+    module: Stage
+    validation: Mapping[str, Any]
+
+    def data_module(self, batching: Mapping[str, Any]) -> DataModule:
+        """The DataModule; without validations for unlabelled text.
+
+        Args:
+            batching: arguments of `DataModule`; a `token_budget` of None is chosen by device.
+        """
+        budget = hardware.chunk(batching["token_budget"])
+        trained = [part for part in self.parts if part.entry.weight]
+        sets = [
+            self.module.training_set(one.collection, one.train_split, one.sampler, budget)
+            for one in trained
+        ]
+        training: TrainingSet = sets[0]
+        name = self.parts[0].collection.name
+        if isinstance(self.source, Mixture):
+            training = MixedSet(self.source, trained, sets, self.module.seed)
+            name = self.source.name
+        labelled = not isinstance(sets[0], Unlabelled)
+        validations = self.validations(only_labelled=not labelled)
+        return DataModule(name, training, validations, **{**batching, "token_budget": budget})
+
+    def validations(
+        self, split: str = "dev_split", only_labelled: bool = False, **settings: Any
+    ) -> list[Validation]:
+        """The validation of each collection.
+
+        Args:
+            split: "dev_split" or "train_split", as the data sources name them.
+            only_labelled: leave collections without qrels out, instead of refusing them.
+            settings: in place of those of the run.
+        """
+        found = []
+        for part in self.parts:
+            if only_labelled and not part.collection.splits:
+                continue
+            own = {"run": part.entry.validation_run} if part.entry.validation_run else {}
+            templates = self.module.reading(part.collection.name)
+            given = {**self.validation, **own, **settings, "name": part.name}
+            found.append(Validation(part.collection, templates, getattr(part, split), **given))
+        return found
+
+    def names(self) -> str:
+        """The collections with the beginnings of their digests."""
+        found = (part.collection for part in self.parts)
+        return ", ".join(f"{one.name} ({one.digest[:12]})" for one in found)
+
+
+def validated(validations: Sequence[Validation]) -> dict[str, Any]:
+    """Facts of the validation for the model card; numbers are sums over the collections."""
+    names = ", ".join(one.collection.name for one in validations)
+    searched = [len(one.passages) for one in validations if one.candidates is None]
+    return {
+        "collection": names if len(validations) == 1 else f"mean of {names}",
+        "split": ", ".join(dict.fromkeys(one.split for one in validations)),
+        "queries": sum(len(one.qrels.queries) for one in validations),
+        "passages": sum(searched) if searched else None,
+    }
