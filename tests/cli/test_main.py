@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from tests.cli.small_conf import APP, HOME, small_conf
+from tests.refusals import refused
 
 from caravan.cli import main, schema
+from caravan.cli.evaluate import engine_of
 from caravan.files import LOCK
 
 HEAVY = {"torch", "transformers", "pytorch_lightning", "datasets", "faiss", "numpy"}
@@ -343,3 +346,12 @@ def test_a_thread_that_fails_on_a_full_disk_prints_no_traceback(
     for error in (OSError(28, "No space left on device"), ValueError("a defect")):
         main._thread_failed(threading.ExceptHookArgs((type(error), error, None, None)))
         assert ("a defect" in capsys.readouterr().err) == isinstance(error, ValueError)
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "ray"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "caravan.retrieval.cluster", raising=False)
+    with refused("missing-extra", "caravan-retrieval[ray]"):
+        engine_of(OmegaConf.create({"engine": "ray"}))

@@ -114,8 +114,12 @@ def engine_of(cfg: DictConfig) -> Engine | None:
     """What computes the shards of the store; None for the processes of this command."""
     if cfg.engine == "local":
         return None
-    from caravan.retrieval.cluster import Cluster  # needs Ray, an extra
-
+    try:
+        from caravan.retrieval.cluster import Cluster
+    except ModuleNotFoundError:
+        raise InputError(
+            "missing-extra", "engine=ray needs Ray; run: pip install 'caravan-retrieval[ray]'"
+        ) from None
     return Cluster()
 
 

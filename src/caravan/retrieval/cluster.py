@@ -20,7 +20,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
+from ray import cloudpickle
+from ray.exceptions import RayError, RayTaskError
 
 from caravan.distributed import LAUNCHERS, world_size
 from caravan.errors import InputError, first_line
@@ -28,15 +31,6 @@ from caravan.progress import progress
 from caravan.retrieval.inference import Inference
 from caravan.retrieval.peers import wait_for_files
 from caravan.retrieval.store import Shards
-
-try:
-    import ray
-    from ray import cloudpickle
-    from ray.exceptions import RayError, RayTaskError
-except ImportError:
-    raise InputError(
-        "missing-extra", "engine=ray needs Ray; run: pip install 'caravan-retrieval[ray]'"
-    ) from None
 
 SPARE = 8
 """Actors requested beyond those that run, at least."""
