@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import hydra
 import pytest
 from omegaconf import OmegaConf
-from pydantic import PositiveInt
+from pydantic import PositiveInt, ValidationError
 from tests.cli.conftest import Lines
 from tests.cli.small_conf import CONF
 from tests.refusals import refused
@@ -22,6 +22,7 @@ from caravan.cli import schema
 from caravan.cli.check import Config
 from caravan.cli.compose import check, compose, preflight
 from caravan.cli.signatures import locate, takes
+from caravan.data.readers.labelled import Beir
 from caravan.encoding import Encoding, write_encoding
 from caravan.models.remote_code import FACT
 
@@ -38,6 +39,11 @@ class Named(Protocol):
 class Base:
     size: PositiveInt
     rate: float = 0.1
+
+
+@dataclass
+class Own(Beir):
+    extra: int = 0
 
 
 @dataclass
@@ -136,6 +142,11 @@ def test_arguments_are_inherited_and_resolved_where_they_are_defined() -> None:
     assert arguments(locate("torch.optim.AdamW"))[:2] == ["params", "lr"]
     assert takes(dict) is None
     assert takes(locate("transformers.AutoModel.from_pretrained")) is not None
+    source = takes(Own)  # whose module lacks the names in inherited annotations
+    assert source is not None
+    source.model_validate_json('{"path": "x", "unknown_ids": "count"}')
+    with pytest.raises(ValidationError, match="unknown_ids"):
+        source.model_validate_json('{"path": "x", "unknown_ids": "cuont"}')
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,12 @@ def test_a_gguf_file_that_is_not_there_is_refused(file: str, tmp_path: Path) -> 
         local_copy(tmp_path, None, gguf_file=file)
 
 
+def test_no_package_is_suggested_for_a_path_of_a_gguf_file(tmp_path: Path) -> None:
+    with refused("file-not-found") as caught:
+        local_copy(tmp_path, None, gguf_file=str(tmp_path / "x.gguf"))
+    assert "pip install" not in str(caught.value)
+
+
 def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF nothing")
     with refused("unreadable", "tokenizer"):

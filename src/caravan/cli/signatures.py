@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any, Literal, get_type_hints
@@ -81,7 +82,10 @@ def takes(target: Any, node: bool = True) -> type[BaseModel] | None:
     except (ValueError, TypeError):
         return None
     maker = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
-    scope = getattr(inspect.unwrap(maker), "__globals__", {})
+    scope: dict[str, Any] = {}
+    for base in reversed(getattr(target, "__mro__", ())):  # a dataclass inherits fields with hints
+        scope |= getattr(sys.modules.get(base.__module__), "__dict__", {})
+    scope |= getattr(inspect.unwrap(maker), "__globals__", {})
     config = ConfigDict(arbitrary_types_allowed=True, strict=True, extra="forbid")
     fields: dict[str, Any] = {name: (hint, None) for name, hint in RESERVED.items() if node}
     for one in parameters:

@@ -69,7 +69,7 @@ class TrainingSet(Protocol):
     """Training batches: an item is what `order` yields, such as the positions of an epoch.
 
     Implemented by `Groups`, `caravan.data.unlabelled.Unlabelled` and
-    `caravan.data.mixture.MixedSet`.
+    `caravan.data.mixing.MixedSet`.
     """
 
     seed: int

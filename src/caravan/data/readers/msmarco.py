@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from caravan.data.qrels import UnknownIds as UnknownIds  # resolves inherited hints
 from caravan.data.readers.labelled import Folder, LabelledFiles
 from caravan.data.readers.lines import columns, one_of, some
 from caravan.data.texts import Record
