@@ -31,6 +31,7 @@ def _commands(root: str) -> Iterator[list[str]]:
     for text in dict.fromkeys(texts):
         _, program, *arguments = shlex.split(text)
         if program == f"{root}.py":
+            arguments = [text for text in arguments if text != "-m"]  # jobs are below its folder
             yield arguments[2:] if arguments[:2] == RECIPES else arguments
 
 
