@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,3 +24,11 @@ def refused(code: str, *places: str) -> Iterator[pytest.ExceptionInfo[InputError
     assert caught.value.code == code, f"{caught.value.code}: {caught.value}"
     for place in places:
         assert place in str(caught.value)
+
+
+def uninstall(monkeypatch: pytest.MonkeyPatch, package: str, module: str) -> None:
+    """Make imports of `package` fail, and `module`, which needs it, import again."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, module, raising=False)

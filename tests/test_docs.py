@@ -117,7 +117,7 @@ def test_every_command_composes_and_checks(page: Path, shown: Path) -> None:
                 # `...` and `experiment=...` are the reader's to fill in; without them a command may
                 # lack what it needs. So may what the reader's own folders hold: none is here.
                 arguments = [text for text in given if "..." not in text and text != "-m"]
-                # A loop's variable, and a launcher that is a package of its own.
+                # A loop has a variable; Ray's launcher is a separate package.
                 arguments = [re.sub(r"\$\w+", "1", text) for text in arguments]
                 arguments = [text for text in arguments if "launcher=ray" not in text]
                 arguments = [text for text in arguments if "hydra.launcher.ray" not in text]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tests.commands import evaluate
-from tests.refusals import refused
+from tests.refusals import refused, uninstall
 
 import caravan
 from caravan.data.collection import Collection
@@ -177,9 +176,6 @@ def test_results_are_filed_under_the_folders_digest(folders: dict[str, str]) -> 
 
 
 def test_without_mteb_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "mteb"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "mteb", None)
-    monkeypatch.delitem(sys.modules, "caravan.mteb", raising=False)
+    uninstall(monkeypatch, "mteb", "caravan.mteb")
     with refused("missing-extra", "caravan-retrieval[mteb]"):
         importlib.import_module("caravan.mteb")

@@ -16,7 +16,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from tests.cli.small_conf import APP, HOME, small_conf
-from tests.refusals import refused
+from tests.refusals import refused, uninstall
 
 from caravan.cli import main, schema
 from caravan.cli.evaluate import engine_of
@@ -349,9 +349,6 @@ def test_a_thread_that_fails_on_a_full_disk_prints_no_traceback(
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "ray"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "caravan.retrieval.cluster", raising=False)
+    uninstall(monkeypatch, "ray", "caravan.retrieval.cluster")
     with refused("missing-extra", "caravan-retrieval[ray]"):
         engine_of(OmegaConf.create({"engine": "ray"}))
