@@ -315,14 +315,14 @@ def read_encoding(folder: Path) -> tuple[Encoding, dict[str, Any]]:
         text = f"{path}: 'facts' lacks 'weights' (full or adapter); save the model again"
         raise InputError("invalid-encoding", text)
     record.pop("temperature", None)  # older folders have it here; it is the loss's
-    kinds = {name: type(value) for name, value in asdict(Encoding()).items()}
+    kinds: dict[str, type] = {name: type(value) for name, value in asdict(Encoding()).items()}
     problems = [f"unknown {reprlib.repr(name)}" for name in sorted(record.keys() - kinds.keys())]
     problems += [f"missing {name!r}" for name in sorted(kinds.keys() - record.keys() - LATER)]
-    texts = dict.fromkeys(("name", "base_model", "collection"), str)
+    texts: dict[str, type] = dict.fromkeys(("name", "base_model", "collection"), str)
     stated = record | {name: facts[name] for name in texts if facts.get(name) is not None}
     problems += [
         f"{name!r} is {reprlib.repr(stated[name])}, not of type {kind.__name__}"
-        for name, kind in {**kinds, **texts}.items()
+        for name, kind in (kinds | texts).items()
         if type(stated.get(name, kind())) is not kind
     ]
     if problems:

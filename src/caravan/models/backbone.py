@@ -174,12 +174,11 @@ class Pretrained(BaseBackbone):
         given = name or str(gguf_file)
         super().__init__(given, attention, checkpointing, bidirectional, compile, trust_remote_code)
         self.revision = revision
-        copied: dict[str, Any] = {"revision": revision, "gguf_file": gguf_file, "layers": layers}
-        copied |= {"name": name, "trust_remote_code": trust_remote_code}
-        self._copy = partial(local_copy, **copied)
+        self._copied: dict[str, Any] = {"name": name, "revision": revision, "layers": layers}
+        self._copied |= {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
-        if copy := self._copy(cache_dir):
+        if copy := local_copy(cache_dir, **self._copied):
             self.name, self.revision = str(copy), None
         name, revision = self.name, self.revision
         if not loading.has_tokenizer(name, revision):

@@ -110,8 +110,8 @@ class Files(dict[str, Any]):
     @property
     def transformer(self) -> dict[str, Any]:
         """The config of the module Transformer."""
-        found = next(filter(None, map(self.__getitem__, TRANSFORMER)), {})
-        return {"transformer_task": "feature-extraction", **found}
+        found = (self[file] for file in TRANSFORMER)
+        return {"transformer_task": "feature-extraction", **next(filter(None, found), {})}
 
     @property
     def prompts(self) -> dict[str, str]:
