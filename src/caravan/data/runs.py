@@ -88,8 +88,8 @@ class Run:
             queries: rows [Q], ascending; those of the run are among them.
             passages: the row to leave out for each, [Q]; -1 for none.
         """
-        query_rows = np.repeat(self.query_rows, self.counts)
-        return self.where(self.passage_rows != passages[np.searchsorted(queries, query_rows)])
+        at = np.repeat(np.searchsorted(queries, self.query_rows), self.counts)
+        return self.where(self.passage_rows != passages[at])
 
     def where(self, lines: np.ndarray) -> Run:
         """The run of some of its lines, [N] bool; all queries stay."""
@@ -102,12 +102,11 @@ class Run:
         query_rows: np.ndarray,  # [Q], unique, any order
         scores: np.ndarray,  # [Q, k]
         passage_rows: np.ndarray,  # [Q, k]; -1 where the index found nothing
-        tag: str = "caravan",
     ) -> Run:
         """A run from what an index returns; rows of -1 are dropped."""
         found = passage_rows >= 0
         lines = np.repeat(np.asarray(query_rows), found.sum(axis=1))
-        return cls.from_flat(lines, passage_rows[found], scores[found], tag, query_rows)
+        return cls.from_flat(lines, passage_rows[found], scores[found], all_queries=query_rows)
 
     @classmethod
     def from_flat(

@@ -119,7 +119,7 @@ class Validation:
                 "a reranker is validated on candidates: set validation.run to a run over the"
                 f" {self.split} queries of {self.collection.name}",
             )
-        run = self._top(path, depth + self.ignore_identical_ids)
+        run = self.collection.read_run(path, depth + self.ignore_identical_ids)
         candidates = self.without_own(run.only(self.qrels.queries), depth)
         if not len(candidates):
             raise InputError(
@@ -136,14 +136,11 @@ class Validation:
             return np.arange(corpus)
         chosen = [self.qrels.passage_rows]
         if run is not None:
-            top = self._top(run, depth)
-            chosen += [top.of(int(row))[0] for row in self.qrels.queries]
+            top = self.collection.read_run(run, depth)
+            chosen.append(top.only(self.qrels.queries).passage_rows)
         rows = np.unique(np.concatenate(chosen))
         if len(rows) < size:
             others = np.setdiff1d(np.arange(corpus), rows, assume_unique=True)
             rng = np.random.default_rng(SUBSET_SEED)
             rows = np.union1d(rows, rng.choice(others, size - len(rows), replace=False))
         return rows
-
-    def _top(self, run: str, depth: int) -> Run:
-        return self.collection.read_run(run, depth)
