@@ -147,14 +147,8 @@ def mine(
     if rules.compare:
         facts["queries_without_positive_score"] = counts["lacking"]
     if is_main_process():
-        removed = ", ".join(f"{rule} {counts[rule]:,}" for rule in rules.names) or "no rule"
-        lacking = f"; {counts['lacking']:,} lack the score of a positive" if rules.compare else ""
-        log.log(
-            logging.WARNING if without > MANY * len(trained) else logging.INFO,
-            f"{name}: {facts['kept']:,} of {facts['candidates']:,} candidates left; removed by"
-            f" {removed}; {without:,} of {len(trained):,} training queries have no"
-            f" candidate{lacking}",
-        )
+        level = logging.WARNING if without > MANY * len(trained) else logging.INFO
+        log.log(level, "%s: %s", name, ", ".join(f"{key} {value}" for key, value in facts.items()))
     return kept, facts
 
 

@@ -76,14 +76,14 @@ class PairTemplates:
             raise InputError(
                 "invalid-template", "encoding.passage_template of a reranker must end with {text}"
             )
-        length = encoding.query_length + encoding.passage_length
-        self.room = length - len(self.before) - len(self.between) - len(self.after)
+        self.length = encoding.query_length + encoding.passage_length
+        self.room = self.length - len(self.before) - len(self.between) - len(self.after)
         self._lengths = f"{section}.query_length + {section}.passage_length"
         left = max(self.room - len(prompt), 0)
         if left < 2 * MIN_PASSAGE:
             raise InputError(
                 "no-room-for-text",
-                f"{self._lengths} = {length} leaves {left} tokens for the texts, which need"
+                f"{self._lengths} = {self.length} leaves {left} tokens for the texts, which need"
                 f" {2 * MIN_PASSAGE}; increase one of them",
             )
 
@@ -248,19 +248,15 @@ def _answer_id(tokenizer: Any, encoding: Encoding, name: str) -> int:
     follows = whole[: len(suffix)] == suffix
     # GPT-2's tokenizer divides line breaks by what follows, and the suffix is read alone.
     ids = whole[len(suffix) :] if follows else ids_of(tokenizer, text)
-    if not follows and encoding.suffix.endswith(" "):
-        problem = f"merges with the end of encoding.suffix, {encoding.suffix[-16:]!r},"
-    elif len(ids) != 1:
-        problem = f"is {len(ids)} tokens"
-    elif ids[0] == tokenizer.unk_token_id:
-        problem = "is unknown"
-    else:
-        return ids[0]
-    raise InputError(
-        "not-a-token",
-        f"encoding.{name}={text!r} {problem} in the vocabulary of"
-        f" {tokenizer.name_or_path or 'the tokenizer'}; choose a text that is one token there",
-    )
+    merged = not follows and encoding.suffix.endswith(" ")
+    if merged or len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise InputError(
+            "not-a-token",
+            f"encoding.{name}={text!r} is not one known token after encoding.suffix, which ends"
+            f" with {encoding.suffix[-16:]!r}, for {tokenizer.name_or_path or 'the tokenizer'};"
+            " choose a text that is one token there",
+        )
+    return ids[0]
 
 
 def chat_facts(tokenizer: Any, encoding: Encoding) -> dict[str, Any]:
