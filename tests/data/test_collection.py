@@ -127,7 +127,14 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, part: str, damage: str) -> 
     "change",
     [
         *("", "null", "[]", "[" * 100_000),
-        *({"facts": None}, {"splits": 5}, {"runs": [1]}, {"files": {}}, {"seal": None}, {"name": 3}),
+        *(
+            {"facts": None},
+            {"splits": 5},
+            {"runs": [1]},
+            {"files": {}},
+            {"seal": None},
+            {"name": 3},
+        ),
         {"version": 99},
     ],
 )

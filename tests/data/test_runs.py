@@ -115,11 +115,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     path = tmp_path / "x.trec"
     path.write_text("old")
     one = np.zeros(1, dtype=np.int64)
+    broken = Run.from_flat(one, one + PASSAGES + 1, np.ones(1))
     with pytest.raises(IndexError):
-        broken = Run.from_flat(one, one + PASSAGES + 1, np.ones(1))
         write_run(path, broken, names.queries, names.corpus)
+    tagged = Run.from_flat(one, one, np.ones(1), "two words")
     with refused("invalid-tag", "two words"):
-        tagged = Run.from_flat(one, one, np.ones(1), "two words")
         write_run(path, tagged, names.queries, names.corpus)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -147,9 +147,7 @@ def test_a_query_has_its_own_instruction_which_is_never_truncated(
         assert ids[-1] == tokenizer.eos_token_id
 
 
-def test_only_the_instruction_of_a_template_is_replaced(
-    tokenizer: Any, encoding: Encoding
-) -> None:
+def test_only_the_instruction_of_a_template_is_replaced(tokenizer: Any, encoding: Encoding) -> None:
     own = replace(
         encoding,
         query_template="{{instruction}} {{{instruction}}}: {text}",

@@ -1,8 +1,8 @@
 """The typed batches that pass between data, models and training.
 
-Padding texts of different lengths to one another wastes work. A batch holds its texts as chunks of
-similar length, each within a token budget, padded on the right; `Packed.order` restores the order
-of the texts. For a model without padding (`caravan.models.varlen`), chunks are as few as possible.
+A batch holds its texts as chunks of similar length, each within a token budget, padded on the
+right; `Packed.order` restores the order of the texts. For a model without padding
+(`caravan.models.varlen`), chunks are as few as possible.
 """
 
 from __future__ import annotations

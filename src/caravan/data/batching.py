@@ -80,7 +80,8 @@ class TrainingSet(Protocol):
         return QueryOrder(len(self), batch, rank, world)
 
     def open(self) -> None:
-        """Read the files that batches need; called once, before workers are forked."""
+        """Read the files that batches need, if any; called once, before workers are forked."""
+        return
 
     def summary(self, name: str, batch: int, accumulated: int) -> str:
         """Describe the training data in one line.
@@ -159,15 +160,15 @@ class Groups(TrainingSet):
             pairs = pair_ids(self.templates, repeated, passages)
             return Unpacked(RerankBatch, {"texts": pairs, **shared}, *packing)
         read = self.templates.queries(queries), self.templates.passages(passages)
+        embeddings = self.teacher_embeddings
         excluded = [self.negatives.excluded_keys(row) for row in query_rows.tolist()]
         fields: Fields = {
             "texts": tuple(map(TokenIds.of, read)),
             "passage_keys": text_keys(passages).reshape(groups.shape),
             "excluded_keys": same_length(excluded),
             **shared,
+            **({} if embeddings is None else embeddings(query_rows, groups)),
         }
-        if self.teacher_embeddings is not None:
-            fields |= self.teacher_embeddings(query_rows, groups)
         return Unpacked(TrainBatch, fields, *packing)
 
     def _teacher(self, query_rows: np.ndarray, groups: np.ndarray) -> np.ndarray | None:

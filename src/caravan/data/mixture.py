@@ -227,8 +227,8 @@ class MixtureOrder(QueryOrder):
             for at in range(max(first - start, 0), min(end - start, BLOCK)):
                 queries = np.concatenate(
                     [
-                        self._queries(entry, before[at, entry], counts[at, entry])
-                        for entry in np.flatnonzero(counts[at])
+                        self._queries(entry, int(before[at, entry]), int(counts[at, entry]))
+                        for entry in np.flatnonzero(counts[at]).tolist()
                     ]
                 )
                 yield np.array_split(queries, self.world)[self.rank]
@@ -302,20 +302,21 @@ class MixedSet(TrainingSet):
 
     def __getitem__(self, queries: np.ndarray) -> Unpacked[Any]:
         changes = np.flatnonzero(np.diff(queries[:, :2], axis=0).any(axis=1)) + 1
-        parts = np.split(queries, changes)
-        batches = [self._batch(*of[0, :2].tolist(), of[:, 2]) for of in parts]
+        batches = [self._batch(of) for of in np.split(queries, changes)]
         if len(batches) == 1:
             return batches[0]
         names = batches[0].fields
         fields = {name: _joined([one.fields[name] for one in batches]) for name in names}
         return replace(batches[0], fields=fields)
 
-    def _batch(self, entry: int, epoch: int, positions: np.ndarray) -> Unpacked[Any]:
-        batch = self.sets[entry][epoch, positions]
+    def _batch(self, queries: np.ndarray) -> Unpacked[Any]:
+        """The batch of queries of one entry and epoch."""
+        entry, epoch = queries[0, :2].tolist()
+        batch = self.sets[entry][epoch, queries[:, 2]]
         everywhere = all(part.entry.in_batch is not False for part in self.parts)
         if everywhere or batch.kind is not TrainBatch:
             return batch
-        in_batch = np.full(len(positions), self.parts[entry].entry.in_batch is not False)
+        in_batch = np.full(len(queries), self.parts[entry].entry.in_batch is not False)
         return replace(batch, fields={**batch.fields, "in_batch": in_batch})
 
 

@@ -17,11 +17,11 @@ from caravan.data.tokenization import (
     around,
     beginning,
     ids_of,
+    log_once,
     plain_ids,
     template_of,
     token_ids,
     warn_if_unused,
-    log_once,
 )
 from caravan.encoding import Encoding
 from caravan.errors import InputError

@@ -235,9 +235,7 @@ class Templates:
             self._sides[name, instruction] = _Side(template, tail, room)
         return self._sides[name, instruction]
 
-    def _encode(
-        self, sides: Sequence[_Side], texts: Sequence[tuple[str, str]]
-    ) -> list[list[int]]:
+    def _encode(self, sides: Sequence[_Side], texts: Sequence[tuple[str, str]]) -> list[list[int]]:
         """Token ids of (title, text)."""
         room = max((side.room for side in sides), default=0)
         rendered = [side.template.render(*text) for side, text in zip(sides, texts, strict=True)]
