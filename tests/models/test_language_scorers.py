@@ -317,9 +317,9 @@ def test_a_model_without_a_usable_output_layer_is_refused(tokenizer: Any, tmp_pa
 @pytest.mark.parametrize(
     ("change", "place"),
     [
-        ({"positive": "yes"}, "encoding.positive='yes' is 2 tokens"),
-        ({"negative": "  silk"}, "encoding.negative='  silk' is 2 tokens"),
-        ({"suffix": "answer: ", "positive": "salt"}, "encoding.positive='salt' merges with"),
+        ({"positive": "yes"}, "encoding.positive='yes'"),
+        ({"negative": "  silk"}, "encoding.negative='  silk'"),
+        ({"suffix": "answer: ", "positive": "salt"}, "encoding.positive='salt'"),
     ],
 )
 def test_a_text_that_is_not_one_token_after_the_suffix_is_refused(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from caravan.data.pairs import PairTemplates, answer_ids
-from caravan.data.tokenization import warn_once
+from caravan.data.tokenization import log_once
 from caravan.encoding import INSTRUCTION, LONGEST, Encoding, escaped
 from caravan.errors import InputError, reading
 from caravan.hub import is_available
@@ -283,7 +283,7 @@ def check_released(name: str, revision: str | None, tokenizer: Any, encoding: En
         longest = files.length()
     length = encoding.query_length + encoding.passage_length
     if encoding.scoring != "head" and length > longest:  # for a head, the lengths are compared
-        warn_once(
+        log_once(
             f"encoding.query_length + encoding.passage_length is {length}, and the files of {name}"
             f" truncate a pair at {longest} tokens; lower them to read no more"
         )
