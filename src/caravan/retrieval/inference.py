@@ -112,7 +112,7 @@ class Inference:
     def _loaded(self) -> tuple[BiEncoder | CrossEncoder, Any]:
         model, tokenizer, _, _ = model_folder.load(
             self.folder,
-            hardware.dtype(self.precision),
+            torch.bfloat16 if self.precision == "bf16" else torch.float32,
             attention=self.attention,
             trust_remote_code=self.trust_remote_code,
         )
