@@ -100,7 +100,7 @@ def _composed(model: Path, settings: list[str]) -> DictConfig:
             f"--evaluate {taken[0]}=: each model is evaluated as the {kind}, on one collection;"
             f" leave {taken[0]} out",
         )
-    return compose(CONF, "evaluate", [*settings, quoted(kind, str(model)) or f"{kind}={model}"])
+    return compose(CONF, "evaluate", [*settings, quoted(f"{kind}={model}")])
 
 
 def compare_with_members(models: Sequence[Path], output: Path, cfg: DictConfig) -> Comparison:

@@ -188,13 +188,9 @@ def members(base: Path, entries: list[str]) -> list[Member]:
             for part in _parts(base, name) or [name]:
                 found.setdefault((part, split), name)
     names = [name for name, _ in found]
-
-    def folder(name: str, split: str) -> str:
-        """The evaluation folder; a collection with several splits has one folder per split."""
-        return f"{name}.{split}" if split and names.count(name) > 1 else name
-
+    several = {name for name in names if names.count(name) > 1}  # splits, with a folder each
     return [
-        Member(name, split or None, group, folder(name, split))
+        Member(name, split or None, group, f"{name}.{split}" if split and name in several else name)
         for (name, split), group in found.items()
     ]
 
@@ -226,19 +222,19 @@ def _named(base: Path, text: str) -> list[str]:
     if not set("*?[") & set(text):
         return [text]
     paths = sorted(path for path in base.glob(text) if not path.name.startswith("."))
-    names = [str(path.relative_to(base)) for path in paths if path.is_dir()]
-    return [name for name in names if _parts(base, name)]
+    return [name for path in paths if _parts(base, name := str(path.relative_to(base)))]
 
 
 def _parts(base: Path, name: str) -> list[str]:
     """A collection itself, or the collections in a folder."""
+    if _is_collection(base / name):
+        return [name]
+    inside = listed(base / name) if (base / name).is_dir() else []
+    return [f"{name}/{path.name}" for path in inside if _is_collection(path)]
 
-    def is_one(folder: Path) -> bool:
-        return any((folder / file).is_file() for file in CORPUS)
 
-    if is_one(base / name) or not (base / name).is_dir():
-        return [name] if is_one(base / name) else []
-    return [f"{name}/{path.name}" for path in listed(base / name) if is_one(path)]
+def _is_collection(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in CORPUS)
 
 
 def retrievers_can_search(config: Config) -> None:
@@ -250,8 +246,7 @@ def retrievers_can_search(config: Config) -> None:
         elif model not in (None, given):
             config.add("model", "retriever is given too; leave one of them out")
     weights = config.get("fuse.weights")
-    several = isinstance(given, list) and len(given) > 1 and weights is not None
-    if several and len(given) != len(weights):
+    if isinstance(given, list) and len(given) > 1 and weights and len(given) != len(weights):
         text = f"there are {len(weights)} weights for {len(given)} runs; give one for each"
         config.add("fuse.weights", text)
     model_folder(config, "retriever" if model is None else "model", "retriever")
@@ -261,8 +256,8 @@ def retrievers_can_search(config: Config) -> None:
 def collections_are_there(config: Config) -> None:
     """Each entry of `collections` is a folder in data.path, or a pattern that matches some."""
     entries, path = config.get("collections") or [], config.get("data.path")
-    data = config.values.get("data")
-    if config.get("collections") is not None and data and "path" not in data:
+    data = config.get("data")
+    if entries and data and "path" not in data:
         text = "the data is one collection; choose data=beir data.path=<the folder of them all>"
         config.add("collections", text)
     if not isinstance(path, str) or not Path(path).is_dir():
