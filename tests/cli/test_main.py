@@ -177,7 +177,7 @@ def test_a_program_without_arguments_shows_its_help_and_starts_nothing(
         (["name=resolves", "loss.name=${oc.env:CARAVAN_NO_SUCH}"], "loss.name"),
         (["name=instantiates", "loss._target_=subprocess.getoutput", "loss.cmd=ls"], "loss"),
         (["name=instantiates", "loss._target_=transformers.NoSuchModel"], "loss._target_"),
-        (["--cfg", "job", "loss=wandb"], "loss=wandb"),
+        (["--cfg", "job", "loss=wandb"], "loss/wandb"),
         (["--cfg", "job", "--resolve", "loss.name=${oc.env:CARAVAN_NO_SUCH}"], "CARAVAN_NO_SUCH"),
         (["name=x", "run_dir=/proc/nowhere"], "/proc/nowhere: No such file or directory; choose"),
     ],
