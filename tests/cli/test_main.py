@@ -114,7 +114,7 @@ def test_jobs_of_a_sweep_write_into_folders_of_their_own(app: Program, home: Pat
     )
     done = app("-m", "sweep=seeds", "batching.num_workers=0")
     assert done.returncode == 0, done.stderr
-    names = [(name, seed) for seed in (1, 2) for name in ("c", f"here/{seed}/model")]
+    names = [(name, seed) for seed in (1, 2) for name in ("c", "here/${seed}/model")]
     jobs = [schema.folder_name(f"loss.name={name},seed={seed}") for name, seed in names]
     written = ("out.json", "metrics.json", "job.json", "log.txt")
     expected = {f"runs/many/{job}/{file}" for job in jobs for file in written}
