@@ -244,9 +244,9 @@ def test_the_files_of_sentence_transformers_must_agree(
 @pytest.mark.parametrize(
     ("change", "place"),
     [
-        ({"positive": "yes"}, "encoding.positive='yes' is 2 tokens"),
-        ({"negative": "  silk"}, "encoding.negative='  silk' is 2 tokens"),
-        ({"suffix": "answer: ", "positive": "salt"}, "encoding.positive='salt' merges with"),
+        ({"positive": "yes"}, "encoding.positive='yes'"),
+        ({"negative": "  silk"}, "encoding.negative='  silk'"),
+        ({"suffix": "answer: ", "positive": "salt"}, "encoding.positive='salt'"),
     ],
 )
 def test_a_text_that_is_not_one_token_after_the_suffix_is_refused(

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from caravan.data.pairs import PairTemplates, answer_ids
-from caravan.data.tokenization import warn_once
+from caravan.data.tokenization import log_once
 from caravan.encoding import Encoding
 from caravan.errors import InputError, reading
 from caravan.models.released import (
@@ -64,7 +64,7 @@ def check_released(name: str, revision: str | None, tokenizer: Any, encoding: En
         longest = longest_text(read, transformer)
     length = encoding.query_length + encoding.passage_length
     if encoding.scoring != "head" and length > longest:  # for a head, the lengths are compared
-        warn_once(
+        log_once(
             f"encoding.query_length + encoding.passage_length is {length}, and the files of {name}"
             f" truncate a pair at {longest} tokens; lower them to read no more"
         )
