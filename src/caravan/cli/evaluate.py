@@ -247,7 +247,7 @@ def retrievers_can_search(config: Config) -> None:
         elif model not in (None, given):
             config.add("model", "retriever is given too; leave one of them out")
     weights = config.get("fuse.weights")
-    if isinstance(given, list) and len(given) > 1 and weights and len(given) != len(weights):
+    if weights is not None and isinstance(given, list) and len(given) not in (1, len(weights)):
         text = f"there are {len(weights)} weights for {len(given)} runs; give one for each"
         config.add("fuse.weights", text)
     model_folder(config, "retriever" if model is None else "model", "retriever")
