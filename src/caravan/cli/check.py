@@ -295,7 +295,7 @@ def measures_are_computed(config: Config) -> None:
         depths: dict[str, int] = {}
         for i, measure in enumerate(config.get(f"{key}measures") or ()):
             try:
-                depths[measure] = parse_measure(measure).cutoff
+                depths[measure] = parse_measure(measure)["cutoff"]
             except InputError as error:
                 config.add(f"{key}measures[{i}]", str(error))
         depth, deepest = config.get(f"{key}index.k"), max(depths.values(), default=0)

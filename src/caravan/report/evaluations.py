@@ -127,7 +127,7 @@ def _comparison(folder: Path, systems: Records) -> Comparison | None:
     measures = measures_of(reversed(systems.values()))
     if not measures:
         return None
-    shallow = [name for name in measures if parse_measure(name).cutoff <= DEEP] or measures[:1]
+    shallow = [name for name in measures if parse_measure(name)["cutoff"] <= DEEP] or measures[:1]
     sizes = {name: bytes_per_vector(row) or 0 for name, row in systems.items()}
     by_size = all(sizes.values()) and len(set(sizes.values())) > 1
     order = list(systems)
