@@ -188,7 +188,7 @@ class Inference:
     ) -> np.ndarray:
         """Scores [N] float32 of pairs in memory; arguments as in `embed`."""
         rows, templates = np.arange(len(queries)), self.reading(instruction)
-        texts: Any = TextList(queries), TextList(passages)
+        texts: tuple[Any, Any] = TextList(queries), TextList(passages)
         return self._in_memory(PairBatches(*texts, rows, rows, templates, BLOCK, self.token_budget))
 
     def encode_rows(
