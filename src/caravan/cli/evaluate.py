@@ -27,8 +27,9 @@ from caravan.cli.schema import build, recorded
 from caravan.data.segments import Reading
 from caravan.errors import InputError
 from caravan.files import listed
-from caravan.report.records import to_depth
-from caravan.report.summary import show_stages, show_suites
+from caravan.report import records
+from caravan.report.summary import show_suites, stages_table
+from caravan.report.tables import show
 from caravan.retrieval import peers, pipeline
 from caravan.retrieval.inference import Models
 from caravan.retrieval.interactive import Searcher, open_searcher
@@ -67,7 +68,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         _report,
     )
     if metrics.get("collections"):
-        show_suites({"": to_depth(metrics)}, Path(cfg.run_dir))
+        suite = records.Suite.model_validate(metrics)
+        show_suites({cfg.run_dir: suite}, Path(cfg.run_dir))
     if failed := metrics.get("failed"):
         lines = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
         raise InputError(
@@ -140,15 +142,14 @@ def _open(cfg: DictConfig, models: Models, engine: Engine | None) -> Evaluation:
 
 def _report(evaluation: Evaluation, metrics: dict[str, Any]) -> None:
     """Print the metrics of a collection, without measures deeper than its runs."""
-    shown = to_depth(metrics)
-    if len(metrics["stages"]) > 1:
-        show_stages(metrics)
-    if shown["too_deep"]:
-        left_out = ", ".join(shown["too_deep"])
-        log.info(f"{shown['system']} has depth {shown['depth']}, so it has no {left_out}")
-    overall = "  ".join(f"{name} {value:.4f}" for name, value in shown["overall"].items())
-    name = metrics["collection"]["name"]
-    log.info(f"{metrics['system']} on {name} {metrics['split']}: {overall}")
+    shown = records.Evaluation.model_validate(metrics)
+    if len(shown.stages) > 1 and (table := stages_table(shown)):
+        show(table)
+    if shown.too_deep:
+        left_out = ", ".join(shown.too_deep)
+        log.info(f"{shown.system} has depth {shown.depth}, so it has no {left_out}")
+    overall = "  ".join(f"{name} {value:.4f}" for name, value in shown.overall.items())
+    log.info(f"{shown.system} on {shown.where}: {overall}")
     zero = {
         "without a relevant passage": metrics["without_relevant"],
         "without a passage in the run": metrics["missing"] - metrics["unknown_queries"],

@@ -30,11 +30,10 @@ from caravan.models import folder as model_folder
 from caravan.models import hardware, varlen
 from caravan.models.biencoder import BiEncoder
 from caravan.models.cpu import pack_linears
-from caravan.models.crossencoder import CrossEncoder
+from caravan.models.crossencoder import CrossEncoder, TokenScorer
 from caravan.models.digests import folder_digest
 from caravan.models.positions import refuse_too_long
 from caravan.models.remote_code import FACT
-from caravan.models.token_scorer import TokenScorer
 from caravan.progress import progress
 from caravan.retrieval.store import Compute
 
