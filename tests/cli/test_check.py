@@ -239,7 +239,7 @@ def test_all_mistakes_are_reported_at_once(lines: Lines, mistakes: dict[str, str
     [
         ("retriever=bm52", "did you mean bm25?"),
         ("retriever=sentence-transformers/all-MiniLM-L6-v2", "python train.py backbone=hf"),
-        ("retriever=bm25 reranker=BAAI/bge-reranker-base", "python train.py stage=reranker back"),
+        ("retriever=bm25 reranker=BAAI/bge-reranker-base", "stage=reranker for one that scores"),
         ("retriever=bm25 index.k=100", "set index.k=1000"),
         ("retriever=bm25 measures=[nDCG10]", "did you mean 'nDCG@10'?"),
         ("retriever=bm25 measures=[]", "measures (command line)"),

@@ -271,7 +271,7 @@ def measures_are_computed(config: Config) -> None:
         depths: dict[str, int] = {}
         for i, measure in enumerate(config.get(f"{key}measures") or ()):
             try:
-                depths[measure] = parse_measure(measure).cutoff
+                depths[measure] = parse_measure(measure)["cutoff"]
             except InputError as error:
                 config.add(f"{key}measures[{i}]", str(error))
         depth, deepest = config.get(f"{key}index.k"), max(depths.values(), default=0)
@@ -298,8 +298,7 @@ def model_folder(config: Config, key: str, kind: str = "", setting: str = SETTIN
         if not folder.exists():
             bm25 = did_you_mean(name, ["bm25"] if kind == "retriever" else [])
             near = bm25 or neighbour(folder)
-            stage = " stage=reranker" if kind == "reranker" else ""
-            hint = f"; did you mean {near}?" if near else adoption(name, stage)
+            hint = f"; did you mean {near}?" if near else adoption(name)
             text = f"there is no folder {'or run file ' if runs else ''}{name}{hint}"
         elif folder.is_file():
             if not runs:

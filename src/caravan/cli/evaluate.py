@@ -35,8 +35,9 @@ from caravan.retrieval.inference import Models
 from caravan.retrieval.interactive import Searcher, open_searcher
 from caravan.retrieval.pipeline import Evaluation
 from caravan.retrieval.rerank import Reranking
+from caravan.retrieval.stages import Stages
 from caravan.retrieval.store import Engine, Store
-from caravan.retrieval.systems import Component, Systems
+from caravan.retrieval.systems import Systems
 
 CORPUS = ("corpus.jsonl", "corpus.jsonl.gz")
 log = logging.getLogger(__name__)
@@ -89,19 +90,19 @@ def models_of(cfg: DictConfig) -> Models:
 def systems_of(cfg: DictConfig) -> Systems:
     """The systems of a config; raises for invalid settings before any work starts."""
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    parts = {}
-    for name in ("bm25", "index", "fuse"):
+    parts = ("bm25", "index", "fuse")
+    for name in parts:
         build(cfg, name)
-        parts[name] = Component(partial(build, cfg, name), settings[name])
     names = settings["retriever"]
     return Systems(
         retrievers=names if isinstance(names, list) else [names],
+        make=partial(build, cfg),
+        settings={name: settings[name] for name in parts},
         reranker=None if cfg.reranker is None else Path(cfg.reranker),
         rerank=Reranking(**settings["rerank"]),
         reading=Reading(**{one.name: settings[one.name] for one in fields(Reading)}),
         dim=cfg.dim,
         block=cfg.block,
-        **parts,
     )
 
 
@@ -127,18 +128,16 @@ def engine_of(cfg: DictConfig) -> Engine | None:
 
 def _open(cfg: DictConfig, models: Models, engine: Engine | None) -> Evaluation:
     data = build(cfg, "data")
-    return Evaluation(
+    stages = Stages(
         collection=data.collection(Path(cfg.cache_dir)),
         split=data.split,
         run_dir=Path(cfg.run_dir),
-        store=Path(cfg.store),
+        store=Store(Path(cfg.store), engine=engine),
         systems=systems_of(cfg),
         models=models,
-        measures=list(cfg.measures),
         ignore_identical_ids=cfg.ignore_identical_ids,
-        config=recorded(cfg),
-        engine=engine,
     )
+    return Evaluation(stages, list(cfg.measures), recorded(cfg))
 
 
 def _report(evaluation: Evaluation, metrics: dict[str, Any]) -> None:
