@@ -241,7 +241,7 @@ def test_all_mistakes_are_reported_at_once(lines: Lines, mistakes: dict[str, str
         ("retriever=sentence-transformers/all-MiniLM-L6-v2", "python train.py backbone=hf"),
         ("retriever=bm25 reranker=BAAI/bge-reranker-base", "stage=reranker for one that scores"),
         ("retriever=bm25 index.k=100", "set index.k=1000"),
-        ("retriever=bm25 measures=[nDCG10]", "did you mean 'nDCG@10'?"),
+        ("retriever=bm25 measures=[nDCG10]", "measures[0] (command line)"),
         ("retriever=bm25 measures=[]", "measures (command line)"),
         ("retriever=bm25 backbone=tiny_llama", "backbone=tiny_llama (command line)"),
         ("retriever=[]", "retriever (command line)"),
