@@ -242,7 +242,7 @@ def test_a_setting_of_the_command_wins_and_the_conflict_is_logged(
     assert read_encoding(adopted)[0].pooling == "cls"
     assert "pooling='cls', there 'mean'" in caplog.text
     taken = next(text for text in caplog.messages if text.startswith("encoding from the files"))
-    for part in ("embeddings are normalized", "all dimensions", "query_template='{text}'"):
+    for part in ("normalize=True", "dim=0", "query_template='{text}'"):
         assert part in taken
     assert f"query_length={LONGEST}" in taken
     assert "pooling" not in taken
