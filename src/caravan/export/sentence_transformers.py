@@ -53,8 +53,8 @@ def export(folder: Path, out: Path, dim: int | None = None) -> None:
         write = _write_retriever if kind == "retriever" else _write_reranker
         encoding, variables = write(folder, scratch, dim)
         variables |= {"exported": True, "sentence_transformers": True}
-        metadata = {"library_name": "sentence-transformers"}
-        metadata["tags"] = ["caravan", "sentence-transformers", kind]
+        library = "sentence-transformers"
+        metadata = {"library_name": library, "tags": ["caravan", library, kind]}
         model_card.fill(scratch, folder, encoding, variables, metadata)
 
 
@@ -168,8 +168,9 @@ def _write_reranker(folder: Path, out: Path, dim: int | None) -> tuple[Encoding,
         task, output = "feature-extraction", "token_embeddings"
         size, none = linear.in_features, torch.nn.Identity()
         pooling = library.Pooling(size, POOLINGS[encoding.pooling])
-        weight = {"init_weight": linear.weight.detach(), "module_output_name": "scores"}
-        modules = [pooling, library.Dense(size, 1, False, none, **weight)]
+        weight, name = linear.weight.detach(), "scores"
+        dense = library.Dense(size, 1, False, none, init_weight=weight, module_output_name=name)
+        modules = [pooling, dense]
         scorer = getattr(scorer, scorer.base_model_prefix)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         verify.save_transformer(scorer, Path(scratch))
