@@ -23,12 +23,10 @@ from caravan.models import folder
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
-from caravan.models.crossencoder import CrossEncoder
+from caravan.models.crossencoder import CrossEncoder, QueryLikelihood, TokenScorer
 from caravan.models.llara import Layout, SlotEncoder
 from caravan.models.loading import add_slots, fit_vocabulary
-from caravan.models.query_likelihood import QueryLikelihood
 from caravan.models.tiny_llama import train_bpe
-from caravan.models.token_scorer import TokenScorer
 
 TEXTS = [
     "camels",

@@ -12,7 +12,7 @@ import torch
 import transformers
 from tests.refusals import refused
 
-from caravan.data.tokenization import warn_once
+from caravan.data.tokenization import log_once
 from caravan.encoding import Encoding
 from caravan.models import folder
 from caravan.models.biencoder import BiEncoder
@@ -53,7 +53,7 @@ def test_a_length_is_refused_exactly_where_the_model_would_fail(name: str) -> No
 
 
 def test_rotary_positions_have_no_limit_but_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    warn_once.cache_clear()
+    log_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         refuse_too_long(_made("Llama", ROTARY), Encoding(passage_length=65))
     assert "64 tokens" in caplog.text

@@ -22,8 +22,7 @@ from caravan.errors import InputError
 from caravan.export import model_card, verify
 from caravan.export.prompts import TASKS, Pairing, framed, retriever_prompts
 from caravan.models import folder as model_folder
-from caravan.models.crossencoder import head_of
-from caravan.models.token_scorer import TokenScorer
+from caravan.models.crossencoder import TokenScorer, head_of
 from caravan.retrieval.inference import Inference
 
 POOLINGS = {"last": "lasttoken", "mean": "mean", "cls": "cls", "slots": "mean"}

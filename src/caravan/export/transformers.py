@@ -16,9 +16,8 @@ from caravan.encoding import Encoding, write_encoding
 from caravan.errors import InputError
 from caravan.export import model_card, verify
 from caravan.models import folder as model_folder
-from caravan.models.crossencoder import CrossEncoder, Headed
+from caravan.models.crossencoder import CrossEncoder, Headed, TokenScorer
 from caravan.models.loading import load_language_model
-from caravan.models.token_scorer import TokenScorer
 
 
 def export(folder: Path, out: Path, dim: int | None = None, classifier: bool = False) -> None:

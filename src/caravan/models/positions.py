@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from caravan.data.tokenization import warn_once
+from caravan.data.tokenization import log_once
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models.bidirectional import unwrapped
@@ -46,7 +46,7 @@ def refuse_too_long(model: Any, encoding: Encoding, section: str = "encoding.") 
                 f" set {section}{setting} to {limit} or less",
             )
         if isinstance(trained, int) and 0 < trained < length:
-            warn_once(
+            log_once(
                 f"{section}{setting} is {length}, and {name} was trained on texts of at most"
                 f" {trained} tokens (max_position_embeddings)"
             )

@@ -40,7 +40,7 @@ from caravan.models.backbone import Backbone, FromFolder, Pretrained
 from caravan.models.hardware import parameter_counts
 from caravan.models.loading import add_slots
 from caravan.models.positions import refuse_too_long
-from caravan.models.released_pairs import check_released
+from caravan.models.released import check_released
 from caravan.training.callbacks import FitSummary
 from caravan.training.checkpoints import AtomicCheckpoints, best_weights, refuse_damage, resumable
 from caravan.training.datamodule import DataModule, Reads, validated
