@@ -57,8 +57,8 @@ def test_a_passage_does_not_control_the_terminal() -> None:
     hit = {"rank": 1, "id": "p1\x1b[8m", "title": hurt.format("Salt"), "text": hurt.format("Gold")}
     found = {"hits": [{**hit, "ranks": {"bm25": 1}, "scores": {"bm25": 2.0}}], "seconds": {}}
     printed, line = page(found), json_line(found)
-    assert "p1 Salt and more" in printed
-    assert "Gold and more" in printed
+    assert "Salt 31mand more" in printed
+    assert "Gold 31mand more" in printed
     assert json.loads(line) == found  # a script gets the data unchanged
     for text in (printed, line):
         assert not set(text) & {*"\x1b\x07\x9b\u202e"}

@@ -264,7 +264,7 @@ def _trainer(run: Training, precision: str, validates: bool) -> Any:
     try:
         trainer = run.trainer(
             # FSDP needs no autocast because it gathers the shards in bf16.
-            precision=hardware.trainer_precision("float32" if sharded else precision),
+            precision="bf16-mixed" if precision == "bf16" and not sharded else "32-true",
             strategy=run.strategy,
             logger=list(run.loggers),
             callbacks=callbacks,
