@@ -28,7 +28,8 @@ SETTINGS["every_n_steps"] = 100  # it validates after the last update, and saves
 STAGES: dict[str, dict[str, Any]] = {
     name: {"stage": name} for name in ("retriever", "reranker", "token", "adaptation")
 }
-STAGES["masked"] = {"loss": InfoNCE(0.05, false_negative_margin=0.01, dims=[8, 16])}
+STAGES["masked"] = {"loss": InfoNCE(0.05, false_negative_margin=0.01)}
+STAGES["sizes"] = {"loss": InfoNCE(0.05, dims=[8, 16])}
 STAGES["unpadded"] = {"backbone": tiny_backbone()}
 STAGES["unpadded"]["backbone"].attention = "unpadded"
 
@@ -48,7 +49,8 @@ def one_process(module_fit: Fit) -> dict[str, tuple[Fit, Fitted]]:
         ("retriever", "ddp", True),
         ("retriever", "fsdp", False),
         ("masked", "ddp", True),
-        ("masked", "fsdp", False),
+        ("sizes", "ddp", True),
+        ("sizes", "fsdp", False),
         ("unpadded", "fsdp", False),
         ("reranker", "ddp", False),
         ("reranker", "fsdp", True),
