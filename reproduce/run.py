@@ -36,7 +36,7 @@ from caravan import manifests
 from caravan.errors import InputError
 from caravan.models.hardware import has_bf16
 from caravan.report.compare import compare, paired_tests
-from caravan.report.records import read_metrics
+from caravan.report.records import Evaluation, read_metrics
 from caravan.report.systems import read_judged, read_system, with_distinct_names
 
 HERE = Path(__file__).parent
@@ -162,7 +162,8 @@ def measure(row: dict[str, Any], commands: Commands) -> dict[str, Any]:
 
 def _values(expect: dict[str, Any], tolerance: float) -> tuple[dict[str, float], bool]:
     """The metrics of an evaluation, and whether each is within the tolerance."""
-    metrics = (read_metrics(Path(expect["of"])) or {}).get("overall", {})
+    found = read_metrics(Path(expect["of"]))
+    metrics = found.overall if isinstance(found, Evaluation) else {}
     if missing := [name for name in expect["values"] if name not in metrics]:
         raise CommandError(f"{expect['of']}/metrics.json has no {', '.join(missing)}")
     values = {name: round(metrics[name], 4) for name in expect["values"]}

@@ -207,7 +207,9 @@ def test_a_finished_command_is_repeated_only_with_other_code(runner: Runner) -> 
 
 
 def test_values_are_compared_within_the_tolerance(runner: Runner) -> None:
-    metrics = json.dumps({"overall": {"MRR@10": 0.5, "nDCG@10": 0.61}})
+    record = {"system": "x", "collection": {"name": "c", "digest": "d"}, "split": "test"}
+    record |= {"queries": 1, "passages": 1, "seconds": 1.0, "run": "runs/x.trec"}
+    metrics = json.dumps({**record, "overall": {"MRR@10": 0.5, "nDCG@10": 0.61}})
     command = f"mkdir -p runs/x; echo '{metrics}' > runs/x/metrics.json"
     expect = {"of": "runs/x", "values": {"MRR@10": 0.505, "nDCG@10": 0.6}}
     assert runner([_row("a", command, expect=expect, tolerance=0.02)]) == 0

@@ -120,12 +120,13 @@ def _audit(
     if sampler.rules.teacher_margin is not None and sampler.teacher_path:
         of_rule = run_over(collection, sampler.teacher_path, qrels)
     names = distinct([path_names(path) for path in sampler.paths])
-    runs = [
-        run_over(collection, path, qrels, sampler.depth).only(queries) for path in sampler.paths
-    ]
+    runs = {
+        name: run_over(collection, path, qrels, sampler.depth).only(queries)
+        for name, path in zip(names, sampler.paths, strict=True)
+    }
     own = own_passages(collection, qrels.queries)
     positives = Positives.of(qrels, own, len(collection.corpus))
-    found = candidates(dict(zip(names, runs, strict=True)), positives, sampler.rules, of_rule)
+    found = candidates(runs, positives, sampler.rules, of_rule)
     if Path(given.teacher).is_dir():
         pairs = np.unique([*found[0][PAIR].to_numpy(), *zip(*positives[:2], strict=True)], axis=0)
         teacher = _scored(Path(given.teacher), pairs, cfg, collection, given.output)
@@ -137,11 +138,10 @@ def _audit(
     save(page(seen, collection, qrels, given.teacher, command), html)
     made_from = {"collection": collection.digest, "split": split, "runs": list(cfg.sampler.runs)}
     made_from |= {"teacher": given.teacher, "teacher_margin": given.teacher_margin}
-    manifests.write_json(html.with_suffix(".json"), {**made_from, **seen.as_json()})
+    numbers = html.with_suffix(".json")
+    manifests.write_json(numbers, {**made_from, **seen.as_json()})
     log.info(seen.verdict())
-    log.info(
-        "page %s, numbers %s, tables %s", html, html.with_suffix(".json"), given.output / "audit"
-    )
+    log.info("page %s, numbers %s, tables %s", html, numbers, html.with_suffix(""))
 
 
 def _without_one(qrels: Qrels, rng: np.random.Generator) -> tuple[Qrels, Qrels]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ir_measures
 import numpy as np
@@ -13,9 +14,39 @@ import pytest
 from tests.commands import evaluate
 from tests.tiny import write_beir
 
+from caravan.manifests import write_json
+from caravan.report import jobs
 from caravan.report.__main__ import main
 
 HARMFUL = '<script>document.title="hurt"</script><img src=x onerror=alert(1)> & "quoted" http://x.y'
+
+
+def write_record(folder: Path, **settings: Any) -> Path:
+    """The metrics.json of an evaluation; returns the folder."""
+    record = {
+        "system": "x",
+        "overall": {"MRR@10": 0.3, "R@100": 0.5},
+        "collection": {"name": "tiny", "digest": "d"},
+        "split": "test",
+        "queries": 4,
+        "passages": 60,
+        "seconds": 1.26,
+        "run": "runs/x.trec",
+    }
+    write_json(folder / "metrics.json", {**record, **settings})
+    return folder
+
+
+def write_job(
+    folder: Path, overrides: list[str], metrics: dict[str, Any] | None, name: str | None = None
+) -> Path:
+    """A job of a sweep in `folder` with its metrics.json, failed without any; returns run_dir."""
+    run_dir = folder / (name or ",".join(overrides).replace("/", "_"))
+    state = jobs.FAILED if metrics is None else jobs.FINISHED
+    jobs.write(run_dir, overrides, state, "it is broken")
+    if metrics is not None:
+        write_json(run_dir / "metrics.json", metrics)
+    return run_dir
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from dataclasses import replace
@@ -11,7 +10,7 @@ import pytest
 from scipy import stats
 from tests.commands import evaluate
 from tests.refusals import refused
-from tests.report.conftest import Evaluations, Report
+from tests.report.conftest import Evaluations, Report, write_record
 
 from caravan.report import systems
 from caravan.report.compare import Comparison, compare, examples, holm, paired_tests
@@ -189,13 +188,17 @@ def test_names_get_the_folders_above_them_until_they_differ(
     assert read_system(Path()).name == "bm25"
 
 
-def test_other_collections_and_splits_are_not_compared() -> None:
-    for digest, split in (("b", "test"), ("a", "dev")):
-        one = System("old", Path("old"), Path(), ("pydocs", "a" * 32, "test"))
-        two = System("new", Path("new"), Path(), ("pydocs", digest * 32, split))
-        places = (f"old (pydocs test, digest {'a' * 12})", f"new (pydocs {split}, digest {digest}")
-        with refused("mixed-collections", *places):
-            read_judged([one, two])
+@pytest.mark.parametrize(("digest", "split"), [("b", "test"), ("a", "dev")])
+def test_other_collections_and_splits_are_not_compared(
+    digest: str, split: str, tmp_path: Path
+) -> None:
+    def system(name: str, digest: str, split: str) -> System:
+        collection = {"name": "pydocs", "digest": digest * 32}
+        return read_system(write_record(tmp_path / name, collection=collection, split=split))
+
+    places = (f"old (pydocs test, digest {'a' * 12})", f"new (pydocs {split}, digest {digest}")
+    with refused("mixed-collections", *places):
+        read_judged([system("old", "a", "test"), system("new", digest, split)])
 
 
 @pytest.mark.parametrize(
@@ -211,11 +214,8 @@ def test_measures_count_from_the_grade_of_the_split_and_once(
 
 
 def test_a_suite_is_not_compared_as_a_whole(tmp_path: Path) -> None:
-    own = {"group": "one", "stages": {}}
-    record = {"collections": {"one": own}, "failed": {}, "overall": {"MRR@10": 0.5}, "run": ""}
-    (tmp_path / "metrics.json").write_text(json.dumps(record))
-    with refused("no-evaluation", str(tmp_path / "one")):
-        read_system(tmp_path)
+    with refused("no-evaluation", str(tmp_path)):
+        read_system(write_record(tmp_path, run="", collections={}, failed={}))
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -263,8 +263,9 @@ def test_wrong_arguments_and_inputs_are_short_errors(
 def test_a_collection_is_found_in_the_cache_that_the_run_names(
     evaluations: Evaluations, tmp_path: Path
 ) -> None:
-    judged_on = read_system(evaluations.folder / "bm25").judged_on
-    assert judged_on is not None
+    evaluation = read_system(evaluations.folder / "bm25").evaluation
+    assert evaluation is not None
+    digest = evaluation.collection.digest
     (tmp_path / "config.yaml").write_text("cache_dir: gone\n")
-    with refused("collection-not-found", str(tmp_path), judged_on[1][:12]):
-        systems.find(judged_on[1], tmp_path)
+    with refused("collection-not-found", str(tmp_path), digest[:12]):
+        systems.find(digest, tmp_path)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from tests.commands import evaluate
-from tests.report.conftest import HARMFUL, Evaluations, Report
+from tests.report.conftest import HARMFUL, Evaluations, Report, write_record
 from tests.tiny import write_beir
 from torch.utils.tensorboard import SummaryWriter
 
+from caravan.manifests import write_json
 from caravan.report import jobs, page
 from caravan.report.page import POINTS, read_curves
 
@@ -52,9 +53,9 @@ def runs(evaluations: Evaluations, tmp_path_factory: pytest.TempPathFactory) -> 
         for step in range(5):
             writer.add_scalar("train/loss", 4 - step / 2, step)
             writer.add_scalar("val/MRR@10", step / 10, step)
-    record = {"name": "r", "base_model": "tiny", "collection": "data (abc)", "updates": 5}
+    record = {"base_model": "tiny", "collection": "data (abc)", "updates": 5}
     record |= {"monitored": "val/MRR@10", "best": 0.4, "train_seconds": 2.5}
-    (training / "metrics.json").write_text(json.dumps(record))
+    write_json(training / "metrics.json", record)
     (training / "config.yaml").write_text("# python train.py name=r\nname: r\nseed: 7\n")
     return folder
 
@@ -157,11 +158,9 @@ def test_a_suite_has_the_mean_of_its_collections_first(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("undrawn")
 def test_suites_without_a_common_table_leave_the_page_the_rest(tmp_path: Path) -> None:
     for number in range(14):
-        (tmp_path / f"{number:02}").mkdir()
-        (tmp_path / f"{number:02}/metrics.json").write_text('{"updates": 5}')
-    (tmp_path / "suite").mkdir()
-    record = {"collections": {}, "failed": {"a": "a/corpus.jsonl:4: not JSON"}, "overall": {}}
-    (tmp_path / "suite/metrics.json").write_text(json.dumps(record))
+        write_json(tmp_path / f"{number:02}/metrics.json", {"updates": 5})
+    failed = {"a": "a/corpus.jsonl:4: not JSON"}
+    write_record(tmp_path / "suite", run="", overall={}, collections={}, failed=failed)
     found = Parsed(page.write(tmp_path))
     assert "There is no table of all: " in found.text
     assert "a/corpus.jsonl:4: not JSON" in found.text
@@ -224,25 +223,21 @@ def test_a_folder_without_runs_or_that_cannot_be_written_is_named(
     assert not (tmp_path / "report.html").exists()
 
 
-def _log(folder: Path, values: dict[int, float], tag: str = "train/loss") -> None:
-    with SummaryWriter(str(folder / "tensorboard")) as writer:
-        for step, value in values.items():
-            writer.add_scalar(tag, value, step)
+def test_curves_have_the_last_value_of_each_step_and_few_points(tmp_path: Path) -> None:
+    def log(folder: str, steps: list[int], values: list[float], tag: str = "train/loss") -> None:
+        with SummaryWriter(str(tmp_path / folder / "tensorboard")) as writer:
+            for step, value in zip(steps, values, strict=True):
+                writer.add_scalar(tag, value, step)
 
-
-def test_curves_have_the_last_value_of_each_step(tmp_path: Path) -> None:
     assert read_curves(tmp_path) == {}
-    _log(tmp_path, {10: 4.0, 20: 3.0, 30: 9.0})
-    _log(tmp_path, {20: 2.5, 30: 2.0})  # resumed
-    _log(tmp_path, {29: 0.5}, "val/MRR@10")
-    _log(tmp_path, {29: 1.0}, "lr-AdamW")
+    log("resumed", [10, 20, 30], [4.0, 3.0, 9.0])
+    log("resumed", [20, 30], [2.5, 2.0])
+    log("resumed", [29], [0.5], "val/MRR@10")
+    log("resumed", [29], [1.0], "lr-AdamW")
     expected = {"train/loss": ([10, 20, 30], [4.0, 2.5, 2.0]), "val/MRR@10": ([29], [0.5])}
-    assert read_curves(tmp_path) == expected
-
-
-def test_long_curves_keep_their_ends_and_few_points(tmp_path: Path) -> None:
-    _log(tmp_path, {step: float(step) for step in range(0, 5000, 2)})
-    steps, values = read_curves(tmp_path)["train/loss"]
+    assert read_curves(tmp_path / "resumed") == expected
+    log("long", list(range(0, 5000, 2)), [float(step) for step in range(0, 5000, 2)])
+    steps, values = read_curves(tmp_path / "long")["train/loss"]
     assert len(steps) == POINTS
     assert (steps[0], steps[-1]) == (0, 4998)
     assert values == [float(step) for step in steps]

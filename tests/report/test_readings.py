@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.report.conftest import write_job
 
-from caravan.report import jobs
 from caravan.report.page import write
 from caravan.report.sweep import collect, plots, show, tables
 
@@ -21,10 +20,7 @@ def _entry(score: float, **reading: Any) -> dict[str, Any]:
 
 def _job(folder: Path, trained: int, seed: int, read: list[dict[str, Any]]) -> None:
     overrides = [f"encoding.passage_length={trained}", f"seed={seed}"]
-    run_dir = folder / ",".join(overrides)
-    jobs.write(run_dir, overrides, jobs.FINISHED)
-    record = {"name": "x", "updates": 4, "train_seconds": 9.0, "read": read}
-    (run_dir / "metrics.json").write_text(json.dumps(record))
+    write_job(folder, overrides, {"updates": 4, "train_seconds": 9.0, "read": read})
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import random
 import shutil
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import Any
 import pytest
 from tests.fuzz.mutations import json_mutants, put, restored, sampled, text_mutants
 from tests.refusals import refused
-from tests.report.conftest import Evaluations, Report
+from tests.report.conftest import Evaluations, Report, write_job, write_record
 from torch.utils.tensorboard import SummaryWriter
 
 from caravan.errors import CONTROLS
+from caravan.manifests import write_json
 from caravan.report import jobs, page
-from caravan.report.records import read_metrics, to_depth
+from caravan.report.records import Evaluation, Job, read_jobs, read_metrics
 
 COMMANDS = {
     "table": ["mine"],
@@ -33,8 +33,8 @@ COMMANDS = {
 def whole(evaluations: Evaluations, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two evaluations, a training, a suite and the jobs of a sweep, with all that reports read."""
     home = tmp_path_factory.mktemp("whole")
+    ignore = shutil.ignore_patterns("store")
     for name in ("bm25", "pipeline"):
-        ignore = shutil.ignore_patterns("store")
         shutil.copytree(evaluations.folder / name, home / "mine" / name, ignore=ignore)
     (home / "theirs.trec.gz").write_bytes(gzip.compress(evaluations.theirs.read_bytes()))
     shutil.copy(evaluations.beir / "qrels/train.tsv", home / "qrels.txt")
@@ -44,21 +44,15 @@ def whole(evaluations: Evaluations, tmp_path_factory: pytest.TempPathFactory) ->
             writer.add_scalar("train/loss", 4 - step / 2, step)
     record = {"name": "r", "base_model": "tiny", "collection": "data (abc)", "updates": 5}
     record |= {"monitored": "val/MRR@10", "best": 0.4, "train_seconds": 2.5, "memory_gib": 0.1}
-    (training / "metrics.json").write_text(json.dumps(record))
+    write_json(training / "metrics.json", record)
     (training / "config.yaml").write_text("# python train.py name=r\nloss: {_target_: a.B}\n")
     reading = {"query_length": None, "passage_length": 16, "segment": None, "segment_words": 9}
     reading |= {"scores": {"MRR@10": 0.1}, "tokens_per_query": 8.5, "seconds": 0.1}
     read = [reading, {**reading, "passage_length": None, "query_length": 8, "segment": "best"}]
     for seed in (1, 2):
-        job = home / "sweep" / f"seed={seed}"
-        jobs.write(job, ["lr=1", f"seed={seed}"], jobs.FINISHED)
-        (job / "metrics.json").write_text(json.dumps({**record, "read": read}))
+        write_job(home / "sweep", ["lr=1", f"seed={seed}"], {**record, "read": read})
     own = {"group": "a", "digest": "d", "split": "test", "stages": {"bm25": {"MRR@10": 0.1}}}
-    suite = {"collections": {"a": own}, "failed": {"b": "broken"}, "overall": {"MRR@10": 0.1}}
-    suite |= {"system": "bm25", "collection": {"name": "a", "digest": "e"}, "split": "test"}
-    suite |= {"queries": 1, "passages": 2, "seconds": 1.0, "run": "", "stages": []}
-    (home / "suite").mkdir()
-    (home / "suite/metrics.json").write_text(json.dumps(suite))
+    write_record(home / "suite", run="", collections={"a": own}, failed={"b": "broken"})
     return home
 
 
@@ -113,8 +107,7 @@ def test_a_damaged_file_is_no_traceback(
         ('{"overall":', "metrics.json"),
         ("[]", "metrics.json"),
         ('{"overall": {"MRR@10": NaN}}', "overall.MRR@10"),
-        ('{"stages": [{"stage": "bm25"}]}', "stages.0.run"),
-        ('{"collections": {"a": {"group": "g", "stages": {"s": {"F1": 0.1}}}}}', "a.stages.s.F1"),
+        ('{"overall": {}, "seconds": 1, "stages": [{}]}', "stages.0.overall"),
         ('{"train_seconds": true}', "train_seconds"),
     ],
 )
@@ -122,6 +115,30 @@ def test_a_damaged_value_is_named(text: str, place: str, tmp_path: Path) -> None
     (tmp_path / "metrics.json").write_text(text)
     with refused("damaged-file", str(tmp_path / "metrics.json"), place):
         read_metrics(tmp_path)
+
+
+def test_an_unknown_measure_of_a_suite_is_named(tmp_path: Path) -> None:
+    own = {"group": "g", "digest": "d", "split": "test", "stages": {"s": {"F1": 0.1}}}
+    write_record(tmp_path, collections={"a": own}, failed={})
+    with refused("damaged-file", "collections.a.stages.s.F1"):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "[" * 100_000, '{"state": 1}', '{"state": "finished"}'),
+        '{"state": "finished", "overrides": {"k1": []}, "error": null}',
+        '{"state": "failed", "overrides": {}, "error": {"x": 1}}',
+    ],
+)
+def test_a_damaged_record_of_a_job_is_named(text: str, tmp_path: Path) -> None:
+    jobs.write(tmp_path, ["bm25.k1=1", "+name='a b'"], jobs.FINISHED)
+    job = Job(overrides={"bm25.k1": "1", "name": "a b"}, state="finished")
+    assert read_jobs(tmp_path) == ({tmp_path: job}, [])
+    (tmp_path / "job.json").write_text(text)
+    with refused("damaged-file", "job.json"):
+        read_jobs(tmp_path)
 
 
 @pytest.mark.parametrize("command", ["table", "sweep", "collections", "page"])
@@ -133,38 +150,39 @@ def test_a_folder_that_does_not_exist_is_named(
     assert str(tmp_path / "nowhere") in error
 
 
-def _record(depth: int) -> dict[str, Any]:
+def _settings(depth: int) -> dict[str, Any]:
     """A reranker's top 100 of a retriever's 1,000."""
     reranked = {"MRR@10": 0.3, "R@1000": 0.6 if depth < 1000 else 0.8}
-    both = [("retriever", 1000, {"MRR@10": 0.2, "R@1000": 0.9}, None)]
-    both.append(("reranked", depth, reranked, 0.1))  # type: ignore[arg-type]
+    both: list[tuple[str, int, dict[str, float], float | None]] = [
+        ("retriever", 1000, {"MRR@10": 0.2, "R@1000": 0.9}, None),
+        ("reranked", depth, reranked, 0.1),
+    ]
     stages = [
         {
             "stage": name, "run": f"runs/{name}.test.trec", "run_xxh3": f"{name}{depth}",
-            "overall": overall, "seconds": 1.0, "gain": gain, "queries_per_second": None,
-            "depth": deep,
+            "overall": overall, "seconds": 1.0, "gain": gain, "depth": deep,
         }
         for name, deep, overall, gain in both
     ]  # fmt: skip
-    return {
-        "system": "reranked", "collection": {"name": "c", "digest": "d"}, "split": "test",
-        "queries": 4, "passages": 5000, "run": "runs/reranked.test.trec", "seconds": 2.0,
-        "overall": reranked, "stages": stages,
-    }  # fmt: skip
+    run = {"system": "reranked", "run": "runs/reranked.test.trec"}
+    return {**run, "passages": 5000, "overall": reranked, "stages": stages}
 
 
-def test_a_record_keeps_the_measures_that_each_stage_is_deep_enough_for() -> None:
-    found = to_depth(_record(100))
-    measures = [list(stage["overall"]) for stage in found["stages"]]
+def test_a_record_keeps_the_measures_that_each_stage_is_deep_enough_for(tmp_path: Path) -> None:
+    def read(depth: int, **settings: Any) -> Evaluation:
+        found = read_metrics(write_record(tmp_path, **{**_settings(depth), **settings}))
+        assert isinstance(found, Evaluation)
+        return found
+
+    found = read(100)
+    measures = [list(stage.overall) for stage in found.stages]
     assert measures == [["MRR@10", "R@1000"], ["MRR@10"]]
-    assert (found["overall"], found["depth"]) == ({"MRR@10": 0.3}, 100)
-    assert found["too_deep"] == ["R@1000"]
-    assert to_depth(found) == found
-    without = to_depth(_record(5))  # the gain is in the first measure
-    assert (without["overall"], without["stages"][1]["gain"]) == ({}, None)
-    assert to_depth(_record(1000))["overall"] == _record(1000)["overall"]
-    ranks_all = {**_record(100), "passages": 100}
-    assert to_depth(ranks_all)["overall"] == ranks_all["overall"]
+    assert (found.overall, found.depth) == ({"MRR@10": 0.3}, 100)
+    assert found.too_deep == ["R@1000"]
+    without = read(5)  # the gain is in the first measure
+    assert (without.overall, without.stages[1].gain) == ({}, None)
+    assert read(1000).overall == _settings(1000)["overall"]
+    assert read(100, passages=100).overall == _settings(100)["overall"]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -174,15 +192,13 @@ def test_every_report_leaves_out_a_score_beyond_the_depth_and_says_why(
 ) -> None:
     home = tmp_path / "runs"
     for depth in (100, 1000):
-        folder = home / f"depth-{depth}"
-        folder.mkdir(parents=True)
-        record = _record(depth)
+        settings = _settings(depth)
         if command == "collections":
             own = {"group": "c", "digest": "d", "split": "test", "passages": 5000}
-            own["depths"] = {stage["stage"]: stage["depth"] for stage in record["stages"]}
-            own["stages"] = {stage["stage"]: stage["overall"] for stage in record["stages"]}
-            record = {**record, "collections": {"c": own}, "failed": {}}
-        (folder / "metrics.json").write_text(json.dumps(record))
+            own["depths"] = {stage["stage"]: stage["depth"] for stage in settings["stages"]}
+            own["stages"] = {stage["stage"]: stage["overall"] for stage in settings["stages"]}
+            settings |= {"collections": {"c": own}, "failed": {}, "run": ""}
+        folder = write_record(home / f"depth-{depth}", **settings)
         if command == "sweep":
             jobs.write(folder, [f"rerank.depth={depth}"], jobs.FINISHED)
     code, shown, _ = report(command, home / "depth-100" if command == "collections" else home)

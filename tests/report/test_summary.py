@@ -11,49 +11,37 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel
 from tests.refusals import refused
-from tests.report.conftest import Evaluations, Report
+from tests.report.conftest import Evaluations, Report, write_record
 
+from caravan.report.records import Evaluation, read_metrics
 from caravan.report.summary import (
     collect,
     collect_suites,
     means_sentence,
     read_suites,
-    rows,
-    show_stages,
     show_suites,
+    stages_table,
+    systems_of,
 )
 
 ONE = {"a": {"bm25": 0.1}, "f/x": {"bm25": 0.3}, "f/y": {"bm25": 0.5}}
 
 
-def _evaluation(folder: Path, mrr: float = 0.3, **settings: Any) -> None:
-    folder.mkdir(parents=True)
-    record = {
-        "overall": {"MRR@10": mrr, "R@100": 0.5},
-        "collection": {"name": "tiny", "digest": "d"},
-        "split": "test",
-        "queries": 4,
-        "passages": 60,
-        "seconds": 1.26,
-        "run": "runs/x.trec",
-        **settings,
-    }
-    (folder / "metrics.json").write_text(json.dumps(record))
-
-
-def _of_stages(folder: Path, **stages: str) -> None:
+def _of_stages(folder: Path, **stages: str) -> Evaluation:
     """An evaluation of several stages: {stage: digest of its run}."""
     one = {"overall": {"MRR@10": 0.3, "R@100": 0.5}, "seconds": 1.0, "run": "runs/x.trec"}
     found = [
-        {**one, "stage": name, "run_xxh3": digest, "queries_per_second": 3.5, "gain": None}
+        {**one, "stage": name, "run_xxh3": digest, "queries_per_second": 3.5}
         for name, digest in stages.items()
     ]
-    _evaluation(folder, stages=found, system=list(stages)[-1])
+    record = read_metrics(write_record(folder, stages=found, system=list(stages)[-1]))
+    assert isinstance(record, Evaluation)
+    return record
 
 
 def test_the_table_is_every_evaluation_below_the_folder(tmp_path: Path, report: Report) -> None:
-    _evaluation(tmp_path / "bm25", 0.32)
-    _evaluation(tmp_path / "dense", overall={"R@100": 0.75, "nDCG@10": 0.6})
+    write_record(tmp_path / "bm25", overall={"MRR@10": 0.32, "R@100": 0.5})
+    write_record(tmp_path / "dense", overall={"R@100": 0.75, "nDCG@10": 0.6})
     (tmp_path / "train").mkdir()
     (tmp_path / "train/metrics.json").write_text('{"best": 0.4}')
     code, printed, _ = report("table", tmp_path)
@@ -64,6 +52,7 @@ def test_the_table_is_every_evaluation_below_the_folder(tmp_path: Path, report: 
         "bm25": ["0.5000", "-", "0.3200", "1.3"],
         "dense": ["0.7500", "0.6000", "-", "1.3"],
     }
+    assert "not tested: the collection of" in printed
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary) == ["dense", "bm25"]  # by MRR@10
     assert summary["bm25"] == {"MRR@10": 0.32, "R@100": 0.5, "seconds": 1.3}
@@ -82,8 +71,8 @@ def test_evaluations_without_a_common_table_are_refused(
 ) -> None:
     with refused("no-evaluation", str(tmp_path)):
         collect(tmp_path)
-    _evaluation(tmp_path / "a")
-    _evaluation(tmp_path / "b", **settings)
+    write_record(tmp_path / "a")
+    write_record(tmp_path / "b", **settings)
     with refused(code, *places):
         collect(tmp_path)
 
@@ -95,41 +84,41 @@ def test_systems_of_one_name_never_share_a_row(tmp_path: Path) -> None:
     _of_stages(home / "a", bm25="3", fused="4")
     _of_stages(home / "b", bm25="5", reranked="6")
     _of_stages(home / "a/bm25", bm25="7")
-    assert {name: record["folder"] for name, record in collect(home).items()} == {
-        "./retriever": ".",
-        "retriever": "retriever",
-        "bm25 of a": "a",
-        "fused": "a",
-        "b/bm25": "b",
-        "reranked": "b",
-        "a/bm25": "a/bm25",
+    assert {one.name: one.home for one in collect(home)} == {
+        "./retriever": home,
+        "retriever": home / "retriever",
+        "bm25 of a": home / "a",
+        "fused": home / "a",
+        "b/bm25": home / "b",
+        "reranked": home / "b",
+        "a/bm25": home / "a/bm25",
     }
-    assert list(collect(home / "retriever")) == ["retriever"]
+    assert [one.name for one in collect(home / "retriever")] == ["retriever"]
 
 
-def test_given_names_are_left_if_two_evaluations_have_the_same() -> None:
-    record = {"overall": {"MRR@10": 0.1}, "seconds": 1.0, "run": "runs/x.trec"}
-    several = {"stages": [{**record, "stage": name, "run_xxh3": name} for name in ("bm25", "x")]}
-    records = {"one/a": record, "one/copy": record, "two": {**record, **several}}
-    given = {"one/a": "one", "one/copy": "one"}
-    assert list(rows(records, given)) == ["one/a", "one/copy", "bm25", "x"]
+def test_given_names_are_left_if_two_evaluations_have_the_same(tmp_path: Path) -> None:
+    evaluations = {
+        tmp_path / "one/a": _of_stages(tmp_path / "1", a="a"),
+        tmp_path / "one/copy": _of_stages(tmp_path / "2", copy="copy"),
+        tmp_path / "two": _of_stages(tmp_path / "3", bm25="bm25", x="x"),
+    }
+    names = {tmp_path / "one/a": "one", tmp_path / "one/copy": "one"}
+    found = [one.name for one in systems_of(evaluations, tmp_path, names)]
+    assert found == ["one/a", "one/copy", "bm25", "x"]
 
 
-def test_a_suite_is_shown_by_its_mean(tmp_path: Path) -> None:
+def test_a_suite_is_shown_by_its_mean(tmp_path: Path, report: Report) -> None:
     for name in ("one", "two"):
-        _evaluation(tmp_path / name, collections={}, failed={})
-    _evaluation(tmp_path / "one/a", overall={"nDCG@10": 0.1})
-    assert list(collect(tmp_path)) == ["one", "two"]
+        write_record(tmp_path / name, run="", collections={}, failed={})
+    write_record(tmp_path / "one/a", overall={"nDCG@10": 0.1})
+    assert [one.name for one in collect(tmp_path)] == ["one", "two"]
+    assert "not tested: " in report("table", tmp_path)[1]
 
 
-def test_the_stages_of_an_evaluation_are_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _of_stages(tmp_path / "a", bm25="1", fused="2")
-    show_stages(json.loads((tmp_path / "a/metrics.json").read_text()))
-    printed = capsys.readouterr().out
-    assert "fused" in printed
-    assert "3.5" in printed
+def test_the_stages_of_an_evaluation_have_gains_and_speeds(tmp_path: Path) -> None:
+    table = stages_table(_of_stages(tmp_path / "a", bm25="1", fused="2"))
+    assert table is not None
+    assert table.rows[1] == ["fused", "0.3000", "0.5000", "\u2013", "3.5"]
 
 
 def test_each_system_is_tested_against_the_one_in_the_row_before(
@@ -139,27 +128,16 @@ def test_each_system_is_tested_against_the_one_in_the_row_before(
     assert code == 0
     summary = json.loads((evaluations.folder / "summary.json").read_text())
     systems = collect(evaluations.folder)
-    scores = [
-        evaluations.per_query(evaluations.folder / of["folder"] / of["run"], "MRR@10")
-        for of in systems.values()
-    ]
+    scores = [evaluations.per_query(one.run, "MRR@10") for one in systems]
     queries = sorted({query for of in scores for query in of})
     values = [[of.get(query, 0.0) for query in queries] for of in scores]
-    names = list(systems)
+    names = [one.name for one in systems]
     for i in range(1, len(names)):
         expected = ttest_rel(values[i], values[i - 1]).pvalue
         assert summary[names[i]]["p"] == pytest.approx(expected)
         verb = "beats" if expected < 0.05 else "does not differ significantly from"
         assert f"{names[i]} {verb} {names[i - 1]}" in printed
     assert "p" not in summary[names[0]]
-
-
-def test_a_table_without_runs_says_why_nothing_is_tested(tmp_path: Path, report: Report) -> None:
-    _evaluation(tmp_path / "a")
-    _evaluation(tmp_path / "b", 0.4)
-    code, printed, _ = report("table", tmp_path)
-    assert code == 0
-    assert "not tested: there is no run" in printed
 
 
 def test_a_run_that_has_changed_since_it_was_scored_is_not_tested(
@@ -184,7 +162,6 @@ def _suite(
     dropped: tuple[str, ...] = (),
 ) -> Path:
     """A suite with these scores: {collection: {stage: nDCG@10}}; some have R(rel=2) for R."""
-    folder.mkdir(parents=True)
     collections = {
         name: {
             "group": name.partition("/")[0],
@@ -197,9 +174,8 @@ def _suite(
         }
         for name, stages in scores.items()
     }
-    record = {"system": "x", "collections": collections, "failed": dict.fromkeys(failed, "broken")}
-    (folder / "metrics.json").write_text(json.dumps(record))
-    return folder
+    failures = dict.fromkeys(failed, "broken")
+    return write_record(folder, run="", collections=collections, failed=failures)
 
 
 def _collect(*folders: Path) -> tuple[pd.DataFrame, list[str]]:

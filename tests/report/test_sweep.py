@@ -1,26 +1,17 @@
 from __future__ import annotations
 
 import csv
-import json
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
 from tests.refusals import refused
+from tests.report.conftest import write_job, write_record
 
-from caravan.report import jobs
 from caravan.report.sweep import collect, plots, show
 
-SCORED = {"overall": {"MRR@10": 0.1}}
-
-
-def _job(folder: Path, overrides: list[str], metrics: dict[str, Any] | None) -> None:
-    run_dir = folder / ",".join(overrides).replace("/", "_")
-    jobs.write(run_dir, overrides, jobs.FINISHED if metrics else jobs.FAILED, "it is broken")
-    if metrics:
-        (run_dir / "metrics.json").write_text(json.dumps(metrics))
+SCORED = {"validation": {"MRR@10": 0.1}}
 
 
 @pytest.fixture
@@ -28,7 +19,7 @@ def sweep(tmp_path: Path) -> Path:
     for rate, mrr in (("1e-4", 0.1), ("1e-3", 0.3)):
         for seed in (1, 2):
             metrics = {"validation": {"MRR@10": mrr + seed / 100}, "train_seconds": 2.04}
-            _job(tmp_path, ["name=rates", f"optimizer.lr={rate}", f"seed={seed}"], metrics)
+            write_job(tmp_path, ["name=rates", f"optimizer.lr={rate}", f"seed={seed}"], metrics)
     return tmp_path
 
 
@@ -45,12 +36,12 @@ def test_settings_that_vary_are_columns_each_job_a_row_and_seeds_are_averaged(sw
 def test_a_sweep_ends_in_text_csv_and_a_plot(
     sweep: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _job(sweep, ["name=rates", "optimizer.lr=1", "seed=1"], None)
+    write_job(sweep, ["name=rates", "optimizer.lr=1", "seed=1"], None)
     assert show(sweep) == [("name=rates,optimizer.lr=1,seed=1", "it is broken")]
     with (sweep / "sweep.csv").open() as file:
         scores = [float(row["MRR@10"]) for row in csv.DictReader(file)]
     assert scores == pytest.approx([0.11, 0.12, 0.31, 0.32])
-    assert "0.3150 ± 0.0071" in (sweep / "sweep.txt").read_text()
+    assert "0.3150 ± 0.0071*" in (sweep / "sweep.txt").read_text()
     assert (sweep / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert "failed: name=rates,optimizer.lr=1,seed=1: it is broken" in capsys.readouterr().out
     assert "2 seeds" in plots(collect(sweep))[0].caption
@@ -62,7 +53,7 @@ def test_jobs_show_their_sizes_if_these_differ(
 ) -> None:
     for peft, trained in zip(("none", "lora"), sizes, strict=True):
         record = {"validation": {"MRR@10": 0.5}, "train": {"MRR@10": 0.75}, "memory_gib": 1.5}
-        _job(tmp_path, [f"peft={peft}"], {**record, "trained_parameters": trained})
+        write_job(tmp_path, [f"peft={peft}"], {**record, "trained_parameters": trained})
     assert collect(tmp_path).measures == ["MRR@10", "train MRR@10", *shown]
     assert show(tmp_path) == []  # a setting of names is plotted too
     assert (tmp_path / "sweep.png").exists()
@@ -72,8 +63,8 @@ def test_jobs_show_their_sizes_if_these_differ(
 def test_values_stay_apart_and_equal_ones_are_labelled_by_their_folders(tmp_path: Path) -> None:
     values = ["1_1", "11", "a/m", "b/m", "nan", "0.001", "1e-3"]
     for value in values:
-        _job(tmp_path, [f"x={value}", "y=1"], SCORED)
-    _job(tmp_path, ["z=1"], SCORED)
+        write_job(tmp_path, [f"x={value}", "y=1"], SCORED)
+    write_job(tmp_path, ["z=1"], SCORED)
     found = collect(tmp_path)
     assert set(found.rows["x"]) == {"1_1", 11, "a/m", "b/m", "nan", 0.001, "\u2013"}
     assert len(set(found.labels.values())) == len(values) + 1
@@ -88,21 +79,16 @@ def test_long_paths_are_named_by_their_ends_and_whole_in_the_csv(
         f"[{folders[0]}/bm25.train.trec]",
         "[" + ",".join(f"{f}/bm25.train.trec" for f in folders) + "]",
     ]
-    for text in lists:
-        for margin in ("null", "0.05"):
+    for i, text in enumerate(lists):
+        for margin, score in (("null", 0.1), ("0.05", 0.2)):
             overrides = [f"sampler.runs={text}", f"sampler.relative_margin={margin}"]
-            run_dir = tmp_path / str(len(list(tmp_path.iterdir())))
-            jobs.write(run_dir, overrides, jobs.FINISHED)
-            score = 0.1 if margin == "null" else 0.2
-            (run_dir / "metrics.json").write_text(json.dumps({"overall": {"MRR@10": score}}))
+            write_job(tmp_path, overrides, {"validation": {"MRR@10": score}}, f"{i}{margin}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of matplotlib, if labels leave no room for the axes
         show(tmp_path)
     one = "a_long_name_of_a_collection/runs/bm25.train.trec"
-    assert set(collect(tmp_path).rows["sampler.runs"]) == {
-        f"[{one}]",
-        f"[{one},mined/runs/bm25.train.trec]",
-    }
+    short = {f"[{one}]", f"[{one},mined/runs/bm25.train.trec]"}
+    assert set(collect(tmp_path).rows["sampler.runs"]) == short
     assert folders[0] not in capsys.readouterr().out
     with (tmp_path / "sweep.csv").open() as file:
         assert {row["sampler.runs"] for row in csv.DictReader(file)} == set(lists)
@@ -114,15 +100,15 @@ def test_two_sweeps_are_not_one_table(mark: str, tmp_path: Path) -> None:
         collect(tmp_path)
     for name, key in (("rates", "optimizer.lr"), ("seeds", "seed")):
         for value in "12":
-            _job(tmp_path / name / "deeper", [f"{key}={value}"], SCORED)
+            write_job(tmp_path / name / "deeper", [f"{key}={value}"], SCORED)
         (tmp_path / name / mark).touch()
     with refused("no-jobs", "(rates, seeds)"):
         collect(tmp_path)
     assert collect(tmp_path / "rates").varied == ["optimizer.lr"]
     for value in "34":  # a sweep of its own, with two others in its folder
-        _job(tmp_path, [f"sampler.number={value}"], SCORED)
+        write_job(tmp_path, [f"sampler.number={value}"], SCORED)
     assert collect(tmp_path).varied == ["sampler.number"]
-    _job(tmp_path / "failed", ["seed=1"], None)
+    write_job(tmp_path / "failed", ["seed=1"], None)
     assert [name for name, _ in collect(tmp_path).failed] == ["failed/seed=1"]
 
 
@@ -131,11 +117,11 @@ def test_jobs_that_differ_in_bytes_are_plotted_over_them_on_a_logarithmic_axis(
 ) -> None:
     for index, size in (("exact", 2), ("int8", 1)):
         for dim in ("8", "16", "null"):
-            bytes_ = size * (32 if dim == "null" else int(dim))
-            record = {**SCORED, "facts": {"bytes_per_vector": bytes_}}
-            _job(tmp_path, [f"dim={dim}", f"index={index}"], record)
+            run_dir = write_job(tmp_path, [f"dim={dim}", f"index={index}"], {})
+            facts = {"bytes_per_vector": size * (32 if dim == "null" else int(dim))}
+            write_record(run_dir, overall={"MRR@10": 0.1}, facts=facts)
     found = collect(tmp_path)
-    assert (found.measures, found.scores) == (["MRR@10", "bytes/vector"], ["MRR@10"])
+    assert (found.measures, found.scores) == (["MRR@10", "seconds", "bytes/vector"], ["MRR@10"])
     (plot,) = plots(found)
     assert "over bytes/vector, a line for each index" in plot.caption
     axes = Figure().add_subplot()
@@ -143,6 +129,6 @@ def test_jobs_that_differ_in_bytes_are_plotted_over_them_on_a_logarithmic_axis(
     assert axes.get_xscale() == "log"
     drawn = [bars[0].get_xdata() for bars in axes.containers]
     assert [list(x) for x in drawn] == [[16, 32, 64], [8, 16, 32]]
-    for run in found.records:  # the same bytes in all jobs
-        (run / "metrics.json").write_text(json.dumps({**SCORED, "facts": {"bytes_per_vector": 8}}))
-    assert collect(tmp_path).measures == ["MRR@10"]
+    for run_dir in found.records:  # the same bytes in all jobs
+        write_record(run_dir, overall={"MRR@10": 0.1}, facts={"bytes_per_vector": 8})
+    assert collect(tmp_path).measures == ["MRR@10", "seconds"]

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from caravan.report.tables import Table, best, write
+from caravan.report.tables import Table, write
 
 TABLE = Table(
     "results",
@@ -32,9 +33,13 @@ def test_latex_and_markdown_are_escaped(tmp_path: Path) -> None:
     ]
 
 
-def test_the_best_of_a_column_is_strong_unless_all_are_equal() -> None:
-    assert best([[0.1, 0.5, None], [0.3, 0.5, 0.2], [0.3, 0.5, None]]) == {(1, 1), (2, 1)}
-    assert best([[0.1]]) == frozenset()
+def test_the_best_score_of_a_column_is_strong_unless_all_are_equal() -> None:
+    frame = pd.DataFrame({"system": list("abc"), "MRR@10": [0.1, 0.3, 0.3], "R@5": [0.5] * 3})
+    frame["p"], frame["nDCG@10"], frame["seconds"] = ["-", ".1", ".2"], [None, 0.25, 0.2], [1, 2, 3]
+    table = Table.of("t", "", frame, {"seconds": "{:.1f}"})
+    assert table.columns == list(frame)
+    assert table.rows[0] == ["a", "0.1000", "0.5000", "-", "\u2013", "1.0"]
+    assert table.strong == {(1, 1), (2, 1), (1, 4)}
 
 
 @pytest.mark.parametrize("width", [10, 40, 100, None])

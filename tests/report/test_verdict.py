@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
-from tests.report.conftest import Evaluations
+from tests.report.conftest import Evaluations, write_job
 
 from caravan.manifests import write_json
-from caravan.report import jobs, page
+from caravan.report import page
 from caravan.report.compare import Comparison, compare, paired_tests
 from caravan.report.sweep import collect
 from caravan.report.systems import System, read_judged, read_system
 from caravan.report.verdict import (
     NAMED,
     NOTHING,
+    findings,
     of_comparison,
     of_evaluations,
     of_sweep,
-    verdict,
 )
 
 
@@ -36,8 +35,8 @@ def test_better_worse_and_equal_systems_are_named_in_the_right_order() -> None:
     values = np.random.default_rng(0).random((3, 200))
     values[1] = values[0] + 0.1 + 0.01 * values[2]
     pairs = paired_tests(values, [(0, 1), (1, 0), (0, 2)])
-    text = verdict("MRR@10", ["a", "b", "c"], pairs)
-    assert text.startswith("MRR@10: b beats a by 0.1")
+    text = findings(["a", "b", "c"], pairs)
+    assert text.startswith("b beats a by 0.1")
     assert text.count("a by 0.1") == 2
     assert "c does not differ significantly from a" in text or (
         "a does not differ significantly from c" in text
@@ -45,31 +44,39 @@ def test_better_worse_and_equal_systems_are_named_in_the_right_order() -> None:
 
 
 def _comparison(rows: list[list[float]], names: str) -> Comparison:
-    values, systems = np.array(rows), [System(name, Path(), None, None, ()) for name in names]
+    values, systems = np.array(rows), [System(name, Path()) for name in names]
     tests = paired_tests(values, list(itertools.combinations(range(len(names)), 2)))
     scores, pairs = {"MRR@10": values}, {"MRR@10": tests}
     judged: Any = None
     return Comparison(judged, systems, [], values, scores, [], [], pairs, {})
 
 
-def test_systems_with_equal_means_share_the_place() -> None:
+@pytest.mark.parametrize(
+    ("rows", "start"),
+    [
+        (
+            [[0.5, 0.25, 1], [0.25, 0.5, 1], [0, 0.1, 0]],
+            "a and b have the highest MRR@10, 0.5833 over 3 queries. ",
+        ),
+        (  # another is tested against all
+            [[0.3, 0.2, 0.4], [0.9, 0.8, 0.7], [0.3, 0.2, 0.3]],
+            "b has the highest MRR@10, 0.8000 over 3 queries. ",
+        ),
+        ([[0.5]], "a has MRR@10 0.5000 for one query; no test of one system."),
+        (
+            [[0.5, 0.5], [np.nan, np.nan], [0.6, 0.8]],
+            "c has the highest MRR@10, 0.7000 over 2 queries, of the 2 runs deep enough for it",
+        ),
+    ],
+)
+def test_the_best_of_the_ranked_systems_is_named(rows: list[list[float]], start: str) -> None:
+    assert of_comparison(_comparison(rows, "abc"[: len(rows)])).startswith(start)
+
+
+def test_systems_with_equal_means_share_the_place_on_many_collections() -> None:
     tied = _comparison([[0.5, 0.25, 1], [0.25, 0.5, 1], [0, 0.1, 0]], "abc")
-    text = of_comparison(tied)
-    assert text.startswith("a and b have the highest MRR@10, 0.5833 over 3 queries. ")
     assert of_evaluations([("x", tied)] * 3).startswith("Best system: a on 3, b on 3 of 3 ")
-
-
-def test_the_best_system_is_named_where_another_is_tested_against_all() -> None:
-    text = of_comparison(_comparison([[0.3, 0.2, 0.4], [0.9, 0.8, 0.7], [0.3, 0.2, 0.3]], "abc"))
-    assert text.startswith("b has the highest MRR@10, 0.8000 over 3 queries. ")
-    assert "a does not differ significantly from c" in text
-
-
-def test_one_query_has_no_interval_and_a_shallow_run_is_not_ranked() -> None:
-    one = of_comparison(_comparison([[0.5]], "a"))
-    assert one == "a has MRR@10 0.5000 for one query; no test of one system."
-    text = of_comparison(_comparison([[0.5, 0.5], [np.nan, np.nan], [0.6, 0.8]], "abc"))
-    assert text.startswith("c has the highest MRR@10, 0.7000 over 2 queries, of the 2 runs deep")
+    assert of_evaluations([("a", "No test: x.")] * 3).startswith("No test: none of 3 collections")
 
 
 def test_pairs_beyond_the_first_are_counted() -> None:
@@ -77,7 +84,7 @@ def test_pairs_beyond_the_first_are_counted() -> None:
     values[-1] += 1
     last = len(values) - 1
     names = [f"s{i}" for i in range(len(values))]
-    text = verdict("MRR@10", names, paired_tests(values, [(i, last) for i in range(last)]))
+    text = findings(names, paired_tests(values, [(i, last) for i in range(last)]))
     assert text.count(" by ") == NAMED
     assert text.endswith("; of 3 more pairs, 3 differ significantly.")
 
@@ -101,14 +108,13 @@ def test_the_best_system_is_compared_with_each_other_by_the_corrected_p(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_page_of_one_system_or_without_its_collection_says_that_nothing_is_tested(
+def test_a_page_of_one_system_says_that_nothing_is_tested(
     evaluations: Evaluations,
 ) -> None:
     one = _first_sentence(page.write(evaluations.folder / "bm25"))
     scores = evaluations.per_query(evaluations.folder / "bm25/runs/bm25.train.trec", "MRR@10")
     assert f"MRR@10 {sum(scores.values()) / 40:.4f} ±" in one
     assert "no test of one system" in one
-    assert of_evaluations([("a", "No test: x.")] * 3).startswith("No test: none of 3 collections")
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -136,12 +142,9 @@ def test_settings_are_tested_over_three_seeds_or_more(seeds: int, tmp_path: Path
     scores = {"1e-4": [0.1, 0.12, 0.13, 0.1, 0.11], "1e-3": [0.3, 0.31, 0.35, 0.29, 0.31]}
     for rate, values in scores.items():
         for seed, value in enumerate(values[: seeds + 1]):
-            run_dir = tmp_path / f"{rate}-{seed}"
-            lost = seed == seeds  # by a failed job
-            state = jobs.FAILED if lost and rate == "1e-3" else jobs.FINISHED
-            jobs.write(run_dir, [f"optimizer.lr={rate}", f"seed={seed}"], state)
-            metrics = {"validation": {"MRR@10": value}, "train_seconds": 1.0}
-            (run_dir / "metrics.json").write_text(json.dumps(metrics))
+            lost = seed == seeds and rate == "1e-3"  # by a failed job
+            metrics = None if lost else {"validation": {"MRR@10": value}, "train_seconds": 1.0}
+            write_job(tmp_path, [f"optimizer.lr={rate}", f"seed={seed}"], metrics)
     text = of_sweep(collect(tmp_path))
     if seeds == 1:
         assert text.startswith("No test")
@@ -160,15 +163,12 @@ def test_settings_are_tested_over_three_seeds_or_more(seeds: int, tmp_path: Path
 @pytest.mark.usefixtures("undrawn")
 def test_a_sweep_without_seeds_has_its_best_setting_and_no_test(tmp_path: Path) -> None:
     for rate in "12":
-        jobs.write(tmp_path / rate, [f"optimizer.lr={rate}"], jobs.FINISHED)
         metrics = {"validation": {"MRR@10": int(rate) / 10}}
-        (tmp_path / rate / "metrics.json").write_text(json.dumps(metrics))
+        write_job(tmp_path, [f"optimizer.lr={rate}"], metrics)
     text = _first_sentence(page.write(tmp_path))
     assert text.startswith("optimizer.lr=2 has the highest MRR@10, 0.2000, of 2 settings; no test")
-    for rate in "34":  # one as good as the best, and one without a score
-        jobs.write(tmp_path / rate, [f"optimizer.lr={rate}"], jobs.FINISHED)
-    (tmp_path / "3" / "metrics.json").write_text(json.dumps({"validation": {"MRR@10": 0.2}}))
-    (tmp_path / "4" / "metrics.json").write_text("{}")
+    write_job(tmp_path, ["optimizer.lr=3"], {"validation": {"MRR@10": 0.2}})
+    write_job(tmp_path, ["optimizer.lr=4"], {})
     text = of_sweep(collect(tmp_path))
     assert text.startswith(
         "optimizer.lr=2 and optimizer.lr=3 have the highest MRR@10, 0.2000, of 3"
@@ -177,9 +177,8 @@ def test_a_sweep_without_seeds_has_its_best_setting_and_no_test(tmp_path: Path) 
 
 def test_the_highest_loss_of_a_sweep_is_not_its_best(tmp_path: Path) -> None:
     for rate in "12":
-        jobs.write(tmp_path / rate, [f"optimizer.lr={rate}"], jobs.FINISHED)
         metrics = {"monitored": "train/loss", "best": int(rate) / 10}
-        (tmp_path / rate / "metrics.json").write_text(json.dumps(metrics))
+        write_job(tmp_path, [f"optimizer.lr={rate}"], metrics)
     sweep = collect(tmp_path)
     assert "train/loss" in sweep.measures
     assert sweep.scores == []

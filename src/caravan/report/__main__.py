@@ -10,9 +10,6 @@ from pathlib import Path
 
 from caravan.errors import InputError, answering
 
-WIDTH = 160
-"""Characters shown of a passage."""
-
 
 def main() -> int:
     parser = _parser()
@@ -62,19 +59,11 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     systems = with_distinct_names([read_system(path) for path in arguments.folders])
     measures = arguments.measures.split(",") if arguments.measures else []
-    judged = read_judged(systems, arguments.qrels)
-    comparison = compare(systems, judged, measures)
+    comparison = compare(systems, read_judged(systems, arguments.qrels), measures)
     for table in comparison_tables(comparison):
         show(table)
     for some in examples(comparison, 0, len(systems) - 1, arguments.queries):
-        show(f"{some.title}\n")
-        for query in some.queries:
-            show(f"{query.text or query.id}   {query.line}")
-            for passage in query.passages:
-                show(f"  {passage.id}: {passage.label.lower()}, {passage.place}")
-                if text := f"{passage.title} {passage.text}".strip():
-                    text = text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
-                    show(f"     {text}")
+        show(some.text())
     show(of_verdict(comparison))
     if (html := arguments.html) is not None:
         command = shlex.join(["python", "-m", "caravan.report", *sys.argv[1:]])
@@ -93,10 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=help_)
         command.add_argument("folders", type=Path, nargs=count, metavar="FOLDER")
-    command = commands.add_parser(
-        "compare", help="two systems or more side by side, tested query by query"
-    )
-    add = command.add_argument
+    help_ = "two systems or more side by side, tested query by query"
+    add = commands.add_parser("compare", help=help_).add_argument
     run = "run directory of an evaluation, or a run file"
     add("folders", type=Path, nargs="+", metavar="RUN", help=run)
     add("--qrels", type=Path, metavar="FILE", help="judge by this file (TREC's or BEIR's)")
@@ -115,6 +102,7 @@ def _count(text: str) -> int:
 
 
 def _html(text: str) -> Path:
+    # `--html a.trec b.trec` would overwrite a run.
     if not text.endswith(".html"):
         raise argparse.ArgumentTypeError("a page ends in .html; put --html behind the runs")
     return Path(text)

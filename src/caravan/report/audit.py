@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,10 @@ from caravan.data.texts import NEAR_COPY, resemblance, shingles
 from caravan.errors import InputError
 from caravan.report.compare import Examples, Passage, Query, paired_tests, shortened
 from caravan.report.page import Page
-from caravan.report.tables import MINUS, NONE, Section, Table
-from caravan.report.verdict import verdict
+from caravan.report.tables import Section, Table, slug
+from caravan.report.verdict import findings
 
-BANDS = (5, 10, 20, 50, 100, 200, 500, 1000)
-"""The last ranks of the bands of ranks."""
+BANDS = (5, 10, 20, 50, 100, 200, 500, 1000)  # the last ranks of the bands of ranks
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 RECALLS = (0.25, 0.5, 0.75, 0.9)
 """Shares of the hidden positives that the margins of a table find."""
@@ -90,17 +89,16 @@ class Audit:
 
     def by_rank(self) -> pd.DataFrame:
         """Counts of each run and band of ranks, and shares of suspects of what has scores."""
-        names = [f"{a + 1}-{b}" for a, b in zip((0, *BANDS), BANDS, strict=False)]
-        names.append(f"{BANDS[-1] + 1}-")
+        bands = [f"{a + 1}-{b}" for a, b in pairwise((0, *BANDS))] + [f"{BANDS[-1] + 1}-"]
         columns = ["candidates", "scored", "suspected", "copy", "near_copy"]
         found = []
         for source, part in self.sources.items():
-            part = part.assign(candidates=1, scored=part["gap"].notna().astype(int))
+            part = part.assign(candidates=1, scored=part["gap"].notna())
             of = part.groupby(np.searchsorted(BANDS, part["rank"]))[columns].sum()
             of["share"] = of["suspected"] / of["scored"]
             of["share_to_here"] = of["suspected"].cumsum() / of["scored"].cumsum()
-            of.insert(0, "ranks", [names[band] for band in of.index])
             of.insert(0, "run", source)
+            of.insert(1, "ranks", [bands[band] for band in of.index])
             found.append(of)
         return pd.concat(found, ignore_index=True)
 
@@ -159,7 +157,7 @@ class Audit:
             return f"{text} No test: no two runs have scored candidates of the same queries."
         couples = list(combinations(range(len(shares)), 2))
         tests = paired_tests(shares.to_numpy(dtype=float), couples)
-        return f"{text} {verdict('Share of suspects', list(shares.index), tests, 'exceeds')}"
+        return f"{text} Share of suspects: {findings(list(shares.index), tests, 'exceeds')}"
 
     def as_json(self) -> dict[str, Any]:
         """The numbers of the page as plain data; a missing one is null."""
@@ -254,11 +252,7 @@ def _copies(collection: Collection, judged: pd.DataFrame, found: pd.DataFrame) -
 
 
 def page(found: Audit, collection: Collection, qrels: Qrels, teacher: str, command: str) -> Page:
-    """The page of an audit.
-
-    Args:
-        qrels: as for `audit`; teacher: its name; command: that makes the page again.
-    """
+    """The page of an audit; `command` makes it again."""
     suspects = (
         "Candidates by rank in their run. Suspected: the teacher scores them above the lowest"
         f" positive of the query minus the margin ({found.teacher_margin:g}); share: of the"
@@ -276,34 +270,25 @@ def page(found: Audit, collection: Collection, qrels: Qrels, teacher: str, comma
         " hidden positives; at the margin of the audit, then at others. Precision is a lower bound:"
         " a suspect may be relevant and unjudged."
     )
-    sections = [
-        Section(
-            "Suspected false negatives", "ranks", [_table("suspects", suspects, found.by_rank(), 2)]
-        ),
-        Section("Score gaps", "gaps", [_table("gaps", gaps, found.gaps(), 2)]),
-        Section("Usable negatives", "usable", [_table("usable", usable, found.usable())]),
-    ]
+    blocks: dict[str, Table | Examples] = {
+        "Suspected false negatives": _table("suspects", suspects, found.by_rank(), 2),
+        "Score gaps": _table("gaps", gaps, found.gaps(), 2),
+        "Usable negatives": _table("usable", usable, found.usable()),
+    }
     if len(planted := found.planted()):
-        table = _table("hidden", hidden, planted, 0)
-        sections.append(Section("Hidden positives", "hidden", [table]))
+        blocks["Hidden positives"] = _table("hidden", hidden, planted, 0)
     if (shown := examples(found, collection, qrels)).queries:
-        sections.append(Section("Examples", "examples", [shown]))
+        blocks["Examples"] = shown
+    sections = [Section(title, slug(title), [block]) for title, block in blocks.items()]
     line = f"{collection.name}, {found.queries:,} training queries; teacher: {teacher}"
     note = "A suspicion is the teacher's guess: read the examples before you act on it."
     return Page("Audit of hard negatives", line, sections, command, found.verdict(), note)
 
 
 def _table(name: str, caption: str, frame: pd.DataFrame, labels: int = 1) -> Table:
-    def cell(value: Any) -> str:
-        if isinstance(value, str):
-            return value
-        if isinstance(value, float | np.floating):
-            return NONE if np.isnan(value) else f"{value:.3f}".replace("-", MINUS)
-        return f"{value:,}"
-
-    heads = [column.replace("_", " ") for column in frame]
-    cells = [[cell(value) for value in row] for row in frame.itertuples(index=False, name=None)]
-    return Table(name, caption, heads, cells, labels)
+    frame = frame.rename(columns=lambda column: column.replace("_", " "))
+    formats = {column: "{:.3f}" if frame[column].dtype.kind == "f" else "{:,}" for column in frame}
+    return Table.of(name, caption, frame, formats, labels)
 
 
 def examples(found: Audit, collection: Collection, qrels: Qrels) -> Examples:

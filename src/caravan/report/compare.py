@@ -20,6 +20,7 @@ import numpy as np
 from scipy import stats
 
 from caravan.data.runs import Run
+from caravan.errors import InputError
 from caravan.progress import track
 from caravan.report.systems import Judged, System
 from caravan.report.tables import depth_note
@@ -30,10 +31,9 @@ DEPTH = 100
 """How deep rankings are read for overlaps and examples, whatever the measures."""
 OVERLAPS = (1, 10, 100)
 """Depths of the overlap; at 1 it is the share of queries with the same passage on top."""
-CHARACTERS = 420
-"""Shown of a text, so that a page stays small."""
-RELEVANT = 2
-"""Relevant passages shown of a query: those that a ranking has highest."""
+CHARACTERS = 420  # shown of a text, so that a page stays small
+WIDTH = 160  # characters shown in a terminal
+RELEVANT = 2  # relevant passages shown of a query: those that a ranking has highest
 
 
 @dataclass(frozen=True)
@@ -91,55 +91,49 @@ class Comparison:
     @property
     def depth_note(self) -> str:
         """Which runs some of the measures look deeper than; empty if none."""
-        unscored = [
-            np.isnan([of[i] for of in self.values.values()]).any() for i in range(len(self.runs))
-        ]
-        runs = zip(self.names, self.depths, unscored, strict=True)
-        return depth_note({name: {"depth": d, "too_deep": cut} for name, d, cut in runs})
+        scores = np.stack(list(self.values.values()), axis=1)  # [S, M, Q]
+        runs = zip(self.names, self.depths, scores, strict=True)
+        return depth_note({name: depth for name, depth, of in runs if np.isnan(of).any()})
 
 
 def compare(
     systems: Sequence[System],
     judged: Judged,
     measures: Sequence[str] = (),
-    against: int | None = None,
+    couples: Sequence[tuple[int, int]] | None = None,
 ) -> Comparison:
     """Score every system query by query, and test the pairs.
 
     Args:
         measures: by default those of the first evaluation; with the grade from which the split
             counts a passage as relevant, as in `evaluate.py`.
-        against: the one system that the others are tested against; None tests all pairs.
+        couples: the pairs of systems that are tested, by default all.
 
     Raises:
         InputError: If a run or a measure cannot be read.
     """
-    recorded = next((system.measures for system in systems if system.measures), DEFAULT_MEASURES)
-    names = spelled([name.strip() for name in measures or recorded], judged.relevant_from)
-    names = list(dict.fromkeys(names))
+    found = [one.evaluation for one in systems if one.evaluation is not None]
+    recorded = next(([*one.overall, *one.too_deep] for one in found), DEFAULT_MEASURES)
+    wanted = [name.strip() for name in measures or recorded or DEFAULT_MEASURES]
+    names = list(dict.fromkeys(spelled(wanted, judged.relevant_from)))
+    if couples is None:
+        couples = list(combinations(range(len(systems)), 2))
     depth = min(max(DEPTH, deepest(names)), len(judged.corpus))
-    runs, missing, depths = [], [], []
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    runs, missing, scores = [], [], []
     for system in track(list(systems), "score", total=len(systems), unit="runs"):
         run = judged.read_run(system.run, depth)
-        scores = score_run(run, judged.qrels, judged.queries, judged.corpus, names)
+        scored = score_run(run, judged.qrels, judged.queries, judged.corpus, names)
         runs.append(run)
-        missing.append(scores["missing"])
-        depths.append(depth_of(run, system.depth))
-        for name in names:
-            rows[name].append(np.array(list(scores["per_query"][name].values())))
-    values = {name: np.stack(of) for name, of in rows.items()}
+        missing.append(scored["missing"])
+        scores.append([list(scored["per_query"][name].values()) for name in names])
+    values = dict(zip(names, np.array(scores).swapaxes(0, 1), strict=True))
+    depths = [depth_of(run, one.scored.depth) for run, one in zip(runs, systems, strict=True)]
     for i, (system, reached) in enumerate(zip(systems, depths, strict=True)):
         # A run file may be short because there were few hits: its scores are unfair only beside a
         # deeper run.
-        if system.depth is not None or reached < max(depths):
+        if system.scored.depth is not None or reached < max(depths):
             for name in too_deep(names, reached, len(judged.corpus)):
                 values[name][i] = np.nan
-    couples = [
-        couple
-        for couple in combinations(range(len(systems)), 2)
-        if against is None or against in couple
-    ]
     tops = [[run.of(row)[0][:DEPTH] for row in judged.qrels.queries] for run in runs]
     return Comparison(
         judged,
@@ -154,11 +148,21 @@ def compare(
     )
 
 
-def paired_tests(
-    values: np.ndarray,  # [S, Q]
-    couples: Sequence[tuple[int, int]],
-) -> list[Pair]:
-    """Test each couple (a, b) over the queries, and correct p for their number.
+def refuse_changed(comparison: Comparison) -> None:
+    """Raise an InputError if a run file no longer has the scores in its metrics.json."""
+    for i, system in enumerate(comparison.systems):
+        for measure, was in system.scored.overall.items():
+            now = comparison.mean(i, measure) if measure in comparison.values else None
+            if now is not None and abs(was - now) > 1e-6:
+                raise InputError(
+                    "changed-run",
+                    f"{system.run} has changed since it was scored ({measure} was {was:.4f} and is"
+                    f" {now:.4f}); evaluate again",
+                )
+
+
+def paired_tests(values: np.ndarray, couples: Sequence[tuple[int, int]]) -> list[Pair]:
+    """Test couples (a, b) of values [S, Q] over the queries, and correct p for their number.
 
     Couples with a system without scores (NaN) are left out.
     """
@@ -245,6 +249,17 @@ class Examples:
     title: str
     queries: Sequence[Query]
 
+    def text(self) -> str:
+        """The queries with their passages for a terminal."""
+        lines = [f"{self.title}\n"]
+        for query in self.queries:
+            lines.append(f"{query.text or query.id}   {query.line}")
+            for one in query.passages:
+                lines.append(f"  {one.id}: {one.label.lower()}, {one.place}")
+                if text := f"{one.title} {one.text}".strip():
+                    lines.append(f"     {_short(text, WIDTH)}")
+        return "\n".join(lines)
+
 
 def examples(comparison: Comparison, a: int, b: int, count: int) -> list[Examples]:
     """The `count` queries that gain most from system a to b in the first measure, and lose most."""
@@ -276,7 +291,7 @@ def _query(comparison: Comparison, a: int, b: int, query: int) -> Query:
     relevant.sort(key=lambda p: min(of.get(p, DEPTH + 1) for of in ranks.values()))
     wanted = list(dict.fromkeys([*relevant[:RELEVANT], *tops]))
     texts, query_text = [("", "")] * len(wanted), ""
-    if judged.has_texts:
+    if judged.collection is not None:
         texts = judged.corpus.get(wanted)
         ((_, query_text),) = judged.queries.get([row])
     names = judged.corpus.ids(np.array(wanted, np.int64))

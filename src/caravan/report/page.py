@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from caravan.errors import InputError
 from caravan.files import replacing
-from caravan.report import jobs, plots, sweep, tables, verdict
+from caravan.report import plots, sweep, tables, verdict
 from caravan.report.compare import Comparison
 from caravan.report.evaluations import (
     comparison_sections,
@@ -35,33 +36,30 @@ from caravan.report.evaluations import (
     means,
 )
 from caravan.report.plots import Line, Plot, lines
-from caravan.report.records import has_scores, read_metrics
+from caravan.report.records import Evaluation, Suite, Training, read_jobs, read_metrics
 from caravan.report.summary import collect_suites, means_sentence, read_suites, suites_table
-from caravan.report.tables import NONE, Code, Section, Table, slug
+from caravan.report.tables import Code, Section, Table, slug
 
 FILE = "report.html"
-MOST_MEASURES = 6
-"""Plots of a sweep."""
-MOST = 12
-"""Trainings, and configs, shown on a page."""
-POINTS = 300
-"""Drawn of a curve; more cannot be seen."""
+MOST_MEASURES = 6  # plots of a sweep
+MOST = 12  # trainings, and configs, shown on a page
+POINTS = 300  # drawn of a curve; more cannot be seen
 TAGS = ("train/", "val/")
 """The curves that are read; learning rates and epochs follow from the config."""
 SCORES = "Scores are those of ir_measures; a query that a run lacks counts 0."
 FACTS = {
-    "base_model": ("base model", "{}"),
-    "collection": ("collection", "{}"),
-    "monitored": ("monitored", "{}"),
-    "best": ("best", "{:.4f}"),
-    "updates": ("updates", "{:,}"),
-    "trained_parameters": ("trained weights", "{:,}"),
-    "memory_gib": ("GiB", "{:.1f}"),
-    "train_seconds": ("seconds", "{:,.0f}"),
+    "base_model": "base model",
+    "collection": "collection",
+    "monitored": "monitored",
+    "best": "best",
+    "updates": "updates",
+    "trained_parameters": "trained weights",
+    "memory_gib": "GiB",
+    "train_seconds": "seconds",
 }
-"""Values of a training's metrics.json: their columns, and their formats."""
-TEXTS = ("base_model", "collection", "monitored")
-"""The first of `FACTS`, which are no numbers."""
+"""Values of a training's metrics.json, and their columns."""
+TEXTS = ("base model", "collection", "monitored")  # columns
+FORMATS = {"updates": "{:,}", "trained weights": "{:,}", "GiB": "{:.1f}", "seconds": "{:,.0f}"}
 BREAKS = r"(?<=[/,_])|(?<=[a-z]\.)(?=[a-z])"
 """Where lines may break within paths and names, but not within numbers."""
 Curves = dict[str, tuple[list[int], list[float]]]
@@ -129,15 +127,11 @@ def save(page: Page, path: Path) -> Path:
 
 
 def of_comparison(comparison: Comparison, command: str, count: int) -> Page:
-    """The page of `compare`.
-
-    Args:
-        count: most improved and most degraded queries shown of each pair.
-    """
+    """The page of `compare`, with the `count` most improved and degraded queries of a pair."""
     last = len(comparison.systems) - 1
     couples = [(i, last) for i in range(last)][:4]
     results = [comparison_tables(comparison)[0], *means(comparison)]
-    sections = comparison_sections(comparison, couples, count=count)
+    sections = comparison_sections(comparison, couples, count)
     line = f"{' · '.join(comparison.names)}, on {comparison.queries:,} queries"
     sections = [Section("Results", "results", results), *sections]
     return Page("A comparison", line, sections, command, verdict.of_comparison(comparison))
@@ -145,55 +139,61 @@ def of_comparison(comparison: Comparison, command: str, count: int) -> Page:
 
 def _of_runs(folder: Path) -> Page:
     """The page of one run directory, or of all those below a folder."""
-    homes = [path.parent for path in sorted(folder.rglob("metrics.json"))]
-    records = {home: read_metrics(home) or {} for home in homes}
-    sections, counts, names = [], [], {}
-    texts, of_sweep = [], None
-    own, _ = jobs.read(folder)
+    paths = sorted(folder.rglob("metrics.json"))
+    records = {path.parent: read_metrics(path.parent) for path in paths}
+    sections: list[Section] = []
+    counts, texts = [], []
+    names: dict[Path, str] = {}
+    of_sweep = None
+    own, _ = read_jobs(folder)
     if own and folder not in own:
-        found = sweep.collect(folder)
-        sections.append(_of_sweep(found))
-        of_sweep = found
-        counts.append(f"a sweep over {verdict.listed(found.varied or ['nothing'])}")
-        names = {str(home.relative_to(folder)): label for home, label in found.labels.items()}
-        # Each job is one system: its last stage.
-        for home, record in found.records.items():
-            records[home] = {**record, "stages": record.get("stages", [])[-1:]}
-    suites = {home: record for home, record in records.items() if "collections" in record}
-    for home, record in suites.items():  # name the evaluation of a collection after its suite
-        name = record.get("system", ".") if home == folder else str(home.relative_to(folder))
-        inside = [home / member for member in record["collections"]]
-        names |= {str(path.relative_to(folder)): name for path in inside}
-    evaluations = [home for home, record in records.items() if has_scores(record) and record["run"]]
-    trained = {home: record for home, record in records.items() if "updates" in record}
-    if not evaluations and not trained and not sections:
+        of_sweep = sweep.collect(folder)
+        sections.append(_sweep_section(of_sweep))
+        counts.append(f"a sweep over {verdict.listed(of_sweep.varied or ['nothing'])}")
+        names |= of_sweep.labels
+        for home, record in of_sweep.records.items():
+            if isinstance(record, Evaluation):  # each job is one system: its last stage
+                records[home] = record.model_copy(update={"stages": record.stages[-1:]})
+    suites = {home: record for home, record in records.items() if isinstance(record, Suite)}
+    for home, suite in suites.items():  # name the evaluation of a collection after its suite
+        name = suite.system if home == folder else str(home.relative_to(folder))
+        names |= {home / member: name for member in suite.collections}
+    evaluations = {
+        home: record
+        for home, record in records.items()
+        if isinstance(record, Evaluation) and home not in suites
+    }
+    trained = {home: record for home, record in records.items() if isinstance(record, Training)}
+    if not records and not sections:
         message = f"{folder} holds no run with metrics (metrics.json)"
         raise InputError("no-runs", f"{message}; make one with train.py or evaluate.py")
     if suites:
-        section, text = _of_suites(suites)
+        section, text = _suites_section(suites)
         sections.append(section)
         texts += [text] if text else []
-    of_evaluations, comparisons = evaluation_sections(folder, records, names)
+    of_evaluations, comparisons = evaluation_sections(folder, evaluations, names)
     sections += of_evaluations
     if of_sweep and (sweep.SEED in of_sweep.varied or not comparisons):
         texts.insert(0, verdict.of_sweep(of_sweep))
     texts += [verdict.of_evaluations(comparisons)] if comparisons else []
-    labels = {home: names.get(place := _name(home, folder), place) for home in trained}
-    texts = texts or [verdict.of_trainings({labels[home]: of for home, of in trained.items()})]
-    sections += training_sections(trained, labels)
+    labelled = {names.get(home, _name(home, folder)): home for home in trained}
+    trainings = {name: trained[home] for name, home in labelled.items()}
+    texts = texts or [verdict.of_trainings(trainings)]
+    if trained:
+        sections.append(_trainings_section(trainings, labelled))
     for number, noun in ((len(evaluations), "evaluation"), (len(trained), "training")):
         counts += [verdict.count(number, noun)] if number else []
-    configs = sorted(folder.rglob("config.yaml"), key=lambda path: path.stat().st_mtime)
-    sections += command_sections(folder, [path.parent for path in configs])
-    times = [(home / "metrics.json").stat().st_mtime for home, record in records.items() if record]
+    sections += _commands_section(folder)
     line = ", ".join(counts)
-    line += f"; last metrics of {datetime.fromtimestamp(max(times)):%Y-%m-%d}" if times else ""
+    if paths:
+        last = max(path.stat().st_mtime for path in paths)
+        line += f"; last metrics of {datetime.fromtimestamp(last):%Y-%m-%d}"
     command = shlex.join(["python", "-m", "caravan.report", "page", str(folder)])
     note = SCORES if comparisons else ""
     return Page(folder.resolve().name, line, sections, command, " ".join(texts), note)
 
 
-def _of_sweep(found: sweep.Sweep) -> Section:
+def _sweep_section(found: sweep.Sweep) -> Section:
     """The shortest tables of a sweep, plots, the other tables, and the jobs that failed."""
     made = sweep.tables(found)
     first = [table for table in made if table.name not in sweep.LONG] or made[-1:]
@@ -203,11 +203,11 @@ def _of_sweep(found: sweep.Sweep) -> Section:
     return Section("Sweep", "sweep", blocks)
 
 
-def _of_suites(suites: Mapping[Path, dict[str, Any]]) -> tuple[Section, str]:
+def _suites_section(suites: Mapping[Path, Suite]) -> tuple[Section, str]:
     """The table of all suites with its sentence; if none is finished at all, the error says why."""
     sentence = ""
     try:
-        finished = [home for home, record in suites.items() if record["collections"]]
+        finished = [home for home, suite in suites.items() if suite.collections]
         scores, notes = collect_suites(read_suites(finished or list(suites)))
         blocks: list[Any] = [suites_table(scores), *notes]
         sentence = means_sentence(scores)
@@ -245,70 +245,46 @@ def read_curves(run_dir: Path) -> Curves:
     return found
 
 
-def training_sections(
-    trainings: Mapping[Path, dict[str, Any]], names: Mapping[Path, str]
-) -> list[Section]:
-    """Trainings, and their curves.
-
-    Args:
-        trainings: `metrics.json` by run directory; names: by run directory.
-    """
+def _trainings_section(trainings: Mapping[str, Training], homes: Mapping[str, Path]) -> Section:
+    """Trainings by name, and their curves."""
     shown = dict(list(trainings.items())[:MOST])
-    if not shown:
-        return []
-    blocks: list[Any] = [_trainings_table({names[home]: of for home, of in shown.items()})]
+    blocks: list[Any] = [_trainings_table(shown)]
     if more := len(trainings) - len(shown):
         blocks.append(f"{more} more trainings are not shown; each folder can have a page.")
-    curves = {names[home]: read_curves(home) for home in shown}
-    watched = [record["monitored"] for record in shown.values() if record.get("monitored")]
+    curves = {name: read_curves(homes[name]) for name in shown}
+    watched = [one.monitored for one in shown.values() if one.monitored]
     for tag in dict.fromkeys(("train/loss", *watched)):
         drawn = [Line(name, *of[tag]) for name, of in curves.items() if tag in of]
         if any(len(line.x) > 1 for line in drawn):  # a dot is no curve
             ends = ", ".join(f"{line.label}: {line.y[-1]:.4f}" for line in drawn)
             caption = f"{tag} over updates; at the end {ends}."
             blocks.append(Plot(f"curves-{slug(tag)}", caption, lines(drawn, "updates", tag)))
-    return [Section("Training", "training", blocks)]
+    return Section("Training", "training", blocks)
 
 
-def _trainings_table(trainings: Mapping[str, dict[str, Any]]) -> Table:
-    """What metrics.json has of each training, by name."""
-    facts, caption = dict(FACTS), "Trainings, with the best validation of each. GiB: peak memory"
-    for key in TEXTS:  # what all share
-        found = {of.get(key) for of in trainings.values()}
-        if len(found) == 1 and (text := found.pop()):
-            head, _ = facts.pop(key)
-            if key == "monitored":
-                facts["best"] = (f"best {text}", FACTS["best"][1])
-            else:
-                caption += f"; {head}: {text}"
-    cells = [
-        [
-            name,
-            *(
-                NONE if of.get(key) is None else form.format(of[key])
-                for key, (_, form) in facts.items()
-            ),
-        ]
-        for name, of in trainings.items()
-    ]
-    heads = ["training", *(name for name, _ in facts.values())]
-    labels = 1 + sum(key in facts for key in TEXTS)
-    return Table("trainings", f"{caption}.", heads, cells, labels)
+def _trainings_table(trainings: Mapping[str, Training]) -> Table:
+    """What metrics.json has of each training; what all share is in the caption."""
+    caption = "Trainings, with the best validation of each. GiB: peak memory"
+    facts = {head: [getattr(one, key) for one in trainings.values()] for key, head in FACTS.items()}
+    for head in TEXTS:
+        if len(found := set(facts[head])) == 1 and (text := found.pop()):
+            caption += f"; {head}: {text}"
+            del facts[head]
+    frame = pd.DataFrame({"training": list(trainings), **facts}, dtype=object)
+    labels = 1 + sum(head in facts for head in TEXTS)
+    return Table.of("trainings", f"{caption}.", frame, FORMATS, labels)
 
 
-def command_sections(folder: Path, homes: Sequence[Path]) -> list[Section]:
-    """The commands and resolved configs of runs."""
+def _commands_section(folder: Path) -> list[Section]:
+    """The commands and resolved configs of runs, the oldest first."""
     commands: dict[str, None] = {}
     configs: list[Code] = []
-    for home in homes:
-        path = home / "config.yaml"
-        if not path.is_file():
-            continue
+    for path in sorted(folder.rglob("config.yaml"), key=lambda path: path.stat().st_mtime):
         text = path.read_text("utf-8", errors="replace")
         if text.startswith("# "):
             head, _, text = text.partition("\n")
             commands[head.removeprefix("# ")] = None
-        configs.append(Code(f"{_name(home, folder)}/config.yaml", text))
+        configs.append(Code(f"{_name(path.parent, folder)}/config.yaml", text))
     if not configs:
         return []
     blocks: list[Any] = ["These runs have no recorded command."]

@@ -27,14 +27,11 @@ STYLES = Path(__file__).parent / "templates"
 THEMES = ("light", "dark")
 WIDTH, HEIGHT = 4.2, 2.6
 """Inches, without a legend. Letters of 8 and 9 points fit a paper, and can be read on a phone."""
-LETTERS = 52
-"""In a line of a legend; a label is half as wide."""
+LETTERS = 52  # in a line of a legend; a label is half as wide
 ROW, TEXT, GAP = 0.3, 0.14, 0.06
 """Inches of a row of `intervals`, of a line of text, and between labels."""
-LETTER = 0.025
-"""Width of a tick's letter, and of some space, as a share of the axis."""
-FEW = 12
-"""Lines with up to this many points have a mark at each."""
+LETTER = 0.025  # width of a tick's letter, and of some space, as a share of the axis
+FEW = 12  # lines with up to this many points have a mark at each
 COLOURS = 8
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))

@@ -8,41 +8,38 @@ tokens that are read.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
 from caravan.report.plots import Line, Plot, lines
-from caravan.report.tables import NONE, Table, best, slug
+from caravan.report.records import Reading
+from caravan.report.tables import NONE, Table, slug
 
 QUERY, PASSAGE, SEGMENT = "query read at", "passage read at", "segments"
 COLUMNS = (QUERY, PASSAGE, SEGMENT)
-COSTS = {
-    "tokens_per_query": ("tokens/query", "{:,.1f}"),
-    "tokens_per_passage": ("tokens/passage", "{:,.1f}"),
-    "seconds": ("read seconds", "{:,.2f}"),
-    "memory_gib": ("read GiB", "{:.2f}"),
+FORMATS = {
+    "tokens/query": "{:,.1f}",
+    "tokens/passage": "{:,.1f}",
+    "read seconds": "{:,.2f}",
+    "read GiB": "{:.2f}",
 }
-"""Names in an entry of `read`, their columns and formats."""
-FORMATS = dict(COSTS.values())
-TOKENS = [column for column, _ in COSTS.values()][:2]
+"""The columns of the cost, and their formats."""
+TOKENS = list(FORMATS)[:2]
 
 
-def rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A row for each reading: what differs from training, the scores, and the cost."""
-    for of in record.get("read", []):
-        segment = NONE
-        if of["segment"] is not None:
-            segment = f"{of['segment']} of {of['segment_words']} words"
-        values = (of["query_length"], of["passage_length"], segment)
-        cells = {
-            name: NONE if value is None else value
-            for name, value in zip(COLUMNS, values, strict=True)
-        }
-        cost = {column: of[name] for name, (column, _) in COSTS.items() if name in of}
-        yield {**cells, **of["scores"], **cost}
+def row(of: Reading) -> dict[str, Any]:
+    """What differs from training, the scores, and the cost."""
+    segment = None if of.segment is None else f"{of.segment} of {of.segment_words} words"
+    values = (of.query_length, of.passage_length, segment)
+    cells = {
+        name: NONE if value is None else value for name, value in zip(COLUMNS, values, strict=True)
+    }
+    costs = (of.tokens_per_query, of.tokens_per_passage, of.seconds, of.memory_gib)
+    known = {name: x for name, x in zip(FORMATS, costs, strict=True) if x is not None}
+    return {**cells, **of.scores, **known}
 
 
 def _sides(means: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -61,7 +58,10 @@ def _sides(means: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         ("query and passage", query & passage),
     ):
         found = means[chosen]
-        labels = [_reading(row) for _, row in found.iterrows()]
+        labels = [
+            ", ".join(str(value) for value in of if value != NONE)
+            for of in found[list(COLUMNS)].to_numpy()
+        ]
         if len(set(labels)) > 1:
             yield name, found.assign(reading=labels)
 
@@ -78,27 +78,21 @@ def grids(sweep: str, means: pd.DataFrame, trained: Sequence[str], measure: str)
         scores: dict[Any, dict[str, float]] = {}
         for *key, reading, score in found[[*trained, "reading", measure]].to_numpy().tolist():
             scores.setdefault(tuple(key), {})[reading] = score
-        grid = [[of.get(reading, math.nan) for reading in order] for of in scores.values()]
-        cells = [
-            [*map(str, key), *(_cell(x, "{:.4f}") for x in of)]
-            for key, of in zip(scores, grid, strict=True)
-        ]
-        for column, form_of in FORMATS.items():
-            if column in found and found[column].notna().any():
-                of = found.groupby("reading")[column].mean()[order]
-                blank = [""] * (len(trained) - 1)
-                cells.append([column, *blank, *(_cell(x, form_of) for x in of)])
-        made.append(
-            Table(
-                f"sweep-{slug(side)}",
-                f"{sweep}: {measure} by training (rows) and {side} length at inference (columns),"
-                " the best training of each column in bold; below, the mean cost of each column.",
-                [*trained, *order],
-                cells,
-                max(1, len(trained)),
-                best(grid, len(trained)),
-            )
+        grid = pd.DataFrame(list(scores.values()), columns=order)
+        table = Table.of(
+            f"sweep-{slug(side)}",
+            f"{sweep}: {measure} by training (rows) and {side} length at inference (columns),"
+            " the best training of each column in bold; below, the mean cost of each column.",
+            pd.DataFrame(list(scores), columns=list(trained), dtype=object).join(grid),
+            labels=len(trained),
         )
+        costs = []
+        for column, form in FORMATS.items():
+            if column in found and found[column].notna().any():
+                cost = found.groupby("reading")[column].mean()[order]
+                cells = [NONE if pd.isna(mean) else form.format(mean) for mean in cost]
+                costs.append([column, *[""] * (len(trained) - 1), *cells])
+        made.append(replace(table, rows=[*table.rows, *costs]))
     return made
 
 
@@ -118,13 +112,11 @@ def plots(
             continue
         x = known[-1]
         for measure in measures:
-            drawn = _lines(found, trained, x, measure)
             caption = f"{sweep}: {measure} over {x} at inference, a line for each training."
             if (found[SEGMENT] != NONE).any():
                 caption += " Hollow marks are those of segments."
-            made.append(
-                Plot(f"sweep-{slug(side)}-{slug(measure)}", caption, lines(drawn, x, measure))
-            )
+            draw = lines(_lines(found, trained, x, measure), x, measure)
+            made.append(Plot(f"sweep-{slug(side)}-{slug(measure)}", caption, draw))
     return made
 
 
@@ -145,12 +137,3 @@ def _lines(found: pd.DataFrame, trained: Sequence[str], x: str, measure: str) ->
             drawn.append(Line("" if segment in named else segment, *points, like=like))
             named.add(segment)
     return drawn
-
-
-def _cell(value: float, form: str) -> str:
-    return NONE if pd.isna(value) else form.format(value)
-
-
-def _reading(row: pd.Series) -> str:
-    """The heading of a column of a grid."""
-    return ", ".join(str(row[name]) for name in COLUMNS if row[name] != NONE)

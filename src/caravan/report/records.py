@@ -1,4 +1,4 @@
-"""Reads `metrics.json` of finished runs: checks its values, drops measures beyond a run's depth.
+"""`metrics.json` of finished runs, checked and cut to the depth of each run, and jobs of sweeps.
 
 Every report reads it through `read_metrics`: a damaged file is an error of one sentence, and no
 report shows R@1000 of a run with 100 passages a query.
@@ -8,19 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from caravan.errors import InputError
 from caravan.manifests import read_json
+from caravan.report import jobs
 from caravan.retrieval.metrics import parse_measure, too_deep
-
-JudgedOn = tuple[str, str, str]
-"""A collection, its digest and a split."""
-
-Records = dict[str, dict[str, Any]]
-"""`metrics.json` of evaluations, or of the systems in them, by name."""
 
 
 def _measure(name: str) -> str:
@@ -35,9 +30,45 @@ Scores = dict[Annotated[str, AfterValidator(_measure)], Number]
 
 
 class _Shape(BaseModel):
-    """A JSON object whose values are not converted and that may have other keys."""
+    """A JSON object whose values are not converted; keys that no report reads are left out."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True)
+
+
+Shape = TypeVar("Shape", bound=_Shape)
+
+
+class Scored(_Shape):
+    """Mean scores of a run.
+
+    Attributes:
+        depth: of the run; None if unknown.
+        too_deep: the measures that look deeper than the run, whose scores are left out.
+    """
+
+    overall: Scores
+    seconds: Number = 0.0
+    depth: Count | None = None
+    too_deep: list[str] = []
+
+    def cut(self, passages: int) -> Self:
+        """Leave out the scores beyond the depth; without a depth all stay."""
+        if self.depth is not None:
+            self.too_deep = too_deep(list(self.overall), self.depth, passages)
+            kept = {name: of for name, of in self.overall.items() if name not in self.too_deep}
+            self.overall = kept
+        return self
+
+
+class Stage(Scored):
+    """A stage of an evaluation, which wrote a run."""
+
+    stage: str
+    run: str
+    run_xxh3: str
+    seconds: Number
+    gain: Number | None = None  # in the first measure
+    queries_per_second: Number | None = None
 
 
 class _Collection(_Shape):
@@ -45,18 +76,66 @@ class _Collection(_Shape):
     digest: str
 
 
-class _Stage(_Shape):
-    stage: str
-    run: str
-    run_xxh3: str
-    overall: Scores
+class _Facts(_Shape):
+    bytes_per_vector: Count | None = None
+
+
+class Evaluation(Scored):
+    """An evaluation of one collection; its scores are those of the last stage."""
+
+    stages: list[Stage] = []
+    system: str
+    collection: _Collection
+    split: str
+    run: str  # relative to the run directory; empty for a suite
+    queries: Count
+    passages: Count
     seconds: Number
-    gain: Number | None = None
-    queries_per_second: Number | None = None
-    depth: Count | None = None
+    facts: _Facts = _Facts()
+
+    @model_validator(mode="after")
+    def _to_depth(self) -> Self:
+        for stage in self.stages:
+            first = next(iter(stage.overall), None)
+            stage.cut(self.passages)
+            if first in stage.too_deep:
+                stage.gain = None
+        self.depth = self.stages[-1].depth if self.stages else None
+        return self.cut(self.passages)
+
+    @property
+    def where(self) -> str:
+        """Name and split of the collection."""
+        return f"{self.collection.name} {self.split}"
 
 
-class _Reading(_Shape):
+class Member(_Shape):
+    """A collection of a suite, with scores and depths by stage."""
+
+    group: str
+    digest: str
+    split: str
+    stages: dict[str, Scores]
+    depths: dict[str, Count | None] = {}
+    passages: Count = 0
+
+    def scored(self) -> dict[str, Scored]:
+        return {
+            name: Scored(overall=scores, depth=self.depths.get(name)).cut(self.passages)
+            for name, scores in self.stages.items()
+        }
+
+
+class Suite(Evaluation):
+    """An evaluation of several collections; its scores are their mean."""
+
+    collections: dict[str, Member]
+    failed: dict[str, str]
+
+
+class Reading(_Shape):
+    """Scores of a trained model with other text lengths, and their cost."""
+
     query_length: Count | None
     passage_length: Count | None
     segment: Literal["first", "best"] | None
@@ -68,149 +147,89 @@ class _Reading(_Shape):
     memory_gib: Number | None = None
 
 
-class _Facts(_Shape):
-    bytes_per_vector: Count | None = None
-
-
-class _Run(_Shape):
-    """Of a training or an evaluation, finished or not."""
-
-    system: str | None = None
+class Training(_Shape):
+    updates: Count = 0
     base_model: str | None = None
+    collection: str | None = None
     monitored: str | None = None
     best: float | None = None
-    updates: Count | None = None
-    passages: Count | None = None
     trained_parameters: Count | None = None
     train_seconds: Number | None = None
     memory_gib: Number | None = None
-    overall: dict[str, Number] | None = None
-    validation: dict[str, Number] | None = None
-    train: dict[str, Number] | None = None
-    read: list[_Reading] | None = None
-    facts: _Facts | None = None
-    stages: list[_Stage] | None = None
+    validation: dict[str, Number] = {}
+    train: dict[str, Number] = {}
+    read: list[Reading] = []
 
 
-class _Member(_Shape):
-    group: str
-    stages: dict[str, Scores]
-    digest: str | None = None
-    split: str | None = None
-    passages: Count | None = None
-    depths: dict[str, Count | None] | None = None
+class Job(_Shape):
+    """A job of a sweep (`caravan.report.jobs`)."""
+
+    overrides: dict[str, str]
+    state: str
+    error: str | None = None
 
 
-class _Suite(_Run):
-    collections: dict[str, _Member]
-    failed: dict[str, str]
-
-
-class _Evaluation(_Shape):
-    """An evaluation that has scores."""
-
-    collection: _Collection
-    split: str
-    run: str
-    queries: Count
-    passages: Count
-    overall: Scores
-    seconds: Number
-
-
-def read_metrics(folder: Path) -> dict[str, Any] | None:
-    """`metrics.json` of a run directory as `to_depth` returns it, None if there is none.
+def read_metrics(folder: Path) -> Training | Evaluation | None:
+    """`metrics.json` of a run directory, None if there is none.
 
     Raises:
-        InputError: If it is not JSON, or a value has another type than a run writes.
+        InputError: If it is not JSON, or a value is missing or has another type than a run writes.
     """
     path = folder / "metrics.json"
     if not path.is_file():
         return None
     record = read_json(path)
-    _validate(path, _Suite if "collections" in record else _Run, record)
-    return to_depth({key: value for key, value in record.items() if value is not None})
+    if "overall" not in record:
+        return _checked(Training, record, path)
+    return _checked(Suite if "collections" in record else Evaluation, record, path)
 
 
-def refuse_partial(folder: Path, record: dict[str, Any]) -> None:
-    """Raise an InputError if an evaluation's record is not complete."""
-    _validate(folder / "metrics.json", _Evaluation, record)
+def read_jobs(folder: Path) -> tuple[dict[Path, Job], list[Path]]:
+    """The jobs below a folder, and the folders of other sweeps, whose jobs are left out.
+
+    Returns:
+        The jobs by run_dir, in order, and the folders below this one that are sweeps.
+
+    Raises:
+        InputError: If the file of a job is damaged.
+    """
+    marked = {path.parent for name in jobs.SWEEP for path in folder.rglob(name)} - {folder}
+    found, others = {}, set()
+    for path in sorted(folder.rglob(jobs.FILE)):
+        if inside := marked.intersection(path.parents):
+            others |= inside
+        else:
+            found[path.parent] = _checked(Job, read_json(path), path)
+    return found, sorted(others)
 
 
-def _validate(path: Path, shape: type[_Shape], record: Any) -> None:
+def _checked(kind: type[Shape], record: dict[str, Any], path: Path) -> Shape:
     try:
-        shape.model_validate(record)
+        return kind.model_validate(record)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
+        place = ".".join(map(str, first["loc"]))
         message = f"{path} is damaged: {place}: {first['msg']}; run its command again, or remove it"
         raise InputError("damaged-file", message) from None
 
 
-def to_depth(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without scores by measures that look deeper than the run.
-
-    The record and each of its stages get `too_deep`, the measures that were dropped, and the record
-    the `depth` of its last stage. Without a recorded depth all scores stay.
-    """
-    passages = record.get("passages", 0)
-    stages = [_cut(stage, stage.get("depth"), passages) for stage in record.get("stages", ())]
-    depth = stages[-1].get("depth") if stages else None
-    cut = _cut({**record, "depth": depth}, depth, passages)
-    if "stages" in record:
-        cut["stages"] = stages
-    if "collections" in record:
-        cut["collections"] = {name: _member(of) for name, of in record["collections"].items()}
-    return cut
-
-
-def _cut(scored: dict[str, Any], depth: int | None, passages: int) -> dict[str, Any]:
-    scores = scored.get("overall", {})
-    dropped = [] if depth is None else too_deep(list(scores), depth, passages)
-    cut = {**scored, "too_deep": [*scored.get("too_deep", []), *dropped]}
-    if dropped:
-        cut["overall"] = {name: value for name, value in scores.items() if name not in dropped}
-        if next(iter(scores)) in dropped:  # a gain is in the first measure
-            cut["gain"] = None
-    return cut
-
-
-def _member(of: dict[str, Any]) -> dict[str, Any]:
-    """A collection of a suite, whose stages are scores by name."""
-    depths = of.get("depths") or {}
-    cut = {
-        name: _cut({"overall": scores}, depths.get(name), of.get("passages") or 0)
-        for name, scores in of["stages"].items()
-    }
-    stages = {name: one["overall"] for name, one in cut.items()}
-    short = {name: one["too_deep"] for name, one in cut.items() if one["too_deep"]}
-    return {**of, "stages": stages, "too_deep": {**of.get("too_deep", {}), **short}}
-
-
-def has_scores(record: dict[str, Any]) -> bool:
-    """Whether it is of an evaluation with scores, even if its run is too short for all of them."""
-    return "run" in record and bool(record.get("overall") or record.get("too_deep"))
-
-
-def bytes_per_vector(record: Mapping[str, Any]) -> int | None:
-    """The bytes of a passage's vector that the search of an evaluation reads; None if unknown."""
-    size: int | None = record.get("facts", {}).get("bytes_per_vector")
-    return size
-
-
-def judged_on(record: dict[str, Any]) -> JudgedOn:
-    return record["collection"]["name"], record["collection"]["digest"], record["split"]
-
-
-def refuse_mixed(judged_on: Mapping[str, JudgedOn], remedy: str) -> None:
-    """Raise an InputError if systems are of different collections or splits."""
-    if len({(digest, split) for _, digest, split in judged_on.values()}) > 1:
+def refuse_mixed(evaluations: Mapping[str, Evaluation], remedy: str) -> None:
+    """Raise an InputError if evaluations are of different collections or splits."""
+    if len({(one.collection.digest, one.split) for one in evaluations.values()}) > 1:
         found = ", ".join(
-            f"{system} ({name} {split}, digest {digest[:12]})"
-            for system, (name, digest, split) in judged_on.items()
+            f"{name} ({one.where}, digest {one.collection.digest[:12]})"
+            for name, one in evaluations.items()
         )
         message = f"these are of different collections or splits: {found}; {remedy}"
         raise InputError("mixed-collections", message)
+
+
+def refuse_repeated(paths: Sequence[Path]) -> None:
+    """Raise an InputError if a file or folder is given twice."""
+    places = [path.resolve() for path in paths]
+    for path, place in zip(paths, places, strict=True):
+        if places.count(place) > 1:
+            raise InputError("given-twice", f"{path} is given twice; name each one once")
 
 
 def path_names(path: Path) -> list[str]:

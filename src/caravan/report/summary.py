@@ -11,188 +11,162 @@ gives their number if that is not all of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from caravan.errors import InputError, printable
 from caravan.files import replacing
 from caravan.report.records import (
-    Records,
+    Evaluation,
+    Scored,
+    Suite,
     distinct,
-    judged_on,
     path_names,
     read_metrics,
     refuse_mixed,
-    refuse_partial,
-    to_depth,
+    refuse_repeated,
 )
-from caravan.report.tables import NONE, Table, best, depth_note, score, show, signed
+from caravan.report.systems import System
+from caravan.report.tables import NONE, Table, best, depth_note, show, signed
 
 MEAN = "mean"
 
 
-def collect(folder: Path) -> Records:
-    """A record of every system below `folder`, the worst first by its first measure.
-
-    A suite is shown by its mean.
+def collect(folder: Path) -> list[System]:
+    """Every system below `folder`, the worst first by its first measure; suites by their mean.
 
     Raises:
         InputError: If there is no evaluation, one has no scores, or evaluations are of different
             collections or splits.
     """
-    records: Records = {}
+    found: dict[Path, Evaluation] = {}
     suites: list[Path] = []
     for path in sorted(folder.rglob("metrics.json"), key=lambda path: path.parent.parts):
         home = path.parent
-        record = read_metrics(home) or {}
-        if "overall" not in record or any(suite in home.parents for suite in suites):
+        record = read_metrics(home)
+        if not isinstance(record, Evaluation) or any(suite in home.parents for suite in suites):
             continue
-        if not record["overall"] and not record["too_deep"]:
+        if not record.overall and not record.too_deep:
             message = f"{path} has no scores; run evaluate.py again, or remove the file"
             raise InputError("no-scores", message)
-        refuse_partial(home, record)
-        suites += [home] if "collections" in record else []
-        records[str(home.relative_to(folder))] = record
-    if not records:
+        suites += [home] if isinstance(record, Suite) else []
+        found[home] = record
+    if not found:
         message = f"{folder} holds no evaluation (metrics.json); make one with evaluate.py"
         raise InputError("no-evaluation", message)
     remedy = f"give a folder of one, or see all by python -m caravan.report page {folder}"
-    refuse_mixed({name: judged_on(record) for name, record in records.items()}, remedy)
-    return rows(records)
+    refuse_mixed({str(home.relative_to(folder)): one for home, one in found.items()}, remedy)
+    return systems_of(found, folder)
 
 
-def rows(records: Records, names: Mapping[str, str] | None = None) -> Records:
-    """A record {overall, seconds, run, folder, ...} for each row of a table, the worst first.
+def systems_of(
+    evaluations: Mapping[Path, Evaluation], folder: Path, names: Mapping[Path, str] | None = None
+) -> list[System]:
+    """The rows of a table of evaluations below `folder`, the worst first.
 
     An evaluation of several stages gives a row for each, named after the stage if no other row is;
     a run that an evaluation has alone is shown once, as that evaluation.
 
     Args:
-        records: evaluations, by folder.
-        names: names of evaluations by folder, if they differ from the folder.
+        names: of evaluations, by run directory, if they differ from the folders.
     """
     names = names or {}
-    alone = {name: r for name, r in records.items() if len(r.get("stages", ())) <= 1}
-    shown = {stage["run_xxh3"] for record in alone.values() for stage in record.get("stages", ())}
-    candidates, found = [], []
-    for folder, record in alone.items():
-        own = [folder]
-        if folder == ".":  # a run directory by itself is named after its system
-            system = record.get("system", folder)
-            own = [system, f"./{system}"]
-        candidates.append([names[folder], *own] if folder in names else own)
-        found.append({**record, "folder": folder})
-    for folder, record in records.items():
-        for stage in () if folder in alone else record["stages"]:
-            if stage["run_xxh3"] not in shown:
-                name = stage["stage"]
-                longer = (f"{names.get(folder, folder)}/{name}", f"{name} of {folder}")
-                candidates.append([name, *longer])
-                found.append({**record, **stage, "folder": folder})
-    (first, *_) = measures_of(found) or [""]
-    of_name = zip(distinct(candidates), found, strict=True)
-    return dict(sorted(of_name, key=lambda item: item[1]["overall"].get(first, 0.0)))
+    alone = {home: one for home, one in evaluations.items() if len(one.stages) <= 1}
+    shown = {stage.run_xxh3 for one in alone.values() for stage in one.stages}
+    found: list[System] = []
+    candidates = []
+    for home, one in alone.items():
+        # A run directory by itself is named after its system.
+        own = [one.system, f"./{one.system}"] if home == folder else [str(home.relative_to(folder))]
+        candidates.append([names[home], *own] if home in names else own)
+        found.append(System("", home / one.run, home, one, one))
+    for home, one in evaluations.items():
+        place = str(home.relative_to(folder))
+        for stage in () if home in alone else one.stages:
+            if stage.run_xxh3 not in shown:
+                longer = f"{names.get(home, place)}/{stage.stage}", f"{stage.stage} of {place}"
+                candidates.append([stage.stage, *longer])
+                found.append(System("", home / stage.run, home, one, stage))
+    (first, *_) = measures_of(one.scored for one in found) or [""]
+    named = [replace(one, name=n) for one, n in zip(found, distinct(candidates), strict=True)]
+    return sorted(named, key=lambda one: one.scored.overall.get(first, 0.0))
 
 
-def measures_of(scored: Iterable[dict[str, Any]]) -> list[str]:
+def measures_of(scored: Iterable[Scored]) -> list[str]:
     """The measures of several systems or stages, each once, in the order met."""
-    return list(dict.fromkeys(measure for one in scored for measure in one["overall"]))
+    return list(dict.fromkeys(measure for one in scored for measure in one.overall))
 
 
-def where(record: Mapping[str, Any]) -> str:
-    """Name and split of the collection of an evaluation."""
-    return f"{record['collection']['name']} {record['split']}"
-
-
-def results_table(systems: Records, name: str = "results", p_values: Sequence[str] = ()) -> Table:
-    """The scores and seconds of systems on one collection.
-
-    Args:
-        p_values: of each system against the one in the row before.
-    """
-    measures = measures_of(systems.values())
-    scores = [[of["overall"].get(measure) for measure in measures] for of in systems.values()]
-    first = next(iter(systems.values()))
+def results_table(
+    systems: Sequence[System], name: str = "results", p_values: Sequence[str] = ()
+) -> Table:
+    """Scores and seconds of systems on one collection; `p_values`: against the row before."""
+    one = systems[0].evaluation
+    assert one is not None
     caption = (
-        f"{where(first)}: {first['queries']:,} queries, {first['passages']:,} passages; best in"
-        " bold. Seconds: to embed or index the corpus and to search, or to rerank, without what was"
-        " on disk already."
+        f"{one.where}: {one.queries:,} queries, {one.passages:,} passages; best in bold. Seconds:"
+        " to embed or index the corpus and to search, or to rerank, without what was on disk"
+        " already."
     )
-    cells = [
-        [name, *map(score, row), f"{of['seconds']:,.1f}"]
-        for (name, of), row in zip(systems.items(), scores, strict=True)
-    ]
-    heads = ["system", *measures, "seconds"]
+    frame = pd.DataFrame([system.scored.overall for system in systems])
+    frame.insert(0, "system", [system.name for system in systems])
     if p_values:
-        caption += f" p: paired t-test in {measures[0]} against the row before."
-        heads.insert(-1, "p")
-        for row, p in zip(cells, p_values, strict=True):
-            row.insert(-1, p)
-    return Table(name, caption + depth_note(systems), heads, cells, strong=best(scores))
+        caption += f" p: paired t-test in {frame.columns[1]} against the row before."
+        frame["p"] = p_values
+    frame["seconds"] = [system.scored.seconds for system in systems]
+    caption += depth_note({of.name: of.scored.depth for of in systems if of.scored.too_deep})
+    return Table.of(name, caption, frame, {"seconds": "{:,.1f}"})
 
 
-def stages_table(metrics: dict[str, Any], name: str = "stages", title: str = "") -> Table | None:
+def stages_table(one: Evaluation, name: str = "stages", title: str = "") -> Table | None:
     """The stages of one evaluation: scores, gain over the best stage before, queries a second.
 
     None if no run is deep enough for any of the measures.
     """
-    stages = metrics["stages"]
-    measures = measures_of(stages)
-    if not measures:
+    frame = pd.DataFrame([stage.overall for stage in one.stages])
+    if frame.empty:
         return None
-    scores = [[stage["overall"].get(measure) for measure in measures] for stage in stages]
-    cells = []
-    for stage, row in zip(stages, scores, strict=True):
-        gain, speed = stage.get("gain"), stage.get("queries_per_second")
-        more = [NONE if gain is None else signed(gain), NONE if speed is None else f"{speed:,.1f}"]
-        cells.append([stage["stage"], *map(score, row), *more])
     caption = (
-        f"{title}{where(metrics)}: {metrics['queries']:,} queries; best in bold. Gain: in"
-        f" {measures[0]}, over the best stage before; queries/s: without what is done once for a"
-        f" collection.{depth_note({stage['stage']: stage for stage in stages})}"
+        f"{title}{one.where}: {one.queries:,} queries; best in bold. Gain: in {frame.columns[0]},"
+        " over the best stage before; queries/s: without what is done once for a collection."
     )
-    heads = ["stage", *measures, "gain", "queries/s"]
-    return Table(name, caption, heads, cells, strong=best(scores))
+    frame.insert(0, "stage", [stage.stage for stage in one.stages])
+    frame["gain"] = [NONE if of.gain is None else signed(of.gain) for of in one.stages]
+    frame["queries/s"] = [stage.queries_per_second for stage in one.stages]
+    caption += depth_note({of.stage: of.depth for of in one.stages if of.too_deep})
+    return Table.of(name, caption, frame, {"queries/s": "{:,.1f}"})
 
 
-def show_stages(metrics: dict[str, Any]) -> None:
-    """Print the stages of one evaluation, from the contents of its `metrics.json`."""
-    if table := stages_table(to_depth(metrics)):
-        show(table)
-
-
-def read_suites(folders: Sequence[Path]) -> Records:
-    """The records of suites, by the ends of the folders' paths; "" for one alone.
+def read_suites(folders: Sequence[Path]) -> dict[str, Suite]:
+    """Suites by the ends of the folders' paths.
 
     Raises:
         InputError: If a folder is given twice, or holds no suite with a finished collection.
     """
-    records = []
-    paths = [folder.resolve() for folder in folders]
-    for folder, path in zip(folders, paths, strict=True):
-        if paths.count(path) > 1:
-            raise InputError("given-twice", f"{folder} is given twice; name folders that differ")
-        record = read_metrics(folder) or {}
-        if not record.get("collections"):
-            failed = "; ".join(f"{n}: {reason}" for n, reason in record.get("failed", {}).items())
-            why = f" ({failed}); correct what failed, and start" if failed else "; run"
+    refuse_repeated(folders)
+    found = []
+    for folder in folders:
+        record = read_metrics(folder)
+        if not isinstance(record, Suite) or not record.collections:
+            failed = record.failed if isinstance(record, Suite) else {}
+            why = "".join(f" ({name}: {reason})" for name, reason in failed.items())
             raise InputError(
                 "no-evaluation",
-                f"{folder} has no evaluation of several collections that is finished{why}"
+                f"{folder} has no evaluation of several collections that is finished{why}; run"
                 " evaluate.py data.path=<folder> 'collections=[...]'",
             )
-        records.append(record)
-    names = distinct([path_names(path) for path in paths]) if len(paths) > 1 else [""]
-    return dict(zip(names, records, strict=True))
+        found.append(record)
+    names = distinct([path_names(folder.resolve()) for folder in folders])
+    return dict(zip(names, found, strict=True))
 
 
-def collect_suites(suites: Mapping[str, dict[str, Any]]) -> tuple[pd.DataFrame, list[str]]:
+def collect_suites(suites: Mapping[str, Suite]) -> tuple[pd.DataFrame, list[str]]:
     """Put the collections of suites into one table.
 
     Args:
-        suites: of `records.to_depth`, by the name of the system; "" for one alone.
+        suites: by name, which the table has if there are several.
 
     Returns:
         The scores: a row for each collection, one for the mean of each group of several, and one
@@ -203,28 +177,28 @@ def collect_suites(suites: Mapping[str, dict[str, Any]]) -> tuple[pd.DataFrame, 
         InputError: If nothing has scores, or a collection differs between suites.
     """
     groups: dict[str, str] = {}
-    contents: dict[str, tuple[Any, Any]] = {}
+    contents: dict[str, tuple[str, str]] = {}
     scores: dict[tuple[str, str], dict[str, float]] = {}
-    short: Records = {}  # stages whose runs some measures look deeper than
+    short: dict[str, int | None] = {}
     notes = []
-    for system, record in suites.items():
-        name = system or record.get("system", "the suite")
-        for collection, own in record["collections"].items():
+    for name, suite in suites.items():
+        if len(suites) < 2:
+            name = suite.system
+        for collection, own in suite.collections.items():
             collection = printable(collection)  # pandas refuses half of a surrogate pair
-            groups[collection] = printable(own["group"])
-            content = (own.get("digest"), own.get("split"))
-            if contents.setdefault(collection, content) != content:
+            groups[collection] = printable(own.group)
+            if contents.setdefault(collection, (own.digest, own.split)) != (own.digest, own.split):
                 message = f"{name} has another content or split of {collection} than those before"
                 raise InputError("mixed-collections", f"{message}; evaluate it again")
-            for stage, overall in own["stages"].items():
-                alone = system and len(own["stages"]) == 1
-                label = printable(system if alone else f"{system} {stage}".strip())
-                if stage in own["too_deep"]:
-                    short[label] = {"depth": own["depths"][stage], "too_deep": own["too_deep"]}
-                for measure, value in overall.items():
+            for stage, scored in own.scored().items():
+                label = name if len(own.stages) == 1 else f"{name} {stage}"
+                label = printable(stage if len(suites) < 2 else label)
+                if scored.too_deep:
+                    short[label] = scored.depth
+                for measure, value in scored.overall.items():
                     scores.setdefault((label, measure), {})[collection] = value
-        if record["failed"]:
-            notes.append(f"{name}: not in the mean, as they failed: {', '.join(record['failed'])}")
+        if suite.failed:
+            notes.append(f"{name}: not in the mean, as they failed: {', '.join(suite.failed)}")
     if note := depth_note(short):
         notes.append(note.strip().replace(NONE, "-"))
     if not scores:
@@ -267,12 +241,12 @@ def suites_table(scores: pd.DataFrame) -> Table:
     several = len(systems) > 1
     title = measures[0] if several else systems[0]
     shown = scores.xs(title, axis=1, level=1 if several else 0)
-    cells = [[row, *map(score, values)] for row, *values in shown.itertuples(name=None)]
     caption = f"{title} of each collection, which all weigh the same in a mean"
     caption += "; best of each row in bold." if several else "."
-    highest = best(shown.T.to_numpy(), 0) if several else ()
-    strong = frozenset((row, column + 1) for column, row in highest)
-    return Table("overview", caption, ["collection", *shown.columns], cells, strong=strong)
+    highest = best(shown.T) if several else []
+    shown = shown.rename_axis("collection").reset_index(allow_duplicates=True)
+    table = Table.of("overview", caption, shown)
+    return replace(table, strong=frozenset((row, column + 1) for column, row in highest))
 
 
 def means_sentence(scores: pd.DataFrame) -> str:
@@ -284,13 +258,8 @@ def means_sentence(scores: pd.DataFrame) -> str:
     return f"Mean {measure} of the collections{shared}: {found}." if found else ""
 
 
-def show_suites(suites: Records, folder: Path | None = None) -> None:
-    """Print the collections of suites with their means.
-
-    Args:
-        suites: of `read_suites`, or of `records.to_depth` by name.
-        folder: of one suite, where collections.csv is written.
-    """
+def show_suites(suites: Mapping[str, Suite], folder: Path | None = None) -> None:
+    """Print the collections of suites with their means; of one, write collections.csv."""
     scores, notes = collect_suites(suites)
     show(suites_table(scores))
     for note in notes:

@@ -10,8 +10,8 @@ has a table of means and standard deviations. `evaluate.py -m` and `train.py -m`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,61 +21,56 @@ from caravan.errors import InputError, printable
 from caravan.files import replacing
 from caravan.report import jobs, readings
 from caravan.report.plots import Line, Plot, intervals, lines
-from caravan.report.records import bytes_per_vector, distinct, path_names, read_metrics
-from caravan.report.tables import NONE, Table, best, depth_note, slug
+from caravan.report.records import (
+    Evaluation,
+    Training,
+    distinct,
+    path_names,
+    read_jobs,
+    read_metrics,
+)
+from caravan.report.tables import NONE, SCORE, Table, depth_note, slug
 from caravan.report.tables import show as show_block
 
-SEED = "seed"
-SECONDS = "seconds"
-SIZES = {"trained_parameters": "trained", "memory_gib": "GiB"}
-"""Names in a training's metrics.json, and their columns, which are shown if jobs differ."""
-BYTES = "bytes/vector"
-"""This column is shown if jobs differ in it."""
-DIM = "dim"
-"""The setting that determines the bytes, together with the index."""
+SEED, SECONDS, TRAINED, MEMORY, BYTES = "seed", "seconds", "trained", "GiB", "bytes/vector"
+DIM = "dim"  # the setting that determines the bytes, together with the index
 FORMATS = {
     **readings.FORMATS,
     SECONDS: "{:.1f}",
-    "trained": "{:,.0f}",
-    "GiB": "{:.1f}",
+    TRAINED: "{:,.0f}",
+    MEMORY: "{:.1f}",
     BYTES: "{:,.0f}",
 }
 """Formats of the columns that are not scores; these columns come last."""
+ONLY_IF_THEY_DIFFER = {TRAINED: [TRAINED, MEMORY], BYTES: [BYTES]}
+"""Columns that are left out if all jobs have the same value of the key."""
 LONG = ("sweep", "sweep-seeds")
 """Names of the tables with one row per job, and one row per setting."""
 NOTES = {
     SECONDS: "training, or indexing and search",
-    "trained": "weights that are updated",
-    "GiB": "peak memory",
+    TRAINED: "weights that are updated",
+    MEMORY: "peak memory",
     BYTES: "what a search reads of each passage",
 }
 """What the captions explain."""
-WORD = re.compile(r"[^\s\[\]{},='\"]+")
-"""A path, or another part of a value."""
+WORD = re.compile(r"[^\s\[\]{},='\"]+")  # a path, or another part of a value
 
 
 @dataclass(frozen=True)
 class Sweep:
     """The jobs of a sweep.
 
-    Args:
-        name: of its folder.
-        varied: the settings that differ from job to job.
-        rows: of the finished jobs, in order: the varied settings (objects), then the measures (NaN
-            if missing).
-        records: the metrics.json of each, by run_dir.
-        labels: what sets each apart, such as `rerank.depth=5`, by run_dir.
-        failed: (job, reason) of the others.
-        whole: values whose paths are shortened in `rows` and `labels`, by setting.
+    `rows` are those of the finished jobs, in order: the varied settings (objects), then the
+    measures (NaN if missing).
     """
 
-    name: str
-    varied: list[str]
+    name: str  # of its folder
+    varied: list[str]  # the settings that differ from job to job
     rows: pd.DataFrame
-    records: dict[Path, dict[str, Any]]
-    labels: dict[Path, str]
-    failed: list[tuple[str, str]]
-    whole: dict[str, dict[str, str]]
+    records: dict[Path, Training | Evaluation]  # of the finished jobs, by run_dir
+    labels: dict[Path, str]  # what sets each apart, such as `rerank.depth=5`
+    failed: list[tuple[str, str]]  # (job, reason) of the others
+    whole: dict[str, dict[str, str]]  # values whose paths are shortened, by setting
 
     @property
     def others(self) -> list[str]:
@@ -96,6 +91,11 @@ class Sweep:
         """The measures for which higher is better."""
         return [name for name in self.measures if name not in FORMATS and "loss" not in name]
 
+    @property
+    def reads(self) -> bool:
+        """Whether models were evaluated with several readings."""
+        return bool(set(readings.COLUMNS) & set(self.varied))
+
     def averaged(self) -> pd.DataFrame:
         """A row for each setting but the seed; columns (measure, "mean" | "std" | "count")."""
         groups = self.rows.groupby(self.others or (lambda _: self.name), sort=False)
@@ -112,14 +112,14 @@ def collect(folder: Path) -> Sweep:
     Raises:
         InputError: If there is no job.
     """
-    found, others = jobs.read(folder)
+    found, others = read_jobs(folder)
     if not found:
         inside = ", ".join(str(one.relative_to(folder)) for one in others)
         remedy = f"give the folder of one sweep ({inside})" if inside else "start one with -m"
         raise InputError("no-jobs", f"{folder} holds no job of a sweep (job.json); {remedy}")
     overrides = {
-        run_dir: {printable(key): _value(text) for key, text in record["overrides"].items()}
-        for run_dir, record in found.items()
+        run: {printable(key): _value(text) for key, text in job.overrides.items()}
+        for run, job in found.items()
     }
     names = dict.fromkeys(key for of in overrides.values() for key in of)
     settings = {run: {key: of.get(key, NONE) for key in names} for run, of in overrides.items()}
@@ -128,42 +128,32 @@ def collect(folder: Path) -> Sweep:
     short = {name: shortened(of[name] for of in settings.values()) for name in varied}
     for of in settings.values():
         of |= {name: short[name].get(of[name], of[name]) for name in varied}
-    places = {run_dir: str(run_dir.relative_to(folder)) for run_dir in found}
-    done = [run_dir for run_dir, record in found.items() if record["state"] == jobs.FINISHED]
-    done.sort(key=lambda run_dir: [_order(settings[run_dir][name]) for name in varied])
-    texts = [label(settings[run], varied) for run in done]
-    labels = {
-        run: text if text and texts.count(text) == 1 else places[run]
-        for run, text in zip(done, texts, strict=True)
-    }
-    failed = [
-        (places[run_dir], str(record["error"] or "not finished"))
-        for run_dir, record in found.items()
-        if record["state"] != jobs.FINISHED
-    ]
-    records = {run_dir: read_metrics(run_dir) or {} for run_dir in done}
+    places = {run: str(run.relative_to(folder)) for run in found}
+    done = [run for run, job in found.items() if job.state == jobs.FINISHED]
+    done.sort(key=lambda run: [_order(settings[run][name]) for name in varied])
+    candidates = [[label(settings[run], varied) or places[run], places[run]] for run in done]
+    labels = dict(zip(done, distinct(candidates), strict=True))
+    reasons = {run: job.error or "not finished" for run, job in found.items()}
+    failed = [(places[run], reason) for run, reason in reasons.items() if run not in done]
+    records = {run: record for run in done if (record := read_metrics(run)) is not None}
     rows = [
-        {name: settings[run][name] for name in varied} | metrics
+        {**{name: settings[run][name] for name in varied}, **metrics}
         for run in done
-        for metrics in _metrics(records[run])
+        for metrics in (_metrics(records[run]) if run in records else [{}])
     ]
-    if read := [
-        name for name in readings.COLUMNS if len({row.get(name, NONE) for row in rows}) > 1
-    ]:
+    constant = [n for n in readings.COLUMNS if len({row.get(n, NONE) for row in rows}) < 2]
+    if read := [name for name in readings.COLUMNS if name not in constant]:
         varied = [*varied, *read]
         rows = [{**dict.fromkeys(read, NONE), **row} for row in rows]
         rows.sort(key=lambda row: [_order(row[name]) for name in varied])
-    rows = [{k: row[k] for k in row if k not in readings.COLUMNS or k in read} for row in rows]
-    measures = list(dict.fromkeys(name for row in rows for name in row if name not in varied))
+    table = pd.DataFrame(rows, dtype=object).drop(columns=constant, errors="ignore")
+    for name, columns in ONLY_IF_THEY_DIFFER.items():
+        if name not in table or table[name].nunique() < 2:
+            table = table.drop(columns=columns, errors="ignore")
+    measures = [name for name in table if name not in varied]
     measures.sort(key=lambda name: list(FORMATS).index(name) if name in FORMATS else -1)
-    table = pd.DataFrame(rows, columns=[*varied, *measures], dtype=object)
+    table = table.reindex(columns=[*varied, *measures])
     table[measures] = table[measures].apply(pd.to_numeric)
-    if BYTES in table and table[BYTES].nunique() < 2:
-        table = table.drop(columns=BYTES)
-        measures.remove(BYTES)
-    trained, memory = SIZES.values()
-    if trained not in table or table[trained].nunique() < 2:
-        table = table.drop(columns=[trained, memory], errors="ignore")
     whole = {name: {new: old for old, new in of.items()} for name, of in short.items() if of}
     return Sweep(folder.name, varied, table, records, labels, failed, whole)
 
@@ -195,56 +185,47 @@ def shortened(values: Iterable[Any]) -> dict[str, str]:
     return {old: new for old, new in found.items() if old != new}
 
 
-def _metrics(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _metrics(record: Training | Evaluation) -> list[dict[str, Any]]:
     """The metrics of one job; several if its model was evaluated with several readings."""
-    seconds = record.get("train_seconds", record.get("seconds"))
-    watched = {record["monitored"]: record["best"]} if {"monitored", "best"} <= set(record) else {}
-    scores = record.get("overall") or record.get("validation") or watched
-    common = {f"train {name}": value for name, value in record.get("train", {}).items()}
-    common |= {} if seconds is None else {SECONDS: round(seconds, 1)}
-    common |= {column: record[name] for name, column in SIZES.items() if name in record}
-    common |= {} if (size := bytes_per_vector(record)) is None else {BYTES: size}
-    for read in list(readings.rows(record)) or [scores]:
-        yield {**read, **common}
+    if isinstance(record, Evaluation):
+        size = record.facts.bytes_per_vector
+        own = {} if size is None else {BYTES: size}
+        return [{**record.overall, SECONDS: round(record.seconds, 1), **own}]
+    seconds = None if record.train_seconds is None else round(record.train_seconds, 1)
+    facts = {SECONDS: seconds, TRAINED: record.trained_parameters, MEMORY: record.memory_gib}
+    common = {f"train {name}": value for name, value in record.train.items()}
+    common |= {name: value for name, value in facts.items() if value is not None}
+    scores = record.validation
+    if not scores and record.monitored and record.best is not None:
+        scores = {record.monitored: record.best}
+    return [{**own, **common} for own in [readings.row(of) for of in record.read] or [scores]]
 
 
 def tables(sweep: Sweep) -> list[Table]:
     """The jobs, and their means over seeds if there are several seeds; none without a score."""
     if not sweep.measures:
         return []
-    reads = bool(set(readings.COLUMNS) & set(sweep.varied))
-    note = depth_note({sweep.labels[run]: record for run, record in sweep.records.items()})
-    parts = [f"a row for each job{' and reading' * reads}", "best in bold"]
+    parts = [f"a row for each job{' and reading' * sweep.reads}", "best in bold"]
     parts += [f"{name}: {text}" for name, text in NOTES.items() if name in sweep.measures]
-    scores = sweep.rows[sweep.measures].astype(float)
-    scores[[name for name in scores if name not in sweep.scores]] = float("nan")
-    cells = sweep.rows.astype(str)
-    for name in sweep.measures:
-        cells[name] = [_digits(name, value) for value in sweep.rows[name]]
+    evaluations = {run: one for run, one in sweep.records.items() if isinstance(one, Evaluation)}
+    short = {sweep.labels[run]: one.depth for run, one in evaluations.items() if one.too_deep}
+    caption = f"{sweep.name}: {'; '.join(parts)}.{depth_note(short)}"
+    others = [name for name in sweep.measures if name not in sweep.scores]
+    formats = {name: FORMATS.get(name, SCORE) for name in others}
     made: list[Table] = []
-    if sweep.trained and sweep.scores and reads:
+    if sweep.trained and sweep.scores and sweep.reads:
         made += readings.grids(sweep.name, sweep.means(), sweep.trained, sweep.scores[0])
-    made.append(
-        Table(
-            "sweep",
-            f"{sweep.name}: {'; '.join(parts)}.{note}",
-            list(cells),
-            cells.to_numpy().tolist(),
-            max(1, len(sweep.varied)),
-            best(scores.to_numpy(), len(sweep.varied)),
-        )
-    )
+    made.append(Table.of("sweep", caption, sweep.rows, formats, len(sweep.varied)))
     if SEED in sweep.varied:
-        means = sweep.averaged()
-        settings = means.index.to_frame(index=False)[sweep.others].astype(str)
-        spreads = [
-            [_spread(name, of[name]) for name in sweep.measures] for _, of in means.iterrows()
+        caption = f"{sweep.name}: mean ± standard deviation over seeds, best mean in bold."
+        settings = len(sweep.others)
+        means = sweep.means()[[*sweep.others, *sweep.measures]]
+        table = Table.of("sweep-seeds", caption, means, formats, settings)
+        rows = [
+            [*row[:settings], *(_spread(name, of[name]) for name in sweep.measures)]
+            for row, (_, of) in zip(table.rows, sweep.averaged().iterrows(), strict=True)
         ]
-        rows = [[*key, *of] for key, of in zip(settings.to_numpy(), spreads, strict=True)]
-        title = f"{sweep.name}: mean ± standard deviation over seeds, best mean in bold."
-        heads = [*sweep.others, *sweep.measures]
-        strong = best(means.xs("mean", axis=1, level=1)[sweep.scores].to_numpy(), len(sweep.others))
-        made.append(Table("sweep-seeds", title, heads, rows, max(1, len(sweep.others)), strong))
+        made.append(replace(table, rows=rows))
     return made
 
 
@@ -276,7 +257,7 @@ def plots(sweep: Sweep) -> list[Plot]:
     known = [name for name in sweep.scores if sweep.rows[name].notna().any()]
     vary = [name for name in known if sweep.rows[name].nunique() > 1]
     vary = vary or known[:1]
-    if sweep.trained and set(readings.COLUMNS) & set(sweep.varied):
+    if sweep.trained and sweep.reads:
         return readings.plots(sweep.name, sweep.means(), sweep.trained, vary)
     return [_plot(sweep, name) for name in vary]
 
@@ -333,13 +314,9 @@ def _order(value: Any) -> tuple[bool, float, str]:
     return not number, float(value) if number else 0.0, str(value)
 
 
-def _digits(measure: str, value: float) -> str:
-    return NONE if pd.isna(value) else FORMATS.get(measure, "{:.4f}").format(value)
-
-
 def _spread(measure: str, of: pd.Series) -> str:
     """The mean and the standard deviation of several values."""
     if not of["count"]:
         return NONE
     spread = 0.0 if pd.isna(of["std"]) else of["std"]
-    return f"{_digits(measure, of['mean'])} ± {_digits(measure, spread)}"
+    return " ± ".join(FORMATS.get(measure, SCORE).format(x) for x in (of["mean"], spread))

@@ -1,4 +1,4 @@
-"""The systems of a comparison, and the judgements and texts that they are scored with.
+"""The systems of a report, and the judgements and texts that they are scored with.
 
 A system is the run directory of an evaluation (its last stage counts) or a run file, TREC's or MS
 MARCO's. `metrics.json` names its collection by a digest, by which the collection is found in the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +22,26 @@ from caravan.data.readers.labelled import judgements
 from caravan.data.runs import Run, read_run
 from caravan.errors import InputError
 from caravan.report.records import (
-    JudgedOn,
+    Evaluation,
+    Scored,
     distinct,
-    has_scores,
-    judged_on,
     path_names,
     read_metrics,
     refuse_mixed,
-    refuse_partial,
+    refuse_repeated,
 )
 
 
 @dataclass(frozen=True)
 class System:
-    """A run file, and the evaluation that it belongs to, if any."""
+    """A run file, and what its evaluation recorded of it, if any."""
 
     name: str
     run: Path
     home: Path | None = None  # the run directory
-    judged_on: JudgedOn | None = None
-    measures: tuple[str, ...] = ()
-    depth: int | None = None  # of the search that made the run; None if unknown
+    evaluation: Evaluation | None = None
+    scored: Scored = field(default_factory=lambda: Scored(overall={}))
+    """The evaluation, or its stage that wrote the run; without scores for a run file alone."""
 
 
 class Ids:
@@ -68,10 +67,9 @@ class Ids:
 
 @dataclass(frozen=True)
 class Judged:
-    """Judged queries, with their texts or by their ids alone."""
+    """Judged queries, of a collection or, without texts, of a file."""
 
-    name: str
-    split: str
+    title: str  # the collection and its split, or the file
     queries: Any  # caravan.data.texts.Texts, or Ids
     corpus: Any
     qrels: Qrels
@@ -84,14 +82,6 @@ class Judged:
             return self.collection.read_run(path, depth)
         return read_run(path, self.queries, self.corpus, depth)
 
-    @property
-    def has_texts(self) -> bool:
-        return not isinstance(self.corpus, Ids)
-
-    @property
-    def title(self) -> str:
-        return f"{self.name} {self.split}".strip()
-
 
 def read_system(path: Path) -> System:
     """The system behind a run directory or a run file.
@@ -100,48 +90,41 @@ def read_system(path: Path) -> System:
         InputError: If there is neither, or the directory has no evaluation of one collection.
     """
     if path.is_dir():
-        record = read_metrics(path) or {}
-        if not has_scores(record) or "collections" in record:
-            such_as = path / next(iter(record.get("collections", ())), "<collection>")
+        record = read_metrics(path)
+        if not isinstance(record, Evaluation) or not record.run:
             message = (
-                f"{path} is not the run directory of an evaluation of one collection; name one,"
-                f" such as {such_as}, or a run file"
+                f"{path} is not the run directory of an evaluation of one collection; name one, or"
+                " a run file"
             )
             raise InputError("no-evaluation", message)
-        return _system(path.resolve().name, path / record["run"], path, record)
+        return System(path.resolve().name, path / record.run, path, record, record)
     if not path.is_file():
         message = f"there is no run directory and no run file {path}; check the path"
         raise InputError("file-not-found", message)
     stem = Path(path.name.removesuffix(".gz")).stem
     home = path.parent.parent
-    record = (read_metrics(home) if path.parent.name == "runs" else None) or {}
-    if not has_scores(record) or "collections" in record:
+    record = read_metrics(home) if path.parent.name == "runs" else None
+    if not isinstance(record, Evaluation) or not record.run:
         return System(stem, path)
-    return _system(stem.removesuffix(f".{record['split']}"), path, home, record)
-
-
-def _system(name: str, run: Path, home: Path, record: dict[str, Any]) -> System:
-    refuse_partial(home, record)
-    # The requested measures, whether or not the run is deep enough for them.
-    measures = (*record["overall"], *record["too_deep"])
-    depths = {stage["run"]: stage.get("depth") for stage in record.get("stages", ())}
-    return System(name, run, home, judged_on(record), measures, depths.get(f"runs/{run.name}"))
+    stages = {stage.run: stage for stage in record.stages}
+    name = stem.removesuffix(f".{record.split}")
+    scored = stages.get(f"runs/{path.name}", Scored(overall={}))
+    return System(name, path, home, record, scored)
 
 
 def with_distinct_names(systems: Sequence[System]) -> list[System]:
     """The systems, with the folders above them in the names that would be equal.
 
     Raises:
-        InputError: If a run is named twice.
+        InputError: If a run is given twice.
     """
-    paths = [one.run.resolve() for one in systems]
+    refuse_repeated([one.run for one in systems])
     candidates = []
-    for one, path in zip(systems, paths, strict=True):
-        if paths.count(path) > 1:
-            raise InputError("given-twice", f"the run {path} is given twice; name runs that differ")
-        home = path.parent if one.home is None else one.home.resolve()
+    for one in systems:
+        run = one.run.resolve()
+        home = run.parent if one.home is None else one.home.resolve()
         is_home = one.home is not None and one.name == home.name
-        candidates.append([*path_names(home if is_home else home / one.name), str(path)])
+        candidates.append([*path_names(home if is_home else home / one.name), str(run)])
     return [replace(one, name=n) for one, n in zip(systems, distinct(candidates), strict=True)]
 
 
@@ -157,7 +140,7 @@ def read_judged(systems: Sequence[System], qrels: Path | None = None) -> Judged:
     """
     if qrels is not None:
         return _from_file(qrels)
-    known = {one.name: one.judged_on for one in systems if one.judged_on is not None}
+    known = {one.name: one.evaluation for one in systems if one.evaluation is not None}
     homes = [one.home for one in systems if one.home is not None]
     if not homes:
         message = (
@@ -166,11 +149,11 @@ def read_judged(systems: Sequence[System], qrels: Path | None = None) -> Judged:
         )
         raise InputError("unknown-collection", message)
     refuse_mixed(known, "evaluate all of them on one (evaluate.py data.split=...)")
-    _, digest, split = next(iter(known.values()))
-    found = find(digest, homes[0])
-    qrels_of_split, relevant_from = found.qrels(split), found.relevant_from.get(split, 1)
+    first = next(iter(known.values()))
+    found, split = find(first.collection.digest, homes[0]), first.split
+    relevant_from = found.relevant_from.get(split, 1)
     texts = found.queries, found.corpus
-    return Judged(found.name, split, *texts, qrels_of_split, relevant_from, found)
+    return Judged(f"{found.name} {split}", *texts, found.qrels(split), relevant_from, found)
 
 
 def find(digest: str, home: Path) -> Collection:
@@ -207,4 +190,4 @@ def _from_file(path: Path) -> Judged:
     placed = list(judgements(path))
     lookup = RowLookup(corpus, queries, lambda _, n: placed[n][0], "count")
     qrels = lookup.qrels("qrels", (judgement for _, judgement in placed))
-    return Judged(path.name, "", queries, corpus, qrels)
+    return Judged(path.name, queries, corpus, qrels)

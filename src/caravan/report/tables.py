@@ -1,6 +1,6 @@
 """Tables as Markdown, LaTeX (booktabs) and terminal output, and the other blocks of a report.
 
-The cells of a table are text: the caller decides how many digits a score has.
+The cells of a table are text: `Table.of` formats numbers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from caravan.files import replacing
 
 MINUS, NONE = "\u2212", "\u2013"
 """A minus as wide as a plus, and the cell of a missing score (`-` in terminals)."""
+SCORE = "{:.4f}"
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -47,6 +48,30 @@ class Table:
     rows: Sequence[Sequence[str]]
     labels: int = 1
     strong: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        caption: str,
+        frame: pd.DataFrame,
+        formats: Mapping[str, str] | None = None,
+        labels: int = 1,
+    ) -> Table:
+        """The columns of a frame; a missing value is `NONE`.
+
+        Numbers in a column without a format are scores: the best of the column is bold.
+        """
+        heads, formats = list(frame), formats or {}
+        forms = [formats.get(head, SCORE) for head in heads]
+        rows = []
+        for row in frame.itertuples(index=False, name=None):
+            texts = [_number(value, form) for value, form in zip(row, forms, strict=True)]
+            rows.append([*map(str, row[:labels]), *texts[labels:]])
+        numeric = [j for j, dtype in enumerate(frame.dtypes) if dtype.kind in "fi" and j >= labels]
+        scores = [j for j in numeric if heads[j] not in formats]
+        strong = frozenset((i, scores[j]) for i, j in best(frame.iloc[:, scores]))
+        return cls(name, caption, heads, rows, labels, strong)
 
     def markdown(self) -> str:
         """GitHub's pipe table, below the caption."""
@@ -85,18 +110,13 @@ class Table:
             width: of the terminal; wider tables are split into blocks of columns. None for files.
         """
         marked = {j for _, j in self.strong}
-
-        def cell(i: int, j: int, text: str) -> str:
-            mark = "*" if (i, j) in self.strong else " " if j in marked else ""
-            return f"{printable('-' if text == NONE else text)}{mark}"
-
-        every = enumerate([self.columns, *self.rows], -1)
-        grid = [[cell(i, j, text) for j, text in enumerate(row)] for i, row in every]
-        widths = [max(map(len, column)) for column in zip(*grid, strict=True)][: self.labels]
-        labels = [
-            "  ".join(f"{text:<{wide}}" for text, wide in zip(row, widths, strict=False))
-            for row in grid
-        ]
+        grid = [list(self.columns), *map(list, self.rows)]
+        for i, row in enumerate(grid, -1):
+            for j, cell in enumerate(row):
+                mark = "*" if (i, j) in self.strong else " " * (j in marked)
+                row[j] = printable("-" if cell == NONE else cell) + mark
+        wide = [max(map(len, column)) for column in zip(*grid, strict=True)][: self.labels]
+        labels = ["  ".join(map(str.ljust, row, wide)) for row in grid]
         heads, *rows = (row[self.labels :] for row in grid)
         frame = pd.DataFrame(rows, labels[1:], heads)
         frame.columns.name = labels[0]
@@ -133,11 +153,6 @@ def show(shown: Table | str) -> None:
     sys.stdout.write(f"{text}\n")
 
 
-def score(value: float | None) -> str:
-    """A score with four digits, or the cell of a missing one."""
-    return NONE if value is None or pd.isna(value) else f"{value:.4f}"
-
-
 def signed(value: float) -> str:
     """A difference with its sign, with a minus and not a hyphen.
 
@@ -166,30 +181,27 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.]+", "-", text).strip("-")
 
 
-def depth_note(scored: Mapping[str, Mapping[str, Any]]) -> str:
-    """Why some systems or stages have no score: a sentence, empty if all of them have one.
-
-    Args:
-        scored: by name, with `depth` and `too_deep` of `caravan.report.records.to_depth`.
-    """
-    short = [f"{name} is {of['depth']:,} deep" for name, of in scored.items() if of.get("too_deep")]
+def depth_note(short: Mapping[str, int | None]) -> str:
+    """A sentence on the runs that some measure looks deeper than, by name; empty without any."""
     if not short:
         return ""
-    return f" Not scored ({NONE}): the measure looks deeper than the run ({', '.join(short)})."
+    runs = ", ".join(f"{name} is {depth:,} deep" for name, depth in short.items())
+    return f" Not scored ({NONE}): the measure looks deeper than the run ({runs})."
 
 
-def best(rows: Sequence[Sequence[float | None]], labels: int = 1) -> frozenset[tuple[int, int]]:
+def best(scores: pd.DataFrame) -> list[tuple[int, int]]:
     """(row, column) of the highest score of each column, ties included.
 
     A column whose scores are all equal has none.
-
-    Args:
-        rows: scores alone; None where one is missing.
-        labels: the number of columns before the scores.
     """
-    frame = pd.DataFrame(rows, dtype=float)
-    strong = frame.eq(frame.max()) & (frame.max() > frame.min())
-    return frozenset((i, j + labels) for i, j in np.argwhere(strong.to_numpy()).tolist())
+    strong = scores.eq(scores.max()) & (scores.max() > scores.min())
+    return [(int(i), int(j)) for i, j in np.argwhere(strong.to_numpy())]
+
+
+def _number(value: Any, form: str) -> str:
+    if isinstance(value, str):
+        return value
+    return NONE if pd.isna(value) else form.format(value).replace("-", MINUS)
 
 
 def write(folder: Path, tables: Iterable[Table]) -> None:

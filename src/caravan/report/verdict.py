@@ -10,34 +10,26 @@ from typing import Any
 import numpy as np
 
 from caravan.report.compare import Comparison, Pair, mean_interval, paired_tests
+from caravan.report.records import Training
 from caravan.report.sweep import SEED, Sweep, label
 from caravan.report.tables import p_value
 
-LEVEL = 0.05
-"""Below this p, a difference is significant."""
-NAMED = 4
-"""Pairs named in a verdict; the others are counted."""
-TIE = 1e-9
-"""A smaller difference of means is rounding."""
-SEEDS = 3
-"""With fewer seeds, settings are not tested."""
+LEVEL = 0.05  # below this p, a difference is significant
+NAMED = 4  # pairs named in a verdict; the others are counted
+TIE = 1e-9  # a smaller difference of means is rounding
+SEEDS = 3  # with fewer seeds, settings are not tested
 
 NOTHING = "Nothing to compare: no training or evaluation has ended with a score."
 NO_SEEDS = "no setting was repeated with other seeds"
 
 
-def verdict(measure: str, names: Sequence[str], pairs: Iterable[Pair], verb: str = "beats") -> str:
+def findings(names: Sequence[str], pairs: Iterable[Pair], verb: str = "beats") -> str:
     """One sentence on the differences between pairs of systems, significant by their `p` or not.
 
     >>> pair = Pair(0, 1, 0.02, 0.01, 0.03, 0.004, 0.008, 9, 3, 2)
-    >>> verdict("MRR@10", ["bm25", "fused"], [pair])
-    'MRR@10: fused beats bm25 by 0.0200 (p = .004).'
+    >>> findings(["bm25", "fused"], [pair])
+    'fused beats bm25 by 0.0200 (p = .004).'
     """
-    return f"{measure}: {findings(names, pairs, verb)}"
-
-
-def findings(names: Sequence[str], pairs: Iterable[Pair], verb: str = "beats") -> str:
-    """The sentence of `verdict` without the measure."""
     found: dict[str, list[str]] = {}
     rest: list[bool] = []
     for number, pair in enumerate(pairs):
@@ -59,30 +51,17 @@ def findings(names: Sequence[str], pairs: Iterable[Pair], verb: str = "beats") -
 
 
 def listed(texts: Sequence[str]) -> str:
-    """Texts as a list in a sentence.
-
-    >>> listed(["a", "b", "c"])
-    'a, b and c'
-    """
+    """Texts as a list in a sentence, such as "a, b and c"."""
     *first, last = texts
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def count(number: int, noun: str) -> str:
-    """A number and its noun.
-
-    >>> count(1, "training"), count(2, "training")
-    ('1 training', '2 trainings')
-    """
+    """Such as "1 training" and "2 trainings"."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def has(names: Sequence[str]) -> str:
-    """The subject and verb of a sentence.
-
-    >>> has(["a"]), has(["a", "b"])
-    ('a has', 'a and b have')
-    """
+def _have(names: Sequence[str]) -> str:
     return f"{listed(names)} {'has' if len(names) < 2 else 'have'}"
 
 
@@ -101,18 +80,17 @@ def _against_last(pairs: Iterable[Pair], last: int) -> list[Pair]:
 def of_comparison(comparison: Comparison) -> str:
     """The best system, and the last (the best on a page) tested against each of the others."""
     measure, names = comparison.measure, comparison.names
-    ranked = _ranked(comparison)
+    values, ranked = comparison.values[measure], _ranked(comparison)
     if not ranked:
         return f"No test: no run is deep enough for {measure}."
-    values = comparison.values[measure]
     mean, half = mean_interval(values[ranked[-1]])
     several = comparison.queries > 1
     over = f"over {comparison.queries:,} queries" if several else "for one query"
     if len(names) < 2:
         interval = f" ± {half:.4f} (95 % confidence interval)" if several else ""
         return f"{names[0]} has {measure} {mean:.4f}{interval} {over}; no test of one system."
-    best = _highest([names[i] for i in ranked], values[ranked].mean(axis=1))
-    first = f"{has(best)} the highest {measure}, {mean:.4f} {over}"
+    best = _highest(names, values.mean(axis=1))
+    first = f"{_have(best)} the highest {measure}, {mean:.4f} {over}"
     if len(ranked) < len(names):
         first += f", of the {count(len(ranked), 'run')} deep enough for it"
     pairs = _against_last(comparison.pairs[measure], len(names) - 1)
@@ -125,28 +103,24 @@ def of_comparison(comparison: Comparison) -> str:
 
 def _ranked(comparison: Comparison) -> list[int]:
     """The systems whose runs are deep enough, the best last."""
-    means = [comparison.mean(i, comparison.measure) for i in range(len(comparison.names))]
-    return [i for _, i in sorted((mean, i) for i, mean in enumerate(means) if mean is not None)]
+    means = comparison.values[comparison.measure].mean(axis=1)
+    return [i for i in np.argsort(means, kind="stable").tolist() if not np.isnan(means[i])]
 
 
 def of_evaluations(found: Sequence[tuple[str, Comparison | str]]) -> str:
-    """The verdict of a page.
-
-    Args:
-        found: a collection, and the comparison of its systems or why there is none.
-    """
+    """The verdict on collections, each with its comparison or why there is none."""
     if len(found) <= 2:
         texts = [one if isinstance(one, str) else of_comparison(one) for _, one in found]
-        named = zip(found, texts, strict=True)
-        texts = [f"On {name}, {text}" for (name, _), text in named] if len(found) > 1 else texts
+        if len(found) > 1:
+            texts = [f"On {name}, {text}" for (name, _), text in zip(found, texts, strict=True)]
         return " ".join(texts)
     ahead: Counter[str] = Counter()
     collections, better = 0, []
     for _, one in found:
         if not isinstance(one, str) and len(ranked := _ranked(one)) > 1:
-            values, pairs = one.values[one.measure], one.pairs[one.measure]
-            ahead.update(_highest([one.names[i] for i in ranked], values[ranked].mean(axis=1)))
+            ahead.update(_highest(one.names, one.values[one.measure].mean(axis=1)))
             collections += 1
+            pairs = one.pairs[one.measure]
             better += [p.corrected < LEVEL for p in pairs if {p.a, p.b} == {*ranked[-2:]}]
     if not better:
         return f"No test: none of {len(found)} collections has two systems that can be tested."
@@ -165,7 +139,7 @@ def of_sweep(sweep: Sweep) -> str:
     labels = [label(of, sweep.others) or sweep.name for of in settings]
     if SEED not in sweep.varied:
         scored = int(sweep.rows[measure].count())
-        text = f"{has(_highest(labels, sweep.rows[measure]))} the highest {measure},"
+        text = f"{_have(_highest(labels, sweep.rows[measure]))} the highest {measure},"
         text += f" {sweep.rows[measure].max():.4f}, of {count(scored, 'setting')}"
         return f"{text}; no test: {NO_SEEDS}."
     table = sweep.rows.assign(label=labels).pivot_table(measure, "label", SEED).dropna(axis=1)
@@ -175,7 +149,7 @@ def of_sweep(sweep: Sweep) -> str:
     table = table.loc[table.mean(axis=1).sort_values().index]
     last, names = len(table) - 1, list(table.index)
     best, score = _highest(names, table.mean(axis=1)), f"{table.iloc[-1].mean():.4f}"
-    text = f"{has(best)} {f'the highest {measure},' if last else measure} {score}"
+    text = f"{_have(best)} {f'the highest {measure},' if last else measure} {score}"
     if len(best) < 2:
         text += f" ± {table.iloc[-1].std():.4f} (mean and standard deviation over {seeds} seeds)"
     else:
@@ -186,21 +160,17 @@ def of_sweep(sweep: Sweep) -> str:
     return f"{text}. {findings(names, _against_last(pairs, last))}"
 
 
-def of_trainings(trainings: Mapping[str, Mapping[str, Any]]) -> str:
-    """The best monitored value of each training, unranked: of a loss, the lowest is the best.
-
-    Args:
-        trainings: `metrics.json` by name.
-    """
-    known = {n: of for n, of in trainings.items() if {"best", "monitored"} <= set(of)}
-    if not known:
-        return NOTHING
+def of_trainings(trainings: Mapping[str, Training]) -> str:
+    """The best monitored value of each training, unranked: of a loss, the lowest is the best."""
     texts = [
-        f"{name} reached {of['monitored']} {of['best']:.4f} in {count(of['updates'], 'update')}"
-        for name, of in list(known.items())[:NAMED]
+        f"{name} reached {one.monitored} {one.best:.4f} in {count(one.updates, 'update')}"
+        for name, one in trainings.items()
+        if one.monitored and one.best is not None
     ]
-    texts += [f"{len(known) - NAMED} more are below"] if len(known) > NAMED else []
-    if len(known) < 2:
+    if not texts:
+        return NOTHING
+    if len(texts) < 2:
         return f"{texts[0]}; no test of one training."
+    more = [f"{len(texts) - NAMED} more are below"] if len(texts) > NAMED else []
     why = f"validation does not record scores of single queries, and {NO_SEEDS}"
-    return f"{'; '.join(texts)}. No test: {why}."
+    return f"{'; '.join([*texts[:NAMED], *more])}. No test: {why}."
