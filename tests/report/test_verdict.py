@@ -17,14 +17,7 @@ from caravan.report import page
 from caravan.report.compare import Comparison, compare, paired_tests
 from caravan.report.sweep import collect
 from caravan.report.systems import System, read_judged, read_system
-from caravan.report.verdict import (
-    NAMED,
-    NOTHING,
-    findings,
-    of_comparison,
-    of_evaluations,
-    of_sweep,
-)
+from caravan.report.verdict import NAMED, NOTHING, findings, of_comparison, of_evaluations, of_sweep
 
 
 def _first_sentence(html: Path) -> str:
