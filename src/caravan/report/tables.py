@@ -63,11 +63,11 @@ class Table:
         Numbers in a column without a format are scores: the best of the column is bold.
         """
         heads, formats = list(frame), formats or {}
-        forms = [formats.get(head, SCORE) for head in heads]
-        rows = []
-        for row in frame.itertuples(index=False, name=None):
-            texts = [_number(value, form) for value, form in zip(row, forms, strict=True)]
-            rows.append([*map(str, row[:labels]), *texts[labels:]])
+        forms = ["{}"] * labels + [formats.get(head, SCORE) for head in heads[labels:]]
+        rows = [
+            [_cell(value, form) for value, form in zip(row, forms, strict=True)]
+            for row in frame.itertuples(index=False, name=None)
+        ]
         numeric = [j for j, dtype in enumerate(frame.dtypes) if dtype.kind in "fi" and j >= labels]
         scores = [j for j in numeric if heads[j] not in formats]
         strong = frozenset((i, scores[j]) for i, j in best(frame.iloc[:, scores]))
@@ -198,10 +198,11 @@ def best(scores: pd.DataFrame) -> list[tuple[int, int]]:
     return [(int(i), int(j)) for i, j in np.argwhere(strong.to_numpy())]
 
 
-def _number(value: Any, form: str) -> str:
+def _cell(value: Any, form: str) -> str:
     if isinstance(value, str):
         return value
-    return NONE if pd.isna(value) else form.format(value).replace("-", MINUS)
+    text = NONE if pd.isna(value) else form.format(value)
+    return text if form == "{}" else text.replace("-", MINUS)
 
 
 def write(folder: Path, tables: Iterable[Table]) -> None:
