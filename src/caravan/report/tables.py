@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,12 @@ class Table:
         caption = caption if width is None else textwrap.fill(caption, max(width, 20))
         return f"{caption}\n{frame.to_string(line_width=width)}\n"
 
+    def write(self, folder: Path) -> None:
+        """Write `<name>.md` and `<name>.tex`."""
+        for suffix, text in (("md", self.markdown()), ("tex", self.latex())):
+            with replacing(folder / f"{self.name}.{suffix}") as scratch:
+                scratch.write_text(text, "utf-8")
+
 
 @dataclass(frozen=True)
 class Code:
@@ -203,14 +209,6 @@ def _cell(value: Any, form: str) -> str:
         return value
     text = NONE if pd.isna(value) else form.format(value)
     return text if form == "{}" else text.replace("-", MINUS)
-
-
-def write(folder: Path, tables: Iterable[Table]) -> None:
-    """Write each table as `<name>.md` and `<name>.tex`."""
-    for table in tables:
-        for suffix, text in (("md", table.markdown()), ("tex", table.latex())):
-            with replacing(folder / f"{table.name}.{suffix}") as scratch:
-                scratch.write_text(text, "utf-8")
 
 
 def _markdown(text: str) -> str:
