@@ -121,7 +121,8 @@ def results_table(systems: Sequence[System], p_values: Sequence[str] = ()) -> Ta
 def stages_table(one: Evaluation, place: str = "") -> Table | None:
     """The stages of one evaluation: scores, gain over the best stage before, queries a second.
 
-    None if no run is deep enough for any of the measures. `place` tells several tables apart.
+    None if no run is deep enough for any of the measures. If there are several tables, `place`
+    is the name of the evaluation.
     """
     frame = pd.DataFrame([stage.overall for stage in one.stages])
     if frame.empty:
