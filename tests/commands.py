@@ -31,7 +31,7 @@ def train_arguments(beir: Path, run_dir: Path, *overrides: str) -> list[str]:
     of_retriever = not any(text.startswith("stage=") for text in overrides)
     loss = ["loss.temperature=0.05"] if of_retriever else []
     tiny = TINY
-    if "backbone=from_folder" in overrides:  # the folder has a shape
+    if any(text.startswith("backbone=") for text in overrides):  # it has its own shape
         tiny = tuple(text for text in TINY if not text.startswith("backbone."))
     return [*data, f"run_dir={run_dir}", *tiny, *loss, *overrides]
 
@@ -43,6 +43,14 @@ def from_folder(folder: Any) -> tuple[str, str]:
 
 def train(beir: Path, run_dir: Path, *overrides: str) -> float | None:
     return train_config(compose(ROOT / "conf", "train", train_arguments(beir, run_dir, *overrides)))
+
+
+def adopt(released: Path, run_dir: Path, *overrides: str) -> Path:
+    """The model folder of a released model, by the command that adopts it."""
+    given = ["backbone=hf", f"backbone.name={released}", "trainer.max_steps=0"]
+    given += [f"run_dir={run_dir}", f"cache_dir={run_dir.parent / 'cache'}", "precision=float32"]
+    train_config(compose(ROOT / "conf", "train", [*given, *overrides]))
+    return run_dir / "model"
 
 
 def evaluate_arguments(beir: Path, run_dir: Path, retriever: Any, *overrides: str) -> list[str]:

@@ -31,7 +31,7 @@ OPTIONS = {
 ROWS = {
     "adaptation": ["| 200 |"],
     "chunks": ["| 1 | padded, before |", "| 32 | unpadded, now | 1 |"],
-    "encode": ["| both float32 |", "| each one's default |", "| 16 |"],
+    "encode": ["| both float32 |", "| each one's default |", "| 32 |"],
     "gpu": [
         "| ceilings | matrix product, bf16 |",
         "| kernel: auto on the CPU, bfloat16 | gradient, gradient caching |",

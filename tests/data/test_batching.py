@@ -7,75 +7,41 @@ import pytest
 import torch
 from tests.refusals import refused
 
-from caravan.data.batch import TokenIds, pack
+from caravan.data.batch import Packed, TokenIds, pack
 from caravan.data.batching import Groups, QueryOrder, TextBatches
 from caravan.data.collection import Collection
-from caravan.data.negatives import Negatives
 from caravan.data.texts import text_keys
-from caravan.data.tokenization import Templates
-from caravan.encoding import Encoding
 
 
-@pytest.fixture
-def groups(collection: Collection, tokenizer: Any, encoding: Encoding) -> Groups:
-    qrels, negatives = collection.qrels("train"), Negatives(number=2)
-    negatives.open(collection, qrels, seed=0)
-    return Groups(collection, qrels, negatives, Templates(tokenizer, encoding), 128, seed=0)
+def _texts(packed: Packed) -> list[list[int]]:
+    """The token ids of packed texts, in the order of the texts."""
+    chunks = [zip(chunk.input_ids, chunk.attention_mask, strict=True) for chunk in packed.chunks]
+    rows = [ids[mask.bool()].tolist() for chunk in chunks for ids, mask in chunk]
+    return [rows[at] for at in packed.restore(torch.arange(len(rows))).tolist()]
 
 
-def test_a_teacher_scores_all_queries_of_a_batch_or_none(
-    groups: Groups, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def scores(row: int, group: np.ndarray) -> np.ndarray | None:
-        return np.zeros(len(group), np.float32) if row % 2 else None
-
-    monkeypatch.setattr(groups.negatives, "teacher_scores", scores)
-    with refused("teacher-missing", "Negatives"):
-        groups[0, np.arange(6)]
+@pytest.mark.parametrize("longest", [20, 500])
+@pytest.mark.parametrize("budget", [1, 40, 1000, 10_000])
+def test_packing_keeps_every_text_and_its_place(budget: int, longest: int) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        texts = [rng.integers(1, 99, rng.integers(1, longest)).tolist() for _ in range(50)]
+        packed = pack(texts, budget)
+        assert _texts(packed) == texts
+        assert packed.tokens == sum(map(len, texts))
+        assert packed.padded == sum(chunk.input_ids.numel() for chunk in packed.chunks)
+        assert packed.padded <= packed.tokens / 0.9 or budget > 4096 or longest > 20
+        for chunk in packed.chunks:
+            rows, width = chunk.input_ids.shape
+            assert width <= max(map(len, texts))
+            assert rows == 1 or rows * width <= budget
+            assert chunk.full == bool(chunk.attention_mask.all())
 
 
 def test_texts_without_a_token_are_padded_to_one() -> None:
     chunks = pack([[], []], 10).chunks
     assert [chunk.input_ids.shape for chunk in chunks] == [(1, 1), (1, 1)]
     assert not any(chunk.attention_mask.any() for chunk in chunks)
-
-
-def test_a_chunk_is_no_wider_than_the_longest_text_nor_larger_than_the_budget() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        lengths = rng.integers(1, 500, 60)
-        packed = pack([[7] * n for n in lengths], 1000)
-        for chunk in packed.chunks:
-            rows, width = chunk.input_ids.shape
-            real = chunk.attention_mask.sum(dim=1)
-            assert width <= lengths.max()
-            assert rows == 1 or rows * width <= 1000
-            assert chunk.full == bool((real == width).all())
-
-
-def _texts(packed: Any) -> list[list[int]]:
-    """The token ids of packed texts, in the order of the texts."""
-    rows: list[list[int]] = []
-    for chunk in packed.chunks:
-        for ids, mask in zip(chunk.input_ids, chunk.attention_mask, strict=True):
-            rows.append(ids[mask.bool()].tolist())
-    restored: list[list[int]] = [[] for _ in rows]
-    for row, position in zip(rows, packed.order.tolist(), strict=True):
-        restored[position] = row
-    return restored
-
-
-@pytest.mark.parametrize("budget", [1, 40, 10_000])
-def test_packing_keeps_every_text_and_its_place(budget: int) -> None:
-    rng = np.random.default_rng(0)
-    texts = [rng.integers(1, 99, rng.integers(1, 20)).tolist() for _ in range(50)]
-    packed = pack(texts, budget)
-    assert _texts(packed) == texts
-    assert packed.tokens == sum(map(len, texts))
-    assert packed.padded == sum(chunk.input_ids.numel() for chunk in packed.chunks)
-    assert all(c.input_ids.numel() <= max(budget, c.input_ids.shape[1]) for c in packed.chunks)
-    assert packed.padded <= packed.tokens / 0.9 or budget > 4096
-    assert all(c.full == bool(c.attention_mask.all()) for c in packed.chunks)
 
 
 def test_padding_ends_no_chunk_that_is_too_small_for_a_gpu() -> None:
@@ -87,8 +53,7 @@ def test_padding_ends_no_chunk_that_is_too_small_for_a_gpu() -> None:
 
 
 def test_without_padding_only_the_budget_ends_a_chunk() -> None:
-    rng = np.random.default_rng(0)
-    lengths = [int(n) for n in rng.integers(1, 30, 60)]
+    lengths = np.random.default_rng(0).integers(1, 30, 60).tolist()
     texts = [[7] * n for n in lengths]
     packed = TokenIds.of(texts).packed(200, pads=False)
     assert _texts(packed) == texts
@@ -105,12 +70,6 @@ def test_packed_pairs_have_token_types() -> None:
     (chunk,) = pack([[2, 5, 3, 6, 3], [2, 5, 5, 3, 6, 3]], 100, seconds=[3, 4]).chunks
     assert chunk.token_types is not None
     assert chunk.token_types.tolist() == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0]]
-
-
-def test_restore_undoes_the_order_of_packing() -> None:
-    packed = pack([[1], [1, 2, 3], [1, 2]], 4)
-    lengths = torch.cat([chunk.attention_mask.sum(dim=1) for chunk in packed.chunks])
-    assert packed.restore(lengths).tolist() == [1, 3, 2]
 
 
 def test_a_batch_holds_each_query_with_its_own_group(
@@ -133,6 +92,17 @@ def test_a_batch_holds_each_query_with_its_own_group(
         assert set(excluded.tolist()) == {*keys[positives].tolist(), *own_text}
 
 
+def test_a_teacher_scores_all_queries_of_a_batch_or_none(
+    groups: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scores(row: int, group: np.ndarray) -> np.ndarray | None:
+        return np.zeros(len(group), np.float32) if row % 2 else None
+
+    monkeypatch.setattr(groups.negatives, "teacher_scores", scores)
+    with refused("teacher-missing", "Negatives"):
+        groups[0, np.arange(6)]
+
+
 def test_groups_do_not_shift_in_a_short_last_batch(groups: Groups) -> None:
     order = QueryOrder(len(groups), 6)
     sizes = [len(positions) for _, positions in order]
@@ -147,11 +117,8 @@ def test_the_ranks_batches_are_the_one_process_batch(world: int) -> None:
     alone = [positions.tolist() for _, positions in QueryOrder(22, 8)]
     ranks = [[p.tolist() for _, p in QueryOrder(22, 8, r, world)] for r in range(world)]
     assert [[p for part in parts for p in part] for parts in zip(*ranks, strict=True)] == alone
-
-
-def test_a_last_batch_with_fewer_queries_than_ranks_is_left_out() -> None:
-    assert len(QueryOrder(17, 8, 0, 2)) == 2
-    assert len(QueryOrder(17, 8)) == 3
+    # a last batch with fewer queries than ranks is left out
+    assert (len(QueryOrder(17, 8)), len(QueryOrder(17, 8, 0, world))) == (3, 2)
 
 
 def test_every_epoch_has_its_own_order_and_all_queries(groups: Groups) -> None:
@@ -161,10 +128,9 @@ def test_every_epoch_has_its_own_order_and_all_queries(groups: Groups) -> None:
     assert groups.permutation(0).tolist() == first.tolist()
 
 
-def test_text_blocks_cover_their_rows(
-    collection: Collection, tokenizer: Any, encoding: Encoding
-) -> None:
-    templates, rows = Templates(tokenizer, encoding), np.arange(3, 50)
+def test_text_blocks_cover_their_rows(groups: Groups, collection: Collection) -> None:
+    templates: Any = groups.templates
+    rows = np.arange(3, 50)
     blocks = TextBatches(collection.corpus, rows, templates, "passage", 20, 256)
     batches = [blocks[i].packed() for i in range(len(blocks))]
     assert [len(batch.rows) for batch in batches] == [20, 20, 7]

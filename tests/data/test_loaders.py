@@ -20,19 +20,10 @@ from caravan.data.batch import EncodeBatch, TokenIds, Unpacked
 from caravan.data.batching import Groups, PairBatches, QueryOrder, TextBatches
 from caravan.data.collection import Collection
 from caravan.data.loaders import BatchLoader, TextLoader, TrainLoader
-from caravan.data.negatives import Negatives
 from caravan.data.pairs import PairTemplates
-from caravan.data.tokenization import Templates
 from caravan.data.unlabelled import JointTemplates, Unlabelled
 from caravan.encoding import Encoding
 from caravan.errors import InputError, is_termination, sentence
-
-
-@pytest.fixture
-def groups(collection: Collection, tokenizer: Any, encoding: Encoding) -> Groups:
-    qrels, negatives = collection.qrels("train"), Negatives(number=2)
-    negatives.open(collection, qrels, seed=0)
-    return Groups(collection, qrels, negatives, Templates(tokenizer, encoding), 128, seed=0)
 
 
 @pytest.fixture(autouse=True)
@@ -87,17 +78,12 @@ def test_a_loader_continues_where_its_state_was_taken(groups: Groups, num_worker
     def loader() -> TrainLoader:
         return TrainLoader(groups, QueryOrder(len(groups), 3), num_workers)
 
+    before = torch.get_rng_state()
     whole, first = rows(loader(), 5), loader()
     assert rows(first, 2) == whole[:2]
     second = loader()
     second.load_state_dict(first.state_dict())
     assert rows(second, 3) == whole[2:]
-
-
-def test_loading_leaves_torchs_random_state_alone(groups: Groups) -> None:
-    torch.manual_seed(7)
-    before = torch.get_rng_state()
-    next(iter(TrainLoader(groups, QueryOrder(len(groups), 3), 1)))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -202,7 +188,8 @@ def test_a_batch_that_cannot_be_sent_ends_the_run(
 
 
 @pytest.mark.parametrize(
-    ("number", "shown"), [(signal.SIGKILL, "memory"), (signal.SIGBUS, "corpus.arrow")]
+    ("number", "shown"),
+    [(signal.SIGKILL, "memory"), (signal.SIGBUS, "corpus.arrow"), (signal.SIGTERM, "")],
 )
 def test_a_worker_that_is_killed_ends_the_run_with_the_likely_reason(
     number: int, shown: str, capfd: pytest.CaptureFixture[str]
@@ -210,13 +197,8 @@ def test_a_worker_that_is_killed_ends_the_run_with_the_likely_reason(
     with pytest.raises(RuntimeError) as raised:
         loaded(lambda _: os.kill(os.getpid(), number))
     assert shown in (sentence(raised.value) or "")
+    assert is_termination(raised.value) == (number == signal.SIGTERM)
     assert capfd.readouterr().err == ""
-
-
-def test_a_worker_that_is_terminated_ends_the_run_as_a_termination() -> None:
-    with pytest.raises(RuntimeError) as raised:
-        loaded(lambda _: os.kill(os.getpid(), signal.SIGTERM))
-    assert is_termination(raised.value)
 
 
 def test_ctrl_c_is_left_to_the_main_process() -> None:

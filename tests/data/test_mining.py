@@ -88,41 +88,31 @@ def _by_loop(**rules: Any) -> tuple[dict[int, list[int]], dict[str, int]]:
 
 @pytest.mark.parametrize("lines", [1, 8, 1 << 20])  # of a chunk
 @pytest.mark.parametrize(
-    ("rules", "gone"),
+    "rules",
     [
-        ({"absolute_margin": 0.045}, {1: {4, 5}, 2: {3, 4}, 4: {6, 7}}),
-        ({"relative_margin": 0.05}, {1: {4, 5}, 2: {3, 4, 5}, 4: {6, 7}}),
-        ({"relative_margin": 0.03}, {1: {4}, 2: {3, 4, 5}, 4: {6, 7}}),
-        ({"max_score": 0.7}, {1: {4, 5, 6}, 4: {6}}),
-        ({"min_score": -0.2}, {2: {3, 4, 5, 6}, 6: {3, 4}}),
-        ({"teacher_margin": 0.5}, {1: {4, 6}, 2: {4}, 6: {2}}),
-        ({"range_min": 1}, {1: {4}, 2: {3}, 4: {6}, 6: {1}}),
-        ({"range_max": 2}, {1: {6, 8}, 2: {5, 6}, 6: {3, 4}}),
-        ({"absolute_margin": 0.0, "range_min": 1, "range_max": 2}, None),
-        (
-            {"relative_margin": 0.01, "max_score": 0.95, "min_score": -0.3, "range_max": 3}
-            | {"teacher_margin": 0.0},
-            None,
-        ),
+        {"absolute_margin": 0.045},
+        {"relative_margin": 0.05},
+        {"relative_margin": 0.03},
+        {"max_score": 0.7},
+        {"min_score": -0.2},
+        {"teacher_margin": 0.5},
+        {"range_min": 1},
+        {"range_max": 2},
+        {"absolute_margin": 0.0, "range_min": 1, "range_max": 2},
+        {"relative_margin": 0.01, "max_score": 0.95, "min_score": -0.3, "range_max": 3}
+        | {"teacher_margin": 0.0},
     ],
     ids=str,
 )
 def test_a_rule_removes_what_it_should_and_nothing_else(
-    rules: dict[str, Any],
-    gone: dict[int, set[int]] | None,
-    lines: int,
-    monkeypatch: pytest.MonkeyPatch,
+    rules: dict[str, Any], lines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mining, "LINES_AT_ONCE", lines)
     kept, facts = mine(_run(SCORES), POSITIVES, Rules(**rules), "a.trec", _run(TEACHER))
     expected, removed = _by_loop(**rules)
     assert {query: kept.of(query)[0].tolist() for query in SCORES} == expected
     assert facts["removed"] == removed
-    if gone is not None:
-        every, _ = _by_loop()
-        assert gone == {
-            q: set(every[q]) - set(expected[q]) for q in every if every[q] != expected[q]
-        }
+    assert sum(removed.values()) > 0
     assert facts["candidates"] == facts["kept"] + sum(removed.values()) == 14
     assert facts["queries"] == 5
     assert facts["queries_without_candidates"] == sum(not expected[query] for query in JUDGED)
@@ -134,7 +124,7 @@ def test_the_counts_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert facts["queries_without_positive_score"] == 2  # 4 and 8
     assert caplog.records[0].levelname == "WARNING"  # most queries have no candidate
     (line,) = caplog.messages
-    for part in ("a.trec: 8 of 14", "positive_without_score 2", "absolute_margin 4", "2 lack"):
+    for part in ("a.trec: candidates 14", "kept 8", "'absolute_margin': 4"):
         assert part in line
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from tests.refusals import refused
 
 from caravan.data.tokenization import Templates
-from caravan.data.unlabelled import JointTemplates, Targets, Unlabelled
+from caravan.data.unlabelled import JointTemplates, Unlabelled
 from caravan.encoding import Encoding
 
 PROMPTS = (" the original:", " the next:")
@@ -67,19 +68,19 @@ def test_a_length_that_is_mostly_prompts_is_reported(
     tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     ends = len(tokenizer(" the next:", add_special_tokens=False)["input_ids"]) + 2  # BOS and EOS
-    Templates(tokenizer, Encoding(**{**CONTRACT.__dict__, "query_length": ends + 3}))
+    Templates(tokenizer, replace(CONTRACT, query_length=ends + 3))
     assert "leaves only 3 tokens for text" in caplog.text
 
 
 def test_the_text_gives_way_to_the_prompts(tokenizer: Any) -> None:
-    short = Encoding(**{**CONTRACT.__dict__, "passage_length": 32})
+    short = replace(CONTRACT, passage_length=32)
     templates = JointTemplates(tokenizer, short, PROMPTS)
     ((ids,), (own,)) = templates.encode([("", "camel " * 100)])
     assert len(ids) == 32
     assert ids[-len(templates.end) :] == templates.end
     assert len(own) == templates.room
     with refused("no-room-for-text", "encoding.passage_length"):
-        JointTemplates(tokenizer, Encoding(**{**CONTRACT.__dict__, "passage_length": 8}), PROMPTS)
+        JointTemplates(tokenizer, replace(CONTRACT, passage_length=8), PROMPTS)
 
 
 def test_the_next_chunk_of_the_same_document_is_the_target(
@@ -100,21 +101,19 @@ def test_the_next_chunk_of_the_same_document_is_the_target(
 
 
 def test_a_batch_is_a_function_of_seed_epoch_and_place(templates: JointTemplates) -> None:
-    data, again = _unlabelled(templates), _unlabelled(templates)
     some = (2, np.array([1, 3]))
-    assert _sets(data[some].packed()) == _sets(again[some].packed())
-    assert sorted(data.permutation(2).tolist()) == [0, 1, 2, 3]
-    orders = {tuple(_unlabelled(templates, seed=seed).permutation(0)) for seed in range(9)}
-    assert len(orders) > 1
+    one, again = (_sets(_unlabelled(templates)[some].packed()) for _ in range(2))
+    assert one == again
+    orders = [_unlabelled(templates, seed=seed).permutation(2).tolist() for seed in range(9)]
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert len(set(map(tuple, orders))) > 1
 
 
 def test_what_was_not_read_is_no_target(tokenizer: Any) -> None:
-    templates = JointTemplates(
-        tokenizer, Encoding(**{**CONTRACT.__dict__, "passage_length": 40}), PROMPTS
-    )
+    templates = JointTemplates(tokenizer, replace(CONTRACT, passage_length=40), PROMPTS)
     text = "the and of " * 40 + "camel"
     ((_,), (own,)) = templates.encode([("", text)])
-    (found,) = Targets(templates, "content")([text], [own])
+    (found,) = _unlabelled(templates, targets="content").targets([text], [own])
     assert len(found) == 0
 
 
@@ -126,20 +125,18 @@ def test_an_opening_that_ends_with_a_space_is_not_counted_twice(tokenizer: Any) 
 
 
 def test_a_task_that_is_not_trained_has_no_targets(tokenizer: Any) -> None:
-    templates = JointTemplates(tokenizer, CONTRACT, PROMPTS[1:])
-    data = _unlabelled(templates, tasks=("ebar",))
-    batch = data[0, np.arange(4)].packed()
-    assert batch.counts.shape == (4, 1)
-    assert int((batch.counts == 0).sum()) == 2
+    data = _unlabelled(JointTemplates(tokenizer, CONTRACT, PROMPTS[1:]), tasks=("ebar",))
+    counts = data[0, np.arange(4)].packed().counts
+    assert counts.shape == (4, 1)
+    assert int((counts == 0).sum()) == 2
 
 
 def test_content_leaves_punctuation_and_stop_words_out(
     tokenizer: Any, templates: JointTemplates
 ) -> None:
-    content = Targets(templates, "content")
+    content = _unlabelled(templates, targets="content")
     assert content.content("The camel, and its caravan_route!") == "camel caravan route"
-    (found,) = content(["The camel, and the caravan!"], [[]])
+    found, empty = content.targets(["The camel, and the caravan!", "and the!"], [[], []])
     expected = tokenizer("camel caravan", add_special_tokens=False)["input_ids"]
     assert found.tolist() == sorted(set(expected))
-    (empty,) = content(["and the!"], [[]])
     assert len(empty) == 0

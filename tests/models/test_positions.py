@@ -12,7 +12,7 @@ import torch
 import transformers
 from tests.refusals import refused
 
-from caravan.data.tokenization import warn_once
+from caravan.data.tokenization import log_once
 from caravan.encoding import Encoding
 from caravan.models import folder
 from caravan.models.biencoder import BiEncoder
@@ -22,13 +22,11 @@ from caravan.retrieval.inference import Inference
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 400}
 SIZE |= {"intermediate_size": 48}
-OF_GPT = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 400, "n_positions": 64}
 CONFIGS: dict[str, dict[str, Any]] = {
     "Bert": {**SIZE, "max_position_embeddings": 64},
     "Roberta": {**SIZE, "max_position_embeddings": 66, "pad_token_id": 1},
     "MPNet": {**SIZE, "max_position_embeddings": 66, "pad_token_id": 1},
-    "GPT2": OF_GPT,
-    "GPTJ": {**OF_GPT, "rotary_dim": 8},
+    "GPT2": {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 400, "n_positions": 64},
     "OPT": {**SIZE, "ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
 }
 ROTARY = {**SIZE, "max_position_embeddings": 64}
@@ -53,7 +51,7 @@ def test_a_length_is_refused_exactly_where_the_model_would_fail(name: str) -> No
 
 
 def test_rotary_positions_have_no_limit_but_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    warn_once.cache_clear()
+    log_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         refuse_too_long(_made("Llama", ROTARY), Encoding(passage_length=65))
     assert "64 tokens" in caplog.text

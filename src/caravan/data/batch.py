@@ -1,16 +1,16 @@
 """The typed batches that pass between data, models and training.
 
-Padding texts of different lengths to one another wastes work. A batch holds its texts as chunks of
-similar length, each within a token budget, padded on the right; `Packed.order` restores the order
-of the texts. For a model without padding (`caravan.models.varlen`), chunks are as few as possible.
+A batch holds its texts as chunks of similar length, each within a token budget, padded on the
+right; `Packed.order` restores the order of the texts. For a model without padding
+(`caravan.models.varlen`), chunks are as few as possible.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -23,8 +23,6 @@ B = TypeVar("B")
 class Movable:
     """A frozen dataclass of tensors and of other movable dataclasses."""
 
-    stay: ClassVar[tuple[str, ...]] = ()  # fields that are used on the CPU only
-
     def to(self: T, device: torch.device, non_blocking: bool = False) -> T:
         """The same on a device; Lightning calls this for batches."""
 
@@ -34,9 +32,8 @@ class Movable:
             is_movable = isinstance(value, Tensor | Movable)
             return value.to(device, non_blocking=non_blocking) if is_movable else value
 
-        names = {field.name for field in fields(self)} - set(self.stay)  # type: ignore[arg-type]
-        moving = {name: moved(getattr(self, name)) for name in names}
-        return replace(self, **moving)  # type: ignore[type-var]
+        values = {name: moved(value) for name, value in vars(self).items()}
+        return replace(self, **values)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -107,11 +104,9 @@ class Packed(Movable):
     def rows_of(
         self, compute: Callable[[Chunk], Tensor], after: Callable[[int], object] | None = None
     ) -> Tensor:
-        """Rows [N, ...] of the texts, in their order.
+        """Rows [N, ...] of the texts in their order; `compute` gives those [n, ...] of a chunk.
 
-        Args:
-            compute: rows [n, ...] of a chunk.
-            after: called after each chunk with its number of texts, to show progress.
+        `after`, to show progress, is called with the number of texts of each chunk.
         """
         rows = []
         for chunk in self.chunks:
@@ -326,8 +321,6 @@ class AdaptationBatch(Movable):
 class PairBatch(Movable):
     """N pairs to score, with the rows of their query and passage in the collection."""
 
-    stay = ("query_rows", "passage_rows")
-
     query_rows: Tensor  # [N] int64
     passage_rows: Tensor  # [N] int64
     texts: Packed
@@ -336,8 +329,6 @@ class PairBatch(Movable):
 @dataclass(frozen=True)
 class EncodeBatch(Movable):
     """N texts to embed, with their integer rows in the collection."""
-
-    stay = ("rows",)
 
     rows: Tensor  # [N] int64
     texts: Packed

@@ -66,24 +66,22 @@ class QueryOrder(BatchSampler[Any]):
 
 
 class TrainingSet(Protocol):
-    """Training batches: an item is what `order` yields, such as the positions of an epoch.
-
-    Implemented by `Groups`, `caravan.data.unlabelled.Unlabelled` and
-    `caravan.data.mixing.MixedSet`.
-    """
+    """Training batches: an item is what `order` yields, such as the positions of an epoch."""
 
     seed: int
 
     def __len__(self) -> int:
         """Queries or texts per epoch."""
 
-    def order(self, batch: int, rank: int = 0, world: int = 1) -> QueryOrder:
-        """The batches of one rank, a pure function of (seed, epoch); arguments: `QueryOrder`."""
-
     def __getitem__(self, item: Any) -> Unpacked[Any]: ...
 
+    def order(self, batch: int, rank: int = 0, world: int = 1) -> QueryOrder:
+        """The batches of one rank, a pure function of (seed, epoch); arguments: `QueryOrder`."""
+        return QueryOrder(len(self), batch, rank, world)
+
     def open(self) -> None:
-        """Read the files that batches need; called once, before workers are forked."""
+        """Read the files that batches need, if any; called once, before workers are forked."""
+        return
 
     def summary(self, name: str, batch: int, accumulated: int) -> str:
         """Describe the training data in one line.
@@ -95,7 +93,7 @@ class TrainingSet(Protocol):
         """
 
 
-class Groups(Dataset[Any]):
+class Groups(TrainingSet):
     """Training batches of queries, each with its group [positive, negative, ...].
 
     Args:
@@ -120,10 +118,8 @@ class Groups(Dataset[Any]):
         seed: int,
         pads: bool = True,
     ) -> None:
-        self.collection = collection
-        self.qrels = qrels
-        self.query_rows = np.array([q for q in qrels.queries if len(qrels.positives(int(q)))])
-        self.negatives = negatives
+        self.collection, self.qrels, self.negatives = collection, qrels, negatives
+        self.query_rows = np.unique(qrels.query_rows[qrels.grades >= 1])
         self.templates = templates
         self.token_budget, self.pads = token_budget, pads
         self.seed = seed
@@ -133,12 +129,7 @@ class Groups(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.query_rows)
 
-    def order(self, batch: int, rank: int = 0, world: int = 1) -> QueryOrder:
-        """See `TrainingSet`."""
-        return QueryOrder(len(self), batch, rank, world)
-
     def summary(self, name: str, batch: int, accumulated: int) -> str:
-        """See `TrainingSet`."""
         number = self.negatives.number
         in_batch = ""
         if isinstance(self.templates, Templates):
@@ -149,7 +140,6 @@ class Groups(Dataset[Any]):
         )
 
     def open(self) -> None:
-        """Open the sampler, which reads its runs."""
         if not self._opened:
             self.negatives.open(self.collection, self.qrels, self.seed)
             self._opened = True
@@ -168,24 +158,18 @@ class Groups(Dataset[Any]):
         if isinstance(self.templates, PairTemplates):
             repeated = [query for query in queries for _ in range(groups.shape[1])]
             pairs = pair_ids(self.templates, repeated, passages)
-            fields: Fields = {"texts": pairs, **shared}
-            return Unpacked(RerankBatch, fields, *packing)
+            return Unpacked(RerankBatch, {"texts": pairs, **shared}, *packing)
         read = self.templates.queries(queries), self.templates.passages(passages)
-        fields = {
+        embeddings = self.teacher_embeddings
+        excluded = [self.negatives.excluded_keys(row) for row in query_rows.tolist()]
+        fields: Fields = {
             "texts": tuple(map(TokenIds.of, read)),
             "passage_keys": text_keys(passages).reshape(groups.shape),
-            "excluded_keys": self._excluded(query_rows),
+            "excluded_keys": same_length(excluded),
             **shared,
+            **({} if embeddings is None else embeddings(query_rows, groups)),
         }
-        if self.teacher_embeddings is not None:
-            fields |= self.teacher_embeddings(query_rows, groups)
         return Unpacked(TrainBatch, fields, *packing)
-
-    def _excluded(self, query_rows: np.ndarray) -> np.ndarray:
-        """Keys of the texts that are never negatives of each query, [Q, M] int64."""
-        each = [self.negatives.excluded_keys(int(row)) for row in query_rows]
-        most = max(map(len, each))
-        return np.stack([np.append(of, np.full(most - len(of), of[0])) for of in each])
 
     def _teacher(self, query_rows: np.ndarray, groups: np.ndarray) -> np.ndarray | None:
         rows = zip(query_rows.tolist(), groups, strict=True)
@@ -205,10 +189,16 @@ def pair_ids(
     queries: Sequence[tuple[str, str]],
     passages: Sequence[tuple[str, str]],
 ) -> TokenIds:
-    """Token ids of pairs of (title, text) queries and passages."""
+    """Token ids of pairs of (instruction, text) queries and (title, text) passages."""
     pairs = templates.pairs(queries, passages)
     seconds = [pair.second for pair in pairs] if templates.typed else None
     return TokenIds.of([pair.ids for pair in pairs], seconds)
+
+
+def same_length(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Stack rows [n] of different n, each filled up by repeating its first value."""
+    longest = max(map(len, rows))
+    return np.stack([np.append(row, np.full(longest - len(row), row[0])) for row in rows])
 
 
 @dataclass(eq=False)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,10 +23,10 @@ import numpy as np
 
 from caravan import manifests
 from caravan.data.qrels import Judgement, Qrels, RowLookup, Scored, Unknown, UnknownIds
-from caravan.data.runs import Run, open_run, write_run
+from caravan.data.runs import Run, read_run, write_run
 from caravan.data.texts import Place, Record, Texts, text_keys, write_texts
 from caravan.errors import InputError
-from caravan.files import scratch_folder
+from caravan.files import LOCK, locked, replacing_folder, scratch_folder
 
 FORMAT = 3
 """Version of the folder's layout; a folder of another version is rebuilt."""
@@ -40,6 +41,10 @@ OWN = "data:"
 """Prefix of the name of a run that belongs to the collection, as in `data:negatives`."""
 
 REMEDY = "delete the folder and run the command again to rebuild it"
+
+KEPT_FROM = 8 << 20
+"""Bytes of a run file from which its arrays are kept; a second of parsing."""
+ARRAYS = ("query_rows", "offsets", "passage_rows", "scores")
 
 SAMPLED_QUERIES = 64  # texts that `warn_if_queries_are_passages` compares
 
@@ -142,9 +147,34 @@ class Collection:
         return self.folder / "runs" / f"{own}.trec"
 
     def read_run(self, name: str | Path, depth: int | None = None) -> Run:
-        """Read a run; arguments and errors as for `run_path` and `caravan.data.runs.read_run`."""
-        path, parsed = self.run_path(name), self.folder / "parsed"
-        return open_run(path, self.queries, self.corpus, parsed, depth)
+        """Read a run; arguments and errors as for `run_path` and `caravan.data.runs.read_run`.
+
+        A long file is parsed once for all processes and commands: its arrays are kept in the folder
+        of the collection by the digest of the file, and memory-mapped. A hundred million lines take
+        minutes to parse, and as arrays 1.2 GB that all ranks share. Where the folder cannot be
+        written, the file is parsed.
+        """
+        path = self.run_path(name)
+        is_long = path.is_file() and path.stat().st_size >= KEPT_FROM
+        if not is_long or not os.access(self.folder, os.W_OK):
+            return read_run(path, self.queries, self.corpus, depth)
+        inputs = {"run": manifests.content_digest(path), "depth": depth, "format": 1}
+        folder = self.folder / "parsed" / manifests.digest(inputs)
+        files = {array: folder / f"{array}.npy" for array in ARRAYS}
+        folder.parent.mkdir(exist_ok=True)
+        with locked(folder.with_name(LOCK)):  # the first process parses, the others wait
+            facts = manifests.facts(folder) if manifests.matches(folder, inputs) else {"files": {}}
+            kept = (manifests.is_as_written(files[one], facts["files"].get(one)) for one in ARRAYS)
+            if not all(kept):
+                run = read_run(path, self.queries, self.corpus, depth)
+                manifests.remove(folder)
+                with replacing_folder(folder) as scratch:
+                    for array in ARRAYS:
+                        np.save(scratch / f"{array}.npy", getattr(run, array))
+                written = {array: manifests.content(file) for array, file in files.items()}
+                manifests.write(folder, inputs, {"tag": run.tag, "files": written})
+        arrays = {array: np.load(file, mmap_mode="r") for array, file in files.items()}
+        return Run(**arrays, tag=manifests.facts(folder)["tag"])
 
 
 def write_collection(

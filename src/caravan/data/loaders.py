@@ -73,7 +73,9 @@ class BatchLoader(DataLoader[Any]):
         )
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        release_free_memory()
+        # after a fork, free memory that the parent reuses would exist twice, once in the worker
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
+            libc.malloc_trim(0)
         # Ctrl-C reaches all processes of a terminal; the main process ends the workers
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -86,8 +88,8 @@ class BatchLoader(DataLoader[Any]):
 class TrainLoader(BatchLoader):
     """Loads training batches; its state is the epoch and the number of batches handed out.
 
-    It counts epochs because Lightning's counter lags by one after two resumes in a row from a
-    checkpoint at the end of an epoch.
+    It counts epochs itself, because Lightning's counter lags by one after two resumes in a row from
+    the end of an epoch.
 
     Args:
         per_epoch: batches that Lightning takes per epoch; None for all of `order`.
@@ -138,15 +140,6 @@ class TextLoader(BatchLoader):
             if not left:
                 del batches
             yield batch
-
-
-def release_free_memory() -> None:
-    """Return free memory of the allocator to the system (glibc only).
-
-    After a fork, free memory that the parent reuses would exist twice, once in the worker.
-    """
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def _start_worker(_: int) -> None:

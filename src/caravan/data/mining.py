@@ -57,16 +57,15 @@ class Rules:
     range_max: int | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if value is not None and not math.isfinite(value):
-                raise _invalid(f"{field.name} is {value}; it must be finite, or null")
+                raise invalid(f"{name} is {value}; it must be finite, or null")
         first, end = self.range_min, self.range_max
         if first < 0 or (end is not None and end <= first):
-            raise _invalid(f"range_min={first} must be 0 or more, and range_max={end} above it")
+            raise invalid(f"range_min={first} must be 0 or more, and range_max={end} above it")
         low, high = self.min_score, self.max_score
         if low is not None and high is not None and low > high:
-            raise _invalid(f"min_score={low} is above max_score={high}; lower it")
+            raise invalid(f"min_score={low} is above max_score={high}; lower it")
 
     @property
     def compare(self) -> bool:
@@ -80,7 +79,8 @@ class Rules:
         return [NO_SCORE, *chosen] if self.compare else chosen
 
 
-def _invalid(problem: str) -> InputError:
+def invalid(problem: str) -> InputError:
+    """The error of a wrong setting of the sampler."""
     return InputError("invalid-setting", f"sampler.{problem}")
 
 
@@ -123,12 +123,11 @@ def mine(
     """
     counts: Counter[str] = Counter()
     keep = np.zeros(len(run.passage_rows), dtype=bool)
-    edges = np.searchsorted(
-        run.offsets, np.arange(LINES_AT_ONCE, len(keep), LINES_AT_ONCE)
-    ).tolist()
-    for first, end in pairwise(sorted({0, *edges, len(run)})):
+    edges = np.searchsorted(run.offsets, np.arange(LINES_AT_ONCE, len(keep), LINES_AT_ONCE))
+    for first, end in pairwise(sorted({0, *edges.tolist(), len(run)})):
         chunk = _Chunk(_part(run, first, end), positives, counts)
         keep[run.offsets[first] : run.offsets[end]] = chunk.kept(rules, teacher)
+    kept = run.where(keep)
     if rules.compare and not counts["compared"]:
         raise InputError(
             "no-positive-scores",
@@ -136,29 +135,20 @@ def mine(
             " relative_margin compare with its score; write a deeper run (index.k) and raise"
             " sampler.depth, or set both to null",
         )
-    kept = run.where(keep)
     trained = np.unique(positives.query_rows)
-    left = np.isin(trained, kept.query_rows[kept.counts > 0]).sum()
+    without = len(trained) - int(np.isin(trained, kept.query_rows[kept.counts > 0]).sum())
     facts: dict[str, Any] = {
         "candidates": counts["candidates"],
         "removed": {rule: counts[rule] for rule in rules.names},
         "kept": len(kept.passage_rows),
         "queries": len(trained),
-        "queries_without_candidates": len(trained) - int(left),
+        "queries_without_candidates": without,
     }
     if rules.compare:
         facts["queries_without_positive_score"] = counts["lacking"]
     if is_main_process():
-        without = facts["queries_without_candidates"] / max(len(trained), 1)
-        level = logging.WARNING if without > MANY else logging.INFO
-        removed = ", ".join(f"{rule} {counts[rule]:,}" for rule in rules.names) or "no rule"
-        lacking = f"; {counts['lacking']:,} lack the score of a positive" if rules.compare else ""
-        log.log(
-            level,
-            f"{name}: {facts['kept']:,} of {facts['candidates']:,} candidates left; removed by"
-            f" {removed}; {facts['queries_without_candidates']:,} of {len(trained):,} training"
-            f" queries have no candidate{lacking}",
-        )
+        level = logging.WARNING if without > MANY * len(trained) else logging.INFO
+        log.log(level, "%s: %s", name, ", ".join(f"{key} {value}" for key, value in facts.items()))
     return kept, facts
 
 
@@ -176,26 +166,20 @@ class _Chunk:
         known = place >= 0
         self.place = place[known]  # of each positive's query
         self.positive_keys = self.place * self.passages + positives.passage_rows[known]
-        self.found = _find(self.positive_keys, self.keys)  # the positive in a line
-        trained = np.bincount(self.place, minlength=len(run)) > 0
+        trained = np.isin(np.arange(len(run)), self.place)
         own = positives.own[_find(positives.queries, run.query_rows)]
-        self.keep = trained[self.at] & (self.found < 0) & (run.passage_rows != own[self.at])
+        self.keep = trained[self.at] & (run.passage_rows != own[self.at])
+        self.keep &= _find(self.positive_keys, self.keys) < 0
         counts["candidates"] += int(self.keep.sum())
 
     def kept(self, rules: Rules, teacher: Run | None) -> np.ndarray:
         """Which lines are candidates, [N] bool."""
         scores = self.run.scores
         if rules.compare:
-            of_positives = np.full(len(self.place), np.nan, dtype=np.float32)
-            held = self.found >= 0
-            of_positives[self.found[held]] = scores[held]
-            lacking = np.zeros(len(self.run), dtype=bool)
-            lacking[self.place[np.isnan(of_positives)]] = True
-            ranked = np.unique(self.place)
+            lowest, lacking = self._of_positives(self.run)
             self.counts["lacking"] += int(lacking.sum())
-            self.counts["compared"] += len(ranked) - int(lacking.sum())
+            self.counts["compared"] += len(np.unique(self.place)) - int(lacking.sum())
             self._remove(NO_SCORE, lacking[self.at])
-            lowest = self._lowest(of_positives)
             lowest[np.isinf(lowest)] = 0  # queries whose passages are all removed already
             if rules.absolute_margin is not None:
                 margin = np.float32(rules.absolute_margin)
@@ -209,10 +193,9 @@ class _Chunk:
             self._remove("min_score", scores < np.float32(rules.min_score))
         if rules.teacher_margin is not None:
             assert teacher is not None  # a margin needs a teacher
-            keys, taught = self._keys_and_scores(teacher)
-            limit = self._lowest(_values(keys, taught, self.positive_keys))
-            limit -= np.float32(rules.teacher_margin)
-            self._remove("teacher_margin", _values(keys, taught, self.keys) > limit[self.at])
+            limit = self._of_positives(teacher)[0] - np.float32(rules.teacher_margin)
+            taught = self._scores(teacher, self.keys)
+            self._remove("teacher_margin", taught > limit[self.at])
         before = np.concatenate(([0], np.cumsum(self.keep)))  # candidates before a line
         rank = before[:-1] - before[self.run.offsets[:-1]][self.at]
         if rules.range_max is not None:
@@ -224,21 +207,27 @@ class _Chunk:
         self.counts[rule] += int((self.keep & lines).sum())
         self.keep &= ~lines
 
-    def _lowest(self, scores: np.ndarray) -> np.ndarray:
-        """The lowest score of each query's positives, [Q] float32; infinity without any."""
-        lowest = np.full(len(self.run), np.inf, dtype=np.float32)
-        known = ~np.isnan(scores)
-        np.minimum.at(lowest, self.place[known], scores[known])
-        return lowest
+    def _of_positives(self, run: Run) -> tuple[np.ndarray, np.ndarray]:
+        """The lowest score that a run gives a positive, by query, and whether it lacks one.
 
-    def _keys_and_scores(self, other: Run) -> tuple[np.ndarray, np.ndarray]:
-        """Keys, ascending, and scores of another run for the queries of this chunk."""
+        Returns:
+            [Q] float32, infinity without any score, and [Q] bool.
+        """
+        scores = self._scores(run, self.positive_keys)
+        unknown = np.isnan(scores)
+        lowest = np.full(len(self.run), np.inf, dtype=np.float32)
+        np.minimum.at(lowest, self.place[~unknown], scores[~unknown])
+        lacking = np.isin(np.arange(len(self.run)), self.place[unknown])
+        return lowest, lacking
+
+    def _scores(self, run: Run, keys: np.ndarray) -> np.ndarray:
+        """The score of each key in a run, float32; NaN where it is missing."""
         ends = self.run.query_rows[0], self.run.query_rows[-1] + 1
-        part = _part(other, *np.searchsorted(other.query_rows, ends).tolist())
+        part = _part(run, *np.searchsorted(run.query_rows, ends).tolist())
         place = np.repeat(_find(self.run.query_rows, part.query_rows), part.counts)
-        keys = place * self.passages + part.passage_rows
-        order = np.argsort(keys)[(place < 0).sum() :]
-        return keys[order], part.scores[order]
+        known = place >= 0
+        own = place[known] * self.passages + part.passage_rows[known]
+        return values_of(own, part.scores[known], keys)
 
 
 def _part(run: Run, first: int, end: int) -> Run:
@@ -257,9 +246,14 @@ def _find(ordered: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(ordered[at] == wanted, at, -1)
 
 
-def _values(ordered: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The value of each wanted key, float32; NaN where it is missing."""
-    at = _find(ordered, wanted)
+def values_of(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The value of each wanted key, float32; NaN where it is missing.
+
+    Args:
+        keys, values: [n]; the keys are unique, in any order.
+    """
+    order = np.argsort(keys)
+    at = _find(keys[order], wanted)
     found = np.full(len(wanted), np.nan, dtype=np.float32)
-    found[at >= 0] = values[at[at >= 0]]
+    found[at >= 0] = values[order][at[at >= 0]]
     return found

@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from caravan.data.collection import OWN, Collection, own_passages
-from caravan.data.mining import Positives, Rules, mine
+from caravan.data.mining import Positives, Rules, invalid, mine, values_of
 from caravan.data.qrels import Qrels
 from caravan.data.runs import Run
 from caravan.data.texts import text_keys
@@ -34,14 +34,7 @@ log = logging.getLogger(__name__)
 def run_over(
     collection: Collection, path: str | Path, qrels: Qrels, depth: int | None = None
 ) -> Run:
-    """Read a run, also one of the collection, that ranks some of the judged queries.
-
-    Args:
-        path, depth: as for `Collection.read_run`.
-
-    Raises:
-        InputError: "other-queries" if it ranks none of them.
-    """
+    """`Collection.read_run`; raises "other-queries" if it ranks none of the judged queries."""
     run = collection.read_run(path, depth)
     if not np.isin(qrels.queries, run.query_rows).any():
         raise InputError(
@@ -69,10 +62,7 @@ class Sampler(Protocol):
     number: int
 
     def open(self, collection: Collection, qrels: Qrels, seed: int) -> None:
-        """Read the files that `group` needs.
-
-        Args:
-            qrels: the judgements of the training split.
+        """Read the files that `group` needs; `qrels` are those of the training split.
 
         Raises:
             InputError: If a file does not belong to the collection or the corpus is too small.
@@ -108,10 +98,9 @@ class Sampler(Protocol):
         return {}
 
     def variant(self, runs: Sequence[str] | None, number: int | None) -> Sampler:
-        """A copy for one collection of a mixture, not yet opened.
+        """A copy, not yet opened, for a collection of a mixture that has other runs or numbers.
 
-        Args:
-            runs, number: settings of the collection; None keeps those of the sampler.
+        None keeps the setting of the sampler.
         """
         if runs is not None or number is not None:
             raise InputError(
@@ -120,10 +109,6 @@ class Sampler(Protocol):
                 " collection; leave them out of data.entries, or define its method variant",
             )
         return copy.copy(self)
-
-
-def _invalid(problem: str) -> InputError:
-    return InputError("invalid-setting", f"sampler.{problem}")
 
 
 class Negatives(Sampler):
@@ -158,11 +143,11 @@ class Negatives(Sampler):
         teacher_margin: float | None = None,
     ) -> None:
         if number < 0 or depth <= range_min:
-            raise _invalid(
+            raise invalid(
                 f"number={number} must be 0 or more, and depth={depth} above range_min={range_min}"
             )
         if teacher_margin is not None and teacher is None:
-            raise _invalid("teacher_margin needs a run of scores: set sampler.teacher")
+            raise invalid("teacher_margin needs a run of scores: set sampler.teacher")
         self.rules = Rules(
             absolute_margin,
             relative_margin,
@@ -190,12 +175,10 @@ class Negatives(Sampler):
         """
         self._qrels, self._collection, self._seed = qrels, collection, seed
         self._own = own_passages(collection, qrels.queries)
-        others = len(collection.corpus) - self._most_excluded()
-        if self.number > others:
+        if self.number >= (passages := len(collection.corpus)):
             raise InputError(
                 "corpus-too-small",
-                f"sampler.number={self.number}: the positives of one query leave {others} of the"
-                f" {len(collection.corpus)} passages; set it to {others} or less",
+                f"sampler.number={self.number}: the corpus has {passages} passages; lower it",
             )
         self._runs = [run_over(collection, path, qrels, self.depth) for path in self.paths]
         if not self.paths and self.number and "negatives" in collection.runs:
@@ -237,14 +220,6 @@ class Negatives(Sampler):
         ((_, asked),) = self._collection.queries.get([query_row])
         return text_keys([*texts, ("", asked)])
 
-    def _most_excluded(self) -> int:
-        """The largest number of excluded passages of a query."""
-        queries, relevant = self._qrels.queries, self._qrels.grades >= 1
-        place = np.searchsorted(queries, self._qrels.query_rows[relevant])
-        own = self._qrels.passage_rows[relevant] == self._own[place]
-        counts = np.bincount(place, minlength=len(queries)) + (self._own >= 0)
-        return int((counts - np.bincount(place[own], minlength=len(queries))).max(initial=0))
-
     def group(self, query_row: int, epoch: int, position: int) -> np.ndarray:
         """See `Sampler`; raises "corpus-too-small" if the corpus has too few other texts."""
         rng = np.random.default_rng((self._seed, epoch, position))
@@ -269,14 +244,8 @@ class Negatives(Sampler):
         if self._teacher is None:
             return None
         known, scores = self._teacher.of(query_row)
-        found = np.full(len(rows), np.nan, dtype=np.float32)
-        for i, row in enumerate(rows):
-            at = np.flatnonzero(known == row)
-            if len(at):
-                found[i] = scores[at[0]]
-            elif i == 0:
-                break
-        return found
+        found = values_of(known, scores, rows)
+        return np.full(len(rows), np.nan, np.float32) if np.isnan(found[0]) else found
 
     def candidates(self, query_row: int, excluded: np.ndarray) -> np.ndarray:
         """All passage rows that can be hard negatives of a query, ordered by rank in the runs.

@@ -7,26 +7,24 @@ model that is scored by a token reads a chat template around the one text (Qwen3
 
 from __future__ import annotations
 
-import logging
 import re
 import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from caravan.data.tokenization import (
-    MOST_INSTRUCTIONS,
     Template,
     around,
     beginning,
+    ids_of,
+    log_once,
     plain_ids,
+    template_of,
     token_ids,
     warn_if_unused,
-    warn_once,
 )
 from caravan.encoding import Encoding
 from caravan.errors import InputError
-
-log = logging.getLogger(__name__)
 
 MIN_PASSAGE = 16  # tokens kept of a passage; a query that leaves fewer is truncated or refused
 CHAT_IDS = "chat_ids"
@@ -39,19 +37,11 @@ class Pair(NamedTuple):
     second: int  # start of the passage, for models with token types; of the query for a likelihood
 
 
-class _Sides(NamedTuple):
-    """The templates with one instruction, and what stands before the text of a query."""
-
-    query: Template
-    passage: Template
-    before_query: str
-
-
 class PairTemplates:
     """Tokenizes (query, passage) pairs for a reranker, as one joined text or as a pair.
 
     The document is truncated. The query is truncated only if it leaves fewer than `MIN_PASSAGE`
-    tokens for the document (`cut` counts such pairs); in a chat template such a query is an error.
+    tokens for the document; in a chat template such a query is an error.
     For a likelihood the document and the query's prompt are the condition.
     `section` is the config section of the lengths, for messages.
 
@@ -67,7 +57,6 @@ class PairTemplates:
         self.pad_id = int(tokenizer.pad_token_id or 0)
         likelihood = encoding.scoring == "likelihood"
         self.typed = likelihood or "token_type_ids" in tokenizer.model_input_names
-        self.length = encoding.query_length + encoding.passage_length
         paired = encoding.pair == "pair"
         self.opening, self.between, self.closing = around(tokenizer, encoding, paired)
         prefix, suffix = chat_ids(tokenizer, encoding)
@@ -77,27 +66,26 @@ class PairTemplates:
         if suffix or encoding.scoring == "token":
             self.closing = [tokenizer.eos_token_id] if encoding.append_eos else []
         self.before, self.after = [*self.opening, *prefix], [*suffix, *self.closing]
-        self._sides: dict[str, _Sides] = {}
-        own = self._templates("")
         prompt: list[int] = []
         if likelihood:
             self.after = []  # the likelihood is that of the query's tokens only
-            prompt = plain_ids(tokenizer, [own.before_query])[0]
+            prompt = ids_of(tokenizer, _prompt(self._template("query")))
             ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-            self._start = next((token for token in ends if token is not None), None)
-        if own.passage.suffix:
+            self._starts = [token for token in ends if token is not None]
+        if self._template("passage").suffix:
             raise InputError(
                 "invalid-template", "encoding.passage_template of a reranker must end with {text}"
             )
+        self.length = encoding.query_length + encoding.passage_length
         self.room = self.length - len(self.before) - len(self.between) - len(self.after)
+        self._lengths = f"{section}.query_length + {section}.passage_length"
         left = max(self.room - len(prompt), 0)
         if left < 2 * MIN_PASSAGE:
             raise InputError(
                 "no-room-for-text",
-                f"{section}.query_length + {section}.passage_length = {self.length} leaves {left}"
-                f" tokens for the texts, which need {2 * MIN_PASSAGE}; increase one of them",
+                f"{self._lengths} = {self.length} leaves {left} tokens for the texts, which need"
+                f" {2 * MIN_PASSAGE}; increase one of them",
             )
-        self._section, self.cut = section, 0
 
     def pairs(
         self, queries: Sequence[tuple[str, str]], passages: Sequence[tuple[str, str]]
@@ -108,28 +96,24 @@ class PairTemplates:
         """
         if any(instruction for instruction, _ in queries):
             warn_if_unused(self.encoding)
-        sides = [self._templates(instruction) for instruction, _ in queries]
+        templates = [self._template("query", instruction) for instruction, _ in queries]
         firsts = [
-            side.query.render("", text) + side.query.suffix
-            for side, (_, text) in zip(sides, queries, strict=True)
+            template.render("", text) + template.suffix
+            for template, (_, text) in zip(templates, queries, strict=True)
         ]
-        seconds = [side.passage.render(*text) for side, text in zip(sides, passages, strict=True)]
+        seconds = [
+            self._template("passage", instruction).render(*passage)
+            for (instruction, _), passage in zip(queries, passages, strict=True)
+        ]
         if self.encoding.scoring == "likelihood":
-            return self._conditioned(firsts, [len(side.before_query) for side in sides], seconds)
+            prompts = [len(_prompt(template)) for template in templates]
+            return self._conditioned(firsts, prompts, seconds)
         if self.encoding.pair == "pair":
             return self._paired(firsts, seconds)
         return self._joined(firsts, seconds)
 
-    def _templates(self, instruction: str) -> _Sides:
-        if instruction not in self._sides:
-            query, passage = (
-                Template(self.encoding.template(side, instruction or None))
-                for side in ("query", "passage")
-            )
-            if len(self._sides) > MOST_INSTRUCTIONS:
-                self._sides.clear()
-            self._sides[instruction] = _Sides(query, passage, f" {query.render('', '')}")
-        return self._sides[instruction]
+    def _template(self, side: str, instruction: str = "") -> Template:
+        return template_of(self.encoding.template(side, instruction or None))
 
     def _joined(self, firsts: list[str], seconds: list[str]) -> list[Pair]:
         texts = [f"{first} {second}" for first, second in zip(firsts, seconds, strict=True)]
@@ -143,27 +127,21 @@ class PairTemplates:
         for first, text, ids in zip(firsts, texts, encoded, strict=True):
             if first in long and len(ids) > self.room:
                 if self._framed:
-                    self._refuse_query(first)
+                    raise InputError(
+                        "query-too-long",
+                        f"a query with its instruction ({reprlib.repr(first)}) has more than the"
+                        f" {most} tokens that {self._lengths} leave for it; increase one of them",
+                    )
                 ids = self._without_end_of_query(first, text)
             whole = [*self.before, *ids[: self.room], *self.after]
             pairs.append(Pair(whole, len(whole)))
         return pairs
 
-    def _refuse_query(self, first: str) -> None:
-        section, taken = self._section, len(plain_ids(self.tokenizer, [first])[0])
-        raise InputError(
-            "query-too-long",
-            f"a query takes {taken} tokens with its instruction ({reprlib.repr(first)}), and"
-            f" {section}.query_length + {section}.passage_length = {self.length} leaves"
-            f" {self.room - MIN_PASSAGE} for it; increase one of them",
-        )
-
     def _without_end_of_query(self, first: str, text: str) -> list[int]:
-        text = beginning(
-            text, self.room, start=len(first)
-        )  # includes MIN_PASSAGE tokens of the document
+        # includes MIN_PASSAGE tokens of the document
+        text = beginning(text, self.room, start=len(first))
         ids, of_query = self._with_offsets([(text, len(first))])[0]
-        self._count_cut(self.room - MIN_PASSAGE)
+        self._warn_of_cut(self.room - MIN_PASSAGE)
         document = ids[of_query : of_query + MIN_PASSAGE]
         return [*ids[: self.room - len(document)], *document]
 
@@ -210,8 +188,8 @@ class PairTemplates:
             query, prompt = known[text]
             query = self._fitting(query, passage)
             head = [*self.before, *passage[: self.room - len(query)]]
-            if not head and not prompt and self._start is not None:
-                head, query = [self._start], query[: self.room - 1]  # scores the first token too
+            if not head and not prompt and self._starts:
+                head, query = self._starts[:1], query[: self.room - 1]  # scores the first token too
             pairs.append(Pair([*head, *query], len(head) + prompt))
         return pairs
 
@@ -219,70 +197,66 @@ class PairTemplates:
         """The query, truncated to leave at least `MIN_PASSAGE` tokens of the passage."""
         most = self.room - min(MIN_PASSAGE, len(passage))
         if len(query) > most:
-            self._count_cut(most)
+            self._warn_of_cut(most)
         return query[:most]
 
-    def _count_cut(self, kept: int) -> None:
-        self.cut += 1
-        if self.cut == 1:
-            section = self._section
-            log.warning(
-                f"a query was truncated to the {kept} tokens that {section}.query_length +"
-                f" {section}.passage_length leave for it; increase one of them"
-            )
+    def _warn_of_cut(self, kept: int) -> None:
+        log_once(
+            f"a query was truncated to the {kept} tokens that {self._lengths} leave for it;"
+            " increase one of them"
+        )
+
+
+def _prompt(template: Template) -> str:
+    """What a likelihood reads before the text of a query."""
+    return f" {template.render('', '')}"
 
 
 def chat_ids(tokenizer: Any, encoding: Encoding) -> tuple[list[int], list[int]]:
     """Ids of the prefix and of the suffix, each tokenized alone, as by Qwen3-Reranker's code."""
-    prefix, suffix = (
-        plain_ids(tokenizer, [text])[0] if text else []
-        for text in (encoding.prefix, encoding.suffix)
-    )
     for marker in _MARKERS.findall(encoding.prefix + encoding.suffix):
-        if len(plain_ids(tokenizer, [marker])[0]) > 1:
-            warn_once(
+        if len(ids_of(tokenizer, marker)) > 1:
+            log_once(
                 f"{tokenizer.name_or_path} has no token {marker}, so encoding.prefix and"
                 " encoding.suffix are not its chat template; set them before you use it untrained"
             )
             break
-    return prefix, suffix
+    return ids_of(tokenizer, encoding.prefix), ids_of(tokenizer, encoding.suffix)
 
 
 def answer_ids(tokenizer: Any, encoding: Encoding) -> tuple[int, int]:
     """Ids of the positive and the negative token, as they follow the suffix.
 
     Raises:
-        InputError: If one is not a single token there.
+        InputError: "not-a-token", one is not a single token there, or both are the same.
     """
-    suffix = plain_ids(tokenizer, [encoding.suffix])[0] if encoding.suffix else []
-    found = []
-    for name in ("positive", "negative"):
-        text = getattr(encoding, name)
-        whole, alone = plain_ids(tokenizer, [encoding.suffix + text, text])
-        follows = whole[: len(suffix)] == suffix
-        # GPT-2's tokenizer divides line breaks by what follows, and the suffix is read alone.
-        ids = whole[len(suffix) :] if follows else alone
-        if not follows and encoding.suffix.endswith(" "):
-            problem = f"merges with the end of encoding.suffix, {encoding.suffix[-16:]!r},"
-        elif len(ids) != 1:
-            problem = f"is {len(ids)} tokens"
-        elif ids[0] == tokenizer.unk_token_id:
-            problem = "is unknown"
-        else:
-            found += ids
-            continue
-        raise InputError(
-            "not-a-token",
-            f"encoding.{name}={text!r} {problem} in the vocabulary of"
-            f" {tokenizer.name_or_path or 'the tokenizer'}; choose a text that is one token there",
-        )
-    if found[0] == found[1]:
+    positive, negative = (
+        _answer_id(tokenizer, encoding, name) for name in ("positive", "negative")
+    )
+    if positive == negative:
         raise InputError(
             "not-a-token",
             f"encoding.negative={encoding.negative!r} is the same token as encoding.positive;"
             " choose another",
         )
-    return found[0], found[1]
+    return positive, negative
+
+
+def _answer_id(tokenizer: Any, encoding: Encoding, name: str) -> int:
+    text, suffix = getattr(encoding, name), ids_of(tokenizer, encoding.suffix)
+    whole = ids_of(tokenizer, encoding.suffix + text)
+    follows = whole[: len(suffix)] == suffix
+    # GPT-2's tokenizer divides line breaks by what follows, and the suffix is read alone.
+    ids = whole[len(suffix) :] if follows else ids_of(tokenizer, text)
+    merged = not follows and encoding.suffix.endswith(" ")
+    if merged or len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise InputError(
+            "not-a-token",
+            f"encoding.{name}={text!r} is not one known token after encoding.suffix, which ends"
+            f" with {encoding.suffix[-16:]!r}, for {tokenizer.name_or_path or 'the tokenizer'};"
+            " choose a text that is one token there",
+        )
+    return ids[0]
 
 
 def chat_facts(tokenizer: Any, encoding: Encoding) -> dict[str, Any]:

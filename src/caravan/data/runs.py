@@ -8,23 +8,18 @@ every reader sees one ranking. `caravan.data.run_files` recognizes the layouts o
 from __future__ import annotations
 
 import gzip
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from caravan import manifests
 from caravan.data.run_files import Ids, column_blocks
 from caravan.errors import InputError
-from caravan.files import LOCK, locked, replacing, replacing_folder
+from caravan.files import replacing
 
 LINES = 1 << 18  # formatted or merged at once
-KEPT_FROM = 8 << 20
-"""Bytes of a file from which `open_run` keeps what was parsed; a second's worth."""
-ARRAYS = ("query_rows", "offsets", "passage_rows", "scores")
 
 Lines = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Query rows, passage rows and scores, one entry a line."""
@@ -88,8 +83,8 @@ class Run:
             queries: rows [Q], ascending; those of the run are among them.
             passages: the row to leave out for each, [Q]; -1 for none.
         """
-        query_rows = np.repeat(self.query_rows, self.counts)
-        return self.where(self.passage_rows != passages[np.searchsorted(queries, query_rows)])
+        at = np.repeat(np.searchsorted(queries, self.query_rows), self.counts)
+        return self.where(self.passage_rows != passages[at])
 
     def where(self, lines: np.ndarray) -> Run:
         """The run of some of its lines, [N] bool; all queries stay."""
@@ -102,12 +97,11 @@ class Run:
         query_rows: np.ndarray,  # [Q], unique, any order
         scores: np.ndarray,  # [Q, k]
         passage_rows: np.ndarray,  # [Q, k]; -1 where the index found nothing
-        tag: str = "caravan",
     ) -> Run:
         """A run from what an index returns; rows of -1 are dropped."""
         found = passage_rows >= 0
         lines = np.repeat(np.asarray(query_rows), found.sum(axis=1))
-        return cls.from_flat(lines, passage_rows[found], scores[found], tag, query_rows)
+        return cls.from_flat(lines, passage_rows[found], scores[found], all_queries=query_rows)
 
     @classmethod
     def from_flat(
@@ -251,44 +245,6 @@ def read_run(path: Path | str, queries: IdTable, corpus: IdTable, depth: int | N
     query_rows, passage_rows, scores = map(np.concatenate, zip(*best, strict=True))
     run = canonical(Run.from_flat(query_rows, passage_rows, scores, tag), corpus)
     return run if depth is None else run.top(depth)
-
-
-def open_run(
-    path: Path, queries: IdTable, corpus: IdTable, kept: Path, depth: int | None = None
-) -> Run:
-    """`read_run`, which parses a long file once for all processes and commands.
-
-    The arrays are kept in the folder `kept` by the digest of the file, and memory-mapped: a hundred
-    million lines take minutes to parse, and as arrays 1.2 GB that all ranks share. Where the folder
-    cannot be written, the file is parsed.
-
-    Args:
-        kept: a folder that belongs to the collection of these queries and passages.
-    """
-    long = path.is_file() and path.stat().st_size >= KEPT_FROM
-    if not long or not os.access(kept.parent, os.W_OK):
-        return read_run(path, queries, corpus, depth)
-    inputs: dict[str, Any] = {"run": manifests.content_digest(path), "depth": depth, "format": 1}
-    folder = kept / manifests.digest(inputs)
-    kept.mkdir(exist_ok=True)
-    with locked(kept / LOCK):  # the first process parses, the others wait
-        if not _intact(folder, inputs):
-            run = read_run(path, queries, corpus, depth)
-            manifests.remove(folder)
-            with replacing_folder(folder) as scratch:
-                for name in ARRAYS:
-                    np.save(scratch / f"{name}.npy", getattr(run, name))
-            files = {name: manifests.content(folder / f"{name}.npy") for name in ARRAYS}
-            manifests.write(folder, inputs, {"tag": run.tag, "files": files})
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-    return Run(**arrays, tag=manifests.facts(folder)["tag"])
-
-
-def _intact(folder: Path, inputs: dict[str, Any]) -> bool:
-    if not manifests.matches(folder, inputs):
-        return False
-    files = manifests.facts(folder)["files"]
-    return all(manifests.is_as_written(folder / f"{name}.npy", files[name]) for name in ARRAYS)
 
 
 def _deepest(parts: list[Lines], depth: int) -> Lines:

@@ -35,39 +35,8 @@ class Source(Protocol):
     """A data source: anything that gives a `Collection`.
 
     A source is a class whose arguments are the keys of `conf/data/<name>.yaml`. It needs
-    `collection` and the attributes below; subclassing `Source` gives the defaults. A new format
-    needs nothing but an iterator of records:
-
-    >>> from dataclasses import dataclass
-    >>> from caravan.data.collection import write_collection
-    >>> @dataclass
-    ... class Facts(Source):
-    ...     path: str  # a file of "id: sentence" lines; a fact is asked for by its first word
-    ...     name: str = "facts"
-    ...     train_split: str = "train"
-    ...     dev_split: str = "train"
-    ...     split: str = "train"
-    ...
-    ...     def collection(self, cache_dir):
-    ...         text = Path(self.path).read_text()
-    ...         rows = [line.split(": ") for line in text.splitlines()]
-    ...         corpus = [(id_, "", fact) for id_, fact in rows]
-    ...         queries = [(id_, "", fact.split()[0]) for id_, fact in rows]
-    ...         qrels = {"train": [(id_, id_, 1) for id_, _ in rows]}
-    ...
-    ...         def build(folder):
-    ...             return write_collection(folder, self.name, corpus, queries, qrels)
-    ...
-    ...         return cached_collection(cache_dir, self.name, cache_key("facts", text), build)
-    >>> import tempfile
-    >>> folder = tempfile.mkdtemp()
-    >>> path = Path(folder, "facts.txt")
-    >>> _ = path.write_text("1: Camels store fat.\\n2: Salt is a mineral.\\n")
-    >>> found = Facts(str(path)).collection(folder)
-    >>> found.corpus.get([1]), found.qrels("train").positives(0)
-    ([('', 'Salt is a mineral.')], array([0]))
-
-    In a config: `_target_: my_package.Facts`, and one line for each argument.
+    `collection` and the attributes below; subclassing `Source` gives the defaults.
+    `docs/extending.md` has an example.
 
     Attributes:
         name: what reports call the collection; None for a name made from the path.
@@ -77,9 +46,9 @@ class Source(Protocol):
     """
 
     name: str | None
-    train_split: str
-    dev_split: str
-    split: str
+    train_split: str = ""
+    dev_split: str = ""
+    split: str = ""
     hub_id: str | None = None
     language: str | None = None
 
@@ -111,22 +80,23 @@ class Streams:
         parts |= {f"qrels/{split}": read for split, read in self.qrels.items()}
         parts |= {f"runs/{run}": read for run, read in self.runs.items()}
 
-        def items(part: str) -> Iterator[Any]:
-            return (item for _, item in parts[part]())
-
         def place(part: str, n: int) -> str:
             return next(itertools.islice(parts[part](), n, None), (self.source, None))[0]
 
         return write_collection(
             folder,
             name,
-            items("corpus"),
-            items("queries"),
-            {split: items(f"qrels/{split}") for split in self.qrels},
-            runs={run: items(f"runs/{run}") for run in self.runs},
+            _items(self.corpus),
+            _items(self.queries),
+            {split: _items(read) for split, read in self.qrels.items()},
+            runs={run: _items(read) for run, read in self.runs.items()},
             where=place,
             **settings,
         )
+
+
+def _items(read: Stream[T]) -> Iterator[T]:
+    return (item for _, item in read())
 
 
 def held_out(

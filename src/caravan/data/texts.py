@@ -86,8 +86,7 @@ class Texts:
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
         """The row of each id, int64 [len(ids)]; -1 where the id is unknown."""
-        hashes = (_id_hash(name.encode(errors="replace")) for name in ids)
-        wanted = np.fromiter(hashes, dtype=np.uint64, count=len(ids))
+        wanted = np.array([_id_hash(name.encode(errors="replace")) for name in ids], np.uint64)
         order = np.argsort(wanted, kind="stable")  # neighbours in the file are read together
         first = np.empty(len(ids), np.int64)
         first[order] = np.searchsorted(self.hashes, wanted[order], side="left")
@@ -196,16 +195,11 @@ def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place
                 size = 0
         if batch or not hashes:
             flush()
-    _write_index(folder / f"{part}.ids.npy", hashes)
-    _refuse_duplicates(Texts(folder, part), place)
-    return Written(content.hexdigest(), len(hashes), repaired, spaced)
-
-
-def _write_index(path: Path, hashes: array[int]) -> None:
-    """The hashes in ascending order and the row of each."""
     values = np.array(hashes, dtype=np.uint64)
     order = np.argsort(values, kind="stable")
-    np.save(path, np.stack((values[order], order.astype(np.uint64))))
+    np.save(folder / f"{part}.ids.npy", np.stack((values[order], order.astype(np.uint64))))
+    _refuse_duplicates(Texts(folder, part), place)
+    return Written(content.hexdigest(), len(hashes), repaired, spaced)
 
 
 def _refuse_duplicates(texts: Texts, place: Place) -> None:
@@ -255,11 +249,8 @@ def text_keys(texts: Sequence[tuple[str, str]]) -> np.ndarray:
 
     White space does not count, nor whether the title is the beginning of the text.
     """
-    digests = (
-        xxhash.xxh3_64_intdigest(" ".join(f"{title} {text}".split()).encode())
-        for title, text in texts
-    )
-    return np.fromiter(digests, dtype=np.uint64, count=len(texts)).view(np.int64)
+    plain = (" ".join(f"{title} {text}".split()) for title, text in texts)
+    return _hashes(plain).view(np.int64)
 
 
 def shingles(words: Sequence[str], numbers: dict[str, int]) -> set[int]:
@@ -331,5 +322,4 @@ def unique_records(
 
 
 def _hashes(texts: Iterable[str]) -> np.ndarray:
-    digest = xxhash.xxh3_64_intdigest
-    return np.array([digest(text.encode("utf-8", "surrogatepass")) for text in texts], np.uint64)
+    return np.array([_id_hash(text.encode("utf-8", "surrogatepass")) for text in texts], np.uint64)

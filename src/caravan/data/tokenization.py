@@ -22,8 +22,7 @@ log = logging.getLogger(__name__)
 
 CHARACTERS_A_TOKEN = 16
 SPARE_TOKENS = 16
-MOST_INSTRUCTIONS = 1024
-"""Instructions of queries whose templates are kept."""
+MOST_INSTRUCTIONS = 1024  # of queries, whose templates are kept
 _WORD_END = re.compile(r"(?<=\S)(?=[ \t\n])")
 
 
@@ -34,6 +33,11 @@ def plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     settings = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, **settings)["input_ids"]
     return encoded
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """Ids of one text without special tokens; none of an empty text."""
+    return plain_ids(tokenizer, [text])[0] if text else []
 
 
 def beginning(text: str, room: int, start: int = 0) -> str:
@@ -53,13 +57,9 @@ def token_ids(
     starts = starts or [0] * len(texts)
     cut = [beginning(text, room, start) for text, start in zip(texts, starts, strict=True)]
     encoded = plain_ids(tokenizer, cut)
-    short = [
-        i
-        for i, ids in enumerate(encoded)
-        if len(cut[i]) < len(texts[i]) and len(ids) <= room + SPARE_TOKENS
-    ]
-    for i, ids in zip(short, plain_ids(tokenizer, [texts[i] for i in short]), strict=True):
-        encoded[i] = ids
+    for i, (ids, text) in enumerate(zip(encoded, texts, strict=True)):
+        if len(cut[i]) < len(text) and len(ids) <= room + SPARE_TOKENS:
+            encoded[i] = ids_of(tokenizer, text)
     return encoded
 
 
@@ -142,7 +142,7 @@ class Template:
 
     def tail(self, tokenizer: Any, encoding: Encoding, after: list[int]) -> list[int]:
         """Ids after the text: the suffix, then either the slots or the special tokens."""
-        ids = plain_ids(tokenizer, [self.suffix])[0] if self.suffix else []
+        ids = ids_of(tokenizer, self.suffix)
         if not self.slots:
             return [*ids, *after]
         if after:
@@ -159,26 +159,30 @@ class Template:
         return [*ids, *(known[token] for token in tokens)]
 
 
+template_of = functools.lru_cache(maxsize=MOST_INSTRUCTIONS)(Template)
+"""The template of a text; those of the instructions of queries are many."""
+
+
 def check_room(setting: str, room: int, taken: int) -> None:
     """Refuse a length without room for text; warn if less than half of it is for text."""
     problem = f"{setting} leaves {{}} for text: prompts and special tokens take {taken}; raise it"
     if room < 1:
         raise InputError("no-room-for-text", problem.format("no room"))
     if room < taken:
-        warn_once(problem.format(f"only {room} tokens"))
+        log_once(problem.format(f"only {room} tokens"))
 
 
 @functools.cache
-def warn_once(message: str) -> None:
-    """Log a warning in the main process, the first time only."""
+def log_once(message: str, level: int = logging.WARNING) -> None:
+    """Log a message in the main process, the first time only."""
     if is_main_process():
-        log.warning(message)
+        log.log(level, message)
 
 
 def warn_if_unused(encoding: Encoding) -> None:
     """Log once that queries have instructions, if the templates have no place for them."""
     if not encoding.uses_instruction:
-        warn_once(
+        log_once(
             "queries have instructions (prompt), which are not used; add"
             " {instruction} to encoding.query_template"
         )
@@ -210,15 +214,11 @@ class Templates:
         if any(instruction for instruction, _ in texts):
             warn_if_unused(self.encoding)
         sides = [self._side("query", instruction) for instruction, _ in texts]
-        rendered = [
-            side.template.render("", text) for side, (_, text) in zip(sides, texts, strict=True)
-        ]
-        return self._encode(rendered, sides)
+        return self._encode(sides, [("", text) for _, text in texts])
 
     def passages(self, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
         """Token ids of (title, text) passages."""
-        side = self._side("passage")
-        return self._encode([side.template.render(*text) for text in texts], [side] * len(texts))
+        return self._encode([self._side("passage")] * len(texts), texts)
 
     def _side(self, name: str, instruction: str = "") -> _Side:
         if (name, instruction) not in self._sides:
@@ -228,17 +228,18 @@ class Templates:
             room = length - len(self.before) - len(tail)
             taken = length - room
             if has_instruction(getattr(self.encoding, f"{name}_template")):
-                prompt = template.render("", "").rstrip()
-                taken += len(plain_ids(self.tokenizer, [prompt])[0])
+                taken += len(ids_of(self.tokenizer, template.render("", "").rstrip()))
             check_room(f"encoding.{name}_length={length}", length - taken, taken)
             if len(self._sides) > MOST_INSTRUCTIONS:
                 self._sides.clear()
             self._sides[name, instruction] = _Side(template, tail, room)
         return self._sides[name, instruction]
 
-    def _encode(self, texts: list[str], sides: Sequence[_Side]) -> list[list[int]]:
+    def _encode(self, sides: Sequence[_Side], texts: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Token ids of (title, text)."""
         room = max((side.room for side in sides), default=0)
-        encoded = token_ids(self.tokenizer, texts, room)
+        rendered = [side.template.render(*text) for side, text in zip(sides, texts, strict=True)]
+        encoded = token_ids(self.tokenizer, rendered, room)
         return [
             [*self.before, *ids[: side.room], *side.tail]
             for ids, side in zip(encoded, sides, strict=True)
@@ -254,15 +255,9 @@ def instruction_for(encoding: Encoding, collection: str) -> dict[str, str]:
     if not encoding.uses_instruction:
         return {}
     own = encoding.instruction_of(collection)
-    if own is None and is_main_process():
-        _note_default(collection, encoding.instruction, tuple(encoding.instructions))
+    if own is None:
+        known = ", ".join(encoding.instructions)
+        others = f" (it has those of {known})" if known else ""
+        text = f"the model has no instruction for {collection}{others}; its default is used"
+        log_once(f"{text}: {encoding.instruction!r}", logging.INFO)
     return {"instruction": encoding.instruction if own is None else own}
-
-
-@functools.cache
-def _note_default(collection: str, instruction: str, known: tuple[str, ...]) -> None:
-    others = f" (it has those of {', '.join(known)})" if known else ""
-    log.info(
-        f"the model has no instruction for {collection}{others}; its default is used:"
-        f" {instruction!r}"
-    )

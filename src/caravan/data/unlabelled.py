@@ -12,13 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 from bm25s.stopwords import STOPWORDS_EN_PLUS
-from torch.utils.data import Dataset
 
 from caravan.data.batch import AdaptationBatch, Fields, TokenIds, Unpacked
-from caravan.data.batching import Permutation, QueryOrder
+from caravan.data.batching import Permutation, TrainingSet
 from caravan.data.segments import Segments
 from caravan.data.texts import Texts
-from caravan.data.tokenization import Template, Templates, check_room, plain_ids, token_ids
+from caravan.data.tokenization import Template, Templates, check_room, ids_of, token_ids
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 
@@ -56,7 +55,7 @@ class JointTemplates:
         self.end = [token for end in ends for token in end]
         # A space before the text belongs to its first word.
         opening = self._text.untitled.partition("{text}")[0].rstrip()
-        self._opening = len(plain_ids(tokenizer, [opening])[0]) if opening else 0
+        self._opening = len(ids_of(tokenizer, opening))
         self.skipped = len(self.before) + self._opening
         self.room = encoding.passage_length - len(self.before) - len(self.end)
         check_room(f"encoding.passage_length={encoding.passage_length}", self.room, len(self.end))
@@ -78,41 +77,13 @@ class JointTemplates:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
-class Targets:
-    """The sets of tokens that stand for texts.
-
-    Args:
-        kind: "all" tokens, or those of "content" words: no punctuation and no English stop words
-            (NLTK's list, as in bm25s).
-    """
-
-    def __init__(self, templates: JointTemplates, kind: Literal["all", "content"]) -> None:
-        self.templates = templates
-        self.stop_words = frozenset(STOPWORDS_EN_PLUS) if kind == "content" else frozenset()
-
-    def __call__(self, texts: Sequence[str], read: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Distinct token ids of each text, ascending.
-
-        Args:
-            read: the token ids of the texts, truncated.
-        """
-        if self.stop_words:
-            covered = map(self.templates.covered, texts, read)
-            read = self.templates.plain([self.content(text) for text in covered])
-        return [np.unique(np.asarray(ids, dtype=np.int64)) for ids in read]
-
-    def content(self, text: str) -> str:
-        """The text's words without punctuation and stop words."""
-        words = _NO_WORD.sub(" ", text).split()
-        return " ".join(word for word in words if word.lower() not in self.stop_words)
-
-
-class Unlabelled(Dataset[Unpacked[AdaptationBatch]]):
+class Unlabelled(TrainingSet):
     """Batches of segments: item (epoch, positions) is the batch at these positions of the epoch.
 
     Args:
         corpus: documents.
-        targets: "all" or "content", see `Targets`.
+        targets: "all" tokens, or those of "content" words: no punctuation and no English stop
+            words (NLTK's list, as in bm25s).
         words: of a segment.
         tasks: those of TASKS to train, in the order of the prompts.
         seed: with the epoch gives the order.
@@ -132,7 +103,8 @@ class Unlabelled(Dataset[Unpacked[AdaptationBatch]]):
         seed: int,
     ) -> None:
         self.segments = Segments(corpus, np.arange(len(corpus)), words)
-        self.templates, self.targets = templates, Targets(templates, targets)
+        self.templates = templates
+        self.stop_words = frozenset(STOPWORDS_EN_PLUS) if targets == "content" else frozenset()
         self.tasks = tuple(tasks)
         self.token_budget, self.seed = token_budget, seed
         self.permutation = Permutation(np.arange(len(self.segments)), seed)
@@ -147,15 +119,7 @@ class Unlabelled(Dataset[Unpacked[AdaptationBatch]]):
     def __len__(self) -> int:
         return len(self.segments)
 
-    def open(self) -> None:
-        """See `caravan.data.batching.TrainingSet`; there is nothing to read."""
-
-    def order(self, batch: int, rank: int = 0, world: int = 1) -> QueryOrder:
-        """See `caravan.data.batching.TrainingSet`."""
-        return QueryOrder(len(self), batch, rank, world)
-
     def summary(self, name: str, batch: int, accumulated: int) -> str:
-        """See `caravan.data.batching.TrainingSet`."""
         return (
             f"{len(self):,} segments of {self.segments.words} words from"
             f" {len(self.segments.rows):,} passages of {name}, {self.followed:,} of them followed"
@@ -187,3 +151,15 @@ class Unlabelled(Dataset[Unpacked[AdaptationBatch]]):
         last = self.segments.last(rows)
         texts = iter(self.segments.get(rows[~last] + 1))
         return ["" if end else next(texts)[1] for end in last]
+
+    def targets(self, texts: Sequence[str], read: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Distinct token ids of each text, ascending; `read` are the ids of the truncated texts."""
+        if self.stop_words:
+            covered = map(self.templates.covered, texts, read)
+            read = self.templates.plain([self.content(text) for text in covered])
+        return [np.unique(np.asarray(ids, dtype=np.int64)) for ids in read]
+
+    def content(self, text: str) -> str:
+        """The text's words without punctuation and stop words."""
+        words = _NO_WORD.sub(" ", text).split()
+        return " ".join(word for word in words if word.lower() not in self.stop_words)

@@ -11,6 +11,7 @@ import numpy as np
 
 from caravan.data.batching import PairBatches, TextBatches
 from caravan.data.collection import Collection, own_passages, warn_if_queries_are_passages
+from caravan.data.negatives import run_over
 from caravan.data.pairs import PairTemplates
 from caravan.data.runs import Run
 from caravan.data.segments import Cut, Reading, cut
@@ -83,10 +84,17 @@ class Validation:
         if not ignore_identical_ids and is_main_process():
             warn_if_queries_are_passages(collection, self.qrels.queries)
         if isinstance(templates, PairTemplates):
-            self.candidates = self._candidates(run, run_depth)
+            if run is None:
+                raise InputError(
+                    "missing-run",
+                    "a reranker is validated on candidates: set validation.run to a run over the"
+                    f" {split} queries of {collection.name}",
+                )
+            candidates = run_over(collection, run, self.qrels, run_depth + ignore_identical_ids)
+            self.candidates = self.without_own(candidates.only(self.qrels.queries), run_depth)
             self.passages = np.unique(self.candidates.passage_rows)
         else:
-            self.passages = self._passages(passages, run, run_depth)
+            self.passages = self._subset(passages, run, run_depth)
 
     def without_own(self, run: Run, depth: int) -> Run:
         """Cut a run to `depth`, dropping own passages if `ignore_identical_ids`."""
@@ -111,39 +119,17 @@ class Validation:
             TextBatches(self.read.texts, self.read.rows, templates, "passage", *sizes),
         ]
 
-    def _candidates(self, path: str | None, depth: int) -> Run:
-        """The top of a run, which the validation of a reranker reranks."""
-        if path is None:
-            raise InputError(
-                "missing-run",
-                "a reranker is validated on candidates: set validation.run to a run over the"
-                f" {self.split} queries of {self.collection.name}",
-            )
-        run = self._top(path, depth + self.ignore_identical_ids)
-        candidates = self.without_own(run.only(self.qrels.queries), depth)
-        if not len(candidates):
-            raise InputError(
-                "other-queries",
-                f"{path} ranks none of the {self.split} queries of {self.collection.name}; create a"
-                f" run with evaluate.py data.split={self.split}",
-            )
-        return candidates
-
-    def _passages(self, size: int | None, run: str | None, depth: int) -> np.ndarray:
+    def _subset(self, size: int | None, run: str | None, depth: int) -> np.ndarray:
         """Passage rows [n] to search, ascending."""
         corpus = len(self.collection.corpus)
         if size is None or size >= corpus:
             return np.arange(corpus)
-        chosen = [self.qrels.passage_rows]
+        rows = np.unique(self.qrels.passage_rows)
         if run is not None:
-            top = self._top(run, depth)
-            chosen += [top.of(int(row))[0] for row in self.qrels.queries]
-        rows = np.unique(np.concatenate(chosen))
+            top = self.collection.read_run(run, depth).only(self.qrels.queries)
+            rows = np.union1d(rows, top.passage_rows)
         if len(rows) < size:
             others = np.setdiff1d(np.arange(corpus), rows, assume_unique=True)
             rng = np.random.default_rng(SUBSET_SEED)
             rows = np.union1d(rows, rng.choice(others, size - len(rows), replace=False))
         return rows
-
-    def _top(self, run: str, depth: int) -> Run:
-        return self.collection.read_run(run, depth)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from caravan.data.tokenization import warn_once
+from caravan.data.tokenization import log_once
 from caravan.encoding import Encoding
 from caravan.errors import InputError
 from caravan.models.bidirectional import unwrapped
@@ -46,7 +46,7 @@ def refuse_too_long(model: Any, encoding: Encoding, section: str = "encoding.") 
                 f" set {section}{setting} to {limit} or less",
             )
         if isinstance(trained, int) and 0 < trained < length:
-            warn_once(
+            log_once(
                 f"{section}{setting} is {length}, and {name} was trained on texts of at most"
                 f" {trained} tokens (max_position_embeddings)"
             )
@@ -66,7 +66,4 @@ def positions(trunk: nn.Module) -> int | None:
             limits.append(module.num_embeddings - first)
             if not first and isinstance(known, int) and 0 < known < module.num_embeddings:
                 limits.append(known)
-    for name, buffer in trunk.named_buffers():  # GPT-J's table of sines
-        if buffer.is_floating_point() and buffer.dim() == 2 and _NAMES.fullmatch(name):
-            limits.append(len(buffer))
     return min(limits, default=None)

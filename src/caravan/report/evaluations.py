@@ -108,7 +108,7 @@ def _comparison(systems: Sequence[System]) -> Comparison | str:
     measures = measures_of(one.scored for one in reversed(systems))
     if not measures:
         return "No test: no run is deep enough for its measures."
-    shallow = [name for name in measures if parse_measure(name).cutoff <= DEEP] or measures[:1]
+    shallow = [name for name in measures if parse_measure(name)["cutoff"] <= DEEP] or measures[:1]
     sizes = [one.evaluation.facts.bytes_per_vector or 0 for one in systems if one.evaluation]
     by_size = all(sizes) and len(set(sizes)) > 1
     if by_size:

@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader
 
 from caravan.data.batching import PairBatches, TextBatches, TrainingSet
 from caravan.data.loaders import TextLoader, TrainLoader, limited, rank_share
-from caravan.data.mixing import MixedSet
-from caravan.data.mixture import Mixture, Part
+from caravan.data.mixture import MixedSet, Mixture, Part
 from caravan.data.unlabelled import Unlabelled
 from caravan.data.validation import Validation
 from caravan.errors import InputError

@@ -27,9 +27,8 @@ from caravan.data.segments import Reading
 from caravan.data.validation import Validation
 from caravan.distributed import is_main_process
 from caravan.models import hardware
-from caravan.retrieval.index import ArrayBlocks
+from caravan.retrieval.index import ArrayBlocks, BestSegments
 from caravan.retrieval.metrics import per_query, spelled
-from caravan.retrieval.segments import BestSegments
 from caravan.training import parallel
 from caravan.training.callbacks import in_words
 from caravan.training.datamodule import DataModule

@@ -40,7 +40,7 @@ from caravan.models.backbone import Backbone, FromFolder, Pretrained
 from caravan.models.hardware import parameter_counts
 from caravan.models.loading import add_slots
 from caravan.models.positions import refuse_too_long
-from caravan.models.released_pairs import check_released
+from caravan.models.released import check_released
 from caravan.training.callbacks import FitSummary
 from caravan.training.checkpoints import AtomicCheckpoints, best_weights, refuse_damage, resumable
 from caravan.training.datamodule import DataModule, Reads, validated
@@ -264,7 +264,7 @@ def _trainer(run: Training, precision: str, validates: bool) -> Any:
     try:
         trainer = run.trainer(
             # FSDP needs no autocast because it gathers the shards in bf16.
-            precision=hardware.trainer_precision("float32" if sharded else precision),
+            precision="bf16-mixed" if precision == "bf16" and not sharded else "32-true",
             strategy=run.strategy,
             logger=list(run.loggers),
             callbacks=callbacks,

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from caravan.data.batch import RerankBatch
 from caravan.data.pairs import answer_ids
-from caravan.models.crossencoder import CrossEncoder
-from caravan.models.query_likelihood import QueryLikelihood
-from caravan.models.token_scorer import TokenScorer
+from caravan.models.crossencoder import CrossEncoder, QueryLikelihood, TokenScorer
 from caravan.training import parallel
 from caravan.training.stage import Stage
 
