@@ -11,7 +11,7 @@ import pytest
 from tests.refusals import refused
 
 from caravan.data import mining
-from caravan.data.mining import Positives, Rules, mine
+from caravan.data.mining import Rules, mine
 from caravan.data.qrels import Qrels
 from caravan.data.runs import Run
 
@@ -33,12 +33,10 @@ TEACHER: dict[int, dict[int, float]] = {
     5: {6: 9.0},
     6: {9: 1.0, 2: 1.0},
 }
-POSITIVES = Positives(
-    *(np.array(rows) for rows in zip(*((q, p) for q in JUDGED for p in JUDGED[q]), strict=True)),
-    np.array([1, 2, 3, 4, 6, 8]),
-    np.array([1, -1, 3, -1, -1, -1]),
-    PASSAGES,
-)
+LINES = [*((query, row, 1) for query in JUDGED for row in JUDGED[query]), (3, 1, 0)]
+QRELS = Qrels(*(np.array(column) for column in zip(*LINES, strict=True)))
+OWN = np.array([1, -1, 3, -1, -1, -1])
+"""The passage with the id of each judged query."""
 
 
 def _run(scores: dict[int, dict[int, float]]) -> Run:
@@ -108,7 +106,7 @@ def test_a_rule_removes_what_it_should_and_nothing_else(
     rules: dict[str, Any], lines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mining, "LINES_AT_ONCE", lines)
-    kept, facts = mine(_run(SCORES), POSITIVES, Rules(**rules), "a.trec", _run(TEACHER))
+    kept, facts = mine(_run(SCORES), QRELS, OWN, Rules(**rules), "a.trec", _run(TEACHER))
     expected, removed = _by_loop(**rules)
     assert {query: kept.of(query)[0].tolist() for query in SCORES} == expected
     assert facts["removed"] == removed
@@ -120,7 +118,7 @@ def test_a_rule_removes_what_it_should_and_nothing_else(
 
 def test_the_counts_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "caravan"):
-        _, facts = mine(_run(SCORES), POSITIVES, Rules(absolute_margin=0.045), "a.trec")
+        _, facts = mine(_run(SCORES), QRELS, OWN, Rules(absolute_margin=0.045), "a.trec")
     assert facts["queries_without_positive_score"] == 2  # 4 and 8
     assert caplog.records[0].levelname == "WARNING"  # most queries have no candidate
     (line,) = caplog.messages
@@ -131,8 +129,8 @@ def test_the_counts_are_logged(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_margin_for_a_run_without_any_positive_is_refused() -> None:
     negatives_only = _run({1: {4: 1.0, 5: 0.5}, 4: {6: 1.0}})
     with refused("no-positive-scores", "a.trec"):
-        mine(negatives_only, POSITIVES, Rules(relative_margin=0.05), "a.trec")
-    kept, _ = mine(negatives_only, POSITIVES, Rules(max_score=0.6), "a.trec")
+        mine(negatives_only, QRELS, OWN, Rules(relative_margin=0.05), "a.trec")
+    kept, _ = mine(negatives_only, QRELS, OWN, Rules(max_score=0.6), "a.trec")
     assert kept.of(1)[0].tolist() == [5]
 
 
@@ -203,6 +201,6 @@ def test_candidates_equal_those_of_sentence_transformers(rules: dict[str, Any]) 
     run = Run.from_topk(np.arange(queries), scores, order)
     own = np.full(queries, -1)
     chosen = Rules(**rules, range_max=depth - 2)
-    kept, _ = mine(run, Positives.of(judged, own, passages), chosen, "run")
+    kept, _ = mine(run, judged, own, chosen, "run")
     assert {query: set(kept.of(query)[0].tolist()) for query in expected} == expected
     assert sum(map(len, expected.values())) > 20
