@@ -33,8 +33,9 @@ BLOCK = 4096
 def ours(model: Path, precision: str, corpus: Collection, rows: np.ndarray, to: Path) -> Embeddings:
     """Embed passages the way `evaluate.py` does, shards on disk included."""
     opened = Inference(model, precision=precision, **SETTINGS)
-    product = (Store(to), "passages", {"at": time.monotonic_ns()})
-    return opened.encode_rows(corpus.corpus, rows, "passage", BLOCK, *product)
+    compute = opened.encode_rows(corpus.corpus, rows, "passage", BLOCK)
+    inputs = {"at": time.monotonic_ns()}
+    return Store(to).embeddings("passages", inputs, len(rows), BLOCK, compute)
 
 
 def main() -> None:
@@ -146,9 +147,9 @@ def measured(weights: Path, data: Path | None, passages: int) -> dict[str, Any]:
         opened = Inference(model_folder(weights, Path(scratch)), **SETTINGS)
         opened.load()
         tokens = sum(map(len, opened.templates.passages(corpus.corpus.get(rows))))
-        product = (Store(Path(scratch) / "out"), "passages", {})
-        started = time.perf_counter()
-        opened.encode_rows(corpus.corpus, rows, "passage", 256, *product)
+        store, started = Store(Path(scratch) / "out"), time.perf_counter()
+        compute = opened.encode_rows(corpus.corpus, rows, "passage", 256)
+        store.embeddings("passages", {}, len(rows), 256, compute)
         seconds = time.perf_counter() - started
     return {
         "passages": f"{passages:,}",

@@ -52,13 +52,13 @@ class Retriever(Inference):
 
     def encode_queries(self, queries: Sequence[Text], instruction: str | None = None) -> np.ndarray:
         """Embeddings [N, dim] float32 of queries."""
-        return self._encode(_pairs(queries, "query"), "query", instruction)
+        return self._encode(queries, "query", instruction)
 
     def encode_passages(
         self, passages: Sequence[Text], instruction: str | None = None
     ) -> np.ndarray:
         """Embeddings [N, dim] float32 of passages."""
-        return self._encode(_pairs(passages, "passage"), "passage", instruction)
+        return self._encode(passages, "passage", instruction)
 
     def score(
         self, queries: Sequence[Text], passages: Sequence[Text], instruction: str | None = None
@@ -81,10 +81,9 @@ class Retriever(Inference):
             passages: texts, or their embeddings by `encode_passages`.
         """
         _check_k(k)
-        if isinstance(passages, np.ndarray):
-            vectors = passages
-        else:
-            vectors = self.encode_passages(passages, instruction)
+        vectors = passages
+        if not isinstance(vectors, np.ndarray):
+            vectors = self.encode_passages(vectors, instruction)
         query_vectors = self.encode_queries(queries, instruction)
         if not len(vectors) or not len(query_vectors):
             return [[] for _ in query_vectors]
@@ -99,12 +98,10 @@ class Retriever(Inference):
         index.build(ArrayBlocks(np.ascontiguousarray(vectors, dtype=np.float32)))
         return _hits(*index.search(query_vectors))
 
-    def _encode(
-        self, texts: list[tuple[str, str]], side: str, instruction: str | None
-    ) -> np.ndarray:
-        if not texts:
+    def _encode(self, texts: Sequence[Text], side: str, instruction: str | None) -> np.ndarray:
+        if not (pairs := _pairs(texts, side)):
             return np.empty((0, self.dim), dtype=np.float32)
-        return self.embed(texts, side, instruction)
+        return self.embed(pairs, side, instruction)
 
 
 class Reranker(Inference):

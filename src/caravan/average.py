@@ -85,7 +85,7 @@ def _run(models: list[Path], output: Path, settings: list[str] | None) -> None:
             f"--evaluate {taken[0]}=: each model is evaluated as the {kind}, on one collection;"
             f" leave {taken[0]} out",
         )
-    model = quoted(kind, str(models[0])) or f"{kind}={models[0]}"
+    model = quoted(f"{kind}={models[0]}")
     cfg = compose(CONF, "evaluate", [*settings, model])  # reports mistakes before any work
     average(models, output)
     _compare([*models, output], cfg, kind)

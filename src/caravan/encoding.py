@@ -117,8 +117,8 @@ class Encoding:
         """
         own: str = getattr(self, f"{side}_template")
         given = self.instruction if instruction is None else instruction
-        escaped = given.replace("{", "{{").replace("}", "}}")
-        return _FIELDS.sub(lambda found: escaped if found[0] == INSTRUCTION else found[0], own)
+        text = escaped(given)
+        return _FIELDS.sub(lambda found: text if found[0] == INSTRUCTION else found[0], own)
 
     @property
     def uses_instruction(self) -> bool:
@@ -193,10 +193,9 @@ class Encoding:
             yield r"\n" in getattr(self, name), name, text
         used = self.uses_instruction
         yield used and not self.instruction, "instruction", "a template has {instruction}; set it"
-        text = "no template has {instruction}; add it to one, or set this to an empty text"
-        yield bool(self.instruction) and not used, "instruction", text
-        text = "no template has {instruction}; add it to one, or leave this empty"
-        yield bool(self.instructions) and not used, "instructions", text
+        for name in ("instruction", "instructions"):
+            text = "no template has {instruction}; add it to one, or leave this empty"
+            yield bool(getattr(self, name)) and not used, name, text
         text = "it must have a text for each name of a collection"
         own = self.instructions.items()
         valid = all(isinstance(one, str) and one and _plain(name) for name, one in own)
@@ -218,6 +217,11 @@ class Encoding:
             text = "both templates must end with {self} or {next}"
             yield self.pooling == "slots" and not all(slotted), "pooling", text
             yield self.append_eos, "append_eos", "slots come last; set it to false"
+
+
+def escaped(text: str) -> str:
+    """A text as part of a template, in which braces are fields."""
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def has_instruction(template: str) -> bool:
@@ -296,11 +300,7 @@ def read_encoding(folder: Path) -> tuple[Encoding, dict[str, Any]]:
         text = f"{folder}: no such model folder{adoption(str(folder))}"
         raise InputError("folder-not-found", text)
     if not path.is_file():
-        text = (
-            f"{folder} has no {FILE}; to adopt a Hugging Face model run: python train.py"
-            f" backbone=hf backbone.name={folder} trainer.max_steps=0 (and stage=reranker for one"
-            " that scores)"
-        )
+        text = f"{folder} has no {FILE}{adoption(str(folder))}"
         if (folder / "model" / FILE).is_file():
             text = f"{folder} is a run, not a model folder; set {folder / 'model'}"
         raise InputError("not-a-model-folder", text)
@@ -315,15 +315,16 @@ def read_encoding(folder: Path) -> tuple[Encoding, dict[str, Any]]:
         text = f"{path}: 'facts' lacks 'weights' (full or adapter); save the model again"
         raise InputError("invalid-encoding", text)
     record.pop("temperature", None)  # older folders have it here; it is the loss's
-    kinds = {name: type(value) for name, value in asdict(Encoding()).items()}
+    kinds: dict[str, type] = {name: type(value) for name, value in asdict(Encoding()).items()}
     problems = [f"unknown {reprlib.repr(name)}" for name in sorted(record.keys() - kinds.keys())]
     problems += [f"missing {name!r}" for name in sorted(kinds.keys() - record.keys() - LATER)]
-    texts = ("name", "base_model", "collection")
-    known = {name: facts[name] for name in texts if facts.get(name) is not None}
-    for name, value in {**record, **known}.items():
-        kind = kinds.get(name, str if name in known else type(value))
-        if type(value) is not kind:
-            problems.append(f"{name!r} is {reprlib.repr(value)}, not of type {kind.__name__}")
+    texts: dict[str, type] = dict.fromkeys(("name", "base_model", "collection"), str)
+    stated = record | {name: facts[name] for name in texts if facts.get(name) is not None}
+    problems += [
+        f"{name!r} is {reprlib.repr(stated[name])}, not of type {kind.__name__}"
+        for name, kind in (kinds | texts).items()
+        if type(stated.get(name, kind())) is not kind
+    ]
     if problems:
         raise InputError("invalid-encoding", f"{path}: {', '.join(problems)}")
     try:
@@ -332,19 +333,17 @@ def read_encoding(folder: Path) -> tuple[Encoding, dict[str, Any]]:
         raise InputError(error.code, f"{path}: {error}") from None
 
 
-def adoption(name: str, stage: str = "") -> str:
-    """The command that adopts a hub id, as the end of a message; empty for a path.
+def adoption(name: str) -> str:
+    """The command that makes a model folder of a transformers folder or hub id, for a message.
 
-    >>> "backbone.name=BAAI/bge-m3 trainer.max_steps=0 name=bge-m3" in adoption("BAAI/bge-m3")
+    >>> "backbone.name=BAAI/bge-m3 trainer.max_steps=0" in adoption("BAAI/bge-m3")
     True
-    >>> adoption("./runs/mine")
+    >>> adoption("./no/folder")
     ''
     """
-    parts = name.split("/")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~", "runs"):
+    if not Path(name).is_dir() and not re.fullmatch(r"(?!runs/)\w[\w.-]*/[\w.-]+", name):
         return ""
     return (
-        f"; to adopt a model of the hub run: python train.py{stage} backbone=hf"
-        f" backbone.name={name} trainer.max_steps=0 name={parts[1]} (with prompts and pooling as"
-        f" encoding.*, unless its files have them), then set runs/{parts[1]}/model"
+        f"; to adopt a Hugging Face model run: python train.py backbone=hf backbone.name={name}"
+        " trainer.max_steps=0 (and stage=reranker for one that scores)"
     )

@@ -68,8 +68,6 @@ def main(cfg):
         str(cfg.loss.name)
     if cfg.name == "instantiates":
         instantiate(cfg.loss)
-    if cfg.name == "refuses_twice":
-        raise InputError("mistakes", "2 mistakes:\\n  the first\\n  the second")
     if cfg.name == "refuses_inside":
         instantiate({"_target_": "app.Refuses"})
     if cfg.name == "worker_terminated":

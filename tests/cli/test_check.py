@@ -16,12 +16,11 @@ from omegaconf import OmegaConf
 from pydantic import PositiveInt, ValidationError
 from tests.cli.conftest import Lines
 from tests.cli.small_conf import CONF
-from tests.refusals import refused
 
 from caravan.cli import schema
 from caravan.cli.check import Config
-from caravan.cli.compose import check, compose, preflight
-from caravan.cli.signatures import locate, takes
+from caravan.cli.compose import check, compose
+from caravan.cli.signatures import RESERVED, locate, takes
 from caravan.data.readers.labelled import Beir
 from caravan.encoding import Encoding, write_encoding
 from caravan.models.remote_code import FACT
@@ -100,29 +99,27 @@ def test_values_that_fit_their_annotations(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("values", "wanted"),
     [
-        ({"whole": "abc"}, r"whole: .*integer, not 'abc'"),
-        ({"whole": 1000.0}, r"whole: .*integer, not 1000.0"),
-        ({"whole": True}, r"whole: .*integer, not True"),
-        ({"whole": None}, r"whole: .*not null"),
+        ({"whole": "abc"}, "whole: .*integer, not 'abc'"),
+        ({"whole": 1000.0}, "whole: .*integer, not 1000.0"),
+        ({"whole": True}, "whole: .*integer, not True"),
+        ({"whole": None}, "whole: .*not None"),
         ({"text": 3}, r"text: .*string, not 3; .*\"loss\.text='\.\.\.'\""),
-        ({"switch": 3}, r"switch: .*not 3"),
+        ({"switch": 3}, "switch: .*not 3"),
         ({"choice": "aa"}, r"choice: .*'a' or 'b', not 'aa'; did you mean a\?"),
-        ({"pair": 0.9}, r"pair: .*list, not 0.9"),
+        ({"pair": 0.9}, "pair: .*not 0.9"),
         ({"pair": [1, "x"]}, r"pair\[1\]: .*number, not 'x'"),
-        ({"several": 3}, r"several: .* or .*not 3"),
+        ({"several": 3}, "several: .* or .*not 3"),
         ({"several": ["a", 3]}, r"several\[1\]: .*not 3"),
-        ({"numbers": {"a": "x"}}, r"numbers.a: .*integer, not 'x'"),
-        ({"pair": [1]}, r"pair: .*too few values"),
-        ({"shape": "square"}, r"shape: .*'round'"),
-        ({"ranged": 0}, r"ranged: .*greater than 0, not 0"),
-        ({"old": "x"}, r"old: .*integer, not 'x'"),
-        ({"part": {"size": 3}}, r"part: it has no _target_"),
-        (
-            {"part": {"_target_": f"{__name__}.Base"}},
-            r"part\.size: .*Base needs it; give loss\.part\.size",
-        ),
+        ({"numbers": {"a": "x"}}, r"numbers\.a: .*integer, not 'x'"),
+        ({"pair": [1]}, r"pair\[1\]: .*needs it"),
+        ({"shape": "square"}, "shape: .*'round'"),
+        ({"ranged": 0}, "ranged: .*greater than 0, not 0"),
+        ({"old": "x"}, "old: .*integer, not 'x'"),
+        ({"call": {"a": 3}}, "call: .*no _target_"),
+        ({"call": "x"}, "call: .*object, with a _target_, not 'x'"),
+        ({"part": {"_target_": f"{__name__}.Base"}}, r"part\.size: .*Base needs it"),
         ({"part": {"_target_": f"{__name__}.Bse"}}, r"part\._target_: .*did you mean .*\.Base\?"),
-        ({"_partial_": "x"}, r"_partial_: .*not 'x'"),
+        ({"_partial_": "x"}, "_partial_: .*not 'x'"),
         ({"hole": 3}, r"hole: .*no setting 'hole'; did you mean loss\.whole\?"),
     ],
 )
@@ -132,9 +129,10 @@ def test_values_that_do_not_fit(values: dict[str, Any], wanted: str) -> None:
 
 
 def arguments(target: Any) -> list[str | None]:
-    model = takes(target, node=False)
+    model = takes(target)
     assert model is not None
-    return [field.alias for field in model.model_fields.values()]
+    names = [field.alias for field in model.model_fields.values()]
+    return [name for name in names if name not in RESERVED]
 
 
 def test_arguments_are_inherited_and_resolved_where_they_are_defined() -> None:
@@ -180,10 +178,8 @@ TOGETHER = (
         "trainer.max_step=5": "trainer.max_step (command line): parts.Trainer has no setting"
         " 'max_step'; did you mean trainer.max_steps?",
         "+trainr.max_steps=5": "no setting 'trainr'; did you mean trainer?",
-        "init_from=a/model": "set backbone=from_folder backbone.folder=a/model",
         "backbone=tiny_lama": "did you mean backbone=tiny_llama?",
-        "seed=x": "seed (command line): it must be a valid integer, not 'x'",
-        "_target_=parts.Part": "the config has no setting '_target_'",
+        "seed=x": "seed (command line)",
         "loss.part={size:3}": "loss.part (command line): it has no _target_",
         "loss._partail_=true": "did you mean loss._partial_?",
         "peft._target_=parts.Prt": "peft._target_ (command line): there is no class",
@@ -194,22 +190,20 @@ TOGETHER = (
         "validation.readings=[{segment:best},{query_length:2}]": "validation.readings[1].query_l",
         "gradcache=3": "gradcache (command line)",
         "precision=bf61": "did you mean bf16?",
-        "name=": "name (command line): it is empty",
+        "name=": "name (command line)",
         "callbacks.bset.monitor=x": "did you mean callbacks.best?",
         "callbacks.evaluation.measures=[MRR]": "callbacks.evaluation.measures[0] (command line)",
-        "optimizer.rate=${nme}": "${nme} does not refer to a setting",
+        "optimizer.rate=${nme}": "optimizer.rate (command line): ${nme} has no value",
         "sampler.size=${oc.env:CARAVAN_NO_SUCH}": "'CARAVAN_NO_SUCH' not found",
         "nonsense": "not a setting; write key=value",
-        "cache_dir=~/models": "\"cache_dir='$HOME/models'\"",
-        "+ignore_identical_ids=true": "it is already set; remove the +",
         "hydra.job.nam=x": "hydra.job.nam",
         "hydra/launcher=jobli": "there is no hydra/launcher/jobli",
         "~index.k": "index.k (command line): it is needed; give index.k=",
     },
     {
         "seed=???": "seed (command line): it is not set (???)",
-        "name=${run_dir}": "it refers to itself",
-        "~backbone": "no class is chosen; give backbone=<option>",
+        "name=${run_dir}": "${run_dir} has no value",
+        "~backbone": "backbone (command line): it has no _target_",
         "encoding.query_length=-1": "encoding.query_length (command line)",
         "encoding.pooling=max": "encoding.pooling (command line): it",
         "batching=3": "batching (command line)",
@@ -245,11 +239,11 @@ def test_all_mistakes_are_reported_at_once(lines: Lines, mistakes: dict[str, str
     [
         ("retriever=bm52", "did you mean bm25?"),
         ("retriever=sentence-transformers/all-MiniLM-L6-v2", "python train.py backbone=hf"),
-        ("retriever=bm25 reranker=BAAI/bge-reranker-base", "python train.py stage=reranker back"),
-        ("retriever=bm25 index.k=100", "'measures=[MRR@10,nDCG@10,R@100]' or index.k=1000"),
-        ("retriever=bm25 measures=[nDCG10]", "did you mean 'nDCG@10'?"),
+        ("retriever=bm25 reranker=BAAI/bge-reranker-base", "stage=reranker for one that scores"),
+        ("retriever=bm25 index.k=100", "set index.k=1000"),
+        ("retriever=bm25 measures=[nDCG10]", "measures[0] (command line)"),
         ("retriever=bm25 measures=[]", "measures (command line)"),
-        ("retriever=bm25 backbone=tiny_llama", "evaluate has no group 'backbone'"),
+        ("retriever=bm25 backbone=tiny_llama", "backbone=tiny_llama (command line)"),
         ("retriever=[]", "retriever (command line)"),
         ("retriever=[2024_1,bm25]", "retriever[0] (command line)"),
         ("retriever=[bm25,bm25] fuse.weights=[1]", "fuse.weights (command line)"),
@@ -283,6 +277,7 @@ def test_mistakes_in_an_evaluation(
     assert wanted in line
     some = f"retriever=[bm25,{tmp_path}/retriever,{tmp_path}/some.trec]"
     assert lines(some, f"reranker={tmp_path}/reranker", root="evaluate") == []
+    assert len(lines("retriever=[runs/none/a,runs/none/b]", root="evaluate")) == 2
 
 
 def test_mistakes_in_a_file_are_reported_with_file_and_line(conf: Path, lines: Lines) -> None:
@@ -329,8 +324,6 @@ def test_own_configs_come_from_a_further_folder(conf: Path, lines: Lines, tmp_pa
     (tmp_path / "loss" / "mine.yaml").write_text("_target_: parts.Part\nsiz: 7\n")
     (line,) = lines(*more, "loss=mine")
     assert line.startswith(f"loss.siz ({tmp_path}/loss/mine.yaml:2): parts.Part has no setting")
-    with refused("folder-not-found", "nowhere"):
-        preflight(["--config-dir", "nowhere"], conf, "train")
 
 
 def test_a_notebook_composes_with_hydra_alone() -> None:

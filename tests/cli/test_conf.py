@@ -140,7 +140,6 @@ def test_the_jobs_of_the_scoring_sweep_differ_in_the_scoring_alone() -> None:
         ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches"),
         ("trainer.max_epochs=-1", "it would never end"),
         ("trainer.precision=bf16", "set precision at the root"),
-        ("~trainer._partial_", "trainer._partial_"),
         ("peft=lora peft.rank=0", "peft.rank"),
         ("index=exact index.query_chunk=0", "index.query_chunk"),
         ("stage=adaptation stage.words=0", "stage.words"),
@@ -151,8 +150,8 @@ def test_the_jobs_of_the_scoring_sweep_differ_in_the_scoring_alone() -> None:
         ("loss=kl", "sampler.teacher"),
         ("loss.temperature=0", "loss.temperature"),
         ("loss.temperature=inf", "loss.temperature"),
-        ("loss.dims=[64,32]", "loss.dims (command line): it must list increasing sizes"),
-        ("loss.dims=[]", "loss.dims (command line): it must list increasing sizes"),
+        ("loss.dims=[64,32]", "loss.dims (command line)"),
+        ("loss.dims=[]", "loss.dims (command line)"),
         ("stage=reranker validation.run=src loss.dims=[32]", "only stage=retriever has"),
         ("optimizer.schedule=steps", "optimizer.schedule"),
         ("loss=likelihood", "choose stage=reranker_likelihood"),
@@ -228,25 +227,6 @@ class Scoring(Sampler):
 def test_a_sampler_may_give_a_teachers_scores_itself(lines: Lines) -> None:
     own = ("~sampler", f"+sampler._target_={__name__}.Scoring")
     assert lines("loss=kl", *own, conf=CONF) == []
-
-
-@pytest.mark.parametrize(
-    ("experiment", "reader"),
-    [
-        ("papers/repllama_passage", "MsMarcoPassage"),
-        ("papers/rankllama_document", "MsMarcoDocument"),
-        ("llara/finetune_document", "MsMarcoDocument"),
-        ("eval/msmarco_passage", "MsMarcoPassage"),
-        ("eval/beir", "Beir"),
-    ],
-)
-def test_experiments_on_ms_marco_read_its_own_files(experiment: str, reader: str) -> None:
-    root = "evaluate" if experiment.startswith("eval") else "train"
-    own = ["retriever=bm25"] if root == "evaluate" else []
-    with Composer(CONF, root) as composer:
-        cfg = composer.compose([f"experiment={experiment}", *own])
-    assert cfg.data._target_.rpartition(".")[2] == reader
-    assert cfg.data.split == ("test" if reader == "Beir" else "dev")
 
 
 def test_a_backbone_brings_its_encoding() -> None:

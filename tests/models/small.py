@@ -7,11 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_backbone
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
+from caravan.data.batch import pack
+from caravan.encoding import Encoding
+from caravan.models import folder
+from caravan.models.adapters import LoRA
+from caravan.models.backbone import Pretrained
 from caravan.models.bidirectional import DECODERS
+from caravan.models.biencoder import BiEncoder
 
 TEXTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [16, 17, 18, 19], list(range(20, 39))]
 ARCHITECTURES = ["bert", "modernbert", "qwen3", "mistral"]
@@ -116,3 +123,33 @@ def saved_base(tokenizer: Any, to: Path) -> Path:
     tiny_backbone().model(tokenizer).save_pretrained(to)  # type: ignore[operator]
     tokenizer.save_pretrained(to)
     return to
+
+
+def save_adapter(
+    base: str | Path, to: Path, tokenizer: Any, encoding: Encoding, **settings: Any
+) -> BiEncoder:
+    """Save a retriever with an adapter that changes its embeddings; returns it.
+
+    Args:
+        settings: of `LoRA`, and the `revision` of the base.
+    """
+    backbone = Pretrained(str(base), revision=settings.pop("revision", None))
+    adapters = LoRA(**{"rank": 2, "alpha": 4, "dropout": 0.0, **settings})
+    torch.manual_seed(0)
+    model = BiEncoder(shaken(adapters.apply(backbone.model(tokenizer))), encoding).eval()
+    folder.save(to, model, tokenizer, encoding, {})
+    return model
+
+
+def embedded(model: BiEncoder | Path) -> Tensor:
+    """Embeddings of a few texts by a model or a model folder."""
+    loaded = folder.load(model)[0] if isinstance(model, Path) else model
+    with torch.no_grad():
+        found: Tensor = loaded.embed(pack([[5, 6, 7], [8, 9, 10, 11], [12]], 99))
+    return found
+
+
+def edit_weights(path: Path, change: Any) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})

@@ -11,14 +11,11 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from tests.models.released import save_base
-from tests.models.small import close, model_of, shaken
+from tests.models.small import close, edit_weights, embedded, model_of, save_adapter
 from tests.refusals import refused
 from tests.tiny import tiny_backbone
-from torch import Tensor
 
-from caravan.data.batch import pack
 from caravan.encoding import Encoding, read_encoding
 from caravan.models import folder
 from caravan.models.adapters import LoRA
@@ -27,7 +24,6 @@ from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder
 from caravan.models.hardware import parameter_counts
 
-TEXTS = [[5, 6, 7], [8, 9, 10, 11], [12]]
 ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -54,44 +50,26 @@ def base(tokenizer: Any, tmp_path: Path) -> Path:
     return save_base(tmp_path / "project" / "bases" / "llama", tokenizer)
 
 
-def _adapter(name: str, to: Path, tokenizer: Any, encoding: Encoding, **settings: Any) -> BiEncoder:
-    """A model folder with an adapter; its model."""
-    adapters = LoRA(rank=2, alpha=4, dropout=0.0, **settings)
-    torch.manual_seed(0)
-    model = BiEncoder(shaken(adapters.apply(Pretrained(name).model(tokenizer))), encoding).eval()
-    folder.save(to, model, tokenizer, encoding, {})
-    return model
-
-
-def _embedded(model: BiEncoder | Path) -> Tensor:
-    loaded = folder.load(model)[0] if isinstance(model, Path) else model
-    with torch.no_grad():
-        found: Tensor = loaded.embed(pack(TEXTS, 99))
-    return found
-
-
 def test_rank_stabilized_adapters_are_saved(
     base: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
     models = [
-        _adapter(str(base), tmp_path / f"{rslora}", tokenizer, encoding, rslora=rslora)
+        save_adapter(base, tmp_path / f"{rslora}", tokenizer, encoding, rslora=rslora)
         for rslora in (True, False)
     ]
-    close(_embedded(tmp_path / "True"), _embedded(models[0]))
-    assert (_embedded(models[0]) - _embedded(models[1])).abs().max() > 1e-4
+    close(embedded(tmp_path / "True"), embedded(models[0]))
+    assert (embedded(models[0]) - embedded(models[1])).abs().max() > 1e-4
 
 
 def _change(base: Path) -> None:
-    tensors = load_file(base / "model.safetensors")
-    tensors["model.norm.weight"] += 1
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    edit_weights(base / "model.safetensors", lambda tensors: tensors["model.norm.weight"].add_(1))
 
 
 def test_an_adapter_on_other_weights_of_its_base_is_refused(
     base: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
     saved = tmp_path / "adapter"
-    _adapter(str(base), saved, tokenizer, encoding)
+    save_adapter(base, saved, tokenizer, encoding)
     _change(base)
     with refused("other-base-weights", str(saved)):
         folder.load(saved)
@@ -108,12 +86,12 @@ def test_an_adapter_on_other_weights_of_its_base_is_refused(
 def test_a_merged_model_records_no_base(
     base: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
-    _adapter(str(base), tmp_path / "adapter", tokenizer, encoding)
+    save_adapter(base, tmp_path / "adapter", tokenizer, encoding)
     model, _, _, facts = folder.load(tmp_path / "adapter")
     assert facts["base_weights"]
     folder.save(tmp_path / "whole", model, tokenizer, encoding, facts)
     assert "base_weights" not in read_encoding(tmp_path / "whole")[1]
-    close(_embedded(tmp_path / "whole"), _embedded(tmp_path / "adapter"), atol=1e-4)
+    close(embedded(tmp_path / "whole"), embedded(tmp_path / "adapter"), atol=1e-4)
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -129,13 +107,13 @@ def test_a_relative_base_is_found_from_another_working_directory(
     project = tmp_path / "project"
     monkeypatch.chdir(project)
     saved = project / "runs" / "adapter" if inside else tmp_path / "elsewhere" / "adapter"
-    _adapter("bases/llama", saved, tokenizer, encoding)
-    expected = _embedded(saved)
+    save_adapter("bases/llama", saved, tokenizer, encoding)
+    expected = embedded(saved)
     if inside:
         project.rename(tmp_path / "moved")
         saved = tmp_path / "moved" / "runs" / "adapter"
     monkeypatch.chdir("/")
-    close(_embedded(saved), expected, atol=0)
+    close(embedded(saved), expected, atol=0)
 
 
 def test_another_model_at_a_relative_base_is_refused(
@@ -143,7 +121,7 @@ def test_another_model_at_a_relative_base_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path / "project")
     saved = tmp_path / "project" / "runs" / "a"
-    _adapter("bases/llama", saved, tokenizer, encoding)
+    save_adapter("bases/llama", saved, tokenizer, encoding)
     shutil.copytree(base, tmp_path / "other" / "bases" / "llama")
     _change(tmp_path / "other" / "bases" / "llama")
     monkeypatch.chdir(tmp_path / "other")
@@ -170,12 +148,12 @@ def test_a_language_models_adapter_embeds_as_its_transformer(
 ) -> None:
     adapted = _foreign(base, tmp_path / "foreign", task=task)
     model = BiEncoder(Pretrained(str(tmp_path / "foreign")).model(tokenizer), encoding).eval()
-    expected = _embedded(BiEncoder(adapted.get_base_model().model, encoding))
-    close(_embedded(model), expected)
+    expected = embedded(BiEncoder(adapted.get_base_model().model, encoding))
+    close(embedded(model), expected)
     folder.save(tmp_path / "adopted", model, tokenizer, encoding, {})
-    close(_embedded(tmp_path / "adopted"), expected)
+    close(embedded(tmp_path / "adopted"), expected)
     plain = PeftModel.from_pretrained(Pretrained(str(base)).model(tokenizer), tmp_path / "adopted")
-    close(_embedded(BiEncoder(plain.merge_and_unload(), encoding)), expected)
+    close(embedded(BiEncoder(plain.merge_and_unload(), encoding)), expected)
 
 
 def test_a_reranker_of_an_adapter_without_a_head_is_refused(

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from tests.models.small import ARCHITECTURES, TEXTS, close, config_of, model_of, padded, shaken
 from tests.refusals import refused
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from caravan.data.batch import pack
 from caravan.encoding import Encoding
@@ -58,10 +59,11 @@ def test_a_score_is_the_same_alone_in_any_chunk_and_under_either_padding(name: s
 
 
 @pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("name", ["gemma3_text", "llama", "qwen3"])
 def test_a_decoders_folder_scores_as_plain_transformers_and_peft_do(
-    adapter: bool, tokenizer: Any, tmp_path: Path
+    name: str, adapter: bool, tokenizer: Any, tmp_path: Path
 ) -> None:
-    model_of("qwen3", noise=0.1).save_pretrained(tmp_path / "base")
+    model_of(name, noise=0.1).save_pretrained(tmp_path / "base")
     scorer = Pretrained(str(tmp_path / "base")).scorer(tokenizer)
     if adapter:
         scorer = shaken(LoRA(rank=4, alpha=8).apply(scorer))
@@ -80,18 +82,27 @@ def test_a_decoders_folder_scores_as_plain_transformers_and_peft_do(
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_an_encoders_folder_has_its_head(adapter: bool, tmp_path: Path, tokenizer: Any) -> None:
-    model = _crossencoder("bert")
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_an_encoders_folder_has_its_head(
+    name: str, adapter: bool, tmp_path: Path, tokenizer: Any
+) -> None:
+    model = _crossencoder(name)
     if adapter:
-        model_of("bert").save_pretrained(tmp_path / "base")
-        scorer = LoRA(rank=4).apply(Pretrained(str(tmp_path / "base")).scorer(tokenizer))
-        model = CrossEncoder(shaken(scorer), ENCODER).eval()
+        model_of(name).save_pretrained(tmp_path / "base")
+        scorer = Pretrained(str(tmp_path / "base")).scorer(tokenizer)
+        model = CrossEncoder(shaken(LoRA(rank=4).apply(scorer)), ENCODER).eval()
     folder.save(tmp_path / "m", model, tokenizer, ENCODER, {})
     close(_alone(folder.load(tmp_path / "m")[0]), _alone(model))
-    if not adapter:
-        (tmp_path / "m" / folder.HEAD).unlink()
-        with refused("no-trained-head", str(tmp_path / "m")):
-            folder.load(tmp_path / "m")
+    if adapter:
+        return
+    head = load_file(tmp_path / "m" / folder.HEAD)["score.weight"][0]
+    plain = AutoModel.from_pretrained(tmp_path / "m").eval()
+    with torch.no_grad():
+        states = [plain(torch.tensor([ids])).last_hidden_state[0, 0] for ids in TEXTS]
+    close(_alone(model), torch.stack(states) @ head)
+    (tmp_path / "m" / folder.HEAD).unlink()
+    with refused("no-trained-head", str(tmp_path / "m")):
+        folder.load(tmp_path / "m")
 
 
 def test_an_encoder_that_was_released_with_a_head_keeps_it(tmp_path: Path, tokenizer: Any) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.commands import ROOT, from_folder
+from tests.commands import ROOT, adopt, from_folder
 from tests.models.released import save_base
 from tests.refusals import refused
 from tokenizers import processors
@@ -37,13 +37,6 @@ def released(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _adopt(released: Path, run_dir: Path, *overrides: str) -> Path:
-    given = ["backbone=hf", f"backbone.name={released}", "trainer.max_steps=0"]
-    given += [f"run_dir={run_dir}", "precision=float32", *overrides]
-    train(compose(ROOT / "conf", "train", given))
-    return run_dir / "model"
-
-
 def _plain(released: Path, text: str) -> list[int]:
     ids: list[int] = AutoTokenizer.from_pretrained(released)(text)["input_ids"]
     return ids
@@ -53,7 +46,7 @@ def test_no_second_end_is_appended_and_the_folder_records_it(
     released: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        model = _adopt(released, tmp_path)
+        model = adopt(released, tmp_path)
     assert "encoding.append_eos=false" in caplog.text
     encoding, _ = read_encoding(model)
     templates = Templates(AutoTokenizer.from_pretrained(model), encoding)
@@ -62,7 +55,7 @@ def test_no_second_end_is_appended_and_the_folder_records_it(
 
 
 def test_a_folder_that_was_saved_with_two_ends_keeps_them(released: Path, tmp_path: Path) -> None:
-    older = _adopt(released, tmp_path / "older")
+    older = adopt(released, tmp_path / "older")
     record = json.loads((older / "caravan.json").read_text())
     (older / "caravan.json").write_text(json.dumps({**record, "append_eos": True}))
     continued = ["trainer.max_steps=0", *from_folder(older), f"run_dir={tmp_path / 'continued'}"]

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tests.models.small import close, model_of, shaken
+from tests.models.small import close, edit_weights, embedded, model_of, save_adapter
 from tests.refusals import refused
 
 from caravan.data.batch import pack
@@ -16,33 +15,17 @@ from caravan.data.collection import Collection
 from caravan.data.tokenization import Templates
 from caravan.encoding import Encoding
 from caravan.models import folder
-from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
 from caravan.models.crossencoder import CrossEncoder, with_head
 from caravan.models.digests import adapter_base, files_digest, folder_digest
 from caravan.retrieval.inference import Inference
 
-TEXTS = [[5, 6, 7], [8, 9, 10, 11], [12]]
-
 
 @pytest.fixture
 def saved(encoder: BiEncoder, tokenizer: Any, encoding: Encoding, tmp_path: Path) -> Path:
     folder.save(tmp_path / "model", encoder, tokenizer, encoding, {"name": "tiny", "best": 0.5})
     return tmp_path / "model"
-
-
-def _embedded(model: BiEncoder | Path) -> torch.Tensor:
-    loaded = folder.load(model)[0] if isinstance(model, Path) else model
-    with torch.no_grad():
-        found: torch.Tensor = loaded.embed(pack(TEXTS, 99))
-    return found
-
-
-def _edit_weights(folder: Path, change: Any, file: str = "model.safetensors") -> None:
-    tensors = load_file(folder / file)
-    change(tensors)
-    save_file(tensors, folder / file, metadata={"format": "pt"})
 
 
 def _edit_json(path: Path, change: Any) -> None:
@@ -58,7 +41,7 @@ def test_a_saved_model_loads_with_the_same_embeddings_and_encoding(
     assert loaded_encoding == encoding
     assert facts == {"name": "tiny", "best": 0.5, "weights": "full", "own_code": False}
     assert loaded_tokenizer("camel caravan")["input_ids"] == tokenizer("camel caravan")["input_ids"]
-    assert torch.equal(_embedded(saved), _embedded(encoder))
+    assert torch.equal(embedded(saved), embedded(encoder))
 
 
 def test_saving_again_replaces_the_folder(
@@ -70,18 +53,10 @@ def test_saving_again_replaces_the_folder(
     assert [path.name for path in saved.parent.iterdir()] == ["model"]
 
 
-def _adapter(base: Path, tokenizer: Any, encoding: Encoding, path: Path, **hub: Any) -> BiEncoder:
-    """A model folder with an adapter that changes the embeddings; the model that was saved."""
-    transformer = Pretrained(str(base), **hub).model(tokenizer)
-    model = BiEncoder(shaken(LoRA(rank=2, alpha=4).apply(transformer)), encoding).eval()
-    folder.save(path, model, tokenizer, encoding, {})
-    return model
-
-
 def test_an_adapter_folder_encodes_a_collection_as_the_model_that_was_saved(
     saved: Path, tokenizer: Any, encoding: Encoding, collection: Collection, tmp_path: Path
 ) -> None:
-    model = _adapter(saved, tokenizer, encoding, tmp_path / "adapter")
+    model = save_adapter(saved, tmp_path / "adapter", tokenizer, encoding)
     opened = Inference(tmp_path / "adapter", precision="float32", token_budget=256)
     ids = Templates(tokenizer, encoding).passages(collection.corpus.get(np.arange(20)))
     with torch.no_grad():
@@ -95,7 +70,7 @@ def test_an_adapter_folder_encodes_a_collection_as_the_model_that_was_saved(
 def test_an_adapter_keeps_the_revision_of_its_base(
     saved: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
-    _adapter(saved, tokenizer, encoding, tmp_path / "adapter", revision="0123abc")
+    save_adapter(saved, tmp_path / "adapter", tokenizer, encoding, revision="0123abc")
     assert adapter_base(tmp_path / "adapter") == (str(saved), "0123abc")
 
 
@@ -106,7 +81,7 @@ def test_missing_and_misshapen_weights_are_refused(change: str, saved: Path) -> 
         if change == "cut":
             tensors["norm.weight"] = norm[:-1].clone()
 
-    _edit_weights(saved, edit)
+    edit_weights(saved / "model.safetensors", edit)
     # transformers refuses a shape itself, so both codes are right.
     code = "weights-mismatch" if change == "pop" else "unreadable"
     with refused(code, str(saved)):
@@ -127,7 +102,10 @@ def test_weights_of_a_layer_beyond_the_configs_number_are_refused(loader: str, s
 
 def test_a_released_model_may_have_heads_and_a_model_folder_may_not(saved: Path) -> None:
     heads = ["lm_head.weight", "classifier.weight", "pooler.dense.weight", "cls.predictions.bias"]
-    _edit_weights(saved, lambda tensors: tensors.update({h: torch.ones(3, 3) for h in heads}))
+    edit_weights(
+        saved / "model.safetensors",
+        lambda tensors: tensors.update({h: torch.ones(3, 3) for h in heads}),
+    )
     Pretrained(str(saved)).model(None)
     with refused("weights-mismatch", "4 weights", "classifier.weight not used"):
         folder.load(saved)
@@ -139,7 +117,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_its_name_and_folder(
     value: float, dtype: torch.dtype, saved: Path
 ) -> None:
     name = "layers.0.self_attn.q_proj.weight"
-    _edit_weights(saved, lambda tensors: tensors[name][3].fill_(value))
+    edit_weights(saved / "model.safetensors", lambda tensors: tensors[name][3].fill_(value))
     with refused("not-finite", str(saved), name):
         folder.load(saved, dtype)
 
@@ -147,8 +125,8 @@ def test_a_weight_that_is_not_finite_is_refused_by_its_name_and_folder(
 def test_an_adapter_or_head_that_is_not_finite_is_refused(
     saved: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
-    _adapter(saved, tokenizer, encoding, tmp_path / "a")
-    _edit_weights(tmp_path / "a", lambda t: next(iter(t.values())).fill_(torch.nan), folder.ADAPTER)
+    save_adapter(saved, tmp_path / "a", tokenizer, encoding)
+    edit_weights(tmp_path / "a" / folder.ADAPTER, lambda t: next(iter(t.values())).fill_(torch.nan))
     with refused("not-finite", str(tmp_path / "a")):
         folder.load(tmp_path / "a")
     own = Encoding(kind="reranker", pooling="cls", query_length=16, passage_length=24)
@@ -158,38 +136,6 @@ def test_an_adapter_or_head_that_is_not_finite_is_refused(
     folder.save(tmp_path / "m", CrossEncoder(scorer, own), tokenizer, own, {})
     with refused("not-finite", "score.safetensors", "score.weight"):
         folder.load(tmp_path / "m")
-
-
-@pytest.mark.parametrize(
-    ("change", "code", "place"),
-    [
-        (lambda c: c.pop("pooling"), "invalid-encoding", "missing 'pooling'"),
-        (lambda c: c.update(poling="last"), "invalid-encoding", "unknown 'poling'"),
-        (lambda c: c.update(pooling="max"), "invalid-encoding", "encoding.pooling is 'max'"),
-        (lambda c: c.update(query_length="32"), "invalid-encoding", "'query_length' is '32'"),
-        (lambda c: c.update(dim=-1), "invalid-encoding", "encoding.dim is -1"),
-        (lambda c: c.update(append_eos=1), "invalid-encoding", "'append_eos' is 1"),
-        (lambda c: c.update(format=99), "unknown-format", "caravan.json"),
-        (lambda c: c.update(passage_template="{body}"), "invalid-encoding", "passage_template"),
-        (lambda c: c["facts"].pop("weights"), "invalid-encoding", "weights"),
-        (lambda c: c["facts"].update(name=0), "invalid-encoding", "'name' is 0"),
-    ],
-)
-def test_a_broken_encoding_is_refused(saved: Path, change: Any, code: str, place: str) -> None:
-    _edit_json(saved / "caravan.json", change)
-    with refused(code, str(saved / "caravan.json"), place):
-        folder.load(saved)
-
-
-def test_all_mistakes_of_an_encoding_are_reported_together() -> None:
-    with refused("invalid-encoding", "encoding.kind", "encoding.pooling", "encoding.query_length"):
-        Encoding(kind="ranker", pooling="max", query_length=0)
-
-
-def test_an_older_folder_gets_the_defaults_of_later_settings(saved: Path) -> None:
-    _edit_json(saved / "caravan.json", lambda record: record.pop("scoring"))
-    _edit_json(saved / "caravan.json", lambda record: record.update(temperature=0.05))
-    assert folder.load(saved)[2].scoring == "head"
 
 
 DEEP = "[" * 100_000
@@ -234,7 +180,7 @@ def test_a_folder_without_encoding_is_refused_with_the_command_to_adopt_it(saved
 def test_the_digest_follows_weights_encoding_and_an_adapters_base(
     saved: Path, encoder: BiEncoder, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
-    _adapter(saved, tokenizer, encoding, tmp_path / "adapter")
+    save_adapter(saved, tmp_path / "adapter", tokenizer, encoding)
     before, of_adapter = folder_digest(saved), folder_digest(tmp_path / "adapter")
     folder.save(saved, encoder, tokenizer, encoding, {"name": "another card"})
     assert (folder_digest(saved), folder_digest(tmp_path / "adapter")) == (before, of_adapter)

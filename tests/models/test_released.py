@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.commands import ROOT
+from peft import PeftModel
+from tests.commands import adopt
 from tests.models.released import (
     OLDER_FIELDS,
     RERANKER,
@@ -22,10 +23,8 @@ from tests.models.released import (
 from tests.models.small import close
 from tests.refusals import refused
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from caravan.cli.compose import compose
-from caravan.cli.train import train
 from caravan.data.batch import pack
 from caravan.data.pairs import PairTemplates
 from caravan.data.tokenization import Templates
@@ -49,33 +48,18 @@ def base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _adopt(experiment: str, released: Path, run_dir: Path) -> tuple[Any, Any, Any, Any]:
-    """Run the experiment's command; the model folder that it makes, loaded."""
-    given = [f"experiment=released/{experiment}", f"backbone.name={released}"]
-    given += [f"run_dir={run_dir}", f"cache_dir={run_dir.parent / 'cache'}", "precision=float32"]
-    train(compose(ROOT / "conf", "train", given))
-    return folder.load(run_dir / "model")
-
-
-def _by_the_card(released: Path, base: Path, reranks: bool) -> tuple[Any, Any]:
-    """Tokenizer and model as the model cards load them."""
-    import transformers
-    from peft import PeftConfig, PeftModel
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    name = PeftConfig.from_pretrained(str(released)).base_model_name_or_path
-    if reranks:
-        auto = transformers.AutoModelForSequenceClassification
-        plain = auto.from_pretrained(name, num_labels=1)
-    else:
-        plain = transformers.AutoModel.from_pretrained(name)
-    return tokenizer, PeftModel.from_pretrained(plain, str(released)).merge_and_unload().eval()
+    """The model folder of an experiment on a released adapter, loaded."""
+    return folder.load(adopt(released, run_dir, f"experiment=released/{experiment}"))
 
 
 @torch.no_grad()
 def _by_the_cards_code(experiment: str, released: Path, base: Path) -> Tensor:
     """Embeddings or scores, by the code of the model card."""
-    tokenizer, model = _by_the_card(released, base, experiment in RERANKERS)
-    if experiment in RERANKERS:
+    reranks, tokenizer = experiment in RERANKERS, AutoTokenizer.from_pretrained(base)
+    auto: Any = AutoModelForSequenceClassification if reranks else AutoModel
+    plain = auto.from_pretrained(base, **({"num_labels": 1} if reranks else {}))
+    model: Any = PeftModel.from_pretrained(plain, str(released)).merge_and_unload().eval()
+    if reranks:
         pairs = [(f"query: {QUERY}", f"document: {title} {text}") for title, text in PASSAGES]
         return torch.stack(
             [model(**tokenizer(*pair, return_tensors="pt")).logits[0][0] for pair in pairs]
@@ -234,19 +218,18 @@ def test_code_in_a_pickled_adapter_does_not_run(zipped: bool, base: Path, tmp_pa
         assert mark.exists()  # the file is what it is taken for
 
 
-@pytest.mark.parametrize("file", ["adapter_model.bin", "adapter_model.safetensors"])
-def test_a_truncated_adapter_is_refused(file: str, base: Path, tmp_path: Path) -> None:
-    released = release(tmp_path / "released", base, RETRIEVER, file)
-    (released / file).write_bytes((released / file).read_bytes()[:900])
-    with refused("unreadable", "released"):
-        Pretrained(str(released)).model(None)
-
-
-def test_a_pickle_without_named_weights_is_refused(base: Path, tmp_path: Path) -> None:
-    released = release(tmp_path / "released", base, RETRIEVER)
-    torch.save([1, 2], released / "adapter_model.bin")
+@pytest.mark.parametrize("file", ["adapter_model.bin", "adapter_model.safetensors", "a list"])
+def test_a_truncated_adapter_or_one_without_named_weights_is_refused(
+    file: str, base: Path, tmp_path: Path
+) -> None:
+    if file == "a list":
+        released = release(tmp_path / "released", base, RETRIEVER)
+        torch.save([1, 2], released / "adapter_model.bin")
+    else:
+        released = release(tmp_path / "released", base, RETRIEVER, file)
+        (released / file).write_bytes((released / file).read_bytes()[:900])
     with refused("unreadable", str(released)):
-        load_adapter(torch.nn.Linear(2, 2), str(released))
+        Pretrained(str(released)).model(None)
 
 
 def test_an_adapter_keeps_the_name_of_its_base(base: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.commands import ROOT
+from tests.commands import ROOT, adopt
 from tests.export import folders
 from tests.export.folders import PAIRS, PLAIN, TEXTS, TITLED, assert_close, make
 from tests.models.small import model_of
@@ -22,19 +22,17 @@ from tests.refusals import refused
 
 from caravan.cli.compose import compose
 from caravan.cli.inherited import completed
-from caravan.cli.train import train
 from caravan.encoding import Encoding, read_encoding
 from caravan.export.prompts import framed
 from caravan.export.sentence_transformers import export
-from caravan.models.released import released_encoding
-from caravan.models.released_pairs import check_released
+from caravan.models.loading import load_tokenizer
+from caravan.models.released import check_released, released_encoding
 
 INSTRUCT = "Instruct: Given a query, {find} passages\nQuery:"
 E5_MISTRAL = "Instruct: Find the well\nQuery: "
 GIVEN = [f"{title} {text}" if title else text for title, text in TITLED]
+TRANSFORMER, ENCODING = "sentence_bert_config.json", "config_sentence_transformers.json"
 LONGEST = 110
-LOGITS = {"method": "forward", "method_output_name": "logits"}
-STAGE = "stage=reranker_encoder"
 CASES: dict[str, dict[str, Any]] = {
     "bert": {
         "modes": "mean",
@@ -69,15 +67,7 @@ def _tokenizer(kind: str) -> Any:
     return result
 
 
-def _saved(
-    to: Path,
-    kind: str,
-    modes: str,
-    normalize: bool = False,
-    prompts: dict[str, str] | None = None,
-    similarity_fn_name: str | None = None,
-    truncate_dim: int | None = None,
-) -> Any:
+def _saved(to: Path, kind: str, modes: str, normalize: bool = False, **settings: Any) -> Any:
     """A SentenceTransformer of random weights, saved by sentence-transformers."""
     library = pytest.importorskip("sentence_transformers")
     modules = library.sentence_transformer.modules
@@ -85,23 +75,11 @@ def _saved(
     plain = model_of(kind, noise=0.1, vocab_size=len(tokenizer), max_position_embeddings=128)
     plain.save_pretrained(to / "plain")
     tokenizer.save_pretrained(to / "plain")
-    first = modules.Transformer(str(to / "plain"), max_seq_length=LONGEST)
-    after = [modules.Normalize()] if normalize else []
-    model = library.SentenceTransformer(
-        modules=[first, modules.Pooling(32, modes), *after],
-        prompts=prompts,
-        similarity_fn_name=similarity_fn_name,
-        truncate_dim=truncate_dim,
-        device="cpu",
-    )
+    parts = [modules.Transformer(str(to / "plain"), max_seq_length=LONGEST)]
+    parts += [modules.Pooling(32, modes), *([modules.Normalize()] if normalize else [])]
+    model = library.SentenceTransformer(modules=parts, device="cpu", **settings)
     model.save_pretrained(str(to / "released"), create_model_card=False)
     return library.SentenceTransformer(str(to / "released"), device="cpu")
-
-
-def _adopt(released: Path, run_dir: Path, *overrides: str) -> Path:
-    given = ["backbone=hf", f"backbone.name={released}", "trainer.max_steps=0"]
-    train(compose(ROOT / "conf", "train", [*given, f"run_dir={run_dir}", *overrides]))
-    return run_dir / "model"
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -112,14 +90,14 @@ def test_an_adopted_bi_encoder_scores_as_sentence_transformers_does(
     overrides, asked = [], {}
     if kind == "mistral":
         with refused("config-mistakes", "encoding.query_template", "web_search_query"):
-            _adopt(tmp_path / "released", tmp_path / "refused")
+            adopt(tmp_path / "released", tmp_path / "refused")
         template = "Instruct: {instruction}\nQuery: {text}"
         overrides = [
             f"encoding.query_template='{template}'",
             "encoding.instruction='Find the well'",
         ]
         asked = {"prompt": E5_MISTRAL}
-    adopted = _adopt(tmp_path / "released", tmp_path / "run", *overrides)
+    adopted = adopt(tmp_path / "released", tmp_path / "run", *overrides)
     queries, passages = folders.embeddings(adopted)
     for batch_size in (1, 4):
         encoded = model.encode_query(TEXTS, batch_size=batch_size, **asked)
@@ -142,7 +120,7 @@ def test_an_export_adopted_again_has_the_same_encoding(tmp_path: Path) -> None:
     settings = {**PLAIN, "pooling": "mean", "query_template": "q: {text}"}
     path = make(tmp_path / "model", on="encoder", **settings)
     export(path, tmp_path / "out")
-    adopted = _adopt(tmp_path / "out", tmp_path / "run")
+    adopted = adopt(tmp_path / "out", tmp_path / "run")
     assert read_encoding(adopted)[0] == read_encoding(path)[0]
     for found, expected in zip(folders.embeddings(adopted), folders.embeddings(path), strict=True):
         assert_close(found, expected)
@@ -164,7 +142,7 @@ def test_an_adopted_cross_encoder_scores_as_sentence_transformers_does(
         released = tmp_path / "saved"
         model.save_pretrained(str(released), create_model_card=False)
         assert (released / "modules.json").is_file()
-    adopted = _adopt(released, tmp_path / "run", STAGE)
+    adopted = adopt(released, tmp_path / "run", "stage=reranker_encoder")
     given = [(query, f"{title} {text}" if title else text) for query, (title, text) in PAIRS]
     for batch_size in (1, 4):
         raw = model.predict(given, batch_size=batch_size, activation_fn=torch.nn.Identity())
@@ -178,7 +156,7 @@ def released(tmp_path: Path) -> Path:
     _write(tmp_path, "modules.json", _modules("Transformer", "Pooling", "Normalize"))
     flags = {f"pooling_mode_{mode}": mode == "mean_tokens" for mode in ("cls_token", "mean_tokens")}
     _write(tmp_path, "1_Pooling/config.json", {"word_embedding_dimension": 32, **flags})
-    _write(tmp_path, "sentence_bert_config.json", {"max_seq_length": 50, "do_lower_case": False})
+    _write(tmp_path, TRANSFORMER, {"max_seq_length": 50, "do_lower_case": False})
     _write(tmp_path, "config.json", {"hidden_size": 32, "max_position_embeddings": 60})
     _write(tmp_path, "tokenizer_config.json", {"model_max_length": 10**30})
     return tmp_path
@@ -200,15 +178,14 @@ def test_the_files_of_older_versions_are_read(released: Path) -> None:
     expected |= {"query_length": 50, "passage_length": 50, "dim": 0}
     assert released_encoding(str(released)) == (expected, {})
     lengths = {"query_length": 20, "document_length": 40}
-    _write(released, "sentence_bert_config.json", lengths)
-    found = released_encoding(str(released)).settings
-    assert (found["query_length"], found["passage_length"]) == (20, 40)
     called = {"processing_kwargs": {"text": {"max_length": 30}}}  # it wins
-    _write(released, "sentence_bert_config.json", lengths | called)
-    found = released_encoding(str(released)).settings
-    assert (found["query_length"], found["passage_length"]) == (30, 30)
-    (released / "sentence_bert_config.json").unlink()
-    assert released_encoding(str(released)).settings["query_length"] == 60
+    for config, both in ((lengths, (20, 40)), (lengths | called, (30, 30)), ({}, (60, 60))):
+        _write(released, TRANSFORMER, config)
+        found = released_encoding(str(released)).settings
+        assert (found["query_length"], found["passage_length"]) == both
+    _write(released, TRANSFORMER, {"do_lower_case": True, "model_args": {"torch_dtype": "auto"}})
+    _write(released, "tokenizer_config.json", {"do_lower_case": True})
+    assert not released_encoding(str(released)).problems
     (released / "modules.json").unlink()
     assert released_encoding(str(released)) == ({}, {})
 
@@ -220,27 +197,23 @@ def test_the_files_of_older_versions_are_read(released: Path) -> None:
         ("modules.json", [{"path": "", "type": "own.Transformer"}], "pooling", "own.Transformer"),
         ("modules.json", _modules("Transformer", "Pooling"), "normalize", "no similarity"),
         ("1_Pooling/config.json", {"pooling_mode": "weightedmean"}, "pooling", "weightedmean"),
-        ("1_Pooling/config.json", {"pooling_mode": ["cls", "max"]}, "pooling", "cls and max"),
+        ("1_Pooling/config.json", {"pooling_mode": ["cls", "max"]}, "pooling", "'cls', 'max'"),
         ("1_Pooling/config.json", 5, "pooling", "cannot be read"),
         ("1_Pooling/config.json", {}, "pooling", "lacks the config"),
-        (
-            "config_sentence_transformers.json",
-            {"similarity_fn_name": "manhattan"},
-            "normalize",
-            "manhattan",
-        ),
-        ("sentence_bert_config.json", {"do_lower_case": True}, "pooling", "do_lower_case"),
-        ("sentence_bert_config.json", {"query_expansion": {"n": 1}}, "pooling", "expands"),
-        ("sentence_bert_config.json", {"config_args": {"n": 1}}, "pooling", "config_args"),
+        (ENCODING, {"similarity_fn_name": "manhattan"}, "normalize", "manhattan"),
+        (TRANSFORMER, {"do_lower_case": True}, "pooling", "do_lower_case"),
+        (TRANSFORMER, {"query_expansion": {"n": 1}}, "pooling", "query_expansion.n=1"),
+        (TRANSFORMER, {"config_args": {"n": 1}}, "pooling", "config_args.n=1"),
+        (TRANSFORMER, {"tokenizer_name_or_path": "other"}, "pooling", "tokenizer_name_or_path"),
         ("tokenizer_config.json", {"truncation_side": "left"}, "pooling", "on the left"),
         (
-            "config_sentence_transformers.json",
+            ENCODING,
             {"truncate_dim": 8, "similarity_fn_name": "dot"},
             "normalize",
             "truncate_dim",
         ),
         (
-            "config_sentence_transformers.json",
+            ENCODING,
             {"prompts": {"query": "q: ", "passage": "p: "}},
             "passage_template",
             "passage: 'p: '",
@@ -262,43 +235,21 @@ def test_a_setting_of_the_command_wins_and_the_conflict_is_logged(
     path = tmp_path / "released"
     _write(path, "1_Pooling/config.json", {"pooling_mode": "max"})
     with refused("config-mistakes", "encoding.pooling", "max"):
-        _adopt(path, tmp_path / "refused")
+        adopt(path, tmp_path / "refused")
     _write(path, "1_Pooling/config.json", {"pooling_mode": "mean"})
     with caplog.at_level(logging.INFO):
-        adopted = _adopt(path, tmp_path / "run", "encoding.pooling=cls")
+        adopted = adopt(path, tmp_path / "run", "encoding.pooling=cls")
     assert read_encoding(adopted)[0].pooling == "cls"
     assert "pooling='cls', there 'mean'" in caplog.text
     taken = next(text for text in caplog.messages if text.startswith("encoding from the files"))
-    assert "embeddings are normalized, all dimensions, query_template='{text}'" in taken
+    for part in ("normalize=True", "dim=0", "query_template='{text}'"):
+        assert part in taken
     assert f"query_length={LONGEST}" in taken
     assert "pooling" not in taken
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "code"),
-    [
-        ("config.json", {"sentence_transformers": {"activation_fn": "torch.nn.GELU"}}, None),
-        ("config_sentence_transformers.json", {"activation_fn": "own.Softplus"}, None),
-        ("modules.json", _modules("Transformer", "Pooling", "Dense"), None),
-        (
-            "config_sentence_transformers.json",
-            {"prompts": {"query": "ask: "}, "default_prompt_name": "query"},
-            "other-prompt",
-        ),
-    ],
-)
-def test_a_cross_encoder_that_would_rank_otherwise_is_refused(
-    file: str, content: Any, code: str | None, tmp_path: Path
-) -> None:
-    tokenizer = folders.tokenizer("encoder")
-    encoding = Encoding(kind="reranker", pair="pair", pooling="cls", **PLAIN)
-    _write(tmp_path, "config.json", {"sbert_ce_default_activation_function": "torch.nn.Sigmoid"})
-    check_released(str(tmp_path), None, tokenizer, encoding)
-    _write(tmp_path, file, content)
-    with refused(code or "not-readable", str(tmp_path)):
-        check_released(str(tmp_path), None, tokenizer, encoding)
-
-
+LOGITS = {"method": "forward", "method_output_name": "logits"}
+SCORED = {"transformer_task": "sequence-classification", "modality_config": {"text": LOGITS}}
 CHAT = (
     "{% for m in messages %}{% if loop.last %}[SEP]{% endif %}{{ m['content'] }}"
     "{% if m['role'] == 'document' %}?{% endif %}{% endfor %}"
@@ -308,36 +259,64 @@ CHAT = (
 @pytest.mark.parametrize(
     ("file", "content", "code", "change"),
     [
-        ("sentence_bert_config.json", {"do_lower_case": True}, "not-readable", {}),
-        ("sentence_bert_config.json", {"config_kwargs": {"n": 1}}, "not-readable", {}),
-        ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "not-readable", {}),
+        ("config.json", {"sentence_transformers": {"activation_fn": "torch.nn.GELU"}}, "", {}),
+        (ENCODING, {"activation_fn": "own.Softplus"}, "", {}),
+        ("modules.json", _modules("Transformer", "Pooling", "Dense"), "", {}),
+        (TRANSFORMER, {"do_lower_case": True}, "", {}),
+        (TRANSFORMER, {"config_kwargs": {"n": 1}}, "", {}),
+        (TRANSFORMER, {"transformer_task": "fill-mask"}, "", {}),
+        (TRANSFORMER, {"processing_kwargs": {"text": {"add_special_tokens": False}}}, "", {}),
+        ("tokenizer_config.json", {"truncation_side": "left"}, "", {}),
+        (TRANSFORMER, {}, "other-pair", {"pair": "joined"}),
+        (TRANSFORMER, {}, "other-pair", {"query_template": "ask: {text}"}),
         (
-            "sentence_bert_config.json",
-            {"processing_kwargs": {"text": {"add_special_tokens": False}}},
-            "not-readable",
-            {},
-        ),
-        ("tokenizer_config.json", {"truncation_side": "left"}, "not-readable", {}),
-        ("sentence_bert_config.json", {}, "other-pair", {"pair": "joined"}),
-        ("sentence_bert_config.json", {}, "other-pair", {"query_template": "ask: {text}"}),
-        (
-            "sentence_bert_config.json",
+            TRANSFORMER,
             {"modality_config": dict.fromkeys(("text", "message"), LOGITS)},
             "other-chat-template",
             {},
         ),
+        (
+            ENCODING,
+            {"prompts": {"query": "ask: "}, "default_prompt_name": "query"},
+            "other-prompt",
+            {},
+        ),
     ],
 )
-def test_a_cross_encoder_that_reads_pairs_otherwise_is_refused(
+def test_a_cross_encoder_that_would_score_otherwise_is_refused(
     file: str, content: Any, code: str, change: dict[str, Any], tmp_path: Path
 ) -> None:
     tokenizer = copy.deepcopy(folders.tokenizer("encoder"))
     tokenizer.chat_template = CHAT
     encoding = Encoding(kind="reranker", pair="pair", pooling="cls", **PLAIN)
-    scored = {"transformer_task": "sequence-classification", "modality_config": {"text": LOGITS}}
-    _write(tmp_path, "modules.json", _modules("Transformer"))
-    _write(tmp_path, "sentence_bert_config.json", scored)
+    _write(tmp_path, "config.json", {"sbert_ce_default_activation_function": "torch.nn.Sigmoid"})
     check_released(str(tmp_path), None, tokenizer, encoding)
-    _write(tmp_path, file, {**(scored if file.startswith("sentence") else {}), **content})
-    with refused(code, str(tmp_path)):
+    if code != "other-prompt":  # compared if the files name no modules
+        _write(tmp_path, "modules.json", _modules("Transformer"))
+        _write(tmp_path, TRANSFORMER, SCORED)
+        check_released(str(tmp_path), None, tokenizer, encoding)
+    if file == TRANSFORMER:
+        content = {**SCORED, **content}
+    _write(tmp_path, file, content)
+    with refused(code or "not-readable", str(tmp_path)):
         check_released(str(tmp_path), None, tokenizer, replace(encoding, **change))
+
+
+def test_a_reranker_by_tokens_has_the_tokens_and_the_template_of_its_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make(tmp_path / "model", **folders.TOKEN)
+    export(path, tmp_path / "out")
+    name, encoding = str(tmp_path / "out"), read_encoding(path)[0]
+    tokenizer = load_tokenizer(name)
+    check_released(name, None, tokenizer, encoding)
+    assert "truncate" not in caplog.text
+    longer = replace(encoding, passage_length=encoding.passage_length + 1)
+    check_released(name, None, tokenizer, longer)
+    assert f"the files of {name} truncate a pair at" in caplog.text
+    for change, code in (
+        ({"negative": " tent"}, "other-tokens"),
+        ({"instruction": "the silk route"}, "other-chat-template"),
+    ):
+        with refused(code, name, "encoding."):
+            check_released(name, None, tokenizer, replace(encoding, **change))

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tests.commands import evaluate, train
 from tests.models.small import TEXTS, close, model_of, padded
 from tests.refusals import refused
 from torch import Tensor
@@ -209,24 +207,3 @@ def test_the_kernel_is_called_for_what_sdpa_computes(
         return found[0].float()
 
     close(computed(True), computed(False), atol=0.02, rtol=0.02)
-
-
-@pytest.mark.slow
-def test_a_run_without_padding_gives_the_same_weights_and_metrics(
-    beir: Path, tmp_path: Path
-) -> None:
-    """Gradient caching and adapters included."""
-    weights, metrics = [], []
-    for attention in ("auto", "unpadded"):
-        run_dir = tmp_path / attention
-        given = (f"backbone.attention={attention}", "peft=lora", "peft.dropout=0")
-        train(beir, run_dir, *given, "gradcache.chunk=4", "trainer.max_steps=4")
-        (saved,) = (run_dir / "model").glob("*.safetensors")
-        weights.append(load_file(saved))
-        given = (f"attention={attention}", "precision=float32", "measures=[nDCG@10]")
-        to = tmp_path / f"{attention}-test"
-        metrics.append(evaluate(beir, to, run_dir / "model", *given)["overall"]["nDCG@10"])
-    assert len(weights[0]) > 10
-    assert metrics[0] == metrics[1]
-    for name, weight in weights[0].items():
-        torch.testing.assert_close(weights[1][name], weight, atol=1e-4, rtol=1e-3, msg=name)

@@ -10,12 +10,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from tests.refusals import refused
 
-from caravan.retrieval.exact import Exact
-from caravan.retrieval.index import (
-    ArrayBlocks,
-    Faiss,
-)
-from caravan.retrieval.segments import BestSegments, measured_recall
+from caravan.retrieval.exact import Exact, measured_recall
+from caravan.retrieval.index import ArrayBlocks, BestSegments, Faiss
+from caravan.retrieval.quantized import Binary, Rescored
 
 CONF = Path(__file__).parents[2] / "conf" / "index"
 
@@ -72,7 +69,7 @@ def test_exact_search_orders_ties_by_row_whatever_the_chunks(chunk: int) -> None
     np.testing.assert_array_equal(scores, expected_scores)
 
 
-@pytest.mark.parametrize("index", [Faiss(), Exact()])
+@pytest.mark.parametrize("index", [Faiss(), Exact(), Rescored(), Binary()])
 def test_a_corpus_smaller_than_k_leaves_nothing_rows(index: Faiss | Exact) -> None:
     index.build(ArrayBlocks(vectors(5)))
     scores, rows = index.search(vectors(2, seed=1), 8)
@@ -150,7 +147,7 @@ def test_vectors_that_cannot_be_searched_are_refused(index: Faiss | Exact) -> No
 def test_documents_are_found_by_their_best_segment(
     index: Faiss | Exact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("caravan.retrieval.segments.MOST_FOUND", 300)  # a few queries at a time
+    monkeypatch.setattr("caravan.retrieval.index.MOST_FOUND", 300)  # a few queries at a time
     counts = np.random.default_rng(3).integers(1, 6, 120)
     counts[7] = 400
     segments, queries = vectors(int(counts.sum())), vectors(10, seed=1)
@@ -195,17 +192,17 @@ def test_every_setting_of_the_project_builds_and_searches() -> None:
 @pytest.mark.parametrize(
     ("few", "many"),
     [
-        (Faiss("IVF16,Flat", nprobe=1), Faiss("IVF16,Flat", nprobe=16)),
-        (
-            Faiss("HNSW4", ef_search=20, ef_construction=4),
-            Faiss("HNSW16", ef_search=800, ef_construction=80),
-        ),
+        ({"nprobe": 1}, {"nprobe": 16}),
+        ({"ef_search": 20, "ef_construction": 4}, {"ef_search": 800, "ef_construction": 80}),
     ],
 )
-def test_looking_further_raises_the_recall_of_approximate_indexes(few: Faiss, many: Faiss) -> None:
+def test_looking_further_raises_the_recall_of_approximate_indexes(
+    few: dict[str, int], many: dict[str, int]
+) -> None:
     blocks, queries = ArrayBlocks(vectors(1500, 32), 400), vectors(60, 32, seed=1)
     recalls = []
-    for index in (few, many):
+    for settings in (few, many):
+        index = Faiss("IVF16,Flat" if "nprobe" in settings else "HNSW16", **settings)
         index.build(blocks)
         recalls.append(measured_recall(index.search(queries, 20)[1], queries, blocks))
     assert recalls[0] < 0.95 < recalls[1]

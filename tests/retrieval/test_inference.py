@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.commands import ROOT, evaluate, evaluate_arguments
+from tests.commands import ROOT, evaluate
 from tests.refusals import refused
-from tests.tiny import WORDS, write_beir
 
 import caravan
 from caravan.cli.compose import compose
@@ -26,32 +21,24 @@ from caravan.cli.evaluate import searcher_of
 from caravan.data.collection import Collection
 from caravan.data.runs import read_run
 from caravan.data.tokenization import Templates
-from caravan.encoding import Encoding
 from caravan.models import folder as model_folder
-from caravan.models.biencoder import BiEncoder
 from caravan.retrieval import inference
 from caravan.retrieval.inference import Inference, Models
 from caravan.retrieval.store import Embeddings, Store
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, encoding: Encoding) -> Path:
-    from tests.tiny import tiny_backbone
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("encode") / "model"
-    encoder = BiEncoder(tiny_backbone().model(tokenizer), encoding)
-    model_folder.save(folder, encoder, tokenizer, encoding, {})
-    return folder
+def model(folders: dict[str, str]) -> Path:
+    return Path(folders["retriever"])
 
 
 def encode(
     model: Path, collection: Collection, folder: Path, block: int = 16, **settings: Any
 ) -> Embeddings:
-    settings = {"precision": "float32", "token_budget": 128, **settings}
-    rows, product = np.arange(len(collection.corpus)), (Store(folder), "passages", {"model": "a"})
-    opened = Inference(model, **settings)
-    return opened.encode_rows(collection.corpus, rows, "passage", block, *product)
+    opened = Inference(model, **{"precision": "float32", "token_budget": 128, **settings})
+    rows = np.arange(len(collection.corpus))
+    compute = opened.encode_rows(collection.corpus, rows, "passage", block)
+    return Store(folder).embeddings("passages", {"model": "a"}, len(rows), block, compute)
 
 
 def test_embeddings_are_the_models_in_row_order_on_disk_and_in_memory(
@@ -132,31 +119,6 @@ def test_a_model_that_has_diverged_is_refused(
     save_file(weights, broken / "model.safetensors")
     with refused("diverged-model", str(broken)):
         Inference(broken).embed(collection.corpus.get(np.arange(3)), "query")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("passages", "words"), [(16_384, 80), (1_500, 1_200)])
-def test_an_evaluation_needs_few_file_descriptors_and_no_shared_memory(
-    passages: int, words: int, model: Path, tmp_path: Path
-) -> None:
-    beir = write_beir(tmp_path / "data")
-    with (beir / "corpus.jsonl").open("a") as file:
-        for i in range(60, passages):
-            text = " ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(words // 2 + i % words))
-            file.write(json.dumps({"_id": f"more{i}", "title": "", "text": text}) + "\n")
-    settings = ("token_budget=1024", "num_workers=1", f"passage_length={min(4 * words, 1500)}")
-    given = evaluate_arguments(beir, tmp_path / "run", str(model), *settings)
-    command = shlex.join([sys.executable, str(ROOT / "evaluate.py"), *given])
-    limited = f"ulimit -Sn 256 && ulimit -Hn 256 && exec {command}"
-    # A mount of its own needs rights that not every machine gives.
-    own = ["unshare", "-m", "true"]
-    if shutil.which("unshare") and subprocess.run(own, capture_output=True).returncode == 0:
-        limited = f"mount -t tmpfs -o size=1m tmpfs /dev/shm && {limited}"
-        run = ["unshare", "-m", "bash", "-c", limited]
-    else:
-        run = ["bash", "-c", limited]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stderr
 
 
 def test_every_front_door_cuts_embeddings_to_the_same_dim(

@@ -1,8 +1,7 @@
-"""Metrics against pytrec_eval and ir_measures, on random runs with every awkward case."""
+"""Metrics against pytrec_eval, on random runs with every awkward case."""
 
 from typing import Any
 
-import ir_measures
 import numpy as np
 import pytest
 import pytrec_eval
@@ -77,35 +76,10 @@ def as_dicts(run: Run, qrels: Qrels, names: Collection) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_metrics_equal_pytrec_eval_ties_included(seed: int, names: Collection) -> None:
-    run, qrels = random_case(seed)
-    ranked, judged = as_dicts(run, qrels, names)
-    scored = score_run(run, qrels, names.queries, names.corpus, list(MEASURES))
-    # trec_eval itself breaks the ties here: it gets the scores as they are
-    theirs = pytrec_eval.RelevanceEvaluator(
-        judged, {"ndcg_cut.5,10", "recall.20,100", "map_cut.50", "P.10"}
-    ).evaluate(ranked)
-    cut = canonical(run, names.corpus).top(10)
-    theirs_of_ten = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank"}).evaluate(
-        as_dicts(cut, qrels, names)[0]
-    )
-    ids = names.queries.ids(qrels.queries)
-    assert len(ids) == scored["queries"] >= 5
-    for measure, key in MEASURES.items():
-        source = theirs_of_ten if measure == "MRR@10" else theirs
-        expected = [source.get(name, {}).get(key, 0.0) for name in ids]
-        assert list(scored["per_query"][measure]) == ids
-        assert list(scored["per_query"][measure].values()) == pytest.approx(expected, abs=1e-6)
-        assert scored["overall"][measure] == pytest.approx(np.mean(expected), abs=1e-6)
-
-
-@pytest.mark.parametrize("seed", range(40, 44))
-def test_metrics_equal_ir_measures_on_qrels_with_ids_that_the_collection_lacks(
+def test_metrics_equal_pytrec_eval_with_ties_and_ids_that_the_collection_lacks(
     seed: int, names: Collection
 ) -> None:
     run, qrels = random_case(seed)
-    scores = -np.arange(len(run.scores), dtype=np.float32)
-    run = Run(run.query_rows, run.offsets, run.passage_rows, scores)
     ranked, judged = as_dicts(run, qrels, names)
     rng = np.random.default_rng(seed)
     for query in [*judged, "only unknown passages", *names.queries.ids(range(QUERIES))[::7]]:
@@ -115,14 +89,19 @@ def test_metrics_equal_ir_measures_on_qrels_with_ids_that_the_collection_lacks(
     lines = [(q, p, grade) for q, of in judged.items() for p, grade in of.items()]
     lookup = RowLookup(names.corpus, names.queries, lambda part, n: part, "count")
     ours = lookup.qrels("qrels/test", [*lines, *lines[::3]])  # some of them twice
-    texts = [*MEASURES, "MRR(rel=2)@10", "R(rel=3)@20", "MAP(rel=2)@50"]
-    parsed = {ir_measures.parse_measure(text): text for text in texts}
-    theirs = {parsed[m]: v for m, v in ir_measures.calc_aggregate(parsed, judged, ranked).items()}
-    final = score_run(run, ours, names.queries, names.corpus, texts)
-    assert final["queries"] == len(judged)
-    assert set(final["per_query"]["R@20"]) == set(judged)
-    for text in texts:
-        assert final["overall"][text] == pytest.approx(theirs[text], abs=1e-6)
+    scored = score_run(run, ours, names.queries, names.corpus, list(MEASURES))
+    # trec_eval itself breaks the ties here: it gets the scores as they are
+    others = {"ndcg_cut.5,10", "recall.20,100", "map_cut.50", "P.10"}
+    theirs = pytrec_eval.RelevanceEvaluator(judged, others).evaluate(ranked)
+    of_ten = as_dicts(canonical(run, names.corpus).top(10), qrels, names)[0]
+    first = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank"}).evaluate(of_ten)
+    assert scored["queries"] == len(judged) >= 5
+    for measure, key in MEASURES.items():
+        source = first if measure == "MRR@10" else theirs
+        expected = {name: source.get(name, {}).get(key, 0.0) for name in judged}
+        assert scored["per_query"][measure] == pytest.approx(expected, abs=1e-6)
+        mean = np.mean(list(expected.values()))
+        assert scored["overall"][measure] == pytest.approx(mean, abs=1e-6)
 
 
 def test_what_counts_zero_is_reported(names: Collection) -> None:
@@ -153,31 +132,22 @@ def test_qrels_without_any_relevant_passage_are_refused(names: Collection) -> No
 
 
 @pytest.mark.parametrize(
-    "typed",
-    [
-        *("ndcg@10 nDCG@10", "nDCG nDCG@10", "NDCG_cut_20 nDCG@20", "recall@1000 R@1000"),
-        *("MRR10 MRR@10", "RR@10 MRR@10", "map@0 MAP@10", "precision_5 P@5"),
-        "nDCG(rel=2)@7 nDCG@7",
-    ],
+    "name", ["ndcg@10", "nDCG", "MRR10", "RR@10", "P@0", "nDCG(rel=2)@7", "R(rel=0)@5", ""]
 )
-def test_an_unknown_measure_names_the_one_that_was_meant(typed: str) -> None:
-    typed, _, meant = typed.partition(" ")
-    with refused("unknown-measure", f"did you mean '{meant}'"):
-        parse_measure(typed)
+def test_an_unknown_measure_is_refused(name: str) -> None:
+    with refused("unknown-measure", repr(name)):
+        parse_measure(name)
 
 
 def record(value: float, queries: int = 4) -> dict[str, Any]:
-    overall = {"nDCG@10": value}
-    one = {"stage": "bm25", "overall": {"nDCG@10": value / 2}, "run_xxh3": "a", "depth": 10}
-    two = {
-        "stage": "reranked",
-        "overall": overall,
-        "run_xxh3": f"{value}",
-        "depth": int(10 * value),
-    }
     found: dict[str, Any] = {"system": "reranked", "collection": {"digest": "d"}, "split": "test"}
-    found |= {"queries": queries, "passages": 10, "overall": overall, "seconds": 3.0}
-    return {**found, "stages": [{**one, "seconds": 1.0}, {**two, "seconds": 2.0}]}
+    found |= {"queries": queries, "passages": 10, "overall": {"nDCG@10": value}, "seconds": 3.0}
+    rows = (("bm25", value / 2, "a", 10), ("reranked", value, f"{value}", int(10 * value)))
+    stages = [
+        {"stage": name, "overall": {"nDCG@10": score}, "run_xxh3": digest, "depth": depth}
+        for name, score, digest, depth in rows
+    ]
+    return {**found, "stages": [{**one, "seconds": i + 1.0} for i, one in enumerate(stages)]}
 
 
 def test_collections_weigh_the_same_and_a_group_counts_once() -> None:

@@ -10,15 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.commands import ROOT, evaluate, evaluate_arguments, products
 from tests.refusals import refused
 from tests.tiny import write_beir
-from tests.two_ranks import LONGEST
+from tests.two_ranks import LONGEST, TwoRanks
 
 from caravan.distributed import LAUNCHERS
-from caravan.retrieval import peers
+from caravan.retrieval import peers, stages
 
 COMMAND = (sys.executable, str(ROOT / "evaluate.py"))
 
@@ -41,26 +42,6 @@ def test_processes_without_an_address_are_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WORLD_SIZE", "3")
     with refused("no-rendezvous", "3 processes", "MASTER_ADDR"):
         peers.join()
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("gpu[07-09,12],login", "gpu07"), ("n3,n5", "n3"), ("a[1,4]-ib", "a1-ib"), ("x", "x")],
-)
-def test_processes_of_srun_meet_on_the_first_node_of_their_step(
-    nodes: str, first: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in (*LAUNCHERS, "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    slurm = {"PROCID": "1", "STEP_NUM_TASKS": "2", "STEP_NODELIST": nodes, "JOB_ID": "4711"}
-    for name, value in slurm.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    with monkeypatch.context() as patch:
-        patch.setattr(peers.dist, "rendezvous", lambda *_, **__: iter(()))
-        with pytest.raises(StopIteration):
-            peers.join()
-        assert os.environ.pop("MASTER_ADDR") == first
-        assert int(os.environ.pop("MASTER_PORT")) > 1024
 
 
 def meets(rank: int, port: str, stops: bool) -> None:
@@ -92,13 +73,14 @@ def test_a_process_that_stops_for_a_while_is_waited_for(late: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 2])
 def test_when_a_process_is_killed_the_others_end_and_a_restart_gives_the_bytes_of_one(
-    killed: int, model: Path, tmp_path: Path
+    killed: int, folders: dict[str, str], tmp_path: Path
 ) -> None:
     beir = write_beir(tmp_path / "data", passages=3000, queries=200)
 
     def given(name: str) -> list[str]:
         run_dir = tmp_path / name
-        return evaluate_arguments(beir, run_dir, model, "block=30", "precision=float32")
+        small = ("block=30", "precision=float32")
+        return evaluate_arguments(beir, run_dir, folders["retriever"], *small)
 
     def start(rank: int, port: str) -> subprocess.Popen[str]:
         environment = {**os.environ, **place(rank, 3, port)}
@@ -123,17 +105,47 @@ def test_when_a_process_is_killed_the_others_end_and_a_restart_gives_the_bytes_o
     assert products(tmp_path / "killed") == products(tmp_path / "whole")
 
 
-@pytest.mark.slow
-def test_four_processes_write_what_one_writes(
-    beir: Path, folders: dict[str, str], tmp_path: Path
+def test_two_processes_write_what_one_writes_and_one_resumes_their_work(
+    beir: Path, folders: dict[str, str], tmp_path: Path, two_ranks: TwoRanks
 ) -> None:
-    blocks = ("block=4", "rerank.block=8", "rerank.depth=5", "index.k=20", "measures=[MRR@5]")
+    blocks = ("block=8", "rerank.block=16", "rerank.depth=5", "index.k=20", "measures=[MRR@5]")
     overrides = (f"[bm25,{folders['retriever']}]", f"reranker={folders['reranker']}", *blocks)
     evaluate(beir, tmp_path / "one", *overrides)
-    port, running = free_port(), []
-    for rank in range(4):
-        command = [*COMMAND, *evaluate_arguments(beir, tmp_path / "four", *overrides)]
-        environment = {**os.environ, **place(rank, 4, port)}
-        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
-    assert [process.wait(LONGEST) for process in running] == [0] * 4
-    assert products(tmp_path / "four") == products(tmp_path / "one")
+    metrics = two_ranks(evaluate, beir, tmp_path / "two", *overrides)
+    assert metrics[0]["stages"]
+    assert metrics[1] == {}
+    one = products(tmp_path / "one")
+    assert sum(name.startswith("store/passages.") for name in one) == 8
+    assert products(tmp_path / "two") == one
+    for number in (1, 6):  # as if they had been killed
+        (shard,) = (tmp_path / "two" / "store").glob(f"passages.*/{number:08d}.npy")
+        shard.unlink()
+    (tmp_path / "two/runs/retriever.test.trec").unlink()
+    evaluate(beir, tmp_path / "two", *overrides)
+    assert products(tmp_path / "two") == one
+
+
+def in_parts(beir: Path, run_dir: Path, *overrides: str) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "PART", 16)
+        return evaluate(beir, run_dir, *overrides)
+
+
+def test_parts_that_two_processes_search_give_the_run_of_one_search(
+    beir: Path, folders: dict[str, str], tmp_path: Path, two_ranks: TwoRanks
+) -> None:
+    overrides = (folders["retriever"], "block=8", "index.k=20", "measures=[MRR@5]")
+    evaluate(beir, tmp_path / "whole", *overrides)
+    whole = (tmp_path / "whole/runs/retriever.test.trec").read_bytes()
+    metrics = two_ranks(in_parts, beir, tmp_path / "parts", *overrides)
+    assert metrics[0]["overall"]
+    run = tmp_path / "parts/runs/retriever.test.trec"
+    assert run.read_bytes() == whole
+    parts = sorted((tmp_path / "parts/store").glob("found.*/*.npy"))
+    assert len(parts) == 4
+    parts[2].unlink()  # as if it had been killed
+    run.unlink()
+    kept = parts[0].stat().st_mtime_ns
+    in_parts(beir, tmp_path / "parts", *overrides)
+    assert run.read_bytes() == whole
+    assert parts[0].stat().st_mtime_ns == kept

@@ -92,23 +92,23 @@ def test_every_stage_has_its_run_and_its_metrics(
     assert (config.rerank.depth, config.store) == (8, f"{tmp_path}/store")
 
 
+def of_files(folder: Path, files: dict[str, str], *overrides: str) -> dict[str, Any]:
+    """The metrics of BM25 on a collection of small files."""
+    given = [f"data.path={put(folder / 'data', files)}", f"run_dir={folder / 'run'}"]
+    given += [f"cache_dir={folder}", "retriever=bm25", "num_workers=0", *overrides]
+    return evaluate_config(compose(ROOT / "conf", "evaluate", given))
+
+
 def test_trec_dl_counts_from_grade_two_on(tmp_path: Path) -> None:
     texts = {f"p{i}": f"camel {'caravan ' * i} salt {i}" for i in range(12)}
-    folder = put(
-        tmp_path / "msmarco",
-        {
-            "collection.tsv": "".join(f"{name}\t{text}\n" for name, text in texts.items()),
-            "msmarco-test2019-queries.tsv": "1\tcamel caravan\n2\tsalt 7\n3\tnobody judged\n",
-            "2019qrels-pass.txt": "1 Q0 p3 1\n1 Q0 p2 2\n1 Q0 p0 3\n2 Q0 p7 1\n2 Q0 p9 0\n",
-        },
-    )
-    given = [
-        *("data=msmarco_passage", f"data.path={folder}", "data.split=dl19", "retriever=bm25"),
-        *(f"cache_dir={tmp_path}", f"run_dir={tmp_path / 'run'}", "num_workers=0"),
-        'measures=[MRR@10,nDCG@10,R@100,"MRR(rel=1)@10"]',
-    ]
-    metrics = evaluate_config(compose(ROOT / "conf", "evaluate", given))
-    qrels = [*ir_measures.read_trec_qrels(str(folder / "2019qrels-pass.txt"))]
+    files = {
+        "collection.tsv": "".join(f"{name}\t{text}\n" for name, text in texts.items()),
+        "msmarco-test2019-queries.tsv": "1\tcamel caravan\n2\tsalt 7\n3\tnobody judged\n",
+        "2019qrels-pass.txt": "1 Q0 p3 1\n1 Q0 p2 2\n1 Q0 p0 3\n2 Q0 p7 1\n2 Q0 p9 0\n",
+    }
+    measures = 'measures=[MRR@10,nDCG@10,R@100,"MRR(rel=1)@10"]'
+    metrics = of_files(tmp_path, files, "data=msmarco_passage", "data.split=dl19", measures)
+    qrels = [*ir_measures.read_trec_qrels(str(tmp_path / "data/2019qrels-pass.txt"))]
     run = [*ir_measures.read_trec_run(str(tmp_path / "run" / metrics["run"]))]
     wanted = {
         "MRR(rel=2)@10": ir_measures.RR(rel=2) @ 10,
@@ -128,57 +128,38 @@ def test_what_counts_zero_is_reported(tmp_path: Path, caplog: pytest.LogCaptureF
         "queries.tsv": "1\tcamel\n2\tsalt\n3\tcaravan\n",
         "qrels.test.tsv": "1 0 p1 1\n1 0 gone 2\n2 0 gone 1\n3 0 p2 0\nnobody 0 p1 1\n",
     }
-    given = [
-        *("data=tsv", f"data.path={put(tmp_path / 'set', files)}", "data.unknown_ids=count"),
-        *(f"cache_dir={tmp_path}", f"run_dir={tmp_path / 'run'}", "num_workers=0"),
-        *("retriever=bm25", "measures=[R@10]"),
-    ]
     caplog.set_level("INFO")
-    metrics = evaluate_config(compose(ROOT / "conf", "evaluate", given))
-    assert metrics["overall"] == {"R@10": 1 / 8}
-    counts = ("queries", "without_relevant", "unknown_passages", "unknown_queries")
-    assert [metrics[name] for name in counts] == [4, 1, 2, 1]
+    more = ("data=tsv", "data.unknown_ids=count", "measures=[R@10]")
+    assert of_files(tmp_path, files, *more)["overall"] == {"R@10": 1 / 8}
     assert "mean over 4 judged queries" in caplog.text
     assert "2 judgements of passages unknown to the corpus" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "change", ["data.split=dev", pytest.param("bm25.k1=2", marks=pytest.mark.slow)]
-)
 def test_another_evaluation_is_refused_until_the_metrics_are_removed(
-    change: str, beir: Path, model: Path, tmp_path: Path, written: list[str]
+    beir: Path, folders: dict[str, str], tmp_path: Path, written: list[str]
 ) -> None:
-    retriever = "bm25" if change.startswith("bm25") else model
-    first = evaluate(beir, tmp_path / "run", retriever, SHORT)
+    run_dir, model = tmp_path / "run", folders["retriever"]
+    first = evaluate(beir, run_dir, model, SHORT)
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     written.clear()
-    assert evaluate(beir, tmp_path / "run", retriever, SHORT) == first
-    key, _, value = change.rpartition(".")[2].partition("=")
-    with refused("occupied-run-dir", f"{key}: ", f" -> {value}"):
-        evaluate(beir, tmp_path / "run", retriever, SHORT, change)
-    assert not written
-    (tmp_path / "run" / "metrics.json").unlink()
-    evaluate(beir, tmp_path / "run", retriever, SHORT, change)
-    assert sum(name.endswith(".trec") for name in written) == 1
-
-
-def test_results_of_another_model_or_collection_are_not_overwritten(
-    beir: Path, model: Path, tmp_path: Path
-) -> None:
-    own = write_beir(tmp_path / "data", seed=3)
-    evaluate(own, tmp_path / "run", model)
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert evaluate(beir, run_dir, model, SHORT) == first
+    for setting in ("data.split=dev", "attention=eager", "precision=bf16", "passage_length=8"):
+        key, _, value = setting.rpartition(".")[2].partition("=")
+        with refused("occupied-run-dir", f"{key}: ", f" -> {value}"):
+            evaluate(beir, run_dir, model, SHORT, setting)
     for retriever in ("bm25", f"[bm25,{model}]"):
-        with refused("occupied-run-dir", "retriever"):
-            evaluate(own, tmp_path / "run", retriever)
-    for setting in ("attention=eager", "precision=bf16", "passage_length=8"):
-        with refused("occupied-run-dir", setting.partition("=")[0]):
-            evaluate(own, tmp_path / "run", model, setting)
-    with refused("occupied-run-dir", "collection: ", "name="):
-        evaluate(beir, tmp_path / "run", model)
+        with refused("occupied-run-dir", "retriever", "name="):
+            evaluate(beir, run_dir, retriever)
+    with refused("occupied-run-dir", "collection: "):
+        evaluate(write_beir(tmp_path / "data", seed=3), run_dir, model)
     with refused("occupied-run-dir", "training"):
-        evaluate(beir, model.parent, "bm25")
+        evaluate(beir, Path(model).parent, "bm25")
+    assert not written
     assert before == {path: path.read_bytes() for path in before}
-    assert set(evaluate(own, tmp_path / "run", model, "measures=[R@5]")["overall"]) == {"R@5"}
+    assert set(evaluate(beir, run_dir, model, "measures=[R@5]")["overall"]) == {"R@5"}
+    (run_dir / "metrics.json").unlink()
+    evaluate(beir, run_dir, model, SHORT, "data.split=dev")
+    assert sum(name.endswith(".trec") for name in written) == 1
 
 
 def test_products_of_other_versions_are_made_again(
@@ -203,38 +184,23 @@ def test_products_of_other_versions_are_made_again(
         assert any(product in line and "versions.transformers" in line for line in caplog.messages)
 
 
-def test_exact_and_flat_find_the_same_and_an_approximate_index_reports_its_recall(
-    beir: Path, model: Path, tmp_path: Path
-) -> None:
-    shared, runs = f"store={tmp_path / 'store'}", {}
-    for index in ("flat", "exact", "hnsw"):
-        metrics = evaluate(beir, tmp_path / index, model, f"index={index}", shared)
-        lines = (tmp_path / index / metrics["run"]).read_text().splitlines()
-        runs[index] = [line.split()[:4] for line in lines]
-        assert ("recall_against_exact" in metrics["facts"]) == (index == "hnsw")
-    assert runs["flat"] == runs["exact"]
-    assert len(runs["flat"]) == 4 * 60
-    assert 0.5 < metrics["facts"]["recall_against_exact"] <= 1
-
-
 @pytest.mark.slow
 def test_evaluations_share_a_store_and_overwrite_nothing_of_one_another(
     beir: Path, folders: dict[str, str], tmp_path: Path, written: list[str]
 ) -> None:
-    second = write_beir(tmp_path / "data", seed=3)
-    rerank = f"reranker={folders['reranker']}"
-    both = f"[bm25,{folders['retriever']}]"
+    second, store = write_beir(tmp_path / "data", seed=3), tmp_path / "store"
+    rerank, dense = f"reranker={folders['reranker']}", folders["retriever"]
     evaluations: list[tuple[Any, ...]] = [
-        (beir, both, rerank, "rerank.depth=5"),
-        (beir, folders["retriever"], "data.split=train"),
-        (beir, folders["retriever"], "passage_length=8", "query_length=8"),
+        (beir, f"[bm25,{dense}]", rerank, "rerank.depth=5"),
+        (beir, dense, "data.split=train"),
+        (beir, dense, "passage_length=8", "query_length=8"),
         (second, "bm25", "bm25.k1=2", rerank, "rerank.depth=3"),
     ]
 
     def evaluated(number: int, name: str) -> dict[str, bytes]:
         data, *given = evaluations[number]
         home = tmp_path / f"{name}{number}"
-        evaluate(data, home, *given, f"store={tmp_path / 'store'}", SHORT, "index.k=9")
+        evaluate(data, home, *given, f"store={store}", SHORT, "index.k=9")
         return {path.name: path.read_bytes() for path in (home / "runs").glob("*.trec")}
 
     runs = [evaluated(0, "first")]
@@ -242,11 +208,9 @@ def test_evaluations_share_a_store_and_overwrite_nothing_of_one_another(
     runs.append(evaluated(1, "first"))
     assert set(written) == {"queries.train", "retriever.train.trec"}  # the passages are there
     runs += [evaluated(number, "first") for number in (2, 3)]
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
-    written.clear()
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
     assert [evaluated(number, "again") for number in range(len(evaluations))] == runs
-    assert all(name.endswith(".trec") for name in written)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in store.rglob("*")} == before
 
 
 def test_a_run_that_finds_nothing_counts_zero(tmp_path: Path) -> None:
@@ -260,40 +224,26 @@ def test_a_run_that_finds_nothing_counts_zero(tmp_path: Path) -> None:
         assert (metrics["queries"], metrics["missing"]) == (4, 4)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["metrics.json", "metrics.json.manifest.json", "runs/bm25.test.trec", "config.yaml"],
-)
-def test_a_damaged_file_of_an_evaluation_is_made_again(
-    name: str, beir: Path, tmp_path: Path
-) -> None:
-    first = evaluate(beir, tmp_path / "run", "bm25")
-    path = tmp_path / "run" / name
-    for damaged in ("", path.read_text().replace("0.", "1.")):
-        path.write_text(damaged)
-        again = evaluate(beir, tmp_path / "run", "bm25")
-        assert (again["overall"], again["per_query"]) == (first["overall"], first["per_query"])
-        assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == again
-
-
 def test_an_evaluation_without_its_record_is_not_overwritten(beir: Path, tmp_path: Path) -> None:
     evaluate(beir, tmp_path / "run", "bm25")
     (tmp_path / "run" / "config.yaml.manifest.json").write_text("")
-    with refused("occupied-run-dir", "record"):
+    with refused("occupied-run-dir", f"{tmp_path / 'run'}"):
         evaluate(beir, tmp_path / "run", "bm25")
 
 
 def test_ignore_identical_ids_drops_the_query_itself_at_the_same_depth(
-    counterarguments: Path, folders: dict[str, str], tmp_path: Path
+    counterarguments: Path, folders: dict[str, str], tmp_path: Path, caplog: Any
 ) -> None:
     def run_of(name: str, stage: str) -> list[list[str]]:
         text = (tmp_path / name / f"runs/{stage}.test.trec").read_text()
         return [line.split() for line in text.splitlines()]
 
     retrievers, small = f"[bm25,{folders['retriever']}]", ("index.k=7", SHORT)
-    evaluate(counterarguments, tmp_path / "kept", retrievers, *small)
     ignoring = ("ignore_identical_ids=true", *small)
     evaluate(counterarguments, tmp_path / "dropped", retrievers, *ignoring)
+    assert "queries are also passages" not in caplog.text
+    evaluate(counterarguments, tmp_path / "kept", retrievers, *small)
+    assert "counter: 6 of 6 queries are also passages" in caplog.text
     given = tmp_path / "kept/runs/bm25.test.trec"
     evaluate(counterarguments, tmp_path / "given", given, *ignoring)
     assert not any(line[0] == line[2] for line in run_of("given", "run"))
@@ -304,13 +254,3 @@ def test_ignore_identical_ids_drops_the_query_itself_at_the_same_depth(
         assert len(left) == len(kept) == 6 * 7
         pairs = {(line[0], line[2]) for line in left}
         assert all((line[0], line[2]) in pairs for line in kept if line[0] != line[2])
-
-
-def test_queries_that_are_passages_are_reported(
-    counterarguments: Path, beir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    evaluate(counterarguments, tmp_path / "ids", "bm25", SHORT, "ignore_identical_ids=true")
-    evaluate(beir, tmp_path / "beir", "bm25", SHORT)
-    assert "queries are also passages" not in caplog.text
-    evaluate(counterarguments, tmp_path / "warned", "bm25", SHORT)
-    assert "counter: 6 of 6 queries are also passages" in caplog.text

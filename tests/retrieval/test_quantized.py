@@ -12,9 +12,8 @@ from tests.retrieval.test_index import reference, vectors
 
 from caravan.retrieval import quantized
 from caravan.retrieval.exact import Exact
-from caravan.retrieval.index import ArrayBlocks
+from caravan.retrieval.index import ArrayBlocks, BestSegments
 from caravan.retrieval.quantized import Binary, Rescored
-from caravan.retrieval.segments import BestSegments
 
 PASSAGES = vectors(700, 20).astype(np.float16)  # 20 bits do not fill their last byte
 QUERIES = vectors(30, 20, seed=1)
@@ -85,27 +84,18 @@ def test_the_bytes_of_a_vector_are_those_in_memory(index: Rescored | Exact, size
         assert size * 700 <= len(write(held)) < size * 700 + 2000  # with ranges or centroids
 
 
-@pytest.mark.parametrize("index", [Rescored(), Binary()])
-def test_a_corpus_smaller_than_k_leaves_nothing_rows(index: Rescored) -> None:
-    index.build(ArrayBlocks(vectors(5)))
-    scores, rows = index.search(vectors(2, seed=1), 8)
-    assert (np.sort(rows[:, :5]) == np.arange(5)).all()
-    assert (rows[:, 5:] == -1).all()
-    assert (scores[:, 5:] == -np.inf).all()
-    assert index.search(vectors(3)[:0], 2)[1].shape == (0, 2)
-
-
 def test_an_evaluation_records_bytes_and_recall_and_reads_the_stored_vectors(
-    beir: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    beir: Path, folders: dict[str, str], tmp_path: Path
 ) -> None:
-    caplog.set_level("INFO", "caravan")
     store, runs = f"store={tmp_path / 'store'}", {}
-    for name, size in (("exact", 32), ("int8", 16), ("binary", 2)):
+    for name, size in (("exact", 32), ("flat", 64), ("int8", 16), ("binary", 2)):
         settings = (f"index={name}", "dim=16", store, "measures=[R@20]", "index.k=60")
-        metrics = evaluate(beir, tmp_path / name, model, *settings)
+        metrics = evaluate(beir, tmp_path / name, folders["retriever"], *settings)
         assert metrics["facts"]["bytes_per_vector"] == size
-        assert ("recall_against_exact" in metrics["facts"]) == (name != "exact")
-        assert f"index of 60 vectors, {size} bytes each" in caplog.messages
+        recall = metrics["facts"].get("recall_against_exact")
+        assert recall == (None if name in ("exact", "flat") else 1)
         lines = (tmp_path / name / metrics["run"]).read_text().splitlines()
         runs[name] = [line.split()[:4] for line in lines]
-    assert runs["exact"] == runs["int8"] == runs["binary"]  # all passages are candidates
+    assert len(runs["exact"]) == 4 * 60
+    # All passages are candidates.
+    assert runs["exact"] == runs["flat"] == runs["int8"] == runs["binary"]

@@ -11,16 +11,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from caravan.cli.schema import MOVED
-from caravan.cli.signatures import RESERVED, did_you_mean, locate, takes
+from caravan.cli.signatures import did_you_mean, locate, takes
 from caravan.encoding import adoption, read_encoding
 from caravan.errors import InputError, first_line
 from caravan.models.remote_code import SETTING, is_allowed
@@ -29,8 +28,6 @@ from caravan.retrieval.metrics import parse_measure
 KeyPath = tuple[str | int, ...]
 UNKNOWN = {"_target_": None}
 """Stands for a missing or unresolvable value; as a node, it is not validated again."""
-CIRCULAR = "it refers to itself"
-OBJECT = "a mapping with a _target_"
 NO_OBJECT = {"no_object", "needs_python_object", "callable_type"}
 """Types of pydantic's errors where an object is expected, which JSON cannot have."""
 
@@ -69,9 +66,11 @@ class Config:
 
     def __init__(self, cfg: DictConfig, root: type) -> None:
         self.targets: dict[KeyPath, Any] = {}
-        self._found: dict[str, Mistake] = {}
         self.references: set[str] = set()
+        self._found: dict[str, Mistake] = {}
+        self._unresolved: dict[str, tuple[str, str]] = {}  # raw text, and why it has no value
         self.values: dict[str, Any] = self._plain(cfg, ())
+        self._add_unresolved()
         for path, target in {(): root, **self.targets}.items():
             self._validate(path, target)
 
@@ -115,10 +114,10 @@ class Config:
             return [self._value(node, i, (*path, i), referred) for i in range(len(node))]
         values = {str(key): self._value(node, key, (*path, str(key)), referred) for key in node}
         if "_target_" in values and path and not referred:
-            name = values["_target_"]
             self.targets[path] = None
             try:
-                self.targets[path] = None if name == UNKNOWN else locate(str(name))
+                if values["_target_"] != UNKNOWN:
+                    self.targets[path] = locate(str(values["_target_"]))
             except LookupError as error:
                 self.add(dotted((*path, "_target_")), str(error))
         return values
@@ -130,9 +129,11 @@ class Config:
             return UNKNOWN
         try:
             value = parent[name]
+        except InterpolationToMissingValueError:
+            return UNKNOWN  # the missing value is a mistake itself
         except OmegaConfBaseException as error:
             raw: Any = OmegaConf.to_container(parent, resolve=False)
-            self._broken(key, str(raw[name]), error)
+            self._unresolved[key] = str(raw[name]), first_line(error)
             return UNKNOWN
         if refers or referred:
             self.references.add(key)
@@ -142,33 +143,28 @@ class Config:
             return UNKNOWN
         return self._plain(value, path, refers or referred)
 
-    def _broken(self, key: str, raw: str, error: OmegaConfBaseException) -> None:
-        """An interpolation without a value; one that refers to a broken value is left out."""
-        text = first_line(error)
-        lost = re.fullmatch("Interpolation key '(.+)' not found", text)
-        if "Recursive interpolation" in text:
-            if all(one.text != CIRCULAR for one in self._found.values()):
-                self.add(key, CIRCULAR)
-        elif lost is None and not isinstance(error, InterpolationToMissingValueError):
-            reason = text.partition("raised while resolving interpolation: ")[2] or text
-            self.add(key, f"it has no value: {reason}")
-        elif lost and lost[1] in raw:
-            self.add(key, f"${{{lost[1]}}} does not refer to a setting")
+    def _add_unresolved(self) -> None:
+        """Add interpolations without a value, but not those that only refer to another of them."""
+
+        def refers(key: str) -> bool:
+            return any(f"${{{other}" in self._unresolved[key][0] for other in self._unresolved)
+
+        reasons = set()
+        for key in sorted(self._unresolved, key=refers):
+            raw, why = self._unresolved[key]
+            if not refers(key) or why not in reasons:  # in a circle, all of them refer to others
+                self.add(key, f"{raw} has no value: {why}")
+            reasons.add(why)
 
     def _validate(self, path: KeyPath, target: Any) -> None:
         """Validate the arguments of a node, or the keys of the root."""
-        model, given = takes(target, node=bool(path)), self._at(path)
+        model, given = takes(target), self._at(path)
         if model is None:
             return
         places: dict[KeyPath, list[Any]] = {}
         try:
             data = json.dumps(given, ensure_ascii=False, default=str)
-            valid = model.model_validate_json(data.encode(errors="replace"))
-            for name, value in vars(valid).items() if path else ():
-                # A mapping with the keys of a class would reach the target as a mapping.
-                items = value if isinstance(value, list | tuple) else [value]
-                if any(is_dataclass(one) or isinstance(one, BaseModel) for one in items):
-                    self._no_object((*path, name.removeprefix("field_")))
+            model.model_validate_json(data.encode(errors="replace"))
         except ValidationError as error:
             for one in error.errors(include_url=False):
                 place = _place(one["loc"], given)
@@ -182,67 +178,53 @@ class Config:
 
     def _explain(self, path: KeyPath, errors: list[Any]) -> None:
         """Add the mistake of a key; the type of a union has an error for each of its members."""
-        key, kinds, first = dotted(path), {one["type"] for one in errors}, errors[0]
-        above, node = self._at(path[:-1]), path[:-1] in self.targets
-        owner = above["_target_"] if node else dotted(path[:-1]) or "the config"
-        value, text = first["input"], " or ".join(dict.fromkeys(map(_wanted, errors)))
-        if first["type"] == "missing" and isinstance(above, list):  # of a tuple
-            self.add(dotted(path[:-1]), "it has too few values")
-        elif first["type"] == "missing":
-            if above.get("_partial_") is not True and "_args_" not in above:
+        key, types, value = dotted(path), {one["type"] for one in errors}, errors[0]["input"]
+        above, owner = self._at(path[:-1]), dotted(path[:-1]) or "the config"
+        if path[:-1] in self.targets:
+            owner = above["_target_"]
+        if "missing" in types:
+            if "_partial_" not in above and "_args_" not in above:
                 self.add(key, f"{owner} needs it; give {key}=<value>")
-        elif kinds & {"extra_forbidden", "unexpected_keyword_argument"}:
-            names = self._neighbours(path)
-            listed = f"; it takes {', '.join(sorted(names))}" if 0 < len(names) <= 12 else ""
-            hint = self._meant(path, names | RESERVED.keys() if node else names) or listed
-            self.add(key, f"{owner} has no setting {path[-1]!r}{hint}")
-        elif isinstance(value, dict) and kinds & NO_OBJECT:
-            self._no_object(path)
-        elif isinstance(value, list) and kinds == {"needs_python_object"}:
-            # A collection of objects is no value of JSON; its items must be nodes.
-            if not all(isinstance(one, dict) and "_target_" in one for one in value):
-                self.add(key, f"it must be {OBJECT}, or a list of these, not a list of values")
-        elif kinds == {"value_error"} and text.startswith(f"{key}."):  # of a section's dataclass
+        elif types & {"extra_forbidden", "unexpected_keyword_argument"}:
+            self.add(key, f"{owner} has no setting {path[-1]!r}{self._meant(path)}")
+        elif types & NO_OBJECT and isinstance(value, dict):
+            hint = self._meant(path) or f"; give {key}=<option> or {key}._target_=<class>"
+            kind = "wrong" if value else "missing"  # empty: no option of a group is chosen
+            self.add(key, f"it has no _target_, so no class is chosen{hint}", kind)
+        elif not (types & NO_OBJECT and isinstance(value, list) and all(map(_is_node, value))):
+            # A collection of objects is no value of JSON.
+            self._explain_value(path, errors)
+
+    def _explain_value(self, path: KeyPath, errors: list[Any]) -> None:
+        """Add the mistake in a value: its type, its range, or what a validator of a class says."""
+        key, value = dotted(path), errors[0]["input"]
+        objects = dict.fromkeys(NO_OBJECT, "Input should be an object, with a _target_")
+        wanted = [objects.get(one["type"], one["msg"]) for one in errors]
+        text = " or ".join(dict.fromkeys(wanted)).removeprefix("Value error, ")
+        number = isinstance(value, bool | int | float)
+        if text.startswith(f"{key}."):  # the class of a section names the keys itself
             for problem in re.split(rf"; (?={re.escape(key)}\.)", text):
                 inner, _, rest = problem.partition(" ")
                 self.add(inner, f"it {rest}")
-        elif kinds == {"value_error"}:
-            self.add(key, f"it {text}; it is {value!r}")
-        elif "string_type" in kinds and isinstance(value, bool | int | float):
+        elif number and any(one["type"] == "string_type" for one in errors):
             kind = "wrong" if isinstance(path[-1], int) else "unquoted"
-            text = f"it must be {text}, not {value!r}; for a text put it into quotes"
-            self.add(key, f"{text}: \"{key}='...'\"", kind)
+            hint = f"put a text into quotes: \"{key}='...'\""
+            self.add(key, f"{text}, not {value!r}; {hint}", kind)
         else:
-            words = {dict: "a mapping", list: "a list", type(None): "null"}
-            choices = [name for one in errors for name in re.findall(r"'([^']*)'", one["msg"])]
-            near = did_you_mean(str(value), choices)
-            hint = f"; did you mean {near}?" if near else ""
-            self.add(key, f"it must be {text}, not {words.get(type(value), repr(value))}{hint}")
+            near = did_you_mean(str(value), re.findall(r"'([^']*)'", text))
+            self.add(key, f"{text}, not {value!r}" + (f"; did you mean {near}?" if near else ""))
 
-    def _no_object(self, path: KeyPath) -> None:
-        """A mapping where a node is expected; it is empty if no option of a group is chosen."""
-        key, empty = dotted(path), self._at(path) == {}
-        hint = f"; give {key}=<option>" if empty else self._meant(path, self._neighbours(path))
-        hint = hint or f"; give {key}._target_=<class>"
-        text = f"it has no _target_, so no class is chosen{hint}"
-        self.add(key, text, "missing" if empty else "wrong")
-
-    def _neighbours(self, path: KeyPath) -> set[str]:
-        """The keys that may be beside a key: those of the config, and arguments of a target."""
-        model, keys = takes(self.targets.get(path[:-1]), node=False), self._at(path[:-1])
-        names = {str(one.alias) for one in model.model_fields.values()} if model else set()
-        return (names | {str(one) for one in keys}) - {str(path[-1]), *RESERVED}
-
-    def _meant(self, path: KeyPath, names: set[str]) -> str:
-        """A hint at the key that was meant: one of `names` beside it, or one elsewhere."""
-        name = str(path[-1])
-        if len(path) == 1 and name in MOVED:
-            return f"; set {MOVED[name].format(self._at(path))}"
-        if near := did_you_mean(name, names):
+    def _meant(self, path: KeyPath) -> str:
+        """A hint at the key that was meant: one beside it, or one elsewhere."""
+        *_, name = path
+        model = takes(self.targets.get(path[:-1]))
+        beside = {str(one.alias) for one in model.model_fields.values()} if model else set()
+        beside |= {str(one) for one in self._at(path[:-1])} - {str(name)}
+        if near := did_you_mean(str(name), beside):
             return f"; did you mean {dotted((*path[:-1], near))}?"
         others = [one for one in _paths(self.values) if one[: len(path)] != path]
         elsewhere = {str(one[-1]): dotted(one) for one in others}
-        near = did_you_mean(name, elsewhere, cutoff=0.8)
+        near = did_you_mean(str(name), elsewhere, cutoff=0.8)
         return f"; did you mean {elsewhere[near]}?" if near else ""
 
 
@@ -251,14 +233,8 @@ def is_class(target: Any, *kinds: type) -> bool:
     return isinstance(target, type) and not set(kinds).isdisjoint(target.__mro__)
 
 
-def _wanted(error: Any) -> str:
-    """The type or range that an error of pydantic names, as the end of "it must be"."""
-    if error["type"] in NO_OBJECT:
-        return OBJECT
-    text = re.sub("^(Input|Value|List)( error,)? (should (be )?)?", "", error["msg"])
-    text = text.split(" after validation")[0]
-    text = text.replace("valid array", "list").replace("an object", "a mapping")
-    return text.replace("None", "null")
+def _is_node(value: Any) -> bool:
+    return isinstance(value, dict) and "_target_" in value
 
 
 def _place(loc: tuple[Any, ...], given: Any) -> KeyPath | None:
@@ -268,7 +244,7 @@ def _place(loc: tuple[Any, ...], given: Any) -> KeyPath | None:
         in_list = isinstance(given, list) and part in range(len(given))
         if in_list or (isinstance(given, dict) and part in given):
             given, place = given[part], (*place, part)
-            if isinstance(given, dict) and "_target_" in given:
+            if _is_node(given):
                 return None
     return place
 
@@ -295,15 +271,13 @@ def measures_are_computed(config: Config) -> None:
         depths: dict[str, int] = {}
         for i, measure in enumerate(config.get(f"{key}measures") or ()):
             try:
-                depths[measure] = parse_measure(measure).cutoff
+                depths[measure] = parse_measure(measure)["cutoff"]
             except InputError as error:
                 config.add(f"{key}measures[{i}]", str(error))
         depth, deepest = config.get(f"{key}index.k"), max(depths.values(), default=0)
         if depth is not None and depth < deepest:
-            kept = [f'"{one}"' if "(" in one else one for one in depths if depths[one] <= depth]
-            fewer = f"'{key}measures=[{','.join(kept)}]' or " if kept else ""
-            text = f"they need a depth of {deepest}, but the search returns k={depth}; set {fewer}"
-            config.add(f"{key}measures", f"{text}index.k={deepest}")
+            text = f"they need a depth of {deepest}, but the search returns k={depth}"
+            config.add(f"{key}measures", f"{text}; set index.k={deepest}")
 
 
 def model_folder(config: Config, key: str, kind: str = "", setting: str = SETTING) -> None:
@@ -324,8 +298,7 @@ def model_folder(config: Config, key: str, kind: str = "", setting: str = SETTIN
         if not folder.exists():
             bm25 = did_you_mean(name, ["bm25"] if kind == "retriever" else [])
             near = bm25 or neighbour(folder)
-            stage = " stage=reranker" if kind == "reranker" else ""
-            hint = f"; did you mean {near}?" if near else adoption(name, stage)
+            hint = f"; did you mean {near}?" if near else adoption(name)
             text = f"there is no folder {'or run file ' if runs else ''}{name}{hint}"
         elif folder.is_file():
             if not runs:

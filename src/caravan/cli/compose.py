@@ -9,6 +9,7 @@ compose together, keys have no types, and `caravan.cli.check` runs on what compo
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from contextlib import AbstractContextManager, suppress
@@ -31,19 +32,10 @@ from caravan.cli import schema, sources, sweeps
 from caravan.cli.check import Config, Mistake
 from caravan.cli.signatures import did_you_mean
 from caravan.cli.sources import TYPED, key_of, origin, shown, top
-from caravan.errors import InputError, first_line
+from caravan.errors import InputError
 
 WHOLE = {"experiment", "sweep"}
 """Groups whose options may set anything; null unless chosen."""
-ALIASES = {
-    **dict.fromkeys(("model", "encoder", "base_model", "network"), ("backbone", "retriever")),
-    **dict.fromkeys(("dataset", "datamodule", "corpus", "collection"), ("data",)),
-    **dict.fromkeys(("optim", "optimiser"), ("optimizer",)),
-    **dict.fromkeys(("criterion", "objective"), ("loss",)),
-    **dict.fromkeys(("adapter", "lora"), ("peft",)),
-    **dict.fromkeys(("exp", "recipe"), ("experiment",)),
-}
-"""Names of other projects for groups and settings."""
 FAILURES = (
     *(HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError),
     *(TypeError, AttributeError, AssertionError, RecursionError),
@@ -117,33 +109,25 @@ def preflight(argv: list[str], conf: Path, name: str) -> tuple[list[str], Path |
         The arguments for Hydra (strings that it would parse as numbers are quoted, a sweep has the
         values of its file), and the folder of a sweep. Raises an InputError as `refuse` does.
     """
-    args, unknown = sources.flags(argv)
-    if unknown:
-        key = unknown[0].lstrip("-").partition("=")[0]
-        if top(key) in {field.name for field in fields(schema.ROOTS[name])}:
-            raise InputError("unknown-option", f"{unknown[0]}: settings have no dashes: {key}=...")
-        return argv, None  # handled by Hydra
+    args = sources.flags(argv)
     more = Path(args.config_dir) if args.config_dir else None
     if more is not None and not more.is_dir():
         raise InputError("folder-not-found", f"--config-dir {more}: there is no such folder")
     folder = conf if args.config_path is None else Path(conf.parent, args.config_path)
     with Composer(folder, args.config_name or name, more, job=name) as composer:
-        if args.cfg or args.info:  # an incomplete config is shown if it can be composed
-            lines = composer.collect(args.overrides)[1]
-            with suppress(*FAILURES):
-                composer.compose(args.overrides)
-                lines = []
-        else:
-            sweep = sweeps.Sweep(composer, args.overrides)
-            if args.multirun or (sweep.cfg and sweep.cfg.hydra.mode == RunMode.MULTIRUN):
-                refuse(sweep.mistakes())
-                return sweep.arguments(argv)
-            same = sweep.single == args.overrides
-            lines = sweep.lines if same else composer.collect(args.overrides)[1]
-            if sweep.in_file:
-                lines.append("sweep (command line): it names several jobs; add -m to run them")
+        if args.cfg or args.info:  # Hydra shows an incomplete config, or why it does not compose
+            composer.collect(args.overrides)
+            return composer.as_read(argv), None
+        sweep = sweeps.Sweep(composer, args.overrides)
+        if args.multirun or (sweep.cfg and sweep.cfg.hydra.mode == RunMode.MULTIRUN):
+            refuse(sweep.mistakes())
+            return sweep.arguments(argv)
+        same = sweep.single == args.overrides
+        lines = sweep.lines if same else composer.collect(args.overrides)[1]
+        if sweep.in_file:
+            lines.append("sweep (command line): it names several jobs; add -m to run them")
         refuse(lines)
-        return [composer.quoted.get(text, text) for text in argv], None
+        return composer.as_read(argv), None
 
 
 class Composer(AbstractContextManager["Composer"]):
@@ -160,7 +144,6 @@ class Composer(AbstractContextManager["Composer"]):
         self.name, self.root = name, schema.ROOTS[job or name]
         self.known = {*WHOLE, *(field.name for field in fields(self.root))}
         self.folders = [folder.absolute() for folder in (conf, more) if folder is not None]
-        self._files = [file for folder in self.folders for file in folder.rglob("*.yaml")]
         self._before = HydraConfig.instance().cfg
         schema.register()
         Plugins.instance().register(sources.FurtherFolder)
@@ -171,9 +154,8 @@ class Composer(AbstractContextManager["Composer"]):
         sources.FurtherFolder.folder = None
         self.loader = GlobalHydra.instance().config_loader()
         self.parser = OverridesParser.create(config_loader=self.loader)
-        self._groups: dict[str, list[str]] = {}
-        self.quoted: dict[str, str] = {}
-        """Overrides as typed, and with quotes."""
+        self._options = functools.cache(lambda of: self.loader.get_group_options(of, None, name))
+        self._quoted: dict[str, str] = {}  # overrides whose text Hydra would read as a number
 
     def __exit__(self, *error: object) -> None:
         self._hydra.__exit__(None, None, None)
@@ -187,6 +169,10 @@ class Composer(AbstractContextManager["Composer"]):
         HydraConfig.instance().set_config(cfg)
         return cfg
 
+    def as_read(self, overrides: list[str]) -> list[str]:
+        """Overrides with the quotes that `collect` found necessary to keep a text as typed."""
+        return [self._quoted.get(text, text) for text in overrides]
+
     def collect(self, overrides: list[str]) -> tuple[DictConfig | None, list[str]]:
         """Compose and check; returns the config with Hydra's node and one line per mistake.
 
@@ -195,15 +181,8 @@ class Composer(AbstractContextManager["Composer"]):
         Raises:
             InputError: If conf/ itself cannot be composed.
         """
-        whole = sources.divided(overrides)
-        problems = {text: self._problem(text, whole.get(text, "")) for text in overrides}
-        # An unknown key is added, so that the check of all keys suggests what was meant.
-        valid = [
-            text if text.startswith("~") or self._is_known(text) else f"++{text.lstrip('+')}"
-            for text, why in problems.items()
-            if why is None
-        ]
-        cfg, kept, failed = self._compose_what_works(valid)
+        problems = {text: self._problem(text) for text in overrides}
+        cfg, kept, failed = self._compose_what_works([one for one in problems if not problems[one]])
         problems |= failed
         lines = [f"{text} (command line): {why}" for text, why in problems.items() if why]
         lost = {top(text) for text, why in problems.items() if why} - {top(text) for text in kept}
@@ -211,14 +190,11 @@ class Composer(AbstractContextManager["Composer"]):
             return None, lines  # further mistakes would be those of another config
         found = check(without_hydra(cfg), self.root)
         # Hydra parses texts as numbers where it can: 2024_11_29 is 20241129, 1e3 is 1000.0.
-        unquoted = {one.key for one in found if one.kind == "unquoted"}
-        for text in kept:
-            if key_of(text) in unquoted and (instead := sources.quoted(*text.split("=", 1))):
-                self.quoted[text] = instead
-        if self.quoted.keys() & set(kept):
-            kept = [self.quoted.get(text, text) for text in kept]
-            cfg = self.compose(kept)
-            found = check(without_hydra(cfg), self.root)
+        numbers = {one.key for one in found if one.kind == "unquoted"}
+        texts = [one for one in kept if key_of(one) in numbers and one not in self._quoted]
+        if texts:
+            self._quoted |= {text: sources.quoted(text) for text in texts}
+            return self.collect(overrides)
         origins = self._origins(kept)
         lines += [
             f"{one.key} ({origin(one.key, origins)}): {one.text}"
@@ -228,112 +204,89 @@ class Composer(AbstractContextManager["Composer"]):
         if cfg.hydra.job.chdir is True:
             text = "paths are relative to the working directory of the command; remove it"
             lines.append(f"hydra.job.chdir: {text}")
-        for text in kept:  # a choice without effect
+        for text in filter(self._is_group, kept):  # a choice without effect
             group, where = key_of(text), origin(key_of(text), origins)
-            null = text[0] != "~" and self._is_group(text) and cfg.get(group, text) is None
+            null = text[0] != "~" and cfg.get(group, text) is None
             if null and f"/{group}/" not in where and where != TYPED:
                 lines.append(f"{text} (command line): {where} sets {group} to null; remove it")
         return cfg, lines
 
-    def _problem(self, text: str, whole: str) -> str | None:
-        """What is wrong with an override alone; `whole`: see `sources.divided`."""
+    def _problem(self, text: str) -> str | None:
+        """What is wrong with an override alone."""
         try:
-            override = sources.parse(text, self.parser)
+            package = sources.parse(text, self.parser).package
         except HydraException as error:
-            return sources.unreadable(text, str(error), whole)
-        key, value = override.key_or_group, override.value()
-        if key in ALIASES and key not in self.known:
-            group = next(name for name in ALIASES[key] if name in self.known)
-            options = self._options(group) or [str(value)]
-            starts = [name for name in options if name.startswith(str(value))]
-            near = starts[0] if starts else did_you_mean(str(value), options)
-            return f"{self.name} has no setting {key!r}; did you mean {group}={near or '<option>'}?"
-        if not self._is_group(text) or override.is_delete() or key.startswith("hydra/"):
-            return None
-        names = value if isinstance(value, list) else [value]
-        if any(isinstance(name, dict | list | int | float) for name in names):
-            return f"{key} is a group; choose {key}=<option>, and set {key}.<setting>=<value>"
-        if key not in self.known and override.package is None:
-            return f"{self.name} has no group {key!r}"
-        if text.startswith("+") and override.package is None:
+            return sources.unreadable(text, error)
+        known = key_of(text) in self.known and self._is_group(text)
+        if known and text[0] == "+" and package is None:
             return f"write {text.lstrip('+')}, without +"
         return None
-
-    def _options(self, group: str) -> list[str]:
-        if group not in self._groups:
-            self._groups[group] = self.loader.get_group_options(group, None, self.name)
-        return self._groups[group]
 
     def _is_group(self, text: str) -> bool:
         """Whether an override chooses an option of a group."""
         return key_of(text) in WHOLE or bool(self._options(key_of(text)))
 
-    def _is_known(self, text: str) -> bool:
-        """Whether the key of an override is one of this program, of Hydra, or a group."""
-        return top(text) in {*self.known, "hydra"} or self._is_group(text)
+    def _compose_what_works(
+        self, overrides: list[str]
+    ) -> tuple[DictConfig, list[str], dict[str, str | None]]:
+        """Compose the valid overrides; returns the config, these, and why others are not."""
+        with suppress(*FAILURES):
+            return self.compose(list(map(self._added, overrides))), overrides, {}
+        try:
+            cfg = self.compose([])
+        except FAILURES as error:
+            refuse([self._reason(error)])
+        kept: list[str] = []
+        failed: dict[str, str | None] = {}
+        for text in sorted(overrides, key=lambda one: not self._is_group(one)):
+            try:
+                cfg = self.compose(list(map(self._added, [*kept, text])))
+                kept.append(text)
+            except FAILURES as error:
+                failed[text] = self._reason(error)
+        return cfg, kept, failed
+
+    def _added(self, text: str) -> str:
+        """A setting with ++, so that an unknown key composes, and the check says what was meant."""
+        if text[0] == "~" or top(text) == "hydra" or self._is_group(text):
+            return text
+        return f"++{self._quoted.get(text, text).lstrip('+')}"
 
     def _origins(self, overrides: list[str]) -> dict[str, str]:
         """Where each key of a config is set: the command line, or the last file, with its line."""
         files = []
-        composed = self.loader.compute_defaults_list(self.name, overrides, RunMode.RUN)
-        for default in composed.defaults:
+        for default in self.loader.compute_defaults_list(
+            self.name, overrides, RunMode.RUN
+        ).defaults:
             package = (default.package or "").replace("_global_", "")
             named = [folder / f"{default.config_path}.yaml" for folder in self.folders]
-            files += [(file, package) for file in named if file in self._files][:1]
+            files += [(file, package) for file in named if file.is_file()][:1]
         groups = [text for text in overrides if self._is_group(text)]
         return sources.origins(files, groups, [one for one in overrides if one not in groups])
 
-    def _compose_what_works(
-        self, overrides: list[str]
-    ) -> tuple[DictConfig, list[str], dict[str, str]]:
-        """Compose the valid overrides; returns the config, these, and why others are not."""
-        with suppress(*FAILURES):
-            return self.compose(overrides), overrides, {}
-        try:
-            cfg = self.compose([])
-        except FAILURES as error:
-            refuse([self._explain(error, self.name)])
-        kept: list[str] = []
-        failed = {}
-        for text in sorted(overrides, key=lambda one: not self._is_group(one)):
-            try:
-                cfg = self.compose([*kept, text])
-                kept.append(text)
-            except FAILURES as error:
-                failed[text] = self._explain(error, f"{key_of(text)}/{text.partition('=')[2]}")
-        return cfg, kept, failed
-
-    def _explain(self, error: Exception, file: str) -> str:
-        """Describe an exception while composing in one line; `file` was read last."""
-        text = " ".join(str(error).split())
-        if isinstance(error, MissingConfigException):
-            wanted = Path(error.missing_cfg_file or "")
-            group, options = wanted.parent.as_posix(), self._options(wanted.parent.as_posix())
-            near = did_you_mean(wanted.name, options)
+    def _reason(self, error: Exception) -> str:
+        """Why overrides do not compose, in one line."""
+        if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+            wanted = error.missing_cfg_file
+            group, _, name = wanted.rpartition("/")
+            options = error.options or ["none"]
+            near = did_you_mean(name, options)
             hint = f"did you mean {group}={near}?" if near else f"there are {', '.join(options)}"
-            return f"{self._selected_by(wanted)}there is no {wanted}; {hint}"
+            return f"{self._selected_by(group, name)}there is no {wanted}; {hint}"
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
             mark = error.problem_mark
             return f"{shown(Path(mark.name))}:{mark.line + 1}: not YAML: {error.problem}"
-        if isinstance(error, UnicodeDecodeError):
-            return f"{file}.yaml: not UTF-8: {error.reason}"
         if isinstance(error, RecursionError):
-            return f"{file} is nested too deeply, or its defaults include {file} again"
-        if "Ambiguous value" in text or "requires --multirun" in text:
-            remedy = "put a list into brackets, or a text into quotes"
-            return f"several values; add -m to run them all, {remedy}"
-        if text.startswith("Could not append to config"):
-            return "it is already set; remove the +"
-        if text.startswith("Could not override") and top(file) in self.known:
-            return f"{top(file)} has no such setting, or is null; choose {top(file)}=<option>"
-        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
-        return f"{text} {first_line(cause)}" if cause else text or repr(error)
+            return "it is nested too deeply, or its defaults include itself"
+        if "--multirun" in str(error):
+            return "several values; add -m to run them all, or put a list into brackets"
+        return sources.message(error)
 
-    def _selected_by(self, wanted: Path) -> str:
+    def _selected_by(self, group: str, name: str) -> str:
         """`file:line: ` of the defaults that select an option of a group, or nothing."""
-        choice = rf"\b{re.escape(wanted.parent.name)}\b.*:\s*{re.escape(wanted.name)}\b"
-        for file in self._files:
+        choice = re.compile(rf"\b{re.escape(group)}\b.*:\s*{re.escape(name)}\b")
+        for file in (file for folder in self.folders for file in folder.rglob("*.yaml")):
             for number, line in enumerate(file.read_text("utf-8", "replace").splitlines(), 1):
-                if re.search(choice, line):
+                if choice.search(line):
                     return f"{shown(file)}:{number}: "
         return ""

@@ -35,8 +35,9 @@ from caravan.retrieval.inference import Models
 from caravan.retrieval.interactive import Searcher, open_searcher
 from caravan.retrieval.pipeline import Evaluation
 from caravan.retrieval.rerank import Reranking
+from caravan.retrieval.stages import Stages
 from caravan.retrieval.store import Engine, Store
-from caravan.retrieval.systems import Component, Systems
+from caravan.retrieval.systems import Systems
 
 CORPUS = ("corpus.jsonl", "corpus.jsonl.gz")
 log = logging.getLogger(__name__)
@@ -89,19 +90,19 @@ def models_of(cfg: DictConfig) -> Models:
 def systems_of(cfg: DictConfig) -> Systems:
     """The systems of a config; raises for invalid settings before any work starts."""
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    parts = {}
-    for name in ("bm25", "index", "fuse"):
+    parts = ("bm25", "index", "fuse")
+    for name in parts:
         build(cfg, name)
-        parts[name] = Component(partial(build, cfg, name), settings[name])
     names = settings["retriever"]
     return Systems(
         retrievers=names if isinstance(names, list) else [names],
+        make=partial(build, cfg),
+        settings={name: settings[name] for name in parts},
         reranker=None if cfg.reranker is None else Path(cfg.reranker),
         rerank=Reranking(**settings["rerank"]),
         reading=Reading(**{one.name: settings[one.name] for one in fields(Reading)}),
         dim=cfg.dim,
         block=cfg.block,
-        **parts,
     )
 
 
@@ -127,18 +128,16 @@ def engine_of(cfg: DictConfig) -> Engine | None:
 
 def _open(cfg: DictConfig, models: Models, engine: Engine | None) -> Evaluation:
     data = build(cfg, "data")
-    return Evaluation(
+    stages = Stages(
         collection=data.collection(Path(cfg.cache_dir)),
         split=data.split,
         run_dir=Path(cfg.run_dir),
-        store=Path(cfg.store),
+        store=Store(Path(cfg.store), engine=engine),
         systems=systems_of(cfg),
         models=models,
-        measures=list(cfg.measures),
         ignore_identical_ids=cfg.ignore_identical_ids,
-        config=recorded(cfg),
-        engine=engine,
     )
+    return Evaluation(stages, list(cfg.measures), recorded(cfg))
 
 
 def _report(evaluation: Evaluation, metrics: dict[str, Any]) -> None:
@@ -189,13 +188,9 @@ def members(base: Path, entries: list[str]) -> list[Member]:
             for part in _parts(base, name) or [name]:
                 found.setdefault((part, split), name)
     names = [name for name, _ in found]
-
-    def folder(name: str, split: str) -> str:
-        """The evaluation folder; a collection with several splits has one folder per split."""
-        return f"{name}.{split}" if split and names.count(name) > 1 else name
-
+    several = {name for name in names if names.count(name) > 1}  # splits, with a folder each
     return [
-        Member(name, split or None, group, folder(name, split))
+        Member(name, split or None, group, f"{name}.{split}" if split and name in several else name)
         for (name, split), group in found.items()
     ]
 
@@ -227,19 +222,19 @@ def _named(base: Path, text: str) -> list[str]:
     if not set("*?[") & set(text):
         return [text]
     paths = sorted(path for path in base.glob(text) if not path.name.startswith("."))
-    names = [str(path.relative_to(base)) for path in paths if path.is_dir()]
-    return [name for name in names if _parts(base, name)]
+    return [name for path in paths if _parts(base, name := str(path.relative_to(base)))]
 
 
 def _parts(base: Path, name: str) -> list[str]:
     """A collection itself, or the collections in a folder."""
+    if _is_collection(base / name):
+        return [name]
+    inside = listed(base / name) if (base / name).is_dir() else []
+    return [f"{name}/{path.name}" for path in inside if _is_collection(path)]
 
-    def is_one(folder: Path) -> bool:
-        return any((folder / file).is_file() for file in CORPUS)
 
-    if is_one(base / name) or not (base / name).is_dir():
-        return [name] if is_one(base / name) else []
-    return [f"{name}/{path.name}" for path in listed(base / name) if is_one(path)]
+def _is_collection(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in CORPUS)
 
 
 def retrievers_can_search(config: Config) -> None:
@@ -251,8 +246,7 @@ def retrievers_can_search(config: Config) -> None:
         elif model not in (None, given):
             config.add("model", "retriever is given too; leave one of them out")
     weights = config.get("fuse.weights")
-    several = isinstance(given, list) and len(given) > 1 and weights is not None
-    if several and len(given) != len(weights):
+    if weights is not None and isinstance(given, list) and len(given) not in (1, len(weights)):
         text = f"there are {len(weights)} weights for {len(given)} runs; give one for each"
         config.add("fuse.weights", text)
     model_folder(config, "retriever" if model is None else "model", "retriever")
@@ -262,8 +256,8 @@ def retrievers_can_search(config: Config) -> None:
 def collections_are_there(config: Config) -> None:
     """Each entry of `collections` is a folder in data.path, or a pattern that matches some."""
     entries, path = config.get("collections") or [], config.get("data.path")
-    data = config.values.get("data")
-    if config.get("collections") is not None and data and "path" not in data:
+    data = config.get("data")
+    if entries and data and "path" not in data:
         text = "the data is one collection; choose data=beir data.path=<the folder of them all>"
         config.add("collections", text)
     if not isinstance(path, str) or not Path(path).is_dir():

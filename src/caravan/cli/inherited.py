@@ -83,27 +83,22 @@ def _kind(cfg: DictConfig) -> str:
 
 
 def log_encoding(cfg: DictConfig, given: Any) -> None:
-    """Log the settings that come from files of sentence-transformers, and those that differ."""
-    stated = {} if "folder" in cfg.backbone else _of_files(cfg).settings
-    taken = [_described(key, value) for key, value in stated.items() if given.get(key) is None]
+    """Log the settings that come from files of sentence-transformers, and those that differ.
+
+    Args:
+        given: the encoding of the config before it was completed.
+    """
+    if "folder" in cfg.backbone or not is_main_process():
+        return
+    stated, name = _of_files(cfg).settings, cfg.backbone.get("name")
+    taken = [f"{key}={value!r}" for key, value in stated.items() if given.get(key) is None]
     differing = [
         f"{key}={cfg.encoding[key]!r}, there {value!r}"
         for key, value in stated.items()
         if cfg.encoding[key] != value
     ]
-    if taken and is_main_process():
-        log.info("encoding from the files of %s: %s", cfg.backbone.name, ", ".join(taken))
-    if differing and is_main_process():
+    if taken:
+        log.info("encoding from the files of %s: %s", name, ", ".join(taken))
+    if differing:
         text = "the encoding differs from the files of %s: %s"
-        log.warning(text, cfg.backbone.name, "; ".join(differing))
-
-
-def _described(key: str, value: Any) -> str:
-    """A setting in words if its value alone says little, else as it is typed."""
-    if key == "normalize":
-        return "embeddings are normalized" if value else "embeddings are not normalized"
-    if key == "append_eos" and not value:
-        return "no EOS is appended"
-    if key == "dim":
-        return f"the first {value} dimensions" if value else "all dimensions"
-    return f"{key}={value!r}"
+        log.warning(text, name, "; ".join(differing))

@@ -28,21 +28,19 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError
 
-from caravan.cli import schema
+from caravan.cli import schema, sources
 from caravan.distributed import is_main_process
 from caravan.errors import (
     FAILED,
     INTERRUPTED,
     TERMINATED,
     USER,
-    InputError,
     OccupiedError,
     disk_error,
     first_line,
@@ -54,7 +52,6 @@ from caravan.files import claimed
 from caravan.report import jobs
 
 log = logging.getLogger("caravan")
-_code = INTERRUPTED  # exit code of an interrupted run
 ANSWERED = {"--help", "-h", "--hydra-help", "--version", "-sc", "--shell-completion"}
 """Flags that Hydra handles without running a job."""
 LIBRARIES = tuple(f"Error in call to target '{name}." for name in ("pytorch_lightning", "torch"))
@@ -85,32 +82,27 @@ def entry(
         @functools.wraps(task)
         def run() -> None:
             _prepare_process()
+            typed = program_name or Path(inspect.getfile(task)).name
+            os.environ[schema.COMMAND] = f"python {typed} {shlex.join(sys.argv[1:])}".rstrip()
+            if not sys.argv[1:]:
+                sys.argv.append("--help")
+            sweep, failed = None, False
             try:
-                typed = program_name or Path(inspect.getfile(task)).name
-                os.environ[schema.COMMAND] = f"python {typed} {shlex.join(sys.argv[1:])}".rstrip()
-                if not conf.is_dir():
-                    text = f"{conf} does not exist; run this in a checkout of Caravan"
-                    raise InputError("folder-not-found", text)
-                if not sys.argv[1:]:
-                    sys.stdout.write(_usage(conf, name, typed))
-                    raise SystemExit(USER)
-                sweep = None
                 if not ANSWERED & set(sys.argv[1:]):
                     from caravan.cli import compose  # it imports torch
 
                     sys.argv[1:], sweep = compose.preflight(sys.argv[1:], conf, name)
-                failed = False
                 try:
                     program(_job(task, root))()
                 except _Failed:  # raised after all jobs have run
                     failed = True
                 if sweep is not None:
                     _end_of_sweep(sweep, failed)
-            except KeyboardInterrupt:
-                _interrupted(root)
+            except KeyboardInterrupt as stop:
+                _interrupted(root, stop)
             except SystemExit as stop:
                 if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning has caught it
-                    _interrupted(root)
+                    _interrupted(root, stop.__context__)
                 raise
             except Exception as error:
                 message = _sentence(error)
@@ -162,7 +154,7 @@ def _job(task: Task, root: type) -> Task:
             return task(cfg)
         except RuntimeError as error:
             if is_termination(error):
-                _terminate(signal.SIGTERM, None)
+                raise _Terminated from error
             raise
 
     return job
@@ -186,11 +178,8 @@ def _job_of_sweep(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
         if finished and isinstance(error, OccupiedError):  # keep the record
             log.error(mistake)
         elif is_main_process():
-            lines = (mistake or str(error)).strip().splitlines()
-            reason = f"{type(error).__name__}: {''.join(lines[:1])}"
-            if mistake:  # a heading, then the first mistake
-                reason = " ".join(line.strip() for line in lines[:2])
-            jobs.write(run_dir, overrides, jobs.FAILED, reason)
+            reason = mistake or f"{type(error).__name__}: {first_line(error)}"
+            jobs.write(run_dir, overrides, jobs.FAILED, " ".join(reason.split()))
             log.error(mistake if mistake else "the job failed", exc_info=mistake is None)
         raise _Failed from error
     if is_main_process():
@@ -222,10 +211,9 @@ def _end_of_sweep(folder: Path, failed: bool) -> None:
 def _sentence(error: BaseException) -> str | None:
     """The message of a user error, including errors of Hydra; None for any other exception."""
     if isinstance(error, InterpolationResolutionError):
-        where = f"{error.full_key}: its" if error.full_key else "a"
-        return f"{where} value cannot be resolved: {first_line(error)}"
+        return f"{error.full_key or 'a setting'} has no value: {first_line(error)}"
     if isinstance(error, HydraException) and not isinstance(error, InstantiationException):
-        return " ".join(str(error.__cause__ or error).split())
+        return sources.message(error)
     while isinstance(error, InstantiationException):
         text, _, key = str(error).partition("full_key: ")
         if error.__cause__ is None:  # Hydra rejects the target, such as subprocess.run
@@ -277,25 +265,15 @@ def _thread_failed(args: Any) -> None:
 
 
 def _terminate(number: int, frame: Any) -> None:
-    global _code
-    _code = TERMINATED
     raise _Terminated
 
 
-def _interrupted(root: Any) -> None:
+def _interrupted(root: Any, error: KeyboardInterrupt) -> None:
     command = "the same command"
     if any(key.name == "resume" for key in fields(root)):
         command += " with resume=true"
-    _leave(f"interrupted; {command} continues", _code)
-
-
-def _usage(conf: Path, name: str, program: str) -> str:
-    """The text to print without arguments."""
-    texts = yaml.safe_load((conf / f"{name}.yaml").read_text("utf-8"))["hydra"]["help"]
-    return (
-        f"usage: python {program} key=value ...\n\n{texts['header'].rstrip()}\n\n"
-        f"  python {program} --help            all groups and options\n"
-    )
+    code = TERMINATED if isinstance(error, _Terminated) else INTERRUPTED
+    _leave(f"interrupted; {command} continues", code)
 
 
 def _leave(message: str, code: int) -> None:

@@ -39,16 +39,14 @@ def _chosen(value: Any) -> Any:
 
 
 def _printable(text: str) -> str:
-    if not text.strip():
-        raise ValueError("is empty")
-    if re.search(r"[\x00-\x1f\x7f]", text):
-        raise ValueError("has a control character")
+    if not text.strip() or re.search(r"[\x00-\x1f\x7f]", text):
+        raise ValueError("must have visible characters, and no control characters")
     return text
 
 
 def _named(text: str) -> str:
     if not text.strip("/ ."):
-        raise ValueError("is empty, so the run would have the folder of all runs")
+        raise ValueError("must have a name for a folder of its own")
     return text
 
 
@@ -198,8 +196,6 @@ class Search(Pipeline):
 
 
 ROOTS: dict[str, type] = {"train": Train, "evaluate": Evaluate, "search": Search}
-MOVED = {"init_from": "backbone=from_folder backbone.folder={}"}
-"""Former settings, and what to type instead."""
 COMMAND = "CARAVAN_COMMAND"
 """The environment variable with the command line, for jobs of a sweep in other processes."""
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 import inspect
+import pydoc
 import sys
 from collections.abc import Iterable
 from types import SimpleNamespace
@@ -42,10 +42,11 @@ def locate(target: str) -> Any:
     """
     place, _, name = target.rpartition(".")
     try:
-        found = _found(target)
-        names = [] if callable(found) else dir(_found(place))
+        found = pydoc.locate(target)
+        names = [] if callable(found) else dir(pydoc.locate(place))
     except Exception as error:  # of the code of a module
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        cause = getattr(error, "value", error)  # pydoc.ErrorDuringImport has it
+        reason = f"{type(cause).__name__}: {first_line(cause)}"
         raise LookupError(f"{target} cannot be imported: {reason}") from error
     if callable(found):
         return found
@@ -54,28 +55,12 @@ def locate(target: str) -> Any:
     raise LookupError(f"there is no class or function {target!r}{hint}")
 
 
-def _found(path: str) -> Any:
-    """A module, or an attribute of one; None if there is none."""
-    place, _, name = path.rpartition(".")
-    if not name:
-        return None
-    try:
-        return importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if not f"{path}.".startswith(f"{error.name}."):
-            raise
-    return getattr(_found(place), name, None)
-
-
 @functools.cache
-def takes(target: Any, node: bool = True) -> type[BaseModel] | None:
+def takes(target: Any) -> type[BaseModel] | None:
     """A model of the arguments of a class or function; None for some of C, which have no signature.
 
     It validates JSON in strict mode, whose types are those of YAML: a list is accepted for a tuple,
     and a text for a path or an enum, but no text for a number.
-
-    Args:
-        node: the arguments may include `RESERVED`.
     """
     try:
         parameters = inspect.signature(target).parameters.values()
@@ -87,7 +72,7 @@ def takes(target: Any, node: bool = True) -> type[BaseModel] | None:
         scope |= getattr(sys.modules.get(base.__module__), "__dict__", {})
     scope |= getattr(inspect.unwrap(maker), "__globals__", {})
     config = ConfigDict(arbitrary_types_allowed=True, strict=True, extra="forbid")
-    fields: dict[str, Any] = {name: (hint, None) for name, hint in RESERVED.items() if node}
+    fields: dict[str, Any] = {name: (hint, None) for name, hint in RESERVED.items()}
     for one in parameters:
         if one.kind is one.VAR_KEYWORD:
             config["extra"] = "allow"

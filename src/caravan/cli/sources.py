@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentError, ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
@@ -32,31 +31,30 @@ class FurtherFolder(SearchPathPlugin):
             search_path.prepend("command-line", f"file://{self.folder}", before)
 
 
-def flags(argv: list[str]) -> tuple[Namespace, list[str]]:
-    """Hydra's flags and `overrides` of a command line, and the options that are unknown.
+def flags(argv: list[str]) -> Namespace:
+    """Hydra's flags and the `overrides` of a command line.
 
     Raises:
-        InputError: "conflicting-flags", which Hydra would refuse with a traceback.
+        InputError: "conflicting-flags" or "unknown-option".
     """
-    parser = ArgumentParser(add_help=False)
+    parser = ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("overrides", nargs="*")
-    for names in ("-m --multirun", "-r --run", "--resolve"):
-        parser.add_argument(*names.split(), action="store_true")
-    for names in ("-cp --config-path", "-cn --config-name", "-cd --config-dir", "-c --cfg"):
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("-m", "--multirun", action="store_true")
+    modes.add_argument("-r", "--run", action="store_true")
+    modes.add_argument("-c", "--cfg")
+    modes.add_argument("-i", "--info", nargs="?", const="all")
+    parser.add_argument("--resolve", action="store_true")
+    for names in ("-p --package", "-cp --config-path", "-cn --config-name", "-cd --config-dir"):
         parser.add_argument(*names.split())
-    parser.add_argument("-p", "--package")
-    parser.add_argument("-i", "--info", nargs="?", const="all")
-    args, unknown = parser.parse_known_args(argv)
-    given = [f"--{name}" for name in ("cfg", "info", "run", "multirun") if getattr(args, name)]
-    if len(given) > 1:
-        remedy = f"leave out {' and '.join(given[1:])}"
-        if args.multirun and not args.run:
-            remedy += ", and give each setting one value"
-        text = f"{given[0]} cannot be combined with {given[1]}: it is for one job; {remedy}"
-        raise InputError("conflicting-flags", text)
-    if args.resolve and not args.cfg:
-        raise InputError("conflicting-flags", "--resolve is an option of --cfg; add --cfg job")
-    return args, unknown
+    try:
+        args, unknown = parser.parse_known_args(argv)
+    except ArgumentError as error:
+        raise InputError("conflicting-flags", str(error)) from None
+    if unknown:
+        text = "not an option; settings have no dashes (key=value), and stand together"
+        raise InputError("unknown-option", f"{unknown[0]}: {text}")
+    return args
 
 
 def key_of(text: str) -> str:
@@ -78,68 +76,38 @@ def parse(text: str, parser: OverridesParser) -> Override:
     try:
         return parser.parse_overrides([text])[0]
     except (RecursionError, ValueError) as error:
-        deep = isinstance(error, RecursionError)
-        raise HydraException("nested too deeply" if deep else str(error)) from error
+        raise HydraException(str(error)) from error
 
 
-def quoted(key: str, given: str) -> str | None:
-    """The override with its value in quotes; None if Hydra would still not read the same text."""
-    escaped = given.replace("'", "\\'")
-    text = f"{key}='{escaped}'"
-    try:
-        same = parse(text, OverridesParser.create()).value() == given
-    except HydraException:
-        return None
-    return text if same else None
+def quoted(text: str) -> str:
+    """An override with its value in quotes, so that Hydra reads a string.
 
-
-def divided(overrides: list[str]) -> dict[str, str]:
-    """Map words without a key to the override that the shell probably split at spaces.
-
-    >>> divided(["name=my", "long", "run", "seed=1"])
-    {'long': 'name=my long run', 'run': 'name=my long run'}
+    >>> quoted("name=2024_11_29")
+    "name='2024_11_29'"
     """
-    parts: list[str] = []
-    words: dict[str, list[str]] = {}
-    for text in overrides:
-        if "=" in text or text.startswith("~"):
-            parts = [text]
-        elif parts:
-            parts.append(text)
-            words[text] = parts
-    return {text: " ".join(parts) for text, parts in words.items()}
+    key, _, value = text.partition("=")
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
 
-def unreadable(text: str, reason: str, whole: str = "") -> str:
-    """Why an override cannot be read, with the text to type instead.
-
-    Args:
-        whole: see `divided`.
-    """
-    name, equals, given = text.partition("=")
+def unreadable(text: str, error: HydraException) -> str:
+    """Why an override cannot be read, and how it is written."""
+    key, equals, value = text.partition("=")
     if not equals:
-        name, _, given = whole.partition("=")
-        instead = whole if given[:1] in ("[", "{") else quoted(name, given) if given else None
-        remedy = f"; quote a value that contains spaces: {_typed(instead)}" if instead else ""
-        return f"not a setting; write key=value{remedy}"
-    if given.startswith("~"):
-        home = f"\"{name}='$HOME{given[1:]}'\""
-        return f"the shell does not expand ~ there; put it into quotes: {home}"
-    reason = f"cannot be read: {reason.splitlines()[0]}"
-    instead = quoted(name, given)
-    if instead is None or given[:1] in "[{'\"" or "Error while evaluating" in reason:
-        return reason
-    return f"{reason}; put it into quotes: {_typed(instead)}"
+        return "not a setting; write key=value, and quotes around a value that contains spaces"
+    inside = "$HOME/..." if value.startswith("~") else "..."
+    remedy = f"put a text with special characters into both quotes: \"{key}='{inside}'\""
+    return f"cannot be read: {str(error).splitlines()[0]}; {remedy}"
 
 
-def _typed(override: str) -> str:
-    """An override as it is typed into a shell."""
-    return shlex.quote(override) if set('"$`\\!') & set(override) else f'"{override}"'
+def message(error: Exception) -> str:
+    """What Hydra says, in one line; the cause, if it is OmegaConf's."""
+    return " ".join(str(error.__cause__ or error).split()) or repr(error)
 
 
 def lines_of(tree: yaml.Node | None, key: str = "", line: int = 1) -> Iterator[tuple[str, int]]:
     """The keys that a YAML tree sets, aliases expanded, with their lines from 1."""
-    yield key, line
+    if key:
+        yield key, line
     children: list[tuple[str, yaml.Node, yaml.Node]] = []
     if isinstance(tree, yaml.SequenceNode):
         children = [(f"[{i}]", item, item) for i, item in enumerate(tree.value)]
@@ -156,16 +124,17 @@ def origins(files: list[tuple[Path, str]], groups: list[str], values: list[str])
         files: of the config, in the order in which they are merged, with their packages.
         groups: the overrides that choose options; values: the others.
     """
-    keys = [key_of(text) for text in values]
-    inside = tuple(f"{key}{end}" for key in keys for end in ".[")
-    found = {key_of(text): TYPED for text in [*groups, *values]}
+    found: dict[str, str] = {}
     for file, package in files:
         tree = yaml.compose(file.read_text("utf-8"), Loader=yaml.SafeLoader)
-        for key, line in lines_of(tree, package):
-            if key and key not in keys and not key.startswith(inside):
-                found[key] = f"{shown(file)}:{line}"
-    for key in keys:  # its parents may be in no file
-        for end in re.finditer(r"\.", key):
+        found |= {key: f"{shown(file)}:{line}" for key, line in lines_of(tree, package)}
+    for key in map(key_of, groups):
+        found.setdefault(key, TYPED)
+    for key in map(key_of, values):
+        inside = (f"{key}.", f"{key}[")
+        found = {one: place for one, place in found.items() if not one.startswith(inside)}
+        found[key] = TYPED
+        for end in re.finditer(r"\.", key):  # its parents may be in no file
             found.setdefault(key[: end.start()], TYPED)
     return found
 

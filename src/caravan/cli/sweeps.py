@@ -7,7 +7,6 @@ when it starts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,6 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from caravan.cli import sources
-from caravan.cli.signatures import locate
 from caravan.distributed import world_size
 
 if TYPE_CHECKING:
@@ -27,6 +25,8 @@ MOST_JOBS = 24
 """Jobs that are checked before a sweep starts."""
 MOST_VALUES = 10_000
 """Values of one key in a sweep."""
+ONE_PROCESS = (".BasicLauncher", ".JoblibLauncher", ".RayLauncher")
+"""Launchers that run each job in one process."""
 
 
 class Sweep:
@@ -61,16 +61,11 @@ class Sweep:
         if self.cfg is None:
             return self.lines
         values, lines = {}, []
-        sweeper = OmegaConf.select(self.cfg, "hydra.sweeper._target_")
         for text, one in self.varied.items():
             try:
                 values[one.get_key_element()] = found = _values(one)
-                if one.is_interval_sweep() and str(sweeper).endswith(".BasicSweeper"):
-                    raise ValueError("the sweeper takes values; choose hydra/sweeper=optuna")
-                if len(found) > MOST_VALUES:
-                    raise ValueError(f"these are more than {MOST_VALUES:,} jobs")
-                if not found and one.is_discrete_sweep():
-                    raise ValueError("no option matches")
+                if one.is_discrete_sweep() and not 0 < len(found) <= MOST_VALUES:
+                    raise ValueError(f"it has no value, or more than {MOST_VALUES:,}")
             except (ValueError, ArithmeticError, HydraException) as error:
                 lines.append(f"{text} (command line): {error}")
         if lines:
@@ -95,24 +90,23 @@ class Sweep:
         The values in its file are among them, since Hydra would resolve references in these before
         there is a job. A folder of a job is named by what differs between jobs.
         """
-        quoted = self.composer.quoted
-        now = dict(quoted)
+        assert self.cfg is not None
+        now = dict(zip(self.single, self.composer.as_read(self.single), strict=True))
+        swept = set()
         for text, one in self.varied.items():
-            given = [f"{one.get_key_element()}={value}" for value in _values(one)]
-            if given:
-                values = (quoted.get(each, each).partition("=")[2] for each in given)
-                now[text] = f"{one.get_key_element()}={','.join(values)}"
-        swept = {one.get_key_element() for one in self.varied.values()}
+            key = one.get_key_element()
+            swept.add(key)
+            given = self.composer.as_read([f"{key}={value}" for value in _values(one)])
+            values = ",".join(value.partition("=")[2] for value in given)
+            now[text] = f"{key}={values}" if given else text
         keys = dict.fromkeys(["run_dir", "name", *map(sources.key_of, self.single)])
         left_out = [key for key in keys if key not in swept and not key.startswith("hydra")]
-        cfg = self.composer.compose([quoted.get(text, text) for text in self.single])
-        folder = cfg.hydra.sweep.dir
-        known = {*self.single, *self.varied}
-        flags = [text for text in argv if text not in known]
-        overrides = [text for text in argv if text in known]  # together, also before a last -m
+        folder = self.cfg.hydra.sweep.dir
+        flags = [text for text in argv if text not in now]
+        typed = [text for text in argv if text in now]  # together, also before a last -m
         return [
             *flags,
-            *(now.get(text, text) for text in [*overrides, *self.in_file]),
+            *(now[text] for text in [*typed, *self.in_file]),
             f"hydra.job.config.override_dirname.exclude_keys=[{','.join(left_out)}]",
             f"hydra.sweep.dir='{folder}'",
         ], Path(folder)
@@ -134,20 +128,18 @@ def _values(override: Override) -> list[str]:
     return list(islice(override.sweep_string_iterator(), MOST_VALUES + 1))
 
 
-def _of_launcher(cfg: DictConfig) -> Iterator[str]:
-    """A launcher may need a package; a job that is one process has one device."""
-    target = str(OmegaConf.select(cfg, "hydra.launcher._target_"))
-    try:
-        locate(target)
-    except LookupError as error:
-        yield f"hydra/launcher: {error}; install its plugin of Hydra, or leave it out"
-    if not target.endswith((".BasicLauncher", ".JoblibLauncher", ".RayLauncher")):
-        return
+def _of_launcher(cfg: DictConfig) -> list[str]:
+    """Mistakes in a job that runs in one process: it has one device."""
+    if not str(OmegaConf.select(cfg, "hydra.launcher._target_")).endswith(ONE_PROCESS):
+        return []
     instead = "start the jobs one by one, or choose hydra/launcher=slurm"
+    lines = []
     if world_size() > 1:
-        yield f"-m: a sweep is one process, and {world_size()} were started together; {instead}"
-    for name in ("devices", "num_nodes"):
-        number = OmegaConf.select(cfg, f"trainer.{name}")
+        text = f"a sweep is one process, and {world_size()} were started together"
+        lines.append(f"-m: {text}; {instead}")
+    for key in ("trainer.devices", "trainer.num_nodes"):
+        number = OmegaConf.select(cfg, key)
         one_device = isinstance(number, ListConfig) and len(number) == 1
         if number not in (None, 1, "1") and not one_device:
-            yield f"trainer.{name}: a job of this sweep runs in one process; {instead}"
+            lines.append(f"{key}: a job of this sweep runs in one process; {instead}")
+    return lines

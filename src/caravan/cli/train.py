@@ -90,11 +90,10 @@ def source_facts(source: Any) -> dict[str, Any]:
     sources = [source]
     if isinstance(source, Mixture):
         sources = [entry.source for entry in source.entries.values()]
-    names = {"datasets": "hub_id", "language": "language"}
-    found = {
-        fact: list(dict.fromkeys(filter(None, (getattr(one, name, None) for one in sources))))
-        for fact, name in names.items()
-    }
+    found = {}
+    for fact, name in (("datasets", "hub_id"), ("language", "language")):
+        values = dict.fromkeys(getattr(one, name, None) for one in sources)
+        found[fact] = [value for value in values if value]
     return {fact: values for fact, values in found.items() if values}
 
 
@@ -129,11 +128,10 @@ def recipe(cfg: DictConfig) -> dict[str, Any]:
 
 def stage_suits_the_encoding(config: Config) -> None:
     """The model folder says what the stage has trained."""
-    kind, direction = config.get("encoding.kind"), config.get("backbone.bidirectional") or False
-    if config.is_a("stage", Reranker) and kind != "reranker":
-        config.add("encoding.kind", "the stage trains a reranker; set it to reranker")
-    if config.is_a("stage", Retriever, Adaptation) and kind != "retriever":
-        config.add("encoding.kind", "the stage trains an embedding model; set it to retriever")
+    direction = config.get("backbone.bidirectional") or False
+    for kind, stages in (("reranker", [Reranker]), ("retriever", [Retriever, Adaptation])):
+        if config.is_a("stage", *stages) and config.get("encoding.kind") != kind:
+            config.add("encoding.kind", f"the stage trains a {kind}; set it to {kind}")
     if config.get("encoding.bidirectional") != direction:
         config.add("encoding.bidirectional", "it follows backbone.bidirectional; set that")
     if config.is_a("stage", Adaptation) and direction is True:
@@ -161,31 +159,25 @@ def reranker_has_candidates(config: Config) -> None:
         text = "a reranker has candidates for the dev queries only; leave it null, and rerank a run"
         text += " of the training queries with evaluate.py"
         config.add("validation.train_queries", text)
-    numbers = {"sampler.number": config.get("sampler.number")}
-    for name, entry in entries.items():
-        numbers[f"data.entries.{name}.number"] = entry.get("number")
-    for key, number in numbers.items():
+    numbers = {f"data.entries.{name}.number": one.get("number") for name, one in entries.items()}
+    for key, number in {"sampler.number": config.get("sampler.number"), **numbers}.items():
         if number == 0 and not _likelihoods(config):
-            text = "a reranker compares a positive with its negatives; set it to 1 or more"
-            config.add(key, text)
+            config.add(
+                key, "a reranker compares a positive with its negatives; set it to 1 or more"
+            )
 
 
-def mixture_can_be_trained(config: Config) -> None:
-    """A mixture has collections, and each query something to be compared with."""
-    if not config.is_a("data", Mixture):
-        return
-    entries, stage = _entries(config), config.get("stage") or {}
-    if not entries and config.get("data.entries") is not None:
-        text = "there is no collection; add them as"
-        config.add("data.entries", f"{text} +data@data.entries.<name>.source=<option>", "missing")
-    for name, entry in entries.items():
-        key, number = f"data.entries.{name}", entry.get("number")
+def mixture_has_comparisons(config: Config) -> None:
+    """Each query of a mixture has something to be compared with."""
+    stage = config.get("stage") or {}
+    for name, entry in _entries(config).items():
+        key, number = f"data.entries.{name}.in_batch", entry.get("number")
         number = config.get("sampler.number") if number is None else number
         if entry.get("in_batch") is True and stage.get("in_batch") is False:
-            config.add(f"{key}.in_batch", "stage.in_batch is false; set that to true")
+            config.add(key, "stage.in_batch is false; set that to true")
         if entry.get("in_batch") is False and number == 0:
             text = "without negatives of the batch a query needs its own; set number to 1 or more"
-            config.add(f"{key}.in_batch", text)
+            config.add(key, text)
 
 
 def _entries(config: Config) -> dict[str, dict[str, Any]]:
@@ -197,18 +189,9 @@ def _entries(config: Config) -> dict[str, dict[str, Any]]:
 
 def loss_has_its_scores(config: Config) -> None:
     """A loss has a teacher's scores or embeddings, or log probabilities, if it needs them."""
-    if config.get("loss.dims") is not None and not config.is_a("stage", Retriever):
-        config.add(
-            "loss.dims", "it cuts embeddings, which only stage=retriever has; set it to null"
-        )
-    teacher = config.get("distillation.teacher")
-    if teacher is not None and not config.is_a("stage", Retriever):
-        text = "only stage=retriever has embeddings to compare with a teacher's; set it to null"
-        config.add("distillation.teacher", text)
-    elif teacher is not None and not Path(teacher).is_dir():
-        text = f"there is no folder {teacher}; embed the passages and the training queries with"
-        text += " evaluate.py retriever=<teacher> data.split=train, and set its folder"
-        config.add("distillation.teacher", text, "folder")
+    for key in ("loss.dims", "distillation.teacher"):
+        if config.get(key) is not None and not config.is_a("stage", Retriever):
+            config.add(key, "only stage=retriever has embeddings; set it to null")
     sampler: Any = config.targets.get(("sampler",))
     by_run = (Sampler.teacher_scores, Negatives.teacher_scores)
     gives_scores = is_class(sampler, Sampler) and sampler.teacher_scores not in by_run
@@ -220,8 +203,8 @@ def loss_has_its_scores(config: Config) -> None:
             if teaches:
                 text = "it learns from the scores of a teacher; give a run with them:"
                 config.add(f"{key}._target_", f"{text} sampler.teacher", "folder")
-    for key in _likelihoods(config):
-        if config.get("encoding.scoring") != "likelihood":
+    if config.get("encoding.scoring") != "likelihood":
+        for key in _likelihoods(config):
             text = "its scores are log probabilities; choose stage=reranker_likelihood"
             config.add(f"{key}._target_", text)
 
@@ -234,6 +217,7 @@ def _likelihoods(config: Config) -> list[str]:
 def parts_work_together(config: Config) -> None:
     """Parts that are valid alone and that no run can combine."""
     adapts, sharded = config.is_a("stage", Adaptation), config.is_a("strategy", FullySharded)
+    compiled = config.get("backbone.compile") is True
     if adapts and config.get("gradcache.chunk") is not None:
         text = "the adaptation loss compares no texts; lower batching.queries_per_batch instead"
         config.add("gradcache.chunk", text)
@@ -241,45 +225,35 @@ def parts_work_together(config: Config) -> None:
         text = "4-bit weights cannot be sharded; choose strategy=ddp, or peft=lora"
         config.add("peft.quant_type", text)
     padded = adapts or config.get("encoding.scoring") == "likelihood"
-    attention = str(config.get("backbone.attention"))
-    if padded and attention == "unpadded":
+    if padded and config.get("backbone.attention") == "unpadded":
         text = "adaptation and likelihoods need padding; set it to auto or sdpa"
         config.add("backbone.attention", text)
-    if attention.startswith("flash") and config.get("trainer.accelerator") == "cpu":
-        config.add("backbone.attention", f"{attention} runs on GPUs only; set it to auto or sdpa")
-    if config.get("backbone.compile") is True:
-        if config.get("backbone.checkpointing") == "selective":
-            text = "torch.compile chooses what to keep of a layer; set it to true or false"
-            config.add("backbone.checkpointing", text)
-        if sharded:
-            text = "FSDP copies the layers without their compilation; set it to false, or choose"
-            config.add("backbone.compile", f"{text} strategy=ddp")
+    if compiled and config.get("backbone.checkpointing") == "selective":
+        text = "torch.compile chooses what to keep of a layer; set it to true or false"
+        config.add("backbone.checkpointing", text)
+    if compiled and sharded:
+        text = "FSDP copies the layers without their compilation; set it to false, or choose"
+        config.add("backbone.compile", f"{text} strategy=ddp")
 
 
 def trainer_suits_the_run(config: Config) -> None:
     """Arguments of the Trainer that the run passes itself, or that would never end."""
     if not config.is_a("trainer", Trainer):
         return
-    for group in ("stage", "trainer"):
-        if config.get(f"{group}._partial_") is not True:
-            text = "it must be true, since the run adds arguments; leave the override out"
-            config.add(f"{group}._partial_", text)
     for name in OF_RUN:
         if name in config.values["trainer"]:
             hint = f"set {name} at the root" if name in config.values else "leave it out"
             config.add(f"trainer.{name}", f"the run passes it to the Trainer itself; {hint}")
     given = {name: config.get(f"trainer.{name}") for name in (*AT_LEAST, "max_time")}
     for name, least in AT_LEAST.items():
-        value = given[name]
-        if value is not None and not value >= least:  # NaN is not
-            text = f"it must be greater than or equal to {least}, not {value}"
-            config.add(f"trainer.{name}", text)
+        if given[name] is not None and not given[name] >= least:  # NaN is not
+            config.add(f"trainer.{name}", f"it must be at least {least}, not {given[name]}")
     if given["max_steps"] == given["max_epochs"] == -1 and given["max_time"] is None:
         config.add("trainer", "it would never end; set trainer.max_steps or .max_epochs")
     every = given["val_check_interval"]
     if isinstance(every, float) and config.get("trainer.check_val_every_n_epoch") is None:
-        text = f"it counts batches over all epochs: it must be a whole number, not {every}; for a"
-        text += " part of an epoch set trainer.check_val_every_n_epoch=1"
+        text = f"it counts batches over all epochs, so {every} must be a whole number; for a part"
+        text += " of an epoch set trainer.check_val_every_n_epoch=1"
         config.add("trainer.val_check_interval", text)
     devices, nodes = config.get("trainer.devices"), config.get("trainer.num_nodes")
     devices = len(devices) if isinstance(devices, list) else devices
@@ -316,7 +290,7 @@ RULES: list[Rule] = [
     measures_are_computed,
     stage_suits_the_encoding,
     reranker_has_candidates,
-    mixture_can_be_trained,
+    mixture_has_comparisons,
     loss_has_its_scores,
     parts_work_together,
     trainer_suits_the_run,

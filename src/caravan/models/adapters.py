@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from caravan.errors import InputError, first_line, reading
 from caravan.hub import refuse_unreachable
 from caravan.models.bidirectional import has_adapter
-from caravan.models.loading import check_finite, mismatches
+from caravan.models.loading import check_finite, check_keys
 
 
 class LoRA:
@@ -130,18 +130,6 @@ def is_adapter(name: str, revision: str | None = None) -> bool:
         return False  # a model that is not available is reported when its weights are loaded
 
 
-def released_base(name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """The base model that an adapter names, as (hub id or folder, revision).
-
-    Raises:
-        InputError: If it names none.
-    """
-    config = _config(name, revision)
-    if not config.base_model_name_or_path:
-        raise InputError("no-base-model", f"{name}: its adapter_config.json names no base model")
-    return str(config.base_model_name_or_path), config.revision
-
-
 def load_adapter(
     model: nn.Module, name: str, revision: str | None = None, trainable: bool = False
 ) -> Any:
@@ -160,7 +148,7 @@ def load_adapter(
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     stored = _of_trunk(_current_keys(_weights(name, revision)), model)
-    config = _config(name, revision)
+    config = adapter_config(name, revision)
     config.inference_mode = not trainable
     if config.task_type == "CAUSAL_LM" and not hasattr(model, "prepare_inputs_for_generation"):
         config.task_type = "SEQ_CLS" if _is_scorer(model) else "FEATURE_EXTRACTION"
@@ -169,26 +157,25 @@ def load_adapter(
         peft = get_peft_model(model, config)
         config.base_model_name_or_path = base  # PEFT replaces it by the model's name
         wanted = get_peft_model_state_dict(peft, save_embedding_layers=False)
-    wrong = sorted(
+    wrong = [
         key
         for key in wanted.keys() & stored.keys()
         if wanted[key].shape != stored[key].shape or not stored[key].is_floating_point()
-    )
-    missing, unused = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
-    if problems := mismatches(missing, unused, wrong):
-        raise InputError(
-            "weights-mismatch",
-            f"{name} does not fit {type(model).__name__}: {len(problems)} weights differ"
-            f" ({', '.join(problems)[:300]}); it is of another base, task or vocabulary (an adapter"
-            " without a head makes a retriever)",
-        )
+    ]
+    missing, unused = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
+    hint = "it is of another base, task or vocabulary (one without a head makes a retriever)"
+    check_keys(f"{name} does not fit {type(model).__name__}", hint, missing, unused, wrong)
     with reading(name, "the adapter does not load"):
         set_peft_model_state_dict(peft, stored)
     return peft
 
 
-def _config(name: str, revision: str | None = None) -> Any:
-    """PEFT's config of a folder or hub id."""
+def adapter_config(name: str, revision: str | None = None) -> Any:
+    """PEFT's config of a folder or hub id.
+
+    Raises:
+        InputError: If it cannot be read, or names no base model.
+    """
     from peft import PeftConfig
 
     file = Path(name) / "adapter_config.json"
@@ -197,7 +184,9 @@ def _config(name: str, revision: str | None = None) -> Any:
         base, own = config.base_model_name_or_path, config.revision
         if not isinstance(base, str | None) or not isinstance(own, str | None):
             raise ValueError("base_model_name_or_path and revision must be strings")
-        return config
+    if not base:
+        raise InputError("no-base-model", f"{name}: its adapter_config.json names no base model")
+    return config
 
 
 def _weights(name: str, revision: str | None = None) -> dict[str, Tensor]:
@@ -279,7 +268,7 @@ def copy_adapter(peft: Any, name: str) -> None:
 
     new = get_peft_model_state_dict(peft, save_embedding_layers=False)
     stored = {short(key): weight for key, weight in _weights(name).items()}
-    saved, chosen = _config(name), peft.active_peft_config
+    saved, chosen = adapter_config(name), peft.active_peft_config
     if shapes(stored) != shapes({short(key): weight for key, weight in new.items()}) or any(
         getattr(saved, setting, None) != getattr(chosen, setting)
         for setting in ("lora_alpha", "use_rslora")

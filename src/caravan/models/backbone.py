@@ -20,7 +20,7 @@ from caravan.encoding import FILE, Encoding, read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
 from caravan.models import loading
-from caravan.models.adapters import copy_adapter, is_adapter, load_adapter, released_base
+from caravan.models.adapters import adapter_config, copy_adapter, is_adapter, load_adapter
 from caravan.models.crossencoder import with_head
 from caravan.models.digests import adapter_base
 from caravan.models.local_copy import local_copy
@@ -99,6 +99,9 @@ class BaseBackbone(Backbone):
         compile: compile the layers by torch.compile.
         trust_remote_code: run remote code (`caravan.models.remote_code`).
         The others: see `Backbone`.
+
+    Raises:
+        InputError: If `name` is a model folder, and its bidirectional model would become causal.
     """
 
     trains_tokenizer = False
@@ -111,6 +114,12 @@ class BaseBackbone(Backbone):
     bidirectional: bool = False
     compile: bool = False
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        causal = not self.bidirectional and (Path(self.name) / FILE).is_file()
+        if causal and read_encoding(Path(self.name))[0].bidirectional:
+            text = f"{self.name} was trained with bidirectional attention"
+            raise InputError("direction-mismatch", f"{text}; set backbone.bidirectional=true")
 
     def scorer(self, tokenizer: Any) -> nn.Module:
         self.head_is_new = True
@@ -128,6 +137,12 @@ class BaseBackbone(Backbone):
     def prepared(self, model: nn.Module) -> nn.Module:
         """The model with this backbone's attention direction, checkpointing and compilation."""
         return prepared(model, self.checkpointing, self.bidirectional, self.compile)
+
+    def _loader(self, load: Any, **settings: Any) -> Any:
+        """A function of `caravan.models.loading` with the settings of this backbone."""
+        settings |= {"attention": self.attention, "quantization": self.quantization}
+        trusted = self.trust_remote_code
+        return partial(load, dtype=self.dtype, trust_remote_code=trusted, **settings)
 
 
 class Pretrained(BaseBackbone):
@@ -155,69 +170,60 @@ class Pretrained(BaseBackbone):
         compile: bool = False,
     ) -> None:
         if name is None and gguf_file is None:
-            text = "backbone.name is null; set it, or backbone.gguf_file"
-            raise InputError("nothing-chosen", text)
+            raise InputError("nothing-chosen", "set backbone.name, or backbone.gguf_file")
         given = name or str(gguf_file)
         super().__init__(given, attention, checkpointing, bidirectional, compile, trust_remote_code)
         self.revision = revision
-        self._copied: dict[str, Any] = {"name": name, "gguf_file": gguf_file, "layers": layers}
-        self._hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self._copied: dict[str, Any] = {"name": name, "revision": revision, "layers": layers}
+        self._copied |= {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
-        if copy := local_copy(cache_dir, **self._copied, **self._hub):
-            self.name = str(copy)
-            self.revision = self._hub["revision"] = None
-        name, hub = self.name, self._hub
-        if not loading.has_tokenizer(self.name, self.revision):
-            name, hub = self._source()
-        tokenizer = loading.load_tokenizer(name, **hub)
+        if copy := local_copy(cache_dir, **self._copied):
+            self.name, self.revision = str(copy), None
+        name, revision = self.name, self.revision
+        if not loading.has_tokenizer(name, revision):
+            name, revision = self._source()
+        tokenizer = loading.load_tokenizer(name, self.trust_remote_code, revision=revision)
         if not self.trust_remote_code:
             self.config(tokenizer)  # refuses a model with remote code before data is read
         return tokenizer
 
     def config(self, tokenizer: Any) -> Any:
-        name, hub = self._source()
-        return loading.load_config(name, **hub)
+        name, revision = self._source()
+        return loading.load_config(name, self.trust_remote_code, revision=revision)
 
     def model(self, tokenizer: Any) -> nn.Module:
         model = self.prepared(self._load(loading.load_weights))
-        if self._is_adapter():
+        if is_adapter(self.name, self.revision):
             return load_adapter(model, self.name, self.revision, trainable=True)
         return model
 
     def language_model(self, tokenizer: Any) -> Any:
-        if self._is_adapter():
+        if is_adapter(self.name, self.revision):
             raise InputError("no-language-model", f"{self.name} is an adapter; set its base")
-        loading.refuse_classifier(self.name, **self._hub)
+        if loading.is_classifier(self.config(tokenizer)):
+            text = f"{self.name} has a trained head for scores; set encoding.scoring=head"
+            raise InputError("no-language-model", text)
         return self.prepared(self._load(loading.load_language_model))
 
     def scorer(self, tokenizer: Any) -> nn.Module:
         pad_id = tokenizer.pad_token_id
-        if self._is_adapter():
+        if is_adapter(self.name, self.revision):
             model = with_head(self.prepared(self._load(loading.load_weights)), pad_id)
             return load_adapter(model, self.name, self.revision, trainable=True)
-        scorer, self.head_is_new = self._load(loading.load_scorer, pad_id=pad_id)
-        return self.prepared(scorer)
+        self.head_is_new = not loading.is_classifier(self.config(tokenizer))
+        return self.prepared(self._load(loading.load_scorer, pad_id=pad_id))
 
-    def prepared(self, model: nn.Module) -> nn.Module:
-        if not self.bidirectional and (Path(self.name) / FILE).is_file():
-            model_folder.refuse_causal(self.name)
-        return super().prepared(model)
-
-    def _is_adapter(self) -> bool:
-        return is_adapter(self.name, self.revision)
-
-    def _source(self) -> tuple[str, dict[str, Any]]:
-        """Name and hub settings of the weights: those of the base that a released adapter names."""
-        if not self._is_adapter():
-            return self.name, self._hub
-        base, revision = released_base(self.name, self.revision)
-        return base, {**self._hub, "revision": revision}
+    def _source(self) -> tuple[str, str | None]:
+        """Name and revision of the weights: those of the base that a released adapter names."""
+        if not is_adapter(self.name, self.revision):
+            return self.name, self.revision
+        config = adapter_config(self.name, self.revision)
+        return config.base_model_name_or_path, config.revision
 
     def _load(self, load: Any, **settings: Any) -> Any:
-        name, hub = self._source()
-        settings |= {"attention": self.attention, "quantization": self.quantization}
-        return load(name, dtype=self.dtype, **settings, **hub)
+        name, revision = self._source()
+        return self._loader(load, **settings)(name, revision=revision)
 
 
 class FromFolder(BaseBackbone):
@@ -244,8 +250,6 @@ class FromFolder(BaseBackbone):
         compile: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        if bidirectional is False:
-            model_folder.refuse_causal(folder)
         encoding, facts = read_encoding(Path(folder))
         if bidirectional is None:
             bidirectional = encoding.bidirectional
@@ -267,13 +271,11 @@ class FromFolder(BaseBackbone):
         return {name: getattr(encoding, name) for name in INHERITED}
 
     def tokenizer(self, collection: Any, cache_dir: Path) -> Any:
-        return loading.load_tokenizer(self.name, trust_remote_code=self.trust_remote_code)
+        return loading.load_tokenizer(self.name, self.trust_remote_code)
 
     def config(self, tokenizer: Any) -> Any:
-        name, hub = self.name, {}
-        if not self.full:
-            name, hub["revision"] = adapter_base(self.folder)
-        return loading.load_config(name, self.trust_remote_code, **hub)
+        name, revision = (self.name, None) if self.full else adapter_base(self.folder)
+        return loading.load_config(name, self.trust_remote_code, revision=revision)
 
     def use_adapters(self, peft: Any) -> None:
         super().use_adapters(peft)
@@ -295,15 +297,15 @@ class FromFolder(BaseBackbone):
             return super().scorer(tokenizer)
         if not self.keeps_adapter:
             return self.prepared(self._full_model())
-        scorer, _ = self._base(loading.load_scorer, pad_id=tokenizer.pad_token_id)
-        return self.prepared(scorer)  # `adapted` copies its head with the adapter
+        # `adapted` copies the folder's head with its adapter.
+        return self.prepared(self._base(loading.load_scorer, pad_id=tokenizer.pad_token_id))
 
     def language_model(self, tokenizer: Any) -> Any:
         """The transformer with its output layer, which the folder or its base must have."""
         if self.keeps_adapter:
             return self.prepared(self._base(loading.load_language_model))
         whole = self.encoding.scoring != "head"
-        if self.full and not whole and self.quantization is None:
+        if self.full and not whole:
             return self.prepared(self._loader(loading.load_language_model)(self.name))
         full = self._full_model()
         if whole:
@@ -325,11 +327,6 @@ class FromFolder(BaseBackbone):
     @property
     def _has_head(self) -> bool:
         return self.encoding.kind == "reranker" and self.encoding.scoring == "head"
-
-    def _loader(self, load: Any, **settings: Any) -> Any:
-        settings |= {"attention": self.attention, "quantization": self.quantization}
-        trusted = self.trust_remote_code
-        return partial(load, dtype=self.dtype, trust_remote_code=trusted, **settings)
 
     def _base(self, load: Any, **settings: Any) -> Any:
         """The base of the folder's adapter."""

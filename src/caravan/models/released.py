@@ -1,52 +1,79 @@
-"""What the files of a released model state about its encoding, read before it is adopted.
+"""The encoding that the files of a released model state, read before it is adopted.
 
-A folder of sentence-transformers has its modules in `modules.json`, the pooling in the config of
-its `Pooling`, the length in `sentence_bert_config.json`, and prompts and similarity in
+A model of sentence-transformers has its modules in `modules.json`, the pooling in the config of its
+`Pooling`, the length in `sentence_bert_config.json`, and prompts and similarity in
 `config_sentence_transformers.json`. Each file is JSON and is read without sentence-transformers;
-whatever cannot be expressed exactly is reported. Rerankers: `caravan.models.released_pairs`.
+whatever cannot be expressed exactly is reported. A `CrossEncoder` reads a pair as its tokenizer's
+pair, or by a chat template with the roles "query" and "document".
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from caravan.encoding import INSTRUCTION, LONGEST
+from caravan.data.pairs import PairTemplates, answer_ids
+from caravan.data.tokenization import log_once
+from caravan.encoding import INSTRUCTION, LONGEST, Encoding, escaped
 from caravan.errors import InputError, reading
 from caravan.hub import is_available
 
-Reader = Callable[[str], Any]
-"""Returns the content of a file by its name; None if there is none."""
-
-MODULES, SETTINGS = "modules.json", "config_sentence_transformers.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
+MODULES, ENCODING = "modules.json", "config_sentence_transformers.json"
 TRANSFORMER = [
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 ]
 """Names that the config of the Transformer has had."""
-HARMLESS = {
-    "trust_remote_code", "padding_side", "attn_implementation", "dtype", "torch_dtype",
-    "unpad_inputs", "use_memory_efficient_attention",
-}  # fmt: skip
-"""Arguments of the model or tokenizer that change no embedding."""
+MODULES_OF = {
+    "retriever": (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]),
+    "head": (["Transformer"],),
+    "token": (["Transformer", "LogitScore"],),
+}
+"""The modules that a model folder can replace; of a reranker by `Encoding.scoring`."""
+ANY = (
+    "max_seq_length=*", "query_length=*", "document_length=*", "do_lower_case=False",
+    "processing_kwargs.text.max_length=*", "module_output_name=*",
+    "modality_config.text.method=forward",
+    "unpad_inputs=*", "*args.unpad_inputs=*", "*args.padding_side=*", "*args.*dtype=*",
+    "*args.trust_remote_code=*", "*args.attn_implementation=*",
+    "*args.use_memory_efficient_attention=*",
+)  # fmt: skip
+PAIRS = (
+    "modality_config.text.method_output_name=logits", "modality_config.message.*",
+    "processing_kwargs.text.truncation=*", "processing_kwargs.chat_template.restore_suffix=*",
+)  # fmt: skip
+STATES = "modality_config.text.method_output_name=last_hidden_state"
+SETTINGS = {
+    "retriever": (*ANY, STATES, "transformer_task=feature-extraction"),
+    "head": (*ANY, *PAIRS, "transformer_task=sequence-classification"),
+    "token": (*ANY, *PAIRS, "transformer_task=text-generation"),
+}
+"""Settings of the Transformer that are read, or change neither an embedding nor a score."""
+POOLINGS = {
+    "": "mean",
+    "pooling_mode=cls": "cls",
+    "pooling_mode=mean": "mean",
+    "pooling_mode=lasttoken": "last",
+    "pooling_mode_cls_token=True": "cls",
+    "pooling_mode_mean_tokens=True": "mean",
+    "pooling_mode_lasttoken=True": "last",
+}
+"""Modes in the config of a Pooling; older ones have a flag for each."""
 UNSCALED = {"dot", "euclidean", "manhattan"}
 """Similarities that depend on the length of embeddings."""
-POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
-FLAGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
-"""Older configs of a Pooling have a flag for each mode."""
-_INSTRUCT = re.compile(r"(Instruct: )([^\n]+)(\nQuery: ?)")
-"""The prompt of Qwen3-Embedding and E5-Mistral."""
+PASSAGES = {"document", "passage", "corpus"}
+"""Names of prompts that are not those of queries."""
+PAIR = (("", "Which animals cross the desert?"), ("", "Camels cross it, by night."))
+_INCREASING = re.compile(r"torch\..*\b(Identity|Sigmoid|Tanh|LogSigmoid)")
+_INSTRUCT = re.compile(r"(Instruct: )([^\n]+)(\nQuery: ?)")  # Qwen3-Embedding's, E5-Mistral's
+_LOWERCASE = re.compile(r'"lowercase": true|"type": "Lowercase"')
+_ROLE = re.compile(r"['\"]document['\"]")
 
 
 class Released(NamedTuple):
@@ -54,6 +81,88 @@ class Released(NamedTuple):
 
     settings: dict[str, Any]
     problems: dict[str, str]
+
+
+class Files(dict[str, Any]):
+    """The JSON files of a hub id or folder, by their names; those that are missing are empty."""
+
+    def __init__(self, name: str, revision: str | None) -> None:
+        super().__init__()
+        self.name, self.revision = name, revision
+
+    def __missing__(self, file: str) -> Any:
+        from transformers.utils import cached_file
+
+        optional = ("missing_entries", "gated_repo", "connection_errors")
+        given: dict[str, Any] = {f"_raise_exceptions_for_{problem}": False for problem in optional}
+        with reading(f"{self.name}/{file}", "it cannot be read"):
+            path = cached_file(self.name, file, revision=self.revision, **given)
+            self[file] = {} if path is None else json.loads(Path(path).read_bytes())
+        return self[file]
+
+    @property
+    def modules(self) -> list[str]:
+        """The classes of the modules, with the package if it is not the library's own."""
+        kinds = [str(module["type"]) for module in self[MODULES]]
+        own = "sentence_transformers."
+        return [kind.rpartition(".")[2] if kind.startswith(own) else kind for kind in kinds]
+
+    @property
+    def transformer(self) -> dict[str, Any]:
+        """The config of the module Transformer."""
+        found = (self[file] for file in TRANSFORMER)
+        return {"transformer_task": "feature-extraction", **next(filter(None, found), {})}
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        prompts = self[ENCODING].get("prompts") or {}
+        return {name: text for name, text in prompts.items() if text}
+
+    def second(self) -> dict[str, Any]:
+        """The config of the module after the Transformer."""
+        return self[f"{self[MODULES][1]['path']}/config.json"]
+
+    def length(self, side: str = "") -> int:
+        """Tokens of the longest text of a side, with special tokens, that is not truncated."""
+        config = self.transformer
+        call = (config.get("processing_kwargs") or {}).get("text") or {}
+        stated = (config.get(f"{side}_length"), config.get("max_seq_length"))
+        if given := next(filter(None, (call.get("max_length"), *stated)), None):
+            return int(given)
+        limits = [self[TOKENIZER].get("model_max_length"), LONGEST]
+        limits.append(self[CONFIG].get("max_position_embeddings"))
+        return int(min(limit for limit in limits if limit and limit > 0))
+
+    def problem(self, kind: str) -> str:
+        """What the modules do otherwise than a model folder; empty if nothing.
+
+        Args:
+            kind: a key of `MODULES_OF`.
+        """
+        if self.modules not in MODULES_OF.get(kind, ()):
+            return f"has the modules {', '.join(self.modules)}"
+        if folder := self[MODULES][0]["path"]:
+            return f"has its transformer in the folder {folder}"
+        for setting in _settings(self.transformer):
+            known = any(fnmatchcase(setting, pattern) for pattern in SETTINGS[kind])
+            if not known and not (setting == "do_lower_case=True" and self._lowercases()):
+                return f"has a Transformer with {setting}"
+        if self[TOKENIZER].get("truncation_side", "right") != "right":
+            return "truncates texts on the left"
+        return ""
+
+    def _lowercases(self) -> bool:
+        normalizer = json.dumps(self["tokenizer.json"].get("normalizer"))
+        return self[TOKENIZER].get("do_lower_case") is True or bool(_LOWERCASE.search(normalizer))
+
+
+def _settings(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The values of nested settings that are not null, as `outer.inner=value`."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}={value}"
 
 
 def released_encoding(name: str, revision: str | None = None, kind: str = "retriever") -> Released:
@@ -65,36 +174,42 @@ def released_encoding(name: str, revision: str | None = None, kind: str = "retri
     """
     if not is_available(name, revision):
         return Released({}, {})
-    read = reader(name, revision)
+    files = Files(name, revision)
     try:
         with reading(name, "its files of sentence-transformers cannot be read"):
             if kind == "reranker":
-                return Released(_pair_lengths(read), {})
-            modules = read(MODULES)
-            return Released({}, {}) if modules is None else _retriever(name, read, modules)
+                return Released(_pair_lengths(files), {})
+            return _retriever(files) if files[MODULES] else Released({}, {})
     except InputError as error:
         return Released({}, {"pooling": f"{error}; repair the file, or set it"})
 
 
-def _retriever(name: str, read: Reader, modules: list[dict[str, Any]]) -> Released:
-    """The encoding of a bi-encoder: Transformer, Pooling, perhaps Normalize."""
-    problems: dict[str, str] = {}
-    settings: dict[str, Any] = {"append_eos": False}  # the tokenizer adds it, or nothing does
-    config, transformer = read(SETTINGS) or {}, transformer_config(read)
-    prompts = {key: text for key, text in (config.get("prompts") or {}).items() if text}
-    pooling, problem = _pooling(read, modules, transformer, bool(prompts))
+def _pair_lengths(files: Files) -> dict[str, int]:
+    """The lengths of a released cross-encoder, which has a limit for the whole pair."""
+    architectures = files[CONFIG].get("architectures") or [""]
+    if not architectures[0].endswith("ForSequenceClassification"):
+        return {}
+    longest = files.length()
+    query = min(32, longest // 4)
+    return {"query_length": query, "passage_length": longest - query}
+
+
+def _retriever(files: Files) -> Released:
+    name, found = files.name, Released({}, {})
+    settings, problems = found
+    settings["append_eos"] = False  # the tokenizer adds it, or nothing does
+    pooling, problem = _pooling(files)
     if problem:
         text = f"{name} {problem}, which a model folder cannot do"
         problems["pooling"] = f"{text}; set it to use the transformer without that"
     else:
         settings["pooling"] = pooling
-    scaled = any(kind_of(module) == "Normalize" for module in modules)
-    similarity = config.get("similarity_fn_name")
-    truncated = config.get("truncate_dim") or 0  # after Normalize
+    scaled = "Normalize" in files.modules
+    similarity = files[ENCODING].get("similarity_fn_name")
     settings["normalize"] = scaled or similarity == "cosine"
+    truncated = files[ENCODING].get("truncate_dim") or 0  # after Normalize
     # A folder cuts embeddings before it normalizes them; a cosine does not depend on the order.
-    whole = truncated == (read("config.json") or {}).get("hidden_size")
-    settings["dim"] = 0 if whole else truncated
+    settings["dim"] = 0 if truncated == files[CONFIG].get("hidden_size") else truncated
     if scaled and (similarity == "manhattan" or (truncated and similarity in UNSCALED)):
         cut = "truncates normalized embeddings (truncate_dim)" if truncated else "has a Normalize"
         problems["normalize"] = (
@@ -106,150 +221,126 @@ def _retriever(name: str, read: Reader, modules: list[dict[str, Any]]) -> Releas
             f"{name} names {similarity or 'no'} similarity and has no Normalize; set it to true"
             " for the cosine (the default of sentence-transformers), to false for the dot product"
         )
-    for side, key, others in (
-        ("query", "query", prompts.keys() - {"document", "passage", "corpus"}),
-        ("passage", "document", prompts.keys() & {"passage", "corpus"}),
+    for side, key, fields in (
+        ("query", "query", "{text}"),
+        ("passage", "document", "{title} {text}"),
     ):
-        fields = "{text}" if side == "query" else "{title} {text}"
-        prompt = prompts.get(key, "")
+        settings[f"{side}_length"] = files.length(key)
+        prompt = files.prompts.get(key, "")
+        others = sorted(one for one in files.prompts if (one in PASSAGES) == (side == "passage"))
         match = _INSTRUCT.fullmatch(prompt)
         if match and side == "query":
             settings["instruction"] = match[2]
             settings["query_template"] = f"{match[1]}{INSTRUCTION}{match[3]}{fields}"
         elif prompt or not others:
-            escaped = prompt.replace("{", "{{").replace("}", "}}")
-            settings[f"{side}_template"] = escaped + fields
+            settings[f"{side}_template"] = escaped(prompt) + fields
         else:
-            listed = ", ".join(f"{other}: {prompts[other]!r}" for other in sorted(others)[:8])
+            listed = ", ".join(f"{other}: {files.prompts[other]!r}" for other in others[:8])
             problems[f"{side}_template"] = (
                 f"{name} has no prompt named {key}, but others ({listed}); set it to the prompt"
                 f" to use and {fields}, or to {fields} alone"
             )
-    longest = longest_text(read, transformer)
-    for side, key in (("query", "query_length"), ("passage", "document_length")):
-        settings[f"{side}_length"] = _called(transformer) or transformer.get(key) or longest
-    return Released(settings, problems)
+    return found
 
 
-def _pooling(
-    read: Reader, modules: list[dict[str, Any]], transformer: dict[str, Any], prompted: bool
-) -> tuple[str, str]:
-    """The pooling, and what a model folder cannot do; one of them is empty.
-
-    Args:
-        transformer: the config of the Transformer.
-        prompted: whether there are prompts.
-    """
-    own = all(str(module["type"]).startswith("sentence_transformers.") for module in modules)
-    kinds = [kind_of(module) for module in modules]
-    known = kinds in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
-    if not known or not own:
-        return "", f"has the modules {', '.join(str(module['type']) for module in modules)}"
-    if modules[0]["path"]:
-        return "", f"has its transformer in the folder {modules[0]['path']}"
-    if "message" in (transformer.get("modality_config") or {}):
-        return "", "reads texts by a chat template"
-    if problem := reading_problem(read, transformer):
+def _pooling(files: Files) -> tuple[str, str]:
+    """The pooling, and what a model folder cannot do; one of them is empty."""
+    if problem := files.problem("retriever"):
         return "", problem
-    config = read(f"{modules[1]['path']}/config.json")
+    config = files.second()
     if not config:
         return "", "lacks the config of its Pooling"
-    mode = config.get("pooling_mode") or [FLAGS[key] for key in FLAGS if config.get(key)]
-    modes = [mode] if isinstance(mode, str) else list(mode) or ["mean"]
-    if len(modes) > 1 or modes[0] not in POOLINGS:
-        return "", f"has the pooling {' and '.join(modes)}"
-    if prompted and config.get("include_prompt") is False:
+    if files.prompts and config.get("include_prompt") is False:
         return "", "leaves its prompts out of the pooling"
-    return POOLINGS[modes[0]], ""
+    modes = [one for one in _settings(config) if re.match("pooling_mode.*=(?!False)", one)]
+    stated = ", ".join(modes)
+    return (POOLINGS[stated], "") if stated in POOLINGS else ("", f"has a Pooling with {stated}")
 
 
-def reading_problem(
-    read: Reader,
-    config: dict[str, Any],
-    task: str = "feature-extraction",
-    output: str = "last_hidden_state",
-    called: Collection[str] = ("text.max_length",),
-) -> str:
-    """How a Transformer reads texts otherwise than a model folder; empty if it does not.
+def check_released(name: str, revision: str | None, tokenizer: Any, encoding: Encoding) -> None:
+    """Check that the encoding of a reranker is that of its released files, where they have one.
 
     Args:
-        config: of the Transformer.
-        task: its expected task.
-        output: of the model, that it must use.
-        called: the settings of the tokenizer's call that are allowed.
+        name, revision: hub id or folder of the released model.
+
+    Raises:
+        InputError: If the files name other tokens, another way to score, another prompt, another
+            chat template, or other ids of a pair.
     """
-    if config.get("transformer_task", "feature-extraction") != task:
-        return f"has the task {config.get('transformer_task')}"
-    forward = {"method": "forward", "method_output_name": output}
-    if (config.get("modality_config") or {"text": forward}).get("text") != forward:
-        return f"has other outputs than {output}"
-    arguments = [key for key in config if key.endswith(("_args", "_kwargs"))]
-    for key in arguments:
-        unknown = sorted((config[key] or {}).keys() - HARMLESS)
-        if unknown and key != "processing_kwargs":
-            return f"sets {', '.join(unknown)} in {key}"
-    if config.get("query_expansion"):
-        return "expands queries"
-    processing = config.get("processing_kwargs") or {}
-    settings = [f"{part}.{key}" for part, values in processing.items() for key in values]
-    if unknown := sorted(set(settings) - set(called)):
-        return f"sets {', '.join(unknown)} in processing_kwargs"
-    tokenizer = read("tokenizer_config.json") or {}
-    if tokenizer.get("truncation_side", "right") != "right":
-        return "truncates texts on the left"
-    if config.get("do_lower_case") and tokenizer.get("do_lower_case") is not True:
-        normalizer = json.dumps((read("tokenizer.json") or {}).get("normalizer"))
-        if not re.search(r'"lowercase": true|"type": "Lowercase"', normalizer):
-            return "lowercases texts (do_lower_case), unlike its tokenizer"
-    return ""
+    files, answers = Files(name, revision), None
+    with reading(name, "its files of sentence-transformers cannot be read"):
+        problem = _activation_problem(files)
+        if files.modules and not problem:
+            problem = files.problem(encoding.scoring)
+        if problem:
+            text = f"{name} {problem}; choose another stage, or another model"
+            raise InputError("not-readable", text)
+        if files.modules and encoding.scoring == "token":
+            config = files.second()
+            answers = config.get("true_token_id"), config.get("false_token_id")
+        prompt = files.prompts.get(files[ENCODING].get("default_prompt_name") or "", "")
+        modalities = files.transformer.get("modality_config") or {}
+        longest = files.length()
+    length = encoding.query_length + encoding.passage_length
+    if encoding.scoring != "head" and length > longest:  # for a head, the lengths are compared
+        log_once(
+            f"encoding.query_length + encoding.passage_length is {length}, and the files of {name}"
+            f" truncate a pair at {longest} tokens; lower them to read no more"
+        )
+    if answers is not None and answers != (own := answer_ids(tokenizer, encoding)):
+        raise InputError(
+            "other-tokens",
+            f"{name} is scored by the tokens {answers[0]} and {answers[1]}, and encoding.positive"
+            f" and encoding.negative are {own[0]} and {own[1]}; set them to its own",
+        )
+    template = tokenizer.chat_template
+    if files.modules:
+        _check_pair(name, tokenizer, encoding, prompt, chat="message" in modalities)
+    elif encoding.pair == "joined" and isinstance(template, str) and _ROLE.search(template):
+        _check_pair(name, tokenizer, encoding, prompt, chat=True)
+    elif not encoding.template("query").format(text="").startswith(prompt):
+        raise InputError(
+            "other-prompt",
+            f"{name} reads its prompt {prompt!r} before a query, and encoding.query_template is"
+            f" {encoding.query_template!r}; set it to the prompt and {{text}}",
+        )
 
 
-def _pair_lengths(read: Reader) -> dict[str, int]:
-    """The lengths of a released cross-encoder, which has a limit for the whole pair."""
-    architectures = (read("config.json") or {}).get("architectures") or [""]
-    if not architectures[0].endswith("ForSequenceClassification"):
-        return {}
-    longest = longest_text(read, transformer_config(read))
-    query = min(32, longest // 4)
-    return {"query_length": query, "passage_length": longest - query}
+def _activation_problem(files: Files) -> str:
+    """Names an activation that may change the order of scores; empty if there is none."""
+    activation = (
+        files[ENCODING].get("activation_fn")
+        or (files[CONFIG].get("sentence_transformers") or {}).get("activation_fn")
+        or files[CONFIG].get("sbert_ce_default_activation_function")
+    )
+    if not activation or _INCREASING.fullmatch(activation):
+        return ""
+    return f"has scores after {activation}, and a model folder has those of the head"
 
 
-def transformer_config(read: Reader) -> dict[str, Any]:
-    """The config of the Transformer; empty if there is none."""
-    return next(filter(None, map(read, TRANSFORMER)), {})
+def _check_pair(name: str, tokenizer: Any, encoding: Encoding, prompt: str, chat: bool) -> None:
+    """Compare the ids of a pair.
 
-
-def _called(transformer: dict[str, Any]) -> int:
-    """The length with which the tokenizer is called, which wins over all others; 0 if none."""
-    processing = (transformer.get("processing_kwargs") or {}).get("text") or {}
-    return int(processing.get("max_length") or 0)
-
-
-def longest_text(read: Reader, transformer: dict[str, Any]) -> int:
-    """Tokens of the longest text, with special tokens, that is not truncated."""
-    if given := _called(transformer) or transformer.get("max_seq_length"):
-        return int(given)
-    tokens = (read("tokenizer_config.json") or {}).get("model_max_length")
-    positions = (read("config.json") or {}).get("max_position_embeddings")
-    return int(min(one for one in (tokens, positions, LONGEST) if one and one > 0))
-
-
-def kind_of(module: dict[str, Any]) -> str:
-    """The class of an entry of `modules.json`, without its package."""
-    return str(module["type"]).rpartition(".")[2]
-
-
-def reader(name: str, revision: str | None) -> Reader:
-    """Reads the files of a released model."""
-    return partial(_read, name, revision=revision)
-
-
-def _read(name: str, file: str, revision: str | None) -> Any:
-    """A JSON file of a hub id or folder; None if there is none, or the hub does not give it."""
-    from transformers.utils import cached_file
-
-    optional = ("missing_entries", "gated_repo", "connection_errors")
-    given: dict[str, Any] = {f"_raise_exceptions_for_{problem}": False for problem in optional}
-    with reading(f"{name}/{file}", "it cannot be read"):
-        path = cached_file(name, file, revision=revision, **given)
-        return None if path is None else json.loads(Path(path).read_bytes())
+    Args:
+        prompt: before the query, or of the system in a chat template.
+    """
+    query, document = (text for _, text in PAIR)
+    with reading(name, "its tokenizer cannot write a pair"):
+        if chat:
+            roles = {"system": prompt, "query": query, "document": document}
+            messages = [{"role": role, "content": text} for role, text in roles.items() if text]
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            found = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            found = tokenizer(prompt + query, document)["input_ids"]
+            text = tokenizer.decode(found)
+    templates = PairTemplates(tokenizer, replace(encoding, passage_length=1024))
+    own = templates.pairs(PAIR[:1], PAIR[1:])[0].ids
+    if found != own:
+        writer = "chat template" if chat else "tokenizer"
+        raise InputError(
+            "other-chat-template" if chat else "other-pair",
+            f"{name}: its {writer} writes a pair as {text[:400]!r}, and the encoding as"
+            f" {tokenizer.decode(own)[:400]!r}; set encoding.pair, .append_eos and the templates so"
+            " that they write the same",
+        )

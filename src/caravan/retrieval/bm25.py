@@ -1,11 +1,8 @@
-"""BM25: the lexical retriever, the baseline of every table and the first source of negatives.
+"""BM25 by bm25s (Lù, arXiv 2407.03618): a query adds up the precomputed scores of its terms.
 
-bm25s (Lù, arXiv 2407.03618) precomputes the score of every (term, passage) pair; a query adds up
-the columns of its terms. bm25s tokenizes, saves, loads and searches the index. The scores are
-computed here from sparse matrices of counts, with at most 16 bytes per pair (3.5 GB for the 8.8
-million passages of MS MARCO), where bm25s holds the whole corpus as lists of tokens.
-
-    python evaluate.py retriever=bm25 data=beir data.path=<folder> data.split=test
+bm25s tokenizes, saves, loads and searches the index. The scores are computed here from sparse
+matrices of counts, with at most 16 bytes per (term, passage) pair (3.5 GB for the 8.8 million
+passages of MS MARCO), where bm25s holds the whole corpus as lists of tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,11 +42,8 @@ BLOCK_ROWS = 16_384
 LARGE = 1e10
 """Queries times passages above which processes search in parallel: ten seconds' work or more."""
 FILES = (
-    "data.csc.index.npy",
-    "indices.csc.index.npy",
-    "indptr.csc.index.npy",
-    "vocab.index.json",
-    "params.index.json",
+    *("data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"),
+    *("vocab.index.json", "params.index.json"),
 )
 """The files of an index, as bm25s saves them."""
 
@@ -96,19 +91,17 @@ class BM25:
         stemmer: str | None = "english",
         tokenizer: Literal["unicode", "words"] = "unicode",
     ) -> None:
-        if stemmer is not None and stemmer not in Stemmer.algorithms():
-            raise InputError(
-                "unknown-choice",
-                f"bm25.stemmer is {stemmer!r}; it must be null or one of"
-                f" {', '.join(Stemmer.algorithms())}",
-            )
+        if stemmer not in (None, *Stemmer.algorithms()):
+            known = ", ".join(Stemmer.algorithms())
+            text = f"bm25.stemmer is {stemmer!r}; it must be null or one of {known}"
+            raise InputError("unknown-choice", text)
         self.k1, self.b, self.method = k1, b, method
         self.stopwords, self.stemmer, self.tokenizer = stopwords, stemmer, tokenizer
         self._index: Any = None
         self._corpus: Any = None
-        self._folder: Path | str = ""
+        self._folder = Path()
 
-    def build(self, corpus: Texts, folder: Path | str) -> None:
+    def build(self, corpus: Texts, folder: Path) -> None:
         """Index the corpus into `folder`, and open the index.
 
         The files are written beside `folder` and then moved into it one by one. The same corpus and
@@ -118,12 +111,12 @@ class BM25:
             InputError: If the corpus has no word.
         """
         vocabulary: dict[str, int] = {}
-        blocks = [self._counts(texts, vocabulary) for texts in _blocks(corpus)]
+        texts = track(_blocks(corpus), "BM25 index", len(corpus), "passages", len)
+        blocks = [self._counts(block, vocabulary) for block in texts]
         index = bm25s.BM25(self.k1, self.b, method=self.method)
         index.vocab_dict = vocabulary
         index.nonoccurrence_array = None  # of other methods
         index.scores = self._scores(blocks, len(vocabulary))
-        folder = Path(folder)
         with scratch_folder(folder) as draft:
             index.save(draft, show_progress=False)
             folder.mkdir(exist_ok=True)
@@ -131,32 +124,20 @@ class BM25:
                 os.replace(draft / name, folder / name)
         self.open(corpus, folder)
 
-    def open(self, corpus: Texts, folder: Path | str) -> None:
+    def open(self, corpus: Texts, folder: Path) -> None:
         """Open the index of a corpus memory-mapped."""
-        self._index, self._corpus = bm25s.BM25.load(folder, mmap=True), corpus
-        self._folder = folder
+        self._index = bm25s.BM25.load(folder, mmap=True)
+        self._corpus, self._folder = corpus, folder
 
     def search(self, texts: Sequence[str], query_rows: np.ndarray, k: int = 1000) -> Run:
-        """The run of the queries: at most `k` passages with a score above 0 each, in canonical
-        order. Of passages that tie at the cut, those of lower row are kept.
+        """The run of the queries in canonical order: `k` passages with a score above 0, or fewer.
 
-        With much work, each core that this process may use searches a part of the queries; the
-        processes share the memory-mapped index.
+        Of passages that tie at the cut, those of lower row are kept. With much work, each core
+        searches a part of the queries in the memory-mapped index.
         """
         words = self._tokens(list(texts), return_ids=False)
         ids = [self._index.get_tokens_ids(of) for of in words]
         unknown = [text for text, of in zip(texts, ids, strict=True) if not of]
-        processes = cores() if len(texts) * len(self._corpus) > LARGE else 1
-        if processes == 1:
-            found = [
-                _searched(self._index, of, k)
-                for of in track(ids, "BM25 search", len(texts), unit="queries")
-            ]
-        else:
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(processes, context, _open, (self._folder, k)) as pool:
-                results = pool.map(_search, ids, chunksize=64)
-                found = list(track(results, "BM25 search", len(texts), unit="queries"))
         if 2 * len(unknown) > len(texts):
             log.warning(
                 f"BM25 finds nothing for {len(unknown)} of {len(texts)} queries, of which no token"
@@ -164,6 +145,16 @@ class BM25:
                 f" language, and bm25.tokenizer={self.tokenizer}, bm25.stopwords={self.stopwords}"
                 f" and bm25.stemmer={self.stemmer}"
             )
+        if len(texts) * len(self._corpus) <= LARGE:
+            found = [
+                _best(self._index.get_scores_from_ids(of), k)
+                for of in track(ids, "BM25 search", len(ids), "queries")
+            ]
+        else:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(cores(), context) as pool:
+                best = pool.map(partial(_search, self._folder, k), ids, chunksize=64)
+                found = list(track(best, "BM25 search", len(ids), "queries"))
         rows, scores = zip(*found, strict=True)
         run = Run.from_flat(
             np.repeat(query_rows, [len(of) for of in rows]),
@@ -210,9 +201,8 @@ class BM25:
         for block in blocks:
             frequencies += np.bincount(block.indices, minlength=terms)
         if not frequencies.any():
-            raise InputError(
-                "empty-corpus", "no passage of the corpus has a word that BM25 could index"
-            )
+            text = "no passage of the corpus has a word that BM25 could index"
+            raise InputError("empty-corpus", text)
         lengths = [block.sum(axis=1).astype(np.float64) for block in blocks]
         passages, average = sum(map(len, lengths)), np.concatenate(lengths).mean()
         idf = self._idf(frequencies, passages).astype(np.float32)
@@ -241,11 +231,12 @@ def index_inputs(collection: Collection, settings: dict[str, Any]) -> dict[str, 
     return {"collection": collection.digest, "bm25": settings, "versions": versions}
 
 
-def open_index(bm25: BM25, settings: dict[str, Any], collection: Collection, store: Store) -> None:
-    """Open the index of a collection in a store, or build it there first."""
+def open_index(bm25: BM25, settings: dict[str, Any], collection: Collection, store: Store) -> BM25:
+    """Open the index of a collection in a store, or build it there first; returns `bm25`."""
     inputs = index_inputs(collection, settings)
     folder = store.files("bm25", inputs, FILES, lambda path: bm25.build(collection.corpus, path))
     bm25.open(collection.corpus, folder)
+    return bm25
 
 
 def tokens(text: str) -> list[str]:
@@ -275,30 +266,20 @@ def tokens(text: str) -> list[str]:
 
 
 def _blocks(corpus: Texts) -> Iterator[list[str]]:
-    """["title text", ...] of each block; the progress bar counts passages."""
-    rows = iter(track(range(len(corpus)), "BM25 index", len(corpus), unit="passages"))
-    while block := list(itertools.islice(rows, BLOCK_ROWS)):
-        texts = corpus.get(slice(block[0], block[-1] + 1))
+    """["title text", ...] of each block."""
+    for start in range(0, len(corpus), BLOCK_ROWS):
+        texts = corpus.get(slice(start, start + BLOCK_ROWS))
         yield [f"{title} {text}" if title else text for title, text in texts]
 
 
-def _searched(index: Any, ids: list[int], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and scores of the `k` best passages for the ids of a query's tokens."""
-    return _best(index.get_scores_from_ids(ids), k)
+@lru_cache(maxsize=1)
+def _opened(folder: Path) -> Any:
+    return bm25s.BM25.load(folder, mmap=True)
 
 
-_opened: tuple[Any, int]
-"""In a process that searches for another: the index, and k."""
-
-
-def _open(folder: Path | str, k: int) -> None:
-    global _opened
-    _opened = bm25s.BM25.load(folder, mmap=True), k
-
-
-def _search(ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    index, k = _opened
-    return _searched(index, ids, k)
+def _search(folder: Path, k: int, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """`_best` of a query in a process that searches for another, which opens the index once."""
+    return _best(_opened(folder).get_scores_from_ids(ids), k)
 
 
 def _best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

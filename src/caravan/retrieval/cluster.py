@@ -16,8 +16,7 @@ import os
 import signal
 import socket
 from collections import Counter, deque
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import ray
@@ -67,29 +66,27 @@ class Worker:
         for name in LAUNCHERS:  # of the process that started the node, such as srun
             os.environ.pop(name, None)
 
-    def start(self, directory: str) -> None:
-        """Move to the working directory of the driver, from which its paths start."""
-        try:
-            os.chdir(directory)
-        except OSError as error:
-            raise _not_shared(directory, error) from None
-
-    def write(self, folder: str, pickled: list[Any], numbers: list[int]) -> None:
+    def write(self, directory: str, folder: str, pickled: bytes, numbers: list[int]) -> None:
         """Compute and write shards.
 
         Args:
-            folder: of the shards, which are opened once.
-            pickled: a reference to the shards; in a list, since Ray would fetch it at each call.
+            directory: the working directory of the driver, from which its paths start.
+            folder, pickled: of the shards, which are opened once.
         """
         try:
+            os.chdir(directory)
             if folder != self._folder:
                 self._shards = None  # frees its model before the next is loaded
-                self._shards = cloudpickle.loads(ray.get(pickled[0]))
+                self._shards = cloudpickle.loads(pickled)
                 self._folder = folder
             assert self._shards is not None
             self._shards.write(numbers)
         except FileNotFoundError as error:
-            raise _not_shared(error.filename, error) from None
+            raise InputError(
+                "folder-not-shared",
+                f"{error.filename} does not exist on {socket.gethostname()}; engine=ray needs the"
+                " working directory, run_dir, store, cache_dir and the models on every node",
+            ) from None
 
 
 class Cluster:
@@ -128,58 +125,47 @@ class Cluster:
                 _kill(actor)
             self._idle, self._calls = [], {}
             raise
+        wait_for_files(lambda: not shards.missing(numbers), shards.folder)
 
     def _write(self, shards: Shards, numbers: list[int], done: Any) -> None:
-        def written(numbers: list[int]) -> bool:
-            return not shards.missing(numbers)
-
         left, deaths = deque(numbers), Counter[int]()
-        pickled = ray.put(cloudpickle.dumps(shards))
+        product = os.getcwd(), str(shards.folder), ray.put(cloudpickle.dumps(shards))
+
+        def call(actor: Any, mine: list[int]) -> None:
+            self._calls[actor.write.remote(*product, mine)] = actor, mine
+
         while left or any(mine for _, mine in self._calls.values()):
-            self._request(len(left))
+            running = len(self._idle) + sum(bool(mine) for _, mine in self._calls.values())
+            waiting = len(self._calls) + len(self._idle) - running
+            for _ in range(min(len(left) - len(self._idle), max(SPARE, running)) - waiting):
+                call(self._actor.remote(), [])  # Ray starts it when a device is free
             while left and self._idle:
                 size = len(left) // (2 * (len(self._idle) + len(self._calls)))
                 mine = [left.popleft() for _ in range(max(1, min(MOST, size)))]
-                actor = self._idle.pop()
-                call = actor.write.remote(str(shards.folder), [pickled], mine)
-                self._calls[call] = actor, mine
+                call(self._idle.pop(), mine)
             ready, _ = ray.wait(list(self._calls), timeout=WARN_AFTER_S)
-            if not ready and not self._running:
+            if not ready and not running:
                 log.warning("waiting for %s of the Ray cluster: none is free", self._device)
-            for call in ready:
-                actor, mine = self._calls.pop(call)
+            for one in ready:
+                actor, mine = self._calls.pop(one)
                 try:
-                    ray.get(call)
+                    ray.get(one)
                 except RayTaskError as error:  # of the work, not of the actor
                     raise error.cause from error
                 except RayError as error:
                     _kill(actor)
                     missing = shards.missing(mine)
                     left.extendleft(reversed(missing))
-                    first = missing[0] if missing else -1
+                    first = missing[0] if missing else -1  # -1: it died before it had a shard
                     deaths[first] += 1
                     if deaths[first] == ATTEMPTS:
-                        raise _given_up(shards.path(first) if missing else None, error) from error
+                        raise _given_up(shards, missing, error) from error
                     log.warning("an actor has died: %d of its shards go to others", len(missing))
                     done(len(mine) - len(missing))
-                    continue
-                deaths[-1] = 0
-                wait_for_files(partial(written, mine), shards.folder)
-                done(len(mine))
-                self._idle.append(actor)
-
-    @property
-    def _running(self) -> int:
-        """Actors that have a device."""
-        return len(self._idle) + sum(bool(mine) for _, mine in self._calls.values())
-
-    def _request(self, left: int) -> None:
-        """Request actors for `left` shards; Ray starts them when a device is free."""
-        running = self._running
-        waiting = len(self._calls) + len(self._idle) - running
-        for _ in range(min(left - len(self._idle), max(SPARE, running)) - waiting):
-            actor = self._actor.remote()
-            self._calls[actor.start.remote(os.getcwd())] = actor, []
+                else:
+                    deaths[-1] = 0
+                    done(len(mine))
+                    self._idle.append(actor)
 
 
 def _connect() -> None:
@@ -188,13 +174,9 @@ def _connect() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     before = signal.getsignal(signal.SIGTERM)
     address = os.environ.get("RAY_ADDRESS", "local")
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(
-            address,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(
             "no-ray-cluster",
@@ -210,16 +192,8 @@ def _kill(actor: Any) -> None:
         ray.kill(actor)
 
 
-def _not_shared(path: Any, error: OSError) -> InputError:
-    return InputError(
-        "folder-not-shared",
-        f"{path} does not exist on {socket.gethostname()} ({error.strerror}); engine=ray needs the"
-        " working directory, run_dir, store, cache_dir and the models on every node",
-    )
-
-
-def _given_up(path: Path | None, error: RayError) -> InputError:
-    what = "starting" if path is None else f"computing {path}"
+def _given_up(shards: Shards, missing: list[int], error: RayError) -> InputError:
+    what = f"computing {shards.path(missing[0])}" if missing else "starting"
     return InputError(
         "actors-died",
         f"{ATTEMPTS} actors in turn died while {what}, the last with: {first_line(error)} See the"

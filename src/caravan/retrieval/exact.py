@@ -1,6 +1,6 @@
-"""Exact search in torch: reads the corpus block by block for every search.
+"""Exact search in torch: reads the corpus block by block, so memory does not grow with it.
 
-Memory does not grow with the corpus. The best passages of each query are keys: a score and a row,
+The best passages of each query are keys: a score and a row,
 packed into an int64; descending keys are in the order of descending scores, then ascending rows.
 Ties are therefore ordered alike for any chunk size and device, and if parts of the corpus are
 searched separately.
@@ -8,16 +8,26 @@ searched separately.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import reduce
 
 import numpy as np
 import torch
 from pydantic import PositiveInt
 
 from caravan.progress import track
-from caravan.retrieval.index import Blocks, Found, float32, not_finite, require_rows
+from caravan.retrieval.index import (
+    BestSegments,
+    Blocks,
+    Found,
+    Index,
+    float32,
+    not_finite,
+    require_rows,
+)
+from caravan.retrieval.store import Save
 
 EMPTY = -(2**63)
 """The key of a place without a passage; the lowest."""
@@ -60,10 +70,24 @@ class Exact:
     def search(self, queries: np.ndarray, k: int | None = None) -> Found:
         """The `k` passages of greatest dot product for each of queries [Q, d]."""
         assert self._blocks is not None  # build comes first
-        return found(self.keys(queries, self._blocks, self.k if k is None else k))
+        return _found(self._keys(queries, self._blocks, self.k if k is None else k))
 
-    def keys(self, queries: np.ndarray, blocks: Blocks, k: int) -> np.ndarray:
-        """The keys [Q, k] int64 of the best passages in some blocks, best first (`found`)."""
+    def search_parts(
+        self, queries: np.ndarray, parts: Sequence[Blocks], k: int, save: Save
+    ) -> Found:
+        """As `search`, over parts of the corpus whose results are saved."""
+
+        def compute(numbers: list[int]) -> Iterator[np.ndarray]:
+            return (self._keys(queries, parts[number], k) for number in numbers)
+
+        def better(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+            return torch.cat([one, other], dim=1).topk(k, dim=1).values
+
+        saved = (torch.from_numpy(np.array(keys)) for keys in save(len(parts), compute))
+        return _found(reduce(better, saved).numpy())
+
+    def _keys(self, queries: np.ndarray, blocks: Blocks, k: int) -> np.ndarray:
+        """The keys [Q, k] int64 of the best passages in some blocks, best first."""
         name = "cuda" if self.device == "auto" and torch.cuda.is_available() else self.device
         device = torch.device("cpu" if name == "auto" else name)
         query_vectors = torch.from_numpy(float32(queries, "the queries")).to(device)
@@ -113,17 +137,9 @@ def _matmul_precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def merged(parts: Iterable[np.ndarray]) -> np.ndarray:
-    """The best keys [Q, k] of the keys of several parts of a corpus, each [Q, k]."""
-    best, *others = (torch.from_numpy(np.array(part)) for part in parts)
-    for part in others:
-        best = torch.cat([best, part], dim=1).topk(best.shape[1], dim=1).values
-    return best.numpy()
-
-
-def found(keys: np.ndarray) -> Found:
+def _found(keys: np.ndarray) -> Found:
     """Scores and rows of keys [Q, k]."""
-    scores, rows = _unpack(torch.from_numpy(np.array(keys)))
+    scores, rows = _unpack(torch.from_numpy(keys))
     return scores.numpy(), rows.numpy()
 
 
@@ -159,3 +175,26 @@ def _unpack(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     nothing = keys == EMPTY
     rows = (LOW - (keys & LOW)).masked_fill(nothing, -1)
     return scores.masked_fill(nothing, -torch.inf), rows
+
+
+def measured_recall(
+    rows: np.ndarray,
+    queries: np.ndarray,
+    blocks: Blocks,
+    counts: np.ndarray | None = None,
+    sample: int = 256,
+) -> float:
+    """Recall of rows [Q, k] for queries [Q, d] against exact search over the blocks.
+
+    The mean of |exact ∩ found| / |exact| over `sample` evenly spaced queries, at depth k.
+
+    Args:
+        counts: segments of each document, if the rows are documents (`BestSegments`).
+    """
+    picked = np.unique(np.linspace(0, len(queries) - 1, min(sample, len(queries))).astype(int))
+    exact: Index = Exact() if counts is None else BestSegments(Exact(), counts)
+    exact.build(blocks)
+    most = blocks.rows if counts is None else len(counts)
+    found = exact.search(queries[picked], min(rows.shape[1], most))[1]
+    both = [np.isin(one, other).mean() for one, other in zip(found, rows[picked], strict=True)]
+    return float(np.mean(both))

@@ -118,13 +118,18 @@ class Faiss:
         faiss.omp_set_num_threads(torch.get_num_threads())
         require_rows(blocks)
         factory = f"index.factory='{self.factory}'"
-        with _refused(
-            "unknown-index", f"{factory} is not a factory string of faiss, such as HNSW32"
-        ):
+        text = f"{factory} is not a factory string of faiss, such as HNSW32"
+        with _refused("unknown-index", text):
             index = self.created(blocks.dim)
-        self._set(index, "efConstruction", self.ef_construction)
-        self._set(index, "nprobe", self.nprobe)
-        self._set(index, "efSearch", self.ef_search)
+        for name, setting, value in (
+            ("efConstruction", "ef_construction", self.ef_construction),
+            ("nprobe", "nprobe", self.nprobe),
+            ("efSearch", "ef_search", self.ef_search),
+        ):
+            if value is not None:
+                text = f"index.{setting}={value} does not apply to {factory}; remove it"
+                with _refused("wrong-index-setting", text):
+                    faiss.ParameterSpace().set_index_parameter(index, name, value)
         if not index.is_trained:
             sample = _sample(blocks, self.train_rows)
             few = f"{len(sample)} of {blocks.rows} passages; use fewer lists or index=flat"
@@ -156,13 +161,48 @@ class Faiss:
         """What the index takes for vectors [n, d] float32."""
         return vectors
 
-    def _set(self, index: Any, name: str, value: int | None) -> None:
-        if value is None:
-            return
-        setting = re.sub("[A-Z]", lambda m: "_" + m[0].lower(), name)
-        text = f"index.{setting}={value} does not apply to index.factory='{self.factory}'"
-        with _refused("wrong-index-setting", f"{text}; remove it"):
-            faiss.ParameterSpace().set_index_parameter(index, name, value)
+
+class BestSegments:
+    """An index of documents, scored by their best segments (MaxP, arXiv 1905.09217).
+
+    A search repeats with more segments until each query has k documents.
+
+    Args:
+        index: of the segments, which are in the order of their documents.
+        counts: segments of each document [D].
+    """
+
+    def __init__(self, index: Index, counts: np.ndarray) -> None:
+        self.index, self.k, self.approximate = index, index.k, index.approximate
+        self.bytes_per_vector = index.bytes_per_vector
+        self.ends = np.cumsum(counts)
+
+    def build(self, blocks: Blocks) -> None:
+        """Index the segments in all blocks."""
+        self.index.build(blocks)
+        self.bytes_per_vector = self.index.bytes_per_vector
+
+    def search(self, queries: np.ndarray, k: int | None = None) -> Found:
+        """Scores and numbers of the `k` best documents for queries [Q, d]."""
+        k = self.k if k is None else k
+        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+        rows = np.full((len(queries), k), -1, dtype=np.int64)
+        left, segments = np.arange(len(queries)), int(self.ends[-1])
+        depth = min(DEEPER * k, segments)
+        while len(left):
+            unfinished = []
+            step = max(MOST_FOUND // depth, 1)
+            for some in (left[i : i + step] for i in range(0, len(left), step)):
+                found = self.index.search(queries[some], depth)
+                for query, of, at in zip(some, *found, strict=True):
+                    documents = np.searchsorted(self.ends, at[at >= 0], side="right")
+                    best = np.sort(np.unique(documents, return_index=True)[1])[:k]
+                    if len(best) < k and depth < segments and at[-1] >= 0:
+                        unfinished.append(query)
+                    scores[query, : len(best)] = of[best]
+                    rows[query, : len(best)] = documents[best]
+            left, depth = np.array(unfinished), min(DEEPER * depth, segments)
+        return scores, rows
 
 
 def _sample(blocks: Blocks, size: int) -> np.ndarray:
@@ -200,11 +240,8 @@ def float32(vectors: np.ndarray, what: str) -> np.ndarray:
 
 
 def not_finite(what: str) -> InputError:
-    return InputError(
-        "not-finite",
-        f"the vectors of {what} hold NaN or infinite values; check whether the model has "
-        "diverged and encode them again",
-    )
+    text = f"the vectors of {what} hold NaN or infinite values; check whether the model has"
+    return InputError("not-finite", f"{text} diverged, and encode them again")
 
 
 def require_rows(blocks: Blocks) -> None:

@@ -1,9 +1,8 @@
 """A model folder opened for inference: texts to embeddings, pairs to scores.
 
-`Inference` is the only place that opens a folder to compute with it: `caravan.load`, evaluations,
-search and MTEB use it. Embeddings and scores that go to disk are computed block by block: the texts
-of a block are sorted by length and computed in chunks under a token budget. Blocks are independent,
-so memory holds only the model and one block.
+`caravan.load`, evaluations, search and MTEB use it. Texts are computed block by block: those of a
+block are sorted by length and computed in chunks under a token budget. Blocks are independent, so
+memory holds only the model and one block.
 """
 
 from __future__ import annotations
@@ -25,19 +24,18 @@ from caravan.data.batching import PairBatches, TextBatches
 from caravan.data.loaders import TextLoader
 from caravan.data.pairs import PairTemplates
 from caravan.data.tokenization import Templates
-from caravan.encoding import Encoding, has_instruction, read_encoding
+from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.models import folder as model_folder
 from caravan.models import hardware, varlen
 from caravan.models.biencoder import BiEncoder
 from caravan.models.cpu import pack_linears
-from caravan.models.crossencoder import CrossEncoder
+from caravan.models.crossencoder import CrossEncoder, TokenScorer
 from caravan.models.digests import folder_digest
 from caravan.models.positions import refuse_too_long
 from caravan.models.remote_code import FACT
-from caravan.models.token_scorer import TokenScorer
 from caravan.progress import progress
-from caravan.retrieval.store import Compute, Embeddings, Store
+from caravan.retrieval.store import Compute
 
 log = logging.getLogger(__name__)
 
@@ -95,11 +93,9 @@ class Inference:
     ) -> None:
         self.folder = Path(folder)
         encoding, self.facts = read_encoding(self.folder)
-        if kind is not None and encoding.kind != kind:
-            raise InputError(
-                "wrong-model-kind",
-                f"{folder} is a {encoding.kind}; give the folder of a {kind}",
-            )
+        if kind not in (None, encoding.kind):
+            text = f"{folder} is a {encoding.kind}; give the folder of a {kind}"
+            raise InputError("wrong-model-kind", text)
         given = (overrides or {}).items()
         self.overrides = {name: value for name, value in given if value is not None}
         self.encoding = replace(encoding, **self.overrides)  # type: ignore[arg-type]
@@ -107,15 +103,13 @@ class Inference:
         self.token_budget, self.num_workers = hardware.chunk(token_budget), num_workers
         self.attention, self.trust_remote_code = attention, trust_remote_code
         self.given_budget = token_budget
-        self._latest: tuple[str | None, Any] | None = None
+        self._latest: Templates | PairTemplates | None = None
 
     @cached_property
     def _loaded(self) -> tuple[BiEncoder | CrossEncoder, Any]:
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         model, tokenizer, _, _ = model_folder.load(
-            self.folder,
-            hardware.dtype(self.precision),
-            attention=self.attention,
-            trust_remote_code=self.trust_remote_code,
+            self.folder, dtype, self.attention, self.trust_remote_code
         )
         if self.device.type == "cpu":
             pack_linears(model, model.output_layer if isinstance(model, TokenScorer) else None)
@@ -132,10 +126,10 @@ class Inference:
         """The network, on the device."""
         return self._loaded[0]
 
-    @cached_property
+    @property
     def templates(self) -> Any:
         """Tokenizes texts (`Templates`) or pairs (`PairTemplates`)."""
-        return self._templates(self.encoding)
+        return self.reading(None)
 
     def reading(self, instruction: str | None) -> Any:
         """The templates with an instruction; None for that of the encoding.
@@ -143,17 +137,16 @@ class Inference:
         Raises:
             InputError: "invalid-encoding" if the encoding has no place for an instruction.
         """
-        if instruction in (None, self.encoding.instruction):
-            return self.templates
-        if self._latest is None or self._latest[0] != instruction:
-            encoding = replace(self.encoding, instruction=instruction)
-            self._latest = instruction, self._templates(encoding)
-        return self._latest[1]
-
-    def _templates(self, encoding: Encoding) -> Any:
-        if encoding.kind == "retriever":
-            return Templates(self._loaded[1], encoding)
-        return PairTemplates(self._loaded[1], encoding, self._section.rstrip("."))
+        encoding = self.encoding
+        if instruction is not None:
+            encoding = replace(encoding, instruction=instruction)
+        if self._latest is None or self._latest.encoding != encoding:
+            tokenizer = self._loaded[1]
+            if encoding.kind == "retriever":
+                self._latest = Templates(tokenizer, encoding)
+            else:
+                self._latest = PairTemplates(tokenizer, encoding, self._section.rstrip("."))
+        return self._latest
 
     @property
     def _section(self) -> str:
@@ -182,8 +175,9 @@ class Inference:
             side: "query" or "passage".
             instruction: of the collection; None for that of the encoding.
         """
-        rows = np.arange(len(texts))
-        return self._in_memory(self._texts(TextList(texts), rows, side, BLOCK, instruction))
+        rows, templates = np.arange(len(texts)), self.reading(instruction)
+        given: Any = TextList(texts)
+        return self._in_memory(TextBatches(given, rows, templates, side, BLOCK, self.token_budget))
 
     def score_pairs(
         self,
@@ -192,39 +186,29 @@ class Inference:
         instruction: str | None = None,
     ) -> np.ndarray:
         """Scores [N] float32 of pairs in memory; arguments as in `embed`."""
-        texts, rows = (TextList(queries), TextList(passages)), np.arange(len(queries))
-        return self._in_memory(self._pairs(texts, (rows, rows), BLOCK, instruction))
+        rows, templates = np.arange(len(queries)), self.reading(instruction)
+        texts: tuple[Any, Any] = TextList(queries), TextList(passages)
+        return self._in_memory(PairBatches(*texts, rows, rows, templates, BLOCK, self.token_budget))
 
     def encode_rows(
-        self,
-        texts: Any,
-        rows: np.ndarray,
-        side: str,
-        block: int,
-        store: Store,
-        name: str,
-        inputs: dict[str, Any],
-        instruction: str | None = None,
-    ) -> Embeddings:
-        """Embed the texts of a collection into a store; an interrupted call can be resumed.
+        self, texts: Any, rows: np.ndarray, side: str, block: int, instruction: str | None = None
+    ) -> Compute:
+        """Return a function that yields the embeddings [n, d] float16 of each of some blocks.
 
         Args:
             texts: `caravan.data.texts.Texts`.
             rows: text rows [N] int64; row i of the embeddings is the text at rows[i].
-            side: "query" or "passage".
-            block: texts per shard.
-            name, inputs: see `caravan.retrieval.store.Store`.
-            instruction: see `embed`; it is added to the inputs.
+            side, instruction: see `embed`.
+            block: texts per block.
         """
-        blocks = partial(self._texts, texts, rows, side, block, instruction)
-        task = "encode {} queries" if side == "query" else "encode {} passages"
+
+        def blocks() -> TextBatches:
+            templates = self.reading(instruction)
+            return TextBatches(texts, rows, templates, side, block, self.token_budget)
+
+        unit = "queries" if side == "query" else "passages"
         limit = getattr(self.encoding, f"{side}_length")
-        compute = partial(self._on_disk, blocks, len(rows), task, torch.float16, limit)
-        inputs = {**inputs, "resolved_precision": self.precision}
-        if has_instruction(getattr(self.encoding, f"{side}_template")):
-            inputs["instruction"] = instruction
-        shards = store.shards(name, inputs, -(-len(rows) // block), compute)
-        return Embeddings(shards, len(rows), block)
+        return partial(self._computed, blocks, len(rows), unit, limit)
 
     def score_rows(
         self,
@@ -235,55 +219,46 @@ class Inference:
         block: int,
         instruction: str | None = None,
     ) -> Compute:
-        """Return a function that takes block numbers and yields the scores [n] float32 of each.
+        """Return a function that yields the scores [n] float32 of each of some blocks.
 
         Args:
-            queries, corpus: `caravan.data.texts.Texts`.
             query_rows, passage_rows: rows of the pairs, [N] int64.
-            block: pairs per block.
-            instruction: see `embed`.
+            The others: see `encode_rows`.
         """
-        texts, rows = (queries, corpus), (query_rows, passage_rows)
-        blocks = partial(self._pairs, texts, rows, block, instruction)
-        limit, size = self.encoding.query_length + self.encoding.passage_length, len(query_rows)
-        return partial(self._on_disk, blocks, size, "rerank {} pairs", torch.float32, limit)
 
-    def _texts(
-        self, texts: Any, rows: np.ndarray, side: str, block: int, instruction: str | None
-    ) -> TextBatches:
-        return TextBatches(texts, rows, self.reading(instruction), side, block, self.token_budget)
+        def blocks() -> PairBatches:
+            rows, templates = (query_rows, passage_rows), self.reading(instruction)
+            return PairBatches(queries, corpus, *rows, templates, block, self.token_budget)
 
-    def _pairs(
-        self, texts: tuple[Any, Any], rows: tuple[Any, Any], block: int, instruction: str | None
-    ) -> PairBatches:
-        """Pairs of queries and passages (`texts`), by the rows of each."""
-        return PairBatches(*texts, *rows, self.reading(instruction), block, self.token_budget)
+        limit = self.encoding.query_length + self.encoding.passage_length
+        return partial(self._computed, blocks, len(query_rows), "pairs", limit)
 
     def _in_memory(self, blocks: TextBatches | PairBatches) -> np.ndarray:
         parts = [self._rows(blocks[i].packed().texts) for i in range(len(blocks))]
         return torch.cat(parts).float().cpu().numpy()
 
-    def _on_disk(
+    def _computed(
         self,
         make: Callable[[], TextBatches | PairBatches],
         size: int,
-        task: str,
-        dtype: torch.dtype,
+        unit: str,
         limit: int,
         missing: list[int],
     ) -> Iterator[np.ndarray]:
         """Yield the results of the missing blocks, with log lines and a progress bar.
 
         Args:
-            make: the blocks of all `size` texts or pairs, cut at `limit` tokens.
+            make: loads the model, and makes the blocks of all `size` texts or pairs (`unit`), which
+                are cut at `limit` tokens.
         """
-        blocks = make()  # loads the model
+        blocks = make()
+        what, dtype = ("rerank", torch.float32) if unit == "pairs" else ("encode", torch.float16)
         left = sum(min(blocks.batch_size, size - i * blocks.batch_size) for i in missing)
         device = hardware.named(self.device)
-        log.info(f"{task.format(f'{left:,}')} with {self.folder} on {device}, {self.precision}")
+        log.info(f"{what} {left:,} {unit} with {self.folder} on {device}, {self.precision}")
         workers = hardware.workers(self.num_workers, hardware.parameter_counts(self.model)[1])
-        unit, full = task.rpartition(" ")[2], 0
-        with progress(task.replace("{} ", ""), left, unit) as done:
+        full = 0
+        with progress(f"{what} {unit}", left, unit) as done:
             for batch in TextLoader(blocks, missing, min(workers, len(missing))):
                 full += batch.texts.full(limit)
                 yield self._rows(batch.texts, done).to(dtype).cpu().numpy()

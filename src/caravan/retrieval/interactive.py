@@ -9,7 +9,6 @@ embedded, searched, fused and reranked by the same code.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,9 +25,7 @@ from caravan.retrieval.fusion import Fusion
 from caravan.retrieval.inference import Models, TextList
 from caravan.retrieval.rerank import Reranker
 from caravan.retrieval.store import Store
-from caravan.retrieval.systems import Systems, encode_corpus
-
-log = logging.getLogger(__name__)
+from caravan.retrieval.systems import Dense, Systems
 
 ROW = np.zeros(1, dtype=np.int64)  # the row of the only query in a run
 
@@ -88,16 +85,13 @@ def open_searcher(
     """
     systems.check_settings(models)
     retrievers: dict[str, Callable[[str], Run]] = {}
-    for name in systems.retrievers:
-        kind = "bm25" if name == "bm25" else "retriever"
-        number = sum(stage.partition("-")[0] == kind for stage in retrievers) + 1
-        stage = kind if number == 1 else f"{kind}-{number}"
-        if name == "bm25":
-            bm25 = systems.bm25.make()
-            open_index(bm25, systems.bm25.settings, collection, store)
-            retrievers[stage] = partial(_search_bm25, bm25, systems.k)
+    for name, retriever in systems.searches.items():
+        if retriever == "bm25":
+            bm25 = open_index(systems.make("bm25"), systems.settings["bm25"], collection, store)
+            retrievers[name] = partial(_search_bm25, bm25, systems.k)
         else:
-            retrievers[stage] = _dense(Path(name), collection, systems, store, models)
+            model = models.new(Path(retriever), "retriever", systems.overrides)
+            retrievers[name] = _dense(Dense(model, models, systems, collection, store))
     reranker = None
     if systems.reranker is not None:
         model = models.new(systems.reranker, "reranker", systems.rerank.lengths)
@@ -105,34 +99,24 @@ def open_searcher(
         model.load()
         own = instruction_for(model.encoding, collection.name)
         reranker = Reranker(model, systems.rerank, **own)
-    return Searcher(collection, retrievers, systems.fuse.make(), reranker, systems.k)
+    return Searcher(collection, retrievers, systems.make("fuse"), reranker, systems.k)
 
 
 def _search_bm25(bm25: BM25, k: int, query: str) -> Run:
     return bm25.search([query], ROW, k)
 
 
-def _dense(
-    folder: Path, collection: Collection, systems: Systems, store: Store, models: Models
-) -> Callable[[str], Run]:
-    model = models.new(folder, "retriever", systems.overrides)
-    known = str(model.facts.get("collection") or "").split(", ")  # each with its digest
-    trained_on = [one.rpartition(" ")[0] for one in known if one]
-    if trained_on and collection.name not in trained_on:  # as without data=
-        log.warning(
-            f"searching {collection.name}, but {folder} was trained on {', '.join(trained_on)};"
-            " data= chooses another collection"
-        )
-    inputs = models.inputs(folder)
-    passages, segments = encode_corpus(model, inputs, systems, collection, store)
+def _dense(dense: Dense) -> Callable[[str], Run]:
+    systems, passages = dense.systems, len(dense.collection.corpus)
+    embeddings, segments = dense.passages()
     index = systems.make_index(segments)
-    index.build(passages)
-    model.load()
-    k = min(systems.k, len(collection.corpus))
-    own = instruction_for(model.encoding, collection.name)
+    index.build(embeddings)
+    dense.model.load()
 
     def search(query: str) -> Run:
-        vectors = model.embed([("", query)], "query", **own).astype(np.float16)  # as on disk
-        return Run.from_topk(ROW, *index.search(vectors.astype(np.float32), k))
+        texts = [("", query)]
+        vectors = dense.model.embed(texts, "query", **dense.instruction).astype(np.float16)
+        found = index.search(vectors.astype(np.float32), min(systems.k, passages))  # as on disk
+        return Run.from_topk(ROW, *found)
 
     return search

@@ -10,11 +10,8 @@ ir_measures (https://ir-measur.es) break them differently.
 
 from __future__ import annotations
 
-import difflib
-import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -29,57 +26,28 @@ from caravan.progress import progress
 if TYPE_CHECKING:
     from caravan.data.collection import Qrels, Texts
 
-log = logging.getLogger(__name__)
-
-NAMES = ("MRR", "nDCG", "R", "MAP", "P")
-OTHER_NAMES = {
-    "rr": "MRR", "recall": "R", "ap": "MAP", "precision": "P", "prec": "P", "map_cut": "MAP",
-    "ndcg_cut": "nDCG", "recip_rank": "MRR",
-}  # fmt: skip
-"""Names in other tools, for "did you mean"."""
-
 QUERIES_AT_ONCE = 500
 """Queries in one call of ir_measures, which holds a run as dicts of strings."""
 LISTED = 4
 """A mean over up to this many collections is named after them, over more after their number."""
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A parsed name: `MRR(rel=2)@10` is ("MRR", 10, 2)."""
-
-    name: str
-    cutoff: int
-    rel: int = 1  # the lowest relevant grade; nDCG takes grades as they are
-
-    def __str__(self) -> str:
-        return f"{self.name}{f'(rel={self.rel})' if self.rel > 1 else ''}@{self.cutoff}"
-
-
-def parse_measure(text: str) -> Measure:
-    """The measure behind a name such as "MRR@10", "nDCG@10", "R@1000", "MAP(rel=2)@1000".
+def parse_measure(name: str) -> ir_measures.Measure:
+    """The measure of ir_measures with a name such as "MRR@10", "nDCG@10", "MAP(rel=2)@1000".
 
     Raises:
-        InputError: If the name is unknown; the message suggests the most similar one.
+        InputError: "unknown-measure".
 
-    >>> parse_measure("R(rel=2)@100")
-    Measure(name='R', cutoff=100, rel=2)
+    >>> parse_measure("R(rel=2)@100")["cutoff"]
+    100
     """
-    text = str(text).strip()
-    match = re.fullmatch(r"(\w+)(?:\(rel=([1-9]\d*)\))?@([1-9]\d*)", text)
-    if match and match[1] in NAMES and not (match[1] == "nDCG" and match[2]):
-        return Measure(match[1], int(match[3]), int(match[2] or 1))
-    # The most similar name, whatever its case, its separator or the tool that it comes from.
-    typed, depth = re.match(r"\W*([A-Za-z_]*[A-Za-z])?", text), re.search(r"([1-9]\d*)\W*$", text)
-    known = {**OTHER_NAMES, **{name.lower(): name for name in NAMES}}
-    word = (typed and typed[1]) or ""
-    close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
-    near = f"{known[close[0]] if close else 'nDCG'}@{depth[1] if depth else 10}"
-    raise InputError(
-        "unknown-measure",
-        f"'{text}' is not a measure; did you mean '{near}'? Supported are "
-        f"{', '.join(f'{name}@k' for name in NAMES)}, and e.g. R(rel=2)@k for higher grades",
-    )
+    if not re.fullmatch(r"(nDCG|(MRR|R|MAP|P)(\(rel=[1-9][0-9]*\))?)@[1-9][0-9]*", name):
+        raise InputError(
+            "unknown-measure",
+            f"{name!r} is not a measure; there are MRR@k, nDCG@k, R@k, MAP@k and P@k, and"
+            " R(rel=2)@k for passages from grade 2 on (not for nDCG)",
+        )
+    return ir_measures.parse_measure(name)
 
 
 def spelled(measures: Sequence[str], relevant_from: int) -> list[str]:
@@ -90,11 +58,10 @@ def spelled(measures: Sequence[str], relevant_from: int) -> list[str]:
     >>> spelled(["MRR@10", "nDCG@10", "R(rel=1)@100"], relevant_from=2)
     ['MRR(rel=2)@10', 'nDCG@10', 'R(rel=1)@100']
     """
+    grade = f"(rel={relevant_from})" if relevant_from > 1 else ""
     return [
-        text
-        if relevant_from == 1 or "(" in text or parse_measure(text).name == "nDCG"
-        else text.replace("@", f"(rel={relevant_from})@")
-        for text in measures
+        name if "(" in name or name.startswith("nDCG") else name.replace("@", f"{grade}@")
+        for name in measures
     ]
 
 
@@ -104,7 +71,7 @@ def deepest(measures: Sequence[str]) -> int:
     >>> deepest(["MRR@10", "R@1000"])
     1000
     """
-    return max((parse_measure(text).cutoff for text in measures), default=0)
+    return max((parse_measure(name)["cutoff"] for name in measures), default=0)
 
 
 def depth_of(run: Run, searched: int | None = None) -> int:
@@ -120,7 +87,7 @@ def too_deep(measures: Sequence[str], depth: int, passages: int) -> list[str]:
     >>> too_deep(["MRR@10", "R@1000"], depth=100, passages=5_000)
     ['R@1000']
     """
-    return [text for text in measures if min(parse_measure(text).cutoff, passages) > depth]
+    return [name for name in measures if min(deepest([name]), passages) > depth]
 
 
 def per_query(run: Run, qrels: Qrels, measures: Sequence[str]) -> dict[str, np.ndarray]:
@@ -128,9 +95,9 @@ def per_query(run: Run, qrels: Qrels, measures: Sequence[str]) -> dict[str, np.n
 
     The run is scored in its order; pass `canonical(run, corpus)` where scores may tie.
     """
-    wanted = {text: ir_measures.parse_measure(str(parse_measure(text))) for text in measures}
+    wanted = {name: parse_measure(name) for name in measures}
     rows, best = qrels.queries, run.top(deepest(measures))
-    values = {one: np.zeros(len(rows)) for one in wanted.values()}
+    values = {measure: np.zeros(len(rows)) for measure in wanted.values()}
     unknown: dict[int, list[int]] = {}
     for row, grade in zip(qrels.unknown.query_rows, qrels.unknown.grades, strict=True):
         unknown.setdefault(int(row), []).append(int(grade))
@@ -150,7 +117,7 @@ def per_query(run: Run, qrels: Qrels, measures: Sequence[str]) -> dict[str, np.n
             for value in ir_measures.iter_calc(list(values), judged, ranked):
                 values[value.measure][int(value.query_id)] = value.value
             done(len(some))
-    return {text: values[one] for text, one in wanted.items()}
+    return {name: values[measure] for name, measure in wanted.items()}
 
 
 def score_run(
@@ -180,8 +147,6 @@ def score_run(
         )
     found = run.query_rows[run.counts > 0]
     missing = len(np.setdiff1d(rows, found, assume_unique=True))
-    if missing == len(rows):
-        log.warning("the run has no passage for any of the %d queries to score", missing)
     names = queries.ids(rows)
     zero = dict.fromkeys(unknown.queries, 0.0)
     scored = {

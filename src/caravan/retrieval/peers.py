@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import re
-import secrets
 import socket
 import struct
 import time
@@ -37,7 +36,7 @@ PROBES = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}
 WARN_AFTER_S = 60
 HERE = -1
 """The message of a process that waits, and rank 0's answer when all do; else an ended rank."""
-MESSAGE, HELLO = struct.Struct("!i"), struct.Struct("!16si")
+MESSAGE = struct.Struct("!i")
 
 log = logging.getLogger(__name__)
 
@@ -112,23 +111,21 @@ class Peers:
 
     def _connected(self, store: Any, host: str) -> dict[int, socket.socket]:
         if self.rank:
-            port, token = store.get("caravan").decode().split()
-            link = socket.create_connection((host, int(port)), JOIN_S)
-            link.sendall(HELLO.pack(bytes.fromhex(token), self.rank))
+            link = socket.create_connection((host, int(store.get("caravan"))), JOIN_S)
+            link.sendall(MESSAGE.pack(self.rank))
             return {0: link}
         links: dict[int, socket.socket] = {}
-        token, both = secrets.token_bytes(16), socket.has_dualstack_ipv6()
+        both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         with socket.create_server(("", 0), family=family, dualstack_ipv6=both) as server:
             server.settimeout(JOIN_S)
-            store.set("caravan", f"{server.getsockname()[1]} {token.hex()}")
+            store.set("caravan", str(server.getsockname()[1]))
             while len(links) < self.size - 1:
                 link, _ = server.accept()
                 link.settimeout(10)
-                with contextlib.suppress(OSError, struct.error):
-                    given, other = HELLO.unpack(link.recv(HELLO.size, socket.MSG_WAITALL))
-                    if secrets.compare_digest(given, token):
-                        links[other] = link
+                other = _received(link)
+                if other is not None and 0 < other < self.size:  # else of another program
+                    links[other] = link
         return links
 
     def meet(self) -> None:
@@ -154,14 +151,9 @@ class Peers:
         ready = wait(list(ranks), timeout)
         for link in ready:
             assert isinstance(link, socket.socket)
-            try:
-                message = link.recv(MESSAGE.size, socket.MSG_WAITALL)
-            except OSError:  # reset, or no answer to the probes
-                message = b""
-            if len(message) < MESSAGE.size:
-                self._end(ranks[link])
-            if (value := MESSAGE.unpack(message)[0]) != HERE:
-                self._end(value)
+            message = _received(link)
+            if message != HERE:
+                self._end(ranks[link] if message is None else message)
             self._here.add(ranks[link])
         return bool(ready)
 
@@ -184,6 +176,14 @@ class Peers:
         )
 
 
+def _received(link: socket.socket) -> int | None:
+    """The next message; None if the connection is closed, reset, or answers no probe."""
+    try:
+        return int(MESSAGE.unpack(link.recv(MESSAGE.size, socket.MSG_WAITALL))[0])
+    except (OSError, struct.error):
+        return None
+
+
 @lru_cache(maxsize=1)
 def _peers(own: int, size: int) -> Peers | None:
     return Peers(own, size) if size > 1 else None
@@ -197,9 +197,17 @@ def _rendezvous(own: int, size: int) -> tuple[Any, str]:
     """
     environ = os.environ
     if "MASTER_ADDR" not in environ and (nodes := environ.get("SLURM_STEP_NODELIST")):
-        # gpu[07-09,12],login -> gpu07
-        environ["MASTER_ADDR"] = re.sub(r"\[([^],-]+).*?\]", r"\1", nodes).split(",")[0]
+        environ["MASTER_ADDR"] = _first_node(nodes)
         job, step = environ.get("SLURM_JOB_ID", "0"), environ.get("SLURM_STEP_ID", "0")
         environ.setdefault("MASTER_PORT", str(12_000 + (10 * int(job) + int(step)) % 20_000))
     store, _, _ = next(dist.rendezvous("env://", own, size, timeout=timedelta(seconds=JOIN_S)))
     return store, environ["MASTER_ADDR"]
+
+
+def _first_node(nodes: str) -> str:
+    """The first of SLURM's list of nodes.
+
+    >>> [_first_node(nodes) for nodes in ("gpu[07-09,12],login", "n3,n5", "a[1,4]-ib", "x")]
+    ['gpu07', 'n3', 'a1-ib', 'x']
+    """
+    return re.sub(r"\[([^],-]+).*?\]", r"\1", nodes).split(",")[0]

@@ -18,15 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from caravan import manifests
-from caravan.data.collection import Collection
 from caravan.distributed import is_main_process, world_size
 from caravan.errors import InputError, OccupiedError, is_termination, sentence
 from caravan.files import claimed, replacing
-from caravan.retrieval.inference import Models
 from caravan.retrieval.metrics import deepest, depth_of, mean_over_collections, score_run, spelled
-from caravan.retrieval.stages import Ranking, Stages
-from caravan.retrieval.store import Engine, Store
-from caravan.retrieval.systems import Systems, is_model
+from caravan.retrieval.stages import Ranking, Stages, is_finished
 
 log = logging.getLogger(__name__)
 
@@ -35,69 +31,46 @@ class Evaluation:
     """The evaluation of one collection.
 
     Args:
-        collection, split: the collection and its judged queries.
-        run_dir: where runs and metrics are written.
-        store: folder for embeddings, BM25's index and reranker scores; evaluations may share it.
-        models: opens the model folders; evaluations may share it.
-        ignore_identical_ids: drop the passage that has the query's id from each result.
+        stages: computes the runs.
+        measures: see `caravan.retrieval.metrics`.
         config: text of run_dir/config.yaml.
-        engine: computes embeddings, scores and parts of a search; None computes them here.
 
     Raises:
         OccupiedError: If run_dir contains a training run or another evaluation.
     """
 
-    def __init__(
-        self,
-        collection: Collection,
-        split: str,
-        run_dir: Path,
-        store: Path,
-        systems: Systems,
-        models: Models,
-        measures: Sequence[str] = ("MRR@10", "nDCG@10", "R@100", "R@1000"),
-        ignore_identical_ids: bool = False,
-        config: str = "",
-        engine: Engine | None = None,
-    ) -> None:
-        self.systems, self.measures = systems, list(measures)
+    def __init__(self, stages: Stages, measures: Sequence[str], config: str = "") -> None:
+        self.stages, self.systems = stages, stages.systems
+        relevant_from = stages.collection.relevant_from.get(stages.split, 1)
+        self.measures = spelled(measures, relevant_from)
         inputs = {
-            "collection": collection.digest,
-            "split": split,
-            "ignore_identical_ids": ignore_identical_ids,
-            **systems.inputs(models, collection.name),
+            "collection": stages.collection.digest,
+            "split": stages.split,
+            "ignore_identical_ids": stages.ignore_identical_ids,
+            **self.systems.inputs(stages.models, stages.collection.name),
         }
-        refuse_another(run_dir, inputs)
-        _write_config(run_dir, config, inputs)
-        products = Store(store, engine=engine)
-        self.stages = Stages(
-            collection, split, run_dir, products, systems, models, ignore_identical_ids
-        )
+        refuse_another(stages.run_dir, inputs)
+        _write_config(stages.run_dir, config, inputs)
         self.rankings: list[Ranking] = []
 
-    def __iter__(self) -> Iterator[None]:
-        """Run the stages in order."""
-        for name in self.systems.retrievers:
-            self.rankings.append(self._retrieved(name))
-            yield
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
+        """Run the stages in order; yields None after each, then the content of metrics.json."""
+        for name, retriever in self.systems.searches.items():
+            if retriever == "bm25":
+                ranking = self.stages.bm25(name)
+            elif Path(retriever).is_dir():
+                ranking = self.stages.dense(name, Path(retriever))
+            else:
+                ranking = self.stages.given(name, Path(retriever))
+            self.rankings.append(ranking)
+            yield None
         if len(self.systems.retrievers) > 1:
             self.rankings.append(self.stages.fused(self.rankings))
-            yield
+            yield None
         if self.systems.reranker is not None:
             self.rankings.append(self.stages.reranked(self.systems.reranker, self.rankings[-1]))
-            yield
-
-    def _retrieved(self, name: str) -> Ranking:
-        path = Path(name)
-        if name == "bm25":
-            return self.stages.bm25()
-        if path.is_file() and not is_model(path):
-            return self.stages.given(path)
-        if path.exists():
-            return self.stages.dense(path)
-        raise InputError(
-            "file-not-found", f"retriever={name}: no model folder or run file has this path"
-        )
+            yield None
+        yield self.score()
 
     def score(self) -> dict[str, Any]:
         """Score all stages and write metrics.json, or read it if the runs have not changed.
@@ -106,28 +79,26 @@ class Evaluation:
         """
         if not is_main_process():
             return {}
-        stages, path = self.stages, self.stages.run_dir / "metrics.json"
-        measures = spelled(self.measures, stages.collection.relevant_from.get(stages.split, 1))
+        path = self.stages.run_dir / "metrics.json"
         inputs = {
             "stages": [{**ranking.inputs, "stage": ranking.name} for ranking in self.rankings],
             "runs": [ranking.digest for ranking in self.rankings],
-            "measures": measures,
+            "measures": self.measures,
             "versions": manifests.versions(("ir_measures",)),
             "mean": "all judged queries",  # earlier versions excluded some
         }
-        if manifests.matches(path, inputs):
-            if manifests.facts(path).get("xxh3") == manifests.content_digest(path):
-                return manifests.read_json(path)
-            log.warning("%s has changed since it was written; the runs are scored again", path)
-        return _write_metrics(path, self._metrics(measures), inputs)
+        if is_finished(path, inputs, "xxh3"):
+            return manifests.read_json(path)
+        return _write_metrics(path, self._metrics(), inputs)
 
-    def _metrics(self, measures: list[str]) -> dict[str, Any]:
-        stages, collection, rows = self.stages, self.stages.collection, []
+    def _metrics(self) -> dict[str, Any]:
+        stages, collection, measures = self.stages, self.stages.collection, self.measures
+        rows: list[dict[str, Any]] = []
         scored: dict[str, Any] = {}
         best = None
         for ranking in self.rankings:
-            run = stages.read(ranking, depth=max(1, deepest(measures)))
-            scored = score_run(run, stages.qrels, collection.queries, collection.corpus, measures)
+            run = stages.read(ranking, depth=deepest(measures))
+            scored = score_run(run, stages.qrels, *stages.texts, measures)
             first = next(iter(scored["overall"].values()))
             seconds = ranking.seconds("_query_s")
             rows.append(
@@ -158,17 +129,17 @@ class Evaluation:
 
 def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     """Run all stages; returns the content of metrics.json."""
-    for _ in evaluation:
-        pass
-    return evaluation.score()
+    *_, metrics = evaluation
+    assert metrics is not None
+    return metrics
 
 
 def evaluate_suite(
     run_dir: Path,
     collections: Mapping[str, Callable[[], Evaluation]],
     groups: Mapping[str, str],
-    config: str = "",
-    scored: Callable[[Evaluation, dict[str, Any]], None] | None = None,
+    config: str,
+    report: Callable[[Evaluation, dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Evaluate several collections stage by stage, so that each model is loaded once.
 
@@ -176,7 +147,7 @@ def evaluate_suite(
         collections: folder below run_dir to a function that opens the evaluation there.
         groups: folder to group; a group counts once in the mean.
         config: text of run_dir/config.yaml.
-        scored: called with each finished evaluation and its metrics.
+        report: called with each finished evaluation and its metrics.
 
     Returns:
         The content of metrics.json: the mean (`caravan.retrieval.metrics`), and `failed`, the
@@ -186,7 +157,7 @@ def evaluate_suite(
     refuse_another(run_dir, inputs)
     evaluations: dict[str, Evaluation] = {}
     failed: dict[str, str] = {}
-    records = {}
+    records: dict[str, dict[str, Any]] = {}
     with ExitStack() as held:
         for folder, open_evaluation in collections.items():
             with _noting_failure(folder, failed):
@@ -195,20 +166,18 @@ def evaluate_suite(
                 evaluations[folder] = open_evaluation()
         _write_config(run_dir, config, inputs)
         stages = {folder: iter(evaluation) for folder, evaluation in evaluations.items()}
-        for _ in range(max((len(one.systems) for one in evaluations.values()), default=0)):
-            for folder, evaluation in evaluations.items():
-                if folder in failed:
-                    continue
+        while running := [one for one in evaluations if one not in {*failed, *records}]:
+            for folder in running:
                 with _noting_failure(folder, failed):
-                    next(stages[folder])
-                    if len(evaluation.rankings) == len(evaluation.systems):
-                        records[folder] = evaluation.score()
-                        if scored is not None and is_main_process():
-                            scored(evaluation, records[folder])
+                    metrics = next(stages[folder])
+                    if metrics is not None:
+                        records[folder] = metrics
+                        if is_main_process():
+                            report(evaluations[folder], metrics)
         if not is_main_process():
             return {}
-        metrics = {**mean_over_collections(records, groups), "failed": failed}
-        return _write_metrics(run_dir / "metrics.json", metrics, metrics["collection"])
+        mean = {**mean_over_collections(records, groups), "failed": failed}
+        return _write_metrics(run_dir / "metrics.json", mean, mean["collection"])
 
 
 @contextmanager
@@ -243,14 +212,11 @@ def refuse_another(run_dir: Path, inputs: dict[str, Any]) -> None:
         return
     if "collections" in inputs and _is_incomplete(metrics):
         return
-    differs = "its data, systems and settings are not recorded there"
-    if manifests.read(record) is not None:
-        lines = sorted(manifests.differences(record, inputs), key=lambda line: "unset" in line)
-        differs = f"it differs in {'; '.join(lines[:3])}"
+    lines = sorted(manifests.differences(record, inputs), key=lambda line: "unset" in line)
     raise OccupiedError(
         "occupied-run-dir",
-        f"{run_dir} holds another evaluation already ({differs}); choose another name=, or remove"
-        " the folder",
+        f"{run_dir} holds another evaluation already (it differs in {'; '.join(lines[:3])});"
+        " choose another name=, or remove the folder",
     )
 
 

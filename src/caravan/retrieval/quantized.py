@@ -1,9 +1,8 @@
 """Compressed indexes whose best candidates are scored again by the vectors on disk.
 
-The memory of an index of millions of passages is that of its vectors. `Rescored` holds codes, such
-as a byte per dimension, and `Binary` a bit. The candidates that the codes find are scored by their
-float16 vectors, which are read from the store's memory-mapped shards. The more candidates, the
-closer to exact search; with all passages as candidates the results are equal.
+`Rescored` holds codes, such as a byte per dimension, and `Binary` a bit. The candidates that the
+codes find are scored by their float16 vectors, which are read from the store's memory-mapped
+shards. With all passages as candidates, the results are those of exact search.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ one block and an interrupted run resumes there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from caravan.data.runs import Run
 from caravan.data.segments import Reading, cut
 from caravan.retrieval.fusion import Weighted
 from caravan.retrieval.inference import Inference
-from caravan.retrieval.store import Compute, Shards
+from caravan.retrieval.store import Save
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,6 @@ class Reranking(Reading):
     rest: Literal["drop", "keep"] = "drop"
     judged: bool = False
     block: int = 2048
-
-
-Save = Callable[[int, Compute], Shards]
-"""Takes the number of blocks and writes their scores (`caravan.retrieval.store.Store.shards`)."""
 
 
 class Reranker:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,17 +24,14 @@ from caravan.data.collection import Collection, Qrels, own_passages, warn_if_que
 from caravan.data.runs import Run, canonical, read_run, write_run
 from caravan.data.tokenization import instruction_for
 from caravan.distributed import is_main_process
-from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.retrieval import peers
 from caravan.retrieval.bm25 import index_inputs, open_index
-from caravan.retrieval.exact import Exact, found, merged
-from caravan.retrieval.index import Found
+from caravan.retrieval.exact import Exact, measured_recall
 from caravan.retrieval.inference import Models
 from caravan.retrieval.rerank import Reranker
-from caravan.retrieval.segments import measured_recall
-from caravan.retrieval.store import Embeddings, Store
-from caravan.retrieval.systems import Systems, encode_corpus, encode_queries
+from caravan.retrieval.store import Store
+from caravan.retrieval.systems import Dense, Systems
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +50,12 @@ class Ranking:
     path: Path
     inputs: dict[str, Any]  # all that determines the run
     facts: Facts
-    digest: str  # of the run's bytes
     depth: int | None  # of the search; None: unknown, only the lists are given
+
+    @property
+    def digest(self) -> str:
+        """The digest of the run's bytes."""
+        return str(self.facts["run_xxh3"])
 
     def seconds(self, suffix: str = "_s") -> float:
         """Seconds of the stage, or with the suffix `_query_s` those spent on queries."""
@@ -62,7 +63,14 @@ class Ranking:
 
 
 class Stages:
-    """Computes the rankings for one split of a collection; arguments as in `Evaluation`.
+    """Computes the rankings for one split of a collection.
+
+    Args:
+        collection, split: the collection and its judged queries.
+        run_dir: where the runs are written.
+        store: for embeddings, BM25's index and reranker scores; evaluations may share it.
+        models: opens the model folders; evaluations may share it.
+        ignore_identical_ids: drop the passage that has the query's id from each result.
 
     Raises:
         InputError: If the split has no judged query.
@@ -80,31 +88,30 @@ class Stages:
     ) -> None:
         self.collection, self.split, self.run_dir = collection, split, run_dir
         self.store, self.systems, self.models = store, systems, models
-        self.k = systems.k
+        self.texts, self.k = (collection.queries, collection.corpus), systems.k
         self.qrels: Qrels = collection.qrels(split)
         if not len(self.qrels.queries):
             raise InputError(
                 "empty-split",
                 f"{collection.name}: split {split!r} has no judged query; set another data.split",
             )
-        self._names: dict[str, int] = {}
-        self._ignoring: dict[str, Any] = {}  # recorded in manifests only if set
+        self.ignore_identical_ids = ignore_identical_ids
+        # Recorded in manifests only if set.
+        self._ignoring = {"ignore_identical_ids": True} if ignore_identical_ids else {}
         self._own: np.ndarray | None = None
         if ignore_identical_ids:
-            self._ignoring = {"ignore_identical_ids": True}
             self._own = own_passages(collection, self.qrels.queries)
         elif is_main_process():
             warn_if_queries_are_passages(collection, self.qrels.queries)
         self._depth = self.k if self._own is None else self.k + 1  # own passages are dropped
 
-    def bm25(self) -> Ranking:
-        """Search with BM25."""
-        settings = self.systems.bm25.settings
+    def bm25(self, name: str) -> Ranking:
+        """Search with BM25; `name` is that of the stage."""
+        settings = self.systems.settings["bm25"]
 
         def search() -> tuple[Run, Facts]:
             started = time.monotonic()
-            bm25 = self.systems.bm25.make()
-            open_index(bm25, settings, self.collection, self.store)
+            bm25 = open_index(self.systems.make("bm25"), settings, self.collection, self.store)
             built = time.monotonic()
             rows = self.qrels.queries
             texts = [text for _, text in self.collection.queries.get(rows)]
@@ -112,79 +119,59 @@ class Stages:
             return run, {"index_s": built - started, "search_query_s": time.monotonic() - built}
 
         inputs = {**index_inputs(self.collection, settings), "k": self.k, **self._ignoring}
-        return self._ranking("bm25", inputs, search, self.k)
+        return self._ranking(name, inputs, search, self.k)
 
-    def dense(self, folder: Path) -> Ranking:
+    def dense(self, name: str, folder: Path) -> Ranking:
         """Embed corpus and queries with a model folder, build the index and search."""
-        reading, model_inputs = self.systems.reading, self.models.inputs(folder)
+        model = self.models.open(folder, "retriever", self.systems.overrides)
+        dense = Dense(model, self.models, self.systems, self.collection, self.store)
 
         def search() -> tuple[Run, Facts] | None:
             times = [time.monotonic()]
-            model = self.models.open(folder, "retriever", self.systems.overrides)
-            product = (model, model_inputs, self.systems, self.collection, self.store)
-            passages, segments = encode_corpus(*product)
+            passages, segments = dense.passages()
             times.append(time.monotonic())
-            queries = encode_queries(*product, self.split)
+            queries = dense.queries(self.split)
             times.append(time.monotonic())
             index = self.systems.make_index(segments)
-            parts = passages.parts(PART) if isinstance(index, Exact) else []
+            parts = passages.parts(PART) if isinstance(index, Exact) else [passages]
             if len(parts) < 2 and not is_main_process():
                 return None
             index.build(passages)
-            size = index.bytes_per_vector
-            if size is not None:
-                log.info(f"index of {passages.rows:,} vectors, {size:,} bytes each")
             times.append(time.monotonic())
             depth = min(self._depth, len(self.collection.corpus))
             if isinstance(index, Exact) and len(parts) > 1:
-                scores, rows = self._search_parts(index, queries, parts, depth, inputs)
-                if not is_main_process():
-                    return None
+                product = {**inputs, "split": self.split, "part": PART}
+                save = partial(self.store.shards, "found", product)
+                scores, rows = index.search_parts(queries, parts, depth, save)
             else:
                 scores, rows = index.search(queries, depth)
             times.append(time.monotonic())
             names = ("encode_s", "encode_query_s", "index_s", "search_query_s")
             facts: Facts = dict(zip(names, np.diff(times).tolist(), strict=True))
             facts |= {"device": str(model.device), "precision": model.precision}
-            facts |= {"dim": passages.dim, "bytes_per_vector": size}
+            facts |= {"dim": passages.dim, "bytes_per_vector": index.bytes_per_vector}
             if index.approximate:
                 facts["recall_against_exact"] = measured_recall(rows, queries, passages, segments)
                 log.info("recall against exact search: %.4f", facts["recall_against_exact"])
             return self._cut(Run.from_topk(self.qrels.queries, scores, rows)), facts
 
         inputs = {
-            **model_inputs,
-            **instruction_for(read_encoding(folder)[0], self.collection.name),
+            **dense.inputs,
+            **dense.instruction,
             **self.systems.overrides,
-            **reading.segments,
-            "collection": self.collection.digest,
-            "block": self.systems.block,
-            "index": self.systems.index.settings,
+            **self.systems.reading.segments,
+            "index": self.systems.settings["index"],
             "k": self.k,
             "versions": manifests.versions((*manifests.LIBRARIES, "faiss-cpu")),
             **self._ignoring,
         }
-        return self._ranking("retriever", inputs, search, self.k, together=True)
+        return self._ranking(name, inputs, search, self.k, together=True)
 
-    def _search_parts(
-        self,
-        index: Exact,
-        queries: np.ndarray,
-        parts: Sequence[Embeddings],
-        depth: int,
-        inputs: dict[str, Any],
-    ) -> Found:
-        """Search parts of the corpus, each process its share; a killed search resumes."""
-
-        product = {**inputs, "split": self.split, "part": PART}
-
-        def compute(numbers: list[int]) -> Iterator[np.ndarray]:
-            return (index.keys(queries, parts[number], depth) for number in numbers)
-
-        return found(merged(self.store.shards("found", product, len(parts), compute)))
-
-    def given(self, path: Path) -> Ranking:
+    def given(self, name: str, path: Path) -> Ranking:
         """Read a run file (TREC or MS MARCO) of any system, limited to the split's queries."""
+        if not path.is_file():
+            text = f"retriever={path}: no model folder or run file has this path"
+            raise InputError("file-not-found", text)
         inputs = {
             "collection": self.collection.digest,
             "given": manifests.content_digest(path),
@@ -194,25 +181,21 @@ class Stages:
         }
 
         def search() -> tuple[Run, Facts]:
-            texts = (self.collection.queries, self.collection.corpus)
-            run = self._cut(read_run(path, *texts, depth=self._depth).only(self.qrels.queries))
+            run = read_run(path, *self.texts, depth=self._depth).only(self.qrels.queries)
             if not len(run):
                 raise InputError(
                     "run-of-other-queries",
                     f"{path} ranks none of the {self.split} queries of {self.collection.name}; use"
                     " a run over these queries or choose another data.split",
                 )
-            if missing := len(self.qrels.queries) - len(run):
-                number = len(self.qrels.queries)
-                log.warning(f"{path} lacks {missing} of {number} queries; they score 0")
-            return run, {}
+            return self._cut(run), {}
 
-        return self._ranking("run", inputs, search, depth=None)
+        return self._ranking(name, inputs, search, depth=None)
 
     def fused(self, rankings: Sequence[Ranking]) -> Ranking:
         """Fuse several rankings into one."""
         inputs = {
-            "fuse": self.systems.fuse.settings,
+            "fuse": self.systems.settings["fuse"],
             "runs": [ranking.digest for ranking in rankings],
             "k": self.k,
             "versions": manifests.versions(()),
@@ -221,7 +204,7 @@ class Stages:
         def search() -> tuple[Run, Facts]:
             runs = [self.read(ranking) for ranking in rankings]
             started = time.monotonic()
-            fused = self.systems.fuse.make()(runs).top(self.k)
+            fused = self.systems.make("fuse")(runs).top(self.k)
             return fused, {"fuse_query_s": time.monotonic() - started}
 
         known = any(ranking.depth is not None for ranking in rankings)
@@ -244,14 +227,11 @@ class Stages:
 
         def search() -> tuple[Run, Facts]:
             run = self.read(candidates)
-            deepest = int(run.counts.max(initial=0))
-            if deepest < settings.depth:
-                log.warning(f"rerank.depth={settings.depth}, but the run has depth {deepest}")
             started = time.monotonic()
             product = {**scored_from, "resolved_precision": model.precision}
             save = partial(self.store.shards, f"scores.{self.split}", product)
-            texts = (self.collection.queries, self.collection.corpus)
-            reranked = Reranker(model, settings, **own).rerank(run, *texts, save, self.qrels)
+            reranker = Reranker(model, settings, **own)
+            reranked = reranker.rerank(run, *self.texts, save, self.qrels)
             facts = {"rerank_query_s": time.monotonic() - started}
             return reranked, {**facts, "device": str(model.device), "precision": model.precision}
 
@@ -265,7 +245,7 @@ class Stages:
         if not ranking.path.stat().st_size:  # an empty run is a valid result
             nothing = np.full((2, len(self.qrels.queries), 1), -1, dtype=np.int64)
             return Run.from_topk(self.qrels.queries, *nothing)
-        return read_run(ranking.path, self.collection.queries, self.collection.corpus, depth=depth)
+        return read_run(ranking.path, *self.texts, depth=depth)
 
     def _cut(self, run: Run) -> Run:
         """Drop own passages from a run of depth `_depth` and cut it to depth k."""
@@ -287,12 +267,9 @@ class Stages:
             depth: search depth; None if only the lists of a run are known.
             together: all processes take part in the search; otherwise only rank 0 does.
         """
-        number = self._names[name] = self._names.get(name, 0) + 1
-        name = name if number == 1 else f"{name}-{number}"
         path = self.run_dir / "runs" / f"{name}.{self.split}.trec"
         inputs = {**inputs, "split": self.split}
-        digest = _finished_digest(path, inputs)
-        if digest is not None:
+        if is_finished(path, inputs, "run_xxh3"):
             log.info("%s exists, from the same model, collection, settings and versions", path)
         elif is_main_process():
             if manifests.read(path) is not None and (lines := manifests.differences(path, inputs)):
@@ -301,24 +278,25 @@ class Stages:
             found = search()
             assert found is not None  # None only on other ranks
             run, facts = canonical(found[0], self.collection.corpus), found[1]
-            write_run(path, run, self.collection.queries, self.collection.corpus)
-            digest = manifests.content_digest(path)
-            manifests.write(path, inputs, {**facts, "run_xxh3": digest})
+            write_run(path, run, *self.texts)
+            facts["run_xxh3"] = manifests.content_digest(path)
+            manifests.write(path, inputs, facts)
         elif together:
             search()
         # Also if the run exists: rank 0 may have finished it before the others looked.
-        peers.meet(lambda: _finished_digest(path, inputs, warn=False) is not None, path)
-        digest = digest or _finished_digest(path, inputs) or ""
-        return Ranking(name, path, inputs, manifests.facts(path), digest, depth)
+        peers.meet(lambda: is_finished(path, inputs, "run_xxh3", warn=False), path)
+        return Ranking(name, path, inputs, manifests.facts(path), depth)
 
 
-def _finished_digest(path: Path, inputs: dict[str, Any], warn: bool = True) -> str | None:
-    """The digest of a run made from these inputs and unchanged since; otherwise None."""
+def is_finished(path: Path, inputs: dict[str, Any], digest: str, warn: bool = True) -> bool:
+    """Whether a file was made from these inputs and has not changed since.
+
+    Args:
+        digest: the fact in its manifest that is the digest of its content.
+    """
     if not manifests.matches(path, inputs):
-        return None
-    digest = manifests.content_digest(path)
-    if manifests.facts(path).get("run_xxh3") == digest:
-        return digest
-    if warn:
+        return False
+    unchanged: bool = manifests.facts(path).get(digest) == manifests.content_digest(path)
+    if warn and not unchanged:
         log.warning("%s has changed since it was written; it is made again", path)
-    return None
+    return unchanged

@@ -3,18 +3,10 @@
     store/passages.3f9c2a41d07b/                 named by the digest of its inputs
     store/passages.3f9c2a41d07b.manifest.json    the inputs; written when the product is complete
 
-A product is reused only if all its inputs are equal. The inputs are:
-
-- BM25's index: collection, settings of BM25, versions of Caravan, bm25s and PyStemmer.
-- Embeddings: model folder, collection, length, precision, attention, token budget, block, remote
-  code, versions of Caravan, torch, transformers and tokenizers; for queries also the split.
-- Scores: as embeddings, with the candidates and the settings of the reranker.
-- What exact search found in each part of a large corpus: as the run.
-- Runs: the inputs of their products, depth, index or fusion, `ignore_identical_ids`.
-
-Collections, model folders and runs are represented by digests of their content. Evaluations can
-share a store: they never overwrite each other's products, and nothing is evicted. A search also
-reuses the products of any evaluation. A product that has changed since is computed again when read.
+A product is reused only if all its inputs are equal: digests of the model folder, the collection
+and the candidates, settings, and versions of the libraries that compute it. Evaluations can share a
+store: they never overwrite each other's products, and nothing is evicted. A search also reuses the
+products of any evaluation. A product that has changed since is computed again when read.
 
 `Shards` stores one array per file, followed by its record where numpy does not read: digest of the
 inputs, number, shape, dtype, and digest of the bytes. A shard with a wrong record or size counts as
@@ -47,6 +39,8 @@ SUFFIX = ".manifest.json"
 
 Compute = Callable[[list[int]], Iterable[np.ndarray]]
 """Takes shard numbers and returns their arrays in the same order."""
+Save = Callable[[int, Compute], Iterable[np.ndarray]]
+"""Takes the number of shards, saves what they lack, and returns all (`Store.shards`)."""
 
 
 class Engine(Protocol):
@@ -86,11 +80,8 @@ class Store:
         product = f"{name}.{manifests.digest(inputs)[:12]}"
         path, pattern = self.folder / product, f"{glob.escape(product)}{SUFFIX}"
         if path.is_symlink():
-            raise InputError(
-                "link-in-store",
-                f"{path} is a symbolic link, which Caravan does not follow in a store; remove the"
-                " link, or choose another store=",
-            )
+            text = f"{path} is a symbolic link, which is not followed in a store; remove the link"
+            raise InputError("link-in-store", f"{text}, or choose another store=")
         if manifests.matches(path, inputs):
             return path
         for manifest in sorted(self.reuse.rglob(pattern)) if self.reuse else ():
@@ -98,17 +89,13 @@ class Store:
             if not found.is_symlink() and manifests.matches(found, inputs):
                 log.info(f"reusing {found}, from the same model, collection, settings and versions")
                 return found
-        # Products with other inputs are never evicted, and may fill the disk.
-        others = [
-            other.with_name(other.name.removesuffix(SUFFIX))
-            for other in sorted(self.folder.glob(f"{glob.escape(name)}.*{SUFFIX}"))
-        ]
+        made = self.folder.glob(f"{glob.escape(name)}.*{SUFFIX}")
+        others = [one.with_name(one.name.removesuffix(SUFFIX)) for one in made]
         if others:
             nearest = min((manifests.differences(other, inputs) for other in others), key=len)
             log.info(
-                f"{self.folder} has {', '.join(other.name for other in others)} from other models,"
-                " collections, settings or versions (the nearest differs in"
-                f" {'; '.join(nearest[:3])}); delete what you no longer need"
+                f"{self.folder} has {name} from other models, collections, settings or versions"
+                f" (the nearest differ in {'; '.join(nearest[:3])}), which are kept"
             )
         return path
 
@@ -132,6 +119,12 @@ class Store:
         peers.meet(lambda: manifests.matches(folder, inputs), folder)
         return shards
 
+    def embeddings(
+        self, name: str, inputs: dict[str, Any], rows: int, block: int, compute: Compute
+    ) -> Embeddings:
+        """Open the embeddings of `rows` texts, `block` per shard; see `shards`."""
+        return Embeddings(self.shards(name, inputs, -(-rows // block), compute), rows, block)
+
     def files(
         self, name: str, inputs: dict[str, Any], names: Sequence[str], build: Callable[[Path], None]
     ) -> Path:
@@ -140,14 +133,17 @@ class Store:
         Two processes may build it concurrently: they write the same bytes file by file.
         """
         folder = self.path(name, inputs)
-        if manifests.matches(folder, inputs):
-            written = manifests.facts(folder).get("files", {})
-            for file in names:
-                if not manifests.is_as_written(folder / file, written.get(file)):
-                    log.warning("%s is damaged; the product is built again", folder / file)
-                    break
-            else:
-                return folder
+        finished = manifests.matches(folder, inputs)
+        written = manifests.facts(folder).get("files", {}) if finished else {}
+        damaged = [
+            folder / file
+            for file in names
+            if not manifests.is_as_written(folder / file, written.get(file))
+        ]
+        if not damaged:
+            return folder
+        if finished:
+            log.warning("%s is damaged; the product is built again", damaged[0])
         manifests.remove(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         build(folder)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,11 @@ from caravan import manifests
 from caravan.data.collection import Collection
 from caravan.data.segments import Reading, cut
 from caravan.data.tokenization import instruction_for
-from caravan.encoding import FILE, read_encoding
-from caravan.retrieval.index import Index
+from caravan.encoding import has_instruction, read_encoding
+from caravan.retrieval.index import BestSegments, Index
 from caravan.retrieval.inference import Inference, Models
 from caravan.retrieval.rerank import Reranking
-from caravan.retrieval.segments import BestSegments
 from caravan.retrieval.store import Embeddings, Store
-
-
-@dataclass(frozen=True)
-class Component:
-    """A part of the pipeline, such as an index.
-
-    Each collection makes its own, so that one index is freed before the next is built.
-    """
-
-    make: Callable[[], Any]
-    settings: dict[str, Any]  # of `make`, for manifests
 
 
 @dataclass(frozen=True)
@@ -38,9 +27,10 @@ class Systems:
 
     Attributes:
         retrievers: "bm25", model folders and run files.
-        bm25: `caravan.retrieval.bm25.BM25`.
-        index: `caravan.retrieval.index.Index`; its setting `k` is the depth of all runs.
-        fuse: `caravan.retrieval.fusion`.
+        make: makes a new "bm25" (`caravan.retrieval.bm25.BM25`), "index"
+            (`caravan.retrieval.index.Index`) or "fuse" (`caravan.retrieval.fusion`). Each
+            collection has its own, so that one index is freed before the next is built.
+        settings: of these three, for manifests; `k` of the index is the depth of all runs.
         reranker: a model folder or None.
         reading: how much of a text the retrievers read.
         dim: the first dimensions of an embedding that are kept; None is as in the model folder.
@@ -48,28 +38,43 @@ class Systems:
     """
 
     retrievers: Sequence[str]
-    bm25: Component
-    index: Component
-    fuse: Component
+    make: Callable[[str], Any]
+    settings: Mapping[str, dict[str, Any]]
     reranker: Path | None = None
     rerank: Reranking = field(default_factory=Reranking)
     reading: Reading = field(default_factory=Reading)
     dim: int | None = None
     block: int = 16384
 
-    def __len__(self) -> int:
-        """The number of stages."""
-        return len(self.retrievers) + (len(self.retrievers) > 1) + (self.reranker is not None)
+    @property
+    def searches(self) -> dict[str, str]:
+        """The retrievers by the names of their stages: bm25, retriever, run, retriever-2, ..."""
+        numbers, found = Counter[str](), {}
+        for retriever in self.retrievers:
+            kind = "retriever" if Path(retriever).is_dir() else "run"
+            name = "bm25" if retriever == "bm25" else kind
+            numbers[name] += 1
+            found[name if numbers[name] == 1 else f"{name}-{numbers[name]}"] = retriever
+        return found
 
     @property
     def k(self) -> int:
         """The depth of all runs."""
-        return int(self.index.settings["k"])
+        return int(self.settings["index"]["k"])
 
     @property
     def overrides(self) -> dict[str, int]:
         """The settings that replace those of the retrievers' encodings."""
         return self.reading.lengths | ({} if self.dim is None else {"dim": self.dim})
+
+    @property
+    def folders(self) -> list[tuple[Path, str, dict[str, int]]]:
+        """The model folders, each with its kind and the settings that replace its encoding's."""
+        paths = [Path(name) for name in self.retrievers if name != "bm25"]
+        found = [(path, "retriever", self.overrides) for path in paths if path.is_dir()]
+        if self.reranker is not None and self.reranker.is_dir():
+            found.append((self.reranker, "reranker", self.rerank.lengths))
+        return found
 
     def make_index(self, counts: np.ndarray | None) -> Index:
         """An index of documents.
@@ -77,7 +82,7 @@ class Systems:
         Args:
             counts: segments of each document, of which the best one counts; None without segments.
         """
-        index: Index = self.index.make()
+        index: Index = self.make("index")
         return index if counts is None else BestSegments(index, counts)
 
     def check_settings(self, models: Models) -> None:
@@ -86,11 +91,8 @@ class Systems:
         Raises:
             InputError: If a model has too few positions or dimensions.
         """
-        for name in self.retrievers:
-            if Path(name).is_dir():
-                models.new(Path(name), "retriever", self.overrides).check_settings()
-        if self.reranker is not None and self.reranker.is_dir():
-            models.new(self.reranker, "reranker", self.rerank.lengths).check_settings()
+        for folder in self.folders:
+            models.new(*folder).check_settings()
 
     def inputs(self, models: Models, collection: str) -> dict[str, Any]:
         """The systems and settings that determine the results of an evaluation.
@@ -105,83 +107,80 @@ class Systems:
             path = Path(name)
             if name == "bm25" or not path.exists():  # the stage reports what is missing
                 return name
-            return models.digest(path) if is_model(path) else manifests.content_digest(path)
+            return models.digest(path) if path.is_dir() else manifests.content_digest(path)
 
         retrievers = {str(i): digest(name) for i, name in enumerate(self.retrievers, start=1)}
         inputs: dict[str, Any] = {"retriever": retrievers, "k": self.k}
-        dense = any(is_model(Path(name)) for name in self.retrievers)
         if "bm25" in self.retrievers:
-            inputs["bm25"] = self.bm25.settings
-        if dense:
+            inputs["bm25"] = self.settings["bm25"]
+        if any(kind == "retriever" for _, kind, _ in self.folders):
             unset = {"query_length": None, "passage_length": None}
-            inputs |= {"index": self.index.settings, **unset, **self.overrides}
+            inputs |= {"index": self.settings["index"], **unset, **self.overrides}
             inputs |= self.reading.segments
         if len(self.retrievers) > 1:
-            inputs["fuse"] = self.fuse.settings
+            inputs["fuse"] = self.settings["fuse"]
         if self.reranker is not None:
             inputs["reranker"] = digest(str(self.reranker))
             inputs["rerank"] = {k: v for k, v in asdict(self.rerank).items() if k != "block"}
-        if dense or self.reranker is not None:
+        if self.folders:
             inputs |= {"precision": models.precision, "attention": models.attention}
-        names = [*self.retrievers, *([] if self.reranker is None else [str(self.reranker)])]
-        folders = [Path(name) for name in names if is_model(Path(name))]
-        found = [instruction_for(read_encoding(one)[0], collection) for one in folders]
+        encodings = [read_encoding(folder)[0] for folder, _, _ in self.folders]
+        found = [instruction_for(encoding, collection) for encoding in encodings]
         if any(found):
             inputs["instructions"] = [one.get("instruction") for one in found]
         return inputs
 
 
-def is_model(path: Path) -> bool:
-    """Whether a retriever is meant as a model folder and not as a run file."""
-    return path.is_dir() or path.name == FILE
+class Dense:
+    """The embeddings of a collection by a retriever; those in the store are reused.
 
-
-def encode_corpus(
-    model: Inference,
-    inputs: dict[str, Any],
-    systems: Systems,
-    collection: Collection,
-    store: Store,
-) -> tuple[Embeddings, np.ndarray | None]:
-    """Embed the passages of a collection, or their segments; reuses embeddings in the store.
-
-    Args:
-        inputs: the result of `Models.inputs`.
-
-    Returns:
-        The embeddings, and how many each passage has if each of its segments has one
-        (`Systems.make_index`).
+    Attributes:
+        instruction: of the collection (`instruction_for`).
+        inputs: what determines the embeddings of both sides.
     """
-    reading, block = systems.reading, systems.block
-    read = cut(collection.corpus, np.arange(len(collection.corpus)), reading)
-    inputs = {**inputs, **_encoded(model, "passage"), **reading.segments}
-    inputs |= {"collection": collection.digest, "block": block}
-    name = "segments" if reading.segments else "passages"
-    own = instruction_for(model.encoding, collection.name)
-    texts = (read.texts, read.rows, "passage", block, store, name, inputs)
-    rows = model.encode_rows(*texts, own.get("instruction"))
-    return rows, read.counts
 
+    def __init__(
+        self,
+        model: Inference,
+        models: Models,
+        systems: Systems,
+        collection: Collection,
+        store: Store,
+    ) -> None:
+        self.model, self.systems, self.collection, self.store = model, systems, collection, store
+        self.instruction = instruction_for(model.encoding, collection.name)
+        self.inputs = {
+            **models.inputs(model.folder),
+            "collection": collection.digest,
+            "block": systems.block,
+        }
 
-def encode_queries(
-    model: Inference,
-    inputs: dict[str, Any],
-    systems: Systems,
-    collection: Collection,
-    store: Store,
-    split: str,
-) -> np.ndarray:
-    """Embeddings [Q, d] float32 of the judged queries of a split; arguments: `encode_corpus`."""
-    texts, rows, block = collection.queries, collection.qrels(split).queries, systems.block
-    inputs = {**inputs, **_encoded(model, "query"), "split": split}
-    inputs |= {"collection": collection.digest, "block": block}
-    own = instruction_for(model.encoding, collection.name)
-    name = f"queries.{split}"
-    return model.encode_rows(texts, rows, "query", block, store, name, inputs, **own).read()
+    def passages(self) -> tuple[Embeddings, np.ndarray | None]:
+        """Embed the passages, or their segments.
 
+        Returns:
+            The embeddings, and how many each passage has if each of its segments has one
+            (`Systems.make_index`).
+        """
+        corpus, reading = self.collection.corpus, self.systems.reading
+        read = cut(corpus, np.arange(len(corpus)), reading)
+        name = "segments" if reading.segments else "passages"
+        return self._embedded("passage", read.texts, read.rows, name, reading.segments), read.counts
 
-def _encoded(model: Inference, side: str) -> dict[str, int | None]:
-    """The settings of a side's embeddings that are not those of the model folder."""
-    given = model.overrides
-    dim = {"dim": given["dim"]} if "dim" in given else {}
-    return {"length": given.get(f"{side}_length"), **dim}
+    def queries(self, split: str) -> np.ndarray:
+        """Embeddings [Q, d] float32 of the judged queries of a split."""
+        rows, name = self.collection.qrels(split).queries, f"queries.{split}"
+        return self._embedded("query", self.collection.queries, rows, name, {"split": split}).read()
+
+    def _embedded(
+        self, side: str, texts: Any, rows: np.ndarray, name: str, more: dict[str, Any]
+    ) -> Embeddings:
+        model, block = self.model, self.systems.block
+        inputs = {**self.inputs, **more, "length": model.overrides.get(f"{side}_length")}
+        inputs["resolved_precision"] = model.precision
+        if "dim" in model.overrides:
+            inputs["dim"] = model.overrides["dim"]
+        if has_instruction(getattr(model.encoding, f"{side}_template")):
+            inputs |= self.instruction
+        compute = model.encode_rows(texts, rows, side, block, **self.instruction)
+        return self.store.embeddings(name, inputs, len(rows), block, compute)

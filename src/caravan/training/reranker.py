@@ -16,9 +16,7 @@ from torch import Tensor
 
 from caravan.data.batch import RerankBatch
 from caravan.data.pairs import answer_ids
-from caravan.models.crossencoder import CrossEncoder
-from caravan.models.query_likelihood import QueryLikelihood
-from caravan.models.token_scorer import TokenScorer
+from caravan.models.crossencoder import CrossEncoder, QueryLikelihood, TokenScorer
 from caravan.training import parallel
 from caravan.training.stage import Stage
 
@@ -44,7 +42,9 @@ class Reranker(Stage):
         queries, group = batch.passage_rows.shape
         targets = torch.zeros(queries, dtype=torch.int64, device=scores.device)
         counts = parallel.sizes(queries, scores.device)
-        return self.compute_loss([scores.view(queries, group)], targets, batch.teacher, counts)
+        values = self.measured([scores.view(queries, group)], targets, batch.teacher, counts)
+        self.log_over_ranks(values, queries)
+        return values["loss"]
 
     def validation_step(
         self, batch: Any, batch_idx: int, dataloader_idx: int = 0
