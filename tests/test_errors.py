@@ -10,8 +10,16 @@ from pydoc import locate
 import pytest
 import yaml
 
-from caravan.data.collection import DamagedError
-from caravan.errors import CONTROLS, INTERRUPTED, USER, InputError, answering, printable, sentence
+from caravan.errors import (
+    CONTROLS,
+    INTERRUPTED,
+    USER,
+    InputError,
+    OccupiedError,
+    answering,
+    printable,
+    sentence,
+)
 from caravan.files import writing
 from caravan.models.remote_code import RemoteCodeError
 
@@ -125,7 +133,7 @@ def test_messages_and_log_lines_do_not_control_the_terminal(
 
 
 @pytest.mark.parametrize(
-    "error", [InputError("a-code", "a message"), RemoteCodeError("x"), DamagedError("x is damaged")]
+    "error", [InputError("a-code", "a message"), RemoteCodeError("x"), OccupiedError("a-code", "x")]
 )
 def test_an_input_error_reaches_another_process_with_its_code(error: InputError) -> None:
     received = pickle.loads(pickle.dumps(error))  # noqa: S301

@@ -156,7 +156,7 @@ def tokenizers() -> dict[str, Any]:
     }
 
 
-def bert(scores: bool) -> Any:
+def bert(scores: bool, positions: int = 80) -> Any:
     from transformers import BertConfig, BertForSequenceClassification, BertModel
 
     config = BertConfig(
@@ -165,7 +165,7 @@ def bert(scores: bool) -> Any:
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=48,
-        max_position_embeddings=80,
+        max_position_embeddings=positions,
         num_labels=1,
         pad_token_id=0,
         initializer_range=0.2,

@@ -57,13 +57,10 @@ def test_rotary_positions_have_no_limit_but_a_warning(caplog: pytest.LogCaptureF
     assert "64 tokens" in caplog.text
 
 
-def test_a_reranker_reads_query_and_passage_together() -> None:
+def test_a_query_alone_and_a_rerankers_pair_may_be_too_long_too() -> None:
     model = with_head(_made("Bert", CONFIGS["Bert"]))
     with refused("too-long", "encoding.query_length + encoding.passage_length is 65", "64"):
         CrossEncoder(model, Encoding("reranker", query_length=20, passage_length=45, **CLS))
-
-
-def test_a_query_may_be_too_long_too() -> None:
     with refused("too-long", "query_length is 65"):
         BiEncoder(_made("Bert", CONFIGS["Bert"]), Encoding(query_length=65, **CLS))
 
