@@ -86,19 +86,6 @@ def test_a_choice_that_another_file_sets_to_null_is_reported(conf: Path, lines: 
 
 
 @pytest.mark.parametrize(
-    ("root", "key"),
-    [
-        *(("train", "seed"), ("train", "encoding"), ("train", "name")),
-        *(("evaluate", "rerank.depth"), ("evaluate", "index.k"), ("evaluate", "bm25")),
-    ],
-)
-def test_a_needed_key_cannot_be_deleted(lines: Lines, root: str, key: str) -> None:
-    given = ["retriever=bm25"] if root == "evaluate" else []
-    found = lines(f"~{key}", *given, root=root)
-    assert any(line.startswith(f"{key} (") for line in found), found
-
-
-@pytest.mark.parametrize(
     "override", ["data.path=${oc.env:CARAVAN_NO_SUCH}/a", "data.path=${x}/a", "data.path=${data.x}"]
 )
 @pytest.mark.parametrize("more", [[], ["collections=[a]"]])
