@@ -106,7 +106,7 @@ class Sweep:
         typed = [text for text in argv if text in now]  # together, also before a last -m
         return [
             *flags,
-            *(now[text] for text in [*typed, *self.in_file]),
+            *(now.get(text, text) for text in [*typed, *self.in_file]),
             f"hydra.job.config.override_dirname.exclude_keys=[{','.join(left_out)}]",
             f"hydra.sweep.dir='{folder}'",
         ], Path(folder)
