@@ -179,13 +179,14 @@ class TestSweeps:
             pytest.param("trainer.num_nodes=2", "trainer.num_nodes", marks=pytest.mark.slow),
             ("trainer.devices=2 hydra.launcher._target_=x.RayLauncher", "trainer.devices"),
             ("trainer.devices=[0]", None),
-            ("trainer.devices=2 hydra/launcher=slurm", None),
             ("hydra/sweeper=ax", "hydra/sweeper/ax"),
+            ("hydra/launcher=slurm", "hydra/launcher"),
         ],
     )
-    def test_a_job_in_this_process_has_one_device(
-        self, lines: Lines, overrides: str, wanted: str | None
+    def test_a_sweep_needs_one_device_and_its_plugins(
+        self, monkeypatch: pytest.MonkeyPatch, lines: Lines, overrides: str, wanted: str | None
     ) -> None:
+        monkeypatch.setattr("caravan.cli.sweeps.locate", _without_plugins)
         found = lines("-m", "seed=1,2", *overrides.split(), conf=CONF)
         assert bool(found) == (wanted is not None), found
         assert wanted is None or wanted in found[0]
@@ -196,3 +197,8 @@ class TestSweeps:
         monkeypatch.setenv("WORLD_SIZE", "2")
         (line,) = lines("-m", "seed=1,2")
         assert line.startswith("-m: ")
+
+
+def _without_plugins(target: str) -> None:
+    if "submitit" in target:
+        raise LookupError(f"there is no class or function {target}")
