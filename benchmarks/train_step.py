@@ -13,6 +13,7 @@ import logging
 import statistics
 import tempfile
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import TrainerCallback
 
+from caravan.data.mixture import Entry, Part
 from caravan.data.negatives import Negatives
 from caravan.models.backbone import Pretrained
 from caravan.training.datamodule import DataModule
@@ -63,14 +65,10 @@ def ours(options: Any, corpus: Any, precision: str) -> float:
     module = Retriever(
         backbone, None, tokenizer, encoding(), InfoNCE(0.05), AdamW(lr=2e-5, warmup_steps=1), seed=0
     )
-    data = DataModule(
-        corpus.name,
-        module.training_set(corpus, "train", Negatives(number=0), token_budget=2048),
-        validations=(),
-        queries_per_batch=options.batch,
-        token_budget=2048,
-        num_workers=1,
-    )
+    splits: Any = SimpleNamespace(train_split="train", dev_split="train")  # validated: never
+    parts = [Part("", corpus, Entry(splits), Negatives(number=0))]
+    batching = {"queries_per_batch": options.batch, "token_budget": 2048, "num_workers": 1}
+    data = DataModule(None, parts, module, {}, **batching)
     clock = Clock()
     pl.Trainer(
         accelerator="cpu",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from caravan.cli.compose import compose
 from caravan.cli.evaluate import evaluate as evaluate_config
@@ -24,6 +22,11 @@ TINY = (
     "trainer.log_every_n_steps=2",
     *("trainer.accelerator=cpu", "callbacks.progress=null", "trainer.enable_progress_bar=false"),
 )
+SHORT = (
+    *("trainer.max_steps=2", "trainer.val_check_interval=1"),
+    "callbacks.resume_point.every_n_steps=1",
+)
+"""Two updates, with a validation and a checkpoint after each."""
 
 
 def train_arguments(beir: Path, run_dir: Path, *overrides: str) -> list[str]:
@@ -66,24 +69,14 @@ def evaluate(beir: Path, run_dir: Path, retriever: Any, *overrides: str) -> dict
     return evaluate_config(compose(ROOT / "conf", "evaluate", given))
 
 
+def curves(run_dir: Path) -> dict[str, dict[int, float]]:
+    """The values of each curve by step."""
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    names = events.Tags()["scalars"]
+    return {name: {event.step: event.value for event in events.Scalars(name)} for name in names}
+
+
 def products(folder: Path) -> dict[str, bytes]:
     """The shards and runs of an evaluation, by their path."""
     paths = (path for end in ("npy", "trec") for path in sorted(folder.rglob(f"*.{end}")))
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-
-def run_whole_and_killed(command: Callable[[str], list[str]]) -> None:
-    """Run `command("whole")`, and `command("killed")`, which is killed several times."""
-    started = time.monotonic()
-    subprocess.run(command("whole"), check=True, capture_output=True)
-    whole, kills = time.monotonic() - started, 0
-    for tenth in (4, 6, 7, 8, 9):
-        process = subprocess.Popen(command("killed"), stderr=subprocess.PIPE)
-        try:
-            process.wait(timeout=whole * tenth / 10)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    subprocess.run(command("killed"), check=True, capture_output=True)
-    assert kills >= 2

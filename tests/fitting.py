@@ -13,6 +13,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from tests.tiny import tiny_backbone
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from caravan.data.collection import Collection
 from caravan.data.mixture import Entry, Part, open_parts
@@ -24,7 +25,7 @@ from caravan.training import fsdp
 from caravan.training.adaptation import Adaptation
 from caravan.training.callbacks import LastCheckpoint, Throughput
 from caravan.training.checkpoints import AtomicCheckpoints
-from caravan.training.datamodule import Reads
+from caravan.training.datamodule import DataModule
 from caravan.training.distillation import Distillation
 from caravan.training.evaluation import RerankingEvaluation, RetrievalEvaluation
 from caravan.training.losses import InfoNCE
@@ -77,6 +78,12 @@ class Fitted:
     losses: dict[int, float]
     metrics: dict[str, float]
     trainer: Any
+
+    @property
+    def results(self) -> dict[str, float]:
+        """The metrics that are the same on any number of ranks."""
+        differing = ("train/tokens_per_second", "train/padding")
+        return {name: value for name, value in self.metrics.items() if name not in differing}
 
 
 @dataclass
@@ -149,14 +156,8 @@ class Fit:
         parts = [Part("", self.collection, Entry(splits), sampler)]
         if self.source is not None:
             parts = open_parts(self.source, self.folder / "cache", sampler)
-        reads = Reads(self.source, parts, module, {"run": run})
-        data = reads.data_module(
-            {
-                "queries_per_batch": queries_per_batch,
-                "token_budget": token_budget,
-                "num_workers": workers,
-            }
-        )
+        batching = (queries_per_batch, token_budget, workers)
+        data = DataModule(self.source, parts, module, {"run": run}, *batching)
         losses, run_file = Losses(), str(self.folder / "run.trec")
         evaluation: pl.Callback = RetrievalEvaluation(Faiss(k=100), MEASURES, run_file)
         if reranks:
@@ -240,7 +241,7 @@ def assert_loss_and_gradient(
 def on_ranks(
     fit: Fit, strategy: str, bf16: bool = False, replicas: int = 1, **settings: Any
 ) -> dict[str, Any]:
-    """Metrics and losses of a fit on all ranks ("ddp" or "fsdp"), which can be sent."""
+    """Results and losses of a fit on all ranks ("ddp" or "fsdp"), which can be sent."""
     sharded = strategy == "fsdp"
     if bf16 and not sharded:
         settings["precision"] = "bf16-mixed"
@@ -250,5 +251,6 @@ def on_ranks(
         strategy=fsdp.FullySharded(replicas) if sharded else "ddp",
         shards_in_bf16=bf16 and sharded,  # without autocast
     )
-    held = sum(fsdp.local(weight).numel() for weight in fitted.weights.values())
-    return {"metrics": fitted.metrics, "losses": fitted.losses, "held": held}
+    weights = fitted.weights.values()
+    held = sum((w.to_local() if isinstance(w, DTensor) else w).numel() for w in weights)
+    return {"metrics": fitted.results, "losses": fitted.losses, "held": held}

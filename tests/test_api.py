@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,20 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.commands import evaluate
+from tests.files import records
 from tests.refusals import refused
 
 import caravan
 from caravan.data.collection import Collection
 from caravan.data.runs import read_run
-from caravan.errors import InputError
 
 FLOAT = ("precision=float32", "measures=[MRR@10]")
 
 
-def _texts(beir: Path) -> tuple[list[str], list[tuple[str, str]]]:
-    read = [json.loads(line) for line in (beir / "corpus.jsonl").read_text().splitlines()]
-    queries = [json.loads(line) for line in (beir / "queries.jsonl").read_text().splitlines()]
-    return [q["text"] for q in queries[-4:]], [(p["title"], p["text"]) for p in read]
+def _texts(collection: Collection) -> tuple[list[str], list[tuple[str, str]]]:
+    queries = [text for _, _, text in records(collection.queries)]
+    return queries[-4:], [(title, text) for _, title, text in records(collection.corpus)]
 
 
 def _same_run(hits: Any, path: Path, collection: Collection) -> None:
@@ -37,7 +35,7 @@ def _same_run(hits: Any, path: Path, collection: Collection) -> None:
 def test_search_finds_what_evaluate_finds(
     beir: Path, collection: Collection, folders: dict[str, str], tmp_path: Path
 ) -> None:
-    queries, passages = _texts(beir)
+    queries, passages = _texts(collection)
     model: Any = caravan.load(folders["retriever"], precision="float32")
     embeddings = model.encode_passages(passages)
     assert embeddings.shape == (60, model.dim) == (60, 32)
@@ -54,7 +52,7 @@ def test_search_finds_what_evaluate_finds(
 def test_a_reranker_orders_as_evaluate_does(
     beir: Path, collection: Collection, folders: dict[str, str], tmp_path: Path
 ) -> None:
-    queries, passages = _texts(beir)
+    queries, passages = _texts(collection)
     model: Any = caravan.load(folders["reranker"], precision="float32")
     hits = model.search(queries, passages, k=5)
     systems = folders["retriever"], f"reranker={folders['reranker']}", "rerank.depth=60"
@@ -86,7 +84,7 @@ def test_mistakes_are_refused(folders: dict[str, str], name: str) -> None:
         model.search(["salt"], ["gold", ("silk", "sand", "gold")])
     with refused("out-of-range", "k=0"):
         model.search(["salt"], ["gold"], k=0)
-    with pytest.raises(InputError, match=r"caravan\.json"):
+    with refused("not-a-model-folder", "caravan.json"):
         caravan.load("src")
     if name == "retriever":
         for shape in ((2, 31), (2, 32, 1), (32,)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import WORDS
+from tests.export import folders
 
 ROOT = Path(__file__).parents[1]
 SHARED = {"common", "gpu_kernels", "gpu_rows", "minilm", "shapes"}
@@ -51,22 +52,11 @@ SLOW = {"chunks", "encode", "gpu", "rerank", "settings", "train_step"}
 @pytest.fixture(scope="module")
 def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as that of MiniLM, of a BERT with a few thousand random weights."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
     folder = tmp_path_factory.mktemp("minilm")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=64)
+    tokenizer = copy.deepcopy(folders.tokenizer("encoder"))
+    tokenizer.model_max_length = 64
     tokenizer.save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=256,
-    )
-    BertModel(config).save_pretrained(folder)
+    folders.bert(scores=False, positions=256).save_pretrained(folder)
     return folder
 
 

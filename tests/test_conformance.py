@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.export.folders import JOINED, PAIR, PLAIN, TOKEN, make
+from tests.export.folders import make
 from tests.refusals import refused
 
 from caravan import conformance
@@ -21,7 +20,7 @@ from caravan.data.pairs import PairTemplates
 from caravan.models import folder
 from caravan.models.pooling import pooled_states, pooling_of
 
-PROMPTS = {"query_template": "query: {text}", "passage_template": "passage: {title} {text}"}
+EMBEDDINGS = "/v1/embeddings"
 
 
 class Stub:
@@ -31,6 +30,7 @@ class Stub:
         self.model, self.tokenizer, self.encoding, _ = folder.load(path)
         self.mistakes: dict[str, Any] = {}
         self.requests: list[dict[str, Any]] = []
+        self.url = serve(self)
 
     def __call__(self, url: str, body: dict[str, Any]) -> Any:
         self.requests.append(body)
@@ -106,46 +106,35 @@ class Stub:
         return float(torch.sigmoid(score) if self.mistakes.get("sigmoid") else score)
 
 
-@pytest.fixture
-def serve() -> Iterator[Callable[[Stub], str]]:
-    """Starts a server; returns its address."""
-    started: list[ThreadingHTTPServer] = []
+def serve(stub: Stub) -> str:
+    """Start a server; returns its address."""
 
-    def start(stub: Stub) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                length = int(self.headers.get("Content-Length") or 0)
-                try:
-                    answer = stub(self.path, json.loads(self.rfile.read(length) or b"{}"))
-                    self._send(200, answer)
-                except ValueError as error:
-                    self._send(400, {"error": str(error)})
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            try:
+                answer = stub(self.path, json.loads(self.rfile.read(length) or b"{}"))
+                self.send_response(200)
+            except ValueError as error:
+                answer = {"error": str(error)}
+                self.send_response(400)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
 
-            do_GET = do_POST  # noqa: N815
+        do_GET = do_POST  # noqa: N815
 
-            def _send(self, code: int, answer: Any) -> None:
-                self.send_response(code)
-                self.end_headers()
-                self.wfile.write(json.dumps(answer).encode())
+        def log_message(self, *_: Any) -> None:
+            pass
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        started.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in started:
-        server.shutdown()
-        server.server_close()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}"
 
 
 @pytest.fixture(scope="module")
 def retriever(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("retriever") / "model"
-    return make(path, query_length=64, passage_length=64, **PROMPTS)
+    return make(path, query_length=64, passage_length=64)
 
 
 @pytest.fixture(scope="module")
@@ -177,10 +166,9 @@ def test_the_mistake_of_a_server_is_named(
     causes: list[str],
     retriever: Path,
     stub: Stub,
-    serve: Callable[[Stub], str],
 ) -> None:
     stub.mistakes = mistakes
-    findings = check(retriever, Server(f"{serve(stub)}/v1/embeddings"))
+    findings = check(retriever, Server(stub.url + EMBEDDINGS))
     assert [one.side for one in findings] == ["query", "passage"]
     if mistakes.get("prompt"):  # it is the query's own: only passages are wrong
         assert findings[0].conforms
@@ -195,63 +183,55 @@ def test_the_mistake_of_a_server_is_named(
 
 @pytest.mark.parametrize("row", [[float("nan")] * 32, None, [[0.1] * 32], "AAAA"])
 def test_an_answer_without_numbers_is_refused_also_if_only_a_batch_has_it(
-    row: Any, retriever: Path, stub: Stub, serve: Callable[[Stub], str]
+    row: Any, retriever: Path, stub: Stub
 ) -> None:
     stub.mistakes = {"in_a_batch": row}
     with refused("unknown-answer", "/v1/embeddings"):
-        check(retriever, Server(f"{serve(stub)}/v1/embeddings"))
+        check(retriever, Server(stub.url + EMBEDDINGS))
 
 
-def test_other_weights_are_not_explained(
-    retriever: Path, tmp_path: Path, serve: Callable[[Stub], str]
-) -> None:
+def test_other_weights_are_not_explained(retriever: Path) -> None:
     torch.manual_seed(1)
     other = Stub(retriever)
     with torch.no_grad():
         for weight in other.model.parameters():
             weight.normal_(std=0.3)
-    findings = check(retriever, Server(f"{serve(other)}/v1/embeddings"))
+    findings = check(retriever, Server(other.url + EMBEDDINGS))
     assert not any(finding.explained for finding in findings)
 
 
-def test_short_embeddings_of_a_model_with_learned_positions_are_checked_too(
-    tmp_path: Path, serve: Callable[[Stub], str]
-) -> None:
-    plain = {**PLAIN, "pooling": "mean", "dim": 24, "query_length": 80, "passage_length": 80}
-    path = make(tmp_path / "model", on="encoder", **plain)
+def test_short_embeddings_of_a_model_with_learned_positions_are_checked_too(tmp_path: Path) -> None:
+    lengths = {"query_length": 80, "passage_length": 80}
+    path = make(tmp_path / "model", "mean of an encoder", dim=24, **lengths)
     stub = Stub(path)
     stub.mistakes = {"pooling": "cls"}
-    for finding in check(path, Server(f"{serve(stub)}/v1/embeddings")):
+    for finding in check(path, Server(stub.url + EMBEDDINGS)):
         assert list(finding.causes) == ["pooling"]
 
 
-LONG = {"query_length": 40, "passage_length": 80}
-
-
 @pytest.mark.parametrize(
-    ("settings", "url", "mistakes", "causes"),
+    ("case", "url", "mistakes", "causes"),
     [
-        (JOINED, "/score", {}, []),
-        (JOINED, "/score", {"ends": 0}, ["EOS"]),
-        (JOINED, "/rerank", {"sigmoid": True}, ["activation"]),
-        (TOKEN, "/v1/rerank", {"form": "TEI"}, []),
-        (TOKEN, "/score", {"template": True}, []),
-        ({"on": "encoder", "released": True, **PAIR, "pooling": "cls"}, "/score", {}, []),
+        ("reranker", "/score", {}, []),
+        ("reranker", "/score", {"ends": 0}, ["EOS"]),
+        ("reranker", "/rerank", {"sigmoid": True}, ["activation"]),
+        ("token", "/v1/rerank", {"form": "TEI"}, []),
+        ("token", "/score", {"template": True}, []),
+        ("released encoder", "/score", {}, []),
     ],
 )
 def test_the_scores_of_a_server_are_checked(
-    settings: dict[str, Any],
+    case: str,
     url: str,
     mistakes: dict[str, Any],
     causes: list[str],
     tmp_path: Path,
-    serve: Callable[[Stub], str],
 ) -> None:
-    lengths = {} if settings.get("on") else LONG
-    path = make(tmp_path / "model", **{**settings, **lengths})
+    lengths = {} if "encoder" in case else {"query_length": 40, "passage_length": 80}
+    path = make(tmp_path / "model", case, **lengths)
     stub = Stub(path)
     stub.mistakes = mistakes
-    (finding,) = check(path, Server(serve(stub) + url))
+    (finding,) = check(path, Server(stub.url + url))
     assert list(finding.causes) == causes, finding
     assert finding.explained
     assert finding.plain == bool(mistakes.get("template"))
@@ -260,11 +240,10 @@ def test_the_scores_of_a_server_are_checked(
 def test_the_command_reports_and_exits(
     retriever: Path,
     stub: Stub,
-    serve: Callable[[Stub], str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    address = serve(stub)
+    address = stub.url + EMBEDDINGS
     for mistakes, code, said in (
         ({}, 0, "passage: the folder's numbers"),
         ({"pooling": "mean"}, 1, "pooling: mean instead of last"),

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tests.commands import ROOT, TINY
+from tests.refusals import refused
 from tests.tiny import WORDS, write_beir
 
 import caravan
@@ -22,7 +23,6 @@ from caravan.cli.compose import compose, preflight
 from caravan.cli.train import train
 from caravan.data.collection import Collection
 from caravan.data.readers.labelled import Beir
-from caravan.errors import InputError
 
 PAGE = ROOT / "docs" / "extending.md"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -100,9 +100,6 @@ def test_page_has_five_examples_of_at_most_40_lines() -> None:
     for heading, example in EXAMPLES.items():
         assert sum(body.count("\n") for _, body in example) <= 40, heading
         assert [kind for kind, _ in example].count("") == 1, heading
-
-
-def test_pooling_is_one_file_of_the_user() -> None:
     assert [kind for kind, _ in EXAMPLES["A pooling"]] == ["python", ""]
 
 
@@ -124,9 +121,8 @@ def test_pooling_of_the_page_trains_and_its_folder_loads(
     model = run("A pooling") / "model"
     assert len(results) > STEPS
     assert json.loads((model / "caravan.json").read_text())["pooling"] == "my_poolings.WeightedMean"
-    with pytest.raises(InputError) as caught:
+    with refused("remote-code"):
         caravan.load(model)
-    assert caught.value.code == "remote-code"
     before = len(results)
     loaded = caravan.load(model, trust_remote_code=True, precision="float32")
     together = loaded.encode_queries(["camel", "salt and water and gold"])
@@ -146,22 +142,16 @@ def test_backbone_of_the_page_trains_and_its_folder_needs_no_class(home: Path) -
     assert caravan.load(model).dim == 128
 
 
-def test_reader_of_the_page_trains(home: Path) -> None:
+def test_reader_of_the_page_trains_and_reports_a_broken_file(home: Path) -> None:
     run("A reader")
     (folder,) = (home / ".cache" / "collections").glob("faq-*")
     collection = Collection.open(folder)
     assert (len(collection.corpus), len(collection.queries)) == (20, 20)
-    assert {split: len(collection.qrels(split)) for split in collection.splits} == {
-        "dev": 4,
-        "train": 16,
-    }
-
-
-def test_reader_of_the_page_reports_a_broken_file(home: Path) -> None:
+    sizes = {split: len(collection.qrels(split)) for split in collection.splits}
+    assert sizes == {"dev": 4, "train": 16}
     (home / "my-faq.jsonl").write_text('{"question": "what was salt worth?"}\n')
-    with pytest.raises(InputError, match=r"my-faq\.jsonl") as caught:
+    with refused("unreadable", "my-faq.jsonl"):
         run("A reader")
-    assert caught.value.code == "unreadable"
 
 
 def test_sampler_of_the_page_trains(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +178,5 @@ def test_sampler_of_the_page_repeats_a_group_and_leaves_out_positives(home: Path
         np.testing.assert_array_equal(other.group(row, 0, position), group)
     narrow = kind(number=5, window=2)
     narrow.open(collection, qrels, seed=1)
-    with pytest.raises(InputError) as caught:
+    with refused("few-neighbours"):
         narrow.group(int(qrels.queries[0]), 0, 0)
-    assert caught.value.code == "few-neighbours"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tests.commands import evaluate
+from tests.files import judged, records
 from tests.refusals import refused, uninstall
 
 import caravan
@@ -22,18 +22,24 @@ METRICS = {"mrr_at_10": "MRR@10", "ndcg_at_10": "nDCG@10", "recall_at_20": "R@20
 METRICS |= {"map_at_20": "MAP@20"}
 
 
-def local_task(beir: Path, kind: str, top_ranked: dict[str, list[str]] | None = None) -> Any:
-    """A task of MTEB over the test queries of a BEIR folder, with nothing to download."""
+def load(folder: str | Path, **settings: Any) -> Any:
+    pytest.importorskip("mteb")
+    from caravan.mteb import load
+
+    return load(folder, precision="float32", **settings)
+
+
+def local_task(
+    collection: Collection, kind: str, top_ranked: dict[str, list[str]] | None = None
+) -> Any:
+    """A task of MTEB over the test queries of a collection, with nothing to download."""
     mteb = pytest.importorskip("mteb")
     from datasets import Dataset
     from mteb.abstasks.retrieval import AbsTaskRetrieval
 
-    corpus = [json.loads(line) for line in (beir / "corpus.jsonl").read_text().splitlines()]
-    queries = [json.loads(line) for line in (beir / "queries.jsonl").read_text().splitlines()]
     qrels: dict[str, dict[str, int]] = {}
-    for line in (beir / "qrels" / "test.tsv").read_text().splitlines()[1:]:
-        query, passage, grade = line.split("\t")
-        qrels.setdefault(query, {})[passage] = int(grade)
+    for (query, passage), grade in judged(collection, "test").items():
+        qrels.setdefault(query, {})[passage] = grade
 
     class Task(AbsTaskRetrieval):
         metadata = mteb.TaskMetadata(
@@ -47,17 +53,18 @@ def local_task(beir: Path, kind: str, top_ranked: dict[str, list[str]] | None = 
         )
 
         def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
-            split = {
-                "corpus": Dataset.from_list(
-                    [{"id": p["_id"], "title": p["title"], "text": p["text"]} for p in corpus]
-                ),
-                "queries": Dataset.from_list(
-                    [{"id": q["_id"], "text": q["text"]} for q in queries if q["_id"] in qrels]
-                ),
-                "relevant_docs": qrels,
-                "top_ranked": top_ranked,
-            }
-            self.dataset = {"default": {"test": split}}
+            passages = [
+                {"id": name, "title": title, "text": text}
+                for name, title, text in records(collection.corpus)
+            ]
+            queries = [
+                {"id": name, "text": text}
+                for name, _, text in records(collection.queries)
+                if name in qrels
+            ]
+            corpus, asked = Dataset.from_list(passages), Dataset.from_list(queries)
+            split = {"corpus": corpus, "queries": asked, "relevant_docs": qrels}
+            self.dataset = {"default": {"test": {**split, "top_ranked": top_ranked}}}
             self.data_loaded = True
 
     return Task()
@@ -77,18 +84,15 @@ def metrics_of(model: Any, task: Any) -> dict[str, float]:
 def test_a_retriever_and_a_reranker_have_the_metrics_of_evaluate(
     beir: Path, collection: Collection, folders: dict[str, str], tmp_path: Path
 ) -> None:
-    task = local_task(beir, "Retrieval")
+    task, model = local_task(collection, "Retrieval"), load(folders["retriever"])
     from mteb.models.models_protocols import CrossEncoderProtocol, EncoderProtocol
 
-    from caravan.mteb import load
-
-    model = load(folders["retriever"], precision="float32")
     assert isinstance(model, EncoderProtocol)
     assert not isinstance(model, CrossEncoderProtocol)
     wanted = evaluate(beir, tmp_path / "run", folders["retriever"], *FLOAT)["overall"]
     assert metrics_of(model, task) == pytest.approx(wanted, abs=1e-5)
     assert 0 < wanted["nDCG@10"] < 1
-    short = load(folders["retriever"], precision="float32", dim=8)
+    short = load(folders["retriever"], dim=8)
     names = [one.mteb_model_meta.name for one in (model, short)]
     assert (short.mteb_model_meta.embed_dim, names[1]) == (8, f"{names[0]}-8d")
     other = evaluate(beir, tmp_path / "short", folders["retriever"], "dim=8", *FLOAT)["overall"]
@@ -100,21 +104,18 @@ def test_a_retriever_and_a_reranker_have_the_metrics_of_evaluate(
     run = read_run(first, collection.queries, collection.corpus)
     names = collection.queries.ids(run.query_rows)
     ranked = [collection.corpus.ids(run.of(row)[0]) for row in run.query_rows.tolist()]
-    model = load(folders["reranker"], precision="float32")
+    model = load(folders["reranker"])
     assert isinstance(model, CrossEncoderProtocol)
     assert not isinstance(model, EncoderProtocol)
-    task = local_task(beir, "Reranking", dict(zip(names, ranked, strict=True)))
+    task = local_task(collection, "Reranking", dict(zip(names, ranked, strict=True)))
     assert metrics_of(model, task) == pytest.approx(wanted, abs=1e-5)
     assert 0 < wanted["nDCG@10"] < 1
 
 
 def test_a_task_has_the_instruction_of_its_collection_or_its_own_prompt(
-    beir: Path, instructed: Path, tmp_path: Path
+    beir: Path, collection: Collection, instructed: Path, tmp_path: Path
 ) -> None:
-    task = local_task(beir, "Retrieval")
-    from caravan.mteb import load
-
-    model = load(instructed, precision="float32")
+    task, model = local_task(collection, "Retrieval"), load(instructed)
     wanted = evaluate(beir, tmp_path / "tiny", instructed, *FLOAT)["overall"]
     task.metadata = task.metadata.model_copy(update={"name": "Tiny", "prompt": "silk"})
     assert metrics_of(model, task) == pytest.approx(wanted, abs=1e-5)
@@ -123,33 +124,30 @@ def test_a_task_has_the_instruction_of_its_collection_or_its_own_prompt(
     for prompt, text in (("silk", "silk"), ({"query": "gold"}, "gold"), (None, "camel")):
         unknown = task.metadata.model_copy(update={"name": "Local", "prompt": prompt})
         assert model.instruction(unknown) == text
-    plain: Any = caravan.load(instructed, precision="float32")
     from mteb.types import PromptType
 
     own = [{"text": ["tent silk"], "query": ["tent"], "instruction": ["silk"]}]
     found = model.encode(own, task_metadata=task.metadata, prompt_type=PromptType.query)
+    plain: Any = caravan.load(instructed, precision="float32")
     assert np.array_equal(found, plain.encode_queries(["tent"], instruction="silk"))
     assert np.array_equal(found, plain.encode_queries([("silk", "tent")]))
     assert not np.allclose(found, plain.encode_queries(["tent"]), atol=1e-3)
 
 
 def test_texts_are_read_by_the_sides_that_mteb_names(folders: dict[str, str]) -> None:
-    pytest.importorskip("mteb")
+    model = load(folders["retriever"])
     from mteb.types import PromptType
 
-    from caravan.mteb import Encoder
-
-    model = Encoder(folders["retriever"], precision="float32")
-    plain: Any = caravan.load(folders["retriever"], precision="float32")
-    text = [{"text": ["salt", "gold silk"]}]
+    text, passages = [{"text": ["salt", "gold silk"]}], ["salt", "gold silk"]
     titled = [{"text": ["Title salt"], "title": ["Title"], "body": ["salt"]}]
-    queries, passages = plain.encode_queries(["salt", "gold silk"]), ["salt", "gold silk"]
+    queries = model.model.encode_queries(passages)
     assert np.array_equal(model.encode(text, prompt_type=PromptType.query), queries)
-    assert not np.allclose(queries, plain.encode_passages(passages), atol=1e-3)
+    expected = model.model.encode_passages(passages)
+    assert not np.allclose(queries, expected, atol=1e-3)
     for side in (PromptType.document, None):
-        assert np.array_equal(model.encode(text, prompt_type=side), plain.encode_passages(passages))
+        assert np.array_equal(model.encode(text, prompt_type=side), expected)
     found = model.encode(titled, prompt_type=PromptType.document)
-    assert np.array_equal(found, plain.encode_passages([("Title", "salt")]))
+    assert np.array_equal(found, model.model.encode_passages([("Title", "salt")]))
     scores = model.similarity(queries, found)
     assert scores.shape == (2, 1)
     np.testing.assert_allclose(scores.numpy(), queries @ found.T, atol=1e-6)
@@ -157,13 +155,7 @@ def test_texts_are_read_by_the_sides_that_mteb_names(folders: dict[str, str]) ->
 
 
 def test_results_are_filed_under_the_folders_digest(folders: dict[str, str]) -> None:
-    pytest.importorskip("mteb")
-    from caravan.mteb import CrossEncoder, Encoder
-
-    metas = {
-        "retriever": Encoder(folders["retriever"]).mteb_model_meta,
-        "reranker": CrossEncoder(folders["reranker"]).mteb_model_meta,
-    }
+    metas = {name: load(folders[name]).mteb_model_meta for name in ("retriever", "reranker")}
     for name, meta in metas.items():
         assert meta.revision == folder_digest(Path(folders[name]))
         assert meta.name.startswith("caravan/")
@@ -171,8 +163,6 @@ def test_results_are_filed_under_the_folders_digest(folders: dict[str, str]) -> 
         assert meta.n_parameters > 1000
     assert (metas["retriever"].embed_dim, metas["retriever"].max_tokens) == (32, 24)
     assert metas["reranker"].is_cross_encoder
-    with refused("wrong-device", "device=cuda"):
-        Encoder(folders["retriever"], device="cuda")
 
 
 def test_without_mteb_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,9 @@ import caravan
 from caravan import manifests
 from caravan.data.collection import Collection
 from caravan.data.qrels import Qrels
-from caravan.data.readers.labelled import Beir, judgements
+from caravan.data.readers.labelled import Beir
 from caravan.data.runs import Run, read_run
-from caravan.negatives import LEAST, choose_threshold, main, relabel, write_qrels
+from caravan.negatives import LEAST, choose_threshold, main, relabel
 
 Command = Callable[..., tuple[int, str]]
 """`python -m caravan.negatives` on the tiny collection: its exit code and errors."""
@@ -100,6 +100,7 @@ def test_new_judgements_can_be_trained_with(
     lines = path.read_text().splitlines()
     assert set(lines[: len(old)]) == set(old)
     assert len(lines) - len(old) == facts["relabelled"] > 0
+    assert {line.split("\t")[2] for line in lines[len(old) :]} == {"1"}
     assert facts["original"] == len(old) - 1
     assert facts["threshold"]["precision"] >= 0.1
     assert (manifests.read(path) or {})["inputs"]["teacher"]["split"] == "train"
@@ -208,18 +209,3 @@ def test_only_unjudged_passages_of_judged_queries_are_added() -> None:
 
 def _at(qrels: Qrels, pair: tuple[int, int]) -> int:
     return int(np.flatnonzero((qrels.query_rows == pair[0]) & (qrels.passage_rows == pair[1]))[0])
-
-
-def test_the_file_has_the_old_judgements_then_the_new_ones(
-    collection: Collection, tmp_path: Path
-) -> None:
-    old = collection.qrels("train")
-    new = Qrels(np.array([0, 2]), np.array([50, 51]), np.array([1, 1]))
-    write_qrels(tmp_path / "train.tsv", [old, new], collection)
-    read = [judgement for _, judgement in judgements(tmp_path / "train.tsv")]
-    queries, passages = (
-        collection.queries.ids(old.query_rows),
-        collection.corpus.ids(old.passage_rows),
-    )
-    assert read[: len(old)] == [*zip(queries, passages, old.grades.tolist(), strict=True)]
-    assert read[len(old) :] == [("q0", "p50", 1), ("q2", "p51", 1)]

@@ -21,20 +21,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin
 
 import numpy as np
 
-from caravan.encoding import read_encoding
 from caravan.errors import InputError, answering, first_line, printable, reading
 from caravan.export import verify
-from caravan.export.mistakes import Causes, Embeddings, Scores, Text, fits
+from caravan.export.mistakes import Causes, Embeddings, Scores
+from caravan.models.bidirectional import unwrapped
+from caravan.models.positions import positions
 from caravan.retrieval.inference import Inference
 
 TIMEOUT_S = 300
 HALF = 0.03
 """Largest relative difference that arithmetic in bf16 or float16 explains."""
-DEFAULT_PATH = {"retriever": "/v1/embeddings", "reranker": "/score"}
 REMEDIES = {
     "prompt": "change its prompts, or send texts as the model card does",
     "EOS": "serve the export, whose tokenizer adds the tokens at the end",
@@ -48,7 +48,6 @@ REMEDIES = {
 }
 
 
-@dataclass
 class Server:
     """An endpoint that embeds texts or scores pairs.
 
@@ -58,35 +57,32 @@ class Server:
     Raises: InputError "server-unreachable", "server-refused", "unknown-answer".
     """
 
-    url: str
-    model: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.model is None:
-            models = self.url.partition("/v1/")[0].rstrip("/") + "/v1/models"
-            if "/v1/" not in self.url:
-                models = "{0.scheme}://{0.netloc}/v1/models".format(urlsplit(self.url))
+    def __init__(self, url: str, model: str | None = None) -> None:
+        self.url, self.model = url, model
+        if model is None:
+            root = url.rpartition("/v1/")[0] or urljoin(url, "/")
             try:
-                self.model = self._answer(models)["data"][0]["id"]
+                self.model = self._answer(f"{root.rstrip('/')}/v1/models")["data"][0]["id"]
             except (InputError, LookupError, TypeError):
                 self.model = "model"  # TEI ignores it
 
-    def numbers(self, texts: Sequence[Text], length: int) -> np.ndarray:
-        """Embeddings [N, d] or scores [N] float32 of texts, or of pairs with one query.
+    def numbers(self, sent: Sequence[tuple[str, ...]], length: int) -> np.ndarray:
+        """Embeddings [N, d] or scores [N] float32.
 
         Args:
+            sent: a tuple for each text, or for each passage with the same query before it.
             length: tokens of the longest text, for servers that truncate by request.
         """
         body: dict[str, Any] = {"model": self.model, "truncate_prompt_tokens": length}
-        if len(texts[0].sent) == 1:
-            body |= {"input": [text.sent[0] for text in texts], "encoding_format": "float"}
+        *query, texts = zip(*sent, strict=True)
+        if not query:
+            body |= {"input": texts, "encoding_format": "float"}
         else:
-            query, passages = texts[0].sent[0], [text.sent[1] for text in texts]
             body |= {"use_activation": False, "raw_scores": True, "truncate": True}
             if self.url.endswith("score"):
-                body |= {"text_1": query, "text_2": passages}
+                body |= {"text_1": query[0][0], "text_2": texts}
             else:  # the passages are documents for vLLM, and texts for TEI
-                body |= {"query": query, "documents": passages, "texts": passages}
+                body |= {"query": query[0][0], "documents": texts, "texts": texts}
         answer = self._answer(self.url, json.dumps(body).encode())
         with reading(self.url, "its answer has no embeddings or scores", "unknown-answer"):
             rows = answer
@@ -95,7 +91,7 @@ class Server:
             keys = ("embedding", "score", "relevance_score")
             found = {row["index"]: next(row[key] for key in keys if key in row) for row in rows}
             numbers = np.array([found[i] for i in range(len(texts))], dtype=np.float32)
-        if numbers.ndim != 3 - len(texts[0].sent) or not np.isfinite(numbers).all():
+        if numbers.ndim != (1 if query else 2) or not np.isfinite(numbers).all():
             raise InputError(
                 "unknown-answer",
                 f"{self.url}: its answer for {len(texts)} texts has null, NaN or infinite values,"
@@ -123,15 +119,15 @@ class Finding:
 
     Attributes:
         side: "query", "passage" or "pair".
-        difference: the largest difference from the folder's numbers, relative to those above 1.
         plain: whether the texts were sent without prompts.
+        difference: the largest difference from the folder's numbers, relative to those above 1.
         causes: mistakes that explain the numbers; empty if they are the folder's.
         explained: whether the causes explain all of the difference.
     """
 
     side: str
-    difference: float
     plain: bool
+    difference: float
     causes: Causes
     explained: bool = True
 
@@ -162,34 +158,35 @@ def check(folder: Path, server: Server, tolerance: float = verify.TOLERANCE) -> 
         InputError: If the folder cannot be loaded, or the server does not answer.
     """
     model = Inference(folder, precision="float32")
-    scoring: list[Any] = []
-    if model.encoding.kind == "reranker":
-        scoring = [Scores(model)]
-    sides = scoring or [Embeddings(model, side) for side in ("query", "passage")]
     findings = []
-    for side in sides:
-        tried = [_compare(side, server, False, tolerance)]
-        if not tried[0].conforms and side.texts(True) != side.texts(False):
-            tried.append(_compare(side, server, True, tolerance))
+    for prompted, plain in zip(_sides(model, False), _sides(model, True), strict=True):
+        tried = [_compare(prompted, server, tolerance)]
+        if not tried[0].conforms and plain.sent != prompted.sent:
+            tried.append(_compare(plain, server, tolerance))
         findings.append(min(tried, key=lambda one: (not one.explained, len(one.causes))))
     return findings
 
 
-def _compare(side: Any, server: Server, plain: bool, tolerance: float) -> Finding:
-    texts = side.texts(plain)
-    alone, causes = [server.numbers(texts[:1], side.length)], {}
-    for text in texts[1:]:
+def _sides(model: Inference, plain: bool) -> list[Any]:
+    if model.encoding.kind == "reranker":
+        return [Scores(model, plain)]
+    return [Embeddings(model, side, plain) for side in ("query", "passage")]
+
+
+def _compare(side: Any, server: Server, tolerance: float) -> Finding:
+    answers: dict[int, np.ndarray] = {}
+    refusal: Causes = {}
+    for row, sent in enumerate(side.sent):
         try:
-            alone.append(server.numbers([text], side.length))
+            answers[row] = server.numbers([sent], side.length)[0]
         except InputError as error:
-            if error.code != "server-refused":
+            if error.code != "server-refused" or not answers:
                 raise
-            texts = [one for one in texts if one is not text]
-            causes["truncation"] = f"it refuses a text ({error})"
-    found = np.concatenate(alone)
-    together = server.numbers(texts, side.length)
-    finding = _explained(side, texts, found, plain, tolerance)
-    finding.causes |= causes
+            refusal["truncation"] = f"it refuses a text ({error})"
+    rows, found = list(answers), np.stack(list(answers.values()))
+    together = server.numbers([side.sent[row] for row in rows], side.length)
+    finding = _explained(side, rows, found, tolerance)
+    finding.causes |= refusal
     apart = _difference(together, found)
     if apart > (tolerance if finding.conforms else HALF):
         text = f"numbers of a text change by {apart:.1e} with the texts beside it"
@@ -197,34 +194,32 @@ def _compare(side: Any, server: Server, plain: bool, tolerance: float) -> Findin
     return finding
 
 
-def _explained(
-    side: Any, texts: list[Text], found: np.ndarray, plain: bool, tolerance: float
-) -> Finding:
-    """The mistakes, if any, with which the folder gives the server's numbers."""
-    best: tuple[float, Causes] = (np.inf, {})
-    own, seen = np.inf, []
-    for mistake, read in side.readings(texts, plain):
-        if read in seen or not fits(side.model, read):
-            continue
+def _explained(side: Any, rows: list[int], found: np.ndarray, tolerance: float) -> Finding:
+    """The mistakes, if any, with which the folder gives the server's numbers of some texts."""
+    limit = positions(unwrapped(side.model.model.transformer).base_model) or sys.maxsize
+    tried: list[tuple[float, Causes]] = []
+    seen = []
+    for mistake, read in side.readings():
+        if read in seen or max(len(pair.ids) for pair in read) > limit:
+            continue  # no server can read more tokens than the model has positions
         seen.append(read)
         for more, values in side.values(read):
-            if found.shape != values.shape:
+            if found.shape[1:] != values.shape[1:]:
                 raise InputError(
                     "other-dimension",
                     f"the server returns {found.shape[-1]} dimensions and the folder"
                     f" {values.shape[-1]}; it serves another model, or cuts embeddings elsewhere",
                 )
-            difference = _difference(found, values)
-            own = min(own, difference) if not mistake and not more else own
-            if difference <= tolerance:
-                return Finding(side.side, own, plain, {**mistake, **more})
-            best = min(best, (difference, {**mistake, **more}), key=lambda one: one[0])
+            tried.append((_difference(found, values[rows]), {**mistake, **more}))
+            if tried[-1][0] <= tolerance:
+                return Finding(side.side, side.plain, tried[0][0], tried[-1][1])
+    own, best = tried[0][0], min(tried, key=lambda one: one[0])
     if own <= min(HALF, 2 * best[0]):
-        best = (own, {})
-    if best[0] <= HALF:
-        precision = {"precision": f"bf16 or float16 explains the difference of {best[0]:.1e}"}
-        return Finding(side.side, own, plain, {**best[1], **precision})
-    return Finding(side.side, own, plain, {}, explained=False)
+        best = tried[0]
+    if not best[0] <= HALF:
+        return Finding(side.side, side.plain, own, {}, explained=False)
+    precision = f"bf16 or float16 explains the difference of {best[0]:.1e}"
+    return Finding(side.side, side.plain, own, {**best[1], "precision": precision})
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:
@@ -247,11 +242,7 @@ def main() -> int:
     findings: list[Finding] = []
 
     def run() -> None:
-        url = options.url.rstrip("/")
-        if urlsplit(url).path in ("", "/v1"):
-            kind = read_encoding(options.folder)[0].kind
-            url = url.removesuffix("/v1") + DEFAULT_PATH[kind]
-        server = Server(url, options.model)
+        server = Server(options.url, options.model)
         findings.extend(check(options.folder, server, options.tolerance))
         for finding in findings:
             sys.stdout.write(printable("\n".join(finding.lines())) + "\n")

@@ -8,7 +8,6 @@ Each line is a fact; a line that starts with "!" is a problem, with its remedy.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import re
@@ -49,14 +48,20 @@ def _show() -> None:
 
 def report() -> Iterator[str]:
     """The lines of the report."""
-    for part in (software, processors, gpus, faiss, limits, cache, hub):
+    for part in (software, processors, gpus, disks, hub):
         yield from part()
 
 
 def software() -> Iterator[str]:
-    """The versions of the libraries."""
+    """The versions of the libraries; two packages of faiss overwrite each other's files."""
     yield f"python {platform.python_version()}, {platform.platform()}"
-    yield ", ".join(" ".join(one) for one in manifests.versions(LIBRARIES).items())
+    found = manifests.versions((*LIBRARIES, *FAISS))
+    packages = [name for name in FAISS if found[name] != manifests.NOT_INSTALLED]
+    shown = [name for name in found if name not in FAISS or name in packages]
+    yield ", ".join(f"{name} {found[name]}" for name in shown)
+    if len(packages) != 1:
+        remove = f"pip uninstall {' '.join(packages)}, then " if packages else ""
+        yield f"! {len(packages)} packages of faiss are installed; run: {remove}pip install one"
 
 
 def processors() -> Iterator[str]:
@@ -84,8 +89,7 @@ def gpus() -> Iterator[str]:
 
     from caravan.models import hardware
 
-    cuda = torch.version.cuda
-    driver = _driver()
+    cuda, driver = torch.version.cuda, _driver()
     if not torch.cuda.is_available():
         yield "no GPU is used"
         if driver and cuda:
@@ -104,9 +108,9 @@ def gpus() -> Iterator[str]:
     yield f"CUDA {cuda}, driver {driver or 'unknown'}, precision {hardware.resolve('auto')}"
     for i in range(count):
         found = torch.cuda.get_device_properties(i)
-        free = torch.cuda.mem_get_info(i)[0] / 2**30
+        free = torch.cuda.mem_get_info(i)[0]
         yield (
-            f"cuda:{i} {found.name}, {found.total_memory / 2**30:.0f} GiB ({free:.0f} free),"
+            f"cuda:{i} {found.name}, {_size(found.total_memory)} ({_size(free)} free),"
             f" compute capability {found.major}.{found.minor}"
         )
     if not hardware.has_bf16():
@@ -128,43 +132,20 @@ def _driver() -> str | None:
     return found[1] if found else None
 
 
-def faiss() -> Iterator[str]:
-    """The installed faiss; two packages of it overwrite each other's files."""
-    found = []
-    for name in FAISS:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    yield ", ".join(found) or "! faiss is not installed; run: pip install faiss-cpu"
-    if len(found) > 1:
-        names = " ".join(one.split()[0] for one in found)
-        yield f"! several packages hold faiss; run: pip uninstall {names}, then install one"
-
-
-def limits() -> Iterator[str]:
-    """Open files, and the shared memory of workers."""
-    import resource  # not on Windows
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    yield f"open files: {soft:,} (raised to {hard:,} when a program starts)"
+def disks() -> Iterator[str]:
+    """The shared memory of workers, and the folder of collections and its disk."""
     shared = Path("/dev/shm")
     if shared.is_dir():
         total = shutil.disk_usage(shared).total
         yield f"/dev/shm: {_size(total)}"
         if total < LEAST_SHARED:
             yield "! /dev/shm is small for NCCL on several GPUs; docker run --shm-size=8g raises it"
-
-
-def cache() -> Iterator[str]:
-    """The folder of collections and its disk."""
     folder = Path(os.environ.get("CARAVAN_CACHE", ".cache")).absolute()
     there = next(one for one in (folder, *folder.parents) if one.exists())
     free = shutil.disk_usage(there).free
     yield f"cache: {folder}, {_size(free)} free"
     if not os.access(there, os.W_OK):
-        owner = there.owner()
-        yield f"! {there} belongs to {owner} and cannot be written; set CARAVAN_CACHE to another"
+        yield f"! {there} cannot be written; set CARAVAN_CACHE to another folder"
     if free < LEAST_FREE:
         yield (
             f"! less than {_size(LEAST_FREE)} are free; 8.8 million passages take 72 GB with 4,096"

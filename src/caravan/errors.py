@@ -27,20 +27,16 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Errors of a failed write: the disk is full, over a quota or a size limit, or read-only."""
 LONGEST = 400
 """Characters of a library's message that are quoted: some contain the whole value of a file."""
-_WORKER = "DataLoader worker (pid"
 _CUT_SHORT = re.compile(
     r"unexpected pos \d+ vs \d+|PytorchStreamWriter failed|^\d+ requested and \d+ written"
 )
 """How torch and numpy report a write that was cut short, without an errno."""
+_WORKER_LOST = re.compile(
+    r"DataLoader worker \(pid.*?\d\) ((exited unexpectedly|.*killed by)[^.]*)"
+)
 _PEER_LOST = re.compile(
     r"gloo/transport/|Connection (closed|reset) by peer|ncclRemoteError|remote process exited"
 )
-SEQUENCES = re.compile(
-    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor, clear
-    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"  # OSC, DCS, ...
-    r"|\x1b[ -/]*[0-~]"
-)
-"""Escape sequences of terminals (ECMA-48), whole."""
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Control characters except tab and newline, and those that change the direction of writing."""
 
@@ -75,10 +71,8 @@ class OccupiedError(InputError):
 
 def is_termination(error: BaseException) -> bool:
     """Whether a DataLoader worker was terminated, as by a scheduler that ends the whole run."""
-    return isinstance(error, RuntimeError) and any(
-        message.rstrip(" .").endswith("is killed by signal: Terminated")
-        for message in _messages(error)
-    )
+    signal = "is killed by signal: Terminated"
+    return isinstance(error, RuntimeError) and any(signal in text for text in _messages(error))
 
 
 def disk_error(error: BaseException) -> int | None:
@@ -149,11 +143,10 @@ def _process_sentence(message: str) -> str | None:
             " system has killed it, most likely for lack of memory: start all processes again (a"
             " training continues with resume=true)"
         )
-    if not message.startswith(_WORKER) or not re.search("exited unexpectedly|killed by", message):
+    if (worker := _WORKER_LOST.match(message)) is None:
         return None
-    ending = re.sub(r".*?\d\) ", "", message).split(".")[0]
     return (
-        f"a DataLoader worker {ending}; unless the lines above say why, most likely for lack of"
+        f"a DataLoader worker {worker[1]}; unless the lines above say why, most likely for lack of"
         " memory (free some, or lower num_workers), or in a bus error because a file of the"
         " collection, such as corpus.arrow, was truncated (delete its folder in cache_dir); start"
         " the same command again"
@@ -178,16 +171,15 @@ def _disk_sentence(number: int, name: str | bytes | None) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Remove what would control a terminal from a text: escape sequences, bidi overrides.
+    r"""Remove the characters that control a terminal or change the direction of writing.
 
     Titles, texts, ids and queries are other people's data. Half of a surrogate pair, as in names of
     files that are not UTF-8, becomes a question mark, since no stream could write it.
 
-    >>> printable("\x1b[2Jsalt \x1b]0;title\x07and \u202egold")
-    'salt and gold'
+    >>> printable("\x1b[2Jsalt and \u202egold")
+    '[2Jsalt and gold'
     """
-    text = CONTROLS.sub("", SEQUENCES.sub("", text))
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return CONTROLS.sub("", text).encode("utf-8", "replace").decode("utf-8")
 
 
 class PrintableFormatter(logging.Formatter):
@@ -210,7 +202,7 @@ def reading(place: str | Path, problem: str, code: str = "unreadable") -> Iterat
         problem: what failed, such as "no model could be loaded".
 
     Raises:
-        InputError: with place, problem and the first line of the exception's message.
+        InputError: with place, problem, and the type and first line of the exception.
     """
     try:
         yield
@@ -220,26 +212,13 @@ def reading(place: str | Path, problem: str, code: str = "unreadable") -> Iterat
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         log.debug("%s: %s", place, problem, exc_info=error)
-        raise InputError(code, f"{place}: {problem} ({_reason(error)})") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"[:LONGEST]
+        raise InputError(code, f"{place}: {problem} ({reason})") from error
 
 
 def first_line(error: BaseException) -> str:
     """The first line of a library's message, to be quoted within a sentence."""
     return (str(error).strip().splitlines() or [repr(error)])[0].rstrip(".")
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an exception's message, with its type where the message needs it."""
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    text = first_line(error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if text.endswith(":") and len(lines) > 1:  # huggingface_hub's validation of configs
-        text = f"{text} {lines[1]}"
-    speaks = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
-    if not speaks and type(error) is not Exception:
-        text = f"{type(error).__name__}: {text}"
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def answering(work: Callable[[], object]) -> int:

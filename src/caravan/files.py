@@ -1,15 +1,14 @@
 """Atomic writes of files and folders, locks, and the cache folder.
 
-A file is written as `.<name>.<8 hex digits>.part` beside its path and renamed at the end, so a kill
-leaves the old content or the new. The process holds a lock on the scratch while it writes; the next
-writer of the same path recognizes by it what a kill has left, and removes it.
+A file or folder is written as `.<name>.<8 hex digits>.part` beside its path and renamed at the end,
+so a kill leaves the old content or the new. The process holds a lock on the scratch while it
+writes; the next writer of the same path recognizes by it what a kill has left, and removes it.
 Locks are the operating system's (`flock`): a lock ends with its process, however that ends, and
 Linux passes it on to NFS servers. A leftover lock file does not hold a lock.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import logging
@@ -21,7 +20,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -30,10 +29,7 @@ from caravan.errors import InputError, disk_error
 LOCK = ".lock"
 TRUST = "CARAVAN_TRUST_CACHE"
 """Environment variable; 1 trusts a cache folder whoever owns it."""
-ORPHAN_S = 24 * 3600
-"""Without locks, a scratch that has not changed for so long is an orphan."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' fcntl.h and fs.h
 
 log = logging.getLogger(__name__)
 
@@ -60,116 +56,87 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The folder of `path` is made if need be.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_orphans(path)
-    scratch, held = _new_file(path)
-    try:
-        with writing(path):
-            yield scratch
-            _sync(scratch)
+    with _scratch(path, lambda scratch: scratch.touch(exist_ok=False)) as scratch:
+        yield scratch
+        _sync(scratch)
         os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-        os.close(held)
 
 
 @contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder`, removed when the block ends unless the block renames it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_orphans(folder)
-    scratch = _scratch(folder)
-    scratch.mkdir(mode=0o775)
-    held = os.open(scratch, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(held, fcntl.LOCK_EX)
-        with writing(folder):
-            yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        os.close(held)
+    with _scratch(folder, lambda scratch: scratch.mkdir(mode=0o775)) as scratch:
+        yield scratch
 
 
-def _scratch(path: Path) -> Path:
-    """A name that no other process has, on this machine or another."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, which takes its place when the block ends without an error.
+
+    A reader finds the old folder or the new one, or none for the instant between two renames.
+    """
+    with scratch_folder(folder) as scratch, scratch_folder(folder) as aside:
+        yield scratch
+        for path in scratch.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        if folder.exists():
+            os.replace(folder, aside / folder.name)
+        os.replace(scratch, folder)
 
 
-def _new_file(path: Path) -> tuple[Path, int]:
-    """A new scratch file, locked, and its descriptor."""
+@contextmanager
+def _scratch(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A new scratch of `path`, locked while the block runs, and removed when it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_orphans(path)
     while True:
-        scratch = _scratch(path)
-        held = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        make(scratch)
+        held = _opened(scratch)
         with suppress(OSError):
             fcntl.flock(held, fcntl.LOCK_EX)
         if scratch.exists():
-            return scratch, held
+            break
         os.close(held)  # another process took it for an orphan before it was locked
+    try:
+        with writing(path):
+            yield scratch
+    finally:
+        _remove(scratch)
+        os.close(held)
 
 
 def _remove_orphans(path: Path) -> None:
     """Remove the scratch files and folders of `path` whose process has died."""
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.part")
     for found in path.parent.iterdir():
-        if name.fullmatch(found.name) and not found.is_symlink():
-            with suppress(OSError):
-                _remove_orphan(found)
+        if not name.fullmatch(found.name) or found.is_symlink():
+            continue
+        with suppress(OSError):  # a process holds it, or may hold it on a disk without locks
+            held = _opened(found)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(found)
+            finally:
+                os.close(held)
 
 
-def _remove_orphan(scratch: Path) -> None:
-    """Remove a scratch that no process holds; without locks, one that is a day old.
-
-    Raises:
-        OSError: Another process holds it, or may hold it.
-    """
-    held = os.open(scratch, os.O_RDONLY if scratch.is_dir() else os.O_RDWR)
-    try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            age = time.time() - os.fstat(held).st_mtime
-            if error.errno not in _NO_LOCKS or age < ORPHAN_S:
-                raise
-        if scratch.is_dir():
-            shutil.rmtree(scratch)
-        else:
-            scratch.unlink()
-    finally:
-        os.close(held)
+def _opened(scratch: Path) -> int:
+    return os.open(scratch, os.O_RDONLY if scratch.is_dir() else os.O_RDWR)
 
 
-@contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A new scratch folder beside `folder`, which takes its place when the block ends.
-
-    Only one process may write `folder` at a time: the scratch that a kill left is deleted first.
-    Where there was a folder there always is one, except for an instant on file systems that cannot
-    exchange two names.
-    """
-    scratch, aside = _leftovers(folder)
-    for leftover in (scratch, aside):
-        shutil.rmtree(leftover, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        with writing(folder):
-            yield scratch
-            for path in scratch.rglob("*"):
-                if path.is_file():
-                    _sync(path)
-        if not folder.exists():
-            os.replace(scratch, folder)
-        elif not _exchange(scratch, folder):
-            os.replace(folder, aside)
-            os.replace(scratch, folder)
-    finally:
-        for leftover in (scratch, aside):
-            shutil.rmtree(leftover, ignore_errors=True)
+def _remove(scratch: Path) -> None:
+    if scratch.is_dir():
+        shutil.rmtree(scratch, ignore_errors=True)
+    else:
+        scratch.unlink(missing_ok=True)
 
 
-def _leftovers(folder: Path) -> tuple[Path, Path]:
-    """What a kill leaves of `replacing_folder`: the new folder, and the old one moved aside."""
-    return folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+def _sync(path: Path) -> None:
+    """Before the rename: a power cut would otherwise leave an empty file."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -193,14 +160,8 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        log.warning(
-            "%s: this file system has no locks (%s); do not start two processes that write the same"
-            " folder",
-            path,
-            error.strerror,
-        )
-        yield
-        return
+        problem = f"this file system has no locks ({error.strerror})"
+        log.warning("%s: %s; do not start two processes that write the same folder", path, problem)
     try:
         yield
     finally:
@@ -230,23 +191,8 @@ def claimed(run_dir: Path) -> Iterator[None]:
         for folder in (run_dir / "checkpoints", run_dir / "runs"):
             for leftover in folder.glob(".*.part"):
                 leftover.unlink(missing_ok=True)
-        for leftover in _leftovers(run_dir / "model"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _remove_orphans(run_dir / "model")
         yield
-
-
-def _sync(path: Path) -> None:
-    """Before the rename: a power cut would otherwise leave an empty file."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where the system cannot."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    if rename is None:
-        return False
-    return not rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
 
 
 def listed(folder: Path) -> list[Path]:
@@ -276,14 +222,14 @@ def refuse_foreign(folder: Path) -> None:
     Raises:
         InputError: If it belongs to another user, or is writable by everybody.
     """
-    if os.environ.get(TRUST) == "1":
-        return
     found, problem = folder.stat(), ""
     if found.st_uid not in (0, os.geteuid()):
-        problem = f"belongs to another user (uid {found.st_uid});"
+        problem = f"belongs to another user (uid {found.st_uid})"
     elif found.st_mode & stat.S_IWOTH:
-        problem = f"is writable by every user of this machine; run chmod o-w {folder},"
-    if problem:
-        remedy = f"or set {TRUST}=1 if you trust everybody who can write there"
-        message = f"{folder} {problem} choose another cache_dir= (or CARAVAN_CACHE), {remedy}"
-        raise InputError("foreign-cache", message)
+        problem = f"is writable by every user of this machine; run chmod o-w {folder}"
+    if problem and os.environ.get(TRUST) != "1":
+        raise InputError(
+            "foreign-cache",
+            f"{folder} {problem}; or choose another cache_dir= (or CARAVAN_CACHE), or set {TRUST}=1"
+            " if you trust everybody who can write there",
+        )

@@ -22,6 +22,7 @@ from caravan.files import replacing
 
 LIBRARIES = ("torch", "transformers", "tokenizers")
 """Libraries whose version can change embeddings, scores and weights."""
+NOT_INSTALLED = "not installed"
 
 
 def path_of(product: Path) -> Path:
@@ -42,8 +43,7 @@ def read(product: Path) -> dict[str, Any] | None:
 
 def facts(product: Path) -> dict[str, Any]:
     """The facts in a product's manifest; empty if there is none as it was written."""
-    found: dict[str, Any] = (read(product) or {"facts": {}})["facts"]
-    return found
+    return dict((read(product) or {}).get("facts", {}))
 
 
 def matches(product: Path, inputs: dict[str, Any]) -> bool:
@@ -81,7 +81,7 @@ def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
+            found[name] = NOT_INSTALLED
     return found
 
 

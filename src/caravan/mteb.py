@@ -21,16 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from caravan import api
 from caravan.data.tokenization import instruction_for
-from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.models.digests import adapter_base, folder_digest
 
 try:
     from mteb.models.model_meta import ModelMeta, ScoringFunction
+    from mteb.similarity_functions import dot_score, pairwise_dot_score
     from mteb.types import PromptType
 except ImportError:
     raise InputError(
@@ -44,53 +43,21 @@ log = logging.getLogger(__name__)
 
 
 class _Wrapped:
-    """A loaded folder with MTEB's facts about it.
+    """A model of `caravan.load` with MTEB's facts about it."""
 
-    Args:
-        folder: a model folder; MTEB calls it the model's name.
-        revision: ignored; results are filed under the digest of the folder.
-        device: None, or the type of the device that folders are loaded on.
-        precision, token_budget, trust_remote_code, dim: see `caravan.load`. MTEB files results with
-            another `dim` under another name.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        revision: str | None = None,
-        device: str | None = None,
-        precision: str = "auto",
-        token_budget: int | None = None,
-        trust_remote_code: bool = False,
-        dim: int | None = None,
-    ) -> None:
-        self.model: Any = api.load(folder, precision, token_budget, trust_remote_code, dim)
-        if device is not None and torch.device(device).type != self.model.device.type:
-            raise InputError(
-                "wrong-device",
-                f"device={device}: the model is loaded on {self.model.device}; leave it out, and"
-                " choose a GPU, or none, with CUDA_VISIBLE_DEVICES",
-            )
-        self._noted: set[str] = set()
-        self.mteb_model_meta = self._meta()
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.mteb_model_meta = _meta(model)
 
     def instruction(self, task: Any) -> str | None:
-        """The instruction of a task; None for the model's default.
-
-        Args:
-            task: MTEB's TaskMetadata.
-        """
+        """The instruction of a task (MTEB's TaskMetadata); None for the model's default."""
         encoding = self.model.encoding
         if task is None or not encoding.uses_instruction:
             return None
         own, prompt = encoding.instruction_of(task.name), task.prompt
-        if own is not None:
-            return str(own)
         prompt = prompt.get("query") if isinstance(prompt, dict) else prompt
-        if prompt:
-            if task.name not in self._noted:
-                self._noted.add(task.name)
-                log.info(f"{task.name}: the instruction is MTEB's prompt of the task: {prompt!r}")
+        if own is None and prompt:
+            log.info(f"{task.name}: the instruction is MTEB's prompt of the task: {prompt!r}")
             return str(prompt)
         return instruction_for(encoding, task.name)["instruction"]
 
@@ -105,43 +72,12 @@ class _Wrapped:
                 found += batch["text"]
         return found
 
-    def _meta(self) -> ModelMeta:
-        encoding, facts = self.model.encoding, self.model.facts
-        retrieves = encoding.kind == "retriever"
-        longest = (encoding.query_length, encoding.passage_length)
-        plain = {"{text}", "{title} {text}"}
-        name = re.sub(r"[^\w.-]+", "-", str(facts.get("name") or self.model.folder.name))
-        if "dim" in self.model.overrides:
-            name += f"-{self.model.overrides['dim']}d"
-        similarity = (ScoringFunction.DOT_PRODUCT, ScoringFunction.COSINE)[encoding.normalize]
-        base = facts.get("base_model")
-        if facts["weights"] == "adapter":
-            base = adapter_base(self.model.folder)[0]
-        return ModelMeta(
-            loader=None,
-            name=f"caravan/{name}",
-            revision=folder_digest(self.model.folder),
-            release_date=None,
-            languages=None,
-            n_parameters=sum(weight.numel() for weight in self.model.model.parameters()),
-            memory_usage_mb=None,
-            max_tokens=max(longest) if retrieves else sum(longest),
-            embed_dim=self.model.dim if retrieves else None,
-            license=None,
-            open_weights=None,
-            public_training_code=None,
-            public_training_data=None,
-            framework=["PyTorch", "Transformers"],
-            similarity_fn_name=similarity if retrieves else None,
-            use_instructions=not {encoding.query_template, encoding.passage_template} <= plain,
-            training_datasets=None,
-            adapted_from=None if base is None else str(base),
-            model_type=["dense" if retrieves else "cross-encoder"],
-        )
-
 
 class Encoder(_Wrapped):
-    """A retriever as MTEB's EncoderProtocol."""
+    """A retriever as MTEB's EncoderProtocol; similarities are dot products, as in `evaluate.py`."""
+
+    similarity = staticmethod(dot_score)
+    similarity_pairwise = staticmethod(pairwise_dot_score)
 
     def encode(
         self,
@@ -164,16 +100,6 @@ class Encoder(_Wrapped):
             return self.model.encode_queries(self.queries(inputs), instruction)
         return self.model.encode_passages(_passages(inputs), instruction)
 
-    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
-        """Dot products [N, M] float32, as `evaluate.py` ranks."""
-        first, second = (torch.as_tensor(e).float() for e in (embeddings1, embeddings2))
-        return torch.atleast_2d(first) @ torch.atleast_2d(second).T
-
-    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
-        """Dot products [N] float32, row by row."""
-        first, second = (torch.as_tensor(e).float() for e in (embeddings1, embeddings2))
-        return (first * second).sum(dim=-1)
-
 
 class CrossEncoder(_Wrapped):
     """A reranker as MTEB's CrossEncoderProtocol."""
@@ -181,12 +107,7 @@ class CrossEncoder(_Wrapped):
     def predict(
         self, inputs1: Batches, inputs2: Batches, *, task_metadata: Any = None, **kwargs: Any
     ) -> np.ndarray:
-        """Scores [N] float32 of queries with passages, pair by pair; the higher the better.
-
-        Args:
-            task_metadata: the task, which determines the instruction.
-            kwargs: of MTEB, about batches; they change no score.
-        """
+        """Scores [N] float32 of queries with passages, pair by pair; arguments as in `encode`."""
         instruction = self.instruction(task_metadata)
         return self.model.score(self.queries(inputs1), _passages(inputs2), instruction)
 
@@ -198,10 +119,12 @@ def load(
     trust_remote_code: bool = False,
     dim: int | None = None,
 ) -> Encoder | CrossEncoder:
-    """A model folder for `mteb.evaluate`; arguments and errors are those of `caravan.load`."""
-    encoding = read_encoding(Path(folder))[0]
-    wrapped = Encoder if encoding.kind == "retriever" else CrossEncoder
-    return wrapped(folder, None, None, precision, token_budget, trust_remote_code, dim)
+    """A model folder for `mteb.evaluate`; arguments and errors are those of `caravan.load`.
+
+    MTEB files results under the digest of the folder, and with another `dim` under another name.
+    """
+    model = api.load(folder, precision, token_budget, trust_remote_code, dim)
+    return Encoder(model) if isinstance(model, api.Retriever) else CrossEncoder(model)
 
 
 def _passages(inputs: Batches) -> list[api.Text]:
@@ -213,3 +136,30 @@ def _passages(inputs: Batches) -> list[api.Text]:
         else:
             found += batch["text"]
     return found
+
+
+def _meta(model: Any) -> ModelMeta:
+    encoding, facts = model.encoding, model.facts
+    retrieves = encoding.kind == "retriever"
+    lengths = (encoding.query_length, encoding.passage_length)
+    templates = {encoding.query_template, encoding.passage_template}
+    similarity = (ScoringFunction.DOT_PRODUCT, ScoringFunction.COSINE)[encoding.normalize]
+    name = re.sub(r"[^\w.-]+", "-", str(facts.get("name") or model.folder.name))
+    if "dim" in model.overrides:
+        name += f"-{model.overrides['dim']}d"
+    base = facts.get("base_model")
+    if facts["weights"] == "adapter":
+        base = adapter_base(model.folder)[0]
+    known = {
+        "name": f"caravan/{name}",
+        "revision": folder_digest(model.folder),
+        "n_parameters": sum(weight.numel() for weight in model.model.parameters()),
+        "max_tokens": max(lengths) if retrieves else sum(lengths),
+        "embed_dim": model.dim if retrieves else None,
+        "framework": ["PyTorch", "Transformers"],
+        "similarity_fn_name": similarity if retrieves else None,
+        "use_instructions": not templates <= {"{text}", "{title} {text}"},
+        "adapted_from": None if base is None else str(base),
+        "model_type": ["dense" if retrieves else "cross-encoder"],
+    }
+    return ModelMeta.create_empty(known)

@@ -28,7 +28,6 @@ from omegaconf import DictConfig
 
 from caravan import manifests
 from caravan.data.collection import Collection, own_passages
-from caravan.data.mining import Positives
 from caravan.data.negatives import Negatives, run_over
 from caravan.data.qrels import Qrels
 from caravan.data.runs import Run, write_run
@@ -110,7 +109,7 @@ def _audit(
         raise InputError("no-runs", "there is no run to audit; give those of the training as"
                          " sampler.runs=[...]")  # fmt: skip
     qrels, rng = collection.qrels(split), np.random.default_rng(cfg.seed)
-    queries = np.unique(qrels.query_rows[qrels.grades >= 1])
+    queries = qrels.relevant.queries
     if 0 < given.queries < len(queries):
         queries = np.sort(rng.choice(queries, given.queries, replace=False))
     qrels, hidden = qrels.only(queries), None
@@ -125,10 +124,10 @@ def _audit(
         for name, path in zip(names, sampler.paths, strict=True)
     }
     own = own_passages(collection, qrels.queries)
-    positives = Positives.of(qrels, own, len(collection.corpus))
-    found = candidates(runs, positives, sampler.rules, of_rule)
+    found = candidates(runs, qrels, own, sampler.rules, of_rule)
     if Path(given.teacher).is_dir():
-        pairs = np.unique([*found[0][PAIR].to_numpy(), *zip(*positives[:2], strict=True)], axis=0)
+        judged = np.stack((qrels.relevant.query_rows, qrels.relevant.passage_rows), axis=1)
+        pairs = np.unique(np.concatenate((found[0][PAIR].to_numpy(), judged)), axis=0)
         teacher = _scored(Path(given.teacher), pairs, cfg, collection, given.output)
     else:
         teacher = run_over(collection, given.teacher, qrels)

@@ -10,7 +10,6 @@ once: a second start, or one after an evaluation, reads the embeddings from disk
 
 from __future__ import annotations
 
-import codecs
 import json
 import logging
 import os
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from caravan.retrieval.interactive import Searcher
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-PROMPT = "query> "
 LINES = 3
 """Lines of a passage on a screen."""
 log = logging.getLogger("caravan")
@@ -84,19 +82,17 @@ def read_queries(quiet: bool) -> Iterator[str]:
         quiet: standard output is read by a script, so the prompt is printed to standard error.
     """
     if not sys.stdin.isatty():
-        for number, line in enumerate(sys.stdin.buffer):
-            text = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
-            if query := text.decode("utf-8", "replace").strip():
-                yield query
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")  # type: ignore[union-attr]
+        yield from filter(None, map(str.strip, sys.stdin))
         return
     import readline  # noqa: F401 (arrows and history in input(); Windows has none)
 
     while True:
         try:
             if quiet:
-                sys.stderr.write(PROMPT)
+                sys.stderr.write("query> ")
                 sys.stderr.flush()
-            query = input("" if quiet else PROMPT).strip()
+            query = input("" if quiet else "query> ").strip()
         except (EOFError, KeyboardInterrupt):
             sys.stderr.write("\n")
             return

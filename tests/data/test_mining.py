@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from tests.refusals import refused
 
 from caravan.data import mining
-from caravan.data.mining import Positives, Rules, mine
+from caravan.data.mining import Rules, mine
 from caravan.data.qrels import Qrels
 from caravan.data.runs import Run
 
@@ -33,12 +34,10 @@ TEACHER: dict[int, dict[int, float]] = {
     5: {6: 9.0},
     6: {9: 1.0, 2: 1.0},
 }
-POSITIVES = Positives(
-    *(np.array(rows) for rows in zip(*((q, p) for q in JUDGED for p in JUDGED[q]), strict=True)),
-    np.array([1, 2, 3, 4, 6, 8]),
-    np.array([1, -1, 3, -1, -1, -1]),
-    PASSAGES,
-)
+LINES = [*((query, row, 1) for query in JUDGED for row in JUDGED[query]), (3, 1, 0)]
+QRELS = Qrels(*(np.array(column) for column in zip(*LINES, strict=True)))
+OWN = np.array([1, -1, 3, -1, -1, -1])
+"""The passage with the id of each judged query."""
 
 
 def _run(scores: dict[int, dict[int, float]]) -> Run:
@@ -108,7 +107,7 @@ def test_a_rule_removes_what_it_should_and_nothing_else(
     rules: dict[str, Any], lines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mining, "LINES_AT_ONCE", lines)
-    kept, facts = mine(_run(SCORES), POSITIVES, Rules(**rules), "a.trec", _run(TEACHER))
+    kept, facts = mine(_run(SCORES), QRELS, OWN, Rules(**rules), "a.trec", _run(TEACHER))
     expected, removed = _by_loop(**rules)
     assert {query: kept.of(query)[0].tolist() for query in SCORES} == expected
     assert facts["removed"] == removed
@@ -120,7 +119,7 @@ def test_a_rule_removes_what_it_should_and_nothing_else(
 
 def test_the_counts_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "caravan"):
-        _, facts = mine(_run(SCORES), POSITIVES, Rules(absolute_margin=0.045), "a.trec")
+        _, facts = mine(_run(SCORES), QRELS, OWN, Rules(absolute_margin=0.045), "a.trec")
     assert facts["queries_without_positive_score"] == 2  # 4 and 8
     assert caplog.records[0].levelname == "WARNING"  # most queries have no candidate
     (line,) = caplog.messages
@@ -131,35 +130,9 @@ def test_the_counts_are_logged(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_margin_for_a_run_without_any_positive_is_refused() -> None:
     negatives_only = _run({1: {4: 1.0, 5: 0.5}, 4: {6: 1.0}})
     with refused("no-positive-scores", "a.trec"):
-        mine(negatives_only, POSITIVES, Rules(relative_margin=0.05), "a.trec")
-    kept, _ = mine(negatives_only, POSITIVES, Rules(max_score=0.6), "a.trec")
+        mine(negatives_only, QRELS, OWN, Rules(relative_margin=0.05), "a.trec")
+    kept, _ = mine(negatives_only, QRELS, OWN, Rules(max_score=0.6), "a.trec")
     assert kept.of(1)[0].tolist() == [5]
-
-
-class _Planted:
-    """A model of sentence-transformers whose similarities are given, [Q, N]."""
-
-    device = "cpu"
-
-    def __init__(self, similarities: np.ndarray) -> None:
-        self.similarities = similarities
-
-    def encode_query(self, texts: Sequence[str], **_: Any) -> np.ndarray:
-        return self.similarities[[int(text.removeprefix("q")) for text in texts]]
-
-    def encode_document(self, texts: Sequence[str], **_: Any) -> np.ndarray:
-        size = self.similarities.shape[1]
-        return np.eye(size, dtype=np.float32)[[int(text.removeprefix("p")) for text in texts]]
-
-    def similarity(self, queries: Any, passages: Any) -> Any:
-        import torch
-
-        return torch.as_tensor(queries) @ torch.as_tensor(passages).T
-
-    def similarity_pairwise(self, queries: Any, passages: Any) -> Any:
-        import torch
-
-        return (torch.as_tensor(queries) * torch.as_tensor(passages)).sum(dim=1)
 
 
 @pytest.mark.slow
@@ -175,18 +148,29 @@ class _Planted:
 )
 def test_candidates_equal_those_of_sentence_transformers(rules: dict[str, Any]) -> None:
     from datasets import Dataset
-    from sentence_transformers.util import mine_hard_negatives
+    from sentence_transformers import util
 
     rng = np.random.default_rng(0)
     queries, passages, depth = 12, 40, 20
     similarities = rng.uniform(-0.4, 1, (queries, passages)).astype(np.float32)
     positives = np.array([(q, p) for q in range(queries) for p in ([q] if q % 3 else [q, q + 12])])
     similarities[positives[:6, 0], positives[:6, 1]] += 0.5
-    mined = mine_hard_negatives(
+
+    def rows(texts: Sequence[str]) -> list[int]:
+        return [int(text[1:]) for text in texts]
+
+    model: Any = SimpleNamespace(
+        device="cpu",
+        encode_query=lambda texts, **_: similarities[rows(texts)],
+        encode_document=lambda texts, **_: np.eye(passages, dtype=np.float32)[rows(texts)],
+        similarity=util.dot_score,
+        similarity_pairwise=util.pairwise_dot_score,
+    )
+    mined = util.mine_hard_negatives(
         Dataset.from_dict(
             {"query": [f"q{q}" for q, _ in positives], "passage": [f"p{p}" for _, p in positives]}
         ),
-        _Planted(similarities),  # type: ignore[arg-type]
+        model,
         corpus=[f"p{p}" for p in range(passages)],
         range_max=depth - 2,  # it ranks the most positives of a query in addition
         num_negatives=depth - 2 - rules.get("range_min", 0),
@@ -201,8 +185,7 @@ def test_candidates_equal_those_of_sentence_transformers(rules: dict[str, Any]) 
     scores = np.take_along_axis(similarities, order, axis=1)
     judged = Qrels(positives[:, 0], positives[:, 1], np.ones(len(positives), dtype=np.int32))
     run = Run.from_topk(np.arange(queries), scores, order)
-    own = np.full(queries, -1)
     chosen = Rules(**rules, range_max=depth - 2)
-    kept, _ = mine(run, Positives.of(judged, own, passages), chosen, "run")
+    kept, _ = mine(run, judged, np.full(queries, -1), chosen, "run")
     assert {query: set(kept.of(query)[0].tolist()) for query in expected} == expected
     assert sum(map(len, expected.values())) > 20

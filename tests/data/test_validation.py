@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +17,44 @@ from caravan.data.validation import Validation
 from caravan.encoding import Encoding
 
 
-class Judged:
-    """The tiny collection with other judgements of its development queries."""
-
-    def __init__(self, collection: Collection, dev: Qrels) -> None:
-        self._collection, self._dev = collection, dev
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._collection, name)
-
-    def qrels(self, split: str) -> Qrels:
-        return self._dev if split == "dev" else self._collection.qrels(split)
-
-
 @pytest.fixture
-def templates(tokenizer: Any, encoding: Encoding) -> Templates:
-    return Templates(tokenizer, encoding)
+def validation(
+    collection: Collection, tokenizer: Any, encoding: Encoding, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Validation]:
+    """The validation of the tiny collection, with grades of the first queries if given."""
 
+    def of(grades: list[int] | None = None, **settings: Any) -> Validation:
+        if grades is not None:
+            rows = np.arange(len(grades))
+            dev = Qrels(rows, rows, np.array(grades))
+            monkeypatch.setattr(Collection, "qrels", lambda *_: dev)
+        return Validation(collection, Templates(tokenizer, encoding), "dev", **settings)
 
-def _dev(grades: list[int]) -> Qrels:
-    rows = np.arange(len(grades), dtype=np.int64)
-    return Qrels(rows, rows, np.array(grades, dtype=np.int32))
+    return of
 
 
 def test_a_split_without_relevant_passages_cannot_be_validated(
-    collection: Collection, templates: Templates
+    validation: Callable[..., Validation],
 ) -> None:
     with refused("empty-split", "data.dev_split"):
-        Validation(Judged(collection, _dev([0, 0, 0])), templates, "dev")  # type: ignore[arg-type]
+        validation([0, 0, 0])
 
 
 def test_validation_asks_only_queries_that_can_be_scored(
-    collection: Collection, templates: Templates
+    validation: Callable[..., Validation],
 ) -> None:
-    judged: Any = Judged(collection, _dev([0, 1, 0, 2, 0, 0, 1, 0]))
-    queries = Validation(judged, templates, "dev", queries=2).qrels.queries.tolist()
+    queries = validation([0, 1, 0, 2, 0, 0, 1, 0], queries=2).qrels.queries.tolist()
     assert len(queries) == 2
     assert set(queries) < {1, 3, 6}
+
+
+def test_the_subset_that_is_searched_holds_all_judged_passages(
+    validation: Callable[..., Validation],
+) -> None:
+    data = validation(passages=20)
+    assert len(data.passages) == 20
+    assert np.isin(data.qrels.passage_rows, data.passages).all()
+    assert (np.diff(data.passages) > 0).all()
 
 
 @pytest.mark.slow
@@ -88,12 +90,3 @@ def test_a_query_that_is_a_passage_does_not_find_itself_in_validation(
     assert any(query == passage for query, passage in found[0])
     assert not any(query == passage for query, passage in found[1])
     assert len(found[0]) == len(found[1]) == 6 * 7  # as deep as ever
-
-
-def test_the_subset_that_is_searched_holds_all_judged_passages(
-    collection: Collection, templates: Templates
-) -> None:
-    data = Validation(collection, templates, "dev", passages=20)
-    assert len(data.passages) == 20
-    assert np.isin(data.qrels.passage_rows, data.passages).all()
-    assert (np.diff(data.passages) > 0).all()

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tests.models.small import language_model_of
 from tests.tiny import WORDS, tiny_backbone
@@ -22,7 +23,7 @@ from caravan.models import folder
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
-from caravan.models.crossencoder import CrossEncoder, QueryLikelihood, TokenScorer, with_head
+from caravan.models.crossencoder import CrossEncoder, QueryLikelihood, TokenScorer
 from caravan.models.llara import Layout, SlotEncoder
 from caravan.models.loading import add_slots, fit_vocabulary
 from caravan.models.tiny_llama import train_bpe
@@ -43,46 +44,66 @@ TITLED = [
 ]
 PAIRS = list(itertools.product(["camels", "", "What is a dune?"], TITLED))
 
-LLARA = {
-    "query_template": "{text} The next sentence:",
-    "passage_template": "{title} {text} The original sentence:",
-}
-SLOTS = {
-    "query_template": '"{text}", what follows: {next}',
-    "passage_template": '"{title} {text}", in short: {self}',
-    "append_eos": False,
-    "pooling": "slots",
-    "slots": 3,
-}
 PLAIN = {"query_template": "{text}", "passage_template": "{title} {text}", "append_eos": False}
-JOINED = {"kind": "reranker", "passage_template": "document: {title} {text}"}
 PAIR = {"kind": "reranker", "pair": "pair", **PLAIN}
-LIKELIHOOD = {"kind": "reranker", "scoring": "likelihood", **PLAIN, "query_template": "ask: {text}"}
-TOKEN = {
-    "kind": "reranker",
-    "scoring": "token",
-    "append_eos": False,
-    "prefix": "<s>judge:\n",
-    "query_template": "{instruction} ask: {text}\ndocument:",
-    "passage_template": "{title} {text}",
-    "suffix": "</s>\nanswer:",
-    "instruction": 'the {salt} "route"',
-    "positive": " salt",
-    "negative": " silk",
-    "passage_length": 60,
+OWN_HEAD = {"on": "encoder", **PAIR, "pooling": "cls"}
+JOINED = {"kind": "reranker", "passage_template": "document: {title} {text}"}
+CASES: dict[str, dict[str, Any]] = {
+    "retriever": {},
+    "dot": {"append_eos": False, "pooling": "mean", "normalize": False},
+    "without prompts": {**PLAIN, "append_eos": True},
+    "mean of an encoder": {"on": "encoder", **PLAIN, "pooling": "mean"},
+    "[CLS] of an encoder": {"on": "encoder", **PLAIN, "pooling": "cls"},
+    "LLaRA": {
+        "query_template": "{text} The next sentence:",
+        "passage_template": "{title} {text} The original sentence:",
+    },
+    "slots": {
+        "query_template": '"{text}", what follows: {next}',
+        "passage_template": '"{title} {text}", in short: {self}',
+        "append_eos": False,
+        "pooling": "slots",
+        "slots": 3,
+    },
+    "title after text": {"passage_template": "{text} ({title})"},
+    "text twice": {"passage_template": "{text} {text}"},
+    "reranker": JOINED,
+    "padding is EOS": {"pad": "</s>", **JOINED},
+    "no padding": {"pad": None, **JOINED},
+    "no EOS": {**JOINED, "append_eos": False},
+    "title with words": {**JOINED, "passage_template": "title: {title} text: {text}"},
+    "pair": {**PAIR, "append_eos": True, "query_template": "q: {text}"},
+    "RankLLaMA": {"tokens": "llama2", **JOINED, "pair": "pair", "append_eos": False},
+    "released encoder": {**OWN_HEAD, "released": True},
+    "encoder": OWN_HEAD,  # its head is a linear layer on [CLS]
+    "encoder, joined": {"on": "encoder", **JOINED, "append_eos": False, "pooling": "cls"},
+    "likelihood": {
+        **PLAIN,
+        "kind": "reranker",
+        "scoring": "likelihood",
+        "query_template": "ask: {text}",
+    },
+    "token": {
+        "kind": "reranker",
+        "scoring": "token",
+        "append_eos": False,
+        "prefix": "<s>judge:\n",
+        "query_template": "{instruction} ask: {text}\ndocument:",
+        "passage_template": "{title} {text}",
+        "suffix": "</s>\nanswer:",
+        "instruction": 'the {salt} "route"',
+        "positive": " salt",
+        "negative": " silk",
+        "passage_length": 60,
+    },
 }
-ODD: list[dict[str, Any]] = [
-    {"passage_template": "{text} ({title})"},
-    {"passage_template": "{text} {text}"},
-    {**JOINED, "passage_template": "title: {title} text: {text}"},
-]
-"""Templates that are more than a prompt before a text."""
-OWN_HEAD: list[dict[str, Any]] = [
-    {"on": "encoder", **PAIR, "pooling": "cls"},
-    {"on": "encoder", "lora": True, **PAIR, "pooling": "cls"},
-    {"on": "encoder", **JOINED, "append_eos": False, "pooling": "cls"},
-]
-"""Rerankers whose head is a linear layer on [CLS]."""
+CASES["untied token"] = {"on": "qwen3", **CASES["token"]}
+CASES |= {f"{name}, adapter": {"lora": True, **case} for name, case in CASES.items()}
+
+
+def cases(*quick: str, slow: tuple[str, ...] = ()) -> list[Any]:
+    """Names of `CASES`, as parameters of a test; `make test-all` runs the slow ones too."""
+    return [*quick, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
 
 
 def encoding(**settings: Any) -> Encoding:
@@ -135,7 +156,7 @@ def tokenizers() -> dict[str, Any]:
     }
 
 
-def bert(scores: bool = False) -> Any:
+def bert(scores: bool, positions: int = 80) -> Any:
     from transformers import BertConfig, BertForSequenceClassification, BertModel
 
     config = BertConfig(
@@ -144,7 +165,7 @@ def bert(scores: bool = False) -> Any:
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=48,
-        max_position_embeddings=80,
+        max_position_embeddings=positions,
         num_labels=1,
         pad_token_id=0,
         initializer_range=0.2,
@@ -152,70 +173,59 @@ def bert(scores: bool = False) -> Any:
     return BertForSequenceClassification(config) if scores else BertModel(config, False)
 
 
-def make(
-    path: Path,
-    on: str = "decoder",
-    lora: bool = False,
-    released: bool = False,
-    pad: str | None = "<pad>",
-    tokens: str | None = None,
-    **settings: Any,
-) -> Path:
+def make(path: Path, case: str = "retriever", **changes: Any) -> Path:
     """Save a model folder of a random model.
 
     Args:
-        on: a "decoder" or an "encoder"; with scoring="token" also an architecture.
-        lora: as an adapter on a base beside `path`.
-        released: a reranker with the head of its architecture.
-        tokens: one of `tokenizers`, in place of the usual one.
-        settings: of the encoding; `kind` makes it a retriever or a reranker.
+        case: one of `CASES`.
+        changes: of its settings: `on` a "decoder", an "encoder" or (scoring="token") another
+            architecture; `lora`, as an adapter on a base outside of the folder of `path`;
+            `released`, with the head of its architecture; `pad`; `tokens`, one of `tokenizers`
+            in place of the usual one; and those of the encoding.
     """
+    usual = {"on": "decoder", "lora": False, "released": False, "pad": "<pad>", "tokens": None}
+    settings = {**usual, **CASES[case], **changes}
+    on, lora, released, pad, tokens = (settings.pop(name) for name in usual)
     torch.manual_seed(0)
     own = encoding(**settings)
+    kind = "encoder" if on == "encoder" else "decoder"
     side = "left" if own.kind == "retriever" and on == "decoder" else "right"
-    given = tokenizers()[tokens] if tokens else copy.deepcopy(tokenizer(on, side, pad))
+    given = tokenizers()[tokens] if tokens else copy.deepcopy(tokenizer(kind, side, pad))
     rows = add_slots(given, own)
-    if own.scoring == "likelihood":
-        network: Any = QueryLikelihood(tiny_backbone().language_model(given), own)
-        folder.save(path, network, given, own, {})
-        return path
-    if own.scoring == "token":
-        language_model = tiny_backbone().language_model(given)
-        if on != "decoder":  # this architecture has another output layer
-            settings = {"vocab_size": len(given), "tie_word_embeddings": False}
-            language_model = language_model_of(on, **settings)
-        if lora:
-            language_model.save_pretrained(path.parent / "base")
-            given.save_pretrained(path.parent / "base")
-            plain = Pretrained(str(path.parent / "base")).language_model(given)
-            language_model = _shaken(LoRA(rank=2, alpha=4).apply(plain))
-        network = TokenScorer(language_model, own, answer_ids(given, own))
-        folder.save(path, network, given, own, {"name": "tiny"})
-        return path
-    base = tiny_backbone().model(given) if on == "decoder" else bert()
+    part = "model" if own.kind == "retriever" else "scorer"
+    if own.scoring != "head":
+        part = "language_model"
+    backbone: Any = tiny_backbone()
+    base = None
+    if on == "encoder":
+        base = bert(released)
+    elif on != "decoder":  # this architecture has another output layer
+        base = language_model_of(on, vocab_size=len(given), tie_word_embeddings=False)
+    elif lora:
+        base = getattr(backbone, part.replace("scorer", "model"))(given)
+    if base is not None:
+        to = path.parent.with_name(f"{path.parent.name}-base")
+        base.save_pretrained(to)
+        given.save_pretrained(to)
+        backbone = Pretrained(str(to))
+    network = fit_vocabulary(getattr(backbone, part)(given), given)
     if lora:
-        base.save_pretrained(path.parent / "base")
-        given.save_pretrained(path.parent / "base")
-        base = Pretrained(str(path.parent / "base"))
+        network = _shaken(LoRA(rank=2, alpha=4).apply(network, rows))
     if own.kind == "retriever":
-        model = fit_vocabulary(base.model(given) if lora else base, given)
-        model = _shaken(LoRA(rank=2, alpha=4).apply(model, rows)) if lora else model
-        network = BiEncoder(model, own)
+        network = BiEncoder(network, own)
+    elif own.scoring == "likelihood":
+        network = QueryLikelihood(network, own)
+    elif own.scoring == "token":
+        network = TokenScorer(network, own, answer_ids(given, own))
     else:
-        if lora:
-            scorer = _shaken(LoRA(rank=2, alpha=4).apply(base.scorer(given)))
-        elif on == "decoder":
-            scorer = tiny_backbone().scorer(given)
-        else:
-            scorer = bert(scores=True) if released else with_head(bert(), 0)
-        network = CrossEncoder(scorer, own)
+        network = CrossEncoder(network, own)
     folder.save(path, network, given, own, {"name": "tiny"})
     return path
 
 
 def make_adapted(path: Path) -> Path:
     """Save a model folder of LLaRA's adaptation, with its output layer."""
-    own, given = encoding(**LLARA), tokenizer("decoder")
+    own, given = encoding(**CASES["LLaRA"]), tokenizer("decoder")
     backbone = tiny_backbone().language_model(given)
     model = SlotEncoder(backbone, backbone.base_model, own, Layout(1, (4, 4), 1))
     folder.save(path, model, given, own, {})

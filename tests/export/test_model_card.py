@@ -9,41 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
 from tests.commands import evaluate, train
-from tests.export import folders
-from tests.export.folders import (
-    JOINED,
-    LIKELIHOOD,
-    OWN_HEAD,
-    PAIR,
-    PAIRS,
-    PLAIN,
-    SLOTS,
-    TOKEN,
-    assert_card_computes,
-    assert_close,
-    make,
-    run_card,
-)
+from tests.export.folders import CASES, assert_card_computes, cases, make, run_card
 from tests.refusals import refused
 
 from caravan.cli.train import source_facts
 from caravan.data.readers.texts import HubTexts
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
-from caravan.export import sentence_transformers, transformers
+from caravan.export import sentence_transformers
 from caravan.export.model_card import evaluated, write
 from caravan.quickstart.pydocs import PyDocs
 
 FLOAT = "precision=float32"
-slow = pytest.mark.slow
 
 
 def metadata(folder: Path) -> Any:
     """The card's metadata, as huggingface_hub reads and checks it."""
     return ModelCard.load(folder / "README.md").data
+
+
+def results(folder: Path, collection: str = "tiny") -> dict[str, float]:
+    """The card's metrics on a collection."""
+    found = metadata(folder).eval_results
+    return {one.metric_name: one.metric_value for one in found if one.dataset_type == collection}
 
 
 def set_facts(folder: Path, **facts: Any) -> None:
@@ -53,53 +43,44 @@ def set_facts(folder: Path, **facts: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({}, id="decoder", marks=slow),
-        pytest.param({"lora": True, **SLOTS}, id="slots, adapter"),
-        pytest.param({"on": "encoder", **PLAIN, "pooling": "mean"}, id="encoder"),
-        pytest.param({"lora": True, **JOINED}, id="reranker, adapter", marks=slow),
-        pytest.param({"lora": True, **TOKEN}, id="token, adapter"),
-        pytest.param({"pad": "</s>", **JOINED}, id="padding is EOS"),
-        pytest.param(
-            {"on": "encoder", "released": True, **PAIR, "pooling": "cls"}, id="released encoder"
-        ),
-    ],
+    "case",
+    cases(
+        "slots, adapter",
+        "mean of an encoder",
+        "token, adapter",
+        "padding is EOS",
+        "released encoder",
+        "likelihood",
+        slow=("retriever", "reranker, adapter"),
+    ),
 )
-def test_the_cards_code_computes_the_folders_numbers(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
-    path = make(tmp_path / "model", **settings)
-    write(path)
+def test_the_cards_code_computes_the_folders_numbers(case: str, tmp_path: Path) -> None:
+    path = make(tmp_path / "model", case)
+    text = write(path).read_text()
     assert_card_computes(path, path)
-    reranks = settings.get("kind") == "reranker"
+    reranks = CASES[case].get("kind") == "reranker"
     assert metadata(path).pipeline_tag == ("text-ranking" if reranks else "feature-extraction")
-    assert ("peft" in metadata(path).tags) == settings.get("lora", False)
+    assert ("peft" in metadata(path).tags) == case.endswith("adapter")
+    unsupported = "sentence-transformers cannot score by likelihood" in text
+    assert unsupported == (case == "likelihood")
 
 
-def test_a_card_says_which_library_cannot_load_the_model(tmp_path: Path) -> None:
-    own_head = make(tmp_path / "head", **OWN_HEAD[0])
-    write(own_head)
-    text = (own_head / "README.md").read_text()
+def test_a_card_says_that_transformers_has_no_class_for_a_head(tmp_path: Path) -> None:
+    text = write(make(tmp_path / "head", "encoder")).read_text()
     assert "transformers has no class with this head" in text
     assert "AutoModel" not in text
-    likely = make(tmp_path / "likely", **LIKELIHOOD)
-    write(likely)
-    assert "sentence-transformers cannot score by likelihood" in (likely / "README.md").read_text()
-    score = run_card(likely, "Use it in transformers")["score"]
-    found = [score(query, text, title) for query, (title, text) in PAIRS]
-    assert_close(torch.tensor(found), folders.scores(likely, PAIRS))
 
 
-@pytest.mark.parametrize("settings", [{}, JOINED])
+@pytest.mark.parametrize("case", ["retriever", "reranker"])
 def test_the_code_for_caravan_and_sentence_transformers_runs(
-    settings: dict[str, Any],
+    case: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    path = make(tmp_path / "model", **settings)
+    path = make(tmp_path / "model", case)
+    set_facts(path, base_model="Qwen/Qwen3-0.6B")
     write(path)
     assert len(run_card(path, "Use it in Caravan")["passages"]) == 2
     printed = capsys.readouterr().out
@@ -111,24 +92,8 @@ def test_the_code_for_caravan_and_sentence_transformers_runs(
     sentence_transformers.export(path, Path(out))
     run_card(path, "Use it in sentence-transformers")
     assert capsys.readouterr().out.strip()
-
-
-@pytest.mark.parametrize(
-    ("exporter", "library", "base"),
-    [
-        (sentence_transformers, "sentence-transformers", "Qwen/Qwen3-0.6B"),
-        (transformers, "transformers", "a/folder/of/this/machine"),
-    ],
-)
-def test_an_exported_card_has_the_hubs_metadata(
-    exporter: Any, library: str, base: str, tmp_path: Path
-) -> None:
-    path, out = make(tmp_path / "model"), tmp_path / "out"
-    set_facts(path, base_model=base)
-    exporter.export(path, out)
-    data = metadata(out)
-    assert (data.library_name, data.tags[0]) == (library, "caravan")
-    assert data.base_model == (base if base.startswith("Qwen") else None)
+    data = metadata(Path(out))
+    assert (data.library_name, data.base_model) == ("sentence-transformers", "Qwen/Qwen3-0.6B")
 
 
 def test_a_trained_folder_has_the_validation_metric_and_the_settings(
@@ -156,20 +121,25 @@ def test_the_metrics_of_an_evaluation_are_those_of_this_model(
     run_dir, folder, reranker = tmp_path / "run", tmp_path / "model", tmp_path / "reranker"
     shutil.copytree(folders["retriever"], folder)
     shutil.copytree(folders["reranker"], reranker)
-    stages = f"[bm25,{folder}]"
     depth = (f"reranker={reranker}", "rerank.depth=7", "rerank.weight=0.4", "rerank.rest=keep")
-    metrics = evaluate(beir, run_dir, stages, *depth, FLOAT)
+    metrics = evaluate(beir, run_dir, f"[bm25,{folder}]", *depth, FLOAT)
     scores = {stage["stage"]: stage["overall"] for stage in metrics["stages"]}
     write(folder, [run_dir], license="apache-2.0", language=["en"])
+    assert results(folder) == scores["retriever"]
     found = metadata(folder).eval_results
-    assert {one.metric_name: one.metric_value for one in found} == scores["retriever"]
     assert {one.dataset_name for one in found} == {"tiny test (4 queries over 60 passages)"}
     assert (metadata(folder).license, metadata(folder).language) == ("apache-2.0", ["en"])
     write(reranker, [run_dir])
-    found = metadata(reranker).eval_results
-    assert {one.metric_name: one.metric_value for one in found} == scores["reranked"]
-    assert "; the top 7 of fused reranked with a weight of 0.4" in found[0].dataset_name
+    assert results(reranker) == scores["reranked"]
+    how = metadata(reranker).eval_results[0].dataset_name
+    assert "; the top 7 of fused reranked with a weight of 0.4" in how
     assert f"| {scores['reranked']['MRR@10']:.4f} |" in (reranker / "README.md").read_text()
+    before = (folder / "README.md").read_bytes()
+    with (folder / "config.json").open("a") as file:
+        file.write("\n")  # now another model
+    with refused("metrics-of-another-model", str(folder)):
+        write(folder, [run_dir])
+    assert (folder / "README.md").read_bytes() == before
 
 
 def test_metrics_of_several_collections_are_a_row_each(
@@ -182,10 +152,8 @@ def test_metrics_of_several_collections_are_a_row_each(
     metrics = evaluate(data, tmp_path / "run", folder, "collections=[one,two]", FLOAT)
     write(folder, [tmp_path / "run"])
     text = (folder / "README.md").read_text()
-    results = metadata(folder).eval_results
     for name, record in metrics["collections"].items():
-        found = {one.metric_name: one.metric_value for one in results if one.dataset_type == name}
-        assert found == record["overall"]
+        assert results(folder, name) == record["overall"]
         assert f"| {name} test (4 queries over 60 passages) |" in text
     (data / "one/queries.jsonl").unlink()
     with pytest.raises(InputError):
@@ -194,64 +162,39 @@ def test_metrics_of_several_collections_are_a_row_each(
     assert {one.dataset_type for one in metadata(folder).eval_results} == {"two"}
 
 
-def test_metrics_of_another_model_are_refused(
-    beir: Path, folders: dict[str, str], tmp_path: Path
-) -> None:
-    evaluate(beir, tmp_path / "run", folders["retriever"], FLOAT)
-    train(beir, tmp_path / "other", "trainer.max_steps=0", "seed=1")
-    other = tmp_path / "other" / "model"
-    before = (other / "README.md").read_bytes()
-    with refused("metrics-of-another-model", str(other)):
-        write(other, [tmp_path / "run"])
-    with pytest.raises(InputError, match=r"metrics\.json"):
-        write(other, [tmp_path])
-    assert (other / "README.md").read_bytes() == before
-
-
-@pytest.mark.parametrize("record", ['{"stages": [{"stage": 1}]}', "[]", '{"stages'])
-def test_a_damaged_evaluation_is_refused(record: str, tmp_path: Path) -> None:
-    (tmp_path / "metrics.json").write_text(record)
-    with pytest.raises(InputError, match=r"metrics\.json"):
+@pytest.mark.parametrize("record", ['{"stages": [{"stage": 1}]}', "[]", '{"stages', None])
+def test_a_damaged_evaluation_is_refused(record: str | None, tmp_path: Path) -> None:
+    if record is not None:
+        (tmp_path / "metrics.json").write_text(record)
+    with refused("unreadable", "metrics.json"):
         evaluated(make(tmp_path / "model"), tmp_path)
 
 
-def test_a_chat_template_stays_in_its_cell(tmp_path: Path) -> None:
-    path = make(tmp_path / "model", query_template="<|user|>\n{text}")
-    write(path)
-    row = r"| query_template | `<\|user\|>\n{text}`"
-    assert any(line.startswith(row) for line in (path / "README.md").read_text().splitlines())
-
-
-def test_the_base_model_is_that_of_the_first_training_and_of_the_hub(tmp_path: Path) -> None:
-    first, second = make(tmp_path / "first"), make(tmp_path / "second")
+def test_a_card_has_the_first_base_the_dataset_and_the_language(tmp_path: Path) -> None:
+    first = make(tmp_path / "first")
+    second = make(tmp_path / "second", query_template="<|user|>\n{text}")
+    hub = source_facts(HubTexts("wikimedia/wikipedia"))
+    assert source_facts(HubTexts(str(tmp_path))) == {}
     set_facts(first, base_model="Qwen/Qwen3-0.6B")
-    set_facts(second, base_model=str(first))
-    write(second)
+    set_facts(second, base_model=str(first), **hub, **source_facts(PyDocs()))
+    text = write(second).read_text()
+    assert r"| query_template | `<\|user\|>\n{text}` |" in text  # stays in its cell
     data = metadata(second)
     assert (data.base_model, data.base_model_relation) == ("Qwen/Qwen3-0.6B", "finetune")
-    set_facts(second, base_model=str(second))  # its own base: the search ends
-    write(second)
-    assert metadata(second).base_model is None
-
-
-def test_dataset_and_language_of_the_training_are_listed(tmp_path: Path) -> None:
-    hub = source_facts(HubTexts("wikimedia/wikipedia"))
-    assert hub == {"datasets": ["wikimedia/wikipedia"]}
-    assert source_facts(HubTexts(str(tmp_path))) == {}
-    path = make(tmp_path / "model")
-    set_facts(path, **hub, **source_facts(PyDocs()))
-    write(path)
-    assert metadata(path).datasets == ["wikimedia/wikipedia"]
-    assert metadata(path).language == ["en"]
+    assert (data.datasets, data.language) == (["wikimedia/wikipedia"], ["en"])
+    for base in (str(second), "a/folder/of/this/machine"):  # its own base: the search ends
+        set_facts(second, base_model=base)
+        write(second)
+        assert metadata(second).base_model is None
 
 
 def test_the_card_serves_the_model_and_checks_the_server(tmp_path: Path) -> None:
     served = write(make(tmp_path / "retriever")).read_text()
     assert "vllm serve exported --runner pooling --dtype float32 --max-model-len 44\n" in served
     assert "conformance path/to/this/folder http://localhost:8000/v1/embeddings\n" in served
-    token = write(make(tmp_path / "token", **TOKEN)).read_text()
+    token = write(make(tmp_path / "token", "token")).read_text()
     assert "transformers --classifier path/to/this/folder exported\n" in token
     assert "conformance path/to/this/folder http://localhost:8000/score\n" in token
     # A server has one tokenizer for both sides, and adds no EOS to a pair.
-    for name, settings in (("slots", SLOTS), ("joined", JOINED)):
-        assert "vllm" not in write(make(tmp_path / name, **settings)).read_text()
+    for case in ("slots", "reranker"):
+        assert "vllm" not in write(make(tmp_path / case, case)).read_text()

@@ -258,9 +258,7 @@ def tevatron(path: Path, corpus: Path | None = None) -> Read:
     for row in objects(path):
         query = as_text(row.get("query", row.get("query_text")))
         name = as_id(row["query_id"] if "query_id" in row else _hashed(query))
-        sides = [row.get(f"positive_{ends}"), row.get(f"negative_{ends}", [])]
-        sides[1] = [] if sides[1] is None else sides[1]
-        need(all(isinstance(side, list) for side in sides), "no list")
+        sides = _sides(row, f"positive_{ends}", f"negative_{ends}")
         found.append((name, "", query, *(list(map(passage, side)) for side in sides)))
     return _trained(found, None if corpus is None else jsonl(corpus, "docid"))
 
@@ -269,10 +267,8 @@ def flagembedding(path: Path) -> Read:
     found = []
     for row in objects(path):
         sides = []
-        for side in ("pos", "neg"):
-            texts, scores = row.get(side), row.get(f"{side}_scores")
-            texts = [] if side == "neg" and texts is None else texts
-            need(isinstance(texts, list), "no list")
+        for side, texts in zip(("pos", "neg"), _sides(row, "pos", "neg"), strict=True):
+            scores = row.get(f"{side}_scores")
             scores = [None] * len(texts) if scores is None else scores
             need(isinstance(scores, list) and len(scores) == len(texts), "not as many scores")
             pairs = zip(map(as_text, texts), map(_score, scores), strict=True)
@@ -281,6 +277,14 @@ def flagembedding(path: Path) -> Read:
         name = _hashed(f"{prompt}\n{query}" if prompt else query)
         found.append((name, prompt, query, *sides))
     return _trained(found, None)
+
+
+def _sides(row: dict[str, Any], *names: str) -> list[list[Any]]:
+    """The positives and the negatives: a list, one value, or (of negatives) none."""
+    sides = [row.get(name) for name in names]
+    need(sides[0] not in (None, ""), "no positive")
+    sides = [[] if side in (None, "") else side for side in sides]
+    return [side if isinstance(side, list) else [side] for side in sides]
 
 
 def _trained(found: list[Any], corpus: list[Record] | None) -> Read:

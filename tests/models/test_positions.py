@@ -22,13 +22,11 @@ from caravan.retrieval.inference import Inference
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 400}
 SIZE |= {"intermediate_size": 48}
-OF_GPT = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 400, "n_positions": 64}
 CONFIGS: dict[str, dict[str, Any]] = {
     "Bert": {**SIZE, "max_position_embeddings": 64},
     "Roberta": {**SIZE, "max_position_embeddings": 66, "pad_token_id": 1},
     "MPNet": {**SIZE, "max_position_embeddings": 66, "pad_token_id": 1},
-    "GPT2": OF_GPT,
-    "GPTJ": {**OF_GPT, "rotary_dim": 8},
+    "GPT2": {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 400, "n_positions": 64},
     "OPT": {**SIZE, "ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
 }
 ROTARY = {**SIZE, "max_position_embeddings": 64}
@@ -59,13 +57,10 @@ def test_rotary_positions_have_no_limit_but_a_warning(caplog: pytest.LogCaptureF
     assert "64 tokens" in caplog.text
 
 
-def test_a_reranker_reads_query_and_passage_together() -> None:
+def test_a_query_alone_and_a_rerankers_pair_may_be_too_long_too() -> None:
     model = with_head(_made("Bert", CONFIGS["Bert"]))
     with refused("too-long", "encoding.query_length + encoding.passage_length is 65", "64"):
         CrossEncoder(model, Encoding("reranker", query_length=20, passage_length=45, **CLS))
-
-
-def test_a_query_may_be_too_long_too() -> None:
     with refused("too-long", "query_length is 65"):
         BiEncoder(_made("Bert", CONFIGS["Bert"]), Encoding(query_length=65, **CLS))
 

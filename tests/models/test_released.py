@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from tests.commands import adopt
 from tests.models.released import (
     OLDER_FIELDS,
@@ -22,7 +23,7 @@ from tests.models.released import (
 from tests.models.small import close
 from tests.refusals import refused
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from caravan.data.batch import pack
 from caravan.data.pairs import PairTemplates
@@ -51,26 +52,14 @@ def _adopt(experiment: str, released: Path, run_dir: Path) -> tuple[Any, Any, An
     return folder.load(adopt(released, run_dir, f"experiment=released/{experiment}"))
 
 
-def _by_the_card(released: Path, base: Path, reranks: bool) -> tuple[Any, Any]:
-    """Tokenizer and model as the model cards load them."""
-    import transformers
-    from peft import PeftConfig, PeftModel
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    name = PeftConfig.from_pretrained(str(released)).base_model_name_or_path
-    if reranks:
-        auto = transformers.AutoModelForSequenceClassification
-        plain = auto.from_pretrained(name, num_labels=1)
-    else:
-        plain = transformers.AutoModel.from_pretrained(name)
-    return tokenizer, PeftModel.from_pretrained(plain, str(released)).merge_and_unload().eval()
-
-
 @torch.no_grad()
 def _by_the_cards_code(experiment: str, released: Path, base: Path) -> Tensor:
     """Embeddings or scores, by the code of the model card."""
-    tokenizer, model = _by_the_card(released, base, experiment in RERANKERS)
-    if experiment in RERANKERS:
+    reranks, tokenizer = experiment in RERANKERS, AutoTokenizer.from_pretrained(base)
+    auto: Any = AutoModelForSequenceClassification if reranks else AutoModel
+    plain = auto.from_pretrained(base, **({"num_labels": 1} if reranks else {}))
+    model: Any = PeftModel.from_pretrained(plain, str(released)).merge_and_unload().eval()
+    if reranks:
         pairs = [(f"query: {QUERY}", f"document: {title} {text}") for title, text in PASSAGES]
         return torch.stack(
             [model(**tokenizer(*pair, return_tensors="pt")).logits[0][0] for pair in pairs]

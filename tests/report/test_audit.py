@@ -8,7 +8,7 @@ from tests.refusals import refused
 from tests.tiny import WORDS
 
 from caravan.data.collection import Collection, write_collection
-from caravan.data.mining import Positives, Rules, mine
+from caravan.data.mining import Rules, mine
 from caravan.data.qrels import Qrels
 from caravan.data.runs import Run
 from caravan.report.audit import ALL, RECALLS, Audit, audit, candidates, examples, page
@@ -78,9 +78,7 @@ def _audit(
     qrels = planted.qrels("train")
     places = np.array([_row(q, place) for q in range(QUERIES) for place in (2, 3)])
     hidden = Qrels(np.repeat(np.arange(QUERIES), 2), places, np.ones(len(places)))
-    own = np.full(QUERIES, -1)
-    positives = Positives.of(qrels, own, len(planted.corpus))
-    found = candidates(_runs(), positives, rules or Rules())
+    found = candidates(_runs(), qrels, np.full(QUERIES, -1), rules or Rules())
     return audit(found, planted, qrels, _run(teacher), margin, hidden if hide else None)
 
 
@@ -113,9 +111,9 @@ def test_suspects_are_what_the_sampler_would_remove_by_its_teacher_margin(
 ) -> None:
     found = _audit(planted, teacher, margin)
     qrels = planted.qrels("train")
-    positives = Positives.of(qrels, np.full(QUERIES, -1), len(planted.corpus))
+    rules, own = Rules(teacher_margin=margin), np.full(QUERIES, -1)
     for name, run in _runs().items():
-        _, facts = mine(run, positives, Rules(teacher_margin=margin), name, _run(teacher))
+        _, facts = mine(run, qrels, own, rules, name, _run(teacher))
         assert found.sources[name]["suspected"].sum() == facts["removed"]["teacher_margin"] > 0
 
 

@@ -19,7 +19,6 @@ from caravan.report.plots import (
     Plot,
     intervals,
     lines,
-    write,
 )
 
 CSS = (STYLES / "page.css").read_text()
@@ -52,15 +51,14 @@ def test_lines_and_texts_have_contrast_to_the_ground(theme: str, css: dict[str, 
         assert _contrast(css[text], css[of]) >= 4.5, (text, of)
 
 
-def test_a_plot_is_written_as_png_and_svg_with_its_caption(tmp_path: Path) -> None:
+def test_a_plot_is_written_as_png_and_svg(tmp_path: Path) -> None:
     drawn = [Line("a", [1, 2, 4], [0.1, 0.2, 0.3], [0.01, 0, 0]), Line("b", [1, 2], [0.3, 0.1])]
     plot = Plot("depth", "MRR@10 over depth.", lines(drawn, "depth", "MRR@10"))
-    write(tmp_path, [plot])
+    plot.write(tmp_path)
     assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")
     svg = (tmp_path / "depth.svg").read_text()
     assert svg == plot.svg()
     assert "<text" not in svg  # outlines, the same on every machine
-    assert "**depth**: MRR@10 over depth." in (tmp_path / "captions.md").read_text()
 
 
 def test_a_plot_in_a_page_has_text_and_no_address_but_namespaces() -> None:

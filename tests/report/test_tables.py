@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from caravan.report.tables import Table, write
+from caravan.report.tables import Table
 
 TABLE = Table(
     "results",
@@ -17,7 +17,7 @@ TABLE = Table(
 
 
 def test_latex_and_markdown_are_escaped(tmp_path: Path) -> None:
-    write(tmp_path, [TABLE])
+    TABLE.write(tmp_path)
     text = (tmp_path / "results.tex").read_text()
     assert r"a\_b \& c & \textbf{0.5000} & $<$.001 \\" in text
     assert r"x$|$y & 0.4000 & $-$0.1 $\pm$ 2 \\" in text

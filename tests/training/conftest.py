@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.commands import SHORT, train
 from tests.fitting import Fit, random_candidates
 from tests.tiny import tiny_backbone
 
@@ -43,3 +45,25 @@ def saved(tokenizer: Any, tmp_path: Path) -> str:
     tiny_backbone().model(tokenizer).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     return str(tmp_path / "base")
+
+
+@pytest.fixture(scope="session")
+def short(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two updates, with a validation and a checkpoint after each."""
+    run_dir = tmp_path_factory.mktemp("short") / "run"
+    train(beir, run_dir, *SHORT)
+    return run_dir
+
+
+@pytest.fixture
+def copied(short: Path, tmp_path: Path) -> Path:
+    shutil.copytree(short, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def killed(copied: Path) -> Path:
+    """The same, killed before its model folder was written."""
+    shutil.rmtree(copied / "model")
+    (copied / "model.manifest.json").unlink()
+    return copied

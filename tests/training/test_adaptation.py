@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.commands import ROOT, from_folder, train, train_arguments
+from tests.commands import ROOT, curves, from_folder, train, train_arguments
 from tests.tiny import tiny_backbone
 
 from caravan.cli.compose import compose
@@ -125,7 +124,7 @@ def test_loss_and_gradient_are_those_of_the_published_formula(
     module = _module(own_tokenizer, released).double()
     batch = module.training_set(collection, "", None, 200)[0, np.arange(12)].packed()
     assert int((batch.counts == 0).sum()) > 0  # documents end
-    model = module.model.language_model
+    model = module.network.language_model
     found = module.training_step(batch, 0)
     expected = _published(model, batch, module)
     torch.testing.assert_close(found, expected, atol=1e-7, rtol=0)
@@ -153,7 +152,7 @@ def test_adapters_train_the_rows_of_the_slots_too_and_nothing_else(own_tokenizer
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     rows = [p for name, p in trained.items() if "lora_" not in name]
     assert [tuple(p.shape) for p in rows] == [(4, 32)]  # two slots a task
-    assert not any(p.requires_grad for p in module.model.head.parameters())
+    assert not any(p.requires_grad for p in module.network.head.parameters())
 
 
 @pytest.mark.parametrize("peft", [None, LoRA(rank=2, alpha=4, dropout=0.0)])
@@ -162,7 +161,7 @@ def test_a_trained_slot_is_in_the_folder(
 ) -> None:
     base = tmp_path / "base"
     module = _module(own_tokenizer, released=True)
-    folder.save(base, module.model, own_tokenizer, RELEASED_ENCODING, {"name": "base"})
+    folder.save(base, module.network, own_tokenizer, RELEASED_ENCODING, {"name": "base"})
     if peft is not None:  # on a model of transformers that has never seen a slot
         plain = tmp_path / "plain"
         fresh = tiny_backbone().language_model(own_tokenizer)
@@ -174,14 +173,14 @@ def test_a_trained_slot_is_in_the_folder(
     module.training_step(batch, 0).backward()
     optimizer.step()
     to = tmp_path / "adapted"
-    folder.save(to, module.model, own_tokenizer, RELEASED_ENCODING, {"name": "adapted"})
+    folder.save(to, module.network, own_tokenizer, RELEASED_ENCODING, {"name": "adapted"})
     loaded, tokenizer, encoding, facts = folder.load(to)
     assert encoding == RELEASED_ENCODING
     assert facts["weights"] == ("full" if peft is None else "adapter")
     texts = pack(Templates(tokenizer, encoding).passages(collection.corpus.get(range(5))), 99)
     with torch.no_grad():
         module.eval()
-        expected = module.model.embed(texts)
+        expected = module.network.embed(texts)
         torch.testing.assert_close(loaded.embed(texts), expected, atol=1e-5, rtol=0)
         before = folder.load(base)[0].embed(texts)
     assert (before - expected).abs().max() > 1e-3
@@ -219,7 +218,7 @@ def test_a_merged_adapter_with_slots_can_be_trained_further(
     plain.save_pretrained(tmp_path / "base")
     peft, base = LoRA(rank=2, alpha=4), Pretrained(str(tmp_path / "base"))
     module = _module(own_tokenizer, True, peft, base)
-    folder.save(tmp_path / "m", module.model, own_tokenizer, RELEASED_ENCODING, {})
+    folder.save(tmp_path / "m", module.network, own_tokenizer, RELEASED_ENCODING, {})
     model: Any = FromFolder(str(tmp_path / "m")).language_model(own_tokenizer)
     assert model.get_input_embeddings().weight.shape[0] == len(own_tokenizer)
 
@@ -246,12 +245,11 @@ def test_a_resumed_run_gives_the_same_weights(beir: Path, tmp_path: Path) -> Non
 def test_it_learns_to_predict_the_tokens_of_a_text(beir: Path, tmp_path: Path) -> None:
     steps = ("trainer.max_steps=60", "trainer.log_every_n_steps=1", "stage.words=12")
     adapt(beir, tmp_path / "run", *steps)
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert set(events.Tags()["scalars"]) >= {"train/loss", "train/ebae", "train/ebar", "val/MRR@10"}
+    found = {name: list(values.values()) for name, values in curves(tmp_path / "run").items()}
+    assert found.keys() >= {"train/loss", "train/ebae", "train/ebar", "val/MRR@10"}
     for task in ("ebae", "ebar"):
-        hits = [event.value for event in events.Scalars(f"train/{task}_hits")]
+        hits, losses = found[f"train/{task}_hits"], found[f"train/{task}_above_floor"]
         assert np.mean(hits[-9:]) > np.mean(hits[:9]) + 0.04
-        losses = [event.value for event in events.Scalars(f"train/{task}_above_floor")]
         assert 0 < np.mean(losses[-9:]) < 0.9 * np.mean(losses[:9])
 
 

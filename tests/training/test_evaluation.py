@@ -1,7 +1,9 @@
-"""Validation callbacks and the mean over queries: in parts, over ranks, with ranks without any."""
+"""Validations, also with other lengths and with segments; on several ranks: test_fsdp."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,28 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from tests.two_ranks import TwoRanks
+from tests.commands import curves, evaluate, train
 
 from caravan.data.collection import Collection, Qrels
-from caravan.data.runs import Run, read_run
+from caravan.data.runs import read_run
 from caravan.data.segments import Cut
+from caravan.data.tokenization import Templates
+from caravan.models import folder
 from caravan.retrieval.exact import Exact
-from caravan.training.evaluation import (
-    PASSAGES,
-    QUERIES,
-    RerankingEvaluation,
-    RetrievalEvaluation,
-)
-
-MEASURES = ["MRR@10", "nDCG@10", "R@100"]
-COUNT = 7
+from caravan.training.evaluation import RetrievalEvaluation
 
 
-@pytest.mark.parametrize("parts", [[[5, 7], [0, 1, 2]], [[0, 1, 2], [5, 7], [0, 1, 2]]])
 @pytest.mark.parametrize(("relevant_from", "mrr"), [(1, 1.0), (2, 0.5)])
 def test_passages_are_searched_once_in_any_order_and_low_grades_do_not_count(
-    parts: list[list[int]], relevant_from: int, mrr: float, collection: Collection, tmp_path: Path
+    relevant_from: int, mrr: float, collection: Collection, tmp_path: Path
 ) -> None:
     logged: dict[str, float] = {}
     module: Any = SimpleNamespace(
@@ -39,6 +33,7 @@ def test_passages_are_searched_once_in_any_order_and_low_grades_do_not_count(
     data = SimpleNamespace(
         collection=collection,
         name="",
+        candidates=None,
         qrels=Qrels(np.array([3, 3]), np.array([7, 5]), np.array([1, 2])),
         relevant_from=relevant_from,
         ignore_identical_ids=False,
@@ -46,15 +41,12 @@ def test_passages_are_searched_once_in_any_order_and_low_grades_do_not_count(
         read=Cut(collection.corpus, np.arange(8)),
     )
     trainer: Any = SimpleNamespace(
-        sanity_checking=False,
-        datamodule=SimpleNamespace(validations=[data]),
-        global_rank=0,
-        world_size=1,
-        is_global_zero=True,
+        datamodule=SimpleNamespace(validations=[data]), is_global_zero=True
     )
     evaluation = RetrievalEvaluation(Exact(k=4), ["MRR@10"], str(tmp_path / "run.trec"))
-    batches = [(QUERIES, [3], [[1.0, 0.0]])]
-    batches += [(PASSAGES, rows, [[float(row), 1.0] for row in rows]) for rows in parts]
+    batches = [(0, [3], [[1.0, 0.0]])]
+    parts = ([5, 7], [0, 1, 2], [5, 7])
+    batches += [(1, rows, [[float(row), 1.0] for row in rows]) for rows in parts]
     for loader, rows, vectors in batches:
         out = {"rows": torch.tensor(rows), "vectors": torch.tensor(vectors)}
         batch = SimpleNamespace(texts=SimpleNamespace(tokens=2))
@@ -65,30 +57,44 @@ def test_passages_are_searched_once_in_any_order_and_low_grades_do_not_count(
     assert run.of(3)[0].tolist() == [7, 5, 2, 1]
 
 
-def logged(queries: list[int]) -> dict[str, float]:
-    """What a rank logs that has some of seven queries, with a random run and judgements."""
-    rng = np.random.default_rng(0)
-    rows = np.array([rng.permutation(50) for _ in range(COUNT)])
-    scores = -np.sort(-rng.random((COUNT, 50)))
-    run = Run.from_topk(np.array(queries, dtype=np.int64), scores[queries], rows[queries])
-    qrels = Qrels(np.arange(COUNT), rng.integers(0, 50, COUNT), np.ones(COUNT))
-    module = SimpleNamespace(device=torch.device("cpu"))
-    collection = SimpleNamespace(corpus=None)  # no scores tie
-    data: Any = SimpleNamespace(relevant_from=1, qrels=qrels, collection=collection)
-    found = RerankingEvaluation(MEASURES, "").means(run, np.array(queries), data, module)
-    return {name: float(value) for name, value in found.items()}
-
-
-def on_rank() -> tuple[dict[str, float], dict[str, float]]:
-    rank = dist.get_rank()
-    return logged([[0, 1, 2, 3, 4], [5, 6]][rank]), logged([3] if rank else [])
-
-
-def test_two_ranks_log_the_mean_over_all_queries(two_ranks: TwoRanks) -> None:
-    one, other = two_ranks(on_rank)
-    assert one == other
-    assert one[0] == pytest.approx(logged(list(range(COUNT))), abs=1e-6)
-    # The mean of the ranks' means is another number.
-    means = [logged(part)["MRR@10"] for part in ([0, 1, 2, 3, 4], [5, 6])]
-    assert abs(one[0]["MRR@10"] - np.mean(means)) > 1e-3
-    assert one[1]["R@100"] == 1  # a rank without queries does not lower the mean
+@pytest.mark.slow
+def test_the_best_weights_are_evaluated_on_training_queries_and_in_each_reading(
+    beir: Path, collection: Collection, tmp_path: Path
+) -> None:
+    readings: list[dict[str, Any]] = [{}, {"passage_length": 10}, {"query_length": 8}]
+    readings = [{**one, "segment_words": 6} for one in (*readings, {"segment": "best"})]
+    text = str(readings).replace("'", "").replace(" ", "")
+    settings = (f"validation.readings={text}", "validation.train_queries=10")
+    best = train(beir, tmp_path / "r", *settings, "trainer.max_steps=40")
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert set(metrics["train"]) == {"MRR@10", "nDCG@10", "R@100"}
+    assert metrics["train"]["MRR@10"] > metrics["best"] == best  # of queries that it learned
+    assert metrics["read"][0]["scores"]["MRR@10"] == pytest.approx(best)
+    assert len(curves(tmp_path / "r")["val/MRR@10"]) == 10  # the last validation is in no curve
+    _, tokenizer, encoding, _ = folder.load(tmp_path / "r" / "model")
+    queries = collection.queries.get(collection.qrels("dev").queries)
+    passages = collection.corpus.get(np.arange(len(collection.corpus)))
+    texts = collection.queries, collection.corpus
+    for reading, of in zip(readings, metrics["read"], strict=True):
+        assert reading.items() <= of.items()
+        assert of["seconds"] > 0 < of["memory_gib"] < 64
+        lengths = {name: n for name, n in reading.items() if name.endswith("_length")}
+        templates = Templates(tokenizer, replace(encoding, **lengths))
+        cut, name = passages, "_".join(["read", *(f"{key}_{n}" for key, n in lengths.items())])
+        if "segment" in reading:
+            name = "read_segment_best_segment_words_6"
+            words = [(title, text.split()) for title, text in passages]
+            cut = [(t, " ".join(w[i : i + 6])) for t, w in words for i in range(0, len(w), 6)]
+        counted = {"query": (queries, templates.queries(queries))}
+        counted["passage"] = passages, templates.passages(cut)
+        for kind, (documents, ids) in counted.items():
+            tokens = sum(map(len, ids)) / len(documents)
+            assert of[f"tokens_per_{kind}"] == pytest.approx(tokens, abs=0.051)
+        given = [f"{key}={value}" for key, value in reading.items()]
+        given += ["data.split=dev", "precision=float32"]
+        again = evaluate(beir, tmp_path / name, tmp_path / "r" / "model", *given)
+        runs = [tmp_path / "r" / "runs" / f"{name}.trec", tmp_path / name / again["run"]]
+        validated, evaluated = (read_run(path, *texts) for path in runs)
+        for row in collection.qrels("dev").queries.tolist():
+            scores = dict(zip(*validated.of(row), strict=True))
+            assert scores == pytest.approx(dict(zip(*evaluated.of(row), strict=True)), abs=2e-3)

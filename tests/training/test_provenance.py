@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.commands import ROOT, evaluate, train
+from tests.commands import ROOT, SHORT, evaluate, train
 from tests.refusals import refused
 from tests.tiny import write_beir
 
@@ -17,47 +16,20 @@ from caravan.cli.compose import compose
 from caravan.cli.train import train as train_config
 from caravan.training.provenance import file_digests
 
-STEPS = (
-    "trainer.max_steps=2",
-    "trainer.val_check_interval=1",
-    "callbacks.resume_point.every_n_steps=1",
-)
 
-
-@pytest.fixture(scope="module")
-def finished(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("finished") / "run"
-    train(beir, run_dir, *STEPS)
-    return run_dir
-
-
-@pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "change"),
-    [
+def test_another_run_in_the_same_run_dir_is_refused(
+    short: Path, beir: Path, tmp_path: Path
+) -> None:
+    other, before = write_beir(tmp_path / "tiny", seed=1), file_digests(short)
+    for overrides, change in (
         (["optimizer.lr=0.5"], "optimizer.lr: 0.01 -> 0.5"),
         (["resume=true", "seed=3"], "seed: 0 -> 3"),
-    ],
-)
-def test_another_run_in_the_same_run_dir_is_refused(
-    overrides: list[str], change: str, finished: Path, beir: Path
-) -> None:
-    before = file_digests(finished)
-    with refused("run-dir-occupied", change):
-        train(beir, finished, *STEPS, *overrides)
-    assert file_digests(finished) == before
-    assert (finished / "model.manifest.json").exists()
-
-
-def test_a_run_is_not_resumed_over_another_collection(finished: Path, tmp_path: Path) -> None:
-    other = write_beir(tmp_path / "tiny", seed=1)
-    with refused("run-dir-occupied", "collection: "):
-        train(other, finished, *STEPS, "resume=true")
+        (["resume=true", f"data.path={other}"], "collection: "),
+    ):
+        with refused("run-dir-occupied", change):
+            train(beir, short, *SHORT, *overrides)
+    assert file_digests(short) == before
+    assert (short / "model.manifest.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -84,7 +56,7 @@ def test_a_training_does_not_replace_an_evaluation(
 def test_a_run_can_be_made_longer(
     copied: Path, beir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(beir, copied, *STEPS, "trainer.max_steps=4", "resume=true")
+    train(beir, copied, *SHORT, "trainer.max_steps=4", "resume=true")
     assert "trainer.max_steps: 2 -> 4" in caplog.text
     assert json.loads((copied / "metrics.json").read_text())["updates"] == 4
 
@@ -117,8 +89,8 @@ def test_the_files_of_a_finished_run_are_verified(
     damage(copied / name)
     (copied / "model" / "README.md").write_text("another card")
     with refused("changed-file", Path(name).name):
-        train(beir, copied, *STEPS)
-    assert train(beir, copied, *STEPS, "resume=true") == before["best"]
+        train(beir, copied, *SHORT)
+    assert train(beir, copied, *SHORT, "resume=true") == before["best"]
     if name != "metrics.json":  # which has the seconds
         assert (copied / name).read_bytes() == content
 
@@ -129,15 +101,14 @@ def test_other_versions_are_reported(
 ) -> None:
     caplog.set_level("INFO")
     versions = manifests.versions()
-    train(beir, copied, *STEPS)
+    train(beir, copied, *SHORT)
     assert "under other versions" not in caplog.text
     monkeypatch.setattr(manifests, "versions", lambda *_: {**versions, "torch": "9"})
-    train(beir, copied, *STEPS)
+    train(beir, copied, *SHORT)
     assert f"torch {versions['torch']} -> 9" in caplog.text
     caplog.clear()
-    shutil.rmtree(copied / "model")
-    (copied / "model.manifest.json").unlink()
-    train(beir, copied, *STEPS, "resume=true")
+    manifests.remove(copied / "model")
+    train(beir, copied, *SHORT, "resume=true")
     assert f"torch {versions['torch']} -> 9" in caplog.text
 
 
@@ -146,7 +117,7 @@ def test_a_run_dir_of_one_character_changes_no_recorded_number(
     beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    train(beir, Path("1"), *STEPS)
+    train(beir, Path("1"), *SHORT)
     recorded = manifests.read(Path("1/config.yaml"))
     assert recorded is not None
     assert recorded["inputs"]["optimizer"]["lr"] == 0.01

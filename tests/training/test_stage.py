@@ -82,7 +82,7 @@ def test_a_frozen_base_is_loaded_as_stored_and_trains_the_same(
         module.bf16 = bf16
         module.configure_model()
         assert backbone.dtype == ("auto" if bf16 else torch.float32)
-        built.append(module.model)
+        built.append(module.network)
     settle_precisions(built[1], bf16=True)
     weights, expected = (dict(model.named_parameters()) for model in built)
     assert {p.dtype for p in weights.values()} == {torch.bfloat16, torch.float32}

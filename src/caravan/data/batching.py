@@ -119,7 +119,7 @@ class Groups(TrainingSet):
         pads: bool = True,
     ) -> None:
         self.collection, self.qrels, self.negatives = collection, qrels, negatives
-        self.query_rows = np.unique(qrels.query_rows[qrels.grades >= 1])
+        self.query_rows = qrels.relevant.queries
         self.templates = templates
         self.token_budget, self.pads = token_budget, pads
         self.seed = seed

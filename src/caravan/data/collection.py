@@ -25,7 +25,7 @@ from caravan import manifests
 from caravan.data.qrels import Judgement, Qrels, RowLookup, Scored, Unknown, UnknownIds
 from caravan.data.runs import Run, read_run, write_run
 from caravan.data.texts import Place, Record, Texts, text_keys, write_texts
-from caravan.errors import InputError
+from caravan.errors import InputError, reading
 from caravan.files import LOCK, locked, replacing_folder, scratch_folder
 
 FORMAT = 3
@@ -40,6 +40,8 @@ FILES = re.compile(
 OWN = "data:"
 """Prefix of the name of a run that belongs to the collection, as in `data:negatives`."""
 
+DAMAGED = "damaged-collection"
+"""Code of the error of a folder that is incomplete or has changed since it was written."""
 REMEDY = "delete the folder and run the command again to rebuild it"
 
 KEPT_FROM = 8 << 20
@@ -49,13 +51,6 @@ ARRAYS = ("query_rows", "offsets", "passage_rows", "scores")
 SAMPLED_QUERIES = 64  # texts that `warn_if_queries_are_passages` compares
 
 log = logging.getLogger(__name__)
-
-
-class DamagedError(InputError):
-    """A collection's folder is incomplete or has changed since it was written."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("damaged-collection", message)
 
 
 @dataclass(frozen=True)
@@ -78,11 +73,11 @@ class Collection:
         """Open a folder that `write_collection` wrote; its files are compared with their digests.
 
         Raises:
-            DamagedError: If the folder is not a collection or is damaged.
-            InputError: "other-format" if the folder has another version.
+            InputError: "damaged-collection", also of a folder that is no collection;
+                "other-format" if the folder has another version.
         """
         folder = Path(folder)
-        try:
+        with reading(folder, f"the collection is damaged; {REMEDY}", DAMAGED):
             record = json.loads((folder / "collection.json").read_text("utf-8"))
             if record["version"] != FORMAT:
                 raise InputError(
@@ -106,13 +101,6 @@ class Collection:
                 facts=record["facts"],
                 relevant_from=record["relevant_from"],
             )
-        except InputError:
-            raise
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
-            # raised by JSON, Arrow and numpy
-            raise DamagedError(
-                f"the collection in {folder} is damaged ({error}): {REMEDY}"
-            ) from None
 
     def __reduce__(self) -> tuple[Callable[[Path], Collection], tuple[Path]]:
         return Collection.open, (self.folder,)

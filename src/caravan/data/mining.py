@@ -16,7 +16,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -84,37 +84,20 @@ def invalid(problem: str) -> InputError:
     return InputError("invalid-setting", f"sampler.{problem}")
 
 
-class Positives(NamedTuple):
-    """The passages that are never candidates.
-
-    Attributes:
-        query_rows, passage_rows: the judged positives, [P] int64, sorted by both.
-        queries: the judged queries, [Q] int64, ascending.
-        own: the passage with the id of each of `queries`, [Q] int64, -1 for none.
-        passages: passages in the corpus.
-    """
-
-    query_rows: np.ndarray
-    passage_rows: np.ndarray
-    queries: np.ndarray
-    own: np.ndarray
-    passages: int
-
-    @classmethod
-    def of(cls, qrels: Qrels, own: np.ndarray, passages: int) -> Positives:
-        relevant = qrels.grades >= 1
-        rows = qrels.query_rows[relevant], qrels.passage_rows[relevant]
-        return cls(*rows, qrels.queries, own, passages)
-
-
 def mine(
-    run: Run, positives: Positives, rules: Rules, name: str, teacher: Run | None = None
+    run: Run,
+    qrels: Qrels,
+    own: np.ndarray,
+    rules: Rules,
+    name: str,
+    teacher: Run | None = None,
 ) -> tuple[Run, dict[str, Any]]:
     """The candidates of a run, and how many passages each rule removed.
 
     A passage counts for the first rule that removes it. The counts are logged, on rank 0.
 
     Args:
+        own: a passage that is never a candidate of each judged query, [Q] int64; -1 for none.
         name: of the run, for messages.
         teacher: the run of `rules.teacher_margin`.
 
@@ -122,10 +105,11 @@ def mine(
         InputError: "no-positive-scores", a margin has no positive to compare with.
     """
     counts: Counter[str] = Counter()
+    own = own[_find(qrels.queries, run.query_rows)]
     keep = np.zeros(len(run.passage_rows), dtype=bool)
     edges = np.searchsorted(run.offsets, np.arange(LINES_AT_ONCE, len(keep), LINES_AT_ONCE))
     for first, end in pairwise(sorted({0, *edges.tolist(), len(run)})):
-        chunk = _Chunk(_part(run, first, end), positives, counts)
+        chunk = _Chunk(_part(run, first, end), qrels.relevant, own[first:end], counts)
         keep[run.offsets[first] : run.offsets[end]] = chunk.kept(rules, teacher)
     kept = run.where(keep)
     if rules.compare and not counts["compared"]:
@@ -135,7 +119,7 @@ def mine(
             " relative_margin compare with its score; write a deeper run (index.k) and raise"
             " sampler.depth, or set both to null",
         )
-    trained = np.unique(positives.query_rows)
+    trained = qrels.relevant.queries
     without = len(trained) - int(np.isin(trained, kept.query_rows[kept.counts > 0]).sum())
     facts: dict[str, Any] = {
         "candidates": counts["candidates"],
@@ -158,16 +142,15 @@ class _Chunk:
     A key is the place of a query in the chunk and a passage row, as one integer.
     """
 
-    def __init__(self, run: Run, positives: Positives, counts: Counter[str]) -> None:
-        self.run, self.counts, self.passages = run, counts, positives.passages
+    def __init__(self, run: Run, positives: Qrels, own: np.ndarray, counts: Counter[str]) -> None:
+        self.run, self.counts = run, counts
         self.at = np.repeat(np.arange(len(run)), run.counts)  # the place of each line's query
-        self.keys = self.at * self.passages + run.passage_rows
+        self.keys = self.at << 32 | run.passage_rows
         place = _find(run.query_rows, positives.query_rows)
         known = place >= 0
         self.place = place[known]  # of each positive's query
-        self.positive_keys = self.place * self.passages + positives.passage_rows[known]
+        self.positive_keys = self.place << 32 | positives.passage_rows[known]
         trained = np.isin(np.arange(len(run)), self.place)
-        own = positives.own[_find(positives.queries, run.query_rows)]
         self.keep = trained[self.at] & (run.passage_rows != own[self.at])
         self.keep &= _find(self.positive_keys, self.keys) < 0
         counts["candidates"] += int(self.keep.sum())
@@ -226,7 +209,7 @@ class _Chunk:
         part = _part(run, *np.searchsorted(run.query_rows, ends).tolist())
         place = np.repeat(_find(self.run.query_rows, part.query_rows), part.counts)
         known = place >= 0
-        own = place[known] * self.passages + part.passage_rows[known]
+        own = place[known] << 32 | part.passage_rows[known]
         return values_of(own, part.scores[known], keys)
 
 

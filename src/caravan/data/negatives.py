@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from caravan.data.collection import OWN, Collection, own_passages
-from caravan.data.mining import Positives, Rules, invalid, mine, values_of
+from caravan.data.mining import Rules, invalid, mine, values_of
 from caravan.data.qrels import Qrels
 from caravan.data.runs import Run
 from caravan.data.texts import text_keys
@@ -190,10 +190,9 @@ class Negatives(Sampler):
         if self.teacher_path:
             self._teacher = run_over(collection, self.teacher_path, qrels)
         if self.rules.names:
-            positives = Positives.of(qrels, self._own, len(collection.corpus))
             for i, (path, run) in enumerate(zip(self.paths, self._runs, strict=True)):
                 self._runs[i], self._facts[str(path)] = mine(
-                    run, positives, self.rules, str(path), self._teacher
+                    run, qrels, self._own, self.rules, str(path), self._teacher
                 )
 
     def facts(self) -> dict[str, Any]:

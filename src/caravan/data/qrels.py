@@ -73,6 +73,12 @@ class Qrels:
         unknown = Unknown(self.unknown.query_rows[lost], self.unknown.grades[lost])
         return Qrels(self.query_rows[own], self.passage_rows[own], self.grades[own], unknown)
 
+    @cached_property
+    def relevant(self) -> Qrels:
+        """The judgements with a grade of at least 1 of passages that are known."""
+        lines = self.grades >= 1
+        return Qrels(self.query_rows[lines], self.passage_rows[lines], self.grades[lines])
+
     def of(self, query_row: int) -> tuple[np.ndarray, np.ndarray]:
         """(passage_rows, grades) of one query; empty if it is not judged."""
         low, high = np.searchsorted(self.query_rows, [query_row, query_row + 1])
@@ -80,8 +86,7 @@ class Qrels:
 
     def positives(self, query_row: int) -> np.ndarray:
         """The passage rows judged relevant (grade >= 1) for one query."""
-        rows, grades = self.of(query_row)
-        return rows[grades >= 1]
+        return self.relevant.of(query_row)[0]
 
 
 class RowLookup:

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 import xxhash
 
-from caravan.data.collection import FILES, FORMAT, Collection, DamagedError, write_collection
+from caravan.data.collection import DAMAGED, FILES, FORMAT, Collection, write_collection
 from caravan.data.qrels import Judgement, Scored
 from caravan.data.texts import Record
 from caravan.errors import InputError
@@ -145,8 +145,8 @@ def cached_collection(
     One process builds while the others (ranks, a sweep's jobs) wait for its lock.
 
     Raises:
-        InputError: the cache or the folder belongs to another user, or everybody may write to it.
-        DamagedError: the folder is damaged, and has foreign files or is a link.
+        InputError: the cache or the folder belongs to another user, or everybody may write to it;
+            the folder is damaged, and has foreign files or is a link.
     """
     plain = re.sub(r"[^\w.-]+", "-", name)
     folder = cache_folder(cache_dir, "collections") / f"{plain}-{key}"
@@ -160,14 +160,14 @@ def cached_collection(
     try:
         if (found := opened()) is not None:
             return found
-    except DamagedError:
-        if not os.access(folder.parent, os.W_OK):
+    except InputError as error:
+        if error.code != DAMAGED or not os.access(folder.parent, os.W_OK):
             raise
     with locked(folder.parent / f".{folder.name}.lock"):
         try:
             if (found := opened()) is not None:
                 return found
-        except DamagedError as error:
+        except InputError as error:
             _remove(folder, error)
         started = time.monotonic()
         log.info("building collection %s in %s", name, folder)
@@ -180,11 +180,12 @@ def cached_collection(
         return collection
 
 
-def _remove(folder: Path, damage: DamagedError) -> None:
+def _remove(folder: Path, error: InputError) -> None:
     """Remove a damaged collection; raise if the folder is a link or has foreign files."""
     files = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
     names = (path.relative_to(folder).as_posix() for path in files)
-    if folder.is_symlink() or not folder.is_dir() or not all(map(FILES.fullmatch, names)):
-        raise damage
+    is_own = folder.is_dir() and not folder.is_symlink() and all(map(FILES.fullmatch, names))
+    if error.code != DAMAGED or not is_own:
+        raise error
     log.warning("%s is damaged; building it again", folder)
     shutil.rmtree(folder)

@@ -71,7 +71,7 @@ class Validation:
         # Queries without a relevant passage in the corpus score 0 for any model. evaluate.py counts
         # them; validation excludes them.
         judged = collection.qrels(split)
-        self.qrels = judged.only(judged.query_rows[judged.grades >= 1])
+        self.qrels = judged.only(judged.relevant.queries)
         if queries is not None and queries < len(self.qrels.queries):
             rng = np.random.default_rng(SUBSET_SEED)
             self.qrels = self.qrels.only(rng.choice(self.qrels.queries, queries, replace=False))

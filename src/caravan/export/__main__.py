@@ -6,18 +6,16 @@ An export computes the model folder's numbers in float32, or is refused.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 from caravan.errors import answering
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m caravan.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m caravan.export", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     helps = {
         "sentence-transformers": "SentenceTransformer(...) or CrossEncoder(...), prompts included",
@@ -46,32 +44,20 @@ def main() -> int:
     card.add_argument(
         "--trust-remote-code", action="store_true", help="run the code in the tokenizer's folder"
     )
-    options = parser.parse_args()
-    return answering(lambda: _run(options))
+    settings = vars(parser.parse_args())
+    return answering(lambda: _run(settings.pop("command"), **settings))
 
 
-def _run(options: argparse.Namespace) -> None:
-    if options.command == "card":
-        from caravan.export import model_card
+def _run(command: str, model: Path, **settings: Any) -> None:
+    if command == "card":
+        from caravan.export.model_card import write
 
-        path = model_card.write(
-            options.model,
-            options.evaluations,
-            options.license,
-            options.language,
-            options.trust_remote_code,
-        )
-        sys.stdout.write(f"wrote {path}; push it: hf upload <user>/<name> {options.model}\n")
+        path = write(model, **settings)
+        sys.stdout.write(f"wrote {path}; push it: hf upload <user>/<name> {model}\n")
         return
-    if options.command == "transformers":
-        from caravan.export import transformers
-
-        transformers.export(options.model, options.out, options.dim, options.classifier)
-    else:
-        from caravan.export import sentence_transformers
-
-        sentence_transformers.export(options.model, options.out, options.dim)
-    sys.stdout.write(f"wrote {options.out}; its README.md has code that loads it\n")
+    library = importlib.import_module(f"caravan.export.{command.replace('-', '_')}")
+    library.export(model, **settings)
+    sys.stdout.write(f"wrote {settings['out']}; its README.md has code that loads it\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
 from caravan import manifests
 from caravan.data.pairs import PairTemplates, answer_ids
 from caravan.data.tokenization import Template, Templates
@@ -29,9 +31,6 @@ from caravan.models.loading import load_tokenizer
 from caravan.models.remote_code import FACT
 from caravan.retrieval.metrics import too_deep
 
-README = "README.md"
-HERE = "path/to/this/folder"
-"""Stands for the folder in the card's code."""
 MAX_BASES = 8
 """Model folders, each initialized from the one before, that are followed to the first base."""
 TITLE, TEXT = "\1", "\2"
@@ -60,67 +59,48 @@ def write(
         InputError: If the folder is not a model folder, or an evaluation is not of this model.
     """
     encoding, facts = read_encoding(folder)
-    results = _validated(encoding, facts)
-    for evaluation in evaluations:
-        results += evaluated(folder, evaluation)
     tokenizer = tokenizer or load_tokenizer(str(folder), trust_remote_code)
-    adapter = facts["weights"] == "adapter"
+    base = None
+    if facts["weights"] == "adapter":
+        name, revision = adapter_base(folder)
+        base = quoted(name) + (f", revision={quoted(revision)}" if revision else "")
     variables = {
         "sentence_transformers": not facts.get(FACT),
         "transformers": not facts.get(FACT),
         "auto_class": None if (folder / HEAD).is_file() else auto_class(encoding, facts),
-        "adapter": _base_arguments(folder) if adapter else None,
+        "adapter": base,
         "padding": None,
         **usage(tokenizer, encoding),
     }
-    return _write(
-        folder / README,
-        folder,
-        encoding,
-        results,
-        variables,
-        library_name="caravan",
-        tags=["caravan", "retrieval", encoding.kind, *(["peft", "lora"] if adapter else [])],
-        license=license,
-        language=language or facts.get("language"),
-        datasets=facts.get("datasets"),
-    )
+    metadata = {
+        "library_name": "caravan",
+        "tags": ["caravan", "retrieval", encoding.kind, *(["peft", "lora"] if base else [])],
+        "license": license,
+        "language": language or facts.get("language"),
+        "datasets": facts.get("datasets"),
+    }
+    return fill(folder, folder, encoding, variables, metadata, evaluations)
 
 
-def write_export(
-    folder: Path,
+def fill(
     out: Path,
+    folder: Path,
     encoding: Encoding,
-    library: str,
-    tags: list[str],
     variables: dict[str, Any],
-) -> None:
-    """Write the README.md of an exported folder, with the validation metric of its model folder.
+    metadata: dict[str, Any],
+    evaluations: Sequence[Path] = (),
+) -> Path:
+    """Write the README.md of the folder `out` from the template; returns its path.
 
     Args:
-        folder: the model folder.
-        encoding: of the exported folder.
-        library: the Hub's name of the library that loads the exported folder.
+        folder: the model folder that `out` is, or was exported from.
+        encoding: of `out`.
         variables: of the template, in addition to those of every card.
+        metadata: fields of ModelCardData, None for unknown ones.
     """
-    results = _validated(*read_encoding(folder))
-    metadata: dict[str, Any] = {"library_name": library, "tags": ["caravan", *tags]}
-    variables = {"exported": True, **variables}
-    _write(out / README, folder, encoding, results, variables, **metadata)
-
-
-def _write(
-    path: Path,
-    folder: Path,
-    encoding: Encoding,
-    results: list[Any],
-    variables: dict[str, Any],
-    **metadata: Any,
-) -> Path:
-    """Fill the template; `metadata` are fields of ModelCardData, None for unknown ones."""
-    from huggingface_hub import ModelCard, ModelCardData
-
     facts = read_encoding(folder)[1]
+    results = [*_validated(encoding, facts)]
+    results += (result for one in evaluations for result in evaluated(folder, one))
     adapter = facts["weights"] == "adapter"
     base = hub_base(folder, facts)
     name = facts.get("name") or "model"
@@ -142,7 +122,7 @@ def _write(
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("model_card.md.jinja")),
-        here=HERE,
+        here="path/to/this/folder",
         name=name,
         encoding=encoding,
         remote_code=bool(facts.get(FACT)),
@@ -153,6 +133,7 @@ def _write(
         versions=", ".join(versions),
         **variables,
     )
+    path = out / "README.md"
     with replacing(path) as scratch:
         scratch.write_text(str(card), "utf-8")
     return path
@@ -160,9 +141,7 @@ def _write(
 
 def _result(
     encoding: Encoding, collection: str, split: str, how: str, name: str, value: float
-) -> Any:
-    from huggingface_hub import EvalResult
-
+) -> EvalResult:
     retriever = encoding.kind == "retriever"
     return EvalResult(
         task_type="information-retrieval" if retriever else "text-ranking",
@@ -176,21 +155,21 @@ def _result(
     )
 
 
-def _validated(encoding: Encoding, facts: dict[str, Any]) -> list[Any]:
+def _validated(encoding: Encoding, facts: dict[str, Any]) -> Iterator[EvalResult]:
     """The validation metric by which the best checkpoint was chosen, if there is one."""
     measure, best, over = (facts.get(name) for name in ("monitored", "best", "validation"))
-    if not (isinstance(measure, str) and isinstance(best, float) and isinstance(over, dict)):
-        return []
-    searched = "candidates of a run reranked"
-    if over.get("passages") is not None:
-        searched = f"{over['passages']:,} passages"
-    how = f"{over['queries']:,} queries over {searched}; during training, to choose the checkpoint"
-    name = measure.removeprefix("val/")
-    return [_result(encoding, over["collection"], over["split"], how, name, best)]
+    if isinstance(measure, str) and isinstance(best, float) and isinstance(over, dict):
+        searched = "candidates of a run reranked"
+        if over.get("passages") is not None:
+            searched = f"{over['passages']:,} passages"
+        how = f"{over['queries']:,} queries over {searched}"
+        how += "; during training, to choose the checkpoint"
+        name = measure.removeprefix("val/")
+        yield _result(encoding, over["collection"], over["split"], how, name, best)
 
 
-def evaluated(folder: Path, evaluation: Path) -> list[Any]:
-    """EvalResults of the stages of an evaluation that this model has computed.
+def evaluated(folder: Path, evaluation: Path) -> list[EvalResult]:
+    """The metrics of the stages of an evaluation that this model has computed.
 
     A stage counts if its manifest names the digest of the model folder, so that a card never lists
     metrics of another model, or of this one before it was trained again. Of an evaluation of
@@ -214,7 +193,7 @@ def evaluated(folder: Path, evaluation: Path) -> list[Any]:
     return results
 
 
-def _stage_results(folder: Path, evaluation: Path, record: dict[str, Any]) -> Iterator[Any]:
+def _stage_results(folder: Path, evaluation: Path, record: dict[str, Any]) -> Iterator[EvalResult]:
     encoding, digest = read_encoding(folder)[0], folder_digest(folder)
     collection, passages, before = record["collection"]["name"], record["passages"], ""
     for stage in record["stages"]:
@@ -254,37 +233,31 @@ def usage(tokenizer: Any, encoding: Encoding) -> dict[str, Any]:
         pooled += f"[:{encoding.dim}]"
     if encoding.normalize:
         pooled = f"torch.nn.functional.normalize({pooled}, dim=0)"
-    text, titled = _f_string(passage.render("", TEXT)), passage.render(TITLE, TEXT)
+    text, titled = f_string(passage.render("", TEXT)), passage.render(TITLE, TEXT)
     if TITLE in titled:
-        text = f"{_f_string(titled)} if title else {text}"
-    variables = {"pooled": pooled, "passage": text}
+        text = f"{f_string(titled)} if title else {text}"
+    variables: dict[str, Any] = {"pooled": pooled, "passage": text}
+    rendered = query.render("", TEXT)
     if encoding.kind == "retriever":
-        query_text = _f_string(query.render("", TEXT))
-        return {**variables, "tokens": Templates(tokenizer, encoding), "query": query_text}
-    rendered = query.render("", TEXT) + query.suffix
+        variables |= {"tokens": Templates(tokenizer, encoding), "query": f_string(rendered)}
+        return variables
+    rendered += query.suffix
     if encoding.scoring == "likelihood":
         rendered = f" {rendered}"
+        variables["prompt_length"] = rendered.index(TEXT)
+    elif encoding.scoring == "token":
+        variables["answers"] = answer_ids(tokenizer, encoding)
     return {
         **variables,
         "tokens": PairTemplates(tokenizer, encoding),
-        "query": _f_string(rendered, "query"),
-        "prompt_length": rendered.index(TEXT),
-        "answers": answer_ids(tokenizer, encoding) if encoding.scoring == "token" else None,
+        "query": f_string(rendered, "query"),
     }
 
 
-def _f_string(rendered: str, text: str = "text") -> str:
-    return f"f{quoted(fields(rendered, text))}"
-
-
-def fields(rendered: str, text: str = "text") -> str:
-    """A rendered template with `{title}` and `{text}`, as str.format and f-strings take it.
-
-    Args:
-        text: the name of the field for the text.
-    """
+def f_string(rendered: str, text: str = "text") -> str:
+    """An f-string of Python for a rendered template, with `{title}` and the field `text`."""
     escaped = rendered.replace("{", "{{").replace("}", "}}")
-    return escaped.replace(TITLE, "{title}").replace(TEXT, f"{{{text}}}")
+    return f"f{quoted(escaped.replace(TITLE, '{title}').replace(TEXT, f'{{{text}}}'))}"
 
 
 def quoted(text: str) -> str:
@@ -299,12 +272,6 @@ def auto_class(encoding: Encoding, facts: dict[str, Any]) -> str:
     if encoding.kind == "reranker" or "language_model" in facts:
         return "AutoModelForCausalLM"
     return "AutoModel"
-
-
-def _base_arguments(folder: Path) -> str:
-    """The arguments of `from_pretrained` for an adapter's base."""
-    base, revision = adapter_base(folder)
-    return quoted(base) if revision is None else f"{quoted(base)}, revision={quoted(revision)}"
 
 
 def hub_base(folder: Path, facts: dict[str, Any]) -> str | None:

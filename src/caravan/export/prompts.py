@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from caravan.data.pairs import MIN_PASSAGE, PairTemplates
-from caravan.data.tokenization import Template
+from caravan.data.tokenization import Template, plain_ids
 from caravan.encoding import Encoding, has_instruction
 from caravan.errors import InputError
 from caravan.export import verify
-from caravan.export.model_card import TEXT, TITLE, fields, quoted
+from caravan.export.model_card import TEXT, TITLE, f_string, quoted
 
+TASKS = {"query": "query", "document": "passage"}
+"""Tasks of sentence-transformers, and the sides of the encoding."""
 INSTRUCTION = "\3"
 """Stands for the instruction in a rendered template, as `TEXT` for the text."""
 QUERIES = ("camels", verify.QUERY, "naïve 北 🐪", "  spaces ", "")
@@ -28,75 +30,78 @@ SPARE = 8
 
 
 def not_expressible(problem: str) -> InputError:
-    return InputError("not-expressible", f"{problem}; export it to transformers instead")
+    return InputError(
+        "not-expressible",
+        f"{problem}, which sentence-transformers cannot express; export it to transformers instead",
+    )
 
 
 class Prompt(NamedTuple):
     """A template as a prompt and a text. A passage's title is part of the text.
 
     Attributes:
+        side: "query" or "passage".
+        instruction: that of a collection; None for the encoding's.
         before: the prompt.
-        titled: a title and a text as one text, for str.format; "" without titles.
     """
 
+    side: str
+    instruction: str | None
     before: str
-    titled: str = ""
+    template: Template
 
     @classmethod
-    def of(cls, name: str, template: str) -> Prompt:
+    def of(cls, encoding: Encoding, side: str, instruction: str | None = None) -> Prompt:
         """Split a template, up to what it has after its text.
-
-        Args:
-            name: of the setting, for the message.
 
         Raises:
             InputError: If more than a prompt is before a text, or a title changes the prompt.
 
-        >>> Prompt.of("passage_template", "passage: {title} {text}")
-        Prompt(before='passage: ', titled='{title} {text}')
+        >>> Prompt.of(Encoding(passage_template="passage: {title} {text}"), "passage").before
+        'passage: '
         """
-        parts = Template(template)
-        before, _, rest = parts.render("", TEXT).partition(TEXT)
-        whole = parts.render(TITLE, TEXT)
-        titled = TITLE in whole
-        if rest or (titled and not whole.startswith((before + TITLE, before + TEXT))):
+        template = Template(encoding.template(side, instruction))
+        before, _, rest = template.render("", TEXT).partition(TEXT)
+        whole = template.render(TITLE, TEXT)
+        if rest or (TITLE in whole and not whole.startswith((before + TITLE, before + TEXT))):
             raise not_expressible(
-                f"encoding.{name} {template!r} repeats the text, has a title after it, or starts"
-                " differently with a title, where sentence-transformers has one prompt before a"
-                " text and no more"
+                f"encoding.{side}_template {encoding.template(side)!r} repeats the text, has a"
+                " title after it, or starts differently with a title"
             )
-        return cls(before, fields(whole[len(before) :]) if titled else "")
+        return cls(side, instruction, before, template)
 
     def given(self, title: str, text: str) -> str:
         """The text that a user passes."""
-        return self.titled.format(title=title, text=text) if title and self.titled else text
+        return self.template.render(title, text)[len(self.before) :]
 
-    def card(self) -> dict[str, str]:
-        """Variables of the card: how a title is given."""
-        return {"titled": f"f{quoted(self.titled)}" if self.titled else ""}
+    @property
+    def titled(self) -> str:
+        """Code of a title and a text as one text, for the card; "" without titles."""
+        given = self.given(TITLE, TEXT)
+        return f_string(given) if TITLE in given else ""
 
 
-def of_collections(encoding: Encoding) -> dict[str, dict[str, str]]:
-    """A retriever's prompts with the instructions of collections: {task: {name: prompt}}.
+def retriever_prompts(encoding: Encoding) -> dict[str, Prompt]:
+    """A retriever's prompts by name: of the tasks, and those with instructions of collections.
 
-    They are named for the collection and the task, as MTEB finds them: `scifact-query`.
+    The latter are named for the collection and the task, as MTEB finds them: `scifact-query`.
 
     Raises:
         InputError: If the tokens after a text depend on the instruction.
     """
-    found: dict[str, dict[str, str]] = {"query": {}, "document": {}}
-    for task, side in (("query", "query"), ("document", "passage")):
-        setting = f"{side}_template"
+    found = {task: Prompt.of(encoding, side) for task, side in TASKS.items()}
+    for task, default in list(found.items()):
+        setting = f"{default.side}_template"
         if not has_instruction(getattr(encoding, setting)):
             continue
-        for name in encoding.instructions:
-            template = encoding.instructed(name).template(side)
-            if Template(template).suffix != Template(encoding.template(side)).suffix:
+        for name, instruction in encoding.instructions.items():
+            prompt = Prompt.of(encoding, default.side, instruction)
+            if prompt.template.suffix != default.template.suffix:
                 raise not_expressible(
                     f"encoding.{setting} has {{instruction}} after {{text}}, and collections have"
-                    " their own instructions, where sentence-transformers has prompts before a text"
+                    " their own instructions"
                 )
-            found[task][f"{name}-{task}"] = Prompt.of(setting, template).before
+            found[f"{name}-{task}"] = prompt
     return found
 
 
@@ -111,46 +116,32 @@ class Pairing:
 
     Attributes:
         chat: whether a chat template writes the pair.
-        prompt: before the query, if the pair is the tokenizer's own.
         passage: the prompt of a passage.
+        prompts: those of a CrossEncoder: "query" if it has one, and those of collections.
         longest: tokens of a query, with its prompt, above which the two truncate differently.
     """
 
     def __init__(self, templates: PairTemplates, folder: Path) -> None:
         encoding = templates.encoding
-        self.templates = templates
-        self.encoding = encoding
+        self.templates, self.encoding = templates, encoding
         if encoding.scoring == "likelihood":
-            raise not_expressible(
-                f"{folder} scores by a likelihood, which sentence-transformers does not compute"
-            )
-        self.longest = self.templates.room - MIN_PASSAGE
-        self.passage = Prompt.of("passage_template", encoding.template("passage"))
+            raise not_expressible(f"{folder} scores by a likelihood")
+        self.longest = templates.room - MIN_PASSAGE
+        self.passage = Prompt.of(encoding, "passage")
         between = self.passage.before or Template(encoding.template("query")).suffix
         # A chat template gives no token types.
-        self.chat = encoding.pair == "joined" or (bool(between) and not self.templates.typed)
+        self.chat = encoding.pair == "joined" or (bool(between) and not templates.typed)
         if between and not self.chat:
             raise not_expressible(
-                f"{folder} reads pairs with token types and with {between!r} between the texts,"
-                " where sentence-transformers has only a prompt before the first text"
+                f"{folder} reads pairs with token types and with {between!r} between the texts"
             )
-        self.prompt = ""
-        if not self.chat:
-            self.prompt = Prompt.of("query_template", encoding.template("query")).before
         if encoding.instructions and has_instruction(encoding.passage_template):
-            raise not_expressible(
-                f"{folder} has instructions of collections before its passages, where"
-                " sentence-transformers has a prompt before the first text only"
-            )
-
-    def prompts(self) -> dict[str, str]:
-        """The prompts of a CrossEncoder: "query" if it has one, and those of collections."""
-        found = {"query": self.prompt} if self.prompt else {}
-        for name in self.encoding.instructions:
-            own = self.encoding.instructed(name)
-            prompt = Prompt.of("query_template", own.template("query")).before
-            found[name] = own.instruction if self.chat else prompt
-        return found
+            raise not_expressible(f"{folder} has instructions of collections before its passages")
+        self.prompts = dict(encoding.instructions)
+        if not self.chat:
+            named = {"query": encoding.instruction, **encoding.instructions}
+            befores = {name: Prompt.of(encoding, "query", named[name]).before for name in named}
+            self.prompts = {name: before for name, before in befores.items() if before}
 
     def settings(self) -> dict[str, Any]:
         """The `processing_kwargs` of a Transformer: how its tokenizer is called."""
@@ -163,10 +154,8 @@ class Pairing:
     def probes(self) -> list[tuple[str, tuple[str, str]]]:
         """Queries with passages (title, text), of which only the passage is truncated, if any."""
         template = Template(self.encoding.template("query"))
-        tokenizer = self.templates.tokenizer
         rendered = [template.render("", query) for query in QUERIES]
-        known = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        lengths = [len(ids) + SPARE for ids in known]
+        lengths = [len(ids) + SPARE for ids in plain_ids(self.templates.tokenizer, rendered)]
         fit = [q for q, n in zip(QUERIES, lengths, strict=True) if n < self.longest or not q]
         texts = verify.probes(self.templates.length)
         few = (texts[0], max(texts, key=lambda text: len(text[1])))
@@ -185,38 +174,39 @@ class Pairing:
         ]
         # Some tokenizers mark a word at a text's start, and none after a special token.
         for gap in ("", " "):
-            result.chat_template = self._chat_template(result, gap)
+            result.chat_template = self._chat_template(gap)
             found = result.apply_chat_template(messages, tokenize=True, return_dict=True)
             if found["input_ids"] == own.pairs([("", query)], [passage])[0].ids:
                 break
         return result
 
-    def _chat_template(self, tokenizer: Any, gap: str) -> str:
+    def _chat_template(self, gap: str) -> str:
         """A Jinja template that writes what `PairTemplates` reads, with special tokens.
 
         Args:
             gap: after a special token.
         """
+        own, encoding = self.templates, self.encoding
 
         def special(ids: list[int]) -> str:
-            return "".join(tokenizer.convert_ids_to_tokens(ids))
+            return "".join(own.tokenizer.convert_ids_to_tokens(ids))
 
-        own, query = self.templates, Template(self.encoding.template("query", INSTRUCTION))
-        before = special(own.opening) + (gap if own.opening else "") + self.encoding.prefix
+        query = Template(encoding.template("query", INSTRUCTION))
+        before = special(own.opening) + (gap if own.opening else "") + encoding.prefix
         between = special(own.between) + (gap if own.between else "")
-        if self.encoding.pair == "joined":
+        if encoding.pair == "joined":
             between = " "
         rendered = before + query.render("", TEXT) + query.suffix + between + self.passage.before
         fields = {TEXT: "pair[0].content", INSTRUCTION: "instruction"}
         pieces = re.split(f"([{TEXT}{INSTRUCTION}])", rendered)
         parts = [fields.get(piece) or quoted(piece) for piece in pieces]
-        parts += ["pair[1].content", quoted(self.encoding.suffix + special(own.closing))]
+        parts += ["pair[1].content", quoted(encoding.suffix + special(own.closing))]
         # sentence-transformers has the prompt of a call in a message of the system.
         prompt = "messages|selectattr('role', 'eq', 'system')|map(attribute='content')|list"
         pair = "messages|rejectattr('role', 'eq', 'system')|list"
-        settings = f"{{% set pair = {pair if self.encoding.instruction else 'messages'} %}}"
-        if self.encoding.instruction:
-            default = quoted(self.encoding.instruction)
+        settings = f"{{% set pair = {pair if encoding.instruction else 'messages'} %}}"
+        if encoding.instruction:
+            default = quoted(encoding.instruction)
             settings += f"{{% set instruction = ({prompt} + [{default}])|first %}}"
         roles = "pair|map(attribute='role')|list != ['query', 'document']"
         error = "raise_exception('give pairs of a query and a passage')"
@@ -243,25 +233,22 @@ def framed(
     padding = verify.pad_token(tokenizer)
     if padding is None or not tokenizer.is_fast:
         raise not_expressible(
-            f"{tokenizer.name_or_path or 'the tokenizer'} is not of the tokenizers library, which"
-            " can add prompts, or has no special token to pad with"
+            f"{tokenizer.name_or_path or 'the tokenizer'} is not of the tokenizers library, or has"
+            " no special token to pad with"
         )
-    frame = {"before": list(before), "between": list(between), "after": list(after)}
-
-    def put(name: str, kind: int) -> list[str]:
-        return [f"{name}:{kind}"] if frame[name] else []
-
+    given = {"before": before, "between": between, "after": after}
+    frame = {name: list(ids) for name, ids in given.items() if ids}
+    head, gap, end = ([f"{name}:0"] if name in frame else [] for name in given)
     # The generic class takes the post-processor from its file; those of some models make their own.
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
     backend.post_processor = TemplateProcessing(
-        single=[*put("before", 0), "$A:0", *put("after", 0)],
-        pair=[*put("before", 0), "$A:0", *put("between", 0), "$B:1", *put("after", 1)],
+        single=[*head, "$A:0", *end],
+        pair=[*head, "$A:0", *gap, "$B:1", *(["after:1"] if end else [])],
         special_tokens=[
             {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)}
             for name, ids in frame.items()
-            if ids
         ],
     )
     return PreTrainedTokenizerFast(

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from caravan.encoding import SLOTS, Encoding, slot_tokens
+from caravan.encoding import SLOTS, Encoding, read_encoding, slot_tokens
 from caravan.errors import InputError
 from caravan.export import model_card, verify
-from caravan.export.prompts import Pairing, Prompt, framed, of_collections
+from caravan.export.prompts import TASKS, Pairing, framed, retriever_prompts
 from caravan.models import folder as model_folder
 from caravan.models.crossencoder import TokenScorer, head_of
 from caravan.retrieval.inference import Inference
@@ -48,52 +48,45 @@ def export(folder: Path, out: Path, dim: int | None = None) -> None:
             "sentence-transformers is not installed; run: pip install 'sentence-transformers>=6.2'",
         )
     with verify.new_folder(folder, out) as scratch:
-        encoding = Inference(folder, overrides={"dim": dim}).encoding
-        write = _write_retriever if encoding.kind == "retriever" else _write_reranker
-        variables = {"sentence_transformers": True, **write(folder, scratch, dim)}
-        tags = ["sentence-transformers", encoding.kind]
-        model_card.write_export(folder, scratch, encoding, tags[0], tags, variables)
+        kind = read_encoding(folder)[0].kind
+        write = _write_retriever if kind == "retriever" else _write_reranker
+        encoding, variables = write(folder, scratch, dim)
+        variables |= {"exported": True, "sentence_transformers": True}
+        library = "sentence-transformers"
+        metadata = {"library_name": library, "tags": ["caravan", library, kind]}
+        model_card.fill(scratch, folder, encoding, variables, metadata)
 
 
-def _write_retriever(folder: Path, out: Path, dim: int | None) -> dict[str, Any]:
-    """Write and compare a SentenceTransformer; returns variables of the card."""
+def _write_retriever(folder: Path, out: Path, dim: int | None) -> tuple[Encoding, dict[str, Any]]:
+    """Write and compare a SentenceTransformer; returns its encoding and variables of the card."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules as library
 
     reference = Inference(folder, precision="float32", overrides={"dim": dim})
     encoding, templates = reference.encoding, reference.templates
-    tokenizer = templates.tokenizer
-    sides = {
-        "query": (encoding.query_length, templates.queries, "query"),
-        "document": (encoding.passage_length, templates.passages, "passage"),
-    }
-    prompts = {
-        "query": Prompt.of("query_template", encoding.template("query")),
-        "document": Prompt.of("passage_template", encoding.template("passage")),
-    }
-    named = of_collections(encoding)
-    texts, expected = {}, {}
-    for task, (length, encode, side) in sides.items():
-        probes = verify.probes(length)
-        if task == "query":
+    prompts = retriever_prompts(encoding)
+    texts = {}
+    for side, encode in (("query", templates.queries), ("passage", templates.passages)):
+        probes = verify.probes(getattr(encoding, f"{side}_length"))
+        if side == "query":
             probes = [("", text) for _, text in probes]
-        texts[task] = [text for text in probes if encode([text])[0]]
-        expected[task] = reference.embed(texts[task], side)
-        for name in named[task]:
-            instruction = encoding.instruction_of(name.removesuffix(f"-{task}"))
-            expected[name] = reference.embed(texts[task], side, instruction)
+        texts[side] = [text for text in probes if encode([text])[0]]
+    expected = {
+        name: reference.embed(texts[one.side], one.side, one.instruction)
+        for name, one in prompts.items()
+    }
     del reference  # there may not be enough memory for two
     model = model_folder.load(folder)[0]
-    modules = _modules_after(model.backbone.config.get_text_config(), tokenizer, encoding)
+    modules = _modules_after(model.backbone.config.get_text_config(), templates.tokenizer, encoding)
     routed = templates.tails["query"] != templates.tails["passage"]
     transformers = {}
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         verify.save_transformer(model.backbone, Path(scratch))
         del model
-        for task in sides if routed else ["document"]:
-            length, _, side = sides[task]
-            own = framed(tokenizer, length, templates.before, templates.tails[side])
-            own.save_pretrained(scratch)
+        for task in TASKS if routed else ["document"]:
+            side = TASKS[task]
+            length, tail = getattr(encoding, f"{side}_length"), templates.tails[side]
+            framed(templates.tokenizer, length, templates.before, tail).save_pretrained(scratch)
             transformers[task] = library.Transformer(
                 scratch,
                 modality_config={"text": FORWARD},
@@ -107,9 +100,7 @@ def _write_retriever(folder: Path, out: Path, dim: int | None) -> dict[str, Any]
         first = library.Router({task: [one] for task, one in transformers.items()}, None, False)
     exported = SentenceTransformer(
         modules=[first, *modules],
-        prompts={task: prompts[task].before for task in prompts}
-        | named["query"]
-        | named["document"],
+        prompts={name: prompt.before for name, prompt in prompts.items()},
         # A text without a task is read as a passage; a Router needs the task.
         default_prompt_name="document" if prompts["document"].before and not routed else None,
         similarity_fn_name="cosine" if encoding.normalize else "dot",
@@ -118,12 +109,12 @@ def _write_retriever(folder: Path, out: Path, dim: int | None) -> dict[str, Any]
     exported.save_pretrained(str(out), create_model_card=False)
     del exported, first, transformers
     saved = SentenceTransformer(str(out), device="cpu", local_files_only=True)
-    for task, prompt in prompts.items():
-        given = [prompt.given(*text) for text in texts[task]]
-        encode_side = saved.encode_query if task == "query" else saved.encode_document
-        for name in (task, *named[task]):
-            verify.compare(folder, expected[name], encode_side(given, prompt_name=name))
-    return {"routed": routed, "named": list(named["query"]), **prompts["document"].card()}
+    for name, prompt in prompts.items():
+        encode_side = saved.encode_query if prompt.side == "query" else saved.encode_document
+        given = [prompt.given(*text) for text in texts[prompt.side]]
+        verify.compare(folder, expected[name], encode_side(given, prompt_name=name))
+    named = [name for name, one in prompts.items() if one.side == "query" and one.instruction]
+    return encoding, {"routed": routed, "named": named, "titled": prompts["document"].titled}
 
 
 def _modules_after(config: Any, tokenizer: Any, encoding: Encoding) -> list[Any]:
@@ -146,21 +137,20 @@ def _modules_after(config: Any, tokenizer: Any, encoding: Encoding) -> list[Any]
     return modules
 
 
-def _write_reranker(folder: Path, out: Path, dim: int | None) -> dict[str, Any]:
-    """Write and compare a CrossEncoder; returns variables of the card."""
+def _write_reranker(folder: Path, out: Path, dim: int | None) -> tuple[Encoding, dict[str, Any]]:
+    """Write and compare a CrossEncoder; returns its encoding and variables of the card."""
     from sentence_transformers import CrossEncoder
     from sentence_transformers.cross_encoder.modules import LogitScore
     from sentence_transformers.sentence_transformer import modules as library
 
     reference = Inference(folder, precision="float32", overrides={"dim": dim})
-    pairing = Pairing(reference.templates, folder)
+    encoding, pairing = reference.encoding, Pairing(reference.templates, folder)
     probes = pairing.probes()
-    queries = [("", query) for query, _ in probes]
-    passages, encoding = [passage for _, passage in probes], reference.encoding
-    expected: dict[str | None, Any] = {None: reference.score_pairs(queries, passages)}
-    for name in encoding.instructions:
-        own = encoding.instruction_of(name)
-        expected[name] = reference.score_pairs(queries, passages, own)
+    queries, passages = [("", query) for query, _ in probes], [passage for _, passage in probes]
+    expected = {
+        name: reference.score_pairs(queries, passages, instruction)
+        for name, instruction in [(None, None), *encoding.instructions.items()]
+    }
     del reference  # there may not be enough memory for two
     model = model_folder.load(folder)[0]
     scorer, head = model.transformer, head_of(model.transformer)
@@ -175,17 +165,11 @@ def _write_reranker(folder: Path, out: Path, dim: int | None) -> dict[str, Any]:
         # for the padding's id, which can be the EOS. Encoders released with a head keep that.
         linear, text = head[1], FORWARD
         task, output = "feature-extraction", "token_embeddings"
-        modules = [
-            library.Pooling(linear.in_features, POOLINGS[pairing.encoding.pooling]),
-            library.Dense(
-                linear.in_features,
-                1,
-                bias=False,
-                activation_function=torch.nn.Identity(),
-                init_weight=linear.weight.detach(),
-                module_output_name="scores",
-            ),
-        ]
+        size, none = linear.in_features, torch.nn.Identity()
+        pooling = library.Pooling(size, POOLINGS[encoding.pooling])
+        weight, name = linear.weight.detach(), "scores"
+        dense = library.Dense(size, 1, False, none, init_weight=weight, module_output_name=name)
+        modules = [pooling, dense]
         scorer = getattr(scorer, scorer.base_model_prefix)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         verify.save_transformer(scorer, Path(scratch))
@@ -201,8 +185,8 @@ def _write_reranker(folder: Path, out: Path, dim: int | None) -> dict[str, Any]:
         )
     exported = CrossEncoder(
         modules=[first, *modules],
-        prompts=pairing.prompts() or None,
-        default_prompt_name="query" if pairing.prompt else None,
+        prompts=pairing.prompts or None,
+        default_prompt_name="query" if pairing.prompts and not pairing.chat else None,
         activation_fn=torch.nn.Identity(),
         device="cpu",
     )
@@ -212,10 +196,10 @@ def _write_reranker(folder: Path, out: Path, dim: int | None) -> dict[str, Any]:
     given = [(query, pairing.passage.given(*passage)) for query, passage in probes]
     for prompt, scores in expected.items():
         verify.compare(folder, scores, saved.predict(given, prompt_name=prompt))
-    return {
+    return encoding, {
         "chat": pairing.chat,
-        "named": list(pairing.encoding.instructions),
+        "named": list(encoding.instructions),
         "tokens": pairing.templates,
         "longest": pairing.longest,
-        **pairing.passage.card(),
+        "titled": pairing.passage.titled,
     }

@@ -60,10 +60,10 @@ def export(folder: Path, out: Path, dim: int | None = None, classifier: bool = F
         facts = {**facts, **chat_facts(tokenizer, encoding), "weights": "full"}
         write_encoding(scratch, encoding, facts)
         verify.compare(folder, verify.outputs(folder, dim), verify.outputs(scratch))
-        usage = model_card.usage(tokenizer, encoding)
-        variables = {"transformers": True, "auto_class": name, "padding": "saved", **usage}
-        tags = [encoding.kind]
-        model_card.write_export(folder, scratch, encoding, "transformers", tags, variables)
+        variables = {"transformers": True, "auto_class": name, "padding": "saved"}
+        variables |= {"exported": True, **model_card.usage(tokenizer, encoding)}
+        metadata = {"library_name": "transformers", "tags": ["caravan", encoding.kind]}
+        model_card.fill(scratch, folder, encoding, variables, metadata)
 
 
 def _classifier(folder: Path, model: Any, encoding: Encoding) -> tuple[Any, Encoding]:

@@ -92,16 +92,6 @@ def workers(given: int | None, parameters: int | None) -> int:
     return max(min(math.ceil(8e8 / parameters), free, MOST_WORKERS), 1)
 
 
-def trainer_precision(precision: str) -> str:
-    """Lightning's name for a resolved precision; weights stay float32 in both."""
-    return "bf16-mixed" if precision == "bf16" else "32-true"
-
-
-def dtype(precision: str) -> torch.dtype:
-    """The weights' type for inference in a resolved precision."""
-    return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
 def frozen_linears(model: nn.Module) -> list[nn.Linear]:
     """The frozen linear layers of the transformer's blocks."""
     return [

@@ -66,7 +66,4 @@ def positions(trunk: nn.Module) -> int | None:
             limits.append(module.num_embeddings - first)
             if not first and isinstance(known, int) and 0 < known < module.num_embeddings:
                 limits.append(known)
-    for name, buffer in trunk.named_buffers():  # GPT-J's table of sines
-        if buffer.is_floating_point() and buffer.dim() == 2 and _NAMES.fullmatch(name):
-            limits.append(len(buffer))
     return min(limits, default=None)

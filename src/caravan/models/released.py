@@ -335,12 +335,12 @@ def _check_pair(name: str, tokenizer: Any, encoding: Encoding, prompt: str, chat
             found = tokenizer(prompt + query, document)["input_ids"]
             text = tokenizer.decode(found)
     templates = PairTemplates(tokenizer, replace(encoding, passage_length=1024))
-    if found != templates.pairs(PAIR[:1], PAIR[1:])[0].ids:
-        kind, pair, more = "tokenizer", "pair", ""
-        if chat:
-            kind, pair, more = "chat template", "joined", ", .prefix, .suffix, .instruction"
+    own = templates.pairs(PAIR[:1], PAIR[1:])[0].ids
+    if found != own:
+        writer = "chat template" if chat else "tokenizer"
         raise InputError(
             "other-chat-template" if chat else "other-pair",
-            f"{name}: its {kind} writes {text[:400]!r} for a pair, and the encoding does not; set"
-            f" encoding.pair={pair}, .append_eos, .query_template, .passage_template{more}",
+            f"{name}: its {writer} writes a pair as {text[:400]!r}, and the encoding as"
+            f" {tokenizer.decode(own)[:400]!r}; set encoding.pair, .append_eos and the templates so"
+            " that they write the same",
         )

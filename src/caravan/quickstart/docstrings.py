@@ -1,36 +1,35 @@
-"""The docstrings of installed Python sources, read with `ast`: nothing is imported or run.
-
-`installed_sources` lists the files of the standard library and of distributions, `read` parses
-them in a few processes: this very file, started as a program that needs the standard library
-only, so that neither the caller's threads nor its `__main__` matter.
-"""
+"""The docstrings of installed Python sources, read with `ast`: nothing is imported or run."""
 
 from __future__ import annotations
 
 import ast
 import gc
-import json
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from caravan.distributed import cores
+
 STDLIB = "stdlib"
 INSTALLED = "installed"
-BLOCK = 128  # files a process reads; its start costs about as much as two of them
+BLOCK = 128  # files that a process is sent at once
 LEFT_OUT = {
     "__pycache__", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip",
     "site-packages", "dist-packages",
     "_vendor", "_vendored", "vendored",  # copies of other distributions
 }  # fmt: skip
 TEST_FILE = re.compile(r"(test_.*|.*_test|conftest|setup)\.py")
+
+Docstrings = list[tuple[str, str]]
+"""(qualified name, docstring): `module:` is the module's own, `module:Class.method` a method's."""
 
 
 @dataclass
@@ -93,22 +92,28 @@ def required_by(roots: Iterable[str]) -> set[str]:
     return {name for name, _ in seen}
 
 
-def read(files: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, list[tuple[str, str]] | None]]:
-    """(module, its [(qualified name, docstring), ...]) in the order of `files`.
+def read(files: Iterable[tuple[str, Path]]) -> Iterator[Docstrings | None]:
+    """The docstrings of each (module, path); None where this Python cannot parse the file."""
+    # A worker runs no code of the caller, so that it may be a fork of a process with threads.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(min(8, cores()), context, initializer=_prepare) as pool:
+        yield from pool.map(_read, files, chunksize=BLOCK)
 
-    The list is None where a file cannot be parsed by this Python. The name of a module's own
-    docstring is `module:`, of a method's `module:Class.method`.
-    """
-    blocks = [files[start : start + BLOCK] for start in range(0, len(files), BLOCK)]
-    pool = ThreadPoolExecutor(max_workers=max(1, min(8, _cores(), len(blocks))))
+
+def _prepare() -> None:
+    warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+    gc.disable()  # a tree has no cycles worth looking for, and looking takes a third of the time
+
+
+def _read(file: tuple[str, Path]) -> Docstrings | None:
+    module, path = file
     try:
-        for done in pool.map(_read_block, blocks):
-            yield from done
-    finally:
-        pool.shutdown(cancel_futures=True)
+        return docstrings(path.read_bytes(), module)
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OSError):
+        return None
 
 
-def docstrings(source: bytes, module: str) -> list[tuple[str, str]]:
+def docstrings(source: bytes, module: str) -> Docstrings:
     """The docstrings of one file, indentation removed; functions inside functions left out.
 
     Raises:
@@ -167,40 +172,3 @@ def _stdlib_files() -> Iterator[tuple[str, Path]]:
 
 def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _read_block(
-    files: Sequence[tuple[str, Path]],
-) -> list[tuple[str, list[tuple[str, str]] | None]]:
-    result = subprocess.run(
-        [sys.executable, "-I", "-S", __file__],
-        input=json.dumps([(module, str(path)) for module, path in files]),
-        stdout=subprocess.PIPE,
-        check=True,
-        encoding="utf-8",
-    )
-    return [
-        (module, None if found is None else [(name, text) for name, text in found])
-        for module, found in json.loads(result.stdout)
-    ]
-
-
-def _main() -> None:
-    """[[module, path], ...] on stdin, [[module, docstrings or null], ...] on stdout, as JSON."""
-    warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-    gc.disable()  # a tree has no cycles worth looking for, and looking takes a third of the time
-    answer: list[tuple[str, list[tuple[str, str]] | None]] = []
-    for module, path in json.load(sys.stdin):
-        try:
-            answer.append((module, docstrings(Path(path).read_bytes(), module)))
-        except (SyntaxError, ValueError, RecursionError, MemoryError, OSError):
-            answer.append((module, None))
-    json.dump(answer, sys.stdout)
-
-
-if __name__ == "__main__":
-    _main()

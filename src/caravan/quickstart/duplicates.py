@@ -68,7 +68,7 @@ def gather_queries(
         for pair in group:
             query = queries.setdefault(pair.query_key, Query(pair, []))
             query.answers.append(at)
-            families.join([groups[query.answers[0]][0].name, group[0].name])
+            families.join(groups[query.answers[0]][0].name, group[0].name)
     kept = [query for query in queries.values() if len(query.answers) <= MAX_POSITIVES]
     for query in queries.values():
         if len(query.answers) > MAX_POSITIVES:
@@ -79,7 +79,7 @@ def gather_queries(
         bag = frozenset(word.rstrip("s") for word in words if word not in FUNCTION_WORDS)
         name = groups[query.answers[0]][0].name
         if bag:
-            families.join([name, same_words.setdefault(bag, name)])
+            families.join(name, same_words.setdefault(bag, name))
     return kept
 
 
@@ -105,16 +105,15 @@ def drop_near_duplicates(
         common: Counter[int] = Counter()
         for shingle in sample:
             common.update(holders.get(shingle, ()))
-        nearest, likeness = 0, 0.0
-        for other, _ in common.most_common(6):
-            share = resemblance(sketch, sketches[other])
-            if share > likeness:
-                nearest, likeness = other, share
+        others = (other for other, _ in common.most_common(6))
+        shares = {other: resemblance(sketch, sketches[other]) for other in others}
+        nearest = max(shares, key=shares.__getitem__, default=0)
+        likeness = shares.get(nearest, 0.0)
         if likeness >= NEAR_COPY:
             dropped["near-duplicate"] += len(group)
             continue
         if likeness >= RELATED:
-            families.join([kept[nearest][0].name, group[0].name])
+            families.join(kept[nearest][0].name, group[0].name)
         for shingle in sample:
             if len(holders[shingle]) < 256:  # a common phrase is no evidence
                 holders[shingle].append(len(kept))
@@ -135,10 +134,9 @@ class Families:
             name = parent
         return name
 
-    def join(self, names: Sequence[str]) -> None:
-        roots = sorted({self.of(name) for name in names})
-        for root in roots[1:]:
-            self._parent[root] = roots[0]
+    def join(self, one: str, other: str) -> None:
+        first, second = sorted((self.of(one), self.of(other)))
+        self._parent[second] = first
 
 
 def _shingles(pair: Pair, numbers: dict[str, int]) -> set[int]:

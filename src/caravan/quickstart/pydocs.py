@@ -131,10 +131,10 @@ class PyDocs(Source):
             if not folder.exists():
                 files = list(sources.files.items())
                 found = list(track(read(files), "reading sources", len(files), "files"))
-                unparsed = sum(texts is None for _, texts in found)
+                unparsed = found.count(None)
                 facts = {"packages": sources.versions, "files": len(files), "unparsed": unparsed}
                 with scratch_folder(folder) as draft:
-                    self.write(draft, [one for _, texts in found for one in texts or ()], facts)
+                    self.write(draft, [one for texts in found for one in texts or ()], facts)
                     draft.rename(folder)
         return Beir(str(folder), name=self.name).collection(cache_dir)
 

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from caravan.data.collection import Collection
-from caravan.data.mining import Positives, Rules, mine
+from caravan.data.mining import Rules, mine
 from caravan.data.qrels import Qrels
 from caravan.data.runs import Run
 from caravan.data.texts import NEAR_COPY, resemblance, shingles
@@ -42,18 +42,22 @@ Candidates = tuple[pd.DataFrame, dict[str, dict[str, Any]]]
 
 
 def candidates(
-    runs: Mapping[str, Run], positives: Positives, rules: Rules, rules_teacher: Run | None = None
+    runs: Mapping[str, Run],
+    qrels: Qrels,
+    own: np.ndarray,
+    rules: Rules,
+    rules_teacher: Run | None = None,
 ) -> Candidates:
-    """The passages that the sampler's rules leave of each run.
+    """The passages that the sampler's rules leave of each run (`caravan.data.mining.mine`).
 
     Returns:
         A table with `source`, `query` and `passage` (rows), `rank` in the run, `score`, and
         `relative`: the gap of the positives' lowest score to the score, as a share of the former.
     """
     found, facts = [], {}
-    judged = _pairs(positives.query_rows, positives.passage_rows)
+    judged = _pairs(qrels.relevant.query_rows, qrels.relevant.passage_rows)
     for name, run in runs.items():
-        kept, facts[name] = mine(run, positives, rules, name, rules_teacher)
+        kept, facts[name] = mine(run, qrels, own, rules, name, rules_teacher)
         every = _lines(run)
         of = _lines(kept)[PAIR].merge(every, on=PAIR)
         lowest = of["query"].map(_lowest(judged, every))
@@ -190,8 +194,7 @@ def audit(
     """
     Rules(teacher_margin=teacher_margin)  # raises for NaN, by which nothing would be suspected
     of_lines, rules = found
-    relevant = qrels.grades >= 1
-    judged = _pairs(qrels.query_rows[relevant], qrels.passage_rows[relevant])
+    judged = _pairs(qrels.relevant.query_rows, qrels.relevant.passage_rows)
     scored = _lines(teacher)
     taught = scored[[*PAIR, "score"]].rename(columns={"score": "teacher"})
     of_lines = of_lines.merge(taught, on=PAIR, how="left")

@@ -6,7 +6,8 @@ If these or their collection are missing, the page reports it and shows the rest
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,7 @@ from caravan.report.plots import Plot, intervals
 from caravan.report.records import Evaluation, Suite
 from caravan.report.summary import collect, measures_of, results_table, stages_table, systems_of
 from caravan.report.systems import System, read_judged
-from caravan.report.tables import (
-    MINUS,
-    NONE,
-    Section,
-    Table,
-    p_value,
-    show,
-    signed,
-    slug,
-)
+from caravan.report.tables import MINUS, NONE, Section, Table, p_value, show, signed, slug
 from caravan.report.verdict import LEVEL, findings
 from caravan.retrieval.metrics import parse_measure
 
@@ -68,40 +60,47 @@ def evaluation_sections(
     sections: list[Section] = []
     found: list[tuple[str, Comparison | str]] = []
     for number, group in enumerate(groups.values(), 1):
+        where = next(iter(group.values())).where
         systems = systems_of(group, folder, names)
         comparison = _comparison(systems)
-        where = next(iter(group.values())).where
-        prefix, title = (f"{number}-", f": {where}") if len(groups) > 1 else ("", "")
-        sections.append(_results(systems, comparison, prefix, title))
-        stages = {str(home.relative_to(folder)): one for home, one in group.items()}
-        sections += _stages(stages, prefix, title)
+        made = [_results(systems, comparison), *_stages(group, folder)]
         if isinstance(comparison, Comparison) and (last := len(comparison.systems) - 1):
-            sections += comparison_sections(comparison, [(last - 1, last)], SHOWN, prefix)
+            made += comparison_sections(comparison, [(last - 1, last)], SHOWN)
+        sections += [_numbered(of, number, where) for of in made] if len(groups) > 1 else made
         found.append((where, comparison))
     return sections, found
 
 
-def _results(
-    systems: Sequence[System], comparison: Comparison | str, prefix: str, title: str
-) -> Section:
-    blocks: list[Any] = [results_table(systems, f"{prefix}results")]
+def _numbered(section: Section, number: int, where: str) -> Section:
+    """A section on a page of several collections."""
+    blocks = [
+        replace(block, name=f"{number}-{block.name}") if isinstance(block, Table | Plot) else block
+        for block in section.blocks
+    ]
+    return Section(f"{section.title}: {where}", f"{number}-{section.anchor}", blocks)
+
+
+def _results(systems: Sequence[System], comparison: Comparison | str) -> Section:
+    blocks: list[Any] = [results_table(systems)]
     if isinstance(comparison, str):
         blocks.append(f"Scores of single queries and texts are left out. {comparison}")
     else:
         cut = len(systems) - len(comparison.systems)
         blocks += [f"The {cut} weakest systems are not compared query by query."] if cut else []
-        blocks += means(comparison, prefix)
-    return Section(f"Results{title}", f"{prefix}results", blocks)
+        blocks += means(comparison)
+    return Section("Results", "results", blocks)
 
 
-def _stages(evaluations: Mapping[str, Evaluation], prefix: str, title: str) -> Iterator[Section]:
-    tables = []
-    for name, one in evaluations.items():
-        if len(one.stages) > 1:
-            stem, lead = (f"-{slug(name)}", f"{name}: ") if len(evaluations) > 1 else ("", "")
-            tables.append(stages_table(one, f"{prefix}stages{stem}", lead))
-    if found := [table for table in tables if table is not None]:
-        yield Section(f"Stage by stage{title}", f"{prefix}stages", found)
+def _stages(evaluations: Mapping[Path, Evaluation], folder: Path) -> list[Section]:
+    """The stages of each evaluation that has several."""
+    several = {home: one for home, one in evaluations.items() if len(one.stages) > 1}
+    alone = len(evaluations) < 2
+    tables = [
+        stages_table(one, "" if alone else str(home.relative_to(folder)))
+        for home, one in several.items()
+    ]
+    found = [table for table in tables if table is not None]
+    return [Section("Stage by stage", "stages", found)] if found else []
 
 
 def _comparison(systems: Sequence[System]) -> Comparison | str:
@@ -128,19 +127,16 @@ def _comparison(systems: Sequence[System]) -> Comparison | str:
 
 
 def comparison_sections(
-    comparison: Comparison, couples: Sequence[tuple[int, int]], count: int, prefix: str = ""
+    comparison: Comparison, couples: Sequence[tuple[int, int]], count: int
 ) -> list[Section]:
     """Tests and overlaps of all systems; queries that gained and lost of some couples."""
-    title = f": {comparison.judged.title}" if prefix else ""
-    _, *tables = comparison_tables(comparison, prefix)
-    sections = [Section(f"Differences{title}", f"{prefix}differences", tables)]
+    sections = [Section("Differences", "differences", comparison_tables(comparison)[1:])]
     if blocks := [block for a, b in couples for block in examples(comparison, a, b, count)]:
-        heading = f"Queries that gained and lost{title}"
-        sections.append(Section(heading, f"{prefix}queries", blocks))
+        sections.append(Section("Queries that gained and lost", "queries", blocks))
     return sections
 
 
-def means(comparison: Comparison, prefix: str = "") -> list[Plot]:
+def means(comparison: Comparison) -> list[Plot]:
     """The systems with the confidence intervals of their means; empty if none is scored."""
     measure, values = comparison.measure, comparison.values[comparison.measure]
     scored = [i for i in range(len(values)) if comparison.mean(i, measure) is not None][::-1]
@@ -153,11 +149,11 @@ def means(comparison: Comparison, prefix: str = "") -> list[Plot]:
         " 95 % confidence interval (t)."
     )
     draw = intervals(names, mean, half, measure)
-    return [Plot(f"{prefix}means-{slug(measure)}", caption, draw)]
+    return [Plot(f"means-{slug(measure)}", caption, draw)]
 
 
-def comparison_tables(comparison: Comparison, prefix: str = "") -> list[Table]:
-    """Scores, tests (unless no pair can be tested), overlap; `prefix`: of the tables' names."""
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """Scores, tests (unless no pair can be tested), overlap."""
     title, names = comparison.judged.title, comparison.names
     missing = zip(names, comparison.missing, strict=True)
     lacking = ", ".join(f"{name} lacks {count:,}" for name, count in missing if count)
@@ -165,11 +161,11 @@ def comparison_tables(comparison: Comparison, prefix: str = "") -> list[Table]:
     caption += f" Queries that a run lacks count 0: {lacking}." if lacking else ""
     means = {measure: values.mean(axis=1) for measure, values in comparison.values.items()}
     frame = pd.DataFrame({"system": names, **means})
-    results = Table.of(f"{prefix}scores", caption + comparison.depth_note, frame)
+    results = Table.of("scores", caption + comparison.depth_note, frame)
     tested = [(measure, pair) for measure, pairs in comparison.pairs.items() for pair in pairs]
     heads = ["measure", "A → B", f"B {MINUS} A", "p", "p (Holm)", "95 % interval (t)"]
     significance = Table(
-        f"{prefix}significance",
+        "significance",
         f"{title}: paired t-test, two-sided, p corrected after Holm over the pairs of a measure;"
         " below .05 in bold. Queries that gain, keep and lose from A to B." + comparison.depth_note,
         [*heads, "gain", "keep", "lose"],
@@ -189,7 +185,7 @@ def comparison_tables(comparison: Comparison, prefix: str = "") -> list[Table]:
         strong=frozenset((i, 4) for i, (_, pair) in enumerate(tested) if pair.corrected < LEVEL),
     )
     overlap = Table(
-        f"{prefix}overlap",
+        "overlap",
         f"{title}: what two rankings have in common, mean over the queries. Jaccard@k: passages in"
         " the first k of both over those in the first k of either.",
         ["A", "B", "same first", *(f"Jaccard@{k}" for k in OVERLAPS[1:])],

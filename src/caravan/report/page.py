@@ -27,7 +27,7 @@ from markupsafe import Markup, escape
 
 from caravan.errors import InputError
 from caravan.files import replacing
-from caravan.report import plots, sweep, tables, verdict
+from caravan.report import sweep, verdict
 from caravan.report.compare import Comparison
 from caravan.report.evaluations import (
     comparison_sections,
@@ -39,6 +39,7 @@ from caravan.report.plots import Line, Plot, lines
 from caravan.report.records import Evaluation, Suite, Training, read_jobs, read_metrics
 from caravan.report.summary import collect_suites, means_sentence, read_suites, suites_table
 from caravan.report.tables import Code, Section, Table, slug
+from caravan.report.tables import show as show_block
 
 FILE = "report.html"
 MOST_MEASURES = 6  # plots of a sweep
@@ -81,7 +82,7 @@ class Page:
 def show(folder: Path) -> None:
     """Write the page and print its path."""
     path = write(folder)
-    tables.show(f"page {path}, plots and tables {path.with_suffix('')}")
+    show_block(f"page {path}, plots and tables {path.with_suffix('')}")
 
 
 def write(folder: Path) -> Path:
@@ -117,12 +118,15 @@ def save(page: Page, path: Path) -> Path:
     }
     version = importlib.metadata.version("caravan-retrieval")
     text = environment.get_template("page.html").render(page=page, version=version)
-    blocks = [block for section in page.sections for block in section.blocks]
-    beside = path.with_suffix("")
-    plots.write(beside, [block for block in blocks if isinstance(block, Plot)])
-    tables.write(beside, [block for block in blocks if isinstance(block, Table)])
-    with replacing(path) as scratch:
-        scratch.write_text(text, "utf-8")
+    beside, captions = path.with_suffix(""), ["# Captions", ""]
+    for block in (block for section in page.sections for block in section.blocks):
+        if isinstance(block, Plot | Table):
+            block.write(beside)
+        if isinstance(block, Plot):
+            captions += [f"**{block.name}**: {block.caption}", ""]
+    for file, content in ((beside / "captions.md", "\n".join(captions)), (path, text)):
+        with replacing(file) as scratch:
+            scratch.write_text(content, "utf-8")
     return path
 
 

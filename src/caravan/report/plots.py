@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
@@ -77,22 +77,12 @@ class Plot:
             figure.savefig(out, **settings)
         return out.getvalue()
 
-    def write(self, stem: Path) -> None:
-        """Write `<stem>.png` (200 dpi) and `<stem>.svg`."""
-        with replacing(stem.with_name(f"{stem.name}.png")) as scratch:
+    def write(self, folder: Path) -> None:
+        """Write `<name>.png` (200 dpi) and `<name>.svg`."""
+        with replacing(folder / f"{self.name}.png") as scratch:
             scratch.write_bytes(self._drawn(format="png", dpi=200))
-        with replacing(stem.with_name(f"{stem.name}.svg")) as scratch:
+        with replacing(folder / f"{self.name}.svg") as scratch:
             scratch.write_text(self.svg(), "utf-8")
-
-
-def write(folder: Path, plots: Iterable[Plot]) -> None:
-    """Write each plot as `<name>.png` and `<name>.svg`, and all captions as `captions.md`."""
-    captions = ["# Captions", ""]
-    for plot in plots:
-        plot.write(folder / plot.name)
-        captions += [f"**{plot.name}**: {plot.caption}", ""]
-    with replacing(folder / "captions.md") as scratch:
-        scratch.write_text("\n".join(captions), "utf-8")
 
 
 @dataclass(frozen=True)

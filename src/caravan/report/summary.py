@@ -29,7 +29,7 @@ from caravan.report.records import (
     refuse_repeated,
 )
 from caravan.report.systems import System
-from caravan.report.tables import NONE, Table, best, depth_note, show, signed
+from caravan.report.tables import NONE, Table, best, depth_note, show, signed, slug
 
 MEAN = "mean"
 
@@ -99,9 +99,7 @@ def measures_of(scored: Iterable[Scored]) -> list[str]:
     return list(dict.fromkeys(measure for one in scored for measure in one.overall))
 
 
-def results_table(
-    systems: Sequence[System], name: str = "results", p_values: Sequence[str] = ()
-) -> Table:
+def results_table(systems: Sequence[System], p_values: Sequence[str] = ()) -> Table:
     """Scores and seconds of systems on one collection; `p_values`: against the row before."""
     one = systems[0].evaluation
     assert one is not None
@@ -117,26 +115,28 @@ def results_table(
         frame["p"] = p_values
     frame["seconds"] = [system.scored.seconds for system in systems]
     caption += depth_note({of.name: of.scored.depth for of in systems if of.scored.too_deep})
-    return Table.of(name, caption, frame, {"seconds": "{:,.1f}"})
+    return Table.of("results", caption, frame, {"seconds": "{:,.1f}"})
 
 
-def stages_table(one: Evaluation, name: str = "stages", title: str = "") -> Table | None:
+def stages_table(one: Evaluation, place: str = "") -> Table | None:
     """The stages of one evaluation: scores, gain over the best stage before, queries a second.
 
-    None if no run is deep enough for any of the measures.
+    None if no run is deep enough for any of the measures. If there are several tables, `place`
+    is the name of the evaluation.
     """
     frame = pd.DataFrame([stage.overall for stage in one.stages])
     if frame.empty:
         return None
+    lead = f"{place}: " if place else ""
     caption = (
-        f"{title}{one.where}: {one.queries:,} queries; best in bold. Gain: in {frame.columns[0]},"
+        f"{lead}{one.where}: {one.queries:,} queries; best in bold. Gain: in {frame.columns[0]},"
         " over the best stage before; queries/s: without what is done once for a collection."
     )
     frame.insert(0, "stage", [stage.stage for stage in one.stages])
     frame["gain"] = [NONE if of.gain is None else signed(of.gain) for of in one.stages]
     frame["queries/s"] = [stage.queries_per_second for stage in one.stages]
     caption += depth_note({of.stage: of.depth for of in one.stages if of.too_deep})
-    return Table.of(name, caption, frame, {"queries/s": "{:,.1f}"})
+    return Table.of(slug(f"stages {place}"), caption, frame, {"queries/s": "{:,.1f}"})
 
 
 def read_suites(folders: Sequence[Path]) -> dict[str, Suite]:
@@ -180,10 +180,9 @@ def collect_suites(suites: Mapping[str, Suite]) -> tuple[pd.DataFrame, list[str]
     contents: dict[str, tuple[str, str]] = {}
     scores: dict[tuple[str, str], dict[str, float]] = {}
     short: dict[str, int | None] = {}
-    notes = []
-    for name, suite in suites.items():
-        if len(suites) < 2:
-            name = suite.system
+    notes, several = [], len(suites) > 1
+    for given, suite in suites.items():
+        name = given if several else suite.system
         for collection, own in suite.collections.items():
             collection = printable(collection)  # pandas refuses half of a surrogate pair
             groups[collection] = printable(own.group)
@@ -192,7 +191,7 @@ def collect_suites(suites: Mapping[str, Suite]) -> tuple[pd.DataFrame, list[str]
                 raise InputError("mixed-collections", f"{message}; evaluate it again")
             for stage, scored in own.scored().items():
                 label = name if len(own.stages) == 1 else f"{name} {stage}"
-                label = printable(stage if len(suites) < 2 else label)
+                label = printable(label if several else stage)
                 if scored.too_deep:
                     short[label] = scored.depth
                 for measure, value in scored.overall.items():

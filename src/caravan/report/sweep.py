@@ -147,6 +147,12 @@ def collect(folder: Path) -> Sweep:
         rows = [{**dict.fromkeys(read, NONE), **row} for row in rows]
         rows.sort(key=lambda row: [_order(row[name]) for name in varied])
     table = pd.DataFrame(rows, dtype=object).drop(columns=constant, errors="ignore")
+    whole = {name: {new: old for old, new in of.items()} for name, of in short.items() if of}
+    return Sweep(folder.name, varied, _ordered(table, varied), records, labels, failed, whole)
+
+
+def _ordered(table: pd.DataFrame, varied: list[str]) -> pd.DataFrame:
+    """The settings, the scores, and what else differs between jobs."""
     for name, columns in ONLY_IF_THEY_DIFFER.items():
         if name not in table or table[name].nunique() < 2:
             table = table.drop(columns=columns, errors="ignore")
@@ -154,8 +160,7 @@ def collect(folder: Path) -> Sweep:
     measures.sort(key=lambda name: list(FORMATS).index(name) if name in FORMATS else -1)
     table = table.reindex(columns=[*varied, *measures])
     table[measures] = table[measures].apply(pd.to_numeric)
-    whole = {name: {new: old for old, new in of.items()} for name, of in short.items() if of}
-    return Sweep(folder.name, varied, table, records, labels, failed, whole)
+    return table
 
 
 def label(settings: Mapping[Any, Any], names: Sequence[str]) -> str:
@@ -241,7 +246,7 @@ def show(folder: Path) -> list[tuple[str, str]]:
         sweep.rows.replace(sweep.whole).to_csv(path, index=False)
     written = ["sweep.txt", "sweep.csv"]
     for plot in plots(sweep)[:1]:
-        plot.write(folder / "sweep")
+        replace(plot, name="sweep").write(folder)
         written += ["sweep.png", "sweep.svg"]
     show_block(f"table {', '.join(str(folder / name) for name in written)}")
     for job, reason in sweep.failed:

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,11 @@ class Table:
         Numbers in a column without a format are scores: the best of the column is bold.
         """
         heads, formats = list(frame), formats or {}
-        forms = [formats.get(head, SCORE) for head in heads]
-        rows = []
-        for row in frame.itertuples(index=False, name=None):
-            texts = [_number(value, form) for value, form in zip(row, forms, strict=True)]
-            rows.append([*map(str, row[:labels]), *texts[labels:]])
+        forms = ["{}"] * labels + [formats.get(head, SCORE) for head in heads[labels:]]
+        rows = [
+            [_cell(value, form) for value, form in zip(row, forms, strict=True)]
+            for row in frame.itertuples(index=False, name=None)
+        ]
         numeric = [j for j, dtype in enumerate(frame.dtypes) if dtype.kind in "fi" and j >= labels]
         scores = [j for j in numeric if heads[j] not in formats]
         strong = frozenset((i, scores[j]) for i, j in best(frame.iloc[:, scores]))
@@ -123,6 +123,12 @@ class Table:
         caption = printable(self.caption).replace("in bold", "marked *").replace(NONE, "-")
         caption = caption if width is None else textwrap.fill(caption, max(width, 20))
         return f"{caption}\n{frame.to_string(line_width=width)}\n"
+
+    def write(self, folder: Path) -> None:
+        """Write `<name>.md` and `<name>.tex`."""
+        for suffix, text in (("md", self.markdown()), ("tex", self.latex())):
+            with replacing(folder / f"{self.name}.{suffix}") as scratch:
+                scratch.write_text(text, "utf-8")
 
 
 @dataclass(frozen=True)
@@ -198,18 +204,11 @@ def best(scores: pd.DataFrame) -> list[tuple[int, int]]:
     return [(int(i), int(j)) for i, j in np.argwhere(strong.to_numpy())]
 
 
-def _number(value: Any, form: str) -> str:
+def _cell(value: Any, form: str) -> str:
     if isinstance(value, str):
         return value
-    return NONE if pd.isna(value) else form.format(value).replace("-", MINUS)
-
-
-def write(folder: Path, tables: Iterable[Table]) -> None:
-    """Write each table as `<name>.md` and `<name>.tex`."""
-    for table in tables:
-        for suffix, text in (("md", table.markdown()), ("tex", table.latex())):
-            with replacing(folder / f"{table.name}.{suffix}") as scratch:
-                scratch.write_text(text, "utf-8")
+    text = NONE if pd.isna(value) else form.format(value)
+    return text if form == "{}" else text.replace("-", MINUS)
 
 
 def _markdown(text: str) -> str:

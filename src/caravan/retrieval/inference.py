@@ -107,7 +107,7 @@ class Inference:
 
     @cached_property
     def _loaded(self) -> tuple[BiEncoder | CrossEncoder, Any]:
-        dtype = hardware.dtype(self.precision)
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         model, tokenizer, _, _ = model_folder.load(
             self.folder, dtype, self.attention, self.trust_remote_code
         )

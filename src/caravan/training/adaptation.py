@@ -103,35 +103,22 @@ class Adaptation(Stage):
         self, collection: Collection, split: str, sampler: Any, token_budget: int
     ) -> Unlabelled:
         """The segments of the collection's passages; split and sampler do not apply."""
-        return Unlabelled(
-            collection.corpus,
-            self.templates,
-            self.targets,
-            self.words,
-            list(self.weights),
-            token_budget,
-            self.seed,
-        )
+        read = collection.corpus, self.templates, self.targets, self.words, list(self.weights)
+        return Unlabelled(*read, token_budget, self.seed)
 
     def training_step(self, batch: AdaptationBatch, batch_idx: int) -> Tensor:
-        read = self.model.read(self.in_step(batch.texts), tokens=self.lm > 0)
+        read = self.network.read(self.in_step(batch.texts), tokens=self.lm > 0)
         values: dict[str, Tensor] = {}
         total = read.slots.new_zeros(())
-        language_model = self.model.language_model
+        language_model = self.network.language_model
         if self.weights:
-            losses, hits = set_losses(
-                language_model,
-                read.slots.flatten(0, 1),
-                batch.targets,
-                batch.counts.flatten(),
-                True,
-            )
+            slots, sizes = read.slots.flatten(0, 1), batch.counts.flatten()
+            losses, hits = set_losses(language_model, slots, batch.targets, sizes, True)
             losses, hits = losses.view_as(batch.counts), hits.view_as(batch.counts)
             for i, (task, weight) in enumerate(self.weights.items()):
                 counts = batch.counts[:, i]
-                loss, share, floor = _means(
-                    counts > 0, losses[:, i], hits[:, i], counts.clamp(min=1).log()
-                )
+                least = counts.clamp(min=1).log()
+                loss, share, floor = _means(counts > 0, losses[:, i], hits[:, i], least)
                 total = total + weight * loss
                 values |= {task: loss, f"{task}_above_floor": loss - floor, f"{task}_hits": share}
                 (values[f"{task}_empty"],) = _means(None, (counts == 0).float())

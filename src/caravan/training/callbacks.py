@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -15,59 +16,43 @@ from pydantic import PositiveInt
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from caravan.errors import InputError
 from caravan.models.hardware import parameter_counts
-from caravan.training.checkpoints import LAST, absolute, relative
+from caravan.training.checkpoints import LAST, with_paths
 from caravan.training.fsdp import FullySharded
+
+RUN_DIR = "<run_dir>"
+"""Stands for run_dir in the paths of a checkpoint."""
 
 log = logging.getLogger(__name__)
 
 
 class FitSummary(pl.Callback):
-    """Logs the model, the data and the batch size at the start of training.
-
-    Args:
-        precision: "bf16" or "float32".
-    """
-
-    def __init__(self, precision: str) -> None:
-        self.precision = precision
+    """Logs the model, the data and the batch size at the start of training."""
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        device = trainer.strategy.root_device
+        device, strategy, data = trainer.strategy.root_device, trainer.strategy, trainer.datamodule
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # exclude loading from the peak memory
-        trained, total = parameter_counts(pl_module)
-        if not trained:
-            raise InputError(
-                "nothing-to-train",
-                "all weights are frozen, so there is nothing to train; set peft=none or peft=lora",
-            )
         if not trainer.is_global_zero:
             return
-        data = trainer.datamodule
-        sharded, strategy = "", trainer.strategy
+        precision = "bf16" if pl_module.bf16 else "float32"
         if isinstance(strategy, FullySharded):
-            sharded = f", weights sharded over {strategy.shards} ranks"
+            precision += f", weights sharded over {strategy.shards} ranks"
+        trained, total = parameter_counts(pl_module)
+        log.info(
+            f"{trainer.world_size} x {device.type}, {precision};"
+            f" {trained:,} trainable parameters of {total:,}"
+        )
         accumulated = trainer.accumulate_grad_batches
         trains_on = data.training.summary(data.name, data.queries_per_batch, accumulated)
         batches = data.batches_per_epoch(trainer)
-        lines = [
-            f"{trainer.world_size} x {device.type}, {self.precision}{sharded};"
-            f" {trained:,} trainable parameters of {total:,}",
-            f"{trains_on}; {trainer.max_steps:,} updates, {batches:,} batches an epoch",
-        ]
+        log.info(f"{trains_on}; {trainer.max_steps:,} updates, {batches:,} batches an epoch")
         for one in data.validations:
-            queries = len(one.qrels.queries)
             name = f" of {one.name}" if one.name else ""
+            ranked = f"{len(one.passages):,} of {len(one.collection.corpus):,} passages"
             if one.candidates is not None:
-                candidates = len(one.candidates.passage_rows)
-                lines.append(f"validation{name}: {candidates:,} candidates of {queries:,} queries")
-            else:
-                passages = f"{len(one.passages):,} of {len(one.collection.corpus):,} passages"
-                lines.append(f"validation{name}: {queries:,} queries over {passages}")
-        for line in lines:
-            log.info(line)
+                ranked = f"{len(one.candidates.passage_rows):,} candidates"
+            log.info(f"validation{name}: {len(one.qrels.queries):,} queries over {ranked}")
 
 
 class ProgressLog(pl.Callback):
@@ -92,10 +77,9 @@ class ProgressLog(pl.Callback):
             return
         self._logged_at = now
         left = (now - self._started_at) / (done - self._first) * (last - done)
-        value = trainer.callback_metrics.get("train/loss")
-        loss = "" if value is None else f", loss {float(value):.4f}"
+        loss = trainer.callback_metrics["train/loss"]
         remaining = timedelta(seconds=round(left))
-        log.info(f"update {done:,} of {last:,}{loss}, about {remaining} left")
+        log.info(f"update {done:,} of {last:,}, loss {loss:.4f}, about {remaining} left")
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         metrics = in_words(trainer.callback_metrics)
@@ -159,27 +143,18 @@ class Throughput(pl.Callback):
 class LastCheckpoint(Checkpoint):
     """Writes `last.ckpt`, from which `resume=true` continues at the next batch.
 
-    Contents of a checkpoint (the same in best.ckpt), and the code that adds them:
+    A checkpoint (best.ckpt too) has these parts:
 
-    ===================  ==========================================  ==============================
-    entry                content                                     from
-    ===================  ==========================================  ==============================
-    state_dict           trainable weights, unsharded on the CPU     `Stage.on_save_checkpoint`,
-                                                                     `FullySharded`
-    optimizer_states     Adam's moments, unsharded on the CPU        Lightning, `FullySharded`
-    lr_schedulers        position in the schedule                    Lightning
-    loops                updates, batches and validations done;      Lightning,
-                         epoch and position of the training loader   `caravan.data.loaders`
-    callbacks            best metric and path, patience, ...;        each callback; paths below
-                         paths relative to run_dir                   run_dir by `LastCheckpoint`
-    should_stop          whether early stopping has ended the run;   `LastCheckpoint`
-                         not set again by it after a resume
-    epoch, global_step,  counters                                    Lightning
-    ...version
-    ===================  ==========================================  ==============================
+    - state_dict: trainable weights, unsharded on the CPU (`Stage.on_save_checkpoint`).
+    - optimizer_states, lr_schedulers: Adam's moments, unsharded on the CPU; position in the
+      schedule.
+    - loops: updates, batches and validations done; epoch and position of the training loader
+      (`caravan.data.loaders`).
+    - callbacks: best metric and path, patience, ...; paths below run_dir are relative to it.
+    - should_stop: early stopping has ended the run, which it does not repeat after a resume.
 
-    A checkpoint has no frozen weights (the manifest of the run has the digest of the base model)
-    and no random states: dropout, negatives and batches are functions of the seed and the position
+    It has no frozen weights (the manifest of the run has the digest of the base model) and no
+    random states: dropout, negatives and batches are functions of the seed and the position
     (`Stage.on_train_batch_start`, `caravan.data.negatives`).
 
     It is written every `every_n_steps` updates and after every validation: not before a validation
@@ -191,48 +166,29 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, folder: str, every_n_steps: PositiveInt = 100) -> None:
         self.path = Path(folder) / LAST
         self.every_n_steps = every_n_steps
-        self._saved_at = 0
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        due = step % self.every_n_steps == 0 and step != self._saved_at
-        if due and not _accumulates(trainer, batch_idx) and not _validates_now(trainer, batch_idx):
+        loop = trainer.fit_loop
+        validates = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        if trainer.global_step % self.every_n_steps == 0 and not validates:
             self._save(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.state.fn == "fit" and not _accumulates(trainer, trainer.fit_loop.batch_idx):
+        if trainer.state.fn == "fit":
             self._save(trainer)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         checkpoint["should_stop"] = trainer.should_stop
-        checkpoint["callbacks"] = relative(checkpoint["callbacks"], Path(trainer.default_root_dir))
+        run_dir = os.path.realpath(trainer.default_root_dir)
+        checkpoint["callbacks"] = with_paths(checkpoint["callbacks"], run_dir, RUN_DIR)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         trainer.should_stop = checkpoint.get("should_stop", False)
-        checkpoint["callbacks"] = absolute(checkpoint["callbacks"], Path(trainer.default_root_dir))
+        run_dir = os.path.realpath(trainer.default_root_dir)
+        checkpoint["callbacks"] = with_paths(checkpoint["callbacks"], RUN_DIR, run_dir)
 
-    def _save(self, trainer: pl.Trainer) -> None:
-        self._saved_at = trainer.global_step
-        trainer.save_checkpoint(self.path)
-
-
-def _accumulates(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether gradients are kept for the next batch; never true for the last batch of an epoch."""
-    last = batch_idx + 1 >= trainer.num_training_batches
-    return not last and (batch_idx + 1) % trainer.accumulate_grad_batches != 0
-
-
-def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether a validation follows this batch; the same conditions as in Lightning's loop."""
-    epochs, every = trainer.check_val_every_n_epoch, trainer.val_check_batch
-    other_epoch = epochs is not None and (trainer.current_epoch + 1) % epochs
-    if not trainer.enable_validation or every is None or other_epoch:  # None: by time
-        return False
-    if trainer.should_stop:
-        return True
-    if every == float("inf"):
-        return batch_idx + 1 >= trainer.num_training_batches
-    counted = trainer.fit_loop.total_batch_idx if epochs is None else batch_idx
-    return (counted + 1) % int(every) == 0
+    def _save(self, trainer: Any) -> None:
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            trainer.save_checkpoint(self.path)

@@ -1,9 +1,8 @@
-"""What a training reads: the LightningDataModule, and the collections and validations of a run."""
+"""What a training reads: its training batches and its validations."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -25,28 +24,63 @@ class DataModule(pl.LightningDataModule):
     """Loaders of a run's training batches and of its validations.
 
     Args:
-        name: of the collection, or of the mixture of collections.
-        training: the training set (`caravan.training.stage.Stage.training_set`).
-        validations: one for each collection; none for unlabelled text.
+        source: the data source of the run.
+        parts: its collections (`caravan.data.mixture.open_parts`).
+        stage: makes the training sets, and has the templates of the validations.
+        validation: arguments of `Validation`.
         queries_per_batch: queries (or segments) per forward pass, summed over ranks.
-        token_budget: padded tokens per chunk (see `caravan.data.batch.pack`).
+        token_budget: padded tokens per chunk (see `caravan.data.batch.pack`); None: by device.
         num_workers: worker processes for tokenization.
+
+    Attributes:
+        name: of the collection, or of the mixture of collections.
+        training: the training set.
+        validations: those of the dev split, one for each collection; none for unlabelled text.
     """
 
     def __init__(
         self,
-        name: str,
-        training: TrainingSet,
-        validations: Sequence[Validation],
+        source: Any,
+        parts: Sequence[Part],
+        stage: Stage,
+        validation: Mapping[str, Any],
         queries_per_batch: int,
-        token_budget: int,
+        token_budget: int | None,
         num_workers: int,
     ) -> None:
         super().__init__()
-        self.name, self.training, self.validations = name, training, list(validations)
-        self.queries_per_batch = queries_per_batch
-        self.token_budget = token_budget
-        self.num_workers = num_workers
+        self.parts, self.stage, self.validation = parts, stage, validation
+        self.queries_per_batch, self.num_workers = queries_per_batch, num_workers
+        self.token_budget = hardware.chunk(token_budget)
+        trained = [part for part in parts if part.entry.weight]
+        sets = [
+            stage.training_set(one.collection, one.train_split, one.sampler, self.token_budget)
+            for one in trained
+        ]
+        self.name = parts[0].collection.name
+        self.training: TrainingSet = sets[0]
+        if isinstance(source, Mixture):
+            self.name = source.name
+            self.training = MixedSet(source, trained, sets, stage.seed)
+        self._validated = parts
+        if isinstance(sets[0], Unlabelled):
+            self._validated = [part for part in parts if part.collection.splits]
+        self.validations = self.validations_on("dev_split")
+
+    def validations_on(self, split: str, **settings: Any) -> list[Validation]:
+        """The validation of each collection.
+
+        Args:
+            split: "dev_split" or "train_split", as the data sources name them.
+            settings: in place of those of the run.
+        """
+        found = []
+        for part in self._validated:
+            own = {"run": part.entry.validation_run} if part.entry.validation_run else {}
+            templates = self.stage.reading(part.collection.name)
+            given = {**self.validation, **own, **settings, "name": part.name}
+            found.append(Validation(part.collection, templates, getattr(part, split), **given))
+        return found
 
     def setup(self, stage: str | None = None) -> None:
         self.training.open()
@@ -82,71 +116,8 @@ class DataModule(pl.LightningDataModule):
 
     @property
     def _trainer(self) -> pl.Trainer:
-        if self.trainer is None:
-            raise RuntimeError("the loaders belong to a trainer: call trainer.fit first")
+        assert self.trainer is not None  # it calls the loaders
         return self.trainer
-
-
-@dataclass
-class Reads:
-    """The collections of a training, read by a stage.
-
-    Args:
-        source: the data source of the run.
-        parts: its collections (`caravan.data.mixture.open_parts`).
-        validation: arguments of `Validation`.
-    """
-
-    source: Any
-    parts: Sequence[Part]
-    module: Stage
-    validation: Mapping[str, Any]
-
-    def data_module(self, batching: Mapping[str, Any]) -> DataModule:
-        """The DataModule; without validations for unlabelled text.
-
-        Args:
-            batching: arguments of `DataModule`; a `token_budget` of None is chosen by device.
-        """
-        budget = hardware.chunk(batching["token_budget"])
-        trained = [part for part in self.parts if part.entry.weight]
-        sets = [
-            self.module.training_set(one.collection, one.train_split, one.sampler, budget)
-            for one in trained
-        ]
-        training: TrainingSet = sets[0]
-        name = self.parts[0].collection.name
-        if isinstance(self.source, Mixture):
-            training = MixedSet(self.source, trained, sets, self.module.seed)
-            name = self.source.name
-        labelled = not isinstance(sets[0], Unlabelled)
-        validations = self.validations(only_labelled=not labelled)
-        return DataModule(name, training, validations, **{**batching, "token_budget": budget})
-
-    def validations(
-        self, split: str = "dev_split", only_labelled: bool = False, **settings: Any
-    ) -> list[Validation]:
-        """The validation of each collection.
-
-        Args:
-            split: "dev_split" or "train_split", as the data sources name them.
-            only_labelled: leave collections without qrels out, instead of refusing them.
-            settings: in place of those of the run.
-        """
-        found = []
-        for part in self.parts:
-            if only_labelled and not part.collection.splits:
-                continue
-            own = {"run": part.entry.validation_run} if part.entry.validation_run else {}
-            templates = self.module.reading(part.collection.name)
-            given = {**self.validation, **own, **settings, "name": part.name}
-            found.append(Validation(part.collection, templates, getattr(part, split), **given))
-        return found
-
-    def names(self) -> str:
-        """The collections with the beginnings of their digests."""
-        found = (part.collection for part in self.parts)
-        return ", ".join(f"{one.name} ({one.digest[:12]})" for one in found)
 
 
 def validated(validations: Sequence[Validation]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ sentence-transformers' `MSELoss`; Jasper and Stella (arXiv 2412.19048). As in Em
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,40 +36,7 @@ from caravan.models.crossencoder import Head
 from caravan.retrieval.store import SUFFIX, Embeddings, Shards
 
 
-@dataclass(frozen=True)
-class Product:
-    """Finished embeddings of a store: its folder, and the inputs that they were made from."""
-
-    folder: Path
-    inputs: Mapping[str, Any]
-
-    @property
-    def kind(self) -> str:
-        """ "passages", or "queries.<split>"."""
-        return self.folder.name.rpartition(".")[0]
-
-
-@dataclass(frozen=True)
-class TeacherEmbeddings:
-    """A teacher's embeddings of the passages of a collection and the queries of a split.
-
-    Attributes:
-        query_rows: rows of the queries, increasing; row i of `queries` embeds query_rows[i].
-    """
-
-    query_rows: np.ndarray
-    queries: Embeddings
-    passages: Embeddings
-
-    def __call__(self, query_rows: np.ndarray, groups: np.ndarray) -> Fields:
-        """Fields of a `TrainBatch`: the embeddings of queries [Q] and passages [Q, G]."""
-        places = np.searchsorted(self.query_rows, query_rows)
-        return {
-            "teacher_queries": self.queries.get(places),
-            "teacher_passages": self.passages.get(groups.reshape(-1)),
-        }
-
-
+@dataclass
 class Distillation:
     """The loss of a teacher's embeddings, which is added to that of the scores.
 
@@ -96,79 +63,95 @@ class Distillation:
             of several models.
     """
 
-    def __init__(
-        self,
-        teacher: str,
-        loss: Literal["cosine", "mse"] = "cosine",
-        weight: float = 1.0,
-        scores_weight: float = 1.0,
-        projection: bool = False,
-    ) -> None:
-        self.teacher, self.loss = teacher, loss
-        self.weight, self.scores_weight, self.projection = weight, scores_weight, projection
-        self._products = list(_finished(Path(teacher)))
-        if not self._products:
-            raise self._missing("no embeddings")
-        models = {(one.inputs["model"], one.inputs.get("dim")) for one in self._products}
-        if len(models) > 1:
-            raise self._ambiguous(f"embeddings of {len(models)} models")
-        self.width = _opened(self._products[0], 1).dim
+    teacher: str
+    loss: Literal["cosine", "mse"] = "cosine"
+    weight: float = 1.0
+    scores_weight: float = 1.0
+    projection: bool = False
 
-    def embeddings(self, collection: Collection, split: str) -> TeacherEmbeddings:
-        """The teacher's embeddings of a collection and of the judged queries of a split.
+    def __post_init__(self) -> None:
+        self._inputs = dict(_finished(Path(self.teacher)))  # by product
+        models = {(of["model"], of.get("dim")): product for product, of in self._inputs.items()}
+        product = self._only(list(models.values()), "embeddings", "train")
+        self.width = self._opened(product, 1).dim
+
+    def embeddings(
+        self, collection: Collection, split: str
+    ) -> Callable[[np.ndarray, np.ndarray], Fields]:
+        """A function of query rows [Q] and passage rows [Q, G] that reads the teacher's embeddings.
+
+        It returns fields of a `TrainBatch`: `teacher_queries` and `teacher_passages`.
 
         Raises:
-            InputError: "other-collection" if the folder has none of this collection,
-                "missing-embeddings" if it lacks passages, the split or a shard.
+            InputError: "missing-embeddings" if the folder lacks the collection's passages, the
+                judged queries of the split, or a shard.
         """
-        rows = collection.qrels(split).queries
-        queries, passages = self._of(collection, split)
-        opened = _opened(queries, len(rows)), _opened(passages, len(collection.corpus))
-        return TeacherEmbeddings(rows, *opened)
+        rows = collection.qrels(split).queries  # increasing; row i of `queries` embeds rows[i]
+        of_queries, of_passages = self._products(collection, split)
+        queries = self._opened(of_queries, len(rows))
+        passages = self._opened(of_passages, len(collection.corpus))
+
+        def read(query_rows: np.ndarray, groups: np.ndarray) -> Fields:
+            return {
+                "teacher_queries": queries.get(np.searchsorted(rows, query_rows)),
+                "teacher_passages": passages.get(groups.reshape(-1)),
+            }
+
+        return read
 
     def inputs(self, parts: Sequence[Part]) -> dict[str, list[str]]:
         """What training reads, for its manifest: the products of each collection."""
         trained = [part for part in parts if part.entry.weight]
-        found = {part.name: self._of(part.collection, part.train_split) for part in trained}
-        return {name: [one.folder.name for one in products] for name, products in found.items()}
+        found = {part.name: self._products(part.collection, part.train_split) for part in trained}
+        return {name: [one.name for one in products] for name, products in found.items()}
 
-    def _of(self, collection: Collection, split: str) -> list[Product]:
-        """The products of a collection: the queries of a split, and the passages."""
+    def _products(self, collection: Collection, split: str) -> list[Path]:
+        """The folders with the embeddings of the queries of a split, and of the passages."""
         digest = collection.digest
-        own = [one for one in self._products if one.inputs["collection"] == digest]
-        if not own:
-            raise InputError(
-                "other-collection",
-                f"distillation.teacher={self.teacher} has no embeddings of the collection"
-                f" {collection.name} ({digest[:12]}), only of others; run evaluate.py"
-                " with the teacher and the data settings of this training",
-            )
-        found = []
-        for kind in (f"queries.{split}", "passages"):
-            products = [one for one in own if one.kind == kind]
-            if not products:
-                what = "passages" if kind == "passages" else f"{split} queries"
-                raise self._missing(f"no embeddings of the {what} of {collection.name}", split)
-            if len(products) > 1:
-                names = ", ".join(one.folder.name for one in products)
-                raise self._ambiguous(f"several embeddings of {collection.name} ({names})")
-            found += products
+        found: list[Path] = []
+        for kind, texts in ((f"queries.{split}", f"{split} queries"), ("passages", "passages")):
+            own = [
+                product
+                for product, inputs in self._inputs.items()
+                if product.name.rpartition(".")[0] == kind and inputs["collection"] == digest
+            ]
+            what = f"embeddings of the {texts} of {collection.name} ({digest[:12]})"
+            found.append(self._only(own, what, split))
         return found
 
-    def _missing(self, problem: str, split: str = "train") -> InputError:
-        return InputError(
-            "missing-embeddings",
-            f"distillation.teacher={self.teacher} has {problem}; run evaluate.py"
-            f" retriever=<model folder> data.split={split} name=<name> over the collection without"
-            " the setting segment, and set distillation.teacher to the folder of that evaluation",
-        )
+    def _only(self, products: Sequence[Path], what: str, split: str) -> Path:
+        """The only one of these products, or an InputError."""
+        if not products:
+            raise InputError(
+                "missing-embeddings",
+                f"distillation.teacher={self.teacher} has no {what}; run evaluate.py"
+                f" retriever=<model folder> data.split={split} name=<name> over the collection"
+                " without the setting segment, and set distillation.teacher to the folder of that"
+                " evaluation",
+            )
+        if len(products) > 1:
+            raise InputError(
+                "several-teachers",
+                f"distillation.teacher={self.teacher} has several {what}"
+                f" ({', '.join(one.name for one in products)}); set it to the folder of one"
+                " evaluation, or delete the other embeddings",
+            )
+        return products[0]
 
-    def _ambiguous(self, problem: str) -> InputError:
-        return InputError(
-            "several-teachers",
-            f"distillation.teacher={self.teacher} has {problem}; set it to the folder of one"
-            " evaluation, or delete the other embeddings",
-        )
+    def _opened(self, product: Path, rows: int) -> Embeddings:
+        """The embeddings of a product that has at least `rows` rows."""
+
+        def refuse(numbers: list[int]) -> list[np.ndarray]:
+            raise InputError(
+                "missing-embeddings",
+                f"{product} has no intact shard {numbers[0]}; repeat the evaluation that wrote it",
+            )
+
+        inputs = self._inputs[product]
+        shards = Shards(product, inputs, -(-rows // inputs["block"]), refuse)
+        if missing := shards.missing():
+            refuse(missing)
+        return Embeddings(shards, rows, inputs["block"])
 
     def network(self, backbone: nn.Module, encoding: Encoding, size: int) -> BiEncoder:
         """The network to train; `size`: the dimensions of its embeddings."""
@@ -197,15 +180,15 @@ class Distillation:
         Args:
             students, teachers: [n, width] of each side, in any floating-point dtype.
         """
-        pairs = zip(students, teachers, strict=True)
-        sides = [self.distances(one.float(), other.float()).mean() for one, other in pairs]
+        sides = []
+        for student, teacher in zip(students, teachers, strict=True):
+            student, teacher = student.float(), teacher.float()
+            if self.loss == "cosine":
+                distances = 1 - functional.cosine_similarity(student, teacher, dim=1)
+            else:
+                distances = (student - teacher).square().sum(dim=1)
+            sides.append(distances.mean())
         return torch.stack(sides).mean()
-
-    def distances(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The distance of each text, [n]."""
-        if self.loss == "cosine":
-            return 1 - functional.cosine_similarity(student, teacher, dim=1)
-        return (student - teacher).square().sum(dim=1)
 
 
 class ProjectedEncoder(BiEncoder):
@@ -231,31 +214,11 @@ class ProjectedEncoder(BiEncoder):
         return torch.cat((embeddings, self.projection(embeddings)), dim=1)
 
 
-def _finished(folder: Path) -> list[Product]:
-    """The finished embeddings in all stores below a folder."""
-    found = []
+def _finished(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The finished embeddings in all stores below a folder, with their inputs."""
     for manifest in sorted(folder.rglob(f"*{SUFFIX}")):
         product = manifest.with_name(manifest.name.removesuffix(SUFFIX))
-        if not product.name.startswith(("passages.", "queries.")) or product.is_symlink():
-            continue
-        record = manifests.read(product)
-        if record is not None and product.is_dir():
-            found.append(Product(product, record["inputs"]))
-    return found
-
-
-def _opened(product: Product, rows: int) -> Embeddings:
-    """The embeddings of a product that has at least `rows` rows."""
-
-    def refuse(numbers: list[int]) -> list[np.ndarray]:
-        raise InputError(
-            "missing-embeddings",
-            f"{product.folder} has no intact shard {numbers[0]}; repeat the evaluation that wrote"
-            " it",
-        )
-
-    block = product.inputs["block"]
-    shards = Shards(product.folder, dict(product.inputs), -(-rows // block), refuse)
-    if missing := shards.missing():
-        refuse(missing)
-    return Embeddings(shards, rows, block)
+        if product.name.startswith(("passages.", "queries.")) and not product.is_symlink():
+            record = manifests.read(product)
+            if record is not None and product.is_dir():
+                yield product, record["inputs"]

@@ -2,7 +2,8 @@
 
 For a retriever the validation loop embeds the development queries and passages; the callback
 gathers them over ranks, builds a faiss index and searches. For a reranker it scores the candidates
-of a fixed run. The metrics are the same on every rank; checkpoints and early stopping monitor them.
+of a fixed run. In the end every rank has the whole run and computes the same metrics from it, which
+checkpoints and early stopping monitor.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from caravan.data.runs import Run, canonical, write_run
 from caravan.data.segments import Reading
@@ -37,14 +37,13 @@ from caravan.training.stage import Stage
 
 log = logging.getLogger(__name__)
 
-QUERIES, PASSAGES = 0, 1  # a retriever's validation loaders, in this order
-
 
 class Evaluation(pl.Callback, ABC):
-    """Collects the outputs of a validation; `evaluate` makes a run of them and computes metrics.
+    """Collects the outputs of a validation, makes a run of them, and computes its metrics.
 
     Logged are `val/<measure>` and, of several collections, `val/<name>/<measure>` of each; then
-    `val/<measure>` is their mean, in which each collection counts the same.
+    `val/<measure>` is their mean, in which each collection counts the same. For a reranker,
+    `val/first_stage/<measure>` are the metrics of the candidates in their own order.
 
     Args:
         measures: which metrics are logged.
@@ -82,12 +81,18 @@ class Evaluation(pl.Callback, ABC):
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._seconds = time.monotonic() - self._started
-        validations = trainer.datamodule.validations
-        found = [
-            self.evaluate(data, i * self.loaders, trainer, pl_module)
-            for i, data in enumerate(validations)
-        ]
-        for i, measure in enumerate(found[0] if found else ()):
+        validations, device = trainer.datamodule.validations, pl_module.device
+        found: list[dict[str, Tensor]] = []
+        for i, data in enumerate(validations):
+            run = self.run_of(data, i * self.loaders, device)
+            metrics = self._means(run, data, device)
+            if data.candidates is not None:
+                before = self._means(data.candidates, data, device)
+                metrics |= {f"first_stage/{name}": value for name, value in before.items()}
+            found.append(metrics)
+            if trainer.is_global_zero:
+                self._write(run, data)
+        for i, measure in enumerate(found[0]):
             values = [one[measure] for one in found]
             if len(validations) > 1:
                 for data, value in zip(validations, values, strict=True):
@@ -97,67 +102,50 @@ class Evaluation(pl.Callback, ABC):
             pl_module.log(f"val/{measure}", mean, prog_bar=i == 0, rank_zero_only=False)
 
     @abstractmethod
-    def evaluate(
-        self, data: Validation, loader: int, trainer: Any, module: Any
-    ) -> dict[str, Tensor]:
-        """The metrics of a collection, by measure; writes the run on rank 0.
+    def run_of(self, data: Validation, loader: int, device: torch.device) -> Run:
+        """The run over a collection's queries, the same on each rank.
 
         Args:
             loader: the first loader of the collection.
+            device: of the collectives.
         """
-
-    def cost(self, validations: Sequence[Validation], device: torch.device) -> dict[str, float]:
-        """Tokens that the latest validation read, and its seconds of encoding or scoring.
-
-        Padding does not count; batches that ranks repeat to stay in step do.
-        """
-        tokens, texts = Counter[str](), Counter[str]()
-        for i, data in enumerate(validations):
-            for name, loader, count in self.texts(data):
-                tokens[name] += self._read(i * self.loaders + loader, device)
-                texts[name] += count
-        cost = {
-            f"tokens_per_{name}": round(tokens[name] / max(texts[name], 1), 1) for name in texts
-        }
-        return {**cost, "seconds": round(self._seconds, 3)}
-
-    @abstractmethod
-    def texts(self, data: Validation) -> list[tuple[str, int, int]]:
-        """The kinds of texts that a validation reads: name, loader and number of texts."""
-
-    def _read(self, loader: int, device: torch.device) -> int:
-        """The tokens that all ranks have read from a loader."""
-        return int(parallel.gather_to_host(torch.tensor([self._tokens[loader]]), device).sum())
 
     def gathered(self, loader: int, name: str, device: torch.device) -> np.ndarray:
         """The outputs of all ranks under one name [N, ...], once."""
         # Over a whole corpus vectors are gigabytes: free each copy once the next one exists.
         return parallel.gather_to_host(torch.cat(self._outputs.pop((loader, name))), device)
 
-    def means(
-        self, run: Run, query_rows: np.ndarray, data: Validation, module: Any
-    ) -> dict[str, Tensor]:
-        """Each measure's mean over the queries of all ranks, the same on each rank, float64.
+    def cost(self, validations: Sequence[Validation], device: torch.device) -> dict[str, float]:
+        """Tokens per text in the latest validation, and its seconds of encoding or scoring.
 
-        Args:
-            query_rows: this rank's queries [n]; one without results has 0.
+        Padding does not count; batches that ranks repeat to stay in step do. A reranker's queries
+        count with all their candidates.
         """
-        names = spelled(self.measures, data.relevant_from)
-        share = data.qrels.only(query_rows)
-        values = per_query(canonical(run, data.collection.corpus), share, names)
-        found = {}
-        for measure, spelling in zip(self.measures, names, strict=True):
-            # Sums and counts over ranks, which may have different numbers of queries, or none.
-            mean = MeanMetric().set_dtype(torch.float64).to(module.device)
-            mean.update(torch.from_numpy(values[spelling]).to(module.device))
-            found[measure] = mean.compute()
-        return found
+        tokens, texts = Counter[str](), Counter[str]()
+        for i, data in enumerate(validations):
+            numbers = {"query": len(data.qrels.queries), "passage": len(data.passages)}
+            if data.candidates is not None:
+                numbers = {"query": len(data.candidates.query_rows)}
+            for loader, (name, number) in enumerate(numbers.items(), i * self.loaders):
+                read = torch.tensor([self._tokens[loader]])
+                tokens[name] += int(parallel.gather_to_host(read, device).sum())
+                texts[name] += number
+        cost = {f"tokens_per_{name}": round(tokens[name] / texts[name], 1) for name in texts}
+        return {**cost, "seconds": round(self._seconds, 3)}
 
-    def write(self, run: Run, data: Validation) -> None:
+    def _means(self, run: Run, data: Validation, device: torch.device) -> dict[str, Tensor]:
+        """Each measure's mean over all queries, float64; a query without results has 0."""
+        names = spelled(self.measures, data.relevant_from)
+        values = per_query(canonical(run, data.collection.corpus), data.qrels, names)
+        return {
+            measure: torch.from_numpy(values[name]).mean().to(device)
+            for measure, name in zip(self.measures, names, strict=True)
+        }
+
+    def _write(self, run: Run, data: Validation) -> None:
         path = self.run_file
         if data.name:
             path = path.with_name(f"{path.stem}.{data.name}{path.suffix}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_run(path, run, data.collection.queries, data.collection.corpus)
 
 
@@ -165,7 +153,8 @@ class RetrievalEvaluation(Evaluation):
     """Searches the validation's passages for its queries.
 
     Args:
-        index: a `caravan.retrieval.index.Index`; every rank builds it over all passages.
+        index: a `caravan.retrieval.index.Index`; every rank builds it over all passages, and
+            searches for its share of the queries.
         The others: see `Evaluation`.
     """
 
@@ -175,31 +164,20 @@ class RetrievalEvaluation(Evaluation):
         super().__init__(measures, run_file)
         self.index = index
 
-    def evaluate(
-        self, data: Validation, loader: int, trainer: Any, module: Any
-    ) -> dict[str, Tensor]:
-        query_rows, queries = self._vectors(loader + QUERIES, module.device)
-        rows, passages = self._vectors(loader + PASSAGES, module.device)
-        documents = data.read.documents(rows)
-        passage_rows, counts = np.unique(documents, return_counts=True)
-        mine = slice(trainer.global_rank, None, trainer.world_size)  # this rank's queries
+    def run_of(self, data: Validation, loader: int, device: torch.device) -> Run:
+        query_rows, queries = self._vectors(loader, device)
+        rows, passages = self._vectors(loader + 1, device)
+        passage_rows, counts = np.unique(data.read.documents(rows), return_counts=True)
         whole = len(passage_rows) == len(rows)
         index = self.index if whole else BestSegments(self.index, counts)
         index.build(ArrayBlocks(passages))
+        mine = slice(parallel.rank(), None, parallel.world())
         depth = min(self.index.k + data.ignore_identical_ids, len(passage_rows))
         scores, found = index.search(queries[mine], depth)
         found = np.where(found >= 0, passage_rows[found], -1)
-        run = data.without_own(Run.from_topk(query_rows[mine], scores, found), self.index.k)
-        metrics = self.means(run, query_rows[mine], data, module)
         columns = [torch.from_numpy(column) for column in (query_rows[mine], scores, found)]
-        rows, scores, found = (parallel.gather_to_host(column, module.device) for column in columns)
-        if trainer.is_global_zero:
-            self.write(data.without_own(Run.from_topk(rows, scores, found), self.index.k), data)
-        return metrics
-
-    def texts(self, data: Validation) -> list[tuple[str, int, int]]:
-        queries, passages = len(data.qrels.queries), len(data.passages)
-        return [("query", QUERIES, queries), ("passage", PASSAGES, passages)]
+        query_rows, scores, found = (parallel.gather_to_host(one, device) for one in columns)
+        return data.without_own(Run.from_topk(query_rows, scores, found), self.index.k)
 
     def _vectors(self, loader: int, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
         """Rows [N] ascending and vectors [N, d] of all ranks, each row once."""
@@ -212,37 +190,20 @@ class RetrievalEvaluation(Evaluation):
 
 
 class RerankingEvaluation(Evaluation):
-    """Reorders fixed candidates by their scores.
-
-    The metrics of the candidates' own order are logged as `val/first_stage/<measure>`.
-    """
+    """Reorders the validation's fixed candidates by their scores."""
 
     loaders = 1
 
-    def evaluate(
-        self, data: Validation, loader: int, trainer: Any, module: Any
-    ) -> dict[str, Tensor]:
+    def run_of(self, data: Validation, loader: int, device: torch.device) -> Run:
         names = ("query_rows", "passage_rows", "scores")
-        query_rows, rows, scores = (self.gathered(loader, name, module.device) for name in names)
+        query_rows, rows, scores = (self.gathered(loader, name, device) for name in names)
         size = len(data.collection.corpus)
         # A pair has several scores if it is read by segments, or if ranks repeat a batch.
         pairs = query_rows * size + data.read.documents(rows)
         pairs, places = np.unique(pairs, return_inverse=True)
         best = np.full(len(pairs), -np.inf, dtype=scores.dtype)
         np.maximum.at(best, places, scores)
-        run = Run.from_flat(pairs // size, pairs % size, best)
-        assert data.candidates is not None  # a reranker's validation has them
-        # Every rank has all pairs, and computes the metrics of its share of the queries.
-        mine = data.qrels.queries[trainer.global_rank :: trainer.world_size]
-        metrics = self.means(run.only(mine), mine, data, module)
-        before = self.means(data.candidates.only(mine), mine, data, module)
-        if trainer.is_global_zero:
-            self.write(run, data)
-        return metrics | {f"first_stage/{measure}": value for measure, value in before.items()}
-
-    def texts(self, data: Validation) -> list[tuple[str, int, int]]:
-        assert data.candidates is not None
-        return [("query", 0, len(data.candidates.query_rows))]  # with all its candidates
+        return Run.from_flat(pairs // size, pairs % size, best)
 
 
 def evaluate_again(
@@ -270,6 +231,8 @@ def evaluate_reading(
 ) -> dict[str, Any]:
     """Metrics and cost of one more validation after training, with other lengths or segments.
 
+    The validations of `data` keep this reading.
+
     Returns:
         The fields of the reading; `scores`, {measure: value}; `tokens_per_query` and, of a
         retriever, `tokens_per_passage`; `seconds` of encoding or scoring; `memory_gib`, the
@@ -284,8 +247,6 @@ def evaluate_reading(
     for callback in trainer.callbacks:
         if isinstance(callback, Evaluation):
             found |= callback.cost(data.validations, device)
-    for one in data.validations:
-        one.templates, one.reading = module.reading(one.collection.name), Reading()
     return {**found, "memory_gib": hardware.peak_memory(device)}
 
 

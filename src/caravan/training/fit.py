@@ -42,8 +42,8 @@ from caravan.models.loading import add_slots
 from caravan.models.positions import refuse_too_long
 from caravan.models.released import check_released
 from caravan.training.callbacks import FitSummary
-from caravan.training.checkpoints import AtomicCheckpoints, best_weights, refuse_damage, resumable
-from caravan.training.datamodule import DataModule, Reads, validated
+from caravan.training.checkpoints import AtomicCheckpoints, best_weights, resumable
+from caravan.training.datamodule import DataModule, validated
 from caravan.training.distillation import Distillation
 from caravan.training.evaluation import (
     evaluate_again,
@@ -184,19 +184,16 @@ def _adopt(run: Training, parts: Sequence[Part]) -> None:
             " train a head (trainer.max_steps above 0)",
         )
     facts = {"name": run.name, "base_model": run.backbone.name, "updates": 0}
-    _save(run, module.model, module, facts)
+    _save(run, module.network, module, facts)
 
 
 def _save(
-    run: Training,
-    network: Any,
-    module: Stage,
-    facts: dict[str, Any],
-    trained_on: Sequence[Part] = (),
+    run: Training, network: Any, module: Stage, facts: dict[str, Any], parts: Sequence[Part] = ()
 ) -> None:
+    """Write the model folder, with the instructions of the collections that it was trained on."""
     encoding = module.encoding
     if encoding.uses_instruction:
-        names = [part.collection.name for part in trained_on]
+        names = [part.collection.name for part in parts]
         own = {name: encoding.instructed(name).instruction for name in names}
         encoding = replace(encoding, instructions={**encoding.instructions, **own})
     folder.save(run.run_dir / "model", network, module.tokenizer, encoding, facts)
@@ -212,11 +209,11 @@ def _fit(run: Training, parts: Sequence[Part]) -> float | None:
     module = _module(run, parts)
     precision = hardware.resolve(run.precision)
     module.bf16 = precision == "bf16"
-    reads = Reads(run.source, parts, module, run.validation)
     outline = module.outline()
     size = None if outline is None else parameter_counts(outline)[1]
     workers = hardware.workers(run.batching["num_workers"], size)
-    data = reads.data_module({**run.batching, "num_workers": workers})
+    batching = {**run.batching, "num_workers": workers}
+    data = DataModule(run.source, parts, module, run.validation, **batching)
     trainer = _trainer(run, precision, validates=bool(data.validations))
     for lengths in ({}, *(reading.lengths for reading in run.readings)):
         place = "validation.readings: encoding." if lengths else "encoding."
@@ -233,7 +230,7 @@ def _fit(run: Training, parts: Sequence[Part]) -> float | None:
             log.warning("trainer.max_epochs ends the run after %d updates, before max_steps", last)
         if isinstance(run.optimizer, AdamW):
             run.optimizer.warn_if_warmup_outlasts(last)
-    trainer.callbacks.insert(0, FitSummary(precision))
+    trainer.callbacks.insert(0, FitSummary())
     if data.validations:
         validate_at_least_once(trainer, batches)
     started = time.monotonic()
@@ -242,10 +239,7 @@ def _fit(run: Training, parts: Sequence[Part]) -> float | None:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except MisconfigurationException as error:
         raise _invalid(error, "trainer, callbacks") from None
-    except Exception as error:
-        refuse_damage(error, checkpoint)
-        raise
-    return _finish(run, module, reads, data, trainer, time.monotonic() - started, needed)
+    return _finish(run, module, data, trainer, time.monotonic() - started, needed)
 
 
 def _trainer(run: Training, precision: str, validates: bool) -> Any:
@@ -254,17 +248,16 @@ def _trainer(run: Training, precision: str, validates: bool) -> Any:
     Raises: InputError if Lightning rejects a setting or the number of processes.
     """
     sharded = isinstance(run.strategy, FullySharded)
-    unused: tuple[type, ...] = ()
+    callbacks = list(run.callbacks)
     if not (get_console().is_terminal or get_console().is_jupyter):
-        unused += (ProgressBar,)
+        callbacks = [one for one in callbacks if not isinstance(one, ProgressBar)]
     if not run.loggers:  # Lightning raises an error for a LearningRateMonitor without a logger
-        unused += (LearningRateMonitor,)
-    callbacks = [one for one in run.callbacks if not isinstance(one, unused)]
+        callbacks = [one for one in callbacks if not isinstance(one, LearningRateMonitor)]
     bars = any(isinstance(one, ProgressBar) for one in callbacks)
     try:
         trainer = run.trainer(
             # FSDP needs no autocast because it gathers the shards in bf16.
-            precision=hardware.trainer_precision("float32" if sharded else precision),
+            precision="bf16-mixed" if precision == "bf16" and not sharded else "32-true",
             strategy=run.strategy,
             logger=list(run.loggers),
             callbacks=callbacks,
@@ -281,8 +274,8 @@ def _trainer(run: Training, precision: str, validates: bool) -> Any:
         raise InputError(
             "wrong-world-size",
             f"{world_size()} processes were started together, and the trainer has"
-            f" {trainer.world_size}; set trainer.devices to the"
-            " processes of a node, and trainer.num_nodes",
+            f" {trainer.world_size}; set trainer.devices to the processes of a node, and"
+            " trainer.num_nodes",
         )
     return trainer
 
@@ -295,7 +288,6 @@ def _invalid(error: Exception, place: str) -> InputError:
 def _finish(
     run: Training,
     module: Stage,
-    reads: Reads,
     data: DataModule,
     trainer: pl.Trainer,
     seconds: float,
@@ -317,14 +309,16 @@ def _finish(
         if run.readings:
             found["read"] = [evaluate_reading(one, module, data, trainer) for one in run.readings]
         if run.train_queries is not None:
-            data.validations = reads.validations("train_split", queries=run.train_queries, run=None)
+            given = {"queries": run.train_queries, "run": None}
+            data.validations = data.validations_on("train_split", **given)
             found["train"] = evaluate_again("train_queries", module, data, trainer)
     network = module.whole()
     if trainer.is_global_zero:
+        collections = [part.collection for part in data.parts]
         summary = {
             "name": run.name,
             "base_model": run.backbone.name,
-            "collection": reads.names(),
+            "collection": ", ".join(f"{one.name} ({one.digest[:12]})" for one in collections),
             "updates": trainer.global_step,
             "monitored": monitor,
             "best": best,
@@ -332,7 +326,7 @@ def _finish(
         facts = {**summary, **run.facts}
         if validations:
             facts["validation"] = validated(validations)
-        _save(run, network, module, facts, reads.parts)
+        _save(run, network, module, facts, data.parts)
         trained, total = parameter_counts(network)
         found |= {"trained_parameters": trained, "parameters": total}
         found |= {} if used is None else {"memory_gib": round(used / 2**30, 3)}

@@ -13,7 +13,7 @@ can resume under another strategy or on another number of ranks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -159,18 +159,19 @@ def sharded(
     fully_shard(network, mesh=mesh, mp_policy=policy)
     for name in forward_methods:
         register_fsdp_forward_method(network, name)
+    sources = {} if built is None else dict(built.named_parameters())
+
+    def share(name: str, weight: Tensor) -> Tensor:
+        assert isinstance(weight, DTensor)
+        if name in sources:
+            whole = sources[name].detach().to(device, weight.dtype)
+        else:
+            whole = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+        return distribute_tensor(whole, weight.device_mesh, weight.placements)
+
     # Weight by weight, so that no rank holds a full copy. (set_model_state_dict would convert all
     # of rank 0's mapped weights at once, and untie tied ones.)
-    sources = {} if built is None else dict(built.named_parameters())
-    for names, weight in _by_weight(network):
-        assert isinstance(weight, DTensor)
-        source = sources.get(names[0])
-        if source is None:
-            whole = torch.empty(weight.shape, dtype=weight.dtype, device=device)
-        else:
-            whole = source.detach().to(device, weight.dtype)
-        share = distribute_tensor(whole, weight.device_mesh, weight.placements)
-        _put(network, names, nn.Parameter(share, weight.requires_grad))
+    _replace_weights(network, share)
     return network.to(device), None if built is None else without_weights(built, bf16)
 
 
@@ -211,36 +212,26 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def fill(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """Put weights into a network on the meta device, by name; tied ones stay tied."""
-    for names, weight in _by_weight(network):
-        if names[0] in weights:
-            _put(network, names, nn.Parameter(weights[names[0]], weight.requires_grad))
+    """Put weights into a network on the meta device, by name."""
+    _replace_weights(network, lambda name, weight: weights.get(name, weight))
     return network
 
 
-def _by_weight(network: nn.Module) -> Iterator[tuple[list[str], nn.Parameter]]:
-    """Each parameter with all its names."""
+def _replace_weights(network: nn.Module, new: Callable[[str, Tensor], Tensor]) -> None:
+    """Replace each weight by what `new` returns for its (first) name; tied ones stay tied."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, weight in network.named_parameters(remove_duplicate=False):
         names.setdefault(weight, []).append(name)
-    for weight, found in names.items():
-        yield found, weight
-
-
-def _put(network: nn.Module, names: list[str], weight: nn.Parameter) -> None:
-    for name in names:
-        owner, _, own = name.rpartition(".")
-        setattr(network.get_submodule(owner), own, weight)
+    for weight, tied in names.items():
+        parameter = nn.Parameter(new(tied[0], weight), weight.requires_grad)
+        for name in tied:
+            owner, _, own = name.rpartition(".")
+            setattr(network.get_submodule(owner), own, parameter)
 
 
 def full(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered over all ranks; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's share of a sharded tensor, in the same memory; any other as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _share_of(whole: Any, weight: Tensor) -> Any:

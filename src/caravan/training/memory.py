@@ -41,7 +41,8 @@ def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -
         outline: `Stage.outline`.
 
     Raises:
-        InputError: The device has less; with settings that reduce the largest part.
+        InputError: The device has less, with settings that reduce the largest part; or main memory
+            has too little for the embeddings of a validation.
     """
     if outline is None:
         return None
@@ -129,10 +130,10 @@ def _dropped(model: Any) -> int:
         return 0
     from peft.tuners.lora import LoraLayer
 
-    layers: Any = (layer for layer in model.modules() if isinstance(layer, LoraLayer))
+    adapters: Any = (layer for layer in model.modules() if isinstance(layer, LoraLayer))
     return sum(
         layer.in_features
-        for layer in layers
+        for layer in adapters
         if any(isinstance(one, torch.nn.Dropout) for one in layer.lora_dropout.values())
     )
 
@@ -148,17 +149,18 @@ def refuse_too_large(needed: Need, device: torch.device) -> None:
     available = host_memory()
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory
-    if sum(needed.values()) <= available:
-        return
     remedy = "train adapters (peft=lora), or use a smaller backbone or a larger device"
     if needed["activations"] == max(needed.values()):
-        remedy = "set backbone.checkpointing=true or gradcache.chunk, or lower"
-        remedy += " batching.queries_per_batch or encoding.passage_length"
-    raise InputError(
-        "out-of-memory",
-        f"training needs at least {in_words(needed)} and the {device.type} has"
-        f" {available / GIB:.1f} GiB; {remedy}",
-    )
+        remedy = (
+            "set backbone.checkpointing=true or gradcache.chunk, or lower"
+            " batching.queries_per_batch or encoding.passage_length"
+        )
+    if sum(needed.values()) > available:
+        raise InputError(
+            "out-of-memory",
+            f"training needs at least {in_words(needed)} and the {device.type} has"
+            f" {available / GIB:.1f} GiB; {remedy}",
+        )
 
 
 def refuse_validation(passages: int, width: int, processes: int) -> None:

@@ -45,19 +45,20 @@ def inputs_of(settings: dict[str, Any], parts: Sequence[Part]) -> dict[str, Any]
             kept[key] = value
     if not settings["distillation"]["teacher"]:
         del kept["distillation"]  # as in trainings of older versions
-    digests = {part.name: _digests(settings, part) for part in parts} or {"": _digests(settings)}
-    if "" not in digests:  # of a mixture: each by the names of its collections
-        names = digests[parts[0].name]
-        digests[""] = {key: {name: of[key] for name, of in digests.items()} for key in names}
+    each = {part.name: _digests(settings, part) for part in parts} or {"": _digests(settings)}
+    digests = each.get("") or {  # of a mixture: by the names of its collections
+        key: {name: of[key] for name, of in each.items()}
+        for key in ("collection", "runs", "validation")
+    }
     name, model_dir = settings["backbone"].get("name"), settings["backbone"].get("folder")
     inputs = {
-        "collection": digests[""]["collection"],
-        "runs": digests[""]["runs"],
+        "collection": digests["collection"],
+        "runs": digests["runs"],
         "backbone_digest": files_digest(Path(name)) if name and Path(name).is_dir() else None,
         "folder_digest": model_dir and folder_digest(Path(model_dir)),
         **kept,
         "precision": hardware.resolve(settings["precision"]),
-        "validation": {**settings["validation"], "run_digest": digests[""]["validation"]},
+        "validation": {**settings["validation"], "run_digest": digests["validation"]},
     }
     found: dict[str, Any] = _without(inputs, str(settings["run_dir"]))
     return found
@@ -148,34 +149,32 @@ def refuse_other_run(run_dir: Path, config: Path, inputs: dict[str, Any], resume
     Raises:
         OccupiedError: run_dir holds another run.
     """
-
-    def occupied(problem: str) -> OccupiedError:
-        return OccupiedError("run-dir-occupied", f"{run_dir} {problem}")
-
-    record = manifests.read(config)
+    code, record = "run-dir-occupied", manifests.read(config)
     kept = ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "model")
     if not any((run_dir / name).exists() for name in kept):
         lost = record is None and (run_dir / "metrics.json").exists()
-        of = (record or {"inputs": {}})["inputs"]  # `caravan.retrieval.systems`
+        of = record["inputs"] if record else {}  # `caravan.retrieval.systems`
         if lost or "retriever" in of or "collections" in of:
-            raise occupied("holds an evaluation; choose another name= for the training")
+            text = f"{run_dir} holds an evaluation; choose another name= for the training"
+            raise OccupiedError(code, text)
         return  # it failed before there was anything to lose
     changed = manifests.differences(config, inputs)
     if not resume:
         state = f"it differs in {'; '.join(changed[:3])}" if changed else "not finished"
-        raise occupied(
-            f"already holds a run ({state}); continue it with resume=true, choose another name=, or"
-            " remove the folder"
+        raise OccupiedError(
+            code,
+            f"{run_dir} already holds a run ({state}); continue it with resume=true, choose another"
+            " name=, or remove the folder",
         )
-    concerned = [line for line in changed if not _concerns(line, NOT_INPUTS)]
-    other = [line for line in concerned if not _concerns(line, MAY_CHANGE)]
+    allowed = tuple(f"{key}." for key in MAY_CHANGE)
+    other = [line for line in changed if not f"{line.partition(': ')[0]}.".startswith(allowed)]
     if other:
-        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
-        raise occupied(
-            f"cannot be resumed, for it holds another run: {'; '.join(other[:3])}{more}; give the"
-            " settings and data of that one, choose another name=, or remove the folder"
+        raise OccupiedError(
+            code,
+            f"{run_dir} cannot be resumed, for it holds another run: {'; '.join(other[:3])}; give"
+            " the settings and data of that one, choose another name=, or remove the folder",
         )
-    for line in concerned:
+    for line in changed:
         log.warning("resumed with another setting: %s", line)
     if versions := _other_versions(manifests.facts(config)):
         log.warning(
@@ -193,9 +192,3 @@ def _other_versions(facts: dict[str, Any]) -> str:
         for name, version in now.items()
         if before.get(name) != version
     )
-
-
-def _concerns(difference: str, settings: Sequence[str]) -> bool:
-    """Whether a line of `manifests.differences` is about one of these settings."""
-    key = difference.partition(": ")[0]
-    return any(key == place or key.startswith(f"{place}.") for place in settings)

@@ -42,7 +42,9 @@ class Reranker(Stage):
         queries, group = batch.passage_rows.shape
         targets = torch.zeros(queries, dtype=torch.int64, device=scores.device)
         counts = parallel.sizes(queries, scores.device)
-        return self.compute_loss([scores.view(queries, group)], targets, batch.teacher, counts)
+        values = self.measured([scores.view(queries, group)], targets, batch.teacher, counts)
+        self.log_over_ranks(values, queries)
+        return values["loss"]
 
     def validation_step(
         self, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -115,7 +115,13 @@ class Retriever(Stage):
         if teacher is not None:
             own = targets.unsqueeze(1) + torch.arange(teacher.shape[1], device=targets.device)
             teacher = torch.full_like(scores[-1], torch.nan).scatter(1, own, teacher)
-        return self.compute_loss(scores, targets, teacher, counts, distance)
+        values = self.measured(scores, targets, teacher, counts)
+        if self.distillation is not None and distance is not None:
+            values["distance"] = distance * parallel.weight(counts)
+            values["loss"] = self.distillation.scores_weight * values["loss"]
+            values["loss"] = values["loss"] + self.distillation.weight * values["distance"]
+        self.log_over_ranks(values, len(queries))
+        return values["loss"]
 
     def scores(
         self, queries: Tensor, passages: Tensor, batch: TrainBatch

@@ -1,8 +1,8 @@
-"""`Stage`: the base class of all stages, a LightningModule that loads its model late.
+"""The base class of all stages: a LightningModule that loads its network late.
 
-Subclasses (`Retriever`, `Reranker`, `Adaptation`) build the network and compute the training step.
-`Stage` handles precision and sharding, dropout that is reproduced after a resume, gradient caching,
-clipping, logging, and checkpoints of only the trainable weights.
+Subclasses build the network and compute the training step. `Stage` handles precision and sharding,
+dropout that is the same after a resume, gradient caching, clipping, logging, and checkpoints of
+only the trainable weights.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from transformers import AutoModel, AutoModelForCausalLM
 
 from caravan.data.batch import EncodeBatch, Packed
@@ -30,11 +31,11 @@ from caravan.errors import InputError
 from caravan.models import varlen
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import Backbone
+from caravan.models.bidirectional import has_adapter
 from caravan.models.hardware import settle_precisions
 from caravan.models.loading import add_slots, fit_vocabulary
 from caravan.models.remote_code import is_remote_code
 from caravan.training import fsdp, losses, parallel
-from caravan.training.distillation import Distillation
 from caravan.training.gradcache import GradCache, undisturbed
 from caravan.training.losses import Loss, Sum
 from caravan.training.optim import AdamW, updates
@@ -58,8 +59,6 @@ class Stage(pl.LightningModule, ABC):
 
     forward_methods: Sequence[str] = ()
     """Methods of the network other than `forward` for which FSDP must gather weights."""
-    distillation: Distillation | None = None
-    """Of a teacher's embeddings; a retriever's only."""
 
     def __init__(
         self,
@@ -79,19 +78,18 @@ class Stage(pl.LightningModule, ABC):
         self.loss, self.optimizer, self.gradcache = loss, optimizer, gradcache
         self.seed = seed
         self.bf16 = False  # whether training computes in bf16; set with the trainer's precision
-        self.network: nn.Module | None = None
+        self.network: Any = None  # built by `configure_model`
         # With FSDP, rank 0's copy without weights; a list, so that it is not a submodule.
         self._empty: list[nn.Module] = []
-        # Frozen weights are not in a checkpoint; `on_load_checkpoint` checks strictly.
+        # Frozen weights are not in a checkpoint; `_refuse_other_model` checks strictly.
         self.strict_loading = False
 
     def reading(
         self, collection: str = "", lengths: Mapping[str, int] | None = None
     ) -> Templates | PairTemplates:
-        """The templates of the encoding, with the instruction of a collection.
+        """The templates of the encoding, with the instruction of a collection, given by its name.
 
         Args:
-            collection: name of the collection.
             lengths: those of one of `validation.readings`.
         """
         kind = PairTemplates if self.encoding.kind == "reranker" else Templates
@@ -181,14 +179,14 @@ class Stage(pl.LightningModule, ABC):
         """
         if self.encoding.slots or self.uses_output_layer:
             return False
-        if self.peft is None:
-            return sharded
-        if not isinstance(self.peft, LoRA):
-            return False
-        return sharded or (self.bf16 and self.backbone.quantization is None)
+        frozen = isinstance(self.peft, LoRA)
+        if sharded:
+            return frozen or self.peft is None
+        return frozen and self.bf16 and self.backbone.quantization is None
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Load the `state_dict` of a checkpoint."""
+        self._refuse_other_model(weights)
         if self.device_mesh is None:
             self.load_state_dict(weights, strict=False)
         else:
@@ -197,24 +195,23 @@ class Stage(pl.LightningModule, ABC):
     def whole(self) -> Any:
         """The full network for saving. With FSDP, only rank 0 gets it; other ranks get None."""
         if self.device_mesh is None:
-            return self.model
-        transformer = self.model.transformer
+            return self.network
+        transformer = self.network.transformer
         # An adapter is saved without its base unless the base has random weights.
-        adapter = hasattr(transformer, "peft_config")
+        adapter = has_adapter(transformer)
         alone = adapter and bool(transformer.active_peft_config.base_model_name_or_path)
-        weights = fsdp.full_weights(self.model, trainable_only=alone)
+        weights = fsdp.full_weights(self.network, trainable_only=alone)
         return fsdp.fill(self._empty[0], weights) if self._empty else None
 
-    @property
-    def model(self) -> Any:
-        if self.network is None:
-            raise RuntimeError("the model is built by configure_model()")
-        return self.network
-
     def on_fit_start(self) -> None:
+        if not self._trainable():
+            raise InputError(
+                "nothing-to-train",
+                "all weights are frozen, so there is nothing to train; set peft=none or peft=lora",
+            )
         # Only now is the model on its device.
         with self.trainer.precision_plugin.forward_context():
-            varlen.try_out(self.model, self.device)
+            varlen.try_out(self.network, self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout is a function of (seed, batch, rank), so a resumed run reproduces it exactly.
@@ -233,22 +230,17 @@ class Stage(pl.LightningModule, ABC):
         if batch_idx % accumulated == 0:
             self.optimizers().zero_grad()  # type: ignore[union-attr]
         chunks = self.in_step(texts.split(self.gradcache.chunk))
-        return self.gradcache(self.model.of, chunks, loss, share=1 / accumulated)
+        return self.gradcache(self.network.of, chunks, loss, share=1 / accumulated)
 
-    def compute_loss(
-        self,
-        scores: Sequence[Tensor],
-        targets: Tensor,
-        teacher: Tensor | None,
-        counts: list[int],
-        distance: Tensor | None = None,
-    ) -> Tensor:
-        """Compute and log the loss, weighted by this rank's share of the queries.
+    def measured(
+        self, scores: Sequence[Tensor], targets: Tensor, teacher: Tensor | None, counts: list[int]
+    ) -> dict[str, Tensor]:
+        """The loss and other values for the log, weighted by this rank's share of the queries.
 
         Args:
-            scores: [Q, N] float32 each; the loss is summed over them, and the last ones are logged.
+            scores: [Q, N] float32 each; the loss is summed over them, and the others are those of
+                the last.
             targets: [Q] int64. teacher: [Q, N] float32. counts: queries of each rank.
-            distance: from a teacher's embeddings, with `distillation`.
         """
         assert self.loss is not None
         # In bf16, logits at temperature 0.01 would be rounded to steps of 0.4.
@@ -257,13 +249,7 @@ class Stage(pl.LightningModule, ABC):
             loss = torch.stack(each).sum()
         # With this weight, the average over ranks is the mean over the union batch.
         weight = parallel.weight(counts)
-        loss = loss * weight
-        values: dict[str, Tensor] = {}
-        if self.distillation is not None and distance is not None:
-            values["distance"] = distance * weight
-            loss = self.distillation.scores_weight * loss
-            loss = loss + self.distillation.weight * values["distance"]
-        values["loss"], last = loss, scores[-1]
+        values, last = {"loss": loss * weight}, scores[-1]
         if last.shape[1] > 1:
             hits = (last.argmax(dim=1) == targets).float().mean()
             negatives = last.isfinite().sum(dim=1).float() - 1  # [Q]
@@ -274,8 +260,7 @@ class Stage(pl.LightningModule, ABC):
                 values["masked"] = share * weight
                 negatives = negatives - number
             values |= {"accuracy": hits * weight, "negatives": negatives.mean() * weight}
-        self.log_over_ranks(values, len(last))
-        return loss
+        return values
 
     def log_over_ranks(self, values: dict[str, Tensor], texts: int) -> None:
         """Log `train/<name>`: the means over ranks of single values, in one reduction.
@@ -291,10 +276,10 @@ class Stage(pl.LightningModule, ABC):
         """The network's output [N, ...] for texts, in their order."""
         texts = self.in_step(texts)
         own = len(texts.chunks) - texts.extra
-        rows = [self.model.of(chunk) for chunk in texts.chunks[:own]]
+        rows = [self.network.of(chunk) for chunk in texts.chunks[:own]]
         if texts.extra:
             with undisturbed(self.device):
-                rows += [self.model.of(chunk) for chunk in texts.chunks[own:]]
+                rows += [self.network.of(chunk) for chunk in texts.chunks[own:]]
         return texts.restore(torch.cat(rows))
 
     def in_step(self, texts: Packed) -> Packed:
@@ -321,16 +306,12 @@ class Stage(pl.LightningModule, ABC):
     ) -> None:
         """Log the gradient norm, then clip by norm or value; None or 0 disables clipping."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = fsdp.full(torch.nn.utils.get_total_norm(gradients))
+        norm = fsdp.full(get_total_norm(gradients))
         self.log("train/gradient_norm", norm)
-        if not gradient_clip_val:
-            return
-        own = [fsdp.local(gradient) for gradient in gradients]
-        if gradient_clip_algorithm == "value":
-            torch._foreach_clamp_min_(own, -gradient_clip_val)
-            torch._foreach_clamp_max_(own, gradient_clip_val)
-        else:
-            torch._foreach_mul_(own, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            clip_grad_value_(self.parameters(), gradient_clip_val, foreach=True)
+        elif gradient_clip_val:
+            clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm, foreach=True)
 
     def _trainable(self) -> set[str]:
         return {name for name, p in self.named_parameters() if p.requires_grad}
@@ -340,7 +321,11 @@ class Stage(pl.LightningModule, ABC):
         checkpoint["state_dict"] = {name: weights[name] for name in weights if name in trainable}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        stored, wanted = set(checkpoint["state_dict"]), self._trainable()
+        self._refuse_other_model(checkpoint["state_dict"])
+
+    def _refuse_other_model(self, weights: Mapping[str, Tensor]) -> None:
+        """Compare the weights of a checkpoint with the trainable ones, by name."""
+        stored, wanted = set(weights), self._trainable()
         if stored != wanted:
             raise InputError(
                 "other-model",

@@ -51,11 +51,7 @@ def test_an_id_is_read_as_ir_datasets_reads_it(tiny: str, irds: Any, tmp_path: P
         }
     assert [name for name, _, _ in records(found.queries)] == ["1", "2", "3"]
     assert found.name == tiny
-    again = IrDatasets(tiny).collection(tmp_path)
-    assert again.folder == found.folder
-
-
-def test_splits_may_be_chosen_and_named(tiny: str, tmp_path: Path) -> None:
+    assert IrDatasets(tiny).collection(tmp_path).folder == found.folder
     found = IrDatasets(tiny, splits={"odd": "odd/name"}, name="x").collection(tmp_path)
     assert (found.name, found.splits) == ("x", ("odd",))
     assert judged(found, "odd") == {("3", "b"): 3, ("3", "a"): 0}
@@ -75,22 +71,16 @@ def test_titles_and_official_grades_are_taken_over(irds: Any, tmp_path: Path) ->
 
     assert _text_of(Doc()) == ("Camels", "Store fat.")
     assert _text_of(Other()) == ("", "all of it")
-    official = {
-        name: _official_from_2(irds.load(name))
-        for name in ("msmarco-passage/trec-dl-2019/judged", "msmarco-document/trec-dl-2019")
-    }
-    assert list(official.values()) == [True, False]
+    assert _official_from_2(irds.load("msmarco-passage/trec-dl-2019/judged"))
+    assert not _official_from_2(irds.load("msmarco-document/trec-dl-2019"))
 
 
 def test_unknown_ids_and_a_missing_package_are_reported(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with refused("unknown-dataset"):
-        IrDatasets("no/such").collection(tmp_path)
-    with refused("unknown-dataset"):
-        IrDatasets("beir/scfact").collection(tmp_path)
-    with refused("unknown-dataset"):
-        IrDatasets(tiny, splits={"dev": "no"}).collection(tmp_path)
+    for source in (IrDatasets("no/such"), IrDatasets(tiny, splits={"dev": "no"})):
+        with refused("unknown-dataset"):
+            source.collection(tmp_path)
     (tmp_path / "files" / "docs.tsv").unlink()
     with refused("dataset-not-loaded", "docs.tsv"):
         IrDatasets(tiny).collection(tmp_path)

@@ -80,12 +80,8 @@ def test_the_digest_of_a_large_file_is_kept_until_it_changes(
     file = tmp_path / "a.tsv"
     file.write_text("camel")
     first = digest(file, tmp_path)
-    (kept,) = (tmp_path / "digests").iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(lines.manifests, "content", lambda _: pytest.fail("read again"))
-        assert digest(file, tmp_path) == first
-    for damaged in ("{", kept.read_text().replace(first, "another")):
-        kept.write_text(damaged)
         assert digest(file, tmp_path) == first
     times = file.stat()
     file.write_text("salty")

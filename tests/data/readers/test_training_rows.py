@@ -1,22 +1,28 @@
-"""Rows of Tevatron and FlagEmbedding beside plain json; their negatives and scores as runs."""
+"""Training rows in every format; their negatives and scores as runs.
+
+`tests/fuzz/test_data_files.py` compares what is read with plain json.
+"""
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
-import xxhash
 from datasets import Dataset, DatasetDict
+from pyarrow import parquet
 from tests.files import judged, put, records
 from tests.refusals import refused
 
 from caravan import progress
 from caravan.data.collection import Collection
 from caravan.data.negatives import Negatives
+from caravan.data.readers.rows import id_of_text
 from caravan.data.readers.training_rows import TrainingRows
 from caravan.data.runs import read_run
 
@@ -47,6 +53,7 @@ BY_ID: Rows = [
     }
     for row in INLINE
 ]
+SAVED: Rows = [{**row, "query_id": str(row["query_id"]), "answers": []} for row in INLINE]
 CORPUS = [passage(i) for i in range(8)]
 TEXTS: Rows = [
     {
@@ -60,24 +67,22 @@ TEXTS: Rows = [
     {"query": "what moves", "pos": ["Dunes move."], "neg": ["Camels store fat."]},
     {"query": "what moves", "pos": ["Stars, too.\n"], "neg": []},
 ]
-NEGATIVES = {"q1": ["p3", "p2"], "2": ["p1", "p3", "p5"]}
+TRIPLETS: Rows = [
+    {"anchor": "what is in a hump", "positive": "Fat, mostly.", "negative": "Dunes move."},
+    {"anchor": "what moves", "positive": "Dunes move.", "negative": 'Salt, "white"\nand dry.'},
+]
 
 
 def jsonl(rows: Rows) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def tevatron(path: Path, **settings: Any) -> Collection:
+def read(path: Path, **settings: Any) -> Collection:
     return TrainingRows(str(path), **settings).collection(path.parent / "cache")
 
 
-def flagembedding(path: Path, **settings: Any) -> Collection:
-    return TrainingRows(str(path), **settings).collection(path.parent / "cache")
-
-
-def file_of(folder: Path, rows: Rows, zipped: bool = False) -> Path:
-    put(folder, {"rows.jsonl": jsonl(rows)}, zipped)
-    return folder / f"rows.jsonl{'.gz' if zipped else ''}"
+def file_of(folder: Path, rows: Rows) -> Path:
+    return put(folder, {"rows.jsonl": jsonl(rows)}) / "rows.jsonl"
 
 
 def run_of(found: Collection, name: str) -> dict[str, list[tuple[str, float]]]:
@@ -93,117 +98,102 @@ def negatives_of(found: Collection) -> dict[str, list[str]]:
     return {query: [name for name, _ in of] for query, of in run_of(found, "negatives").items()}
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-def test_texts_inline_are_read_as_json_reads_them(tmp_path: Path, zipped: bool) -> None:
-    found = tevatron(file_of(tmp_path, INLINE, zipped))
-    every = [
-        one for row in INLINE for one in (*row["positive_passages"], *row["negative_passages"])
-    ]
-    expected = {one["docid"]: (one["docid"], one["title"], one["text"]) for one in every}
-    assert records(found.corpus) == list(expected.values())
-    assert records(found.queries) == [(str(r["query_id"]), "", r["query"]) for r in INLINE]
-    assert (found.splits, found.runs) == (("train",), ("negatives",))
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet", "rows"])
+def test_every_format_gives_the_same_collection(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        Dataset.from_list(TRIPLETS).to_parquet(str(path))
+    elif path.suffix == ".csv":
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(TRIPLETS[0]))
+            writer.writeheader()
+            writer.writerows(TRIPLETS)
+    elif path.suffix:
+        file_of(tmp_path, TRIPLETS)
+    else:
+        Dataset.from_list(TRIPLETS).save_to_disk(str(path))
+    found = read(path, name="rows")
+    texts = [row[side] for row in TRIPLETS for side in ("positive", "negative")]
+    assert records(found.corpus) == [(id_of_text(t), "", t) for t in dict.fromkeys(texts)]
+    assert [text for _, _, text in records(found.queries)] == [row["anchor"] for row in TRIPLETS]
     assert judged(found, "train") == {
-        (str(row["query_id"]), one["docid"]): 1
-        for row in INLINE
-        for one in row["positive_passages"]
+        (id_of_text(row["anchor"]), id_of_text(row["positive"])): 1 for row in TRIPLETS
     }
-    assert negatives_of(found) == NEGATIVES
+    assert found.runs == ("negatives",)
 
 
-def test_ids_beside_a_corpus_give_the_same_collection(tmp_path: Path) -> None:
-    files = {"dev.jsonl": jsonl(BY_ID[:1]), "corpus.jsonl": jsonl(CORPUS)}
-    found = tevatron(put(tmp_path / "set", {"train.jsonl": jsonl(BY_ID), **files}))
-    assert [name for name, _, _ in records(found.corpus)] == [one["docid"] for one in CORPUS]
-    assert found.splits == ("dev", "train")
-    assert judged(found, "dev") == {("q1", "p1"): 1}
-    assert negatives_of(found) == NEGATIVES
-    inline = put(tmp_path / "inline", {"train.jsonl": jsonl(INLINE), **files})
-    assert tevatron(inline, name="set").digest == found.digest
-
-
-def test_rows_beside_a_corpus_show_their_progress(
+def test_ids_beside_a_corpus_give_the_same_collection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(progress, "DELAY_S", -1.0)
     monkeypatch.setattr(progress.time, "monotonic", itertools.count().__next__)
+    files = {"dev.jsonl": jsonl(BY_ID[:1]), "corpus.jsonl": jsonl(CORPUS)}
+    folder = put(tmp_path / "set", {"train.jsonl": jsonl(BY_ID), **files})
     with caplog.at_level(logging.INFO):
-        tevatron(put(tmp_path, {"train.jsonl": jsonl(BY_ID), "corpus.jsonl": jsonl(CORPUS)}))
+        found = read(folder)
     lines = {line.partition(" in ")[0] for line in caplog.messages}
     assert {"corpus: 8 passages", "rows of train: 3 rows", "queries: 3 queries"} <= lines
+    assert [name for name, _, _ in records(found.corpus)] == [one["docid"] for one in CORPUS]
+    assert found.splits == ("dev", "train")
+    assert judged(found, "dev") == {("q1", "p1"): 1}
+    assert judged(found, "train") == {("q1", "p1"): 1, ("2", "p2"): 1, ("2", "p4"): 1}
+    assert negatives_of(found) == {"q1": ["p3", "p2"], "2": ["p1", "p3", "p5"]}
+    inline = put(tmp_path / "inline", {"train.jsonl": jsonl(INLINE), **files})
+    assert read(inline, name="set").digest == found.digest
+    nemo = {"question_id": "q1", "question": "what is in a hump", "pos_doc": [{"id": "p1"}]}
+    nemo |= {"neg_doc": [{"id": "p3"}, {"id": "p2"}]}
+    put(folder, {"train.jsonl": jsonl([nemo])})
+    assert judged(read(folder), "train") == {("q1", "p1"): 1}
+    with refused("missing-corpus", "train.jsonl:1"):
+        read(folder / "train.jsonl")
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize("folder", [False, True])
-def test_rows_without_ids_are_read_as_json_reads_them(
-    tmp_path: Path, zipped: bool, folder: bool
-) -> None:
+def test_files_of_rows_without_ids_are_read_as_one(tmp_path: Path) -> None:
     files = {"1.jsonl": jsonl(TEXTS[:1]), "2.json": jsonl(TEXTS[1:])}
-    path = tmp_path / "rows"
-    put(path, files if folder else {"all.jsonl": jsonl(TEXTS)}, zipped)
-    found = flagembedding(path if folder else next(path.iterdir()))
+    found = read(put(tmp_path / "rows", files))
 
-    def name_of(text: str) -> str:
-        return xxhash.xxh3_128_hexdigest(text.encode())
-
-    texts = dict.fromkeys(text for row in TEXTS for text in (*row["pos"], *row["neg"]))
-    assert records(found.corpus) == [(name_of(text), "", text) for text in texts]
     prompt = TEXTS[0]["prompt"]  # the instruction of its query
-    hump = name_of(f"{prompt}\nwhat is in a hump")
-    moves = name_of("what moves")
+    hump = id_of_text(f"{prompt}\nwhat is in a hump")
+    moves = id_of_text("what moves")  # two rows are one query
     queries = [(hump, prompt, "what is in a hump"), (moves, "", "what moves")]
     assert records(found.queries) == queries
     assert judged(found, "train") == {
-        (moves if "moves" in row["query"] else hump, name_of(text)): 1
+        (moves if "moves" in row["query"] else hump, id_of_text(text)): 1
         for row in TEXTS
         for text in row["pos"]
     }
-    first = [name_of(text) for text in (*TEXTS[0]["pos"], *TEXTS[0]["neg"])]
+    first = [id_of_text(text) for text in (*TEXTS[0]["pos"], *TEXTS[0]["neg"])]
     scored = list(zip(first, [9, 7.5, -2.25, -8], strict=True))
     assert run_of(found, "teacher") == {hump: scored}
     assert negatives_of(found) == {hump: first[2:], moves: first[:1]}
 
 
 @pytest.mark.parametrize("saved", ["parquet", "disk"])
-def test_datasets_of_the_same_columns_are_read(tmp_path: Path, saved: str) -> None:
-    rows = [{**row, "query_id": str(row["query_id"]), "answers": []} for row in INLINE]
-    parts = {"train": Dataset.from_list(rows), "validation": Dataset.from_list(rows[:1])}
-    folder, plain = tmp_path / "tevatron", tmp_path / "flag"
+def test_splits_of_a_dataset_are_read(tmp_path: Path, saved: str) -> None:
+    parts = {"train": Dataset.from_list(SAVED), "validation": Dataset.from_list(SAVED[:1])}
+    folder = tmp_path / "tevatron"
     if saved == "parquet":
         (folder / "data").mkdir(parents=True)
         for split, part in parts.items():
             part.to_parquet(str(folder / "data" / f"{split}-00000.parquet"))
-        plain.mkdir()
-        Dataset.from_list(TEXTS[1:]).to_parquet(str(plain / "train-00000.parquet"))
     else:
         DatasetDict(parts).save_to_disk(str(folder))
-        Dataset.from_list(TEXTS[1:]).save_to_disk(str(plain))  # beside rows that are none
-    found = tevatron(folder, subsets={"train": "train", "dev": "validation"})
-    assert records(found.corpus) == records(tevatron(file_of(tmp_path, INLINE)).corpus)
+    found = read(folder, subsets={"train": "train", "dev": "validation"})
+    assert records(found.corpus) == records(read(file_of(tmp_path, INLINE)).corpus)
     assert judged(found, "dev") == {("q1", "p1"): 1}
-    with refused("dataset-not-loaded"):
-        tevatron(folder, subsets={"train": "test"})
-    expected = flagembedding(file_of(tmp_path, TEXTS[1:]))
-    assert flagembedding(plain).digest == expected.digest
-
-
-def test_a_dataset_saved_without_splits_has_one(tmp_path: Path) -> None:
-    rows = [{**row, "query_id": str(row["query_id"]), "answers": []} for row in INLINE]
-    Dataset.from_list(rows).save_to_disk(str(tmp_path / "dataset"))
-    assert tevatron(tmp_path / "dataset").splits == ("train",)
-    with refused("dataset-not-loaded", "validation"):
-        tevatron(tmp_path / "dataset", subsets={"train": "train", "dev": "validation"})
+    with refused("dataset-not-loaded", "test"):
+        read(folder, subsets={"train": "test"})
 
 
 def test_subsets_choose_among_the_files_of_a_folder(tmp_path: Path) -> None:
     files = {"train.jsonl": jsonl(INLINE), "validation.jsonl": jsonl(INLINE[:1]), "x.jsonl": "{"}
     folder = put(tmp_path / "set", files)
-    found = tevatron(folder, subsets={"train": "train", "dev": "validation"})
+    found = read(folder, subsets={"train": "train", "dev": "validation"})
     assert found.splits == ("train", "dev")
     assert judged(found, "dev") == {("q1", "p1"): 1}
     for path, subset in ((folder, "dev"), (folder / "train.jsonl", "validation")):
         with refused("unknown-split", "data.subsets.dev"):
-            tevatron(path, subsets={"train": "train", "dev": subset})
+            read(path, subsets={"train": "train", "dev": subset})
 
 
 def test_scores_are_a_teachers_run_and_train_as_one(
@@ -212,7 +202,7 @@ def test_scores_are_a_teachers_run_and_train_as_one(
     rows = json.loads(json.dumps(INLINE))
     for at, one in enumerate([*rows[0]["positive_passages"], *rows[0]["negative_passages"]]):
         one["score"] = 0.5 - at / 8
-    found = tevatron(file_of(tmp_path, rows))
+    found = read(file_of(tmp_path, rows))
     assert found.runs == ("negatives", "teacher")
     assert run_of(found, "teacher") == {"q1": [("p1", 0.5), ("p3", 0.375), ("p2", 0.25)]}
     sampler = Negatives(
@@ -232,84 +222,80 @@ def test_scores_are_a_teachers_run_and_train_as_one(
 
 
 def test_rows_to_validate_on_are_given_or_held_out(tmp_path: Path) -> None:
-    rows = [{**INLINE[0], "query_id": f"q{i}", "query": f"query {i}"} for i in range(200)]
+    rows = [{**INLINE[0], "query_id": f"q{i}", "query": f"query {i}"} for i in range(40)]
     file = file_of(tmp_path, rows)
-    found = tevatron(file, held_out=0.2)
+    found = read(file, held_out=0.5)
     assert found.splits == ("train", "dev")
-    train, dev = (set(found.qrels(split).queries.tolist()) for split in ("train", "dev"))
-    assert 20 < len(dev) < 60
-    assert train | dev == set(range(200))
-    assert not train & dev
-    other = file_of(tmp_path / "other", TEXTS)
-    given = flagembedding(other, dev=str(file_of(tmp_path / "dev", TEXTS[:1])))
+    train, dev = (found.qrels(split).queries.tolist() for split in ("train", "dev"))
+    assert sorted(train + dev) == list(range(40))
+    given = read(file, dev=str(file_of(tmp_path / "dev", TEXTS[:1])))
     assert given.splits == ("train", "dev")
     assert len(given.qrels("dev")) == 2
-    assert flagembedding(other, held_out=0.99).digest != given.digest
     folder = put(tmp_path / "set", {"train.jsonl": jsonl(INLINE), "dev.jsonl": jsonl(INLINE)})
     for path, share in ((folder, 0.2), (file, 1.5)):
         with refused("invalid-setting", "data.held_out"):
-            tevatron(path, held_out=share)
+            read(path, held_out=share)
 
 
-def changed(row: int, **fields: Any) -> Rows:
-    rows = [dict(row) for row in INLINE]
-    rows[row].update(fields)
-    return rows
+GOOD = json.dumps(TRIPLETS[0])
+INNER = '{"query": "q", "positive_passages": [{"docid": "1", "text": "a", "text": "b"}]}'
 
 
 @pytest.mark.parametrize(
-    ("rows", "code", "line"),
+    ("line", "code", "place"),
     [
-        (changed(1, query=None), "malformed-line", 2),
-        (changed(1, query_id=1.5), "malformed-line", 2),
-        (changed(1, query_id="q 2"), "invalid-id", 2),
-        (changed(1, query_id="q1"), "conflicting-texts", 2),
-        (changed(1, positive_passages={}), "malformed-line", 2),
-        (changed(1, negative_passages=["p"]), "malformed-line", 2),
-        (changed(1, positive_passages=[{"docid": "p"}]), "malformed-line", 2),
-        (changed(1, positive_passages=[passage(9, title=0)]), "malformed-line", 2),
-        (changed(2, negative_passages=[passage(1, text="x")]), "conflicting-texts", 3),
-        (changed(2, negative_passages=[passage(1, docid="a b")]), "invalid-id", 3),
-        (changed(2, negative_passages=[passage(1, score="x")]), "invalid-score", 3),
-        ([{"query_id": "1", "query": "x"}], "malformed-line", 1),
-        (BY_ID, "missing-corpus", 1),
-        ([{"pos": ["x"]}], "malformed-line", 1),
-        ([{"query": "x", "pos": "y"}], "malformed-line", 1),
-        ([{"query": "x", "pos": ["y"], "prompt": 1}], "malformed-line", 1),
-        ([{"query": "x", "pos": ["y"], "neg": [1]}], "malformed-line", 1),
-        ([{"query": "x", "pos": ["y"], "pos_scores": [1, 2]}], "malformed-line", 1),
-        ([{"query": "x", "pos": ["y"], "pos_scores": ["1"]}], "invalid-score", 1),
-        ([{"query": "x", "pos": ["y"], "pos_scores": [float("nan")]}], "invalid-score", 1),
-        ([{"query": "x", "pos": ["y"], "pos_scores": [10**400]}], "invalid-score", 1),
-        ([{"query": "x", "pos": ["y"], "pos_scores": [1e39]}], "invalid-score", 1),
+        (GOOD.replace('"negative"', '"positive"'), "malformed-line", "'positive'"),
+        (INNER, "malformed-line", "'text'"),
+        ({"query": "q"}, "malformed-line", "positive"),
+        ({**INLINE[1], "query_id": "q 2"}, "invalid-id", "'q 2'"),
+        ({**INLINE[1], "query_id": "q1"}, "conflicting-texts", "'q1'"),
+        ({**INLINE[2], "negative_passages": [passage(1, text="x")]}, "conflicting-texts", "'p1'"),
+        ({**INLINE[2], "negative_passages": [passage(1, docid="a b")]}, "invalid-id", "'a b'"),
+        (BY_ID[1], "missing-corpus", "data.corpus"),
     ],
 )
 def test_a_wrong_row_is_reported_with_its_line(
-    tmp_path: Path, rows: Rows, code: str, line: int
+    tmp_path: Path, line: Any, code: str, place: str
 ) -> None:
-    read = flagembedding if "pos" in rows[0] else tevatron
-    with refused(code, f"rows.jsonl:{line}") as caught:
-        read(file_of(tmp_path, rows))
+    text = line if isinstance(line, str) else json.dumps(line)
+    put(tmp_path, {"rows.jsonl": f"{jsonl(INLINE[:1])}{text}\n"})
+    with refused(code, "rows.jsonl:2", place) as caught:
+        read(tmp_path / "rows.jsonl")
     assert "\n" not in str(caught.value)
     assert not [path for path in (tmp_path / "cache/collections").iterdir() if path.is_dir()]
 
 
-def test_files_that_hold_no_rows_are_named(tmp_path: Path) -> None:
-    with refused("file-not-found", "absent.jsonl"):
-        tevatron(file_of(tmp_path, BY_ID), corpus=str(tmp_path / "absent.jsonl"))
+def test_files_that_are_no_tables_are_named(tmp_path: Path) -> None:
+    names = ["anchor", "positive", "positive"]
+    table = pyarrow.Table.from_arrays([pyarrow.array([name]) for name in names], names=names)
+    parquet.write_table(table, tmp_path / "e.parquet")
+    (tmp_path / "f.csv").write_bytes(b"query,positive\n\xff,a\n")
+    texts = {"a.csv": "query,positive\nq\n", "b.csv": "query,positive\nq,a,b\n", "c.csv": ""}
+    put(tmp_path, {**texts, "d.parquet": "PAR1", "g.csv": "anchor,positive,positive\na,b,c\n"})
     (tmp_path / "empty").mkdir()
-    with refused("dataset-not-loaded", "empty"):
-        flagembedding(tmp_path / "empty")
+    for name, code, place in (
+        ("a.csv", "malformed-line", "a.csv:2"),
+        ("b.csv", "malformed-line", "b.csv:2"),
+        ("c.csv", "empty-file", "c.csv"),
+        ("d.parquet", "damaged-file", "d.parquet"),
+        ("e.parquet", "malformed-line", "'positive'"),
+        ("f.csv", "not-utf8", "f.csv:2"),
+        ("g.csv", "malformed-line", "'positive'"),
+        ("absent.jsonl", "file-not-found", "absent.jsonl"),
+        ("empty", "dataset-not-loaded", "empty"),
+    ):
+        with refused(code, place):
+            read(tmp_path / name)
 
 
 def test_an_id_that_the_corpus_lacks_is_refused_or_counted(tmp_path: Path) -> None:
     files = {"train.jsonl": jsonl(BY_ID), "corpus.jsonl": jsonl(CORPUS[:5])}
     folder = put(tmp_path / "set", files)
     with refused("unknown-id", "train.jsonl:2"):
-        tevatron(folder)
-    found = tevatron(folder, unknown_ids="count")
+        read(folder)
+    found = read(folder, unknown_ids="count")
     assert negatives_of(found)["2"] == ["p1", "p3"]
     assert found.facts["unknown_ids"] == 1
     put(folder, {"corpus.jsonl": jsonl([*CORPUS, CORPUS[0]])})
     with refused("duplicate-id", "corpus.jsonl:9"):
-        tevatron(folder)
+        read(folder)

@@ -8,7 +8,6 @@ It fetches and repairs the files of several hundred test collections. It is an e
 
 from __future__ import annotations
 
-import difflib
 import functools
 import logging
 from collections.abc import Iterator, Mapping
@@ -114,10 +113,9 @@ def _dataset(known: Any, name: str) -> Any:
     try:
         return known[name]
     except KeyError:
-        near = difflib.get_close_matches(name, map(str, known), n=1)
-        hint = f"did you mean {near[0]}? All are" if near else "its ids are"
         raise InputError(
-            "unknown-dataset", f"ir_datasets knows no {name}: {hint} at https://ir-datasets.com"
+            "unknown-dataset",
+            f"ir_datasets knows no {name}: choose one of https://ir-datasets.com",
         ) from None
 
 

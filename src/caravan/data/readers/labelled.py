@@ -22,15 +22,17 @@ from caravan.data.qrels import Judgement, UnknownIds
 from caravan.data.readers.lines import (
     PASSAGE_IDS,
     QUERY_IDS,
+    RECORD,
     by_stem,
     column_name,
     columns,
     digest,
     lines,
-    malformed,
     objects,
     one_of,
+    parsed,
     record_of,
+    required,
     some,
 )
 from caravan.data.source import Source, Stream, Streams, cache_key, cached_collection, held_out
@@ -51,15 +53,9 @@ def records(
     file: Path, layouts: Sequence[tuple[str, ...]] = PASSAGES
 ) -> Iterator[tuple[str, Record]]:
     """(place, record) of each line of a .jsonl file, or of a .tsv file in one of the layouts."""
-    is_json = file.name.removesuffix(".gz").endswith((".jsonl", ".json"))
-    return some(file, _json_records(file) if is_json else _tsv_records(file, layouts))
-
-
-def _json_records(file: Path) -> Iterator[tuple[str, Record]]:
-    for place, fields in objects(
-        file, 'every line is one object such as {"_id": "p1", "text": "..."}'
-    ):
-        yield place, record_of(place, fields)
+    if file.name.removesuffix(".gz").endswith((".jsonl", ".json")):
+        return some(file, parsed(objects(file, RECORD), record_of, RECORD))
+    return some(file, _tsv_records(file, layouts))
 
 
 def _tsv_records(file: Path, layouts: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, Record]]:
@@ -83,28 +79,25 @@ def judgements(file: Path) -> Iterator[tuple[str, Judgement]]:
 
 
 def _judgements(file: Path) -> Iterator[tuple[str, Judgement]]:
-    width = 0
-    for at, (number, line) in enumerate(lines(file)):
-        text, place = line.strip("\r\n"), f"{file}:{number}"
-        cells = text.split("\t") if "\t" in text else WORD.findall(text)
-        cells = [cell.strip(ASCII_SPACE) for cell in cells]
+    widths: tuple[int, ...] = (3, 4)
+    for at, (place, line) in enumerate(lines(file)):
+        found = line.split("\t") if "\t" in line else WORD.findall(line)
+        cells = [cell.strip(ASCII_SPACE) for cell in found]
         is_grade = GRADE.fullmatch(cells[-1])
         if at == 0 and not is_grade and column_name(cells[0]) in QUERY_IDS:
-            passages = [i for i, cell in enumerate(cells) if column_name(cell) in PASSAGE_IDS]
-            if passages and len(cells) - 2 not in passages:
-                raise InputError(
-                    "unknown-column",
-                    f"{place}: reorder the columns to query, passage, grade: {cells}",
-                )
+            if any(column_name(cell) in PASSAGE_IDS for cell in (*cells[:-2], cells[-1])):
+                problem = f"{place}: reorder the columns to query, passage, grade: {cells}"
+                raise InputError("unknown-column", problem)
             continue
-        if len(cells) not in (3, 4) or width not in (0, len(cells)):
-            expected = f"{width} as above" if width else "3 (query, passage, grade) or 4 (TREC)"
-            raise malformed(place, f"{len(cells)} columns", f"expected {expected}")
-        width = len(cells)
+        if len(cells) not in widths:
+            expected = "query, passage, grade, or the four of TREC, on every line"
+            problem = f"{place}: the number of columns is {len(cells)}: expected {expected}"
+            raise InputError("malformed-line", problem)
         if not is_grade:
             raise InputError("invalid-grade", f"{place}: the grade {cells[-1]!r} is not an integer")
         for name in (cells[0], cells[-2]):
             check_id(name, place)
+        widths = (len(cells),)
         yield place, (cells[0], cells[-2], int(cells[-1]))
 
 
@@ -171,7 +164,7 @@ class Folder(Source):
 
         def build(to: Path) -> Collection:
             # mistakes in the smaller files are reported before the corpus is read
-            next(files.read_queries())
+            next(files.read_queries(), None)
             for split, read in qrels.items():
                 if next(iter(read()), None) is None:
                     problem = f"{folder}: data.held_out={share} leaves {split} no query"
@@ -196,7 +189,7 @@ class Beir(Folder):
 
     def files(self, folder: Path) -> LabelledFiles:
         corpus, queries = (required(folder, f"{part}.jsonl") for part in ("corpus", "queries"))
-        qrels = by_stem(folder / "qrels", (".tsv", ".txt", ".qrels"))
+        qrels = by_stem(folder, "qrels/*.tsv", "qrels/*.txt", "qrels/*.qrels")
         return LabelledFiles(("beir",), corpus, [queries], qrels)
 
 
@@ -211,21 +204,10 @@ class Tsv(Folder):
 
     def files(self, folder: Path) -> LabelledFiles:
         corpus = required(folder, "corpus.tsv")
-        queries = list(by_stem(folder, [".tsv"], "queries.").values())
+        queries = list(by_stem(folder, "queries.*.tsv").values())
         if not queries or one_of(folder, ["queries.tsv"]):
             queries = [required(folder, "queries.tsv"), *queries]
         if (whole := one_of(folder, ["qrels.tsv"])) is not None:
             raise InputError("unnamed-split", f"{whole}: rename it, such as to qrels.test.tsv")
-        beside, below = by_stem(folder, [".tsv"], "qrels."), by_stem(folder / "qrels", [".tsv"])
-        for split in beside.keys() & below.keys():
-            there = f"{beside[split]} and {below[split]} exist"
-            raise InputError("ambiguous-files", f"{there}: keep one of them")
-        return LabelledFiles(("tsv",), corpus, queries, beside | below)
-
-
-def required(folder: Path, name: str) -> Path:
-    """The file of a folder, plain or .gz; raises "file-not-found"."""
-    file = one_of(folder, [name])
-    if file is None:
-        raise InputError("file-not-found", f"{folder}/{name} (or .gz) is missing: put it there")
-    return file
+        qrels = by_stem(folder, "qrels.*.tsv", "qrels/*.tsv")
+        return LabelledFiles(("tsv",), corpus, queries, qrels)

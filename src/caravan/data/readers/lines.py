@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from caravan import manifests
 from caravan.data.texts import Record
 from caravan.errors import InputError
-from caravan.files import cache_folder, listed
+from caravan.files import cache_folder
 
 BLOCK_BYTES = 1 << 24  # of lines in memory at once
 KEPT_FROM_BYTES = 1 << 26  # smaller files are hashed in some milliseconds
@@ -32,27 +31,11 @@ TEXTS = {"text", "contents", "body", "passage", "document", "query", "question"}
 
 ID_KEYS, TEXT_KEYS = ("_id", "docid", "id"), ("text", "contents")
 """Keys of JSON objects, as in BEIR, Tevatron and Pyserini; the first that an object has counts."""
-
-ARCHIVES = {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz"}
-"""First bytes of packed files that cannot be read."""
+RECORD = 'every line is one object such as {"_id": "7", "title": "...", "text": "..."}'
 NOT_DATA = {"readme", "license", "licence", "notice"}
 
+S = TypeVar("S")
 T = TypeVar("T")
-
-
-@contextmanager
-def opened(file: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
-    """The bytes of a file, unpacked if they are gzip."""
-    with open(file, "rb") as raw:
-        start = raw.peek(8)
-        kind = next((name for magic, name in ARCHIVES.items() if start.startswith(magic)), None)
-        if kind is not None:
-            raise InputError("unsupported-archive", f"{file} is {kind}: unpack it, or use gzip")
-        if start.startswith(b"\x1f\x8b"):
-            with gzip.GzipFile(fileobj=raw) as unpacked:
-                yield unpacked
-        else:
-            yield raw
 
 
 def line_blocks(file: Path) -> Iterator[tuple[int, list[bytes]]]:
@@ -61,12 +44,14 @@ def line_blocks(file: Path) -> Iterator[tuple[int, list[bytes]]]:
     Only LF ends a line. A byte order mark is left out.
 
     Raises:
-        InputError: "damaged-file", "unreadable-file", "unsupported-archive".
+        InputError: "damaged-file", "unreadable-file".
     """
     before = 0
     try:
-        with opened(file) as found:
-            while block := found.readlines(BLOCK_BYTES):
+        with open(file, "rb") as raw:
+            is_packed = raw.peek(2).startswith(b"\x1f\x8b")
+            unpacked: IO[bytes] | gzip.GzipFile = gzip.GzipFile(fileobj=raw) if is_packed else raw
+            while block := unpacked.readlines(BLOCK_BYTES):
                 if not before:
                     block[0] = block[0].removeprefix(b"\xef\xbb\xbf")
                 yield before, block
@@ -85,17 +70,16 @@ def decoded(file: Path, number: int, line: bytes) -> str:
         return line.decode()
     except UnicodeDecodeError as error:
         byte = f"byte {error.start + 1} of the line (0x{line[error.start]:02x})"
-        raise InputError(
-            "not-utf8", f"{file}:{number}: {byte} is not UTF-8: convert it, such as with iconv"
-        ) from None
+        remedy = "convert it, such as with iconv; unpack archives other than gzip"
+        raise InputError("not-utf8", f"{file}:{number}: {byte} is not UTF-8: {remedy}") from None
 
 
-def lines(file: Path, blank: bool = False) -> Iterator[tuple[int, str]]:
-    """(line number, line) of each line, with its end; of blank ones only if `blank`."""
+def lines(file: Path, blank: bool = False) -> Iterator[tuple[str, str]]:
+    """(place, line) of each line, with its end; of blank ones only if `blank`."""
     for before, block in line_blocks(file):
         for number, line in enumerate(block, before + 1):
             if blank or line.strip():
-                yield number, decoded(file, number, line)
+                yield f"{file}:{number}", decoded(file, number, line)
 
 
 def some(file: str | Path, found: Iterator[T]) -> Iterator[T]:
@@ -105,6 +89,28 @@ def some(file: str | Path, found: Iterator[T]) -> Iterator[T]:
         raise InputError("empty-file", f"{file} is empty: fill it, or remove it")
     yield first
     yield from found
+
+
+def parsed(
+    items: Iterable[tuple[str, S]], parse: Callable[[S], T], remedy: str
+) -> Iterator[tuple[str, T]]:
+    """(place, `parse(item)`) of each item; the errors of `parse` get the place.
+
+    Args:
+        parse: raises ValueError with what is wrong, or an InputError of another code.
+        remedy: what an item should be.
+
+    Raises:
+        InputError: "malformed-line" for a ValueError, else the code that `parse` raised.
+    """
+    for place, item in items:
+        try:
+            found = parse(item)
+        except InputError as error:
+            raise InputError(error.code, f"{place}: {error}") from None
+        except ValueError as error:
+            raise InputError("malformed-line", f"{place}: {error}: {remedy}") from None
+        yield place, found
 
 
 def column_name(cell: str) -> str:
@@ -129,28 +135,28 @@ def columns(file: Path, layouts: Sequence[tuple[str, ...]]) -> Iterator[tuple[st
         InputError: "malformed-line", another number of columns; "unknown-column".
     """
     order: list[int] | None = None
-    for number, line in lines(file):
-        found = line.rstrip("\r\n").split("\t")
-        layout = next((one for one in layouts if len(one) == len(found)), None)
-        if layout is None or len(found) != len(order or found):
-            known = " or ".join(f"{len(one)} ({', '.join(one)})" for one in layouts)
-            wanted = f"{len(order)} as above" if order else known
-            raise malformed(
-                f"{file}:{number}", f"{len(found)} columns between tabs", f"expected {wanted}"
+    for place, line in lines(file):
+        cells = line.rstrip("\r\n").split("\t")
+        if len(cells) not in map(len, layouts):
+            expected = " or ".join(", ".join(layout) for layout in layouts)
+            raise InputError(
+                "malformed-line",
+                f"{place}: the number of columns between tabs is {len(cells)}: expected {expected}",
             )
         if order is None:
-            meanings = list(map(_meaning, found))
-            if sorted(meanings) == sorted(layout):
-                order = [meanings.index(column) for column in layout]
+            layouts = [layout for layout in layouts if len(layout) == len(cells)]
+            meanings = list(map(_meaning, cells))
+            if sorted(meanings) == sorted(layouts[0]):
+                order = [meanings.index(column) for column in layouts[0]]
                 continue
             if meanings[0] == "id":
                 raise InputError(
                     "unknown-column",
-                    f"{file}:{number}: {found[0]!r} looks like a header, but the columns are not"
-                    f" {', '.join(layout)}: name them so, or remove the line",
+                    f"{place}: {cells[0]!r} looks like a header, but the columns are not"
+                    f" {', '.join(layouts[0])}: name them so, or remove the line",
                 )
-            order = list(range(len(found)))
-        yield f"{file}:{number}", [found[i] for i in order]
+            order = list(range(len(cells)))
+        yield place, [cells[i] for i in order]
 
 
 def _meaning(cell: str) -> str:
@@ -160,74 +166,68 @@ def _meaning(cell: str) -> str:
     return "text" if name in TEXTS else name
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; one with a key twice is refused, since a dict would keep the last value."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise InputError("malformed-line", f"several values of the key {key!r}")
-    return found
-
-
 def objects(file: Path, remedy: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, JSON object) of each line; `remedy` says what a line should be.
 
     Raises:
         InputError: "malformed-line".
     """
-    decode = json.JSONDecoder(object_pairs_hook=_unique).decode
-    for number, line in lines(file):
-        place = f"{file}:{number}"
-        try:
-            found = decode(line.rstrip("\r\n"))  # a column of the line, not of the next
-        except InputError as error:
-            raise malformed(place, str(error), "keep one of them") from None
-        except json.JSONDecodeError as error:
-            problem = f"not JSON ({error.msg}, column {error.colno})"
-            raise malformed(place, problem, remedy) from None
-        except (ValueError, RecursionError) as error:  # a huge number, or deep nesting
-            raise malformed(place, f"not JSON ({error})", remedy) from None
-        if not isinstance(found, dict):
-            raise malformed(place, "JSON, but not an object", remedy)
-        yield place, found
+    return parsed(lines(file), _object, remedy)
 
 
-def malformed(place: str, problem: str, remedy: str) -> InputError:
-    """A "malformed-line" error; `remedy` says what the line should be."""
-    return InputError("malformed-line", f"{place}: {problem}: {remedy}")
+def _object(line: str) -> dict[str, Any]:
+    try:
+        found = _decode(line.rstrip("\r\n"))  # an error's column is of this line, not of the next
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("JSON, but not an object")
+    return found
 
 
-def string(place: str, value: Any, name: str, remedy: str) -> str:
-    """The value; raises "malformed-line" if it is not a string."""
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; one with a key twice is refused, since a dict would keep the last value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"several values of the key {key!r}")
+    return found
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_unique).decode
+
+
+def string(value: Any, name: str) -> str:
+    """The value; raises ValueError if it is not a string."""
     if not isinstance(value, str):
-        raise malformed(place, f"{name} is not a string", remedy)
+        raise ValueError(f"{name} is not a string")
     return value
 
 
+def id_of(value: Any, name: str) -> str:
+    """The value, a string or an integer, as a string; raises ValueError for anything else."""
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if is_integer else string(value, name)
+
+
 def text_of(
-    place: str, fields: dict[str, Any], remedy: str, text: str = "text", title: str | None = "title"
+    fields: dict[str, Any], text: str = "text", title: str | None = "title"
 ) -> tuple[str, str]:
     """Title and text of an object; the title may be missing or null."""
     head = fields.get(title) if title else None
-    head = "" if head is None else string(place, head, str(title), remedy)
-    return head, string(place, fields.get(text), text, remedy)
+    return "" if head is None else string(head, str(title)), string(fields.get(text), text)
 
 
-def record_of(place: str, fields: dict[str, Any]) -> Record:
-    """Id, title and text of an object."""
-    remedy = 'every line is one object such as {"_id": "7", "title": "...", "text": "..."}'
-    id_keys = [key for key in ID_KEYS if key in fields]
-    if len({str(fields[key]) for key in id_keys}) > 1:
-        raise malformed(place, f"several ids ({', '.join(id_keys)})", "keep one of them")
-    id_key = id_keys[0] if id_keys else ID_KEYS[0]
+def record_of(fields: dict[str, Any]) -> Record:
+    """Id, title and text of an object, a `RECORD`."""
+    ids = [key for key in ID_KEYS if key in fields]
+    if len({str(fields[key]) for key in ids}) > 1:
+        raise ValueError(f"several ids ({', '.join(ids)})")
+    id_key = ids[0] if ids else ID_KEYS[0]
     text_key = next((key for key in TEXT_KEYS if key in fields), TEXT_KEYS[0])
-    name = string(place, id_of(fields.get(id_key)), id_key, remedy)
-    return name, *text_of(place, fields, remedy, text_key)
-
-
-def id_of(value: Any) -> Any:
-    """The value, as a string if it is an integer."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return id_of(fields.get(id_key), id_key), *text_of(fields, text_key)
 
 
 def one_of(folder: Path, names: Iterable[str]) -> Path | None:
@@ -239,25 +239,37 @@ def one_of(folder: Path, names: Iterable[str]) -> Path | None:
     return there[0] if there else None
 
 
-def by_stem(folder: Path, suffixes: Sequence[str], prefix: str = "") -> dict[str, Path]:
-    """The files `<prefix><stem><suffix>` of a folder by stem, sorted, plain or .gz.
+def required(folder: Path, *names: str) -> Path:
+    """As `one_of`; raises "file-not-found" if there is none."""
+    file = one_of(folder, names)
+    if file is None:
+        wanted = " or ".join(names)
+        raise InputError("file-not-found", f"{folder} has no {wanted} (or .gz): put it there")
+    return file
 
-    Hidden files and README or LICENSE are left out. Empty if there is no folder.
+
+def by_stem(folder: Path, *patterns: str) -> dict[str, Path]:
+    """The files of a folder, plain or .gz, by the part of their names that `*` stands for, sorted.
+
+    Hidden files and README or LICENSE are left out.
+
+    Args:
+        patterns: relative paths with one `*` in the name of the file, such as "qrels/*.tsv".
 
     Raises:
         InputError: "ambiguous-files", a stem has two files.
     """
-    ends = "|".join(map(re.escape, suffixes))
-    pattern = re.compile(rf"{re.escape(prefix)}(.+)({ends})(\.gz)?")
     found: dict[str, Path] = {}
-    for file in listed(folder) if folder.is_dir() else ():
-        match = pattern.fullmatch(file.name)
-        if match is None or match[1].casefold() in NOT_DATA or not file.is_file():
-            continue
-        if match[1] in found:
-            there = f"{found[match[1]]} and {file} exist"
-            raise InputError("ambiguous-files", f"{there}: keep one of them")
-        found[match[1]] = file
+    for pattern in patterns:
+        start, end = pattern.rpartition("/")[2].split("*")
+        for file in sorted([*folder.glob(pattern), *folder.glob(f"{pattern}.gz")]):
+            stem = file.name.removesuffix(".gz").removeprefix(start).removesuffix(end)
+            if stem.startswith(".") or stem.casefold() in NOT_DATA or not file.is_file():
+                continue
+            if stem in found:
+                there = f"{found[stem]} and {file} exist"
+                raise InputError("ambiguous-files", f"{there}: keep one of them")
+            found[stem] = file
     return dict(sorted(found.items()))
 
 
@@ -273,7 +285,7 @@ def contents(path: str, cache_dir: str | Path) -> list[list[str]]:
     return [
         [str(name), digest(file, cache_dir)]
         for file, name in names.items()
-        if not any(part[0] == "." for part in name.parts)
+        if not any(part.startswith(".") for part in name.parts)
     ]
 
 

@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from caravan.data.readers.labelled import Folder, LabelledFiles
-from caravan.data.readers.lines import columns, one_of, some
+from caravan.data.readers.lines import columns, one_of, required, some
 from caravan.data.texts import Record
-from caravan.errors import InputError
-from caravan.files import listed
 
 
 class Split(NamedTuple):
@@ -60,7 +58,6 @@ DOCUMENT_SPLITS = {
     "dl20": Split(TOPICS_2020, ("2020qrels-docs.txt", "qrels.dl20-doc.txt")),
 }
 PASSAGES = ("collection.tsv", "corpus.tsv", "collection.jsonl", "corpus.jsonl")
-DOCUMENTS = ("msmarco-docs.tsv",)
 DOCUMENT_COLUMNS = [("id", "url", "title", "text")]
 
 
@@ -79,7 +76,7 @@ class MsMarcoPassage(Folder):
     corpus: str | None = None
 
     def files(self, folder: Path) -> LabelledFiles:
-        corpus = _corpus(folder, PASSAGES, self.corpus)
+        corpus = folder / self.corpus if self.corpus else required(folder, *PASSAGES)
         queries, qrels = _splits(folder, PASSAGE_SPLITS)
         grades = {split: PASSAGE_SPLITS[split].relevant_from for split in qrels}
         graded = {split: grade for split, grade in grades.items() if grade != 1}
@@ -100,36 +97,14 @@ class MsMarcoDocument(Folder):
     urls: bool = True
 
     def files(self, folder: Path) -> LabelledFiles:
-        corpus = _corpus(folder, DOCUMENTS)
+        corpus = required(folder, "msmarco-docs.tsv")
         queries, qrels = _splits(folder, DOCUMENT_SPLITS)
         layout = ("msmarco_document", self.urls)
         return LabelledFiles(layout, corpus, queries, qrels, self._documents)
 
     def _documents(self, file: Path) -> Iterator[tuple[str, Record]]:
-        found = some(file, columns(file, DOCUMENT_COLUMNS))
-        for place, (name, url, title, body) in found:
+        for place, (name, url, title, body) in some(file, columns(file, DOCUMENT_COLUMNS)):
             yield place, (name, f"{url} {title}".strip() if self.urls else title, body)
-
-
-def _corpus(folder: Path, names: tuple[str, ...], given: str | None = None) -> Path:
-    """The file that holds the corpus."""
-    if given is not None:
-        file = folder / given  # or an absolute path, which replaces the folder
-        if not file.is_file():
-            raise InputError("file-not-found", f"there is no file {file}: correct data.corpus")
-        return file
-    there = [folder / f"{name}{end}" for name in names for end in ("", ".gz")]
-    there = [file for file in there if file.is_file()]
-    if len(there) > 1:
-        found = " and ".join(file.name for file in there)
-        raise InputError("ambiguous-files", f"{folder} holds {found}: choose with data.corpus")
-    if not there:
-        remedy = f"put {' or '.join(names)} there (or .gz)"
-        for file in listed(folder):
-            if file.name.endswith(".tar.gz"):
-                remedy = f"unpack {file.name} there (tar -xzf)"
-        raise InputError("file-not-found", f"{folder} holds no corpus: {remedy}")
-    return there[0]
 
 
 def _splits(folder: Path, splits: Mapping[str, Split]) -> tuple[list[Path], dict[str, Path]]:
@@ -138,16 +113,8 @@ def _splits(folder: Path, splits: Mapping[str, Split]) -> tuple[list[Path], dict
     qrels: dict[str, Path] = {}
     for split, names in splits.items():
         judged = one_of(folder, names.qrels)
-        if judged is None:
-            continue
-        found = (one_of(folder, [name]) for name in names.queries)
-        file = next(filter(None, found), None)
-        if file is None:
-            wanted = f"put {' or '.join(names.queries)} (or .gz) there"
-            raise InputError("file-not-found", f"{folder} holds {judged.name} alone: {wanted}")
-        qrels[split] = judged
-        queries[file] = None
-    if not qrels:
-        known = ", ".join(names.qrels[0] for names in splits.values())
-        raise InputError("file-not-found", f"{folder} holds no qrels: put {known} or .gz there")
+        if judged is not None:
+            there = [name for name in names.queries if one_of(folder, [name])]
+            queries[required(folder, *(there[:1] or names.queries))] = None
+            qrels[split] = judged
     return list(queries), qrels

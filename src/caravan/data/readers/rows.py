@@ -9,23 +9,25 @@
 
 `Columns` maps other names to these. A column whose name ends with `_id` or `_ids` has ids of a
 corpus; elsewhere a passage is a text or an object. The id of a text without one is its hash.
+
+Errors are raised without a place, for `caravan.data.readers.lines.parsed`.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Mapping
-from decimal import Decimal
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
-from caravan.data.readers.lines import TEXTS, id_of, malformed, string, text_of
+from caravan.data.readers.lines import ID_KEYS, TEXTS, id_of, string, text_of
 from caravan.errors import InputError
 
 LARGEST = float(np.finfo(np.float32).max)  # a run holds scores in float32
-NAMES: dict[str, tuple[str, ...]] = {
+NAMES: dict[str, Sequence[str]] = {
     "id": ("query_id", "question_id"),
     "query": ("query", "query_text", "question", "anchor", "sentence1"),
     "instruction": ("prompt",),
@@ -38,16 +40,11 @@ NAMES: dict[str, tuple[str, ...]] = {
     "label": ("label", "labels"),
 }
 """The parts of a row, and the columns that may hold each, in order of preference."""
-LISTS = {*NAMES["positive"][:3], *NAMES["negative"][:3]}
-"""Columns of Tevatron and FlagEmbedding: always lists, in rows without a `score` or `label`."""
 NUMBERED = re.compile(r"negative_(\d+)")
-SUGGESTED = {
-    "positive": re.compile(r"pos(i?tiv\w*)?s?"),
-    "negative": re.compile(r"neg(a?tiv\w*)?s?"),
-    "instruction": re.compile("(instruct(ion)?|prompt)s?"),
-    "score": re.compile("scores?"),
-    "label": re.compile("labels?"),
-}
+SUGGESTED = re.compile(
+    r"(?P<positive>pos(i?tiv\w*)?s?)|(?P<negative>neg(a?tiv\w*)?s?)"
+    r"|(?P<instruction>(instruct(ion)?|prompt)s?)|(?P<score>scores?)|(?P<label>labels?)"
+)
 """Parts by the last word of a column's name, not counting "text" and the like."""
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 REMEDY = (
@@ -86,68 +83,65 @@ class Columns:
     """
 
     def __init__(self, given: Mapping[str, str | list[str] | None] | None = None) -> None:
-        self.given = dict(given or {})
+        self.given = {
+            part: [names] if isinstance(names, str) else list(names or ())
+            for part, names in (given or {}).items()
+        }
         if unknown := sorted(self.given.keys() - NAMES.keys()):
             raise InputError(
                 "unknown-column",
                 f"data.columns.{unknown[0]}: no such part; the parts are {', '.join(NAMES)}",
             )
-        self._names = dict(NAMES)
-        for part, names in self.given.items():
-            self._names[part] = (names,) if isinstance(names, str) else tuple(names or ())
+        self.names = {**NAMES, **self.given}
 
-    def of(self, place: str, part: str, fields: Mapping[str, Any]) -> list[str]:
-        """The columns of a row that have a part."""
-        found = [name for name in self._names[part] if name in fields]
-        if part == "negative" and part not in self.given:
-            numbered = filter(NUMBERED.fullmatch, fields)
-            found += sorted(numbered, key=lambda name: int(name.rpartition("_")[2]))
-        missing = [name for name in self._names[part] if name not in found]
-        if self.given.get(part) and part != "negative" and missing:
-            raise malformed(
-                place, f"no column {missing[0]}; the columns are {_listed(fields)}", REMEDY
-            )
-        return found if part == "negative" else found[:1]
-
-    def refuse_unread(
-        self, place: str, fields: Mapping[str, Any], names: Mapping[str, list[str]]
-    ) -> None:
-        """Refuse columns whose name and value suggest a part, but which are not read.
-
-        Args:
-            names: the columns that are read, of each part.
+    def of(self, fields: Mapping[str, Any]) -> dict[str, list[str]]:
+        """The columns of a row that have each part: one at most, but any number of negatives.
 
         Raises:
-            InputError: "unknown-column".
+            ValueError: a column is missing.
+            InputError: "unknown-column", a column looks like a part, but is not read.
         """
-        sides = (*names["positive"], *names["negative"])
+        found = {}
+        for part, names in self.names.items():
+            found[part] = [name for name in names if name in fields]
+            if part != "negative":
+                found[part] = found[part][:1]
+                if not found[part] and (part in ("query", "positive") or self.given.get(part)):
+                    there = ", ".join(map(str, fields)) or "none"
+                    wanted = ", ".join(names)
+                    raise ValueError(f"no column for the {part} ({wanted}); there are {there}")
+        if "negative" not in self.given:
+            numbered = filter(NUMBERED.fullmatch, fields)
+            found["negative"] += sorted(numbered, key=lambda name: int(name.rpartition("_")[2]))
+        self._refuse_unread(fields, found)
+        return found
+
+    def _refuse_unread(self, fields: Mapping[str, Any], found: Mapping[str, list[str]]) -> None:
+        """Refuse columns whose name and value suggest a part, but which are not read."""
+        sides = [*found["positive"], *found["negative"]]
         read = {*sides, *(f"{name}_scores" for name in sides)}
-        settled = {part for part in ("instruction", "score", "label") if names[part]}
-        if names["positive"][0] in LISTS:
-            settled |= {"score", "label"}  # rows in these layouts have neither
         # The score of a whole triplet is not a score of a passage.
-        needed = {"score": _count(fields, sides), "label": _count(fields, names["positive"])}
-        unread: dict[str, list[str]] = {}
+        numbers = {"score": _count(fields, sides), "label": _count(fields, found["positive"])}
         for column, value in fields.items():
             part = suggested(column)
-            if part is None or part in {*settled, *self.given} or column in {*read, *NAMES[part]}:
+            if part is None or part in self.given or column in {*read, *NAMES[part]}:
                 continue
-            if part in needed and _count(fields, [column]) != needed[part]:
+            values = _values(value)
+            if found[part] and part not in ("positive", "negative"):
                 continue
-            first = _number(value[0] if isinstance(value, list) and value else value)
-            kind = int | float if part in ("score", "label") else str | dict
+            if part in numbers and len(values) != numbers[part]:
+                continue
+            first = _number(values[0]) if values else ""
+            kind = int | float if part in numbers else str | dict
             if first != "" and isinstance(first, kind):
-                unread.setdefault(part, []).append(column)
-        for part, columns in unread.items():
-            more = [*names[part], *columns] if part == "negative" else columns[:1]
-            raise InputError(
-                "unknown-column",
-                f"{place}: the column {columns[0]} looks like the {part} and is not read: set"
-                f" 'data.columns={{{part}: {_value(more)}}}' to read it, or"
-                f" 'data.columns={{{part}: {_value(names[part])}}}' to ignore it",
-            )
+                raise InputError(
+                    "unknown-column",
+                    f"the column {column} looks like the {part} and is not read: set"
+                    f" data.columns={{{part}: ...}} to all columns to read as such, or null",
+                )
 
 
+@functools.cache
 def suggested(column: str) -> str | None:
     """The part that the name of a column suggests.
 
@@ -157,141 +151,109 @@ def suggested(column: str) -> str | None:
     words = [word.casefold() for word in _WORDS.findall(column)]
     while words and words[-1].removesuffix("s") in {*TEXTS, "doc"}:
         words.pop()
-    word = words[-1] if words else ""
-    return next((part for part, name in SUGGESTED.items() if name.fullmatch(word)), None)
+    match = SUGGESTED.fullmatch(words[-1]) if words else None
+    return match.lastgroup if match else None
 
 
-def row_of(
-    place: str, fields: dict[str, Any], columns: Columns | None = None, has_corpus: bool = False
-) -> Row:
+def row_of(fields: dict[str, Any], columns: Columns) -> Row:
     """A row in any of the layouts.
 
     Raises:
-        InputError: "malformed-line", "unknown-column", "invalid-score", "invalid-label",
-            "missing-corpus".
+        ValueError: a column is missing, or a value has another type.
+        InputError: "unknown-column", "invalid-score", "invalid-label".
     """
-    columns = columns or Columns()
-    names = {part: columns.of(place, part, fields) for part in NAMES}
-    for part in ("query", "positive"):
-        if not names[part]:
-            problem = f"no column for the {part}; the columns are {_listed(fields)}"
-            raise malformed(place, problem, REMEDY)
-    columns.refuse_unread(place, fields, names)
-
-    def only(part: str, missing: Any = None) -> Any:
-        return fields[names[part][0]] if names[part] else missing
-
-    query = string(place, only("query"), names["query"][0], REMEDY)
-    instruction = string(place, only("instruction") or "", "prompt", REMEDY)
-    name = id_of_text(f"{instruction}\n{query}" if instruction else query)
-    name = string(place, id_of(only("id", name)), "query_id", REMEDY)
-    if only("positive") is None or (only("positive") == "" and names["positive"][0] not in LISTS):
-        raise malformed(place, f"{names['positive'][0]} is null or empty", REMEDY)
-    positives = _side(place, names["positive"], fields)
-    negatives = _side(place, names["negative"], fields)
-    if names["positive"][0] not in LISTS:
-        positives, negatives = _marked(
-            place, positives, negatives, only("score"), only("label"), names
-        )
-    if not has_corpus and any(one.text is None for one in (*positives, *negatives)):
-        raise InputError(
-            "missing-corpus",
-            f"{place}: the row has ids of passages, but there is no corpus: set data.corpus to the"
-            " file or dataset with these passages",
-        )
+    names = columns.of(fields)
+    given = {part: fields[there[0]] if there else None for part, there in names.items()}
+    query = string(given["query"], names["query"][0])
+    instruction = string(given["instruction"] or "", "prompt")
+    hashed = id_of_text(f"{instruction}\n{query}" if instruction else query)
+    name = id_of(given["id"] if names["id"] else hashed, "query_id")
+    if not isinstance(given["positive"], list) and not _values(given["positive"]):
+        raise ValueError(f"{names['positive'][0]} is null or empty")
+    positives, negatives = (_side(fields, names[side]) for side in ("positive", "negative"))
+    if given["score"] is not None:
+        every = _scored([*positives, *negatives], given["score"], bool(names["label"]))
+        positives, negatives = every[: len(positives)], every[len(positives) :]
+    if names["label"]:
+        relevant = _labels(given["label"], len(positives))
+        marked = list(zip(positives, relevant, strict=True))
+        positives = [one for one, label in marked if label]
+        negatives = [*(one for one, label in marked if not label), *negatives]
     return Row(name, query, instruction, positives, negatives)
 
 
-def _side(place: str, names: list[str], fields: Mapping[str, Any]) -> list[Passage]:
-    """The passages of some columns; a column that is null or empty has none."""
+def _side(fields: Mapping[str, Any], names: Iterable[str]) -> list[Passage]:
+    """The passages of some columns."""
     found = []
     for name in names:
-        values = fields[name]
-        if values is None or (values == "" and name not in LISTS):
-            continue
-        if not isinstance(values, list):
-            if name in LISTS:
-                raise malformed(place, f"{name} is not a list", REMEDY)
-            values = [values]
+        values = _values(fields[name])
         scores = fields.get(f"{name}_scores")
         scores = [None] * len(values) if scores is None else scores
         if not isinstance(scores, list) or len(scores) != len(values):
-            problem = f"{name}_scores is not a list of {len(values)} numbers, one for each of"
-            raise malformed(place, f"{problem} {name}", REMEDY)
-        pairs = zip(values, scores, strict=True)
-        found += [_passage(place, name, value, score) for value, score in pairs]
+            raise ValueError(f"{name}_scores is not a list of {len(values)} numbers, as in {name}")
+        found += [_passage(name, *pair) for pair in zip(values, scores, strict=True)]
     return found
 
 
-def _count(fields: Mapping[str, Any], names: Iterable[str]) -> int:
-    """The number of values in some columns."""
-    values = (fields[name] for name in names)
-    return sum(
-        len(value) if isinstance(value, list) else value not in (None, "") for value in values
-    )
-
-
-def _passage(place: str, name: str, value: Any, score: Any) -> Passage:
+def _passage(name: str, value: Any, score: Any) -> Passage:
     if name.endswith(("_id", "_ids")):
-        return Passage(string(place, id_of(value), "a document id", REMEDY), _score(place, score))
-    if isinstance(value, dict) and name not in ("pos", "neg"):
-        key = next((key for key in ("docid", "id", "_id") if key in value), "docid")
-        score = _score(place, value.get("score", score))
-        if "text" not in value and key in value and name not in LISTS:
-            return Passage(string(place, id_of(value[key]), key, REMEDY), score)
-        title, text = text_of(place, value, REMEDY)
-        own = id_of(value.get(key, id_of_text(f"{title}\n{text}" if title else text)))
-        return Passage(string(place, own, key, REMEDY), score, title, text)
-    if name.endswith("_passages"):
-        raise malformed(place, f"a passage of {name} is not an object", REMEDY)
-    text = string(place, value, f"a text of {name}", REMEDY)
-    return Passage(id_of_text(text), _score(place, score), "", text)
+        return Passage(id_of(value, "a document id"), _score(score))
+    if not isinstance(value, dict):
+        if name.endswith("_passages"):
+            raise ValueError(f"a passage of {name} is not an object")
+        text = string(value, f"a text of {name}")
+        return Passage(id_of_text(text), _score(score), "", text)
+    key = next((key for key in ID_KEYS if key in value), None)
+    own = id_of(value[key], key) if key else None
+    score = _score(value.get("score", score))
+    if own is not None and "text" not in value:
+        return Passage(own, score)
+    title, text = text_of(value)
+    if own is None:
+        own = id_of_text(f"{title}\n{text}" if title else text)
+    return Passage(own, score, title, text)
 
 
-def _marked(
-    place: str,
-    positives: list[Passage],
-    negatives: list[Passage],
-    scores: Any,
-    labels: Any,
-    names: Mapping[str, list[str]],
-) -> tuple[list[Passage], list[Passage]]:
-    """Move positives with label 0 to the negatives, and set the scores of the row's passages."""
-    if scores is not None:
-        every = [*positives, *negatives]
-        given = scores if isinstance(scores, list) else [scores]
-        if len(given) != len(every) or (len(every) == 1 and not names["label"]):
-            unlabelled = "the row has no label that says whether its passage is relevant"
-            uneven = f"the number of passages is {len(every)}"
-            raise malformed(
-                place,
-                f"{names['score'][0]} is {scores!r}, but"
-                f" {unlabelled if len(given) == len(every) else uneven}",
-                "give a label, or a score for each passage, or leave the scores out"
-                " (data.columns={score: null})",
-            )
-        every = [
-            one._replace(score=_score(place, _number(value)))
-            for one, value in zip(every, given, strict=True)
-        ]
-        positives, negatives = every[: len(positives)], every[len(positives) :]
-    if not names["label"]:
-        return positives, negatives
-    given = labels if isinstance(labels, list) else [labels]
-    if len(given) != len(positives) or any(_number(one) not in (0, 1) for one in given):
+def _scored(passages: list[Passage], scores: Any, has_label: bool) -> list[Passage]:
+    """The passages of a row with its scores."""
+    given = scores if isinstance(scores, list) else [scores]
+    if len(given) != len(passages) or (len(given) == 1 and not has_label):
+        raise InputError(
+            "malformed-line",
+            f"the score is {scores!r}; it must be a number for each of the {len(passages)} passages"
+            " of the row, and a single passage needs a label that says whether it is relevant:"
+            " add them, or leave the score out (data.columns={score: null})",
+        )
+    pairs = zip(passages, map(_number, given), strict=True)
+    return [one._replace(score=_score(value)) for one, value in pairs]
+
+
+def _labels(labels: Any, count: int) -> list[Any]:
+    """Whether each positive of a row is relevant, 0 or 1."""
+    given = list(map(_number, labels if isinstance(labels, list) else [labels]))
+    if len(given) != count or any(one not in (0, 1) for one in given):
         raise InputError(
             "invalid-label",
-            f"{place}: {names['label'][0]} is {labels!r}; it must be 0 or 1 for each"
-            f" passage of {names['positive'][0]}, or be left out (data.columns={{label: null}})",
+            f"the label is {labels!r}; it must be 0 or 1 for each of {count} passages, or be left"
+            " out (data.columns={label: null})",
         )
-    marked = list(zip(positives, map(_number, given), strict=True))
-    relevant = [one for one, label in marked if label]
-    return relevant, [*(one for one, label in marked if not label), *negatives]
+    return given
 
 
 def id_of_text(text: str) -> str:
     """A hash, as the id of a text that has none; equal texts have equal ids."""
     return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
+
+
+def _values(value: Any) -> list[Any]:
+    """The values of a column; one that is null or empty has none."""
+    if isinstance(value, list):
+        return value
+    return [] if value in (None, "") else [value]
+
+
+def _count(fields: Mapping[str, Any], names: Iterable[str]) -> int:
+    return sum(len(_values(fields[name])) for name in names)
 
 
 def _number(value: Any) -> Any:
@@ -302,23 +264,12 @@ def _number(value: Any) -> Any:
         return value
 
 
-def _score(place: str, value: Any) -> float | None:
+def _score(value: Any) -> float | None:
     """A teacher's score; None if there is none."""
     if value is None:
         return None
-    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not abs(value) <= LARGEST:
-        raise InputError(
-            "invalid-score",
-            f"{place}: the score {value!r} is not a finite float32 number; correct it",
-        )
+        problem = f"the score {value!r} is not a finite float32 number; correct it"
+        raise InputError("invalid-score", problem)
     return float(value)
-
-
-def _listed(fields: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, list(fields)[:12])) or "none"
-
-
-def _value(names: list[str]) -> str:
-    """Columns as a value of `data.columns`."""
-    return (names[0] if len(names) == 1 else f"[{', '.join(names)}]") if names else "null"

@@ -8,23 +8,33 @@ a Wikipedia takes disk and no memory, and a resumed run finds the same texts in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from caravan.data.collection import Collection, write_collection
-from caravan.data.readers.lines import contents, digest, lines, objects, text_of
-from caravan.data.readers.tables import rows
+from caravan.data.readers.lines import contents, digest, lines, objects, parsed, text_of
+from caravan.data.readers.tables import Rows
 from caravan.data.source import Source, cache_key, cached_collection
 from caravan.errors import InputError
 from caravan.files import listed
 
-SUFFIXES = (".jsonl", ".txt")
+LINE = 'every line is one object such as {"text": "..."}'
+COLUMNS = "set data.text and data.title to columns of texts"
+
+Documents = Iterable[tuple[str, tuple[str, str]]]
+"""(place, (title, text)) of each document."""
+
+
+class Unlabelled(Source):
+    """A source of texts alone: it has no splits."""
+
+    train_split = dev_split = split = ""
 
 
 @dataclass
-class TextFiles(Source):
+class TextFiles(Unlabelled):
     """Text or jsonl files, each plain or .gz: one, or all in a folder.
 
     Args:
@@ -32,15 +42,11 @@ class TextFiles(Source):
         name: what reports call the collection; the name of the path by default.
         documents: a document of a text file is the whole "file", or a "line". A line of jsonl is
             always one: an object with "text", and "title" if it has one.
-        train_split, dev_split, split: there are none.
     """
 
     path: str
     name: str | None = None
     documents: Literal["file", "line"] = "file"
-    train_split: str = ""
-    dev_split: str = ""
-    split: str = ""
 
     def collection(self, cache_dir: str | Path) -> Collection:
         path = Path(self.path)
@@ -52,27 +58,21 @@ class TextFiles(Source):
                 "file-not-found", f"{path} holds no .jsonl or .txt (nor .gz): give text files"
             )
         read = [[_suffix(file), digest(file, cache_dir)] for file in files]
+        key = cache_key("whole texts", read, self.documents)
         found = (one for file in files for one in self._documents(file))
-        name = self.name or path.resolve().name
-        return _collection(
-            cache_dir, name, cache_key("whole texts", read, self.documents), found, path
-        )
+        return _collection(cache_dir, self.name or path.resolve().name, key, found, path)
 
-    def _documents(self, file: Path) -> Iterator[tuple[str, str]]:
-        """(title, text) of each."""
+    def _documents(self, file: Path) -> Documents:
         if _suffix(file) == ".jsonl":
-            remedy = 'every line is one object such as {"text": "..."}'
-            for place, fields in objects(file, remedy):
-                yield text_of(place, fields, remedy)
+            yield from parsed(objects(file, LINE), text_of, LINE)
         elif self.documents == "line":
-            for _, line in lines(file):
-                yield "", line.strip()
+            yield from ((place, ("", line.strip())) for place, line in lines(file))
         else:
-            yield "", "".join(line for _, line in lines(file, blank=True))
+            yield str(file), ("", "".join(line for _, line in lines(file, blank=True)))
 
 
 @dataclass
-class HubTexts(Source):
+class HubTexts(Unlabelled):
     """A dataset of the Hugging Face hub, or of a folder that `datasets` reads.
 
     Args:
@@ -82,7 +82,6 @@ class HubTexts(Source):
         text, title: columns; None goes without titles.
         revision: a branch, tag or commit.
         name: what reports call the collection; the last part of the path by default.
-        train_split, dev_split, split: there are none.
     """
 
     path: str
@@ -92,9 +91,6 @@ class HubTexts(Source):
     title: str | None = None
     revision: str | None = None
     name: str | None = None
-    train_split: str = ""
-    dev_split: str = ""
-    split: str = ""
 
     def __post_init__(self) -> None:
         self.hub_id = None if Path(self.path).exists() else self.path
@@ -105,28 +101,23 @@ class HubTexts(Source):
         settings = [place, self.config, self.subset, self.text, self.title, self.revision]
         name = self.name or self.path.rstrip("/").rpartition("/")[2]
         key = cache_key("hub", settings, found)
-        return _collection(cache_dir, name, key, self._documents(), self.path)
+        rows = Rows([self.path], self.subset, self.config, self.revision).read(COLUMNS)
+        documents = parsed(rows, self._text, COLUMNS)
+        return _collection(cache_dir, name, key, documents, self.path)
 
-    def _documents(self) -> Iterator[tuple[str, str]]:
-        remedy = "set data.text and data.title to columns of texts"
-        found = rows([self.path], self.config, self.subset, self.revision, remedy)
-        for place, row in found:
-            for column in (self.text, self.title):
-                if column and column not in row:
-                    text = f"{place}: no column {column!r}; there are {', '.join(row)}"
-                    raise InputError("unknown-column", text)
-            yield text_of(place, row, remedy, self.text, self.title)
+    def _text(self, row: dict[str, Any]) -> tuple[str, str]:
+        for column in (self.text, self.title):
+            if column and column not in row:
+                there = f"no column {column!r}; there are {', '.join(row)}"
+                raise InputError("unknown-column", f"{there}: {COLUMNS}")
+        return text_of(row, self.text, self.title)
 
 
 def _collection(
-    cache_dir: str | Path,
-    name: str,
-    key: str,
-    documents: Iterable[tuple[str, str]],
-    path: str | Path,
+    cache_dir: str | Path, name: str, key: str, documents: Documents, path: str | Path
 ) -> Collection:
     """A collection of the documents that are not blank, numbered."""
-    written = (document for document in documents if document[1].strip())
+    written = (document for _, document in documents if document[1].strip())
     corpus = ((str(number), *document) for number, document in enumerate(written))
 
     def build(folder: Path) -> Collection:
@@ -138,4 +129,4 @@ def _collection(
 def _suffix(file: Path) -> str:
     """.jsonl or .txt, plain or .gz; empty for other files and for folders."""
     suffix = Path(file.name.removesuffix(".gz")).suffix
-    return suffix if suffix in SUFFIXES and file.is_file() else ""
+    return suffix if suffix in (".jsonl", ".txt") and file.is_file() else ""

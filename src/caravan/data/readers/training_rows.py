@@ -15,37 +15,29 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from caravan.data.collection import Collection
 from caravan.data.qrels import Judgement, Scored, UnknownIds
-from caravan.data.readers.lines import by_stem, contents, record_of
-from caravan.data.readers.rows import Columns, row_of
-from caravan.data.readers.tables import SAVED, TABLES, rows
+from caravan.data.readers.lines import RECORD, by_stem, contents, parsed, record_of
+from caravan.data.readers.rows import REMEDY, Columns, row_of
+from caravan.data.readers.tables import SAVED, TABLES, Rows
 from caravan.data.source import Source, Stream, Streams, cache_key, cached_collection, held_out
 from caravan.data.texts import Record, check_id, unique_records
 from caravan.errors import InputError
+from caravan.files import scratch_folder
 from caravan.progress import track
 
 NEGATIVES, TEACHER = "negatives", "teacher"
 TRAIN, DEV = "train", "dev"
 JSON = (".jsonl", ".json")
-SUFFIXES = (*JSON, *TABLES)
-REMEDY = (
+LINE = (
     'every line is one object with a query and its passages, such as "query", "pos" and "neg"'
     " (docs/data-formats.md has all columns)"
 )
-
-
-class Part(NamedTuple):
-    """The rows of a split, or the passages of a corpus."""
-
-    paths: list[str]  # files, folders, or a dataset
-    subset: str = TRAIN  # split of the dataset
 
 
 @dataclass
@@ -96,133 +88,131 @@ class TrainingRows(Source):
         name = self.name or Path(self.path).resolve().name.removesuffix(".gz")
 
         def build(folder: Path) -> Collection:
-            scratch = folder.with_name(f".{folder.name}.rows")
-            shutil.rmtree(scratch, ignore_errors=True)  # left by a killed build
-            scratch.mkdir(parents=True)
-            try:
-                build = _Build(splits, corpus, columns, self.config, self.revision)
-                streams = build.streams(scratch / "rows.jsonl", self.held_out)
-                return streams.write(folder, name, unknown_ids=self.unknown_ids)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+            with scratch_folder(folder.with_name(f"{folder.name}.rows")) as scratch:
+                spool = _Spool(scratch / "rows.jsonl", splits, corpus, columns)
+                return spool.streams(self.held_out).write(
+                    folder, name, unknown_ids=self.unknown_ids
+                )
 
         return cached_collection(cache_dir, name, key, build)
 
-    def _parts(self) -> tuple[dict[str, Part], Part | None]:
+    def _parts(self) -> tuple[dict[str, Rows], Rows | None]:
         """The rows of each split, and the corpus."""
         path, named = Path(self.path), dict(self.subsets or {})
-        files = {TRAIN: path} if path.is_file() else _files(path, SUFFIXES)
+        files = {TRAIN: path} if path.is_file() else _files(path, *JSON, *TABLES)
         beside = files.pop("corpus", None)
+        found: dict[str, tuple[list[str], str]] = {}  # paths and subset
         if TRAIN in files:
-            for split, name in named.items():
+            for split, name in (named or {name: name for name in files}).items():
                 if name not in files:
                     raise InputError(
                         "unknown-split",
                         f"data.subsets.{split} is {name}, but {path} has no rows of that name, only"
                         f" {', '.join(files)}: give the folder that holds {name}.jsonl (or .gz)",
                     )
-            named = named or {name: name for name in files}
-            splits = {split: Part([str(files[name])], split) for split, name in named.items()}
+                found[split] = [str(files[name])], split
         elif named:
-            splits = {split: Part([self.path], name) for split, name in named.items()}
+            found = {split: ([self.path], name) for split, name in named.items()}
         else:
-            splits = {TRAIN: Part(_loose(self.path))}
+            found = {TRAIN: (_loose(self.path), TRAIN)}
         if self.dev is not None:
-            splits[DEV] = Part(_loose(self.dev))
+            found[DEV] = _loose(self.dev), TRAIN
+        splits = {split: Rows(*of, self.config, self.revision) for split, of in found.items()}
         corpus = self.corpus or (beside and str(beside))
-        return splits, Part([corpus]) if corpus else None
+        return splits, Rows([corpus], TRAIN, self.config) if corpus else None
 
 
-def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def _files(folder: Path, *suffixes: str) -> dict[str, Path]:
     """The files of rows of a folder, by stem; none of a saved dataset."""
     if any((folder / name).is_file() for name in SAVED):
         return {}
-    found = by_stem(folder, suffixes)
+    found = by_stem(folder, *(f"*{suffix}" for suffix in suffixes))
     return {stem: file for stem, file in found.items() if not stem.startswith("dataset_info")}
 
 
 def _loose(path: str) -> list[str]:
     """The jsonl files of a folder; a file or a dataset unchanged."""
-    found = _files(Path(path), JSON)
+    found = _files(Path(path), *JSON)
     found.pop("corpus", None)
     return list(map(str, found.values())) or [path]
 
 
 @dataclass
-class _Build:
-    """Reads rows into a collection."""
+class _Spool:
+    """A file of what the rows hold, without the texts of their passages."""
 
-    splits: Mapping[str, Part]
-    corpus: Part | None  # the passages, if the rows have only ids
+    file: Path
+    splits: dict[str, Rows]
+    corpus: Rows | None
     columns: Columns
-    config: str | None
-    revision: str | None
 
-    def streams(self, spool: Path, share: float) -> Streams:
+    def streams(self, share: float) -> Streams:
         """The corpus, whose stream also writes the spool; the rest is read from the spool.
 
         Args:
             share: of the training queries, to hold out.
         """
-
-        def read() -> Iterator[Any]:
-            with open(spool, encoding="utf-8") as file:
-                yield from map(json.loads, file)
-
-        def queries() -> Iterator[tuple[str, Record]]:
-            found = ((place, (name, own, text)) for place, _, name, text, own, *_ in read())
-            return unique_records(found, "queries")
-
-        def positives(split: str) -> Iterator[tuple[str, Judgement]]:
-            for place, own, query, _, _, passages, _ in read():
-                if own == split:
-                    yield from ((place, (query, passage, 1)) for passage, _ in passages)
-
-        def negatives() -> Iterator[tuple[str, Scored]]:
-            for place, _, query, _, _, _, passages in read():
-                for rank, (passage, _) in enumerate(passages, 1):
-                    yield place, (query, passage, 1 / rank)
-
-        def teacher() -> Iterator[tuple[str, Scored]]:
-            for place, _, query, _, _, own, others in read():
-                for passage, score in (*own, *others):
-                    if score is not None:
-                        yield place, (query, passage, score)
-
         qrels: dict[str, Stream[Judgement]] = {
-            split: functools.partial(positives, split) for split in self.splits
+            split: functools.partial(self._positives, split) for split in self.splits
         }
-        corpus, runs = functools.partial(self._passages, spool), {NEGATIVES: negatives}
-        shared = held_out(qrels, share)
-        return Streams("the rows", corpus, queries, shared, runs | {TEACHER: teacher})
+        runs = {NEGATIVES: self._negatives, TEACHER: self._teacher}
+        return Streams("the rows", self._passages, self._queries, held_out(qrels, share), runs)
 
-    def _passages(self, spool: Path) -> Iterator[tuple[str, Record]]:
+    def _passages(self) -> Iterator[tuple[str, Record]]:
         """(place, passage) of the corpus, after all rows were written to the spool."""
-        found = unique_records(self._spooled(spool), "passages")
+        found = unique_records(self._written(), "passages")
         if self.corpus is None:
             yield from found
             return
         for _ in found:
             pass  # rows beside a corpus have no passages; this reads them
-        remedy = 'every line is one object such as {"docid": "7", "title": "...", "text": "..."}'
-        for place, fields in rows(self.corpus.paths, self.config, TRAIN, None, remedy):
-            yield place, record_of(place, fields)
+        yield from parsed(self.corpus.read(RECORD), record_of, RECORD)
 
-    def _spooled(self, spool: Path) -> Iterator[tuple[str, Record]]:
+    def _written(self) -> Iterator[tuple[str, Record]]:
         """Write all rows to the spool; yield (place, passage) of the texts in them."""
-        with open(spool, "w", encoding="utf-8") as file:
+        with open(self.file, "w", encoding="utf-8") as file:
             for split, part in self.splits.items():
-                found = rows(part.paths, self.config, part.subset, self.revision, REMEDY)
+                found = part.read(LINE)
                 if self.corpus is not None:  # else the progress of the passages is shown
                     found = track(found, f"rows of {split}", unit="rows")
-                for place, fields in found:
-                    row = row_of(place, fields, self.columns, self.corpus is not None)
+                of_row = functools.partial(row_of, columns=self.columns)
+                for place, row in parsed(found, of_row, REMEDY):
                     passages = [*row.positives, *row.negatives]
                     for name in (row.id, *(one.id for one in passages)):
                         check_id(name, place)
                     sides = ([one[:2] for one in side] for side in (row.positives, row.negatives))
                     query = (row.id, row.query, row.instruction)
                     file.write(f"{json.dumps([place, split, *query, *sides])}\n")
-                    for one in passages:
-                        if one.text is not None and self.corpus is None:
-                            yield place, (one.id, one.title, one.text)
+                    for one in passages if self.corpus is None else ():
+                        if one.text is None:
+                            raise InputError(
+                                "missing-corpus",
+                                f"{place}: the row has ids of passages, but there is no corpus: set"
+                                " data.corpus to the file or dataset with these passages",
+                            )
+                        yield place, (one.id, one.title, one.text)
+
+    def _read(self) -> Iterator[Any]:
+        """[place, split, query id, query, instruction, positives, negatives] of each row."""
+        with open(self.file, encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+    def _queries(self) -> Iterator[tuple[str, Record]]:
+        found = ((place, (name, own, text)) for place, _, name, text, own, *_ in self._read())
+        return unique_records(found, "queries")
+
+    def _positives(self, split: str) -> Iterator[tuple[str, Judgement]]:
+        for place, own, query, _, _, passages, _ in self._read():
+            if own == split:
+                yield from ((place, (query, passage, 1)) for passage, _ in passages)
+
+    def _negatives(self) -> Iterator[tuple[str, Scored]]:
+        for place, _, query, _, _, _, passages in self._read():
+            for rank, (passage, _) in enumerate(passages, 1):
+                yield place, (query, passage, 1 / rank)
+
+    def _teacher(self) -> Iterator[tuple[str, Scored]]:
+        for place, _, query, _, _, own, others in self._read():
+            for passage, score in (*own, *others):
+                if score is not None:
+                    yield place, (query, passage, score)
