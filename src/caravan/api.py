@@ -64,9 +64,9 @@ class Retriever(Inference):
         self, queries: Sequence[Text], passages: Sequence[Text], instruction: str | None = None
     ) -> np.ndarray:
         """Similarities [N] float32 of queries with passages, pair by pair."""
-        _check_pairs(queries, passages)
-        vectors = self.encode_passages(passages, instruction)
-        return np.einsum("nd,nd->n", self.encode_queries(queries, instruction), vectors)
+        asked, texts = _aligned(queries, passages)
+        vectors = self.encode_passages(texts, instruction)
+        return np.einsum("nd,nd->n", self.encode_queries(asked, instruction), vectors)
 
     def search(
         self,
@@ -114,10 +114,9 @@ class Reranker(Inference):
         self, queries: Sequence[Text], passages: Sequence[Text], instruction: str | None = None
     ) -> np.ndarray:
         """Scores [N] float32 of queries with passages, pair by pair; higher is better."""
-        _check_pairs(queries, passages)
-        if not len(queries):
+        asked, texts = _aligned(queries, passages)
+        if not asked:
             return np.empty(0, dtype=np.float32)
-        asked, texts = _pairs(queries, "query"), _pairs(passages, "passage")
         return self.score_pairs(asked, texts, instruction)
 
     def search(
@@ -129,10 +128,10 @@ class Reranker(Inference):
     ) -> list[list[Hit]]:
         """The k passages with the highest scores of each query; scores every pair."""
         _check_k(k)
-        texts = _pairs(passages, "passage")
-        repeated = [query for query in _listed(queries) for _ in texts]
-        flat = self.score(repeated, texts * len(queries), instruction)
-        scores = flat.reshape(len(queries), len(texts))
+        asked, texts = _pairs(queries, "query"), _pairs(passages, "passage")
+        repeated = [query for query in asked for _ in texts]
+        flat = self.score(repeated, texts * len(asked), instruction)
+        scores = flat.reshape(len(asked), len(texts))
         rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return _hits(np.take_along_axis(scores, rows, axis=1), rows)
 
@@ -170,18 +169,13 @@ def load(
     return model
 
 
-def _listed(texts: Sequence[Any]) -> Sequence[Any]:
-    """Refuse a single text, which is a sequence of letters."""
-    if isinstance(texts, str):
+def _pairs(texts: Sequence[Text], side: str) -> list[tuple[str, str]]:
+    """(title, text) of passages, (instruction, text) of queries; "" where there is only a text."""
+    if isinstance(texts, str):  # a sequence of letters
         raise InputError(
             "not-a-list", f"give a list of texts, such as [{texts!r}], instead of one text"
         )
-    return texts
-
-
-def _pairs(texts: Sequence[Text], side: str) -> list[tuple[str, str]]:
-    """(title, text) of passages, (instruction, text) of queries; "" where there is only a text."""
-    pairs: list[Any] = [("", one) if isinstance(one, str) else one for one in _listed(texts)]
+    pairs: list[Any] = [("", one) if isinstance(one, str) else one for one in texts]
     for row, pair in enumerate(pairs):
         whole = isinstance(pair, tuple | list) and len(pair) == 2
         if not whole or not all(isinstance(part, str) for part in pair):
@@ -201,13 +195,18 @@ def _check_k(k: int) -> None:
         )
 
 
-def _check_pairs(queries: Sequence[Text], passages: Sequence[Text]) -> None:
-    if len(_listed(queries)) != len(_listed(passages)):
+def _aligned(
+    queries: Sequence[Text], passages: Sequence[Text]
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Queries and passages as pairs of texts, as many of one as of the other."""
+    asked, texts = _pairs(queries, "query"), _pairs(passages, "passage")
+    if len(asked) != len(texts):
         raise InputError(
             "uneven-pairs",
             f"there are {len(queries)} queries and {len(passages)} passages; give a passage for"
             " each query, or use search",
         )
+    return asked, texts
 
 
 def _hits(scores: np.ndarray, rows: np.ndarray) -> list[list[Hit]]:

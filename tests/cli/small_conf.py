@@ -110,7 +110,6 @@ FILES = {
     "index": "{_target_: parts.Index, k: 1000}",
     "fuse": "{_target_: parts.Part}",
     "strategy": "{_target_: parts.Part}",
-    "trainer": "{_target_: parts.Trainer, _partial_: true, max_steps: 10}",
     "optimizer": "{_target_: parts.Part, rate: 1.0e-4}",
     "logger": "{board: {_target_: parts.Part}}",
     "callbacks": """
@@ -118,6 +117,7 @@ FILES = {
         best: {_target_: parts.Checkpoint, monitor: val/MRR@10}
     """,
 }
+TRAINER = "trainer: {_target_: parts.Trainer, _partial_: true, max_steps: 10}\n"
 
 
 def small_conf(home: Path) -> Path:
@@ -129,6 +129,7 @@ def small_conf(home: Path) -> Path:
     shutil.copyfile(CONF / "pipeline.yaml", folder / "pipeline.yaml")
     for root in ("train", "evaluate", "search"):
         text = (CONF / f"{root}.yaml").read_text()
+        text = re.sub(r"^trainer:\n(  .*\n)+", TRAINER, text, flags=re.MULTILINE)
         (folder / f"{root}.yaml").write_text(text)
         for default in yaml.safe_load(text)["defaults"]:
             for group, option in default.items() if isinstance(default, dict) else ():

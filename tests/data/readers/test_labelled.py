@@ -155,13 +155,6 @@ def test_a_file_that_is_missing_or_there_twice_is_named(tmp_path: Path, name: st
         Tsv(str(tmp_path / "absent")).collection(tmp_path)
 
 
-def test_unknown_ids_can_be_counted(tmp_path: Path) -> None:
-    qrels = {"qrels/test.tsv": QRELS + "1\tnone\t1\n9\ta\t1\n"}
-    found = beir(tmp_path, qrels, unknown_ids="count")
-    assert found.facts["unknown_ids"] == 2
-    assert len(found.qrels("test")) == 3
-
-
 def test_a_second_use_opens_and_a_changed_file_or_setting_builds_again(tmp_path: Path) -> None:
     first = beir(tmp_path)
     made = (first.folder / "collection.json").stat().st_mtime_ns
