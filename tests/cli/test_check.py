@@ -199,6 +199,7 @@ TOGETHER = (
         "hydra.job.nam=x": "hydra.job.nam",
         "hydra/launcher=jobli": "there is no hydra/launcher/jobli",
         "~index.k": "index.k (command line): it is needed; give index.k=",
+        "~cache_dir": "cache_dir (",
     },
     {
         "seed=???": "seed (command line): it is not set (???)",

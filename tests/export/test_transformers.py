@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tests.export import folders
 from tests.export.folders import PAIRS, assert_card_computes, assert_close, cases, make
 from tests.refusals import refused
@@ -109,6 +110,7 @@ def test_an_export_takes_an_empty_folder_and_leaves_another_alone(tmp_path: Path
     path, out = make(tmp_path / "model"), tmp_path / "out"
     out.mkdir()
     export(path, out)
+    assert ModelCard.load(out / "README.md").data.library_name == "transformers"
     before = {file: file.read_bytes() for file in out.iterdir()}
     with refused("folder-not-empty", str(out)):
         sentence_transformers.export(path, out)

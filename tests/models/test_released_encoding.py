@@ -305,7 +305,7 @@ def test_a_cross_encoder_that_would_score_otherwise_is_refused(
 def test_a_reranker_by_tokens_has_the_tokens_and_the_template_of_its_files(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = make(tmp_path / "model", **folders.TOKEN)
+    path = make(tmp_path / "model", **folders.CASES["token"])
     export(path, tmp_path / "out")
     name, encoding = str(tmp_path / "out"), read_encoding(path)[0]
     tokenizer = load_tokenizer(name)

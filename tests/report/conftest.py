@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from tests.commands import evaluate
 from tests.tiny import write_beir
+from torch.utils.tensorboard import SummaryWriter
 
 from caravan.manifests import write_json
 from caravan.report import jobs
@@ -93,6 +96,36 @@ def evaluations(tmp_path_factory: pytest.TempPathFactory) -> Evaluations:
     theirs.write_text("".join(lines))
     evaluate(beir, folder / "pipeline", f"[bm25,{theirs}]", *options)
     return Evaluations(beir, folder, theirs)
+
+
+@pytest.fixture(scope="session")
+def whole(evaluations: Evaluations, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two evaluations, a training, a suite and the jobs of a sweep, with all that reports read."""
+    home = tmp_path_factory.mktemp("whole")
+    ignore = shutil.ignore_patterns("store", "report*")
+    for name in ("bm25", "pipeline"):
+        shutil.copytree(evaluations.folder / name, home / "mine" / name, ignore=ignore)
+        config = home / "mine" / name / "config.yaml"
+        config.write_text(f"# python evaluate.py name={name}\n{config.read_text()}")
+    (home / "theirs.trec.gz").write_bytes(gzip.compress(evaluations.theirs.read_bytes()))
+    shutil.copy(evaluations.beir / "qrels/train.tsv", home / "qrels.txt")
+    training = home / "mine/train"
+    with SummaryWriter(str(training / "tensorboard")) as writer:
+        for step in range(5):
+            writer.add_scalar("train/loss", 4 - step / 2, step)
+            writer.add_scalar("val/MRR@10", step / 10, step)
+    record = {"name": "r", "base_model": "tiny", "collection": "data (abc)", "updates": 5}
+    record |= {"monitored": "val/MRR@10", "best": 0.4, "train_seconds": 2.5, "memory_gib": 0.1}
+    write_json(training / "metrics.json", record)
+    (training / "config.yaml").write_text("# python train.py name=r\nloss: {_target_: a.B}\n")
+    reading = {"query_length": None, "passage_length": 16, "segment": None, "segment_words": 9}
+    reading |= {"scores": {"MRR@10": 0.1}, "tokens_per_query": 8.5, "seconds": 0.1}
+    read = [reading, {**reading, "passage_length": None, "query_length": 8, "segment": "best"}]
+    for seed in (1, 2):
+        write_job(home / "sweep", ["lr=1", f"seed={seed}"], {**record, "read": read})
+    own = {"group": "a", "digest": "d", "split": "test", "stages": {"bm25": {"MRR@10": 0.1}}}
+    write_record(home / "suite", run="", collections={"a": own}, failed={"b": "broken"})
+    return home
 
 
 Report = Callable[..., tuple[int, str, str]]

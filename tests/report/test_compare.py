@@ -239,7 +239,7 @@ def test_compare_prints_scores_tests_overlap_and_queries_and_writes_a_page(
         (["{runs}/bm25", "nowhere.trec"], "nowhere.trec"),
         (["{runs}/bm25", "{runs}"], "{runs}"),
         (["{theirs}", "{theirs}2"], "--qrels"),
-        (["{runs}/bm25", "{theirs}", "--measures", "nDCG"], "'nDCG@10'"),
+        (["{runs}/bm25", "{theirs}", "--measures", "nDCG"], "'nDCG'"),
         (["{theirs}", "{theirs}2", "--qrels", "{theirs}"], ":1:"),
         (["a"], "two runs"),
         (["a", "b", "--queries", "-1"], "--queries"),

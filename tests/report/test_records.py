@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import random
 import shutil
 from pathlib import Path
@@ -11,11 +10,9 @@ from typing import Any
 import pytest
 from tests.fuzz.mutations import json_mutants, put, restored, sampled, text_mutants
 from tests.refusals import refused
-from tests.report.conftest import Evaluations, Report, write_job, write_record
-from torch.utils.tensorboard import SummaryWriter
+from tests.report.conftest import Report, write_record
 
 from caravan.errors import CONTROLS
-from caravan.manifests import write_json
 from caravan.report import jobs, page
 from caravan.report.records import Evaluation, Job, read_jobs, read_metrics
 
@@ -27,33 +24,6 @@ COMMANDS = {
     "collections": ["suite"],
     "page": ["."],
 }
-
-
-@pytest.fixture(scope="module")
-def whole(evaluations: Evaluations, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two evaluations, a training, a suite and the jobs of a sweep, with all that reports read."""
-    home = tmp_path_factory.mktemp("whole")
-    ignore = shutil.ignore_patterns("store")
-    for name in ("bm25", "pipeline"):
-        shutil.copytree(evaluations.folder / name, home / "mine" / name, ignore=ignore)
-    (home / "theirs.trec.gz").write_bytes(gzip.compress(evaluations.theirs.read_bytes()))
-    shutil.copy(evaluations.beir / "qrels/train.tsv", home / "qrels.txt")
-    training = home / "train"
-    with SummaryWriter(str(training / "tensorboard")) as writer:
-        for step in (2, 4):
-            writer.add_scalar("train/loss", 4 - step / 2, step)
-    record = {"name": "r", "base_model": "tiny", "collection": "data (abc)", "updates": 5}
-    record |= {"monitored": "val/MRR@10", "best": 0.4, "train_seconds": 2.5, "memory_gib": 0.1}
-    write_json(training / "metrics.json", record)
-    (training / "config.yaml").write_text("# python train.py name=r\nloss: {_target_: a.B}\n")
-    reading = {"query_length": None, "passage_length": 16, "segment": None, "segment_words": 9}
-    reading |= {"scores": {"MRR@10": 0.1}, "tokens_per_query": 8.5, "seconds": 0.1}
-    read = [reading, {**reading, "passage_length": None, "query_length": 8, "segment": "best"}]
-    for seed in (1, 2):
-        write_job(home / "sweep", ["lr=1", f"seed={seed}"], {**record, "read": read})
-    own = {"group": "a", "digest": "d", "split": "test", "stages": {"bm25": {"MRR@10": 0.1}}}
-    write_record(home / "suite", run="", collections={"a": own}, failed={"b": "broken"})
-    return home
 
 
 def _report_of_damaged(

@@ -17,27 +17,19 @@ from caravan.cli.train import train as train_config
 from caravan.training.provenance import file_digests
 
 
-@pytest.mark.parametrize(
-    ("overrides", "change"),
-    [
+def test_another_run_in_the_same_run_dir_is_refused(
+    short: Path, beir: Path, tmp_path: Path
+) -> None:
+    other, before = write_beir(tmp_path / "tiny", seed=1), file_digests(short)
+    for overrides, change in (
         (["optimizer.lr=0.5"], "optimizer.lr: 0.01 -> 0.5"),
         (["resume=true", "seed=3"], "seed: 0 -> 3"),
-    ],
-)
-def test_another_run_in_the_same_run_dir_is_refused(
-    overrides: list[str], change: str, short: Path, beir: Path
-) -> None:
-    before = file_digests(short)
-    with refused("run-dir-occupied", change):
-        train(beir, short, *SHORT, *overrides)
+        (["resume=true", f"data.path={other}"], "collection: "),
+    ):
+        with refused("run-dir-occupied", change):
+            train(beir, short, *SHORT, *overrides)
     assert file_digests(short) == before
     assert (short / "model.manifest.json").exists()
-
-
-def test_a_run_is_not_resumed_over_another_collection(short: Path, tmp_path: Path) -> None:
-    other = write_beir(tmp_path / "tiny", seed=1)
-    with refused("run-dir-occupied", "collection: "):
-        train(other, short, *SHORT, "resume=true")
 
 
 @pytest.mark.parametrize(

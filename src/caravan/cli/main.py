@@ -133,16 +133,14 @@ def _job(task: Task, root: type) -> Task:
             alone = is_main_process() and root is not schema.Search
             with claimed(Path(cfg.run_dir)) if alone else contextlib.nullcontext():
                 if sweep:
-                    return _job_of_sweep(checked, cfg, list(settings.overrides.task))
+                    return _recorded(checked, cfg, list(settings.overrides.task))
                 return checked(cfg)
-        except _Failed:
-            raise
         except Exception as error:
             message = _sentence(error)
-            if message is None:
+            if message is None and not sweep:
                 raise
-            log.error(message)
-            if sweep:  # not recorded: the job record may belong to the process using the folder
+            log.error(message or "the job failed", exc_info=message is None)
+            if sweep:
                 raise _Failed from error
             raise SystemExit(USER) from None
 
@@ -160,8 +158,8 @@ def _job(task: Task, root: type) -> Task:
     return job
 
 
-def _job_of_sweep(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
-    """Run one job of a sweep and record the outcome in its folder; a failure ends only this job.
+def _recorded(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
+    """Run one job of a sweep and record its state in its folder.
 
     A restarted sweep skips finished jobs and resumes interrupted jobs.
     """
@@ -174,21 +172,18 @@ def _job_of_sweep(task: Task, cfg: DictConfig, overrides: list[str]) -> Any:
     try:
         result = task(cfg)
     except Exception as error:
-        mistake = _sentence(error)
-        if finished and isinstance(error, OccupiedError):  # keep the record
-            log.error(mistake)
-        elif is_main_process():
-            reason = mistake or f"{type(error).__name__}: {first_line(error)}"
+        # The record of a finished job stays if this job is of another run.
+        if is_main_process() and not (finished and isinstance(error, OccupiedError)):
+            reason = _sentence(error) or f"{type(error).__name__}: {first_line(error)}"
             jobs.write(run_dir, overrides, jobs.FAILED, " ".join(reason.split()))
-            log.error(mistake if mistake else "the job failed", exc_info=mistake is None)
-        raise _Failed from error
+        raise
     if is_main_process():
         jobs.write(run_dir, overrides, jobs.FINISHED)
     return result
 
 
 class _Failed(Exception):  # noqa: N818
-    """A job of a sweep has failed; the failure is already logged and recorded."""
+    """A job of a sweep has failed, which is logged; the other jobs run."""
 
 
 def _end_of_sweep(folder: Path, failed: bool) -> None:

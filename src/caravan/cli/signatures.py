@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import inspect
-import pydoc
 import sys
 from collections.abc import Iterable
 from types import SimpleNamespace
@@ -42,17 +42,32 @@ def locate(target: str) -> Any:
     """
     place, _, name = target.rpartition(".")
     try:
-        found = pydoc.locate(target)
-        names = [] if callable(found) else dir(pydoc.locate(place))
+        found = _found(target)
+        names = [] if callable(found) else dir(_found(place))
     except Exception as error:  # of the code of a module
-        cause = getattr(error, "value", error)  # pydoc.ErrorDuringImport has it
-        reason = f"{type(cause).__name__}: {first_line(cause)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise LookupError(f"{target} cannot be imported: {reason}") from error
     if callable(found):
         return found
     near = did_you_mean(name, [one for one in names if one[0] != "_" and one != name])
     hint = f"; did you mean {place}.{near}?" if near else ""
     raise LookupError(f"there is no class or function {target!r}{hint}")
+
+
+def _found(path: str) -> Any:
+    """A module, or an attribute of one; None if there is none.
+
+    `pydoc.locate` misses modules that Hydra has loaded as plugins.
+    """
+    place, _, name = path.rpartition(".")
+    if not name:
+        return None
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if not f"{path}.".startswith(f"{error.name}."):
+            raise
+    return getattr(_found(place), name, None)
 
 
 @functools.cache

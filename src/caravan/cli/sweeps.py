@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from caravan.cli import sources
+from caravan.cli.signatures import locate
 from caravan.distributed import world_size
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Sweep:
         typed = [text for text in argv if text in now]  # together, also before a last -m
         return [
             *flags,
-            *(now[text] for text in [*typed, *self.in_file]),
+            *(now.get(text, text) for text in [*typed, *self.in_file]),
             f"hydra.job.config.override_dirname.exclude_keys=[{','.join(left_out)}]",
             f"hydra.sweep.dir='{folder}'",
         ], Path(folder)
@@ -129,11 +130,15 @@ def _values(override: Override) -> list[str]:
 
 
 def _of_launcher(cfg: DictConfig) -> list[str]:
-    """Mistakes in a job that runs in one process: it has one device."""
-    if not str(OmegaConf.select(cfg, "hydra.launcher._target_")).endswith(ONE_PROCESS):
-        return []
+    """A launcher may need a package; a job that is one process has one device."""
+    target, lines = str(OmegaConf.select(cfg, "hydra.launcher._target_")), []
+    try:
+        locate(target)
+    except LookupError as error:
+        lines.append(f"hydra/launcher: {error}; install its plugin of Hydra, or leave it out")
+    if not target.endswith(ONE_PROCESS):
+        return lines
     instead = "start the jobs one by one, or choose hydra/launcher=slurm"
-    lines = []
     if world_size() > 1:
         text = f"a sweep is one process, and {world_size()} were started together"
         lines.append(f"-m: {text}; {instead}")

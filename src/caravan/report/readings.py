@@ -75,15 +75,12 @@ def grids(sweep: str, means: pd.DataFrame, trained: Sequence[str], measure: str)
     made = []
     for side, found in _sides(means):
         order = list(dict.fromkeys(found["reading"]))
-        scores: dict[Any, dict[str, float]] = {}
-        for *key, reading, score in found[[*trained, "reading", measure]].to_numpy().tolist():
-            scores.setdefault(tuple(key), {})[reading] = score
-        grid = pd.DataFrame(list(scores.values()), columns=order)
+        scores = found.set_index([*trained, "reading"])[measure].unstack(sort=False)
         table = Table.of(
             f"sweep-{slug(side)}",
             f"{sweep}: {measure} by training (rows) and {side} length at inference (columns),"
             " the best training of each column in bold; below, the mean cost of each column.",
-            pd.DataFrame(list(scores), columns=list(trained), dtype=object).join(grid),
+            scores[order].reset_index(),
             labels=len(trained),
         )
         costs = []

@@ -180,10 +180,9 @@ def collect_suites(suites: Mapping[str, Suite]) -> tuple[pd.DataFrame, list[str]
     contents: dict[str, tuple[str, str]] = {}
     scores: dict[tuple[str, str], dict[str, float]] = {}
     short: dict[str, int | None] = {}
-    notes = []
-    for name, suite in suites.items():
-        if len(suites) < 2:
-            name = suite.system
+    notes, several = [], len(suites) > 1
+    for given, suite in suites.items():
+        name = given if several else suite.system
         for collection, own in suite.collections.items():
             collection = printable(collection)  # pandas refuses half of a surrogate pair
             groups[collection] = printable(own.group)
@@ -192,7 +191,7 @@ def collect_suites(suites: Mapping[str, Suite]) -> tuple[pd.DataFrame, list[str]
                 raise InputError("mixed-collections", f"{message}; evaluate it again")
             for stage, scored in own.scored().items():
                 label = name if len(own.stages) == 1 else f"{name} {stage}"
-                label = printable(stage if len(suites) < 2 else label)
+                label = printable(label if several else stage)
                 if scored.too_deep:
                     short[label] = scored.depth
                 for measure, value in scored.overall.items():

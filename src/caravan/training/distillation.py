@@ -16,6 +16,7 @@ sentence-transformers' `MSELoss`; Jasper and Stella (arXiv 2412.19048). As in Em
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from caravan.models.crossencoder import Head
 from caravan.retrieval.store import SUFFIX, Embeddings, Shards
 
 
+@dataclass
 class Distillation:
     """The loss of a teacher's embeddings, which is added to that of the scores.
 
@@ -61,17 +63,14 @@ class Distillation:
             of several models.
     """
 
-    def __init__(
-        self,
-        teacher: str,
-        loss: Literal["cosine", "mse"] = "cosine",
-        weight: float = 1.0,
-        scores_weight: float = 1.0,
-        projection: bool = False,
-    ) -> None:
-        self.teacher, self.loss = teacher, loss
-        self.weight, self.scores_weight, self.projection = weight, scores_weight, projection
-        self._inputs = dict(_finished(Path(teacher)))  # by product
+    teacher: str
+    loss: Literal["cosine", "mse"] = "cosine"
+    weight: float = 1.0
+    scores_weight: float = 1.0
+    projection: bool = False
+
+    def __post_init__(self) -> None:
+        self._inputs = dict(_finished(Path(self.teacher)))  # by product
         models = {(of["model"], of.get("dim")): product for product, of in self._inputs.items()}
         product = self._only(list(models.values()), "embeddings", "train")
         self.width = self._opened(product, 1).dim

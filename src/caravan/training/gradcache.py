@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from caravan.data.batch import Chunk, Packed
 Compute = Callable[[Chunk], Tensor]
 
 
+@dataclass
 class GradCache:
     """Computes a loss and its gradient chunk by chunk.
 
@@ -35,8 +37,7 @@ class GradCache:
         chunk: maximum texts per chunk; chunks of `caravan.data.batch.pack` may be smaller.
     """
 
-    def __init__(self, chunk: int) -> None:
-        self.chunk = chunk
+    chunk: int
 
     def __call__(
         self,

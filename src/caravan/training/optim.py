@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -46,6 +47,7 @@ def batches_in_run(trainer: Any, batches: int) -> int:
     return epochs * batches + min(left * accumulated, batches)
 
 
+@dataclass
 class AdamW:
     """The optimizer's settings; `build` makes torch's AdamW and its schedule for a model.
 
@@ -56,20 +58,14 @@ class AdamW:
         fused: use torch's fused kernel.
     """
 
-    def __init__(
-        self,
-        lr: Annotated[PositiveFloat, AllowInfNan(False)] = 1e-4,
-        weight_decay: NonNegativeFloat = 0.0,
-        warmup_steps: NonNegativeInt = 100,
-        schedule: Literal["linear", "cosine", "constant"] = "linear",
-        final: float = 0.0,
-        betas: tuple[Beta, Beta] = (0.9, 0.999),
-        eps: NonNegativeFloat = 1e-8,
-        fused: bool = True,
-    ) -> None:
-        self.settings = {"lr": lr, "betas": tuple(betas), "eps": eps, "fused": fused}
-        self.weight_decay, self.warmup_steps = weight_decay, warmup_steps
-        self.schedule, self.final = schedule, final
+    lr: Annotated[PositiveFloat, AllowInfNan(False)] = 1e-4
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 100
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    final: float = 0.0
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: NonNegativeFloat = 1e-8
+    fused: bool = True
 
     def build(self, model: nn.Module, total_steps: int) -> dict[str, Any]:
         """Optimizer and schedule as Lightning's `configure_optimizers` returns them.
@@ -78,19 +74,18 @@ class AdamW:
             total_steps: updates in the whole run, where the decay ends.
         """
         trainable = [p for p in model.parameters() if p.requires_grad]
-        decayed = {
-            "params": [p for p in trainable if p.ndim >= 2],
-            "weight_decay": self.weight_decay,
-        }
+        matrices = [p for p in trainable if p.ndim >= 2]
+        decayed = {"params": matrices, "weight_decay": self.weight_decay}
         plain = {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}
-        optimizer = torch.optim.AdamW([decayed, plain], **self.settings)  # type: ignore[arg-type]
+        betas = self.betas[0], self.betas[1]  # a list in the config
+        optimizer = torch.optim.AdamW(
+            [decayed, plain], lr=self.lr, betas=betas, eps=self.eps, fused=self.fused
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: self.factor(step, total_steps)
         )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        scheduler = {"scheduler": schedule, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def factor(self, step: int, total_steps: int) -> float:
         """The learning rate at update `step`, as a share of the peak.
@@ -113,5 +108,5 @@ class AdamW:
             log.warning(
                 f"optimizer.warmup_steps={self.warmup_steps} does not end within the {total_steps}"
                 f" updates of the run, so the learning rate stays below"
-                f" optimizer.lr={self.settings['lr']:g}; set it to {total_steps // 10}"
+                f" optimizer.lr={self.lr:g}; set it to {total_steps // 10}"
             )
