@@ -103,9 +103,7 @@ def test_too_few_candidates_are_filled_up_from_the_corpus(
             assert len(set(group.tolist())) == 1 + number
             assert not np.isin(group[1:], qrels.positives(query)).any()
         with refused("corpus-too-small", "sampler.number"):
-            _opened(collection, runs=some, number=59).group(query, 0, 0)
-    with refused("corpus-too-small", "sampler.number"):
-        _opened(collection, number=60)
+            _opened(collection, runs=some, number=59)
 
 
 def test_a_run_over_other_queries_is_refused(collection: Collection, tmp_path: Path) -> None:

@@ -271,8 +271,8 @@ def flagembedding(path: Path) -> Read:
             scores = row.get(f"{side}_scores")
             scores = [None] * len(texts) if scores is None else scores
             need(isinstance(scores, list) and len(scores) == len(texts), "not as many scores")
-            pairs = zip(map(as_text, texts), map(_score, scores), strict=True)
-            sides.append([Passage(_hashed(text), "", text, score) for text, score in pairs])
+            given = zip(texts, map(as_text, texts), map(_score, scores), strict=True)
+            sides.append([Passage(_hashed(raw), "", text, score) for raw, text, score in given])
         query, prompt = as_text(row.get("query")), as_text(row.get("prompt") or "")
         name = _hashed(f"{prompt}\n{query}" if prompt else query)
         found.append((name, prompt, query, *sides))

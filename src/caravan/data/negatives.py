@@ -175,10 +175,13 @@ class Negatives(Sampler):
         """
         self._qrels, self._collection, self._seed = qrels, collection, seed
         self._own = own_passages(collection, qrels.queries)
-        if self.number >= (passages := len(collection.corpus)):
+        positives = np.unique(qrels.relevant.query_rows, return_counts=True)[1]
+        others = len(collection.corpus) - int(positives.max(initial=0))
+        if self.number > others:
             raise InputError(
                 "corpus-too-small",
-                f"sampler.number={self.number}: the corpus has {passages} passages; lower it",
+                f"sampler.number={self.number}: the positives of one query leave {others} of the"
+                f" {len(collection.corpus)} passages; set it to {others} or less",
             )
         self._runs = [run_over(collection, path, qrels, self.depth) for path in self.paths]
         if not self.paths and self.number and "negatives" in collection.runs:
