@@ -290,7 +290,7 @@ def test_a_sweep_that_is_started_again_resumes_its_jobs_and_keeps_their_records(
     "name",
     ["train", *(pytest.param(name, marks=pytest.mark.slow) for name in ("evaluate", "search"))],
 )
-def test_help_imports_nothing_heavy_and_opens_with_three_commands(name: str) -> None:
+def test_help_imports_nothing_heavy_and_opens_with_commands(name: str) -> None:
     command = ["-m", "caravan.search"] if name == "search" else [f"{name}.py"]
     done = program("-X", "importtime", *command, "--help")
     assert done.returncode == 0, done.stderr
@@ -299,7 +299,7 @@ def test_help_imports_nothing_heavy_and_opens_with_three_commands(name: str) -> 
     assert not HEAVY & imported
     opened = f"python {' '.join(command)} "
     examples = [line for line in done.stdout.splitlines()[:6] if opened in line]
-    assert len(examples) == 3
+    assert len(examples) >= 3
     for group in ("data: ", "index: ", *(("backbone: ", "loss: ") if name == "train" else ())):
         assert f"\n{group}" in done.stdout
 
