@@ -82,7 +82,10 @@ def test_writers_at_work_leave_each_others_scratch_alone(tmp_path: Path) -> None
     assert _names(tmp_path) == ["metrics.json"]
 
 
-def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_is_replaced_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
+) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "old").touch()
@@ -91,6 +94,10 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     with suppress(KeyboardInterrupt), replacing_folder(folder) as scratch:
         assert _names(scratch) == []
         raise KeyboardInterrupt
+    if exchanges:  # there is no moment without the folder
+        monkeypatch.setattr("os.replace", lambda *_: pytest.fail("two renames"))
+    else:
+        monkeypatch.setattr("caravan.files._exchange", lambda *_: False)
     with replacing_folder(folder) as scratch:
         (scratch / "new").touch()
         assert _names(folder) == ["old"]

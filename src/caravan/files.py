@@ -9,6 +9,7 @@ Linux passes it on to NFS servers. A leftover lock file does not hold a lock.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import logging
@@ -30,6 +31,7 @@ LOCK = ".lock"
 TRUST = "CARAVAN_TRUST_CACHE"
 """Environment variable; 1 trusts a cache folder whoever owns it."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' fcntl.h and fs.h
 
 log = logging.getLogger(__name__)
 
@@ -73,16 +75,28 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder`, which takes its place when the block ends without an error.
 
-    A reader finds the old folder or the new one, or none for the instant between two renames.
+    Where there was a folder there always is one, except for an instant on file systems that cannot
+    exchange two names.
     """
-    with scratch_folder(folder) as scratch, scratch_folder(folder) as aside:
+    with scratch_folder(folder) as scratch:
         yield scratch
         for path in scratch.rglob("*"):
             if path.is_file():
                 _sync(path)
-        if folder.exists():
-            os.replace(folder, aside / folder.name)
-        os.replace(scratch, folder)
+        if not folder.exists():
+            os.replace(scratch, folder)
+        elif not _exchange(scratch, folder):
+            with scratch_folder(folder) as aside:
+                os.replace(folder, aside / folder.name)
+                os.replace(scratch, folder)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    return not rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
 
 
 @contextmanager

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from tests.commands import curves, evaluate, train
+from tests.two_ranks import TwoRanks
 
 from caravan.data.collection import Collection, Qrels
-from caravan.data.runs import read_run
+from caravan.data.runs import Run, read_run
 from caravan.data.segments import Cut
 from caravan.data.tokenization import Templates
 from caravan.models import folder
@@ -55,6 +56,52 @@ def test_passages_are_searched_once_in_any_order_and_low_grades_do_not_count(
     assert logged == {"val/MRR@10": mrr}
     run = read_run(tmp_path / "run.trec", collection.queries, collection.corpus)
     assert run.of(3)[0].tolist() == [7, 5, 2, 1]
+
+
+class Fixed(RetrievalEvaluation):
+    """A validation that finds a random run, in place of a search."""
+
+    def run_of(self, data: Any, loader: int, device: torch.device) -> Run:
+        rng = np.random.default_rng(0)
+        count = len(data.qrels.queries)
+        rows = np.array([rng.permutation(50) for _ in range(count)])
+        return Run.from_topk(np.arange(count), -np.sort(-rng.random((count, 50))), rows)
+
+    def _write(self, run: Run, data: Any) -> None:
+        pass
+
+
+def logged(count: int) -> dict[str, float]:
+    """The metrics that a rank logs of `count` queries."""
+    found: dict[str, float] = {}
+    qrels = Qrels(np.arange(count), np.arange(count) % 50, np.ones(count))
+    data = SimpleNamespace(
+        name="",
+        candidates=None,
+        relevant_from=1,
+        qrels=qrels,
+        collection=SimpleNamespace(corpus=None),  # no scores tie
+    )
+    module: Any = SimpleNamespace(
+        device=torch.device("cpu"), log=lambda name, value, **_: found.update({name: float(value)})
+    )
+    trainer: Any = SimpleNamespace(
+        datamodule=SimpleNamespace(validations=[data]), is_global_zero=True
+    )
+    Fixed(Exact(k=50), ["MRR@10", "R@100"], "").on_validation_epoch_end(trainer, module)
+    return found
+
+
+def on_rank() -> tuple[dict[str, float], dict[str, float]]:
+    return logged(7), logged(1)  # the second rank has three queries, then none
+
+
+def test_two_ranks_log_the_mean_over_all_queries(two_ranks: TwoRanks) -> None:
+    one, other = two_ranks(on_rank)
+    assert one == other
+    assert one[0] == pytest.approx(logged(7), abs=1e-12)
+    assert one[1] == pytest.approx(logged(1), abs=1e-12)
+    assert 0 < one[0]["val/MRR@10"] < one[0]["val/R@100"] == 1
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from caravan.data.runs import Run, canonical, write_run
 from caravan.data.segments import Reading
@@ -136,11 +137,17 @@ class Evaluation(pl.Callback, ABC):
     def _means(self, run: Run, data: Validation, device: torch.device) -> dict[str, Tensor]:
         """Each measure's mean over all queries, float64; a query without results has 0."""
         names = spelled(self.measures, data.relevant_from)
-        values = per_query(canonical(run, data.collection.corpus), data.qrels, names)
-        return {
-            measure: torch.from_numpy(values[name]).mean().to(device)
-            for measure, name in zip(self.measures, names, strict=True)
-        }
+        # Every rank has the whole run, and computes the metrics of its share of the queries.
+        share = data.qrels.only(data.qrels.queries[parallel.rank() :: parallel.world()])
+        own = canonical(run.only(share.queries), data.collection.corpus)
+        values = per_query(own, share, names)
+        found = {}
+        for measure, name in zip(self.measures, names, strict=True):
+            # Sums and counts over ranks, which may have different numbers of queries, or none.
+            mean = MeanMetric().set_dtype(torch.float64).to(device)
+            mean.update(torch.from_numpy(values[name]).to(device))
+            found[measure] = mean.compute()
+        return found
 
     def _write(self, run: Run, data: Validation) -> None:
         path = self.run_file
