@@ -167,12 +167,6 @@ def test_a_target_that_cannot_be_located(conf: Path, target: str, hint: str) -> 
     assert hint in str(caught.value)
 
 
-def test_a_right_config_has_no_mistakes(lines: Lines) -> None:
-    assert lines() == []
-    assert lines("retriever=bm25", root="evaluate") == []
-    assert lines("retriever=bm25", root="search") == []
-
-
 TOGETHER = (
     {
         "trainer.max_step=5": "trainer.max_step (command line): parts.Trainer has no setting"
