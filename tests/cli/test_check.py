@@ -316,6 +316,10 @@ def test_own_configs_come_from_a_further_folder(conf: Path, lines: Lines, tmp_pa
     more = ("--config-dir", str(tmp_path))
     (line,) = lines(*more, "loss=min")
     assert "did you mean loss=mine" in line
+    (tmp_path / "experiment" / "own").mkdir(parents=True)
+    (tmp_path / "experiment" / "own" / "first.yaml").write_text("# @package _global_\nseed: 3")
+    (line,) = lines(*more, "experiment=own/fist")
+    assert "did you mean experiment/own=first" in line
     (tmp_path / "loss" / "mine.yaml").write_text("_target_: parts.Part\nsiz: 7\n")
     (line,) = lines(*more, "loss=mine")
     assert line.startswith(f"loss.siz ({tmp_path}/loss/mine.yaml:2): parts.Part has no setting")

@@ -61,6 +61,7 @@ def test_what_is_no_setting_and_no_option_is_refused(
     [
         (["--optimizer.lr=1e-3"], "unknown-option", "--optimizer.lr=1e-3"),
         (["-m", "--cfg", "job"], "conflicting-flags", "--cfg"),
+        (["--resolve"], "conflicting-flags", "--cfg job"),
         (["--multirun", "--info", "searchpath"], "conflicting-flags", "--info"),
         (["--config-dir", "nowhere"], "folder-not-found", "nowhere"),
     ],

@@ -269,7 +269,7 @@ class Composer(AbstractContextManager["Composer"]):
         if isinstance(error, MissingConfigException) and error.missing_cfg_file:
             wanted = error.missing_cfg_file
             group, _, name = wanted.rpartition("/")
-            options = error.options or ["none"]
+            options = self._options(group)
             near = did_you_mean(name, options)
             hint = f"did you mean {group}={near}?" if near else f"there are {', '.join(options)}"
             return f"{self._selected_by(group, name)}there is no {wanted}; {hint}"

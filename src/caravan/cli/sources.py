@@ -51,6 +51,8 @@ def flags(argv: list[str]) -> Namespace:
         args, unknown = parser.parse_known_args(argv)
     except ArgumentError as error:
         raise InputError("conflicting-flags", str(error)) from None
+    if args.resolve and not args.cfg:
+        raise InputError("conflicting-flags", "--resolve is an option of --cfg; add --cfg job")
     if unknown:
         text = "not an option; settings have no dashes (key=value), and stand together"
         raise InputError("unknown-option", f"{unknown[0]}: {text}")
