@@ -163,7 +163,7 @@ def test_a_collection_with_fewer_queries_than_ranks_is_refused(collection: Colle
     source: Any = SimpleNamespace(alpha=0.5, mixed=False)
     few = MixedSet(source, parts, sets, 0)
     assert len(few.order(6)) == 7
-    with refused("too-few-texts", "few: 1 training queries"):
+    with refused("too-few-texts", "few: a batch of 1 queries"):
         few.order(6, 0, 2)
 
 

@@ -1,7 +1,8 @@
 """Compose a config from `conf/` and the command line, and check it before Hydra starts the job.
 
 Hydra stops at the first mistake. Therefore overrides are composed one by one where they do not
-compose together, keys have no types, and `caravan.cli.check` runs on what composes.
+compose together, the schema leaves keys untyped, and `caravan.cli.check` reports all mistakes of
+what composes.
 
     argv = preflight(sys.argv[1:], Path("conf"), "train")
     cfg = compose(Path("conf"), "train", ["experiment=quickstart/retriever"])

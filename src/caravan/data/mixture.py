@@ -3,8 +3,8 @@
     python train.py data=mixture 'data.entries={squad: {source: {_target_: ..., path: ...}}, ...}'
 
 A batch comes from one collection, because passages of another task are too easy as negatives and
-may be false ones (F2LLM, arXiv 2510.02294). Which collection is a pure function of (seed, step),
-the same on any number of ranks, so a resumed run draws the batches of an uninterrupted one.
+may be false ones (F2LLM, arXiv 2510.02294). The choice depends only on (seed, step), not on the
+number of ranks, so a resumed run draws the batches of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Entry:
             validated.
         instruction: text of `{instruction}` in the templates.
         number, runs: negatives per query, and runs to draw them from (`sampler`).
-        in_batch: False if the other queries' passages are no negatives, as in classification.
+        in_batch: False if passages of other queries must not serve as negatives, as in
+            classification.
         validation_run: as `validation.run`.
     """
 
@@ -181,14 +182,15 @@ class _Tables:
 class MixtureOrder(QueryOrder):
     """The batches of an epoch for one rank: arrays [n, 3] of (entry, epoch of it, position in it).
 
-    An epoch draws as many queries as there are. Each entry goes through its own epochs.
+    An epoch has as many batches as all queries together fill. Each entry goes through its own
+    epochs.
 
     Args:
         sizes: queries of each entry, all at least 1.
         weights: of each entry, proportional to its share of the batches; or of the queries, if
             `mixed`.
-        batch: queries per batch. A batch of one entry has at most so many: an epoch of the entry is
-            cut into batches of equal size.
+        batch: queries per batch. A batch of one entry has at most that many: an epoch of the entry
+            is cut into batches of equal size.
     """
 
     def __init__(
@@ -253,7 +255,8 @@ class MixedSet(TrainingSet):
         sets: the training set of each.
 
     Raises:
-        InputError: "uneven-negatives", a batch of several collections with other numbers of them.
+        InputError: "uneven-negatives", collections with different numbers of negatives in
+            one batch.
     """
 
     def __init__(
@@ -268,7 +271,7 @@ class MixedSet(TrainingSet):
         if self.mixed and len(set(numbers.values())) > 1:
             raise InputError(
                 "uneven-negatives",
-                f"data.mixed=true, and the entries have other numbers of negatives ({numbers});"
+                f"data.mixed=true, but the entries have different numbers of negatives ({numbers});"
                 " give all the same, or set data.mixed=false",
             )
 
@@ -279,10 +282,11 @@ class MixedSet(TrainingSet):
         drawn = (self.sizes, self.weights, batch, self.seed, self.mixed)
         order = MixtureOrder(*drawn, rank, world)
         if order.smallest < world:
-            name, size = self.parts[int(np.argmin(self.sizes))].name, min(self.sizes)
+            smallest = [size // -(-size // batch) for size in self.sizes]
+            name = self.parts[int(np.argmin(smallest))].name
             raise InputError(
                 "too-few-texts",
-                f"{name}: {size} training queries are too few for batches on {world} ranks; leave"
+                f"{name}: a batch of {order.smallest} queries is too small for {world} ranks; leave"
                 " it out, or set data.mixed=true",
             )
         return order

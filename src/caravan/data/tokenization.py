@@ -2,7 +2,8 @@
 
 RepLLaMA pools at the EOS (arXiv 2310.08319, section 2.1), so truncating the EOS would silently give
 a wrong embedding. Only the text is truncated, never the template's suffix or a special token. BOS,
-[CLS] and [SEP] are added as by the tokenizer.
+[CLS] and [SEP] are added as by the tokenizer. A pair of a reranker is put together in
+`caravan.data.pairs`.
 """
 
 from __future__ import annotations

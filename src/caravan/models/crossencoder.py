@@ -68,14 +68,14 @@ class CrossEncoder(nn.Module):
     """Scores a query and a passage that it reads as one input, by a linear head.
 
     Args:
-        scorer: a transformer with a head (`with_head`, `load_scorer`), of the subclasses a causal
-            language model; with or without an adapter.
+        scorer: a transformer with a head (`with_head`, `load_scorer`), or for the subclasses a
+            causal language model; with or without an adapter.
         encoding: for pooling: the last token of a decoder, [CLS] of an encoder.
 
     Raises:
         InputError: If pooling does not suit the architecture, the attention direction differs from
-            the encoding's, the model has fewer positions than a pair may have tokens, or a
-            likelihood or token is to be scored by no causal language model.
+            the encoding's, the model has fewer positions than a pair may have tokens, or
+            encoding.scoring is "likelihood" or "token" and it is not a causal language model.
     """
 
     def __init__(self, scorer: nn.Module, encoding: Encoding) -> None:
@@ -227,7 +227,7 @@ class TokenScorer(CrossEncoder):
         transformers' sequence classification does.
 
         Raises:
-            InputError: If the score is not linear in the state.
+            InputError: If the model soft-caps its logits, or the two tokens have different biases.
         """
         model, layer = self.plain, self.output_layer
         scale, cap = logit_form(model)
@@ -258,7 +258,7 @@ def head_of(scorer: Any) -> tuple[str, nn.Linear] | None:
 
 
 def with_head(backbone: Any, pad_id: int | None = None) -> nn.Module:
-    """Put a new head on a transformer.
+    """Put a new linear head (`.score`) on a transformer, whose config is changed.
 
     Args:
         backbone: a transformers model without a head.

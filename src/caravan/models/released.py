@@ -1,4 +1,4 @@
-"""The encoding that the files of a released model state, read before it is adopted.
+"""Read the `Encoding` (pooling, prompts, lengths) that the files of a released model declare.
 
 A model of sentence-transformers has its modules in `modules.json`, the pooling in the config of its
 `Pooling`, the length in `sentence_bert_config.json`, and prompts and similarity in
@@ -84,7 +84,7 @@ class Released(NamedTuple):
 
 
 class Files(dict[str, Any]):
-    """The JSON files of a hub id or folder, by their names; those that are missing are empty."""
+    """The JSON files of a hub id or folder, by name; a missing or unreachable one is empty."""
 
     def __init__(self, name: str, revision: str | None) -> None:
         super().__init__()
@@ -123,7 +123,11 @@ class Files(dict[str, Any]):
         return self[f"{self[MODULES][1]['path']}/config.json"]
 
     def length(self, side: str = "") -> int:
-        """Tokens of the longest text of a side, with special tokens, that is not truncated."""
+        """Maximum length of a text in tokens, with special tokens.
+
+        Args:
+            side: "query", "document", or "" for a pair.
+        """
         config = self.transformer
         call = (config.get("processing_kwargs") or {}).get("text") or {}
         stated = (config.get(f"{side}_length"), config.get("max_seq_length"))
@@ -134,7 +138,7 @@ class Files(dict[str, Any]):
         return int(min(limit for limit in limits if limit and limit > 0))
 
     def problem(self, kind: str) -> str:
-        """What the modules do otherwise than a model folder; empty if nothing.
+        """What the modules do that a model folder cannot reproduce; empty if nothing.
 
         Args:
             kind: a key of `MODULES_OF`.
@@ -200,8 +204,8 @@ def _retriever(files: Files) -> Released:
     settings["append_eos"] = False  # the tokenizer adds it, or nothing does
     pooling, problem = _pooling(files)
     if problem:
-        text = f"{name} {problem}, which a model folder cannot do"
-        problems["pooling"] = f"{text}; set it to use the transformer without that"
+        text = f"{name} {problem}, which a model folder cannot reproduce"
+        problems["pooling"] = f"{text}; set it to pool the transformer without that"
     else:
         settings["pooling"] = pooling
     scaled = "Normalize" in files.modules
@@ -273,8 +277,8 @@ def check_released(name: str, revision: str | None, tokenizer: Any, encoding: En
         if files.modules and not problem:
             problem = files.problem(encoding.scoring)
         if problem:
-            text = f"{name} {problem}; choose another stage, or another model"
-            raise InputError("not-readable", text)
+            text = f"{name} {problem}, which this stage cannot reproduce"
+            raise InputError("not-readable", f"{text}; choose another stage, or another model")
         if files.modules and encoding.scoring == "token":
             config = files.second()
             answers = config.get("true_token_id"), config.get("false_token_id")
@@ -315,7 +319,7 @@ def _activation_problem(files: Files) -> str:
     )
     if not activation or _INCREASING.fullmatch(activation):
         return ""
-    return f"has scores after {activation}, and a model folder has those of the head"
+    return f"applies {activation} to its scores"
 
 
 def _check_pair(name: str, tokenizer: Any, encoding: Encoding, prompt: str, chat: bool) -> None:

@@ -187,7 +187,9 @@ def collect_suites(suites: Mapping[str, Suite]) -> tuple[pd.DataFrame, list[str]
             collection = printable(collection)  # pandas refuses half of a surrogate pair
             groups[collection] = printable(own.group)
             if contents.setdefault(collection, (own.digest, own.split)) != (own.digest, own.split):
-                message = f"{name} has another content or split of {collection} than those before"
+                message = (
+                    f"{name} has a different content or split of {collection} than those before"
+                )
                 raise InputError("mixed-collections", f"{message}; evaluate it again")
             for stage, scored in own.scored().items():
                 label = name if len(own.stages) == 1 else f"{name} {stage}"
@@ -240,7 +242,7 @@ def suites_table(scores: pd.DataFrame) -> Table:
     several = len(systems) > 1
     title = measures[0] if several else systems[0]
     shown = scores.xs(title, axis=1, level=1 if several else 0)
-    caption = f"{title} of each collection, which all weigh the same in a mean"
+    caption = f"{title} of each collection; in the mean, a group of collections counts once"
     caption += "; best of each row in bold." if several else "."
     highest = best(shown.T) if several else []
     shown = shown.rename_axis("collection").reset_index(allow_duplicates=True)

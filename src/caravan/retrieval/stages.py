@@ -3,8 +3,9 @@
     run_dir/store/      embeddings, BM25's index, a reranker's scores (caravan.retrieval.store)
     run_dir/runs/       <stage>.<split>.trec
 
-A stage is skipped if its run was made from the same inputs (`caravan.retrieval.store`) and has not
-changed since it was written.
+A run is reused if its manifest records equal inputs (`caravan.manifests`) and its bytes have not
+changed. Inputs are the digests of the model, the collection and the candidates, the settings of the
+search, fusion or reranking, the split, precision, token budget, attention, and library versions.
 """
 
 from __future__ import annotations

@@ -143,19 +143,7 @@ class Throughput(pl.Callback):
 class LastCheckpoint(Checkpoint):
     """Writes `last.ckpt`, from which `resume=true` continues at the next batch.
 
-    A checkpoint (best.ckpt too) has these parts:
-
-    - state_dict: trainable weights, unsharded on the CPU (`Stage.on_save_checkpoint`).
-    - optimizer_states, lr_schedulers: Adam's moments, unsharded on the CPU; position in the
-      schedule.
-    - loops: updates, batches and validations done; epoch and position of the training loader
-      (`caravan.data.loaders`).
-    - callbacks: best metric and path, patience, ...; paths below run_dir are relative to it.
-    - should_stop: early stopping has ended the run, which it does not repeat after a resume.
-
-    It has no frozen weights (the manifest of the run has the digest of the base model) and no
-    random states: dropout, negatives and batches are functions of the seed and the position
-    (`Stage.on_train_batch_start`, `caravan.data.negatives`).
+    For the contents see `caravan.training.checkpoints`.
 
     It is written every `every_n_steps` updates and after every validation: not before a validation
     that follows an update, so that a run killed during a validation repeats it, nor between the

@@ -1,8 +1,19 @@
-"""Checkpoint files: written atomically, verified before a resume, independent of run_dir's place.
+"""Checkpoint files: written atomically, verified before a resume, valid after run_dir has moved.
 
 A checkpoint is a zip archive with a checksum of each part. A resume reads `last.ckpt`, or if that
-is damaged `best.ckpt`, which has the whole state of training at an earlier update. For the contents
-see `caravan.training.callbacks.LastCheckpoint`.
+is damaged `best.ckpt`, which has the whole state of training at an earlier update. Both have these
+parts:
+
+- state_dict: trainable weights, unsharded on the CPU (`Stage.on_save_checkpoint`).
+- optimizer_states, lr_schedulers: Adam's moments, unsharded on the CPU; position in the schedule.
+- loops: updates, batches and validations done; epoch and position of the training loader
+  (`caravan.data.loaders`).
+- callbacks: best metric and path, patience, ...; paths below run_dir are relative to it.
+- should_stop: early stopping has ended the run, which it does not repeat after a resume.
+
+There are no frozen weights (the manifest of the run has the digest of the base model) and no random
+states: dropout, negatives and batches are functions of the seed and the position
+(`Stage.on_train_batch_start`, `caravan.data.negatives`).
 """
 
 from __future__ import annotations
@@ -45,7 +56,7 @@ def resumable(folder: Path) -> Path | None:
     """The checkpoint to resume from: `last.ckpt`, or `best.ckpt` if that one is damaged; or None.
 
     Raises:
-        InputError: Both are damaged.
+        InputError: `last.ckpt` is damaged, and `best.ckpt` is damaged or missing.
     """
     last, best = folder / LAST, folder / BEST
     if not last.exists():
@@ -89,7 +100,7 @@ def damage(path: Path, parts: Sequence[str] = ("state_dict",)) -> str | None:
                 return f"it has no {name}"
         for name, weight in state["state_dict"].items():
             if not is_finite(weight):
-                return f"{name} is NaN or infinite, as after a training that has diverged"
+                return f"{name} is NaN or infinite; the run has probably diverged"
     except PermissionError:
         raise
     except pickle.UnpicklingError:  # torch's message recommends to load the file unsafely

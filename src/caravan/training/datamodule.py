@@ -35,7 +35,8 @@ class DataModule(pl.LightningDataModule):
     Attributes:
         name: of the collection, or of the mixture of collections.
         training: the training set.
-        validations: those of the dev split, one for each collection; none for unlabelled text.
+        validations: those of the dev split, one for each collection; of unlabelled
+            text, only for collections with judgements.
     """
 
     def __init__(

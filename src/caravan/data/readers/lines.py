@@ -274,9 +274,10 @@ def by_stem(folder: Path, *patterns: str) -> dict[str, Path]:
 
 
 def contents(path: str, cache_dir: str | Path) -> list[list[str]]:
-    """[name, digest] of each file of a folder, or of a file; empty for a hub id.
+    """[relative path, digest] of each file of a folder, or [suffix, digest] of a file.
 
-    Hidden files and folders are left out, as in `datasets`.
+    Empty if the path does not exist, as for a hub id. Hidden files and folders are left out, as in
+    `datasets`.
     """
     place = Path(path)
     if place.is_file():
