@@ -82,6 +82,22 @@ def test_writers_at_work_leave_each_others_scratch_alone(tmp_path: Path) -> None
     assert _names(tmp_path) == ["metrics.json"]
 
 
+def test_a_scratch_that_another_process_took_for_an_orphan_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = files._opened
+
+    def removed_first(scratch: Path) -> int:
+        monkeypatch.setattr(files, "_opened", opened)
+        scratch.unlink()
+        return opened(scratch)
+
+    monkeypatch.setattr(files, "_opened", removed_first)
+    with replacing(tmp_path / "x") as scratch:
+        scratch.write_text("new")
+    assert (tmp_path / "x").read_text() == "new"
+
+
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_a_folder_is_replaced_as_a_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool

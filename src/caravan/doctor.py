@@ -59,9 +59,11 @@ def software() -> Iterator[str]:
     packages = [name for name in FAISS if found[name] != manifests.NOT_INSTALLED]
     shown = [name for name in found if name not in FAISS or name in packages]
     yield ", ".join(f"{name} {found[name]}" for name in shown)
-    if len(packages) != 1:
-        remove = f"pip uninstall {' '.join(packages)}, then " if packages else ""
-        yield f"! {len(packages)} packages of faiss are installed; run: {remove}pip install one"
+    if not packages:
+        yield "! faiss is not installed; run: pip install faiss-cpu"
+    if len(packages) > 1:
+        remove = f"pip uninstall {' '.join(packages)}"
+        yield f"! several packages hold faiss; run: {remove}, then install one"
 
 
 def processors() -> Iterator[str]:

@@ -107,7 +107,10 @@ def _scratch(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     while True:
         scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         make(scratch)
-        held = _opened(scratch)
+        try:
+            held = _opened(scratch)
+        except FileNotFoundError:  # another process took it for an orphan before it was opened
+            continue
         with suppress(OSError):
             fcntl.flock(held, fcntl.LOCK_EX)
         if scratch.exists():
@@ -240,10 +243,10 @@ def refuse_foreign(folder: Path) -> None:
     if found.st_uid not in (0, os.geteuid()):
         problem = f"belongs to another user (uid {found.st_uid})"
     elif found.st_mode & stat.S_IWOTH:
-        problem = f"is writable by every user of this machine; run chmod o-w {folder}"
+        problem = f"is writable by every user of this machine (chmod o-w {folder} corrects that)"
     if problem and os.environ.get(TRUST) != "1":
         raise InputError(
             "foreign-cache",
-            f"{folder} {problem}; or choose another cache_dir= (or CARAVAN_CACHE), or set {TRUST}=1"
+            f"{folder} {problem}; choose another cache_dir= (or CARAVAN_CACHE), or set {TRUST}=1"
             " if you trust everybody who can write there",
         )

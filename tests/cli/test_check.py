@@ -116,6 +116,8 @@ def test_values_that_fit_their_annotations(values: dict[str, Any]) -> None:
         ({"ranged": 0}, "ranged: .*greater than 0, not 0"),
         ({"old": "x"}, "old: .*integer, not 'x'"),
         ({"call": {"a": 3}}, "call: .*no _target_"),
+        ({"part": {"size": 3}}, "part: .*no _target_"),  # the keys of its class
+        ({"_partial_": False, "_target_": f"{__name__}.Base"}, r"size: .*needs it"),
         ({"call": "x"}, "call: .*object, with a _target_, not 'x'"),
         ({"part": {"_target_": f"{__name__}.Base"}}, r"part\.size: .*Base needs it"),
         ({"part": {"_target_": f"{__name__}.Bse"}}, r"part\._target_: .*did you mean .*\.Base\?"),

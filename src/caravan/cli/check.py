@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from caravan.cli.signatures import did_you_mean, locate, takes
 from caravan.encoding import adoption, read_encoding
@@ -164,7 +164,12 @@ class Config:
         places: dict[KeyPath, list[Any]] = {}
         try:
             data = json.dumps(given, ensure_ascii=False, default=str)
-            model.model_validate_json(data.encode(errors="replace"))
+            valid = model.model_validate_json(data.encode(errors="replace"))
+            for name, value in vars(valid).items() if path else ():
+                # A mapping with the keys of a class would reach the target as a mapping.
+                items = value if isinstance(value, list | tuple) else [value]
+                if any(is_dataclass(one) or isinstance(one, BaseModel) for one in items):
+                    self._no_object((*path, name.removeprefix("field_")))
         except ValidationError as error:
             for one in error.errors(include_url=False):
                 place = _place(one["loc"], given)
@@ -183,17 +188,23 @@ class Config:
         if path[:-1] in self.targets:
             owner = above["_target_"]
         if "missing" in types:
-            if "_partial_" not in above and "_args_" not in above:
+            given = above if isinstance(above, dict) else {}
+            if given.get("_partial_") is not True and "_args_" not in given:
                 self.add(key, f"{owner} needs it; give {key}=<value>")
         elif types & {"extra_forbidden", "unexpected_keyword_argument"}:
             self.add(key, f"{owner} has no setting {path[-1]!r}{self._meant(path)}")
         elif types & NO_OBJECT and isinstance(value, dict):
-            hint = self._meant(path) or f"; give {key}=<option> or {key}._target_=<class>"
-            kind = "wrong" if value else "missing"  # empty: no option of a group is chosen
-            self.add(key, f"it has no _target_, so no class is chosen{hint}", kind)
+            self._no_object(path)
         elif not (types & NO_OBJECT and isinstance(value, list) and all(map(_is_node, value))):
             # A collection of objects is no value of JSON.
             self._explain_value(path, errors)
+
+    def _no_object(self, path: KeyPath) -> None:
+        """A mapping where an object is expected; it is empty if no option of a group is chosen."""
+        key = dotted(path)
+        hint = self._meant(path) or f"; give {key}=<option> or {key}._target_=<class>"
+        kind = "wrong" if self._at(path) else "missing"
+        self.add(key, f"it has no _target_, so no class is chosen{hint}", kind)
 
     def _explain_value(self, path: KeyPath, errors: list[Any]) -> None:
         """Add the mistake in a value: its type, its range, or what a validator of a class says."""

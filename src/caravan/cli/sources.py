@@ -54,7 +54,7 @@ def flags(argv: list[str]) -> Namespace:
     if args.resolve and not args.cfg:
         raise InputError("conflicting-flags", "--resolve is an option of --cfg; add --cfg job")
     if unknown:
-        text = "not an option; settings have no dashes (key=value), and stand together"
+        text = "unknown option; settings have no dashes (key=value)"
         raise InputError("unknown-option", f"{unknown[0]}: {text}")
     return args
 

@@ -228,6 +228,10 @@ def parts_work_together(config: Config) -> None:
     if padded and config.get("backbone.attention") == "unpadded":
         text = "adaptation and likelihoods need padding; set it to auto or sdpa"
         config.add("backbone.attention", text)
+    attention = str(config.get("backbone.attention"))
+    if attention.startswith("flash") and config.get("trainer.accelerator") == "cpu":
+        text = f"{attention} runs on GPUs only; set it to auto or sdpa"
+        config.add("backbone.attention", text)
     if compiled and config.get("backbone.checkpointing") == "selective":
         text = "torch.compile chooses what to keep of a layer; set it to true or false"
         config.add("backbone.checkpointing", text)
@@ -240,6 +244,10 @@ def trainer_suits_the_run(config: Config) -> None:
     """Arguments of the Trainer that the run passes itself, or that would never end."""
     if not config.is_a("trainer", Trainer):
         return
+    for group in ("stage", "trainer"):
+        if config.get(f"{group}._partial_") is not True:
+            text = "it must be true, since the run adds arguments; leave the override out"
+            config.add(f"{group}._partial_", text)
     for name in OF_RUN:
         if name in config.values["trainer"]:
             hint = f"set {name} at the root" if name in config.values else "leave it out"

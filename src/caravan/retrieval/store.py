@@ -94,8 +94,8 @@ class Store:
         if others:
             nearest = min((manifests.differences(other, inputs) for other in others), key=len)
             log.info(
-                f"{self.folder} has {name} from other models, collections, settings or versions"
-                f" (the nearest differ in {'; '.join(nearest[:3])}), which are kept"
+                f"{self.folder} has {name} from other models, collections, settings or versions,"
+                f" which are kept (the nearest differs in {'; '.join(nearest[:3])})"
             )
         return path
 

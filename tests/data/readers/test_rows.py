@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import date
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -67,6 +68,7 @@ def test_scores_of_a_row_are_those_of_a_teacher() -> None:
     row = read(fields)
     assert [one.score for one in (*row.positives, *row.negatives)] == [2.0, 0.5]
     assert read({**fields, "score": None}).positives[0].score is None
+    assert read({**fields, "score": [Decimal("2.5"), 1]}).positives[0].score == 2.5
     pair = read({"sentence1": "q", "sentence2": "a", "label": 0, "score": 0.25})
     assert pair.negatives[0].score == 0.25
     unlabelled = {"sentence1": "q", "sentence2": "a", "score": 0.2}

@@ -183,6 +183,8 @@ def test_splits_of_a_dataset_are_read(tmp_path: Path, saved: str) -> None:
     assert judged(found, "dev") == {("q1", "p1"): 1}
     with refused("dataset-not-loaded", "test"):
         read(folder, subsets={"train": "test"})
+    Dataset.from_list(SAVED, split="validation").save_to_disk(str(tmp_path / "one"))
+    assert read(tmp_path / "one", subsets={"train": "validation"}).splits == ("train",)
 
 
 def test_subsets_choose_among_the_files_of_a_folder(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import IO, Any, TypeVar
 from caravan import manifests
 from caravan.data.texts import Record
 from caravan.errors import InputError
-from caravan.files import cache_folder
+from caravan.files import cache_folder, listed
 
 BLOCK_BYTES = 1 << 24  # of lines in memory at once
 KEPT_FROM_BYTES = 1 << 26  # smaller files are hashed in some milliseconds
@@ -261,10 +261,14 @@ def by_stem(folder: Path, *patterns: str) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for pattern in patterns:
-        start, end = pattern.rpartition("/")[2].split("*")
-        for file in sorted([*folder.glob(pattern), *folder.glob(f"{pattern}.gz")]):
-            stem = file.name.removesuffix(".gz").removeprefix(start).removesuffix(end)
-            if stem.startswith(".") or stem.casefold() in NOT_DATA or not file.is_file():
+        inside, _, name = pattern.rpartition("/")
+        start, end = name.split("*")
+        for file in listed(folder / inside) if (folder / inside).is_dir() else ():
+            plain = file.name.removesuffix(".gz")
+            if not (plain.startswith(start) and plain.endswith(end) and file.is_file()):
+                continue
+            stem = plain.removeprefix(start).removesuffix(end)
+            if stem.casefold() in NOT_DATA:
                 continue
             if stem in found:
                 there = f"{found[stem]} and {file} exist"

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,7 +138,7 @@ class Columns:
                 raise InputError(
                     "unknown-column",
                     f"the column {column} looks like the {part} and is not read: set"
-                    f" data.columns={{{part}: ...}} to all columns to read as such, or null",
+                    f" data.columns={{{part}: ...}} with all columns to read as {part}, or null",
                 )
 
 
@@ -268,7 +269,7 @@ def _score(value: Any) -> float | None:
     """A teacher's score; None if there is none."""
     if value is None:
         return None
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if not number or not abs(value) <= LARGEST:
         problem = f"the score {value!r} is not a finite float32 number; correct it"
         raise InputError("invalid-score", problem)

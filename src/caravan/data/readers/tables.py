@@ -69,7 +69,7 @@ class Rows(NamedTuple):
             if any((Path(path) / name).is_file() for name in SAVED):
                 saved: Any = load_from_disk(path)
                 if not isinstance(saved, DatasetDict):
-                    saved = {"train": saved}
+                    saved = {"train": saved, **({str(saved.split): saved} if saved.split else {})}
                 if self.subset not in saved:
                     there = ", ".join(saved)
                     raise ValueError(f"it has no split {self.subset!r}; there are {there}")
