@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,8 @@ def highest() -> float:
 
 def apart(measure: Callable[..., Any], *given: Any) -> Any:
     """The result of `measure` in a separate process; peak memory is that of `measure` alone."""
-    context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=_put, args=(answer, measure, *given))
-    process.start()
-    found = answer.get()
-    process.join()
-    return found
-
-
-def _put(answer: Any, measure: Callable[..., Any], *given: Any) -> None:
-    answer.put(measure(*given))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(measure, *given).result()
 
 
 def report(title: str, rows: list[dict[str, Any]], notes: list[str], save: bool) -> None:

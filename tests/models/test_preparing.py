@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from tests.models.small import model_of
+from tests.refusals import refused
 from tests.tiny import tiny_backbone
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,6 +16,17 @@ from caravan.models.preparing import Checkpointing, _policy, prepared
 
 CHOICES: tuple[Checkpointing, ...] = (False, True, "selective")
 PRODUCTS = ("aten.mm", "aten.addmm")
+
+
+def test_compilation_is_refused_where_torch_could_not_link(
+    tokenizer: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__path__", ["/home/a user/site-packages/torch"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    backbone = tiny_backbone()
+    backbone.compile = True
+    with refused("no-compilation", "backbone.compile", "/home/a user"):
+        backbone.model(tokenizer)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

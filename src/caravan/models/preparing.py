@@ -42,7 +42,8 @@ def prepared(
     """Prepare a transformer, with or without a head, for training, in place.
 
     Raises:
-        InputError: If the model does not support bidirectional attention or checkpointing.
+        InputError: If the model does not support bidirectional attention or checkpointing, or
+            torch cannot compile where it is installed.
     """
     model.config.use_cache = False
     if bidirectional:
@@ -50,6 +51,12 @@ def prepared(
     if checkpointing:
         _checkpoint_activations(model.base_model, checkpointing)  # without the head
     if compile:
+        if " " in torch.__path__[0] and not torch.cuda.is_available():
+            raise InputError(
+                "no-compilation",
+                f"backbone.compile=true: on CPUs torch cannot link its kernels if its own path has a"
+                f" space ({torch.__path__[0]}); move the environment, or set it to false",
+            )
         # Beyond dynamo's default limit of versions a layer would run uncompiled.
         limits: Any = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, VERSIONS)
