@@ -54,7 +54,7 @@ def prepared(
         if " " in torch.__path__[0] and not torch.cuda.is_available():
             raise InputError(
                 "no-compilation",
-                f"backbone.compile=true: on CPUs torch cannot link its kernels if its own path has a"
+                f"backbone.compile=true: on CPUs torch cannot link its kernels if its path has a"
                 f" space ({torch.__path__[0]}); move the environment, or set it to false",
             )
         # Beyond dynamo's default limit of versions a layer would run uncompiled.
