@@ -103,6 +103,9 @@ def main() -> None:
     default_peak, default_loss = apart(of_one, options.texts, {})
     rows = []
     for setting in SETTINGS:
+        if setting.get("compile") and " " in torch.__path__[0] and not torch.cuda.is_available():
+            sys.stderr.write(f"{setting}: left out, torch cannot link where its path has a space\n")
+            continue
         times = apart(in_turn, options.texts, setting, options.repeats)
         peak, loss = apart(of_one, options.texts, setting)
         rows.append(
