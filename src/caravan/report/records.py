@@ -180,7 +180,7 @@ def read_metrics(folder: Path) -> Training | Evaluation | None:
         return None
     record = read_json(path)
     if "overall" not in record:
-        return _checked(Training, record, path) if "updates" in record else None
+        return _checked(Training, record, path)
     return _checked(Suite if "collections" in record else Evaluation, record, path)
 
 

@@ -36,7 +36,7 @@ from caravan.files import replacing
 from caravan.models.loading import is_finite
 
 LAST, BEST = "last.ckpt", "best.ckpt"
-RESUMED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks")
+RESUMED = ("state_dict", "optimizer_states", "loops")
 """Parts that a resume needs; a checkpoint of weights alone has only the first."""
 
 log = logging.getLogger(__name__)
