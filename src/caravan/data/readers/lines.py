@@ -265,10 +265,8 @@ def by_stem(folder: Path, *patterns: str) -> dict[str, Path]:
         start, end = name.split("*")
         for file in listed(folder / inside) if (folder / inside).is_dir() else ():
             plain = file.name.removesuffix(".gz")
-            if not (plain.startswith(start) and plain.endswith(end) and file.is_file()):
-                continue
             stem = plain.removeprefix(start).removesuffix(end)
-            if stem.casefold() in NOT_DATA:
+            if f"{start}{stem}{end}" != plain or stem.casefold() in NOT_DATA or not file.is_file():
                 continue
             if stem in found:
                 there = f"{found[stem]} and {file} exist"
