@@ -9,21 +9,11 @@ from typing import Any
 
 import pytest
 from tests.refusals import refused
+from tests.tiny import TOKEN
 
 from caravan.encoding import Encoding, read_encoding, write_encoding
 
 LIKELIHOOD = Encoding(kind="reranker", scoring="likelihood", append_eos=False)
-TOKEN = Encoding(
-    kind="reranker",
-    scoring="token",
-    append_eos=False,
-    prefix="<s>judge:\n",
-    query_template="{instruction} ask: {text}\ndocument:",
-    suffix="\nanswer:",
-    instruction="the salt route",
-    positive=" salt",
-    negative=" silk",
-)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from caravan.encoding import Encoding
 from caravan.models.tiny_llama import TinyLlama
 
 WORDS = [
@@ -15,6 +16,18 @@ WORDS = [
     *("star", "wind", "sand", "guide", "rest", "silk", "spice", "market", "gold", "tent", "well"),
     *("road", "mountain", "river", "city", "gate", "merchant", "rope", "fire", "song"),
 ]
+TOKEN = Encoding(
+    kind="reranker",
+    scoring="token",
+    append_eos=False,
+    prefix="<s>judge:\n",
+    query_template="{instruction} ask: {text}\ndocument:",
+    suffix="\nanswer:",
+    instruction="the salt route",
+    positive=" salt",
+    negative=" silk",
+)
+"""A pair in a chat template, scored by the logits of two tokens."""
 
 
 def write_beir(

@@ -50,6 +50,12 @@ class Derived(Base):
     flags: tuple[bool, ...] = ()
 
 
+class Owner:
+    """Needs an argument beside one with a dataclass."""
+
+    def __init__(self, needed: int, owned: Base) -> None: ...
+
+
 class Wide(Derived):
     """Inherits its arguments."""
 
@@ -117,6 +123,7 @@ def test_values_that_fit_their_annotations(values: dict[str, Any]) -> None:
         ({"old": "x"}, "old: .*integer, not 'x'"),
         ({"call": {"a": 3}}, "call: .*no _target_"),
         ({"part": {"size": 3}}, "part: .*no _target_"),  # the keys of its class
+        ({"owned": {"size": 3}, "_target_": f"{__name__}.Owner", "_partial_": True}, "owned: .*no"),
         ({"_partial_": False, "_target_": f"{__name__}.Base"}, r"size: .*needs it"),
         ({"call": "x"}, "call: .*object, with a _target_, not 'x'"),
         ({"part": {"_target_": f"{__name__}.Base"}}, r"part\.size: .*Base needs it"),

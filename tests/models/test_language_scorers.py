@@ -16,7 +16,7 @@ from bitsandbytes.nn import Linear4bit
 from tests.commands import adopt
 from tests.models.small import GROUPED, TEXTS, close, language_model_of, padded, shaken
 from tests.refusals import refused
-from tests.tiny import tiny_backbone
+from tests.tiny import TOKEN, tiny_backbone
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -33,17 +33,6 @@ from caravan.models.loading import set_attention
 
 LIKELIHOOD = Encoding(
     kind="reranker", scoring="likelihood", append_eos=False, query_length=16, passage_length=48
-)
-TOKEN = Encoding(
-    kind="reranker",
-    scoring="token",
-    append_eos=False,
-    prefix="<s>judge:\n",
-    query_template="{instruction} ask: {text}\ndocument:",
-    suffix="\nanswer:",
-    instruction="the salt route",
-    positive=" salt",
-    negative=" silk",
 )
 ANSWERS = (7, 3)
 IDS = [text for text in TEXTS if len(text) > 2]

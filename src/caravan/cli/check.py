@@ -11,15 +11,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from caravan.cli.signatures import did_you_mean, locate, takes
+from caravan.cli.signatures import did_you_mean, locate, takes, takes_object
 from caravan.encoding import adoption, read_encoding
 from caravan.errors import InputError, first_line
 from caravan.models.remote_code import SETTING, is_allowed
@@ -164,12 +164,7 @@ class Config:
         places: dict[KeyPath, list[Any]] = {}
         try:
             data = json.dumps(given, ensure_ascii=False, default=str)
-            valid = model.model_validate_json(data.encode(errors="replace"))
-            for name, value in vars(valid).items() if path else ():
-                # A mapping with the keys of a class would reach the target as a mapping.
-                items = value if isinstance(value, list | tuple) else [value]
-                if any(is_dataclass(one) or isinstance(one, BaseModel) for one in items):
-                    self._no_object((*path, name.removeprefix("field_")))
+            model.model_validate_json(data.encode(errors="replace"))
         except ValidationError as error:
             for one in error.errors(include_url=False):
                 place = _place(one["loc"], given)
@@ -180,6 +175,13 @@ class Config:
             inside = any(other != place and other[: len(place)] == place for other in places)
             if not inside:
                 self._explain(place, errors)
+        for field in model.model_fields.values() if path else ():
+            # pydantic accepts a mapping for a dataclass, but it reaches the target as a mapping.
+            value = given.get(field.alias)
+            items = value if isinstance(value, list) else [value]
+            plain = any(isinstance(one, dict) and not _is_node(one) for one in items)
+            if plain and takes_object(field.annotation):
+                self._no_object((*path, str(field.alias)))
 
     def _explain(self, path: KeyPath, errors: list[Any]) -> None:
         """Add the mistake of a key; the type of a union has an error for each of its members."""
@@ -230,7 +232,8 @@ class Config:
         *_, name = path
         model = takes(self.targets.get(path[:-1]))
         beside = {str(one.alias) for one in model.model_fields.values()} if model else set()
-        beside |= {str(one) for one in self._at(path[:-1])} - {str(name)}
+        beside |= {str(one) for one in self._at(path[:-1])}
+        beside.discard(str(name))
         if near := did_you_mean(str(name), beside):
             return f"; did you mean {dotted((*path[:-1], near))}?"
         others = [one for one in _paths(self.values) if one[: len(path)] != path]

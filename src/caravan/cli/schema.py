@@ -46,7 +46,7 @@ def _printable(text: str) -> str:
 
 def _named(text: str) -> str:
     if not text.strip("/ ."):
-        raise ValueError("must not be empty: a run has a folder of its own")
+        raise ValueError("must not be empty: each run needs a separate folder")
     return text
 
 

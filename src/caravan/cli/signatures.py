@@ -7,9 +7,10 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from types import SimpleNamespace
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, create_model
 from pydantic_core import SchemaError
@@ -115,3 +116,20 @@ def _resolved(annotation: Any, scope: dict[str, Any], config: ConfigDict) -> Any
     except UNRESOLVABLE:
         return Any
     return hint
+
+
+def takes_object(hint: Any) -> bool:
+    """Whether a type is that of objects with fields (dataclasses, models), and not of mappings."""
+    kinds = list(_members(hint))
+    if any(kind is Any or issubclass(kind, Mapping) for kind in kinds):
+        return False
+    return any(is_dataclass(kind) or issubclass(kind, BaseModel) for kind in kinds)
+
+
+def _members(hint: Any) -> Iterator[Any]:
+    """The classes, and `Any`, in a type: of `list[A | None]` those of list, A and None."""
+    origin = get_origin(hint) or hint
+    if origin is Any or isinstance(origin, type):
+        yield origin
+    for one in get_args(hint):
+        yield from _members(one)
