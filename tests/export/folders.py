@@ -276,7 +276,7 @@ def run_card(out: Path, heading: str = "") -> dict[str, Any]:
 def assert_close(found: Any, expected: torch.Tensor) -> None:
     """Assert that numbers are equal up to rounding, and that the expected ones are not constant."""
     found = torch.stack(list(found)) if isinstance(found, list) else torch.as_tensor(found)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
     assert float(expected.std(dim=0).max()) > 1e-3
 
 

@@ -173,11 +173,10 @@ class Shards:
         return [number for number in numbers if self._record(number) is None]
 
     def write(self, numbers: list[int]) -> None:
-        """Compute and write shards; ends if another process has ended."""
+        """Compute and write shards."""
         for number, array in zip(numbers, self._compute(numbers) if numbers else (), strict=True):
             write_shard(self.path(number), array, {"shard": number, "inputs": self._inputs})
             self._verified.add(number)
-            peers.check()
 
     def read(self, number: int) -> np.ndarray:
         """Memory-map the array of a shard; a damaged shard is recomputed."""
