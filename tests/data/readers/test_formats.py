@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,18 +95,6 @@ def test_ids_with_other_than_ascii_space_stay_whole(
     assert read_run(path, found.queries, found.corpus).passage_rows.tolist() == [0]
     # as trec_eval reads it: bytes.split divides where C's isspace does
     assert [len(line.split()) for line in path.read_bytes().splitlines()] == [6]
-
-
-@LABELLED
-@pytest.mark.parametrize("side", ["query", "passage"])
-@pytest.mark.parametrize("character", ["\x85", "\u2028", "\x1c", "\x00"])
-def test_ids_with_line_breaks_or_control_characters_are_refused(
-    tmp_path: Path, layout: str, side: str, character: str
-) -> None:
-    escaped = layout in ("beir", "tevatron") and character < " "  # JSON has it no other way
-    name = json.dumps(f"x{character}y")[1:-1] if escaped else f"x{character}y"
-    with refused("invalid-id"):
-        build(put(tmp_path / "set", filled(layout, **{side: name})), layout)
 
 
 @LABELLED
