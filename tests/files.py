@@ -6,6 +6,7 @@ import gzip
 from pathlib import Path
 
 from caravan.data.collection import Collection, Qrels
+from caravan.data.runs import read_run
 
 
 def put(folder: Path, files: dict[str, str], zipped: bool = False) -> Path:
@@ -23,6 +24,13 @@ def judged(collection: Collection, split: str) -> dict[tuple[str, str], int]:
     queries = collection.queries.ids(qrels.query_rows)
     passages = collection.corpus.ids(qrels.passage_rows)
     return dict(zip(zip(queries, passages, strict=True), qrels.grades.tolist(), strict=True))
+
+
+def ranked(run: Path, collection: Collection) -> dict[int, dict[int, float]]:
+    """By the row of each query, the rows of the passages of a run file with scores, best first."""
+    found = read_run(run, collection.queries, collection.corpus)
+    columns = {row: [part.tolist() for part in found.of(row)] for row in found.query_rows.tolist()}
+    return {row: dict(zip(*of, strict=True)) for row, of in columns.items()}
 
 
 def records(texts: object) -> list[tuple[str, str, str]]:

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 from caravan.data.batch import pack
+from caravan.data.collection import Collection
+from caravan.data.pairs import PairTemplates
 from caravan.encoding import Encoding
 from caravan.models import folder
 from caravan.models.adapters import LoRA
@@ -147,6 +149,21 @@ def embedded(model: BiEncoder | Path) -> Tensor:
     with torch.no_grad():
         found: Tensor = loaded.embed(pack([[5, 6, 7], [8, 9, 10, 11], [12]], 99))
     return found
+
+
+def alone(model: Any, ids: list[int]) -> Tensor:
+    """What a model computes of one text or pair without padding: its embedding or its score."""
+    with torch.no_grad():
+        found: Tensor = model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64))[0]
+    return found
+
+
+def scored_alone(path: Path, query: int, rows: Any, collection: Collection) -> list[float]:
+    """Scores of a query's pairs with the passages in `rows` by a model folder, pair by pair."""
+    model, tokenizer, encoding, _ = folder.load(path)
+    queries = collection.queries.get([query]) * len(rows)
+    pairs = PairTemplates(tokenizer, encoding).pairs(queries, collection.corpus.get(rows))
+    return [float(alone(model, pair.ids)) for pair in pairs]
 
 
 def edit_weights(path: Path, change: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tests.commands import ROOT, evaluate, from_folder, train
+from tests.files import ranked
 from tests.models.remote_code import MODELING, write_model
 from tests.refusals import refused
 from tests.tiny import tiny_backbone
@@ -22,7 +23,6 @@ import caravan
 from caravan.cli.compose import compose
 from caravan.data.batch import pack
 from caravan.data.collection import Collection
-from caravan.data.runs import read_run
 from caravan.encoding import Encoding, write_encoding
 from caravan.errors import InputError
 from caravan.export import sentence_transformers, transformers
@@ -159,10 +159,9 @@ def test_a_trained_folder_computes_what_its_training_did(
     evaluate(beir, tmp_path / "r", trained, *allowed, "index.k=60")
     (validated,) = (trained.parent / "runs").iterdir()
     found = tmp_path / "r" / "runs" / "retriever.dev.trec"
-    runs = [read_run(path, collection.queries, collection.corpus) for path in (validated, found)]
-    for row in runs[0].query_rows.tolist():
-        before, after = (dict(zip(*map(list, run.of(row)), strict=True)) for run in runs)
-        assert {p: after[p] for p in before} == pytest.approx(before, abs=2e-3)
+    evaluated = ranked(found, collection)
+    for row, before in ranked(validated, collection).items():
+        assert {p: evaluated[row][p] for p in before} == pytest.approx(before, abs=2e-3)
 
 
 def test_a_training_starts_from_a_folder_with_code(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tests.commands import evaluate
+from tests.models.small import scored_alone
 from tests.refusals import refused
 from tests.tiny import tiny_backbone
 
@@ -59,18 +60,9 @@ def test_scores_are_those_of_the_pairs_alone(
     run, model = candidates(collection), opened(reranker, block=7)
     found = rerank(model, run, collection)
     assert f"rerank {len(run.scores)} pairs with {reranker} on cpu, float32" in caplog.text
-    network = folder.load(reranker)[0]
-    for row in found.query_rows:
+    for row in found.query_rows.tolist():
         rows, scores = found.of(row)
-        pairs = model.model.templates.pairs(
-            collection.queries.get([int(row)]) * len(rows), collection.corpus.get(rows)
-        )
-        with torch.no_grad():
-            alone = [
-                float(network(torch.tensor([p.ids]), torch.ones(1, len(p.ids), dtype=torch.int64)))
-                for p in pairs
-            ]
-        np.testing.assert_allclose(scores, alone, atol=1e-5)
+        np.testing.assert_allclose(scores, scored_alone(reranker, row, rows, collection), atol=1e-5)
         assert (np.diff(scores) <= 0).all()
 
 

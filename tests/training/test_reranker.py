@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from tests.commands import curves, evaluate, train
+from tests.files import ranked
+from tests.models.small import scored_alone
 from tests.refusals import refused
 
 from caravan import manifests
 from caravan.data.collection import Collection
-from caravan.data.pairs import PairTemplates
 from caravan.data.runs import read_run
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
@@ -74,25 +74,15 @@ def test_the_manifest_has_the_counts_of_the_rules(finished: Path, runs: dict[str
 def test_the_folder_has_the_head_and_gives_the_scores_of_the_validation(
     finished: Path, collection: Collection
 ) -> None:
-    model, tokenizer, encoding, _ = folder.load(finished / "model")
+    model, _, encoding, _ = folder.load(finished / "model")
     assert (encoding.kind, encoding.pooling, encoding.passage_length) == ("reranker", "last", 32)
     assert model.plain.score.weight.abs().sum() > 0
     best = json.loads((finished / "metrics.json").read_text())
     assert best["read"][0]["scores"]["MRR@10"] == pytest.approx(best["best"])
-    run = read_run(
-        finished / "runs" / "read_passage_length_32.trec", collection.queries, collection.corpus
-    )
-    templates = PairTemplates(tokenizer, encoding)
-    for row in run.query_rows[:2]:
-        rows, scores = run.of(row)
-        query = collection.queries.get([int(row)]) * len(rows)
-        pairs = templates.pairs(query, collection.corpus.get(rows))
-        with torch.no_grad():
-            found = [
-                float(model(torch.tensor([p.ids]), torch.ones(1, len(p.ids), dtype=torch.int64)))
-                for p in pairs
-            ]
-        np.testing.assert_allclose(found, scores, atol=1e-4)
+    validated = ranked(finished / "runs" / "read_passage_length_32.trec", collection)
+    for row, scores in list(validated.items())[:2]:
+        found = scored_alone(finished / "model", row, list(scores), collection)
+        np.testing.assert_allclose(found, list(scores.values()), atol=1e-4)
 
 
 @pytest.mark.slow
@@ -104,10 +94,9 @@ def test_the_best_segments_in_a_validation_are_those_of_an_evaluation(
     again = evaluate(beir, tmp_path / "run", runs["dev"], *settings, *more)
     name = "read_segment_best_segment_words_5.trec"
     paths = [finished / "runs" / name, tmp_path / "run" / again["run"]]
-    validated, evaluated = (read_run(path, collection.queries, collection.corpus) for path in paths)
-    for row in validated.query_rows.tolist():
-        scores = dict(zip(*validated.of(row), strict=True))
-        assert scores == pytest.approx(dict(zip(*evaluated.of(row), strict=True)), abs=1e-4)
+    validated, evaluated = (ranked(path, collection) for path in paths)
+    for row, scores in validated.items():
+        assert scores == pytest.approx(evaluated[row], abs=1e-4)
     read = json.loads((finished / "metrics.json").read_text())["read"]
     assert read[1]["tokens_per_query"] > read[0]["tokens_per_query"]  # all, and prompts repeat
 
