@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from tests.commands import evaluate
+from tests.models.small import shaken
 from tests.refusals import refused
 from tests.tiny import tiny_backbone
 from torch import Tensor
@@ -33,15 +34,6 @@ Command = Callable[..., int]
 FACTS = {"base_model": "tiny", "best": 0.5, "updates": 3}
 
 
-def _shaken(model: Any, seed: int) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
 @pytest.fixture
 def base(tokenizer: Any, encoding: Encoding, tmp_path: Path) -> Path:
     torch.manual_seed(0)
@@ -59,7 +51,7 @@ def member(base: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path) -> Ca
         if lora is not None:
             transformer = lora.apply(transformer)
         own = replace(encoding, **settings)
-        network = BiEncoder(_shaken(transformer, seed), own)
+        network = BiEncoder(shaken(transformer, seed=seed), own)
         facts = {**FACTS, "updates": seed}
         folder.save(tmp_path / f"seed{seed}", network, tokenizer, own, facts)
         return tmp_path / f"seed{seed}"

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from tests.commands import ROOT, TINY, evaluate
 from tests.models.released import release, save_base
+from tests.models.small import model_of, saved_base
 from tests.tiny import write_beir
 
 from caravan import manifests
@@ -63,15 +64,10 @@ class Stand:
 def stand(
     beir: Path, tokenizer: Any, folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Stand:
-    import transformers
-
     home = tmp_path_factory.mktemp("experiments")
     decoder = save_base(home / "decoder", tokenizer)
-    shape = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1}
-    shape |= {"num_attention_heads": 2, "intermediate_size": 48, "pad_token_id": 0}
-    encoder = home / "encoder"
-    transformers.BertModel(transformers.BertConfig(**shape)).save_pretrained(encoder)
-    tokenizer.save_pretrained(encoder)
+    bert = model_of("bert", vocab_size=400, max_position_embeddings=512)
+    encoder = saved_base(tokenizer, home / "encoder", bert)
     texts = home / "articles"
     texts.mkdir()
     rows = [{"title": "Salt", "text": "the caravan rests at the well. " * 30} for _ in range(8)]

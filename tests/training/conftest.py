@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests.commands import SHORT, train
 from tests.fitting import Fit, random_candidates
-from tests.tiny import tiny_backbone
+from tests.models.small import saved_base
 
 from caravan.data.collection import Collection
 from caravan.encoding import Encoding
@@ -41,10 +40,7 @@ def module_fit(
 @pytest.fixture
 def saved(tokenizer: Any, tmp_path: Path) -> str:
     """A tiny Llama in a folder of its own, which adapters can name as their base."""
-    torch.manual_seed(0)
-    tiny_backbone().model(tokenizer).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
+    return str(saved_base(tokenizer, tmp_path / "base"))
 
 
 @pytest.fixture(scope="session")
