@@ -6,16 +6,20 @@ from typing import Any
 
 import pytest
 from tests.commands import SHORT, train
-from tests.fitting import Fit, random_candidates
+from tests.files import random_run
+from tests.fitting import Fit
 from tests.models.small import saved_base
 
 from caravan.data.collection import Collection
+from caravan.data.runs import write_run
 from caravan.encoding import Encoding
 
 
 @pytest.fixture(scope="session")
 def candidates(collection: Collection, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_candidates(collection, tmp_path_factory.mktemp("candidates") / "random.trec")
+    path = tmp_path_factory.mktemp("candidates") / "random.trec"
+    write_run(path, random_run(collection, "dev"), collection.queries, collection.corpus)
+    return path
 
 
 @pytest.fixture
