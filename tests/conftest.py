@@ -18,7 +18,6 @@ from caravan.encoding import Encoding
 from caravan.models.biencoder import BiEncoder
 from caravan.models.tiny_llama import train_bpe
 
-
 Call = Callable[..., tuple[int, str, str]]
 """A program's `main` with arguments: its exit code, output and errors."""
 

@@ -28,9 +28,7 @@ def judged(collection: Collection, split: str) -> dict[tuple[str, str], int]:
     return dict(zip(zip(queries, passages, strict=True), qrels.grades.tolist(), strict=True))
 
 
-def random_run(
-    collection: Collection, split: str, depth: int | None = None, seed: int = 0
-) -> Run:
+def random_run(collection: Collection, split: str, depth: int | None = None, seed: int = 0) -> Run:
     """A run of passages in random order for each query of the split: so many, or all of them."""
     rng = np.random.default_rng(seed)
     queries = collection.qrels(split).queries

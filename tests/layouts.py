@@ -59,7 +59,10 @@ def files_of(
         ]
 
     joined = training([text for _, text in untitled], "pos", "neg", "query")
-    scored = {"pos_scores": [0.5], "neg_scores": [0.25, None], "prompt": "x"}
+    for row in joined:
+        del row["query_id"]
+        scores: list[float | None] = [0.25, None]
+        row |= {"pos_scores": [0.5], "neg_scores": scores[: len(row["neg"])], "prompt": "x"}
     return {
         "beir": {
             "corpus.jsonl": _jsonl({"_id": i, "title": t, "text": x} for i, t, x in passages),
@@ -107,11 +110,7 @@ def files_of(
             ),
             "corpus.jsonl": _jsonl({"docid": i, "title": t, "text": x} for i, t, x in passages),
         },
-        "flagembedding": {
-            "train.jsonl": _jsonl(
-                {**{key: row[key] for key in row if key != "query_id"}, **scored} for row in joined
-            )
-        },
+        "flagembedding": {"train.jsonl": _jsonl(joined)},
     }[layout]
 
 

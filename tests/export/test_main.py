@@ -13,9 +13,7 @@ from tests.export.folders import make
 from caravan.export.__main__ import main
 
 
-def test_the_commands_write_and_report_a_mistake_in_one_line(
-    tmp_path: Path, call: Call
-) -> None:
+def test_the_commands_write_and_report_a_mistake_in_one_line(tmp_path: Path, call: Call) -> None:
     path, out, none = make(tmp_path / "model"), tmp_path / "out", tmp_path / "none"
     code, output, _ = call(main, "transformers", path, out)
     assert (code, str(out) in output) == (0, True)

@@ -19,7 +19,6 @@ from caravan.models import folder
 from caravan.retrieval import peers, stages
 from caravan.retrieval.index import Faiss
 
-
 NAMES = "collections=[one,two,forums]"
 SHORT = "measures=[nDCG@10,R@100]"
 

@@ -121,8 +121,7 @@ def test_documents_have_their_address_before_the_title(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["collection.tsv", "queries.train.tsv"])
 def test_a_file_that_is_missing_is_named(tmp_path: Path, name: str) -> None:
-    folder = put(tmp_path / "m", without(PASSAGES, name))
     with refused("file-not-found", name):
-        passages(folder)
+        passages(put(tmp_path / "m", without(PASSAGES, name)))
     with refused("unreadable-file", "x.tsv"):
-        passages(folder, corpus="x.tsv")
+        passages(put(tmp_path / "m", PASSAGES), corpus="x.tsv")
