@@ -88,7 +88,7 @@ def language_model_of(kind: str, noise: float = 0.1, **more: Any) -> Any:
     return shaken(AutoModelForCausalLM.from_config(config_of(kind, **more)), noise).eval()
 
 
-def shaken(model: Any, noise: float = 0.2, seed: int = 0) -> Any:
+def shaken(model: Any, noise: float = 0.1, seed: int = 0) -> Any:
     """The model with noise on its trainable weights: new adapters would not change its results."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
