@@ -110,6 +110,10 @@ def _training(name: str, stand: Stand, run_dir: Path, group: str = "experiment")
         given.append(f"data.path={stand.texts}")
         given += ["data.config=null"] if "config" in cfg.data else ["data=texts"]
         given.append("stage.words=20")
+    elif "entries" in cfg.data:
+        sources = [f"data.entries.{entry}.source" for entry in cfg.data.entries]
+        given += [f"{source}.path={stand.beir}" for source in sources]
+        given += [f"{source}.held_out=0" for source in sources]  # it has a dev split
     else:
         given += ["data=beir", f"data.path={stand.beir}", f"sampler.runs=[{stand.runs['train']}]"]
     if cfg.validation.run is not None or cfg.encoding.kind == "reranker":

@@ -57,7 +57,7 @@ def test_a_finished_run_is_not_repeated_whatever_has_no_effect_on_it(
     run_dir, best = finished
     monkeypatch.setattr(fit, "_fit", lambda *_: pytest.fail("trained again"))
     changed = ["batching.num_workers=1", "trainer.enable_progress_bar=true", "~logger.tensorboard"]
-    for overrides in ([], ["resume=true"], changed):
+    for overrides in ([], ["resume=true", *changed]):
         assert train(beir, run_dir, *overrides) == best
 
 
