@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.commands import train
+from tests.commands import evaluate, train
 from tests.tiny import WORDS, tiny_backbone, write_beir, write_counterarguments
 from tests.two_ranks import TwoRanks
 
@@ -17,6 +17,24 @@ from caravan.data.readers.labelled import Beir
 from caravan.encoding import Encoding
 from caravan.models.biencoder import BiEncoder
 from caravan.models.tiny_llama import train_bpe
+
+Call = Callable[..., tuple[int, str, str]]
+"""A program's `main` with arguments: its exit code, output and errors."""
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    def run(main: Callable[[], int], *arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", [main.__module__, *map(str, arguments)])
+        try:
+            code = main()
+        except SystemExit as ended:  # of argparse
+            code = int(ended.code or 0)
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return run
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -48,6 +66,26 @@ def beir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def collection(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> Collection:
     return Beir(str(beir)).collection(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of several collections."""
+    home = tmp_path_factory.mktemp("suite")
+    for seed, name in enumerate(("one", "two", "forums/x", "forums/y")):
+        write_beir(home / name, seed=seed)
+    return home
+
+
+@pytest.fixture(scope="session")
+def bm25_runs(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """BM25's run over the queries of each split, of 12 passages a query at most."""
+    home = tmp_path_factory.mktemp("bm25")
+    found = {}
+    for split in ("train", "dev", "test"):
+        given = (f"data.split={split}", "index.k=12", "measures=[R@5]")
+        found[split] = home / split / evaluate(beir, home / split, "bm25", *given)["run"]
+    return found
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -18,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from caravan.data.collection import Collection
 from caravan.data.mixture import Entry, Part, open_parts
 from caravan.data.negatives import Negatives
-from caravan.data.runs import Run, write_run
 from caravan.encoding import Encoding
 from caravan.retrieval.index import Faiss
 from caravan.training import fsdp
@@ -205,16 +203,6 @@ class Sgd:
 
     def build(self, model: torch.nn.Module, total_steps: int) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), lr=0.5)
-
-
-def random_candidates(collection: Collection, path: Path) -> Path:
-    """A run that ranks the whole corpus at random for every dev query."""
-    queries = np.unique(collection.qrels("dev").query_rows)
-    rng = np.random.default_rng(0)
-    found = np.stack([rng.permutation(len(collection.corpus)) for _ in queries])
-    run = Run.from_topk(queries, -np.sort(rng.random(found.shape)), found)
-    write_run(path, run, collection.queries, collection.corpus)
-    return path
 
 
 def same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

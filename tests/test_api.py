@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.commands import evaluate
-from tests.files import records
+from tests.files import ranked, records
 from tests.refusals import refused
 
 import caravan
 from caravan.data.collection import Collection
-from caravan.data.runs import read_run
 
 FLOAT = ("precision=float32", "measures=[MRR@10]")
 
@@ -24,12 +23,11 @@ def _texts(collection: Collection) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def _same_run(hits: Any, path: Path, collection: Collection) -> None:
-    run = read_run(path, collection.queries, collection.corpus)
-    for row, found in zip(run.query_rows, hits, strict=True):
-        assert len(found) >= 5
-        passages, scores = run.of(int(row))
-        assert [hit.row for hit in found] == passages[: len(found)].tolist()
-        np.testing.assert_allclose([hit.score for hit in found], scores[: len(found)], atol=2e-3)
+    for of_query, found in zip(ranked(path, collection).values(), hits, strict=True):
+        best = dict(list(of_query.items())[: len(found)])
+        assert len(best) == len(found) >= 5
+        assert [hit.row for hit in found] == list(best)
+        assert [hit.score for hit in found] == pytest.approx(list(best.values()), abs=2e-3)
 
 
 def test_search_finds_what_evaluate_finds(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from tests.commands import evaluate
+from tests.conftest import Call
+from tests.models.small import shaken
 from tests.refusals import refused
 from tests.tiny import tiny_backbone
 from torch import Tensor
@@ -28,18 +29,7 @@ from caravan.models.digests import folder_digest
 from caravan.report.compare import holm
 from caravan.report.tables import p_value
 
-Command = Callable[..., int]
-"""`python -m caravan.average`: its exit code."""
 FACTS = {"base_model": "tiny", "best": 0.5, "updates": 3}
-
-
-def _shaken(model: Any, seed: int) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 @pytest.fixture
@@ -59,7 +49,7 @@ def member(base: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path) -> Ca
         if lora is not None:
             transformer = lora.apply(transformer)
         own = replace(encoding, **settings)
-        network = BiEncoder(_shaken(transformer, seed), own)
+        network = BiEncoder(shaken(transformer, seed=seed), own)
         facts = {**FACTS, "updates": seed}
         folder.save(tmp_path / f"seed{seed}", network, tokenizer, own, facts)
         return tmp_path / f"seed{seed}"
@@ -139,29 +129,23 @@ def test_models_with_other_settings_are_refused_by_name(
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    def run(models: list[Path], *evaluated: object) -> int:
-        line = ["average", *models, "--output", tmp_path / "average/model", *evaluated]
-        monkeypatch.setattr(sys, "argv", list(map(str, line)))
-        return main()
+def command(call: Call, tmp_path: Path) -> Call:
+    def run(models: list[Path], *evaluated: object) -> tuple[int, str, str]:
+        return call(main, *models, "--output", tmp_path / "average/model", *evaluated)
 
     return run
 
 
 @pytest.mark.slow
 def test_the_average_is_evaluated_and_tested_against_each_member(
-    command: Command,
-    member: Callable[..., Path],
-    beir: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    command: Call, member: Callable[..., Path], beir: Path, tmp_path: Path
 ) -> None:
     models, run_dir = [member(1), member(2)], tmp_path / "dev"
     settings = ("precision=float32", "measures=[nDCG@10]")
     data = ("data=beir", f"data.path={beir}", f"cache_dir={tmp_path / 'cache'}", "num_workers=0")
     given = ("--evaluate", *data, f"run_dir={run_dir}", *settings)
-    assert command(models, *given) == 0
-    shown = capsys.readouterr().out
+    code, shown, _ = command(models, *given)
+    assert code == 0
     values = []
     for model in (*models, tmp_path / "average/model"):
         alone = evaluate(
@@ -178,15 +162,12 @@ def test_the_average_is_evaluated_and_tested_against_each_member(
         assert f"{abs(sum(values[-1]) - sum(of)) / len(of):.4f}" in sentence or corrected >= 0.05
         assert p_value(corrected) in sentence
     assert {path.name for path in run_dir.iterdir()} == {"seed1", "seed2", "average", "store"}
-    assert command(models, *given) == 0  # reuses the average and the evaluations
-    assert capsys.readouterr().out == shown
+    code, again, _ = command(models, *given)  # reuses the average and the evaluations
+    assert (code, again) == (0, shown)
 
 
 def test_a_mistake_is_found_before_the_models_are_averaged(
-    command: Command,
-    member: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    command: Call, member: Callable[..., Path], tmp_path: Path
 ) -> None:
     models = [member(1), member(2)]
     for given, place in (
@@ -194,6 +175,6 @@ def test_a_mistake_is_found_before_the_models_are_averaged(
         ([models, "--evaluate", "data.pth=x"], "data.pth"),
         ([models, "--evaluate", "retriever=bm25"], "retriever"),
     ):
-        assert command(*given) == 2
-        assert place in capsys.readouterr().err
+        code, _, error = command(*given)
+        assert (code, place in error) == (2, True)
     assert not (tmp_path / "average").exists()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tests.export import folders
+from tests.models.small import saved_base
 
 ROOT = Path(__file__).parents[1]
 SHARED = {"common", "gpu_kernels", "gpu_rows", "minilm", "shapes"}
@@ -52,12 +53,10 @@ SLOW = {"chunks", "encode", "gpu", "rerank", "settings", "train_step"}
 @pytest.fixture(scope="module")
 def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as that of MiniLM, of a BERT with a few thousand random weights."""
-    folder = tmp_path_factory.mktemp("minilm")
     tokenizer = copy.deepcopy(folders.tokenizer("encoder"))
     tokenizer.model_max_length = 64
-    tokenizer.save_pretrained(folder)
-    folders.bert(scores=False, positions=256).save_pretrained(folder)
-    return folder
+    bert = folders.bert(scores=False, positions=256)
+    return saved_base(tokenizer, tmp_path_factory.mktemp("minilm"), bert)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import Call
 from tests.export.folders import make
 from tests.refusals import refused
 
-from caravan import conformance
-from caravan.conformance import Server, check
+from caravan.conformance import Server, check, main
 from caravan.data.pairs import PairTemplates
 from caravan.models import folder
 from caravan.models.pooling import pooled_states, pooling_of
@@ -237,20 +237,14 @@ def test_the_scores_of_a_server_are_checked(
     assert finding.plain == bool(mistakes.get("template"))
 
 
-def test_the_command_reports_and_exits(
-    retriever: Path,
-    stub: Stub,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_command_reports_and_exits(retriever: Path, stub: Stub, call: Call) -> None:
     address = stub.url + EMBEDDINGS
     for mistakes, code, said in (
         ({}, 0, "passage: the folder's numbers"),
         ({"pooling": "mean"}, 1, "pooling: mean instead of last"),
     ):
         stub.mistakes = mistakes
-        monkeypatch.setattr("sys.argv", ["conformance", str(retriever), address])
-        assert conformance.main() == code
-        assert said in capsys.readouterr().out
+        ended, shown, _ = call(main, retriever, address)
+        assert (ended, said in shown) == (code, True)
     with refused("server-unreachable", "127.0.0.1:9"):
         check(retriever, Server("http://127.0.0.1:9/v1/embeddings"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.commands import evaluate
+from tests.conftest import Call
 from tests.refusals import refused
 
 import caravan
@@ -25,42 +25,25 @@ Command = Callable[..., tuple[int, str]]
 QUERIES, PASSAGES = 12, 10
 
 
-@pytest.fixture(scope="module")
-def runs(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """BM25's runs over the training and the dev queries."""
-    home = tmp_path_factory.mktemp("runs")
-    for split in ("train", "dev"):
-        given = (f"data.split={split}", "index.k=60", "measures=[MRR@10]")
-        evaluate(beir, home / split, "bm25", *given)
-    return {split: home / f"{split}/runs/bm25.{split}.trec" for split in ("train", "dev")}
-
-
 @pytest.fixture
-def command(
-    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Command:
+def command(call: Call, beir: Path, tmp_path: Path) -> Command:
     def run(name: str, *arguments: object) -> tuple[int, str]:
         data = ["data=beir", f"data.path={beir}", f"cache_dir={tmp_path / 'cache'}"]
-        given = [
-            *data,
-            f"run_dir={tmp_path / 'run'}",
-            "precision=float32",
-            "batching.num_workers=0",
-        ]
-        monkeypatch.setattr("sys.argv", ["negatives", name, *given, *map(str, arguments)])
-        return main(), capsys.readouterr().err
+        more = [f"run_dir={tmp_path / 'run'}", "precision=float32", "batching.num_workers=0"]
+        code, _, error = call(main, name, *data, *more, *arguments)
+        return code, error
 
     return run
 
 
 def test_an_audit_by_a_reranker_hides_positives_and_writes_its_scores_as_a_run(
     command: Command,
-    runs: dict[str, Path],
+    bm25_runs: dict[str, Path],
     folders: dict[str, str],
     collection: Collection,
     tmp_path: Path,
 ) -> None:
-    sampler = (f"sampler.runs=[{runs['train']}]", "sampler.depth=8")
+    sampler = (f"sampler.runs=[{bm25_runs['train']}]", "sampler.depth=8")
     code, error = command("audit", *sampler, "--teacher", folders["reranker"], "--hide")
     assert code == 0, error
     folder = tmp_path / "run/audit"
@@ -77,7 +60,7 @@ def test_an_audit_by_a_reranker_hides_positives_and_writes_its_scores_as_a_run(
         assert scores == pytest.approx(expected, abs=1e-4)
     found = json.loads((folder / "audit.json").read_text())
     assert found["queries"][0]["queries"] == 16
-    ranked = read_run(runs["train"], collection.queries, collection.corpus, depth=8)
+    ranked = read_run(bm25_runs["train"], collection.queries, collection.corpus, depth=8)
     hidden = 0
     several = [q for q in qrels.queries.tolist() if len(qrels.positives(q)) > 1]
     assert len(several) == 4
@@ -89,9 +72,9 @@ def test_an_audit_by_a_reranker_hides_positives_and_writes_its_scores_as_a_run(
 
 
 def test_new_judgements_can_be_trained_with(
-    command: Command, runs: dict[str, Path], beir: Path, collection: Collection, tmp_path: Path
+    command: Command, bm25_runs: dict[str, Path], beir: Path, collection: Collection, tmp_path: Path
 ) -> None:
-    given = ("--teacher", runs["train"], "--held-out", runs["dev"], "--precision")
+    given = ("--teacher", bm25_runs["train"], "--held-out", bm25_runs["dev"], "--precision")
     code, error = command("relabel", *given, "0.1")
     assert code == 0, error
     path = tmp_path / "run/relabel/train.tsv"
@@ -130,19 +113,11 @@ def test_new_judgements_can_be_trained_with(
     ],
 )
 def test_mistakes_are_refused(
-    arguments: list[str],
-    place: str,
-    command: Command,
-    runs: dict[str, Path],
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], place: str, command: Command, bm25_runs: dict[str, Path]
 ) -> None:
-    texts = [
-        t.replace("TRAIN", str(runs["train"])).replace("DEV", str(runs["dev"])) for t in arguments
-    ]
-    try:
-        code, error = command(*texts)
-    except SystemExit as stopped:  # of argparse
-        code, error = int(stopped.code or 0), capsys.readouterr().err
+    for split, path in bm25_runs.items():
+        arguments = [text.replace(split.upper(), str(path)) for text in arguments]
+    code, error = command(*arguments)
     assert (code, place in error) == (2, True), error
 
 

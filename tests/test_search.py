@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from tests.commands import ROOT
+from tests.conftest import Call
 from tests.files import records
 from tests.refusals import refused
 from tests.retrieval.test_interactive import open_search
@@ -107,11 +108,6 @@ def test_mistakes_are_reported_before_anything_loads(
 
 
 @pytest.mark.parametrize("given", [["--ask", " "], ["-m"]])
-def test_wrong_options_are_refused(
-    given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["search", "retriever=bm25", *given])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    assert given[0] in capsys.readouterr().err
+def test_wrong_options_are_refused(given: list[str], call: Call) -> None:
+    code, _, error = call(main, "retriever=bm25", *given)
+    assert (code, given[0] in error) == (2, True)

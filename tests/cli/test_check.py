@@ -226,7 +226,14 @@ TOGETHER = (
         "loss._target_=???": "loss._target_ (command line): it is not set (???)",
         "validation.run_depth=1,2": "several values; add -m",
     },
-    {"+experiment=no": "+experiment=no (command line): write experiment=no, without +"},
+    {
+        "+experiment=no": "+experiment=no (command line): write experiment=no, without +",
+        "optimizer=[3]": "optimizer=[3] (command line)",
+        "loss=3": "loss=3 (command line)",
+        "": "write key=value",  # as of an empty variable of the shell
+        "name=josé": "name='...'",
+        "data.split=~/a": "$HOME",
+    },
 )
 
 

@@ -12,7 +12,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import pytest
 from tests.commands import ROOT, TINY, evaluate
 from tests.models.released import release, save_base
-from tests.tiny import write_beir
+from tests.models.small import model_of, saved_base
 
 from caravan import manifests
 from caravan.cli.compose import compose
@@ -30,8 +29,10 @@ from caravan.encoding import read_encoding
 
 CONF = ROOT / "conf" / "experiment"
 NAMES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))
-QUICK = {"papers/rankllama_document", "llara/adapt"}
+SWEEPS = sorted(path.stem for path in (ROOT / "conf" / "sweep").glob("*.yaml"))
+QUICK = {"papers/rankllama_document", "llara/adapt", "llara_adapt"}
 EVALUATED = {name for name in NAMES if name.startswith("eval/")} | {"quickstart/pipeline"}
+EVALUATED |= {"rerank_depth", "dimension"}
 STEP = (
     *("trainer.max_steps=1", "trainer.max_epochs=1", "trainer.val_check_interval=1"),
     *("trainer.accumulate_grad_batches=1", "trainer.accelerator=cpu", "precision=float32"),
@@ -61,33 +62,26 @@ class Stand:
 
 @pytest.fixture(scope="module")
 def stand(
-    beir: Path, tokenizer: Any, folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    beir: Path,
+    suite: Path,
+    bm25_runs: dict[str, Path],
+    tokenizer: Any,
+    folders: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Stand:
-    import transformers
-
     home = tmp_path_factory.mktemp("experiments")
     decoder = save_base(home / "decoder", tokenizer)
-    shape = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1}
-    shape |= {"num_attention_heads": 2, "intermediate_size": 48, "pad_token_id": 0}
-    encoder = home / "encoder"
-    transformers.BertModel(transformers.BertConfig(**shape)).save_pretrained(encoder)
-    tokenizer.save_pretrained(encoder)
+    bert = model_of("bert", vocab_size=400, max_position_embeddings=512)
+    encoder = saved_base(tokenizer, home / "encoder", bert)
     texts = home / "articles"
     texts.mkdir()
     rows = [{"title": "Salt", "text": "the caravan rests at the well. " * 30} for _ in range(8)]
     (texts / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    runs = {}
-    for split in ("train", "dev", "test"):
-        given = ("measures=[MRR@10]", f"data.split={split}")
-        made = evaluate(beir, home / "bm25" / split, "bm25", *given)
-        runs[split] = home / "bm25" / split / made["run"]
-    for name in ("one", "two"):
-        write_beir(home / "suite" / name)
-    evaluate(home / "suite", home / "beir", "bm25", "collections=[one,two]", "measures=[MRR@10]")
-    runs["beir"] = home / "beir"
+    evaluate(suite, home / "beir", "bm25", "collections=[one,two]", "measures=[MRR@10]")
+    runs = {**bm25_runs, "beir": home / "beir"}
     embedded = home / "embedded"
     evaluate(beir, embedded, folders["retriever"], "data.split=train", "measures=[MRR@10]")
-    stand = Stand(beir, decoder, encoder, texts, home / "suite", {**folders}, runs, embedded)
+    stand = Stand(beir, decoder, encoder, texts, suite, {**folders}, runs, embedded)
     given = _training("llara/adapt", stand, home / "adapted")
     places = [f"run_dir={home / 'adapted'}", f"cache_dir={home / 'cache'}", "trainer.max_steps=0"]
     train_config(compose(ROOT / "conf", "train", [*given, *places]))
@@ -116,6 +110,10 @@ def _training(name: str, stand: Stand, run_dir: Path, group: str = "experiment")
         given.append(f"data.path={stand.texts}")
         given += ["data.config=null"] if "config" in cfg.data else ["data=texts"]
         given.append("stage.words=20")
+    elif "entries" in cfg.data:
+        sources = [f"data.entries.{entry}.source" for entry in cfg.data.entries]
+        given += [f"{source}.path={stand.beir}" for source in sources]
+        given += [f"{source}.held_out=0" for source in sources]  # it has a dev split
     else:
         given += ["data=beir", f"data.path={stand.beir}", f"sampler.runs=[{stand.runs['train']}]"]
     if cfg.validation.run is not None or cfg.encoding.kind == "reranker":
@@ -162,21 +160,28 @@ def compose_loosely(root: str, name: str, group: str = "experiment", hydra: bool
 
 
 @pytest.mark.parametrize(
-    "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES],
+    ("group", "name"),
+    [
+        pytest.param(group, name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for group, names in (("experiment", NAMES), ("sweep", SWEEPS))
+        for name in names
+    ],
 )
-def test_an_experiment_runs_with_a_tiny_backbone_in_its_place(
-    name: str, stand: Stand, tmp_path: Path
+def test_an_experiment_or_the_first_job_of_a_sweep_runs_with_a_tiny_backbone_in_its_place(
+    group: str, name: str, stand: Stand, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
+    if name in EVALUATED:
+        root, given = "evaluate", _evaluation(name, stand, group)
+    else:
+        root, given = "train", _training(name, stand, run_dir, group)
+    if group == "sweep":
+        whole = compose_loosely(root, name, group, hydra=True)
+        own = {text.partition("=")[0] for text in given}  # runs and models of other commands
+        varied = {key: str(of) for key, of in whole.hydra.sweeper.params.items() if key not in own}
+        given += [f"{key}={_first(values)}" for key, values in varied.items()]
     places = [f"run_dir={run_dir}", f"cache_dir={tmp_path / 'cache'}"]
-    root = "evaluate" if name in EVALUATED else "train"
-    make: Callable[[], list[str]] = (
-        (lambda: _evaluation(name, stand))
-        if root == "evaluate"
-        else (lambda: _training(name, stand, run_dir))
-    )
-    cfg = compose(ROOT / "conf", root, [*make(), *places])
+    cfg = compose(ROOT / "conf", root, [*given, *places])
     if root == "evaluate":
         metrics = evaluate_config(cfg)
         assert set(metrics["overall"]) == set(cfg.measures)
@@ -190,41 +195,6 @@ def test_an_experiment_runs_with_a_tiny_backbone_in_its_place(
         record = json.loads((run_dir / "metrics.json").read_text())
         assert record["updates"] == cfg.trainer.max_steps == 1
     assert manifests.read(run_dir / "model") is not None
-
-
-SWEEPS = sorted(path.stem for path in (ROOT / "conf" / "sweep").glob("*.yaml"))
-QUICK_SWEEPS = {"llara_adapt"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in QUICK_SWEEPS else pytest.param(name, marks=pytest.mark.slow)
-        for name in SWEEPS
-    ],
-)
-def test_the_first_job_of_a_sweep_runs(name: str, stand: Stand, tmp_path: Path) -> None:
-    root = "evaluate" if name in ("rerank_depth", "dimension") else "train"
-    whole = compose_loosely(root, name, "sweep", hydra=True)
-    varied = {str(key): str(values) for key, values in whole.hydra.sweeper.params.items()}
-    given = (
-        _evaluation(name, stand, "sweep")
-        if root == "evaluate"
-        else _training(name, stand, tmp_path / "run", "sweep")
-    )
-    own = {text.partition("=")[0] for text in given}
-    for key, values in varied.items():
-        value = _first(values)
-        if key not in own:  # runs and models that other commands write
-            given.append(f"{key}={value}")
-    places = [f"run_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}"]
-    cfg = compose(ROOT / "conf", root, [*given, *places])
-    if root == "evaluate":
-        assert evaluate_config(cfg)["overall"]
-        return
-    train_config(cfg)
-    record = json.loads((tmp_path / "run/metrics.json").read_text())
-    assert record["updates"] == 1
 
 
 def _first(values: str) -> str:

@@ -33,29 +33,6 @@ def test_quotes_keep_any_text(text: str) -> None:
     assert parse(quoted(f"name={text}"), OverridesParser.create()).value() == text
 
 
-@pytest.mark.parametrize(("text", "remedy"), [("josé", "name='...'"), ("~/a", "$HOME")])
-def test_a_text_that_needs_quotes_is_answered_with_how_to_write_it(
-    lines: Lines, text: str, remedy: str
-) -> None:
-    (line,) = lines(f"name={text}")
-    assert remedy in line
-
-
-@pytest.mark.parametrize(
-    ("override", "place"),
-    [
-        ("optimizer=[3]", "optimizer=[3] (command line)"),
-        ("optimizer=3", "optimizer=3 (command line)"),
-        ("", "write key=value"),  # as of an empty variable of the shell
-    ],
-)
-def test_what_is_no_setting_and_no_option_is_refused(
-    lines: Lines, override: str, place: str
-) -> None:
-    (line,) = lines(override)
-    assert place in line
-
-
 @pytest.mark.parametrize(
     ("argv", "code", "place"),
     [

@@ -62,25 +62,6 @@ def test_an_unknown_split_is_refused_with_those_there_are(tmp_path: Path) -> Non
             write(tmp_path / str(len(qrels)), qrels=qrels).qrels("dev")
 
 
-@pytest.mark.parametrize(
-    ("changes", "code", "place"),
-    [
-        ({"corpus": []}, "empty-corpus", ""),
-        ({"corpus": [*CORPUS, ("b", "", "x")]}, "duplicate-id", "b"),
-        ({"queries": [*QUERIES, ("1", "", "x")]}, "duplicate-id", "1"),
-        ({"qrels": {"t": [("1", "a", 1), ("3", "a", 1)]}}, "unknown-id", "3"),
-        ({"qrels": {"t": [("1", "z", 1), ("1", "y", 1)]}}, "unknown-id", "z"),
-        ({"qrels": {"t": [("1", "a", 1), ("1", "a", 0)]}}, "conflicting-judgements", "1"),
-    ],
-)
-def test_a_mistake_is_named_with_its_place_and_leaves_nothing(
-    tmp_path: Path, changes: dict, code: str, place: str
-) -> None:
-    with refused(code, place):
-        write(tmp_path / "c", **changes)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_unknown_and_repeated_judgements_are_counted_when_allowed(tmp_path: Path) -> None:
     judged = [("1", "a", 1), ("1", "z", 1), ("9", "a", 1), ("1", "a", 1), ("2", "b", 1)]
     found = write(tmp_path / "c", qrels={"test": judged}, unknown_ids="count")

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from tests.refusals import refused
-from tests.tiny import write_beir
 
 from caravan.data.batch import TrainBatch
 from caravan.data.batching import Groups
@@ -87,13 +86,9 @@ def test_ranks_share_the_batches_of_one_process(mixed: bool, world: int) -> None
     assert all(max(each) - min(each) <= 1 and min(each) for each in sizes)
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Beir]:
-    home = tmp_path_factory.mktemp("mixed")
-    return {
-        name: Beir(str(write_beir(home / name, seed=seed)))
-        for seed, name in enumerate(("one", "two"))
-    }
+@pytest.fixture
+def sources(suite: Path) -> dict[str, Beir]:
+    return {name: Beir(str(suite / name)) for name in ("one", "two")}
 
 
 Opened = tuple[MixedSet, list[Groups]]

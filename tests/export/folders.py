@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.small import language_model_of
+from tests.models.small import language_model_of, saved_base, shaken
 from tests.tiny import WORDS, tiny_backbone
 
 from caravan.data.batch import pack
@@ -205,12 +205,10 @@ def make(path: Path, case: str = "retriever", **changes: Any) -> Path:
         base = getattr(backbone, part.replace("scorer", "model"))(given)
     if base is not None:
         to = path.parent.with_name(f"{path.parent.name}-base")
-        base.save_pretrained(to)
-        given.save_pretrained(to)
-        backbone = Pretrained(str(to))
+        backbone = Pretrained(str(saved_base(given, to, base)))
     network = fit_vocabulary(getattr(backbone, part)(given), given)
     if lora:
-        network = _shaken(LoRA(rank=2, alpha=4).apply(network, rows))
+        network = shaken(LoRA(rank=2, alpha=4).apply(network, rows))
     if own.kind == "retriever":
         network = BiEncoder(network, own)
     elif own.scoring == "likelihood":
@@ -231,15 +229,6 @@ def make_adapted(path: Path) -> Path:
     folder.save(path, model, given, own, {})
     assert read_encoding(path)[1]["language_model"]
     return path
-
-
-def _shaken(peft: Any) -> Any:
-    """Random values for the adapter's matrices that start as zeros."""
-    with torch.no_grad():
-        for name, weight in peft.named_parameters():
-            if "lora_B" in name or "trainable_tokens_delta" in name:
-                weight.normal_(std=0.5)
-    return peft
 
 
 @torch.no_grad()

@@ -208,6 +208,22 @@ def safetensors_mutants(data: bytes, seed: int, number: int = 3) -> Iterator[Mut
             yield Mutant(f"{name} with {value}", saved({**others, name: wrong}))
 
 
+def file_mutants(path: Path, data: bytes, depth: int = 2, number: int = 3) -> Iterator[Mutant]:
+    """Of bytes, and of JSON (to a depth) or safetensors by the file's name."""
+    yield from bytes_mutants(data, seed=0)
+    if path.suffix == ".json":
+        yield from json_mutants(data, seed=0, depth=depth)
+    elif path.suffix == ".safetensors":
+        yield from safetensors_mutants(data, seed=0, number=number)
+
+
+def exchanged(path: Path) -> Iterator[Mutant]:
+    """The other files of its folder in its place, of the same suffix."""
+    for other in sorted(path.parent.iterdir()):
+        if other.suffix == path.suffix and other != path and other.is_file():
+            yield Mutant(f"{other.name} in its place", other.read_bytes())
+
+
 def sampled(mutants: Iterable[Mutant], number: int, seed: int) -> list[Mutant]:
     """So many of the mutants, in their order; the same ones for the same seed."""
     listed = list(mutants)
@@ -231,6 +247,24 @@ def restored(path: Path) -> Iterator[bytes]:
     finally:
         path.unlink(missing_ok=True)
         path.write_bytes(data)
+
+
+class Snapshot:
+    """The bytes of all files below a folder, to put them back."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def restore(self) -> None:
+        """Put all files back as they were; no others remain."""
+        for path, data in Snapshot(self.folder).files.items():
+            if self.files.get(path) != data:
+                path.unlink()
+        for path, data in self.files.items():
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
 
 
 def amounts(quick: int, full: int) -> pytest.MarkDecorator:

@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from tests.export.folders import make
 from tests.fuzz.mutations import (
     Mutant,
     amounts,
-    bytes_mutants,
-    json_mutants,
+    exchanged,
+    file_mutants,
     noted,
     outcome,
     put,
-    restored,
-    safetensors_mutants,
     sampled,
 )
-from tests.models.released import save_base
 
 from caravan.api import Retriever
-from caravan.encoding import Encoding
 from caravan.errors import InputError
-from caravan.models import folder
-from caravan.models.adapters import LoRA
-from caravan.models.backbone import Pretrained
-from caravan.models.biencoder import BiEncoder
 
 FILES = {
     "whole": (
@@ -45,35 +35,14 @@ TEXTS = ["camel caravan", "salt route 7", ""]
 
 
 @pytest.fixture(scope="module")
-def folders(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model folder of whole weights, and one of an adapter on a base beside it."""
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model folder of whole weights, and one of an adapter on a base elsewhere."""
     to = tmp_path_factory.mktemp("fuzzed")
-    base = save_base(to / "base", tokenizer)
-    encoding = Encoding(query_length=16, passage_length=24)
-    whole = BiEncoder(Pretrained(str(base)).model(tokenizer), encoding)
-    folder.save(to / "whole", whole, tokenizer, encoding, {})
-    adapted = LoRA(rank=2, alpha=4).apply(Pretrained(str(base)).model(tokenizer))
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(generator=torch.Generator().manual_seed(0))
-    folder.save(to / "adapter", BiEncoder(adapted, encoding), tokenizer, encoding, {})
-    return {kind: to / kind for kind in FILES}
+    return {"whole": make(to / "whole"), "adapter": make(to / "adapter", "retriever, adapter")}
 
 
 def _embedded(path: Path) -> np.ndarray:
     return Retriever(path, precision="float32").encode_queries(TEXTS)
-
-
-def _mutants(path: Path, data: bytes) -> Iterator[Mutant]:
-    yield from bytes_mutants(data, seed=0)
-    if path.suffix == ".json":
-        yield from json_mutants(data, seed=0)
-    else:
-        yield from safetensors_mutants(data, seed=0, number=8)
-    for other in sorted(path.parent.iterdir()):
-        if other.name != path.name:
-            yield Mutant(f"{other.name} in its place", other.read_bytes())
 
 
 def _means_the_same(path: Path, data: bytes, mutant: Mutant) -> bool:
@@ -91,23 +60,22 @@ def _means_the_same(path: Path, data: bytes, mutant: Mutant) -> bool:
 @amounts(19, 1000)  # of about 1,500 in all
 @pytest.mark.parametrize(("kind", "file"), CASES)
 def test_a_damaged_folder_loads_or_is_refused_in_a_sentence(
-    kind: str, file: str, number: int, folders: dict[str, Path]
+    kind: str, file: str, number: int, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    path = folders[kind] / file
-    expected = _embedded(folders[kind])
-    with restored(path) as data:
-        for mutant in sampled(_mutants(path, data), number, seed=1):
-            put(path, mutant)
-            with noted(f"{kind}/{file}: {mutant.name}"):
-                found = outcome(lambda: _embedded(folders[kind]))
-                if isinstance(found, InputError):
-                    named = (str(path), path.name, str(folders[kind]), "encoding.")
-                    assert any(name in str(found) for name in named), found
-                    continue
-                assert np.isfinite(found).all()
-                if _means_the_same(path, data, mutant):
-                    np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(_embedded(folders[kind]), expected)
+    path = shutil.copytree(folders[kind], tmp_path / kind) / file
+    data, expected = path.read_bytes(), _embedded(path.parent)
+    mutants = [*file_mutants(path, data, depth=3, number=8), *exchanged(path)]
+    for mutant in sampled(mutants, number, seed=1):
+        put(path, mutant)
+        with noted(f"{kind}/{file}: {mutant.name}"):
+            found = outcome(lambda: _embedded(path.parent))
+            if isinstance(found, InputError):
+                named = (str(path), path.name, str(path.parent), "encoding.")
+                assert any(name in str(found) for name in named), found
+                continue
+            assert np.isfinite(found).all()
+            if _means_the_same(path, data, mutant):
+                np.testing.assert_array_equal(found, expected)
 
 
 def test_a_folder_whose_files_are_those_of_another_is_refused(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,54 +10,46 @@ from tests.files import put
 from tests.fuzz import naive
 from tests.fuzz.mutations import amounts, sampled, text_mutants
 from tests.fuzz.mutations import put as put_mutant
+from tests.layouts import PASSAGES, QUERIES, files_of, lines
 
 from caravan.data.readers.labelled import Beir
 from caravan.data.runs import Run, read_run
 
-QUERIES = [str(100 + at) for at in range(5)]
-PASSAGES = [str(at) for at in range(10)]
-
-
-def _lines(rows: Iterable[tuple[object, ...]], between: str = "\t") -> str:
-    return "".join(between.join(map(str, row)) + "\n" for row in rows)
-
-
-_RANKED = [(q, str(p), at) for q in QUERIES for at, p in enumerate(range(3, 9), 1)]
+_RANKED = [(q, str(p), at) for q, _ in QUERIES for at, p in enumerate(range(3, 9), 1)]
 RUNS = {
     "trec": (
         ("qid", "Q0", "pid", "rank", "score", "tag"),
-        _lines(((q, "Q0", p, at, 9 - at / 4, "bm25") for q, p, at in _RANKED), " "),
+        lines(((q, "Q0", p, at, 9 - at / 4, "bm25") for q, p, at in _RANKED), " "),
     ),
-    "ranks": (("qid", "pid", "rank"), _lines(_RANKED)),
-    "ranks under a header": (("qid", "pid", "rank"), "qid\tpid\trank\n" + _lines(_RANKED)),
+    "ranks": (("qid", "pid", "rank"), lines(_RANKED)),
+    "ranks under a header": (("qid", "pid", "rank"), "qid\tpid\trank\n" + lines(_RANKED)),
     "scores": (
         ("qid", "pid", "score"),
-        _lines((q, p, 9 - at / 8 + 0.01) for q, p, at in _RANKED),
+        lines((q, p, 9 - at / 8 + 0.01) for q, p, at in _RANKED),
     ),
     "whole scores under a header": (
         ("qid", "pid", "score"),
-        "qid\tpid\tscore\n" + _lines((q, p, at) for q, p, at in _RANKED),
+        "qid\tpid\tscore\n" + lines((q, p, at) for q, p, at in _RANKED),
     ),
     "ranks and scores": (
         ("qid", "pid", "rank", "score"),
-        _lines((q, p, at, 20 - at) for q, p, at in _RANKED),
+        lines((q, p, at, 20 - at) for q, p, at in _RANKED),
     ),
     "texts": (
         ("qid", "pid", "query", "text"),
-        _lines((q, p, "camel 1", f"salt {p}") for q, p, _ in _RANKED),
+        lines((q, p, "camel 1", f"salt {p}") for q, p, _ in _RANKED),
     ),
 }
 
 
-def _tried_run(name: str, folder: Path, number: int) -> None:
+@amounts(2, 80)  # of about 80 of each file
+@pytest.mark.parametrize("name", RUNS)
+def test_damaged_runs_are_refused_or_read_whole(name: str, number: int, tmp_path: Path) -> None:
     names, text = RUNS[name]
-    files = {
-        f"{part}.jsonl": "".join(f'{{"_id": "{i}", "text": "camel {i}"}}\n' for i in ids)
-        for part, ids in (("corpus", PASSAGES), ("queries", QUERIES))
-    }
-    collection = Beir(str(put(folder / "data", files))).collection(folder / "cache")
+    there = put(tmp_path / "data", files_of("beir"))
+    collection = Beir(str(there)).collection(tmp_path / "cache")
     of_texts = collection.queries, collection.corpus
-    ids = set(QUERIES), set(PASSAGES)
+    ids = [{one[0] for one in part} for part in (QUERIES, PASSAGES)]
 
     def ranked(run: Run) -> naive.Ranked:
         queries = collection.queries.ids(run.query_rows)
@@ -70,7 +61,7 @@ def _tried_run(name: str, folder: Path, number: int) -> None:
         return found
 
     for end in ("", ".gz"):
-        path = folder / f"run.txt{end}"
+        path = tmp_path / f"run.txt{end}"
         data = gzip.compress(text.encode(), mtime=0) if end else text.encode()
         path.write_bytes(data)
 
@@ -93,9 +84,3 @@ def _tried_run(name: str, folder: Path, number: int) -> None:
             put_mutant(path, mutant)
             read = compared(f"{name}{end}: {mutant.name}")
             assert read or mutant.name not in naive.HARMLESS or end, f"{name}: {mutant.name}"
-
-
-@amounts(2, 80)  # of about 80 of each file
-@pytest.mark.parametrize("name", RUNS)
-def test_damaged_runs_are_refused_or_read_whole(name: str, number: int, tmp_path: Path) -> None:
-    _tried_run(name, tmp_path, number)

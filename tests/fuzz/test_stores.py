@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from tests.commands import ROOT, evaluate_arguments
 from tests.fuzz.mutations import (
-    Mutant,
+    Snapshot,
     amounts,
-    bytes_mutants,
-    json_mutants,
+    exchanged,
+    file_mutants,
     noted,
     outcome,
     put,
@@ -32,17 +31,12 @@ MADE_FROM = {"bm25": RUNS[0], "passages": RUNS[1], "queries": RUNS[1], "scores":
 
 
 class Done(NamedTuple):
-    """A finished evaluation: its config, its folder, and all files as they were written."""
+    """A finished evaluation in run/ with its cache/ beside it."""
 
     cfg: Any
     home: Path
-    files: dict[Path, bytes]
+    written: Snapshot
     results: dict[str, Any]
-
-
-def _written(home: Path) -> dict[Path, bytes]:
-    found = (path for part in ("run", "cache") for path in (home / part).rglob("*"))
-    return {path: path.read_bytes() for path in found if path.is_file()}
 
 
 def _results(home: Path) -> dict[str, Any]:
@@ -67,27 +61,7 @@ def done(beir: Path, folders: dict[str, str], tmp_path_factory: pytest.TempPathF
     )
     cfg = compose(ROOT / "conf", "evaluate", given)
     evaluate(cfg)
-    return Done(cfg, home, _written(home), _results(home))
-
-
-def _restored(done: Done) -> None:
-    """Put all files back as they were; no others remain."""
-    for path, data in _written(done.home).items():
-        if done.files.get(path) != data:
-            path.unlink()
-    for path, data in done.files.items():
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-
-
-def _mutants(path: Path, data: bytes) -> Iterator[Mutant]:
-    yield from bytes_mutants(data, seed=0)
-    if path.suffix == ".json":
-        yield from json_mutants(data, seed=0, depth=2)
-    for other in sorted(path.parent.iterdir()):
-        if other.suffix == path.suffix and other != path and other.is_file():
-            yield Mutant(f"{other.name} in its place", other.read_bytes())
+    return Done(cfg, home, Snapshot(home), _results(home))
 
 
 def _is_made_anew(done: Done, path: Path) -> None:
@@ -100,12 +74,6 @@ def _is_made_anew(done: Done, path: Path) -> None:
         (done.home / "run/metrics.json.manifest.json").unlink(missing_ok=True)
 
 
-def _products(done: Done, part: str) -> list[Path]:
-    return sorted(
-        path for path in done.files if path.relative_to(done.home).as_posix().startswith(part)
-    )
-
-
 @amounts(1, 40)  # of 33 and more of each file
 @pytest.mark.parametrize(
     "part", ["run/store", "run/runs", "run/metrics.json", "run/config.yaml", "cache/collections"]
@@ -113,9 +81,12 @@ def _products(done: Done, part: str) -> list[Path]:
 def test_an_evaluation_over_damaged_products_ends_with_the_same_results(
     done: Done, part: str, number: int
 ) -> None:
-    for path in _products(done, part):
-        for mutant in sampled(_mutants(path, done.files[path]), number, seed=1):
-            _restored(done)
+    for path, data in sorted(done.written.files.items()):
+        if not path.relative_to(done.home).as_posix().startswith(part):
+            continue
+        mutants = [*file_mutants(path, data), *exchanged(path)]
+        for mutant in sampled(mutants, number, seed=1):
+            done.written.restore()
             put(path, mutant)
             if (done.home / "run") in path.parents:
                 _is_made_anew(done, path)
@@ -134,7 +105,7 @@ def test_damaged_digests_of_the_cache_are_computed_again(
     monkeypatch.setattr(lines, "KEPT_FROM_BYTES", 0)
     expected = lines.digest(beir / "corpus.jsonl", tmp_path)
     (path,) = (tmp_path / "digests").iterdir()
-    for mutant in sampled(_mutants(path, path.read_bytes()), 40, seed=1):
+    for mutant in sampled(file_mutants(path, path.read_bytes()), 40, seed=1):
         put(path, mutant)
         with noted(mutant.name):
             assert outcome(lambda: lines.digest(beir / "corpus.jsonl", tmp_path)) == expected

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 from caravan.data.batch import pack
+from caravan.data.collection import Collection
+from caravan.data.pairs import PairTemplates
 from caravan.encoding import Encoding
 from caravan.models import folder
 from caravan.models.adapters import LoRA
@@ -78,29 +80,22 @@ def model_of(kind: str, noise: float = 0.0, **more: Any) -> Any:
     model = AutoModel.from_config(config_of(kind, **more))
     if kind in ("bert", "electra"):
         model.pooler = None
-    return _shaken(model, noise)
+    return shaken(model, noise).eval()
 
 
 def language_model_of(kind: str, noise: float = 0.1, **more: Any) -> Any:
     torch.manual_seed(0)
-    return _shaken(AutoModelForCausalLM.from_config(config_of(kind, **more)), noise)
+    return shaken(AutoModelForCausalLM.from_config(config_of(kind, **more)), noise).eval()
 
 
-def _shaken(model: Any, noise: float) -> Any:
+def shaken(model: Any, noise: float = 0.1, seed: int = 0) -> Any:
+    """The model with noise on its trainable weights: new adapters would not change its results."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters() if noise else ():
-            parameter.add_(noise * torch.randn_like(parameter))
-    return model.eval()
-
-
-def shaken(adapted: Any) -> Any:
-    """The model with adapters that change its results; new ones do not."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2, generator=generator)
-    return adapted
+        for weight in model.parameters():
+            if noise and weight.requires_grad:
+                weight.add_(noise * torch.randn(weight.shape, generator=generator))
+    return model
 
 
 def padded(texts: list[list[int]], side: str, width: int = 24) -> tuple[Tensor, Tensor]:
@@ -117,11 +112,11 @@ def close(found: Any, expected: Any, atol: float = 1e-5, rtol: float = 0) -> Non
     torch.testing.assert_close(found, expected, atol=atol, rtol=rtol)
 
 
-def saved_base(tokenizer: Any, to: Path) -> Path:
-    """A tiny Llama without its output layer, as a folder of transformers."""
+def saved_base(tokenizer: Any, to: Path, model: Any = None) -> Path:
+    """A folder of transformers of the model: if None, a tiny Llama without its output layer."""
     torch.manual_seed(0)
-    tiny_backbone().model(tokenizer).save_pretrained(to)  # type: ignore[operator]
-    tokenizer.save_pretrained(to)
+    for part in (model or tiny_backbone().model(tokenizer), tokenizer):
+        part.save_pretrained(to)
     return to
 
 
@@ -147,6 +142,21 @@ def embedded(model: BiEncoder | Path) -> Tensor:
     with torch.no_grad():
         found: Tensor = loaded.embed(pack([[5, 6, 7], [8, 9, 10, 11], [12]], 99))
     return found
+
+
+def alone(model: Any, ids: list[int]) -> Tensor:
+    """What a model computes of one text or pair without padding: its embedding or its score."""
+    with torch.no_grad():
+        found: Tensor = model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64))[0]
+    return found
+
+
+def scored_alone(path: Path, query: int, rows: Any, collection: Collection) -> list[float]:
+    """Scores of a query's pairs with the passages in `rows` by a model folder, pair by pair."""
+    model, tokenizer, encoding, _ = folder.load(path)
+    queries = collection.queries.get([query]) * len(rows)
+    pairs = PairTemplates(tokenizer, encoding).pairs(queries, collection.corpus.get(rows))
+    return [float(alone(model, pair.ids)) for pair in pairs]
 
 
 def edit_weights(path: Path, change: Any) -> None:

@@ -21,7 +21,6 @@ from caravan.models import folder
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import FromFolder, Pretrained
 from caravan.models.biencoder import BiEncoder
-from caravan.models.crossencoder import CrossEncoder
 from caravan.models.hardware import parameter_counts
 
 ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -154,16 +153,6 @@ def test_a_language_models_adapter_embeds_as_its_transformer(
     close(embedded(tmp_path / "adopted"), expected)
     plain = PeftModel.from_pretrained(Pretrained(str(base)).model(tokenizer), tmp_path / "adopted")
     close(embedded(BiEncoder(plain.merge_and_unload(), encoding)), expected)
-
-
-def test_a_reranker_of_an_adapter_without_a_head_is_refused(
-    base: Path, tokenizer: Any, tmp_path: Path
-) -> None:
-    _foreign(base, tmp_path / "foreign")
-    with refused("weights-mismatch", str(tmp_path / "foreign"), "score.weight missing"):
-        CrossEncoder(
-            Pretrained(str(tmp_path / "foreign")).scorer(tokenizer), Encoding(kind="reranker")
-        )
 
 
 def test_an_adapter_with_a_resized_embedding_is_refused(

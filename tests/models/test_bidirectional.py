@@ -11,7 +11,7 @@ import torch
 import transformers
 from peft import PeftModel
 from tests.commands import evaluate, from_folder, train
-from tests.models.small import EVERY_DECODER, TEXTS, close, model_of, padded, shaken
+from tests.models.small import EVERY_DECODER, TEXTS, close, model_of, padded, saved_base, shaken
 from tests.refusals import refused
 from tests.tiny import tiny_backbone
 from tests.training.test_adaptation import adapt
@@ -112,9 +112,7 @@ def test_a_likelihood_is_not_bidirectional(tokenizer: Any) -> None:
 
 @pytest.fixture
 def base(tokenizer: Any, tmp_path: Path) -> Path:
-    _model("llama").save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    return saved_base(tokenizer, tmp_path / "base", _model("llama"))
 
 
 def _train(beir: Path, run_dir: Path, *given: str) -> Path:

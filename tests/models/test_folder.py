@@ -44,15 +44,6 @@ def test_a_saved_model_loads_with_the_same_embeddings_and_encoding(
     assert torch.equal(embedded(saved), embedded(encoder))
 
 
-def test_saving_again_replaces_the_folder(
-    saved: Path, encoder: BiEncoder, tokenizer: Any, encoding: Encoding
-) -> None:
-    (saved / "stale.txt").touch()
-    folder.save(saved, encoder, tokenizer, encoding, {})
-    assert not (saved / "stale.txt").exists()
-    assert [path.name for path in saved.parent.iterdir()] == ["model"]
-
-
 def test_an_adapter_folder_encodes_a_collection_as_the_model_that_was_saved(
     saved: Path, tokenizer: Any, encoding: Encoding, collection: Collection, tmp_path: Path
 ) -> None:

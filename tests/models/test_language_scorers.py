@@ -14,7 +14,15 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from tests.commands import adopt
-from tests.models.small import GROUPED, TEXTS, close, language_model_of, padded, shaken
+from tests.models.small import (
+    GROUPED,
+    TEXTS,
+    close,
+    language_model_of,
+    padded,
+    saved_base,
+    shaken,
+)
 from tests.refusals import refused
 from tests.tiny import TOKEN, tiny_backbone
 from torch import Tensor
@@ -163,8 +171,7 @@ def _by_the_model_card(plain: Any, tokenizer: Any, encoding: Encoding) -> Tensor
 def _base(tokenizer: Any, to: Path, tied: bool = True) -> Any:
     settings = {"vocab_size": len(tokenizer), "tie_word_embeddings": tied}
     base = language_model_of("qwen3", **settings)
-    base.save_pretrained(to)
-    tokenizer.save_pretrained(to)
+    saved_base(tokenizer, to, base)
     return base
 
 
@@ -184,8 +191,7 @@ def test_a_released_model_is_adopted_by_one_command(
     close(_of_folder(adopted, packed=True), expected)
     # The conversion to sequence classification, whose head is the difference of the two rows.
     converted = tmp_path / "converted"
-    for part in (model.as_classifier(), tokenizer):
-        part.save_pretrained(converted)
+    saved_base(tokenizer, converted, model.as_classifier())
     auto = AutoModelForSequenceClassification
     report = auto.from_pretrained(converted, output_loading_info=True)[1]
     assert not any(report.values())

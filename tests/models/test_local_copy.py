@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.small import TEXTS, padded
+from tests.models.small import TEXTS, padded, saved_base
 from tests.refusals import refused
 from tests.tiny import tiny_backbone
 from transformers import AutoModelForCausalLM
@@ -19,10 +19,8 @@ from caravan.models.local_copy import local_copy
 
 @pytest.fixture
 def base(tokenizer: Any, tmp_path: Path) -> str:
-    model: Any = tiny_backbone(layers=2).language_model(tokenizer)
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
+    model = tiny_backbone().language_model(tokenizer)
+    return str(saved_base(tokenizer, tmp_path / "base", model))
 
 
 def test_the_first_layers_compute_what_they_compute_in_the_whole_model(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from tests.models.small import model_of
 from tests.refusals import refused
 
 from caravan.data.tokenization import log_once
@@ -20,27 +20,29 @@ from caravan.models.crossencoder import CrossEncoder, with_head
 from caravan.models.positions import refuse_too_long
 from caravan.retrieval.inference import Inference
 
-SIZE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 400}
-SIZE |= {"intermediate_size": 48}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "Bert": {**SIZE, "max_position_embeddings": 64},
-    "Roberta": {**SIZE, "max_position_embeddings": 66, "pad_token_id": 1},
-    "MPNet": {**SIZE, "max_position_embeddings": 66, "pad_token_id": 1},
-    "GPT2": {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 400, "n_positions": 64},
-    "OPT": {**SIZE, "ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
-}
-ROTARY = {**SIZE, "max_position_embeddings": 64}
+FROM_PADDING = {"max_position_embeddings": 66, "pad_token_id": 1}
+"""Of models that number positions from the padding token's id on."""
 CLS: dict[str, Any] = {"pooling": "cls", "append_eos": False}
 
 
-def _made(name: str, settings: dict[str, Any]) -> Any:
-    config = getattr(transformers, f"{name}Config")(**settings)
-    return transformers.AutoModel.from_config(config).eval()
+def _made(name: str, **settings: Any) -> Any:
+    return model_of(name, **{"vocab_size": 400, "max_position_embeddings": 64, **settings})
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_length_is_refused_exactly_where_the_model_would_fail(name: str) -> None:
-    model = _made(name, CONFIGS[name])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("bert", {}),
+        ("roberta", FROM_PADDING),
+        ("mpnet", FROM_PADDING),
+        ("gpt2", {}),
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    ],
+)
+def test_a_length_is_refused_exactly_where_the_model_would_fail(
+    name: str, settings: dict[str, Any]
+) -> None:
+    model = _made(name, **settings)
     refuse_too_long(model, Encoding(passage_length=64))
     with torch.no_grad():
         model(input_ids=torch.full((1, 64), 5))
@@ -53,16 +55,16 @@ def test_a_length_is_refused_exactly_where_the_model_would_fail(name: str) -> No
 def test_rotary_positions_have_no_limit_but_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     log_once.cache_clear()
     with caplog.at_level(logging.WARNING):
-        refuse_too_long(_made("Llama", ROTARY), Encoding(passage_length=65))
+        refuse_too_long(_made("llama"), Encoding(passage_length=65))
     assert "64 tokens" in caplog.text
 
 
 def test_a_query_alone_and_a_rerankers_pair_may_be_too_long_too() -> None:
-    model = with_head(_made("Bert", CONFIGS["Bert"]))
+    model = with_head(_made("bert"))
     with refused("too-long", "encoding.query_length + encoding.passage_length is 65", "64"):
         CrossEncoder(model, Encoding("reranker", query_length=20, passage_length=45, **CLS))
     with refused("too-long", "query_length is 65"):
-        BiEncoder(_made("Bert", CONFIGS["Bert"]), Encoding(query_length=65, **CLS))
+        BiEncoder(_made("bert"), Encoding(query_length=65, **CLS))
 
 
 @pytest.mark.parametrize("kind", ["retriever", "reranker"])
@@ -70,7 +72,7 @@ def test_lengths_of_an_evaluation_are_compared_before_weights_are_read(
     kind: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoding = Encoding(kind, query_length=16, passage_length=32, **CLS)
-    trunk = _made("Bert", CONFIGS["Bert"])
+    trunk = _made("bert")
     retrieves = kind == "retriever"
     model = BiEncoder(trunk, encoding) if retrieves else CrossEncoder(with_head(trunk), encoding)
     folder.save(tmp_path / "m", model, tokenizer, encoding, {})

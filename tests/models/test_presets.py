@@ -10,34 +10,27 @@ import torch
 import transformers
 from peft import PeftModel
 from tests.commands import ROOT, train
+from tests.models.small import model_of, saved_base
 
 from caravan.data.batch import pack
 from caravan.data.collection import Collection
 from caravan.data.tokenization import Templates
 from caravan.models import folder
 
-SHAPE = {
-    "vocab_size": 400,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 128,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
-GROUPED = {**SHAPE, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2}
+SIZE = {"vocab_size": 400, "max_position_embeddings": 64}
 LONG = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
 LONG |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-ARCHITECTURES: dict[str, Any] = {
-    "minilm": lambda: transformers.BertConfig(**SHAPE),
-    "modernbert_base": lambda: transformers.ModernBertConfig(**SHAPE),
-    "smollm2_135m": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
-    "qwen3_0_6b": lambda: transformers.Qwen3Config(**GROUPED, head_dim=32),
-    "qwen3_4b": lambda: transformers.Qwen3Config(**GROUPED, head_dim=64),
-    "llama2_7b": lambda: transformers.LlamaConfig(**{**GROUPED, "num_key_value_heads": 2}),
-    "llama3_1_8b": lambda: transformers.LlamaConfig(**GROUPED, rope_parameters=LONG),
-    "hf": lambda: transformers.Gemma3TextConfig(**GROUPED, head_dim=16, sliding_window=8),
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "minilm": ("bert", {}),
+    "modernbert_base": ("modernbert", {}),
+    "smollm2_135m": ("llama", {"tie_word_embeddings": True}),
+    "qwen3_0_6b": ("qwen3", {}),
+    "qwen3_4b": ("qwen3", {"head_dim": 64}),
+    "llama2_7b": ("llama", {"num_key_value_heads": 2}),
+    "llama3_1_8b": ("llama", {"rope_parameters": LONG}),
+    "hf": ("gemma3_text", {}),
 }
+"""The model type of each preset, and settings of its config."""
 OWN = {"from_folder", "tiny_llama"}
 """No architecture, and one that has tests of its own."""
 TRAINED = [
@@ -55,11 +48,9 @@ def test_every_preset_has_a_tiny_instance() -> None:
 
 def _train(preset: str, tokenizer: Any, peft: str, beir: Path, to: Path) -> Path:
     """Two steps of a tiny base in `to`, by the command; the model folder."""
-    torch.manual_seed(0)
-    base = transformers.AutoModel.from_config(ARCHITECTURES[preset]())
-    base.save_pretrained(to / "base")
-    tokenizer.save_pretrained(to / "base")
-    given = [f"backbone={preset}", f"backbone.name={to / 'base'}", f"peft={peft}"]
+    kind, settings = ARCHITECTURES[preset]
+    base = saved_base(tokenizer, to / "base", model_of(kind, **SIZE, **settings))
+    given = [f"backbone={preset}", f"backbone.name={base}", f"peft={peft}"]
     given += ["trainer.max_steps=2", "trainer.val_check_interval=2"]
     train(beir, to / "run", *given)
     return to / "run" / "model"

@@ -17,7 +17,7 @@ import torch
 from tests.commands import ROOT, adopt
 from tests.export import folders
 from tests.export.folders import PAIRS, PLAIN, TEXTS, TITLED, assert_close, make
-from tests.models.small import model_of
+from tests.models.small import model_of, saved_base
 from tests.refusals import refused
 
 from caravan.cli.compose import compose
@@ -73,8 +73,7 @@ def _saved(to: Path, kind: str, modes: str, normalize: bool = False, **settings:
     modules = library.sentence_transformer.modules
     tokenizer = _tokenizer(kind)
     plain = model_of(kind, noise=0.1, vocab_size=len(tokenizer), max_position_embeddings=128)
-    plain.save_pretrained(to / "plain")
-    tokenizer.save_pretrained(to / "plain")
+    saved_base(tokenizer, to / "plain", plain)
     parts = [modules.Transformer(str(to / "plain"), max_seq_length=LONGEST)]
     parts += [modules.Pooling(32, modes), *([modules.Normalize()] if normalize else [])]
     model = library.SentenceTransformer(modules=parts, device="cpu", **settings)
@@ -133,10 +132,9 @@ def test_an_adopted_cross_encoder_scores_as_sentence_transformers_does(
     library = pytest.importorskip("sentence_transformers")
     torch.manual_seed(0)
     released = tmp_path / "released"
-    folders.bert(scores=True).save_pretrained(released)
     tokenizer = folders.tokenizer("encoder")
     tokenizer.model_max_length = 40
-    tokenizer.save_pretrained(released)
+    saved_base(tokenizer, released, folders.bert(scores=True))
     model = library.CrossEncoder(str(released), device="cpu")
     if layout == "modules.json":
         released = tmp_path / "saved"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tests.commands import ROOT, evaluate, from_folder, train
+from tests.files import ranked
 from tests.models.remote_code import MODELING, write_model
 from tests.refusals import refused
 from tests.tiny import tiny_backbone
@@ -22,10 +22,7 @@ import caravan
 from caravan.cli.compose import compose
 from caravan.data.batch import pack
 from caravan.data.collection import Collection
-from caravan.data.runs import read_run
 from caravan.encoding import Encoding, write_encoding
-from caravan.errors import InputError
-from caravan.export import sentence_transformers, transformers
 from caravan.models import folder
 from caravan.models.backbone import Pretrained
 from caravan.models.biencoder import BiEncoder
@@ -135,21 +132,13 @@ def test_a_trained_folder_is_refused_without_the_setting_whatever_it_records(
         assert (copied / "modeling_own.py").is_file() == whole
 
 
-@pytest.mark.parametrize(
-    ("program", "given", "setting"),
-    [
-        ("evaluate", "data.path=. retriever=bm25 reranker", "trust_remote_code"),
-        ("train", "data.path=. backbone=from_folder backbone.folder", "backbone.trust_remote_code"),
-    ],
-)
-def test_a_folder_with_code_is_reported_by_the_check_before_anything_loads(
-    program: str, given: str, setting: str, tmp_path: Path
+def test_a_folder_with_code_is_reported_by_the_check_before_a_training_loads_it(
+    tmp_path: Path,
 ) -> None:
-    kind = "reranker" if "reranker" in given else "retriever"
-    write_encoding(tmp_path, Encoding(kind=kind), {"weights": "full", "own_code": True})
-    overrides = ["data=beir", *f"{given}={tmp_path}".split()]
-    with pytest.raises(InputError, match=rf"{tmp_path} .*{re.escape(setting)}=true"):
-        compose(ROOT / "conf", program, overrides)
+    write_encoding(tmp_path, Encoding(), {"weights": "full", "own_code": True})
+    given = ["data=beir", "data.path=.", *from_folder(tmp_path)]
+    with refused("config-mistakes", f"{tmp_path} ", "backbone.trust_remote_code=true"):
+        compose(ROOT / "conf", "train", given)
 
 
 def test_a_trained_folder_computes_what_its_training_did(
@@ -159,10 +148,9 @@ def test_a_trained_folder_computes_what_its_training_did(
     evaluate(beir, tmp_path / "r", trained, *allowed, "index.k=60")
     (validated,) = (trained.parent / "runs").iterdir()
     found = tmp_path / "r" / "runs" / "retriever.dev.trec"
-    runs = [read_run(path, collection.queries, collection.corpus) for path in (validated, found)]
-    for row in runs[0].query_rows.tolist():
-        before, after = (dict(zip(*map(list, run.of(row)), strict=True)) for run in runs)
-        assert {p: after[p] for p in before} == pytest.approx(before, abs=2e-3)
+    evaluated = ranked(found, collection)
+    for row, before in ranked(validated, collection).items():
+        assert {p: evaluated[row][p] for p in before} == pytest.approx(before, abs=2e-3)
 
 
 def test_a_training_starts_from_a_folder_with_code(
@@ -176,6 +164,7 @@ def test_a_training_starts_from_a_folder_with_code(
     )
     torch.testing.assert_close(one, other)
     assert (tmp_path / "run" / "model" / "modeling_own.py").is_file()
+    assert "trust_remote_code=True)" in (trained / "README.md").read_text()
 
 
 def test_a_reranker_of_a_model_with_code_scores_from_its_folder(
@@ -190,17 +179,6 @@ def test_a_reranker_of_a_model_with_code_scores_from_its_folder(
     loaded = folder.load(tmp_path / "m", trust_remote_code=True)[0]
     with torch.no_grad():
         torch.testing.assert_close(loaded.score(pack(TEXTS, 99)), model.score(pack(TEXTS, 99)))
-
-
-def test_a_model_with_code_is_not_exported_and_its_card_says_how_it_is_used(
-    trained: Path, mark: Path, tmp_path: Path
-) -> None:
-    mark.unlink(missing_ok=True)
-    for exporter in (sentence_transformers, transformers):
-        with refused("remote-code", str(trained)):
-            exporter.export(trained, tmp_path / "out")
-    assert not mark.exists()
-    assert "trust_remote_code=True)" in (trained / "README.md").read_text()
 
 
 def test_what_was_trained_by_transformers_own_classes_is_read_by_them(

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import ir_measures
 import numpy as np
 import pytest
 from tests.commands import evaluate
+from tests.conftest import Call
 from tests.tiny import write_beir
 from torch.utils.tensorboard import SummaryWriter
 
@@ -133,18 +135,8 @@ Report = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Report:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr("sys.argv", ["report", *map(str, arguments)])
-        try:
-            code = main()
-        except SystemExit as ended:  # of argparse
-            code = int(ended.code or 0)
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return run
+def report(call: Call) -> Report:
+    return partial(call, main)
 
 
 @pytest.fixture

@@ -108,17 +108,6 @@ def test_of_ties_at_the_cut_the_lower_rows_stay(tmp_path: Path, words: Collectio
     assert sorted(run.of(7)[0].tolist()) == sorted(best.tolist())
 
 
-def test_a_build_that_fails_leaves_the_old_index_and_nothing_else(
-    tmp_path: Path, words: Collection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    BM25().build(words.corpus, tmp_path / "index")
-    monkeypatch.setattr(bm25s.BM25, "save", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        BM25().build(words.corpus, tmp_path / "index")
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
-    BM25().open(words.corpus, tmp_path / "index")
-
-
 def test_an_unknown_language_and_a_corpus_without_a_word_are_refused(tmp_path: Path) -> None:
     empty = write_collection(tmp_path / "e", "e", [("p", "", "the a")], [("q", "", "x")], {})
     with refused("unknown-choice", "bm25.stemmer"):

@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.commands import ROOT, evaluate
+from tests.files import ranked
+from tests.models.small import alone
 from tests.refusals import refused
 
 import caravan
 from caravan.cli.compose import compose
 from caravan.cli.evaluate import searcher_of
 from caravan.data.collection import Collection
-from caravan.data.runs import read_run
 from caravan.data.tokenization import Templates
 from caravan.models import folder as model_folder
 from caravan.retrieval import inference
@@ -54,9 +55,7 @@ def test_embeddings_are_the_models_in_row_order_on_disk_and_in_memory(
     loaded, tokenizer, encoding, _ = model_folder.load(model)
     ids = Templates(tokenizer, encoding).passages(texts)
     for row, text in enumerate(ids):
-        with torch.no_grad():
-            alone = loaded(torch.tensor([text]), torch.ones(1, len(text)), True)[0]
-        np.testing.assert_allclose(in_memory[row], alone.numpy(), atol=1e-5, err_msg=str(row))
+        np.testing.assert_allclose(in_memory[row], alone(loaded, text), atol=1e-5, err_msg=str(row))
 
 
 def test_workers_and_budget_change_nothing_but_rounding_and_lengths_do(
@@ -141,13 +140,10 @@ def test_every_front_door_cuts_embeddings_to_the_same_dim(
     np.testing.assert_allclose(vectors, first / np.linalg.norm(first, axis=1)[:, None], atol=1e-6)
     (stored,) = (tmp_path / "run/store").glob("passages.*/*.npy")
     np.testing.assert_allclose(np.load(stored), vectors, atol=1e-3)
-    run = read_run(tmp_path / "run/runs/retriever.test.trec", collection.queries, collection.corpus)
-    for row in run.query_rows.tolist():
-        rows, scores = run.of(row)
+    for row, scores in ranked(tmp_path / "run/runs/retriever.test.trec", collection).items():
         hits = model.search([texts[row]], vectors, k=60)[0]
-        assert searcher(texts[row])[-1].run.of(0)[0].tolist() == rows.tolist()
-        found = {hit.row: hit.score for hit in hits}
-        np.testing.assert_allclose([found[one] for one in rows.tolist()], scores, atol=2e-3)
+        assert searcher(texts[row])[-1].run.of(0)[0].tolist() == list(scores)
+        assert {hit.row: hit.score for hit in hits} == pytest.approx(scores, abs=2e-3)
 
 
 def test_more_dimensions_than_a_model_has_are_refused_before_weights_are_read(

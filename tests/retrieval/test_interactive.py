@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from tests.commands import ROOT, evaluate
+from tests.files import ranked
 
 from caravan.cli.compose import compose
 from caravan.cli.evaluate import searcher_of
 from caravan.data.collection import Collection
-from caravan.data.runs import read_run
 from caravan.retrieval import store
 from caravan.retrieval.interactive import Searcher
 
@@ -33,11 +33,10 @@ def compare_with_runs(search: Searcher, runs: Path, collection: Collection) -> i
     seen = 0
     for row, (_, query) in zip(rows.tolist(), collection.queries.get(rows), strict=True):
         for result in search(query):
-            path = runs / f"{result.stage}.test.trec"
-            wanted = read_run(path, collection.queries, collection.corpus).of(row)
+            wanted = ranked(runs / f"{result.stage}.test.trec", collection)[row]
             found = result.run.of(0)
-            assert found[0].tolist() == wanted[0].tolist(), result.stage
-            assert found[1] == pytest.approx(wanted[1], abs=1e-5)
+            assert found[0].tolist() == list(wanted), result.stage
+            assert found[1] == pytest.approx(list(wanted.values()), abs=1e-5)
             assert result.seconds > 0
             seen += len(found[0])
     return seen

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from tests.commands import evaluate
+from tests.files import random_run
+from tests.models.small import scored_alone
 from tests.refusals import refused
 from tests.tiny import tiny_backbone
 
@@ -35,11 +37,9 @@ def reranker(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def candidates(collection: Collection, depth: int = 9, seed: int = 0) -> Run:
-    rng = np.random.default_rng(seed)
-    queries = collection.qrels("test").queries
-    rows = np.stack([rng.permutation(len(collection.corpus))[:depth] for _ in queries])
-    return Run.from_topk(queries, rng.normal(size=rows.shape), rows)
+@pytest.fixture
+def candidates(collection: Collection) -> Run:
+    return random_run(collection, "test", 9)
 
 
 def opened(folder: Path, **settings: Any) -> Reranker:
@@ -53,31 +53,22 @@ def rerank(reranker: Reranker, run: Run, collection: Collection, **more: Any) ->
 
 
 def test_scores_are_those_of_the_pairs_alone(
-    reranker: Path, collection: Collection, caplog: pytest.LogCaptureFixture
+    reranker: Path, collection: Collection, candidates: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "caravan")
-    run, model = candidates(collection), opened(reranker, block=7)
+    run, model = candidates, opened(reranker, block=7)
     found = rerank(model, run, collection)
     assert f"rerank {len(run.scores)} pairs with {reranker} on cpu, float32" in caplog.text
-    network = folder.load(reranker)[0]
-    for row in found.query_rows:
+    for row in found.query_rows.tolist():
         rows, scores = found.of(row)
-        pairs = model.model.templates.pairs(
-            collection.queries.get([int(row)]) * len(rows), collection.corpus.get(rows)
-        )
-        with torch.no_grad():
-            alone = [
-                float(network(torch.tensor([p.ids]), torch.ones(1, len(p.ids), dtype=torch.int64)))
-                for p in pairs
-            ]
-        np.testing.assert_allclose(scores, alone, atol=1e-5)
+        np.testing.assert_allclose(scores, scored_alone(reranker, row, rows, collection), atol=1e-5)
         assert (np.diff(scores) <= 0).all()
 
 
 def test_candidates_below_the_depth_are_dropped_kept_in_their_order_or_added_if_judged(
-    reranker: Path, collection: Collection
+    reranker: Path, collection: Collection, candidates: Run
 ) -> None:
-    run, qrels = candidates(collection), collection.qrels("test")
+    run, qrels = candidates, collection.qrels("test")
     judged = rerank(opened(reranker, depth=4, judged=True), run, collection, qrels=qrels)
     dropped = rerank(opened(reranker, depth=4), run, collection)
     kept = rerank(opened(reranker, depth=4, rest="keep"), run, collection)
@@ -89,9 +80,9 @@ def test_candidates_below_the_depth_are_dropped_kept_in_their_order_or_added_if_
 
 @pytest.mark.parametrize("normalise", ["minmax", "none"])
 def test_a_weight_below_one_mixes_in_the_candidates_own_score(
-    reranker: Path, collection: Collection, normalise: str
+    reranker: Path, collection: Collection, candidates: Run, normalise: str
 ) -> None:
-    run = candidates(collection)
+    run = candidates
     pure = rerank(opened(reranker), run, collection)
     mixed = rerank(opened(reranker, weight=0.25, normalise=normalise), run, collection)
     for row in run.query_rows:
@@ -106,9 +97,9 @@ def test_a_weight_below_one_mixes_in_the_candidates_own_score(
 
 
 def test_the_best_segment_scores_at_least_as_high_as_the_first(
-    reranker: Path, collection: Collection
+    reranker: Path, collection: Collection, candidates: Run
 ) -> None:
-    run = candidates(collection)
+    run = candidates
     found = {
         segment: rerank(opened(reranker, segment=segment, segment_words=5), run, collection)
         for segment in ("first", "best")
@@ -136,13 +127,14 @@ def test_segments_are_the_words_of_a_document_in_order(collection: Collection) -
 
 
 def test_the_run_of_another_system_can_be_reranked_and_its_digest_counts(
-    beir: Path, reranker: Path, collection: Collection, tmp_path: Path
+    beir: Path, reranker: Path, collection: Collection, candidates: Run, tmp_path: Path
 ) -> None:
     given, model = tmp_path / "other.trec", f"reranker={reranker}"
-    write_run(given, candidates(collection), collection.queries, collection.corpus)
+    write_run(given, candidates, collection.queries, collection.corpus)
     first = evaluate(beir, tmp_path / "run", given, model, "measures=[MRR@10]")
     assert [stage["stage"] for stage in first["stages"]] == ["run", "reranked"]
-    write_run(given, candidates(collection, seed=1), collection.queries, collection.corpus)
+    other = random_run(collection, "test", 9, seed=1)
+    write_run(given, other, collection.queries, collection.corpus)
     again = evaluate(beir, tmp_path / "again", given, model, "measures=[MRR@10]")
     assert again["stages"][1]["run_xxh3"] != first["stages"][1]["run_xxh3"]
     with refused("run-of-other-queries", "other.trec", "dev"):

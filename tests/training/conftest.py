@@ -5,18 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests.commands import SHORT, train
-from tests.fitting import Fit, random_candidates
-from tests.tiny import tiny_backbone
+from tests.files import random_run
+from tests.fitting import Fit
+from tests.models.small import saved_base
 
 from caravan.data.collection import Collection
+from caravan.data.runs import write_run
 from caravan.encoding import Encoding
 
 
 @pytest.fixture(scope="session")
 def candidates(collection: Collection, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_candidates(collection, tmp_path_factory.mktemp("candidates") / "random.trec")
+    path = tmp_path_factory.mktemp("candidates") / "random.trec"
+    write_run(path, random_run(collection, "dev"), collection.queries, collection.corpus)
+    return path
 
 
 @pytest.fixture
@@ -41,10 +44,7 @@ def module_fit(
 @pytest.fixture
 def saved(tokenizer: Any, tmp_path: Path) -> str:
     """A tiny Llama in a folder of its own, which adapters can name as their base."""
-    torch.manual_seed(0)
-    tiny_backbone().model(tokenizer).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
+    return str(saved_base(tokenizer, tmp_path / "base"))
 
 
 @pytest.fixture(scope="session")

@@ -90,16 +90,12 @@ def test_loss_and_gradient_equal_a_naive_reference(
 
 
 def test_a_mixed_batch_has_the_embeddings_of_each_collection(
-    teacher: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
+    suite: Path, teacher: Path, tokenizer: Any, encoding: Encoding, tmp_path: Path
 ) -> None:
-    names, folder = ("one", "two"), teacher.parent / "model" / "model"
-    for seed, name in enumerate(names):
-        write_beir(tmp_path / "data" / name, seed=seed)
+    folder = teacher.parent / "model" / "model"
     given = ("collections=[one,two]", "data.split=train", "measures=[MRR@10]")
-    evaluate(tmp_path / "data", tmp_path / "run", folder, *given)
-    source = Mixture(
-        {name: Entry(Beir(str(tmp_path / "data" / name))) for name in names}, mixed=True
-    )
+    evaluate(suite, tmp_path / "run", folder, *given)
+    source = Mixture({name: Entry(Beir(str(suite / name))) for name in ("one", "two")}, mixed=True)
     parts = open_parts(source, tmp_path / "cache", Negatives(number=1))
     module = module_of(tokenizer, encoding, distillation=of_width(tmp_path / "run"))
     training: Any = DataModule(source, parts, module, {}, 9, 64, 0).training

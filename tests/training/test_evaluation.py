@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from tests.commands import curves, evaluate, train
+from tests.files import ranked
 from tests.two_ranks import TwoRanks
 
 from caravan.data.collection import Collection, Qrels
-from caravan.data.runs import Run, read_run
+from caravan.data.runs import Run
 from caravan.data.segments import Cut
 from caravan.data.tokenization import Templates
 from caravan.models import folder
@@ -54,8 +55,7 @@ def test_passages_are_searched_once_in_any_order_and_low_grades_do_not_count(
         evaluation.on_validation_batch_end(trainer, module, out, batch, 0, loader)
     evaluation.on_validation_epoch_end(trainer, module)
     assert logged == {"val/MRR@10": mrr}
-    run = read_run(tmp_path / "run.trec", collection.queries, collection.corpus)
-    assert run.of(3)[0].tolist() == [7, 5, 2, 1]
+    assert list(ranked(tmp_path / "run.trec", collection)[3]) == [7, 5, 2, 1]
 
 
 class Fixed(RetrievalEvaluation):
@@ -121,7 +121,6 @@ def test_the_best_weights_are_evaluated_on_training_queries_and_in_each_reading(
     _, tokenizer, encoding, _ = folder.load(tmp_path / "r" / "model")
     queries = collection.queries.get(collection.qrels("dev").queries)
     passages = collection.corpus.get(np.arange(len(collection.corpus)))
-    texts = collection.queries, collection.corpus
     for reading, of in zip(readings, metrics["read"], strict=True):
         assert reading.items() <= of.items()
         assert of["seconds"] > 0 < of["memory_gib"] < 64
@@ -141,7 +140,6 @@ def test_the_best_weights_are_evaluated_on_training_queries_and_in_each_reading(
         given += ["data.split=dev", "precision=float32"]
         again = evaluate(beir, tmp_path / name, tmp_path / "r" / "model", *given)
         runs = [tmp_path / "r" / "runs" / f"{name}.trec", tmp_path / name / again["run"]]
-        validated, evaluated = (read_run(path, *texts) for path in runs)
+        validated, evaluated = (ranked(path, collection) for path in runs)
         for row in collection.qrels("dev").queries.tolist():
-            scores = dict(zip(*validated.of(row), strict=True))
-            assert scores == pytest.approx(dict(zip(*evaluated.of(row), strict=True)), abs=2e-3)
+            assert validated[row] == pytest.approx(evaluated[row], abs=2e-3)

@@ -7,25 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 from tests.commands import ROOT, train_arguments
+from tests.models.small import model_of, saved_base
 from tests.two_ranks import TwoRanks
 
 from caravan.cli.compose import compose
 from caravan.cli.train import train
 from caravan.errors import InputError
 
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-SHAPE |= {"intermediate_size": 48, "vocab_size": 400, "max_position_embeddings": 64}
-GROUPED = SHAPE | {"num_key_value_heads": 1, "head_dim": 16}
-BACKBONES: dict[str, Any] = {
-    "tiny_llama": None,
-    "llama": lambda: transformers.LlamaConfig(**SHAPE),
-    "qwen3": lambda: transformers.Qwen3Config(**GROUPED),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**GROUPED, sliding_window=8),
-    "bert": lambda: transformers.BertConfig(**SHAPE),
-}
+BACKBONES = ("tiny_llama", "llama", "qwen3", "gemma3_text", "bert")
 Choice = tuple[str, str, str, int | None]
 CHOICES: list[Choice] = list(
     itertools.product(BACKBONES, ("none", "lora", "qlora"), ("float32", "bf16"), (None, 2))
@@ -39,11 +29,9 @@ FEW: list[Choice] = [
 
 @pytest.fixture
 def folder(tokenizer: Any, tmp_path: Path) -> Path:
-    for name, config in BACKBONES.items():
-        if config is not None:
-            torch.manual_seed(0)
-            transformers.AutoModel.from_config(config()).save_pretrained(tmp_path / name)
-            tokenizer.save_pretrained(tmp_path / name)
+    for name in BACKBONES[1:]:
+        model = model_of(name, vocab_size=400, max_position_embeddings=64)
+        saved_base(tokenizer, tmp_path / name, model)
     return tmp_path
 
 

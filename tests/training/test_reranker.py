@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from tests.commands import curves, evaluate, train
+from tests.files import ranked
+from tests.models.small import scored_alone
 from tests.refusals import refused
 
 from caravan import manifests
 from caravan.data.collection import Collection
-from caravan.data.pairs import PairTemplates
 from caravan.data.runs import read_run
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
@@ -25,18 +25,8 @@ READINGS = "validation.readings=[{passage_length:32},{segment:best,segment_words
 
 
 @pytest.fixture(scope="module")
-def runs(beir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    home = tmp_path_factory.mktemp("bm25")
-    found = {}
-    for split in ("train", "dev"):
-        evaluate(beir, home / split, "bm25", f"data.split={split}", "index.k=12", "measures=[R@5]")
-        found[split] = str(home / split / "runs" / f"bm25.{split}.trec")
-    return found
-
-
-@pytest.fixture(scope="module")
-def settings(runs: dict[str, str]) -> list[str]:
-    read = [f"sampler.runs=[{runs['train']}]", f"validation.run={runs['dev']}"]
+def settings(bm25_runs: dict[str, Path]) -> list[str]:
+    read = [f"sampler.runs=[{bm25_runs['train']}]", f"validation.run={bm25_runs['dev']}"]
     read.append("sampler.range_max=9")
     steps = ["trainer.max_steps=12", "trainer.val_check_interval=6"]
     return ["stage=reranker", *read, *LENGTHS, *steps, "callbacks.resume_point.every_n_steps=2"]
@@ -50,13 +40,13 @@ def finished(beir: Path, settings: list[str], tmp_path_factory: pytest.TempPathF
 
 
 def test_it_learns_and_is_validated_on_the_candidates_in_both_orders(
-    finished: Path, runs: dict[str, str], collection: Collection
+    finished: Path, bm25_runs: dict[str, Path], collection: Collection
 ) -> None:
     found = curves(finished)
     losses = list(found["train/loss"].values())
     assert np.mean(losses[len(losses) // 2 :]) < np.mean(losses[: len(losses) // 2])
     texts = collection.queries, collection.corpus
-    candidates = read_run(runs["dev"], *texts)
+    candidates = read_run(bm25_runs["dev"], *texts)
     reordered = read_run(finished / "runs" / "validation.trec", *texts)
     for row in candidates.query_rows:
         assert set(candidates.of(row)[0]) == set(reordered.of(row)[0])
@@ -65,8 +55,10 @@ def test_it_learns_and_is_validated_on_the_candidates_in_both_orders(
         assert found[f"{name}/MRR@10"][12] == pytest.approx(overall["MRR@10"], abs=1e-6)
 
 
-def test_the_manifest_has_the_counts_of_the_rules(finished: Path, runs: dict[str, str]) -> None:
-    counts = manifests.facts(finished / "model")["sampler"][runs["train"]]
+def test_the_manifest_has_the_counts_of_the_rules(
+    finished: Path, bm25_runs: dict[str, Path]
+) -> None:
+    counts = manifests.facts(finished / "model")["sampler"][str(bm25_runs["train"])]
     assert counts["removed"].keys() == {"range_max"}
     assert counts["candidates"] - counts["kept"] == counts["removed"]["range_max"] > 0
 
@@ -74,40 +66,29 @@ def test_the_manifest_has_the_counts_of_the_rules(finished: Path, runs: dict[str
 def test_the_folder_has_the_head_and_gives_the_scores_of_the_validation(
     finished: Path, collection: Collection
 ) -> None:
-    model, tokenizer, encoding, _ = folder.load(finished / "model")
+    model, _, encoding, _ = folder.load(finished / "model")
     assert (encoding.kind, encoding.pooling, encoding.passage_length) == ("reranker", "last", 32)
     assert model.plain.score.weight.abs().sum() > 0
     best = json.loads((finished / "metrics.json").read_text())
     assert best["read"][0]["scores"]["MRR@10"] == pytest.approx(best["best"])
-    run = read_run(
-        finished / "runs" / "read_passage_length_32.trec", collection.queries, collection.corpus
-    )
-    templates = PairTemplates(tokenizer, encoding)
-    for row in run.query_rows[:2]:
-        rows, scores = run.of(row)
-        query = collection.queries.get([int(row)]) * len(rows)
-        pairs = templates.pairs(query, collection.corpus.get(rows))
-        with torch.no_grad():
-            found = [
-                float(model(torch.tensor([p.ids]), torch.ones(1, len(p.ids), dtype=torch.int64)))
-                for p in pairs
-            ]
-        np.testing.assert_allclose(found, scores, atol=1e-4)
+    validated = ranked(finished / "runs" / "read_passage_length_32.trec", collection)
+    for row, scores in list(validated.items())[:2]:
+        found = scored_alone(finished / "model", row, list(scores), collection)
+        np.testing.assert_allclose(found, list(scores.values()), atol=1e-4)
 
 
 @pytest.mark.slow
 def test_the_best_segments_in_a_validation_are_those_of_an_evaluation(
-    finished: Path, runs: dict[str, str], beir: Path, collection: Collection, tmp_path: Path
+    finished: Path, bm25_runs: dict[str, Path], beir: Path, collection: Collection, tmp_path: Path
 ) -> None:
     settings = (f"reranker={finished / 'model'}", "rerank.segment=best", "rerank.segment_words=5")
     more = ("data.split=dev", "precision=float32", "measures=[MRR@5]", "index.k=12")
-    again = evaluate(beir, tmp_path / "run", runs["dev"], *settings, *more)
+    again = evaluate(beir, tmp_path / "run", bm25_runs["dev"], *settings, *more)
     name = "read_segment_best_segment_words_5.trec"
     paths = [finished / "runs" / name, tmp_path / "run" / again["run"]]
-    validated, evaluated = (read_run(path, collection.queries, collection.corpus) for path in paths)
-    for row in validated.query_rows.tolist():
-        scores = dict(zip(*validated.of(row), strict=True))
-        assert scores == pytest.approx(dict(zip(*evaluated.of(row), strict=True)), abs=1e-4)
+    validated, evaluated = (ranked(path, collection) for path in paths)
+    for row, scores in validated.items():
+        assert scores == pytest.approx(evaluated[row], abs=1e-4)
     read = json.loads((finished / "metrics.json").read_text())["read"]
     assert read[1]["tokens_per_query"] > read[0]["tokens_per_query"]  # all, and prompts repeat
 
@@ -124,11 +105,11 @@ def test_without_a_trained_head_or_candidates_a_reranker_is_refused(
 
 @pytest.mark.slow
 def test_a_likelihood_learns_the_order_of_its_training_queries_without_negatives(
-    beir: Path, runs: dict[str, str], tmp_path: Path
+    beir: Path, bm25_runs: dict[str, Path], tmp_path: Path
 ) -> None:
     settings = [
         *("stage=reranker_likelihood", "loss=likelihood", "sampler.number=0", *LENGTHS),
-        *(f"validation.run={runs['dev']}", "trainer.max_steps=30", "optimizer.lr=1e-2"),
+        *(f"validation.run={bm25_runs['dev']}", "trainer.max_steps=30", "optimizer.lr=1e-2"),
         *("trainer.val_check_interval=30", "optimizer.warmup_steps=1"),
         "trainer.log_every_n_steps=1",
     ]
@@ -143,6 +124,6 @@ def test_a_likelihood_learns_the_order_of_its_training_queries_without_negatives
     found = {}
     for name in ("untrained", "run"):
         given = ("data.split=train", "rerank.depth=12", f"reranker={tmp_path / name / 'model'}")
-        metrics = evaluate(beir, tmp_path / f"of_{name}", runs["train"], *given)
+        metrics = evaluate(beir, tmp_path / f"of_{name}", bm25_runs["train"], *given)
         found[name] = metrics["overall"]["MRR@10"]
     assert found["run"] > found["untrained"] + 0.2

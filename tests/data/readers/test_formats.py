@@ -3,81 +3,31 @@
 from __future__ import annotations
 
 import gzip
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.files import judged, put, records
+from tests.layouts import SOURCES, files_of
 from tests.refusals import refused
 
 from caravan.cli.evaluate import members
 from caravan.data.collection import Collection
-from caravan.data.readers.labelled import Beir, Tsv
-from caravan.data.readers.msmarco import MsMarcoDocument, MsMarcoPassage
 from caravan.data.readers.texts import TextFiles
 from caravan.data.readers.training_rows import TrainingRows
 from caravan.data.runs import Run, read_run, write_run
 
-READERS: dict[str, tuple[Callable[[str], Any], dict[str, str]]] = {
-    "tsv": (
-        Tsv,
-        {
-            "corpus.tsv": "{p}\tfat\n",
-            "queries.tsv": "{q}\tcamel\n",
-            "queries.dev.tsv": "dev\tsalt\n",
-            "qrels.dev.tsv": "dev\t{p}\t1\n",
-            "qrels/test.tsv": "query-id\tcorpus-id\tscore\n{q}\t{p}\t1\n",
-        },
-    ),
-    "beir": (
-        Beir,
-        {
-            "corpus.jsonl": '{{"_id": "{p}", "text": "fat"}}\n',
-            "queries.jsonl": '{{"_id": "{q}", "text": "camel"}}\n',
-            "qrels/test.tsv": "{q} 0 {p} 1\n",
-        },
-    ),
-    "msmarco_passage": (
-        MsMarcoPassage,
-        {
-            "collection.tsv": "{p}\tfat\n",
-            "queries.train.tsv": "{q}\tcamel\n",
-            "qrels.train.tsv": "{q}\t0\t{p}\t1\n",
-        },
-    ),
-    "msmarco_document": (
-        MsMarcoDocument,
-        {
-            "msmarco-docs.tsv": "{p}\turl\ttitle\tfat\n",
-            "msmarco-docdev-queries.tsv": "{q}\tcamel\n",
-            "msmarco-docdev-qrels.tsv": "{q} 0 {p} 1\n",
-        },
-    ),
-    "tevatron": (
-        TrainingRows,
-        {
-            "train.jsonl": '{{"query_id": "{q}", "query_text": "camel", '
-            '"positive_document_ids": ["{p}"], "negative_document_ids": []}}\n',
-            "corpus.jsonl": '{{"docid": "{p}", "text": "fat"}}\n',
-        },
-    ),
-    "flagembedding": (
-        lambda path: TrainingRows(f"{path}/train.jsonl", dev=f"{path}/dev.jsonl"),
-        dict.fromkeys(("train.jsonl", "dev.jsonl"), '{{"query": "camel", "pos": ["fat"]}}\n'),
-    ),
-}
-LABELLED = pytest.mark.parametrize("layout", [name for name in READERS if name != "flagembedding"])
-FILES = [(layout, name) for layout, (_, files) in READERS.items() for name in files]
+LABELLED = pytest.mark.parametrize("layout", [name for name in SOURCES if name != "flagembedding"])
+FILES = [(layout, name) for layout in SOURCES for name in files_of(layout)]
 
 
 def filled(layout: str, query: str = "q", passage: str = "p") -> dict[str, str]:
-    return {name: text.format(q=query, p=passage) for name, text in READERS[layout][1].items()}
+    """The files of one query and its passage."""
+    return files_of(layout, [(passage, "", "fat")], [(query, "camel")], [(query, passage, 1)])
 
 
 def build(folder: Path, layout: str) -> Collection:
-    return READERS[layout][0](str(folder)).collection(folder.parent / "cache")
+    found: Collection = SOURCES[layout](str(folder)).collection(folder.parent / "cache")
+    return found
 
 
 @LABELLED
@@ -96,18 +46,6 @@ def test_ids_with_other_than_ascii_space_stay_whole(
     assert read_run(path, found.queries, found.corpus).passage_rows.tolist() == [0]
     # as trec_eval reads it: bytes.split divides where C's isspace does
     assert [len(line.split()) for line in path.read_bytes().splitlines()] == [6]
-
-
-@LABELLED
-@pytest.mark.parametrize("side", ["query", "passage"])
-@pytest.mark.parametrize("character", ["\x85", "\u2028", "\x1c", "\x00"])
-def test_ids_with_line_breaks_or_control_characters_are_refused(
-    tmp_path: Path, layout: str, side: str, character: str
-) -> None:
-    escaped = layout in ("beir", "tevatron") and character < " "  # JSON has it no other way
-    name = json.dumps(f"x{character}y")[1:-1] if escaped else f"x{character}y"
-    with refused("invalid-id"):
-        build(put(tmp_path / "set", filled(layout, **{side: name})), layout)
 
 
 @LABELLED
@@ -160,7 +98,7 @@ def test_an_empty_file_is_named(layout: str, name: str, content: str, tmp_path: 
         build(folder, layout)
 
 
-@pytest.mark.parametrize("layout", ["beir", "tevatron", "flagembedding", "texts"])
+@pytest.mark.parametrize("layout", ["beir", "tevatron beside a corpus", "flagembedding", "texts"])
 @pytest.mark.parametrize("depth", [2_000, 200_000])
 def test_deep_json_is_an_error_with_file_and_line(tmp_path: Path, layout: str, depth: int) -> None:
     deep = f'{{"text": {"[" * depth}{"]" * depth}}}\n'

@@ -119,26 +119,9 @@ def test_documents_have_their_address_before_the_title(tmp_path: Path) -> None:
     assert found.relevant_from == {}  # of documents, grade 1 is relevant
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "code", "place"),
-    [
-        ("collection.tsv", None, "file-not-found", "collection.tsv"),
-        ("collection.tsv", "0\ta\n1\tb\tc\n", "malformed-line", "collection.tsv:2"),
-        ("queries.train.tsv", "0\ta\tb\tc\n", "malformed-line", "queries.train.tsv:1"),
-        ("queries.train.tsv", None, "file-not-found", "queries.train.tsv"),
-        ("queries.dev.tsv", "1048585\tother\n", "conflicting-texts", "queries.dev.tsv:1"),
-        ("2019qrels-pass.txt", "1108939 Q0 7 x\n", "invalid-grade", "2019qrels-pass.txt:1"),
-    ],
-)
-def test_a_mistake_is_one_sentence_with_file_and_line(
-    tmp_path: Path, name: str, text: str | None, code: str, place: str
-) -> None:
-    files = PASSAGES | {name: text or ""}
-    folder = put(tmp_path / "m", files)
-    if text is None:
-        (folder / name).unlink()
-    with refused(code, place) as caught:
-        passages(folder)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("name", ["collection.tsv", "queries.train.tsv"])
+def test_a_file_that_is_missing_is_named(tmp_path: Path, name: str) -> None:
+    with refused("file-not-found", name):
+        passages(put(tmp_path / "m", without(PASSAGES, name)))
     with refused("unreadable-file", "x.tsv"):
-        passages(put(folder, PASSAGES), corpus="x.tsv")
+        passages(put(tmp_path / "m", PASSAGES), corpus="x.tsv")
