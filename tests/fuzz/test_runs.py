@@ -1,4 +1,4 @@
-"""Damaged runs of all layouts: each is refused in a sentence, or read as plain Python reads it."""
+"""Damaged runs of both layouts: each is refused in a sentence, or read as plain Python reads it."""
 
 from __future__ import annotations
 
@@ -31,22 +31,6 @@ RUNS = {
     ),
     "ranks": (("qid", "pid", "rank"), _lines(_RANKED)),
     "ranks under a header": (("qid", "pid", "rank"), "qid\tpid\trank\n" + _lines(_RANKED)),
-    "scores": (
-        ("qid", "pid", "score"),
-        _lines((q, p, 9 - at / 8 + 0.01) for q, p, at in _RANKED),
-    ),
-    "whole scores under a header": (
-        ("qid", "pid", "score"),
-        "qid\tpid\tscore\n" + _lines((q, p, at) for q, p, at in _RANKED),
-    ),
-    "ranks and scores": (
-        ("qid", "pid", "rank", "score"),
-        _lines((q, p, at, 20 - at) for q, p, at in _RANKED),
-    ),
-    "texts": (
-        ("qid", "pid", "query", "text"),
-        _lines((q, p, "camel 1", f"salt {p}") for q, p, _ in _RANKED),
-    ),
 }
 
 
