@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from caravan import manifests
 from caravan.data.collection import Collection
 from caravan.data.qrels import Qrels, RowLookup
 from caravan.data.readers.labelled import judgements
@@ -169,7 +170,8 @@ def find(digest: str, home: Path) -> Collection:
     for base in dict.fromkeys((Path(), *home.absolute().parents)):
         for path in sorted((base / cache / "collections").glob("*/collection.json")):
             if _value(path, "digest", json.loads) == digest:
-                return Collection.open(path.parent)
+                if manifests.changed(path.parent) is None:
+                    return Collection.open(path.parent)
     message = (
         f"the collection of {home} (digest {digest[:12]}) is no longer in {cache}/collections; run"
         " its evaluation again, or use --qrels and a file of judgements"
