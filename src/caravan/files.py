@@ -93,7 +93,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def filling_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder`, whose files move into it when the block ends without an error.
+    """An empty folder beside `folder`, whose files move into it if the block ends without an error.
 
     They replace files of the same names; all other files stay.
 

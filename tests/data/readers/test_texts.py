@@ -53,7 +53,7 @@ def test_a_path_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with refused("dataset-not-loaded", "empty"):
         UnlabelledTexts(str(tmp_path / "empty")).collection(tmp_path)
-    with refused("file-not-found", "absent.txt"):
+    with refused("unreadable-file", "absent.txt"):
         UnlabelledTexts(str(tmp_path / "absent.txt")).collection(tmp_path)
     with refused("folder-not-found", "absent"):
         UnlabelledTexts(str(tmp_path / "absent")).collection(tmp_path)

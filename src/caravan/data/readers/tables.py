@@ -48,7 +48,7 @@ class Rows(NamedTuple):
         for path in self.paths:
             file = Path(path)
             if not file.is_file():
-                if path.endswith((".jsonl", ".json", ".txt", ".gz", *TABLES)):
+                if path.endswith((".jsonl", ".json", ".gz", *TABLES)):
                     text = f"there is no file {path}: correct the path"
                     raise InputError("file-not-found", text)
                 found = self._dataset(path)
