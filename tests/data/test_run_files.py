@@ -39,9 +39,7 @@ def test_ms_marco_files_have_ranks_for_scores(read: Read, names: Collection) -> 
         "qid\tQ0\tdocno\trank\tscore\ttag\nq2\tQ0\tp6\t1\t1\tx\nq2\tQ0\tp5\t2\t2\tx\n",
     ],
 )
-def test_a_header_is_skipped(
-    read: Read, names: Collection, text: str, depth: int | None
-) -> None:
+def test_a_header_is_skipped(read: Read, names: Collection, text: str, depth: int | None) -> None:
     run = read(text, depth=depth)
     assert run.query_rows.tolist() == [2]
     assert names.corpus.ids(run.of(2)[0])[0] == "p5"

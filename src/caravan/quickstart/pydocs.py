@@ -145,7 +145,7 @@ class PyDocs(Source):
             qrels[split] += ((query.pair.name, name, 1) for name in answers)
         corpus = ((name, "", "\n\n".join(parts)) for name, parts in texts.items())
         query_rows = ((query.pair.name, "", query.pair.query) for query in queries)
-        return write_collection(folder, self.name, corpus, query_rows, qrels)
+        return write_collection(folder, self.name, corpus, query_rows, dict(sorted(qrels.items())))
 
     def _passage(self, name: str) -> str:
         """The id of the passage that holds a docstring: its own, or `module:`."""

@@ -169,9 +169,9 @@ def find(digest: str, home: Path) -> Collection:
     cache = str(_value(home / "config.yaml", "cache_dir", yaml.safe_load) or ".cache")
     for base in dict.fromkeys((Path(), *home.absolute().parents)):
         for path in sorted((base / cache / "collections").glob("*/collection.json")):
-            if _value(path, "digest", json.loads) == digest:
-                if manifests.changed(path.parent) is None:
-                    return Collection.open(path.parent)
+            is_it = _value(path, "digest", json.loads) == digest
+            if is_it and manifests.changed(path.parent) is None:
+                return Collection.open(path.parent)
     message = (
         f"the collection of {home} (digest {digest[:12]}) is no longer in {cache}/collections; run"
         " its evaluation again, or use --qrels and a file of judgements"
