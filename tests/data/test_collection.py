@@ -124,8 +124,8 @@ def test_a_damaged_collection_of_the_cache_is_built_again(
     if damage == "missing":
         file.unlink()
     else:
-        changed = {"cut": content[:-1], "zeros": bytes(len(content)), "a bit": content}
-        file.write_bytes(changed[damage])
+        zeros = bytearray(len(content))
+        file.write_bytes({"cut": content[:-1], "zeros": zeros, "a bit": content}[damage])
     (folder / "notes.txt").write_text("of somebody else")
     cached_collection(tmp_path, "c", "key", write)
     assert caplog.messages == [f"{file} is missing or damaged; {folder} is built again"]

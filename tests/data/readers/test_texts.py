@@ -73,9 +73,9 @@ def test_columns_of_other_names_are_read_and_missing_ones_refused(tmp_path: Path
     assert _texts(source, tmp_path) == [(f"Title {i}", f"camel {i}") for i in range(3)]
     untitled = UnlabelledTexts(str(path), text="body", title=None)
     assert _texts(untitled, tmp_path) == [("", f"camel {i}") for i in range(3)]
-    for columns in ({}, {"text": "body", "title": "haed"}):
+    for text, title in (("text", "title"), ("body", "haed")):
         with refused("unknown-column", "there are body, head"):
-            UnlabelledTexts(str(path), **columns).collection(tmp_path)
+            UnlabelledTexts(str(path), text=text, title=title).collection(tmp_path)
     first = source.collection(tmp_path)
     source.path = str(path.rename(tmp_path / "moved.jsonl"))
     assert source.collection(tmp_path).folder == first.folder

@@ -81,7 +81,7 @@ class UnlabelledTexts(Source):
 
     def _documents(self, files: Iterable[Path]) -> Iterator[tuple[str, str]]:
         """(title, text) of each document."""
-        for path in map(str, files or [self.path]):
+        for path in [str(file) for file in files] or [self.path]:
             if not path.removesuffix(".gz").endswith(".txt"):
                 rows = Rows([path], self.subset or "train", self.config, self.revision).read(ROW)
                 yield from (document for _, document in parsed(rows, self._text, ROW))
