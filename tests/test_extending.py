@@ -144,8 +144,8 @@ def test_backbone_of_the_page_trains_and_its_folder_needs_no_class(home: Path) -
 
 def test_reader_of_the_page_trains_and_reports_a_broken_file(home: Path) -> None:
     run("A reader")
-    (folder,) = (home / ".cache" / "collections").glob("faq-*")
-    collection = Collection.open(folder)
+    (record,) = (home / ".cache" / "collections").glob("faq-*/collection.json")
+    collection = Collection.open(record.parent)
     assert (len(collection.corpus), len(collection.queries)) == (20, 20)
     sizes = {split: len(collection.qrels(split)) for split in collection.splits}
     assert sizes == {"dev": 4, "train": 16}

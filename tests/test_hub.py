@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.refusals import refused
 
-from caravan.data.readers.texts import HubTexts
+from caravan.data.readers.texts import UnlabelledTexts
 from caravan.hub import refuse_unreachable
 from caravan.models.backbone import Pretrained
 
@@ -38,7 +38,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     [
         lambda folder: Pretrained("my-model").tokenizer(None, folder),
         lambda folder: Pretrained("my-model").model(None),
-        lambda folder: HubTexts("my-texts").collection(folder),
+        lambda folder: UnlabelledTexts("my-texts").collection(folder),
     ],
 )
 def test_an_unreachable_hub_is_reported_without_waiting(

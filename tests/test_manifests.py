@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,68 @@ def test_a_file_that_changes_while_it_is_hashed_is_read_again(
     record = manifests.content(path)
     monkeypatch.setattr(manifests, "content_digest", digest)
     assert not manifests.is_as_written(path, record)
+
+
+def _build(folder: Path) -> None:
+    (folder / "below").mkdir()
+    for name in ("a", "below/b"):
+        (folder / name).write_text(name)
+
+
+def test_a_folder_is_built_once_however_many_ask(tmp_path: Path) -> None:
+    built = []
+
+    def build(folder: Path) -> None:
+        built.append(folder)
+        time.sleep(0.2)
+        _build(folder)
+
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(manifests.ensure, tmp_path / "x", INPUTS, build) for _ in range(4)]
+    assert {one.result() for one in asked} == {tmp_path / "x"}
+    assert len(built) == 1
+    assert not built[0].exists()
+    assert (tmp_path / "x/below/b").read_text() == "below/b"
+
+
+def test_a_folder_that_is_there_needs_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifests.ensure(tmp_path / "x", INPUTS, _build)
+    monkeypatch.setattr(manifests, "locked", lambda _: pytest.fail("locked"))
+    manifests.ensure(tmp_path / "x", INPUTS, _build)
+
+
+@pytest.mark.parametrize("damage", ["file", "manifest", "other inputs"])
+def test_a_folder_that_has_changed_is_built_again_beside_foreign_files(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = manifests.ensure(tmp_path / "x", INPUTS, _build)
+    (folder / "notes.txt").touch()
+    (folder / "a").write_text("changed")
+    if damage == "manifest":
+        manifests.path_of(folder).unlink()
+    manifests.ensure(folder, INPUTS if damage != "other inputs" else {}, _build)
+    assert (folder / "a").read_text() == "a"
+    assert (folder / "notes.txt").exists()
+    assert len(caplog.messages) == 1
+    assert manifests.changed(folder) is None
+
+
+def test_a_build_that_fails_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    folder = manifests.ensure(tmp_path / "x", INPUTS, _build)
+    (folder / "a").write_text("changed")
+    with pytest.raises(ZeroDivisionError):
+        manifests.ensure(folder, INPUTS, lambda scratch: (_build(scratch), 1 / 0))
+    assert (folder / "a").read_text() == "changed"
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["x"]
+
+
+@pytest.mark.parametrize("link", ["x", "x/below"])
+def test_nothing_is_written_where_a_link_points(tmp_path: Path, link: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(tmp_path / "elsewhere")
+    with refused("link-in-cache", link):
+        manifests.ensure(tmp_path / "x", INPUTS, _build)
+    assert not list((tmp_path / "elsewhere").iterdir())

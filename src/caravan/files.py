@@ -91,6 +91,28 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
                 os.replace(scratch, folder)
 
 
+@contextmanager
+def filling_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, whose files move into it if the block ends without an error.
+
+    They replace files of the same names; all other files stay.
+
+    Raises:
+        InputError: "link-in-cache", the files would move to where a link points.
+    """
+    with scratch_folder(folder) as scratch:
+        yield scratch
+        for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
+            target = folder / path.relative_to(scratch)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for link in (folder, target.parent):
+                if link.is_symlink():
+                    problem = f"{link} is a symbolic link, which is not followed to write"
+                    raise InputError("link-in-cache", f"{problem}; remove the link")
+            _sync(path)
+            os.replace(path, target)
+
+
 def _exchange(one: Path, other: Path) -> bool:
     """Exchange two names in one step; False where the system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from typing import Any
 import xxhash
 
 from caravan.errors import InputError
-from caravan.files import replacing
+from caravan.files import LOCK, filling_folder, locked, replacing
 
 LIBRARIES = ("torch", "transformers", "tokenizers")
 """Libraries whose version can change embeddings, scores and weights."""
 NOT_INSTALLED = "not installed"
+
+log = logging.getLogger(__name__)
 
 
 def path_of(product: Path) -> Path:
@@ -66,6 +69,44 @@ def write(product: Path, inputs: dict[str, Any], facts: dict[str, Any] | None = 
     plain = json.loads(json.dumps([inputs, facts or {}]))
     record = {"inputs": plain[0], "facts": plain[1], "digest": digest(plain)}
     write_json(path_of(product), record)
+
+
+def ensure(folder: Path, inputs: dict[str, Any], build: Callable[[Path], object]) -> Path:
+    """Return a folder of files that are made from these inputs; make them unless they are there.
+
+    One process makes them while others wait. A folder that is as it was written is used without a
+    lock, so it may be read-only. Files in it that `build` does not write are left alone.
+
+    Args:
+        build: writes the files into a folder that it is given, which is empty.
+    """
+
+    def is_there() -> bool:
+        return matches(folder, inputs) and changed(folder) is None
+
+    if is_there():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_name(f".{folder.name}{LOCK}")):
+        if is_there():
+            return folder
+        if folder.exists():
+            wrong = changed(folder) or path_of(folder)
+            log.warning("%s is missing or damaged; %s is built again", wrong, folder)
+        with filling_folder(folder) as scratch:
+            build(scratch)
+            names = [path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file()]
+        files = {name.as_posix(): content(folder / name) for name in sorted(names)}
+        write(folder, inputs, {"files": files})
+    return folder
+
+
+def changed(folder: Path) -> Path | None:
+    """The first file of a folder of `ensure` that is not as written, or its manifest; or None."""
+    if (manifest := read(folder)) is None:
+        return path_of(folder)
+    files = {folder / name: content for name, content in manifest["facts"]["files"].items()}
+    return next((file for file, of in files.items() if not is_as_written(file, of)), None)
 
 
 def remove(product: Path) -> None:

@@ -164,4 +164,3 @@ def test_a_long_run_is_parsed_once_and_again_if_anything_has_changed(
     found = names.read_run(path, 7)
     assert len(parsed) == (1 if damage is None else 2)
     assert same(found, read_run(path, names.queries, names.corpus, 7))
-    Collection.open(names.folder)  # the kept arrays are no damage

@@ -15,7 +15,7 @@ from tests.export.folders import CASES, assert_card_computes, cases, make, run_c
 from tests.refusals import refused
 
 from caravan.cli.train import source_facts
-from caravan.data.readers.texts import HubTexts
+from caravan.data.readers.texts import UnlabelledTexts
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.export import sentence_transformers
@@ -173,8 +173,8 @@ def test_a_damaged_evaluation_is_refused(record: str | None, tmp_path: Path) -> 
 def test_a_card_has_the_first_base_the_dataset_and_the_language(tmp_path: Path) -> None:
     first = make(tmp_path / "first")
     second = make(tmp_path / "second", query_template="<|user|>\n{text}")
-    hub = source_facts(HubTexts("wikimedia/wikipedia"))
-    assert source_facts(HubTexts(str(tmp_path))) == {}
+    hub = source_facts(UnlabelledTexts("wikimedia/wikipedia"))
+    assert source_facts(UnlabelledTexts(str(tmp_path))) == {}
     set_facts(first, base_model="Qwen/Qwen3-0.6B")
     set_facts(second, base_model=str(first), **hub, **source_facts(PyDocs()))
     text = write(second).read_text()

@@ -211,20 +211,18 @@ def run(path: Path, names: tuple[str, ...], queries: set[str], passages: set[str
     """A run whose columns are known, with a header or without.
 
     Args:
-        names: of the columns: qid, pid, and rank, score or neither.
+        names: of the columns: qid, pid, and rank, or more with score.
     """
-    split = "\t" if "text" in names else None
-    cells = [row.split(split) if split else words(row) for row in rows(path)]
+    cells = list(map(words, rows(path)))
     if cells and sorted(cells[0]) == sorted(names):
         names = tuple(cells.pop(0))
     need(cells and all(len(row) == len(names) for row in cells), "another number of columns")
     lines = []
     for row in cells:
         query, passage = row[names.index("qid")], row[names.index("pid")]
-        score = 0.0
         if "score" in names:
             score = single(row[names.index("score")])
-        elif "rank" in names:
+        else:
             place = row[names.index("rank")]
             need(single(place).is_integer() and single(place) > 0, "no rank")
             score = single(1 / float(place))

@@ -1,4 +1,4 @@
-"""Damaged runs of all layouts: each is refused in a sentence, or read as plain Python reads it."""
+"""Damaged runs of both layouts: each is refused in a sentence, or read as plain Python reads it."""
 
 from __future__ import annotations
 
@@ -23,22 +23,6 @@ RUNS = {
     ),
     "ranks": (("qid", "pid", "rank"), lines(_RANKED)),
     "ranks under a header": (("qid", "pid", "rank"), "qid\tpid\trank\n" + lines(_RANKED)),
-    "scores": (
-        ("qid", "pid", "score"),
-        lines((q, p, 9 - at / 8 + 0.01) for q, p, at in _RANKED),
-    ),
-    "whole scores under a header": (
-        ("qid", "pid", "score"),
-        "qid\tpid\tscore\n" + lines((q, p, at) for q, p, at in _RANKED),
-    ),
-    "ranks and scores": (
-        ("qid", "pid", "rank", "score"),
-        lines((q, p, at, 20 - at) for q, p, at in _RANKED),
-    ),
-    "texts": (
-        ("qid", "pid", "query", "text"),
-        lines((q, p, "camel 1", f"salt {p}") for q, p, _ in _RANKED),
-    ),
 }
 
 

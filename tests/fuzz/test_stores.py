@@ -68,7 +68,7 @@ def _is_made_anew(done: Done, path: Path) -> None:
     """Remove the results that were made from a product of the store."""
     parts = path.relative_to(done.home / "run").parts
     if parts[0] == "store":
-        run = MADE_FROM[parts[1].partition(".")[0]]
+        run = MADE_FROM[parts[1].lstrip(".").partition(".")[0]]  # of a lock too
         (done.home / f"run/runs/{run}.test.trec.manifest.json").unlink()
     if parts[0] != "metrics.json":
         (done.home / "run/metrics.json.manifest.json").unlink(missing_ok=True)

@@ -55,12 +55,12 @@ def test_files_are_read_in_order_and_not_run(tmp_path: Path) -> None:
     files = [(name, tmp_path / f"{name}.py") for name in [*sources, "gone"]]
     assert list(read(files)) == [
         [("b:", "B.")],
-        *(None, None),
+        *([], []),
         [("latin:", "\u00fc.")],
-        None,
+        [],
         [("odd:", "Half ? a pair, and \\d.")],
         [("a:", "A.")],
-        None,
+        [],
     ]
     assert not Path("made").exists()
 

@@ -13,11 +13,9 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,23 +24,12 @@ from caravan.data.qrels import Judgement, Qrels, RowLookup, Scored, Unknown, Unk
 from caravan.data.runs import Run, read_run, write_run
 from caravan.data.texts import Place, Record, Texts, text_keys, write_texts
 from caravan.errors import InputError, reading
-from caravan.files import LOCK, locked, replacing_folder, scratch_folder
 
-FORMAT = 3
-"""Version of the folder's layout; a folder of another version is rebuilt."""
-
-FILES = re.compile(
-    r"collection\.json|(corpus|queries)\.(arrow|ids\.npy)|qrels/[^/]+\.npz|runs/[^/]+\.trec"
-    r"|parsed/([^/]+/)?[^/]+\.(npy|json|lock)"
-)
-"""Paths of the files in a collection's folder."""
+FORMAT = 4
+"""Version of the folder's layout; a part of the keys in the cache (`caravan.data.source`)."""
 
 OWN = "data:"
 """Prefix of the name of a run that belongs to the collection, as in `data:negatives`."""
-
-DAMAGED = "damaged-collection"
-"""Code of the error of a folder that is incomplete or has changed since it was written."""
-REMEDY = "delete the folder and run the command again to rebuild it"
 
 KEPT_FROM = 8 << 20
 """Bytes of a run file from which its arrays are kept; a second of parsing."""
@@ -64,32 +51,19 @@ class Collection:
     queries: Texts
     splits: tuple[str, ...]
     runs: tuple[str, ...] = ()  # runs of the source: runs/<name>.trec
-    facts: dict[str, Any] = field(default_factory=dict)  # counts, skipped and unknown records
     relevant_from: dict[str, int] = field(default_factory=dict)
     """The lowest relevant grade by split, if not 1 (as in TREC DL's passage task)."""
 
     @classmethod
     def open(cls, folder: str | Path) -> Collection:
-        """Open a folder that `write_collection` wrote; its files are compared with their digests.
+        """Open a folder that `write_collection` wrote.
 
         Raises:
-            InputError: "damaged-collection", also of a folder that is no collection;
-                "other-format" if the folder has another version.
+            InputError: "damaged-collection", also of a folder that is no collection.
         """
         folder = Path(folder)
-        with reading(folder, f"the collection is damaged; {REMEDY}", DAMAGED):
+        with reading(folder, "no collection can be read from this folder", "damaged-collection"):
             record = json.loads((folder / "collection.json").read_text("utf-8"))
-            if record["version"] != FORMAT:
-                raise InputError(
-                    "other-format",
-                    f"the collection in {folder} has format version {record['version']}, but this"
-                    f" version of Caravan reads version {FORMAT}: {REMEDY}",
-                )
-            if record.pop("seal") != manifests.digest(record):
-                raise ValueError("collection.json has changed since it was written")
-            for name, written in record["files"].items():
-                if not manifests.is_as_written(folder / name, written):
-                    raise ValueError(f"{name} is missing or has changed since it was written")
             return cls(
                 name=record["name"],
                 digest=record["digest"],
@@ -98,7 +72,6 @@ class Collection:
                 queries=Texts(folder, "queries", record["digests"]["queries"]),
                 splits=tuple(record["splits"]),
                 runs=tuple(record["runs"]),
-                facts=record["facts"],
                 relevant_from=record["relevant_from"],
             )
 
@@ -146,23 +119,17 @@ class Collection:
         is_long = path.is_file() and path.stat().st_size >= KEPT_FROM
         if not is_long or not os.access(self.folder, os.W_OK):
             return read_run(path, self.queries, self.corpus, depth)
-        inputs = {"run": manifests.content_digest(path), "depth": depth, "format": 1}
+        inputs = {"run": manifests.content_digest(path), "depth": depth}
+
+        def build(folder: Path) -> None:
+            run = read_run(path, self.queries, self.corpus, depth)
+            for name in (*ARRAYS, "tag"):
+                np.save(folder / f"{name}.npy", getattr(run, name))
+
         folder = self.folder / "parsed" / manifests.digest(inputs)
-        files = {array: folder / f"{array}.npy" for array in ARRAYS}
-        folder.parent.mkdir(exist_ok=True)
-        with locked(folder.with_name(LOCK)):  # the first process parses, the others wait
-            facts = manifests.facts(folder) if manifests.matches(folder, inputs) else {"files": {}}
-            kept = (manifests.is_as_written(files[one], facts["files"].get(one)) for one in ARRAYS)
-            if not all(kept):
-                run = read_run(path, self.queries, self.corpus, depth)
-                manifests.remove(folder)
-                with replacing_folder(folder) as scratch:
-                    for array in ARRAYS:
-                        np.save(scratch / f"{array}.npy", getattr(run, array))
-                written = {array: manifests.content(file) for array, file in files.items()}
-                manifests.write(folder, inputs, {"tag": run.tag, "files": written})
-        arrays = {array: np.load(file, mmap_mode="r") for array, file in files.items()}
-        return Run(**arrays, tag=manifests.facts(folder)["tag"])
+        manifests.ensure(folder, inputs, build)
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        return Run(**arrays, tag=str(np.load(folder / "tag.npy")))
 
 
 def write_collection(
@@ -179,11 +146,10 @@ def write_collection(
 ) -> Collection:
     """Stream records into a new collection folder and open it.
 
-    Only judgements and hashes of ids are held in memory. The folder is renamed into place at the
-    end, so it is either complete or absent.
+    Only judgements and hashes of ids are held in memory.
 
     Args:
-        folder: must not exist yet.
+        folder: new or empty; `cached_collection` gives one.
         corpus, queries: (id, title, text), ids unique within each (see `caravan.data.texts`).
         qrels: judgements of each split, `{"test": [(query id, passage id, grade), ...]}`.
         where: the place of the n-th record of a part ("corpus", "queries", "qrels/test",
@@ -193,64 +159,44 @@ def write_collection(
         relevant_from: the lowest relevant grade by split, if not 1.
 
     Raises:
-        InputError: "empty-corpus", "folder-exists", or an error of `write_texts` or `RowLookup`.
+        InputError: "empty-corpus", or an error of `write_texts` or `RowLookup`.
     """
     folder = Path(folder)
     place = where or (lambda part, n: f"{part}, record {n + 1}")
-    if folder.exists():
-        raise InputError(
-            "folder-exists", f"{folder} exists already: choose another folder or delete it"
-        )
-    with scratch_folder(folder) as draft:
-        digests, texts = {}, {}
-        counts: dict[str, Any] = {"repaired_texts": 0, "ids_with_spaces": 0}
-        for part, records in (("corpus", corpus), ("queries", queries)):
-            written = write_texts(draft, part, records, place)
-            texts[part], digests[part] = Texts(draft, part), written.digest
-            counts["passages" if part == "corpus" else part] = written.records
-            counts["repaired_texts"] += written.repaired
-            counts["ids_with_spaces"] += written.spaced
-        if not counts["passages"]:
-            raise InputError(
-                "empty-corpus",
-                f"the corpus of {name} is empty ({place('corpus', 0)}): add passages",
-            )
-        if counts["ids_with_spaces"]:
-            log.warning(
-                "%s: %d ids have white space such as U+00A0; trec_eval reads runs with such ids,"
-                " but Python tools that split lines at any white space (ir_measures) do not",
-                name, counts["ids_with_spaces"],
-            )  # fmt: skip
-        (draft / "qrels").mkdir()
-        counts["judgements"] = {}
-        lookup = RowLookup(texts["corpus"], texts["queries"], place, unknown_ids)
-        for split, judgements in qrels.items():
-            found = lookup.qrels(f"qrels/{split}", judgements)
-            digests[f"qrels/{split}"] = _write_qrels(draft, split, found)
-            counts["judgements"][split] = len(found)
-        written_runs = []
-        for own, scored in (runs or {}).items():
-            if (run := lookup.run(own, scored)) is not None:
-                write_run(draft / "runs" / f"{own}.trec", run, texts["queries"], texts["corpus"])
-                written_runs.append(own)
-        content = hashlib.blake2b(json.dumps(digests, sort_keys=True).encode(), digest_size=16)
-        files = sorted(path for path in draft.rglob("*") if path.is_file())
-        record = {
-            "format": "caravan collection",
-            "version": FORMAT,
-            "digest": content.hexdigest(),
-            "digests": digests,
-            "name": name,
-            "splits": list(qrels),
-            "runs": written_runs,
-            "relevant_from": dict(relevant_from or {}),
-            "facts": {**counts, **lookup.skipped},
-            "files": {str(path.relative_to(draft)): manifests.content(path) for path in files},
-        }
-        record = json.loads(json.dumps(record))
-        record["seal"] = manifests.digest(record)
-        manifests.write_json(draft / "collection.json", record)
-        draft.rename(folder)
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    digests, texts, spaced = {}, {}, 0
+    for part, records in (("corpus", corpus), ("queries", queries)):
+        written = write_texts(folder, part, records, place)
+        texts[part], digests[part] = Texts(folder, part), written.digest
+        spaced += written.spaced
+    if not len(texts["corpus"]):
+        problem = f"the corpus of {name} is empty ({place('corpus', 0)}): add passages"
+        raise InputError("empty-corpus", problem)
+    if spaced:
+        log.warning(
+            "%s: %d ids have white space such as U+00A0; trec_eval reads runs with such ids,"
+            " but Python tools that split lines at any white space (ir_measures) do not",
+            name, spaced,
+        )  # fmt: skip
+    lookup = RowLookup(texts["corpus"], texts["queries"], place, unknown_ids)
+    for split, judgements in qrels.items():
+        found = lookup.qrels(f"qrels/{split}", judgements)
+        digests[f"qrels/{split}"] = _write_qrels(folder, split, found)
+    written_runs = []
+    for own, scored in (runs or {}).items():
+        if (run := lookup.run(own, scored)) is not None:
+            write_run(folder / "runs" / f"{own}.trec", run, texts["queries"], texts["corpus"])
+            written_runs.append(own)
+    content = hashlib.blake2b(json.dumps(digests, sort_keys=True).encode(), digest_size=16)
+    record = {
+        "name": name,
+        "digest": content.hexdigest(),
+        "digests": digests,
+        "splits": list(qrels),
+        "runs": written_runs,
+        "relevant_from": dict(relevant_from or {}),
+    }
+    manifests.write_json(folder / "collection.json", record)
     return Collection.open(folder)
 
 

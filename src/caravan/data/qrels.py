@@ -95,9 +95,6 @@ class RowLookup:
     Args:
         place: the place of the n-th record of a part, for error messages.
         unknown_ids: "refuse" lines with unknown ids, or "count" them.
-
-    Attributes:
-        skipped: how many lines were left out, by reason.
     """
 
     def __init__(
@@ -105,7 +102,6 @@ class RowLookup:
     ) -> None:
         self.corpus, self.queries, self.place = corpus, queries, place
         self.unknown_ids = unknown_ids
-        self.skipped = {"unknown_ids": 0, "repeated_judgements": 0}
 
     def qrels(self, part: str, judgements: Iterable[Judgement]) -> Qrels:
         """The judgements of a split; raises "unknown-id" or "conflicting-judgements"."""
@@ -129,7 +125,6 @@ class RowLookup:
                 f" {passage_ids[second]!r} have grade {grades[second]}, but {grades[first]} at"
                 f" {self.place(part, first)}; keep one of the two judgements",
             )
-        self.skipped["repeated_judgements"] += len(pairs) - len(firsts)
         query_rows, passage_rows, grades = query_rows[firsts], passage_rows[firsts], grades[firsts]
         has_text, in_corpus = query_rows < len(self.queries), passage_rows < len(self.corpus)
         known, lost = has_text & in_corpus, has_text & ~in_corpus
@@ -175,7 +170,6 @@ class RowLookup:
                 f" unknown ids in {part}: {int(unknown.sum())}); correct it, or set"
                 " data.unknown_ids=count to accept such lines",
             )
-        self.skipped["unknown_ids"] += int(unknown.sum())
         return ~unknown
 
 

@@ -1,14 +1,11 @@
-"""Run files as columns: which layout a file has, and the check of every line.
+"""Run files as columns: TREC's six or MS MARCO's three, and the check of every line.
 
     query Q0 passage rank score tag         TREC; the score decides, as in trec_eval
-    query passage rank                      MS MARCO; whole numbers, 1, 2, 3, ... in each query
-    query passage score                     numbers most of which are not whole, or under a header
-    query passage rank score                ColBERT's ranking.tsv
-    query <tab> passage <tab> text <tab> text   MS MARCO's top1000; no ranking, all scores are 0
+    query passage rank                      MS MARCO; ranks 1, 2, 3, ... in each query, in order
 
-A header decides, else the first lines. Three columns of whole numbers that are not ranks in order
-may be scores, so they are refused, as is everything ambiguous. Columns are separated by ASCII white
-space, so ids may have other white space (U+00A0).
+The number of columns decides. Three columns whose last are not ranks in order may end with a score,
+so they are refused. Columns are separated by ASCII white space, so ids may have other white space
+(U+00A0).
 
 A run of a large collection has millions of lines, so no Python code loops over lines: megabytes are
 normalized to one space between columns, counted as arrays of bytes, and parsed by Arrow's CSV
@@ -19,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +28,7 @@ from caravan.data.readers.lines import PASSAGE_IDS, QUERY_IDS, column_name, deco
 from caravan.data.texts import check_id, is_id
 from caravan.errors import InputError
 
-LOOK = 1000  # lines that decide the layout
 SPACES = bytes.maketrans(b"\t\r\v\f", b"    ")
-SIX_COLUMNS = "TREC's six columns (query Q0 passage rank score tag)"
 
 
 class Ids(NamedTuple):
@@ -49,32 +44,21 @@ class Columns(NamedTuple):
     tag: str
     queries: Ids
     passages: Ids
-    scores: np.ndarray  # [n] float32; 1 / rank where the file has only ranks, else 0
+    scores: np.ndarray  # [n] float32; 1 / rank where the file has only ranks
     lines: np.ndarray  # [n] int64, line numbers from 1
 
 
 class Layout(NamedTuple):
-    """Where the columns of a run file are, from 0."""
+    """The columns of a run file."""
 
-    columns: int
-    passage: int
-    rank: int | None
-    score: int | None
-    separator: str = " "  # any ASCII white space
+    header: tuple[str, ...]  # what a line of their names means
+    passage: int  # columns, from 0
+    value: int  # the score or the rank
 
 
-TREC = Layout(6, 2, None, 4)  # the rank is not read
-RANKS = Layout(3, 1, 2, None)
-SCORES = Layout(3, 1, None, 2)
-RANKED_SCORES = Layout(4, 1, 2, 3)
-TEXTS = Layout(4, 1, None, None, "\t")
-HEADERS = {
-    ("query", "q0", "passage", "rank", "score", "tag"): TREC,
-    ("query", "passage", "rank"): RANKS,
-    ("query", "passage", "score"): SCORES,
-    ("query", "passage", "rank", "score"): RANKED_SCORES,
-    ("query", "passage", "query", "passage"): TEXTS,
-}
+TREC = Layout(("query", "q0", "passage", "rank", "score", "tag"), 2, 4)  # the rank is not read
+MS_MARCO = Layout(("query", "passage", "rank"), 1, 2)
+LAYOUTS = {len(layout.header): layout for layout in (TREC, MS_MARCO)}
 
 
 def column_blocks(path: Path) -> Iterator[Columns]:
@@ -93,22 +77,21 @@ def column_blocks(path: Path) -> Iterator[Columns]:
             for number, line in enumerate(block, before + 1):
                 decoded(path, number, line)  # raises "not-utf8"
         if layout is None:
-            first = [at for at, line in enumerate(block) if line.strip()][:LOOK]
-            if not first:
+            first = next((at for at, line in enumerate(block) if line.strip()), None)
+            if first is None:
                 continue
-            place = f"{path}:{before + first[0] + 1}"
-            layout, has_header = _layout(place, [block[at] for at in first])
-            if has_header:
-                block[first[0]] = b"\n"
-        text, lines, counts = _counted(b"".join(block), layout, before)
+            layout, is_header = _layout(path, before + first + 1, block[first].split())
+            if is_header:
+                block[first] = b"\n"
+        text, lines, counts = _counted(b"".join(block), before)
         if not len(lines):
             continue
-        if (wrong := counts != layout.columns).any():
+        if (wrong := counts != len(layout.header)).any():
             i = int(wrong.argmax())
             raise InputError(
                 "malformed-line",
                 f"{path}:{lines[i]} has {counts[i]} columns where the lines above have"
-                f" {layout.columns}; correct or remove the line",
+                f" {len(layout.header)}; correct or remove the line",
             )
         if not tag:
             tag = text.partition(b"\n")[0].split(b" ")[5].decode() if layout is TREC else "msmarco"
@@ -119,32 +102,22 @@ def column_blocks(path: Path) -> Iterator[Columns]:
         raise InputError("empty-file", f"{path} is empty; a run needs at least one line")
 
 
-def _layout(place: str, lines: Sequence[bytes]) -> tuple[Layout, bool]:
-    """The layout of a file by its first lines, and whether the first line is a header."""
-    tabbed = lines[0].count(b"\t") == 3
-    first = lines[0].rstrip(b"\r\n").split(b"\t" if tabbed else None)
-    layout = HEADERS.get(tuple(_meaning(cell.decode()) for cell in first))
-    if layout is not None:
-        return layout, True
-    rows = [line.split() for line in lines]
-    if len(first) == 6:
-        return TREC, False
-    if len(first) == 4:
-        scored = sum(len(row) == 4 and all(map(_is_number, row[2:])) for row in rows)
-        if 2 * scored > len(rows):
-            return RANKED_SCORES, False
-        if tabbed:
-            return TEXTS, False
-    if len(first) == 3:
-        numbers = [float(row[2]) for row in rows if len(row) == 3 and _is_number(row[2])]
-        broken = sum(not number.is_integer() for number in numbers)
-        return (SCORES if 2 * broken > len(rows) else RANKS), False
-    raise InputError(
-        "malformed-line",
-        f"{place} has {len(first)} columns; a run has {SIX_COLUMNS} or, as in MS"
-        " MARCO, three (query passage rank) or four between tabs (query, passage, and rank and"
-        " score or both texts)",
-    )
+def _layout(path: Path, number: int, cells: list[bytes]) -> tuple[Layout, bool]:
+    """The layout of a file by the cells of its first line, and whether that is a header."""
+    layout = LAYOUTS.get(len(cells))
+    if layout is None:
+        raise InputError(
+            "malformed-line",
+            f"{path}:{number} has {len(cells)} columns; a run has TREC's six (query Q0 passage rank"
+            " score tag) or MS MARCO's three (query passage rank); if the fourth column is a score,"
+            f" make a TREC file: {_awk(path, 4)} (with 0 for $4 if there is no score)",
+        )
+    return layout, tuple(_meaning(cell.decode()) for cell in cells) == layout.header
+
+
+def _awk(path: Path, column: int) -> str:
+    """The command that makes a TREC file of one whose score is in this column, from 1."""
+    return f"""awk '{{print $1, "Q0", $2, 0, ${column}, "run"}}' {path} > {path}.trec"""
 
 
 def _meaning(name: str) -> str:
@@ -154,31 +127,24 @@ def _meaning(name: str) -> str:
     return "passage" if name in PASSAGE_IDS | {"passage"} else name
 
 
-def _float(text: bytes | str) -> float:
+def _float(text: str) -> float:
     try:
         return float(text)
     except ValueError:
         return math.nan
 
 
-def _is_number(text: bytes) -> bool:
-    return math.isfinite(_float(text))
-
-
-def _counted(block: bytes, layout: Layout, before: int) -> tuple[bytes, np.ndarray, np.ndarray]:
-    """The lines that are not blank, with single separators; their numbers and columns, [n] each."""
+def _counted(block: bytes, before: int) -> tuple[bytes, np.ndarray, np.ndarray]:
+    """The lines that are not blank, with single spaces; their numbers and columns, [n] each."""
     if not block.endswith(b"\n"):
         block += b"\n"
-    if layout is TEXTS:
-        text = re.sub(rb"(?m)^[ \t\v\f]+$", b"", block.replace(b"\r", b" "))
-    else:
-        text = block.translate(SPACES)
-        while b"  " in text:
-            text = text.replace(b"  ", b" ")
-        text = text.replace(b" \n", b"\n").replace(b"\n ", b"\n").removeprefix(b" ")
+    text = block.translate(SPACES)
+    while b"  " in text:
+        text = text.replace(b"  ", b" ")
+    text = text.replace(b" \n", b"\n").replace(b"\n ", b"\n").removeprefix(b" ")
     data = np.frombuffer(text, np.uint8)
     ends = np.flatnonzero(data == ord("\n"))
-    separators = np.flatnonzero(data == ord(layout.separator))
+    separators = np.flatnonzero(data == ord(" "))
     counts = np.diff(np.searchsorted(separators, ends), prepend=0) + 1
     full = np.diff(ends, prepend=-1) > 1
     if not full.all():
@@ -187,26 +153,25 @@ def _counted(block: bytes, layout: Layout, before: int) -> tuple[bytes, np.ndarr
 
 
 def _parsed(text: bytes, layout: Layout) -> dict[int, Any]:
-    """The columns of ids, as DictionaryArrays [n] of strings; rank and score, as strings [n]."""
-    types = {0: pa.dictionary(pa.int32(), pa.string()), layout.rank: pa.string()}
-    types |= {layout.passage: types[0], layout.score: pa.string()}
-    wanted = [at for at in types if at is not None]
+    """The columns of ids, as DictionaryArrays [n] of strings; rank or score, as strings [n]."""
+    names = pa.dictionary(pa.int32(), pa.string())
+    types = {0: names, layout.passage: names, layout.value: pa.string()}
     table = csv.read_csv(
         pa.BufferReader(text),
         csv.ReadOptions(
             use_threads=False,
             block_size=len(text) + 1,  # one set of distinct values
-            column_names=[str(at) for at in range(layout.columns)],
+            column_names=[str(at) for at in range(len(layout.header))],
         ),
-        csv.ParseOptions(delimiter=layout.separator, quote_char=False, double_quote=False),
+        csv.ParseOptions(delimiter=" ", quote_char=False, double_quote=False),
         csv.ConvertOptions(
-            column_types={str(at): types[at] for at in wanted},
-            include_columns=[str(at) for at in wanted],
+            column_types={str(at): type_ for at, type_ in types.items()},
+            include_columns=[str(at) for at in types],
             null_values=[],
             check_utf8=False,  # it was, with line numbers
         ),
     )
-    return {at: table[str(at)].combine_chunks() for at in wanted}
+    return {at: table[str(at)].combine_chunks() for at in types}
 
 
 def _ids(path: Path, column: Any, lines: np.ndarray) -> Ids:
@@ -220,47 +185,29 @@ def _ids(path: Path, column: Any, lines: np.ndarray) -> Ids:
 def _scores(
     path: Path, table: dict[int, Any], lines: np.ndarray, layout: Layout, ranked: dict[str, int]
 ) -> np.ndarray:
-    """Scores [n] float32; ranks are checked where they are the ranking, or could be scores."""
-
-    def numbers(column: int) -> np.ndarray:
-        try:
-            return np.asarray(table[column].cast(pa.float64()))
-        except pa.ArrowInvalid:  # not a number, or one that only Python reads
-            return np.array([*map(_float, table[column].to_pylist())])
-
-    def refuse(wrong: np.ndarray, column: int, kind: str, expected: str) -> None:
-        if wrong.any():
-            i = int(wrong.argmax())
-            problem = f"{path}:{lines[i]} has the {kind} '{table[column][i].as_py()}'"
-            raise InputError(f"invalid-{kind}", f"{problem}, {expected}")
-
-    query_codes = table[0].indices.to_numpy()
-    scores = np.zeros(len(lines), dtype=np.float32)
-    if layout.rank is not None:
-        places = _places(table[0], ranked)
-        expected = (
-            "not 1, 2, 3, ... in the order of the lines of its query: whole numbers in the third of"
-            " three columns, and the third of four, are read as ranks; sort the lines by query and"
-            f" rank, or write scores as {SIX_COLUMNS}"
-        )
-        refuse(numbers(layout.rank) != places, layout.rank, "rank", expected)
-        scores = (1 / places).astype(np.float32)
-    if layout.score is not None:
+    """Scores [n] float32, all finite; or 1 / rank, if the ranks are 1, 2, 3, ... in each query."""
+    column = table[layout.value]
+    try:
+        values = np.asarray(column.cast(pa.float64()))
+    except pa.ArrowInvalid:  # not a number, or one that only Python reads
+        values = np.array([*map(_float, column.to_pylist())])
+    if layout is TREC:
         with np.errstate(over="ignore"):
-            scores = numbers(layout.score).astype(np.float32)
+            scores = values.astype(np.float32)
+        wrong, kind = ~np.isfinite(scores), "score"
         expected = "not a finite number; correct or remove the line"
-        refuse(~np.isfinite(scores), layout.score, "score", expected)
-    if layout is RANKED_SCORES:
-        order = np.argsort(query_codes, kind="stable")
-        rises = (np.diff(query_codes[order]) == 0) & (np.diff(scores[order]) > 0)
-        wrong = np.zeros(len(lines), dtype=bool)
-        wrong[order[1:][rises]] = True
+    else:
+        places = _places(table[0], ranked)
+        scores = (1 / places).astype(np.float32)
+        wrong, kind = values != places, "rank"
         expected = (
-            "above the score of the rank before: four columns are query, passage, rank, and a"
-            " score that is higher for better passages; correct them, or write"
-            f" {SIX_COLUMNS}"
+            "not 1, 2, 3, ... in the order of the lines of its query; sort the lines by query and"
+            f" rank, or, if the third column is a score, make a TREC file: {_awk(path, 3)}"
         )
-        refuse(wrong, 3, "score", expected)
+    if wrong.any():
+        i = int(wrong.argmax())
+        problem = f"{path}:{lines[i]} has the {kind} '{column[i].as_py()}'"
+        raise InputError(f"invalid-{kind}", f"{problem}, {expected}")
     return scores
 
 

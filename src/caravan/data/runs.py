@@ -2,7 +2,7 @@
 
 In memory it is four flat arrays over integer rows; ids are strings only in the file. Equal scores
 are ordered as trec_eval orders them (passage id, descending), once, here, so that every measure and
-every reader sees one ranking. `caravan.data.run_files` recognizes the layouts of files.
+every reader sees one ranking. `caravan.data.run_files` reads the columns of a file.
 """
 
 from __future__ import annotations

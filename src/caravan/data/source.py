@@ -7,9 +7,7 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,11 +16,12 @@ from typing import Any, Protocol, TypeVar
 
 import xxhash
 
-from caravan.data.collection import DAMAGED, FILES, FORMAT, Collection, write_collection
+from caravan import manifests
+from caravan.data.collection import FORMAT, Collection, write_collection
 from caravan.data.qrels import Judgement, Scored
 from caravan.data.texts import Record
 from caravan.errors import InputError
-from caravan.files import cache_folder, locked, refuse_foreign, writing
+from caravan.files import cache_folder, refuse_foreign
 
 T = TypeVar("T")
 Stream = Callable[[], Iterable[tuple[str, T]]]
@@ -141,51 +140,26 @@ def cached_collection(
 ) -> Collection:
     """Open `cache_dir/collections/<name>-<key>`, or build it by `build(folder)`.
 
-    A damaged collection is built again, unless its folder has files that Caravan did not write.
-    One process builds while the others (ranks, a sweep's jobs) wait for its lock.
+    A damaged collection is built again. One process builds while the others (ranks, a sweep's jobs)
+    wait for its lock.
 
     Raises:
         InputError: the cache or the folder belongs to another user, or everybody may write to it;
-            the folder is damaged, and has foreign files or is a link.
+            the folder is damaged and a link.
     """
     plain = re.sub(r"[^\w.-]+", "-", name)
     folder = cache_folder(cache_dir, "collections") / f"{plain}-{key}"
 
-    def opened() -> Collection | None:
-        if not folder.exists():
-            return None
-        refuse_foreign(folder)
-        return Collection.open(folder)
-
-    try:
-        if (found := opened()) is not None:
-            return found
-    except InputError as error:
-        if error.code != DAMAGED or not os.access(folder.parent, os.W_OK):
-            raise
-    with locked(folder.parent / f".{folder.name}.lock"):
-        try:
-            if (found := opened()) is not None:
-                return found
-        except InputError as error:
-            _remove(folder, error)
+    def logged(scratch: Path) -> None:
         started = time.monotonic()
         log.info("building collection %s in %s", name, folder)
-        with writing(folder):
-            collection = build(folder)
+        collection = build(scratch)
         log.info(
             "built collection %s: %d passages, %d queries, %.1f s",
             name, len(collection.corpus), len(collection.queries), time.monotonic() - started,
         )  # fmt: skip
-        return collection
 
-
-def _remove(folder: Path, error: InputError) -> None:
-    """Remove a damaged collection; raise if the folder is a link or has foreign files."""
-    files = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
-    names = (path.relative_to(folder).as_posix() for path in files)
-    is_own = folder.is_dir() and not folder.is_symlink() and all(map(FILES.fullmatch, names))
-    if error.code != DAMAGED or not is_own:
-        raise error
-    log.warning("%s is damaged; building it again", folder)
-    shutil.rmtree(folder)
+    if folder.exists():
+        refuse_foreign(folder)
+    manifests.ensure(folder, {"collection": key}, logged)
+    return Collection.open(folder)

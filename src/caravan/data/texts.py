@@ -150,13 +150,13 @@ class Written(NamedTuple):
     """What `write_texts` has put on disk."""
 
     digest: str  # hex, of all fields of all records in order
-    records: int
-    repaired: int  # records in which half a surrogate pair, not UTF-8, became U+FFFD
     spaced: int  # ids with white space other than ASCII's
 
 
 def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place) -> Written:
     """Stream records into `<part>.arrow` and `<part>.ids.npy`.
+
+    Half of a surrogate pair, which is no UTF-8, becomes U+FFFD.
 
     Held in memory: one record batch and the hashes of the ids (8 bytes each).
 
@@ -165,7 +165,7 @@ def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place
     """
     content, hashes = hashlib.blake2b(digest_size=16), array("Q")
     batch: list[list[bytes]] = []
-    size = repaired = spaced = 0
+    size = spaced = 0
     path = str(folder / f"{part}.arrow")
     with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
 
@@ -184,7 +184,6 @@ def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place
                 fields = [value.encode() for value in record]
             except UnicodeEncodeError:
                 fields = [_repaired(value) for value in record]
-                repaired += 1
             content.update(b"%d,%d,%d;" % tuple(len(value) for value in fields))
             content.update(b"".join(fields))
             hashes.append(_id_hash(fields[0]))
@@ -199,7 +198,7 @@ def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place
     order = np.argsort(values, kind="stable")
     np.save(folder / f"{part}.ids.npy", np.stack((values[order], order.astype(np.uint64))))
     _refuse_duplicates(Texts(folder, part), place)
-    return Written(content.hexdigest(), len(hashes), repaired, spaced)
+    return Written(content.hexdigest(), spaced)
 
 
 def _refuse_duplicates(texts: Texts, place: Place) -> None:

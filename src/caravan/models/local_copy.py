@@ -17,7 +17,7 @@ from torch import nn
 
 from caravan import manifests
 from caravan.errors import InputError
-from caravan.files import cache_folder, locked, replacing_folder
+from caravan.files import cache_folder
 from caravan.hub import is_available
 from caravan.models.bidirectional import blocks
 from caravan.models.digests import files_digest
@@ -75,12 +75,7 @@ def local_copy(
     stem = path.stem if reads_gguf else Path(source).name
     stem = stem if layers is None else f"{stem}-{layers}-layers"
     folder = cache_folder(cache_dir, "models") / f"{stem}-{manifests.digest(inputs)[:8]}"
-    with locked(folder.with_name(f".{folder.name}.lock")):
-        record = manifests.read(folder)
-        if not folder.is_dir() or record is None or record["facts"] != _facts(folder):
-            _convert(folder, source, layers, hub)
-            manifests.write(folder, inputs, _facts(folder))
-    return folder
+    return manifests.ensure(folder, inputs, lambda to: _convert(to, source, layers, hub))
 
 
 def find_gguf(gguf_file: str) -> Path:
@@ -125,7 +120,7 @@ def _keep_layers(model: Any, count: int) -> None:
 
 
 def _convert(folder: Path, source: str, layers: int | None, hub: dict[str, Any]) -> None:
-    log.info("writing %s", folder)
+    log.info("copying %s into the cache", source)
     tokenizer = load_tokenizer(source, **hub)
     config = load_config(source, **hub)
     if is_remote_code(config):
@@ -141,11 +136,5 @@ def _convert(folder: Path, source: str, layers: int | None, hub: dict[str, Any])
     model: Any = load(source, dtype=torch.float32 if gguf else "auto", **hub)
     if layers is not None:
         _keep_layers(model, layers)
-    manifests.remove(folder)
-    with replacing_folder(folder) as draft:
-        model.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    return {"files": files_digest(folder)}
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -19,7 +19,6 @@ from pathlib import Path
 from caravan.distributed import cores
 
 STDLIB = "stdlib"
-INSTALLED = "installed"
 BLOCK = 128  # files that a process is sent at once
 LEFT_OUT = {
     "__pycache__", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip",
@@ -42,14 +41,11 @@ class Sources:
 
 
 def installed_sources(packages: Iterable[str]) -> Sources:
-    """The Python files of `packages`: distribution names, "stdlib", or "installed" (all there is).
+    """The Python files of `packages`: distribution names, or "stdlib".
 
     Tests and vendored copies are left out. The result does not depend on where they lie.
     """
     names = {_plain(name) for name in packages}
-    if INSTALLED in names:
-        names |= {_plain(dist.name) for dist in metadata.distributions() if dist.name}
-        names.discard(INSTALLED)
     found = Sources()
     if STDLIB in names:
         found.versions["python"] = sys.version.split()[0]
@@ -92,8 +88,8 @@ def required_by(roots: Iterable[str]) -> set[str]:
     return {name for name, _ in seen}
 
 
-def read(files: Iterable[tuple[str, Path]]) -> Iterator[Docstrings | None]:
-    """The docstrings of each (module, path); None where this Python cannot parse the file."""
+def read(files: Iterable[tuple[str, Path]]) -> Iterator[Docstrings]:
+    """The docstrings of each (module, path); none of a file that this Python cannot parse."""
     # A worker runs no code of the caller, so that it may be a fork of a process with threads.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(min(8, cores()), context, initializer=_prepare) as pool:
@@ -105,12 +101,12 @@ def _prepare() -> None:
     gc.disable()  # a tree has no cycles worth looking for, and looking takes a third of the time
 
 
-def _read(file: tuple[str, Path]) -> Docstrings | None:
+def _read(file: tuple[str, Path]) -> Docstrings:
     module, path = file
     try:
         return docstrings(path.read_bytes(), module)
     except (SyntaxError, ValueError, RecursionError, MemoryError, OSError):
-        return None
+        return []
 
 
 def docstrings(source: bytes, module: str) -> Docstrings:

@@ -45,20 +45,15 @@ class Query:
     answers: list[int]
 
 
-def merge_passages(pairs: Iterable[Pair], dropped: Counter[str]) -> list[list[Pair]]:
+def merge_passages(pairs: Iterable[Pair]) -> list[list[Pair]]:
     """Pairs with the same passage in one group: one passage, several queries."""
     groups: dict[str, dict[str, Pair]] = defaultdict(dict)
     for pair in pairs:
-        if groups[pair.text_key].setdefault(pair.query_key, pair) is not pair:
-            dropped["copy"] += 1
-    for key in [key for key, group in groups.items() if len(group) > MAX_QUERIES]:
-        dropped["generic passage"] += len(groups.pop(key))
-    return [list(group.values()) for group in groups.values()]
+        groups[pair.text_key].setdefault(pair.query_key, pair)
+    return [list(group.values()) for group in groups.values() if len(group) <= MAX_QUERIES]
 
 
-def gather_queries(
-    groups: Sequence[list[Pair]], families: Families, dropped: Counter[str]
-) -> list[Query]:
+def gather_queries(groups: Sequence[list[Pair]], families: Families) -> list[Query]:
     """The queries of all groups, each once, with every group that is relevant to it.
 
     Groups that share a query, or have queries of the same words, become a family.
@@ -70,9 +65,6 @@ def gather_queries(
             query.answers.append(at)
             families.join(groups[query.answers[0]][0].name, group[0].name)
     kept = [query for query in queries.values() if len(query.answers) <= MAX_POSITIVES]
-    for query in queries.values():
-        if len(query.answers) > MAX_POSITIVES:
-            dropped["generic query"] += len(query.answers)
     same_words: dict[frozenset[str], str] = {}  # in another order or form
     for query in kept:
         words = query.pair.query_key.split()
@@ -83,9 +75,7 @@ def gather_queries(
     return kept
 
 
-def drop_near_duplicates(
-    groups: Iterable[list[Pair]], families: Families, dropped: Counter[str]
-) -> list[list[Pair]]:
+def drop_near_duplicates(groups: Iterable[list[Pair]], families: Families) -> list[list[Pair]]:
     """Drop groups whose passage nearly equals an earlier one, apart from own names and numbers.
 
     Their queries are dropped too: a query may depend on just those names and numbers. Passages
@@ -98,7 +88,6 @@ def drop_near_duplicates(
     for group in track(groups, "comparing passages", unit="passages"):
         sketch = _shingles(group[0], numbers)
         if len(sketch) < MIN_SHINGLES:
-            dropped["short passage"] += len(group)
             continue
         step = 4 if len(sketch) > 64 else 1  # a quarter of a long passage is enough
         sample = [shingle for shingle in sketch if shingle % step == 0]
@@ -110,7 +99,6 @@ def drop_near_duplicates(
         nearest = max(shares, key=shares.__getitem__, default=0)
         likeness = shares.get(nearest, 0.0)
         if likeness >= NEAR_COPY:
-            dropped["near-duplicate"] += len(group)
             continue
         if likeness >= RELATED:
             families.join(kept[nearest][0].name, group[0].name)

@@ -10,19 +10,17 @@ Passages do not contain the names of functions, which would make the task one of
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from caravan.data.collection import Collection
-from caravan.data.readers.labelled import Beir
-from caravan.data.source import Source, cache_key
+from caravan.data.collection import Collection, write_collection
+from caravan.data.qrels import Judgement
+from caravan.data.source import Source, cache_key, cached_collection
 from caravan.errors import InputError
-from caravan.files import cache_folder, locked, scratch_folder
 from caravan.progress import track
 from caravan.quickstart.docstrings import STDLIB, installed_sources, read, required_by
 from caravan.quickstart.duplicates import (
@@ -43,6 +41,8 @@ REQUIREMENTS = (
 )  # fmt: skip
 """What Caravan itself needs (but for plots); with what these need, the collection's packages."""
 
+MIN_WORDS = 15  # of a passage
+QUERY_WORDS = range(4, 41)  # longer first paragraphs are descriptions rather than queries
 MAX_FAMILY = 10  # larger families are used for training only
 
 WORD = re.compile(r"\w+")
@@ -77,14 +77,11 @@ class PyDocs(Source):
 
     Args:
         name: what reports call the collection.
-        packages: distributions, "stdlib" for Python's own library, "installed" for everything;
-            None: the standard library and everything that Caravan's requirements need.
+        packages: distributions, and "stdlib" for Python's own library; None: the standard library
+            and everything that Caravan's requirements need.
         train_split, dev_split, split: qrels to train on, to validate on, and to score.
-        min_words, min_query_words, max_query_words: shorter passages and shorter or longer queries
-            are left out.
         held_out: share of the queries in dev, and again in test.
-        unit: one passage is a "docstring", or as a long document all those of a "class" (of a
-            module, for functions) or "module".
+        unit: one passage is a "docstring", or as a long document all those of a "module".
     """
 
     language = "en"
@@ -93,25 +90,16 @@ class PyDocs(Source):
     train_split: str = "train"
     dev_split: str = "dev"
     split: str = "test"
-    min_words: int = 15
-    min_query_words: int = 4
-    max_query_words: int = 40
     held_out: float = 0.045
-    unit: Literal["docstring", "class", "module"] = "docstring"
+    unit: Literal["docstring", "module"] = "docstring"
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out <= 0.5:
             problem = f"data.held_out={self.held_out} is not in [0, 0.5]"
             raise InputError("invalid-setting", problem)
-        if self.min_query_words > self.max_query_words:
-            raise InputError(
-                "invalid-setting",
-                f"data.min_query_words={self.min_query_words} is above"
-                f" data.max_query_words={self.max_query_words}, which leaves no query; lower it",
-            )
 
     def collection(self, cache_dir: str | Path) -> Collection:
-        """Write the BEIR folder under `cache_dir` (half a minute on two cores), and read it.
+        """Open the collection, or build it first (half a minute on two cores).
 
         Raises:
             InputError: "not-installed", or "empty-corpus" after the filters.
@@ -122,31 +110,23 @@ class PyDocs(Source):
             raise InputError(
                 "not-installed",
                 f"data.packages has {', '.join(sources.missing)}, not installed here: install it"
-                ' or leave it out ("stdlib" and "installed" are allowed)',
+                ' or leave it out ("stdlib" is allowed)',
             )
-        settings: list[Any] = [self.min_words, self.min_query_words, self.max_query_words]
-        key = cache_key("pydocs", RECIPE, sources.versions, *settings, self.held_out, self.unit)
-        folder = cache_folder(cache_dir, "quickstart") / f"pydocs-{key}"
-        with locked(folder.with_name(f".{folder.name}.lock")):
-            if not folder.exists():
-                files = list(sources.files.items())
-                found = list(track(read(files), "reading sources", len(files), "files"))
-                unparsed = found.count(None)
-                facts = {"packages": sources.versions, "files": len(files), "unparsed": unparsed}
-                with scratch_folder(folder) as draft:
-                    self.write(draft, [one for texts in found for one in texts or ()], facts)
-                    draft.rename(folder)
-        return Beir(str(folder), name=self.name).collection(cache_dir)
+        key = cache_key("pydocs", RECIPE, sources.versions, self.held_out, self.unit)
 
-    def write(
-        self, folder: Path, found: Sequence[tuple[str, str]], facts: Mapping[str, Any]
-    ) -> None:
-        """Write (name, docstring) as a BEIR folder, with `about.json` about what was left out."""
-        dropped: Counter[str] = Counter()
+        def build(folder: Path) -> Collection:
+            files = list(sources.files.items())
+            found = track(read(files), "reading sources", len(files), "files")
+            return self.write(folder, (one for texts in found for one in texts))
+
+        return cached_collection(cache_dir, self.name, key, build)
+
+    def write(self, folder: Path, found: Iterable[tuple[str, str]]) -> Collection:
+        """Write the collection of these (name, docstring)."""
         families = Families()
-        groups = merge_passages(self._pairs(found, dropped), dropped)
-        groups = drop_near_duplicates(groups, families, dropped)
-        queries = gather_queries(groups, families, dropped)
+        groups = merge_passages(pairs(found))
+        groups = drop_near_duplicates(groups, families)
+        queries = gather_queries(groups, families)
         kept = sorted({at for query in queries for at in query.answers})
         if not kept:
             raise InputError(
@@ -156,45 +136,33 @@ class PyDocs(Source):
         sizes = Counter(families.of(groups[at][0].name) for at in kept)
         texts: dict[str, list[str]] = defaultdict(list)
         for at in kept:
-            texts[unit_of(groups[at][0].name, self.unit)].append(groups[at][0].text)
-        qrels: dict[str, list[str]] = defaultdict(list)
+            texts[self._passage(groups[at][0].name)].append(groups[at][0].text)
+        qrels: dict[str, list[Judgement]] = defaultdict(list)
         for query in queries:
             family = families.of(groups[query.answers[0]][0].name)
             split = "train" if sizes[family] > MAX_FAMILY else split_of(family, self.held_out)
-            answers = dict.fromkeys(unit_of(groups[at][0].name, self.unit) for at in query.answers)
-            qrels[split] += (f"{query.pair.name}\t{name}\t1\n" for name in answers)
-        corpus = ({"_id": name, "text": "\n\n".join(parts)} for name, parts in texts.items())
-        query_rows = ({"_id": query.pair.name, "text": query.pair.query} for query in queries)
-        for part, rows in (("corpus", corpus), ("queries", query_rows)):
-            with open(folder / f"{part}.jsonl", "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-        (folder / "qrels").mkdir()
-        for split, lines in qrels.items():
-            header = "query-id\tcorpus-id\tscore\n"
-            (folder / "qrels" / f"{split}.tsv").write_text(header + "".join(lines), "utf-8")
-        about = {**facts, "docstrings": len(found), "dropped": dict(sorted(dropped.items()))}
-        (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+            answers = dict.fromkeys(self._passage(groups[at][0].name) for at in query.answers)
+            qrels[split] += ((query.pair.name, name, 1) for name in answers)
+        corpus = ((name, "", "\n\n".join(parts)) for name, parts in texts.items())
+        query_rows = ((query.pair.name, "", query.pair.query) for query in queries)
+        return write_collection(folder, self.name, corpus, query_rows, dict(sorted(qrels.items())))
 
-    def _pairs(self, found: Iterable[tuple[str, str]], dropped: Counter[str]) -> Iterator[Pair]:
-        for name, docstring in found:
-            pair = cut(name, docstring)
-            words = len(pair.query.split()) if pair else 0
-            if pair is None:
-                dropped["one paragraph"] += 1
-            elif NO_SUMMARY.match(pair.query):
-                dropped["no summary"] += 1
-            elif NOTICE.match(pair.query) or LICENCE.search(pair.text):
-                dropped["notice"] += 1
-            elif not self.min_query_words <= words <= self.max_query_words:
-                dropped["short query" if words < self.min_query_words else "long query"] += 1
-            elif len(pair.text_key.split()) < self.min_words * (
-                2 if NOTICE.match(pair.text) else 1
-            ):
-                dropped["short passage"] += 1
-            elif pair.query_key in pair.text_key:
-                dropped["query in passage"] += 1
-            else:
-                yield pair
+    def _passage(self, name: str) -> str:
+        """The id of the passage that holds a docstring: its own, or `module:`."""
+        return name if self.unit == "docstring" else name.partition(":")[0] + ":"
+
+
+def pairs(found: Iterable[tuple[str, str]]) -> Iterator[Pair]:
+    """The docstrings that are a query and a passage."""
+    for name, docstring in found:
+        pair = cut(name, docstring)
+        if pair is None or len(pair.query.split()) not in QUERY_WORDS:
+            continue
+        if NO_SUMMARY.match(pair.query) or NOTICE.match(pair.query) or LICENCE.search(pair.text):
+            continue
+        least = 2 * MIN_WORDS if NOTICE.match(pair.text) else MIN_WORDS
+        if len(pair.text_key.split()) >= least and pair.query_key not in pair.text_key:
+            yield pair
 
 
 def cut(name: str, docstring: str) -> Pair | None:
@@ -224,23 +192,6 @@ def split_of(name: str, held_out: float) -> str:
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     at = int.from_bytes(digest, "big") / 2**64
     return "dev" if at < held_out else "test" if at < 2 * held_out else "train"
-
-
-def unit_of(name: str, unit: str) -> str:
-    """The id of the passage that holds a docstring.
-
-    >>> [unit_of("os.path:Walker.step", unit) for unit in ("docstring", "class", "module")]
-    ['os.path:Walker.step', 'os.path:Walker', 'os.path:']
-    >>> unit_of("os.path:join", "class"), unit_of("os.path:Walker", "class")
-    ('os.path:', 'os.path:Walker')
-    """
-    module, _, inside = name.partition(":")
-    if unit == "docstring":
-        return name
-    owner, _, member = inside.rpartition(".")
-    if not owner and member[:1].isupper():  # a class's own docstring is a part of the class
-        owner = member
-    return f"{module}:{owner if unit == 'class' else ''}"
 
 
 def _words(text: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from caravan import manifests
 from caravan.data.collection import Collection
 from caravan.data.qrels import Qrels, RowLookup
 from caravan.data.readers.labelled import judgements
@@ -168,7 +169,8 @@ def find(digest: str, home: Path) -> Collection:
     cache = str(_value(home / "config.yaml", "cache_dir", yaml.safe_load) or ".cache")
     for base in dict.fromkeys((Path(), *home.absolute().parents)):
         for path in sorted((base / cache / "collections").glob("*/collection.json")):
-            if _value(path, "digest", json.loads) == digest:
+            is_it = _value(path, "digest", json.loads) == digest
+            if is_it and manifests.changed(path.parent) is None:
                 return Collection.open(path.parent)
     message = (
         f"the collection of {home} (digest {digest[:12]}) is no longer in {cache}/collections; run"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import logging
 import multiprocessing
-import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,6 @@ from caravan.data.runs import Run, canonical
 from caravan.data.texts import Texts
 from caravan.distributed import cores
 from caravan.errors import InputError
-from caravan.files import scratch_folder
 from caravan.progress import track
 from caravan.retrieval.store import Store
 
@@ -41,11 +39,6 @@ log = logging.getLogger(__name__)
 BLOCK_ROWS = 16_384
 LARGE = 1e10
 """Queries times passages above which processes search in parallel: ten seconds' work or more."""
-FILES = (
-    *("data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"),
-    *("vocab.index.json", "params.index.json"),
-)
-"""The files of an index, as bm25s saves them."""
 
 _WORD = re.compile(r"\b\w\w+\b")  # bm25s' tokens
 _OTHER_SCRIPTS = re.compile(
@@ -104,8 +97,7 @@ class BM25:
     def build(self, corpus: Texts, folder: Path) -> None:
         """Index the corpus into `folder`, and open the index.
 
-        The files are written beside `folder` and then moved into it one by one. The same corpus and
-        settings give the same bytes, so two processes may build into one folder.
+        The same corpus and settings give the same bytes.
 
         Raises:
             InputError: If the corpus has no word.
@@ -117,11 +109,7 @@ class BM25:
         index.vocab_dict = vocabulary
         index.nonoccurrence_array = None  # of other methods
         index.scores = self._scores(blocks, len(vocabulary))
-        with scratch_folder(folder) as draft:
-            index.save(draft, show_progress=False)
-            folder.mkdir(exist_ok=True)
-            for name in FILES:
-                os.replace(draft / name, folder / name)
+        index.save(folder, show_progress=False)
         self.open(corpus, folder)
 
     def open(self, corpus: Texts, folder: Path) -> None:
@@ -234,7 +222,7 @@ def index_inputs(collection: Collection, settings: dict[str, Any]) -> dict[str, 
 def open_index(bm25: BM25, settings: dict[str, Any], collection: Collection, store: Store) -> BM25:
     """Open the index of a collection in a store, or build it there first; returns `bm25`."""
     inputs = index_inputs(collection, settings)
-    folder = store.files("bm25", inputs, FILES, lambda path: bm25.build(collection.corpus, path))
+    folder = store.files("bm25", inputs, lambda path: bm25.build(collection.corpus, path))
     bm25.open(collection.corpus, folder)
     return bm25
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import glob
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -125,31 +125,9 @@ class Store:
         """Open the embeddings of `rows` texts, `block` per shard; see `shards`."""
         return Embeddings(self.shards(name, inputs, -(-rows // block), compute), rows, block)
 
-    def files(
-        self, name: str, inputs: dict[str, Any], names: Sequence[str], build: Callable[[Path], None]
-    ) -> Path:
-        """Return the folder of a product with named files; `build` writes them if necessary.
-
-        Two processes may build it concurrently: they write the same bytes file by file.
-        """
-        folder = self.path(name, inputs)
-        finished = manifests.matches(folder, inputs)
-        written = manifests.facts(folder).get("files", {}) if finished else {}
-        damaged = [
-            folder / file
-            for file in names
-            if not manifests.is_as_written(folder / file, written.get(file))
-        ]
-        if not damaged:
-            return folder
-        if finished:
-            log.warning("%s is damaged; the product is built again", damaged[0])
-        manifests.remove(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        build(folder)
-        written = {file: manifests.content(folder / file) for file in names}
-        manifests.write(folder, inputs, {"files": written})
-        return folder
+    def files(self, name: str, inputs: dict[str, Any], build: Callable[[Path], object]) -> Path:
+        """Return the folder of a product of files; `build` writes them into a folder if need be."""
+        return manifests.ensure(self.path(name, inputs), inputs, build)
 
 
 class Shards:

@@ -12,7 +12,7 @@ from tests.refusals import refused
 
 from caravan.cli.evaluate import members
 from caravan.data.collection import Collection
-from caravan.data.readers.texts import TextFiles
+from caravan.data.readers.texts import UnlabelledTexts
 from caravan.data.readers.training_rows import TrainingRows
 from caravan.data.runs import Run, read_run, write_run
 
@@ -80,7 +80,7 @@ def test_hidden_files_and_readmes_are_no_data(tmp_path: Path, layout: str) -> No
 
 def test_hidden_files_are_neither_texts_nor_rows_nor_collections(tmp_path: Path) -> None:
     put(tmp_path / "texts", {"a.jsonl": '{"text": "camel"}\n', "._a.jsonl": "\0\5"})
-    assert len(TextFiles(str(tmp_path / "texts")).collection(tmp_path / "cache").corpus) == 1
+    assert len(UnlabelledTexts(str(tmp_path / "texts")).collection(tmp_path / "cache").corpus) == 1
     row = '{"query": "camel", "pos": ["fat"], "neg": ["salt"]}\n'
     put(tmp_path / "rows", {"a.jsonl": row, "._a.jsonl": "\0\5"})
     assert len(TrainingRows(str(tmp_path / "rows")).collection(tmp_path / "cache").corpus) == 2
@@ -107,6 +107,6 @@ def test_deep_json_is_an_error_with_file_and_line(tmp_path: Path, layout: str, d
     folder = put(tmp_path / "set", files | {last: files[last] + deep})
     with refused("malformed-line", f"{last}:2"):
         if layout == "texts":
-            TextFiles(str(folder)).collection(tmp_path)
+            UnlabelledTexts(str(folder)).collection(tmp_path)
         else:
             build(folder, layout)

@@ -3,8 +3,7 @@
 A folder holds the official files under their names, each plain or .gz; a split exists when its
 qrels do: train, dev (for passages the 6,980 queries that papers report), dl19, dl20. Judgements of
 TREC DL are graded, and of its passages only grade 2 and more counts as relevant in metrics without
-grades, as the tracks define it (arXiv 2003.07820, 2102.07662). The top1000 and top100 files are
-runs: give them where a run is expected.
+grades, as the tracks define it (arXiv 2003.07820, 2102.07662).
 
     python evaluate.py retriever=bm25 data=msmarco_passage data.path=/data/msmarco data.split=dl19
 """

@@ -28,7 +28,6 @@ from caravan.data.readers.tables import SAVED, TABLES, Rows
 from caravan.data.source import Source, Stream, Streams, cache_key, cached_collection, held_out
 from caravan.data.texts import Record, check_id, unique_records
 from caravan.errors import InputError
-from caravan.files import scratch_folder
 from caravan.progress import track
 
 NEGATIVES, TEACHER = "negatives", "teacher"
@@ -88,11 +87,11 @@ class TrainingRows(Source):
         name = self.name or Path(self.path).resolve().name.removesuffix(".gz")
 
         def build(folder: Path) -> Collection:
-            with scratch_folder(folder.with_name(f"{folder.name}.rows")) as scratch:
-                spool = _Spool(scratch / "rows.jsonl", splits, corpus, columns)
-                return spool.streams(self.held_out).write(
-                    folder, name, unknown_ids=self.unknown_ids
-                )
+            spool = _Spool(folder / "rows.jsonl", splits, corpus, columns)
+            streams = spool.streams(self.held_out)
+            found = streams.write(folder, name, unknown_ids=self.unknown_ids)
+            spool.file.unlink()
+            return found
 
         return cached_collection(cache_dir, name, key, build)
 
