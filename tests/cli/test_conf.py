@@ -187,7 +187,6 @@ def test_settings_that_no_run_can_have(
         ("trainer.devices=8 trainer.num_nodes=8", "set it to 64 or more"),
         ("peft=qlora backbone=qwen3_0_6b strategy=fsdp", "strategy=ddp"),
         ("backbone.compile=true strategy=fsdp", "strategy=ddp"),
-        ("backbone.compile=true backbone.checkpointing=selective", "backbone.checkpointing"),
     ],
 )
 def test_parts_that_no_run_can_have(lines: Lines, overrides: str, wanted: str) -> None:
