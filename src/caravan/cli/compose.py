@@ -49,7 +49,7 @@ def compose(conf: Path, name: str, overrides: list[str], more: Path | None = Non
 
     Args:
         conf: the config folder; more: an additional one, as `--config-dir`.
-        name: "train", "evaluate" or "search".
+        name: "train" or "evaluate".
         overrides: as on the command line, such as "experiment=quickstart/retriever".
 
     Raises:
