@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from caravan.retrieval.interactive import Searcher
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 LINES = 3
 """Lines of a passage on a screen."""
 log = logging.getLogger("caravan")
@@ -80,7 +79,7 @@ def _run(options: argparse.Namespace, settings: list[str]) -> None:
 
 def config_of(settings: list[str]) -> DictConfig:
     """The config of a search: that of an evaluation, by default in `runs/search`."""
-    from caravan.cli.compose import compose
+    from caravan.cli.compose import CONF, compose
 
     # A search computes no measures, so any depth (index.k) is enough for it.
     return compose(CONF, "evaluate", ["name=search", "measures=[R@1]", *settings])
