@@ -302,7 +302,7 @@ def test_help_imports_nothing_heavy_and_opens_with_commands(
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "hydra" in imported
     assert not HEAVY & imported
-    examples = [line for line in done.stdout.splitlines()[:6] if f"python {command} " in line]
+    examples = [line for line in done.stdout.splitlines()[:8] if f"python {command} " in line]
     assert len(examples) >= 3
     for group in groups:
         assert f"\n{group}: " in done.stdout

@@ -84,17 +84,12 @@ def test_a_query_has_the_instruction_of_the_collection(
     assert search("salt")[-1].ranks() != default
 
 
-@pytest.mark.parametrize(
-    ("overrides", "code", "place"),
-    [
-        (["retriever=[bm25,RUN]"], "run-in-search", "some.trec"),
-        (["retriever=bm25", "collections=[tiny]"], "several-collections", "collections"),
-    ],
-)
-def test_what_cannot_answer_a_query_is_refused(
-    overrides: list[str], code: str, place: str, beir: Path, tmp_path: Path
+def test_neither_a_run_file_nor_several_collections_can_be_searched(
+    beir: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "some.trec").touch()
-    given = [text.replace("RUN", str(tmp_path / "some.trec")) for text in overrides]
-    with refused(code, place):
-        open_search(beir.parent if "collections=[tiny]" in given else beir, tmp_path, *given)
+    run = tmp_path / "some.trec"
+    run.touch()
+    with refused("run-in-search", str(run)):
+        open_search(beir, tmp_path, f"retriever=[bm25,{run}]")
+    with refused("several-collections", "collections"):
+        open_search(beir.parent, tmp_path, "retriever=bm25", f"collections=[{beir.name}]")
