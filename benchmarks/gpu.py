@@ -79,7 +79,6 @@ def measured(bench: Bench) -> list[Row]:
     training(main, 6, 32)
     training(main, 6, 32, ", unpadded", attention="unpadded")
     training(main, 12, 8, ", norms and embeddings in bf16", bf16_norms=True)
-    training(main, 12, 8, ", selective recomputation", checkpointing="selective")
     training(main, 30, 1, ", gradient caching", cached=True)
     training(main, 25, 1)
     training(main, 25, 1, ", unpadded", attention="unpadded")

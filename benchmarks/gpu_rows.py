@@ -183,8 +183,7 @@ def step(
     timed = fit(bench, network, batches, GradCache(CHUNK_TEXTS) if cached else None, profiler)
     peak = hardware.peak_memory(bench.device) or 0.0
     took = min(timed.seconds[1:2] if profiler else timed.seconds[1:])
-    recomputes = settings.get("checkpointing", True)
-    passes = 2 + (recomputes is True) + cached
+    passes = 3 + cached
     rate = bench.share(passes * operations(shape, lengths) / took)
     texts = batch.texts
     yield f"{len(texts.chunks)} chunks, {passes} passes", texts.tokens / took, "tokens/s", rate
@@ -196,7 +195,7 @@ def step(
     if cached:
         kept = largest = min(kept, CHUNK_TEXTS * Encoding().passage_length)
     four_bits = settings.get("four_bits", False)
-    needed = need(outline(shape), kept, True, bool(recomputes), four_bits, chunk=largest)
+    needed = need(outline(shape), kept, True, True, four_bits, chunk=largest)
     estimate = sum(needed.values()) / GIB
     of = peak / estimate if bench.on_gpu else ""  # a process on the CPU holds libraries too
     yield "peak; its share of the estimate", peak, "GiB", of

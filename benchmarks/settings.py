@@ -36,7 +36,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"attention": "eager"},
     {"attention": "unpadded"},
     {"checkpointing": True},
-    {"checkpointing": "selective"},
     {"compile": True},
     {"fused": False},
     {"precision": "float32"},

@@ -26,7 +26,7 @@ from caravan.models.adapters import LoRA
 from caravan.models.biencoder import BiEncoder
 from caravan.models.hardware import GPU_CHUNK, frozen_linears, settle_precisions
 from caravan.models.loading import set_attention
-from caravan.models.preparing import Checkpointing, prepared
+from caravan.models.preparing import prepared
 
 NAMES = (
     *("vocab_size", "hidden_size", "num_hidden_layers"),
@@ -174,7 +174,6 @@ class Models:
         self,
         name: str,
         attention: str = "sdpa",
-        checkpointing: Checkpointing = True,
         four_bits: bool = False,
         bf16_norms: bool = False,
     ) -> BiEncoder:
@@ -198,9 +197,7 @@ class Models:
         for weight in network.parameters() if bf16_norms else ():
             if not weight.requires_grad and weight.is_floating_point():
                 weight.data = weight.data.bfloat16()
-        transformer = network.transformer.get_base_model()
-        set_attention(transformer, attention)
-        prepared(transformer, checkpointing, bidirectional=False)
+        set_attention(network.transformer.get_base_model(), attention)
         return network.train()
 
 

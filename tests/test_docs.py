@@ -43,17 +43,18 @@ def lines(page: Path) -> Iterator[str]:
 
 
 def command(line: str) -> tuple[str, list[str]] | None:
-    """The root and the arguments of a line that starts train.py, evaluate.py or a search.
+    """The root and the settings of a line that starts train.py, evaluate.py or a search.
 
     `<placeholder>` becomes a value, and code within a sentence (`train.py seed=1`) gets dots, like
     every other incomplete command.
     """
     if line.lstrip().startswith(("$ ", "#", "for ")) or (match := PROGRAM.search(line)) is None:
         return None
-    typed = re.sub(r"<[^>]+>", "given", re.sub(r" --ask .*| --json.*| < .*", "", match[2]))
+    typed = re.sub(r"<[^>]+>", "given", re.sub(r" --(?:ask|json|show) .*| < .*", "", match[2]))
     typed = ANSI_C.sub(lambda found: shlex.quote(found[1].replace("\\n", "\n")), typed)
     arguments = shlex.split(typed, comments=True)
-    return match[1], arguments + ["..."] * line.startswith(("train.py", "evaluate.py"))
+    root = "train" if match[1] == "train" else "evaluate"
+    return root, arguments + ["..."] * line.startswith(("train.py", "evaluate.py"))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def _of_page(page: Path) -> Any:
 @pytest.mark.parametrize("page", map(_of_page, PAGES))
 def test_every_command_composes_and_checks(page: Path, shown: Path) -> None:
     wrong, todo = [], list(commands(page))
-    for root in ("train", "evaluate", "search"):
+    for root in ("train", "evaluate"):
         with Composer(CONF, root, shown) as composer:
             for given in [arguments for of, arguments in todo if of == root]:
                 # `...` and `experiment=...` are the reader's to fill in; without them a command may

@@ -17,9 +17,8 @@ from tests.files import records
 from tests.refusals import refused
 from tests.retrieval.test_interactive import open_search
 
-from caravan.cli.compose import compose
 from caravan.data.collection import Collection
-from caravan.search import answer, json_line, main, page, read_queries
+from caravan.search import answer, config_of, json_line, main, page, read_queries
 
 
 def test_an_answer_has_texts_scores_and_ranks_of_each_stage(
@@ -68,7 +67,7 @@ def test_a_passage_does_not_control_the_terminal() -> None:
 @pytest.mark.slow
 def test_the_command_answers_each_query_with_a_line_of_json(beir: Path, tmp_path: Path) -> None:
     data = ("data=beir", f"data.path={beir}", f"cache_dir={tmp_path / 'cache'}")
-    given = (*data, f"run_dir={tmp_path / 'search'}", "retriever=bm25", "show=2", "--json")
+    given = (*data, f"run_dir={tmp_path / 'search'}", "retriever=bm25", "--show", "2", "--json")
     asked = ("--ask", "salt = gold?", "--ask", "  unheard")
     command = [sys.executable, "-m", "caravan.search", *given, *asked]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, input="")
@@ -88,13 +87,10 @@ def test_standard_input_has_a_query_per_line(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("overrides", "place"),
     [
-        ("", "model (conf/search.yaml:"),
-        ("model=FOLDERS/reranker", "model (command line)"),
-        ("model=nowhere", "nowhere"),
-        ("model=FOLDERS/retriever retriever=bm25", "model (command line)"),
-        ("retriever=[bm25,README.md]", "README.md"),
-        ("retriever=bm25 show=0", "show (command line)"),
-        ("retriever=bm25 shwo=3", "shwo"),
+        ("", "retriever (conf/evaluate.yaml:"),
+        ("retriever=FOLDERS/reranker", "retriever (command line)"),
+        ("retriever=nowhere", "nowhere"),
+        ("retriever=bm25 show=3", "show"),
     ],
 )
 def test_mistakes_are_reported_before_anything_loads(
@@ -104,10 +100,10 @@ def test_mistakes_are_reported_before_anything_loads(
     for name, path in folders.items():
         overrides = overrides.replace(f"FOLDERS/{name}", path)
     with refused("config-mistakes", "1 mistake", place):
-        compose(ROOT / "conf", "search", overrides.split())
+        config_of(overrides.split())
 
 
-@pytest.mark.parametrize("given", [["--ask", " "], ["-m"]])
+@pytest.mark.parametrize("given", [["--ask", " "], ["-m"], ["--show", "0"], ["model=x"]])
 def test_wrong_options_are_refused(given: list[str], call: Call) -> None:
     code, _, error = call(main, "retriever=bm25", *given)
     assert (code, given[0] in error) == (2, True)

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import Tensor
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 COMPARED = (".json", ".model", ".txt", ".py")  # the tokenizer and remote code
 NOT_COMPARED = {
@@ -75,7 +74,7 @@ def _run(models: list[Path], output: Path, settings: list[str] | None) -> None:
     if settings is None:
         average(models, output)
         return
-    from caravan.cli.compose import compose
+    from caravan.cli.compose import CONF, compose
     from caravan.cli.sources import key_of, quoted
 
     kind = read_encoding(models[0])[0].kind

@@ -34,7 +34,6 @@ from caravan.data.runs import Run, write_run
 from caravan.errors import InputError, OccupiedError, answering
 from caravan.files import replacing
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 LEAST = 20
 """Held-out passages above a threshold; the precision of fewer is mostly chance."""
 log = logging.getLogger("caravan")
@@ -78,7 +77,7 @@ def _share(text: str) -> float:
 
 
 def _run(given: argparse.Namespace, settings: list[str]) -> None:
-    from caravan.cli.compose import compose
+    from caravan.cli.compose import CONF, compose
     from caravan.cli.schema import build
 
     cfg = compose(CONF, "train", settings)

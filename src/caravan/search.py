@@ -1,77 +1,100 @@
 """Search a collection with typed queries, through the stages that `evaluate.py` runs.
 
-    python -m caravan.search model=runs/retriever/model reranker=runs/reranker/model
+    python -m caravan.search retriever=runs/retriever/model reranker=runs/reranker/model
     python -m caravan.search experiment=quickstart/pipeline
     python -m caravan.search retriever=bm25 --ask "Which function splits a path?" --json
 
-Queries are typed, come line by line from standard input, or follow --ask. The corpus is embedded
-once: a second start, or one after an evaluation, reads the embeddings from disk.
+Settings (key=value) and experiments are those of evaluate.py. Queries are typed, come line by line
+from standard input, or follow --ask. The corpus is embedded once: a second start, or one after an
+evaluation, reads the embeddings from disk.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
 import shutil
 import sys
 import textwrap
-from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caravan.cli.main import entry
-from caravan.errors import CONTROLS, printable
+from caravan.cli.main import prepare_process
+from caravan.errors import CONTROLS, answering, printable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from caravan.retrieval.interactive import Searcher
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 LINES = 3
 """Lines of a passage on a screen."""
 log = logging.getLogger("caravan")
 
 
-def main() -> None:
-    """Parse --ask and --json; all other arguments are Hydra's, as in `evaluate.py`."""
-    parser = ArgumentParser(
+def main() -> int:
+    parser = _parser()
+    options, settings = parser.parse_known_args()
+    if flags := [text for text in settings if text.startswith("-")]:
+        parser.error(f"{flags[0]}: unknown option; settings are key=value, as for evaluate.py")
+    if former := [text for text in settings if text.startswith("model=")]:
+        parser.error(f"{former[0]}: write retriever{former[0].removeprefix('model')}")
+    prepare_process()
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    return answering(lambda: _run(options, settings))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         prog="python -m caravan.search",
-        usage="%(prog)s [key=value ...] [--ask QUERY] [--json]; see --help",
-        add_help=False,
+        usage="%(prog)s [key=value ...] [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--ask", action="append", type=_query)
-    parser.add_argument("--json", action="store_true")
-    options, settings = parser.parse_known_args()
-    if {"-m", "--multirun"} & set(settings):
-        parser.error("-m: a search cannot be swept; sweep evaluate.py, or leave -m out")
-    sys.argv[1:] = settings
+    add = parser.add_argument
+    ask = "answer this query and exit; may be repeated"
+    add("--ask", action="append", type=_query, metavar="QUERY", help=ask)
+    add("--json", action="store_true", help="print each answer as a line of JSON")
+    add("--show", type=_count, default=5, metavar="N", help="passages per answer (5)")
+    reuse = "use embeddings and indexes of the evaluations in this folder (runs)"
+    add("--reuse", type=Path, default=Path("runs"), metavar="FOLDER", help=reuse)
+    return parser
 
-    @entry("search", CONF, "-m caravan.search")
-    def run(cfg: DictConfig) -> None:
-        from caravan.cli.evaluate import searcher_of  # imports torch
 
-        searcher = searcher_of(cfg)
-        log.info("%d passages of %s", len(searcher.collection.corpus), searcher.collection.name)
-        shown = json_line if options.json else page
-        for query in options.ask or read_queries(options.json or not sys.stdout.isatty()):
-            try:
-                sys.stdout.write(shown(answer(query, searcher, cfg.show)))
-                sys.stdout.flush()
-            except BrokenPipeError:  # the reader has read enough
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                raise SystemExit(0) from None
+def _run(options: argparse.Namespace, settings: list[str]) -> None:
+    from caravan.cli.evaluate import searcher_of  # imports torch
 
-    run()
+    searcher = searcher_of(config_of(settings), options.reuse)
+    log.info("%d passages of %s", len(searcher.collection.corpus), searcher.collection.name)
+    shown = json_line if options.json else page
+    for query in options.ask or read_queries(options.json or not sys.stdout.isatty()):
+        sys.stdout.write(shown(answer(query, searcher, options.show)))
+        sys.stdout.flush()
+
+
+def config_of(settings: list[str]) -> DictConfig:
+    """The config of a search: that of an evaluation, by default in `runs/search`."""
+    from caravan.cli.compose import CONF, compose
+
+    # A search computes no measures, so any depth (index.k) is enough for it.
+    return compose(CONF, "evaluate", ["name=search", "measures=[R@1]", *settings])
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
 
 
 def _query(text: str) -> str:
     query = os.fsencode(text).decode("utf-8", "replace").strip()
     if not query:
-        raise ArgumentTypeError("it is empty; write a query after it, in quotes")
+        raise argparse.ArgumentTypeError("it is empty; write a query after it, in quotes")
     return query
 
 
@@ -150,4 +173,4 @@ def page(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

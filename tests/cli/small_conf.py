@@ -126,8 +126,7 @@ def small_conf(home: Path) -> Path:
     folder.mkdir()
     (home / "parts.py").write_text(PARTS)
     shutil.copytree(CONF / "hydra", folder / "hydra")
-    shutil.copyfile(CONF / "pipeline.yaml", folder / "pipeline.yaml")
-    for root in ("train", "evaluate", "search"):
+    for root in ("train", "evaluate"):
         text = (CONF / f"{root}.yaml").read_text()
         text = re.sub(r"^trainer:\n(  .*\n)+", TRAINER, text, flags=re.MULTILINE)
         (folder / f"{root}.yaml").write_text(text)

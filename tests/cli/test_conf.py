@@ -19,19 +19,13 @@ from caravan.cli.compose import Composer, check, compose, preflight, without_hyd
 from caravan.data.negatives import Sampler
 from caravan.errors import InputError
 
-COMMAND = re.compile(r"^# *python (?:-m caravan\.)?(train|evaluate|search)(?:\.py)? (.+)$", re.M)
+COMMAND = re.compile(r"^# *python (train|evaluate)\.py (.+)$", re.M)
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
     """Program and overrides of the commands in a file's comments."""
-    found = []
-    for program, line in COMMAND.findall(text):
-        given = shlex.split(line)
-        if "--ask" in given:  # what search takes beside settings
-            given = given[: given.index("--ask")]
-        found.append((program, given))
-    return found
+    return [(program, shlex.split(line)) for program, line in COMMAND.findall(text)]
 
 
 def real_mistakes(composer: Composer, overrides: list[str]) -> list[Mistake]:
@@ -49,7 +43,7 @@ def command_for(path: Path) -> tuple[str, list[str]]:
         assert f"{path.parts[0]}={name}" in shown[0][1], f"{path} starts with another command"
     if shown:
         return shown[0]
-    root = "evaluate" if option in ("evaluate", "pipeline") or group == "fuse" else "train"
+    root = "evaluate" if option == "evaluate" or group == "fuse" else "train"
     required = ["retriever=bm25"] if root == "evaluate" else []
     return root, [f"{group}={option}", *required] if group else required
 
@@ -187,7 +181,6 @@ def test_settings_that_no_run_can_have(
         ("trainer.devices=8 trainer.num_nodes=8", "set it to 64 or more"),
         ("peft=qlora backbone=qwen3_0_6b strategy=fsdp", "strategy=ddp"),
         ("backbone.compile=true strategy=fsdp", "strategy=ddp"),
-        ("backbone.compile=true backbone.checkpointing=selective", "backbone.checkpointing"),
     ],
 )
 def test_parts_that_no_run_can_have(lines: Lines, overrides: str, wanted: str) -> None:

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.commands import ROOT, evaluate
+from tests.commands import evaluate
 from tests.files import ranked
 from tests.models.small import alone
 from tests.refusals import refused
 
 import caravan
-from caravan.cli.compose import compose
 from caravan.cli.evaluate import searcher_of
 from caravan.data.collection import Collection
 from caravan.data.tokenization import Templates
@@ -26,6 +25,7 @@ from caravan.models import folder as model_folder
 from caravan.retrieval import inference
 from caravan.retrieval.inference import Inference, Models
 from caravan.retrieval.store import Embeddings, Store
+from caravan.search import config_of
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +126,9 @@ def test_every_front_door_cuts_embeddings_to_the_same_dim(
     folder, dim = folders["retriever"], ("dim=8", "precision=float32")
     evaluation = evaluate(beir, tmp_path / "run", folder, *dim)
     assert evaluation["facts"]["dim"] == 8
-    given = [f"model={folder}", *dim, "data=beir", f"data.path={beir}", f"run_dir={tmp_path / 's'}"]
-    given += [f"cache_dir={tmp_path / 'cache'}", f"reuse={tmp_path}", "num_workers=0"]
-    searcher = searcher_of(compose(ROOT / "conf", "search", given))
+    data = ("data=beir", f"data.path={beir}", f"cache_dir={tmp_path / 'cache'}", "num_workers=0")
+    given = [f"retriever={folder}", *dim, *data, f"run_dir={tmp_path / 's'}"]
+    searcher = searcher_of(config_of(given), reuse=tmp_path)
     assert not (tmp_path / "s").exists()  # it reuses the embeddings of the evaluation
     model: Any = caravan.load(folder, precision="float32", dim=8)
     whole: Any = caravan.load(folder, precision="float32")

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.commands import ROOT, evaluate
+from tests.commands import evaluate
 from tests.files import ranked
+from tests.refusals import refused
 
-from caravan.cli.compose import compose
 from caravan.cli.evaluate import searcher_of
 from caravan.data.collection import Collection
 from caravan.retrieval import store
 from caravan.retrieval.interactive import Searcher
+from caravan.search import config_of
 
 FLOAT = "precision=float32"
 
@@ -21,10 +22,10 @@ FLOAT = "precision=float32"
 def open_search(beir: Path, home: Path, *overrides: str) -> Searcher:
     given = [
         *("data=beir", f"data.path={beir}", f"cache_dir={home / 'cache'}", "num_workers=0"),
-        *(f"run_dir={home / 'search'}", f"reuse={home}", FLOAT),
+        *(f"run_dir={home / 'search'}", FLOAT),
         *overrides,
     ]
-    return searcher_of(compose(ROOT / "conf", "search", given))
+    return searcher_of(config_of(given), reuse=home)
 
 
 def compare_with_runs(search: Searcher, runs: Path, collection: Collection) -> int:
@@ -64,7 +65,7 @@ def test_every_stage_finds_what_an_evaluation_finds_with_its_products(
 def test_other_settings_get_their_own_embeddings_and_a_second_start_encodes_nothing(
     beir: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = f"model={folders['retriever']}"
+    model = f"retriever={folders['retriever']}"
     first = open_search(beir, tmp_path, model)("salt")[-1].ranks()
     assert open_search(beir, tmp_path, model, "passage_length=8")("salt")[-1].ranks() != first
     monkeypatch.setattr(store, "write_shard", lambda *_: pytest.fail("encoded again"))
@@ -76,7 +77,18 @@ def test_a_query_has_the_instruction_of_the_collection(
 ) -> None:
     settings = (FLOAT, "data.name=one")
     evaluate(beir, tmp_path / "run", instructed, *settings)
-    search = open_search(beir, tmp_path, f"model={instructed}", *settings)
+    search = open_search(beir, tmp_path, f"retriever={instructed}", *settings)
     assert compare_with_runs(search, tmp_path / "run" / "runs", collection)
-    default = open_search(beir, tmp_path, f"model={instructed}", FLOAT)("salt")[-1].ranks()
+    default = open_search(beir, tmp_path, f"retriever={instructed}", FLOAT)("salt")[-1].ranks()
     assert search("salt")[-1].ranks() != default
+
+
+def test_neither_a_run_file_nor_several_collections_can_be_searched(
+    beir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "some.trec"
+    run.touch()
+    with refused("run-in-search", str(run)):
+        open_search(beir, tmp_path, f"retriever=[bm25,{run}]")
+    with refused("several-collections", "collections"):
+        open_search(beir.parent, tmp_path, "retriever=bm25", f"collections=[{beir.name}]")

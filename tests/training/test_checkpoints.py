@@ -1,4 +1,4 @@
-"""A run resumes from damaged checkpoints, or refuses to; and wherever its folder was moved."""
+"""A resume refuses damaged checkpoints, and works wherever the folder of the run was moved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from tests.commands import SHORT, train
 from tests.refusals import refused
 
-from caravan.training.checkpoints import RESUMED, damage
+from caravan.training.checkpoints import RESUMED, read_checkpoint
 
 WEIGHTS = "model/model.safetensors"
 
@@ -56,40 +56,33 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def test_every_kind_of_damage_is_found(short: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_every_kind_of_damage_is_found(kind: str, short: Path, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
-    for kind, damaging in DAMAGES.items():
-        shutil.copy(short / "checkpoints" / "last.ckpt", path)
-        assert damage(path, RESUMED) is None
-        damaging(path)
-        reason = damage(path, RESUMED)
-        assert reason is not None, kind
-        assert "weights_only" not in reason
+    shutil.copy(short / "checkpoints" / "last.ckpt", path)
+    read_checkpoint(path, RESUMED)
+    DAMAGES[kind](path)
+    with refused("damaged-checkpoint", str(path)) as caught:
+        read_checkpoint(path, RESUMED)
+    assert "weights_only" not in str(caught.value)
 
 
-def test_a_damaged_last_checkpoint_is_replaced_by_the_best(
-    killed: Path, short: Path, beir: Path, caplog: pytest.LogCaptureFixture
+def test_a_damaged_last_checkpoint_is_refused_and_the_best_may_replace_it(
+    killed: Path, short: Path, beir: Path
 ) -> None:
-    DAMAGES["empty"](killed / "checkpoints" / "last.ckpt")
+    last, best = (killed / "checkpoints" / name for name in ("last.ckpt", "best.ckpt"))
+    DAMAGES["empty"](last)
+    with refused("damaged-checkpoint", str(last), "best.ckpt"):
+        train(beir, killed, *SHORT, "resume=true")
+    assert not (killed / "model").exists()
+    shutil.copy(best, last)
     train(beir, killed, *SHORT, "resume=true")
-    assert "resuming from " in caplog.text
     assert (killed / WEIGHTS).read_bytes() == (short / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("damages", "place"),
-    [
-        ({"last.ckpt": "empty", "best.ckpt": "missing"}, "last.ckpt"),
-        ({"last.ckpt": "no loops", "best.ckpt": "weights alone"}, "last.ckpt"),
-        ({"best.ckpt": "truncated"}, "best.ckpt"),
-    ],
-)
-def test_without_an_intact_checkpoint_a_resume_is_refused(
-    killed: Path, beir: Path, damages: dict[str, str], place: str
-) -> None:
-    for name, kind in damages.items():
-        DAMAGES[kind](killed / "checkpoints" / name)
-    with refused("damaged-checkpoint", place):
+def test_a_damaged_best_checkpoint_is_refused(killed: Path, beir: Path) -> None:
+    DAMAGES["truncated"](killed / "checkpoints" / "best.ckpt")
+    with refused("damaged-checkpoint", "best.ckpt"):
         train(beir, killed, *SHORT, "resume=true")
     assert not (killed / "model").exists()
 

@@ -298,11 +298,11 @@ def model_folder(config: Config, key: str, kind: str = "", setting: str = SETTIN
     """A model folder exists, has the right kind, and may run the remote code that it needs.
 
     Args:
-        key: of its path; for a "retriever" also bm25, a run file (not in a search), or a list.
+        key: of its path; for a "retriever" also bm25, a run file, or a list.
         kind: of the model; "" for any.
         setting: the key that allows remote code.
     """
-    given, runs = config.get(key), kind == "retriever" and "model" not in config.values
+    given, runs = config.get(key), kind == "retriever"
     names = {f"{key}[{i}]": name for i, name in enumerate(given)} if isinstance(given, list) else {}
     for place, name in (names or {key: given}).items():
         of_each = place in config.references and config.get("collections")  # a run of each
@@ -310,7 +310,7 @@ def model_folder(config: Config, key: str, kind: str = "", setting: str = SETTIN
             continue
         text, folder = "", Path(name)
         if not folder.exists():
-            bm25 = did_you_mean(name, ["bm25"] if kind == "retriever" else [])
+            bm25 = did_you_mean(name, ["bm25"] if runs else [])
             near = bm25 or neighbour(folder)
             hint = f"; did you mean {near}?" if near else adoption(name)
             text = f"there is no folder {'or run file ' if runs else ''}{name}{hint}"

@@ -4,8 +4,8 @@ Hydra stops at the first mistake. Therefore overrides are composed one by one wh
 compose together, the schema leaves keys untyped, and `caravan.cli.check` reports all mistakes of
 what composes.
 
-    argv = preflight(sys.argv[1:], Path("conf"), "train")
-    cfg = compose(Path("conf"), "train", ["experiment=quickstart/retriever"])
+    argv = preflight(sys.argv[1:], CONF, "train")
+    cfg = compose(CONF, "train", ["experiment=quickstart/retriever"])
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from caravan.cli.signatures import did_you_mean
 from caravan.cli.sources import TYPED, key_of, origin, shown, top
 from caravan.errors import InputError
 
+CONF = Path(__file__).resolve().parents[3] / "conf"
+"""The config folder of the repository."""
 WHOLE = {"experiment", "sweep"}
 """Groups whose options may set anything; null unless chosen."""
 FAILURES = (
@@ -49,7 +51,7 @@ def compose(conf: Path, name: str, overrides: list[str], more: Path | None = Non
 
     Args:
         conf: the config folder; more: an additional one, as `--config-dir`.
-        name: "train", "evaluate" or "search".
+        name: "train" or "evaluate".
         overrides: as on the command line, such as "experiment=quickstart/retriever".
 
     Raises:

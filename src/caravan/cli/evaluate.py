@@ -106,10 +106,22 @@ def systems_of(cfg: DictConfig) -> Systems:
     )
 
 
-def searcher_of(cfg: DictConfig) -> Searcher:
-    """The search of a config, with all models loaded and the corpus indexed."""
+def searcher_of(cfg: DictConfig, reuse: Path) -> Searcher:
+    """The search of a config, with all models loaded and the corpus indexed.
+
+    Args:
+        reuse: a folder; embeddings and indexes of the evaluations below it are used.
+
+    Raises:
+        InputError: "several-collections", "run-in-search", or as `evaluate`.
+    """
+    if cfg.collections is not None:
+        raise InputError(
+            "several-collections",
+            "collections: a search has one collection; set it to null, and data.path to a folder",
+        )
     collection = build(cfg, "data").collection(Path(cfg.cache_dir))
-    store = Store(Path(cfg.store), None if cfg.reuse is None else Path(cfg.reuse))
+    store = Store(Path(cfg.store), reuse)
     return open_searcher(collection, systems_of(cfg), store, models_of(cfg))
 
 
@@ -238,18 +250,12 @@ def _is_collection(folder: Path) -> bool:
 
 
 def retrievers_can_search(config: Config) -> None:
-    """Exactly one setting of search names what searches; models are there, and fit their stage."""
-    model, given = config.get("model"), config.get("retriever")
-    if "model" in config.values and "retriever" in config.values:
-        if given is None:
-            config.add("model", "nothing searches; give a model folder, or retriever=bm25")
-        elif model not in (None, given):
-            config.add("model", "retriever is given too; leave one of them out")
-    weights = config.get("fuse.weights")
+    """Each run has a weight if any has; models are there, and fit their stage."""
+    given, weights = config.get("retriever"), config.get("fuse.weights")
     if weights is not None and isinstance(given, list) and len(given) not in (1, len(weights)):
         text = f"there are {len(weights)} weights for {len(given)} runs; give one for each"
         config.add("fuse.weights", text)
-    model_folder(config, "retriever" if model is None else "model", "retriever")
+    model_folder(config, "retriever", "retriever")
     model_folder(config, "reranker", "reranker")
 
 

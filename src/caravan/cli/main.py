@@ -1,4 +1,4 @@
-"""The entry point of `train.py`, `evaluate.py` and search: check the config, then run the job.
+"""The entry point of `train.py` and `evaluate.py`: check the config, then run the job.
 
 Before Hydra starts, the config (for a sweep, the config of every job) is composed and all mistakes
 are reported together. A user error exits with code 2 without a traceback, Ctrl-C with 130; other
@@ -59,31 +59,26 @@ LIBRARIES = tuple(f"Error in call to target '{name}." for name in ("pytorch_ligh
 Task = Callable[[DictConfig], Any]
 
 
-def entry(
-    name: str, configs: Path | None = None, program_name: str | None = None
-) -> Callable[[Task], Callable[[], None]]:
+def entry(name: str) -> Callable[[Task], Callable[[], None]]:
     """Decorator that turns a function of a config into the main function of a script.
 
     Args:
-        name: the primary config, and its key in `caravan.cli.schema.ROOTS`.
-        configs: the config folder; None uses `conf/` beside the script.
-        program_name: the script as typed after `python`; None uses the file name.
+        name: the primary config in `conf/` beside the script, and its key in
+            `caravan.cli.schema.ROOTS`.
     """
-    # OpenMP reads this when torch is loaded. By default a waiting thread spins on its core for
-    # milliseconds; with more processes than cores, this blocks the threads that it waits for.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
     def decorate(task: Task) -> Callable[[], None]:
-        conf = configs or Path(inspect.getfile(task)).resolve().parent / "conf"
+        script = Path(inspect.getfile(task))
+        conf = script.resolve().parent / "conf"
         root = schema.ROOTS[name]
         schema.register()
         program = hydra.main(version_base="1.3", config_path=str(conf), config_name=name)
 
         @functools.wraps(task)
         def run() -> None:
-            _prepare_process()
-            typed = program_name or Path(inspect.getfile(task)).name
-            os.environ[schema.COMMAND] = f"python {typed} {shlex.join(sys.argv[1:])}".rstrip()
+            prepare_process()
+            typed = f"python {script.name} {shlex.join(sys.argv[1:])}"
+            os.environ[schema.COMMAND] = typed.rstrip()
             if not sys.argv[1:]:
                 sys.argv.append("--help")
             sweep, failed = None, False
@@ -129,9 +124,8 @@ def _job(task: Task, root: type) -> Task:
         else:
             cfg.run_dir = settings.run.dir
         try:
-            # Other ranks write no files, and a search needs no exclusive run_dir.
-            alone = is_main_process() and root is not schema.Search
-            with claimed(Path(cfg.run_dir)) if alone else contextlib.nullcontext():
+            # Other ranks write no files.
+            with claimed(Path(cfg.run_dir)) if is_main_process() else contextlib.nullcontext():
                 if sweep:
                     return _recorded(checked, cfg, list(settings.overrides.task))
                 return checked(cfg)
@@ -223,8 +217,11 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM, handled like Ctrl-C."""
 
 
-def _prepare_process() -> None:
-    """Set signals, limits and caches of this process."""
+def prepare_process() -> None:
+    """Set signals, limits and caches of this process, before torch is loaded."""
+    # OpenMP reads this when torch is loaded. By default a waiting thread spins on its core for
+    # milliseconds; with more processes than cores, this blocks the threads that it waits for.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # Let Hydra raise exceptions unchanged; the entry point handles them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # With a full disk, logging would print a traceback for each line.

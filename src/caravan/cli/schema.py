@@ -1,4 +1,4 @@
-"""The settings of `train.py`, `evaluate.py` and search: names, types and ranges of the root keys.
+"""The settings of `train.py` and `evaluate.py`: names, types and ranges of the root keys.
 
 Values are in `conf/`. `register` makes the roots known to Hydra; in a notebook, call it first:
 
@@ -152,8 +152,8 @@ class Rerank(Read):
 
 
 @dataclass(kw_only=True)
-class Pipeline(Read):
-    """Retrieve, fuse, rerank: what the roots of evaluate.yaml and search.yaml have in common."""
+class Evaluate(Read):
+    """The root of conf/evaluate.yaml: retrieve, fuse, rerank, score."""
 
     name: NAME
     run_dir: PATH
@@ -172,12 +172,6 @@ class Pipeline(Read):
     index: NODE
     bm25: NODE
     fuse: NODE
-
-
-@dataclass(kw_only=True)
-class Evaluate(Pipeline):
-    """The root of conf/evaluate.yaml."""
-
     retriever: NAMES
     measures: Annotated[list[str], MinLen(1)]
     collections: Annotated[list[str], MinLen(1)] | None
@@ -185,17 +179,7 @@ class Evaluate(Pipeline):
     engine: Literal["local", "ray"]
 
 
-@dataclass(kw_only=True)
-class Search(Pipeline):
-    """The root of conf/search.yaml."""
-
-    model: str | None
-    retriever: NAMES | None  # refers to `model`
-    show: PositiveInt
-    reuse: str | None
-
-
-ROOTS: dict[str, type] = {"train": Train, "evaluate": Evaluate, "search": Search}
+ROOTS: dict[str, type] = {"train": Train, "evaluate": Evaluate}
 COMMAND = "CARAVAN_COMMAND"
 """The environment variable with the command line, for jobs of a sweep in other processes."""
 

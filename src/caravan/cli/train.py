@@ -217,7 +217,6 @@ def _likelihoods(config: Config) -> list[str]:
 def parts_work_together(config: Config) -> None:
     """Parts that are valid alone and that no run can combine."""
     adapts, sharded = config.is_a("stage", Adaptation), config.is_a("strategy", FullySharded)
-    compiled = config.get("backbone.compile") is True
     if adapts and config.get("gradcache.chunk") is not None:
         text = "the adaptation loss compares no texts; lower batching.queries_per_batch instead"
         config.add("gradcache.chunk", text)
@@ -232,10 +231,7 @@ def parts_work_together(config: Config) -> None:
     if attention.startswith("flash") and config.get("trainer.accelerator") == "cpu":
         text = f"{attention} runs on GPUs only; set it to auto or sdpa"
         config.add("backbone.attention", text)
-    if compiled and config.get("backbone.checkpointing") == "selective":
-        text = "torch.compile chooses what to keep of a layer; set it to true or false"
-        config.add("backbone.checkpointing", text)
-    if compiled and sharded:
+    if sharded and config.get("backbone.compile") is True:
         text = "FSDP copies the layers without their compilation; set it to false, or choose"
         config.add("backbone.compile", f"{text} strategy=ddp")
 

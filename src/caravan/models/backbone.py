@@ -24,7 +24,7 @@ from caravan.models.adapters import adapter_config, copy_adapter, is_adapter, lo
 from caravan.models.crossencoder import with_head
 from caravan.models.digests import adapter_base
 from caravan.models.local_copy import local_copy
-from caravan.models.preparing import Checkpointing, prepared
+from caravan.models.preparing import prepared
 from caravan.models.remote_code import is_allowed
 
 INHERITED = (
@@ -62,7 +62,7 @@ class Backbone(Protocol):
 
     name: str
     attention: str
-    checkpointing: Checkpointing
+    checkpointing: bool
     bidirectional: bool
     trains_tokenizer: bool
     quantization: Any
@@ -110,7 +110,7 @@ class BaseBackbone(Backbone):
     head_is_new = False
     name: str
     attention: str = "auto"
-    checkpointing: Checkpointing = False
+    checkpointing: bool = False
     bidirectional: bool = False
     compile: bool = False
     trust_remote_code: bool = False
@@ -165,7 +165,7 @@ class Pretrained(BaseBackbone):
         layers: PositiveInt | None = None,
         attention: str = "auto",
         trust_remote_code: bool = False,
-        checkpointing: Checkpointing = False,
+        checkpointing: bool = False,
         bidirectional: bool = False,
         compile: bool = False,
     ) -> None:
@@ -245,7 +245,7 @@ class FromFolder(BaseBackbone):
         self,
         folder: str,
         attention: str = "auto",
-        checkpointing: Checkpointing = False,
+        checkpointing: bool = False,
         bidirectional: bool | None = None,
         compile: bool = False,
         trust_remote_code: bool = False,

@@ -19,7 +19,6 @@ from torch import nn
 from caravan.errors import InputError
 from caravan.models.backbone import BaseBackbone
 from caravan.models.loading import set_attention
-from caravan.models.preparing import Checkpointing as Checkpointing  # resolves inherited hints
 
 
 @dataclass(eq=False)

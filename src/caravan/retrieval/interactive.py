@@ -20,6 +20,7 @@ import numpy as np
 from caravan.data.collection import Collection
 from caravan.data.runs import Run, canonical
 from caravan.data.tokenization import instruction_for
+from caravan.errors import InputError
 from caravan.retrieval.bm25 import BM25, open_index
 from caravan.retrieval.fusion import Fusion
 from caravan.retrieval.inference import Models, TextList
@@ -81,7 +82,8 @@ def open_searcher(
     """Load the models, and embed or index the corpus unless the store has it.
 
     Raises:
-        InputError: If a length exceeds a model's positions.
+        InputError: "run-in-search", a retriever is a run file; or a length exceeds a model's
+            positions.
     """
     systems.check_settings(models)
     retrievers: dict[str, Callable[[str], Run]] = {}
@@ -89,6 +91,12 @@ def open_searcher(
         if retriever == "bm25":
             bm25 = open_index(systems.make("bm25"), systems.settings["bm25"], collection, store)
             retrievers[name] = partial(_search_bm25, bm25, systems.k)
+        elif Path(retriever).is_file():
+            raise InputError(
+                "run-in-search",
+                f"retriever: {retriever} is a run file, which has no results for other queries;"
+                " give a model folder or bm25",
+            )
         else:
             model = models.new(Path(retriever), "retriever", systems.overrides)
             retrievers[name] = _dense(Dense(model, models, systems, collection, store))

@@ -42,7 +42,7 @@ from caravan.models.loading import add_slots
 from caravan.models.positions import refuse_too_long
 from caravan.models.released import check_released
 from caravan.training.callbacks import FitSummary
-from caravan.training.checkpoints import AtomicCheckpoints, best_weights, resumable
+from caravan.training.checkpoints import LAST, RESUMED, AtomicCheckpoints, read_checkpoint
 from caravan.training.datamodule import DataModule, validated
 from caravan.training.distillation import Distillation
 from caravan.training.evaluation import (
@@ -202,9 +202,12 @@ def _save(
 
 def _fit(run: Training, parts: Sequence[Part]) -> float | None:
     """Train with Lightning and save the best weights; returns their monitored metric."""
-    checkpoint = resumable(run.run_dir / "checkpoints") if run.resume else None
+    checkpoint = run.run_dir / "checkpoints" / LAST
+    resumes = run.resume and checkpoint.exists()
+    if resumes:
+        read_checkpoint(checkpoint, RESUMED)  # now instead of after the model is loaded
     if is_main_process():
-        resumed = f", resumed from {checkpoint}" if checkpoint else ""
+        resumed = f", resumed from {checkpoint}" if resumes else ""
         log.info("%s in %s%s", run.name, run.run_dir, resumed)
     module = _module(run, parts)
     precision = hardware.resolve(run.precision)
@@ -236,7 +239,8 @@ def _fit(run: Training, parts: Sequence[Part]) -> float | None:
     started = time.monotonic()
     try:
         with writing(run.run_dir / "tensorboard"):  # errors for other files include their path
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            resumed_from = checkpoint if resumes else None
+            trainer.fit(module, datamodule=data, ckpt_path=resumed_from, weights_only=True)
     except MisconfigurationException as error:
         raise _invalid(error, "trainer, callbacks") from None
     return _finish(run, module, data, trainer, time.monotonic() - started, needed)
@@ -301,7 +305,7 @@ def _finish(
     if isinstance(watched, ModelCheckpoint):
         monitor = watched.monitor
         if watched.best_model_path:
-            module.load_weights(best_weights(Path(watched.best_model_path)))
+            module.load_weights(read_checkpoint(Path(watched.best_model_path))["state_dict"])
             best = None if (score := watched.best_model_score) is None else float(score)
     found: dict[str, Any] = {}
     validations = data.validations

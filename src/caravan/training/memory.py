@@ -60,7 +60,7 @@ def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -
         longest = sum(lengths) if module.encoding.kind == "reranker" else max(lengths)
         tokens = chunk = min(tokens, module.gradcache.chunk * longest)
     quantised = module.backbone.quantization is not None
-    recomputes = bool(module.backbone.checkpointing)
+    recomputes = module.backbone.checkpointing
     try:
         needed = need(outline, tokens, module.bf16, recomputes, quantised, shares, chunk)
     except (AttributeError, TypeError) as error:  # the shape is not that of a transformer
