@@ -192,14 +192,11 @@ def mean_over_collections(
 
     stages = []
     for parts in zip(*(record["stages"] for record in every), strict=True):
-        sizes = zip((part["depth"] for part in parts), every, strict=True)
-        depths = [depth for depth, record in sizes if depth < record["passages"]]
         stages.append(
             {
                 "stage": parts[0]["stage"],
                 "run": "",
                 "run_xxh3": manifests.digest([part["run_xxh3"] for part in parts]),
-                "depth": min(depths, default=None),  # None: each ranks all passages
                 "overall": mean([part["overall"] for part in parts]),
                 "seconds": sum(part["seconds"] for part in parts),
             }
@@ -224,7 +221,6 @@ def mean_over_collections(
                 "digest": record["collection"]["digest"],
                 **{key: record[key] for key in ("split", "queries", "passages", "overall")},
                 "stages": {stage["stage"]: stage["overall"] for stage in record["stages"]},
-                "depths": {stage["stage"]: stage["depth"] for stage in record["stages"]},
                 "seconds": record["seconds"],
             }
             for folder, record in records.items()
