@@ -98,9 +98,7 @@ def show_table(contents: Contents) -> None:
     Raises:
         InputError: If there are only trainings, or suites without a common table.
     """
-    others = {
-        home: one for home, one in contents.evaluations.items() if home not in contents.names
-    }
+    others = {home: one for home, one in contents.evaluations.items() if home not in contents.names}
     if not (contents.sweep or contents.suites or others):
         message = f"{contents.folder} holds no evaluation and is not the folder of a sweep; see"
         raise InputError("no-evaluation", f"{message} trainings with `page`")

@@ -136,10 +136,11 @@ def collect_suites(suites: Mapping[str, Suite]) -> tuple[pd.DataFrame, list[str]
                 for measure, value in overall.items():
                     scores.setdefault((label, measure), {})[collection] = value
         if suite.failed:
-            reasons = "; ".join(f"{one}: {reason}" for one, reason in suite.failed.items())
-            notes.append(f"{name}: not in the mean, as they failed: {reasons}")
+            notes.append(f"{name}: not in the mean, as they failed: {', '.join(suite.failed)}")
     if not scores:
-        why = " ".join(notes) or "their stages are empty; evaluate them again"
+        failed = [of for suite in suites.values() for of in suite.failed.items()]
+        why = "; ".join(f"{collection}: {reason}" for collection, reason in failed)
+        why = why or "their stages are empty; evaluate them again"
         raise InputError("no-scores", f"{', '.join(suites)}: no collection has scores: {why}")
     measures = dict.fromkeys(measure for _, measure in scores)
     systems = dict.fromkeys(system for system, _ in scores)

@@ -96,6 +96,8 @@ def per_query(run: Run, qrels: Qrels, measures: Sequence[str]) -> dict[str, np.n
     The run is scored in its order; pass `canonical(run, corpus)` where scores may tie.
     """
     wanted = {name: parse_measure(name) for name in measures}
+    if not wanted:  # ir_measures needs one
+        return {}
     rows, best = qrels.queries, run.top(deepest(measures))
     values = {measure: np.zeros(len(rows)) for measure in wanted.values()}
     unknown: dict[int, list[int]] = {}
