@@ -1,4 +1,4 @@
-"""The plot of README: what each system of the quickstart finds, drawn from its summary.json.
+"""The plot of README: what each system of the quickstart finds, drawn from its metrics.json.
 
     python docs/img/quickstart.py    # after make quickstart
 
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
-SUMMARY = HERE.parents[1] / "runs" / "quickstart" / "summary.json"
+METRICS = HERE.parents[1] / "runs" / "quickstart" / "pipeline" / "metrics.json"
 PANELS = (("MRR@10", "first", 0.5), ("R@100", "second", 1.0))  # measure, colour, end of the axis
 LEFT, WIDTH, GAP, TOP, ROW = 90, 250, 70, 34, 26
 STYLE = """
@@ -25,8 +26,10 @@ STYLE = """
 """
 
 
-def plot(summary: dict[str, dict[str, float]]) -> str:
-    """An SVG with a panel for each measure and a bar for each system, in the order given."""
+def plot(stages: list[dict[str, Any]]) -> str:
+    """An SVG with a panel for each measure and a bar for each stage, the worst first."""
+    summary = {stage["stage"]: stage["overall"] for stage in stages}
+    summary = dict(sorted(summary.items(), key=lambda item: item[1][PANELS[0][0]]))
     height = TOP + ROW * len(summary) + 8
     width = LEFT + len(PANELS) * WIDTH + GAP + 50
     text = "; ".join(
@@ -53,4 +56,5 @@ def plot(summary: dict[str, dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    (HERE / "quickstart.svg").write_text(plot(json.loads(SUMMARY.read_text("utf-8"))), "utf-8")
+    metrics = json.loads(METRICS.read_text("utf-8"))
+    (HERE / "quickstart.svg").write_text(plot(metrics["stages"]), "utf-8")

@@ -20,8 +20,10 @@ from tests.tiny import write_beir
 from torch.utils.tensorboard import SummaryWriter
 
 from caravan.manifests import write_json
-from caravan.report import jobs
+from caravan.report import jobs, page
 from caravan.report.__main__ import main
+from caravan.report.contents import read
+from caravan.report.sweep import Sweep, collect
 
 HARMFUL = '<script>document.title="hurt"</script><img src=x onerror=alert(1)> & "quoted" http://x.y'
 
@@ -52,6 +54,17 @@ def write_job(
     if metrics is not None:
         write_json(run_dir / "metrics.json", metrics)
     return run_dir
+
+
+def write_page(*folders: Path) -> Path:
+    """The page of folders; returns its path."""
+    return page.write(read(folders))
+
+
+def sweep_of(folder: Path) -> Sweep:
+    sweep = collect(folder)
+    assert sweep is not None
+    return sweep
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.report.conftest import Evaluations
-
-from caravan.report import page
+from tests.report.conftest import Evaluations, write_page
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
@@ -68,7 +66,7 @@ def _browse(arguments: list[str], address: Path, home: Path) -> str:
 
 @pytest.fixture(scope="module")
 def written(evaluations: Evaluations) -> Path:
-    return page.write(evaluations.folder)
+    return write_page(evaluations.folder)
 
 
 @pytest.mark.parametrize(("width", "dark"), [(DESKTOP, False), (PHONE, True)])

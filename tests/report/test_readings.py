@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.report.conftest import write_job
+from tests.report.conftest import sweep_of, write_job, write_page
 
-from caravan.report.page import write
-from caravan.report.sweep import collect, plots, show, tables
+from caravan.report.sweep import plots, tables
 
 
 def _entry(score: float, **reading: Any) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def test_each_side_has_a_table_of_training_by_reading_with_its_cost(sweep: Path) -> None:
-    passages, queries, every, _ = tables(collect(sweep))
+    passages, queries, every, _ = tables(sweep_of(sweep))
     columns = ["encoding.passage_length", "64", "128", "64, best of 60 words"]
     assert passages.columns == [*columns, "128, best of 60 words"]
     assert passages.rows[0] == ["64", "0.1295", "0.1935", "0.0648", "0.0968"]
@@ -58,7 +57,7 @@ def test_each_side_has_a_table_of_training_by_reading_with_its_cost(sweep: Path)
 
 
 def test_the_score_is_plotted_over_the_tokens_that_are_read(sweep: Path) -> None:
-    found = collect(sweep)
+    found = sweep_of(sweep)
     names = ["encoding.passage_length", "query read at", "passage read at", "segments", "seed"]
     assert sorted(found.varied) == sorted(names)
     assert found.scores == ["MRR@10", "R@100"]
@@ -69,11 +68,10 @@ def test_the_score_is_plotted_over_the_tokens_that_are_read(sweep: Path) -> None
     svg = plots(found)[0].svg(page=True)
     assert svg.count("passage_length=") == 2
     assert svg.count("best of 60 words") == 1  # the marks of a training, hollow
-    assert show(sweep) == []
-    assert (sweep / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    page = write_page(sweep)
     with (sweep / "sweep.csv").open() as file:
         assert {row["tokens/passage"] for row in csv.DictReader(file)} >= {"60.0", "1234.56"}
-    assert "MRR@10 by training (rows) and passage length" in write(sweep).read_text()
+    assert "MRR@10 by training (rows) and passage length" in page.read_text()
 
 
 def test_a_reranker_has_its_plot_over_the_tokens_of_a_query_with_its_candidates(
@@ -83,5 +81,5 @@ def test_a_reranker_has_its_plot_over_the_tokens_of_a_query_with_its_candidates(
         entries = [(length, {"tokens_per_query": 10.0 * length}) for length in (64, 128)]
         read = [_entry(0.1, passage_length=length) | cost for length, cost in entries]
         _job(tmp_path, trained, 1, read)
-    (plot,) = plots(collect(tmp_path))
+    (plot,) = plots(sweep_of(tmp_path))
     assert "over tokens/query" in plot.caption

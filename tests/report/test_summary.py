@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import csv
-import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -13,16 +10,17 @@ from scipy.stats import ttest_rel
 from tests.refusals import refused
 from tests.report.conftest import Evaluations, Report, write_record
 
-from caravan.report.records import Evaluation, read_metrics
+from caravan.report.contents import read
+from caravan.report.records import Evaluation, Suite, read_metrics
 from caravan.report.summary import (
-    collect,
     collect_suites,
     means_sentence,
-    read_suites,
-    show_suites,
     stages_table,
+    suites_section,
     systems_of,
 )
+from caravan.report.systems import System
+from caravan.report.tables import p_value
 
 ONE = {"a": {"bm25": 0.1}, "f/x": {"bm25": 0.3}, "f/y": {"bm25": 0.5}}
 
@@ -39,6 +37,10 @@ def _of_stages(folder: Path, **stages: str) -> Evaluation:
     return record
 
 
+def _systems(folder: Path) -> list[System]:
+    return systems_of(read([folder]).evaluations, folder)
+
+
 def test_the_table_is_every_evaluation_below_the_folder(tmp_path: Path, report: Report) -> None:
     write_record(tmp_path / "bm25", overall={"MRR@10": 0.32, "R@100": 0.5})
     write_record(tmp_path / "dense", overall={"R@100": 0.75, "nDCG@10": 0.6})
@@ -53,28 +55,26 @@ def test_the_table_is_every_evaluation_below_the_folder(tmp_path: Path, report: 
         "dense": ["0.7500", "0.6000", "-", "1.3"],
     }
     assert "not tested: the collection of" in printed
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert list(summary) == ["dense", "bm25"]  # by MRR@10
-    assert summary["bm25"] == {"MRR@10": 0.32, "R@100": 0.5, "seconds": 1.3}
+    assert [one.name for one in _systems(tmp_path)] == ["dense", "bm25"]  # by MRR@10
 
 
-@pytest.mark.parametrize(
-    ("code", "settings", "places"),
-    [
-        ("no-scores", {"overall": {}}, ["b/metrics.json"]),
-        ("mixed-collections", {"split": "dev"}, ["a (tiny test", "b (tiny dev"]),
-        ("damaged-file", {"split": None}, ["b/metrics.json", "split"]),
-    ],
-)
-def test_evaluations_without_a_common_table_are_refused(
-    code: str, settings: dict[str, Any], places: list[str], tmp_path: Path
-) -> None:
-    with refused("no-evaluation", str(tmp_path)):
-        collect(tmp_path)
+def test_each_collection_and_split_has_its_table(tmp_path: Path, report: Report) -> None:
     write_record(tmp_path / "a")
-    write_record(tmp_path / "b", **settings)
-    with refused(code, *places):
-        collect(tmp_path)
+    write_record(tmp_path / "b", split="dev")
+    write_record(tmp_path / "c", split="dev", overall={})
+    code, printed, _ = report("table", tmp_path)
+    assert code == 0
+    assert printed.index("tiny test: ") < printed.index("tiny dev: ")
+    assert re.search(r"^c +- +- +1\.3$", printed, re.MULTILINE)
+
+
+def test_a_table_without_an_evaluation_is_refused(tmp_path: Path, report: Report) -> None:
+    with refused("no-runs", str(tmp_path)):
+        read([tmp_path])
+    (tmp_path / "metrics.json").write_text('{"best": 0.4}')
+    code, _, error = report("table", tmp_path)
+    assert code == 2
+    assert str(tmp_path) in error
 
 
 def test_systems_of_one_name_never_share_a_row(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_systems_of_one_name_never_share_a_row(tmp_path: Path) -> None:
     _of_stages(home / "a", bm25="3", fused="4")
     _of_stages(home / "b", bm25="5", reranked="6")
     _of_stages(home / "a/bm25", bm25="7")
-    assert {one.name: one.home for one in collect(home)} == {
+    assert {one.name: one.home for one in _systems(home)} == {
         "./retriever": home,
         "retriever": home / "retriever",
         "bm25 of a": home / "a",
@@ -93,7 +93,7 @@ def test_systems_of_one_name_never_share_a_row(tmp_path: Path) -> None:
         "reranked": home / "b",
         "a/bm25": home / "a/bm25",
     }
-    assert [one.name for one in collect(home / "retriever")] == ["retriever"]
+    assert [one.name for one in _systems(home / "retriever")] == ["retriever"]
 
 
 def test_given_names_are_left_if_two_evaluations_have_the_same(tmp_path: Path) -> None:
@@ -107,17 +107,8 @@ def test_given_names_are_left_if_two_evaluations_have_the_same(tmp_path: Path) -
     assert found == ["one/a", "one/copy", "bm25", "x"]
 
 
-def test_a_suite_is_shown_by_its_mean(tmp_path: Path, report: Report) -> None:
-    for name in ("one", "two"):
-        write_record(tmp_path / name, run="", collections={}, failed={})
-    write_record(tmp_path / "one/a", overall={"nDCG@10": 0.1})
-    assert [one.name for one in collect(tmp_path)] == ["one", "two"]
-    assert "not tested: " in report("table", tmp_path)[1]
-
-
 def test_the_stages_of_an_evaluation_have_gains_and_speeds(tmp_path: Path) -> None:
     table = stages_table(_of_stages(tmp_path / "a", bm25="1", fused="2"))
-    assert table is not None
     assert table.rows[1] == ["fused", "0.3000", "0.5000", "\u2013", "3.5"]
 
 
@@ -126,18 +117,17 @@ def test_each_system_is_tested_against_the_one_in_the_row_before(
 ) -> None:
     code, printed, _ = report("table", evaluations.folder)
     assert code == 0
-    summary = json.loads((evaluations.folder / "summary.json").read_text())
-    systems = collect(evaluations.folder)
+    systems = _systems(evaluations.folder)
     scores = [evaluations.per_query(one.run, "MRR@10") for one in systems]
     queries = sorted({query for of in scores for query in of})
     values = [[of.get(query, 0.0) for query in queries] for of in scores]
     names = [one.name for one in systems]
     for i in range(1, len(names)):
         expected = ttest_rel(values[i], values[i - 1]).pvalue
-        assert summary[names[i]]["p"] == pytest.approx(expected)
+        (row,) = (line for line in printed.splitlines() if line.startswith(f"{names[i]} "))
+        assert row.split()[-2] == p_value(expected)
         verb = "beats" if expected < 0.05 else "does not differ significantly from"
         assert f"{names[i]} {verb} {names[i - 1]}" in printed
-    assert "p" not in summary[names[0]]
 
 
 def test_a_run_that_has_changed_since_it_was_scored_is_not_tested(
@@ -178,12 +168,16 @@ def _suite(
     return write_record(folder, run="", collections=collections, failed=failures)
 
 
+def _read(*folders: Path) -> dict[Path, Suite]:
+    return {home: one for home in folders if isinstance(one := read_metrics(home), Suite)}
+
+
 def _collect(*folders: Path) -> tuple[pd.DataFrame, list[str]]:
-    return collect_suites(read_suites(folders))
+    return collect_suites({home.name: one for home, one in _read(*folders).items()})
 
 
 def test_one_system_shows_all_measures_with_the_mean_over_folders(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, report: Report
 ) -> None:
     folder = _suite(tmp_path / "one", ONE, failed=("b",))
     scores, notes = _collect(folder)
@@ -191,13 +185,9 @@ def test_one_system_shows_all_measures_with_the_mean_over_folders(
     assert scores["bm25", "nDCG@10"]["mean"] == pytest.approx((0.1 + 0.4) / 2)
     assert scores["bm25", "R@100"]["f (mean)"] == pytest.approx(0.2)
     assert notes == ["x: not in the mean, as they failed: b"]
-    show_suites(read_suites([folder]), folder)
-    printed = capsys.readouterr().out
+    printed = report("table", folder)[1]
     assert "0.2500" in printed
     assert notes[0] in printed
-    with (folder / "collections.csv").open() as file:
-        written = {row["collection"]: row for row in csv.DictReader(file)}
-    assert float(written["mean"]["bm25 nDCG@10"]) == pytest.approx(0.25)
 
 
 def test_means_are_over_the_collections_that_all_systems_have(
@@ -214,8 +204,7 @@ def test_means_are_over_the_collections_that_all_systems_have(
     assert means_sentence(scores).startswith(sentence)
     assert scores["one", "nDCG@10"]["f (mean)"] == pytest.approx(0.3)
     assert "2 of 4 collections" in notes[1]
-    assert "0.9000" in report("collections", one, two)[1]
-    assert not (one / "collections.csv").exists()
+    assert "0.9000" in report("table", one, two)[1]
     three = _suite(tmp_path / "three", {"c": {"bm25": 0.4}})
     scores, notes = _collect(one, three)
     assert scores.loc["mean"].isna().all()
@@ -239,19 +228,18 @@ def test_folders_of_one_name_get_the_folders_above_them(tmp_path: Path) -> None:
     mine, other = (
         _suite(tmp_path / home / "beir", {"a": {"bm25": 0.1}}) for home in ("mine", "other")
     )
-    assert list(read_suites([mine, other])) == ["mine/beir", "other/beir"]
+    section, _ = suites_section(_read(mine, other))
+    assert section.blocks[0].columns == ["collection", "mine/beir", "other/beir"]
     with refused("given-twice", str(mine)):
-        read_suites([mine, tmp_path / "other/../mine/beir"])
+        read([mine, tmp_path / "other/../mine/beir"])
 
 
 def test_suites_that_one_table_cannot_hold_are_refused(tmp_path: Path, report: Report) -> None:
     one = _suite(tmp_path / "one", {"a": {"bm25": 0.1}})
     with refused("mixed-collections", "two", "a"):
         _collect(one, _suite(tmp_path / "two", {"a": {"bm25": 0.1}}, split="dev"))
-    with refused("no-evaluation", str(tmp_path)):
-        _collect(tmp_path)
     with refused("no-scores"):
         _collect(_suite(tmp_path / "empty", {"a": {}}))
-    code, _, error = report("collections", _suite(tmp_path / "failed", {}, failed=("a",)))
+    code, _, error = report("table", _suite(tmp_path / "failed", {}, failed=("a",)))
     assert code == 2
     assert "a: broken" in error

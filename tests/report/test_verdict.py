@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
-from tests.report.conftest import Evaluations, write_job
+from tests.report.conftest import Evaluations, sweep_of, write_job, write_page
 
 from caravan.manifests import write_json
-from caravan.report import page
 from caravan.report.compare import Comparison, holm, paired_tests
-from caravan.report.sweep import collect
 from caravan.report.systems import System
 from caravan.report.tables import p_value
 from caravan.report.verdict import NAMED, NOTHING, findings, of_comparison, of_evaluations, of_sweep
@@ -42,7 +40,7 @@ def _comparison(rows: list[list[float]], names: str) -> Comparison:
     tests = paired_tests(values, list(itertools.combinations(range(len(names)), 2)))
     scores, pairs = {"MRR@10": values}, {"MRR@10": tests}
     judged: Any = None
-    return Comparison(judged, systems, [], values, scores, [], [], pairs, {})
+    return Comparison(judged, systems, [], values, scores, [], pairs)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +103,7 @@ def test_the_best_system_is_compared_with_each_other_by_the_corrected_p() -> Non
 def test_a_page_of_one_system_says_that_nothing_is_tested(
     evaluations: Evaluations,
 ) -> None:
-    one = _first_sentence(page.write(evaluations.folder / "bm25"))
+    one = _first_sentence(write_page(evaluations.folder / "bm25"))
     scores = evaluations.per_query(evaluations.folder / "bm25/runs/bm25.train.trec", "MRR@10")
     assert f"MRR@10 {sum(scores.values()) / 40:.4f} ±" in one
     assert "no test of one system" in one
@@ -116,9 +114,9 @@ def test_a_page_of_trainings_has_what_they_reached(tmp_path: Path) -> None:
     for name, best in (("a", 0.25), ("b", 0.5)):
         record = {"monitored": "val/MRR@10", "best": best, "updates": 12}
         write_json(tmp_path / name / "metrics.json", record)
-    text = _first_sentence(page.write(tmp_path))
+    text = _first_sentence(write_page(tmp_path))
     assert text.startswith("a reached val/MRR@10 0.2500 in 12 updates; b reached val/MRR@10 0.5000")
-    one = _first_sentence(page.write(tmp_path / "b"))
+    one = _first_sentence(write_page(tmp_path / "b"))
     assert one == "b reached val/MRR@10 0.5000 in 12 updates; no test of one training."
 
 
@@ -130,7 +128,7 @@ def test_settings_are_tested_over_three_seeds_or_more(seeds: int, tmp_path: Path
             lost = seed == seeds and rate == "1e-3"  # by a failed job
             metrics = None if lost else {"validation": {"MRR@10": value}, "train_seconds": 1.0}
             write_job(tmp_path, [f"optimizer.lr={rate}", f"seed={seed}"], metrics)
-    text = of_sweep(collect(tmp_path))
+    text = of_sweep(sweep_of(tmp_path))
     if seeds == 1:
         assert text.startswith("No test")
         return
@@ -150,11 +148,11 @@ def test_a_sweep_without_seeds_has_its_best_setting_and_no_test(tmp_path: Path) 
     for rate in "12":
         metrics = {"validation": {"MRR@10": int(rate) / 10}}
         write_job(tmp_path, [f"optimizer.lr={rate}"], metrics)
-    text = _first_sentence(page.write(tmp_path))
+    text = _first_sentence(write_page(tmp_path))
     assert text.startswith("optimizer.lr=2 has the highest MRR@10, 0.2000, of 2 settings; no test")
     write_job(tmp_path, ["optimizer.lr=3"], {"validation": {"MRR@10": 0.2}})
     write_job(tmp_path, ["optimizer.lr=4"], {})
-    text = of_sweep(collect(tmp_path))
+    text = of_sweep(sweep_of(tmp_path))
     assert text.startswith(
         "optimizer.lr=2 and optimizer.lr=3 have the highest MRR@10, 0.2000, of 3"
     )
@@ -164,7 +162,7 @@ def test_the_highest_loss_of_a_sweep_is_not_its_best(tmp_path: Path) -> None:
     for rate in "12":
         metrics = {"monitored": "train/loss", "best": int(rate) / 10}
         write_job(tmp_path, [f"optimizer.lr={rate}"], metrics)
-    sweep = collect(tmp_path)
+    sweep = sweep_of(tmp_path)
     assert "train/loss" in sweep.measures
     assert sweep.scores == []
     assert of_sweep(sweep) == NOTHING

@@ -56,14 +56,19 @@ def by_trec_tools(beir: Path, run: Path) -> dict[str, float]:
 
 
 def test_every_stage_has_its_run_and_its_metrics(
-    beir: Path, folders: dict[str, str], collection: Collection, tmp_path: Path
+    beir: Path,
+    folders: dict[str, str],
+    collection: Collection,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
     metrics = evaluate(
         beir,
         tmp_path,
         f"[bm25,{folders['retriever']}]",
         f"reranker={folders['reranker']}",
-        "rerank.depth=8",
+        "rerank.depth=12",
         "measures=[MRR@10,nDCG@10,R@20]",
         "index.k=20",
     )
@@ -74,7 +79,10 @@ def test_every_stage_has_its_run_and_its_metrics(
     runs = {}
     for stage in metrics["stages"]:
         path = tmp_path / stage["run"]
-        assert stage["overall"] == pytest.approx(by_trec_tools(beir, path), abs=1e-6)
+        wanted = by_trec_tools(beir, path)
+        if stage["stage"] == "reranked":
+            del wanted["R@20"]  # it looks deeper than the run
+        assert stage["overall"] == pytest.approx(wanted, abs=1e-6)
         runs[stage["stage"]] = run = read_run(path, *texts)
         scored = score_run(run, collection.qrels("test"), *texts, list(stage["overall"]))
         assert stage["overall"] == scored["overall"]
@@ -83,13 +91,16 @@ def test_every_stage_has_its_run_and_its_metrics(
         best = max(best, scored["overall"]["MRR@10"])
         assert stage["queries_per_second"] > 0
     assert metrics["overall"] == metrics["stages"][-1]["overall"]
+    assert set(metrics["per_query"]) == {"MRR@10", "nDCG@10"}
+    (reason,) = (line for line in caplog.messages if "has no R@20" in line)
+    assert "reranked on tiny: the run has 12 passages per query" in reason
     assert len(metrics["per_query"]["MRR@10"]) == metrics["queries"] == 4
     assert metrics["seconds"] > 0
-    assert [stage["depth"] for stage in metrics["stages"]] == [20, 20, 20, 8]
+    assert [stage["depth"] for stage in metrics["stages"]] == [20, 20, 20, 12]
     for row in runs["fused"].query_rows:
-        assert set(runs["reranked"].of(row)[0]) == set(runs["fused"].of(row)[0][:8])
+        assert set(runs["reranked"].of(row)[0]) == set(runs["fused"].of(row)[0][:12])
     config = OmegaConf.load(tmp_path / "config.yaml")
-    assert (config.rerank.depth, config.store) == (8, f"{tmp_path}/store")
+    assert (config.rerank.depth, config.store) == (12, f"{tmp_path}/store")
 
 
 def of_files(folder: Path, files: dict[str, str], *overrides: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def test_metrics_are_those_of_each_collection_alone_and_their_mean(
 
     monkeypatch.setattr(folder, "load", counted)
     retrievers = f"[bm25,{folders['retriever']}]"
-    more = (f"reranker={folders['reranker']}", "rerank.depth=5", SHORT)
+    more = (f"reranker={folders['reranker']}", "rerank.depth=10", SHORT)
     metrics = evaluate(suite, tmp_path / "all", retrievers, NAMES, *more)
     assert loaded == ["retriever", "reranker"]
     alone = {

@@ -28,7 +28,7 @@ from caravan.data.segments import Reading
 from caravan.errors import InputError
 from caravan.files import listed
 from caravan.report import records
-from caravan.report.summary import show_suites, stages_table
+from caravan.report.summary import stages_table, suites_section
 from caravan.report.tables import show
 from caravan.retrieval import peers, pipeline
 from caravan.retrieval.inference import Models
@@ -68,8 +68,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         _report,
     )
     if metrics.get("collections"):
-        suite = records.Suite.model_validate(metrics)
-        show_suites({cfg.run_dir: suite}, Path(cfg.run_dir))
+        section, _ = suites_section({Path(cfg.run_dir): records.Suite.model_validate(metrics)})
+        show(section)
     if failed := metrics.get("failed"):
         lines = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
         raise InputError(
@@ -153,13 +153,10 @@ def _open(cfg: DictConfig, models: Models, engine: Engine | None) -> Evaluation:
 
 
 def _report(evaluation: Evaluation, metrics: dict[str, Any]) -> None:
-    """Print the metrics of a collection, without measures deeper than its runs."""
+    """Print the metrics of a collection."""
     shown = records.Evaluation.model_validate(metrics)
-    if len(shown.stages) > 1 and (table := stages_table(shown)):
-        show(table)
-    if shown.too_deep:
-        left_out = ", ".join(shown.too_deep)
-        log.info(f"{shown.system} has depth {shown.depth}, so it has no {left_out}")
+    if len(shown.stages) > 1:
+        show(stages_table(shown))
     overall = "  ".join(f"{name} {value:.4f}" for name, value in shown.overall.items())
     log.info(f"{shown.system} on {shown.where}: {overall}")
     zero = {

@@ -186,14 +186,15 @@ def _end_of_sweep(folder: Path, failed: bool) -> None:
     Args:
         failed: whether a job failed in this process; a job whose run_dir is in use has no record.
     """
+    from caravan.report.contents import read, show_table
     from caravan.report.page import show as show_page
-    from caravan.report.sweep import show
 
     if not is_main_process():
         return
-    recorded = show(folder)
-    show_page(folder)
-    if failed or recorded:
+    contents = read([folder])
+    show_table(contents)
+    show_page(contents)
+    if failed or (contents.sweep and contents.sweep.failed):
         raise SystemExit(FAILED)
 
 

@@ -29,7 +29,6 @@ from caravan.models.digests import adapter_base, folder_digest
 from caravan.models.folder import HEAD
 from caravan.models.loading import load_tokenizer
 from caravan.models.remote_code import FACT
-from caravan.retrieval.metrics import too_deep
 
 MAX_BASES = 8
 """Model folders, each initialized from the one before, that are followed to the first base."""
@@ -210,12 +209,10 @@ def _stage_results(folder: Path, evaluation: Path, record: dict[str, Any]) -> It
         before = stage["stage"]
         if inputs.get("model") != digest or manifest["facts"].get("run_xxh3") != stage["run_xxh3"]:
             continue
-        dropped = too_deep(list(stage["overall"]), stage.get("depth") or passages, passages)
         for name, value in stage["overall"].items():
             if not math.isfinite(value):
                 raise ValueError(f"{name} of {before} is not finite")
-            if name not in dropped:
-                yield _result(encoding, collection, record["split"], how, name, float(value))
+            yield _result(encoding, collection, record["split"], how, name, float(value))
 
 
 def _cells(rows: dict[str, Any]) -> dict[str, str]:

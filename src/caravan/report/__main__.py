@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from caravan.errors import InputError, answering
+from caravan.errors import answering
 
 
 def main() -> int:
@@ -21,31 +21,15 @@ def main() -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    """Run a command; each imports only what it needs."""
+    """Run a command, with imports that --help does not need."""
     if arguments.command == "compare":
         _compare(arguments)
         return
-    folders = arguments.folders
-    for folder in folders:
-        if not folder.is_dir():
-            message = f"there is no folder {folder}; name a run directory, or a folder of several"
-            raise InputError("folder-not-found", message)
-    if arguments.command == "collections":
-        from caravan.report.summary import read_suites, show_suites
+    from caravan.report.contents import read, show_table
+    from caravan.report.page import show as show_page
 
-        show_suites(read_suites(folders), folders[0] if len(folders) == 1 else None)
-    elif arguments.command == "table":
-        from caravan.report.evaluations import show_table
-
-        show_table(*folders)
-    elif arguments.command == "sweep":
-        from caravan.report.sweep import show as show_sweep
-
-        show_sweep(*folders)
-    else:
-        from caravan.report.page import show as show_page
-
-        show_page(*folders)
+    show = show_table if arguments.command == "table" else show_page
+    show(read(arguments.folders))
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -74,14 +58,12 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m caravan.report", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, count, help_ in (
-        ("table", 1, "one table of all evaluations below a folder"),
-        ("collections", "+", "evaluations of several collections, by collection"),
-        ("sweep", 1, "the jobs of a sweep as a table and a plot"),
-        ("page", 1, "a run, several runs or a sweep as one HTML page, FOLDER/report.html"),
+    for name, help_ in (
+        ("table", "the evaluations below folders, or the jobs of a sweep, as tables"),
+        ("page", "runs or a sweep as one HTML page, FOLDER/report.html"),
     ):
         command = commands.add_parser(name, help=help_)
-        command.add_argument("folders", type=Path, nargs=count, metavar="FOLDER")
+        command.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     help_ = "two systems or more side by side, tested query by query"
     add = commands.add_parser("compare", help=help_).add_argument
     run = "run directory of an evaluation, or a run file"

@@ -1,4 +1,4 @@
-"""Compare systems query by query: scores, paired tests, overlap of rankings, example queries.
+"""Compare systems query by query: scores, paired tests, example queries.
 
 Scores are those of ir_measures (`caravan.retrieval.metrics.score_run`); a query that a run lacks
 counts 0. A run is neither scored nor tested by a measure that looks deeper than the run: R@1000 of
@@ -22,15 +22,13 @@ from scipy import stats
 from caravan.data.runs import Run
 from caravan.errors import InputError
 from caravan.progress import track
+from caravan.report.records import measures_of
 from caravan.report.systems import Judged, System
-from caravan.report.tables import depth_note
 from caravan.retrieval.metrics import deepest, depth_of, score_run, spelled, too_deep
 
 DEFAULT_MEASURES = ("MRR@10", "nDCG@10", "R@100")
 DEPTH = 100
-"""How deep rankings are read for overlaps and examples, whatever the measures."""
-OVERLAPS = (1, 10, 100)
-"""Depths of the overlap; at 1 it is the share of queries with the same passage on top."""
+"""How deep rankings are read for examples, whatever the measures."""
 CHARACTERS = 420  # shown of a text, so that a page stays small
 WIDTH = 160  # characters shown in a terminal
 RELEVANT = 2  # relevant passages shown of a query: those that a ranking has highest
@@ -62,11 +60,8 @@ class Comparison:
     query_rows: np.ndarray  # [Q], of the queries that the collection has
     # By measure: [S, Q + judged queries without a text (all 0)]; NaN if it looks deeper than a run.
     values: dict[str, np.ndarray]
-    depths: list[int]  # of the runs
     missing: list[int]  # judged queries that a run lacks
     pairs: dict[str, list[Pair]]  # by measure
-    # Of two systems: {k: passages in the first k of both over those of either, mean}.
-    jaccard: dict[tuple[int, int], dict[int, float]]
 
     @property
     def names(self) -> list[str]:
@@ -88,13 +83,6 @@ class Comparison:
         mean = float(np.mean(self.values[measure][system]))
         return None if np.isnan(mean) else mean
 
-    @property
-    def depth_note(self) -> str:
-        """Which runs some of the measures look deeper than; empty if none."""
-        scores = np.stack(list(self.values.values()), axis=1)  # [S, M, Q]
-        runs = zip(self.names, self.depths, scores, strict=True)
-        return depth_note({name: depth for name, depth, of in runs if np.isnan(of).any()})
-
 
 def compare(
     systems: Sequence[System],
@@ -105,15 +93,14 @@ def compare(
     """Score every system query by query, and test the pairs.
 
     Args:
-        measures: by default those of the first evaluation; with the grade from which the split
-            counts a passage as relevant, as in `evaluate.py`.
+        measures: by default those of the evaluations; with the grade from which the split counts
+            a passage as relevant, as in `evaluate.py`.
         couples: the pairs of systems that are tested, by default all.
 
     Raises:
         InputError: If a run or a measure cannot be read.
     """
-    found = [one.evaluation for one in systems if one.evaluation is not None]
-    recorded = next(([*one.overall, *one.too_deep] for one in found), DEFAULT_MEASURES)
+    recorded = measures_of(one.scored for one in systems)
     wanted = [name.strip() for name in measures or recorded or DEFAULT_MEASURES]
     names = list(dict.fromkeys(spelled(wanted, judged.relevant_from)))
     if couples is None:
@@ -127,24 +114,21 @@ def compare(
         missing.append(scored["missing"])
         scores.append([list(scored["per_query"][name].values()) for name in names])
     values = dict(zip(names, np.array(scores).swapaxes(0, 1), strict=True))
-    depths = [depth_of(run, one.scored.depth) for run, one in zip(runs, systems, strict=True)]
+    depths = [depth_of(run, one.depth) for run, one in zip(runs, systems, strict=True)]
     for i, (system, reached) in enumerate(zip(systems, depths, strict=True)):
         # A run file may be short because there were few hits: its scores are unfair only beside a
         # deeper run.
-        if system.scored.depth is not None or reached < max(depths):
+        if system.depth is not None or reached < max(depths):
             for name in too_deep(names, reached, len(judged.corpus)):
                 values[name][i] = np.nan
-    tops = [[run.of(row)[0][:DEPTH] for row in judged.qrels.queries] for run in runs]
     return Comparison(
         judged,
         list(systems),
         runs,
         judged.qrels.queries,
         values,
-        depths,
         missing,
         {name: paired_tests(of, couples) for name, of in values.items()},
-        {(a, b): {k: _jaccard(tops[a], tops[b], k) for k in OVERLAPS} for a, b in couples},
     )
 
 
@@ -211,15 +195,6 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
     if len(values) < 2 or np.ptp(values) == 0:
         return mean, 0.0
     return mean, float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
-
-
-def _jaccard(a: Sequence[np.ndarray], b: Sequence[np.ndarray], k: int) -> float:
-    """The mean over two runs' rankings of each query; a query that both runs lack counts 1."""
-    shares = []
-    for one, other in zip(a, b, strict=True):
-        x, y = set(one[:k].tolist()), set(other[:k].tolist())
-        shares.append(len(x & y) / len(x | y) if x or y else 1.0)
-    return float(np.mean(shares))
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,18 @@ from typing import Any
 import pandas as pd
 
 from caravan.errors import InputError
-from caravan.manifests import write_json
 from caravan.report.compare import (
-    OVERLAPS,
     Comparison,
-    Pair,
     compare,
     examples,
     mean_interval,
     refuse_changed,
 )
 from caravan.report.plots import Plot, intervals
-from caravan.report.records import Evaluation, Suite
-from caravan.report.summary import collect, measures_of, results_table, stages_table, systems_of
+from caravan.report.records import Evaluation, measures_of
+from caravan.report.summary import results_table, stages_table, systems_of
 from caravan.report.systems import System, read_judged
-from caravan.report.tables import MINUS, NONE, Section, Table, p_value, show, signed, slug
+from caravan.report.tables import MINUS, NONE, Section, Table, p_value, signed, slug
 from caravan.report.verdict import LEVEL, findings
 from caravan.retrieval.metrics import parse_measure
 
@@ -54,12 +51,10 @@ def evaluation_sections(
         evaluations: by run directory, below `folder`.
         names: of evaluations, by run directory, if they are not those of the table.
     """
-    groups: dict[tuple[str, str], dict[Path, Evaluation]] = {}
-    for home, one in evaluations.items():
-        groups.setdefault((one.collection.digest, one.split), {})[home] = one
+    groups = by_collection(evaluations)
     sections: list[Section] = []
     found: list[tuple[str, Comparison | str]] = []
-    for number, group in enumerate(groups.values(), 1):
+    for number, group in enumerate(groups, 1):
         where = next(iter(group.values())).where
         systems = systems_of(group, folder, names)
         comparison = _comparison(systems)
@@ -69,6 +64,14 @@ def evaluation_sections(
         sections += [_numbered(of, number, where) for of in made] if len(groups) > 1 else made
         found.append((where, comparison))
     return sections, found
+
+
+def by_collection(evaluations: Mapping[Path, Evaluation]) -> list[dict[Path, Evaluation]]:
+    """The evaluations of each collection and split, by run directory."""
+    groups: dict[tuple[str, str], dict[Path, Evaluation]] = {}
+    for home, one in evaluations.items():
+        groups.setdefault((one.collection.digest, one.split), {})[home] = one
+    return list(groups.values())
 
 
 def _numbered(section: Section, number: int, where: str) -> Section:
@@ -99,8 +102,7 @@ def _stages(evaluations: Mapping[Path, Evaluation], folder: Path) -> list[Sectio
         stages_table(one, "" if alone else str(home.relative_to(folder)))
         for home, one in several.items()
     ]
-    found = [table for table in tables if table is not None]
-    return [Section("Stage by stage", "stages", found)] if found else []
+    return [Section("Stage by stage", "stages", tables)] if tables else []
 
 
 def _comparison(systems: Sequence[System]) -> Comparison | str:
@@ -129,8 +131,9 @@ def _comparison(systems: Sequence[System]) -> Comparison | str:
 def comparison_sections(
     comparison: Comparison, couples: Sequence[tuple[int, int]], count: int
 ) -> list[Section]:
-    """Tests and overlaps of all systems; queries that gained and lost of some couples."""
-    sections = [Section("Differences", "differences", comparison_tables(comparison)[1:])]
+    """Tests of all systems; queries that gained and lost of some couples."""
+    tests = comparison_tables(comparison)[1:]
+    sections = [Section("Differences", "differences", tests)] if tests else []
     if blocks := [block for a, b in couples for block in examples(comparison, a, b, count)]:
         sections.append(Section("Queries that gained and lost", "queries", blocks))
     return sections
@@ -153,7 +156,7 @@ def means(comparison: Comparison) -> list[Plot]:
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """Scores, tests (unless no pair can be tested), overlap."""
+    """Scores, and tests unless no pair can be tested."""
     title, names = comparison.judged.title, comparison.names
     missing = zip(names, comparison.missing, strict=True)
     lacking = ", ".join(f"{name} lacks {count:,}" for name, count in missing if count)
@@ -161,13 +164,15 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     caption += f" Queries that a run lacks count 0: {lacking}." if lacking else ""
     means = {measure: values.mean(axis=1) for measure, values in comparison.values.items()}
     frame = pd.DataFrame({"system": names, **means})
-    results = Table.of("scores", caption + comparison.depth_note, frame)
+    shallow = frame.isna().any(axis=None)
+    caption += f" {NONE}: the measure looks deeper than the run." if shallow else ""
+    results = Table.of("scores", caption, frame)
     tested = [(measure, pair) for measure, pairs in comparison.pairs.items() for pair in pairs]
     heads = ["measure", "A → B", f"B {MINUS} A", "p", "p (Holm)", "95 % interval (t)"]
     significance = Table(
         "significance",
         f"{title}: paired t-test, two-sided, p corrected after Holm over the pairs of a measure;"
-        " below .05 in bold. Queries that gain, keep and lose from A to B." + comparison.depth_note,
+        " below .05 in bold. Queries that gain, keep and lose from A to B.",
         [*heads, "gain", "keep", "lose"],
         [
             [
@@ -184,56 +189,28 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         labels=2,
         strong=frozenset((i, 4) for i, (_, pair) in enumerate(tested) if pair.corrected < LEVEL),
     )
-    overlap = Table(
-        "overlap",
-        f"{title}: what two rankings have in common, mean over the queries. Jaccard@k: passages in"
-        " the first k of both over those in the first k of either.",
-        ["A", "B", "same first", *(f"Jaccard@{k}" for k in OVERLAPS[1:])],
-        [
-            [names[a], names[b], *(f"{share:.3f}" for share in shares.values())]
-            for (a, b), shares in comparison.jaccard.items()
-        ],
-        labels=2,
-    )
-    return [results, significance, overlap] if tested else [results, overlap]
+    return [results, significance] if tested else [results]
 
 
-def show_table(folder: Path) -> None:
-    """Print the table, its verdict and the paths of run files; write `summary.json`."""
-    systems = collect(folder)
-    tests, sentence = _steps(systems)
-    summary: dict[str, dict[str, float]] = {}
-    for one in systems:
-        summary[one.name] = {**one.scored.overall, "seconds": round(one.scored.seconds, 1)}
-    for name, pair in tests.items():
-        summary[name]["p"] = pair.p
-    path = folder / "summary.json"
-    write_json(path, summary)
-    values = [p_value(tests[one.name].p) if one.name in tests else NONE for one in systems]
-    show(results_table(systems, p_values=values if tests else ()))
-    for one in systems:
-        show(f"run {one.name:<12} {one.run}")
-    show(f"table {path}")
-    if sentence:
-        show(f"\n{sentence}")
+def step_tests(systems: Sequence[System]) -> tuple[list[str], str]:
+    """Each system against the one in the row before, by the first measure.
 
-
-def _steps(systems: Sequence[System]) -> tuple[dict[str, Pair], str]:
-    """Each system against the one in the row before, by the first measure, and the verdict.
-
-    A system whose run, or that before, is not deep enough for the measure is left out.
+    Returns:
+        The p of each system ("–" if it is not tested), none if no system is tested; and the verdict
+        or why there is none. A system is not tested if its run, or that before, is not deep enough.
     """
     measures = measures_of(one.scored for one in systems)[:1]
     if len(systems) < 2 or not measures:
-        return {}, ""
-    if any(isinstance(one.evaluation, Suite) for one in systems):
-        return {}, "not tested: means over collections; compare one collection at a time"
+        return [], ""
     try:
         couples = list(pairwise(range(len(systems))))
         comparison = compare(systems, read_judged(systems), measures, couples)
         refuse_changed(comparison)
     except InputError as error:
-        return {}, f"not tested: {error}"
-    names, pairs = comparison.names, comparison.pairs[measures[0]]
-    sentence = f"{measures[0]}: {findings(names, pairs)}" if pairs else ""
-    return {names[pair.b]: pair for pair in pairs}, sentence
+        return [], f"not tested: {error}"
+    pairs = comparison.pairs[measures[0]]
+    if not pairs:
+        return [], ""
+    tested = {pair.b: p_value(pair.p) for pair in pairs}
+    p_values = [tested.get(row, NONE) for row in range(len(systems))]
+    return p_values, f"{measures[0]}: {findings(comparison.names, pairs)}"

@@ -16,7 +16,8 @@ from caravan.manifests import read_json, write_json
 
 FILE = "job.json"
 RUNNING, FINISHED, FAILED = "running", "finished", "failed"
-SWEEP = ("multirun.yaml", "sweep.txt")
+TABLE = "sweep.csv"
+SWEEP = ("multirun.yaml", TABLE)
 """Files in the folder of a sweep: Hydra's when it starts, and its table when it has ended."""
 
 

@@ -2,9 +2,10 @@
 
     python -m caravan.report page runs/quickstart
 
-Written as report.html into the folder; report/ beside it has each plot as png and svg with its
-caption, and each table as Markdown and LaTeX. The page runs no script and loads nothing over the
-network (a policy in its head forbids both), and every text is escaped.
+Written as report.html into the folder, or the one that holds all of several; report/ beside it has
+each plot as png and svg with its caption, and each table as Markdown and LaTeX. A sweep also gets
+sweep.csv. The page runs no script and loads nothing over the network (a policy in its head forbids
+both), and every text is escaped.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from caravan.errors import InputError
 from caravan.files import replacing
-from caravan.report import sweep, verdict
+from caravan.report import jobs, sweep, verdict
 from caravan.report.compare import Comparison
+from caravan.report.contents import Contents
 from caravan.report.evaluations import (
     comparison_sections,
     comparison_tables,
@@ -36,17 +37,14 @@ from caravan.report.evaluations import (
     means,
 )
 from caravan.report.plots import Line, Plot, lines
-from caravan.report.records import Evaluation, Suite, Training, read_jobs, read_metrics
-from caravan.report.summary import collect_suites, means_sentence, read_suites, suites_table
+from caravan.report.records import Training
+from caravan.report.summary import suites_section
 from caravan.report.tables import Code, Section, Table, slug
 from caravan.report.tables import show as show_block
 
 FILE = "report.html"
-MOST_MEASURES = 6  # plots of a sweep
 MOST = 12  # trainings, and configs, shown on a page
 POINTS = 300  # drawn of a curve; more cannot be seen
-TAGS = ("train/", "val/")
-"""The curves that are read; learning rates and epochs follow from the config."""
 SCORES = "Scores are those of ir_measures; a query that a run lacks counts 0."
 FACTS = {
     "base_model": "base model",
@@ -79,19 +77,17 @@ class Page:
     note: str = SCORES
 
 
-def show(folder: Path) -> None:
+def show(contents: Contents) -> None:
     """Write the page and print its path."""
-    path = write(folder)
+    path = write(contents)
     show_block(f"page {path}, plots and tables {path.with_suffix('')}")
 
 
-def write(folder: Path) -> Path:
-    """Write the page of a run directory, a folder of several, or a sweep; returns its path.
-
-    Raises:
-        InputError: If the folder holds no run.
-    """
-    return save(_of_runs(folder), folder / FILE)
+def write(contents: Contents) -> Path:
+    """Write the page of a run, several runs or a sweep; returns its path."""
+    if contents.sweep is not None:
+        sweep.write(contents.sweep, contents.folder / jobs.TABLE)
+    return save(_of_runs(contents), contents.folder / FILE)
 
 
 def save(page: Page, path: Path) -> Path:
@@ -141,83 +137,42 @@ def of_comparison(comparison: Comparison, command: str, count: int) -> Page:
     return Page("A comparison", line, sections, command, verdict.of_comparison(comparison))
 
 
-def _of_runs(folder: Path) -> Page:
-    """The page of one run directory, or of all those below a folder."""
-    paths = sorted(folder.rglob("metrics.json"))
-    records = {path.parent: read_metrics(path.parent) for path in paths}
+def _of_runs(contents: Contents) -> Page:
+    """The page of all runs below folders."""
+    folder, names, of_sweep = contents.folder, contents.names, contents.sweep
     sections: list[Section] = []
     counts, texts = [], []
-    names: dict[Path, str] = {}
-    of_sweep = None
-    own, _ = read_jobs(folder)
-    if own and folder not in own:
-        of_sweep = sweep.collect(folder)
-        sections.append(_sweep_section(of_sweep))
+    if of_sweep is not None:
+        sections.append(sweep.section(of_sweep))
         counts.append(f"a sweep over {verdict.listed(of_sweep.varied or ['nothing'])}")
-        names |= of_sweep.labels
-        for home, record in of_sweep.records.items():
-            if isinstance(record, Evaluation):  # each job is one system: its last stage
-                records[home] = record.model_copy(update={"stages": record.stages[-1:]})
-    suites = {home: record for home, record in records.items() if isinstance(record, Suite)}
-    for home, suite in suites.items():  # name the evaluation of a collection after its suite
-        name = suite.system if home == folder else str(home.relative_to(folder))
-        names |= {home / member: name for member in suite.collections}
-    evaluations = {
-        home: record
-        for home, record in records.items()
-        if isinstance(record, Evaluation) and home not in suites
-    }
-    trained = {home: record for home, record in records.items() if isinstance(record, Training)}
-    if not records and not sections:
-        message = f"{folder} holds no run with metrics (metrics.json)"
-        raise InputError("no-runs", f"{message}; make one with train.py or evaluate.py")
-    if suites:
-        section, text = _suites_section(suites)
+    if contents.suites:
+        try:
+            section, text = suites_section(contents.suites)
+        except InputError as error:
+            section, text = Section("All collections", "overview", [f"No table: {error}."]), ""
         sections.append(section)
         texts += [text] if text else []
-    of_evaluations, comparisons = evaluation_sections(folder, evaluations, names)
+    of_evaluations, comparisons = evaluation_sections(folder, contents.evaluations, names)
     sections += of_evaluations
     if of_sweep and (sweep.SEED in of_sweep.varied or not comparisons):
         texts.insert(0, verdict.of_sweep(of_sweep))
     texts += [verdict.of_evaluations(comparisons)] if comparisons else []
-    labelled = {names.get(home, _name(home, folder)): home for home in trained}
-    trainings = {name: trained[home] for name, home in labelled.items()}
+    labelled = {names.get(home, _name(home, folder)): home for home in contents.trainings}
+    trainings = {name: contents.trainings[home] for name, home in labelled.items()}
     texts = texts or [verdict.of_trainings(trainings)]
-    if trained:
+    if trainings:
         sections.append(_trainings_section(trainings, labelled))
-    for number, noun in ((len(evaluations), "evaluation"), (len(trained), "training")):
+    for number, noun in ((len(contents.evaluations), "evaluation"), (len(trainings), "training")):
         counts += [verdict.count(number, noun)] if number else []
-    sections += _commands_section(folder)
+    sections += _commands_section(contents)
     line = ", ".join(counts)
-    if paths:
-        last = max(path.stat().st_mtime for path in paths)
+    homes = [*contents.suites, *contents.evaluations, *contents.trainings]
+    if homes:
+        last = max((home / "metrics.json").stat().st_mtime for home in homes)
         line += f"; last metrics of {datetime.fromtimestamp(last):%Y-%m-%d}"
-    command = shlex.join(["python", "-m", "caravan.report", "page", str(folder)])
+    command = shlex.join(["python", "-m", "caravan.report", "page", *map(str, contents.folders)])
     note = SCORES if comparisons else ""
     return Page(folder.resolve().name, line, sections, command, " ".join(texts), note)
-
-
-def _sweep_section(found: sweep.Sweep) -> Section:
-    """The shortest tables of a sweep, plots, the other tables, and the jobs that failed."""
-    made = sweep.tables(found)
-    first = [table for table in made if table.name not in sweep.LONG] or made[-1:]
-    rest = [table for table in made if table not in first]
-    blocks: list[Any] = [*first, *sweep.plots(found)[:MOST_MEASURES], *rest]
-    blocks += [f"Not finished: {job}: {reason}" for job, reason in found.failed]
-    return Section("Sweep", "sweep", blocks)
-
-
-def _suites_section(suites: Mapping[Path, Suite]) -> tuple[Section, str]:
-    """The table of all suites with its sentence; if none is finished at all, the error says why."""
-    sentence = ""
-    try:
-        finished = [home for home, suite in suites.items() if suite.collections]
-        scores, notes = collect_suites(read_suites(finished or list(suites)))
-        blocks: list[Any] = [suites_table(scores), *notes]
-        sentence = means_sentence(scores)
-    except InputError as error:
-        blocks = [f"There is no table of all: {error}."]
-    return Section("All collections", "overview", blocks), sentence
 
 
 def read_curves(run_dir: Path) -> Curves:
@@ -232,20 +187,14 @@ def read_curves(run_dir: Path) -> Curves:
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     # Files of the same second are read in an arbitrary order, so replaced steps are found by time.
-    every = {"scalars": 0}
-    events = EventAccumulator(str(folder), size_guidance=every, purge_orphaned_data=False)
+    events = EventAccumulator(str(folder), {"scalars": POINTS}, purge_orphaned_data=False)
     events.Reload()
     found = {}
     for tag in events.Tags()["scalars"]:
-        if tag.startswith(TAGS):
-            logged = sorted(events.Scalars(tag), key=lambda event: event.wall_time)
-            by_step = {event.step: event.value for event in logged}
-            steps = sorted(by_step)
-            if len(steps) > POINTS:  # evenly, with the first and the last
-                steps = [
-                    steps[i] for i in np.linspace(0, len(steps) - 1, POINTS).round().astype(int)
-                ]
-            found[tag] = (steps, [by_step[step] for step in steps])
+        logged = sorted(events.Scalars(tag), key=lambda event: event.wall_time)
+        by_step = {event.step: event.value for event in logged}
+        steps = sorted(by_step)
+        found[tag] = (steps, [by_step[step] for step in steps])
     return found
 
 
@@ -279,16 +228,17 @@ def _trainings_table(trainings: Mapping[str, Training]) -> Table:
     return Table.of("trainings", f"{caption}.", frame, FORMATS, labels)
 
 
-def _commands_section(folder: Path) -> list[Section]:
+def _commands_section(contents: Contents) -> list[Section]:
     """The commands and resolved configs of runs, the oldest first."""
     commands: dict[str, None] = {}
     configs: list[Code] = []
-    for path in sorted(folder.rglob("config.yaml"), key=lambda path: path.stat().st_mtime):
+    paths = [path for folder in contents.folders for path in folder.rglob("config.yaml")]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime):
         text = path.read_text("utf-8", errors="replace")
         if text.startswith("# "):
             head, _, text = text.partition("\n")
             commands[head.removeprefix("# ")] = None
-        configs.append(Code(f"{_name(path.parent, folder)}/config.yaml", text))
+        configs.append(Code(f"{_name(path.parent, contents.folder)}/config.yaml", text))
     if not configs:
         return []
     blocks: list[Any] = ["These runs have no recorded command."]

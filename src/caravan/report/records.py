@@ -1,21 +1,20 @@
-"""`metrics.json` of finished runs, checked and cut to the depth of each run, and jobs of sweeps.
+"""`metrics.json` of finished runs, checked, and jobs of sweeps.
 
-Every report reads it through `read_metrics`: a damaged file is an error of one sentence, and no
-report shows R@1000 of a run with 100 passages a query.
+Every report reads it through `read_metrics`: a damaged file is an error of one sentence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from caravan.errors import InputError
 from caravan.manifests import read_json
 from caravan.report import jobs
-from caravan.retrieval.metrics import parse_measure, too_deep
+from caravan.retrieval.metrics import parse_measure
 
 
 def _measure(name: str) -> str:
@@ -39,25 +38,10 @@ Shape = TypeVar("Shape", bound=_Shape)
 
 
 class Scored(_Shape):
-    """Mean scores of a run.
-
-    Attributes:
-        depth: of the run; None if unknown.
-        too_deep: the measures that look deeper than the run, whose scores are left out.
-    """
+    """Mean scores of a run; a measure that looks deeper than the run is missing."""
 
     overall: Scores
     seconds: Number = 0.0
-    depth: Count | None = None
-    too_deep: list[str] = []
-
-    def cut(self, passages: int) -> Self:
-        """Leave out the scores beyond the depth; without a depth all stay."""
-        if self.depth is not None:
-            self.too_deep = too_deep(list(self.overall), self.depth, passages)
-            kept = {name: of for name, of in self.overall.items() if name not in self.too_deep}
-            self.overall = kept
-        return self
 
 
 class Stage(Scored):
@@ -66,6 +50,7 @@ class Stage(Scored):
     stage: str
     run: str
     run_xxh3: str
+    depth: Count | None = None  # of the run
     seconds: Number
     gain: Number | None = None  # in the first measure
     queries_per_second: Number | None = None
@@ -93,16 +78,6 @@ class Evaluation(Scored):
     seconds: Number
     facts: _Facts = _Facts()
 
-    @model_validator(mode="after")
-    def _to_depth(self) -> Self:
-        for stage in self.stages:
-            first = next(iter(stage.overall), None)
-            stage.cut(self.passages)
-            if first in stage.too_deep:
-                stage.gain = None
-        self.depth = self.stages[-1].depth if self.stages else None
-        return self.cut(self.passages)
-
     @property
     def where(self) -> str:
         """Name and split of the collection."""
@@ -110,20 +85,12 @@ class Evaluation(Scored):
 
 
 class Member(_Shape):
-    """A collection of a suite, with scores and depths by stage."""
+    """A collection of a suite, with scores by stage."""
 
     group: str
     digest: str
     split: str
     stages: dict[str, Scores]
-    depths: dict[str, Count | None] = {}
-    passages: Count = 0
-
-    def scored(self) -> dict[str, Scored]:
-        return {
-            name: Scored(overall=scores, depth=self.depths.get(name)).cut(self.passages)
-            for name, scores in self.stages.items()
-        }
 
 
 class Suite(Evaluation):
@@ -184,23 +151,23 @@ def read_metrics(folder: Path) -> Training | Evaluation | None:
     return _checked(Suite if "collections" in record else Evaluation, record, path)
 
 
-def read_jobs(folder: Path) -> tuple[dict[Path, Job], list[Path]]:
-    """The jobs below a folder, and the folders of other sweeps, whose jobs are left out.
-
-    Returns:
-        The jobs by run_dir, in order, and the folders below this one that are sweeps.
+def read_jobs(folder: Path) -> dict[Path, Job]:
+    """The jobs below a folder by run_dir, in order, without those of sweeps in folders below.
 
     Raises:
         InputError: If the file of a job is damaged.
     """
-    marked = {path.parent for name in jobs.SWEEP for path in folder.rglob(name)} - {folder}
-    found, others = {}, set()
-    for path in sorted(folder.rglob(jobs.FILE)):
-        if inside := marked.intersection(path.parents):
-            others |= inside
-        else:
-            found[path.parent] = _checked(Job, read_json(path), path)
-    return found, sorted(others)
+    others = {path.parent for name in jobs.SWEEP for path in folder.rglob(name)} - {folder}
+    return {
+        path.parent: _checked(Job, read_json(path), path)
+        for path in sorted(folder.rglob(jobs.FILE))
+        if others.isdisjoint(path.parents)
+    }
+
+
+def measures_of(scored: Iterable[Scored]) -> list[str]:
+    """The measures of several systems or stages, each once, in the order met."""
+    return list(dict.fromkeys(measure for one in scored for measure in one.overall))
 
 
 def _checked(kind: type[Shape], record: dict[str, Any], path: Path) -> Shape:
@@ -211,17 +178,6 @@ def _checked(kind: type[Shape], record: dict[str, Any], path: Path) -> Shape:
         place = ".".join(map(str, first["loc"]))
         message = f"{path} is damaged: {place}: {first['msg']}; run its command again, or remove it"
         raise InputError("damaged-file", message) from None
-
-
-def refuse_mixed(evaluations: Mapping[str, Evaluation], remedy: str) -> None:
-    """Raise an InputError if evaluations are of different collections or splits."""
-    if len({(one.collection.digest, one.split) for one in evaluations.values()}) > 1:
-        found = ", ".join(
-            f"{name} ({one.where}, digest {one.collection.digest[:12]})"
-            for name, one in evaluations.items()
-        )
-        message = f"these are of different collections or splits: {found}; {remedy}"
-        raise InputError("mixed-collections", message)
 
 
 def refuse_repeated(paths: Sequence[Path]) -> None:

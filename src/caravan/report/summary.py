@@ -1,6 +1,4 @@
-"""The tables of evaluations: all below a folder, the stages of one, and suites of collections.
-
-    python -m caravan.report collections runs/beir/bm25 runs/beir/retriever
+"""The tables of evaluations: several of one collection, the stages of one, and suites.
 
 A suite is an evaluation of several collections (`evaluate.py collections=[...]`). One system of one
 stage shows all of its measures; several systems or stages show the first measure of each. A mean is
@@ -10,55 +8,18 @@ gives their number if that is not all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from caravan.errors import InputError, printable
-from caravan.files import replacing
-from caravan.report.records import (
-    Evaluation,
-    Scored,
-    Suite,
-    distinct,
-    path_names,
-    read_metrics,
-    refuse_mixed,
-    refuse_repeated,
-)
+from caravan.report.records import Evaluation, Suite, distinct, measures_of, path_names
 from caravan.report.systems import System
-from caravan.report.tables import NONE, Table, best, depth_note, show, signed, slug
+from caravan.report.tables import NONE, Section, Table, best, signed, slug
 
 MEAN = "mean"
-
-
-def collect(folder: Path) -> list[System]:
-    """Every system below `folder`, the worst first by its first measure; suites by their mean.
-
-    Raises:
-        InputError: If there is no evaluation, one has no scores, or evaluations are of different
-            collections or splits.
-    """
-    found: dict[Path, Evaluation] = {}
-    suites: list[Path] = []
-    for path in sorted(folder.rglob("metrics.json"), key=lambda path: path.parent.parts):
-        home = path.parent
-        record = read_metrics(home)
-        if not isinstance(record, Evaluation) or any(suite in home.parents for suite in suites):
-            continue
-        if not record.overall and not record.too_deep:
-            message = f"{path} has no scores; run evaluate.py again, or remove the file"
-            raise InputError("no-scores", message)
-        suites += [home] if isinstance(record, Suite) else []
-        found[home] = record
-    if not found:
-        message = f"{folder} holds no evaluation (metrics.json); make one with evaluate.py"
-        raise InputError("no-evaluation", message)
-    remedy = f"give a folder of one, or see all by python -m caravan.report page {folder}"
-    refuse_mixed({str(home.relative_to(folder)): one for home, one in found.items()}, remedy)
-    return systems_of(found, folder)
 
 
 def systems_of(
@@ -94,11 +55,6 @@ def systems_of(
     return sorted(named, key=lambda one: one.scored.overall.get(first, 0.0))
 
 
-def measures_of(scored: Iterable[Scored]) -> list[str]:
-    """The measures of several systems or stages, each once, in the order met."""
-    return list(dict.fromkeys(measure for one in scored for measure in one.overall))
-
-
 def results_table(systems: Sequence[System], p_values: Sequence[str] = ()) -> Table:
     """Scores and seconds of systems on one collection; `p_values`: against the row before."""
     one = systems[0].evaluation
@@ -114,52 +70,36 @@ def results_table(systems: Sequence[System], p_values: Sequence[str] = ()) -> Ta
         caption += f" p: paired t-test in {frame.columns[1]} against the row before."
         frame["p"] = p_values
     frame["seconds"] = [system.scored.seconds for system in systems]
-    caption += depth_note({of.name: of.scored.depth for of in systems if of.scored.too_deep})
     return Table.of("results", caption, frame, {"seconds": "{:,.1f}"})
 
 
-def stages_table(one: Evaluation, place: str = "") -> Table | None:
+def stages_table(one: Evaluation, place: str = "") -> Table:
     """The stages of one evaluation: scores, gain over the best stage before, queries a second.
 
-    None if no run is deep enough for any of the measures. If there are several tables, `place`
-    is the name of the evaluation.
+    If there are several tables, `place` is the name of the evaluation.
     """
     frame = pd.DataFrame([stage.overall for stage in one.stages])
-    if frame.empty:
-        return None
     lead = f"{place}: " if place else ""
     caption = (
-        f"{lead}{one.where}: {one.queries:,} queries; best in bold. Gain: in {frame.columns[0]},"
+        f"{lead}{one.where}: {one.queries:,} queries; best in bold. Gain: in the first measure,"
         " over the best stage before; queries/s: without what is done once for a collection."
     )
     frame.insert(0, "stage", [stage.stage for stage in one.stages])
     frame["gain"] = [NONE if of.gain is None else signed(of.gain) for of in one.stages]
     frame["queries/s"] = [stage.queries_per_second for stage in one.stages]
-    caption += depth_note({of.stage: of.depth for of in one.stages if of.too_deep})
     return Table.of(slug(f"stages {place}"), caption, frame, {"queries/s": "{:,.1f}"})
 
 
-def read_suites(folders: Sequence[Path]) -> dict[str, Suite]:
-    """Suites by the ends of the folders' paths.
+def suites_section(suites: Mapping[Path, Suite]) -> tuple[Section, str]:
+    """The table of suites by run directory, with notes, and a sentence on their means.
 
     Raises:
-        InputError: If a folder is given twice, or holds no suite with a finished collection.
+        InputError: As `collect_suites`.
     """
-    refuse_repeated(folders)
-    found = []
-    for folder in folders:
-        record = read_metrics(folder)
-        if not isinstance(record, Suite) or not record.collections:
-            failed = record.failed if isinstance(record, Suite) else {}
-            why = "".join(f" ({name}: {reason})" for name, reason in failed.items())
-            raise InputError(
-                "no-evaluation",
-                f"{folder} has no evaluation of several collections that is finished{why}; run"
-                " evaluate.py data.path=<folder> 'collections=[...]'",
-            )
-        found.append(record)
-    names = distinct([path_names(folder.resolve()) for folder in folders])
-    return dict(zip(names, found, strict=True))
+    names = distinct([path_names(home.resolve()) for home in suites])
+    scores, notes = collect_suites(dict(zip(names, suites.values(), strict=True)))
+    blocks = [suites_table(scores), *notes]
+    return Section("All collections", "overview", blocks), means_sentence(scores)
 
 
 def collect_suites(suites: Mapping[str, Suite]) -> tuple[pd.DataFrame, list[str]]:
@@ -179,10 +119,9 @@ def collect_suites(suites: Mapping[str, Suite]) -> tuple[pd.DataFrame, list[str]
     groups: dict[str, str] = {}
     contents: dict[str, tuple[str, str]] = {}
     scores: dict[tuple[str, str], dict[str, float]] = {}
-    short: dict[str, int | None] = {}
     notes, several = [], len(suites) > 1
     for given, suite in suites.items():
-        name = given if several else suite.system
+        name = given if several else suite.system or given
         for collection, own in suite.collections.items():
             collection = printable(collection)  # pandas refuses half of a surrogate pair
             groups[collection] = printable(own.group)
@@ -191,19 +130,17 @@ def collect_suites(suites: Mapping[str, Suite]) -> tuple[pd.DataFrame, list[str]
                     f"{name} has a different content or split of {collection} than those before"
                 )
                 raise InputError("mixed-collections", f"{message}; evaluate it again")
-            for stage, scored in own.scored().items():
+            for stage, overall in own.stages.items():
                 label = name if len(own.stages) == 1 else f"{name} {stage}"
                 label = printable(label if several else stage)
-                if scored.too_deep:
-                    short[label] = scored.depth
-                for measure, value in scored.overall.items():
+                for measure, value in overall.items():
                     scores.setdefault((label, measure), {})[collection] = value
         if suite.failed:
             notes.append(f"{name}: not in the mean, as they failed: {', '.join(suite.failed)}")
-    if note := depth_note(short):
-        notes.append(note.strip().replace(NONE, "-"))
     if not scores:
-        why = " ".join(notes) or "their stages are empty; evaluate them again"
+        failed = [of for suite in suites.values() for of in suite.failed.items()]
+        why = "; ".join(f"{collection}: {reason}" for collection, reason in failed)
+        why = why or "their stages are empty; evaluate them again"
         raise InputError("no-scores", f"{', '.join(suites)}: no collection has scores: {why}")
     measures = dict.fromkeys(measure for _, measure in scores)
     systems = dict.fromkeys(system for system, _ in scores)
@@ -257,17 +194,3 @@ def means_sentence(scores: pd.DataFrame) -> str:
     found = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
     shared = " that all systems have" if len(means) > 1 else ""
     return f"Mean {measure} of the collections{shared}: {found}." if found else ""
-
-
-def show_suites(suites: Mapping[str, Suite], folder: Path | None = None) -> None:
-    """Print the collections of suites with their means; of one, write collections.csv."""
-    scores, notes = collect_suites(suites)
-    show(suites_table(scores))
-    for note in notes:
-        show(note)
-    if folder is not None:
-        path = folder / "collections.csv"
-        columns = [" ".join(column) for column in scores.columns]
-        with replacing(path) as scratch:
-            scores.set_axis(columns, axis=1).to_csv(scratch, index_label="collection")
-        show(f"table {path}")

@@ -1,10 +1,8 @@
-"""The jobs of a sweep in one table and one plot.
-
-    python -m caravan.report sweep runs/sweeps/rerank_depth
+"""The jobs of a sweep in one table, and plots.
 
 A row is a job: the settings that differ from job to job, then the metrics of its `metrics.json`.
-The files beside the jobs are sweep.txt, sweep.csv, sweep.png and sweep.svg. A sweep over seeds also
-has a table of means and standard deviations. `evaluate.py -m` and `train.py -m` end with the table.
+A sweep over seeds also has a table of means and standard deviations. `evaluate.py -m` and
+`train.py -m` end with the tables.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from caravan.errors import InputError, printable
+from caravan.errors import printable
 from caravan.files import replacing
 from caravan.report import jobs, readings
 from caravan.report.plots import Line, Plot, intervals, lines
@@ -29,8 +27,7 @@ from caravan.report.records import (
     read_jobs,
     read_metrics,
 )
-from caravan.report.tables import NONE, SCORE, Table, depth_note, slug
-from caravan.report.tables import show as show_block
+from caravan.report.tables import NONE, SCORE, Section, Table, slug
 
 SEED, SECONDS, TRAINED, MEMORY, BYTES = "seed", "seconds", "trained", "GiB", "bytes/vector"
 DIM = "dim"  # the setting that determines the bytes, together with the index
@@ -46,6 +43,7 @@ ONLY_IF_THEY_DIFFER = {TRAINED: [TRAINED, MEMORY], BYTES: [BYTES]}
 """Columns that are left out if all jobs have the same value of the key."""
 LONG = ("sweep", "sweep-seeds")
 """Names of the tables with one row per job, and one row per setting."""
+MOST_MEASURES = 6  # plots in a section
 NOTES = {
     SECONDS: "training, or indexing and search",
     TRAINED: "weights that are updated",
@@ -106,17 +104,11 @@ class Sweep:
         return self.averaged().xs("mean", axis=1, level=1).reset_index(names=self.others or None)
 
 
-def collect(folder: Path) -> Sweep:
-    """The jobs of the sweep in a folder.
-
-    Raises:
-        InputError: If there is no job.
-    """
-    found, others = read_jobs(folder)
-    if not found:
-        inside = ", ".join(str(one.relative_to(folder)) for one in others)
-        remedy = f"give the folder of one sweep ({inside})" if inside else "start one with -m"
-        raise InputError("no-jobs", f"{folder} holds no job of a sweep (job.json); {remedy}")
+def collect(folder: Path) -> Sweep | None:
+    """The jobs of the sweep in a folder; None if it is not the folder of a sweep."""
+    found = read_jobs(folder)
+    if not found or folder in found:
+        return None
     overrides = {
         run: {printable(key): _value(text) for key, text in job.overrides.items()}
         for run, job in found.items()
@@ -212,9 +204,7 @@ def tables(sweep: Sweep) -> list[Table]:
         return []
     parts = [f"a row for each job{' and reading' * sweep.reads}", "best in bold"]
     parts += [f"{name}: {text}" for name, text in NOTES.items() if name in sweep.measures]
-    evaluations = {run: one for run, one in sweep.records.items() if isinstance(one, Evaluation)}
-    short = {sweep.labels[run]: one.depth for run, one in evaluations.items() if one.too_deep}
-    caption = f"{sweep.name}: {'; '.join(parts)}.{depth_note(short)}"
+    caption = f"{sweep.name}: {'; '.join(parts)}."
     others = [name for name in sweep.measures if name not in sweep.scores]
     formats = {name: FORMATS.get(name, SCORE) for name in others}
     made: list[Table] = []
@@ -234,24 +224,20 @@ def tables(sweep: Sweep) -> list[Table]:
     return made
 
 
-def show(folder: Path) -> list[tuple[str, str]]:
-    """Print the table, write it beside the jobs as text, csv and plot; returns the failed jobs."""
-    sweep = collect(folder)
+def section(sweep: Sweep) -> Section:
+    """The shortest tables of a sweep, plots, the other tables, and the jobs that failed."""
     made = tables(sweep)
-    for table in made:
-        show_block(table)
-    with replacing(folder / "sweep.txt") as path:
-        path.write_text("\n".join(table.text() for table in made), "utf-8")
-    with replacing(folder / "sweep.csv") as path:
-        sweep.rows.replace(sweep.whole).to_csv(path, index=False)
-    written = ["sweep.txt", "sweep.csv"]
-    for plot in plots(sweep)[:1]:
-        replace(plot, name="sweep").write(folder)
-        written += ["sweep.png", "sweep.svg"]
-    show_block(f"table {', '.join(str(folder / name) for name in written)}")
-    for job, reason in sweep.failed:
-        show_block(f"failed: {job}: {reason}")
-    return sweep.failed
+    first = [table for table in made if table.name not in LONG] or made[-1:]
+    rest = [table for table in made if table not in first]
+    blocks: list[Any] = [*first, *plots(sweep)[:MOST_MEASURES], *rest]
+    blocks += [f"Not finished: {job}: {reason}" for job, reason in sweep.failed]
+    return Section("Sweep", "sweep", blocks)
+
+
+def write(sweep: Sweep, path: Path) -> None:
+    """Write the rows as csv, with the paths among the values in full."""
+    with replacing(path) as scratch:
+        sweep.rows.replace(sweep.whole).to_csv(scratch, index=False)
 
 
 def plots(sweep: Sweep) -> list[Plot]:

@@ -28,7 +28,6 @@ from caravan.report.records import (
     distinct,
     path_names,
     read_metrics,
-    refuse_mixed,
     refuse_repeated,
 )
 
@@ -43,6 +42,12 @@ class System:
     evaluation: Evaluation | None = None
     scored: Scored = field(default_factory=lambda: Scored(overall={}))
     """The evaluation, or its stage that wrote the run; without scores for a run file alone."""
+
+    @property
+    def depth(self) -> int | None:
+        """The depth of the run in its evaluation; None for a run file alone."""
+        stages = self.evaluation.stages if self.evaluation else []
+        return next((one.depth for one in stages if Path(one.run).name == self.run.name), None)
 
 
 class Ids:
@@ -142,6 +147,16 @@ def read_judged(systems: Sequence[System], qrels: Path | None = None) -> Judged:
     if qrels is not None:
         return _from_file(qrels)
     known = {one.name: one.evaluation for one in systems if one.evaluation is not None}
+    if len({(one.collection.digest, one.split) for one in known.values()}) > 1:
+        each = ", ".join(
+            f"{name} ({one.where}, digest {one.collection.digest[:12]})"
+            for name, one in known.items()
+        )
+        raise InputError(
+            "mixed-collections",
+            f"these are of different collections or splits: {each}; evaluate all of them on one"
+            " (evaluate.py data.split=...)",
+        )
     homes = [one.home for one in systems if one.home is not None]
     if not homes:
         message = (
@@ -149,7 +164,6 @@ def read_judged(systems: Sequence[System], qrels: Path | None = None) -> Judged:
             " evaluation, or --qrels and a file of judgements"
         )
         raise InputError("unknown-collection", message)
-    refuse_mixed(known, "evaluate all of them on one (evaluate.py data.split=...)")
     first = next(iter(known.values()))
     found, split = find(first.collection.digest, homes[0]), first.split
     relevant_from = found.relevant_from.get(split, 1)

@@ -152,8 +152,16 @@ class Section:
     blocks: Sequence[Any]
 
 
-def show(shown: Table | str) -> None:
-    """Print a table that fits the terminal, or a line, without control characters."""
+def show(shown: Section | Table | str) -> None:
+    """Print a table that fits the terminal, or text, without control characters.
+
+    Of a section, its tables and texts are printed.
+    """
+    if isinstance(shown, Section):
+        for block in shown.blocks:
+            if isinstance(block, Table | str):
+                show(block)
+        return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     text = shown.text(width) if isinstance(shown, Table) else printable(shown)
     sys.stdout.write(f"{text}\n")
@@ -185,14 +193,6 @@ def slug(text: str) -> str:
     'MRR-rel-2-10'
     """
     return re.sub(r"[^\w.]+", "-", text).strip("-")
-
-
-def depth_note(short: Mapping[str, int | None]) -> str:
-    """A sentence on the runs that some measure looks deeper than, by name; empty without any."""
-    if not short:
-        return ""
-    runs = ", ".join(f"{name} is {depth:,} deep" for name, depth in short.items())
-    return f" Not scored ({NONE}): the measure looks deeper than the run ({runs})."
 
 
 def best(scores: pd.DataFrame) -> list[tuple[int, int]]:

@@ -96,6 +96,8 @@ def per_query(run: Run, qrels: Qrels, measures: Sequence[str]) -> dict[str, np.n
     The run is scored in its order; pass `canonical(run, corpus)` where scores may tie.
     """
     wanted = {name: parse_measure(name) for name in measures}
+    if not wanted:  # ir_measures needs one
+        return {}
     rows, best = qrels.queries, run.top(deepest(measures))
     values = {measure: np.zeros(len(rows)) for measure in wanted.values()}
     unknown: dict[int, list[int]] = {}
@@ -192,14 +194,11 @@ def mean_over_collections(
 
     stages = []
     for parts in zip(*(record["stages"] for record in every), strict=True):
-        sizes = zip((part["depth"] for part in parts), every, strict=True)
-        depths = [depth for depth, record in sizes if depth < record["passages"]]
         stages.append(
             {
                 "stage": parts[0]["stage"],
                 "run": "",
                 "run_xxh3": manifests.digest([part["run_xxh3"] for part in parts]),
-                "depth": min(depths, default=None),  # None: each ranks all passages
                 "overall": mean([part["overall"] for part in parts]),
                 "seconds": sum(part["seconds"] for part in parts),
             }
@@ -224,7 +223,6 @@ def mean_over_collections(
                 "digest": record["collection"]["digest"],
                 **{key: record[key] for key in ("split", "queries", "passages", "overall")},
                 "stages": {stage["stage"]: stage["overall"] for stage in record["stages"]},
-                "depths": {stage["stage"]: stage["depth"] for stage in record["stages"]},
                 "seconds": record["seconds"],
             }
             for folder, record in records.items()

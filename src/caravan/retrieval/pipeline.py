@@ -4,6 +4,8 @@
     run_dir/runs/         <stage>.<split>.trec, the run of each stage
     run_dir/metrics.json  metrics of the last stage, and of all stages
 
+A stage has no measure that looks deeper than its run; the log says so.
+
 The inputs are data, systems and settings. With equal inputs, finished stages are reused and
 interrupted ones resumed. An evaluation with other inputs in the same run_dir raises an error, so
 results are never overwritten. To mine hard negatives, evaluate the training queries.
@@ -21,7 +23,14 @@ from caravan import manifests
 from caravan.distributed import is_main_process, world_size
 from caravan.errors import InputError, OccupiedError, is_termination, sentence
 from caravan.files import claimed, replacing
-from caravan.retrieval.metrics import deepest, depth_of, mean_over_collections, score_run, spelled
+from caravan.retrieval.metrics import (
+    deepest,
+    depth_of,
+    mean_over_collections,
+    score_run,
+    spelled,
+    too_deep,
+)
 from caravan.retrieval.stages import Ranking, Stages, is_finished
 
 log = logging.getLogger(__name__)
@@ -86,6 +95,7 @@ class Evaluation:
             "measures": self.measures,
             "versions": manifests.versions(("ir_measures",)),
             "mean": "all judged queries",  # earlier versions excluded some
+            "too_deep": "left out",  # earlier versions scored them
         }
         if is_finished(path, inputs, "xxh3"):
             return manifests.read_json(path)
@@ -95,25 +105,31 @@ class Evaluation:
         stages, collection, measures = self.stages, self.stages.collection, self.measures
         rows: list[dict[str, Any]] = []
         scored: dict[str, Any] = {}
-        best = None
+        best: float | None = None
         for ranking in self.rankings:
             run = stages.read(ranking, depth=deepest(measures))
-            scored = score_run(run, stages.qrels, *stages.texts, measures)
-            first = next(iter(scored["overall"].values()))
+            depth = depth_of(run, ranking.depth)
+            if dropped := too_deep(measures, depth, len(collection.corpus)):
+                text = "%s on %s: the run has %d passages per query, so it has no %s"
+                log.info(text, ranking.name, collection.name, depth, ", ".join(dropped))
+            known = [name for name in measures if name not in dropped]
+            scored = score_run(run, stages.qrels, *stages.texts, known)
+            first = scored["overall"].get(measures[0])
             seconds = ranking.seconds("_query_s")
             rows.append(
                 {
                     "stage": ranking.name,
                     "run": f"runs/{ranking.path.name}",
                     "run_xxh3": ranking.digest,
-                    "depth": depth_of(run, ranking.depth),
+                    "depth": depth,
                     "overall": scored["overall"],
                     "seconds": ranking.seconds(),
                     "queries_per_second": len(stages.qrels.queries) / seconds if seconds else None,
-                    "gain": None if best is None else first - best,
+                    "gain": None if first is None or best is None else first - best,
                 }
             )
-            best = first if best is None else max(best, first)
+            if first is not None:
+                best = first if best is None else max(best, first)
         return {
             "system": rows[-1]["stage"],
             "collection": {"name": collection.name, "digest": collection.digest},
