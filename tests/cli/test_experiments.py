@@ -212,7 +212,7 @@ def test_the_search_finds_the_best_of_its_trials_and_goes_on(stand: Stand, tmp_p
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "run").rglob("job.json"))) == 2  # the same trials again
-    assert "is there already" in done.stderr
+    assert "exists already" in done.stderr
     with (tmp_path / "run/sweep.csv").open() as file:
         best = max(float(row["val/MRR@10"]) for row in csv.DictReader(file))
     reported = re.search(r"Best value: ([\d.]+)", done.stderr)
