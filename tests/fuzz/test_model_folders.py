@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from tests.export.folders import make
 from tests.fuzz.mutations import (
     Mutant,
     amounts,
@@ -19,9 +19,15 @@ from tests.fuzz.mutations import (
     put,
     sampled,
 )
+from tests.models.released import save_base
+from tests.models.small import save_adapter
 
 from caravan.api import Retriever
+from caravan.encoding import Encoding
 from caravan.errors import InputError
+from caravan.models import folder
+from caravan.models.backbone import Pretrained
+from caravan.models.biencoder import BiEncoder
 
 FILES = {
     "whole": (
@@ -35,10 +41,16 @@ TEXTS = ["camel caravan", "salt route 7", ""]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model folder of whole weights, and one of an adapter on a base elsewhere."""
+def folders(
+    tokenizer: Any, encoding: Encoding, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """A model folder of whole weights, and one of an adapter on a base beside it."""
     to = tmp_path_factory.mktemp("fuzzed")
-    return {"whole": make(to / "whole"), "adapter": make(to / "adapter", "retriever, adapter")}
+    base = save_base(to / "base", tokenizer)
+    whole = BiEncoder(Pretrained(str(base)).model(tokenizer), encoding)
+    folder.save(to / "whole", whole, tokenizer, encoding, {})
+    save_adapter(base, to / "adapter", tokenizer, encoding)
+    return {kind: to / kind for kind in FILES}
 
 
 def _embedded(path: Path) -> np.ndarray:
