@@ -14,8 +14,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
-
 from caravan.distributed import rank, world_size
 from caravan.errors import InputError, first_line
 
@@ -37,7 +35,11 @@ def join() -> None:
         InputError: "no-rendezvous" if they do not find each other.
     """
     own, size, environ = rank(), world_size(), os.environ
-    if size == 1 or dist.is_initialized():
+    if size == 1:
+        return
+    import torch.distributed as dist  # not at the top: BM25's processes do without torch
+
+    if dist.is_initialized():
         return
     if "MASTER_ADDR" not in environ and (nodes := environ.get("SLURM_STEP_NODELIST")):
         from pytorch_lightning.plugins.environments import SLURMEnvironment
@@ -69,6 +71,8 @@ def meet(seen: Callable[[], bool], path: Path) -> None:
     """
     if world_size() == 1:
         return
+    import torch.distributed as dist
+
     try:
         dist.barrier()
     except RuntimeError as error:
