@@ -81,7 +81,7 @@ def test_the_command_answers_each_query_with_a_line_of_json(beir: Path, tmp_path
 def test_standard_input_has_a_query_per_line(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = b"\xef\xbb\xbfsalt?\n\n  gold = silk \nsand \xff"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
-    assert list(read_queries(quiet=True)) == ["salt?", "gold = silk", "sand \ufffd"]
+    assert list(read_queries(to_stderr=True)) == ["salt?", "gold = silk", "sand \ufffd"]
 
 
 @pytest.mark.parametrize(

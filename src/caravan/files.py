@@ -107,7 +107,7 @@ def filling_folder(folder: Path) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             for link in (folder, target.parent):
                 if link.is_symlink():
-                    problem = f"{link} is a symbolic link, which is not followed to write"
+                    problem = f"{link} is a symbolic link, and Caravan does not write through it"
                     raise InputError("link-in-cache", f"{problem}; remove the link")
             _sync(path)
             os.replace(path, target)

@@ -33,7 +33,7 @@ def path_of(product: Path) -> Path:
 
 
 def read(product: Path) -> dict[str, Any] | None:
-    """The inputs and facts in a product's manifest; None if there is none as it was written."""
+    """The inputs and facts in a product's manifest; None if it is missing or damaged."""
     try:
         manifest = json.loads(path_of(product).read_text("utf-8"))
         inputs, facts = manifest["inputs"], manifest["facts"]
@@ -45,7 +45,7 @@ def read(product: Path) -> dict[str, Any] | None:
 
 
 def facts(product: Path) -> dict[str, Any]:
-    """The facts in a product's manifest; empty if there is none as it was written."""
+    """The facts in a product's manifest; empty if it is missing or damaged."""
     return dict((read(product) or {}).get("facts", {}))
 
 
@@ -72,13 +72,13 @@ def write(product: Path, inputs: dict[str, Any], facts: dict[str, Any] | None = 
 
 
 def ensure(folder: Path, inputs: dict[str, Any], build: Callable[[Path], object]) -> Path:
-    """Return a folder of files that are made from these inputs; make them unless they are there.
+    """Return `folder` with the files that `build` makes from these inputs; build them if needed.
 
-    One process makes them while others wait. A folder that is as it was written is used without a
-    lock, so it may be read-only. Files in it that `build` does not write are left alone.
+    One process builds while others wait. An intact folder is used without a lock, so it may be
+    read-only. Files in it that `build` does not write are left alone.
 
     Args:
-        build: writes the files into a folder that it is given, which is empty.
+        build: writes the files into the empty folder that it is given.
     """
 
     def is_there() -> bool:
@@ -102,21 +102,21 @@ def ensure(folder: Path, inputs: dict[str, Any], build: Callable[[Path], object]
 
 
 def changed(folder: Path) -> Path | None:
-    """The first file of a folder of `ensure` that is not as written, or its manifest; or None."""
+    """The first missing or changed file of an `ensure` folder, or its manifest; None if intact."""
     if (manifest := read(folder)) is None:
         return path_of(folder)
-    files = {folder / name: content for name, content in manifest["facts"]["files"].items()}
-    return next((file for file, of in files.items() if not is_as_written(file, of)), None)
+    files = {folder / name: record for name, record in manifest["facts"]["files"].items()}
+    return next((file for file, record in files.items() if not is_as_written(file, record)), None)
 
 
 def remove(product: Path) -> None:
-    """Take the record away before the product is made again."""
+    """Remove the manifest before the product is built again."""
     path_of(product).unlink(missing_ok=True)
 
 
 def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
     """The versions of Caravan and of libraries that it computes with; imports none of them."""
-    # An import of the package would, to import-linter, be one of torch, which it imports lazily.
+    # import-linter would count `import caravan` as an import of torch; that one is lazy.
     found = {"caravan": sys.modules["caravan"].__version__}
     for name in libraries:
         try:
@@ -149,9 +149,9 @@ def content(path: Path) -> dict[str, Any]:
 
 
 def is_as_written(path: Path, record: Any) -> bool:
-    """Whether a file has the content of a record of `content`.
+    """Whether a file still has the content that `content` recorded.
 
-    It is read only if its size or times differ (it was copied or touched), once in a process.
+    The file is read, once per process, only if its size or times differ (copied or touched).
     """
     if not isinstance(record, dict) or not path.is_file():
         return False
@@ -160,7 +160,7 @@ def is_as_written(path: Path, record: Any) -> bool:
 
 
 def _state(path: Path) -> list[int]:
-    """Size and times; no program can set the second time (ctime) to what it was."""
+    """Size, mtime and ctime; a program can set mtime back, but not ctime."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 

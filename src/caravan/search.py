@@ -86,7 +86,7 @@ def config_of(settings: list[str]) -> DictConfig:
 
 
 def _count(text: str) -> int:
-    if int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return int(text)
 
@@ -98,11 +98,11 @@ def _query(text: str) -> str:
     return query
 
 
-def read_queries(quiet: bool) -> Iterator[str]:
+def read_queries(to_stderr: bool) -> Iterator[str]:
     """Queries typed at a terminal, until Ctrl-D or Ctrl-C, or the lines of standard input.
 
     Args:
-        quiet: standard output is read by a script, so the prompt is printed to standard error.
+        to_stderr: print the prompt to standard error, because a script reads standard output.
     """
     if not sys.stdin.isatty():
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")  # type: ignore[union-attr]
@@ -112,10 +112,10 @@ def read_queries(quiet: bool) -> Iterator[str]:
 
     while True:
         try:
-            if quiet:
+            if to_stderr:
                 sys.stderr.write("query> ")
                 sys.stderr.flush()
-            query = input("" if quiet else "query> ").strip()
+            query = input("" if to_stderr else "query> ").strip()
         except (EOFError, KeyboardInterrupt):
             sys.stderr.write("\n")
             return

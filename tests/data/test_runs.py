@@ -143,7 +143,7 @@ def test_a_long_run_is_parsed_once_and_again_if_anything_has_changed(
     names: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str | None
 ) -> None:
     path, kept, parsed = tmp_path / "x.trec", names.folder / "parsed", []
-    monkeypatch.setattr(module, "KEPT_FROM", 1)
+    monkeypatch.setattr(module, "CACHED_RUN", 1)
     monkeypatch.setattr(module, "read_run", lambda *given: parsed.append(given) or read_run(*given))
     shutil.rmtree(kept, ignore_errors=True)
     write_run(path, random_run(1), names.queries, names.corpus)

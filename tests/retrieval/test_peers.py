@@ -49,7 +49,7 @@ def meets(rank: int, port: str, stops: bool) -> None:
     peers.join()
     if stops:
         os.kill(os.getpid(), signal.SIGSTOP)
-    peers.meet(lambda: True, Path())
+    peers.barrier(lambda: True, Path())
 
 
 @pytest.mark.slow

@@ -31,8 +31,8 @@ FORMAT = 4
 OWN = "data:"
 """Prefix of the name of a run that belongs to the collection, as in `data:negatives`."""
 
-KEPT_FROM = 8 << 20
-"""Bytes of a run file from which its arrays are kept; a second of parsing."""
+CACHED_RUN = 8 << 20
+"""Smallest run file, in bytes, whose arrays are cached; it takes a second to parse."""
 ARRAYS = ("query_rows", "offsets", "passage_rows", "scores")
 
 SAMPLED_QUERIES = 64  # texts that `warn_if_queries_are_passages` compares
@@ -116,8 +116,8 @@ class Collection:
         written, the file is parsed.
         """
         path = self.run_path(name)
-        is_long = path.is_file() and path.stat().st_size >= KEPT_FROM
-        if not is_long or not os.access(self.folder, os.W_OK):
+        is_large = path.is_file() and path.stat().st_size >= CACHED_RUN
+        if not is_large or not os.access(self.folder, os.W_OK):
             return read_run(path, self.queries, self.corpus, depth)
         inputs = {"run": manifests.content_digest(path), "depth": depth}
 
@@ -146,7 +146,7 @@ def write_collection(
 ) -> Collection:
     """Stream records into a new collection folder and open it.
 
-    Only judgements and hashes of ids are held in memory.
+    Only judgements, runs and hashes of ids are held in memory.
 
     Args:
         folder: new or empty; `cached_collection` gives one.
@@ -238,7 +238,7 @@ def warn_if_queries_are_passages(collection: Collection, queries: np.ndarray) ->
     same |= asked == text_keys([("", text) for _, text in passages])
     if same.any() and 2 * same.sum() >= len(sample):
         log.warning(
-            "%s: %d of %d queries are also passages of the corpus with the same id; to drop these"
+            "%s: %d of %d queries have the id of a passage, often with the same text; to drop these"
             " passages from the results, as BEIR does, set ignore_identical_ids=true",
             collection.name, len(both), len(queries),
         )  # fmt: skip

@@ -3,12 +3,12 @@
     query Q0 passage rank score tag         TREC; the score decides, as in trec_eval
     query passage rank                      MS MARCO; ranks 1, 2, 3, ... in each query, in order
 
-The number of columns decides. Three columns whose last are not ranks in order may end with a score,
-so they are refused. Columns are separated by ASCII white space, so ids may have other white space
+The number of columns decides. If the third of three is not the rank, in order, it may be a score,
+so the file is refused. Columns are separated by ASCII white space; ids may have other white space
 (U+00A0).
 
 A run of a large collection has millions of lines, so no Python code loops over lines: megabytes are
-normalized to one space between columns, counted as arrays of bytes, and parsed by Arrow's CSV
+normalized to one space between columns, their columns counted with NumPy, and parsed by Arrow's CSV
 reader, which also finds the distinct ids.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,8 +117,11 @@ def _layout(path: Path, number: int, cells: list[bytes]) -> tuple[Layout, bool]:
 
 
 def _awk(path: Path, column: int) -> str:
-    """The command that makes a TREC file of one whose score is in this column, from 1."""
-    return f"""awk '{{print $1, "Q0", $2, 0, ${column}, "run"}}' {path} > {path}.trec"""
+    """An awk command that converts a file with its score in this column (from 1) to TREC."""
+    program = f"""awk '{{print $1, "Q0", $2, 0, ${column}, "run"}}'"""
+    given, target = shlex.quote(str(path)), shlex.quote(f"{path}.trec")
+    read = f"gzip -dc {given} | {program}" if path.suffix == ".gz" else f"{program} {given}"
+    return f"{read} > {target}"
 
 
 def _meaning(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a data source provides, its records as streams, and the cache of built collections."""
+"""The `Source` protocol, streams of records, and the cache of built collections."""
 
 from __future__ import annotations
 
@@ -111,10 +111,10 @@ def held_out(
     if not 0 <= share < 1:
         raise InputError("invalid-setting", f"data.held_out={share} is not in [0, 1)")
     if share and (dev in qrels or train not in qrels):
-        there = ", ".join(sorted(qrels))
+        there = ", ".join(sorted(qrels)) or "none"
         raise InputError(
             "invalid-setting",
-            f"data.held_out makes {dev} from {train}, but there are {there}: set it to 0",
+            f"data.held_out makes {dev} from {train}, but the splits are {there}: set it to 0",
         )
     if not share:
         return dict(qrels)
@@ -144,8 +144,8 @@ def cached_collection(
     wait for its lock.
 
     Raises:
-        InputError: the cache or the folder belongs to another user, or everybody may write to it;
-            the folder is damaged and a link.
+        InputError: the cache or the folder belongs to another user, or is writable by everyone;
+            the folder is damaged and is a symbolic link.
     """
     plain = re.sub(r"[^\w.-]+", "-", name)
     folder = cache_folder(cache_dir, "collections") / f"{plain}-{key}"

@@ -1,8 +1,8 @@
-"""The embedded collection: the documentation of Python and of the packages installed here.
+"""The embedded collection: the documentation of Python and of the packages Caravan requires.
 
 The first paragraph of a docstring is a query, and the rest is the relevant passage. Every machine
 that runs Caravan has about 27,000 such pairs, so training, evaluation and search need no download.
-Passages do not contain the names of functions, which would make the task one of matching words.
+Passages do not include the function's name, which would reduce the task to word matching.
 
     python evaluate.py retriever=bm25 data=pydocs
 """
@@ -39,7 +39,7 @@ REQUIREMENTS = (
     "safetensors", "peft", "bitsandbytes", "faiss-cpu", "bm25s", "PyStemmer", "ir_measures",
     "datasets", "tensorboard", "rich",
 )  # fmt: skip
-"""What Caravan itself needs (but for plots); with what these need, the collection's packages."""
+"""Caravan's requirements (except plots); with their dependencies, the collection's packages."""
 
 MIN_WORDS = 15  # of a passage
 QUERY_WORDS = range(4, 41)  # longer first paragraphs are descriptions rather than queries
@@ -81,7 +81,7 @@ class PyDocs(Source):
             and everything that Caravan's requirements need.
         train_split, dev_split, split: qrels to train on, to validate on, and to score.
         held_out: share of the queries in dev, and again in test.
-        unit: one passage is a "docstring", or as a long document all those of a "module".
+        unit: a passage is one "docstring", or all docstrings of a "module".
     """
 
     language = "en"
@@ -168,7 +168,7 @@ def pairs(found: Iterable[tuple[str, str]]) -> Iterator[Pair]:
 def cut(name: str, docstring: str) -> Pair | None:
     """First paragraph and rest, free of reStructuredText's markup; None if there is no rest.
 
-    A heading with a line under it and a signature are no first paragraph.
+    Headings with a line under them and signatures are skipped.
 
     >>> cut("m:f", "f(x)\\n\\nAdd `x`.\\n\\nTwice.")
     Pair(name='m:f', query='Add x.', text='Twice.', query_key='add x', text_key='twice')

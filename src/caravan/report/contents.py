@@ -3,7 +3,7 @@
     python -m caravan.report table runs/quickstart
 
 A folder may be that of a sweep, and have evaluations of one collection, suites (evaluations of
-several collections) and trainings below it.
+several collections) and training runs below it.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Contents:
     Attributes:
         folders: the folders; absolute if there are several.
         folder: the only one, or the one that holds all of them.
-        sweep: if the folder is that of a sweep; its jobs are also among the others.
+        sweep: None if the folder is not a sweep's; its jobs are also in the fields below.
         evaluations: also those of each collection of a suite.
-        names: of the jobs of the sweep and the evaluations of suites; others have their paths.
+        names: for jobs of the sweep and evaluations of suites; others are named by path.
     """
 
     folders: Sequence[Path]
@@ -50,7 +50,7 @@ class Contents:
 
 
 def read(folders: Sequence[Path]) -> Contents:
-    """Read all runs below folders. Only one folder is recognized as a sweep.
+    """Read all runs below folders. A sweep is recognized only in a single folder.
 
     Raises:
         InputError: If a folder does not exist or is given twice, a file is damaged, or there is no
@@ -87,7 +87,7 @@ def read(folders: Sequence[Path]) -> Contents:
     trainings = {home: record for home, record in records.items() if isinstance(record, Training)}
     if not records and of_sweep is None:
         places = ", ".join(map(str, folders))
-        message = f"{places} holds no run with metrics (metrics.json); make one with train.py or"
+        message = f"no run with metrics (metrics.json) below {places}; make one with train.py or"
         raise InputError("no-runs", f"{message} evaluate.py")
     return Contents(folders, folder, of_sweep, suites, evaluations, trainings, names)
 
@@ -100,8 +100,8 @@ def show_table(contents: Contents) -> None:
     """
     others = {home: one for home, one in contents.evaluations.items() if home not in contents.names}
     if not (contents.sweep or contents.suites or others):
-        message = f"{contents.folder} holds no evaluation and is not the folder of a sweep; see"
-        raise InputError("no-evaluation", f"{message} trainings with `page`")
+        message = f"{contents.folder} holds no evaluation and no sweep; for training runs, use"
+        raise InputError("no-evaluation", f"{message} `page`")
     if contents.sweep is not None:
         show(sweep.section(contents.sweep))
     if contents.suites:

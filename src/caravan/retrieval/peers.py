@@ -1,8 +1,8 @@
 """The processes that torchrun or srun start together: they wait for each other's files.
 
-They form a gloo process group, whose barrier fails when a process has ended. A process that is slow
-or stopped is waited for. When one ends, the others end with the shards that they still compute;
-finished shards are kept.
+They form a gloo process group, whose barrier fails when a process has ended. The others wait
+for a slow or stopped process. When one ends, they finish their own shards and then end; finished
+shards are kept.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from caravan.errors import InputError, first_line
 
 JOIN = timedelta(minutes=5)
 """All processes must have started and imported torch within this time."""
-LONGEST = timedelta(days=20)
-"""For which a process waits: ranks may be slow, and have unequal work."""
+TIMEOUT = timedelta(days=20)
+"""How long a process waits for the others: ranks may be slow, with unequal work."""
 VISIBLE_S = 120
 """Network file systems show a new file late: NFS after up to a minute."""
 
@@ -49,18 +49,18 @@ def join() -> None:
         environ.setdefault("MASTER_PORT", str(12_000 + (10 * int(job) + int(step)) % 20_000))
     try:
         store, _, _ = next(dist.rendezvous("env://", own, size, timeout=JOIN))
-        dist.init_process_group("gloo", store=store, rank=own, world_size=size, timeout=LONGEST)
+        dist.init_process_group("gloo", store=store, rank=own, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise InputError(
             "no-rendezvous",
-            f"the {size} processes of this command do not find each other ({first_line(error)});"
+            f"the {size} processes of this command cannot find each other ({first_line(error)});"
             " start all of them with torchrun or srun, or set MASTER_ADDR and MASTER_PORT to the"
             " machine of rank 0 and a free port there, and GLOO_SOCKET_IFNAME to the network"
             " interface between the machines",
         ) from error
 
 
-def meet(seen: Callable[[], bool], path: Path) -> None:
+def barrier(seen: Callable[[], bool], path: Path) -> None:
     """Wait until all processes have called this, and this one sees the files of the others.
 
     Args:

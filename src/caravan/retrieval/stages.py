@@ -285,7 +285,7 @@ class Stages:
         elif together:
             search()
         # Also if the run exists: rank 0 may have finished it before the others looked.
-        peers.meet(lambda: is_finished(path, inputs, "run_xxh3", warn=False), path)
+        peers.barrier(lambda: is_finished(path, inputs, "run_xxh3", warn=False), path)
         return Ranking(name, path, inputs, manifests.facts(path), depth)
 
 

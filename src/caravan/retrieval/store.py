@@ -113,10 +113,10 @@ class Store:
             self.engine.write(shards, missing)
         else:
             shards.write([number for number in missing if number % world_size() == rank()])
-        peers.meet(lambda: not shards.missing(), folder)
+        peers.barrier(lambda: not shards.missing(), folder)
         if is_main_process() and not finished:
             manifests.write(folder, inputs)
-        peers.meet(lambda: manifests.matches(folder, inputs), folder)
+        peers.barrier(lambda: manifests.matches(folder, inputs), folder)
         return shards
 
     def embeddings(

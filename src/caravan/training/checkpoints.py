@@ -8,9 +8,9 @@ has the whole state of training too, at an earlier update. Both have these parts
 - loops: updates, batches and validations done; epoch and position of the training loader
   (`caravan.data.loaders`).
 - callbacks: best metric and path, patience, ...; paths below run_dir are relative to it.
-- should_stop: early stopping has ended the run, which it does not repeat after a resume.
+- should_stop: set by early stopping, which does not set it again after a resume.
 
-There are no frozen weights (the manifest of the run has the digest of the base model) and no random
+Frozen weights are not saved (the manifest of the run has the digest of the base model), nor are RNG
 states: dropout, negatives and batches are functions of the seed and the position
 (`Stage.on_train_batch_start`, `caravan.data.negatives`).
 """
@@ -55,10 +55,10 @@ def read_checkpoint(path: Path, parts: Sequence[str] = ("state_dict",)) -> dict[
     Raises:
         InputError: "damaged-checkpoint", also if the file is missing.
     """
-    intact = "best.ckpt (of an earlier update) or a backup" if path.name == LAST else "a backup"
+    intact = "best.ckpt (from an earlier update) or a backup" if path.name == LAST else "a backup"
     problem = (
-        f"the checkpoint is damaged; copy {intact} over it and repeat the command with resume=true,"
-        f" or remove {path.parent} to train from the start"
+        f"the checkpoint is missing or damaged; copy {intact} to it and repeat the command with"
+        f" resume=true, or remove {path.parent} to train from the start"
     )
     with reading(path, problem, "damaged-checkpoint"):
         with zipfile.ZipFile(path) as archive:

@@ -1,7 +1,7 @@
 """Unlabelled text: files, or a Hugging Face dataset, as a collection without queries.
 
 LLaRA adapts on unlabelled text. The texts become the corpus of a memory-mapped collection, so that
-a Wikipedia takes disk and no memory, and a resumed run finds the same texts in the same order.
+Wikipedia takes disk space, not memory, and a resumed run finds the same texts in the same order.
 
     python train.py stage=adaptation data=texts data.path=/data/wikipedia.jsonl
 """
@@ -24,7 +24,7 @@ from caravan.files import listed
 FILE = re.compile(r".+\.(txt|jsonl)(\.gz)?")
 ROW = 'a row is an object such as {"text": "..."}; data.text and data.title name other columns'
 TITLE = "title"
-"""The column that is read if it is there; any other has to be there."""
+"""The default title column, which may be missing; others may not."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ class UnlabelledTexts(Source):
 
     def collection(self, cache_dir: str | Path) -> Collection:
         files = self._files()
-        # files and folders are found again by their content, a hub id by its name
+        # files and folders are identified by content, hub datasets by id
         read = [[file.suffixes, digest(file, cache_dir)] for file in files]
         settings = [self.documents, self.text, self.title, self.config, self.subset, self.revision]
         key = cache_key("texts", read or contents(self.path, cache_dir) or self.path, settings)
