@@ -141,7 +141,7 @@ def test_a_folder_that_is_there_needs_no_lock(
     manifests.ensure(tmp_path / "x", INPUTS, _build)
 
 
-@pytest.mark.parametrize("damage", ["file", "manifest", "other inputs"])
+@pytest.mark.parametrize("damage", ["file", "manifest", "other inputs", "another version"])
 def test_a_folder_that_has_changed_is_built_again_beside_foreign_files(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -150,6 +150,8 @@ def test_a_folder_that_has_changed_is_built_again_beside_foreign_files(
     (folder / "a").write_text("changed")
     if damage == "manifest":
         manifests.path_of(folder).unlink()
+    if damage == "another version":
+        manifests.write(folder, INPUTS, {"files": "a digest"})
     manifests.ensure(folder, INPUTS if damage != "other inputs" else {}, _build)
     assert (folder / "a").read_text() == "a"
     assert (folder / "notes.txt").exists()
@@ -174,3 +176,11 @@ def test_nothing_is_written_where_a_link_points(tmp_path: Path, link: str) -> No
     with refused("link-in-cache", link):
         manifests.ensure(tmp_path / "x", INPUTS, _build)
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_what_is_in_the_way_of_a_folder_or_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    (tmp_path / "y/a").mkdir(parents=True)
+    for name, place in (("x", "x is not a folder"), ("y", "y/a is a folder")):
+        with refused("cache-obstructed", place):
+            manifests.ensure(tmp_path / name, INPUTS, _build)

@@ -107,3 +107,11 @@ def test_mistakes_are_reported_before_anything_loads(
 def test_wrong_options_are_refused(given: list[str], call: Call) -> None:
     code, _, error = call(main, "retriever=bm25", *given)
     assert (code, given[0] in error) == (2, True)
+
+
+def test_a_search_is_one_process(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with refused("several-processes", "2 were started"):
+        open_search(beir, tmp_path, "retriever=bm25")

@@ -98,19 +98,28 @@ def filling_folder(folder: Path) -> Iterator[Path]:
     They replace files of the same names; all other files stay.
 
     Raises:
-        InputError: "link-in-cache", the files would move to where a link points.
+        InputError: "link-in-cache", the files would move to where a link points;
+            "cache-obstructed", something else has the name of the folder or of a file.
     """
+    _refuse_link(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError("cache-obstructed", f"{folder} is not a folder; remove it")
     with scratch_folder(folder) as scratch:
         yield scratch
         for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
             target = folder / path.relative_to(scratch)
+            _refuse_link(target.parent)
             target.parent.mkdir(parents=True, exist_ok=True)
-            for link in (folder, target.parent):
-                if link.is_symlink():
-                    problem = f"{link} is a symbolic link, and Caravan does not write through it"
-                    raise InputError("link-in-cache", f"{problem}; remove the link")
+            if target.is_dir():
+                raise InputError("cache-obstructed", f"{target} is a folder; remove it")
             _sync(path)
             os.replace(path, target)
+
+
+def _refuse_link(folder: Path) -> None:
+    if folder.is_symlink():
+        problem = f"{folder} is a symbolic link, and Caravan does not write through it"
+        raise InputError("link-in-cache", f"{problem}; remove the link")
 
 
 def _exchange(one: Path, other: Path) -> bool:

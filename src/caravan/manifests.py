@@ -105,7 +105,10 @@ def changed(folder: Path) -> Path | None:
     """The first missing or changed file of an `ensure` folder, or its manifest; None if intact."""
     if (manifest := read(folder)) is None:
         return path_of(folder)
-    files = {folder / name: record for name, record in manifest["facts"]["files"].items()}
+    written = manifest["facts"].get("files")
+    if not isinstance(written, dict):  # of another version
+        return path_of(folder)
+    files = {folder / name: record for name, record in written.items()}
     return next((file for file, record in files.items() if not is_as_written(file, record)), None)
 
 

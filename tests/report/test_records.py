@@ -13,7 +13,7 @@ from tests.report.conftest import Report, write_record
 
 from caravan.errors import CONTROLS
 from caravan.report import jobs
-from caravan.report.records import Job, read_jobs, read_metrics
+from caravan.report.records import Evaluation, Job, read_jobs, read_metrics
 
 COMMANDS = {
     "of evaluations": ["table", "mine"],
@@ -118,3 +118,13 @@ def test_a_folder_that_does_not_exist_is_named(
     code, _, error = report(command, tmp_path / "nowhere")
     assert code == 2
     assert str(tmp_path / "nowhere") in error
+
+
+def test_measures_deeper_than_a_run_are_left_out_of_older_files(tmp_path: Path) -> None:
+    scores = {"MRR@10": 0.3, "R@100": 0.5}
+    stage = {"run": "runs/x.trec", "run_xxh3": "d", "seconds": 1.0, "overall": scores}
+    stages = [{**stage, "stage": "bm25", "depth": 60}, {**stage, "stage": "reranked", "depth": 10}]
+    record = read_metrics(write_record(tmp_path, stages=stages))
+    assert isinstance(record, Evaluation)
+    assert [list(one.overall) for one in record.stages] == [["MRR@10", "R@100"], ["MRR@10"]]
+    assert list(record.overall) == ["MRR@10"]

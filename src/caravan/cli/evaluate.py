@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from caravan.cli.check import Config, Rule, measures_are_computed, model_folder, neighbour
 from caravan.cli.schema import build, recorded
 from caravan.data.segments import Reading
+from caravan.distributed import world_size
 from caravan.errors import InputError
 from caravan.files import listed
 from caravan.report import records
@@ -113,8 +114,12 @@ def searcher_of(cfg: DictConfig, reuse: Path) -> Searcher:
         reuse: a folder; embeddings and indexes of the evaluations below it are used.
 
     Raises:
-        InputError: "several-collections", "run-in-search", or as `evaluate`.
+        InputError: "several-processes", "several-collections", "run-in-search", or as
+                `evaluate`.
     """
+    if world_size() > 1:
+        problem = f"a search is one process, but {world_size()} were started"
+        raise InputError("several-processes", f"{problem}; start it without torchrun or srun")
     if cfg.collections is not None:
         raise InputError(
             "several-collections",
@@ -158,7 +163,7 @@ def _report(evaluation: Evaluation, metrics: dict[str, Any]) -> None:
     if len(shown.stages) > 1:
         show(stages_table(shown))
     overall = "  ".join(f"{name} {value:.4f}" for name, value in shown.overall.items())
-    log.info(f"{shown.system} on {shown.where}: {overall}")
+    log.info(f"{shown.system} on {shown.where}: {overall or 'no measure'}")
     zero = {
         "without a relevant passage": metrics["without_relevant"],
         "without a passage in the run": metrics["missing"] - metrics["unknown_queries"],

@@ -29,6 +29,7 @@ from caravan.models.digests import adapter_base, folder_digest
 from caravan.models.folder import HEAD
 from caravan.models.loading import load_tokenizer
 from caravan.models.remote_code import FACT
+from caravan.retrieval.metrics import too_deep
 
 MAX_BASES = 8
 """Model folders, each initialized from the one before, that are followed to the first base."""
@@ -209,7 +210,11 @@ def _stage_results(folder: Path, evaluation: Path, record: dict[str, Any]) -> It
         before = stage["stage"]
         if inputs.get("model") != digest or manifest["facts"].get("run_xxh3") != stage["run_xxh3"]:
             continue
+        depth = stage.get("depth")
+        unfair = [] if depth is None else too_deep(list(stage["overall"]), depth, passages)
         for name, value in stage["overall"].items():
+            if name in unfair:  # earlier versions wrote them
+                continue
             if not math.isfinite(value):
                 raise ValueError(f"{name} of {before} is not finite")
             yield _result(encoding, collection, record["split"], how, name, float(value))

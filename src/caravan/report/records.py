@@ -7,14 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from caravan.errors import InputError
 from caravan.manifests import read_json
 from caravan.report import jobs
-from caravan.retrieval.metrics import parse_measure
+from caravan.retrieval.metrics import parse_measure, too_deep
 
 
 def _measure(name: str) -> str:
@@ -77,6 +84,17 @@ class Evaluation(Scored):
     passages: Count
     seconds: Number
     facts: _Facts = _Facts()
+
+    @model_validator(mode="after")
+    def _leave_out_too_deep(self) -> Self:
+        """Earlier versions wrote measures that look deeper than the run."""
+        for stage in self.stages:
+            if stage.depth is not None:
+                for name in too_deep(list(stage.overall), stage.depth, self.passages):
+                    stage.overall.pop(name)
+                    if stage is self.stages[-1]:
+                        self.overall.pop(name, None)
+        return self
 
     @property
     def where(self) -> str:

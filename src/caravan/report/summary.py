@@ -140,7 +140,7 @@ def collect_suites(suites: Mapping[str, Suite]) -> tuple[pd.DataFrame, list[str]
     if not scores:
         failed = [of for suite in suites.values() for of in suite.failed.items()]
         why = "; ".join(f"{collection}: {reason}" for collection, reason in failed)
-        why = why or "their stages are empty; evaluate them again"
+        why = why or "no stage has a score; set measures that look no deeper than the runs"
         raise InputError("no-scores", f"{', '.join(suites)}: no collection has scores: {why}")
     measures = dict.fromkeys(measure for _, measure in scores)
     systems = dict.fromkeys(system for system, _ in scores)

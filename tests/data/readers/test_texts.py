@@ -62,6 +62,16 @@ def test_a_path_without_text_is_refused(tmp_path: Path) -> None:
         UnlabelledTexts(str(blank)).collection(tmp_path)
 
 
+def test_texts_below_a_folder_are_not_read_line_by_line(tmp_path: Path) -> None:
+    folder = put(tmp_path / "wiki", {"AA/x.txt": "first line\nsecond line\n"})
+    for source in (
+        UnlabelledTexts(str(folder)),
+        UnlabelledTexts(str(folder / "AA"), subset="train"),
+    ):
+        with refused("texts-not-read", "AA/x.txt"):
+            source.collection(tmp_path)
+
+
 def _rows(count: int) -> str:
     rows = [{"body": f"camel {i}", "head": f"Title {i}"} for i in range(count)]
     return "".join(json.dumps(row) + "\n" for row in rows)

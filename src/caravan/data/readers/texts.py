@@ -74,10 +74,14 @@ class UnlabelledTexts(Source):
         path = Path(self.path)
         if not path.is_dir():
             return [path] if path.is_file() else []
-        if self.config or self.subset:
-            return []
-        files = [file for file in listed(path) if FILE.fullmatch(file.name) and file.is_file()]
-        return [file for file in files if file.name.partition(".")[0].casefold() not in NOT_DATA]
+        files = [] if self.config or self.subset else list(filter(_is_data, listed(path)))
+        if not files and (found := next(filter(_is_data, path.rglob("*.txt*")), None)):
+            raise InputError(
+                "texts-not-read",
+                f"{found} would be read line by line, as a dataset; set data.path to its folder,"
+                " without data.subset and data.config",
+            )
+        return files
 
     def _documents(self, files: Iterable[Path]) -> Iterator[tuple[str, str]]:
         """(title, text) of each document."""
@@ -97,3 +101,8 @@ class UnlabelledTexts(Source):
                     "unknown-column", f"no column {column!r}; there are {', '.join(row)}: {ROW}"
                 )
         return text_of(row, self.text, self.title)
+
+
+def _is_data(file: Path) -> bool:
+    is_named = FILE.fullmatch(file.name) and file.is_file()
+    return bool(is_named) and file.name.partition(".")[0].casefold() not in NOT_DATA
