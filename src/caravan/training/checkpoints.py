@@ -32,7 +32,7 @@ from caravan.files import replacing
 from caravan.models.loading import is_finite
 
 LAST = "last.ckpt"
-RESUMED = ("state_dict", "optimizer_states", "loops")
+RESUMED = ("state_dict", "optimizer_states", "loops", "callbacks", "pytorch-lightning_version")
 """Parts that a resume needs; a checkpoint of weights alone has only the first."""
 
 
@@ -71,7 +71,7 @@ def read_checkpoint(path: Path, parts: Sequence[str] = ("state_dict",)) -> dict[
         except pickle.UnpicklingError:  # torch's message recommends to load the file unsafely
             raise ValueError("it holds objects that no checkpoint has") from None
         for name in parts:
-            if not state.get(name):
+            if name not in state or not (state[name] or name == "callbacks"):  # they may be empty
                 raise ValueError(f"it has no {name}")
         for name, weight in state["state_dict"].items():
             if not is_finite(weight):
