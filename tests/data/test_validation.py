@@ -83,7 +83,7 @@ def test_a_query_that_is_a_passage_does_not_find_itself_in_validation(
         caplog.clear()
         asked = (*settings, *index, f"ignore_identical_ids={given}")
         train(counterarguments, tmp_path / given, *asked)
-        warned = "queries are also passages of the corpus" in caplog.text
+        warned = "queries have the id of a passage" in caplog.text
         assert warned == (given == "false")
         lines = (tmp_path / given / "runs" / "validation.trec").read_text().splitlines()
         found.append([(line.split()[0], line.split()[2]) for line in lines])

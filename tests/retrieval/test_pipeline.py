@@ -252,9 +252,9 @@ def test_ignore_identical_ids_drops_the_query_itself_at_the_same_depth(
     retrievers, small = f"[bm25,{folders['retriever']}]", ("index.k=7", SHORT)
     ignoring = ("ignore_identical_ids=true", *small)
     evaluate(counterarguments, tmp_path / "dropped", retrievers, *ignoring)
-    assert "queries are also passages" not in caplog.text
+    assert "queries have the id of a passage" not in caplog.text
     evaluate(counterarguments, tmp_path / "kept", retrievers, *small)
-    assert "counter: 6 of 6 queries are also passages" in caplog.text
+    assert "counter: 6 of 6 queries have the id of a passage" in caplog.text
     given = tmp_path / "kept/runs/bm25.test.trec"
     evaluate(counterarguments, tmp_path / "given", given, *ignoring)
     assert not any(line[0] == line[2] for line in run_of("given", "run"))
