@@ -65,9 +65,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def scratch_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder`, removed when the block ends unless the block renames it."""
-    with _scratch(folder, lambda scratch: scratch.mkdir(mode=0o775)) as scratch:
+def scratch_folder(folder: Path, resumes: bool = False) -> Iterator[Path]:
+    """An empty folder beside `folder`, removed when the block ends unless the block renames it.
+
+    Args:
+        resumes: as for `filling_folder`.
+    """
+    with _scratch(folder, lambda scratch: scratch.mkdir(mode=0o775), resumes) as scratch:
         yield scratch
 
 
@@ -92,10 +96,13 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def filling_folder(folder: Path) -> Iterator[Path]:
+def filling_folder(folder: Path, resumes: bool = False) -> Iterator[Path]:
     """An empty folder beside `folder`, whose files move into it if the block ends without an error.
 
     They replace files of the same names; all other files stay.
+
+    Args:
+        resumes: yield the folder that a killed or interrupted process has left, if there is one.
 
     Raises:
         InputError: "link-in-cache", the files would move to where a link points;
@@ -104,7 +111,7 @@ def filling_folder(folder: Path) -> Iterator[Path]:
     _refuse_link(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError("cache-obstructed", f"{folder} is not a folder; remove it")
-    with scratch_folder(folder) as scratch:
+    with scratch_folder(folder, resumes) as scratch:
         yield scratch
         for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
             target = folder / path.relative_to(scratch)
@@ -131,10 +138,32 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 @contextmanager
-def _scratch(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """A new scratch of `path`, locked while the block runs, and removed when it ends."""
+def _scratch(path: Path, make: Callable[[Path], None], resumes: bool = False) -> Iterator[Path]:
+    """A scratch of `path`, locked while the block runs, and removed when it ends.
+
+    Args:
+        resumes: take over one that a process has left; leave it if the user interrupts the block.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_orphans(path)
+    left = _orphans(path)
+    found = next(left, None) if resumes else None
+    _remove_orphans(left)
+    scratch, held = found or _made(path, make)
+    interrupted = False
+    try:
+        with writing(path):
+            yield scratch
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
+    finally:
+        if not (resumes and interrupted):
+            _remove(scratch)
+        os.close(held)
+
+
+def _made(path: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
+    """A new scratch of `path`, and the descriptor that holds its lock."""
     while True:
         scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         make(scratch)
@@ -145,29 +174,30 @@ def _scratch(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
         with suppress(OSError):
             fcntl.flock(held, fcntl.LOCK_EX)
         if scratch.exists():
-            break
+            return scratch, held
         os.close(held)  # another process took it for an orphan before it was locked
-    try:
-        with writing(path):
-            yield scratch
-    finally:
-        _remove(scratch)
-        os.close(held)
 
 
-def _remove_orphans(path: Path) -> None:
-    """Remove the scratch files and folders of `path` whose process has died."""
+def _orphans(path: Path) -> Iterator[tuple[Path, int]]:
+    """The scratches of `path` whose process has died, each with the descriptor that locks it."""
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.part")
-    for found in path.parent.iterdir():
+    for found in sorted(path.parent.iterdir()):
         if not name.fullmatch(found.name) or found.is_symlink():
             continue
-        with suppress(OSError):  # a process holds it, or may hold it on a disk without locks
+        with suppress(OSError):  # it is gone
             held = _opened(found)
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(found)
-            finally:
+            except OSError:  # a process holds it, or may hold it on a disk without locks
                 os.close(held)
+            else:
+                yield found, held
+
+
+def _remove_orphans(orphans: Iterator[tuple[Path, int]]) -> None:
+    for scratch, held in orphans:
+        _remove(scratch)
+        os.close(held)
 
 
 def _opened(scratch: Path) -> int:
@@ -239,7 +269,7 @@ def claimed(run_dir: Path) -> Iterator[None]:
         for folder in (run_dir / "checkpoints", run_dir / "runs"):
             for leftover in folder.glob(".*.part"):
                 leftover.unlink(missing_ok=True)
-        _remove_orphans(run_dir / "model")
+        _remove_orphans(_orphans(run_dir / "model"))
         yield
 
 

@@ -71,7 +71,12 @@ def write(product: Path, inputs: dict[str, Any], facts: dict[str, Any] | None = 
     write_json(path_of(product), record)
 
 
-def ensure(folder: Path, inputs: dict[str, Any], build: Callable[[Path], object]) -> Path:
+def ensure(
+    folder: Path,
+    inputs: dict[str, Any],
+    build: Callable[[Path], object],
+    resumes: bool = False,
+) -> Path:
     """Return `folder` with the files that `build` makes from these inputs; build them if needed.
 
     One process builds while others wait. An intact folder is used without a lock, so it may be
@@ -79,6 +84,8 @@ def ensure(folder: Path, inputs: dict[str, Any], build: Callable[[Path], object]
 
     Args:
         build: writes the files into the empty folder that it is given.
+        resumes: give `build` the folder of a build that was killed, with what it had written; the
+            name of `folder` then has to tell its inputs apart.
     """
 
     def is_there() -> bool:
@@ -93,7 +100,7 @@ def ensure(folder: Path, inputs: dict[str, Any], build: Callable[[Path], object]
         if folder.exists():
             wrong = changed(folder) or path_of(folder)
             log.warning("%s is missing or damaged; %s is built again", wrong, folder)
-        with filling_folder(folder) as scratch:
+        with filling_folder(folder, resumes) as scratch:
             build(scratch)
             names = [path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file()]
         files = {name.as_posix(): content(folder / name) for name in sorted(names)}

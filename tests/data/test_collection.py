@@ -1,13 +1,14 @@
 """Collections on disk: complete or absent, opened without a copy, wrong input named."""
 
 import copy
+import functools
+import itertools
 import logging
 import os
 import pickle
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from tests.refusals import refused
 
 from caravan.data.collection import Collection, Qrels, write_collection
 from caravan.data.source import cached_collection
-from caravan.data.texts import Record
+from caravan.data.texts import BATCH_ROWS, Record
 
+ROOT = Path(__file__).parents[2]
 CORPUS = [("a", "A", "first"), ("b", "", "second"), ("c", "C", "third")]
 QUERIES = [("1", "", "one"), ("2", "", "two")]
 
@@ -125,37 +127,91 @@ def test_a_damaged_collection_behind_a_link_is_refused(tmp_path: Path) -> None:
     assert (moved / "corpus.arrow").read_bytes() == b""
 
 
-SLOW_BUILD = """
+KILLED_BUILD = """
 import sys, time
-from pathlib import Path
 from caravan.data.source import cached_collection
-from caravan.data.collection import write_collection
-def corpus():
-    for n in range(40_000):
-        yield str(n), "", "x" * 100
-    print("under way", flush=True)
-    time.sleep(60)
-def build(folder):
-    return write_collection(folder, "slow", corpus(), [], {})
-cached_collection(sys.argv[1], "slow", "key", build)
+from tests.data.test_collection import long_build, records
+def until(part, last):
+    for n, record in enumerate(records()):
+        if n == last:
+            print(part, flush=True)
+            time.sleep(60)
+        yield record
+slow = {"corpus": lambda: until("corpus", 40_000), "queries": lambda: until("queries", 10)}
+build = long_build(**{sys.argv[2]: slow[sys.argv[2]]})
+cached_collection(sys.argv[1], "long", "key", build)
 """
 
 
-def test_a_killed_build_leaves_no_collection_and_blocks_nobody(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_BUILD, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
+def records() -> Iterator[Record]:
+    return ((f"p{n}", "", "x" * 100) for n in range(50_000))
+
+
+def long_build(
+    corpus: Callable[[], Iterator[Record]] = records,
+    queries: Callable[[], Iterator[Record]] = records,
+) -> Callable[[Path], Collection]:
+    return lambda folder: write_collection(folder, "long", corpus(), queries(), {}, resumes=True)
+
+
+@pytest.mark.parametrize("part", ["corpus", "queries"])
+def test_a_killed_build_is_continued_to_the_same_bytes(
+    tmp_path: Path, part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = [sys.executable, "-c", KILLED_BUILD, str(tmp_path / "cache"), part]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
-    assert process.stdout.readline() == "under way\n"
-    process.send_signal(signal.SIGKILL)
+    assert process.stdout.readline() == f"{part}\n"
+    process.kill()
     process.wait()
     process.stdout.close()
-    cache = tmp_path / "collections"
+    cache = tmp_path / "cache" / "collections"
     assert [path.name for path in cache.iterdir() if not path.name.startswith(".")] == []
-    assert any(path.is_dir() for path in cache.iterdir())  # the draft of the killed one
-    found = cached_collection(tmp_path, "slow", "key", lambda folder: write(folder))
-    assert len(found.corpus) == 3
-    assert [path.name for path in cache.iterdir() if path.is_dir()] == ["slow-key"]
+
+    def not_again() -> Iterator[Record]:
+        pytest.fail("the corpus was whole")
+        yield "", "", ""
+
+    caplog.set_level(logging.INFO)
+    build = long_build() if part == "corpus" else long_build(not_again)
+    found = cached_collection(tmp_path / "cache", "long", "key", build)
+    kept = {"corpus": 2 * BATCH_ROWS, "queries": 50_000}[part]
+    assert f"corpus: continuing after {kept} passages of a build that was killed" in caplog.messages
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == ["long-key"]
+    whole = long_build()(tmp_path / "whole").folder
+    assert {path.name: path.read_bytes() for path in found.folder.glob("*.*")} == {
+        path.name: path.read_bytes() for path in whole.glob("*.*")
+    }
+
+
+def test_a_folder_that_a_kill_left_is_written_anew_unless_told_to_resume(tmp_path: Path) -> None:
+    def killed() -> Iterator[Record]:
+        yield from QUERIES
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_collection(tmp_path, "c", CORPUS, killed(), {})
+    others = [(name, title, f"now {text}") for name, title, text in CORPUS]
+    found = write_collection(tmp_path, "c", others, QUERIES, {})
+    assert found.corpus.get([0]) == [("A", "now first")]
+
+
+def test_a_build_that_fails_is_not_continued_and_one_that_is_interrupted_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stopped_by(error: BaseException) -> Iterator[Record]:
+        yield from itertools.islice(records(), 20_000)
+        raise error
+
+    caplog.set_level(logging.INFO)
+    for error, continued in ((ValueError(), False), (KeyboardInterrupt(), True)):
+        build = long_build(functools.partial(stopped_by, error))
+        with pytest.raises(type(error)):
+            cached_collection(tmp_path, "long", "key", build)
+        scratches = [path for path in (tmp_path / "collections").iterdir() if path.is_dir()]
+        assert len(scratches) == continued
+    assert len(cached_collection(tmp_path, "long", "key", long_build()).corpus) == 50_000
+    assert sum("continuing after" in message for message in caplog.messages) == 1
 
 
 MEASURE = """

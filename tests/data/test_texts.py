@@ -1,7 +1,10 @@
 """Texts by row and rows by id, from files that are mapped and never read whole."""
 
+import logging
 import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -14,8 +17,14 @@ from caravan.data.texts import Texts, Written, is_id, write_texts
 Records = list[tuple[str, str, str]]
 
 
-def write(folder: Path, records: Records) -> tuple[Texts, Written]:
-    written = write_texts(folder, "corpus", records, lambda part, n: f"{part}:{n + 1}")
+def place(part: str, n: int) -> str:
+    return f"{part}:{n + 1}"
+
+
+def write(folder: Path, records: Records, resumes: bool = False) -> tuple[Texts, Written]:
+    if not resumes:
+        (folder / "corpus.arrow.journal").unlink(missing_ok=True)
+    written = write_texts(folder, "corpus", records, place)
     return Texts(folder, "corpus"), written
 
 
@@ -69,6 +78,87 @@ def test_no_records_make_texts_of_length_zero(tmp_path: Path) -> None:
     assert len(found) == 0
     assert found.get(slice(None)) == []
     assert found.rows(["a"]).tolist() == [-1]
+
+
+def _nothing(folder: Path) -> None: ...
+
+
+def _cut_journal(folder: Path) -> None:
+    journal = folder / "corpus.arrow.journal"
+    journal.write_bytes(journal.read_bytes()[:-5])
+
+
+def _no_journal(folder: Path) -> None:
+    (folder / "corpus.arrow.journal").unlink()
+
+
+def _flipped_bit(folder: Path) -> None:
+    content = bytearray((folder / "corpus.arrow").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "corpus.arrow").write_bytes(content)
+
+
+def _zeros(folder: Path) -> None:
+    content = (folder / "corpus.arrow").read_bytes()
+    (folder / "corpus.arrow").write_bytes(content[:-100] + bytes(100))
+
+
+def _half_a_batch_more(folder: Path) -> None:
+    with (folder / "corpus.arrow").open("ab") as file:
+        file.write(b"\xff" * 50)
+
+
+@pytest.mark.parametrize(
+    ("damage", "kept"),
+    [
+        (_nothing, 42), (_half_a_batch_more, 42), (_cut_journal, 35), (_zeros, 35),
+        (_flipped_bit, 14), (_no_journal, 0),
+    ],
+)  # fmt: skip
+def test_texts_continue_after_the_last_intact_batch_of_a_killed_process(
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    kept: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(texts_module, "BATCH_ROWS", 7)
+    records = [(f"p{n}\xa0", f"\ud800{n}", f"text {n}") for n in range(60)]
+
+    def killed() -> Iterator[tuple[str, str, str]]:
+        yield from records[:45]
+        raise KeyboardInterrupt
+
+    for folder in ("killed", "whole"):
+        (tmp_path / folder).mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        write_texts(tmp_path / "killed", "corpus", killed(), place)
+    damage(tmp_path / "killed")
+    caplog.set_level(logging.INFO)
+    _, continued = write(tmp_path / "killed", records, resumes=True)
+    message = f"corpus: continuing after {kept} passages of a build that was killed"
+    assert caplog.messages == ([message] if kept else [])
+    _, whole = write(tmp_path / "whole", records)
+    assert continued == whole
+    for name in ("corpus.arrow", "corpus.ids.npy"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert write(tmp_path / "killed", [], resumes=True) == (ANY, whole)  # nothing is read again
+
+
+@pytest.mark.parametrize("now", [[], [("a", "", "x")], [("a", "", "x"), ("b", "", "other")]])
+def test_texts_of_another_source_are_not_mixed(
+    tmp_path: Path, now: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts_module, "BATCH_ROWS", 1)
+
+    def killed() -> Iterator[tuple[str, str, str]]:
+        yield from [("a", "", "x"), ("b", "", "y")]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_texts(tmp_path, "corpus", killed(), place)
+    with refused("changed-source", "corpus:2"):
+        write(tmp_path, now, resumes=True)
 
 
 def test_half_a_surrogate_pair_is_repaired(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from caravan import manifests
+from caravan.data.batch_file import JOURNAL
 from caravan.data.qrels import Judgement, Qrels, RowLookup, Scored, Unknown, UnknownIds
 from caravan.data.runs import Run, read_run, write_run
 from caravan.data.texts import Place, Record, Texts, text_keys, write_texts
@@ -143,6 +144,7 @@ def write_collection(
     unknown_ids: UnknownIds = "refuse",
     runs: Mapping[str, Iterable[Scored]] | None = None,
     relevant_from: Mapping[str, int] | None = None,
+    resumes: bool = False,
 ) -> Collection:
     """Stream records into a new collection folder and open it.
 
@@ -157,6 +159,8 @@ def write_collection(
         unknown_ids: "refuse" judgements with unknown ids, or "count" them in the metrics.
         runs: lines of the source's runs; repeated pairs keep the best score.
         relevant_from: the lowest relevant grade by split, if not 1.
+        resumes: keep the texts in the folder; a process that was killed has written them there from
+            the same records.
 
     Raises:
         InputError: "empty-corpus", or an error of `write_texts` or `RowLookup`.
@@ -164,6 +168,8 @@ def write_collection(
     folder = Path(folder)
     place = where or (lambda part, n: f"{part}, record {n + 1}")
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    if not resumes:
+        _remove_journals(folder)
     digests, texts, spaced = {}, {}, 0
     for part, records in (("corpus", corpus), ("queries", queries)):
         written = write_texts(folder, part, records, place)
@@ -197,7 +203,13 @@ def write_collection(
         "relevant_from": dict(relevant_from or {}),
     }
     manifests.write_json(folder / "collection.json", record)
+    _remove_journals(folder)
     return Collection.open(folder)
+
+
+def _remove_journals(folder: Path) -> None:
+    for journal in folder.glob(f"*{JOURNAL}"):
+        journal.unlink()
 
 
 def _write_qrels(folder: Path, split: str, qrels: Qrels) -> str:

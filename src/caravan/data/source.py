@@ -90,6 +90,7 @@ class Streams:
             {split: _items(read) for split, read in self.qrels.items()},
             runs={run: _items(read) for run, read in self.runs.items()},
             where=place,
+            resumes=True,
             **settings,
         )
 
@@ -140,7 +141,8 @@ def cached_collection(
 ) -> Collection:
     """Open `cache_dir/collections/<name>-<key>`, or build it by `build(folder)`.
 
-    A damaged collection is built again. One process builds while the others (ranks, a sweep's jobs)
+    A damaged collection is built again. A build that was killed is continued: `build` gets
+    the folder with what it had written. One process builds while the others (ranks, a sweep's jobs)
     wait for its lock.
 
     Raises:
@@ -161,5 +163,5 @@ def cached_collection(
 
     if folder.exists():
         refuse_foreign(folder)
-    manifests.ensure(folder, {"collection": key}, logged)
+    manifests.ensure(folder, {"collection": key}, logged, resumes=True)
     return Collection.open(folder)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import mmap
 import re
 from array import array
@@ -25,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from caravan.data.batch_file import BatchFile, Row
 from caravan.errors import InputError
 from caravan.progress import track
 
@@ -41,12 +43,14 @@ REFUSED = "\x00-\x20\x7f-\x9f\u2028\u2029"
 """Character class: ASCII white space, control characters, U+2028 and U+2029."""
 _REFUSED = re.compile(f"[{REFUSED}]")
 _OTHER_SPACE = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
-_SCHEMA = pa.schema([(column, pa.large_string()) for column in ("id", "title", "text")])
+COLUMNS = ("id", "title", "text")
 
 Record = tuple[str, str, str]
 """(id, title, text) of a passage; (id, instruction, text) of a query, mostly with ""."""
 
 Rows = Sequence[int] | slice | np.ndarray
+
+log = logging.getLogger(__name__)
 
 Place = Callable[[str, int], str]
 """The place of the n-th record of a part, such as `corpus.jsonl:12`, for error messages."""
@@ -156,44 +160,57 @@ class Written(NamedTuple):
 def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place) -> Written:
     """Stream records into `<part>.arrow` and `<part>.ids.npy`.
 
-    Half of a surrogate pair, which is no UTF-8, becomes U+FFFD.
+    Batches that a process has written here before it was killed are kept: the records are read
+    again up to the last of them, and not written again. Half of a surrogate pair, which is no
+    UTF-8, becomes U+FFFD.
 
     Held in memory: one record batch and the hashes of the ids (8 bytes each).
 
     Raises:
-        InputError: "invalid-id", or "duplicate-id".
+        InputError: "invalid-id", or "duplicate-id"; "changed-source", the records are not those of
+            the batches that are there.
     """
-    content, hashes = hashlib.blake2b(digest_size=16), array("Q")
-    batch: list[list[bytes]] = []
-    size = spaced = 0
-    path = str(folder / f"{part}.arrow")
-    with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
+    content, hashes, spaced = hashlib.blake2b(digest_size=16), array("Q"), 0
 
-        def flush() -> None:
-            columns = zip(*batch, strict=True) if batch else [()] * 3
-            arrays = [pa.array(column, pa.large_string()) for column in columns]
-            writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
-            batch.clear()
-
-        for record in track(records, part, unit="passages" if part == "corpus" else part):
-            name = record[0]
-            if not is_id(name):
-                check_id(name, place(part, len(hashes)))
-            spaced += not name.isascii() and _OTHER_SPACE.search(name) is not None
-            try:
-                fields = [value.encode() for value in record]
-            except UnicodeEncodeError:
-                fields = [_repaired(value) for value in record]
-            content.update(b"%d,%d,%d;" % tuple(len(value) for value in fields))
+    def digest(rows: list[Row]) -> None:
+        nonlocal spaced
+        for fields in rows:
+            content.update(b"%d,%d,%d;" % tuple(map(len, fields)))
             content.update(b"".join(fields))
             hashes.append(_id_hash(fields[0]))
-            batch.append(fields)
-            size += sum(len(value) for value in fields)
+            spaced += not fields[0].isascii() and bool(_OTHER_SPACE.search(fields[0].decode()))
+
+    with BatchFile(folder / f"{part}.arrow", COLUMNS) as file:
+        unit = "passages" if part == "corpus" else part
+        batch: list[Row] = []
+        for batch in track(file.kept(), f"{part}, written before", unit=unit, size=len):
+            digest(batch)
+        rest = iter(track(() if file.is_whole else records, part, unit=unit))
+        kept = len(hashes)
+        if kept:
+            log.info("%s: continuing after %d %s of a build that was killed", part, kept, unit)
+        if kept and not file.is_whole:
+            last = next(itertools.islice(rest, kept - 1, kept), None)
+            if last is None or _encoded(last) != batch[-1]:
+                raise InputError(
+                    "changed-source",
+                    f"{place(part, kept - 1)} has changed since a build that was killed read it:"
+                    " run the command again, which builds the collection from the start",
+                )
+        batch, size = [], 0
+        for number, record in enumerate(rest, kept):
+            if not is_id(record[0]):
+                check_id(record[0], place(part, number))
+            batch.append(_encoded(record))
+            size += sum(map(len, batch[-1]))
             if len(batch) == BATCH_ROWS or size > BATCH_BYTES:
-                flush()
-                size = 0
-        if batch or not hashes:
-            flush()
+                file.write(batch)
+                digest(batch)
+                batch, size = [], 0
+        if not file.is_whole and (batch or not hashes):
+            file.write(batch)
+            digest(batch)
+        file.finish()
     values = np.array(hashes, dtype=np.uint64)
     order = np.argsort(values, kind="stable")
     np.save(folder / f"{part}.ids.npy", np.stack((values[order], order.astype(np.uint64))))
@@ -220,8 +237,12 @@ def _id_hash(name: bytes) -> int:
     return xxhash.xxh3_64_intdigest(name)
 
 
-def _repaired(value: str) -> bytes:
-    return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()
+def _encoded(record: Record) -> Row:
+    try:
+        return tuple([value.encode() for value in record])
+    except UnicodeEncodeError:
+        repaired = (value.encode("utf-16-le", "surrogatepass") for value in record)
+        return tuple(value.decode("utf-16-le", "replace").encode() for value in repaired)
 
 
 def is_id(name: str) -> bool:

@@ -65,7 +65,9 @@ class UnlabelledTexts(Source):
         def build(folder: Path) -> Collection:
             found = (document for document in self._documents(files) if document[1].strip())
             corpus = ((str(number), *document) for number, document in enumerate(found))
-            return write_collection(folder, name, corpus, (), {}, where=lambda *_: self.path)
+            return write_collection(
+                folder, name, corpus, (), {}, where=lambda *_: self.path, resumes=True
+            )
 
         return cached_collection(cache_dir, name, key, build)
 
