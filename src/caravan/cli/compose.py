@@ -227,7 +227,9 @@ class Composer(AbstractContextManager["Composer"]):
 
     def _is_group(self, text: str) -> bool:
         """Whether an override chooses an option of a group."""
-        return key_of(text) in WHOLE or bool(self._options(key_of(text)))
+        key = key_of(text)
+        # a dotted key never is one; Hydra would read the primary config to find that out
+        return key in WHOLE or ("." not in key and bool(self._options(key)))
 
     def _compose_what_works(
         self, overrides: list[str]
