@@ -4,9 +4,9 @@
 
 Each chunk is a pass through the model, whose operators Python issues one by one: a share with many
 small chunks keeps a GPU waiting. Lengths are log-normal around 10 and 75 tokens, as MS MARCO's
-are. Padded chunks ended where their padding would pass a tenth (`before`); now those of less than
-4,096 tokens do not. Without padding, chunks were the same as with; now only the budget ends them,
-and queries and passages share them.
+are. `before`, chunks of queries and of passages ended where their padding would pass a tenth, also
+for a model that computes no padding. Now queries and passages share chunks; those with padding take
+texts until they have 4,096 tokens, and without padding only the budget ends them.
 
 How many operators a chunk has, and how long Python takes to issue them, does not depend on the size
 of the tensors. Both are measured on a Llama with the layers of the 7B (LoRA, recomputation, bf16)
@@ -30,8 +30,7 @@ from caravan.data import batch
 from caravan.models import varlen
 from caravan.models.hardware import GPU_CHUNK
 
-RULES = {"padded, before": (True, 0), "padded, now": (True, batch.SMALL)}
-RULES |= {"unpadded, before": (True, batch.SMALL), "unpadded, now": (False, batch.SMALL)}
+RULES = ("padded, before", "padded, now", "unpadded, before", "unpadded, now")
 PASSES = 3  # forward, recomputation, backward; frozen weights have no gradient
 RATE = 400e12  # operations a second, 40% of an H100's peak in bf16
 
@@ -83,6 +82,13 @@ def _one_kernel(query: Any, key: Any, value: Any, *bounds: Any, **settings: Any)
     return scaled_dot_product_attention(query[None], key[None], value[None])[0]
 
 
+def before(share: batch.Unpacked[batch.TrainBatch]) -> batch.Packed:
+    """The texts in chunks as they were."""
+    parts: Any = share.fields["texts"]
+    with mock.patch.object(batch, "SMALL", 0):
+        return batch.Packed.joined([part.packed(GPU_CHUNK) for part in parts])
+
+
 def counted(
     ranks: int, rule: str, batches: int, operators: dict[str, int], seconds: float
 ) -> dict[str, int | float | str]:
@@ -91,11 +97,9 @@ def counted(
     Args:
         operators: of a chunk, by the kind of attention. seconds: of an operator.
     """
-    pads, small = RULES[rule]
-    with mock.patch.object(batch, "SMALL", small):
-        shares = [share(1000, 128 // ranks, 16, pads, seed) for seed in range(batches)]
-    texts = [one.texts for one, _ in shares]
     padded = rule.startswith("padded")
+    shares = [share(1000, 128 // ranks, 16, padded, seed) for seed in range(batches)]
+    texts = [before(one) if "before" in rule else one.packed().texts for one, _ in shares]
     computed = np.mean([one.padded / one.tokens if padded else 1.0 for one in texts])
     chunks = np.mean([len(one.chunks) for one in texts])
     issues = float(chunks * operators["sdpa" if padded else varlen.NAME])

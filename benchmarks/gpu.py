@@ -9,8 +9,8 @@ row whose estimated time exceeds what is left is skipped, and a row that fails s
 `--rows step search` measures only rows with one of these words in their name.
 
 Needs no network, no Hydra and no installed Caravan. Where torch, transformers, pytorch-lightning
-and peft are installed, add the wheels pydantic, pydantic-core, annotated-types, xxhash, bm25s and
-faiss-cpu; for QLoRA bitsandbytes, for its kernel flash-attn.
+and peft are installed, add the wheels pydantic, pydantic-core, annotated-types, typing-inspection,
+xxhash, pyarrow, bm25s and faiss-cpu; for QLoRA bitsandbytes, for its kernel flash-attn.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+STARTED = time.monotonic()
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import torch
@@ -40,7 +41,7 @@ from shapes import SHAPES, even, scifact, use_older_kernel
 from caravan import doctor
 
 SECONDS = {"measure": 400, "profile": 220}
-GRACE = 20  # seconds for the imports before, and for a row that takes longer than estimated
+GRACE = 20  # seconds for a row that takes longer than estimated
 H200 = 788e12  # operations a second in bf16 of the GPU for which times are estimated
 Row = tuple[str, float, Callable[[Bench], Iterator[Found]]]
 """Name, estimated seconds, and the function that measures it."""
@@ -177,7 +178,7 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("there is no GPU here; --device cpu --shape tiny tries the script without one")
     limit = SECONDS[options.part] if options.seconds is None else options.seconds
-    ends = time.monotonic() + limit
+    ends = STARTED + limit
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     older = use_older_kernel() if options.device == "cuda" else None
@@ -186,7 +187,8 @@ def main() -> None:
     results = Results(options.out, "gpu" if first else "gpu_profile", [*NOTES, "", f"{facts}."])
     bench = Bench(options.device, options.shape)
     # Ends the process even if a kernel hangs.
-    faulthandler.dump_traceback_later(limit + GRACE, exit=True, file=sys.__stderr__)
+    left = max(ends + GRACE - time.monotonic(), 1)
+    faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__)
     try:
         rows = measured(bench) if first else profiled(bench)
         measure(bench, rows, options.rows, results, ends)

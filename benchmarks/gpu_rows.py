@@ -174,8 +174,9 @@ def step(
     """One GPU's share of RepLLaMA's batch. `settings`: of `Models.trainee`."""
     vocabulary, size = SHAPES[shape]["vocab_size"], bench.size
     pads = settings.get("attention") != varlen.NAME
-    batch, lengths = share(vocabulary, max(size.queries // gpus, 1), size.group, pads)
-    few, _ = share(vocabulary, max(size.queries // 32, 1), size.group, pads)
+    own, lengths = share(vocabulary, max(size.queries // gpus, 1), size.group, pads)
+    fewer, _ = share(vocabulary, max(size.queries // 32, 1), size.group, pads)
+    batch, few = own.packed(), fewer.packed()
     gc.collect()  # the last row's trainer and its optimizer
     network = bench.models.trainee(shape, **settings)
     # A step of the whole batch takes too long for a separate warm-up.

@@ -98,7 +98,7 @@ def unsorted(texts: TokenIds, budget: int) -> Packed:
 
 def share(
     vocabulary: int, queries: int, group: int, pads: bool = True, seed: int = 0
-) -> tuple[TrainBatch, list[int]]:
+) -> tuple[Unpacked[TrainBatch], list[int]]:
     """One GPU's share of a RepLLaMA batch, and the lengths of its texts."""
     rng = np.random.default_rng(seed)
     lengths = msmarco(rng, queries, 10, 32), msmarco(rng, queries * group, 75, 196)
@@ -109,7 +109,7 @@ def share(
         "passage_keys": rows,
         "excluded_keys": rows[:, :1],
     }
-    batch = Unpacked(TrainBatch, fields, GPU_CHUNK, 0, pads).packed()
+    batch = Unpacked(TrainBatch, fields, GPU_CHUNK, 0, pads)
     return batch, np.concatenate(lengths).tolist()
 
 

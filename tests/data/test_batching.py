@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.refusals import refused
 
-from caravan.data.batch import Packed, TokenIds, pack
+from caravan.data.batch import Packed, TokenIds, TrainBatch, Unpacked, pack
 from caravan.data.batching import Groups, QueryOrder, TextBatches
 from caravan.data.collection import Collection
 from caravan.data.texts import text_keys
@@ -44,12 +44,20 @@ def test_texts_without_a_token_are_padded_to_one() -> None:
     assert not any(chunk.attention_mask.any() for chunk in chunks)
 
 
-def test_padding_ends_no_chunk_that_is_too_small_for_a_gpu() -> None:
+@pytest.mark.parametrize("queries", [4, 16, 128])
+def test_a_chunk_has_4096_tokens_before_padding_ends_it(queries: int) -> None:
     rng = np.random.default_rng(0)
-    for mean, texts in ((10, 128), (70, 64), (70, 2048)):
-        lengths = rng.lognormal(np.log(mean), 0.4, texts).astype(int).clip(1, 196)
-        chunks = pack([[7] * n for n in lengths], 32_768).chunks
-        assert all(chunk.input_ids.numel() > 4000 for chunk in chunks[:-1])  # a text less than 4096
+    sides = [rng.lognormal(np.log(mean), 0.4, n).astype(int).clip(1, 196)
+             for mean, n in ((10, queries), (70, 16 * queries))]  # fmt: skip
+    fields: Any = {"texts": tuple(TokenIds.of([[7] * n for n in side]) for side in sides)}
+    given = [np.zeros((queries, 1), np.int64)] * 3
+    fields |= dict(zip(("passage_rows", "passage_keys", "excluded_keys"), given, strict=True))
+    texts = Unpacked(TrainBatch, fields, 32_768, 0).packed().texts
+    sizes = [chunk.input_ids.numel() for chunk in texts.chunks]
+    assert all(size >= 4096 for size in sizes[:-1])
+    assert _texts(texts) == [[7] * n for n in np.concatenate(sides)]
+    on_a_cpu = Unpacked(TrainBatch, fields, 4096, 0).packed().texts
+    assert on_a_cpu.padded < 1.2 * on_a_cpu.tokens
 
 
 def test_without_padding_only_the_budget_ends_a_chunk() -> None:

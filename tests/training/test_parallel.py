@@ -1,14 +1,16 @@
-"""A rank that loses its peer reports it; for collectives with gradient see test_fsdp."""
+"""Lost peers, and how often ranks reduce; for collectives with gradient see test_fsdp."""
 
 from __future__ import annotations
 
 import os
 import signal
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from tests.fitting import Fit, on_ranks
 from tests.two_ranks import TwoRanks
 
 from caravan.errors import sentence
@@ -48,3 +50,13 @@ def test_rows_gathered_in_pieces_are_in_the_order_of_the_ranks(two_ranks: TwoRan
     expected = [[0, 1, 2, 3, 4, 10, 11], [10, 11, 12], [0, 1, 2, 3, 10, 11, 12, 13], []]
     assert [rows[:, 0].tolist() for rows in one] == expected
     assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _reductions(fit: Fit, steps: int) -> int:
+    with mock.patch.object(parallel, "mean", wraps=parallel.mean) as mean:
+        on_ranks(fit, "ddp", steps=steps, queries_per_batch=8)
+    return mean.call_count
+
+
+def test_ranks_reduce_what_is_logged_on_log_steps_alone(fit: Fit, two_ranks: TwoRanks) -> None:
+    assert two_ranks(_reductions, fit, 7) == [3, 3]

@@ -124,8 +124,8 @@ class Packed(Movable):
 PADDING = 0.1
 """The largest share of padding in a chunk that is not small, before its width is rounded."""
 SMALL = 4096
-"""A chunk of at most this many tokens does not fill a GPU, so its padding costs no time. Budgets up
-to this are those of CPUs, which lose nothing with small chunks."""
+"""A chunk of fewer tokens does not fill a GPU, so it takes more texts whatever their padding.
+Budgets up to this are those of CPUs, which lose nothing with small chunks."""
 
 
 def rounded(width: int) -> int:
@@ -155,7 +155,7 @@ def first_chunk(lengths: np.ndarray, token_budget: int, pads: bool = True) -> in
     if pads:
         # Sorted by length, so the share of real tokens falls with every text that is added.
         small = SMALL if token_budget > SMALL else 0
-        fits = (real >= (1 - PADDING) * padded) | (padded <= small)
+        fits = (real >= (1 - PADDING) * padded) | (padded - width < small)
     return max(int(fits.sum()), 1)
 
 
@@ -184,7 +184,7 @@ class TokenIds:
     def packed(self, token_budget: int, pad_id: int = 0, pads: bool = True) -> Packed:
         """Sort texts by length and cut them into chunks of at most `token_budget` tokens.
 
-        For a model that `pads`, padding counts; a chunk that is not small ends earlier if its
+        For a model that `pads`, padding counts; a chunk that fills a GPU ends earlier if its
         padding would exceed a tenth, and if its texts differ in length, its width is `rounded`. A
         text longer than the budget is a chunk by itself.
 
@@ -268,7 +268,7 @@ class Unpacked(Generic[B]):
     def _tensors(self, value: Field) -> Packed | Tensor | None:
         packing = self.token_budget, self.pad_id, self.pads
         if isinstance(value, tuple):
-            if self.pads:  # queries are much shorter than passages
+            if self.pads and self.token_budget <= SMALL:  # queries are shorter than passages
                 return Packed.joined([part.packed(*packing) for part in value])
             value = TokenIds.joined(value)
         if isinstance(value, TokenIds):

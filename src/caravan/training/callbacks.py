@@ -26,6 +26,11 @@ RUN_DIR = "<run_dir>"
 log = logging.getLogger(__name__)
 
 
+def is_log_step(trainer: Any) -> bool:
+    """Whether the loggers get what is logged in this batch (`trainer.log_every_n_steps`)."""
+    return bool(trainer._logger_connector.should_update_logs)
+
+
 class FitSummary(pl.Callback):
     """Logs the model, the data and the batch size at the start of training."""
 
@@ -77,9 +82,10 @@ class ProgressLog(pl.Callback):
             return
         self._logged_at = now
         left = (now - self._started_at) / (done - self._first) * (last - done)
-        loss = trainer.callback_metrics["train/loss"]
+        loss = trainer.callback_metrics.get("train/loss")  # None before the first log step
+        found = "" if loss is None else f", loss {loss:.4f}"
         remaining = timedelta(seconds=round(left))
-        log.info(f"update {done:,} of {last:,}, loss {loss:.4f}, about {remaining} left")
+        log.info(f"update {done:,} of {last:,}{found}, about {remaining} left")
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         metrics = in_words(trainer.callback_metrics)
@@ -131,7 +137,7 @@ class Throughput(pl.Callback):
         self._since = now
         self._tokens += batch.texts.tokens
         self._padded += batch.texts.padded
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+        if is_log_step(trainer):
             # Ranks have about equally many tokens, so the sum is estimated from rank 0.
             tokens = self._tokens * trainer.world_size
             speed = tokens / max(self._seconds, 1e-9)

@@ -36,6 +36,7 @@ from caravan.models.hardware import settle_precisions
 from caravan.models.loading import add_slots, fit_vocabulary
 from caravan.models.remote_code import is_remote_code
 from caravan.training import fsdp, losses, parallel
+from caravan.training.callbacks import is_log_step
 from caravan.training.gradcache import GradCache, undisturbed
 from caravan.training.losses import Loss, Sum
 from caravan.training.optim import AdamW, updates
@@ -265,9 +266,13 @@ class Stage(pl.LightningModule, ABC):
     def log_over_ranks(self, values: dict[str, Tensor], texts: int) -> None:
         """Log `train/<name>`: the means over ranks of single values, in one reduction.
 
+        Several ranks reduce only on the steps whose values reach the loggers.
+
         Args:
             texts: in this rank's batch.
         """
+        if parallel.world() > 1 and not is_log_step(self.trainer):
+            return
         means = parallel.mean(torch.stack([value.detach().float() for value in values.values()]))
         for name, value in zip(values, means, strict=True):
             self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=texts)
