@@ -68,6 +68,23 @@ def test_the_next_writer_removes_what_a_kill_left_and_nothing_else(tmp_path: Pat
     assert _names(tmp_path) == sorted([*others, "index", "run.trec"])
 
 
+def test_what_another_user_has_left_in_a_sticky_folder_is_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".x.0123abcd.part").touch()
+    unlink = Path.unlink
+
+    def refused(self: Path, missing_ok: bool = False) -> None:
+        if self.name == ".x.0123abcd.part":
+            raise PermissionError(1, "Operation not permitted", str(self))
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    with replacing(tmp_path / "x") as scratch:
+        scratch.write_text("new")
+    assert (tmp_path / "x").read_text() == "new"
+
+
 def test_writers_at_work_leave_each_others_scratch_alone(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
     with replacing(path) as first, scratch_folder(tmp_path / "index") as one:

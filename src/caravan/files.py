@@ -2,7 +2,8 @@
 
 A file or folder is written as `.<name>.<8 hex digits>.part` beside its path and renamed at the end,
 so a kill leaves the old content or the new. The process holds a lock on the scratch while it
-writes; the next writer of the same path recognizes by it what a kill has left, and removes it.
+writes; the next writer of the same path recognizes by it what a kill has left, and removes it (or
+continues it, see `filling_folder`).
 Locks are the operating system's (`flock`): a lock ends with its process, however that ends, and
 Linux passes it on to NFS servers. A leftover lock file does not hold a lock.
 """
@@ -65,13 +66,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def scratch_folder(folder: Path, resumes: bool = False) -> Iterator[Path]:
-    """An empty folder beside `folder`, removed when the block ends unless the block renames it.
-
-    Args:
-        resumes: as for `filling_folder`.
-    """
-    with _scratch(folder, lambda scratch: scratch.mkdir(mode=0o775), resumes) as scratch:
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, removed when the block ends unless the block renames it."""
+    with _scratch(folder, _make_folder) as scratch:
         yield scratch
 
 
@@ -102,7 +99,8 @@ def filling_folder(folder: Path, resumes: bool = False) -> Iterator[Path]:
     They replace files of the same names; all other files stay.
 
     Args:
-        resumes: yield the folder that a killed or interrupted process has left, if there is one.
+        resumes: yield the folder that an interrupted process of this user has left, if there is
+            one, and leave it to the next if the user interrupts this process.
 
     Raises:
         InputError: "link-in-cache", the files would move to where a link points;
@@ -111,7 +109,7 @@ def filling_folder(folder: Path, resumes: bool = False) -> Iterator[Path]:
     _refuse_link(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError("cache-obstructed", f"{folder} is not a folder; remove it")
-    with scratch_folder(folder, resumes) as scratch:
+    with _scratch(folder, _make_folder, resumes) as scratch:
         yield scratch
         for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
             target = folder / path.relative_to(scratch)
@@ -137,27 +135,35 @@ def _exchange(one: Path, other: Path) -> bool:
     return not rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
 
 
+def _make_folder(scratch: Path) -> None:
+    scratch.mkdir(mode=0o775)
+
+
 @contextmanager
 def _scratch(path: Path, make: Callable[[Path], None], resumes: bool = False) -> Iterator[Path]:
     """A scratch of `path`, locked while the block runs, and removed when it ends.
 
     Args:
-        resumes: take over one that a process has left; leave it if the user interrupts the block.
+        resumes: as for `filling_folder`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    left = _orphans(path)
-    found = next(left, None) if resumes else None
-    _remove_orphans(left)
+    found = None
+    for orphan, held in _orphans(path):
+        if resumes and found is None and os.fstat(held).st_uid == os.geteuid():
+            found = orphan, held
+        else:
+            _remove(orphan)
+            os.close(held)
     scratch, held = found or _made(path, make)
-    interrupted = False
+    keep = False
     try:
         with writing(path):
             yield scratch
     except KeyboardInterrupt:
-        interrupted = True
+        keep = resumes
         raise
     finally:
-        if not (resumes and interrupted):
+        if not keep:
             _remove(scratch)
         os.close(held)
 
@@ -194,12 +200,6 @@ def _orphans(path: Path) -> Iterator[tuple[Path, int]]:
                 yield found, held
 
 
-def _remove_orphans(orphans: Iterator[tuple[Path, int]]) -> None:
-    for scratch, held in orphans:
-        _remove(scratch)
-        os.close(held)
-
-
 def _opened(scratch: Path) -> int:
     return os.open(scratch, os.O_RDONLY if scratch.is_dir() else os.O_RDWR)
 
@@ -208,7 +208,8 @@ def _remove(scratch: Path) -> None:
     if scratch.is_dir():
         shutil.rmtree(scratch, ignore_errors=True)
     else:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # it is gone, or of another user
+            scratch.unlink()
 
 
 def _sync(path: Path) -> None:
@@ -269,7 +270,9 @@ def claimed(run_dir: Path) -> Iterator[None]:
         for folder in (run_dir / "checkpoints", run_dir / "runs"):
             for leftover in folder.glob(".*.part"):
                 leftover.unlink(missing_ok=True)
-        _remove_orphans(_orphans(run_dir / "model"))
+        for orphan, lock in _orphans(run_dir / "model"):
+            _remove(orphan)
+            os.close(lock)
         yield
 
 

@@ -84,8 +84,8 @@ def ensure(
 
     Args:
         build: writes the files into the empty folder that it is given.
-        resumes: give `build` the folder of a build that was killed, with what it had written; the
-            name of `folder` then has to tell its inputs apart.
+        resumes: give `build` the folder of an interrupted build instead, with what that has
+            written; the name of `folder` then has to tell its inputs apart.
     """
 
     def is_there() -> bool:

@@ -1,7 +1,6 @@
 """Collections on disk: complete or absent, opened without a copy, wrong input named."""
 
 import copy
-import functools
 import itertools
 import logging
 import os
@@ -139,7 +138,7 @@ def until(part, last):
         yield record
 slow = {"corpus": lambda: until("corpus", 40_000), "queries": lambda: until("queries", 10)}
 build = long_build(**{sys.argv[2]: slow[sys.argv[2]]})
-cached_collection(sys.argv[1], "long", "key", build)
+cached_collection(sys.argv[1], "long", "key", build, resumes=True)
 """
 
 
@@ -174,9 +173,12 @@ def test_a_killed_build_is_continued_to_the_same_bytes(
 
     caplog.set_level(logging.INFO)
     build = long_build() if part == "corpus" else long_build(not_again)
-    found = cached_collection(tmp_path / "cache", "long", "key", build)
-    kept = {"corpus": 2 * BATCH_ROWS, "queries": 50_000}[part]
-    assert f"corpus: continuing after {kept} passages of a build that was killed" in caplog.messages
+    found = cached_collection(tmp_path / "cache", "long", "key", build, resumes=True)
+    message = {
+        "corpus": f"corpus: continuing after {2 * BATCH_ROWS} passages of an interrupted build",
+        "queries": "corpus: an interrupted build has written all 50000 passages",
+    }
+    assert message[part] in caplog.messages
     assert [path.name for path in cache.iterdir() if path.is_dir()] == ["long-key"]
     whole = long_build()(tmp_path / "whole").folder
     assert {path.name: path.read_bytes() for path in found.folder.glob("*.*")} == {
@@ -196,22 +198,46 @@ def test_a_folder_that_a_kill_left_is_written_anew_unless_told_to_resume(tmp_pat
     assert found.corpus.get([0]) == [("A", "now first")]
 
 
-def test_a_build_that_fails_is_not_continued_and_one_that_is_interrupted_is(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    def stopped_by(error: BaseException) -> Iterator[Record]:
+def _stopped_by(error: BaseException) -> Callable[[Path], Collection]:
+    def corpus() -> Iterator[Record]:
         yield from itertools.islice(records(), 20_000)
         raise error
 
+    return long_build(corpus)
+
+
+def test_a_build_that_fails_is_not_continued_and_one_that_is_interrupted_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     for error, continued in ((ValueError(), False), (KeyboardInterrupt(), True)):
-        build = long_build(functools.partial(stopped_by, error))
         with pytest.raises(type(error)):
-            cached_collection(tmp_path, "long", "key", build)
+            cached_collection(tmp_path, "long", "key", _stopped_by(error), resumes=True)
         scratches = [path for path in (tmp_path / "collections").iterdir() if path.is_dir()]
         assert len(scratches) == continued
-    assert len(cached_collection(tmp_path, "long", "key", long_build()).corpus) == 50_000
+    found = cached_collection(tmp_path, "long", "key", long_build(), resumes=True)
+    assert len(found.corpus) == 50_000
     assert sum("continuing after" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("other_user", [False, True])
+def test_what_is_left_by_another_user_or_not_asked_for_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_user: bool
+) -> None:
+    stopped = _stopped_by(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        cached_collection(tmp_path, "long", "key", stopped, resumes=True)
+    if other_user:
+        monkeypatch.setenv("CARAVAN_TRUST_CACHE", "1")
+        user = os.geteuid() + 12345
+        monkeypatch.setattr(os, "geteuid", lambda: user)
+
+    def build(folder: Path) -> Collection:
+        assert list(folder.iterdir()) == []
+        return write(folder)
+
+    assert len(cached_collection(tmp_path, "long", "key", build, resumes=other_user).corpus) == 3
+    assert not list((tmp_path / "collections").glob(".*.part"))
 
 
 MEASURE = """

@@ -98,6 +98,11 @@ def _flipped_bit(folder: Path) -> None:
     (folder / "corpus.arrow").write_bytes(content)
 
 
+def _other_size(folder: Path) -> None:
+    journal = folder / "corpus.arrow.journal"
+    journal.write_bytes(b"9999999999999 x\n" + journal.read_bytes())
+
+
 def _zeros(folder: Path) -> None:
     content = (folder / "corpus.arrow").read_bytes()
     (folder / "corpus.arrow").write_bytes(content[:-100] + bytes(100))
@@ -112,7 +117,7 @@ def _half_a_batch_more(folder: Path) -> None:
     ("damage", "kept"),
     [
         (_nothing, 42), (_half_a_batch_more, 42), (_cut_journal, 35), (_zeros, 35),
-        (_flipped_bit, 14), (_no_journal, 0),
+        (_flipped_bit, 14), (_no_journal, 0), (_other_size, 0),
     ],
 )  # fmt: skip
 def test_texts_continue_after_the_last_intact_batch_of_a_killed_process(
@@ -124,19 +129,13 @@ def test_texts_continue_after_the_last_intact_batch_of_a_killed_process(
 ) -> None:
     monkeypatch.setattr(texts_module, "BATCH_ROWS", 7)
     records = [(f"p{n}\xa0", f"\ud800{n}", f"text {n}") for n in range(60)]
-
-    def killed() -> Iterator[tuple[str, str, str]]:
-        yield from records[:45]
-        raise KeyboardInterrupt
-
     for folder in ("killed", "whole"):
         (tmp_path / folder).mkdir()
-    with pytest.raises(KeyboardInterrupt):
-        write_texts(tmp_path / "killed", "corpus", killed(), place)
+    _interrupted(tmp_path / "killed", records[:45])
     damage(tmp_path / "killed")
     caplog.set_level(logging.INFO)
     _, continued = write(tmp_path / "killed", records, resumes=True)
-    message = f"corpus: continuing after {kept} passages of a build that was killed"
+    message = f"corpus: continuing after {kept} passages of an interrupted build"
     assert caplog.messages == ([message] if kept else [])
     _, whole = write(tmp_path / "whole", records)
     assert continued == whole
@@ -145,20 +144,52 @@ def test_texts_continue_after_the_last_intact_batch_of_a_killed_process(
     assert write(tmp_path / "killed", [], resumes=True) == (ANY, whole)  # nothing is read again
 
 
-@pytest.mark.parametrize("now", [[], [("a", "", "x")], [("a", "", "x"), ("b", "", "other")]])
-def test_texts_of_another_source_are_not_mixed(
-    tmp_path: Path, now: Records, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(texts_module, "BATCH_ROWS", 1)
+def _interrupted(folder: Path, records: Records) -> None:
+    """A write that is interrupted after these records."""
 
-    def killed() -> Iterator[tuple[str, str, str]]:
-        yield from [("a", "", "x"), ("b", "", "y")]
+    def until() -> Iterator[tuple[str, str, str]]:
+        yield from records
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_texts(tmp_path, "corpus", killed(), place)
-    with refused("changed-source", "corpus:2"):
+        write_texts(folder, "corpus", until(), place)
+
+
+def test_a_second_kill_loses_nothing_that_was_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(texts_module, "BATCH_ROWS", 7)
+    records = [(f"p{n}", "", str(n)) for n in range(60)]
+    _interrupted(tmp_path, records[:45])
+    journal = (tmp_path / "corpus.arrow.journal").read_bytes()
+    for read in (0, 20, 42, 44):  # before and while it reads the source again
+
+        def until(read: int = read) -> Iterator[tuple[str, str, str]]:
+            yield from records[:read]
+            assert (tmp_path / "corpus.arrow.journal").read_bytes() == journal
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            write_texts(tmp_path, "corpus", until(), place)
+    caplog.set_level(logging.INFO)
+    write(tmp_path, records, resumes=True)
+    assert caplog.messages == ["corpus: continuing after 42 passages of an interrupted build"]
+
+
+A, B = ("a", "", "x"), ("b", "", "y")
+
+
+@pytest.mark.parametrize(
+    ("now", "line"), [([], 1), ([A], 2), ([A, ("b", "", "other")], 2), ([("a", "t", "x"), B], 1)]
+)
+def test_texts_of_another_source_are_not_mixed(
+    tmp_path: Path, now: Records, line: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts_module, "BATCH_ROWS", 1)
+    _interrupted(tmp_path, [A, B])
+    with refused("changed-source", f"corpus:{line}"):
         write(tmp_path, now, resumes=True)
+    assert len(write(tmp_path, now, resumes=True)[0]) == len(now)
 
 
 def test_half_a_surrogate_pair_is_repaired(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
-"""An Arrow stream on disk that is written batch by batch, and continued after a kill.
+"""An Arrow stream on disk that is written batch by batch, and continued after an interruption.
 
 The journal beside it has a line for each message of the stream (the schema, the batches and the end
-mark): its size and digest. A file is continued after the last message that is intact, so neither a
-kill nor a power failure leaves wrong texts.
+mark): its size and digest. The file is continued after the last message that is intact, so neither
+a kill nor a power failure leaves wrong texts in it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class BatchFile:
     """Appends batches of rows to an Arrow stream of text columns; a context manager.
 
     Attributes:
+        journal: the path of the journal; without it the file is written anew.
         is_whole: the file has its end mark, and needs no more batches.
     """
 
@@ -30,11 +32,9 @@ class BatchFile:
         self.path, self.journal = path, path.with_name(f"{path.name}{JOURNAL}")
         intact = self._intact()
         self.is_whole = bool(intact) and intact[-1] == _line(_END)
-        path.touch()
-        self._file, self._lines = path.open("r+b"), self.journal.open("wb")
-        self._lines.writelines(intact)
+        self._file, self._lines = path.open("ab"), self.journal.open("ab")
         self._file.truncate(sum(int(line.split()[0]) for line in intact))
-        self._file.seek(0, 2)
+        self._lines.truncate(sum(map(len, intact)))
         if not intact:
             self._append(self.schema.serialize())
 
@@ -42,8 +42,8 @@ class BatchFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._lines.close()
+        with self._file, self._lines:  # closes one if the other fails, as on a full disk
+            pass
 
     def kept(self) -> Iterator[list[Row]]:
         """The batches that are in the file."""
@@ -54,8 +54,7 @@ class BatchFile:
 
     def write(self, rows: Sequence[Row]) -> None:
         """Append a batch."""
-        columns = zip(*rows, strict=True) if rows else [()] * len(self.schema)
-        arrays = [pa.array(column, pa.large_string()) for column in columns]
+        arrays = [pa.array(column, pa.large_string()) for column in zip(*rows, strict=True)]
         self._append(pa.record_batch(arrays, schema=self.schema).serialize())
 
     def finish(self) -> None:
@@ -75,11 +74,13 @@ class BatchFile:
         if not self.path.exists() or not self.journal.exists():
             return []
         lines = self.journal.read_bytes().splitlines(keepends=True)
+        left = self.path.stat().st_size
         with self.path.open("rb") as file:
             for at, line in enumerate(lines):
-                size = line.split()[0] if line.split() else b""
-                if not size.isdigit() or _line(file.read(int(size))) != line:
+                size = re.match(rb"\d{1,15} ", line)
+                if size is None or int(size[0]) > left or _line(file.read(int(size[0]))) != line:
                     return lines[:at]
+                left -= int(size[0])
         return lines
 
 

@@ -151,7 +151,7 @@ def write_collection(
     Only judgements, runs and hashes of ids are held in memory.
 
     Args:
-        folder: new or empty; `cached_collection` gives one.
+        folder: new or empty, unless `resumes`; `cached_collection` gives one.
         corpus, queries: (id, title, text), ids unique within each (see `caravan.data.texts`).
         qrels: judgements of each split, `{"test": [(query id, passage id, grade), ...]}`.
         where: the place of the n-th record of a part ("corpus", "queries", "qrels/test",
@@ -159,8 +159,9 @@ def write_collection(
         unknown_ids: "refuse" judgements with unknown ids, or "count" them in the metrics.
         runs: lines of the source's runs; repeated pairs keep the best score.
         relevant_from: the lowest relevant grade by split, if not 1.
-        resumes: keep the texts in the folder; a process that was killed has written them there from
-            the same records.
+        resumes: keep the texts that an interrupted process has written into the folder, from the
+            same records in the same order. A corpus of which it has written all is not iterated, so
+            the iterable has no side effects that the rest needs.
 
     Raises:
         InputError: "empty-corpus", or an error of `write_texts` or `RowLookup`.
@@ -208,8 +209,8 @@ def write_collection(
 
 
 def _remove_journals(folder: Path) -> None:
-    for journal in folder.glob(f"*{JOURNAL}"):
-        journal.unlink()
+    for part in ("corpus", "queries"):
+        (folder / f"{part}.arrow{JOURNAL}").unlink(missing_ok=True)
 
 
 def _write_qrels(folder: Path, split: str, qrels: Qrels) -> str:

@@ -137,13 +137,21 @@ def cache_key(*parts: object) -> str:
 
 
 def cached_collection(
-    cache_dir: str | Path, name: str, key: str, build: Callable[[Path], Collection]
+    cache_dir: str | Path,
+    name: str,
+    key: str,
+    build: Callable[[Path], Collection],
+    resumes: bool = False,
 ) -> Collection:
     """Open `cache_dir/collections/<name>-<key>`, or build it by `build(folder)`.
 
-    A damaged collection is built again. A build that was killed is continued: `build` gets
-    the folder with what it had written. One process builds while the others (ranks, a sweep's jobs)
+    A damaged collection is built again. One process builds while the others (ranks, a sweep's jobs)
     wait for its lock.
+
+    Args:
+        build: writes the collection into an empty folder.
+        resumes: give `build` the folder of an interrupted build instead, with what that has
+            written, if there is one.
 
     Raises:
         InputError: the cache or the folder belongs to another user, or is writable by everyone;
@@ -163,5 +171,5 @@ def cached_collection(
 
     if folder.exists():
         refuse_foreign(folder)
-    manifests.ensure(folder, {"collection": key}, logged, resumes=True)
+    manifests.ensure(folder, {"collection": key}, logged, resumes)
     return Collection.open(folder)

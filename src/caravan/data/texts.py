@@ -160,9 +160,9 @@ class Written(NamedTuple):
 def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place) -> Written:
     """Stream records into `<part>.arrow` and `<part>.ids.npy`.
 
-    Batches that a process has written here before it was killed are kept: the records are read
-    again up to the last of them, and not written again. Half of a surrogate pair, which is no
-    UTF-8, becomes U+FFFD.
+    Batches that an interrupted process has left are compared with the records and kept. If it had
+    written all batches, the records are not read. Half of a surrogate pair, which is no UTF-8,
+    becomes U+FFFD.
 
     Held in memory: one record batch and the hashes of the ids (8 bytes each).
 
@@ -180,25 +180,27 @@ def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place
             hashes.append(_id_hash(fields[0]))
             spaced += not fields[0].isascii() and bool(_OTHER_SPACE.search(fields[0].decode()))
 
+    unit = "passages" if part == "corpus" else part
     with BatchFile(folder / f"{part}.arrow", COLUMNS) as file:
-        unit = "passages" if part == "corpus" else part
+        if file.is_whole:
+            for rows in track(file.kept(), part, unit=unit, size=len):
+                digest(rows)
+            log.info("%s: an interrupted build has written all %d %s", part, len(hashes), unit)
+            records = ()
+        rest = iter(track(records, part, unit=unit))
+        if not file.is_whole:
+            for rows in file.kept():
+                again = list(map(_encoded, itertools.islice(rest, len(rows))))
+                if again != rows:
+                    file.journal.unlink()
+                    _refuse_other(again, rows, len(hashes), part, place)
+                digest(rows)
+            if hashes:
+                count = len(hashes)
+                log.info("%s: continuing after %d %s of an interrupted build", part, count, unit)
         batch: list[Row] = []
-        for batch in track(file.kept(), f"{part}, written before", unit=unit, size=len):
-            digest(batch)
-        rest = iter(track(() if file.is_whole else records, part, unit=unit))
-        kept = len(hashes)
-        if kept:
-            log.info("%s: continuing after %d %s of a build that was killed", part, kept, unit)
-        if kept and not file.is_whole:
-            last = next(itertools.islice(rest, kept - 1, kept), None)
-            if last is None or _encoded(last) != batch[-1]:
-                raise InputError(
-                    "changed-source",
-                    f"{place(part, kept - 1)} has changed since a build that was killed read it:"
-                    " run the command again, which builds the collection from the start",
-                )
-        batch, size = [], 0
-        for number, record in enumerate(rest, kept):
+        size = 0
+        for number, record in enumerate(rest, len(hashes)):
             if not is_id(record[0]):
                 check_id(record[0], place(part, number))
             batch.append(_encoded(record))
@@ -207,7 +209,7 @@ def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place
                 file.write(batch)
                 digest(batch)
                 batch, size = [], 0
-        if not file.is_whole and (batch or not hashes):
+        if batch:
             file.write(batch)
             digest(batch)
         file.finish()
@@ -216,6 +218,17 @@ def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place
     np.save(folder / f"{part}.ids.npy", np.stack((values[order], order.astype(np.uint64))))
     _refuse_duplicates(Texts(folder, part), place)
     return Written(content.hexdigest(), spaced)
+
+
+def _refuse_other(again: list[Row], rows: list[Row], first: int, part: str, place: Place) -> None:
+    """Refuse a source that does not have the rows of an interrupted build, from row `first` on."""
+    pairs = enumerate(zip(again, rows, strict=False))
+    at = next((n for n, (now, before) in pairs if now != before), len(again))
+    raise InputError(
+        "changed-source",
+        f"{place(part, first + at)} has changed since an interrupted build read it: run the command"
+        " again, which builds the collection from the start",
+    )
 
 
 def _refuse_duplicates(texts: Texts, place: Place) -> None:

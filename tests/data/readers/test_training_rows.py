@@ -19,9 +19,12 @@ from pyarrow import parquet
 from tests.files import judged, put, records
 from tests.refusals import refused
 
-from caravan import progress
+from caravan import files, progress
+from caravan.data import texts
+from caravan.data.batch_file import BatchFile
 from caravan.data.collection import Collection
 from caravan.data.negatives import Negatives
+from caravan.data.readers import training_rows
 from caravan.data.readers.rows import id_of_text
 from caravan.data.readers.training_rows import TrainingRows
 from caravan.data.runs import read_run
@@ -300,3 +303,45 @@ def test_an_id_that_the_corpus_lacks_is_refused_or_left_out(tmp_path: Path) -> N
     put(folder, {"corpus.jsonl": jsonl([*CORPUS, CORPUS[0]])})
     with refused("duplicate-id", "corpus.jsonl:9"):
         read(folder)
+
+
+def test_an_interrupted_build_does_not_read_the_rows_of_a_finished_corpus_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_of(tmp_path, INLINE)
+    whole = TrainingRows(str(tmp_path)).collection(tmp_path / "whole")
+
+    def interrupted(self: Any) -> Any:
+        raise KeyboardInterrupt
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_rows._Spool, "_queries", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            TrainingRows(str(tmp_path)).collection(tmp_path / "cache")
+    (spool,) = (tmp_path / "cache").rglob("rows.jsonl")
+    assert len(spool.read_text().splitlines()) == len(INLINE)
+    monkeypatch.setattr(training_rows._Spool, "_written", interrupted)
+    found = TrainingRows(str(tmp_path)).collection(tmp_path / "cache")
+    assert found.digest == whole.digest
+    assert sorted(path.name for path in found.folder.iterdir()) == sorted(
+        path.name for path in whole.folder.iterdir()
+    )
+
+
+def test_a_corpus_is_not_finished_before_its_rows_are_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_of(tmp_path, INLINE)
+    monkeypatch.setattr(texts, "BATCH_ROWS", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            TrainingRows(str(tmp_path)).collection(tmp_path / "cache")
+    (journal,) = (tmp_path / "cache").rglob("corpus.arrow.journal")
+    with BatchFile(journal.with_suffix(""), texts.COLUMNS) as corpus:
+        assert not corpus.is_whole
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

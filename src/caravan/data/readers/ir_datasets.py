@@ -77,7 +77,7 @@ class IrDatasets(Source):
                 ) from None
 
         key = cache_key("ir_datasets", ir_datasets.__version__, id_, ids, self.unknown_ids)
-        return cached_collection(cache_dir, name, key, build)
+        return cached_collection(cache_dir, name, key, build, resumes=True)
 
     def _splits(self, known: Any, id_: str) -> dict[str, str]:
         """The id of each split."""

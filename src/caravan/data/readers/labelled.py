@@ -176,7 +176,7 @@ class Folder(Source):
             *(files.layout, [digest(file, cache_dir) for file in read], list(files.qrels)),
             *(settings, (share, self.train_split, self.dev_split) if share else ()),
         )
-        return cached_collection(cache_dir, name, key, build)
+        return cached_collection(cache_dir, name, key, build, resumes=True)
 
     @abstractmethod
     def files(self, folder: Path) -> LabelledFiles:

@@ -69,7 +69,7 @@ class UnlabelledTexts(Source):
                 folder, name, corpus, (), {}, where=lambda *_: self.path, resumes=True
             )
 
-        return cached_collection(cache_dir, name, key, build)
+        return cached_collection(cache_dir, name, key, build, resumes=True)
 
     def _files(self) -> list[Path]:
         """The file, or those of the folder; none of a dataset."""

@@ -28,6 +28,7 @@ from caravan.data.readers.tables import SAVED, TABLES, Rows
 from caravan.data.source import Source, Stream, Streams, cache_key, cached_collection, held_out
 from caravan.data.texts import Record, check_id, unique_records
 from caravan.errors import InputError
+from caravan.files import replacing
 from caravan.progress import track
 
 NEGATIVES, TEACHER = "negatives", "teacher"
@@ -93,7 +94,7 @@ class TrainingRows(Source):
             spool.file.unlink()
             return found
 
-        return cached_collection(cache_dir, name, key, build)
+        return cached_collection(cache_dir, name, key, build, resumes=True)
 
     def _parts(self) -> tuple[dict[str, Rows], Rows | None]:
         """The rows of each split, and the corpus."""
@@ -169,7 +170,8 @@ class _Spool:
 
     def _written(self) -> Iterator[tuple[str, Record]]:
         """Write all rows to the spool; yield (place, passage) of the texts in them."""
-        with open(self.file, "w", encoding="utf-8") as file:
+        # whole before the corpus is: a corpus that an interrupted build has finished is not read
+        with replacing(self.file) as scratch, open(scratch, "w", encoding="utf-8") as file:
             for split, part in self.splits.items():
                 found = part.read(LINE)
                 if self.corpus is not None:  # else the progress of the passages is shown
