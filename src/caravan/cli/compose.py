@@ -198,7 +198,9 @@ class Composer(AbstractContextManager["Composer"]):
         if texts:
             self._quoted |= {text: sources.quoted(text) for text in texts}
             return self.collect(overrides)
-        origins = self._origins(kept)
+        groups = [text for text in kept if text[0] != "~" and self._is_group(text)]
+        null = [text for text in groups if cfg.get(key_of(text), text) is None]
+        origins = self._origins(kept) if found or null else {}  # it reads all files again
         lines += [
             f"{one.key} ({origin(one.key, origins)}): {one.text}"
             for one in found
@@ -207,10 +209,9 @@ class Composer(AbstractContextManager["Composer"]):
         if cfg.hydra.job.chdir is True:
             text = "paths are relative to the working directory of the command; remove it"
             lines.append(f"hydra.job.chdir: {text}")
-        for text in filter(self._is_group, kept):  # a choice without effect
+        for text in null:  # a choice without effect
             group, where = key_of(text), origin(key_of(text), origins)
-            null = text[0] != "~" and cfg.get(group, text) is None
-            if null and f"/{group}/" not in where and where != TYPED:
+            if f"/{group}/" not in where and where != TYPED:
                 lines.append(f"{text} (command line): {where} sets {group} to null; remove it")
         return cfg, lines
 
