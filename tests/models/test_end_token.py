@@ -23,6 +23,7 @@ from caravan.cli.train import train
 from caravan.data.pairs import PairTemplates
 from caravan.data.tokenization import Templates, without_second_end
 from caravan.encoding import Encoding, read_encoding
+from caravan.models.folder import load
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,18 @@ def test_a_folder_that_was_saved_with_two_ends_keeps_them(released: Path, tmp_pa
         tokenizer = AutoTokenizer.from_pretrained(model)
         (ids,) = Templates(tokenizer, read_encoding(model)[0]).passages([("", "salt road")])
         assert ids == [*_plain(released, "passage: salt road"), tokenizer.eos_token_id]
+
+
+def test_a_folder_whose_end_token_has_no_embedding_is_refused(
+    released: Path, tmp_path: Path
+) -> None:
+    model = adopt(released, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"<{number}>" for number in range(1000)])  # more than embeddings
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.save_pretrained(model)
+    with refused("other-token-ids", str(model), "<end>"):
+        load(model)
 
 
 @pytest.mark.parametrize("pair", ["joined", "pair"])

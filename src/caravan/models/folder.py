@@ -167,11 +167,24 @@ def load(
         transformer = fetch(str(folder), heads=heads and not (folder / HEAD).is_file())
         if build is CrossEncoder:
             _read_head(transformer, folder)
+    _refuse_other_vocabulary(folder, transformer, tokenizer)
     if encoding.bidirectional:  # an adapter's base has another config
         make_bidirectional(transformer)
     if attention != "auto":
         transformer = set_attention(transformer, attention)
     return build(transformer, encoding).eval(), tokenizer, encoding, facts
+
+
+def _refuse_other_vocabulary(folder: Path, transformer: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer with a special token that has no embedding; texts without it work."""
+    rows = transformer.get_input_embeddings().weight.shape[0]
+    ids = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    if unknown := [token for token, number in ids if number >= rows]:
+        raise InputError(
+            "other-token-ids",
+            f"{folder}: the model has {rows} embeddings, and none for {unknown[0]!r} of its"
+            " tokenizer; restore the tokenizer's files, or save the model again",
+        )
 
 
 def _kind(tokenizer: Any, encoding: Encoding) -> tuple[Any, Callable[..., Any]]:
