@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from pydantic import PositiveInt
 
+from caravan.models import hardware
 from caravan.progress import track
 from caravan.retrieval.index import (
     BestSegments,
@@ -42,7 +43,7 @@ class Exact:
     Args:
         k: passages per query.
         query_chunk, passage_chunk: shape of the largest score matrix in memory.
-        device: `auto` uses the GPU if there is one.
+        device: `auto` is this process' GPU if there is one (`caravan.models.hardware.device`).
     """
 
     approximate = False
@@ -88,10 +89,9 @@ class Exact:
 
     def _keys(self, queries: np.ndarray, blocks: Blocks, k: int) -> np.ndarray:
         """The keys [Q, k] int64 of the best passages in some blocks, best first."""
-        name = "cuda" if self.device == "auto" and torch.cuda.is_available() else self.device
-        device = torch.device("cpu" if name == "auto" else name)
+        device = hardware.device() if self.device == "auto" else torch.device(self.device)
         query_vectors = torch.from_numpy(float32(queries, "the queries")).to(device)
-        keys = torch.full((len(query_vectors), k), EMPTY, dtype=torch.int64, device=device)
+        keys = query_vectors.new_full((len(query_vectors), k), EMPTY, dtype=torch.int64)
         # TF32 is faster on GPUs and represents every float16 value exactly; sums are in float32.
         halves = bool((query_vectors.half().float() == query_vectors).all())
         for start, block in track(_loaded(blocks, device), "exact search", unit="blocks"):
