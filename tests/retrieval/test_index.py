@@ -1,5 +1,6 @@
 """Both indexes against plain numpy, their errors, and the settings that come with the project."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import faiss
@@ -10,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from tests.refusals import refused
 
+from caravan.models import hardware
 from caravan.retrieval.exact import Exact, measured_recall
 from caravan.retrieval.index import ArrayBlocks, BestSegments, Faiss
 from caravan.retrieval.quantized import Binary, Rescored
@@ -165,6 +167,37 @@ def test_documents_are_found_by_their_best_segment(
         assert all(len(set(row)) == k for row in rows.tolist())
     assert measured_recall(rows, queries, ArrayBlocks(segments), counts) == 1
     assert (documents.search(queries, 130)[1][:, 120:] == -1).all()
+
+
+class Repeated:
+    """`times` copies of a block, of which memory holds one."""
+
+    def __init__(self, block: np.ndarray, times: int) -> None:
+        self.block, self.times = block, times
+        self.rows, self.dim = times * len(block), block.shape[1]
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        for i in range(self.times):
+            yield i * len(self.block), self.block
+
+
+@pytest.mark.parametrize(
+    ("index", "bytes_per_vector", "size"),
+    [(Faiss("Flat"), 4096, 2**27), (Faiss("L2norm,SQfp16"), 2048, 2**26), (Binary(), 128, 2**25)],
+)
+def test_a_build_allocates_its_vectors_once(index: Faiss, bytes_per_vector: int, size: int) -> None:
+    cpu, times = torch.device("cpu"), 33  # just beyond a power of two
+    rows = size // bytes_per_vector // times
+    blocks = Repeated(np.ones((rows, 1024), dtype=np.float16), times)
+    hardware.reset_peak_memory(cpu)
+    before = hardware.peak_memory(cpu)
+    if before is None:
+        pytest.skip("the system does not measure memory")
+    index.build(blocks)
+    peak = hardware.peak_memory(cpu)
+    block = rows * 1024 * 5 / 2**30  # in float32, and whether each value is finite
+    assert peak is not None
+    assert 0.9 < (peak - before - block) * 2**30 / (bytes_per_vector * blocks.rows) < 1.15
 
 
 def test_recall_counts_what_exact_search_found() -> None:

@@ -135,6 +135,7 @@ class Faiss:
             few = f"{len(sample)} of {blocks.rows} passages; use fewer lists or index=flat"
             with _refused("index-training-failed", f"{factory} cannot be trained on {few}"):
                 index.train(sample)
+        _reserve(index, blocks.rows)
         for start, block in track(blocks, f"index {self.factory}", unit="blocks"):
             index.add(self.codes(float32(block, f"passages from row {start}")))
         self._index, self.bytes_per_vector = index, _code_size(index)
@@ -215,6 +216,26 @@ def _sample(blocks: Blocks, size: int) -> np.ndarray:
         low, high = np.searchsorted(picked, [start, start + len(block)])
         sample[low:high] = float32(block[picked[low:high] - start], f"passages from row {start}")
     return sample
+
+
+def _reserve(index: Any, rows: int) -> None:
+    """Allocate the codes of all vectors of an index of faiss, if it holds them in one array.
+
+    An array that grows block by block is copied, which takes up to twice its memory.
+    """
+    if isinstance(index, faiss.IndexBinaryFlat):
+        codes = index.xb
+    else:
+        index = faiss.downcast_index(index)
+        if isinstance(index, faiss.IndexPreTransform):
+            return _reserve(index.index, rows)
+        if isinstance(index, faiss.IndexHNSW):
+            return _reserve(index.storage, rows)
+        if not isinstance(index, faiss.IndexFlatCodes):
+            return None
+        codes = index.codes
+    codes.resize(rows * index.code_size)
+    codes.clear()  # keeps the memory
 
 
 def _code_size(index: Any) -> int | None:
