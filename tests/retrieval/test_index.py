@@ -13,7 +13,7 @@ from tests.refusals import refused
 
 from caravan.models import hardware
 from caravan.retrieval.exact import Exact, measured_recall
-from caravan.retrieval.index import ArrayBlocks, BestSegments, Faiss
+from caravan.retrieval.index import ArrayBlocks, BestSegments, Faiss, bytes_held
 from caravan.retrieval.quantized import Binary, Rescored
 
 CONF = Path(__file__).parents[2] / "conf" / "index"
@@ -239,3 +239,38 @@ def test_looking_further_raises_the_recall_of_approximate_indexes(
         index.build(blocks)
         recalls.append(measured_recall(index.search(queries, 20)[1], queries, blocks))
     assert recalls[0] < 0.95 < recalls[1]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        *(Faiss("Flat"), Faiss("SQfp16"), Faiss("PCA8,Flat"), Faiss("PQ8x4"), Faiss("RaBitQ")),
+        *(Faiss("HNSW8", ef_construction=4), Faiss("HNSW16_SQ8", ef_construction=4)),
+        *(Faiss("IVF4,Flat"), Faiss("IVF4,SQ8"), Faiss("IVF4,PQ8x4fs"), Faiss("PCA8,IVF4,SQ8")),
+        *(Faiss("SQ8,RFlat"), Rescored(), Binary()),
+    ],
+    ids=lambda index: index.factory,
+)
+def test_the_estimate_of_memory_is_what_faiss_holds(index: Faiss) -> None:
+    index.train_rows = 400
+    index.build(ArrayBlocks(vectors(12_000, 32)))
+    write = faiss.serialize_index
+    if isinstance(index, Binary):
+        write = faiss.serialize_index_binary
+    assert bytes_held(index.created(32)) * 12_000 == pytest.approx(
+        len(write(index._index)), rel=0.1
+    )
+
+
+def test_an_index_larger_than_memory_is_refused_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hardware, "host_memory", lambda: 32_000)
+    Faiss("Flat").refuse_too_large(500, 16)
+    Rescored().refuse_too_large(2000, 16)
+    Faiss("NSG16").refuse_too_large(20_000, 16)  # of an unknown size
+    for index in (Faiss("SQfp16"), Faiss("HNSW32"), Faiss("IVF64,Flat"), Rescored(), Binary()):
+        with refused("out-of-memory", f"'{index.factory}'", "20,000 vectors", "index=exact"):
+            index.refuse_too_large(20_000, 16)
+    with refused("unknown-index", "Falt"):
+        Faiss("Falt").refuse_too_large(1, 16)

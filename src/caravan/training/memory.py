@@ -8,7 +8,6 @@ refused at once, not after an hour of loading.
 from __future__ import annotations
 
 import logging
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ import torch
 from caravan.distributed import is_main_process
 from caravan.errors import InputError
 from caravan.models.bidirectional import has_adapter
-from caravan.models.hardware import frozen_linears
+from caravan.models.hardware import frozen_linears, host_memory
 from caravan.training.fsdp import FullySharded
 
 if TYPE_CHECKING:
@@ -178,8 +177,3 @@ def refuse_validation(passages: int, width: int, processes: int) -> None:
             f" {processes} processes, and the machine has {available / GIB:.1f} GiB; set"
             " validation.passages=100000",
         )
-
-
-def host_memory() -> int:
-    """Bytes of main memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
