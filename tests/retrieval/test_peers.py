@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,22 @@ def test_parts_that_two_processes_search_give_the_run_of_one_search(
     in_parts(beir, tmp_path / "parts", *overrides)
     assert run.read_bytes() == whole
     assert parts[0].stat().st_mtime_ns == kept
+
+
+@pytest.mark.slow
+def test_four_processes_encode_search_and_rerank_to_the_bytes_of_one(
+    beir: Path, folders: dict[str, str], tmp_path: Path
+) -> None:
+    few = ("block=8", "rerank.block=4", "rerank.depth=5", "index.k=20", "measures=[MRR@5]")
+    overrides = (folders["retriever"], f"reranker={folders['reranker']}", *few)
+    in_parts(beir, tmp_path / "one", *overrides)
+    four = TwoRanks(4)
+    try:
+        metrics = four(in_parts, beir, tmp_path / "four", *overrides)
+    finally:
+        four.close()
+    assert [bool(of_rank) for of_rank in metrics] == [True, False, False, False]
+    one = products(tmp_path / "one")
+    assert products(tmp_path / "four") == one
+    kinds = Counter(name.split("/")[1].split(".")[0] for name in one if name.endswith(".npy"))
+    assert kinds == {"passages": 8, "queries": 1, "found": 4, "scores": 5}
