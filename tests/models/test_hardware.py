@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from caravan.distributed import LAUNCHERS
 from caravan.models import hardware
 
 
@@ -30,3 +31,25 @@ def test_small_models_on_gpus_get_more_processes_that_tokenize(
     monkeypatch.setattr(hardware, "cores", lambda: cores)
     assert hardware.workers(None, parameters) == expected
     assert hardware.workers(3, parameters) == 3
+
+
+@pytest.mark.parametrize(
+    ("gpus", "variables", "expected"),
+    [
+        (0, {"LOCAL_RANK": "3"}, "cpu"),
+        (8, {}, "cuda:0"),
+        (8, {"LOCAL_RANK": "3"}, "cuda:3"),
+        (8, {"SLURM_LOCALID": "3"}, "cuda:3"),
+        (1, {"SLURM_LOCALID": "3"}, "cuda:0"),  # srun --gpus-per-task=1 shows each task one
+    ],
+)
+def test_each_process_of_a_machine_has_its_own_gpu(
+    gpus: int, variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert str(hardware.device()) == expected

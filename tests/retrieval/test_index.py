@@ -1,5 +1,6 @@
 """Both indexes against plain numpy, their errors, and the settings that come with the project."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import faiss
@@ -10,8 +11,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from tests.refusals import refused
 
+from caravan.models import hardware
 from caravan.retrieval.exact import Exact, measured_recall
-from caravan.retrieval.index import ArrayBlocks, BestSegments, Faiss
+from caravan.retrieval.index import ArrayBlocks, BestSegments, Faiss, bytes_held
 from caravan.retrieval.quantized import Binary, Rescored
 
 CONF = Path(__file__).parents[2] / "conf" / "index"
@@ -167,6 +169,37 @@ def test_documents_are_found_by_their_best_segment(
     assert (documents.search(queries, 130)[1][:, 120:] == -1).all()
 
 
+class Repeated:
+    """`times` copies of a block, of which memory holds one."""
+
+    def __init__(self, block: np.ndarray, times: int) -> None:
+        self.block, self.times = block, times
+        self.rows, self.dim = times * len(block), block.shape[1]
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        for i in range(self.times):
+            yield i * len(self.block), self.block
+
+
+@pytest.mark.parametrize(
+    ("index", "bytes_per_vector", "size"),
+    [(Faiss("Flat"), 4096, 2**27), (Faiss("L2norm,SQfp16"), 2048, 2**26), (Binary(), 128, 2**25)],
+)
+def test_a_build_allocates_its_vectors_once(index: Faiss, bytes_per_vector: int, size: int) -> None:
+    cpu, times = torch.device("cpu"), 33  # just beyond a power of two
+    rows = size // bytes_per_vector // times
+    blocks = Repeated(np.ones((rows, 1024), dtype=np.float16), times)
+    hardware.reset_peak_memory(cpu)
+    before = hardware.peak_memory(cpu)
+    if before is None:
+        pytest.skip("the system does not measure memory")
+    index.build(blocks)
+    peak = hardware.peak_memory(cpu)
+    block = rows * 1024 * 5 / 2**30  # in float32, and whether each value is finite
+    assert peak is not None
+    assert 0.9 < (peak - before - block) * 2**30 / (bytes_per_vector * blocks.rows) < 1.15
+
+
 def test_recall_counts_what_exact_search_found() -> None:
     blocks, queries = ArrayBlocks(vectors(50)), vectors(3, seed=1)
     rows = reference(vectors(50), queries, 4)[1]
@@ -206,3 +239,38 @@ def test_looking_further_raises_the_recall_of_approximate_indexes(
         index.build(blocks)
         recalls.append(measured_recall(index.search(queries, 20)[1], queries, blocks))
     assert recalls[0] < 0.95 < recalls[1]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        *(Faiss("Flat"), Faiss("SQfp16"), Faiss("PCA8,Flat"), Faiss("PQ8x4"), Faiss("RaBitQ")),
+        *(Faiss("HNSW8", ef_construction=4), Faiss("HNSW16_SQ8", ef_construction=4)),
+        *(Faiss("IVF4,Flat"), Faiss("IVF4,SQ8"), Faiss("IVF4,PQ8x4fs"), Faiss("PCA8,IVF4,SQ8")),
+        *(Faiss("SQ8,RFlat"), Rescored(), Binary()),
+    ],
+    ids=lambda index: index.factory,
+)
+def test_the_estimate_of_memory_is_what_faiss_holds(index: Faiss) -> None:
+    index.train_rows = 400
+    index.build(ArrayBlocks(vectors(12_000, 32)))
+    write = faiss.serialize_index
+    if isinstance(index, Binary):
+        write = faiss.serialize_index_binary
+    assert bytes_held(index.created(32)) * 12_000 == pytest.approx(
+        len(write(index._index)), rel=0.1
+    )
+
+
+def test_an_index_larger_than_memory_is_refused_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hardware, "host_memory", lambda: 32_000)
+    Faiss("Flat").refuse_too_large(500, 16)
+    Rescored().refuse_too_large(2000, 16)
+    Faiss("NSG16").refuse_too_large(20_000, 16)  # of an unknown size
+    for index in (Faiss("SQfp16"), Faiss("HNSW32"), Faiss("IVF64,Flat"), Rescored(), Binary()):
+        with refused("out-of-memory", f"'{index.factory}'", "20,000 vectors", "index=exact"):
+            index.refuse_too_large(20_000, 16)
+    with refused("unknown-index", "Falt"):
+        Faiss("Falt").refuse_too_large(1, 16)

@@ -9,10 +9,12 @@ import pytest
 from tests.commands import evaluate
 from tests.files import ranked
 from tests.models.small import alone
+from tests.refusals import refused
 
 from caravan.data.collection import Collection
 from caravan.data.tokenization import Templates
 from caravan.models import folder as model_folder
+from caravan.models import hardware
 
 WORDS = 5
 BLOCKS = ("block=7", "token_budget=128", "precision=float32", f"segment_words={WORDS}")
@@ -64,3 +66,14 @@ def test_a_passage_has_the_score_of_its_first_or_its_best_segment(
         assert sorted(scores.values(), reverse=True) == list(scores.values())
     (products,) = (tmp_path / "run" / "store").glob("segments.*.manifest.json")
     assert len(list(products.with_name(products.name.split(".manifest")[0]).iterdir())) > 1
+
+
+def test_an_index_that_does_not_fit_is_refused_before_anything_is_encoded(
+    beir: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "host_memory", lambda: 4 * 16 * 60)
+    settings = (folders["retriever"], "index=flat", "dim=16", "index.k=20", "measures=[MRR@5]")
+    evaluate(beir, tmp_path / "passages", *settings)
+    with refused("out-of-memory", "'Flat'", "vectors of 16 dimensions", "index=exact"):
+        evaluate(beir, tmp_path / "segments", *settings, "segment=best", "segment_words=5")
+    assert not list((tmp_path / "segments").rglob("*.npy"))

@@ -21,7 +21,7 @@ from caravan.data.segments import Cut
 from caravan.data.tokenization import Templates
 from caravan.models import folder
 from caravan.retrieval.exact import Exact
-from caravan.training.evaluation import RetrievalEvaluation
+from caravan.training.evaluation import Evaluation, RerankingEvaluation, RetrievalEvaluation
 
 
 @pytest.mark.parametrize(("relevant_from", "mrr"), [(1, 1.0), (2, 0.5)])
@@ -56,6 +56,25 @@ def test_passages_are_searched_once_in_any_order_and_low_grades_do_not_count(
     evaluation.on_validation_epoch_end(trainer, module)
     assert logged == {"val/MRR@10": mrr}
     assert list(ranked(tmp_path / "run.trec", collection)[3]) == [7, 5, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "name", "kind"),
+    [
+        (RetrievalEvaluation(None, [], ""), "vectors", np.float16),
+        (RerankingEvaluation([], ""), "scores", np.float32),
+    ],
+)
+def test_a_validation_gathers_what_an_evaluation_stores(
+    evaluation: Evaluation, name: str, kind: type
+) -> None:
+    computed = torch.randn(5, 4)
+    batch = SimpleNamespace(texts=SimpleNamespace(tokens=2))
+    for rows in (computed[:3], computed[3:]):
+        evaluation.on_validation_batch_end(None, None, {name: rows}, batch, 0)
+    gathered = evaluation.gathered(0, name, torch.device("cpu"))
+    assert gathered.dtype == kind
+    np.testing.assert_array_equal(gathered, computed.numpy().astype(kind))
 
 
 class Fixed(RetrievalEvaluation):

@@ -111,7 +111,13 @@ def test_a_device_that_is_too_small_is_refused_with_the_remedy(largest: str, rem
         refuse_too_large(needed, torch.device("cpu"))
 
 
-def test_a_validation_whose_embeddings_do_not_fit_is_refused_before_training() -> None:
+def test_a_validation_whose_embeddings_do_not_fit_is_refused_before_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     refuse_validation(100_000, 384, processes=1)
+    monkeypatch.setattr("caravan.training.memory.host_memory", lambda: 2 * (2 + 4) * 100_000 * 384)
+    refuse_validation(100_000, 384, processes=2)
+    with refused("out-of-memory", "100,001 passages"):
+        refuse_validation(100_001, 384, processes=2)
     with refused("out-of-memory", "8,841,823 passages", "validation.passages=100000"):
         refuse_validation(8_841_823, 4096, processes=8)

@@ -259,14 +259,19 @@ def refuse_unsuitable(
     """
     from transformers import AutoModel
 
-    own, facts = read_encoding(folder)
-    trusted = is_allowed(folder, own, facts, trust_remote_code)
-    adapter = facts["weights"] == "adapter"
-    name, revision = adapter_base(folder) if adapter else (str(folder), None)
-    config = load_config(name, trusted, revision=revision)
+    config = config_of(folder, trust_remote_code)
     refuse_large(config, encoding.dim, section)
     if is_remote_code(config):
         return  # its classes are unknown before loading, which checks the folder's lengths
-    with reading(name, "no model could be loaded"), torch.device("meta"):
+    with reading(folder, "no model could be loaded"), torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=False)
     refuse_too_long(model, encoding, section)
+
+
+def config_of(folder: Path, trust_remote_code: bool = False) -> Any:
+    """transformers' config of a folder's model; of an adapter, that of its base."""
+    encoding, facts = read_encoding(folder)
+    trusted = is_allowed(folder, encoding, facts, trust_remote_code)
+    adapter = facts["weights"] == "adapter"
+    name, revision = adapter_base(folder) if adapter else (str(folder), None)
+    return load_config(name, trusted, revision=revision)

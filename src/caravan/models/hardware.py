@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,6 +133,11 @@ def settle_precisions(network: nn.Module, bf16: bool) -> None:
         adapted_layers: Any = (m for m in network.modules() if isinstance(m, BaseTunerLayer))
         for layer in adapted_layers:
             layer.cast_input_dtype_enabled = False
+
+
+def host_memory() -> int:
+    """Bytes of main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def reset_peak_memory(device: torch.device) -> None:

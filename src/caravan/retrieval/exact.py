@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
 from pydantic import PositiveInt
 
+from caravan.models import hardware
 from caravan.progress import track
 from caravan.retrieval.index import (
     BestSegments,
@@ -42,7 +44,7 @@ class Exact:
     Args:
         k: passages per query.
         query_chunk, passage_chunk: shape of the largest score matrix in memory.
-        device: `auto` uses the GPU if there is one.
+        device: `auto` is this process' GPU if there is one (`caravan.models.hardware.device`).
     """
 
     approximate = False
@@ -88,10 +90,9 @@ class Exact:
 
     def _keys(self, queries: np.ndarray, blocks: Blocks, k: int) -> np.ndarray:
         """The keys [Q, k] int64 of the best passages in some blocks, best first."""
-        name = "cuda" if self.device == "auto" and torch.cuda.is_available() else self.device
-        device = torch.device("cpu" if name == "auto" else name)
+        device = hardware.device() if self.device == "auto" else torch.device(self.device)
         query_vectors = torch.from_numpy(float32(queries, "the queries")).to(device)
-        keys = torch.full((len(query_vectors), k), EMPTY, dtype=torch.int64, device=device)
+        keys = query_vectors.new_full((len(query_vectors), k), EMPTY, dtype=torch.int64)
         # TF32 is faster on GPUs and represents every float16 value exactly; sums are in float32.
         halves = bool((query_vectors.half().float() == query_vectors).all())
         for start, block in track(_loaded(blocks, device), "exact search", unit="blocks"):
@@ -108,22 +109,38 @@ class Exact:
 
 
 def _loaded(blocks: Blocks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-    """The blocks as tensors on a device; the next is read from disk while one is searched."""
+    """The blocks as tensors on a device; the next is read and copied while one is searched.
 
-    def load() -> tuple[int, torch.Tensor] | None:
+    On a GPU, the thread that reads copies on a stream of its own: on the default one, a copy would
+    start after all kernels of the search.
+    """
+    on_gpu = device.type == "cuda"
+
+    def start() -> None:
+        if on_gpu:  # device and stream of a thread, not of the process
+            torch.cuda.set_stream(torch.cuda.Stream(device))
+
+    def load() -> tuple[int, torch.Tensor, Any] | None:
         item = next(remaining, None)
         if item is None:
             return None
         host = torch.from_numpy(np.array(item[1]))  # a copy: the file is read here
-        host = host.pin_memory() if device.type == "cuda" else host
-        return item[0], host.to(device, non_blocking=True)
+        if not on_gpu:
+            return item[0], host.to(device), None
+        block = host.pin_memory().to(device, non_blocking=True)
+        return item[0], block, torch.cuda.current_stream(device).record_event()
 
     remaining = iter(blocks)
-    with ThreadPoolExecutor(1) as reader:
+    with ThreadPoolExecutor(1, initializer=start) as reader:
         waiting = reader.submit(load)
         while (loaded := waiting.result()) is not None:
             waiting = reader.submit(load)
-            yield loaded
+            row, block, copied = loaded
+            if on_gpu:
+                searching = torch.cuda.current_stream(device)
+                searching.wait_event(copied)
+                block.record_stream(searching)  # its memory is reused after the search of it
+            yield row, block
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from pydantic import PositiveInt
 
 from caravan.errors import InputError
+from caravan.models import hardware
 from caravan.progress import track
 
 SEARCH_CHUNK = 1024
@@ -117,10 +118,7 @@ class Faiss:
         """
         faiss.omp_set_num_threads(torch.get_num_threads())
         require_rows(blocks)
-        factory = f"index.factory='{self.factory}'"
-        text = f"{factory} is not a factory string of faiss, such as HNSW32"
-        with _refused("unknown-index", text):
-            index = self.created(blocks.dim)
+        factory, index = f"index.factory='{self.factory}'", self._empty(blocks.dim)
         for name, setting, value in (
             ("efConstruction", "ef_construction", self.ef_construction),
             ("nprobe", "nprobe", self.nprobe),
@@ -135,6 +133,7 @@ class Faiss:
             few = f"{len(sample)} of {blocks.rows} passages; use fewer lists or index=flat"
             with _refused("index-training-failed", f"{factory} cannot be trained on {few}"):
                 index.train(sample)
+        _reserve(index, blocks.rows)
         for start, block in track(blocks, f"index {self.factory}", unit="blocks"):
             index.add(self.codes(float32(block, f"passages from row {start}")))
         self._index, self.bytes_per_vector = index, _code_size(index)
@@ -152,6 +151,23 @@ class Faiss:
             scores[span], rows[span] = self._index.search(self.codes(queries[span]), k)
         scores[rows < 0] = -np.inf
         return scores, rows
+
+    def refuse_too_large(self, rows: int, dim: int) -> None:
+        """Raise an InputError if the index of `rows` vectors does not fit into main memory."""
+        size, available = rows * bytes_held(self._empty(dim)), hardware.host_memory()
+        if size > available:
+            raise InputError(
+                "out-of-memory",
+                f"index.factory='{self.factory}' of {rows:,} vectors of {dim} dimensions needs at"
+                f" least {size / 2**30:.1f} GiB of main memory, and the machine has"
+                f" {available / 2**30:.1f} GiB; set index=exact, which streams the vectors, or one"
+                " with smaller codes, such as index=int8",
+            )
+
+    def _empty(self, dim: int) -> Any:
+        text = f"index.factory='{self.factory}' is not a factory string of faiss, such as HNSW32"
+        with _refused("unknown-index", text):
+            return self.created(dim)
 
     def created(self, dim: int) -> Any:
         """An empty index of faiss for vectors of a size."""
@@ -215,6 +231,45 @@ def _sample(blocks: Blocks, size: int) -> np.ndarray:
         low, high = np.searchsorted(picked, [start, start + len(block)])
         sample[low:high] = float32(block[picked[low:high] - start], f"passages from row {start}")
     return sample
+
+
+def bytes_held(index: Any) -> float:
+    """Bytes of main memory that an index of faiss needs for a vector.
+
+    Those of its code, its id in an inverted list, and its links in a graph. Centroids, and the
+    memory that inverted lists take as they grow, come on top. 0 if unknown.
+    """
+    if isinstance(index, faiss.IndexBinary):
+        return float(index.code_size)
+    held: Any = faiss.downcast_index(index)  # owned by `index`, which must stay
+    if isinstance(held, faiss.IndexPreTransform):
+        return bytes_held(held.index)
+    if isinstance(held, faiss.IndexIVF):
+        return float(held.code_size + 8)
+    if isinstance(held, faiss.IndexHNSW):
+        graph: Any = held.hnsw
+        # A vector is in level 0, and in each further level with a probability of 1 / M.
+        above = graph.nb_neighbors(1)
+        links = graph.nb_neighbors(0) + above / (above - 1)
+        return bytes_held(held.storage) + 4 * links + 12  # the offset and the level
+    return float(_code_size(held) or 0)
+
+
+def _reserve(index: Any, rows: int) -> None:
+    """Allocate the codes of all vectors of an index of faiss, if it holds them in one array.
+
+    An array that grows block by block is copied, which takes up to twice its memory.
+    """
+    held: Any = index if isinstance(index, faiss.IndexBinary) else faiss.downcast_index(index)
+    is_binary = isinstance(held, faiss.IndexBinaryFlat)
+    if isinstance(held, faiss.IndexPreTransform):
+        _reserve(held.index, rows)
+    elif isinstance(held, faiss.IndexHNSW):
+        _reserve(held.storage, rows)
+    elif is_binary or isinstance(held, faiss.IndexFlatCodes):
+        codes = held.xb if is_binary else held.codes
+        codes.resize(rows * held.code_size)
+        codes.clear()  # keeps the memory
 
 
 def _code_size(index: Any) -> int | None:

@@ -155,6 +155,12 @@ class Inference:
             return "encoding."
         return "" if self.encoding.kind == "retriever" else "rerank."
 
+    @property
+    def dim(self) -> int:
+        """Dimensions of an embedding; loads no weights."""
+        config = model_folder.config_of(self.folder, self.trust_remote_code)
+        return self.encoding.dim or int(config.get_text_config().hidden_size)
+
     def load(self) -> None:
         """Load the weights now."""
         _ = self.templates

@@ -14,8 +14,9 @@ from caravan import manifests
 from caravan.data.collection import Collection
 from caravan.data.segments import Reading, cut
 from caravan.data.tokenization import instruction_for
+from caravan.distributed import is_main_process
 from caravan.encoding import has_instruction, read_encoding
-from caravan.retrieval.index import BestSegments, Index
+from caravan.retrieval.index import BestSegments, Faiss, Index
 from caravan.retrieval.inference import Inference, Models
 from caravan.retrieval.rerank import Reranking
 from caravan.retrieval.store import Embeddings, Store
@@ -161,9 +162,16 @@ class Dense:
         Returns:
             The embeddings, and how many each passage has if each of its segments has one
             (`Systems.make_index`).
+
+        Raises:
+            InputError: "out-of-memory", before anything is encoded, if the main process cannot
+                hold the index of faiss.
         """
         corpus, reading = self.collection.corpus, self.systems.reading
         read = cut(corpus, np.arange(len(corpus)), reading)
+        index = self.systems.make("index")
+        if isinstance(index, Faiss) and is_main_process():
+            index.refuse_too_large(len(read.rows), self.model.dim)
         name = "segments" if reading.segments else "passages"
         return self._embedded("passage", read.texts, read.rows, name, reading.segments), read.counts
 

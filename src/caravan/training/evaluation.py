@@ -54,6 +54,8 @@ class Evaluation(pl.Callback, ABC):
 
     loaders: int
     """Loaders of a collection (`caravan.data.validation.Validation.batches`)."""
+    dtype: torch.dtype
+    """Of the embeddings or scores that are gathered, as an evaluation stores them."""
 
     def __init__(self, measures: Sequence[str], run_file: str) -> None:
         self.measures, self.run_file = list(measures), Path(run_file)
@@ -76,7 +78,7 @@ class Evaluation(pl.Callback, ABC):
         dataloader_idx: int = 0,
     ) -> None:
         for name, rows in outputs.items():
-            rows = rows.float() if rows.is_floating_point() else rows
+            rows = rows.to(self.dtype) if rows.is_floating_point() else rows
             self._outputs[dataloader_idx, name].append(rows.cpu())
         self._tokens[dataloader_idx] += batch.texts.tokens
 
@@ -165,7 +167,7 @@ class RetrievalEvaluation(Evaluation):
         The others: see `Evaluation`.
     """
 
-    loaders = 2
+    loaders, dtype = 2, torch.float16
 
     def __init__(self, index: Any, measures: Sequence[str], run_file: str) -> None:
         super().__init__(measures, run_file)
@@ -199,7 +201,7 @@ class RetrievalEvaluation(Evaluation):
 class RerankingEvaluation(Evaluation):
     """Reorders the validation's fixed candidates by their scores."""
 
-    loaders = 1
+    loaders, dtype = 1, torch.float32
 
     def run_of(self, data: Validation, loader: int, device: torch.device) -> Run:
         names = ("query_rows", "passage_rows", "scores")

@@ -8,7 +8,6 @@ refused at once, not after an hour of loading.
 from __future__ import annotations
 
 import logging
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ import torch
 from caravan.distributed import is_main_process
 from caravan.errors import InputError
 from caravan.models.bidirectional import has_adapter
-from caravan.models.hardware import frozen_linears
+from caravan.models.hardware import frozen_linears, host_memory
 from caravan.training.fsdp import FullySharded
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from caravan.training.stage import Stage
 
 FLOAT = 4  # bytes; of all but frozen linear layers (`caravan.models.hardware.precisions`)
+HALF = 2  # bytes
 FOUR_BITS = 0.5 + 1 / 64 + 4 / 64 / 256
 """Bytes of a four-bit weight: a scale of 8 bits for 64 of them, one of 32 for 256 scales."""
 GIB = 2**30
@@ -167,10 +167,11 @@ def refuse_validation(passages: int, width: int, processes: int) -> None:
     """Raise an InputError if the embeddings of a validation do not fit into main memory.
 
     Args:
-        passages, width: their shape; each process has all of them in float32, and their index.
+        passages, width: their shape; each process has all of them in float16, and `index=flat` of
+            them in float32.
         processes: of this machine.
     """
-    size, available = 2 * FLOAT * passages * width * processes, host_memory()
+    size, available = (HALF + FLOAT) * passages * width * processes, host_memory()
     if size > available:
         raise InputError(
             "out-of-memory",
@@ -178,8 +179,3 @@ def refuse_validation(passages: int, width: int, processes: int) -> None:
             f" {processes} processes, and the machine has {available / GIB:.1f} GiB; set"
             " validation.passages=100000",
         )
-
-
-def host_memory() -> int:
-    """Bytes of main memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
