@@ -82,3 +82,9 @@ def test_a_process_searches_on_the_gpu_on_which_it_encodes_and_copies_beside_the
     assert gpus.used_on == [gpus.default] * 3
     for array, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(array, other)
+
+
+def test_the_log_has_the_device_of_the_search(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    Exact(k=5).build(ArrayBlocks(vectors(100)))
+    assert caplog.messages == ["exact search over 100 vectors on cpu"]

@@ -8,6 +8,7 @@ searched separately.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ from caravan.retrieval.store import Save
 EMPTY = -(2**63)
 """The key of a place without a passage; the lowest."""
 LOW = 2**32 - 1  # the bits of a key that hold the row
+
+
+log = logging.getLogger(__name__)
 
 
 class Exact:
@@ -68,6 +72,10 @@ class Exact:
         self._blocks = blocks
         _, first = next(iter(blocks))
         self.bytes_per_vector = first[0].nbytes
+        log.info(f"exact search over {blocks.rows:,} vectors on {hardware.named(self._device())}")
+
+    def _device(self) -> torch.device:
+        return hardware.device() if self.device == "auto" else torch.device(self.device)
 
     def search(self, queries: np.ndarray, k: int | None = None) -> Found:
         """The `k` passages of greatest dot product for each of queries [Q, d]."""
@@ -90,7 +98,7 @@ class Exact:
 
     def _keys(self, queries: np.ndarray, blocks: Blocks, k: int) -> np.ndarray:
         """The keys [Q, k] int64 of the best passages in some blocks, best first."""
-        device = hardware.device() if self.device == "auto" else torch.device(self.device)
+        device = self._device()
         query_vectors = torch.from_numpy(float32(queries, "the queries")).to(device)
         keys = query_vectors.new_full((len(query_vectors), k), EMPTY, dtype=torch.int64)
         # TF32 is faster on GPUs and represents every float16 value exactly; sums are in float32.
