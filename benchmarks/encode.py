@@ -3,8 +3,8 @@
     python benchmarks/encode.py [--data <BEIR folder>] [--passages 1000]
 
 Also: whether time is linear in tokens, and whether memory is flat in the size of the corpus. The
-peer's fastest backend on CPUs, OpenVINO in bf16, is a further row where it is installed (`pip
-install openvino`).
+peer's fastest backend on CPUs, OpenVINO in bf16, is a further row where it is installed
+(requirements-extras.txt; `make bench` does).
 """
 
 from __future__ import annotations

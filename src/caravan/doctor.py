@@ -10,14 +10,17 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import pwd
 import re
+import resource
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from caravan import distributed, manifests
-from caravan.errors import answering
+from caravan.errors import InputError, answering, first_line
+from caravan.files import refuse_foreign
 
 LIBRARIES = (
     "torch", "pytorch-lightning", "transformers", "tokenizers", "peft", "bitsandbytes",
@@ -28,6 +31,8 @@ FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12")
 LEAST_FREE = 10 * 2**30
 LEAST_SHARED = 2**30
 """Bytes of /dev/shm that NCCL and workers of DataLoaders never exceeded."""
+LEAST_FILES = 1024
+"""Open files of a process: every memory-mapped shard of embeddings is one."""
 HUB_TIMEOUT_S = 3
 
 
@@ -48,12 +53,15 @@ def _show() -> None:
 
 def report() -> Iterator[str]:
     """The lines of the report."""
-    for part in (software, processors, gpus, disks, hub):
+    for part in (software, processors, gpus, limits, cache, hub):
         yield from part()
 
 
 def software() -> Iterator[str]:
-    """The versions of the libraries; two packages of faiss overwrite each other's files."""
+    """The versions of the libraries, and the build of faiss.
+
+    Two packages of faiss overwrite each other's files.
+    """
     yield f"python {platform.python_version()}, {platform.platform()}"
     found = manifests.versions((*LIBRARIES, *FAISS))
     packages = [name for name in FAISS if found[name] != manifests.NOT_INSTALLED]
@@ -64,6 +72,18 @@ def software() -> Iterator[str]:
     if len(packages) > 1:
         remove = f"pip uninstall {' '.join(packages)}"
         yield f"! several packages hold faiss; run: {remove}, then install one"
+    if packages:
+        yield _faiss()
+
+
+def _faiss() -> str:
+    """The instruction sets that faiss was built for, and the GPUs that it can use."""
+    try:
+        import faiss
+    except ImportError as error:
+        return f"! faiss cannot be imported ({first_line(error)}); install it again"
+    count = f", {faiss.get_num_gpus()} GPUs" if hasattr(faiss, "get_num_gpus") else ""
+    return f"faiss build: {faiss.get_compile_options().strip()}{count}"
 
 
 def processors() -> Iterator[str]:
@@ -134,18 +154,35 @@ def _driver() -> str | None:
     return found[1] if found else None
 
 
-def disks() -> Iterator[str]:
-    """The shared memory of workers, and the folder of collections and its disk."""
+def limits() -> Iterator[str]:
+    """Open files, and the shared memory of workers."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield f"open files: {_count(soft)} (soft limit), {_count(hard)} (hard limit)"
+    if hard != resource.RLIM_INFINITY and hard < LEAST_FILES:  # programs raise the soft limit to it
+        yield (
+            f"! the hard limit of open files is below {LEAST_FILES:,}; raise it"
+            " (/etc/security/limits.conf, or docker run --ulimit nofile=65536)"
+        )
     shared = Path("/dev/shm")
     if shared.is_dir():
         total = shutil.disk_usage(shared).total
         yield f"/dev/shm: {_size(total)}"
         if total < LEAST_SHARED:
             yield "! /dev/shm is small for NCCL on several GPUs; docker run --shm-size=8g raises it"
+
+
+def cache() -> Iterator[str]:
+    """The folder of collections, its owner and its disk."""
     folder = Path(os.environ.get("CARAVAN_CACHE", ".cache")).absolute()
     there = next(one for one in (folder, *folder.parents) if one.exists())
     free = shutil.disk_usage(there).free
-    yield f"cache: {folder}, {_size(free)} free"
+    owner = f"owner {_user(folder.stat().st_uid)}" if folder.exists() else "not made yet"
+    yield f"cache: {folder}, {owner}, {_size(free)} free"
+    if folder.exists():
+        try:
+            refuse_foreign(folder)
+        except InputError as error:
+            yield f"! {error}"
     if not os.access(there, os.W_OK):
         yield f"! {there} cannot be written; set CARAVAN_CACHE to another folder"
     if free < LEAST_FREE:
@@ -170,6 +207,18 @@ def hub() -> Iterator[str]:
             f"! hub: {constants.ENDPOINT} does not answer; set HF_ENDPOINT to a mirror, or give"
             " folders as backbone.name"
         )
+
+
+def _user(uid: int) -> str:
+    """The name of a user, or the number of one that this machine does not know."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
+
+
+def _count(limit: int) -> str:
+    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,}"
 
 
 def _size(count: int) -> str:

@@ -17,7 +17,7 @@ import signal
 import socket
 from collections import Counter, deque
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -36,7 +36,7 @@ SPARE = 8
 MOST = 8
 """Shards per call: an actor loads and tokenizes the next one while it computes."""
 ATTEMPTS = 4
-"""How many actors may die on one shard, or in a row while they start."""
+"""How many actors may die on one shard, or in a row while they start on nodes that live."""
 WARN_AFTER_S = 60.0
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,19 @@ class Worker:
             ) from None
 
 
+class Call(NamedTuple):
+    """What an actor does; no shards: it starts.
+
+    Attributes:
+        dead: the nodes that had died when the actor was requested, if it starts. Ray queues several
+            such actors at one node, and they all die with it.
+    """
+
+    actor: Any
+    shards: list[int]
+    dead: frozenset[str] = frozenset()
+
+
 class Cluster:
     """Hands shards to actors; see the docstring of this module.
 
@@ -113,7 +126,7 @@ class Cluster:
         self._actor = ray.remote(Worker).options(num_cpus=cpus, num_gpus=min(gpus, 1))
         self._device = "GPU" if gpus else f"{cpus} CPUs"
         self._idle: list[Any] = []
-        self._calls: dict[Any, tuple[Any, list[int]]] = {}  # to actor and shards; []: it starts
+        self._calls: dict[Any, Call] = {}
 
     def write(self, shards: Shards, numbers: list[int]) -> None:
         """Return when these shards are in the folder."""
@@ -121,7 +134,7 @@ class Cluster:
             with progress(shards.folder.name.partition(".")[0], len(numbers), "shards") as done:
                 self._write(shards, numbers, done)
         except BaseException:  # nobody waits for what they compute
-            for actor in [*self._idle, *(actor for actor, _ in self._calls.values())]:
+            for actor in [*self._idle, *(call.actor for call in self._calls.values())]:
                 _kill(actor)
             self._idle, self._calls = [], {}
             raise
@@ -131,23 +144,25 @@ class Cluster:
         left, deaths = deque(numbers), Counter[int]()
         product = os.getcwd(), str(shards.folder), ray.put(cloudpickle.dumps(shards))
 
-        def call(actor: Any, mine: list[int]) -> None:
-            self._calls[actor.write.remote(*product, mine)] = actor, mine
+        def start(call: Call) -> None:
+            self._calls[call.actor.write.remote(*product, call.shards)] = call
 
-        while left or any(mine for _, mine in self._calls.values()):
-            running = len(self._idle) + sum(bool(mine) for _, mine in self._calls.values())
+        while left or any(call.shards for call in self._calls.values()):
+            running = len(self._idle) + sum(bool(call.shards) for call in self._calls.values())
             waiting = len(self._calls) + len(self._idle) - running
-            for _ in range(min(len(left) - len(self._idle), max(SPARE, running)) - waiting):
-                call(self._actor.remote(), [])  # Ray starts it when a device is free
+            more = min(len(left) - len(self._idle), max(SPARE, running)) - waiting
+            dead = _dead_nodes() if more > 0 else frozenset()
+            for _ in range(more):
+                start(Call(self._actor.remote(), [], dead))  # when a device is free
             while left and self._idle:
                 size = len(left) // (2 * (len(self._idle) + len(self._calls)))
                 mine = [left.popleft() for _ in range(max(1, min(MOST, size)))]
-                call(self._idle.pop(), mine)
+                start(Call(self._idle.pop(), mine))
             ready, _ = ray.wait(list(self._calls), timeout=WARN_AFTER_S)
             if not ready and not running:
                 log.warning("waiting for %s of the Ray cluster: none is free", self._device)
             for one in ready:
-                actor, mine = self._calls.pop(one)
+                actor, mine, dead = self._calls.pop(one)
                 try:
                     ray.get(one)
                 except RayTaskError as error:  # of the work, not of the actor
@@ -156,12 +171,14 @@ class Cluster:
                     _kill(actor)
                     missing = shards.missing(mine)
                     left.extendleft(reversed(missing))
+                    done(len(mine) - len(missing))
+                    if not mine and _dead_nodes() - dead:
+                        continue  # most likely, that node is where it waited
                     first = missing[0] if missing else -1  # -1: it died before it had a shard
                     deaths[first] += 1
                     if deaths[first] == ATTEMPTS:
                         raise _given_up(shards, missing, error) from error
                     log.warning("an actor has died: %d of its shards go to others", len(missing))
-                    done(len(mine) - len(missing))
                 else:
                     deaths[-1] = 0
                     done(len(mine))
@@ -185,6 +202,10 @@ def _connect() -> None:
         ) from None
     finally:
         signal.signal(signal.SIGTERM, before)  # Ray replaces the handler
+
+
+def _dead_nodes() -> frozenset[str]:
+    return frozenset(node["NodeID"] for node in ray.nodes() if not node["Alive"])
 
 
 def _kill(actor: Any) -> None:
