@@ -194,8 +194,14 @@ def step(
     chunks = texts.sizes
     if cached:
         chunks = [min(sum(chunks), CHUNK_TEXTS * Encoding().passage_length)]
-    four_bits = settings.get("four_bits", False)
-    planned = memory.Step(chunks, True, True, four_bits, accumulates=cached)
+    planned = memory.Step(
+        chunks,
+        bf16=True,
+        recomputes=True,
+        quantized=settings.get("four_bits", False),
+        accumulates=cached,
+        bf16_norms=settings.get("bf16_norms", False),
+    )
     estimate = sum(memory.need(outline(shape), planned).values()) / memory.GIB
     of = peak / estimate if bench.on_gpu else ""  # a process on the CPU holds libraries too
     yield "peak; its share of the estimate", peak, "GiB", of

@@ -193,10 +193,7 @@ class Models:
             adapted.active_peft_config.base_model_name_or_path = name  # not saved with its base
             self.model, self.kind = BiEncoder(adapted, Encoding()).to(self.device), kind
         network: BiEncoder = self.model
-        settle_precisions(network, bf16=True)
-        for weight in network.parameters() if bf16_norms else ():
-            if not weight.requires_grad and weight.is_floating_point():
-                weight.data = weight.data.bfloat16()
+        settle_precisions(network, True, bf16_norms)
         set_attention(network.transformer.get_base_model(), attention)
         return network.train()
 

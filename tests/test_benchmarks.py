@@ -44,7 +44,7 @@ ROWS = {
     ],
     "gradcache": ["| 2 |", "| 4 |"],
     "rerank": ["| both float32 |", "| both bf16 |"],
-    "settings": ["| attention=eager |", "| precision=float32 |"],
+    "settings": ["| attention=eager |", "| precision=float32 |", "bf16_norms=True |"],
     "train_step": ["| float32 |", "| bf16 |"],
 }
 SLOW = {"chunks", "encode", "gpu", "rerank", "settings", "train_step"}

@@ -105,6 +105,7 @@ def count(
     texts: TrainBatch,
     patch: pytest.MonkeyPatch,
     bf16: bool = True,
+    bf16_norms: bool = False,
     shards: int = 0,
     steps: int = 1,
 ) -> Counted:
@@ -116,7 +117,7 @@ def count(
         steps: whose gradients are accumulated.
     """
     network = BiEncoder(transformer, Encoding()).train()
-    settle_precisions(network, bf16)
+    settle_precisions(network, bf16, bf16_norms)
     module = Retriever(tiny_backbone(), None, None, Encoding(), InfoNCE(), AdamW(lr=1.0), seed=0)
     module.network = network
     patch.setattr(module, "log_over_ranks", lambda *_: None)

@@ -43,6 +43,7 @@ class Case:
     shards: int = 0
     bf16: bool = True
     steps: int = 1
+    bf16_norms: bool = False
     kind: str = "llama"
     shape: dict[str, Any] = field(default_factory=dict)
     error: float = 0.1
@@ -70,6 +71,9 @@ CASES = [
     Case("QLoRA", dropout=0.0, quantized=True),
     Case("QLoRA, dropout", dropout=0.1, quantized=True),
     Case("QLoRA, dropout, recomputed", dropout=0.1, quantized=True, recomputes=True),
+    Case("LoRA, bf16 norms", dropout=0.0, bf16_norms=True),
+    Case("LoRA, dropout, bf16 norms, recomputed", 0.1, recomputes=True, bf16_norms=True),
+    Case("QLoRA, dropout, bf16 norms", dropout=0.1, quantized=True, bf16_norms=True),
     Case("FSDP, full", shards=8),
     Case("FSDP, full, recomputed", shards=8, recomputes=True, shape=THREE),
     Case("FSDP, LoRA", dropout=0.0, shards=8),
@@ -102,7 +106,8 @@ def test_the_peak_of_a_step_is_that_of_its_allocations(
             model = allocations.quantize(model)
         model = _adapted(case, model)
     batch = allocations.batch(32, 128, case.chunks, pads=case.attention == "sdpa")
-    counted = allocations.count(model, batch, monkeypatch, case.bf16, case.shards, case.steps)
+    precision = case.bf16, case.bf16_norms
+    counted = allocations.count(model, batch, monkeypatch, *precision, case.shards, case.steps)
     step = Step(
         batch.texts.sizes,
         bf16=case.bf16,
@@ -110,6 +115,7 @@ def test_the_peak_of_a_step_is_that_of_its_allocations(
         quantized=case.quantized,
         shards=case.shards,
         accumulates=case.steps > 1,
+        bf16_norms=case.bf16_norms,
     )
     found = need(outline, step)
     assert found.pop("weights") == pytest.approx(counted.weights, rel=0.02)

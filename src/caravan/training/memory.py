@@ -51,6 +51,7 @@ class Step:
         quantized: whether frozen linear layers have four bits (QLoRA).
         shards: ranks over which FSDP shards the weights; 0 without FSDP.
         accumulates: whether there are gradients before the backward pass.
+        bf16_norms: whether frozen norms and embeddings are bf16 (`caravan.models.adapters.LoRA`).
     """
 
     chunks: Sequence[int]
@@ -59,6 +60,7 @@ class Step:
     quantized: bool = False
     shards: int = 0
     accumulates: bool = False
+    bf16_norms: bool = False
 
     @property
     def unit(self) -> int:
@@ -68,7 +70,7 @@ class Step:
     @property
     def stream(self) -> int:
         """Bytes of a number between blocks and after norms: autocast leaves them in float32."""
-        return self.unit if self.shards else FLOAT
+        return self.unit if self.shards or self.bf16_norms else FLOAT
 
 
 def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -> Need | None:
@@ -101,6 +103,7 @@ def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -
         quantized=module.backbone.quantization is not None,
         shards=strategy.shards if isinstance(strategy, FullySharded) else 0,
         accumulates=module.gradcache is not None or trainer.accumulate_grad_batches > 1,
+        bf16_norms=module.bf16_norms,
     )
     try:
         needed = need(outline, step)
@@ -126,7 +129,8 @@ def need(model: Any, step: Step) -> Need:
     parts = step.shards or 1
     total, trained = _numbers(model)
     frozen = sum(layer.weight.numel() for layer in frozen_linears(model))
-    stored: float = FLOAT * (total - frozen)
+    others = total - trained - frozen  # norms and embeddings, if frozen
+    stored: float = FLOAT * trained + (step.unit if step.bf16_norms else FLOAT) * others
     stored += (FOUR_BITS if step.quantized else step.unit) * frozen
     found = {"weights": stored / parts, "gradients": 0.0, "optimizer": 2 * FLOAT * trained / parts}
     peak = max(_moments(model, step), key=sum)
