@@ -14,7 +14,7 @@ from tests.training import allocations
 from caravan.models.adapters import LoRA
 from caravan.models.loading import set_attention
 from caravan.models.preparing import prepared
-from caravan.training.memory import Step, in_words, need, refuse_too_large, refuse_validation
+from caravan.training.memory import Block, Step, in_words, need, refuse_too_large, refuse_validation
 
 NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SMALL = dict(zip((*NAMES, "intermediate_size"), (1024, 2, 16, 8, 2816), strict=True))
@@ -158,3 +158,12 @@ def test_a_validation_whose_embeddings_do_not_fit_is_refused_before_training() -
     refuse_validation(100_000, 384, processes=1)
     with refused("out-of-memory", "8,841,823 passages", "validation.passages=100000"):
         refuse_validation(8_841_823, 4096, processes=8)
+
+
+def test_experts_are_counted_as_a_dense_mlp() -> None:
+    found = []
+    for kind in ("qwen3", "qwen3_moe"):  # whose experts are no linear layers
+        with torch.device("meta"):
+            model = _decoder(kind, head_dim=64)
+        found.append(Block.of(model, Step([512])).kept)
+    assert found[1] == pytest.approx(found[0], rel=0.25)

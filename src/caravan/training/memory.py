@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 
 from caravan.distributed import is_main_process
@@ -102,12 +103,20 @@ def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -
         recomputes=module.backbone.checkpointing,
         quantized=module.backbone.quantization is not None,
         shards=strategy.shards if isinstance(strategy, FullySharded) else 0,
-        accumulates=module.gradcache is not None or trainer.accumulate_grad_batches > 1,
+        accumulates=(
+            module.gradcache is not None
+            or trainer.accumulate_grad_batches > 1
+            or isinstance(strategy, DDPStrategy)  # whose buckets hold gradients throughout
+        ),
         bf16_norms=module.bf16_norms,
     )
     try:
         needed = need(outline, step)
-    except (AttributeError, TypeError) as error:  # the shape is not that of a transformer
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+    ) as error:  # the shape is not that of a transformer
         log.debug("no estimate of memory: %s", error)
         return None
     refuse_too_large(needed, strategy.root_device)
@@ -213,14 +222,15 @@ class Block:
         # the MLP's two factors, and the last layer of attention has the output that is kept above.
         inputs = sum(one.in_features for one in linears if one.weight.requires_grad)
         if not dropped:
-            inputs -= queries if stream > unit else queries + 3 * width
+            inputs = max(inputs - queries - (0 if stream > unit else 3 * width), 0)
         # The MLP keeps its factors, and the activation of one. bitsandbytes returns the precision
-        # of its input, so they are float32 with QLoRA.
+        # of its input, so they are float32 with QLoRA. Experts may be no linear layers.
         factors = sum(
             one.out_features // inner
             for one in linears
             if one.in_features == width and one.out_features % inner == 0
         )
+        factors = factors or 2
         factor = inner * (stream if step.quantized else unit)
         kept = norms + attention + unit * inputs + dropped + (2 * factors - 1) * factor
         shared = FLOAT * width if stream == FLOAT else 0  # the first norm's input is the layer's
