@@ -18,9 +18,9 @@ from caravan.encoding import Encoding
 from caravan.models import hardware, varlen
 from caravan.models.backbone import BaseBackbone
 from caravan.models.preparing import prepared
+from caravan.training import memory
 from caravan.training.gradcache import GradCache
 from caravan.training.losses import InfoNCE
-from caravan.training.memory import GIB, need
 from caravan.training.optim import AdamW
 from caravan.training.retriever import Retriever
 
@@ -192,12 +192,18 @@ def step(
     if shape == "7b":
         yield "RepLLaMA-passage, one epoch", took * UPDATES / 3600, "h", ""
     # As in `caravan.training.memory.memory_needed`.
-    kept, largest = texts.padded, texts.largest
+    chunks = texts.sizes
     if cached:
-        kept = largest = min(kept, CHUNK_TEXTS * Encoding().passage_length)
-    four_bits = settings.get("four_bits", False)
-    needed = need(outline(shape), kept, True, True, four_bits, chunk=largest)
-    estimate = sum(needed.values()) / GIB
+        chunks = [min(sum(chunks), CHUNK_TEXTS * Encoding().passage_length)]
+    planned = memory.Step(
+        chunks,
+        bf16=True,
+        recomputes=True,
+        quantized=settings.get("four_bits", False),
+        accumulates=cached,
+        bf16_norms=settings.get("bf16_norms", False),
+    )
+    estimate = sum(memory.need(outline(shape), planned).values()) / memory.GIB
     of = peak / estimate if bench.on_gpu else ""  # a process on the CPU holds libraries too
     yield "peak; its share of the estimate", peak, "GiB", of
 

@@ -18,6 +18,7 @@ from common import apart, arguments, highest, paired, report
 from caravan.data.batch import pack
 from caravan.encoding import Encoding
 from caravan.models import hardware
+from caravan.models.adapters import LoRA
 from caravan.models.biencoder import BiEncoder
 from caravan.models.loading import set_attention
 from caravan.models.preparing import prepared
@@ -30,6 +31,8 @@ DEFAULT: dict[str, Any] = {
     "compile": False,
     "fused": True,
     "precision": "auto",
+    "lora": False,
+    "bf16_norms": False,
 }
 SETTINGS: list[dict[str, Any]] = [
     {"attention": "sdpa"},
@@ -39,6 +42,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"compile": True},
     {"fused": False},
     {"precision": "float32"},
+    {"lora": True},
+    {"lora": True, "bf16_norms": True},
 ]
 
 
@@ -57,14 +62,18 @@ class Step:
         model = set_attention(LlamaModel(config), chosen["attention"])
         model = prepared(model, chosen["checkpointing"], False, chosen["compile"])
         self.device = hardware.device()
+        self.bf16 = hardware.resolve(chosen["precision"]) == "bf16"
+        if chosen["lora"]:
+            model = LoRA().apply(model)
+            model.active_peft_config.base_model_name_or_path = "base"  # not saved with its base
         self.encoder = BiEncoder(model, Encoding()).to(self.device).train()
+        hardware.settle_precisions(self.encoder, self.bf16, chosen["bf16_norms"])
         optimizer = AdamW(lr=1e-4, fused=chosen["fused"])
         self.optimizer = optimizer.build(self.encoder, 100)["optimizer"]
         rng = torch.Generator().manual_seed(0)
         lengths = torch.randint(16, 257, (number,), generator=rng).tolist()
         ids = [torch.randint(3, VOCABULARY, (n,), generator=rng).tolist() for n in lengths]
         self.batch = pack(ids, hardware.chunk(None)).to(self.device)
-        self.bf16 = hardware.resolve(chosen["precision"]) == "bf16"
 
     def __call__(self) -> float:
         """The loss before the step; by then a GPU has done its work as well."""
@@ -105,6 +114,9 @@ def main() -> None:
         if setting.get("compile") and " " in torch.__path__[0] and not torch.cuda.is_available():
             sys.stderr.write(f"{setting}: left out, torch cannot link where its path has a space\n")
             continue
+        if setting.get("bf16_norms") and hardware.resolve("auto") != "bf16":
+            sys.stderr.write(f"{setting}: left out, the processor has no bf16\n")
+            continue
         times = apart(in_turn, options.texts, setting, options.repeats)
         peak, loss = apart(of_one, options.texts, setting)
         rows.append(
@@ -127,7 +139,8 @@ def main() -> None:
             " in turn in one process. Peaks are those of a process that does this and nothing"
             " else, libraries and model counted in; on a GPU those of its memory.",
             "The default is attention=auto, no recomputation, not compiled, the fused AdamW, and"
-            " bf16 where the processor has it.",
+            " bf16 where the processor has it; all weights are trained. `lora=True` trains"
+            " adapters, with `bf16_norms=True` beside norms and embeddings in bf16.",
         ],
         options.save,
     )

@@ -154,6 +154,9 @@ class Models:
 
     def base(self, name: str) -> Any:
         """A transformer with bf16 weights."""
+        if self.kind == (name, "lora"):  # QLoRA quantizes the weights that are there
+            plain = self.model.transformer.unload()
+            self.model, self.kind = plain.requires_grad_(False).bfloat16(), (name, "base")
         if self.kind != (name, "base"):
             self.release()
             default = torch.get_default_dtype()
@@ -193,10 +196,7 @@ class Models:
             adapted.active_peft_config.base_model_name_or_path = name  # not saved with its base
             self.model, self.kind = BiEncoder(adapted, Encoding()).to(self.device), kind
         network: BiEncoder = self.model
-        settle_precisions(network, bf16=True)
-        for weight in network.parameters() if bf16_norms else ():
-            if not weight.requires_grad and weight.is_floating_point():
-                weight.data = weight.data.bfloat16()
+        settle_precisions(network, True, bf16_norms)
         set_attention(network.transformer.get_base_model(), attention)
         return network.train()
 

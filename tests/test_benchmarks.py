@@ -14,9 +14,11 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from packaging.requirements import Requirement
 from tests.export import folders
 from tests.models.small import saved_base
@@ -49,7 +51,7 @@ ROWS = {
     ],
     "gradcache": ["| 2 |", "| 4 |"],
     "rerank": ["| both float32 |", "| both bf16 |"],
-    "settings": ["| attention=eager |", "| precision=float32 |"],
+    "settings": ["| attention=eager |", "| precision=float32 |", "bf16_norms=True |"],
     "train_step": ["| float32 |", "| bf16 |"],
 }
 SLOW = {"chunks", "encode", "gpu", "rerank", "settings", "train_step"}
@@ -155,6 +157,20 @@ def test_a_row_that_cannot_be_measured_stops_no_other_and_is_named(
     }
     assert rows[-1]["name"] == "search tiny"
     assert "Not measured: kernel: flash_attention_2, bfloat16 (not available); step tiny" in page
+
+
+def test_lora_and_qlora_share_a_base_that_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    shapes = importlib.import_module("shapes")
+    models, built = shapes.Models(torch.device("cpu")), shapes.llama("tiny")
+    made = mock.Mock(return_value=built)
+    monkeypatch.setattr(shapes, "llama", made)
+    for settings in ({}, {"bf16_norms": True}, {"four_bits": True}):
+        network = models.trainee("tiny", **settings)
+    base = network.transformer.get_base_model()
+    assert base is built
+    assert made.call_count == 1
+    assert sum(isinstance(one, Linear4bit) for one in base.modules()) == 14
 
 
 def test_the_kernel_of_an_older_pytorch_gets_keys_for_each_head(

@@ -181,6 +181,8 @@ def test_settings_that_no_run_can_have(
         ("trainer.devices=8 trainer.num_nodes=8", "set it to 64 or more"),
         ("peft=qlora backbone=qwen3_0_6b strategy=fsdp", "strategy=ddp"),
         ("backbone.compile=true strategy=fsdp", "strategy=ddp"),
+        ("peft=lora peft.bf16_norms=true precision=bf16 strategy=fsdp", "strategy=ddp"),
+        ("peft=lora peft.bf16_norms=true precision=float32", "precision=bf16"),
     ],
 )
 def test_parts_that_no_run_can_have(lines: Lines, overrides: str, wanted: str) -> None:

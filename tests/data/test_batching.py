@@ -66,7 +66,7 @@ def test_without_padding_only_the_budget_ends_a_chunk() -> None:
     packed = TokenIds.of(texts).packed(200, pads=False)
     assert _texts(packed) == texts
     sizes = [int(chunk.attention_mask.sum()) for chunk in packed.chunks]
-    assert (max(sizes), packed.padded) == (packed.largest, sum(lengths))
+    assert (sizes, packed.padded) == (packed.sizes, sum(lengths))
     *full, last = sizes
     assert all(200 - 30 < size <= 200 for size in full)
     assert last <= 200

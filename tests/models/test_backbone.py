@@ -219,6 +219,38 @@ def test_a_frozen_base_in_bf16_computes_what_it_computed_under_autocast(
     assert {p.dtype for p in unsaved.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("rows", [(), (5, 7)])
+def test_frozen_norms_and_embeddings_in_bf16_train_the_same_up_to_rounding(
+    base: str, tokenizer: Any, rows: tuple[int, ...]
+) -> None:
+    found, gradients = [], []
+    for bf16, bf16_norms in ((False, False), (True, False), (True, True)):
+        torch.manual_seed(0)
+        model: Any = shaken(LORA.apply(Pretrained(base).model(tokenizer), rows))
+        settle_precisions(model, bf16, bf16_norms)
+        frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+        assert frozen == {torch.bfloat16} or not bf16_norms
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = model(input_ids=torch.tensor([[5, 6, 7, 8]])).last_hidden_state
+        # Of four dimensions: after the last norm, the length of a state hardly depends on anything.
+        out[..., :4].float().square().sum().backward()
+        found.append(out.float())
+        each = [p.grad for p in model.parameters() if p.grad is not None]
+        gradients.append(torch.cat([gradient.flatten() for gradient in each]))
+    assert len(gradients[0]) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for exact, default, rounded in (found, gradients):
+        by_default, by_rounding = (float((one - exact).norm()) for one in (default, rounded))
+        assert by_default < by_rounding < 4 * by_default < 0.1 * float(exact.norm())
+
+
+def test_norms_in_bf16_need_a_frozen_base_that_is_stored(base: str, tokenizer: Any) -> None:
+    unsaved = LORA.apply(tiny_backbone().model(tokenizer))
+    for model in (unsaved, Pretrained(base).model(tokenizer)):
+        with refused("no-frozen-base", "peft.bf16_norms"):
+            settle_precisions(model, bf16=True, bf16_norms=True)
+
+
 def test_a_buffer_that_no_file_has_is_not_rounded(tmp_path: Path) -> None:
     """Gemma's scale of its embeddings: 6.3246 here, and 6.3125 in bf16."""
     model_of("gemma3_text", hidden_size=40).bfloat16().save_pretrained(tmp_path)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.commands import ROOT, curves, from_folder, train, train_arguments
 from tests.refusals import refused
 from tests.tiny import write_beir
@@ -117,6 +118,21 @@ def test_cached_gradients_fit_on_a_device_that_is_too_small_without(
     with refused("out-of-memory", "gradcache.chunk"):
         train(beir, tmp_path / "whole")
     train(beir, tmp_path / "cached", "gradcache.chunk=1", "trainer.max_steps=1")
+
+
+def test_norms_in_bf16_are_recorded_with_the_inputs_of_the_run(
+    beir: Path, saved: str, tmp_path: Path
+) -> None:
+    run = ("backbone=hf", f"backbone.name={saved}", "peft=lora", "trainer.max_steps=1")
+    asked = (*run, "peft.bf16_norms=true")
+    recorded = []
+    for name, given in (("default", run), ("asked", asked)):
+        train(beir, tmp_path / name, *given, "precision=bf16")
+        weights = load_file(tmp_path / name / "model" / "adapter_model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {torch.float32}
+        manifest = json.loads((tmp_path / name / "model.manifest.json").read_text())
+        recorded.append(manifest["inputs"]["peft"].get("bf16_norms"))
+    assert recorded == [None, True]  # an older run has the inputs of the default
 
 
 def test_a_model_that_is_not_trained_is_a_folder_too_and_can_be_adopted_without_data(

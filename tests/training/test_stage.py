@@ -83,6 +83,19 @@ def test_a_frozen_base_is_loaded_as_stored_and_trains_the_same(
         module.configure_model()
         assert backbone.dtype == ("auto" if bf16 else torch.float32)
         built.append(module.network)
+    module = Retriever(
+        Pretrained(str(tmp_path)),
+        LoRA(rank=2, alpha=4, bf16_norms=True),
+        tokenizer,
+        encoding,
+        InfoNCE(),
+        AdamW(),
+        seed=0,
+    )
+    module.bf16 = True
+    module.configure_model()
+    frozen = {p.dtype for p in module.network.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16}
     settle_precisions(built[1], bf16=True)
     weights, expected = (dict(model.named_parameters()) for model in built)
     assert {p.dtype for p in weights.values()} == {torch.bfloat16, torch.float32}

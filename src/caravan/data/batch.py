@@ -75,16 +75,16 @@ class Packed(Movable):
         return len(self.order)
 
     @property
+    def sizes(self) -> list[int]:
+        """The tokens that the model computes for each chunk."""
+        sizes = (c.input_ids.numel() if self.pads else c.attention_mask.sum() for c in self.chunks)
+        return list(map(int, sizes))
+
+    @property
     def padded(self) -> int:
         """The tokens that the model computes."""
         padded = sum(chunk.input_ids.numel() for chunk in self.chunks)
-        return padded if self.pads else self.tokens
-
-    @property
-    def largest(self) -> int:
-        """The tokens that the model computes for the largest chunk."""
-        sizes = (c.input_ids.numel() if self.pads else c.attention_mask.sum() for c in self.chunks)
-        return max(map(int, sizes))
+        return padded if self.pads else self.tokens  # without waiting for the device
 
     def split(self, texts: int) -> Packed:
         """The same texts in chunks of at most `texts` each."""

@@ -33,6 +33,7 @@ class LoRA:
         rslora: scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732).
         quant_type: quantizes the base's linear layers to four bits while loading (QLoRA,
             arXiv 2305.14314); the adapter is saved on the unquantized base.
+        bf16_norms: whether training in bf16 also holds the frozen norms and embeddings in bf16.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class LoRA:
         targets: list[str] | str = "all-linear",
         rslora: bool = False,
         quant_type: Literal["nf4", "fp4"] | None = None,
+        bf16_norms: bool = False,
     ) -> None:
         self.settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
         self.settings |= {"target_modules": targets, "use_rslora": rslora}
-        self.quant_type = quant_type
+        self.quant_type, self.bf16_norms = quant_type, bf16_norms
 
     def quantization(self) -> Any:
         """transformers' config of a base quantized to four bits, computing in bf16; or None."""

@@ -103,29 +103,46 @@ def frozen_linears(model: nn.Module) -> list[nn.Linear]:
     ]
 
 
-def precisions(network: nn.Module, bf16: bool) -> Iterator[tuple[nn.Parameter, torch.dtype]]:
+def precisions(
+    network: nn.Module, bf16: bool, bf16_norms: bool = False
+) -> Iterator[tuple[nn.Parameter, torch.dtype]]:
     """Each weight with its precision in training; weights of four bits are left out.
 
     All are float32, except frozen linear layers if training computes in bf16: under autocast the
     results are the same to the bit. A base that is in no folder stays float32 too, since it is
     saved with the adapter merged into it.
+
+    Args:
+        bf16_norms: all other frozen weights are bf16 too, such as norms and embeddings. Results are
+            then rounded between the layers as well.
+
+    Raises:
+        InputError: With `bf16_norms`, if no weights are frozen or the base is in no folder.
     """
     adapted: Any = next(filter(has_adapter, network.modules()), None)
     halved: set[int] = set()
     if bf16 and adapted is not None and adapted.active_peft_config.base_model_name_or_path:
         halved = {id(layer.weight) for layer in frozen_linears(network)}
+        if bf16_norms:
+            halved |= {id(weight) for weight in network.parameters() if not weight.requires_grad}
+    elif bf16_norms:
+        raise InputError(
+            "no-frozen-base",
+            "peft.bf16_norms=true needs bf16, and adapters on a backbone from a folder or the hub;"
+            " set it to false",
+        )
     for weight in network.parameters():
         if weight.is_floating_point():
             yield weight, torch.bfloat16 if id(weight) in halved else torch.float32
 
 
-def settle_precisions(network: nn.Module, bf16: bool) -> None:
+def settle_precisions(network: nn.Module, bf16: bool, bf16_norms: bool = False) -> None:
     """Convert each weight to its precision in training (`precisions`).
 
     In bf16, adapters take their inputs as they are: autocast converts them, and PEFT would first
     write a float32 copy of each.
     """
-    for weight, dtype in precisions(network, bf16):
+    for weight, dtype in precisions(network, bf16, bf16_norms):
         weight.data = weight.data.to(dtype)
     if bf16 and any(map(has_adapter, network.modules())):
         from peft.tuners.tuners_utils import BaseTunerLayer

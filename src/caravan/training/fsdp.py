@@ -151,12 +151,7 @@ def sharded(
     (network,) = sent
     if isinstance(network, InputError):
         raise network
-    policy = MixedPrecisionPolicy()
-    if bf16:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
-    for block in blocks(network):
-        fully_shard(block, mesh=mesh, mp_policy=replace(policy, output_dtype=None))
-    fully_shard(network, mesh=mesh, mp_policy=policy)
+    shard(network, mesh, bf16)
     for name in forward_methods:
         register_fsdp_forward_method(network, name)
     sources = {} if built is None else dict(built.named_parameters())
@@ -173,6 +168,16 @@ def sharded(
     # of rank 0's mapped weights at once, and untie tied ones.)
     _replace_weights(network, share)
     return network.to(device), None if built is None else without_weights(built, bf16)
+
+
+def shard(network: nn.Module, mesh: DeviceMesh, bf16: bool) -> None:
+    """Shard the weights of a network, block by block and the rest together, in place."""
+    policy = MixedPrecisionPolicy()
+    if bf16:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
+    for block in blocks(network):
+        fully_shard(block, mesh=mesh, mp_policy=replace(policy, output_dtype=None))
+    fully_shard(network, mesh=mesh, mp_policy=policy)
 
 
 def _without_hooks(network: nn.Module) -> nn.Module:

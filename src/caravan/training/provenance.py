@@ -45,6 +45,8 @@ def inputs_of(settings: dict[str, Any], parts: Sequence[Part]) -> dict[str, Any]
             kept[key] = value
     if not settings["distillation"]["teacher"]:
         del kept["distillation"]  # as in trainings of older versions
+    if kept.get("peft") and not kept["peft"].get("bf16_norms"):
+        kept["peft"].pop("bf16_norms", None)  # likewise
     each = {part.name: _digests(settings, part) for part in parts} or {"": _digests(settings)}
     digests = each.get("") or {  # of a mixture: by the names of its collections
         key: {name: of[key] for name, of in each.items()}

@@ -124,6 +124,11 @@ class Stage(pl.LightningModule, ABC):
         return self.backbone.attention != varlen.NAME or released_head
 
     @property
+    def bf16_norms(self) -> bool:
+        """Whether frozen norms and embeddings are bf16 too (`LoRA`)."""
+        return isinstance(self.peft, LoRA) and self.peft.bf16_norms
+
+    @property
     def uses_output_layer(self) -> bool:
         """Whether the network is a language model with its output layer."""
         return self.encoding.scoring != "head"
@@ -164,7 +169,7 @@ class Stage(pl.LightningModule, ABC):
             self.backbone.dtype = "auto"
         if mesh is None:
             self.network = self.build()
-            settle_precisions(self.network, self.bf16)
+            settle_precisions(self.network, self.bf16, self.bf16_norms)
             return
         device = self.trainer.strategy.root_device
         self.network, empty = fsdp.sharded(
