@@ -94,6 +94,7 @@ def test_the_build_of_faiss_is_named_with_its_gpus_and_a_broken_one_is_a_problem
 
     monkeypatch.setattr(faiss, "get_compile_options", lambda: "OPTIMIZE AVX2 GPU ")
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert list(doctor.software())[-1] == "faiss build: OPTIMIZE AVX2 GPU, 2 GPUs"
     monkeypatch.delattr(faiss, "get_num_gpus")
     assert list(doctor.software())[-1] == "faiss build: OPTIMIZE AVX2 GPU"

@@ -78,11 +78,15 @@ def software() -> Iterator[str]:
 
 def _faiss() -> str:
     """The instruction sets that faiss was built for, and the GPUs that it can use."""
+    import torch
+
     try:
         import faiss
     except ImportError as error:
         return f"! faiss cannot be imported ({first_line(error)}); install it again"
-    count = f", {faiss.get_num_gpus()} GPUs" if hasattr(faiss, "get_num_gpus") else ""
+    # With a wrong driver, faiss-gpu may end the process when it is asked.
+    usable = torch.cuda.is_available() and hasattr(faiss, "get_num_gpus")
+    count = f", {faiss.get_num_gpus()} GPUs" if usable else ""
     return f"faiss build: {faiss.get_compile_options().strip()}{count}"
 
 

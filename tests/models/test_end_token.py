@@ -79,6 +79,17 @@ def test_a_folder_whose_end_token_has_no_embedding_is_refused(
         load(model)
 
 
+def test_a_special_token_that_no_text_gets_may_have_no_embedding(
+    released: Path, tmp_path: Path
+) -> None:
+    model = adopt(released, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"<{number}>" for number in range(1000)])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(model)
+    load(model)
+
+
 @pytest.mark.parametrize("pair", ["joined", "pair"])
 def test_a_rerankers_input_gets_no_second_end_either(
     released: Path, encoding: Encoding, pair: str

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.retrieval.test_index import vectors
 
+from caravan.data.tokenization import log_once
 from caravan.retrieval.exact import Exact
 from caravan.retrieval.index import ArrayBlocks
 
@@ -41,6 +42,7 @@ class Gpus:
         for name, replacement in {
             "is_available": lambda: True,
             "device_count": lambda: 8,
+            "get_device_name": lambda device: "a GPU",
             "Stream": Stream,
             "set_stream": lambda stream: setattr(self._of_thread, "stream", stream),
             "current_stream": lambda device: self.current,
@@ -71,9 +73,11 @@ class Gpus:
 def test_a_process_searches_on_the_gpu_on_which_it_encodes_and_copies_beside_the_search(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    index, queries = Exact(k=7), vectors(5, seed=1)
-    index.build(ArrayBlocks(vectors(90).astype(np.float16), 30))
-    expected = index.search(queries)
+    queries, blocks = vectors(5, seed=1), ArrayBlocks(vectors(90).astype(np.float16), 30)
+    index, on_cpu = Exact(k=7), Exact(k=7, device="cpu")
+    for one in (index, on_cpu):
+        one.build(blocks)
+    expected = on_cpu.search(queries)
     monkeypatch.setenv("LOCAL_RANK", "3")
     gpus = Gpus(monkeypatch)
     found = index.search(queries)
@@ -86,5 +90,9 @@ def test_a_process_searches_on_the_gpu_on_which_it_encodes_and_copies_beside_the
 
 def test_the_log_has_the_device_of_the_search(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    Exact(k=5).build(ArrayBlocks(vectors(100)))
-    assert caplog.messages == ["exact search over 100 vectors on cpu"]
+    log_once.cache_clear()
+    index = Exact(k=5, device="cpu")
+    index.build(ArrayBlocks(vectors(100)))
+    for _ in range(2):
+        index.search(vectors(3))
+    assert caplog.messages == ["exact search on cpu"]

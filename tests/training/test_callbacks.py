@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import pytorch_lightning as pl
@@ -12,6 +12,7 @@ from tests.refusals import refused
 
 from caravan.models.adapters import LoRA
 from caravan.models.backbone import Pretrained
+from caravan.training.callbacks import is_log_step
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +110,16 @@ def test_a_run_that_stopped_early_does_not_continue(fit: Fit) -> None:
 def test_throughput_and_padding_are_logged(whole: Fitted) -> None:
     assert whole.metrics["train/tokens_per_second"] > 0
     assert 0 < whole.metrics["train/padding"] < 0.5
+
+
+def test_an_update_of_several_batches_has_one_log_step_at_its_end(fit: Fit) -> None:
+    class LogSteps(pl.Callback):
+        seen: ClassVar[list[int]] = []
+
+        def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
+            if is_log_step(trainer):
+                self.seen.append(trainer.fit_loop.total_batch_idx + 1)
+
+    fit(steps=4, accumulate=2, early_stopping=LogSteps())
+    # Every second update is logged; an epoch has three batches, of which the last is an update.
+    assert LogSteps.seen == [3, 6]

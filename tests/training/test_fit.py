@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.commands import ROOT, curves, from_folder, train, train_arguments
+from tests.commands import ROOT, SHORT, curves, from_folder, train, train_arguments
 from tests.refusals import refused
 from tests.tiny import write_beir
 
@@ -21,7 +22,7 @@ from caravan.cli.train import train as train_config
 from caravan.encoding import read_encoding
 from caravan.errors import InputError
 from caravan.models import folder
-from caravan.training import fit
+from caravan.training import fit, memory
 
 WEIGHTS = "model/model.safetensors"
 
@@ -106,6 +107,16 @@ def test_a_run_shorter_than_its_validation_interval_validates_at_its_end(
 ) -> None:
     assert train(beir, tmp_path / "run", "trainer.val_check_interval=500", end) is not None
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_an_architecture_without_an_estimate_of_memory_is_trained(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ambiguous(*_: Any) -> Any:
+        raise RuntimeError("its layers differ")
+
+    monkeypatch.setattr(memory, "need", ambiguous)
+    assert train(beir, tmp_path / "run", *SHORT) is not None
 
 
 @pytest.mark.slow

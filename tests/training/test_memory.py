@@ -166,6 +166,15 @@ def test_a_validation_whose_embeddings_do_not_fit_is_refused_before_training(
         refuse_validation(8_841_823, 4096, processes=8)
 
 
+def test_layers_that_share_their_weights_have_activations_each() -> None:
+    def activations(layers: int) -> float:
+        with torch.device("meta"):
+            model = _decoder("albert", embedding_size=64, num_hidden_layers=layers)
+        return need(model, Step([4096]))["activations"]
+
+    assert activations(24) > 1.8 * activations(12)
+
+
 def test_experts_are_counted_as_a_dense_mlp() -> None:
     found = []
     for kind in ("qwen3", "qwen3_moe"):  # whose experts are no linear layers

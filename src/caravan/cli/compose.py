@@ -229,8 +229,9 @@ class Composer(AbstractContextManager["Composer"]):
     def _is_group(self, text: str) -> bool:
         """Whether an override chooses an option of a group."""
         key = key_of(text)
-        # a dotted key never is one; Hydra would read the primary config to find that out
-        return key in WHOLE or ("." not in key and bool(self._options(key)))
+        if "." in key and not any((folder / key).is_dir() for folder in self.folders):
+            return False  # Hydra would read the primary config to find that out
+        return key in WHOLE or bool(self._options(key))
 
     def _compose_what_works(
         self, overrides: list[str]

@@ -225,11 +225,11 @@ def parts_work_together(config: Config) -> None:
         config.add("peft.quant_type", text)
     if config.get("peft.bf16_norms") is True:
         text = "set it to false, or choose"
-        if sharded:
+        if config.get("precision") == "float32":
+            config.add("peft.bf16_norms", f"the run computes in float32; {text} precision=bf16")
+        elif sharded:
             text = f"FSDP computes norms and embeddings in bf16 anyway; {text} strategy=ddp"
             config.add("peft.bf16_norms", text)
-        elif hardware.resolve(str(config.get("precision"))) != "bf16":
-            config.add("peft.bf16_norms", f"the run computes in float32; {text} precision=bf16")
     padded = adapts or config.get("encoding.scoring") == "likelihood"
     if padded and config.get("backbone.attention") == "unpadded":
         text = "adaptation and likelihoods need padding; set it to auto or sdpa"

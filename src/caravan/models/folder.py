@@ -55,6 +55,8 @@ from caravan.models.remote_code import FACT, is_allowed, is_remote_code
 
 ADAPTER = "adapter_model.safetensors"
 HEAD = "score.safetensors"
+ROLES = ("bos_token", "eos_token", "cls_token", "sep_token", "pad_token")
+"""Special tokens that texts get."""
 BASE_WEIGHTS = "base_weights"
 """Key in the facts of an adapter folder: the digest of the base weights."""
 Model = BiEncoder | CrossEncoder
@@ -176,10 +178,17 @@ def load(
 
 
 def _refuse_other_vocabulary(folder: Path, transformer: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer with a special token that has no embedding; texts without it work."""
-    rows = transformer.get_input_embeddings().weight.shape[0]
-    ids = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    if unknown := [token for token, number in ids if number >= rows]:
+    """Refuse a tokenizer whose end, padding, ... has no embedding.
+
+    Tokens that no text gets may have none, such as the images' of a model for texts.
+    """
+    try:
+        rows = transformer.get_input_embeddings().weight.shape[0]
+    except (NotImplementedError, AttributeError):  # of remote code
+        return
+    tokens = [token for role in ROLES if (token := getattr(tokenizer, role, None))]
+    ids = zip(tokens, tokenizer.convert_tokens_to_ids(tokens), strict=True)
+    if unknown := [token for token, number in ids if number is not None and number >= rows]:
         raise InputError(
             "other-token-ids",
             f"{folder}: the model has {rows} embeddings, and none for {unknown[0]!r} of its"

@@ -117,7 +117,8 @@ def precisions(
             then rounded between the layers as well.
 
     Raises:
-        InputError: With `bf16_norms`, if no weights are frozen or the base is in no folder.
+        InputError: With `bf16_norms`, without `bf16`, or if no weights are frozen or the base is in
+            no folder.
     """
     adapted: Any = next(filter(has_adapter, network.modules()), None)
     halved: set[int] = set()

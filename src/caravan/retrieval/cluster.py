@@ -173,7 +173,8 @@ class Cluster:
                     left.extendleft(reversed(missing))
                     done(len(mine) - len(missing))
                     if not mine and _dead_nodes() - dead:
-                        continue  # most likely, that node is where it waited
+                        log.warning("an actor has died with its node before it had a shard")
+                        continue
                     first = missing[0] if missing else -1  # -1: it died before it had a shard
                     deaths[first] += 1
                     if deaths[first] == ATTEMPTS:

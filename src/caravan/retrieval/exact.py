@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from pydantic import PositiveInt
 
+from caravan.data.tokenization import log_once
 from caravan.models import hardware
 from caravan.progress import track
 from caravan.retrieval.index import (
@@ -35,9 +36,6 @@ from caravan.retrieval.store import Save
 EMPTY = -(2**63)
 """The key of a place without a passage; the lowest."""
 LOW = 2**32 - 1  # the bits of a key that hold the row
-
-
-log = logging.getLogger(__name__)
 
 
 class Exact:
@@ -72,10 +70,6 @@ class Exact:
         self._blocks = blocks
         _, first = next(iter(blocks))
         self.bytes_per_vector = first[0].nbytes
-        log.info(f"exact search over {blocks.rows:,} vectors on {hardware.named(self._device())}")
-
-    def _device(self) -> torch.device:
-        return hardware.device() if self.device == "auto" else torch.device(self.device)
 
     def search(self, queries: np.ndarray, k: int | None = None) -> Found:
         """The `k` passages of greatest dot product for each of queries [Q, d]."""
@@ -98,7 +92,8 @@ class Exact:
 
     def _keys(self, queries: np.ndarray, blocks: Blocks, k: int) -> np.ndarray:
         """The keys [Q, k] int64 of the best passages in some blocks, best first."""
-        device = self._device()
+        device = hardware.device() if self.device == "auto" else torch.device(self.device)
+        log_once(f"exact search on {hardware.named(device)}", logging.INFO)
         query_vectors = torch.from_numpy(float32(queries, "the queries")).to(device)
         keys = query_vectors.new_full((len(query_vectors), k), EMPTY, dtype=torch.int64)
         # TF32 is faster on GPUs and represents every float16 value exactly; sums are in float32.

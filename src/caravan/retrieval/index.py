@@ -160,8 +160,7 @@ class Faiss:
                 "out-of-memory",
                 f"index.factory='{self.factory}' of {rows:,} vectors of {dim} dimensions needs at"
                 f" least {size / 2**30:.1f} GiB of main memory, and the machine has"
-                f" {available / 2**30:.1f} GiB; set index=exact, which streams the vectors, or one"
-                " with smaller codes, such as index=int8",
+                f" {available / 2**30:.1f} GiB; set index=exact, which streams the vectors",
             )
 
     def _empty(self, dim: int) -> Any:

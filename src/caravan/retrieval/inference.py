@@ -156,10 +156,10 @@ class Inference:
         return "" if self.encoding.kind == "retriever" else "rerank."
 
     @property
-    def dim(self) -> int:
-        """Dimensions of an embedding; loads no weights."""
+    def dim(self) -> int | None:
+        """Dimensions of an embedding, without loading weights; None if only remote code knows."""
         config = model_folder.config_of(self.folder, self.trust_remote_code)
-        return self.encoding.dim or int(config.get_text_config().hidden_size)
+        return self.encoding.dim or getattr(config.get_text_config(), "hidden_size", None)
 
     def load(self) -> None:
         """Load the weights now."""

@@ -169,9 +169,9 @@ class Dense:
         """
         corpus, reading = self.collection.corpus, self.systems.reading
         read = cut(corpus, np.arange(len(corpus)), reading)
-        index = self.systems.make("index")
-        if isinstance(index, Faiss) and is_main_process():
-            index.refuse_too_large(len(read.rows), self.model.dim)
+        index, dim = self.systems.make("index"), self.model.dim
+        if isinstance(index, Faiss) and dim is not None and is_main_process():
+            index.refuse_too_large(len(read.rows), dim)
         name = "segments" if reading.segments else "passages"
         return self._embedded("passage", read.texts, read.rows, name, reading.segments), read.counts
 

@@ -27,8 +27,12 @@ log = logging.getLogger(__name__)
 
 
 def is_log_step(trainer: Any) -> bool:
-    """Whether the loggers get what is logged in this batch (`trainer.log_every_n_steps`)."""
-    return bool(trainer._logger_connector.should_update_logs)
+    """Whether this batch ends an update whose values the loggers get.
+
+    `trainer.log_every_n_steps` counts updates, of which each may have several batches.
+    """
+    due = trainer._logger_connector.should_update_logs
+    return bool(due) and not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 class FitSummary(pl.Callback):

@@ -174,7 +174,8 @@ class RetrievalEvaluation(Evaluation):
         self.index = index
 
     def run_of(self, data: Validation, loader: int, device: torch.device) -> Run:
-        query_rows, queries = self._vectors(loader, device)
+        query_rows, halves = self._vectors(loader, device)
+        queries = halves.astype(np.float32)  # as an evaluation reads them
         rows, passages = self._vectors(loader + 1, device)
         passage_rows, counts = np.unique(data.read.documents(rows), return_counts=True)
         whole = len(passage_rows) == len(rows)

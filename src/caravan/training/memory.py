@@ -2,7 +2,8 @@
 
 Counted from the architecture, built without weights: weights, gradients and Adam's moments, and
 what a transformer's blocks keep for the backward pass. Tests compare it with counted allocations:
-within 10 % for decoders (RMSNorm, gated MLP), within 25 % for encoders. Not counted: logits of
+within 10 % for decoders with RMSNorm and a gated MLP, within 25 % for BERT. Of other architectures
+the activations may be half or 1.3 times as many. Not counted: logits of
 language models, torch.compile, and what CUDA and its allocator take for themselves. A run that
 cannot fit is refused at once, not after an hour of loading.
 """
@@ -111,9 +112,12 @@ def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -
     )
     try:
         needed = need(outline, step)
-    except (AttributeError, TypeError, ValueError) as error:  # not the shape of a transformer
+    except Exception as error:  # noqa: BLE001 - of an unusual architecture; training may work
         log.debug("no estimate of memory: %s", error)
         return None
+    buckets = strategy._ddp_kwargs if isinstance(strategy, DDPStrategy) else None
+    if buckets is not None and not buckets.get("gradient_as_bucket_view"):
+        needed["gradients"] *= 2  # they are copied into the buckets
     refuse_too_large(needed, strategy.root_device)
     if module.encoding.kind == "retriever":
         width = outline.config.get_text_config().hidden_size
@@ -151,9 +155,10 @@ def _numbers(*modules: nn.Module) -> tuple[int, int]:
 def _moments(model: Any, step: Step) -> Iterator[tuple[float, float]]:
     """Bytes of gradients and of activations at the moments of a backward pass that may be its peak.
 
-    As it proceeds, activations are freed and gradients come into being.
+    As it proceeds, activations are freed and gradients are made.
     """
-    block, layers = Block.of(model, step), len(blocks(model))
+    config = model.config.get_text_config()  # layers may share their weights, as in ALBERT
+    block, layers = Block.of(model, step), max(len(blocks(model)), config.num_hidden_layers)
     gradients, whole = _gradients(model, step)
     copies = _copies(model, step) / layers
     # Of one layer, for each token and for each chunk; and of the layer that is recomputed.
@@ -291,7 +296,8 @@ def refuse_too_large(needed: Need, device: torch.device) -> None:
             "set backbone.checkpointing=true or gradcache.chunk, or lower"
             " batching.queries_per_batch or encoding.passage_length"
         )
-    if sum(needed.values()) > available:
+    # Of some architectures the estimate is too high.
+    if sum(needed.values()) - 0.2 * needed["activations"] > available:
         raise InputError(
             "out-of-memory",
             f"training needs about {in_words(needed)} and the {device.type} has"
