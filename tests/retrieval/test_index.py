@@ -197,7 +197,8 @@ def test_a_build_allocates_its_vectors_once(index: Faiss, bytes_per_vector: int,
     peak = hardware.peak_memory(cpu)
     block = rows * 1024 * 5 / 2**30  # in float32, and whether each value is finite
     assert peak is not None
-    assert 0.9 < (peak - before - block) * 2**30 / (bytes_per_vector * blocks.rows) < 1.15
+    # 1.97 if the array doubles; less than 1 where memory of earlier tests is used again
+    assert (peak - before - block) * 2**30 / (bytes_per_vector * blocks.rows) < 1.5
 
 
 def test_recall_counts_what_exact_search_found() -> None:
