@@ -191,8 +191,8 @@ def cache() -> Iterator[str]:
         yield f"! {there} cannot be written; set CARAVAN_CACHE to another folder"
     if free < LEAST_FREE:
         yield (
-            f"! less than {_size(LEAST_FREE)} are free; 8.8 million passages take 72 GB with 4,096"
-            " dimensions"
+            f"! less than {_size(LEAST_FREE)} are free; set CARAVAN_CACHE to a folder on a larger"
+            " disk"
         )
 
 
@@ -206,10 +206,10 @@ def hub() -> Iterator[str]:
     try:
         HfApi().model_info("gpt2", timeout=HUB_TIMEOUT_S)
         yield f"hub: {constants.ENDPOINT} answers"
-    except Exception:  # noqa: BLE001 - of httpx or of httpx2, by the hub's version
+    except Exception as error:  # noqa: BLE001 - of httpx or of httpx2, by the hub's version
         yield (
-            f"! hub: {constants.ENDPOINT} does not answer; set HF_ENDPOINT to a mirror, or give"
-            " folders as backbone.name"
+            f"! hub: {constants.ENDPOINT} does not answer ({first_line(error)}); set HF_ENDPOINT to"
+            " a mirror, or give folders as backbone.name"
         )
 
 

@@ -1,9 +1,11 @@
 """Atomic writes of files and folders, locks, and the cache folder.
 
-A file or folder is written as `.<name>.<8 hex digits>.part` beside its path and renamed at the end,
-so a kill leaves the old content or the new. The process holds a lock on the scratch while it
-writes; the next writer of the same path recognizes by it what a kill has left, and removes it (or
-continues it, see `filling_folder`).
+A file, or a folder as a whole, is written as `.<name>.<8 hex digits>.part` beside its path and
+renamed at the end, so a kill leaves the old content or the new. `filling_folder` moves its files
+one by one, so a kill can leave some of both; `manifests.ensure` detects that. The writer locks its
+scratch; one without a lock is the orphan of a killed process, and the next writer of the same path
+removes or continues it.
+
 Locks are the operating system's (`flock`): a lock ends with its process, however that ends, and
 Linux passes it on to NFS servers. A leftover lock file does not hold a lock.
 """
@@ -141,9 +143,13 @@ def _make_folder(scratch: Path) -> None:
 
 @contextmanager
 def _scratch(path: Path, make: Callable[[Path], None], resumes: bool = False) -> Iterator[Path]:
-    """A scratch of `path`, locked while the block runs, and removed when it ends.
+    """A scratch file or folder beside `path`, locked while the block runs.
+
+    At the end it is removed, unless the block has renamed it, or the user has interrupted the block
+    and `resumes`: then the next call yields it again.
 
     Args:
+        make: creates it at the path that it is given.
         resumes: as for `filling_folder`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +191,7 @@ def _made(path: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
 
 
 def _orphans(path: Path) -> Iterator[tuple[Path, int]]:
-    """The scratches of `path` whose process has died, each with the descriptor that locks it."""
+    """The scratches of `path` without a writer, each with its locked descriptor, to be closed."""
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.part")
     for found in sorted(path.parent.iterdir()):
         if not name.fullmatch(found.name) or found.is_symlink():

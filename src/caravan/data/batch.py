@@ -141,12 +141,13 @@ def rounded(width: int) -> int:
 
 
 def first_chunk(lengths: np.ndarray, token_budget: int, pads: bool = True) -> int:
-    """The number of texts in the next chunk.
+    """The number of texts in the next chunk, at least 1.
 
     Args:
         lengths: tokens of the remaining texts [n], longest first.
-        token_budget: the most tokens of a chunk, including padding if the model `pads`. Otherwise
-            the padded ids and states of a chunk may have twice as many.
+        token_budget: the most tokens of a chunk. If the model `pads`, padding counts, and too much
+            of it ends the chunk (`PADDING`, `SMALL`). Otherwise only real tokens count, and the
+            padded ids and states may have twice as many.
     """
     width = max(int(lengths[0]), 1)
     lengths = lengths[: (token_budget if pads else 2 * token_budget) // width or 1]
@@ -184,9 +185,9 @@ class TokenIds:
     def packed(self, token_budget: int, pad_id: int = 0, pads: bool = True) -> Packed:
         """Sort texts by length and cut them into chunks of at most `token_budget` tokens.
 
-        For a model that `pads`, padding counts; a chunk that fills a GPU ends earlier if its
-        padding would exceed a tenth, and if its texts differ in length, its width is `rounded`. A
-        text longer than the budget is a chunk by itself.
+        For a model that `pads`, padding counts, and a chunk ends before it exceeds a tenth; with a
+        budget above `SMALL`, only once the chunk has `SMALL` tokens. If its texts differ in length,
+        its width is `rounded`. A text longer than the budget is a chunk by itself.
 
         Args:
             token_budget: see `first_chunk`.
@@ -251,7 +252,7 @@ class Unpacked(Generic[B]):
     Attributes:
         kind: class of the batch, such as `EncodeBatch`.
         fields: of that class. `TokenIds`, or a tuple of them, become one `Packed`; other arrays
-            become tensors.
+            become tensors, and None stays.
         token_budget, pad_id, pads: see `TokenIds.packed`.
     """
 
@@ -262,7 +263,7 @@ class Unpacked(Generic[B]):
     pads: bool = True
 
     def packed(self) -> B:
-        """The batch, as tensors; called in the main process."""
+        """The batch as tensors; called in the process that uses it, not in the worker."""
         return self.kind(**{name: self._tensors(value) for name, value in self.fields.items()})
 
     def _tensors(self, value: Field) -> Packed | Tensor | None:

@@ -15,12 +15,15 @@ import pyarrow as pa
 import xxhash
 
 JOURNAL = ".journal"
-Row = tuple[bytes, ...]  # of UTF-8 texts, one of each column
+Row = tuple[bytes, ...]  # one UTF-8 text per column
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # the end mark of an Arrow stream
 
 
 class BatchFile:
     """Appends batches of rows to an Arrow stream of text columns; a context manager.
+
+    The constructor truncates the file and its journal after the last intact message. The caller
+    deletes the journal when the file is no longer continued.
 
     Attributes:
         journal: the path of the journal; without it the file is written anew.

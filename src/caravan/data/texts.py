@@ -161,14 +161,14 @@ def write_texts(folder: Path, part: str, records: Iterable[Record], place: Place
     """Stream records into `<part>.arrow` and `<part>.ids.npy`.
 
     Batches that an interrupted process has left are compared with the records and kept. If it had
-    written all batches, the records are not read. Half of a surrogate pair, which is no UTF-8,
+    written all batches, the records are not read. A lone surrogate, which UTF-8 cannot encode,
     becomes U+FFFD.
 
-    Held in memory: one record batch and the hashes of the ids (8 bytes each).
+    Held in memory: one record batch and 8 bytes per id; about 56 per id while hashes are sorted.
 
     Raises:
-        InputError: "invalid-id", or "duplicate-id"; "changed-source", the records are not those of
-            the batches that are there.
+        InputError: "invalid-id" or "duplicate-id"; "changed-source" if the records differ from the
+            batches on disk, and the next build then starts from the first record.
     """
     content, hashes, spaced = hashlib.blake2b(digest_size=16), array("Q"), 0
 

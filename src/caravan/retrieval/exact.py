@@ -79,7 +79,12 @@ class Exact:
     def search_parts(
         self, queries: np.ndarray, parts: Sequence[Blocks], k: int, save: Save
     ) -> Found:
-        """As `search`, over parts of the corpus whose results are saved."""
+        """As `search`, over parts of the corpus; the keys of each part are saved as a shard.
+
+        Args:
+            parts: blocks of the corpus, which keep its row numbers.
+            save: `Store.shards` with the product's name and inputs bound.
+        """
 
         def compute(numbers: list[int]) -> Iterator[np.ndarray]:
             return (self._keys(queries, parts[number], k) for number in numbers)
@@ -97,6 +102,7 @@ class Exact:
         query_vectors = torch.from_numpy(float32(queries, "the queries")).to(device)
         keys = query_vectors.new_full((len(query_vectors), k), EMPTY, dtype=torch.int64)
         # TF32 is faster on GPUs and represents every float16 value exactly; sums are in float32.
+        # Queries that float16 cannot represent are multiplied in float32.
         halves = bool((query_vectors.half().float() == query_vectors).all())
         for start, block in track(_loaded(blocks, device), "exact search", unit="blocks"):
             tf32 = halves and block.dtype == torch.float16 and device.type == "cuda"
@@ -104,7 +110,7 @@ class Exact:
                 for i in range(0, len(block), self.passage_chunk):
                     chunk = block[i : i + self.passage_chunk].float()
                     if not chunk.isfinite().all():
-                        raise not_finite(f"passages from row {start}")
+                        raise not_finite(f"passages from row {start + i}")
                     for j in range(0, len(query_vectors), self.query_chunk):
                         span = slice(j, j + self.query_chunk)
                         keys[span] = _merge(keys[span], query_vectors[span] @ chunk.T, start + i)
@@ -183,7 +189,7 @@ def _merge(keys: torch.Tensor, scores: torch.Tensor, start: int) -> torch.Tensor
 
 
 def _pack(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Pack float32 scores and rows into int64 keys ordered by score, then by descending row."""
+    """Pack float32 scores and rows into int64 keys; a higher score, then a lower row, wins."""
     bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
     return (ordered.long() << 32) | (LOW - rows)

@@ -233,10 +233,10 @@ def _sample(blocks: Blocks, size: int) -> np.ndarray:
 
 
 def bytes_held(index: Any) -> float:
-    """Bytes of main memory that an index of faiss needs for a vector.
+    """Bytes of main memory that an index of faiss needs per vector; 0 if unknown.
 
-    Those of its code, its id in an inverted list, and its links in a graph. Centroids, and the
-    memory that inverted lists take as they grow, come on top. 0 if unknown.
+    Counts its code, its id in an inverted list, and its links, offset and level in a graph.
+    Centroids, and the spare capacity of inverted lists, are not counted.
     """
     if isinstance(index, faiss.IndexBinary):
         return float(index.code_size)
@@ -247,7 +247,8 @@ def bytes_held(index: Any) -> float:
         return float(held.code_size + 8)
     if isinstance(held, faiss.IndexHNSW):
         graph: Any = held.hnsw
-        # A vector is in level 0, and in each further level with a probability of 1 / M.
+        # A vector on one level is also on the next with probability 1 / M, with M links there:
+        # M / (M - 1) links above level 0 on average.
         above = graph.nb_neighbors(1)
         links = graph.nb_neighbors(0) + above / (above - 1)
         return bytes_held(held.storage) + 4 * links + 12  # the offset and the level

@@ -3,7 +3,7 @@
 Counted from the architecture, built without weights: weights, gradients and Adam's moments, and
 what a transformer's blocks keep for the backward pass. Tests compare it with counted allocations:
 within 10 % for decoders with RMSNorm and a gated MLP, within 25 % for BERT. Of other architectures
-the activations may be half or 1.3 times as many. Not counted: logits of
+it was .5 (GPT-2) to 1.25 times (OPT) the count. Not counted: logits of
 language models, torch.compile, and what CUDA and its allocator take for themselves. A run that
 cannot fit is refused at once, not after an hour of loading.
 """
@@ -75,7 +75,9 @@ class Step:
 
 
 def memory_needed(module: Stage, outline: Any, data: DataModule, trainer: Any) -> Need | None:
-    """The memory of a step on one device, from the first batch; None without an outline.
+    """The memory of a step on one device, from the first batch, for which `data` is set up.
+
+    None without an outline or a batch, or if the architecture is too unusual for an estimate.
 
     Args:
         outline: `Stage.outline`.
@@ -175,7 +177,7 @@ def _moments(model: Any, step: Step) -> Iterator[tuple[float, float]]:
         held = activations(before, layers) + sum(before) * block.input
         now = gradients + whole if step.accumulates or number < len(step.chunks) else 0.0
         yield now, held + size * (again + block.working) + again_copies
-    # Where the first of them has come to the first layer.
+    # Where the backward pass of the last chunk, which is the first to run, reaches layer 0.
     *others, size = step.chunks
     held = activations(others, layers) + activations([size], 1)
     now = gradients if step.accumulates else gradients * (layers - 1) / layers
@@ -187,7 +189,8 @@ class Block:
     """Bytes for each token in one of the transformer's layers.
 
     Args:
-        kept: for the backward pass. input: of that, the input of the layer.
+        kept: for the backward pass, without recomputation.
+        input: the input of the layer, which is all that recomputation keeps.
         recomputed: what a recomputation adds to the layer's input.
         working: temporary tensors of the backward pass.
     """
@@ -217,14 +220,16 @@ class Block:
             norms += (FLOAT + (0 if frozen else unit)) * (queries + keys)
         # Attention keeps queries, keys, values and its output.
         attention = unit * (2 * queries + 2 * keys)
-        # Trainable linear layers keep their inputs, adapters instead of the frozen layers. Autocast
-        # and dropout make a copy for each; otherwise queries, keys and values share one, and so do
-        # the MLP's two factors, and the last layer of attention has the output that is kept above.
+        # Trainable linear layers keep their inputs; in an adapted layer, only its adapter does.
+        # Dropout copies each input. Without it, the output projection of attention shares the
+        # output counted above; and unless autocast casts each input, queries, keys and values
+        # share one, and so do the MLP's gate and up projections.
         inputs = sum(one.in_features for one in linears if one.weight.requires_grad)
         if not dropped:
             inputs = max(inputs - queries - (0 if stream > unit else 3 * width), 0)
-        # The MLP keeps its factors, and the activation of one. bitsandbytes returns the precision
-        # of its input, so they are float32 with QLoRA. Experts may be no linear layers.
+        # The MLP keeps the outputs of its gate and up projections (its factors) and the activated
+        # gate. bitsandbytes returns the precision of its input, so with QLoRA it is that of the
+        # stream. Experts may not be `nn.Linear`; they are counted as a gated MLP.
         factors = sum(
             one.out_features // inner
             for one in linears
@@ -286,7 +291,7 @@ def in_words(needed: Need) -> str:
 
 
 def refuse_too_large(needed: Need, device: torch.device) -> None:
-    """Raise an InputError if a device has less memory than needed."""
+    """Raise an InputError if a device has less memory than needed, less 20 % of activations."""
     available = host_memory()
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory
@@ -296,7 +301,7 @@ def refuse_too_large(needed: Need, device: torch.device) -> None:
             "set backbone.checkpointing=true or gradcache.chunk, or lower"
             " batching.queries_per_batch or encoding.passage_length"
         )
-    # Of some architectures the estimate is too high.
+    # Of some architectures, such as OPT, the estimate is up to 1.25 times the count.
     if sum(needed.values()) - 0.2 * needed["activations"] > available:
         raise InputError(
             "out-of-memory",
