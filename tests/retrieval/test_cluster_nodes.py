@@ -39,12 +39,12 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     cluster.shutdown()
 
 
-def stops_on_the_first_node(compute: Any, begun: Path) -> Any:
+def stops_on_the_first_node(compute: Any, started: Path) -> Any:
     """`compute`, except that the first node to begin stops after its first array."""
 
     def here(numbers: list[int]) -> Iterable[np.ndarray]:
-        first = not any(begun.iterdir())
-        (begun / ray.get_runtime_context().get_node_id()).touch()
+        first = not any(started.iterdir())
+        (started / ray.get_runtime_context().get_node_id()).touch()
         for array in compute(numbers):
             yield array
             if first:
@@ -57,21 +57,21 @@ def stops_on_the_first_node(compute: Any, begun: Path) -> Any:
 def test_nodes_that_join_half_way_get_work_and_the_work_of_those_that_leave_is_done_by_others(
     nodes: Any, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun = {name: tmp_path / "begun" / name for name in ("passages", "found", "scores.test")}
+    started = {name: tmp_path / "started" / name for name in ("passages", "found", "scores.test")}
     shards = Store.shards
 
     def watched(
         self: Store, name: str, inputs: dict[str, Any], count: int, compute: Callable[..., Any]
     ) -> Any:
-        if self.engine is not None and name in begun:
-            compute = stops_on_the_first_node(compute, begun[name])
+        if self.engine is not None and name in started:
+            compute = stops_on_the_first_node(compute, started[name])
         return shards(self, name, inputs, count, compute)
 
     def wait_for(count: int, folder: Path, work: Future[Any]) -> None:
         end = time.monotonic() + DEADLINE_S
         while len(list(folder.iterdir())) < count:
             assert not work.done(), work.result()
-            assert time.monotonic() < end, f"{folder.name}: fewer than {count} nodes have begun"
+            assert time.monotonic() < end, f"{folder.name}: fewer than {count} nodes have started"
             time.sleep(0.05)
 
     monkeypatch.setattr(stages, "PART", 64)
@@ -80,13 +80,13 @@ def test_nodes_that_join_half_way_get_work_and_the_work_of_those_that_leave_is_d
     settings += [f"reranker={folders['reranker']}", "num_workers=1"]
     beir = write_beir(tmp_path / "data", passages=300)
     one = evaluate(beir, tmp_path / "one", folders["retriever"], *settings)
-    for folder in begun.values():
+    for folder in started.values():
         folder.mkdir(parents=True)
     settings.append("engine=ray")
     with ThreadPoolExecutor(1) as thread:
         work = thread.submit(evaluate, beir, tmp_path / "ray", folders["retriever"], *settings)
         leaves = nodes.add_node(num_cpus=1, object_store_memory=MEMORY)
-        for folder in begun.values():
+        for folder in started.values():
             wait_for(1, folder, work)
             joins = nodes.add_node(num_cpus=1, object_store_memory=MEMORY)
             wait_for(2, folder, work)

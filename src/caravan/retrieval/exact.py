@@ -120,8 +120,8 @@ class Exact:
 def _loaded(blocks: Blocks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
     """The blocks as tensors on a device; the next is read and copied while one is searched.
 
-    On a GPU, the thread that reads copies on a stream of its own: on the default one, a copy would
-    start after all kernels of the search.
+    On a GPU, the reading thread copies on a side stream: on the default stream, a copy would wait
+    for all kernels of the search.
     """
     on_gpu = device.type == "cuda"
 
